@@ -1,0 +1,5 @@
+"""The one exception for wrong data files."""
+
+
+class DataError(ValueError):
+    """A data file is wrong; the message is one sentence that names the file and key and says what to do."""
