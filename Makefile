@@ -1,0 +1,64 @@
+# Everything below works from a fresh clone with Python >= 3.11, git and make.
+#   make demo                        preprocess, train, evaluate, relax, report (about ten minutes with the install)
+#   make demo DEMO_ARGS="--short"    the same path in a fraction of the time
+#   make test                        the fast tests
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BENCH_VENV := .bench-venv
+DEMO_ARGS ?=
+BENCHMARK_ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test test-slow lint docs benchmark
+
+help:
+	@echo "make setup       install everything into $(VENV) (the other targets do it themselves)"
+	@echo "make demo        the main job on bundled OC20 data; DEMO_ARGS=\"--short\" for a quick run"
+	@echo "make test        fast tests            make test-slow   the longer ones too"
+	@echo "make lint        ruff and mypy         make docs        check the links of the documentation"
+	@echo "make benchmark   speed and memory against fairchem-core; BENCHMARK_ARGS=\"--quick\" for a smoke run"
+
+setup: $(VENV)/.setup-complete
+
+# The stamp goes first and comes back last: a set-up that was interrupted is never taken for a finished one.
+$(VENV)/.setup-complete: pyproject.toml constraints.txt
+	@rm -f $@
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or newer, or run make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: $$($(PYTHON) --version) is too old; equiformer2 needs Python 3.11 or newer (make PYTHON=/path/to/python3.11)" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools
+	$(BIN)/python -m pip install --no-build-isolation --constraint constraints.txt --editable '.[wandb,test,dev]'
+	@$(BIN)/python -c 'import datasets_oc20, equiformer2, torch'
+	@touch $@
+
+demo: setup
+	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'slow or not slow' $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python -m pytest tests/test_docs.py
+
+# The reference implementation lives in an environment of its own: it needs older NumPy and SciPy.
+$(BENCH_VENV)/.complete: scripts/bench/setup_reference.sh scripts/bench/reference-constraints.txt
+	@rm -f $@
+	PYTHON="$(PYTHON)" scripts/bench/setup_reference.sh $(BENCH_VENV)
+	@touch $@
+
+benchmark: setup $(BENCH_VENV)/.complete
+	$(BIN)/python scripts/benchmark.py --reference-python $(BENCH_VENV)/bin/python $(BENCHMARK_ARGS)
