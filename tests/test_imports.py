@@ -1,0 +1,125 @@
+"""Imports point one way (docs/architecture.md): each room may use only the rooms below it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+FOUNDATION = {"equiformer2.errors"}
+GEOMETRY = FOUNDATION | {"equiformer2.graph", "equiformer2.kernels"}
+NETWORK = GEOMETRY | {"equiformer2.model"}
+FILES = NETWORK | {"equiformer2.checkpoint"}
+ALLOWED = {
+    "datasets_oc20": set(),
+    "equiformer2/errors.py": set(),
+    "equiformer2/script.py": FOUNDATION | {"datasets_oc20"},
+    "equiformer2/graph": FOUNDATION,
+    "equiformer2/kernels": FOUNDATION,
+    "equiformer2/model": GEOMETRY,
+    "equiformer2/checkpoint": NETWORK,
+    "equiformer2/inference": FILES | {"datasets_oc20"},
+    "equiformer2/training": FILES | {"datasets_oc20"},
+}
+# Evaluation measures what users get, so it goes through the predictor; nothing else in training may.
+EXCEPTIONS = {"equiformer2/training/evaluation.py": {"equiformer2.inference"}}
+
+# The network is pure torch: importable where none of these is installed.
+NOT_IN_THE_NETWORK = {
+    "ase",
+    "jsonargparse",
+    "lightning",
+    "lmdb",
+    "matplotlib",
+    "omegaconf",
+    "pytorch_lightning",
+    "torchmetrics",
+    "wandb",
+    "yaml",
+}
+PURE_TORCH = ("equiformer2/kernels", "equiformer2/model")
+
+
+def imported_modules(path: Path, root: Path = ROOT) -> list[tuple[int, str]]:
+    """`(line, absolute dotted name)` of each import in a file, those inside functions too."""
+    package = list(path.relative_to(root).parts[:-1])
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join(base + ([node.module] if node.module else []))
+            # `from equiformer2 import model` names the room in the alias, not in the module.
+            found += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
+    return found
+
+
+def python_files(folder: str) -> list[Path]:
+    path = ROOT / folder
+    return [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))
+
+
+def within(name: str, rooms: set[str]) -> bool:
+    return any(name == room or name.startswith(room + ".") for room in rooms)
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_room_imports_only_rooms_below(room: str) -> None:
+    files = python_files(room)
+    assert files, f"{room} does not exist"
+    own = {room.removesuffix(".py").replace("/", ".")}
+    wrong = []
+    for path in files:
+        allowed = ALLOWED[room] | own | EXCEPTIONS.get(path.relative_to(ROOT).as_posix(), set())
+        wrong += [
+            f"{path.relative_to(ROOT)}:{line} imports {name}"
+            for line, name in imported_modules(path)
+            if within(name, {"equiformer2", "datasets_oc20", "scripts", "tests"})
+            and not within(name, allowed)
+        ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_room_has_its_arrows() -> None:
+    rooms = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "equiformer2").iterdir()
+        if (path.is_dir() and path.name != "__pycache__") or path.suffix == ".py"
+    }
+    assert rooms - {"equiformer2/__init__.py"} <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("room", PURE_TORCH)
+def test_the_network_is_pure_torch(room: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in python_files(room)
+        for line, name in imported_modules(path)
+        if name.split(".")[0] in NOT_IN_THE_NETWORK
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_package_never_imports_scripts_or_tests() -> None:
+    own_scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for folder in ("equiformer2", "datasets_oc20")
+        for path in python_files(folder)
+        for line, name in imported_modules(path)
+        if name.split(".")[0] in own_scripts | {"scripts", "tests"}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_relative_and_aliased_imports_are_seen(tmp_path: Path) -> None:
+    room = tmp_path / "equiformer2" / "model"
+    room.mkdir(parents=True)
+    source = room / "x.py"
+    source.write_text(
+        "from ..training import task\nfrom equiformer2 import inference\ndef f():\n    import lmdb\n"
+    )
+    names = [name for _, name in imported_modules(source, root=tmp_path)]
+    assert names == ["equiformer2.training.task", "equiformer2.inference", "lmdb"]
