@@ -1,0 +1,29 @@
+"""The S2EF losses average over the global batch."""
+
+import torch
+
+from equiformer2.training.losses import energy_l1, force_l2
+
+
+def test_energy_l1_is_the_mean_absolute_error() -> None:
+    assert energy_l1(torch.tensor([1.0, -2.0]), torch.tensor([0.0, 1.0])).item() == 2.0
+
+
+def test_force_l2_is_the_mean_norm_over_free_atoms() -> None:
+    target = torch.zeros(3, 3)
+    prediction = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 1.0], [100.0, 0.0, 0.0]])
+    free = torch.tensor([True, True, False])
+    assert force_l2(prediction, target, free).item() == 3.0
+
+
+def test_no_free_atoms_gives_zero_with_zero_gradient() -> None:
+    prediction = torch.ones(2, 3, requires_grad=True)
+    loss = force_l2(prediction, torch.zeros(2, 3), torch.zeros(2, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert torch.equal(prediction.grad, torch.zeros(2, 3))
+
+
+def test_bfloat16_outputs_are_compared_in_float32() -> None:
+    target = torch.full((4,), 1.0 + 2.0**-12)
+    assert energy_l1(torch.ones(4, dtype=torch.bfloat16), target).item() == 2.0**-12
