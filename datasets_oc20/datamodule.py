@@ -1,0 +1,216 @@
+"""`OC20DataModule`: the Lightning data module. It only loads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+from torch_geometric.data import Batch, Data
+
+from datasets_oc20.errors import DataError
+from datasets_oc20.reader import OC20Lmdb
+from datasets_oc20.sampler import BalancedBatchSampler
+from datasets_oc20.targets import (
+    NUM_ELEMENTS,
+    check_energies_match_kind,
+    fit_linear_references,
+    fit_normalizers,
+    sample_targets,
+)
+
+Paths = str | list[str]
+_CHECKED_RECORDS = 200
+
+
+@dataclass
+class NormalizerValues:
+    """Normalizers given in the configuration instead of fitted to the training data.
+
+    Args:
+        energy_mean: eV.
+        energy_std: eV.
+        forces_std: eV/Å.
+        linear_references: `.npz` file whose array `coeff [100]` holds a reference per atomic number, eV.
+    """
+
+    energy_mean: float
+    energy_std: float
+    forces_std: float
+    linear_references: str | None = None
+
+
+class NormalizerTable(TypedDict):
+    """(mean, std) of energy (eV) and forces (eV/Å), and `[100]` references in eV or None."""
+
+    energy: tuple[float, float]
+    forces: tuple[float, float]
+    linear_references: torch.Tensor | None
+
+
+class OC20DataModule(pl.LightningDataModule):
+    """Training, validation and test data, in batches limited by structures, atoms or edges.
+
+    After `setup()`, `energy_kind` and `normalizers` describe the training data. For total energies
+    per-element references are fitted and subtracted before the mean and standard deviation are taken.
+
+    For several processes give the Trainer `use_distributed_sampler=False`: the batches are shared out here.
+
+    Args:
+        train: LMDB file, folder of shards, or list of them.
+        val: the same.
+        test: the same.
+        energy_kind: "adsorption" or "total"; needed for OC20's own files, which do not declare it.
+        batch_size: most structures in a batch, per process.
+        max_atoms: most atoms in a batch.
+        max_edges: most edges in a batch, counted as `max_neighbors` per atom.
+        max_neighbors: edges counted per atom for `max_edges`.
+        num_workers: loader processes.
+        seed: order of the training batches, together with the epoch.
+        normalizers: values to use instead of those of the training data.
+
+    Raises:
+        DataError: on `setup`, for wrong files, mixed or undeclared kinds of energy, energies that
+            cannot be of the declared kind, or records larger than a batch.
+    """
+
+    def __init__(
+        self,
+        train: Paths,
+        val: Paths,
+        test: Paths | None = None,
+        energy_kind: str | None = None,
+        batch_size: int = 8,
+        max_atoms: int | None = None,
+        max_edges: int | None = None,
+        max_neighbors: int = 20,
+        num_workers: int = 0,
+        seed: int = 0,
+        normalizers: NormalizerValues | None = None,
+    ) -> None:
+        super().__init__()
+        self._paths = {"train": train, "val": val, "test": test}
+        self._given_kind = energy_kind
+        self.batch_size, self.max_atoms, self.max_edges = batch_size, max_atoms, max_edges
+        self.max_neighbors, self.num_workers, self.seed = max_neighbors, num_workers, seed
+        self._given_normalizers = normalizers
+        self.datasets: dict[str, OC20Lmdb] = {}
+        self.energy_kind: str = ""
+        self.normalizers: NormalizerTable
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open and check the files; fit the normalizers unless they are given."""
+        if self.datasets:
+            return
+        datasets = {
+            name: OC20Lmdb(path, self._given_kind) for name, path in self._paths.items() if path is not None
+        }
+        self.energy_kind = _common_kind(datasets)
+        for name, dataset in datasets.items():
+            if name != "test" or "energy" in dataset[0]:
+                sample = sample_targets(dataset, _CHECKED_RECORDS)
+                check_energies_match_kind(sample, self.energy_kind, dataset.path)
+        self.normalizers = self._normalizers(datasets["train"])
+        self.datasets = datasets
+        self._report()
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled by (seed, epoch)."""
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """In stored order."""
+        return self._loader("val", shuffle=False)
+
+    def test_dataloader(self) -> DataLoader:
+        """In stored order."""
+        if "test" not in self.datasets:
+            raise DataError("data.test is not set; name the dataset to test on.")
+        return self._loader("test", shuffle=False)
+
+    def _normalizers(self, train: OC20Lmdb) -> NormalizerTable:
+        given = self._given_normalizers
+        if given is not None:
+            if min(given.energy_std, given.forces_std) <= 0.0:
+                raise DataError("data.normalizers: the standard deviations must be positive.")
+            return {
+                "energy": (given.energy_mean, given.energy_std),
+                "forces": (0.0, given.forces_std),
+                "linear_references": load_linear_references(given.linear_references),
+            }
+        sample = sample_targets(train)
+        references = fit_linear_references(sample) if self.energy_kind == "total" else None
+        fitted = fit_normalizers(sample, references)
+        return {"energy": fitted["energy"], "forces": fitted["forces"], "linear_references": references}
+
+    def _report(self) -> None:
+        sizes = ", ".join(f"{name} {len(dataset)}" for name, dataset in self.datasets.items())
+        mean, std = self.normalizers["energy"]
+        source = "given" if self._given_normalizers is not None else "from the training data"
+        references = "" if self.normalizers["linear_references"] is None else " after linear references"
+        rank_zero_info(
+            f"Data: {sizes} records, {self.energy_kind} energies; normalizers {source}: energy "
+            f"{mean:.4f} ± {std:.4f} eV{references}, forces ± {self.normalizers['forces'][1]:.4f} eV/Å"
+        )
+
+    def _loader(self, name: str, shuffle: bool) -> DataLoader:
+        dataset = self.datasets[name]
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        counted = world_size > 1 or self.max_atoms is not None or self.max_edges is not None
+        sampler = BalancedBatchSampler(
+            len(dataset),
+            self.batch_size,
+            natoms=dataset.natoms if counted else None,
+            max_atoms=self.max_atoms,
+            max_edges=self.max_edges,
+            max_neighbors=self.max_neighbors,
+            shuffle=shuffle,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def collate(structures: list[Data]) -> Batch:
+    """One batch of structures."""
+    return Batch.from_data_list(structures)
+
+
+def load_linear_references(path: str | None) -> torch.Tensor | None:
+    """The array `coeff [100]` (eV per atomic number) of an `.npz` file; None for None."""
+    if path is None:
+        return None
+    try:
+        with np.load(Path(path), allow_pickle=False) as file:
+            coefficients = np.asarray(file["coeff"], dtype=np.float64)
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{path}: not an .npz file with an array 'coeff'.") from error
+    if coefficients.shape != (NUM_ELEMENTS,) or not np.isfinite(coefficients).all():
+        raise DataError(f"{path}: 'coeff' must hold {NUM_ELEMENTS} finite numbers, one per atomic number.")
+    return torch.from_numpy(coefficients)
+
+
+def _common_kind(datasets: dict[str, OC20Lmdb]) -> str:
+    for dataset in datasets.values():
+        if dataset.energy_kind is None:
+            raise DataError(
+                f"{dataset.path}: the file does not say whether its energies are adsorption or total "
+                "energies; set data.energy_kind."
+            )
+    kinds = {name: dataset.energy_kind for name, dataset in datasets.items()}
+    if len(set(kinds.values())) > 1:
+        listed = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+        raise DataError(f"the datasets mix kinds of energy ({listed}); use one kind.")
+    return str(kinds["train"])

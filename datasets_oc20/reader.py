@@ -1,0 +1,154 @@
+"""`OC20Lmdb`: OC20's LMDB files and ours, one file or a folder of shards, as a torch dataset."""
+
+import bisect
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from torch.utils.data import Dataset
+from torch_geometric.data import Data
+
+from datasets_oc20 import foreign, records
+from datasets_oc20.errors import DataError
+from datasets_oc20.lmdb_file import LmdbFile, open_lmdb
+from datasets_oc20.natoms_index import natoms_of_shard
+from datasets_oc20.writer import FORMAT_VERSION, SPECIAL_KEYS
+
+AnyPath = str | os.PathLike[str]
+
+
+class OC20Lmdb(Dataset[Data]):
+    """The structures of an LMDB file, or of all `*.lmdb` files of a folder in the order of their names.
+
+    Reads S2EF and IS2RE files of OC20 (written with PyG 1 or 2, with or without the key `length`) and
+    the files of `LmdbWriter`. Files are mapped read-only when first read, once per process, so the
+    dataset can be sent to forked and spawned workers; keys are computed, never listed.
+
+    Args:
+        path: an LMDB file or a folder of shards, or a list of them to read one after the other.
+        energy_kind: "adsorption" or "total". Our files declare it; for OC20's own files, which do not,
+            it must be given by whoever knows. Giving another kind than the file declares is an error.
+
+    Raises:
+        DataError: missing, empty, truncated or damaged file, value that is not an OC20 record, pickle
+            that would run code, NaN in a field; the message names the file and the key.
+    """
+
+    def __init__(self, path: AnyPath | Sequence[AnyPath], energy_kind: str | None = None) -> None:
+        paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+        self.path = ", ".join(str(item) for item in paths)
+        self.shards = [shard for item in paths for shard in _find_shards(Path(item))]
+        if not self.shards:
+            raise DataError("no dataset is named; give an LMDB file or a folder of them.")
+        lengths, kinds = [], set()
+        for shard in self.shards:
+            file = open_lmdb(shard)
+            metadata = _read_metadata(file)
+            kinds.add(records.check_energy_kind(metadata.get("energy_kind")))
+            lengths.append(_read_length(file))
+        self._ends = list(accumulate(lengths))
+        if self._ends[-1] == 0:
+            raise DataError(f"{self.path}: the dataset has no records.")
+        self.energy_kind = self._resolve_kind(kinds, records.check_energy_kind(energy_kind))
+        self._files: dict[int, LmdbFile] = {}
+        self._pid = os.getpid()
+        self._natoms: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Data:
+        """The structure `index`; fields, shapes and units in docs/architecture.md."""
+        shard, key = self._locate(index)
+        value = self._file(shard).get(str(key).encode("ascii"))
+        where = f"{self.shards[shard]}, key {key}"
+        if value is None:
+            raise DataError(f"{where}: the file has no such record; it is incomplete, write it again.")
+        if records.is_packed(value):
+            return records.unpack(value, where)
+        return records.make_data(foreign.read_fields(value, where), where)
+
+    @property
+    def natoms(self) -> np.ndarray:
+        """Number of atoms of every structure, `[len]` int32.
+
+        Stored in our files. OC20's own files are read through once, and the result is kept beside
+        them as `NAME.lmdb.natoms.npz` where the folder is writable.
+        """
+        if self._natoms is None:
+            starts = [0, *self._ends[:-1]]
+            parts = [
+                natoms_of_shard(self._file(index), end - start)
+                for index, (start, end) in enumerate(zip(starts, self._ends, strict=True))
+            ]
+            self._natoms = np.concatenate(parts)
+        return self._natoms
+
+    def describe(self, index: int) -> str:
+        """File and key of structure `index`, for messages."""
+        shard, key = self._locate(index)
+        return f"{self.shards[shard]}, key {key}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"{self.path}: index {index} of {len(self)} records")
+        shard = bisect.bisect_right(self._ends, position)
+        return shard, position - (self._ends[shard - 1] if shard else 0)
+
+    def _file(self, shard: int) -> LmdbFile:
+        if self._pid != os.getpid():  # forked: the maps of the parent are closed in the child
+            self._files, self._pid = {}, os.getpid()
+        if shard not in self._files:
+            self._files[shard] = open_lmdb(self.shards[shard])
+        return self._files[shard]
+
+    def _resolve_kind(self, declared: set[str | None], given: str | None) -> str | None:
+        kinds = {kind for kind in declared if kind is not None}
+        if len(kinds) > 1:
+            raise DataError(f"{self.path}: the files mix adsorption and total energies; keep them apart.")
+        kind = kinds.pop() if kinds else None
+        if kind is not None and given is not None and kind != given:
+            raise DataError(f"{self.path}: the file declares {kind} energies, but {given} was asked for.")
+        return kind or given
+
+
+def _find_shards(path: Path) -> list[Path]:
+    if path.is_dir():
+        shards = sorted(path.glob("*.lmdb"))
+        if not shards:
+            raise DataError(f"{path}: the folder holds no *.lmdb file.")
+        return shards
+    return [path]
+
+
+def _read_metadata(file: LmdbFile) -> dict[str, Any]:
+    value = file.get(b"metadata")
+    if value is None:
+        return {}
+    try:
+        metadata = orjson.loads(value)
+        version = int(metadata["format_version"])
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file.path}, key metadata: not readable; write the dataset again.") from error
+    if version > FORMAT_VERSION:
+        raise DataError(
+            f"{file.path}: the file has format {version}, this version reads up to {FORMAT_VERSION}; "
+            "update equiformer2."
+        )
+    return dict(metadata)
+
+
+def _read_length(file: LmdbFile) -> int:
+    """Number of records: the key `length`, or all entries, where OC20 wrote no such key."""
+    value = file.get(b"length")
+    if value is not None:
+        return foreign.read_length(value, f"{file.path}, key length")
+    return file.entries() - sum(file.get(key) is not None for key in SPECIAL_KEYS)
