@@ -1,0 +1,5 @@
+"""Periodic radius graphs: who is a neighbour of whom, through which periodic image."""
+
+from equiformer2.graph.radius_graph import RadiusGraph, radius_graph
+
+__all__ = ["RadiusGraph", "radius_graph"]

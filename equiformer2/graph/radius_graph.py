@@ -1,0 +1,102 @@
+"""The graph that the network sees: atoms as nodes, neighbours within a radius as edges."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from equiformer2.graph import validation
+from equiformer2.graph.search import find_pairs
+from equiformer2.graph.truncation import nearest_edges
+
+
+@dataclass(frozen=True)
+class RadiusGraph:
+    """E directed edges j -> i between the atoms of a batch.
+
+    Edges are sorted by target i, then by distance. Two calls on the same input give the same bits.
+    """
+
+    edge_index: Tensor
+    """`[2, E]` int64: row 0 the source j, row 1 the target i."""
+    cell_offsets: Tensor
+    """`[E, 3]` int64: the periodic image of j, in lattice vectors, for the positions as given."""
+    vectors: Tensor
+    """`[E, 3]` Å, `pos[j] - pos[i] + cell_offsets @ cell`; differentiable in `pos` and `cell`."""
+    distances: Tensor
+    """`[E]` Å, the lengths of `vectors`."""
+
+
+def radius_graph(
+    pos: Tensor,
+    cell: Tensor,
+    pbc: Tensor,
+    natoms: Tensor,
+    *,
+    max_radius: float,
+    max_neighbors: int,
+    strict: bool,
+) -> RadiusGraph:
+    """Connect each atom of each structure to its nearest neighbours within a radius.
+
+    The rule is that of the reference (fairchem-core 1.10.0, `radius_graph_pbc`); docs/graph.md lists what is
+    the same and what is not. The search runs in float64 on the CPU whatever the type and device of `pos`.
+
+    Args:
+        pos: `[N, 3]` Å, wrapped into the cell or not.
+        cell: `[B, 3, 3]` Å, rows are lattice vectors; rows of non-periodic axes do not matter.
+        pbc: `[B, 3]` bool, may differ between the structures.
+        natoms: `[B]` int64.
+        max_radius: Å, inclusive.
+        max_neighbors: edges an atom may receive.
+        strict: keep exactly the nearest `max_neighbors`, ties broken by direction; otherwise keep the whole
+            degenerate shell at the cut (`nearest_edges` has both rules).
+
+    Raises:
+        InputError: NaN or infinite positions or cell, atoms at most 0.01 Å apart, a periodic axis without
+            lattice vector, linearly dependent lattice vectors, positions not in Å, wrong shapes.
+    """
+    validation.check_parameters(max_radius, max_neighbors)
+    positions64 = pos.detach().to("cpu", torch.float64).contiguous()
+    cells64 = cell.detach().to("cpu", torch.float64).contiguous()
+    pbc_array, natoms_array = pbc.cpu().numpy().astype(bool), natoms.cpu().numpy().astype("int64")
+    positions_array, cells_array = positions64.numpy(), cells64.numpy()
+    validation.check_shapes(positions_array, cells_array, pbc_array, natoms_array)
+    validation.check_positions(positions_array, natoms_array)
+    validation.check_cells(cells_array, pbc_array, natoms_array)
+
+    pairs = find_pairs(
+        positions_array,
+        cells_array,
+        pbc_array,
+        natoms_array,
+        max_radius=max_radius,
+        max_neighbors=max_neighbors,
+    )
+    validation.check_distances(pairs.target, pairs.source, pairs.distance, natoms_array)
+    target, source, shifts = (torch.from_numpy(column) for column in pairs[:3])
+    structure = torch.repeat_interleave(torch.from_numpy(natoms_array))
+
+    def vectors_of(edges: Tensor) -> Tensor:
+        return _edge_vectors(positions64, cells64, structure, source[edges], target[edges], shifts[edges])
+
+    edges = nearest_edges(
+        target,
+        torch.from_numpy(pairs.distance),
+        vectors_of,
+        len(pos),
+        max_neighbors=max_neighbors,
+        strict=strict,
+    )
+    edge_index = torch.stack((source[edges], target[edges])).to(pos.device)
+    cell_offsets = shifts[edges].to(pos.device, torch.int64)
+    vectors = _edge_vectors(pos, cell, structure.to(pos.device), edge_index[0], edge_index[1], cell_offsets)
+    return RadiusGraph(edge_index, cell_offsets, vectors, torch.linalg.vector_norm(vectors, dim=-1))
+
+
+def _edge_vectors(
+    pos: Tensor, cell: Tensor, structure: Tensor, source: Tensor, target: Tensor, shifts: Tensor
+) -> Tensor:
+    """`pos[source] - pos[target] + shifts @ cell`, `[E, 3]` Å in the type of `pos`."""
+    lattice = cell.to(pos.dtype)[structure[target]]
+    return pos[source] - pos[target] + torch.einsum("ea,eax->ex", shifts.to(pos.dtype), lattice)

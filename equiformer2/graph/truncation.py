@@ -1,0 +1,78 @@
+"""The `max_neighbors` rule of the reference (fairchem-core 1.10.0, `get_max_neighbors_mask`)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+DEGENERACY_TOLERANCE = 0.01
+"""Å^2, added to the squared distance of neighbour k + 1 by the non-strict rule (the reference's constant)."""
+
+TIE_TOLERANCE = 1e-5
+"""Å. Distances of symmetric neighbours scatter by about 1e-6 Å in float32 positions of a usual slab."""
+
+# No symmetric pair of lattice vectors has equal projections on a direction without rational relations.
+_TIE_DIRECTION = (2.0**0.5 / 10.0**0.5, 3.0**0.5 / 10.0**0.5, 5.0**0.5 / 10.0**0.5)
+
+_KEY_BITS = 40
+_KEY_STEPS_PER_ANGSTROM = 2.0**30
+
+
+def nearest_edges(
+    target: Tensor,
+    distance: Tensor,
+    vectors_of: Callable[[Tensor], Tensor],
+    num_atoms: int,
+    *,
+    max_neighbors: int,
+    strict: bool,
+) -> Tensor:
+    """Choose the edges that each atom keeps, sorted by target and then by distance.
+
+    Strict: the `max_neighbors` nearest. Edges within `TIE_TOLERANCE` of the last one kept are tied with
+    it; of those, the ones with the smallest projection on a fixed direction stay, so that the choice does not
+    change with the numbering of the atoms, the origin or the periodic images chosen.
+
+    Not strict: an atom with more than `max_neighbors` neighbours keeps those with
+    d^2 <= d_{k+1}^2 + `DEGENERACY_TOLERANCE`, where d_{k+1} is its distance number `max_neighbors` + 1; that
+    is at least one edge more than the strict rule.
+
+    Args:
+        target: `[P]` receiving atom of each candidate.
+        distance: `[P]` float64, Å.
+        vectors_of: gives the vectors `[T, 3]` (float64, Å) of the candidates with the numbers `[T]`.
+        num_atoms: N.
+
+    Returns:
+        `[E]` numbers of the candidates that stay.
+    """
+    order = torch.argsort(_sort_key(target, distance), stable=True)
+    target, distance = target[order], distance[order]
+    counts = torch.bincount(target, minlength=num_atoms)
+    first = counts.cumsum(0) - counts
+    rank = torch.arange(len(order)) - first[target]
+    crowded = (counts > max_neighbors).nonzero().squeeze(1)
+    if not len(crowded):
+        return order
+    limit = torch.full((num_atoms,), torch.inf, dtype=distance.dtype)
+    if not strict:
+        limit[crowded] = distance[first[crowded] + max_neighbors].square() + DEGENERACY_TOLERANCE
+        return order[distance.square() <= limit[target]]
+    last_kept = distance[first[crowded] + max_neighbors - 1]
+    if ((distance[first[crowded] + max_neighbors] - last_kept) <= TIE_TOLERANCE).any():
+        limit[crowded] = last_kept
+        tied = ((distance - limit[target]).abs() <= TIE_TOLERANCE).nonzero().squeeze(1)
+        projection = vectors_of(order[tied]) @ torch.tensor(_TIE_DIRECTION, dtype=distance.dtype)
+        # Projections lie within the largest distance of zero; the key takes values that are not negative.
+        projection += distance.max()
+        # The tied edges of an atom stand together, so sorting them by atom first leaves the others in place.
+        order[tied] = order[tied[torch.argsort(_sort_key(target[tied], projection), stable=True)]]
+    return order[rank < max_neighbors]
+
+
+def _sort_key(target: Tensor, value: Tensor) -> Tensor:
+    """One integer per edge that sorts by target, then by `value` (0 to 1000 Å) in steps of 1e-9 Å.
+
+    An integer, so that an atom's edges are ordered alike wherever its structure stands in a batch.
+    """
+    return (target << _KEY_BITS) + (value * _KEY_STEPS_PER_ANGSTROM).to(torch.int64)

@@ -1,0 +1,127 @@
+"""Checks of the structures before the neighbour search, in a handful of array operations.
+
+Everything works on a whole batch: B structures, N atoms in all. A message names the structure only
+when there is more than one, and counts atoms from 0 within their structure.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from equiformer2.errors import InputError
+
+MIN_DISTANCE = 0.01
+"""Å. The reference drops pairs with a squared distance of at most 1e-4 Å^2 without a word."""
+
+_MIN_LATTICE_VECTOR = 0.1
+"""Å. Shorter than any bond: such a cell is in other units or broken, and has millions of images."""
+
+_MIN_RELATIVE_VOLUME = 1e-4
+"""Volume over the product of the lengths of the lattice vectors; below it the vectors are dependent."""
+
+_MAX_DENSITY = 2.0
+"""Atoms per Å^3, ten times that of diamond: more means that positions and cell are not in Å."""
+
+
+def check_parameters(max_radius: float, max_neighbors: int) -> None:
+    """Raise `InputError` for a cutoff or a neighbour limit that makes no graph."""
+    if not 0.0 < max_radius <= 100.0:
+        raise InputError(f"max_radius is {max_radius}; it must be above 0 and at most 100 Å")
+    if max_neighbors < 1:
+        raise InputError(f"max_neighbors is {max_neighbors}; it must be at least 1")
+
+
+def check_shapes(
+    positions: NDArray[np.float64],
+    cells: NDArray[np.float64],
+    pbc: NDArray[np.bool_],
+    natoms: NDArray[np.int64],
+) -> None:
+    """Raise `InputError` unless the shapes are `[N, 3]`, `[B, 3, 3]`, `[B, 3]` and `[B]`, with sum(natoms) = N."""
+    structures = len(natoms)
+    if positions.ndim != 2 or positions.shape[1] != 3:
+        raise InputError(f"pos has the shape {positions.shape}; it must be [N, 3]")
+    if natoms.sum() != len(positions):
+        raise InputError(f"natoms adds up to {natoms.sum()} atoms but pos holds {len(positions)}")
+    if cells.shape != (structures, 3, 3):
+        raise InputError(
+            f"cell has the shape {cells.shape}; {structures} structures need [{structures}, 3, 3]"
+        )
+    if pbc.shape != (structures, 3):
+        raise InputError(f"pbc has the shape {pbc.shape}; {structures} structures need [{structures}, 3]")
+
+
+def check_positions(positions: NDArray[np.float64], natoms: NDArray[np.int64]) -> None:
+    """Raise `InputError` naming the first atom with a NaN or infinite coordinate."""
+    if np.isfinite(positions).all():
+        return
+    atom = int(np.flatnonzero(~np.isfinite(positions).all(axis=1))[0])
+    raise InputError(
+        f"{_name_atom(atom, natoms)} has the position {positions[atom].tolist()}; "
+        "repair its coordinates or remove the structure"
+    )
+
+
+def check_cells(cells: NDArray[np.float64], pbc: NDArray[np.bool_], natoms: NDArray[np.int64]) -> None:
+    """Raise `InputError` naming the first structure whose periodic lattice vectors span no volume."""
+    if not np.isfinite(cells).all():
+        structure = int(np.flatnonzero(~np.isfinite(cells).all(axis=(1, 2)))[0])
+        raise InputError(
+            f"the cell of {_name_structure(structure, natoms)} holds NaN or infinite numbers; "
+            "repair it or remove the structure"
+        )
+    rows = cells * pbc[:, :, None]
+    # Non-periodic axes get a unit vector of their own, so that one determinant serves every kind of pbc:
+    # its root is the length, area or volume of the periodic cell.
+    gram = rows @ rows.transpose(0, 2, 1) + np.eye(3) * ~pbc[:, None, :]
+    squared_lengths = np.diagonal(gram, axis1=1, axis2=2)
+    squared_volumes = np.linalg.det(gram)
+    short = pbc & (squared_lengths < _MIN_LATTICE_VECTOR**2)
+    flat = squared_volumes < _MIN_RELATIVE_VOLUME**2 * squared_lengths.prod(axis=1)
+    dense = pbc.all(axis=1) & (natoms.astype(np.float64) ** 2 > _MAX_DENSITY**2 * squared_volumes)
+    if not (short.any() or flat.any() or dense.any()):
+        return
+    structure = int(np.flatnonzero(short.any(axis=1) | flat | dense)[0])
+    name = _name_structure(structure, natoms)
+    if short[structure].any():
+        axis = int(np.flatnonzero(short[structure])[0])
+        raise InputError(
+            f"{name} is periodic along axis {axis} but its lattice vector there is "
+            f"{cells[structure, axis].tolist()} Å; give it a cell or set pbc to False along that axis"
+        )
+    if flat[structure]:
+        raise InputError(
+            f"the periodic lattice vectors of {name} are linearly dependent; "
+            "repair its cell or set pbc to False along the axes that do not repeat"
+        )
+    raise InputError(
+        f"{name} has {natoms[structure]} atoms in {squared_volumes[structure] ** 0.5:.3g} Å^3; "
+        "positions and cell must be in Å"
+    )
+
+
+def check_distances(
+    target: NDArray[np.int64],
+    source: NDArray[np.int64],
+    distance: NDArray[np.float64],
+    natoms: NDArray[np.int64],
+) -> None:
+    """Raise `InputError` naming the first two atoms at most `MIN_DISTANCE` apart."""
+    if not len(distance) or distance.min() > MIN_DISTANCE:
+        return
+    pair = int(np.flatnonzero(distance <= MIN_DISTANCE)[0])
+    first, second = sorted((int(target[pair]), int(source[pair])))
+    structure = int(np.searchsorted(np.cumsum(natoms), first, side="right"))
+    offset = int(natoms[:structure].sum())
+    raise InputError(
+        f"atoms {first - offset} and {second - offset} of {_name_structure(structure, natoms)} are "
+        f"{distance[pair]:.2g} Å apart (a periodic image counts); move or remove one of them"
+    )
+
+
+def _name_structure(structure: int, natoms: NDArray[np.int64]) -> str:
+    return f"structure {structure} of the batch" if len(natoms) > 1 else "the structure"
+
+
+def _name_atom(atom: int, natoms: NDArray[np.int64]) -> str:
+    structure = int(np.searchsorted(np.cumsum(natoms), atom, side="right"))
+    return f"atom {atom - int(natoms[:structure].sum())} of {_name_structure(structure, natoms)}"
