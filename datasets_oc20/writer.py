@@ -69,16 +69,18 @@ class LmdbWriter:
             self._discard()
             raise OSError(f"{self.path}: cannot be written ({error}).") from error
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """Number of records so far."""
         return len(self._natoms)
 
     def write(self, data: Data) -> None:
         """Append one structure."""
-        self.write_packed(records.pack(data, f"{self.path}, record {len(self)}"), int(data["natoms"]))
+        self.write_packed(records.pack(data, f"{self.path}, record {self.count}"), int(data["natoms"]))
 
     def write_packed(self, value: bytes, natoms: int) -> None:
         """Append a record that `records.pack` has made, e.g. in another process."""
-        self._pending.append((str(len(self)).encode("ascii"), value))
+        self._pending.append((str(self.count).encode("ascii"), value))
         self._natoms.append(natoms)
         if len(self._pending) >= _RECORDS_PER_TRANSACTION:
             self._flush()
@@ -97,7 +99,7 @@ class LmdbWriter:
                 "provenance": self._metadata,
             }
             self._pending += [
-                (b"length", str(len(self)).encode("ascii")),
+                (b"length", str(self.count).encode("ascii")),
                 (b"natoms", np.asarray(self._natoms, dtype="<i4").tobytes()),
                 (b"metadata", orjson.dumps(described)),
             ]

@@ -1,0 +1,93 @@
+"""Write raw OC20 files (*.extxyz[.xz] with their reference energies) to an LMDB for training."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from datasets_oc20.atomic import replace_bytes
+from datasets_oc20.errors import DataError
+from datasets_oc20.preprocess import PreprocessOptions, preprocess
+from equiformer2.script import run_script
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, type=Path, help="folder of the raw release")
+    parser.add_argument("--out", required=True, type=Path, help="LMDB file to write")
+    parser.add_argument("--energy", choices=("adsorption", "total"), default="adsorption")
+    parser.add_argument("--num-workers", type=int, help="processes (default: one per core)")
+    parser.add_argument(
+        "--max-energy", type=float, default=10.0, help="largest |adsorption energy| kept, eV (default 10)"
+    )
+    parser.add_argument(
+        "--max-force", type=float, default=50.0, help="largest force on a free atom kept, eV/Å (default 50)"
+    )
+    parser.add_argument("--no-filter", action="store_true", help="keep frames of any energy and force")
+    parser.add_argument("--systems", help="only these systems, separated by commas")
+    parser.add_argument("--systems-file", type=Path, help="only the systems in this file, one a line")
+    parser.add_argument("--exclude", help="all but these systems, separated by commas")
+    parser.add_argument(
+        "--frames", type=int, help="most frames per system: half spread evenly, half with the largest forces"
+    )
+    parser.add_argument("--later-out", type=Path, help="second LMDB for the last frames of every system")
+    parser.add_argument(
+        "--later-fraction", type=float, default=0.2, help="part of a relaxation for --later-out (default 0.2)"
+    )
+    parser.add_argument(
+        "--later-gap", type=float, default=0.1, help="part before it that goes to neither file (default 0.1)"
+    )
+    parser.add_argument(
+        "--later-frames", type=int, help="most frames per system in --later-out, spread evenly"
+    )
+    return parser.parse_args()
+
+
+def chosen_systems(arguments: argparse.Namespace) -> list[str] | None:
+    """The systems of `--systems` and `--systems-file`, or None for all."""
+    if arguments.systems and arguments.systems_file:
+        raise DataError("give --systems or --systems-file, not both.")
+    if arguments.systems_file:
+        return [line.strip() for line in arguments.systems_file.read_text().splitlines() if line.strip()]
+    return names(arguments.systems) or None
+
+
+def names(text: str | None) -> list[str]:
+    """The names in a list separated by commas."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def main() -> None:
+    arguments = parse()
+    options = PreprocessOptions(
+        energy_kind=arguments.energy,
+        max_energy=None if arguments.no_filter else arguments.max_energy,
+        max_force=None if arguments.no_filter else arguments.max_force,
+        frames=arguments.frames,
+        later_fraction=arguments.later_fraction if arguments.later_out else 0.0,
+        later_gap=arguments.later_gap,
+        later_frames=arguments.later_frames,
+    )
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    report = preprocess(
+        arguments.data,
+        arguments.out,
+        options,
+        later_out=arguments.later_out,
+        systems=chosen_systems(arguments),
+        exclude=names(arguments.exclude),
+        num_workers=arguments.num_workers,
+    )
+    counts = asdict(report)
+    replace_bytes(arguments.out.with_suffix(".json"), json.dumps(counts, indent=2).encode())
+    later = f", {report.written_later} later frames to {arguments.later_out}" if arguments.later_out else ""
+    print(f"{report.written} of {report.read} frames of {report.files} files to {arguments.out}{later}")
+    print(
+        f"removed: {report.removed_energy} by energy, {report.removed_force} by force; "
+        f"{report.not_chosen} not chosen"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)
