@@ -1,0 +1,234 @@
+"""Load and save a trained network with all that is needed to predict in eV."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equiformer2.checkpoint.contents import Contents, EnergyKind, WeightsKind, check_energy_kind
+from equiformer2.checkpoint.files import plain, read_tensors, sha256
+from equiformer2.checkpoint.foreign import is_foreign, read_foreign
+from equiformer2.checkpoint.native import is_native, read_native, write_native
+from equiformer2.checkpoint.normalizers import Normalizers
+from equiformer2.checkpoint.weights import build_model, check_weights
+from equiformer2.errors import InputError
+from equiformer2.model.config import ModelConfig
+from equiformer2.model.equiformer import EquiformerV2
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained network, ready to predict.
+
+    Attributes:
+        model: in evaluation mode.
+        config: of the model.
+        normalizers: from the model's units to eV and eV/Å.
+        energy_kind: `adsorption` (OC20's referenced energy) or `total` (DFT total energy).
+        weights: which weights `model` holds, `raw` or `averaged`.
+        available_weights: which ones the file holds.
+        provenance: plain values: what the file says about its origin.
+        source_format: `equiformer2`, `ocp-v0`, `fairchem-v1-flat` or `fairchem-v1-hydra`.
+    """
+
+    model: EquiformerV2
+    config: ModelConfig
+    normalizers: Normalizers
+    energy_kind: EnergyKind
+    weights: WeightsKind
+    available_weights: tuple[WeightsKind, ...]
+    provenance: dict[str, Any]
+    source_format: str
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    weights: str | None = None,
+    energy_kind: str | None = None,
+    device: str | torch.device = "cpu",
+) -> Checkpoint:
+    """Load a native file, or one of OCP or fairchem v1, without running anything that it contains.
+
+    The log (level INFO) says which weights are used and which others the file holds.
+
+    Args:
+        path: the file.
+        weights: `raw`, `averaged`, or None for the averaged ones where the file has them. None means the
+            same for every format; fairchem's own calculator ignores the average in a `checkpoint.pt`.
+        energy_kind: `adsorption` or `total`, for foreign files that do not state it.
+        device: where the model goes.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        InputError: if the file is damaged, of an unknown or newer format, or of another model; if it does not
+            hold `weights`; if it does not state its kind of energy and `energy_kind` is None, or a native
+            file states another one. One sentence names the file and lists the keys.
+    """
+    contents = _with_energy_kind(read_contents(path), energy_kind)
+    if contents.energy_kind is None:
+        raise InputError(
+            f"{contents.source} does not state what kind of energy it predicts: give energy_kind="
+            "'adsorption' (OC20's referenced energy) or 'total' (DFT total energy)"
+        )
+    used = contents.choose_weights(weights)
+    model = build_model(contents.config, contents.weights[used], f"{contents.source} ({used} weights)")
+    _log(contents, used)
+    return Checkpoint(
+        model=model.to(device),
+        config=contents.config,
+        normalizers=contents.normalizers,
+        energy_kind=contents.energy_kind,
+        weights=used,
+        available_weights=contents.available_weights,
+        provenance=contents.provenance,
+        source_format=contents.source_format,
+    )
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    model: EquiformerV2,
+    raw_state: Mapping[str, Tensor] | None,
+    averaged_state: Mapping[str, Tensor] | None,
+    normalizers: Normalizers,
+    energy_kind: str,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write one native file, whole or not at all.
+
+    Args:
+        path: of the new file; an existing one is replaced at the last moment.
+        model: gives the configuration; its own weights are not written.
+        raw_state: the weights that the optimizer last wrote, or None.
+        averaged_state: their exponential moving average, or None.
+        normalizers: to eV and eV/Å.
+        energy_kind: `adsorption` or `total`.
+        provenance: where the weights come from; made of plain values, others are stored as text.
+
+    Raises:
+        InputError: if there are no weights, or they do not fit `model`.
+        OSError: if the file cannot be written.
+    """
+    states: dict[WeightsKind, Mapping[str, Tensor]] = {}
+    if raw_state is not None:
+        states["raw"] = raw_state
+    if averaged_state is not None:
+        states["averaged"] = averaged_state
+    if not states:
+        raise InputError(f"{path}: there are no weights to save")
+    for kind, state in states.items():
+        check_weights(model, state, f"{path} ({kind} weights)")
+    contents = Contents(
+        source=str(path),
+        source_format="equiformer2",
+        config=model.config,
+        weights=states,
+        normalizers=normalizers,
+        energy_kind=check_energy_kind(energy_kind, str(path)),
+        provenance=dict(provenance),
+    )
+    write_native(path, contents)
+
+
+def import_checkpoint(
+    source: str | os.PathLike[str], out: str | os.PathLike[str], energy_kind: str | None = None
+) -> dict[str, Any]:
+    """Rewrite a checkpoint of OCP or fairchem v1 as a native file, with all the weights that it holds.
+
+    Args:
+        source: the foreign file.
+        out: the native file to write.
+        energy_kind: as in `load_checkpoint`.
+
+    Returns:
+        A summary of plain values: what was read and what was written.
+
+    Raises:
+        InputError: as `load_checkpoint`, and if `source` is a native file already or is `out`.
+        OSError: if `out` cannot be written.
+    """
+    if Path(out).resolve() == Path(source).resolve():
+        raise InputError(f"{out} is the file to import: give another name for the native file")
+    contents = _with_energy_kind(read_contents(source), energy_kind)
+    if contents.source_format == "equiformer2":
+        raise InputError(f"{source} is a native checkpoint already")
+    if contents.energy_kind is None:
+        raise InputError(
+            f"{source} does not state what kind of energy it predicts: give --energy-kind adsorption "
+            "(OC20's referenced energy) or total (DFT total energy)"
+        )
+    for kind, state in contents.weights.items():
+        model = build_model(contents.config, state, f"{source} ({kind} weights)")
+    origin = {"source_file": Path(source).name, "source_sha256": sha256(source)}
+    write_native(out, dataclasses.replace(contents, provenance=contents.provenance | origin))
+    return {
+        "source": str(source),
+        "source_format": contents.source_format,
+        "source_sha256": origin["source_sha256"],
+        "out": str(out),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "weights": list(contents.available_weights),
+        "energy_kind": contents.energy_kind,
+        "energy_kind_from": contents.provenance["energy_kind_from"],
+        "normalizers": plain(contents.normalizers.to_dict()),
+        "model_config": plain(contents.config.to_dict()),
+    }
+
+
+def read_contents(path: str | os.PathLike[str]) -> Contents:
+    """Read and translate a file of any known format without building the network.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        InputError: as `load_checkpoint`.
+    """
+    file = read_tensors(path)
+    if is_native(file):
+        return read_native(file, str(path))
+    if is_foreign(file):
+        return read_foreign(file, str(path))
+    if "pytorch-lightning_version" in file:
+        raise InputError(
+            f"{path} is the state of a training run, for resuming it: "
+            "give the checkpoint that the run wrote beside it"
+        )
+    found = ", ".join(sorted(map(str, file))[:8]) or "nothing"
+    raise InputError(f"{path} is no equiformer2, OCP or fairchem v1 checkpoint: it holds {found}")
+
+
+def _with_energy_kind(contents: Contents, asked: str | None) -> Contents:
+    if asked is None:
+        return contents
+    kind = check_energy_kind(asked, contents.source)
+    if contents.source_format == "equiformer2":
+        if kind != contents.energy_kind:
+            raise InputError(
+                f"{contents.source} predicts {contents.energy_kind} energies; {kind} energies were asked for"
+            )
+        return contents
+    return dataclasses.replace(
+        contents, energy_kind=kind, provenance=contents.provenance | {"energy_kind_from": "given on import"}
+    )
+
+
+def _log(contents: Contents, used: WeightsKind) -> None:
+    others = [f"the {kind} weights (weights='{kind}')" for kind in contents.available_weights if kind != used]
+    logger.info(
+        "%s (%s): using the %s weights; the file also holds %s; energies are %s energies",
+        contents.source,
+        contents.source_format,
+        used,
+        " and ".join(others) or "no others",
+        contents.energy_kind,
+    )

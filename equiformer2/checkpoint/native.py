@@ -1,0 +1,132 @@
+"""The native format: one file of plain values and tensors with everything needed to predict in eV.
+
+Layout of version 1, a dictionary in `torch.save`'s format that loads with `weights_only=True`:
+
+    format           "equiformer2.checkpoint"
+    format_version   1
+    model_config     ModelConfig.to_dict()
+    weights          {"raw": {name: tensor}, "averaged": {name: tensor}}, one of them at least
+    normalizers      Normalizers.to_dict()
+    energy_kind      "adsorption" or "total"
+    units            {"energy": "eV", "forces": "eV/Å", "length": "Å"}
+    provenance       plain values
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equiformer2.checkpoint.contents import Contents, WeightsKind, check_energy_kind
+from equiformer2.checkpoint.files import plain, write_tensors
+from equiformer2.checkpoint.normalizers import Normalizers
+from equiformer2.checkpoint.weights import config_from_values
+from equiformer2.errors import InputError
+
+FORMAT = "equiformer2.checkpoint"
+FORMAT_VERSION = 1
+UNITS = {"energy": "eV", "forces": "eV/Å", "length": "Å"}
+_KEYS = {
+    "format",
+    "format_version",
+    "model_config",
+    "weights",
+    "normalizers",
+    "energy_kind",
+    "units",
+    "provenance",
+}
+
+
+def write_native(path: str | os.PathLike[str], contents: Contents) -> None:
+    """Write `contents` as one native file, whole or not at all.
+
+    Raises:
+        InputError: if the kind of energy is not known.
+        OSError: if the file cannot be written.
+    """
+    written = {
+        "written_with": {"equiformer2": version("equiformer2"), "torch": str(torch.__version__)},
+        "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_tensors(
+        path,
+        {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "model_config": plain(contents.config.to_dict()),
+            "weights": {kind: _detached(state) for kind, state in contents.weights.items()},
+            "normalizers": contents.normalizers.to_dict(),
+            "energy_kind": check_energy_kind(contents.energy_kind, str(path)),
+            "units": UNITS,
+            "provenance": plain(contents.provenance) | written,
+        },
+    )
+
+
+def _detached(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # A clone, because a view would drag its whole storage into the file.
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+
+def is_native(file: Mapping[str, Any]) -> bool:
+    """Whether a loaded file says that it is of the native format, of any version."""
+    return file.get("format") == FORMAT
+
+
+def read_native(file: Mapping[str, Any], source: str) -> Contents:
+    """Interpret a loaded native file.
+
+    Raises:
+        InputError: if the file is of a newer version, or a part is missing, unknown or malformed.
+    """
+    file_version = file.get("format_version")
+    if not isinstance(file_version, int) or isinstance(file_version, bool) or file_version < 1:
+        raise InputError(f"{source} states no valid format_version: {file_version!r}")
+    if file_version > FORMAT_VERSION:
+        raise InputError(
+            f"{source} is of checkpoint format version {file_version}, newer than the {FORMAT_VERSION} that "
+            f"equiformer2 {version('equiformer2')} reads: update equiformer2"
+        )
+    if set(file) != _KEYS:
+        missing, unknown = sorted(_KEYS - set(file)), sorted(map(str, set(file) - _KEYS))
+        raise InputError(
+            f"{source} is not a valid checkpoint: missing parts {missing}, unknown parts {unknown}"
+        )
+    for part in ("model_config", "weights", "normalizers", "units", "provenance"):
+        if not isinstance(file[part], dict):
+            raise InputError(f"{source}: {part} must be a dictionary, not {type(file[part]).__name__}")
+    if file["units"] != UNITS:
+        raise InputError(f"{source} is in units {file['units']}; only {UNITS} are read")
+    try:
+        normalizers = Normalizers.from_dict(file["normalizers"])
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    return Contents(
+        source=source,
+        source_format="equiformer2",
+        config=config_from_values(file["model_config"], source),
+        weights=_read_weights(file["weights"], source),
+        normalizers=normalizers,
+        energy_kind=check_energy_kind(file["energy_kind"], source),
+        provenance=file["provenance"],
+    )
+
+
+def _read_weights(weights: Mapping[str, Any], source: str) -> dict[WeightsKind, dict[str, Tensor]]:
+    found: dict[WeightsKind, dict[str, Tensor]] = {}
+    for kind, state in weights.items():
+        if kind not in ("raw", "averaged"):
+            raise InputError(f"{source} holds weights of an unknown kind: {kind!r}")
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise InputError(f"{source}: the {kind} weights are not a dictionary of tensors")
+        found[kind] = state  # type: ignore[index]
+    if not found:
+        raise InputError(f"{source} holds no weights")
+    return found

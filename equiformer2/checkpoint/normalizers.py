@@ -1,0 +1,170 @@
+"""Between the network's normalised units and eV: mean and standard deviation, and per-element energies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equiformer2.errors import InputError
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """`normalised = (value - mean) / std`, in float32 or better whatever the network's precision.
+
+    `mean` and `std` carry the unit of the value (eV, or eV/Å for forces).
+
+    Raises:
+        InputError: if a number is not finite or `std` is not positive.
+    """
+
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
+            raise InputError(
+                "a normalizer needs a finite mean and a finite std above 0, "
+                f"not mean={self.mean}, std={self.std}"
+            )
+
+    def normalize(self, value: Tensor) -> Tensor:
+        """Physical to normalised units, any shape; half precision comes back as float32."""
+        return (_at_least_float32(value) - self.mean) / self.std
+
+    def denormalize(self, value: Tensor) -> Tensor:
+        """Normalised to physical units, any shape; half precision comes back as float32."""
+        return _at_least_float32(value) * self.std + self.mean
+
+
+class Normalizers:
+    """The energy's and the forces' normalizers, and the per-element energies of a total-energy model.
+
+    Args:
+        energy: of the energy per structure, eV.
+        forces: of the force components, eV/Å. A mean other than zero would break equivariance.
+        linear_references: `[Z_max + 1]` energies in eV, indexed by atomic number (OC20's table has 100
+            entries), or None. A structure's energy is the network's, denormalised, plus the sum of its
+            atoms' references. Held in float64: the sums of a total-energy model exceed float32's digits.
+
+    Raises:
+        InputError: if `linear_references` is not a finite vector, or the forces' mean is not zero.
+    """
+
+    def __init__(
+        self,
+        energy: Normalizer,
+        forces: Normalizer,
+        linear_references: Tensor | None = None,
+    ) -> None:
+        if forces.mean != 0.0:
+            raise InputError(f"the forces' normalizer must have mean 0, not {forces.mean}")
+        if linear_references is not None:
+            linear_references = torch.as_tensor(linear_references).detach().to("cpu", torch.float64)
+            if linear_references.dim() != 1 or not bool(torch.isfinite(linear_references).all()):
+                raise InputError(
+                    "linear_references must be one finite energy per atomic number, "
+                    f"not a tensor of shape {tuple(linear_references.shape)}"
+                )
+        self.energy = energy
+        self.forces = forces
+        self.linear_references = linear_references
+
+    def denormalize(self, out: Mapping[str, Tensor], batch: Any) -> dict[str, Tensor]:
+        """The network's output in eV and eV/Å.
+
+        Args:
+            out: `energy` `[B]` and, when the network predicts them, `forces` `[N, 3]`; normalised units.
+            batch: the structures; `atomic_numbers` and `batch` are read when there are linear references.
+
+        Returns:
+            The same keys: `energy` `[B]` eV, `forces` `[N, 3]` eV/Å; float32 or better.
+        """
+        energy = self.energy.denormalize(out["energy"])
+        physical = {"energy": self._shift(energy, batch, +1.0)}
+        if "forces" in out:
+            physical["forces"] = self.forces.denormalize(out["forces"])
+        return physical
+
+    def normalize_energy(self, energy: Tensor, batch: Any) -> Tensor:
+        """Energies `[B]` in eV to the network's units, `[B]`."""
+        return self.energy.normalize(self._shift(energy, batch, -1.0))
+
+    def normalize_forces(self, forces: Tensor) -> Tensor:
+        """Forces `[N, 3]` in eV/Å to the network's units, `[N, 3]`."""
+        return self.forces.normalize(forces)
+
+    def reference_energy(self, batch: Any, num_structures: int) -> Tensor:
+        """Sum of the linear references per structure, `[B]` float64 eV; zeros without references."""
+        atomic_numbers: Tensor = batch.atomic_numbers
+        total = torch.zeros(num_structures, dtype=torch.float64, device=atomic_numbers.device)
+        if self.linear_references is None or atomic_numbers.numel() == 0:
+            return total
+        largest = int(atomic_numbers.max())
+        last = len(self.linear_references) - 1
+        if largest > last:
+            raise InputError(f"atomic number {largest} has no linear reference: the table ends at {last}")
+        index = getattr(batch, "batch", None)
+        if index is None:
+            index = torch.zeros_like(atomic_numbers)
+        references = self.linear_references.to(atomic_numbers.device)
+        return total.index_add(0, index, references[atomic_numbers])
+
+    def _shift(self, energy: Tensor, batch: Any, sign: float) -> Tensor:
+        if self.linear_references is None:
+            return energy
+        shifted = energy.double() + sign * self.reference_energy(batch, energy.numel()).view_as(energy)
+        return shifted.to(_at_least_float32(energy).dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain floats and at most one tensor, for a checkpoint."""
+        return {
+            "energy": {"mean": self.energy.mean, "std": self.energy.std},
+            "forces": {"mean": self.forces.mean, "std": self.forces.std},
+            "linear_references": self.linear_references,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Normalizers:
+        """Inverse of `to_dict`.
+
+        Raises:
+            InputError: if a key is missing or unknown, or a value is not a number.
+        """
+        expected = {"energy", "forces", "linear_references"}
+        if set(values) != expected:
+            raise InputError(f"normalizers must hold {sorted(expected)}, not {sorted(values)}")
+        try:
+            energy, forces = (
+                Normalizer(float(values[name]["mean"]), float(values[name]["std"]))
+                for name in ("energy", "forces")
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError("each normalizer must hold the numbers 'mean' and 'std'") from error
+        return cls(energy, forces, values["linear_references"])
+
+    def __repr__(self) -> str:
+        references = "None" if self.linear_references is None else f"[{len(self.linear_references)}]"
+        return f"Normalizers(energy={self.energy}, forces={self.forces}, linear_references={references})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Normalizers):
+            return NotImplemented
+        mine, theirs = self.linear_references, other.linear_references
+        same = (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            same = torch.equal(mine, theirs)
+        return same and self.energy == other.energy and self.forces == other.forces
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _at_least_float32(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
