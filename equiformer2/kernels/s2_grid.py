@@ -1,0 +1,105 @@
+"""Point-wise nonlinearities on the sphere, without storing the grid for all edges or atoms at once."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from equiformer2.kernels.chunks import cast_to_autocast, chunks, no_autocast
+
+
+def grid_activation(x: Tensor, to_grid: Tensor, from_grid: Tensor) -> Tensor:
+    """S2 activation (paper section 4.3): coefficients to grid points, SiLU, back to coefficients.
+
+    Args:
+        x: `[B, R, C]` coefficients of B edges or atoms.
+        to_grid: `[G, R]`.
+        from_grid: `[S, G]`; S may be smaller than R when only some coefficients are needed.
+
+    Returns:
+        `[B, S, C]`.
+    """
+    x, to_grid, from_grid = cast_to_autocast(x, to_grid, from_grid)
+    with no_autocast(x):
+        return _GridFunction.apply(x, to_grid, from_grid, None)
+
+
+def grid_mlp(x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor) -> Tensor:
+    """Feed-forward network on the sphere: grid points of SiLU(weight @ SiLU(x)), back to coefficients.
+
+    The first and the last linear layer of the network act on channels only and commute with the
+    transformation between coefficients and grid, so the caller applies them to the K coefficients instead of
+    the G > K grid points.
+
+    Args:
+        x: `[B, K, C]`; to_grid: `[G, K]`; from_grid: `[K, G]`; weight: `[D, C]`.
+
+    Returns:
+        `[B, K, D]`.
+    """
+    x, to_grid, from_grid, weight = cast_to_autocast(x, to_grid, from_grid, weight)
+    with no_autocast(x):
+        return _GridFunction.apply(x, to_grid, from_grid, weight)
+
+
+class _GridFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, to_grid, from_grid, weight):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, to_grid, from_grid, weight)
+        width = x.shape[2] if weight is None else weight.shape[0]
+        out = x.new_empty(len(x), len(from_grid), width)
+        for part in chunks(len(x), _bytes_per_row(x, to_grid), x.device):
+            grid = silu(_apply(to_grid, x[part]), inplace=True)
+            if weight is not None:
+                grid = silu(grid @ weight.t(), inplace=True)
+            torch.bmm(from_grid.expand(len(grid), -1, -1), grid, out=out[part])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        x, to_grid, from_grid, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # A second derivative is wanted: differentiate the plain expression instead.
+            wanted = [i for i in (0, 3) if ctx.needs_input_grad[i]]
+            out = _plain(x, to_grid, from_grid, weight)
+            grads: list[Tensor | None] = [None] * 4
+            for i, grad in zip(
+                wanted, torch.autograd.grad(out, [(x, weight)[i // 3] for i in wanted], grad_out, create_graph=True), strict=True
+            ):
+                grads[i] = grad
+            return tuple(grads)
+        return _backward(x, to_grid, from_grid, weight, grad_out)
+
+
+def _plain(x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor | None) -> Tensor:
+    grid = silu(_apply(to_grid, x))
+    if weight is not None:
+        grid = silu(grid @ weight.t())
+    return _apply(from_grid, grid)
+
+
+def _backward(x, to_grid, from_grid, weight, grad_out):  # type: ignore[no-untyped-def]
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_weight = None
+    if weight is not None:
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    for part in chunks(len(x), 3 * _bytes_per_row(x, to_grid), x.device):
+        grid = _apply(to_grid, x[part])
+        grad_grid = _apply(from_grid.t(), grad_out[part])
+        if weight is not None and grad_weight is not None:
+            activated = silu(grid)
+            hidden = activated @ weight.t()
+            grad_hidden = torch.ops.aten.silu_backward(grad_grid, hidden)
+            grad_weight += grad_hidden.flatten(0, 1).t() @ activated.flatten(0, 1)
+            grad_grid = grad_hidden @ weight
+        grad_grid = torch.ops.aten.silu_backward(grad_grid, grid)
+        torch.bmm(to_grid.t().expand(len(grid), -1, -1), grad_grid, out=grad_x[part])
+    return grad_x, None, None, None if grad_weight is None else grad_weight.to(weight.dtype)
+
+
+def _apply(matrix: Tensor, x: Tensor) -> Tensor:
+    """`matrix [A, B]` on the coefficients of `x [n, B, C]`: one small GEMM each, the fastest on a CPU."""
+    return torch.bmm(matrix.expand(len(x), -1, -1), x)
+
+
+def _bytes_per_row(x: Tensor, to_grid: Tensor) -> int:
+    return 3 * x.element_size() * to_grid.shape[0] * x.shape[2]

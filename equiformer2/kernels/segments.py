@@ -1,0 +1,26 @@
+"""Sums and softmax over the incoming edges of each atom."""
+
+import torch
+from torch import Tensor
+
+
+def segment_softmax(logits: Tensor, target: Tensor, num_targets: int) -> Tensor:
+    """Softmax of attention logits over the incoming edges of each target atom.
+
+    Args:
+        logits: `[E, H]`.
+        target: `[E]` target atom of each edge.
+        num_targets: N.
+
+    Returns:
+        `[E, H]` weights; those of one target and head sum to one. Computed in at least float32.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    index = target.unsqueeze(1).expand_as(logits)
+    # The shift cancels in the quotient, so it needs no gradient.
+    shift = logits.new_full((num_targets, logits.shape[1]), float("-inf"))
+    shift = shift.scatter_reduce(0, index, logits.detach(), "amax", include_self=True)
+    weights = torch.exp(logits - shift[target])
+    total = weights.new_zeros(num_targets, logits.shape[1]).index_add(0, target, weights)
+    # 1e-16 as in torch_geometric.utils.softmax, which the reference uses.
+    return weights / (total[target] + 1e-16)

@@ -1,0 +1,67 @@
+"""Nonlinearities of irreps."""
+
+import torch
+from torch import Tensor, nn
+
+from equiformer2.kernels import grid_activation
+from equiformer2.model.so3 import S2Grid
+
+
+class SmoothLeakyReLU(nn.Module):
+    """Leaky ReLU with a smooth kink: (1+a)/2 x + (1-a)/2 x (2 sigmoid(x) - 1), a = 0.2 (Equiformer, Appendix)."""
+
+    negative_slope = 0.2
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.negative_slope
+        return (1 + a) / 2 * x + (1 - a) / 2 * x * (2 * torch.sigmoid(x) - 1)
+
+
+class S2Activation(nn.Module):
+    """SiLU of the function on the sphere that the coefficients describe (paper section 4.3)."""
+
+    num_gate_rows = 0
+
+    def __init__(self, grid: S2Grid) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, x: Tensor, gates: Tensor | None, rows: int | None = None) -> Tensor:
+        """`[B, R, C]` to `[B, R, C]`, or to the first `rows` coefficients alone."""
+        return grid_activation(x, self.grid.to_grid, self.grid.from_grid[:rows])
+
+
+class SeparableS2Activation(nn.Module):
+    """S2 activation for l > 0; the scalars are SiLU of separate inputs (paper section 4.3, Figure 2b)."""
+
+    num_gate_rows = 1
+
+    def __init__(self, grid: S2Grid) -> None:
+        super().__init__()
+        self.s2_act = S2Activation(grid)
+
+    def forward(self, x: Tensor, gates: Tensor, rows: int | None = None) -> Tensor:
+        """`x [B, R, C]`, `gates [B, C]`; row 0 is the scalar."""
+        scalars = nn.functional.silu(gates).unsqueeze(1)
+        tensors = self.s2_act(x, None, rows)[:, 1:]
+        return torch.cat((scalars.to(tensors.dtype), tensors), dim=1)
+
+
+class GateActivation(nn.Module):
+    """SiLU of the scalars, the other degrees times sigmoid gates (Equiformer's gate activation).
+
+    Args:
+        degrees: degree of each of the R coefficients, in their sequence.
+    """
+
+    def __init__(self, degrees: list[int]) -> None:
+        super().__init__()
+        self.num_gate_rows = max(degrees)
+        self.register_buffer("_gate_of_row", torch.tensor(degrees[1:]) - 1, persistent=False)
+        self._gate_of_row: Tensor
+
+    def forward(self, x: Tensor, gates: Tensor, rows: int | None = None) -> Tensor:
+        """`x [B, R, C]`, `gates [B, lmax * C]`; row 0 is the scalar."""
+        gates = torch.sigmoid(gates).unflatten(1, (self.num_gate_rows, -1))
+        out = torch.cat((nn.functional.silu(x[:, :1]), x[:, 1:] * gates[:, self._gate_of_row]), dim=1)
+        return out[:, :rows]

@@ -1,0 +1,118 @@
+"""Equivariant graph attention with eSCN convolutions (paper section 4, Figure 1b)."""
+
+import torch
+from torch import Tensor, nn
+
+from equiformer2.kernels import aggregate_messages, segment_softmax
+from equiformer2.kernels.chunks import no_autocast
+from equiformer2.model.activation import GateActivation, S2Activation, SeparableS2Activation, SmoothLeakyReLU
+from equiformer2.model.config import ModelConfig
+from equiformer2.model.edges import EdgeContext
+from equiformer2.model.radial import RadialFunction
+from equiformer2.model.so2_convolution import SO2Convolution
+from equiformer2.model.so3 import S2Grid
+from equiformer2.model.so3.grid import m_major_order, truncation_scale
+from equiformer2.model.so3_linear import SO3Linear
+
+
+class SO2EquivariantGraphAttention(nn.Module):
+    """Attention over incoming edges: SO(2) convolution, activation, SO(2) convolution, weighted sum, linear.
+
+    Args:
+        config: hyper-parameters.
+        grid: S2 grid of the truncated coefficients in m-major order.
+        out_channels: channels of the output coefficients.
+        alpha_drop: dropout rate of the attention weights.
+    """
+
+    def __init__(self, config: ModelConfig, grid: S2Grid, out_channels: int, alpha_drop: float) -> None:
+        super().__init__()
+        lmax, mmax, hidden = config.lmax, config.mmax, config.attn_hidden_channels
+        self.num_heads = config.num_heads
+        self.lmax, self.mmax = lmax, mmax
+        self.scale = [truncation_scale(l, mmax) for l in range(lmax + 1)]
+        self.alpha_dot = nn.Parameter(torch.empty(config.num_heads, config.attn_alpha_channels))
+        nn.init.uniform_(self.alpha_dot, -(config.attn_alpha_channels**-0.5), config.attn_alpha_channels**-0.5)
+        radial_inputs = radial_input_size(config)
+        self.source_embedding, self.target_embedding = None, None
+        if config.block_atom_edge_embedding:
+            self.source_embedding = element_embedding(config)
+            self.target_embedding = element_embedding(config)
+        self.rad_func: RadialFunction | None = None
+        if config.use_m_share_rad:
+            self.rad_func = RadialFunction(radial_inputs, config.edge_channels, 2 * config.sphere_channels * (lmax + 1))
+        activation = self._activation(config, grid)
+        alpha_channels = config.num_heads * config.attn_alpha_channels
+        self.so2_conv_1 = SO2Convolution(
+            2 * config.sphere_channels,
+            hidden,
+            lmax,
+            mmax,
+            extra_m0_channels=alpha_channels + activation.num_gate_rows * hidden,
+            radial_inputs=None if config.use_m_share_rad else radial_inputs,
+            radial_hidden=config.edge_channels,
+        )
+        self.alpha_norm = nn.LayerNorm(config.attn_alpha_channels) if config.use_attn_renorm else nn.Identity()
+        self.alpha_act = SmoothLeakyReLU()
+        self.alpha_dropout = nn.Dropout(alpha_drop)
+        self.activation = activation
+        value_channels = config.num_heads * config.attn_value_channels
+        self.so2_conv_2 = SO2Convolution(hidden, value_channels, lmax, mmax)
+        self.proj = SO3Linear(value_channels, out_channels, lmax)
+
+    @staticmethod
+    def _activation(config: ModelConfig, grid: S2Grid) -> GateActivation | S2Activation | SeparableS2Activation:
+        if config.use_gate_act:
+            return GateActivation([int(k**0.5) for k in m_major_order(config.lmax, config.mmax)])
+        return SeparableS2Activation(grid) if config.use_sep_s2_act else S2Activation(grid)
+
+    def forward(self, x: Tensor, edges: EdgeContext) -> Tensor:
+        """`x [N, K, C]` to `[N, K, out_channels]`."""
+        alpha, message = self._message(x, edges, None)
+        values = self.so2_conv_2(message)
+        total = aggregate_messages(values, alpha, edges.frames.blocks, edges.edge_index[1], edges.num_atoms, self.scale)
+        return self.proj(total)
+
+    def vectors(self, x: Tensor, edges: EdgeContext) -> Tensor:
+        """The l = 1 output alone, `[N, 3, out_channels]`: what is not read by a force head is not computed."""
+        kept = (self.lmax + 1) + 2 * self.lmax * min(1, self.mmax)
+        alpha, message = self._message(x, edges, kept)
+        values = self.so2_conv_2.first_degrees(message)
+        total = aggregate_messages(
+            values, alpha, edges.frames.narrow(1), edges.edge_index[1], edges.num_atoms, self.scale[:2]
+        )
+        return self.proj.degree(total[:, 1:4], 1)
+
+    def _message(self, x: Tensor, edges: EdgeContext, rows: int | None) -> tuple[Tensor, Tensor]:
+        """Attention weights `[E, H]` and activated hidden features, the first `rows` of m-major `[E, R, hidden]`."""
+        own = None
+        if self.source_embedding is not None and self.target_embedding is not None:
+            own = (self.source_embedding, self.target_embedding)
+        radial = self.rad_func or self.so2_conv_1.rad_func
+        assert radial is not None
+        hidden = radial.hidden(edges.basis, edges.element_pairs(own))
+        extra, message = self.so2_conv_1.convolve(
+            x, edges.frames, edges.edge_index, hidden, radial.output, shared_orders=self.rad_func is not None
+        )
+        width = self.alpha_dot.numel()
+        alpha = self._attention_weights(extra[:, :width], edges)
+        return alpha, self.activation(message, extra[:, width:], rows)
+
+    def _attention_weights(self, scalars: Tensor, edges: EdgeContext) -> Tensor:
+        """`[E, H * A]` scalars to `[E, H]` weights; renormalized before the nonlinearity (paper section 4.2)."""
+        with no_autocast(scalars):
+            scalars = scalars.to(self.alpha_dot.dtype).unflatten(1, (self.num_heads, -1))
+            logits = (self.alpha_act(self.alpha_norm(scalars)) * self.alpha_dot).sum(2)
+            return self.alpha_dropout(segment_softmax(logits, edges.edge_index[1], edges.num_atoms))
+
+
+def radial_input_size(config: ModelConfig) -> int:
+    """Inputs of a radial function: distance basis and the embeddings of both elements."""
+    return config.num_distance_basis + (2 * config.edge_channels if config.use_atom_edge_embedding else 0)
+
+
+def element_embedding(config: ModelConfig) -> nn.Embedding:
+    """Embedding of the elements for a radial function; starts near zero, so that the distance dominates at first."""
+    embedding = nn.Embedding(config.max_num_elements, config.edge_channels)
+    nn.init.uniform_(embedding.weight, -0.001, 0.001)
+    return embedding

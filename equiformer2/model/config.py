@@ -1,0 +1,163 @@
+"""Configuration of the network: one validated dataclass, with the paper's presets."""
+
+import dataclasses
+import difflib
+from typing import Any, Literal
+
+from equiformer2.errors import InputError
+
+# Statistics of the first 100,000 structures of OC20 IS2RE (cutoff 5 Å, at most 100 neighbours), constants of the
+# reference implementation that every public checkpoint was trained with.
+AVG_NUM_NODES = 77.81317
+AVG_DEGREE = 23.395238876342773
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Hyper-parameters of EquiformerV2 (paper Table 7; names as in the reference implementation).
+
+    Args:
+        num_layers: Transformer blocks N.
+        sphere_channels: channels C of every irreps coefficient (`d_embed`).
+        attn_hidden_channels: hidden channels of the attention's SO(2) convolutions.
+        num_heads: attention heads H.
+        attn_alpha_channels: channels per head of the vector that attention weights are computed from.
+        attn_value_channels: channels per head of the values.
+        ffn_hidden_channels: hidden channels of the feed-forward networks.
+        norm_type: `layer_norm_sh` (separable layer norm, paper section 4.4), `rms_norm_sh` or `layer_norm`.
+        lmax: maximum degree L of the irreps.
+        mmax: maximum order M of the SO(2) convolutions, at most lmax.
+        grid_resolution: points along latitude and along longitude of the S2 grids; None for the
+            smallest grid per (lmax, mmax), which makes equivariance a poor approximation.
+        edge_channels: hidden channels of the radial functions.
+        max_num_elements: atomic numbers must be below this.
+        max_neighbors: nearest neighbours kept per atom.
+        max_radius: cutoff radius, Å.
+        enforce_max_neighbors_strictly: keep exactly `max_neighbors` edges; otherwise all that are
+            as near as the last one (degenerate shell).
+        num_distance_basis: Gaussian basis functions of the distance.
+        use_atom_edge_embedding: give the elements of both atoms to the radial functions.
+        share_atom_edge_embedding: one such element embedding for all blocks.
+        use_m_share_rad: one radial weight for all orders m of a degree.
+        use_attn_renorm: attention re-normalization (paper section 4.2).
+        use_gate_act: gate activation instead of the S2 activation.
+        use_grid_mlp: feed-forward network on the sphere grid.
+        use_sep_s2_act: separable S2 activation (paper section 4.3); otherwise the plain one.
+        alpha_drop: dropout rate of attention weights.
+        drop_path_rate: probability that a residual branch is dropped for a structure.
+        proj_drop: equivariant dropout rate on the output of each branch.
+        weight_init: `normal` or `uniform` initial linear weights.
+        regress_forces: build the force head.
+        avg_num_nodes: average number of atoms, divides the sum of atomic energies.
+        avg_degree: average number of edges per atom, divides the edge-degree embedding.
+    """
+
+    num_layers: int = 12
+    sphere_channels: int = 128
+    attn_hidden_channels: int = 64
+    num_heads: int = 8
+    attn_alpha_channels: int = 64
+    attn_value_channels: int = 16
+    ffn_hidden_channels: int = 128
+    norm_type: Literal["layer_norm", "layer_norm_sh", "rms_norm_sh"] = "layer_norm_sh"
+    lmax: int = 6
+    mmax: int = 2
+    grid_resolution: int | None = 18
+    edge_channels: int = 128
+    max_num_elements: int = 90
+    max_neighbors: int = 20
+    max_radius: float = 12.0
+    enforce_max_neighbors_strictly: bool = True
+    num_distance_basis: int = 600
+    use_atom_edge_embedding: bool = True
+    share_atom_edge_embedding: bool = False
+    use_m_share_rad: bool = False
+    use_attn_renorm: bool = True
+    use_gate_act: bool = False
+    use_grid_mlp: bool = True
+    use_sep_s2_act: bool = True
+    alpha_drop: float = 0.1
+    drop_path_rate: float = 0.05
+    proj_drop: float = 0.0
+    weight_init: Literal["normal", "uniform"] = "uniform"
+    regress_forces: bool = True
+    avg_num_nodes: float = AVG_NUM_NODES
+    avg_degree: float = AVG_DEGREE
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_layers",
+            "sphere_channels",
+            "attn_hidden_channels",
+            "num_heads",
+            "attn_alpha_channels",
+            "attn_value_channels",
+            "ffn_hidden_channels",
+            "edge_channels",
+            "max_num_elements",
+            "max_neighbors",
+            "lmax",
+        ):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _require(0 <= self.mmax <= self.lmax, "mmax", self.mmax, f"must be between 0 and lmax ({self.lmax})")
+        _require(self.num_distance_basis >= 2, "num_distance_basis", self.num_distance_basis, "must be at least 2")
+        _require(self.max_radius > 0, "max_radius", self.max_radius, "must be positive")
+        _require(self.avg_num_nodes > 0, "avg_num_nodes", self.avg_num_nodes, "must be positive")
+        _require(self.avg_degree > 0, "avg_degree", self.avg_degree, "must be positive")
+        for name in ("alpha_drop", "drop_path_rate", "proj_drop"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
+        for name, known in (
+            ("norm_type", ("layer_norm", "layer_norm_sh", "rms_norm_sh")),
+            ("weight_init", ("normal", "uniform")),
+        ):
+            _require(getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}")
+        if self.grid_resolution is not None:
+            smallest = 2 * (self.lmax + 1)
+            _require(
+                self.grid_resolution >= smallest and self.grid_resolution % 2 == 0,
+                "grid_resolution",
+                self.grid_resolution,
+                f"must be null or an even number of at least 2 * (lmax + 1) = {smallest}",
+            )
+        if self.share_atom_edge_embedding and not self.use_atom_edge_embedding:
+            raise InputError("model.share_atom_edge_embedding needs model.use_atom_edge_embedding")
+
+    @property
+    def block_atom_edge_embedding(self) -> bool:
+        """Whether every block has an element embedding of its own for its radial function."""
+        return self.use_atom_edge_embedding and not self.share_atom_edge_embedding
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary of all fields."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        """Inverse of `to_dict`; an unknown key is an `InputError` that names the nearest known one."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                raise InputError(f"unknown model key '{key}'{hint}")
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str) -> "ModelConfig":
+        """The paper's models: `83M` (Table 1, S2EF-2M), `31M` and `153M` (Table 2, S2EF-All+MD)."""
+        if name not in _PRESETS:
+            raise InputError(f"unknown preset '{name}'; known are {', '.join(_PRESETS)}")
+        return cls(**_PRESETS[name])
+
+
+def _require(condition: bool, name: str, value: object, rule: str) -> None:
+    if not condition:
+        raise InputError(f"model.{name} = {value!r}: {rule}")
+
+
+# Paper Table 7: L, M, N and drop path per model; everything else is shared and the default of ModelConfig.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "31M": {"num_layers": 8, "lmax": 4, "mmax": 2, "drop_path_rate": 0.1},
+    "83M": {"num_layers": 12, "lmax": 6, "mmax": 2, "drop_path_rate": 0.05},
+    "153M": {"num_layers": 20, "lmax": 6, "mmax": 3, "drop_path_rate": 0.1},
+}

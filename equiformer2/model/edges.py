@@ -1,0 +1,36 @@
+"""What every block needs to know of the graph."""
+
+import dataclasses
+
+from torch import Tensor, nn
+
+from equiformer2.model.radial import ElementPairs
+from equiformer2.model.so3 import EdgeFrames
+
+
+@dataclasses.dataclass(frozen=True)
+class EdgeContext:
+    """Edges of a batch, sorted by target.
+
+    Attributes:
+        edge_index: `[2, E]`, source j and target i.
+        frames: Wigner-D blocks of the edges.
+        basis: `[E, B]` distance basis.
+        elements: `[2, E]` atomic numbers of source and target.
+        shared_embedding: element embeddings (source, target) common to all blocks, or None.
+        num_atoms: N.
+    """
+
+    edge_index: Tensor
+    frames: EdgeFrames
+    basis: Tensor
+    elements: Tensor
+    shared_embedding: tuple[nn.Embedding, nn.Embedding] | None
+    num_atoms: int
+
+    def element_pairs(self, own_embedding: tuple[nn.Embedding, nn.Embedding] | None) -> ElementPairs | None:
+        """Element embeddings for a radial function: the module's own, or the shared ones, or none."""
+        embedding = own_embedding or self.shared_embedding
+        if embedding is None:
+            return None
+        return ElementPairs(embedding[0].weight, embedding[1].weight, self.elements[0], self.elements[1])

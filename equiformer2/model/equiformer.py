@@ -1,0 +1,143 @@
+"""EquiformerV2 (paper Figure 1)."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch_geometric.data import Batch, Data
+
+from equiformer2.errors import InputError
+from equiformer2.graph import RadiusGraph, radius_graph
+from equiformer2.model.attention import SO2EquivariantGraphAttention, element_embedding
+from equiformer2.model.block import TransformerBlock
+from equiformer2.model.config import ModelConfig
+from equiformer2.model.edges import EdgeContext
+from equiformer2.model.embedding import EdgeDegreeEmbedding
+from equiformer2.model.feed_forward import FeedForwardNetwork
+from equiformer2.model.initialization import initialize_weights
+from equiformer2.model.norm import make_norm
+from equiformer2.model.radial import GaussianBasis
+from equiformer2.model.so3 import EdgeFrames, S2Grid
+from equiformer2.model.so3.grid import m_major_order
+
+
+class EquiformerV2(nn.Module):
+    """Equivariant transformer for energies and forces of atomistic structures.
+
+    Parameters have the names and shapes of the reference implementation. Those that cannot influence any output
+    (parts of the two heads) exist for that compatibility, with `requires_grad` off.
+
+    Attributes:
+        config: the hyper-parameters.
+        activation_checkpointing: recompute every block in the backward pass instead of storing its activations.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        lmax, mmax = config.lmax, config.mmax
+        edge_grid = S2Grid(lmax, mmax, config.grid_resolution, m_major_order(lmax, mmax))
+        node_grid = S2Grid(lmax, lmax, config.grid_resolution, list(range((lmax + 1) ** 2)))
+        self.sphere_embedding = nn.Embedding(config.max_num_elements, config.sphere_channels)
+        self.distance_basis = GaussianBasis(config.max_radius, config.num_distance_basis)
+        self.source_embedding, self.target_embedding = None, None
+        if config.share_atom_edge_embedding:
+            self.source_embedding = element_embedding(config)
+            self.target_embedding = element_embedding(config)
+        self.edge_degree_embedding = EdgeDegreeEmbedding(config)
+        self.blocks = nn.ModuleList(TransformerBlock(config, edge_grid, node_grid) for _ in range(config.num_layers))
+        self.norm = make_norm(config.norm_type, lmax, config.sphere_channels)
+        self.energy_block = FeedForwardNetwork(config, node_grid, 1)
+        self.energy_block.freeze_unread()
+        self.force_block: SO2EquivariantGraphAttention | None = None
+        if config.regress_forces:
+            self.force_block = SO2EquivariantGraphAttention(config, edge_grid, 1, alpha_drop=0.0)
+            self.force_block.so2_conv_2.so2_m_conv[1:].requires_grad_(False)
+            self.force_block.proj.bias.requires_grad_(False)
+        initialize_weights(self, config.weight_init)
+
+    def forward(
+        self, batch: Batch | Data, graph: RadiusGraph | None = None, frames: EdgeFrames | None = None
+    ) -> dict[str, Tensor]:
+        """Energies and forces in normalised units.
+
+        Args:
+            batch: structures (`pos`, `atomic_numbers`, `cell`, `pbc`, `natoms`).
+            graph: edges, when they are known already.
+            frames: edge frames in place of the deterministic ones.
+
+        Returns:
+            `energy [B]` and, with `config.regress_forces`, `forces [N, 3]`.
+
+        Raises:
+            InputError: an element is not below `max_num_elements`, or the structure is malformed.
+        """
+        numbers = self._checked_numbers(batch)
+        natoms = torch.as_tensor(batch.natoms, device=numbers.device).reshape(-1)
+        structure = torch.repeat_interleave(torch.arange(len(natoms), device=numbers.device), natoms)
+        if graph is None:
+            graph = self.build_graph(batch)
+        edges = self._edge_context(graph, numbers, frames)
+
+        x = self.edge_degree_embedding(edges)
+        x = torch.cat((x[:, :1] + self.sphere_embedding(numbers).unsqueeze(1), x[:, 1:]), dim=1)
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, edges, structure, len(natoms), use_reentrant=False)
+            else:
+                x = block(x, edges, structure, len(natoms))
+        x = self.norm(x)
+
+        atomic = self.energy_block.scalars(x)[:, 0]
+        atomic = atomic.to(torch.promote_types(atomic.dtype, torch.float32))
+        energy = atomic.new_zeros(len(natoms)).index_add(0, structure, atomic) / self.config.avg_num_nodes
+        out = {"energy": energy}
+        if self.force_block is not None:
+            out["forces"] = self.force_block.vectors(x, edges).squeeze(2).to(energy.dtype)
+        return out
+
+    def build_graph(self, batch: Batch | Data) -> RadiusGraph:
+        """The edges that `forward` uses for these structures."""
+        config = self.config
+        return radius_graph(
+            batch.pos,
+            batch.cell,
+            batch.pbc,
+            batch.natoms,
+            max_radius=config.max_radius,
+            max_neighbors=config.max_neighbors,
+            strict=config.enforce_max_neighbors_strictly,
+        )
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters without weight decay: biases of linear maps and everything in a norm."""
+        linear = {name for name, module in self.named_modules() if hasattr(module, "in_features")}
+        names = set()
+        for name, _ in self.named_parameters():
+            module, _, leaf = name.rpartition(".")
+            if (module in linear and leaf == "bias") or "norm" in module or ".net.1" in name or ".net.4" in name:
+                names.add(name)
+        return names
+
+    def _edge_context(self, graph: RadiusGraph, numbers: Tensor, frames: EdgeFrames | None) -> EdgeContext:
+        dtype = self.sphere_embedding.weight.dtype
+        vectors, distances = graph.vectors.to(dtype), graph.distances.to(dtype)
+        if frames is None:
+            frames = EdgeFrames.from_vectors(vectors, distances, self.config.lmax, self.config.mmax)
+        shared = None
+        if self.source_embedding is not None and self.target_embedding is not None:
+            shared = (self.source_embedding, self.target_embedding)
+        return EdgeContext(
+            graph.edge_index, frames, self.distance_basis(distances), numbers[graph.edge_index], shared, len(numbers)
+        )
+
+    def _checked_numbers(self, batch: Batch | Data) -> Tensor:
+        numbers = batch.atomic_numbers.long()
+        bad = (numbers >= self.config.max_num_elements) | (numbers < 0)
+        if bool(bad.any()):
+            atom = int(bad.nonzero()[0])
+            raise InputError(
+                f"atom {atom} has atomic number {int(numbers[atom])}, but this model knows only elements below "
+                f"max_num_elements = {self.config.max_num_elements}"
+            )
+        return numbers

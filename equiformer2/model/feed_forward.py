@@ -1,0 +1,95 @@
+"""Feed-forward network of irreps (paper Figure 1d)."""
+
+import torch
+from torch import Tensor, nn
+
+from equiformer2.kernels import grid_mlp
+from equiformer2.model.activation import GateActivation, S2Activation, SeparableS2Activation
+from equiformer2.model.config import ModelConfig
+from equiformer2.model.so3 import S2Grid
+from equiformer2.model.so3_linear import SO3Linear
+
+
+class FeedForwardNetwork(nn.Module):
+    """Linear, nonlinearity on the sphere or gate, linear.
+
+    Args:
+        config: hyper-parameters.
+        grid: S2 grid of all K coefficients.
+        out_channels: channels of the output coefficients.
+    """
+
+    def __init__(self, config: ModelConfig, grid: S2Grid, out_channels: int) -> None:
+        super().__init__()
+        lmax, channels, hidden = config.lmax, config.sphere_channels, config.ffn_hidden_channels
+        self.so3_linear_1 = SO3Linear(channels, hidden, lmax)
+        self.scalar_mlp: nn.Sequential | None = None
+        self.gating_linear: nn.Linear | None = None
+        self.activation: nn.Module | None = None
+        self.grid = grid
+        self.use_grid_mlp = config.use_grid_mlp
+        if config.use_grid_mlp:
+            if config.use_sep_s2_act:
+                self.scalar_mlp = nn.Sequential(nn.Linear(channels, hidden), nn.SiLU())
+            self.grid_mlp = nn.Sequential(
+                nn.Linear(hidden, hidden, bias=False),
+                nn.SiLU(),
+                nn.Linear(hidden, hidden, bias=False),
+                nn.SiLU(),
+                nn.Linear(hidden, hidden, bias=False),
+            )
+        elif config.use_gate_act:
+            self.gating_linear = nn.Linear(channels, lmax * hidden)
+            self.activation = GateActivation([int(k**0.5) for k in range((lmax + 1) ** 2)])
+        elif config.use_sep_s2_act:
+            self.gating_linear = nn.Linear(channels, hidden)
+            self.activation = SeparableS2Activation(grid)
+        else:
+            self.activation = S2Activation(grid)
+        self.so3_linear_2 = SO3Linear(hidden, out_channels, lmax)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[N, K, C]` to `[N, K, out_channels]`."""
+        return self.so3_linear_2(self._hidden(x))
+
+    def scalars(self, x: Tensor) -> Tensor:
+        """The l = 0 output alone, `[N, out_channels]`; with separate scalar inputs no grid is needed for it."""
+        if self.scalar_mlp is not None:
+            hidden = self.scalar_mlp(x[:, 0])
+        elif isinstance(self.activation, GateActivation):
+            hidden = nn.functional.silu(self.so3_linear_1.degree(x[:, :1], 0))[:, 0]
+        elif isinstance(self.activation, SeparableS2Activation):
+            assert self.gating_linear is not None
+            hidden = nn.functional.silu(self.gating_linear(x[:, 0]))
+        else:
+            hidden = self._hidden(x)[:, 0]
+        return self.so3_linear_2.degree(hidden, 0)
+
+    def freeze_unread(self) -> None:
+        """Freeze the parameters that `scalars` never reads, for a network of which only the scalars are used."""
+        if self.scalar_mlp is not None:
+            self.so3_linear_1.requires_grad_(False)
+            self.grid_mlp.requires_grad_(False)
+        elif isinstance(self.activation, SeparableS2Activation):
+            self.so3_linear_1.requires_grad_(False)
+        elif isinstance(self.activation, GateActivation):
+            assert self.gating_linear is not None
+            self.gating_linear.requires_grad_(False)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """`[N, K, hidden]` before the last linear map."""
+        hidden = self.so3_linear_1(x)
+        if not self.use_grid_mlp:
+            gates = None if self.gating_linear is None else self.gating_linear(x[:, 0])
+            assert self.activation is not None
+            return self.activation(hidden, gates)
+        first, second, third = self.grid_mlp[0], self.grid_mlp[2], self.grid_mlp[4]
+        # The first and the last layer act on channels only: on K coefficients they cost less than on G points.
+        hidden = third(grid_mlp(first(hidden), self.grid.to_grid, self.grid.from_grid, second.weight))
+        if self.scalar_mlp is None:
+            return hidden
+        return _replace_scalars(hidden, self.scalar_mlp(x[:, 0]))
+
+
+def _replace_scalars(x: Tensor, scalars: Tensor) -> Tensor:
+    return torch.cat((scalars.unsqueeze(1).to(x.dtype), x[:, 1:]), dim=1)

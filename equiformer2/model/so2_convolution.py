@@ -1,0 +1,110 @@
+"""SO(2) convolution: the linear maps of an SO(3) convolution in the edge frame (paper section 3.2)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from equiformer2.kernels import convolve_edges
+from equiformer2.model.radial import RadialFunction
+from equiformer2.model.so3 import EdgeFrames
+
+
+class SO2MConvolution(nn.Module):
+    """Weights of one order m > 0: `fc.weight [2 out, in]`, real part then imaginary part."""
+
+    def __init__(self, num_degrees: int, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(num_degrees * in_channels, 2 * num_degrees * out_channels, bias=False)
+        # Two products are added in every output.
+        self.fc.weight.data.mul_(1 / math.sqrt(2))
+
+    def matrix(self) -> Tensor:
+        """The complex product as one real matrix `[2 out, 2 in]` on (+m, -m) inputs.
+
+        (out_+, out_-) = (W_r x_+ - W_i x_-, W_i x_+ + W_r x_-), paper Equation 2.
+        """
+        real, imaginary = self.fc.weight.chunk(2, dim=0)
+        return torch.cat((torch.cat((real, -imaginary), dim=1), torch.cat((imaginary, real), dim=1)), dim=0)
+
+
+class SO2Convolution(nn.Module):
+    """Weights of all orders of an SO(2) convolution and their application to m-major features.
+
+    Args:
+        in_channels, out_channels: per coefficient.
+        lmax, mmax: degrees and orders.
+        extra_m0_channels: further scalar outputs of the m = 0 map, in front of the coefficients (attention
+            vector and gates).
+        radial_inputs, radial_hidden: sizes of a radial function of its own, or None to have none.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        lmax: int,
+        mmax: int,
+        extra_m0_channels: int = 0,
+        radial_inputs: int | None = None,
+        radial_hidden: int = 0,
+    ) -> None:
+        super().__init__()
+        self.lmax, self.mmax = lmax, mmax
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.extra_m0_channels = extra_m0_channels
+        degrees = [lmax + 1 - m for m in range(mmax + 1)]
+        self.fc_m0 = nn.Linear(degrees[0] * in_channels, degrees[0] * out_channels + extra_m0_channels)
+        self.so2_m_conv = nn.ModuleList(SO2MConvolution(n, in_channels, out_channels) for n in degrees[1:])
+        self.rad_func: RadialFunction | None = None
+        if radial_inputs is not None:
+            self.rad_func = RadialFunction(radial_inputs, radial_hidden, sum(degrees) * in_channels)
+
+    def matrices(self) -> list[Tensor]:
+        """One real matrix per order, see `kernels.convolve_edges`."""
+        return [self.fc_m0.weight, *(conv.matrix() for conv in self.so2_m_conv)]  # type: ignore[operator]
+
+    def convolve(
+        self,
+        x: Tensor,
+        frames: EdgeFrames,
+        edge_index: Tensor,
+        hidden: Tensor,
+        radial: nn.Linear,
+        shared_orders: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve the features of both atoms of every edge with radial weights.
+
+        Returns:
+            `[E, extra_m0_channels]` scalars and m-major features `[E, R, out_channels]` in the edge frames.
+        """
+        outputs = convolve_edges(
+            x, frames.blocks, edge_index[0], edge_index[1], hidden, radial.weight, radial.bias, self.matrices(), shared_orders
+        )
+        scalars = outputs[0] + self.fc_m0.bias.to(outputs[0].dtype)
+        extra, scalars = scalars[:, : self.extra_m0_channels], scalars[:, self.extra_m0_channels :]
+        return extra, self._stack([scalars, *outputs[1:]])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """m-major `[E, R, in_channels]` to `[E, R, out_channels]`, without radial weights."""
+        outputs, start = [nn.functional.linear(x[:, : self.lmax + 1].flatten(1), self.fc_m0.weight, self.fc_m0.bias)], self.lmax + 1
+        for m, conv in enumerate(self.so2_m_conv, start=1):
+            rows = 2 * (self.lmax + 1 - m)
+            outputs.append(nn.functional.linear(x[:, start : start + rows].flatten(1), conv.matrix()))  # type: ignore[operator]
+            start += rows
+        return self._stack(outputs)
+
+    def first_degrees(self, x: Tensor) -> Tensor:
+        """As `forward`, but only the outputs of degrees 0 and 1: m-major `[E, 4, out_channels]` (2 rows if mmax = 0).
+
+        The force head reads nothing else; inputs of orders |m| > 1 do not reach these outputs.
+        """
+        wide = 2 * self.out_channels
+        outputs = [nn.functional.linear(x[:, : self.lmax + 1].flatten(1), self.fc_m0.weight[:wide], self.fc_m0.bias[:wide])]
+        if self.mmax > 0:
+            weight = self.so2_m_conv[0].matrix().unflatten(0, (2, -1))[:, : self.out_channels].flatten(0, 1)  # type: ignore[operator]
+            outputs.append(nn.functional.linear(x[:, self.lmax + 1 : 3 * self.lmax + 1].flatten(1), weight))
+        return self._stack(outputs)
+
+    def _stack(self, outputs: list[Tensor]) -> Tensor:
+        return torch.cat(outputs, dim=1).unflatten(1, (-1, self.out_channels))

@@ -1,0 +1,62 @@
+"""Transformation between irreps coefficients and samples on the sphere."""
+
+import math
+
+import torch
+from e3nn.o3 import FromS2Grid, ToS2Grid
+from torch import Tensor
+
+from equiformer2.model.so3.constants import DerivedConstants
+
+
+class S2Grid(DerivedConstants):
+    """Matrices between coefficients with |m| <= mmax and a latitude-longitude grid (paper section 4.3).
+
+    Args:
+        lmax, mmax: degrees and orders of the coefficients.
+        resolution: points along latitude and along longitude; None takes the reference's smallest
+            grid, 2 (lmax+1) latitudes by 2 mmax + 1 longitudes (two more when mmax = lmax).
+        order: the coefficients as indices l^2 + l + m, in the sequence wanted.
+
+    Attributes:
+        to_grid: `[G, R]`; from_grid: `[R, G]`. G counts latitudes, then longitudes.
+    """
+
+    to_grid: Tensor
+    from_grid: Tensor
+
+    def __init__(self, lmax: int, mmax: int, resolution: int | None, order: list[int]) -> None:
+        super().__init__()
+        to_grid, from_grid = grid_matrices(lmax, mmax, resolution)
+        self.add_constant("to_grid", to_grid[:, :, order].flatten(0, 1))
+        self.add_constant("from_grid", from_grid[:, :, order].flatten(0, 1).t().contiguous())
+
+
+def grid_matrices(lmax: int, mmax: int, resolution: int | None) -> tuple[Tensor, Tensor]:
+    """Both matrices for all K coefficients, as float64 `[latitudes, longitudes, K]`.
+
+    Degrees l > mmax miss the orders |m| > mmax; as in the reference they are scaled by
+    sqrt((2l + 1) / (2 mmax + 1)) to keep their norm.
+    """
+    latitudes = resolution or 2 * (lmax + 1)
+    longitudes = resolution or (2 * mmax + (3 if mmax == lmax else 1))
+    to_s2 = ToS2Grid(lmax, (latitudes, longitudes), normalization="component", dtype=torch.float64)
+    from_s2 = FromS2Grid((latitudes, longitudes), lmax, normalization="component", dtype=torch.float64)
+    scale = torch.cat([torch.full((2 * l + 1,), truncation_scale(l, mmax), dtype=torch.float64) for l in range(lmax + 1)])
+    to_grid = torch.einsum("mbi,am->bai", to_s2.shb, to_s2.sha) * scale
+    from_grid = torch.einsum("am,mbi->bai", from_s2.sha, from_s2.shb) * scale
+    return to_grid, from_grid
+
+
+def truncation_scale(l: int, mmax: int) -> float:
+    """sqrt((2l + 1) / (2 mmax + 1)) for degrees that lose orders by the cut |m| <= mmax, else 1."""
+    return math.sqrt((2 * l + 1) / (2 * mmax + 1)) if l > mmax else 1.0
+
+
+def m_major_order(lmax: int, mmax: int) -> list[int]:
+    """Coefficients in the layout of the SO(2) convolutions, as indices l^2 + l + m."""
+    order = [l * l + l for l in range(lmax + 1)]
+    for m in range(1, mmax + 1):
+        order += [l * l + l + m for l in range(m, lmax + 1)]
+        order += [l * l + l - m for l in range(m, lmax + 1)]
+    return order
