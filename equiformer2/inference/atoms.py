@@ -1,0 +1,189 @@
+"""From `ase.Atoms` to the package's data object: checks, tags and constraints.
+
+The network reads positions, atomic numbers, cell and pbc only. `tags` and `fixed` are bookkeeping
+(which atoms are the adsorbate, which are held in place) and never change an energy or a force.
+"""
+
+import logging
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.constraints import FixAtoms
+from ase.data import chemical_symbols
+from ase.geometry import wrap_positions
+from ase.neighborlist import primitive_neighbor_list
+from torch_geometric.data import Data
+
+from equiformer2.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+SUBSURFACE, SURFACE, ADSORBATE = 0, 1, 2
+"""OC20's tags: held subsurface atoms, free slab atoms, adsorbate atoms."""
+
+COINCIDENT = 0.1
+"""Å; no bond of any two elements is that short, so closer atoms are a mistake in the input."""
+
+
+def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: bool = True) -> Data:
+    """One structure as the data object of `docs/architecture.md`; `atoms` is not changed.
+
+    Positions are wrapped into the cell along periodic directions (in float64, before the conversion to
+    float32), as OC20's own conversion does. Tags follow `oc20_tags`.
+
+    Args:
+        atoms: the structure; Å.
+        max_num_elements: size of the network's element table; atomic numbers must be smaller.
+        notify: log a warning when the tags had to be set (see `oc20_tags`).
+
+    Raises:
+        InputError: no atoms, non-finite positions or cell, periodic without a lattice vector, atoms that
+            coincide, an element the network has no embedding for.
+    """
+    check_atoms(atoms, max_num_elements)
+    tags, notice = oc20_tags(atoms)
+    if notice and notify:
+        logger.warning(notice)
+    positions = wrap_positions(atoms.get_positions(), atoms.cell, atoms.pbc, eps=0)
+    return Data(
+        pos=torch.as_tensor(positions, dtype=torch.float32),
+        atomic_numbers=torch.as_tensor(atoms.get_atomic_numbers(), dtype=torch.long),
+        cell=torch.as_tensor(atoms.cell.array, dtype=torch.float32).view(1, 3, 3),
+        pbc=torch.as_tensor(atoms.pbc, dtype=torch.bool).view(1, 3),
+        natoms=len(atoms),
+        tags=torch.as_tensor(tags, dtype=torch.long),
+        fixed=torch.as_tensor(fixed_mask(atoms)),
+        sid=str(atoms.info.get("sid", "")),
+        fid=0,
+    )
+
+
+def fixed_mask(atoms: Atoms) -> np.ndarray:
+    """`[N]` bool: atoms held by an `ase.constraints.FixAtoms`."""
+    fixed = np.zeros(len(atoms), dtype=bool)
+    for constraint in atoms.constraints:
+        if isinstance(constraint, FixAtoms):
+            fixed[constraint.get_indices()] = True
+    return fixed
+
+
+def oc20_tags(atoms: Atoms) -> tuple[np.ndarray, str | None]:
+    """Tags in OC20's meaning (0 held, 1 free slab, 2 adsorbate) and, when they had to be set, a notice.
+
+    1. Tags within {0, 1, 2} that are not ASE layer numbers are kept as they are.
+    2. ASE's slab builders number layers from the top (1, 2, 3, …) and leave adsorbates at 0. Such tags are
+       recognised by their order (heights fall from layer to layer, untagged atoms are free and above the
+       slab) and translated: untagged atoms become 2, held layer atoms 0, free layer atoms 1.
+    3. Otherwise (all zero, or other numbers) held atoms become 0 and free atoms 1. Which atoms are the
+       adsorbate cannot be known from the structure, so none is marked.
+    """
+    tags = atoms.get_tags().astype(np.int64)
+    fixed = fixed_mask(atoms)
+    if _are_ase_layers(atoms, tags, fixed):
+        translated = np.where(tags == 0, ADSORBATE, np.where(fixed, SUBSURFACE, SURFACE))
+        return translated, (
+            "the tags are ASE layer numbers; read as OC20 tags: "
+            f"{int((tags == 0).sum())} untagged atoms above the slab as adsorbate (2), "
+            "held layer atoms as 0, free layer atoms as 1"
+        )
+    if tags.any() and np.isin(tags, (SUBSURFACE, SURFACE, ADSORBATE)).all():
+        return tags, None
+    reason = f"the tags have values other than 0, 1, 2 ({_some(tags)})" if tags.any() else "no tags are set"
+    return np.where(fixed, SUBSURFACE, SURFACE), (
+        f"{reason}: held atoms get tag 0 and free atoms tag 1, none is marked as adsorbate (2); "
+        "energies and forces do not depend on tags"
+    )
+
+
+def surface_height(atoms: Atoms) -> np.ndarray:
+    """`[N]` height in Å along the normal of the first two lattice vectors (z where there are none)."""
+    normal = np.cross(atoms.cell[0], atoms.cell[1])
+    length = np.linalg.norm(normal)
+    if length < 1e-9:
+        return atoms.positions[:, 2].copy()
+    normal = normal / length
+    return atoms.positions @ (normal if normal @ atoms.cell[2] >= 0 else -normal)
+
+
+def check_atoms(atoms: Atoms, max_num_elements: int | None = None) -> None:
+    """Raise `InputError` for a structure that has no meaningful energy; see `atoms_to_data`."""
+    if len(atoms) == 0:
+        raise InputError("the structure has no atoms: give at least one")
+    symbols = atoms.get_chemical_symbols()
+    bad = np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))
+    if len(bad):
+        raise InputError(
+            f"atom {bad[0]} ({symbols[bad[0]]}) has a non-finite position "
+            f"{atoms.positions[bad[0]].tolist()}: correct it in the structure"
+        )
+    _check_elements(atoms, max_num_elements)
+    _check_cell(atoms)
+    _check_distances(atoms, symbols)
+
+
+def _check_elements(atoms: Atoms, max_num_elements: int | None) -> None:
+    check_elements(torch.as_tensor(atoms.get_atomic_numbers()), max_num_elements)
+
+
+def check_elements(atomic_numbers: torch.Tensor, max_num_elements: int | None) -> None:
+    """Raise `InputError` for the first of `atomic_numbers` `[N]` that the network has no embedding for."""
+    limit = len(chemical_symbols) if max_num_elements is None else max_num_elements
+    wrong = torch.nonzero((atomic_numbers < 1) | (atomic_numbers >= limit)).flatten()
+    if len(wrong):
+        index = int(wrong[0])
+        number = int(atomic_numbers[index])
+        name = chemical_symbols[number] if 0 <= number < len(chemical_symbols) else "?"
+        raise InputError(
+            f"atom {index} ({name}, Z = {number}) is outside the network's element table "
+            f"(Z = 1 to {limit - 1}): use a checkpoint trained with this element"
+        )
+
+
+def _check_cell(atoms: Atoms) -> None:
+    cell = atoms.cell.array
+    if not np.isfinite(cell).all():
+        raise InputError("the cell has non-finite entries: correct the lattice vectors")
+    lengths = np.linalg.norm(cell, axis=1)
+    missing = [axis for axis, periodic, length in zip("abc", atoms.pbc, lengths, strict=True)
+               if periodic and length < 1e-6]  # fmt: skip
+    if missing:
+        raise InputError(
+            f"the structure is periodic along {' and '.join(missing)} but has no lattice vector there: "
+            "set the cell, or pbc=False"
+        )
+    if atoms.pbc.any() and abs(np.linalg.det(atoms.cell.complete().array)) < 1e-6 * np.prod(
+        np.maximum(lengths, 1.0)
+    ):
+        raise InputError("the lattice vectors of the periodic structure lie in one plane: correct the cell")
+
+
+def _check_distances(atoms: Atoms, symbols: list[str]) -> None:
+    i, j, distance = primitive_neighbor_list(
+        "ijd", atoms.pbc, atoms.cell.complete(), atoms.positions, cutoff=COINCIDENT, self_interaction=False
+    )
+    if len(i):
+        a, b = int(i[0]), int(j[0])
+        where = f"{distance[0]:.3g} Å apart"
+        if a == b:
+            raise InputError(f"atom {a} ({symbols[a]}) and its periodic image are {where}: correct the cell")
+        raise InputError(
+            f"atoms {a} ({symbols[a]}) and {b} ({symbols[b]}) are {where} (periodic images included): "
+            "remove the duplicate or correct the positions"
+        )
+
+
+def _are_ase_layers(atoms: Atoms, tags: np.ndarray, fixed: np.ndarray) -> bool:
+    layers = np.unique(tags[tags > 0])
+    if len(layers) < 2 or tags.min() < 0 or not np.array_equal(layers, np.arange(1, len(layers) + 1)):
+        return False
+    height = surface_height(atoms)
+    means = np.array([height[tags == layer].mean() for layer in layers])
+    untagged = tags == 0
+    on_top = not untagged.any() or (not fixed[untagged].any() and height[untagged].mean() > means[0])
+    return bool((np.diff(means) < 0).all() and on_top)
+
+
+def _some(values: np.ndarray) -> str:
+    unique = np.unique(values)
+    return ", ".join(map(str, unique[:5])) + (", …" if len(unique) > 5 else "")

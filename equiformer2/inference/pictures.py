@@ -1,0 +1,70 @@
+"""Pictures of structures and relaxations, as PNG bytes."""
+
+from io import BytesIO
+
+import numpy as np
+from ase import Atoms
+from ase.visualize.plot import plot_atoms
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from equiformer2.inference.relaxation import RelaxationResult
+
+
+def structure_picture(structures: dict[str, Atoms], title: str) -> bytes:
+    """Top view (row 1) and side view (row 2) of each structure, one column each.
+
+    Args:
+        structures: caption -> structure.
+        title: headline of the picture.
+    """
+    figure = _figure(4.2 * len(structures), 8.0)
+    axes = figure.subplots(2, len(structures), squeeze=False, height_ratios=(1.0, 0.8))
+    for column, (caption, atoms) in enumerate(structures.items()):
+        for row, (view, rotation) in enumerate((("top", ""), ("side", "-90x"))):
+            axis = axes[row, column]
+            # The cell is drawn in the top view only: the vacuum would shrink the side view to a line.
+            plot_atoms(atoms, ax=axis, rotation=rotation, show_unit_cell=2 if row == 0 else 0)
+            axis.set_title(f"{caption}, {view} view", fontsize=10)
+            axis.set_axis_off()
+    figure.suptitle(title, fontsize=12)
+    return _png(figure)
+
+
+def relaxation_picture(result: RelaxationResult, energy_label: str) -> bytes:
+    """Energy and largest force against the optimiser step.
+
+    Args:
+        result: the relaxation.
+        energy_label: what the energy is, e.g. "adsorption energy (eV)".
+    """
+    figure = _figure(6.4, 5.6)
+    energy_axis, force_axis = figure.subplots(2, 1, sharex=True)
+    steps = np.arange(result.steps + 1)
+    energy_axis.plot(steps, result.energies, marker="o", markersize=3, color="#1f4e79")
+    energy_axis.set_ylabel(energy_label)
+    energy_axis.ticklabel_format(axis="y", useOffset=False)
+    force_axis.plot(steps, result.max_forces, marker="o", markersize=3, color="#a33c1f")
+    force_axis.axhline(
+        result.fmax, linestyle="--", linewidth=1, color="grey", label=f"fmax = {result.fmax:g}"
+    )
+    if min(result.max_forces) > 0:
+        force_axis.set_yscale("log")
+    force_axis.set_ylabel("largest force (eV/Å)")
+    force_axis.set_xlabel(f"{result.optimizer} step")
+    force_axis.xaxis.get_major_locator().set_params(integer=True)
+    force_axis.legend(frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Without pyplot: no window system, no global list of figures.
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,96 @@
+"""Energies and forces in physical units from a checkpoint."""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch_geometric.data import Batch, Data
+
+from equiformer2.checkpoint import Checkpoint, load_checkpoint
+from equiformer2.errors import InputError
+from equiformer2.inference.atoms import check_elements
+
+
+class Predictor:
+    """A trained network with its normalizers: eval mode, frozen, no gradients.
+
+    Args:
+        checkpoint: a path (native, OCP or fairchem v1 file) or a loaded `Checkpoint`, which is not changed.
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`, ….
+        weights: `"raw"`, `"averaged"` or `None` (averaged where the file has them).
+        energy_kind: `"adsorption"` or `"total"`, only needed for a foreign file that does not say.
+            For a loaded `Checkpoint`, `weights` and `energy_kind` must agree with what it holds.
+
+    Attributes:
+        energy_kind: `"adsorption"` or `"total"`: what the energies are.
+        checkpoint: the loaded `Checkpoint` (provenance, available weights, …).
+
+    Raises:
+        InputError: not a checkpoint, weights it does not hold, an energy kind that is missing or contradicts
+            the checkpoint, a device that is not there.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint | str | Path,
+        device: str | torch.device = "cpu",
+        weights: str | None = None,
+        energy_kind: str | None = None,
+    ) -> None:
+        self.device = _device(device)
+        if isinstance(checkpoint, str | Path):
+            self.checkpoint = load_checkpoint(checkpoint, weights=weights, energy_kind=energy_kind)
+            model = self.checkpoint.model
+        else:
+            if weights is not None and weights != checkpoint.weights:
+                raise InputError(
+                    f"the loaded checkpoint holds its {checkpoint.weights} weights, not the {weights} ones: "
+                    f"pass its path with weights={weights!r}"
+                )
+            if energy_kind is not None and energy_kind != checkpoint.energy_kind:
+                raise InputError(
+                    f"the loaded checkpoint predicts {checkpoint.energy_kind} energies, not {energy_kind} "
+                    "energies: leave out energy_kind or use another checkpoint"
+                )
+            self.checkpoint = checkpoint
+            model = copy.deepcopy(checkpoint.model)  # a model in training stays in training
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.energy_kind: str = self.checkpoint.energy_kind
+
+    @property
+    def has_forces(self) -> bool:
+        """Whether the network predicts forces."""
+        return bool(self.checkpoint.config.regress_forces)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch | Data) -> dict[str, torch.Tensor]:
+        """`{"energy": [B] float64 eV, "forces": [N, 3] float32 eV/Å}` on the CPU.
+
+        "forces" is there only if the network predicts them.
+        Forces are a direct output of the network, not the gradient of the energy, and they are predicted
+        for held atoms too (where training has never looked at them).
+
+        Raises:
+            InputError: an element outside the network's table, or what the graph refuses.
+        """
+        if not isinstance(batch, Batch):
+            batch = Batch.from_data_list([batch])
+        check_elements(batch.atomic_numbers, self.checkpoint.config.max_num_elements)
+        # Batch.to moves in place: a clone keeps the caller's batch where it is.
+        out = self.model(batch.clone().to(self.device))
+        out = {key: value.float().cpu() for key, value in out.items()}
+        # Total energies reach thousands of eV: float64 keeps the differences between them.
+        out["energy"] = out["energy"].double()
+        return self.checkpoint.normalizers.denormalize(out, batch.clone().cpu())
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises AssertionError
+        raise InputError(
+            f"the device {str(device)!r} cannot be used on this machine ({str(error).splitlines()[0]}): "
+            'use "cpu", or "cuda" where torch finds a GPU'
+        ) from error
+    return chosen

@@ -1,0 +1,138 @@
+"""What a relaxation or an adsorption calculation leaves in its output folder."""
+
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+from ase.io import write
+
+from equiformer2.errors import InputError
+from equiformer2.inference.adsorption import AdsorptionResult
+from equiformer2.inference.files import write_atomically, write_json
+from equiformer2.inference.pictures import relaxation_picture, structure_picture
+from equiformer2.inference.predictor import Predictor
+from equiformer2.inference.relaxation import RelaxationResult
+
+ADSORPTION_RECORD = "adsorption_energy.json"
+RELAXATION_RECORD = "relaxation.json"
+
+
+def claim_folder(path: str | Path, record: str, overwrite: bool = False) -> Path:
+    """The output folder of a new run; it is made when the run writes its first file.
+
+    `record` is the last file a run writes, so a folder without one holds an unfinished run. An earlier
+    record is removed with `overwrite`, since the new run's files would contradict it.
+
+    Raises:
+        InputError: the path is a file, or the folder already holds `record`.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: give a folder for the output")
+    if (folder / record).exists():
+        if not overwrite:
+            raise InputError(f"{folder} already holds a result ({record}): give another folder, or overwrite")
+        (folder / record).unlink()
+    return folder
+
+
+def write_adsorption_record(folder: Path, result: AdsorptionResult, model: dict[str, Any]) -> list[Path]:
+    """Relaxed structure, pictures and, last, `adsorption_energy.json`; returns the paths.
+
+    Args:
+        folder: existing folder.
+        result: what was calculated.
+        model: `model_record` of the model that calculated it.
+    """
+    title = f"{result.adsorbate_formula}: adsorption energy {result.energy:.3f} eV" + (
+        "" if result.converged else " (not converged)"
+    )
+    label = "adsorption energy (eV)" if result.energy_kind == "adsorption" else "total energy (eV)"
+    written = [
+        _write_structure(folder / "relaxed.extxyz", result.system.atoms),
+        write_atomically(
+            folder / "structure.png",
+            structure_picture({"start": result.initial, "relaxed": result.system.atoms}, title),
+        ),
+        write_atomically(folder / "relaxation.png", relaxation_picture(result.system, label)),
+    ]
+    files = [path.name for path in written] + ["relaxation.traj"]
+    if result.slab is not None:
+        files.append("slab.traj")
+    written.append(
+        write_json(folder / ADSORPTION_RECORD, {**result.summary(), "model": model, "files": files})
+    )
+    return written
+
+
+def write_relaxation_record(
+    folder: Path, initial: Atoms, result: RelaxationResult, model: dict[str, Any]
+) -> list[Path]:
+    """Relaxed structure, pictures and, last, `relaxation.json`; returns the paths."""
+    kind = model["energy_kind"]
+    title = f"{result.atoms.get_chemical_formula()}: {kind} energy {result.energy:.3f} eV"
+    written = [
+        _write_structure(folder / "relaxed.extxyz", result.atoms),
+        write_atomically(
+            folder / "structure.png", structure_picture({"start": initial, "relaxed": result.atoms}, title)
+        ),
+        write_atomically(folder / "relaxation.png", relaxation_picture(result, f"{kind} energy (eV)")),
+    ]
+    files = [path.name for path in written] + ["relaxation.traj"]
+    record = {**result.summary(), "energy_kind": model["energy_kind"], "model": model, "files": files}
+    written.append(write_json(folder / RELAXATION_RECORD, record))
+    return written
+
+
+def model_record(predictor: Predictor, path: str | Path) -> dict[str, Any]:
+    """Which checkpoint and weights gave a result."""
+    return {
+        "checkpoint": str(path),
+        "weights": predictor.checkpoint.weights,
+        "energy_kind": predictor.energy_kind,
+        "source_format": predictor.checkpoint.source_format,
+    }
+
+
+def adsorption_report(result: AdsorptionResult) -> str:
+    """The result in plain words, for the terminal."""
+    system, initial = result.system, result.initial
+    slab = initial[initial.get_tags() != 2]
+    lines = [
+        f"{result.adsorbate_formula} on {slab.get_chemical_formula()} ({len(initial)} atoms)",
+        f"adsorption energy: {result.energy:.4f} eV",
+    ]
+    if result.energy_kind == "adsorption":
+        lines.append(
+            "  the model predicts adsorption energies: this is its energy of the relaxed system, "
+            "nothing was subtracted"
+        )
+    else:
+        gas = ", ".join(f"{symbol} {value:g}" for symbol, value in result.gas_references.items())
+        lines += [
+            "  the model predicts total energies:",
+            f"    slab + adsorbate {result.terms['slab_and_adsorbate']:16.4f} eV",
+            f"  - clean slab       {result.terms['slab']:16.4f} eV",
+            f"  - gas references   {result.terms['gas']:16.4f} eV  (eV per atom: {gas})",
+        ]
+    for name, relaxation in (("slab + adsorbate", system), ("clean slab", result.slab)):
+        if relaxation is not None:
+            lines.append(f"{name}: {relaxation_report(relaxation)}")
+    lines += [f"WARNING: {anomaly}" for anomaly in result.anomalies]
+    return "\n".join(lines)
+
+
+def relaxation_report(result: RelaxationResult) -> str:
+    """Outcome of a relaxation in one line."""
+    outcome = "converged" if result.converged else "NOT converged"
+    return (
+        f"{outcome} after {result.steps} {result.optimizer} steps, "
+        f"largest force {result.max_force:.4f} eV/Å (threshold {result.fmax:g})"
+    )
+
+
+def _write_structure(path: Path, atoms: Atoms) -> Path:
+    text = StringIO()
+    write(text, atoms, format="extxyz")
+    return write_atomically(path, text.getvalue().encode())

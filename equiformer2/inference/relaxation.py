@@ -1,0 +1,202 @@
+"""Relaxation of one structure with ASE's optimisers."""
+
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io.trajectory import Trajectory
+from ase.optimize import BFGS, FIRE, LBFGS
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from equiformer2.errors import InputError
+from equiformer2.inference.atoms import check_atoms
+
+OPTIMIZERS = {"LBFGS": LBFGS, "FIRE": FIRE, "BFGS": BFGS}
+
+
+@dataclass(frozen=True)
+class RelaxationResult:
+    """Outcome of `relax`.
+
+    Attributes:
+        atoms: last structure, with its energy and forces attached.
+        converged: whether the largest force on a free atom is below `fmax`.
+        steps: optimiser steps taken.
+        energies: `[steps + 1]` eV, from the start structure to the last.
+        max_forces: `[steps + 1]` eV/Å, largest force on a free atom.
+        fmax: threshold, eV/Å.
+        optimizer: name of the optimiser.
+        seconds: wall time.
+    """
+
+    atoms: Atoms
+    converged: bool
+    steps: int
+    energies: list[float]
+    max_forces: list[float]
+    fmax: float
+    optimizer: str
+    seconds: float
+
+    @property
+    def energy(self) -> float:
+        """Energy of the last structure, eV; its kind is the calculator's."""
+        return self.energies[-1]
+
+    @property
+    def max_force(self) -> float:
+        """Largest force on a free atom of the last structure, eV/Å."""
+        return self.max_forces[-1]
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers for a JSON record."""
+        return {
+            "formula": self.atoms.get_chemical_formula(),
+            "energy_eV": self.energy,
+            "initial_energy_eV": self.energies[0],
+            "max_force_eV_per_A": self.max_force,
+            "converged": self.converged,
+            "steps": self.steps,
+            "optimizer": self.optimizer,
+            "fmax_eV_per_A": self.fmax,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def relax(
+    atoms: Atoms,
+    calculator: Calculator,
+    *,
+    optimizer: str = "LBFGS",
+    fmax: float = 0.05,
+    steps: int = 300,
+    trajectory: str | Path | None = None,
+    progress: bool = False,
+    label: str = "relaxing",
+) -> RelaxationResult:
+    """Move the free atoms of a copy of `atoms` until no force exceeds `fmax`.
+
+    Args:
+        atoms: start structure; its constraints hold, it is not changed.
+        calculator: any ASE calculator with forces.
+        optimizer: "LBFGS", "FIRE" or "BFGS".
+        fmax: convergence threshold for the largest force on a free atom, eV/Å.
+        steps: most optimiser steps; 0 evaluates the start structure only.
+        trajectory: `.traj` file, one frame per step (its folder is made). It is complete after every frame:
+            a run that is killed leaves the frames it has done.
+        progress: show step, energy and largest force on stderr.
+        label: what the progress display calls this relaxation.
+
+    Raises:
+        InputError: wrong settings, a calculator without forces, a structure without meaning, or a
+            non-finite energy or force on the way (the frames before it stay in `trajectory`).
+    """
+    _check_settings(optimizer, fmax, steps, trajectory)
+    if "forces" not in calculator.implemented_properties:
+        raise InputError(
+            "this model predicts no forces, so it cannot relax a structure: "
+            "use a checkpoint trained with forces (regress_forces)"
+        )
+    check_atoms(atoms)
+    atoms = atoms.copy()
+    atoms.calc = calculator
+    energies: list[float] = []
+    max_forces: list[float] = []
+    start = time.monotonic()
+    with ExitStack() as stack:
+        _finite_energy_and_force(atoms, step=0)  # wrong input ends here, before anything is written
+        writer = None
+        if trajectory is not None:
+            Path(trajectory).parent.mkdir(parents=True, exist_ok=True)
+            writer = stack.enter_context(Trajectory(str(trajectory), "w"))
+        show = stack.enter_context(_ProgressLine(label)) if progress else None
+        dynamics = stack.enter_context(OPTIMIZERS[optimizer](atoms, logfile=None))
+        converged = False
+        for converged in dynamics.irun(fmax=fmax, steps=steps):  # noqa: B007  the last value is the outcome
+            energy, max_force = _finite_energy_and_force(atoms, step=len(energies))
+            energies.append(energy)
+            max_forces.append(max_force)
+            if writer is not None:
+                writer.write(atoms)
+            if show is not None:
+                show.update(len(energies) - 1, steps, energy, max_force)
+        forces = atoms.get_forces(apply_constraint=False)
+    atoms.calc = SinglePointCalculator(atoms, energy=energies[-1], forces=forces)
+    return RelaxationResult(
+        atoms=atoms,
+        converged=bool(converged),
+        steps=len(energies) - 1,
+        energies=energies,
+        max_forces=max_forces,
+        fmax=fmax,
+        optimizer=optimizer,
+        seconds=time.monotonic() - start,
+    )
+
+
+def _check_settings(optimizer: str, fmax: float, steps: int, trajectory: str | Path | None) -> None:
+    if optimizer not in OPTIMIZERS:
+        raise InputError(f"optimizer {optimizer!r} is not known: use one of {', '.join(OPTIMIZERS)}")
+    if not (math.isfinite(fmax) and fmax > 0):
+        raise InputError(f"fmax is {fmax}: give a positive force in eV/Å")
+    if steps < 0:
+        raise InputError(f"steps is {steps}: give 0 or more")
+    if trajectory is not None and Path(trajectory).suffix != ".traj":
+        raise InputError(f"the trajectory {trajectory} must be an ASE .traj file")
+
+
+def _finite_energy_and_force(atoms: Atoms, step: int) -> tuple[float, float]:
+    energy = float(atoms.get_potential_energy())
+    raw = atoms.get_forces(apply_constraint=False)
+    bad = np.flatnonzero(~np.isfinite(raw).all(axis=1))
+    if len(bad):
+        symbol = atoms.get_chemical_symbols()[bad[0]]
+        raise InputError(
+            f"the model gives a non-finite force on atom {bad[0]} ({symbol}) at step {step}: "
+            "check the start structure and the checkpoint"
+        )
+    if not math.isfinite(energy):
+        raise InputError(
+            f"the model gives a non-finite energy at step {step}: "
+            "check the start structure and the checkpoint"
+        )
+    return energy, float(np.linalg.norm(atoms.get_forces(), axis=1).max())
+
+
+class _ProgressLine:
+    """One line on stderr that follows the relaxation (silent when stderr is no terminal)."""
+
+    def __init__(self, label: str) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._label = label
+        self._task = self._progress.add_task(label)
+
+    def __enter__(self) -> "_ProgressLine":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, step: int, steps: int, energy: float, max_force: float) -> None:
+        self._progress.update(
+            self._task,
+            description=(
+                f"{self._label}: step {step}/{steps}, {energy:.4f} eV, largest force {max_force:.4f} eV/Å"
+            ),
+        )

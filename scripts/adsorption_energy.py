@@ -1,0 +1,163 @@
+"""Adsorption energy of an adsorbate on a slab with a trained EquiformerV2.
+
+Relaxes slab + adsorbate and prints the adsorption energy. With a model of total energies the clean slab is
+relaxed too, and slab and gas references are subtracted; with a model of adsorption energies nothing is.
+
+    python scripts/adsorption_energy.py --checkpoint model.pt --slab Pt111 --adsorbate CO --site ontop
+    python scripts/adsorption_energy.py --checkpoint model.pt --slab slab.cif --adsorbate '*OH'
+    python scripts/adsorption_energy.py --checkpoint model.pt --system slab_with_adsorbate.traj
+"""
+
+import argparse
+import logging
+
+from ase.data import atomic_numbers
+
+from equiformer2.errors import InputError
+from equiformer2.inference import (
+    EquiformerV2Calculator,
+    PlacementOptions,
+    SlabOptions,
+    adsorption_energy,
+    load_system,
+    prepare_system,
+)
+from equiformer2.inference.record import (
+    ADSORPTION_RECORD,
+    adsorption_report,
+    claim_folder,
+    model_record,
+    write_adsorption_record,
+)
+from equiformer2.inference.relaxation import OPTIMIZERS
+from equiformer2.script import run_script
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    if (options.system is None) == (options.slab is None or options.adsorbate is None):
+        raise InputError("give either --system, or --slab and --adsorbate")
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("equiformer2").setLevel(logging.INFO)
+    if options.system is not None:
+        system = load_system(options.system, options.adsorbate_indices)
+    else:
+        system = prepare_system(
+            options.slab,
+            options.adsorbate,
+            SlabOptions(options.size, options.vacuum, options.free_layers, options.lattice_constant),
+            PlacementOptions(
+                options.site, options.position, options.height, options.binding_atom, options.flat
+            ),
+        )
+    calculator = EquiformerV2Calculator(
+        options.checkpoint,
+        device=options.device,
+        weights=options.weights,
+        energy_kind=options.energy_kind,
+    )
+    folder = claim_folder(options.out, ADSORPTION_RECORD, options.overwrite)
+    result = adsorption_energy(
+        system,
+        calculator,
+        slab_energy=options.slab_energy,
+        gas_references=dict(options.gas_reference),
+        optimizer=options.optimizer,
+        fmax=options.fmax,
+        steps=options.steps,
+        folder=folder,
+        progress=True,
+    )
+    write_adsorption_record(folder, result, model_record(calculator.predictor, options.checkpoint))
+    print(adsorption_report(result))
+    print(f"saved in {folder}: {ADSORPTION_RECORD}, trajectory, relaxed structure, pictures")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--checkpoint", required=True, help="native, OCP or fairchem v1 checkpoint file")
+    model.add_argument(
+        "--weights", choices=("raw", "averaged"), help="default: averaged where the file has them"
+    )
+    model.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: cpu)")
+    model.add_argument(
+        "--energy-kind",
+        choices=("adsorption", "total"),
+        help="what the model predicts, for a checkpoint that does not say; must not contradict it",
+    )
+
+    structure = parser.add_argument_group("structure: --system, or --slab and --adsorbate")
+    structure.add_argument("--system", metavar="FILE", help="slab + adsorbate; adsorbate atoms carry tag 2")
+    structure.add_argument(
+        "--adsorbate-indices", type=_indices, metavar="36,37", help="adsorbate atoms of --system without tags"
+    )
+    structure.add_argument("--slab", metavar="NAME|FILE", help="Pt111, Fe110, Ru0001, … or a structure file")
+    structure.add_argument("--adsorbate", metavar="NAME|FILE", help="CO, *OH, CH3OH, … or a structure file")
+    structure.add_argument(
+        "--size", type=_size, metavar="3x3x4", help="repetitions and layers (default: 3x3x4)"
+    )
+    structure.add_argument("--vacuum", type=float, help="Å on either side of a built slab (default: 10)")
+    structure.add_argument("--free-layers", type=int, help="layers that move, from the top (default: 2)")
+    structure.add_argument(
+        "--lattice-constant", type=float, help="a in Å (default: ASE's experimental value)"
+    )
+    structure.add_argument("--site", help="ontop, bridge, fcc, hcp, hollow, … (default: ontop)")
+    structure.add_argument("--position", type=float, nargs=2, metavar=("X", "Y"), help="Å, instead of --site")
+    structure.add_argument("--height", type=float, help="Å above the top atoms (default: in contact)")
+    structure.add_argument("--binding-atom", type=int, help="index in the adsorbate (default: see the docs)")
+    structure.add_argument("--flat", action="store_true", help="lay the adsorbate flat")
+
+    references = parser.add_argument_group("references (models of total energies only)")
+    references.add_argument("--slab-energy", type=float, help="eV of the relaxed clean slab, same method")
+    references.add_argument(
+        "--gas-reference",
+        type=_gas_reference,
+        action="append",
+        default=[],
+        metavar="X=EV",
+        help="eV per atom of element X; H, O, C and N default to OC20's RPBE values",
+    )
+
+    relaxation = parser.add_argument_group("relaxation")
+    relaxation.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="LBFGS")
+    relaxation.add_argument("--fmax", type=float, default=0.05, help="eV/Å (default: 0.05)")
+    relaxation.add_argument("--steps", type=int, default=300, help="most steps (default: 300)")
+    relaxation.add_argument("--out", default="runs/adsorption_energy", help="output folder")
+    relaxation.add_argument("--overwrite", action="store_true", help="replace an earlier result in --out")
+    return parser
+
+
+def _size(text: str) -> tuple[int, ...]:
+    size = tuple(_integers(text, "x"))
+    if len(size) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r} must be three numbers such as 3x3x4")
+    return size
+
+
+def _indices(text: str) -> list[int]:
+    return _integers(text, ",")
+
+
+def _integers(text: str, separator: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(separator)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers joined by {separator!r}") from None
+
+
+def _gas_reference(text: str) -> tuple[str, float]:
+    symbol, _, value = text.partition("=")
+    try:
+        if symbol in atomic_numbers:
+            return symbol, float(value)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} must be an element and an energy in eV, such as S=-4.1")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,77 @@
+"""Relax a structure with a trained EquiformerV2.
+
+Free atoms move until no force exceeds --fmax; constraints stored in the file hold. What the energy means
+(adsorption or total) depends on the checkpoint and is printed.
+
+    python scripts/relax.py --checkpoint model.pt --structure slab.traj --out runs/relax
+"""
+
+import argparse
+import logging
+
+from equiformer2.inference import EquiformerV2Calculator, relax
+from equiformer2.inference.files import read_structure
+from equiformer2.inference.record import (
+    RELAXATION_RECORD,
+    claim_folder,
+    model_record,
+    relaxation_report,
+    write_relaxation_record,
+)
+from equiformer2.inference.relaxation import OPTIMIZERS
+from equiformer2.script import run_script
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("equiformer2").setLevel(logging.INFO)
+    structure = read_structure(options.structure, options.index)
+    calculator = EquiformerV2Calculator(
+        options.checkpoint,
+        device=options.device,
+        weights=options.weights,
+        energy_kind=options.energy_kind,
+    )
+    folder = claim_folder(options.out, RELAXATION_RECORD, options.overwrite)
+    result = relax(
+        structure,
+        calculator,
+        optimizer=options.optimizer,
+        fmax=options.fmax,
+        steps=options.steps,
+        trajectory=folder / "relaxation.traj",
+        progress=True,
+    )
+    model = model_record(calculator.predictor, options.checkpoint)
+    write_relaxation_record(folder, structure, result, model)
+    print(f"{result.atoms.get_chemical_formula()}: {relaxation_report(result)}")
+    print(f"{calculator.energy_kind} energy: {result.energy:.4f} eV")
+    print(f"saved in {folder}: {RELAXATION_RECORD}, trajectory, relaxed structure, pictures")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--checkpoint", required=True, help="native, OCP or fairchem v1 checkpoint file")
+    parser.add_argument(
+        "--weights", choices=("raw", "averaged"), help="default: averaged where the file has them"
+    )
+    parser.add_argument(
+        "--energy-kind", choices=("adsorption", "total"), help="for a foreign checkpoint that does not say"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: cpu)")
+    parser.add_argument("--structure", required=True, help="any structure file ASE reads")
+    parser.add_argument("--index", type=int, default=-1, help="frame of the file (default: -1, the last)")
+    parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="LBFGS")
+    parser.add_argument("--fmax", type=float, default=0.05, help="eV/Å (default: 0.05)")
+    parser.add_argument("--steps", type=int, default=300, help="most steps (default: 300)")
+    parser.add_argument("--out", default="runs/relax", help="output folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in --out")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,201 @@
+"""scripts/relax.py and scripts/adsorption_energy.py from the command line to the files they leave."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.io import read, write
+
+from equiformer2.inference import EquiformerV2Calculator
+from equiformer2.inference.files import write_atomically, write_json
+
+ROOT = Path(__file__).parents[2]
+SLAB = ["--slab", "Cu111", "--size", "1x1x3", "--vacuum", "6"]
+
+
+def run(script: str, *arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / script, *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def check_pictures(folder: Path) -> None:
+    for name in ("structure.png", "relaxation.png"):
+        picture = matplotlib.image.imread(folder / name)
+        assert min(picture.shape[:2]) > 300
+        assert picture[..., :3].std() > 0.02  # something is drawn
+
+
+def test_adsorption_energy_by_name(checkpoint: Path, tmp_path: Path) -> None:
+    done = run(
+        "adsorption_energy.py", "--checkpoint", checkpoint, *SLAB, "--adsorbate", "*CO",
+        "--site", "fcc", "--steps", "2", "--out", "result", folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "nothing was subtracted" in done.stdout
+    record = json.loads((tmp_path / "result" / "adsorption_energy.json").read_text())
+    assert f"adsorption energy: {record['adsorption_energy_eV']:.4f} eV" in done.stdout
+    assert record["model_energy_kind"] == "adsorption"
+    assert record["model"]["weights"] == "raw"
+    frames = read(tmp_path / "result" / "relaxation.traj", ":")
+    assert len(frames) == record["system"]["steps"] + 1
+    relaxed = read(tmp_path / "result" / "relaxed.extxyz")
+    assert relaxed.get_tags().tolist() == [0, 1, 1, 2, 2]
+    assert relaxed.constraints
+    assert record["adsorption_energy_eV"] == pytest.approx(relaxed.get_potential_energy(), abs=1e-6)
+    again = EquiformerV2Calculator(checkpoint).get_potential_energy(relaxed)
+    assert again == pytest.approx(record["adsorption_energy_eV"], abs=1e-3)
+    assert sorted(path.name for path in (tmp_path / "result").iterdir()) == sorted(
+        [*record["files"], "adsorption_energy.json"]
+    )
+    check_pictures(tmp_path / "result")
+
+    second = run(
+        "adsorption_energy.py", "--checkpoint", checkpoint, *SLAB, "--adsorbate", "O",
+        "--steps", "0", "--out", "result", folder=tmp_path,
+    )  # fmt: skip
+    assert second.returncode == 2
+    assert "already holds a result" in second.stderr
+    assert json.loads((tmp_path / "result" / "adsorption_energy.json").read_text()) == record
+
+
+def test_total_energy_model_from_a_file(
+    make_checkpoint: Callable[..., Path], oxygen_on_copper: Atoms, tmp_path: Path
+) -> None:
+    write(tmp_path / "system.traj", oxygen_on_copper)
+    done = run(
+        "adsorption_energy.py", "--checkpoint", make_checkpoint("total"), "--system", "system.traj",
+        "--gas-reference", "O=-5", "--steps", "1", "--out", "result", folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "result" / "adsorption_energy.json").read_text())
+    terms = record["terms_eV"]
+    assert terms["gas"] == -5
+    assert record["adsorption_energy_eV"] == pytest.approx(terms["slab_and_adsorbate"] - terms["slab"] + 5)
+    assert "clean slab" in done.stdout
+    assert len(read(tmp_path / "result" / "slab.traj")) == 12
+
+
+def test_relax(checkpoint: Path, oxygen_on_copper: Atoms, tmp_path: Path) -> None:
+    write(tmp_path / "system.extxyz", oxygen_on_copper)
+    done = run(
+        "relax.py", "--checkpoint", checkpoint, "--structure", "system.extxyz",
+        "--steps", "2", "--optimizer", "FIRE", "--out", "result", folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "adsorption energy:" in done.stdout
+    record = json.loads((tmp_path / "result" / "relaxation.json").read_text())
+    assert record["optimizer"] == "FIRE"
+    frames = read(tmp_path / "result" / "relaxation.traj", ":")
+    assert len(frames) == record["steps"] + 1
+    assert np.array_equal(frames[-1].positions[:8], frames[0].positions[:8])
+    check_pictures(tmp_path / "result")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            [*SLAB, "--adsorbate", "CO", "--slab-energy", "-3"],
+            "already have slab and gas references subtracted",
+        ),
+        ([*SLAB, "--adsorbate", "CO", "--gas-reference", "O=-3"], "already have slab and gas references"),
+        ([*SLAB, "--adsorbate", "CO", "--energy-kind", "total"], "adsorption energies"),
+        ([*SLAB, "--adsorbate", "CO", "--gas-reference", "O:3"], "such as S=-4.1"),
+        ([*SLAB], "either --system, or --slab and --adsorbate"),
+        ([*SLAB, "--adsorbate", "CO", "--system", "nan.traj"], "either --system, or --slab and --adsorbate"),
+        (["--slab", "Cu111", "--size", "3x3", "--adsorbate", "CO"], "three numbers"),
+        (["--system", "missing.traj"], "missing.traj"),
+        (["--system", "nan.traj"], "atom 12 (O) has a non-finite position"),
+        (["--system", "uranium.traj"], "Z = 92"),
+        (["--system", "nocell.traj"], "no lattice vector"),
+        (["--system", "untagged.traj"], "no atom is marked as adsorbate"),
+        ([*SLAB, "--adsorbate", "CO", "--fmax", "-1"], "fmax is -1"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    checkpoint: Path,
+    oxygen_on_copper: Atoms,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_wrong_structures(oxygen_on_copper)
+    before = sorted(tmp_path.iterdir())
+    status = call("adsorption_energy", ["--checkpoint", str(checkpoint), "--out", "result", *arguments])
+    assert status == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1]
+    assert "Traceback" not in "".join(error)
+    assert sorted(tmp_path.iterdir()) == before  # nothing was written
+
+
+def test_energy_only_model_and_damaged_checkpoint(
+    make_checkpoint: Callable[..., Path], oxygen_on_copper: Atoms, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    write("system.traj", oxygen_on_copper)
+    Path("broken.pt").write_bytes(b"not a checkpoint")
+    for path, message in (
+        (make_checkpoint(regress_forces=False), "predicts no forces"),
+        ("broken.pt", "broken.pt"),
+    ):
+        for script, option in (("relax", "--structure"), ("adsorption_energy", "--system")):
+            arguments = ["--checkpoint", str(path), option, "system.traj", "--out", "result"]
+            assert call(script, arguments) == 2
+            assert message in capsys.readouterr().err
+    assert not Path("result").exists()
+
+
+def write_wrong_structures(system: Atoms) -> None:
+    """Files `nan.traj`, `uranium.traj`, `nocell.traj` and `untagged.traj` in the current folder."""
+    nan, uranium, no_cell, untagged = (system.copy() for _ in range(4))
+    nan.positions[12] = np.nan
+    uranium.numbers[0] = 92
+    no_cell.cell[:] = 0
+    untagged.set_tags(0)
+    for name, atoms in (("nan", nan), ("uranium", uranium), ("nocell", no_cell), ("untagged", untagged)):
+        write(f"{name}.traj", atoms)
+
+
+def call(script: str, arguments: list[str]) -> int:
+    """Exit status of a script's `main` under `run_script`, in this process."""
+    import importlib.util
+
+    from equiformer2.script import run_script
+
+    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(SystemExit) as stopped:
+        run_script(lambda: module.main(arguments))
+    return int(stopped.value.code or 0)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    write_json(path, {"energy": 1.0})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"energy": float("nan")})
+    with pytest.raises(TypeError):
+        write_atomically(path, "text")  # type: ignore[arg-type]
+    assert json.loads(path.read_text()) == {"energy": 1.0}
+    assert list(tmp_path.iterdir()) == [path]
