@@ -1,0 +1,221 @@
+"""What happens around the training steps: checkpoints, the printed summary, throughput, parity data."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, Checkpoint
+from pytorch_lightning.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch_geometric.data import Batch
+
+from equiformer2.checkpoint import save_checkpoint
+from equiformer2.training.figures import draw_parity
+from equiformer2.training.metrics import HIGHER_IS_BETTER
+from equiformer2.training.task import S2EFTask
+
+log = logging.getLogger("equiformer2")
+
+
+def validation_values(trainer: pl.Trainer) -> dict[str, float]:
+    """The validation metrics last logged, without their `val/`."""
+    return {
+        name.removeprefix("val/"): float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith("val/")
+    }
+
+
+class ResumeCheckpoint(Checkpoint):
+    """`last.ckpt`, everything needed to continue, replaced atomically.
+
+    Written after each validation (after each epoch without a validation set), every `every_n_steps`
+    optimizer steps if given, and when a time limit stops the run in the middle of an epoch.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int | None = None) -> None:
+        self.path = path
+        self.every_n_steps = every_n_steps
+        self._saved_step = 0
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        trainer.save_checkpoint(self.path, weights_only=False)
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        due = self.every_n_steps is not None and step % self.every_n_steps == 0
+        if step != self._saved_step and (due or trainer.should_stop):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.enable_validation:
+            self._save(trainer)
+
+
+class NativeCheckpoints(Callback):
+    """`last.pt` and `best.pt`: the native format, raw and averaged weights in one file.
+
+    Both are written after validations; `best.pt` when the monitored metric is the best so far. Without a
+    validation set, `last.pt` is written when training ends.
+    """
+
+    def __init__(self, folder: Path, provenance: dict[str, Any]) -> None:
+        self.folder = folder
+        self.provenance = provenance
+        self.best_score: float | None = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, S2EFTask)
+        if trainer.sanity_checking:
+            return
+        values = validation_values(trainer)
+        monitor = pl_module.settings.monitor if pl_module.has_forces else "energy_mae"
+        score = values.get(monitor)
+        better = score is not None and (
+            self.best_score is None
+            or (score > self.best_score if monitor in HIGHER_IS_BETTER else score < self.best_score)
+        )
+        if better:
+            self.best_score = score
+        for name in ["last.pt"] + ["best.pt"] * better:
+            self._save(trainer, pl_module, self.folder / name, values)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, S2EFTask)
+        self._save(trainer, pl_module, self.folder / "last.pt", validation_values(trainer))
+
+    def _save(self, trainer: pl.Trainer, task: S2EFTask, path: Path, values: dict[str, float]) -> None:
+        task.guard.check()
+        if not trainer.is_global_zero:
+            return
+        save_checkpoint(
+            path,
+            model=task.model,  # type: ignore[arg-type]  # tests train stand-ins
+            raw_state=_on_cpu(task.model),
+            averaged_state=None if task.averaged is None else _on_cpu(task.averaged),
+            normalizers=task.normalizers,
+            energy_kind=task.energy_kind,
+            provenance={
+                **self.provenance,
+                "step": trainer.global_step,
+                "epoch": trainer.current_epoch,
+                "validation": values,
+            },
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_score": self.best_score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_score = state_dict["best_score"]
+
+
+def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu() for name, value in model.state_dict().items()}
+
+
+class Summary(Callback):
+    """One printed line per validation, and structures and atoms per second in the log."""
+
+    def __init__(self) -> None:
+        self._start = self._mark = time.monotonic()
+        self._structures = self._atoms = self._logged_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start = self._mark = time.monotonic()
+        self._structures = self._atoms = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._structures += batch.num_graphs
+        self._atoms += batch.pos.shape[0]
+        step = trainer.global_step
+        if step == self._logged_step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        now = time.monotonic()
+        rates = {
+            "train/structures_per_second": self._structures / (now - self._mark),
+            "train/atoms_per_second": self._atoms / (now - self._mark),
+        }
+        pl_module.log_dict(rates, batch_size=batch.num_graphs)
+        pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"], batch_size=batch.num_graphs)
+        self._logged_step, self._mark, self._structures, self._atoms = step, now, 0, 0
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        values = validation_values(trainer)
+        parts = [f"epoch {trainer.current_epoch}", f"step {trainer.global_step}"]
+        parts.append(f"{time.monotonic() - self._start:.0f} s")
+        if "train/loss" in trainer.callback_metrics:
+            parts.append(f"train loss {float(trainer.callback_metrics['train/loss']):.4g}")
+        parts.append(f"val energy MAE {values['energy_mae']:.4f} eV")
+        if "forces_mae" in values:
+            parts.append(f"force MAE {values['forces_mae']:.4f} eV/Å")
+            parts.append(f"force cosine {values['forces_cosine_similarity']:.3f}")
+            parts.append(f"EFwT {100 * values['energy_forces_within_threshold']:.2f} %")
+        log.info("  ".join(parts))
+
+
+class ParityFigures(Callback):
+    """Keeps what the last validation predicted and draws it against the targets.
+
+    Of a large validation set an even sample of about `limit` force components is kept; with several
+    processes, what the first one saw.
+    """
+
+    def __init__(self, limit: int = 50_000) -> None:
+        self.limit = limit
+        self._energies: list[np.ndarray] = []
+        self._forces: list[np.ndarray] = []
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._energies, self._forces = [], []
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        self._energies.append(_pairs(batch.energy.view(-1), outputs["energy"]))
+        if "forces" in outputs:
+            free = ~batch.fixed.bool()
+            pairs = _pairs(batch.forces[free].reshape(-1), outputs["forces"][free].reshape(-1))
+            quota = max(1, int(self.limit / max(1, sum(trainer.num_val_batches))))
+            self._forces.append(pairs[:: max(1, len(pairs) // quota)])
+
+    def draw(self, folder: Path) -> list[Path]:
+        """Write `parity_energy.png` and `parity_forces.png`; returns those written."""
+        written = []
+        for name, label, unit, kept in (
+            ("energy", "energy", "eV", self._energies),
+            ("forces", "force component", "eV/Å", self._forces),
+        ):
+            if kept:
+                pairs = np.concatenate(kept)
+                mae = np.abs(pairs[:, 0] - pairs[:, 1]).mean()
+                note = f"validation, MAE {mae:.4f} {unit}, n = {len(pairs)}"
+                written.append(folder / f"parity_{name}.png")
+                draw_parity(pairs[:, 0], pairs[:, 1], label, unit, note, written[-1])
+        return written
+
+
+def _pairs(target: Tensor, predicted: Tensor) -> np.ndarray:
+    return np.stack([target.float().cpu().numpy(), predicted.float().cpu().numpy()], axis=1)

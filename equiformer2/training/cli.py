@@ -1,0 +1,160 @@
+"""The command line and the YAML files of `scripts/train.py`."""
+
+import argparse
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from datasets_oc20 import OC20DataModule
+from datasets_oc20.datamodule import NormalizerValues
+from equiformer2.errors import InputError
+from equiformer2.model import ModelConfig
+from equiformer2.training.folder import WandbSettings
+from equiformer2.training.optim import OptimSettings
+from equiformer2.training.run import RunConfig, RunSettings
+from equiformer2.training.task import TaskSettings
+
+#: Trainer arguments that this program decides.
+_OWN_TRAINER_KEYS = {
+    "logger",
+    "default_root_dir",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "enable_checkpointing",
+    "use_distributed_sampler",
+    "reload_dataloaders_every_n_epochs",
+    "barebones",
+    "fast_dev_run",
+    "inference_mode",
+    "model_registry",
+}
+_GROUPS = {"model": ModelConfig, "task": TaskSettings, "optim": OptimSettings, "wandb": WandbSettings}
+
+
+def build_parser() -> ArgumentParser:
+    """All keys of a run; the same names in YAML files and on the command line."""
+    parser = ArgumentParser(
+        prog="train.py",
+        description="Train EquiformerV2. Every key below can stand in a YAML file given with --config and be "
+        "changed on the command line, as in --model.num_layers 4.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; later ones win.")
+    parser.add_class_arguments(RunSettings, instantiate=False)
+    for name, settings in _GROUPS.items():
+        parser.add_class_arguments(settings, name, instantiate=False)
+    parser.add_class_arguments(OC20DataModule, "data", instantiate=False, skip={"seed"})
+    parser.add_class_arguments(pl.Trainer, "trainer", instantiate=False, skip=_OWN_TRAINER_KEYS)
+    parser.set_defaults(
+        {
+            "trainer.log_every_n_steps": 20,
+            "trainer.num_sanity_val_steps": 0,
+            "trainer.enable_model_summary": False,
+        }
+    )
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> RunConfig:
+    """The settings of a run from command-line arguments.
+
+    Raises:
+        InputError: an unknown key (the nearest known one is named), a value of the wrong type or out of
+            range, an unreadable file. One sentence.
+    """
+    parser = build_parser()
+    known = {action.dest for action in parser._actions if action.dest}
+    for file, keys in _keys_of(arguments):
+        for key in keys:
+            _check_key(key, known, file)
+    try:
+        parsed = parser.parse_args(list(arguments))
+        text = parser.dump(parsed, skip_none=False)
+        instantiated = parser.instantiate_classes(parsed)
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise InputError(f"configuration: {' '.join(str(error).split())}") from error
+    groups = {name: settings(**vars(parsed[name])) for name, settings in _GROUPS.items()}
+    top = {name: parsed[name] for name in RunSettings.__dataclass_fields__}
+    run = RunSettings(**top)
+    if run.name is None and parsed.config:
+        run = replace(run, name=Path(str(parsed.config[-1])).stem)
+    data = {**_plain(parsed.data), "seed": run.seed}
+    if data["normalizers"] is not None:
+        data["normalizers"] = NormalizerValues(**data["normalizers"])
+    return RunConfig(run=run, data=data, trainer=dict(vars(instantiated.trainer)), text=text, **groups)
+
+
+def _keys_of(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """(where, dotted keys) of the command line and of every config file that it names."""
+    names = [argument[2:].split("=", 1)[0] for argument in arguments if argument.startswith("--")]
+    yield "command line", [name.removesuffix("+") for name in names]
+    for position, argument in enumerate(arguments):
+        value = None
+        if argument == "--config" and position + 1 < len(arguments):
+            value = arguments[position + 1]
+        elif argument.startswith("--config="):
+            value = argument.removeprefix("--config=")
+        if value is not None:
+            yield value, list(_flatten(_read_yaml(Path(value))))
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise InputError(f"there is no config file {path}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path} holds no configuration: it must be a mapping of keys to values")
+    return content
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{name}.")
+        else:
+            yield name
+
+
+def _check_key(key: str, known: set[str], where: str) -> None:
+    parts = key.split(".")
+    prefixes = {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+    # A known key with something below it is a value that jsonargparse checks itself (a callback, say);
+    # a group as a whole has no dot and stands for the keys inside it.
+    if key in known | {"help", "print_config"} or any(
+        prefix in known and "." in prefix for prefix in prefixes
+    ):
+        return
+    own = key.removeprefix("trainer.")
+    if key.startswith("trainer.") and own in _OWN_TRAINER_KEYS:
+        raise InputError(f"{where}: '{key}' is decided by this program and cannot be set")
+    hint = _nearest(key, known)
+    raise InputError(f"{where}: unknown key '{key}'" + (f"; did you mean '{hint}'?" if hint else ""))
+
+
+def _nearest(key: str, known: set[str]) -> str | None:
+    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
+    if near:
+        return near[0]
+    # the right name in the wrong group, or without its group
+    last = key.rsplit(".", 1)[-1]
+    by_name = {name.rsplit(".", 1)[-1]: name for name in sorted(known)}
+    near = difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.6)
+    return by_name[near[0]] if near else None
+
+
+def _plain(namespace: Namespace) -> dict[str, Any]:
+    return {
+        name: _plain(value) if isinstance(value, Namespace) else value
+        for name, value in vars(namespace).items()
+    }

@@ -1,0 +1,95 @@
+"""Figures of a run and of an evaluation, drawn without a display."""
+
+import csv
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+#: (title, columns of metrics.csv, unit) of the panels of the loss figure.
+_PANELS = (
+    ("loss", ("train/loss",), ""),
+    ("energy MAE", ("train/energy_mae", "val/energy_mae"), "eV"),
+    ("force error", ("train/forces_l2", "val/forces_mae"), "eV/Å"),
+    ("learning rate", ("lr",), ""),
+)
+
+
+def draw_loss_curves(metrics_csv: Path, target: Path) -> None:
+    """Loss, errors and learning rate against the step from a run's `metrics.csv`; none without rows."""
+    if not metrics_csv.exists():
+        return
+    with metrics_csv.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    panels = [panel for panel in _PANELS if any(row.get(name) for row in rows for name in panel[1])]
+    if not panels:
+        return
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    for axis, (title, columns, unit) in zip(
+        np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True
+    ):
+        for name in columns:
+            points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+            if points:
+                style = "o-" if name.startswith("val/") else "-"
+                axis.plot(*np.array(points).T, style, label=name, markersize=3, linewidth=1)
+        axis.set(title=title, xlabel="step", ylabel=unit, yscale="log")
+        axis.legend(fontsize="small")
+        axis.grid(alpha=0.3)
+    save_figure(figure, target)
+
+
+def draw_parity(
+    target_values: np.ndarray, predicted: np.ndarray, label: str, unit: str, note: str, target: Path
+) -> None:
+    """Predicted against target values (both [n]) with the diagonal; `note` stands in the title."""
+    figure = Figure(figsize=(4.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+    low, high = _limits(np.concatenate([target_values, predicted]))
+    axis.plot([low, high], [low, high], color="0.5", linewidth=1)
+    axis.plot(target_values, predicted, ".", markersize=3, alpha=0.5, rasterized=True)
+    axis.set(
+        xlim=(low, high),
+        ylim=(low, high),
+        aspect="equal",
+        xlabel=f"{label}, target ({unit})",
+        ylabel=f"{label}, predicted ({unit})",
+        title=note,
+    )
+    axis.grid(alpha=0.3)
+    save_figure(figure, target)
+
+
+def save_figure(figure: Figure, target: Path) -> None:
+    """Write a PNG whole or not at all."""
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    write_bytes(target, buffer.getvalue())
+
+
+def write_bytes(target: Path, content: bytes) -> None:
+    """Write a file whole or not at all (temporary file beside it, fsync, rename); makes the folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _limits(values: np.ndarray) -> tuple[float, float]:
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return -1.0, 1.0
+    low, high = float(finite.min()), float(finite.max())
+    margin = 0.04 * (high - low) or 0.5
+    return low - margin, high + margin

@@ -1,0 +1,160 @@
+"""The one folder that a run leaves: config, log, metrics, figures, checkpoints."""
+
+import csv
+import logging
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.loggers import CSVLogger, Logger
+from pytorch_lightning.utilities import rank_zero_only
+from tqdm import tqdm
+
+from equiformer2.checkpoint.files import read_tensors
+from equiformer2.errors import InputError
+from equiformer2.training.figures import write_bytes
+
+
+@dataclass(frozen=True)
+class WandbSettings:
+    """Weights & Biases; off without a project. `WANDB_MODE=offline` works as everywhere.
+
+    Args:
+        project: project to log to.
+        entity: user or team; W&B's default if not given.
+        offline: write W&B's files into the run folder and send nothing.
+    """
+
+    project: str | None = None
+    entity: str | None = None
+    offline: bool = False
+
+
+class RunFolder:
+    """Paths inside `runs_dir/name`, and the rule that no run overwrites another.
+
+    Args:
+        path: the folder.
+        resume: what to resume from: `last` for the folder's own last checkpoint, a path, or None.
+
+    Raises:
+        InputError: nothing there to resume from, or a run already there and not resumed.
+    """
+
+    def __init__(self, path: Path, resume: str | None) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.figures = path / "figures"
+        self.metrics = path / "metrics.csv"
+        self.last = self.checkpoints / "last.ckpt"
+        self.resume_from = self.last if resume == "last" else Path(resume) if resume else None
+        if self.resume_from is not None and not self.resume_from.is_file():
+            raise InputError(f"ckpt_path: there is no checkpoint {self.resume_from} to resume from")
+        # Other processes of a DDP run come here after the first one has made the folder.
+        if _is_first_process() and self._is_taken():
+            raise InputError(
+                f"{path} holds a run already: choose another name, or continue it with --ckpt_path last"
+            )
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def _is_taken(self) -> bool:
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file: choose another name for the run")
+        occupied = self.path.exists() and any(self.path.iterdir())
+        return occupied and (self.resume_from is None or self.resume_from.resolve() != self.last.resolve())
+
+    @rank_zero_only
+    def save_config(self, text: str) -> None:
+        """Write the resolved configuration, `config.yaml`."""
+        write_bytes(self.path / "config.yaml", text.encode())
+
+    @rank_zero_only
+    def start_log(self) -> None:
+        """Send what is logged to `log.txt` and to the screen."""
+        handlers: list[logging.Handler] = [logging.FileHandler(self.path / "log.txt")]
+        handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        for name in ("equiformer2", "pytorch_lightning", "py.warnings"):
+            logging.getLogger(name).addHandler(handlers[0])
+        logging.captureWarnings(True)
+        ours = logging.getLogger("equiformer2")
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
+        ours.addHandler(_Console())
+
+    def loggers(self, wandb: WandbSettings) -> list[Logger]:
+        """The CSV logger, always, and W&B when asked for.
+
+        Raises:
+            InputError: W&B is asked for and not installed.
+        """
+        loggers: list[Logger] = [self._csv_logger()]
+        if wandb.project is not None:
+            loggers.append(self._wandb_logger(wandb))
+        return loggers
+
+    def _csv_logger(self) -> CSVLogger:
+        rows: list[dict[str, str]] = []
+        if _is_first_process() and self.resume_from is not None and self.metrics.exists():
+            step = int(read_resume_state(self.resume_from)["global_step"])
+            with self.metrics.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
+        logger = CSVLogger(self.path, name="", version="", flush_logs_every_n_steps=50)
+        if rows:
+            # The logger begins with an empty file: put back the rows up to the checkpoint.
+            logger.experiment.metrics.extend(rows)
+            logger.save()
+        return logger
+
+    def _wandb_logger(self, settings: WandbSettings) -> Logger:
+        try:
+            import wandb  # noqa: F401
+            from pytorch_lightning.loggers import WandbLogger
+        except ImportError as error:
+            raise InputError(
+                "wandb.project is set but wandb is not installed: pip install 'equiformer2[wandb]', "
+                "or leave wandb.project out"
+            ) from error
+        # The id is kept with the run, so that a resumed run goes on in the same place.
+        id_file = self.path / "wandb_id.txt"
+        if _is_first_process() and not (self.resume_from is not None and id_file.exists()):
+            write_bytes(id_file, uuid.uuid4().hex[:8].encode())
+        run_id = id_file.read_text().strip()
+        return WandbLogger(
+            project=settings.project,
+            entity=settings.entity,
+            name=self.path.name,
+            id=run_id,
+            resume="allow",
+            save_dir=self.path,
+            offline=settings.offline,
+        )
+
+
+class _Console(logging.Handler):
+    """Prints above the progress bar instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))
+
+
+def _is_first_process() -> bool:
+    # Set by Lightning from the launcher's environment variables, before any process group exists.
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def read_resume_state(path: Path) -> dict[str, Any]:
+    """The content of a Lightning checkpoint of ours; `InputError` for any other file."""
+    state = read_tensors(path)
+    if "global_step" not in state or "equiformer2" not in state:
+        raise InputError(
+            f"ckpt_path: {path} is not a checkpoint to resume from (checkpoints/last.ckpt of a run); "
+            "to start from the weights of a native checkpoint use init_from"
+        )
+    return state
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

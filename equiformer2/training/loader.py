@@ -1,0 +1,82 @@
+"""A training loader that can start in the middle of an epoch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Sampler
+from torch_geometric.data import Batch
+
+from datasets_oc20 import OC20DataModule
+
+
+class _FromBatch(Sampler[list[int]]):
+    """The batches of `batches` from number `first` on; `first` holds for one pass."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+        self.first = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first, self.first = self.first, 0
+        for number, batch in enumerate(self.batches):
+            if number >= first:
+                yield batch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class ResumableLoader:
+    """A `DataLoader` that Lightning can save and restore in mid-epoch.
+
+    Its batch sampler must be a function of (seed, epoch), so that the number of batches already served
+    says everything; those are skipped without being read.
+
+    Args:
+        loader: with a batch sampler that has `set_epoch`.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.batch_sampler = loader.batch_sampler
+        self._offset = _FromBatch(loader.batch_sampler)
+        self._loader = DataLoader(
+            loader.dataset,
+            batch_sampler=self._offset,
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+            persistent_workers=loader.persistent_workers,
+            pin_memory=loader.pin_memory,
+        )
+        self._first = self._served = 0
+
+    def __len__(self) -> int:
+        return len(self._offset)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator: the sampler's epoch, set by Lightning after iter(), is read at the first batch.
+        first, self._first = self._first, 0
+        self._served = self._offset.first = first
+        for batch in self._loader:
+            self._served += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches served of the current epoch."""
+        return {"served": self._served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next pass begin where the saved one was."""
+        self._first = self._served = state["served"]
+
+
+class ResumableDataModule(OC20DataModule):
+    """`OC20DataModule` whose training loader can start in the middle of an epoch."""
+
+    def train_dataloader(self) -> ResumableLoader:  # type: ignore[override]
+        """Shuffled by (seed, epoch)."""
+        return ResumableLoader(super().train_dataloader())
+
+    @property
+    def normalizers_are_given(self) -> bool:
+        """Whether the configuration states the normalizers instead of leaving them to the data."""
+        return self._given_normalizers is not None

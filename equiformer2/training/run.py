@@ -1,0 +1,200 @@
+"""One training run, from settings to a folder."""
+
+import logging
+import os
+import sys
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers, load_checkpoint
+from equiformer2.errors import InputError
+from equiformer2.model import EquiformerV2, ModelConfig
+from equiformer2.training.callbacks import NativeCheckpoints, ParityFigures, ResumeCheckpoint, Summary
+from equiformer2.training.figures import draw_loss_curves
+from equiformer2.training.folder import RunFolder, WandbSettings, count_parameters, read_resume_state
+from equiformer2.training.loader import ResumableDataModule
+from equiformer2.training.optim import OptimSettings
+from equiformer2.training.task import S2EFTask, TaskSettings
+
+log = logging.getLogger("equiformer2")
+
+#: Keys of the model configuration that shape training, not the weights: a fine-tuning run may change them.
+_NOT_IN_WEIGHTS = {"alpha_drop", "drop_path_rate", "proj_drop", "weight_init"}
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Name, seed and starting point of a run.
+
+    Args:
+        name: the run's folder inside `runs_dir`; the name of the config file if not given.
+        runs_dir: where run folders are made.
+        seed: of the initial weights, the order of the data and dropout.
+        ckpt_path: resume exactly from this Lightning checkpoint; `last` is the run's own.
+        init_from: start from the weights of this checkpoint (native, OCP or fairchem v1) as a new run.
+        checkpoint_every_n_steps: also save `last.ckpt` every so many optimizer steps.
+    """
+
+    name: str | None = None
+    runs_dir: str = "runs"
+    seed: int = 0
+    ckpt_path: str | None = None
+    init_from: str | None = None
+    checkpoint_every_n_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.ckpt_path is not None and self.init_from is not None:
+            raise InputError("ckpt_path resumes a run and init_from starts a new one: give one of them")
+        if self.checkpoint_every_n_steps is not None and self.checkpoint_every_n_steps < 1:
+            raise InputError("checkpoint_every_n_steps must be at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run needs; `text` is the resolved configuration that is saved with it."""
+
+    run: RunSettings
+    model: ModelConfig
+    task: TaskSettings
+    optim: OptimSettings
+    wandb: WandbSettings
+    data: dict[str, Any]
+    trainer: dict[str, Any]
+    text: str
+
+
+def train(config: RunConfig) -> Path:
+    """Train, validate, draw; returns the run's folder.
+
+    Raises:
+        InputError, datasets_oc20.DataError: anything wrong with the settings, the data or a checkpoint.
+        OSError: the folder cannot be written.
+    """
+    run = config.run
+    folder = RunFolder(Path(run.runs_dir) / (run.name or "run"), run.ckpt_path)
+    folder.start_log()
+    if folder.resume_from is not None:
+        read_resume_state(folder.resume_from)
+    start = load_checkpoint(run.init_from) if run.init_from is not None else None
+    data = ResumableDataModule(**config.data)
+    data.setup("fit")
+    pl.seed_everything(run.seed, verbose=False)
+    model = EquiformerV2(config.model)
+    if start is not None:
+        _start_from(model, start, data, str(run.init_from))
+    task = S2EFTask(model, _normalizers(data, start), data.energy_kind, config.task, config.optim, run.seed)
+    parity = ParityFigures()
+    callbacks = [
+        Summary(),
+        parity,
+        NativeCheckpoints(folder.checkpoints, {"config": config.text, "init_from": run.init_from}),
+        ResumeCheckpoint(folder.last, run.checkpoint_every_n_steps),
+    ]
+    trainer = _trainer(config, folder, callbacks, variable_epochs=bool(data.max_atoms or data.max_edges))
+    folder.save_config(config.text)
+    log.info(f"run folder {folder.path}; {count_parameters(model):,} parameters")
+    _fit(trainer, task, data, folder)
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.save()
+        draw_loss_curves(folder.metrics, folder.figures / "loss.png")
+        figures = parity.draw(folder.figures)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("figures", [str(path) for path in [folder.figures / "loss.png", *figures]])
+    return folder.path
+
+
+def _fit(trainer: pl.Trainer, task: S2EFTask, data: ResumableDataModule, folder: RunFolder) -> None:
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=folder.resume_from, weights_only=True)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"the device is out of memory{task.guard.last_batch()}: lower data.batch_size, set data.max_atoms, "
+            "or use task.activation_checkpointing: true or trainer.precision: bf16-mixed"
+        ) from error
+
+
+def _trainer(
+    config: RunConfig, folder: RunFolder, callbacks: list[pl.Callback], variable_epochs: bool
+) -> pl.Trainer:
+    settings = dict(config.trainer)
+    if settings["enable_progress_bar"] is None:
+        settings["enable_progress_bar"] = sys.stdout.isatty()
+    if settings["enable_progress_bar"]:
+        # Each refresh reads the loss from the device.
+        callbacks = [TQDMProgressBar(refresh_rate=settings["log_every_n_steps"] or 50), *callbacks]
+    settings["callbacks"] = [*(settings["callbacks"] or []), *callbacks]
+    settings["strategy"] = _strategy(settings)
+    warnings.filterwarnings("ignore", message=".*Experiment logs directory.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    try:
+        return pl.Trainer(
+            **settings,
+            logger=folder.loggers(config.wandb),
+            default_root_dir=folder.path,
+            # The batch sampler shares out the data between processes itself.
+            use_distributed_sampler=False,
+            # With batches limited by atoms the number of batches changes from epoch to epoch.
+            reload_dataloaders_every_n_epochs=1 if variable_epochs else 0,
+        )
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"trainer: {error}") from error
+
+
+def _strategy(settings: dict[str, Any]) -> Any:
+    """DDP for several processes, told that some parameters get no gradient (see `EquiformerV2`)."""
+    strategy, devices = settings["strategy"], settings["devices"]
+    if strategy not in ("auto", "ddp"):
+        return strategy
+    if devices in ("auto", -1, "-1"):
+        count = torch.cuda.device_count() if settings["accelerator"] in ("auto", "gpu", "cuda") else 1
+    elif isinstance(devices, str):
+        count = len(devices.split(",")) if "," in devices else int(devices)
+    else:
+        count = len(devices) if isinstance(devices, list) else int(devices)
+    if strategy == "auto" and count * settings["num_nodes"] <= 1:
+        return strategy
+    return DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def _normalizers(data: ResumableDataModule, start: Checkpoint | None) -> Normalizers:
+    """Those of the data; those of the checkpoint when starting from one, unless the config gives some."""
+    if start is not None and not data.normalizers_are_given:
+        return start.normalizers
+    table = data.normalizers
+    return Normalizers(
+        energy=Normalizer(*table["energy"]),
+        forces=Normalizer(*table["forces"]),
+        linear_references=table["linear_references"],
+    )
+
+
+def _start_from(model: EquiformerV2, start: Checkpoint, data: ResumableDataModule, path: str) -> None:
+    """Load the checkpoint's weights; refuse another architecture or another kind of energy."""
+    mine, theirs = model.config.to_dict(), start.config.to_dict()
+    different = [
+        f"model.{field.name} is {theirs[field.name]!r} there and {mine[field.name]!r} here"
+        for field in fields(ModelConfig)
+        if field.name not in _NOT_IN_WEIGHTS and mine[field.name] != theirs[field.name]
+    ]
+    if different:
+        raise InputError(f"init_from: {path} holds another model: {'; '.join(different)}")
+    if start.energy_kind is not None and start.energy_kind != data.energy_kind:
+        raise InputError(
+            f"init_from: {path} predicts {start.energy_kind} energies and the training data hold "
+            f"{data.energy_kind} energies: use data of the checkpoint's kind"
+        )
+    model.load_state_dict(start.model.state_dict())
+    log.info(f"starting from the {start.weights} weights of {os.fspath(path)}")

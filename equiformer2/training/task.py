@@ -1,0 +1,230 @@
+"""The Lightning task: wires the network, the loss, the optimizer, the moving average and the metrics."""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Timer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch_geometric.data import Batch
+
+from equiformer2.checkpoint import Normalizers
+from equiformer2.errors import InputError
+from equiformer2.training.guard import FiniteGuard
+from equiformer2.training.losses import energy_l1, force_l2
+from equiformer2.training.metrics import S2EFMetrics
+from equiformer2.training.optim import (
+    OptimSettings,
+    average_decay,
+    build_optimizer,
+    build_schedule,
+    update_average,
+)
+
+#: Key of everything in a Lightning checkpoint that Lightning does not know about.
+STATE_KEY = "equiformer2"
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """Loss, moving average and what to watch.
+
+    Args:
+        energy_coefficient: weight of the energy's mean absolute error (the paper's λ_E).
+        force_coefficient: weight of the mean norm of the force error (λ_F).
+        ema_decay: decay of the exponential moving average of the weights per step; 0 keeps none.
+        ema_warmup: let the decay grow from 2/11 in the first steps, so that short runs do not average
+            over their initial weights. The reference does not.
+        activation_checkpointing: recompute each block in the backward pass; less memory, more time.
+        monitor: validation metric that decides which weights are the best.
+    """
+
+    energy_coefficient: float = 2.0
+    force_coefficient: float = 100.0
+    ema_decay: float = 0.999
+    ema_warmup: bool = True
+    activation_checkpointing: bool = False
+    monitor: Literal[
+        "forces_mae", "energy_mae", "energy_forces_within_threshold", "forces_cosine_similarity"
+    ] = "forces_mae"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"task.ema_decay must be at least 0 and below 1, not {self.ema_decay}")
+        for name in ("energy_coefficient", "force_coefficient"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"task.{name} must not be negative, it is {getattr(self, name)}")
+
+
+class S2EFTask(pl.LightningModule):
+    """Structure to energy and forces.
+
+    Args:
+        model: the network; takes a batch, gives `energy` [B] and `forces` [N, 3] in normalised units, and
+            has `config`, `no_weight_decay()` and `activation_checkpointing`.
+        normalizers: between eV and the network's units.
+        energy_kind: `adsorption` or `total`, the kind of the training data.
+        settings, optim: see their classes.
+        seed: of dropout and drop path. Every micro-batch draws from its own generator, a function of
+            (seed, epoch, batch, process), so that a resumed run repeats the uninterrupted one.
+
+    Raw weights live in `self.model`, averaged ones in `self.averaged` (None without averaging); both are
+    in the state dict. Validation runs the averaged ones.
+    """
+
+    averaged: nn.Module | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        normalizers: Normalizers,
+        energy_kind: str,
+        settings: TaskSettings,
+        optim: OptimSettings,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.normalizers = normalizers
+        self.energy_kind = energy_kind
+        self.settings = settings
+        self.optim = optim
+        self.seed = seed
+        self.averaged = None
+        if settings.ema_decay > 0:
+            self.averaged = copy.deepcopy(model).requires_grad_(False).eval()
+        if settings.activation_checkpointing:
+            model.activation_checkpointing = True  # type: ignore[assignment]
+        self.val_metrics = S2EFMetrics(forces=self.has_forces)
+        self.guard = FiniteGuard()
+
+    @property
+    def has_forces(self) -> bool:
+        """Whether the network predicts forces."""
+        return bool(self.model.config.regress_forces)  # type: ignore[union-attr]
+
+    @property
+    def best_weights(self) -> nn.Module:
+        """The averaged network where there is one, else the raw one."""
+        return self.averaged if self.averaged is not None else self.model
+
+    def train(self, mode: bool = True) -> "S2EFTask":
+        """Training mode for the raw network only: the average never drops anything."""
+        super().train(mode)
+        if self.averaged is not None:
+            self.averaged.eval()
+        return self
+
+    # ---- one step
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The weighted loss of one micro-batch; averages over all processes (see `losses`)."""
+        out = self._forward_with_own_randomness(batch, batch_idx)
+        energy = energy_l1(out["energy"], self.normalizers.normalize_energy(batch.energy, batch))
+        loss = self.settings.energy_coefficient * energy
+        logged = {"train/energy_mae": energy.detach() * self.normalizers.energy.std}
+        if self.has_forces:
+            target = self.normalizers.normalize_forces(batch.forces)
+            forces = force_l2(out["forces"], target, ~batch.fixed.bool())
+            loss = loss + self.settings.force_coefficient * forces
+            logged["train/forces_l2"] = forces.detach() * self.normalizers.forces.std
+        self.guard.watch(self.global_step, loss, batch, out)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=batch.num_graphs)
+        self.log_dict(logged, batch_size=batch.num_graphs)
+        return loss
+
+    def _forward_with_own_randomness(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        entropy = (self.seed, self.current_epoch, batch_idx, self.global_rank)
+        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            out: dict[str, Tensor] = self.model(batch)
+        return out
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Adds one batch to the validation metrics; returns its predictions (averaged weights; eV, eV/Å)."""
+        out = {name: value.float() for name, value in self.best_weights(batch).items()}
+        prediction = self.normalizers.denormalize(out, batch)
+        self.val_metrics.update(prediction, batch)
+        return prediction
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the whole validation set."""
+        # Float32 because not every device reduces float64; the processes' sums are already added up.
+        values = {f"val/{name}": value.float() for name, value in self.val_metrics.compute().items()}
+        self.log_dict(values)
+        self.val_metrics.reset()
+
+    # ---- optimisation
+
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
+        """AdamW, and the learning rate of every optimizer step."""
+        optimizer = build_optimizer(self.model, self.optim)
+        total_steps = float(self.trainer.estimated_stepping_batches)
+        steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        timer = next((c for c in self.trainer.callbacks if isinstance(c, Timer)), None)  # type: ignore[attr-defined]
+        schedule = build_schedule(
+            optimizer,
+            self.optim,
+            steps_per_epoch=math.ceil(steps_per_epoch) if math.isfinite(steps_per_epoch) else math.inf,
+            total_steps=total_steps,
+            elapsed_fraction=None if timer is None else lambda: self._elapsed_fraction(timer),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _elapsed_fraction(self, timer: Timer) -> float:
+        """Share of the time budget used, agreed between processes: their learning rates must be equal."""
+        elapsed, remaining = timer.time_elapsed(), timer.time_remaining()
+        assert remaining is not None
+        fraction = min(1.0, elapsed / (elapsed + remaining))
+        return float(self.trainer.strategy.broadcast(fraction))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by global norm and log the norm before clipping."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_grad_norm)
+        self.log("train/grad_norm", norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One optimizer step, then one step of the moving average."""
+        super().optimizer_step(*args, **kwargs)
+        if self.averaged is not None:
+            # global_step counts this step only after the hook returns
+            decay = average_decay(self.settings.ema_decay, self.global_step + 1, self.settings.ema_warmup)
+            update_average(self.averaged, self.model, decay)
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a resumed run must agree on; refuse to save weights that a bad loss has touched."""
+        self.guard.check()
+        checkpoint[STATE_KEY] = {
+            "normalizers": self.normalizers.to_dict(),
+            "energy_kind": self.energy_kind,
+            "seed": self.seed,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume with other data units, another kind of energy or another seed."""
+        state = checkpoint.get(STATE_KEY)
+        if state is None:
+            raise InputError("the file to resume from was not written by this program's training")
+        if Normalizers.from_dict(state["normalizers"]) != self.normalizers:
+            raise InputError(
+                "the run to resume used other normalizers: give it the same data and data settings"
+            )
+        for name in ("energy_kind", "seed"):
+            if state[name] != getattr(self, name):
+                raise InputError(
+                    f"the run to resume had {name} {state[name]!r}, this one has {getattr(self, name)!r}"
+                )
