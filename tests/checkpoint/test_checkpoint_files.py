@@ -64,6 +64,16 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
+def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "flipped.pt"
+    torch.save({"state_dict": {"x": torch.zeros(50_000)}, "config": {}, "normalizers": {}}, path)
+    content = bytearray(path.read_bytes())
+    content[100_000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"flipped\.pt is truncated, damaged"):
+        load_checkpoint(path)
+
+
 def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     path = tmp_path / "file"
     for content in (b"", b"hello world\n" * 50, b"PK\x03\x04", os.urandom(200), b"\x80\x02}q\x00."):
