@@ -26,7 +26,7 @@ class _DegreeNorm(DerivedConstants):
         super().__init__()
         degrees = torch.tensor([l for l in range(first_degree, lmax + 1) for _ in range(2 * l + 1)])
         self.register_buffer("degree", degrees - first_degree, persistent=False)
-        self.add_constant("balance", 1.0 / ((2 * degrees + 1) * (lmax + 1 - first_degree)))
+        self.add_constant("balance", 1.0 / ((2 * degrees.double() + 1) * (lmax + 1 - first_degree)))
 
     def balanced_scale(self, x: Tensor) -> Tensor:
         """Inverse root mean square over channels, orders and degrees, every degree counting equally: `[N, 1, 1]`."""

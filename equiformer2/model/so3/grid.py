@@ -3,7 +3,7 @@
 import math
 
 import torch
-from e3nn.o3 import FromS2Grid, ToS2Grid
+from e3nn.o3 import ToS2Grid
 from torch import Tensor
 
 from equiformer2.model.so3.constants import DerivedConstants
@@ -41,11 +41,26 @@ def grid_matrices(lmax: int, mmax: int, resolution: int | None) -> tuple[Tensor,
     latitudes = resolution or 2 * (lmax + 1)
     longitudes = resolution or (2 * mmax + (3 if mmax == lmax else 1))
     to_s2 = ToS2Grid(lmax, (latitudes, longitudes), normalization="component", dtype=torch.float64)
-    from_s2 = FromS2Grid((latitudes, longitudes), lmax, normalization="component", dtype=torch.float64)
-    scale = torch.cat([torch.full((2 * l + 1,), truncation_scale(l, mmax), dtype=torch.float64) for l in range(lmax + 1)])
+    degrees = [l for l in range(lmax + 1) for _ in range(2 * l + 1)]
+    scale = torch.tensor([truncation_scale(l, mmax) for l in degrees], dtype=torch.float64)
     to_grid = torch.einsum("mbi,am->bai", to_s2.shb, to_s2.sha) * scale
-    from_grid = torch.einsum("am,mbi->bai", from_s2.sha, from_s2.shb) * scale
-    return to_grid, from_grid
+    # The inverse is the quadrature with the same harmonics; `component` normalization divides by
+    # sqrt((2l+1) (lmax+1)) in one direction and multiplies by it in the other. (e3nn's FromS2Grid is
+    # the same matrix with float32 quadrature weights.)
+    norm = torch.tensor([(2 * l + 1) * (lmax + 1) for l in degrees], dtype=torch.float64)
+    weights = quadrature_weights(latitudes) / longitudes
+    return to_grid, to_grid * weights[:, None, None] * norm
+
+
+def quadrature_weights(latitudes: int) -> Tensor:
+    """Weights of equally spaced latitudes that integrate polynomials on the sphere exactly, float64, sum 1.
+
+    Kostelec and Rockmore, FFTs on the rotation group (2008), equation 2.13; `latitudes` is even.
+    """
+    half = latitudes // 2
+    theta = (2 * torch.arange(latitudes, dtype=torch.float64) + 1) * math.pi / (4 * half)
+    odd = 2 * torch.arange(half, dtype=torch.float64) + 1
+    return torch.sin(theta) * (torch.sin(theta[:, None] * odd) / odd).sum(1) / half
 
 
 def truncation_scale(l: int, mmax: int) -> float:
