@@ -90,26 +90,27 @@ def _parse_frame(comment: str, rows: list[str], index: int, where: str) -> RawFr
     header = {key: value.strip('"') for key, value in _PAIR.findall(comment)}
     columns = _column_starts(header, where)
     width = columns["total"]
-    tokens = " ".join(rows).split()
-    if len(tokens) != width * len(rows):
-        bad = next((number for number, row in enumerate(rows) if len(row.split()) != width), 0)
-        raise DataError(f"{where}: atom {bad} does not have the {width} columns that Properties lists.")
+    table = [row.split() for row in rows]
+    uneven = next((atom for atom, row in enumerate(table) if len(row) != width), None)
+    if uneven is not None:
+        raise DataError(f"{where}: atom {uneven} does not have the {width} columns that Properties lists.")
+    by_column = list(zip(*table, strict=True))
 
     def numbers(name: str, size: int) -> np.ndarray:
         first = columns[name]
         flat = np.empty((len(rows), size))
         try:
             for column in range(size):
-                flat[:, column] = tokens[first + column :: width]
+                flat[:, column] = by_column[first + column]
         except ValueError as error:
             raise DataError(f"{where}: column {name} holds something that is not a number.") from error
         return flat
 
-    symbols = tokens[columns["species"] :: width]
+    symbols = by_column[columns["species"]]
     unknown = next((number for number, symbol in enumerate(symbols) if symbol not in ATOMIC_NUMBERS), None)
     if unknown is not None:
         raise DataError(f"{where}: atom {unknown} is {symbols[unknown]!r}, which is not an element.")
-    movable = tokens[columns["move_mask"] :: width]
+    movable = by_column[columns["move_mask"]]
     if not set(movable) <= {"T", "F"}:
         raise DataError(f"{where}: column move_mask holds something other than T and F.")
     return RawFrame(

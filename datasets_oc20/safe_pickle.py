@@ -118,6 +118,13 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *unused: 
     return PickledTensor(storage, offset, tuple(size), tuple(stride))
 
 
+def _array_from_buffer(content: Any, dtype: Any, shape: Any, order: Any, *unused: Any) -> PickledArray:
+    """What pickles of protocol 5 call for arrays."""
+    array = PickledArray()
+    array.__setstate__((None, shape, dtype, order == "F", content))
+    return array
+
+
 def _numpy_scalar(dtype: Any, content: Any) -> Any:
     if not isinstance(dtype, _PickledDtype) or not isinstance(content, bytes):
         raise RefusedPickleError("a numpy number is damaged")
@@ -149,9 +156,10 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _AnArrayClass,
     ("numpy", "dtype"): _PickledDtype,
 }
-for _core in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    _ALLOWED[_core, "_reconstruct"] = PickledArray
-    _ALLOWED[_core, "scalar"] = _numpy_scalar
+for _core in ("numpy.core", "numpy._core"):
+    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = PickledArray
+    _ALLOWED[f"{_core}.multiarray", "scalar"] = _numpy_scalar
+    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _array_from_buffer
 for _module, _names in {
     "torch_geometric.data.data": ("Data", "DataTensorAttr", "DataEdgeAttr"),
     "torch_geometric.data": ("Data",),

@@ -1,0 +1,151 @@
+"""Our LMDB files: exact, whole or absent, and free of pickles."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import lmdb
+import orjson
+import pytest
+import torch
+from oc20_files import assert_same, structure
+from torch_geometric.data import Data
+
+from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb, records
+
+
+def test_round_trip_is_exact(tmp_path: Path, val_20: Path) -> None:
+    foreign = OC20Lmdb(val_20, "adsorption")
+    with LmdbWriter(tmp_path / "out.lmdb", foreign.energy_kind, {"source": "val_20"}) as writer:
+        for data in foreign:
+            writer.write(data)
+    ours = OC20Lmdb(tmp_path / "out.lmdb")
+    assert ours.energy_kind == "adsorption"
+    assert len(ours) == 20
+    for one, other in zip(ours, foreign, strict=True):
+        assert_same(one, other)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.lmdb", "val_20.lmdb"]
+    assert (tmp_path / "out.lmdb").stat().st_size < val_20.stat().st_size / 8  # no stored edges
+
+
+@pytest.mark.parametrize("dropped", [(), ("energy",), ("forces",), ("energy", "forces")])
+def test_optional_fields(tmp_path: Path, dropped: tuple[str, ...]) -> None:
+    data = structure(pos_relaxed=torch.rand(4, 3), y_relaxed=torch.tensor([1.5]))
+    data.pbc = torch.tensor([[True, True, False]])
+    for name in dropped:
+        del data[name]
+    with LmdbWriter(tmp_path / "out.lmdb", None) as writer:
+        writer.write(data)
+    dataset = OC20Lmdb(tmp_path / "out.lmdb")
+    assert_same(dataset[0], data)
+    assert dataset.energy_kind is None
+
+
+def test_keys_are_as_documented(tmp_path: Path) -> None:
+    with LmdbWriter(tmp_path / "out.lmdb", "total", {"source": "made up"}) as writer:
+        for seed in range(3):
+            writer.write(structure(natoms=seed + 1, seed=seed))
+    with (
+        lmdb.open(str(tmp_path / "out.lmdb"), subdir=False, readonly=True, lock=False) as environment,
+        environment.begin() as transaction,
+    ):
+        content = dict(transaction.cursor())
+    assert sorted(content) == [b"0", b"1", b"2", b"length", b"metadata", b"natoms"]
+    assert content[b"length"] == b"3"
+    metadata = orjson.loads(content[b"metadata"])
+    assert metadata["energy_kind"] == "total"
+    assert metadata["format_version"] == 1
+    assert metadata["units"]["forces"] == "eV/Å"
+    assert metadata["provenance"] == {"source": "made up"}
+    assert all(content[key].startswith(b"EOC1") for key in (b"0", b"1", b"2"))
+    assert OC20Lmdb(tmp_path / "out.lmdb").natoms.tolist() == [1, 2, 3]
+    assert not (tmp_path / "out.lmdb.natoms.npz").exists()
+
+
+def test_the_map_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets_oc20.writer._FIRST_MAP_SIZE", 1 << 16)
+    with LmdbWriter(tmp_path / "out.lmdb", "total") as writer:
+        for seed in range(600):
+            writer.write(structure(natoms=30, seed=seed))
+    dataset = OC20Lmdb(tmp_path / "out.lmdb")
+    assert len(dataset) == 600
+    assert_same(dataset[599], structure(natoms=30, seed=599))
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "out.lmdb"
+    with LmdbWriter(path, "total") as writer:
+        writer.write(structure(energy=7.0))
+
+    def write_two_of_which_one_is_bad() -> None:
+        with LmdbWriter(path, "total") as writer:
+            writer.write(structure(energy=8.0))
+            writer.write(structure(pos=torch.full((4, 3), float("nan"))))
+
+    with pytest.raises(DataError, match=r"out\.lmdb, record 1: pos holds NaN"):
+        write_two_of_which_one_is_bad()
+    with pytest.raises(DataError, match="no record to write"), LmdbWriter(path, "total"):
+        pass
+    assert OC20Lmdb(path)[0].energy.item() == 7.0
+    assert [item.name for item in tmp_path.iterdir()] == ["out.lmdb"]
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
+    # A limit on the size of a file fails its writes just as a full disk does.
+    program = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from oc20_files import structure
+from datasets_oc20 import LmdbWriter
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+try:
+    with LmdbWriter({str(tmp_path / "out.lmdb")!r}, "total") as writer:
+        for seed in range(2000):
+            writer.write(structure(natoms=30, seed=0))
+except OSError as error:
+    print("caught", error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "caught" in done.stdout
+    assert "out.lmdb: cannot be written" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_impossible_places(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="absent: no such folder"):
+        LmdbWriter(tmp_path / "absent" / "out.lmdb", "total")
+    with pytest.raises(DataError, match="is a folder"):
+        LmdbWriter(tmp_path, "total")
+    with pytest.raises(DataError, match="energy_kind is 'free'"):
+        LmdbWriter(tmp_path / "out.lmdb", "free")
+
+
+def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets_oc20.writer.FORMAT_VERSION", 2)
+    with LmdbWriter(tmp_path / "out.lmdb", "total") as writer:
+        writer.write(structure())
+    with pytest.raises(DataError, match=r"out\.lmdb: the file has format 2, .* up to 1; update"):
+        OC20Lmdb(tmp_path / "out.lmdb")
+
+
+@pytest.mark.parametrize("cut", [1, 7, 9, 60, -1, -200])
+def test_damaged_records_are_errors(cut: int) -> None:
+    value = records.pack(structure(natoms=9))
+    with pytest.raises(DataError, match="here: "):
+        records.unpack(value[:cut], "here")
+
+
+def test_headers_that_lie_are_errors() -> None:
+    value = records.pack(structure(natoms=9))
+    for old, new in ((b'"<f4"', b'"<f8"'), (b'"pos"', b'"pox"'), (b"[9,3]", b"[8,3]"), (b"[9,3]", b"[-1]  ")):
+        with pytest.raises(DataError, match="here: "):
+            records.unpack(value.replace(old, new), "here")
+
+
+def test_packed_records_hold_the_whole_range_of_the_fields() -> None:
+    data = structure(natoms=3, atomic_numbers=torch.tensor([1, 99, 118]), sid="random1 ü", fid=123456)
+    unpacked: Data = records.unpack(records.pack(data), "here")
+    assert_same(unpacked, data)
+    assert unpacked.pos.is_contiguous()
+    unpacked.pos += 1.0  # writable, and its own memory
+    assert not torch.equal(records.unpack(records.pack(data), "here").pos, unpacked.pos)
