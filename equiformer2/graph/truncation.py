@@ -63,15 +63,13 @@ def nearest_edges(
         limit[crowded] = last_kept
         tied = ((distance - limit[target]).abs() <= TIE_TOLERANCE).nonzero().squeeze(1)
         projection = vectors_of(order[tied]) @ torch.tensor(_TIE_DIRECTION, dtype=distance.dtype)
-        # Projections lie within the largest distance of zero; the key takes values that are not negative.
-        projection += distance.max()
         # The tied edges of an atom stand together, so sorting them by atom first leaves the others in place.
         order[tied] = order[tied[torch.argsort(_sort_key(target[tied], projection), stable=True)]]
     return order[rank < max_neighbors]
 
 
 def _sort_key(target: Tensor, value: Tensor) -> Tensor:
-    """One integer per edge that sorts by target, then by `value` (0 to 1000 Å) in steps of 1e-9 Å.
+    """One integer per edge that sorts by target, then by `value` (below 500 Å in size) in steps of 1e-9 Å.
 
     An integer, so that an atom's edges are ordered alike wherever its structure stands in a batch.
     """

@@ -36,7 +36,7 @@ def check_shapes(
     pbc: NDArray[np.bool_],
     natoms: NDArray[np.int64],
 ) -> None:
-    """Raise `InputError` unless the shapes are `[N, 3]`, `[B, 3, 3]`, `[B, 3]` and `[B]`, with sum(natoms) = N."""
+    """Raise `InputError` unless the shapes are `[N, 3]`, `[B, 3, 3]`, `[B, 3]` and `[B]` with sum N."""
     structures = len(natoms)
     if positions.ndim != 2 or positions.shape[1] != 3:
         raise InputError(f"pos has the shape {positions.shape}; it must be [N, 3]")
