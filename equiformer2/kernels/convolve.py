@@ -118,7 +118,7 @@ class _ConvolveEdges(torch.autograd.Function):
             _accumulate(grad_radial_weight, grad_radial.t(), hidden[part])
             grad_radial_bias += grad_radial.sum(0)
             torch.mm(grad_radial, radial_weight, out=grad_hidden[part])
-            grad_edges = rotate_from_edges(grad_rotated, blocks, ones)
+            grad_edges = rotate_from_edges(grad_rotated, [block[part] for block in blocks], ones)
             grad_x.index_add_(0, source[part], grad_edges[:, :, :channels])
             grad_x.index_add_(0, target[part], grad_edges[:, :, channels:])
         return (
