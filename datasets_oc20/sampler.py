@@ -1,6 +1,7 @@
 """Batches limited by structures, atoms or edges, shared out equally between ranks."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -13,7 +14,12 @@ class BalancedBatchSampler(Sampler[list[int]]):
     """Batches of dataset indices; the whole sequence is a function of (`seed`, epoch).
 
     Structures are taken in shuffled (or stored) order and a batch is closed before it would exceed a
-    limit. For several ranks, batches are formed globally, the structures of `world_size` neighbouring batches
+    limit. Every epoch has the same number of batches, because Lightning asks once: 2 % more than the first
+    order needs. Where an order needs fewer, the largest are split; where it needs more, the structures of the
+    smallest are put into the gaps of the others (and in the rare case that there is none wait for the
+    next epoch).
+
+    For several ranks, batches are formed globally, the structures of `world_size` neighbouring batches
     are dealt out anew so that the ranks have nearly equal numbers of atoms (as OC20's
     BalancedBatchSampler does), and every rank gets the same number of batches: a batch is split where
     the number does not divide, and structures are repeated only when there are fewer than ranks.
@@ -82,21 +88,28 @@ class BalancedBatchSampler(Sampler[list[int]]):
         return iter(self._batches())
 
     def __len__(self) -> int:
-        """Number of batches of this rank in the current epoch."""
+        """Number of batches of this rank, the same in every epoch."""
         return len(self._batches())
 
     def _batches(self) -> list[list[int]]:
         if self._cached is None or self._cached[0] != self.epoch:
-            batches = self._pack(self._order())
+            batches = self._pack(self._order(self.epoch))
+            if self.shuffle and self.atom_limit is not None:
+                batches = self._with_count(batches, self._fixed_count)
             if self.world_size > 1:
                 batches = self._share_out(batches)
             self._cached = (self.epoch, batches)
         return self._cached[1]
 
-    def _order(self) -> np.ndarray:
+    @cached_property
+    def _fixed_count(self) -> int:
+        needed = len(self._pack(self._order(0)))
+        return min(needed + max(1, needed // 50), self.length)
+
+    def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(self.length)
-        return np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.length)
 
     def _pack(self, order: np.ndarray) -> list[list[int]]:
         batches: list[list[int]] = []
@@ -111,15 +124,32 @@ class BalancedBatchSampler(Sampler[list[int]]):
             atoms += size
         return batches
 
+    def _with_count(self, batches: list[list[int]], count: int) -> list[list[int]]:
+        """Exactly `count` batches."""
+        while len(batches) < count:
+            _split_largest(batches)
+        if len(batches) == count:
+            return batches
+        by_length = sorted(range(len(batches)), key=lambda number: (len(batches[number]), number))
+        surplus = set(by_length[: len(batches) - count])
+        homeless = [index for number in surplus for index in batches[number]]
+        kept = [batch for number, batch in enumerate(batches) if number not in surplus]
+        atoms = np.array([self.natoms[batch].sum() for batch in kept], dtype=np.float64)
+        atoms[[len(batch) == self.batch_size for batch in kept]] = np.inf
+        for index in sorted(homeless, key=lambda i: (-self.natoms[i], i)):
+            lightest = int(atoms.argmin())
+            if self.atom_limit is not None and atoms[lightest] + self.natoms[index] > self.atom_limit:
+                continue
+            kept[lightest].append(index)
+            full = len(kept[lightest]) == self.batch_size
+            atoms[lightest] = np.inf if full else atoms[lightest] + self.natoms[index]
+        return kept
+
     def _share_out(self, batches: list[list[int]]) -> list[list[int]]:
         """The batches of this rank."""
         repeated = 0
         while len(batches) % self.world_size:
-            largest = max(range(len(batches)), key=lambda number: len(batches[number]))
-            batch = batches[largest]
-            if len(batch) > 1:
-                batches[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-            else:
+            if not _split_largest(batches):
                 batches.append(batches[repeated])
                 repeated += 1
         groups = [batches[i : i + self.world_size] for i in range(0, len(batches), self.world_size)]
@@ -139,3 +169,13 @@ class BalancedBatchSampler(Sampler[list[int]]):
         if not all(dealt) or (self.atom_limit is not None and max(atoms) > self.atom_limit):
             return group
         return dealt
+
+
+def _split_largest(batches: list[list[int]]) -> bool:
+    """Halve the batch with most structures; False when all have one."""
+    largest = max(range(len(batches)), key=lambda number: len(batches[number]))
+    batch = batches[largest]
+    if len(batch) == 1:
+        return False
+    batches[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+    return True
