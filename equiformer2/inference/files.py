@@ -30,9 +30,11 @@ def read_structure(path: str | Path, index: int = -1) -> Atoms:
             raise InputError(f"{path} is a database: export the structure to a file first")
         # "@" in a name is ASE's frame syntax; do_not_split_by_at_sign takes the name as it is.
         atoms = read(path, index=index, do_not_split_by_at_sign=True)
-    except (InputError, OSError):
+    except InputError:
         raise
     except Exception as error:  # each of ASE's many parsers fails in its own way
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the file system's own; some parsers call a wrong format an OSError too
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: no structure could be read at index {index} ({reason})") from error
     if not isinstance(atoms, Atoms):

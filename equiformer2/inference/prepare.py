@@ -96,9 +96,12 @@ def load_system(path: str, adsorbate_indices: Sequence[int] | None = None) -> At
     if adsorbate_indices is not None:
         outside = [index for index in adsorbate_indices if not 0 <= index < len(system)]
         if outside or not adsorbate_indices:
-            raise InputError(
-                f"adsorbate index {outside[:1] or ''} is not in {path}: give 0 to {len(system) - 1}"
+            wrong = (
+                f"the adsorbate index {outside[0]} is not in {path}"
+                if outside
+                else "no adsorbate index is given"
             )
+            raise InputError(f"{wrong}: give numbers from 0 to {len(system) - 1}")
         system.set_tags(0)
         tags, _ = oc20_tags(system)
         tags[list(adsorbate_indices)] = ADSORBATE

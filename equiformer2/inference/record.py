@@ -134,5 +134,8 @@ def relaxation_report(result: RelaxationResult) -> str:
 
 def _write_structure(path: Path, atoms: Atoms) -> Path:
     text = StringIO()
-    write(text, atoms, format="extxyz")
+    plain = atoms.copy()
+    plain.calc = atoms.calc
+    plain.info.pop("adsorbate_info", None)  # ASE's note on sites, which extxyz cannot hold
+    write(text, plain, format="extxyz")
     return write_atomically(path, text.getvalue().encode())

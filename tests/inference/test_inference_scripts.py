@@ -1,6 +1,8 @@
 """scripts/relax.py and scripts/adsorption_energy.py from the command line to the files they leave."""
 
+import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,20 +17,40 @@ from ase.io import read, write
 
 from equiformer2.inference import EquiformerV2Calculator
 from equiformer2.inference.files import write_atomically, write_json
+from equiformer2.script import run_script
 
 ROOT = Path(__file__).parents[2]
 SLAB = ["--slab", "Cu111", "--size", "1x1x3", "--vacuum", "6"]
 
 
 def run(script: str, *arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A script as its own process, the way users start it."""
     return subprocess.run(
         [sys.executable, ROOT / "scripts" / script, *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
+
+
+def call(script: str, *arguments: str | Path) -> int:
+    """Exit status of a script's `main` under `run_script`, in this process (quicker)."""
+    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    logger = logging.getLogger("equiformer2")
+    level, handlers = logger.level, logging.getLogger().handlers[:]
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run_script(lambda: module.main([str(argument) for argument in arguments]))
+    finally:
+        logger.setLevel(level)
+        logging.getLogger().handlers[:] = handlers
+    return int(stopped.value.code or 0)
 
 
 def check_pictures(folder: Path) -> None:
@@ -62,46 +84,66 @@ def test_adsorption_energy_by_name(checkpoint: Path, tmp_path: Path) -> None:
     )
     check_pictures(tmp_path / "result")
 
-    second = run(
-        "adsorption_energy.py", "--checkpoint", checkpoint, *SLAB, "--adsorbate", "O",
-        "--steps", "0", "--out", "result", folder=tmp_path,
-    )  # fmt: skip
-    assert second.returncode == 2
-    assert "already holds a result" in second.stderr
-    assert json.loads((tmp_path / "result" / "adsorption_energy.json").read_text()) == record
+
+def test_an_earlier_result_is_kept(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("result").mkdir()
+    record = Path("result/adsorption_energy.json")
+    record.write_text("{}")
+    arguments = ["--checkpoint", checkpoint, *SLAB, "--adsorbate", "O", "--steps", "0", "--out", "result"]
+    assert call("adsorption_energy", *arguments) == 2
+    assert "already holds a result" in capsys.readouterr().err
+    assert record.read_text() == "{}"
+    assert call("adsorption_energy", *arguments, "--overwrite") == 0
+    assert json.loads(record.read_text())["adsorbate"] == "O"
 
 
 def test_total_energy_model_from_a_file(
-    make_checkpoint: Callable[..., Path], oxygen_on_copper: Atoms, tmp_path: Path
+    make_checkpoint: Callable[..., Path],
+    oxygen_on_copper: Atoms,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write(tmp_path / "system.traj", oxygen_on_copper)
-    done = run(
-        "adsorption_energy.py", "--checkpoint", make_checkpoint("total"), "--system", "system.traj",
-        "--gas-reference", "O=-5", "--steps", "1", "--out", "result", folder=tmp_path,
+    monkeypatch.chdir(tmp_path)
+    write("system.traj", oxygen_on_copper)
+    status = call(
+        "adsorption_energy", "--checkpoint", make_checkpoint("total"), "--system", "system.traj",
+        "--gas-reference", "O=-5", "--steps", "1", "--out", "result",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "result" / "adsorption_energy.json").read_text())
+    assert status == 0
+    record = json.loads(Path("result/adsorption_energy.json").read_text())
     terms = record["terms_eV"]
     assert terms["gas"] == -5
     assert record["adsorption_energy_eV"] == pytest.approx(terms["slab_and_adsorbate"] - terms["slab"] + 5)
-    assert "clean slab" in done.stdout
-    assert len(read(tmp_path / "result" / "slab.traj")) == 12
+    assert "- clean slab" in capsys.readouterr().out
+    assert len(read("result/slab.traj")) == 12
 
 
-def test_relax(checkpoint: Path, oxygen_on_copper: Atoms, tmp_path: Path) -> None:
-    write(tmp_path / "system.extxyz", oxygen_on_copper)
-    done = run(
-        "relax.py", "--checkpoint", checkpoint, "--structure", "system.extxyz",
-        "--steps", "2", "--optimizer", "FIRE", "--out", "result", folder=tmp_path,
+def test_relax(
+    checkpoint: Path,
+    oxygen_on_copper: Atoms,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    oxygen_on_copper.info = {}
+    write("system.extxyz", oxygen_on_copper)
+    status = call(
+        "relax", "--checkpoint", checkpoint, "--structure", "system.extxyz",
+        "--steps", "2", "--optimizer", "FIRE", "--out", "result",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "adsorption energy:" in done.stdout
-    record = json.loads((tmp_path / "result" / "relaxation.json").read_text())
+    assert status == 0
+    assert "adsorption energy:" in capsys.readouterr().out
+    record = json.loads(Path("result/relaxation.json").read_text())
     assert record["optimizer"] == "FIRE"
-    frames = read(tmp_path / "result" / "relaxation.traj", ":")
+    frames = read("result/relaxation.traj", ":")
     assert len(frames) == record["steps"] + 1
     assert np.array_equal(frames[-1].positions[:8], frames[0].positions[:8])
-    check_pictures(tmp_path / "result")
+    check_pictures(Path("result"))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +179,7 @@ def test_wrong_input_is_one_line(
     monkeypatch.chdir(tmp_path)
     write_wrong_structures(oxygen_on_copper)
     before = sorted(tmp_path.iterdir())
-    status = call("adsorption_energy", ["--checkpoint", str(checkpoint), "--out", "result", *arguments])
+    status = call("adsorption_energy", "--checkpoint", checkpoint, "--out", "result", *arguments)
     assert status == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert message in error[-1]
@@ -157,8 +199,7 @@ def test_energy_only_model_and_damaged_checkpoint(
         ("broken.pt", "broken.pt"),
     ):
         for script, option in (("relax", "--structure"), ("adsorption_energy", "--system")):
-            arguments = ["--checkpoint", str(path), option, "system.traj", "--out", "result"]
-            assert call(script, arguments) == 2
+            assert call(script, "--checkpoint", path, option, "system.traj", "--out", "result") == 2
             assert message in capsys.readouterr().err
     assert not Path("result").exists()
 
@@ -172,22 +213,6 @@ def write_wrong_structures(system: Atoms) -> None:
     untagged.set_tags(0)
     for name, atoms in (("nan", nan), ("uranium", uranium), ("nocell", no_cell), ("untagged", untagged)):
         write(f"{name}.traj", atoms)
-
-
-def call(script: str, arguments: list[str]) -> int:
-    """Exit status of a script's `main` under `run_script`, in this process."""
-    import importlib.util
-
-    from equiformer2.script import run_script
-
-    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with pytest.raises(SystemExit) as stopped:
-        run_script(lambda: module.main(arguments))
-    return int(stopped.value.code or 0)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
