@@ -14,6 +14,7 @@ from torch_geometric.data import Batch
 
 from equiformer2.checkpoint import save_checkpoint
 from equiformer2.training.figures import draw_parity
+from equiformer2.training.loader import ResumableLoader
 from equiformer2.training.metrics import HIGHER_IS_BETTER
 from equiformer2.training.task import S2EFTask
 
@@ -44,6 +45,14 @@ class ResumeCheckpoint(Checkpoint):
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.path, weights_only=False)
         self._saved_step = trainer.global_step
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning restores a loader's state while it sets the loader up, and `configure_optimizers` has it
+        # set up, to count steps, before the loops know their state; so the position is restored here.
+        served = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        loader = trainer.train_dataloader
+        if isinstance(loader, ResumableLoader) and served < trainer.num_training_batches:
+            loader.load_state_dict({"served": served})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -119,7 +119,7 @@ def _fit(trainer: pl.Trainer, task: S2EFTask, data: ResumableDataModule, folder:
         trainer.fit(task, datamodule=data, ckpt_path=folder.resume_from, weights_only=True)
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"the device is out of memory{task.guard.last_batch()}: lower data.batch_size, set data.max_atoms, "
+            f"the device is out of memory{task.guard.last_batch()}: lower data.batch_size or data.max_atoms, "
             "or use task.activation_checkpointing: true or trainer.precision: bf16-mixed"
         ) from error
 
