@@ -91,7 +91,6 @@ class ReferenceConstants:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        self._grids: dict[tuple[int, int], dict[str, Tensor]] = {}
 
     def __getitem__(self, name: str) -> Tensor | None:
         config = self.config
@@ -107,7 +106,7 @@ class ReferenceConstants:
                     return None
                 # The grid's own mapping covers every order of its degrees, whatever `order` says.
                 return (
-                    self._grid(degree, order)[which]
+                    _grid(degree, order, config.grid_resolution)[which]
                     if kind == "grid"
                     else coefficient_mapping(degree, degree)[which]
                 )
@@ -123,17 +122,6 @@ class ReferenceConstants:
                 return coefficient_mapping(config.lmax, config.lmax)["l_harmonic"]
             return self._balance
         return None
-
-    def _grid(self, lmax: int, mmax: int) -> dict[str, Tensor]:
-        """Both matrices of one pair, `[latitude, longitude, R]`; the reference also has pairs mmax > lmax."""
-        if (lmax, mmax) not in self._grids:
-            to_grid, from_grid = grid_matrices(lmax, mmax, self.config.grid_resolution)
-            kept = coefficient_mapping(lmax, lmax)["m_harmonic"] <= mmax
-            self._grids[lmax, mmax] = {
-                "to_grid_mat": to_grid[..., kept],
-                "from_grid_mat": from_grid[..., kept],
-            }
-        return self._grids[lmax, mmax]
 
     @cached_property
     def _balance(self) -> Tensor | None:
@@ -171,6 +159,14 @@ def coefficient_mapping(lmax: int, mmax: int) -> dict[str, Tensor]:
         "to_m": to_m,
         "m_size": torch.tensor([orders.count(m) for m in range(mmax + 1)]),
     }
+
+
+@lru_cache(maxsize=128)
+def _grid(lmax: int, mmax: int, resolution: int | None) -> dict[str, Tensor]:
+    """Both matrices of one pair, `[latitude, longitude, R]`; the reference also has pairs mmax > lmax."""
+    to_grid, from_grid = grid_matrices(lmax, mmax, resolution)
+    kept = coefficient_mapping(lmax, lmax)["m_harmonic"] <= mmax
+    return {"to_grid_mat": to_grid[..., kept], "from_grid_mat": from_grid[..., kept]}
 
 
 def _gate_index(lmax: int, mmax: int) -> Tensor:

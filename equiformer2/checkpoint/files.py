@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -47,7 +48,9 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise InputError(f"{path} is empty: it is not a checkpoint")
     try:
         _check_sums(path)
-        with torch.serialization.safe_globals(_ALLOWED):
+        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
+            # Only a remark about files that another pickle protocol wrote; what matters is raised.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(_why_refused(path, str(error))) from None
