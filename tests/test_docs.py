@@ -1,5 +1,7 @@
 """The documentation does not rot: links resolve, and the commands it shows exist."""
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -50,6 +52,15 @@ def test_commands_exist(page: Path) -> None:
     assert not set(commands) - targets
     files = re.findall(r"\b((?:scripts|configs)/[\w/.-]+\.(?:py|ya?ml|sh))\b", text)
     assert not [name for name in files if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_python_examples_import_what_exists(page: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = importlib.import_module(node.module)
+                assert not [alias.name for alias in node.names if not hasattr(module, alias.name)]
 
 
 def test_broken_links_are_found(tmp_path: Path) -> None:

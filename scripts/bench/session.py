@@ -7,9 +7,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-# glibc maps every large tensor anew and returns it at once, and the page faults cost as much as the
-# arithmetic; the second setting keeps freed memory for the next tensor. Both implementations always run
-# under the same one.
+# glibc maps every large tensor anew and returns it at once, at the price of page faults; the second setting
+# keeps freed memory for the next tensor. Both implementations always run under the same one.
 ALLOCATORS = {
     "default": {},
     "no-mmap": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(64 * 2**30)},
