@@ -4,6 +4,8 @@ Energies in eV, forces in eV/Å. Force metrics run over free atoms only, as OC20
 (Chanussot et al. 2021, section 4; fairchem-core 1.10 `fairchem.core.modules.evaluator`).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
@@ -45,7 +47,8 @@ class S2EFMetrics(Metric):
     - `energy_forces_within_threshold` (EFwT): share that also has every force component within 0.03 eV/Å.
       A structure without free atoms is judged by its energy.
 
-    Sums are kept in float64 on the device; nothing waits for the device before `compute()`.
+    `kwargs` go to `torchmetrics.Metric`. Sums are kept in float64 on the device; nothing waits for the
+    device before `compute()`.
     """
 
     full_state_update = False
@@ -61,8 +64,8 @@ class S2EFMetrics(Metric):
     solved: Tensor
     free_atoms: Tensor
 
-    def __init__(self, forces: bool = True) -> None:
-        super().__init__()
+    def __init__(self, forces: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.forces = forces
         scalars = ["energy_abs", "energy_sq", "energy_solved", "structures"]
         if forces:

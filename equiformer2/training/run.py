@@ -84,7 +84,9 @@ def train(config: RunConfig) -> Path:
     folder.start_log()
     if folder.resume_from is not None:
         read_resume_state(folder.resume_from)
-    start = load_checkpoint(run.init_from) if run.init_from is not None else None
+    start = None
+    if run.init_from is not None:
+        start = load_checkpoint(run.init_from, energy_kind=config.data["energy_kind"])
     data = ResumableDataModule(**config.data)
     data.setup("fit")
     pl.seed_everything(run.seed, verbose=False)

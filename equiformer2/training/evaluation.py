@@ -1,0 +1,225 @@
+"""A checkpoint against datasets: OC20's metrics beside trivial baselines."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torch_geometric.data import Batch
+from tqdm import tqdm
+
+from datasets_oc20 import OC20Lmdb
+from datasets_oc20.datamodule import collate
+from datasets_oc20.sampler import BalancedBatchSampler
+from datasets_oc20.targets import check_energies_match_kind, sample_targets
+from equiformer2.errors import InputError
+from equiformer2.inference import Predictor
+from equiformer2.training.figures import draw_parity, write_bytes
+from equiformer2.training.metrics import ENERGY_THRESHOLD, FORCE_METRICS, S2EFMetrics
+
+UNITS = {"energy_mae": "eV", "energy_mse": "eV^2", "forces_mae": "eV/Å", "forces_mse": "(eV/Å)^2"} | {
+    name: "eV/Å" for name in ("forcesx_mae", "forcesy_mae", "forcesz_mae", "forces_magnitude_error")
+}
+_FIGURE_POINTS = 50_000
+
+
+@dataclass
+class Evaluation:
+    """What a checkpoint reached on one dataset.
+
+    Attributes:
+        metrics: OC20's S2EF metrics, eV and eV/Å.
+        baselines: `mean_energy` (the mean of the training normalizers, with the linear references of a
+            total-energy model), `system_mean_energy` (every system's own mean over this dataset: knows the
+            answers, so only differences within a system are left) and `zero_force`.
+        structures, systems: how many were evaluated.
+        energy_pairs: `[n, 2]` target and predicted energy, eV.
+        force_pairs: `[m, 2]` target and predicted force components of free atoms, eV/Å; an even sample.
+    """
+
+    metrics: dict[str, float]
+    baselines: dict[str, dict[str, float]]
+    structures: int
+    systems: int
+    energy_pairs: np.ndarray
+    force_pairs: np.ndarray
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON; metrics that do not exist for this model are left out."""
+        return {
+            "structures": self.structures,
+            "systems": self.systems,
+            "metrics": self.metrics,
+            "baselines": self.baselines,
+        }
+
+
+def open_dataset(path: str | Path, predictor: Predictor, energy_kind: str | None) -> OC20Lmdb:
+    """Open a dataset for a checkpoint.
+
+    Raises:
+        InputError: the dataset's kind of energy is unknown or not the checkpoint's.
+        datasets_oc20.DataError: the file cannot be used.
+    """
+    dataset = OC20Lmdb(path, energy_kind)
+    if dataset.energy_kind is None:
+        raise InputError(
+            f"{path} does not say whether its energies are adsorption or total energies: give --energy_kind"
+        )
+    if dataset.energy_kind != predictor.energy_kind:
+        raise InputError(
+            f"{path} holds {dataset.energy_kind} energies, but the checkpoint predicts "
+            f"{predictor.energy_kind} energies: the numbers cannot be compared"
+        )
+    return dataset
+
+
+def batches(dataset: OC20Lmdb, batch_size: int, max_atoms: int | None, num_workers: int) -> Iterator[Batch]:
+    """The dataset in stored order, with a progress bar on a terminal."""
+    sampler = BalancedBatchSampler(
+        len(dataset), batch_size, natoms=dataset.natoms if max_atoms else None, max_atoms=max_atoms
+    )
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers)
+    return iter(tqdm(loader, desc=str(dataset.path), disable=None, leave=False))
+
+
+def evaluate(
+    predictor: Predictor,
+    dataset: OC20Lmdb,
+    batch_size: int = 8,
+    max_atoms: int | None = None,
+    num_workers: int = 0,
+) -> Evaluation:
+    """Metrics and baselines of a checkpoint on a dataset of its kind of energy.
+
+    Raises:
+        InputError: records without targets.
+    """
+    if "energy" not in dataset[0] or (predictor.has_forces and "forces" not in dataset[0]):
+        raise InputError(f"{dataset.path} holds no targets to compare with: use predict.py")
+    check_energies_match_kind(sample_targets(dataset, 200), str(dataset.energy_kind), dataset.path)
+    normalizers = predictor.checkpoint.normalizers
+    found, trivial = (S2EFMetrics(predictor.has_forces, sync_on_compute=False) for _ in range(2))
+    targets, predictions, sids, force_pairs = [], [], [], []
+    for batch in batches(dataset, batch_size, max_atoms, num_workers):
+        out = predictor.predict(batch)
+        nothing = normalizers.denormalize(
+            {name: torch.zeros_like(value) for name, value in out.items()}, batch
+        )
+        found.update(out, batch)
+        trivial.update(nothing, batch)
+        targets.append(batch.energy.view(-1).double().numpy())
+        predictions.append(out["energy"].view(-1).double().numpy())
+        sids += [str(sid) for sid in batch.sid]
+        if predictor.has_forces:
+            free = ~batch.fixed.bool()
+            pair = torch.stack([batch.forces[free].reshape(-1), out["forces"][free].reshape(-1)], dim=1)
+            force_pairs.append(_thin(pair.numpy(), _FIGURE_POINTS * batch.num_graphs // len(dataset)))
+    metrics = {name: float(value) for name, value in found.compute().items()}
+    zero = {name: float(value) for name, value in trivial.compute().items()}
+    target = np.concatenate(targets)
+    system_mean, systems = _system_means(target, sids)
+    baselines = {
+        "mean_energy": {name: value for name, value in zero.items() if name not in FORCE_METRICS},
+        "system_mean_energy": _energy_metrics(target, system_mean),
+    }
+    if predictor.has_forces:
+        judged_with_energy = "energy_forces_within_threshold"
+        baselines["zero_force"] = {name: zero[name] for name in FORCE_METRICS if name != judged_with_energy}
+    return Evaluation(
+        metrics=metrics,
+        baselines=baselines,
+        structures=len(target),
+        systems=systems,
+        energy_pairs=np.stack([target, np.concatenate(predictions)], axis=1),
+        force_pairs=np.concatenate(force_pairs) if force_pairs else np.zeros((0, 2)),
+    )
+
+
+def average(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """Unweighted mean over datasets, as the paper averages over OC20's four validation splits."""
+    return {
+        "metrics": _mean([evaluation.metrics for evaluation in evaluations]),
+        "baselines": {
+            name: _mean([evaluation.baselines[name] for evaluation in evaluations])
+            for name in evaluations[0].baselines
+        },
+    }
+
+
+def write_report(target: Path, predictor: Predictor, evaluations: dict[str, Evaluation]) -> None:
+    """Write the JSON of an evaluation, whole or not at all."""
+    checkpoint = predictor.checkpoint
+    report = {
+        "source_format": checkpoint.source_format,
+        "weights": checkpoint.weights,
+        "energy_kind": checkpoint.energy_kind,
+        "units": UNITS,
+        "datasets": {path: evaluation.to_dict() for path, evaluation in evaluations.items()},
+        "average": average(list(evaluations.values())),
+    }
+    write_bytes(target, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def draw_figures(folder: Path, evaluations: dict[str, Evaluation]) -> list[Path]:
+    """Energy and force parity figures of every dataset; returns the files."""
+    written = []
+    for number, (path, evaluation) in enumerate(evaluations.items()):
+        for name, label, unit, pairs in (
+            ("energy", "energy", "eV", evaluation.energy_pairs),
+            ("forces", "force component", "eV/Å", evaluation.force_pairs),
+        ):
+            if len(pairs):
+                note = f"{Path(path).stem}, MAE {evaluation.metrics[f'{name}_mae']:.4f} {unit}"
+                stem = Path(path).stem if len(evaluations) == 1 else f"{number}_{Path(path).stem}"
+                written.append(folder / f"parity_{name}_{stem}.png")
+                draw_parity(pairs[:, 0], pairs[:, 1], label, unit, note, written[-1])
+    return written
+
+
+def table(evaluation: Evaluation) -> str:
+    """The main numbers, each beside its trivial baselines, as text."""
+    metrics, baselines = evaluation.metrics, evaluation.baselines
+    lines = [
+        f"  energy MAE    {metrics['energy_mae']:8.4f} eV     "
+        f"(mean energy {baselines['mean_energy']['energy_mae']:.4f}, "
+        f"per-system mean {baselines['system_mean_energy']['energy_mae']:.4f})",
+        f"  EwT           {100 * metrics['energy_within_threshold']:8.2f} %      "
+        f"(mean energy {100 * baselines['mean_energy']['energy_within_threshold']:.2f})",
+    ]
+    if "forces_mae" in metrics:
+        lines += [
+            f"  force MAE     {metrics['forces_mae']:8.4f} eV/Å   "
+            f"(zero force {baselines['zero_force']['forces_mae']:.4f})",
+            f"  force cosine  {metrics['forces_cosine_similarity']:8.4f}        (zero force 0)",
+            f"  EFwT          {100 * metrics['energy_forces_within_threshold']:8.2f} %",
+        ]
+    return "\n".join(lines)
+
+
+def _thin(pairs: np.ndarray, quota: int) -> np.ndarray:
+    return pairs[:: max(1, -(-len(pairs) // max(1, quota)))]
+
+
+def _system_means(target: np.ndarray, sids: list[str]) -> tuple[np.ndarray, int]:
+    """Every structure's system mean `[n]` eV, and the number of systems."""
+    _, index = np.unique(sids, return_inverse=True)
+    count = np.bincount(index)
+    return (np.bincount(index, weights=target) / count)[index], len(count)
+
+
+def _energy_metrics(target: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    error = np.abs(target - predicted)
+    return {
+        "energy_mae": float(error.mean()),
+        "energy_mse": float(np.square(error).mean()),
+        "energy_within_threshold": float((error < ENERGY_THRESHOLD).mean()),
+    }
+
+
+def _mean(values: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([value[name] for value in values])) for name in values[0]}

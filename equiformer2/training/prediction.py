@@ -1,0 +1,59 @@
+"""Predictions of a checkpoint for a dataset, as one NumPy or JSON file."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+
+from datasets_oc20 import OC20Lmdb
+from equiformer2.errors import InputError
+from equiformer2.inference import Predictor
+from equiformer2.training.evaluation import batches
+from equiformer2.training.figures import write_bytes
+
+
+def predict_dataset(
+    predictor: Predictor,
+    dataset: OC20Lmdb,
+    batch_size: int = 8,
+    max_atoms: int | None = None,
+    num_workers: int = 0,
+) -> dict[str, np.ndarray]:
+    """Arrays over the n structures, and over all their N atoms, in the dataset's order.
+
+    Returns:
+        `sid` [n] text, `fid` [n], `natoms` [n], `energy` [n] eV, and for a model with forces `forces`
+        [N, 3] eV/Å and `fixed` [N]: atoms that OC20 holds in place, where the forces were never trained.
+    """
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("sid", "fid", "natoms", "energy")}
+    if predictor.has_forces:
+        parts |= {"forces": [], "fixed": []}
+    for batch in batches(dataset, batch_size, max_atoms, num_workers):
+        out = predictor.predict(batch)
+        parts["sid"].append(np.array([str(sid) for sid in batch.sid]))
+        parts["fid"].append(batch.fid.view(-1).numpy())
+        parts["natoms"].append(batch.natoms.view(-1).numpy())
+        parts["energy"].append(out["energy"].view(-1).numpy())
+        if predictor.has_forces:
+            parts["forces"].append(out["forces"].numpy())
+            parts["fixed"].append(batch.fixed.bool().numpy())
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def check_output_name(target: Path) -> None:
+    """Raise `InputError` unless the file is to be a `.npz` or a `.json`."""
+    if target.suffix not in (".npz", ".json"):
+        raise InputError(f"{target}: predictions are written as .npz or .json, choose one of these endings")
+
+
+def write_predictions(target: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write `.npz`, or `.json` with the same names, whole or not at all."""
+    check_output_name(target)
+    if target.suffix == ".json":
+        content = json.dumps({name: array.tolist() for name, array in arrays.items()}).encode()
+    else:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        content = buffer.getvalue()
+    write_bytes(target, content)

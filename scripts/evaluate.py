@@ -1,0 +1,61 @@
+"""Evaluate a checkpoint: OC20's S2EF metrics beside trivial baselines."""
+
+import argparse
+from pathlib import Path
+
+from equiformer2.script import run_script
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="native, OCP or fairchem v1 file")
+    parser.add_argument("--data", required=True, nargs="+", help="LMDB files or folders of shards")
+    parser.add_argument(
+        "--weights", choices=("raw", "averaged"), help="default: averaged where there are any"
+    )
+    parser.add_argument(
+        "--energy_kind",
+        choices=("adsorption", "total"),
+        help="for data and foreign checkpoints that do not say it",
+    )
+    parser.add_argument("--out", type=Path, help="write all numbers as JSON")
+    parser.add_argument("--figures", type=Path, help="folder for parity figures")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_atoms", type=int, help="most atoms in a batch")
+    parser.add_argument("--num_workers", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from equiformer2.checkpoint import load_checkpoint
+    from equiformer2.inference import Predictor
+    from equiformer2.training import evaluation
+
+    checkpoint = load_checkpoint(arguments.checkpoint, arguments.weights, arguments.energy_kind)
+    predictor = Predictor(checkpoint, arguments.device)
+    datasets = {
+        path: evaluation.open_dataset(path, predictor, arguments.energy_kind) for path in arguments.data
+    }
+    print(f"{arguments.checkpoint}: {checkpoint.weights} weights, {checkpoint.energy_kind} energies")
+    results = {}
+    for path, dataset in datasets.items():
+        results[path] = evaluation.evaluate(
+            predictor, dataset, arguments.batch_size, arguments.max_atoms, arguments.num_workers
+        )
+        print(f"{path}: {results[path].structures} structures of {results[path].systems} systems")
+        print(evaluation.table(results[path]))
+    if len(results) > 1:
+        mean = evaluation.average(list(results.values()))["metrics"]
+        print("average: " + ", ".join(f"{name} {value:.4f}" for name, value in mean.items()))
+    if arguments.out is not None:
+        evaluation.write_report(arguments.out, predictor, results)
+        print(f"numbers: {arguments.out}")
+    if arguments.figures is not None:
+        evaluation.draw_figures(arguments.figures, results)
+        print(f"figures: {arguments.figures}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,50 @@
+"""Predict energies and forces of a dataset and write them as .npz or .json."""
+
+import argparse
+from pathlib import Path
+
+from equiformer2.script import run_script
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="native, OCP or fairchem v1 file")
+    parser.add_argument("--data", required=True, help="LMDB file or folder of shards")
+    parser.add_argument("--out", required=True, type=Path, help="file to write, .npz or .json")
+    parser.add_argument(
+        "--weights", choices=("raw", "averaged"), help="default: averaged where there are any"
+    )
+    parser.add_argument(
+        "--energy_kind",
+        choices=("adsorption", "total"),
+        help="for foreign checkpoints that do not say it",
+    )
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_atoms", type=int, help="most atoms in a batch")
+    parser.add_argument("--num_workers", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from datasets_oc20 import OC20Lmdb
+    from equiformer2.checkpoint import load_checkpoint
+    from equiformer2.inference import Predictor
+    from equiformer2.training.prediction import check_output_name, predict_dataset, write_predictions
+
+    check_output_name(arguments.out)
+    checkpoint = load_checkpoint(arguments.checkpoint, arguments.weights, arguments.energy_kind)
+    predictor = Predictor(checkpoint, arguments.device)
+    arrays = predict_dataset(
+        predictor, OC20Lmdb(arguments.data), arguments.batch_size, arguments.max_atoms, arguments.num_workers
+    )
+    write_predictions(arguments.out, arrays)
+    print(
+        f"{arguments.out}: {len(arrays['energy'])} structures, {checkpoint.energy_kind} energies in eV, "
+        f"forces in eV/Å, {checkpoint.weights} weights"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)
