@@ -37,7 +37,11 @@ def main() -> None:
     checkpoint = load_checkpoint(arguments.checkpoint, arguments.weights, arguments.energy_kind)
     predictor = Predictor(checkpoint, arguments.device)
     arrays = predict_dataset(
-        predictor, OC20Lmdb(arguments.data), arguments.batch_size, arguments.max_atoms, arguments.num_workers
+        predictor.predict,
+        OC20Lmdb(arguments.data),
+        arguments.batch_size,
+        arguments.max_atoms,
+        arguments.num_workers,
     )
     write_predictions(arguments.out, arrays)
     print(

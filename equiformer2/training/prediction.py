@@ -2,19 +2,21 @@
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
+from torch_geometric.data import Batch
 
 from datasets_oc20 import OC20Lmdb
 from equiformer2.errors import InputError
-from equiformer2.inference import Predictor
 from equiformer2.training.evaluation import batches
 from equiformer2.training.figures import write_bytes
 
 
 def predict_dataset(
-    predictor: Predictor,
+    predict: Callable[[Batch], dict[str, Tensor]],
     dataset: OC20Lmdb,
     batch_size: int = 8,
     max_atoms: int | None = None,
@@ -22,22 +24,23 @@ def predict_dataset(
 ) -> dict[str, np.ndarray]:
     """Arrays over the n structures, and over all their N atoms, in the dataset's order.
 
+    `predict` is `Predictor.predict`: a batch to `energy` [B] eV and, where the model has them, `forces`
+    [N, 3] eV/Å.
+
     Returns:
         `sid` [n] text, `fid` [n], `natoms` [n], `energy` [n] eV, and for a model with forces `forces`
         [N, 3] eV/Å and `fixed` [N]: atoms that OC20 holds in place, where the forces were never trained.
     """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ("sid", "fid", "natoms", "energy")}
-    if predictor.has_forces:
-        parts |= {"forces": [], "fixed": []}
     for batch in batches(dataset, batch_size, max_atoms, num_workers):
-        out = predictor.predict(batch)
+        out = predict(batch)
         parts["sid"].append(np.array([str(sid) for sid in batch.sid]))
         parts["fid"].append(batch.fid.view(-1).numpy())
         parts["natoms"].append(batch.natoms.view(-1).numpy())
         parts["energy"].append(out["energy"].view(-1).numpy())
-        if predictor.has_forces:
-            parts["forces"].append(out["forces"].numpy())
-            parts["fixed"].append(batch.fixed.bool().numpy())
+        if "forces" in out:
+            parts.setdefault("forces", []).append(out["forces"].numpy())
+            parts.setdefault("fixed", []).append(batch.fixed.bool().numpy())
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
