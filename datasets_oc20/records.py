@@ -1,12 +1,14 @@
 """The data object of one structure, its checks, and its packed form on disk.
 
-A packed record holds no pickle: a magic number, the length of a JSON header, the header, and the raw
-little-endian bytes of the arrays in the order the header lists them.
+A packed record holds no pickle: a magic number, the checksum of all that follows it, the length of a JSON
+header, the header, and the raw little-endian bytes of the arrays in the order the header lists them.
 
-    b"EOC1" | uint32 header length | {"sid", "fid", "arrays": [[name, dtype, shape], ...]} | bytes
+    b"EOC1" | uint32 CRC-32 | uint32 header length | header | bytes
+    header = {"sid", "fid", "arrays": [[name, dtype, shape], ...]}
 """
 
 import struct
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +23,7 @@ MAGIC = b"EOC1"
 MAX_ATOMIC_NUMBER = 118
 ENERGY_KINDS = ("adsorption", "total")
 
-_PREFIX = struct.Struct("<4sI")
+_PREFIX, _LENGTH = struct.Struct("<4sI"), struct.Struct("<I")
 _FLOAT, _INT, _BOOL = np.dtype("<f4"), np.dtype("<i8"), np.dtype("?")
 # name -> (dtype in the data object, dtype on disk, shape with N for the number of atoms)
 _REQUIRED: dict[str, tuple[np.dtype, np.dtype, tuple[Any, ...]]] = {
@@ -78,7 +80,8 @@ def pack(data: Data | Mapping[str, Any], where: str = "record to write") -> byte
         }
     )
     body = b"".join(array.tobytes() for array in stored.values())
-    return _PREFIX.pack(MAGIC, len(header)) + header + body
+    content = _LENGTH.pack(len(header)) + header + body
+    return _PREFIX.pack(MAGIC, zlib.crc32(content)) + content
 
 
 def is_packed(value: bytes) -> bool:
@@ -86,20 +89,24 @@ def is_packed(value: bytes) -> bool:
     return value.startswith(MAGIC)
 
 
-def read_header(value: bytes, where: str) -> tuple[dict[str, Any], int]:
+def _read_header(value: bytes, where: str) -> tuple[dict[str, Any], int]:
     """The JSON header of a packed record and the offset of its first array."""
     try:
-        _, length = _PREFIX.unpack_from(value)
-        header = orjson.loads(value[_PREFIX.size : _PREFIX.size + length])
+        _, checksum = _PREFIX.unpack_from(value)
+        if zlib.crc32(memoryview(value)[_PREFIX.size :]) != checksum:
+            raise ValueError("its checksum is another")
+        start = _PREFIX.size + _LENGTH.size
+        (length,) = _LENGTH.unpack_from(value, _PREFIX.size)
+        header = orjson.loads(value[start : start + length])
         header["arrays"], header["sid"], header["fid"]
-    except (struct.error, orjson.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{where}: the record is damaged; write the dataset again.") from error
-    return header, _PREFIX.size + length
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{where}: the record is damaged ({error}); write the dataset again.") from error
+    return header, start + length
 
 
 def unpack(value: bytes, where: str) -> Data:
     """The data object of one packed record; raises `DataError` when it is damaged."""
-    header, offset = read_header(value, where)
+    header, offset = _read_header(value, where)
     arrays: dict[str, np.ndarray] = {}
     try:
         for name, dtype, shape in header["arrays"]:
@@ -116,7 +123,7 @@ def unpack(value: bytes, where: str) -> Data:
 
 def packed_natoms(value: bytes, where: str) -> int:
     """The number of atoms of a packed record, from its header alone."""
-    header, _ = read_header(value, where)
+    header, _ = _read_header(value, where)
     for name, _, shape in header["arrays"]:
         if name == "pos":
             return int(shape[0])

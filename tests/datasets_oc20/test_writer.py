@@ -1,7 +1,9 @@
 """Our LMDB files: exact, whole or absent, and free of pickles."""
 
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import lmdb
@@ -135,11 +137,21 @@ def test_damaged_records_are_errors(cut: int) -> None:
         records.unpack(value[:cut], "here")
 
 
+def test_any_changed_byte_is_an_error() -> None:
+    value = records.pack(structure(natoms=9))
+    for position in range(4, len(value), 13):
+        changed = bytearray(value)
+        changed[position] ^= 1
+        with pytest.raises(DataError, match="here: the record is damaged"):
+            records.unpack(bytes(changed), "here")
+
+
 def test_headers_that_lie_are_errors() -> None:
     value = records.pack(structure(natoms=9))
-    for old, new in ((b'"<f4"', b'"<f8"'), (b'"pos"', b'"pox"'), (b"[9,3]", b"[8,3]"), (b"[9,3]", b"[-1]  ")):
+    for old, new in ((b'"<f4"', b'"<f8"'), (b'"pos"', b'"pox"'), (b"[9,3]", b"[8,3]"), (b"[9,3]", b"[-1] ")):
+        content = value[8:].replace(old, new)
         with pytest.raises(DataError, match="here: "):
-            records.unpack(value.replace(old, new), "here")
+            records.unpack(value[:4] + struct.pack("<I", zlib.crc32(content)) + content, "here")
 
 
 def test_packed_records_hold_the_whole_range_of_the_fields() -> None:
