@@ -15,7 +15,7 @@ from bench.sizes import SIZES
 USABLE_MEMORY = 0.9
 REFERENCE_DRAWS = 3
 # The reference's forward: inference as users should run it, and as its own code runs it inside `no_grad`.
-OPERATIONS = {
+OPERATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "forward": {"reference": ("forward", "forward_as_shipped"), "ours": ("forward",)},
     "training step": {"reference": ("training_step",), "ours": ("training_step",)},
 }
@@ -132,7 +132,8 @@ class Benchmark:
                     # As shipped, the reference's forward takes the memory of a training step.
                     self._leave_out(f"{label}, fairchem-core as shipped: not enough memory")
                     variants = {"reference": ("forward",), "ours": ("forward",)}
-                row = {"size": size, "batch": batch, "allocator": allocator, "operation": operation}
+                row: dict[str, Any] = {"size": size, "batch": batch}
+                row |= {"allocator": allocator, "operation": operation}
                 self.results["timings"].append(row | self._interleave(sessions, variants, label))
                 self.save(self.results)
 

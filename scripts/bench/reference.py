@@ -9,7 +9,7 @@ from fairchem.core.models.equiformer_v2.equiformer_v2_deprecated import Equiform
 NAME = "fairchem-core"
 
 
-def build(config: dict[str, Any], parameters: dict[str, torch.Tensor] | None) -> torch.nn.Module:
+def build(config: dict[str, Any], parameters: dict[str, torch.Tensor] | None) -> EquiformerV2:
     """The network of one of `sizes.SIZES`, with its own random initialisation unless parameters are given."""
     logging.disable(logging.WARNING)
     model = EquiformerV2(**config)
@@ -21,12 +21,12 @@ def build(config: dict[str, Any], parameters: dict[str, torch.Tensor] | None) ->
     return model
 
 
-def set_inference_mode(model: torch.nn.Module, as_shipped: bool) -> None:
+def set_inference_mode(model: EquiformerV2, as_shipped: bool) -> None:
     """Its forward re-enables gradients inside `no_grad`, unless `direct_forces` says that it needs none."""
     model.direct_forces = 0 if as_shipped else 1
 
 
-def edges(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def edges(model: EquiformerV2, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """`edge_index [2, E]` (source, target) and `vectors [E, 3]` (Å) of the graph that the forward uses."""
     graph = model.generate_graph(batch, enforce_max_neighbors_strictly=model.enforce_max_neighbors_strictly)
     return graph.edge_index, graph.edge_distance_vec

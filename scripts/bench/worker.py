@@ -106,18 +106,17 @@ class Worker:
             self.model.train()
             start = time.perf_counter()
             self.optimizer.zero_grad()
-            value = loss(self.model(self.batch), self.batch)
-            value.backward()
+            total = loss(self.model(self.batch), self.batch)
+            total.backward()
             self.optimizer.step()
-            value = value.item()
         else:
             self.model.eval()
             as_shipped = operation == "forward_as_shipped"
             self.implementation.set_inference_mode(self.model, as_shipped=as_shipped)
             start = time.perf_counter()
             with torch.no_grad():
-                value = self.model(self.batch)["energy"].sum().item()
-        return {"seconds": time.perf_counter() - start, "value": value}
+                total = self.model(self.batch)["energy"].sum()
+        return {"seconds": time.perf_counter() - start, "value": total.item()}
 
     def memory(self) -> dict[str, Any]:
         """Peaks, bytes: with everything imported but no network yet, and up to now."""
