@@ -4,15 +4,17 @@ from io import BytesIO
 
 import numpy as np
 from ase import Atoms
+from ase.data.colors import jmol_colors
 from ase.visualize.plot import plot_atoms
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from equiformer2.inference.atoms import fixed_mask
 from equiformer2.inference.relaxation import RelaxationResult
 
 
 def structure_picture(structures: dict[str, Atoms], title: str) -> bytes:
-    """Top view (row 1) and side view (row 2) of each structure, one column each.
+    """Top view (row 1) and side view (row 2) of each structure, one column each; fixed atoms are darker.
 
     Args:
         structures: caption -> structure.
@@ -24,7 +26,13 @@ def structure_picture(structures: dict[str, Atoms], title: str) -> bytes:
         for row, (view, rotation) in enumerate((("top", ""), ("side", "-90x"))):
             axis = axes[row, column]
             # The cell is drawn in the top view only: the vacuum would shrink the side view to a line.
-            plot_atoms(atoms, ax=axis, rotation=rotation, show_unit_cell=2 if row == 0 else 0)
+            plot_atoms(
+                atoms,
+                ax=axis,
+                rotation=rotation,
+                show_unit_cell=2 if row == 0 else 0,
+                colors=_colors(atoms),
+            )
             axis.set_title(f"{caption}, {view} view", fontsize=10)
             axis.set_axis_off()
     figure.suptitle(title, fontsize=12)
@@ -55,6 +63,12 @@ def relaxation_picture(result: RelaxationResult, energy_label: str) -> bytes:
     force_axis.xaxis.get_major_locator().set_params(integer=True)
     force_axis.legend(frameon=False, fontsize=9)
     return _png(figure)
+
+
+def _colors(atoms: Atoms) -> np.ndarray:
+    colors = jmol_colors[atoms.numbers]
+    colors[fixed_mask(atoms)] *= 0.6
+    return colors
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -9,6 +9,7 @@ from ase.io import write
 
 from equiformer2.errors import InputError
 from equiformer2.inference.adsorption import AdsorptionResult
+from equiformer2.inference.atoms import ADSORBATE
 from equiformer2.inference.files import write_atomically, write_json
 from equiformer2.inference.pictures import relaxation_picture, structure_picture
 from equiformer2.inference.predictor import Predictor
@@ -45,7 +46,7 @@ def write_adsorption_record(folder: Path, result: AdsorptionResult, model: dict[
         result: what was calculated.
         model: `model_record` of the model that calculated it.
     """
-    title = f"{result.adsorbate_formula}: adsorption energy {result.energy:.3f} eV" + (
+    title = f"{_names(result)}: adsorption energy {result.energy:.3f} eV" + (
         "" if result.converged else " (not converged)"
     )
     label = "adsorption energy (eV)" if result.energy_kind == "adsorption" else "total energy (eV)"
@@ -97,10 +98,9 @@ def model_record(predictor: Predictor, path: str | Path) -> dict[str, Any]:
 
 def adsorption_report(result: AdsorptionResult) -> str:
     """The result in plain words, for the terminal."""
-    system, initial = result.system, result.initial
-    slab = initial[initial.get_tags() != 2]
+    system = result.system
     lines = [
-        f"{result.adsorbate_formula} on {slab.get_chemical_formula()} ({len(initial)} atoms)",
+        f"{_names(result)} ({len(system.atoms)} atoms)",
         f"adsorption energy: {result.energy:.4f} eV",
     ]
     if result.energy_kind == "adsorption":
@@ -130,6 +130,11 @@ def relaxation_report(result: RelaxationResult) -> str:
         f"{outcome} after {result.steps} {result.optimizer} steps, "
         f"largest force {result.max_force:.4f} eV/Å (threshold {result.fmax:g})"
     )
+
+
+def _names(result: AdsorptionResult) -> str:
+    slab = result.initial[result.initial.get_tags() != ADSORBATE]
+    return f"{result.adsorbate_formula} on {slab.get_chemical_formula()}"
 
 
 def _write_structure(path: Path, atoms: Atoms) -> Path:

@@ -16,6 +16,8 @@ from equiformer2.checkpoint import load_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.inference import EquiformerV2Calculator, Predictor, atoms_to_data
 
+FOREIGN = Path(__file__).parents[1] / "fixtures" / "checkpoint"
+
 
 @pytest.fixture
 def calculator(checkpoint: Path) -> EquiformerV2Calculator:
@@ -215,6 +217,34 @@ def test_wrong_input_is_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
         EquiformerV2Calculator(broken)
     with pytest.raises(FileNotFoundError):
         EquiformerV2Calculator(tmp_path / "missing.pt")
+
+
+def test_missing_lattice_vector_along_an_open_direction(checkpoint: Path) -> None:
+    atoms = Atoms("CuO", [[0, 0, 0], [0, 0.5, 1.8]], cell=[2.6, 2.6, 0], pbc=(True, True, False))
+    boxed = atoms.copy()
+    boxed.cell[2, 2] = 30
+    energies = [EquiformerV2Calculator(checkpoint).get_potential_energy(one) for one in (atoms, boxed)]
+    assert energies[0] == pytest.approx(energies[1], abs=1e-6)
+
+
+def test_foreign_files_give_the_reference_calculator_s_results() -> None:
+    """Energies (eV) and forces (eV/Å) of fairchem's own calculator; it draws its edge frames at random, so
+    its answers scatter by a few 1e-7 eV and 1e-5 eV/Å."""
+    expected = torch.load(FOREIGN / "ckpt_expected.pt", weights_only=True)["results"][
+        "ckpt_v0_ocp_checkpoint"
+    ]
+    calculator = EquiformerV2Calculator(FOREIGN / "ckpt_v0_ocp_checkpoint.pt", weights="raw")
+    for name in ("cu111_co", "ethanol_box", "nacl_prim"):
+        system = expected["systems"][name]
+        atoms = Atoms(
+            system["numbers"].numpy(),
+            system["positions"].numpy(),
+            cell=system["cell"].numpy(),
+            pbc=system["pbc"].numpy(),
+            tags=system["tags"].numpy(),
+        )
+        assert calculator.get_potential_energy(atoms) == pytest.approx(float(system["energy"]), abs=2e-6)
+        assert np.allclose(calculator.get_forces(atoms), system["forces"].numpy(), atol=2e-4)
 
 
 def test_predictor_names_the_element_it_does_not_know(checkpoint: Path) -> None:
