@@ -11,7 +11,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.io.trajectory import Trajectory
+from ase.io.trajectory import Trajectory, TrajectoryWriter
 from ase.optimize import BFGS, FIRE, LBFGS
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -125,7 +125,7 @@ def relax(
             energies.append(energy)
             max_forces.append(max_force)
             if writer is not None:
-                writer.write(atoms)
+                _write_frame(writer, atoms, trajectory)
             if show is not None:
                 show.update(len(energies) - 1, steps, energy, max_force)
         forces = atoms.get_forces(apply_constraint=False)
@@ -151,6 +151,13 @@ def _check_settings(optimizer: str, fmax: float, steps: int, trajectory: str | P
         raise InputError(f"steps is {steps}: give 0 or more")
     if trajectory is not None and Path(trajectory).suffix != ".traj":
         raise InputError(f"the trajectory {trajectory} must be an ASE .traj file")
+
+
+def _write_frame(writer: TrajectoryWriter, atoms: Atoms, path: str | Path | None) -> None:
+    try:
+        writer.write(atoms)
+    except OSError as error:  # a full disk: ASE does not say which file
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _finite_energy_and_force(atoms: Atoms, step: int) -> tuple[float, float]:

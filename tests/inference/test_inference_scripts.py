@@ -1,5 +1,6 @@
 """scripts/relax.py and scripts/adsorption_energy.py from the command line to the files they leave."""
 
+import errno
 import importlib.util
 import json
 import logging
@@ -215,12 +216,19 @@ def write_wrong_structures(system: Atoms) -> None:
         write(f"{name}.traj", atoms)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "record.json"
     write_json(path, {"energy": 1.0})
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, {"energy": float("nan")})
     with pytest.raises(TypeError):
         write_atomically(path, "text")  # type: ignore[arg-type]
+
+    def full_disk(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match=r"No space left on device.*record\.json"):
+        write_json(path, {"energy": 2.0})
     assert json.loads(path.read_text()) == {"energy": 1.0}
     assert list(tmp_path.iterdir()) == [path]

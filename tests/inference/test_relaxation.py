@@ -1,5 +1,6 @@
 """relax: results, trajectories that survive a kill, and models that misbehave."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.io import read
+from ase.io.trajectory import TrajectoryWriter
 from inference_helpers import KindedEMT
 
 from equiformer2.errors import InputError
@@ -78,6 +80,23 @@ def test_bad_start_writes_nothing(oxygen_on_copper: Atoms, tmp_path: Path) -> No
     with pytest.raises(InputError, match="at step 0"):
         relax(oxygen_on_copper, BreaksAt(1, "forces"), trajectory=tmp_path / "new" / "run.traj")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_names_the_file_and_keeps_the_frames_before(
+    oxygen_on_copper: Atoms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.traj"
+    write = TrajectoryWriter.write
+
+    def full_after_two(self: TrajectoryWriter, atoms: Atoms) -> None:
+        if len(self.backend) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, atoms)
+
+    monkeypatch.setattr(TrajectoryWriter, "write", full_after_two)
+    with pytest.raises(OSError, match=r"No space left on device.*run\.traj"):
+        relax(oxygen_on_copper, KindedEMT("total"), fmax=1e-3, trajectory=path)
+    assert len(read(path, ":")) == 2
 
 
 @pytest.mark.parametrize(
