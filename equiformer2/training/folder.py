@@ -3,6 +3,9 @@
 import csv
 import logging
 import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +60,12 @@ class RunFolder:
             raise InputError(
                 f"{path} holds a run already: choose another name, or continue it with --ckpt_path last"
             )
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
 
     def _is_taken(self) -> bool:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file: choose another name for the run")
-        occupied = self.path.exists() and any(self.path.iterdir())
+        # A run that failed before it began (wrong data, say) leaves nothing but its log.
+        occupied = any(path.is_file() and path.name != "log.txt" for path in self.path.rglob("*"))
         return occupied and (self.resume_from is None or self.resume_from.resolve() != self.last.resolve())
 
     @rank_zero_only
@@ -70,18 +73,36 @@ class RunFolder:
         """Write the resolved configuration, `config.yaml`."""
         write_bytes(self.path / "config.yaml", text.encode())
 
-    @rank_zero_only
-    def start_log(self) -> None:
-        """Send what is logged to `log.txt` and to the screen."""
-        handlers: list[logging.Handler] = [logging.FileHandler(self.path / "log.txt")]
-        handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        for name in ("equiformer2", "pytorch_lightning", "py.warnings"):
-            logging.getLogger(name).addHandler(handlers[0])
-        logging.captureWarnings(True)
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Make the folder; inside, what is logged or warned goes to `log.txt`, and ours to the screen."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        if not _is_first_process():
+            yield
+            return
+        file, console = logging.FileHandler(self.path / "log.txt"), _Console()
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         ours = logging.getLogger("equiformer2")
+        to_file = [ours, logging.getLogger("pytorch_lightning"), logging.getLogger("py.warnings")]
+        level, ours.propagate = ours.level, False
         ours.setLevel(logging.INFO)
-        ours.propagate = False
-        ours.addHandler(_Console())
+        ours.addHandler(console)
+        for logger in to_file:
+            logger.addHandler(file)
+        with warnings.catch_warnings():
+            for message in _BESIDE_THE_POINT:
+                warnings.filterwarnings("ignore", message=f".*{message}")
+            logging.captureWarnings(True)
+            try:
+                yield
+            finally:
+                logging.captureWarnings(False)
+                for logger in to_file:
+                    logger.removeHandler(file)
+                ours.removeHandler(console)
+                ours.setLevel(level)
+                ours.propagate = True
+                file.close()
 
     def loggers(self, wandb: WandbSettings) -> list[Logger]:
         """The CSV logger, always, and W&B when asked for.
@@ -130,6 +151,16 @@ class RunFolder:
             save_dir=self.path,
             offline=settings.offline,
         )
+
+
+#: Warnings of Lightning about what is meant: a resumed folder, the average's evaluation mode, small data.
+_BESIDE_THE_POINT = (
+    "Experiment logs directory",
+    "does not have many workers",
+    "in eval mode at the start of training",
+    "The number of training batches",
+    "isinstance.treespec, LeafSpec",
+)
 
 
 class _Console(logging.Handler):

@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -81,39 +80,52 @@ def train(config: RunConfig) -> Path:
     """
     run = config.run
     folder = RunFolder(Path(run.runs_dir) / (run.name or "run"), run.ckpt_path)
-    folder.start_log()
     if folder.resume_from is not None:
         read_resume_state(folder.resume_from)
+    with folder.open():
+        data = ResumableDataModule(**config.data)
+        data.setup("fit")
+        task = _task(config, data)
+        _run(config, task, data, folder)
+    return folder.path
+
+
+def _task(config: RunConfig, data: ResumableDataModule) -> S2EFTask:
+    run = config.run
     start = None
     if run.init_from is not None:
         start = load_checkpoint(run.init_from, energy_kind=config.data["energy_kind"])
-    data = ResumableDataModule(**config.data)
-    data.setup("fit")
-    pl.seed_everything(run.seed, verbose=False)
-    model = EquiformerV2(config.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        model = EquiformerV2(config.model)
     if start is not None:
         _start_from(model, start, data, str(run.init_from))
-    task = S2EFTask(model, _normalizers(data, start), data.energy_kind, config.task, config.optim, run.seed)
+    return S2EFTask(model, _normalizers(data, start), data.energy_kind, config.task, config.optim, run.seed)
+
+
+def _run(config: RunConfig, task: S2EFTask, data: ResumableDataModule, folder: RunFolder) -> None:
     parity = ParityFigures()
     callbacks = [
         Summary(),
         parity,
-        NativeCheckpoints(folder.checkpoints, {"config": config.text, "init_from": run.init_from}),
-        ResumeCheckpoint(folder.last, run.checkpoint_every_n_steps),
+        NativeCheckpoints(folder.checkpoints, {"config": config.text, "init_from": config.run.init_from}),
+        ResumeCheckpoint(folder.last, config.run.checkpoint_every_n_steps),
     ]
     trainer = _trainer(config, folder, callbacks, variable_epochs=bool(data.max_atoms or data.max_edges))
     folder.save_config(config.text)
-    log.info(f"run folder {folder.path}; {count_parameters(model):,} parameters")
+    log.info(f"run folder {folder.path}; {count_parameters(task.model):,} trainable parameters")
     _fit(trainer, task, data, folder)
-    if trainer.is_global_zero:
-        for logger in trainer.loggers:
-            logger.save()
-        draw_loss_curves(folder.metrics, folder.figures / "loss.png")
-        figures = parity.draw(folder.figures)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("figures", [str(path) for path in [folder.figures / "loss.png", *figures]])
-    return folder.path
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        logger.save()
+    draw_loss_curves(folder.metrics, folder.figures / "loss.png")
+    figures = [folder.figures / "loss.png", *parity.draw(folder.figures)]
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            for path in figures:
+                logger.log_image(path.stem, [str(path)])
+            logger.experiment.finish()
 
 
 def _fit(trainer: pl.Trainer, task: S2EFTask, data: ResumableDataModule, folder: RunFolder) -> None:
@@ -137,8 +149,6 @@ def _trainer(
         callbacks = [TQDMProgressBar(refresh_rate=settings["log_every_n_steps"] or 50), *callbacks]
     settings["callbacks"] = [*(settings["callbacks"] or []), *callbacks]
     settings["strategy"] = _strategy(settings)
-    warnings.filterwarnings("ignore", message=".*Experiment logs directory.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     try:
         return pl.Trainer(
             **settings,
