@@ -60,6 +60,7 @@ def relaxation_picture(result: RelaxationResult, energy_label: str) -> bytes:
         force_axis.set_yscale("log")
     force_axis.set_ylabel("largest force (eV/Å)")
     force_axis.set_xlabel(f"{result.optimizer} step")
+    force_axis.set_xlim(-0.5, max(result.steps, 1) + 0.5)
     force_axis.xaxis.get_major_locator().set_params(integer=True)
     force_axis.legend(frameon=False, fontsize=9)
     return _png(figure)

@@ -19,7 +19,7 @@ from equiformer2.inference.atoms import ADSORBATE, SUBSURFACE, SURFACE
 FACETS: dict[str, dict[str, Callable[..., Atoms]]] = {
     "fcc": {"111": ase.build.fcc111, "100": ase.build.fcc100, "110": ase.build.fcc110},
     "bcc": {"110": ase.build.bcc110, "100": ase.build.bcc100, "111": ase.build.bcc111},
-    "hcp": {"0001": ase.build.hcp0001, "10m10": ase.build.hcp10m10},
+    "hcp": {"0001": ase.build.hcp0001},
 }
 """Crystal structure -> Miller indices -> ASE builder."""
 
@@ -59,7 +59,7 @@ def build_slab(
     Raises:
         InputError: unknown element, facet or size.
     """
-    match = re.fullmatch(r"([A-Z][a-z]?)[-_(]?(\d+m?\d*)\)?", name)
+    match = re.fullmatch(r"([A-Z][a-z]?)[-_(]?(\d+)\)?", name)
     if not match or match[1] not in atomic_numbers:
         raise InputError(
             f"{name!r} is no slab such as Pt111, Fe110 or Ru0001 (a file without extension: ./{name})"
@@ -77,10 +77,7 @@ def build_slab(
         raise InputError(f"free_layers is {free_layers}: give 1 to {size[2]}, the number of layers")
     if vacuum <= 0 or (lattice_constant is not None and lattice_constant <= 0):
         raise InputError("vacuum and lattice_constant must be positive (Å)")
-    try:
-        slab = builders[facet](symbol, size, a=lattice_constant, vacuum=vacuum, periodic=True)
-    except ValueError as error:
-        raise InputError(f"{name} cannot be built with size {'x'.join(map(str, size))}: {error}") from error
+    slab = builders[facet](symbol, size, a=lattice_constant, vacuum=vacuum, periodic=True)
     held = slab.get_tags() > free_layers  # ASE numbers layers from the top, starting at 1
     slab.set_constraint(FixAtoms(mask=held) if held.any() else None)
     slab.set_tags(np.where(held, SUBSURFACE, SURFACE))

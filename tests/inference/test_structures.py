@@ -44,7 +44,6 @@ def test_slab_options() -> None:
         ("Pt111", {"size": (0, 1, 1)}, "slab size"),
         ("Pt111", {"free_layers": 5}, "free_layers is 5: give 1 to 4"),
         ("Pt111", {"vacuum": -1.0}, "must be positive"),
-        ("Ti10m10", {"size": (1, 1, 3)}, "Ti10m10 cannot be built with size 1x1x3"),
     ],
 )
 def test_wrong_slabs(name: str, options: dict, message: str) -> None:
