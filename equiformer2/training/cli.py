@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -76,8 +77,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
             _check_key(key, known, file)
     try:
         parsed = parser.parse_args(list(arguments))
-        text = parser.dump(parsed, skip_none=False)
-        instantiated = parser.instantiate_classes(parsed)
+        instantiated = parser.instantiate(parsed)
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise InputError(f"configuration: {' '.join(str(error).split())}") from error
     groups = {name: settings(**vars(parsed[name])) for name, settings in _GROUPS.items()}
@@ -88,7 +88,13 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     data = {**_plain(parsed.data), "seed": run.seed}
     if data["normalizers"] is not None:
         data["normalizers"] = NormalizerValues(**data["normalizers"])
-    return RunConfig(run=run, data=data, trainer=dict(vars(instantiated.trainer)), text=text, **groups)
+    return RunConfig(
+        run=run,
+        data=data,
+        trainer=dict(vars(instantiated.trainer)),
+        text=_as_yaml(parsed, run.name),
+        **groups,
+    )
 
 
 def _keys_of(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -151,6 +157,15 @@ def _nearest(key: str, known: set[str]) -> str | None:
     by_name = {name.rsplit(".", 1)[-1]: name for name in sorted(known)}
     near = difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.6)
     return by_name[near[0]] if near else None
+
+
+def _as_yaml(parsed: Namespace, name: str | None) -> str:
+    """All keys with their values, null where nothing is set, so that later defaults cannot change the run."""
+    values = {key: value for key, value in parsed.as_dict().items() if key != "config"}
+    plain = json.loads(
+        json.dumps(values, default=lambda v: v.as_dict() if isinstance(v, Namespace) else str(v))
+    )
+    return yaml.safe_dump({**plain, "name": name}, sort_keys=False)
 
 
 def _plain(namespace: Namespace) -> dict[str, Any]:

@@ -134,9 +134,16 @@ class S2EFTask(pl.LightningModule):
             loss = loss + self.settings.force_coefficient * forces
             logged["train/forces_l2"] = forces.detach() * self.normalizers.forces.std
         self.guard.watch(self.global_step, loss, batch, out)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=batch.num_graphs)
-        self.log_dict(logged, batch_size=batch.num_graphs)
+        self._log_training(loss.detach(), logged, batch.num_graphs)
         return loss
+
+    def _log_training(self, loss: Tensor, errors: dict[str, Tensor], batch_size: int) -> None:
+        names, values = list(errors), torch.stack([loss, *errors.values()])
+        if self.trainer.world_size > 1 and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            # Each process holds its share of the global mean (see `losses`).
+            values = self.trainer.strategy.reduce(values, reduce_op="mean")
+        self.log("train/loss", values[0], prog_bar=True, batch_size=batch_size)
+        self.log_dict(dict(zip(names, values[1:].unbind(), strict=True)), batch_size=batch_size)
 
     def _forward_with_own_randomness(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         entropy = (self.seed, self.current_epoch, batch_idx, self.global_rank)

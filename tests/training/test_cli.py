@@ -1,0 +1,106 @@
+"""The command line: every key, and mistakes told in one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from equiformer2.errors import InputError
+from equiformer2.training.cli import parse
+
+ROOT = Path(__file__).parents[2]
+DATA = ["--data.train=a.lmdb", "--data.val=b.lmdb"]
+
+
+def test_any_key_can_be_overridden(tmp_path: Path) -> None:
+    file = tmp_path / "my_run.yaml"
+    file.write_text(
+        "seed: 3\n"
+        "model: {num_layers: 6, grid_resolution: null}\n"
+        "optim: {lr: 4e-4}\n"
+        "data: {train: a.lmdb, val: [b.lmdb, c.lmdb], normalizers: "
+        "{energy_mean: -0.7, energy_std: 2.9, forces_std: 2.9}}\n"
+        "trainer: {max_epochs: 2, precision: bf16-mixed}\n"
+    )
+    config = parse(
+        ["--config", str(file), "--model.num_layers", "4", "--trainer.max_epochs=7", "--task.ema_decay=0"]
+    )
+    assert (config.model.num_layers, config.model.grid_resolution) == (4, None)
+    assert (config.trainer["max_epochs"], config.trainer["precision"]) == (7, "bf16-mixed")
+    assert (config.run.name, config.run.seed, config.data["seed"]) == ("my_run", 3, 3)
+    assert config.optim.lr == 4e-4
+    assert config.task.ema_decay == 0
+    assert config.data["val"] == ["b.lmdb", "c.lmdb"]
+    assert config.data["normalizers"].energy_std == 2.9
+
+
+def test_the_resolved_config_is_complete_and_stable(tmp_path: Path) -> None:
+    first = parse([*DATA, "--model.grid_resolution=null", "--optim.lr=3e-4", "--name=x"])
+    file = tmp_path / "config.yaml"
+    file.write_text(first.text)
+    second = parse(["--config", str(file)])
+    assert second.text == first.text
+    assert (second.model, second.optim, second.run) == (first.model, first.optim, first.run)
+    assert second.model.grid_resolution is None
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--model.num_layer=4", "unknown key 'model.num_layer'; did you mean 'model.num_layers'?"),
+        ("--num_layers=4", "unknown key 'num_layers'; did you mean 'model.num_layers'?"),
+        ("--trainer.max_epoch=4", "did you mean 'trainer.max_epochs'?"),
+        ("--optim.learning_rate=1", "unknown key 'optim.learning_rate'"),
+        ("--model.lmax=x", "model.lmax"),
+        ("--model.mmax=9", "model.mmax"),
+        ("--optim.lr=0", "optim.lr must be above 0"),
+        ("--task.ema_decay=1", "task.ema_decay"),
+        ("--trainer.gradient_clip_val=1", "decided by this program"),
+        ("--config=missing.yaml", "no config file missing.yaml"),
+    ],
+)
+def test_mistakes_are_one_sentence_about_the_key(argument: str, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse([*DATA, argument])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {lmaxx: 4}", "unknown key 'model.lmaxx'; did you mean 'model.lmax'?"),
+        ("modl: {lmax: 4}", "unknown key 'modl.lmax'; did you mean 'model.lmax'?"),
+        ("model: [", "not valid YAML"),
+        ("- 1", "must be a mapping"),
+        ("data: {normalizers: {energy_men: 1}}", "energy_men"),
+    ],
+)
+def test_mistakes_in_a_file_name_the_file(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError) as error:
+        parse([*DATA, "--config", str(file)])
+    assert message in str(error.value)
+
+
+def test_missing_data_is_named() -> None:
+    with pytest.raises(InputError, match=r"data\.train"):
+        parse(["--data.val=b.lmdb"])
+
+
+def test_the_script_says_one_line_and_fails(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--model.num_layer=4"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "error: command line: unknown key 'model.num_layer'; did you mean 'model.num_layers'?\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_in_the_project_parses(config: Path) -> None:
+    assert parse(["--config", str(config)]).run.name == config.stem

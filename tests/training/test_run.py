@@ -1,0 +1,183 @@
+"""A tiny model trained end to end on genuine OC20 frames, evaluated and continued."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from datasets_oc20 import OC20Lmdb
+from equiformer2.checkpoint import load_checkpoint
+from equiformer2.errors import InputError
+from equiformer2.inference import Predictor
+from equiformer2.training.cli import parse
+from equiformer2.training.evaluation import draw_figures, evaluate, open_dataset, write_report
+from equiformer2.training.prediction import predict_dataset, write_predictions
+from equiformer2.training.run import train
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def first_run(runs: Path, tiny_arguments: list[str]) -> Path:
+    return train(
+        parse([*tiny_arguments, f"--runs_dir={runs}", "--name=first", "--checkpoint_every_n_steps=3"])
+    )
+
+
+def train_losses(folder: Path) -> dict[int, str]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]}
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    left, right = (torch.load(path, weights_only=True)["weights"] for path in (one, other))
+    return all(torch.equal(value, right[kind][name]) for kind in left for name, value in left[kind].items())
+
+
+def test_the_folder_holds_everything(first_run: Path) -> None:
+    for name in (
+        "config.yaml",
+        "log.txt",
+        "metrics.csv",
+        "checkpoints/last.ckpt",
+        "checkpoints/last.pt",
+        "checkpoints/best.pt",
+        "figures/loss.png",
+        "figures/parity_energy.png",
+        "figures/parity_forces.png",
+    ):
+        assert (first_run / name).stat().st_size > 0, name
+    assert not list(first_run.rglob("*.tmp"))
+    assert "val energy MAE" in (first_run / "log.txt").read_text()
+
+
+def test_it_learns_and_logs(first_run: Path) -> None:
+    with (first_run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    forces = [float(row["val/forces_mae"]) for row in rows if row["val/forces_mae"]]
+    assert len(forces) == 2
+    assert forces[1] < forces[0]
+    assert len(train_losses(first_run)) == 8
+
+
+def test_the_native_checkpoint_keeps_both_sets_of_weights(first_run: Path) -> None:
+    raw, averaged = (
+        load_checkpoint(first_run / "checkpoints/last.pt", weights=w) for w in ("raw", "averaged")
+    )
+    assert raw.energy_kind == "adsorption"
+    assert raw.normalizers.energy.mean == pytest.approx(2.4877, abs=1e-3)
+    assert raw.provenance["step"] == 8
+    different = [
+        not torch.equal(value, averaged.model.state_dict()[name])
+        for name, value in raw.model.state_dict().items()
+        if value.is_floating_point()
+    ]
+    assert any(different)
+
+
+def test_the_saved_config_repeats_the_run(first_run: Path, runs: Path) -> None:
+    arguments = ["--config", str(first_run / "config.yaml"), "--name=again"]
+    again = train(parse(arguments))
+    assert train_losses(again) == train_losses(first_run)
+
+
+def test_evaluation_agrees_with_the_runs_validation(first_run: Path, lmdb_path: Path, tmp_path: Path) -> None:
+    predictor = Predictor(first_run / "checkpoints/last.pt")
+    evaluation = evaluate(predictor, open_dataset(lmdb_path, predictor, "adsorption"), batch_size=7)
+    validation = predictor.checkpoint.provenance["validation"]
+    for name, value in validation.items():
+        assert evaluation.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    energies = evaluation.energy_pairs[:, 0]
+    assert (evaluation.structures, evaluation.systems) == (20, 1)
+    assert evaluation.baselines["system_mean_energy"]["energy_mae"] == pytest.approx(
+        np.abs(energies - energies.mean()).mean()
+    )
+    data = OC20Lmdb(lmdb_path)
+    free = torch.cat([data[i].forces[~data[i].fixed] for i in range(20)])
+    assert evaluation.baselines["zero_force"]["forces_mae"] == pytest.approx(
+        free.abs().mean().item(), rel=1e-5
+    )
+    write_report(tmp_path / "out.json", predictor, {"val.lmdb": evaluation})
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["average"]["metrics"] == report["datasets"]["val.lmdb"]["metrics"]
+    assert all(path.exists() for path in draw_figures(tmp_path, {"val.lmdb": evaluation}))
+
+
+def test_kinds_of_energy_are_not_mixed(first_run: Path, lmdb_path: Path) -> None:
+    predictor = Predictor(first_run / "checkpoints/last.pt")
+    with pytest.raises(InputError, match="predicts adsorption energies"):
+        open_dataset(lmdb_path, predictor, "total")
+    with pytest.raises(InputError, match="give --energy_kind"):
+        open_dataset(lmdb_path, predictor, None)
+
+
+@pytest.mark.parametrize("ending", ["npz", "json"])
+def test_predictions_are_written(first_run: Path, lmdb_path: Path, tmp_path: Path, ending: str) -> None:
+    predictor = Predictor(first_run / "checkpoints/last.pt")
+    arrays = predict_dataset(predictor.predict, OC20Lmdb(lmdb_path))
+    target = tmp_path / f"predictions.{ending}"
+    write_predictions(target, arrays)
+    stored = np.load(target) if ending == "npz" else json.loads(target.read_text())
+    assert np.asarray(stored["forces"]).shape == (int(np.sum(stored["natoms"])), 3)
+    assert list(stored["sid"]) == ["1981709"] * 20
+    np.testing.assert_allclose(stored["energy"], arrays["energy"])
+
+
+def test_no_run_overwrites_another(first_run: Path, tiny_arguments: list[str], runs: Path) -> None:
+    before = (first_run / "metrics.csv").read_bytes()
+    with pytest.raises(InputError, match="holds a run already"):
+        train(parse([*tiny_arguments, f"--runs_dir={runs}", "--name=first"]))
+    assert (first_run / "metrics.csv").read_bytes() == before
+
+
+def test_fine_tuning_starts_from_the_weights_and_units(
+    first_run: Path, tiny_arguments: list[str], runs: Path
+) -> None:
+    arguments = [*tiny_arguments, f"--runs_dir={runs}", f"--init_from={first_run / 'checkpoints/last.pt'}"]
+    still = ["--optim.lr=1e-12", "--optim.weight_decay=0", "--trainer.max_epochs=1", "--model.alpha_drop=0"]
+    tuned = train(parse([*arguments, *still, "--name=tuned"])) / "checkpoints/last.pt"
+    start = load_checkpoint(first_run / "checkpoints/last.pt")
+    after = load_checkpoint(tuned, weights="raw")
+    assert after.normalizers == start.normalizers
+    for name, value in start.model.state_dict().items():
+        torch.testing.assert_close(after.model.state_dict()[name], value, atol=1e-6, rtol=0)
+
+
+def test_fine_tuning_refuses_another_model(first_run: Path, tiny_arguments: list[str], runs: Path) -> None:
+    arguments = [*tiny_arguments, f"--runs_dir={runs}", "--name=other", "--model.num_layers=1"]
+    with pytest.raises(InputError, match=r"model\.num_layers is 2 there and 1 here"):
+        train(parse([*arguments, f"--init_from={first_run / 'checkpoints/last.pt'}"]))
+
+
+def test_a_native_checkpoint_is_not_a_place_to_resume(
+    first_run: Path, tiny_arguments: list[str], runs: Path
+) -> None:
+    arguments = [*tiny_arguments, f"--runs_dir={runs}", "--name=wrong"]
+    with pytest.raises(InputError, match="use init_from"):
+        train(parse([*arguments, f"--ckpt_path={first_run / 'checkpoints/last.pt'}"]))
+    with pytest.raises(InputError, match="there is no checkpoint"):
+        train(parse([*arguments, "--ckpt_path=last"]))
+
+
+def test_a_time_limit_ends_the_schedule_too(tiny_arguments: list[str], runs: Path) -> None:
+    limit = ["--trainer.max_time=00:00:00:03", "--trainer.max_epochs=null", "--name=timed"]
+    folder = train(parse([*tiny_arguments, f"--runs_dir={runs}", *limit]))
+    with (folder / "metrics.csv").open(newline="") as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file) if row["lr"]]
+    assert rates[-1] < 0.5 * max(rates)
+    assert (folder / "checkpoints/best.pt").exists()
+
+
+@pytest.mark.slow
+def test_weights_and_biases_offline(tiny_arguments: list[str], runs: Path) -> None:
+    pytest.importorskip("wandb")
+    arguments = ["--wandb.project=test", "--wandb.offline=true", "--trainer.max_epochs=1", "--name=wandb"]
+    folder = train(parse([*tiny_arguments, f"--runs_dir={runs}", *arguments]))
+    assert list(folder.glob("wandb/offline-run-*"))
+    assert (folder / "metrics.csv").exists()
