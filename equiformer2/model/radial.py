@@ -56,8 +56,8 @@ class RadialFunction(nn.Module):
             # A linear layer of a concatenation is a sum, and there are few elements but many edges:
             # the embeddings are multiplied per element and looked up per edge.
             by_source, by_target = first.weight[:, width:].chunk(2, dim=1)
-            x = x + nn.functional.linear(elements.source_table, by_source)[elements.source]
-            x = x + nn.functional.linear(elements.target_table, by_target)[elements.target]
+            x = x + elements.look_up_source(nn.functional.linear(elements.source_table, by_source))
+            x = x + elements.look_up_target(nn.functional.linear(elements.target_table, by_target))
         for layer in list(self.net)[1:6]:
             x = layer(x)
         return x
@@ -69,3 +69,12 @@ class ElementPairs:
     def __init__(self, source_table: Tensor, target_table: Tensor, source: Tensor, target: Tensor) -> None:
         self.source_table, self.target_table = source_table, target_table  # [Z, D]
         self.source, self.target = source, target  # [E] atomic numbers
+
+    def look_up_source(self, table: Tensor) -> Tensor:
+        """Rows of `table [Z, D]` for the source atoms, `[E, D]`."""
+        # F.embedding has a faster backward pass than indexing when there are few rows.
+        return nn.functional.embedding(self.source, table)
+
+    def look_up_target(self, table: Tensor) -> Tensor:
+        """Rows of `table [Z, D]` for the target atoms, `[E, D]`."""
+        return nn.functional.embedding(self.target, table)
