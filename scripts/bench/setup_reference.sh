@@ -21,7 +21,7 @@ pip install --quiet torch numpy scipy
 echo "reference environment 2/4: the dependencies of fairchem-core"
 pip install --quiet ase e3nn huggingface-hub hydra-core lmdb numba orjson pydantic pymatgen submitit tabulate \
     tensorboard torch-geometric torchtnt tqdm wandb
-echo "reference environment 3/4: compiling torch-scatter, about six minutes"
+echo "reference environment 3/4: compiling torch-scatter, which takes several minutes"
 pip install --quiet --no-build-isolation --no-deps torch-scatter
 echo "reference environment 4/4: fairchem-core"
 pip install --quiet --no-deps fairchem-core
