@@ -159,6 +159,7 @@ _BESIDE_THE_POINT = (
     "does not have many workers",
     "in eval mode at the start of training",
     "The number of training batches",
+    "find_unused_parameters=True was specified",
     "isinstance.treespec, LeafSpec",
 )
 

@@ -10,24 +10,25 @@ from torch import Tensor
 from torch import distributed as dist
 
 
-def global_mean(values: Tensor) -> Tensor:
-    """Mean of `values` [n] over all processes, scaled for DDP's averaging of gradients.
+def global_mean(total: Tensor, count: Tensor) -> Tensor:
+    """`total / count` over all processes, scaled for DDP's averaging of gradients.
 
-    Processes hold different numbers of atoms, so the mean of their means would weigh atoms unequally.
-    Each returns `sum * world_size / global_n`: averaged over processes (which is what DDP does with
-    the gradients), that is the mean over all values. An empty tensor gives 0. Nothing waits for the device.
+    `total` and `count` are this process's sum of errors and number of terms (scalars). Processes hold
+    different numbers of atoms, so the mean of their means would weigh atoms unequally. Each returns
+    `total * world_size / global count`: averaged over processes (which is what DDP does with the
+    gradients), that is the mean over all terms. No terms at all give 0. Nothing waits for the device.
     """
-    count = torch.tensor(float(values.numel()), device=values.device)
     world_size = 1
     if dist.is_available() and dist.is_initialized():
         world_size = dist.get_world_size()
         dist.all_reduce(count)
-    return values.sum() * world_size / count.clamp(min=1.0)
+    return total * world_size / count.clamp(min=1.0)
 
 
 def energy_l1(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean absolute error over the structures of the global batch; both [B], normalised units."""
-    return global_mean((prediction.float() - target.float()).abs())
+    error = (prediction.float() - target.float()).abs()
+    return global_mean(error.sum(), torch.full_like(error[0], error.numel()))
 
 
 def force_l2(prediction: Tensor, target: Tensor, free: Tensor) -> Tensor:
@@ -36,5 +37,6 @@ def force_l2(prediction: Tensor, target: Tensor, free: Tensor) -> Tensor:
     `prediction`, `target` [N, 3] in normalised units, `free` [N] bool: atoms that the relaxation may move.
     Forces on fixed atoms are not part of OC20's task.
     """
-    error = (prediction.float() - target.float())[free]
-    return global_mean(torch.linalg.vector_norm(error, dim=-1))
+    # Masked, not indexed: an index would make the host wait for the device. A norm of 0 has gradient 0.
+    error = (prediction.float() - target.float()).masked_fill(~free[:, None], 0.0)
+    return global_mean(torch.linalg.vector_norm(error, dim=-1).sum(), free.sum().float())

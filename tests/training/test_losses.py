@@ -27,3 +27,13 @@ def test_no_free_atoms_gives_zero_with_zero_gradient() -> None:
 def test_bfloat16_outputs_are_compared_in_float32() -> None:
     target = torch.full((4,), 1.0 + 2.0**-12)
     assert energy_l1(torch.ones(4, dtype=torch.bfloat16), target).item() == 2.0**-12
+
+
+def test_fixed_atoms_get_no_gradient() -> None:
+    prediction = torch.ones(3, 3, requires_grad=True)
+    free = torch.tensor([True, False, True])
+    target = torch.tensor([[0.0, 0, 0], [5, 5, 5], [1, 1, 1]])  # the last one is predicted exactly
+    force_l2(prediction, target, free).backward()
+    assert prediction.grad is not None
+    torch.testing.assert_close(prediction.grad[0], torch.full((3,), 0.5 / 3**0.5))
+    assert torch.equal(prediction.grad[1:], torch.zeros(2, 3))
