@@ -34,7 +34,7 @@ class ResumeCheckpoint(Checkpoint):
     """`last.ckpt`, everything needed to continue, replaced atomically.
 
     Written after each validation (after each epoch without a validation set), every `every_n_steps`
-    optimizer steps if given, and when a time limit stops the run in the middle of an epoch.
+    optimizer steps if given, and when a limit of time or steps ends the run in the middle of an epoch.
     """
 
     def __init__(self, path: Path, every_n_steps: int | None = None) -> None:
@@ -49,17 +49,17 @@ class ResumeCheckpoint(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning restores a loader's state while it sets the loader up, and `configure_optimizers` has it
         # set up, to count steps, before the loops know their state; so the position is restored here.
-        served = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         loader = trainer.train_dataloader
-        if isinstance(loader, ResumableLoader) and served < trainer.num_training_batches:
-            loader.load_state_dict({"served": served})
+        if isinstance(loader, ResumableLoader):
+            loader.load_state_dict({"served": trainer.fit_loop.epoch_loop.batch_progress.current.ready})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
         due = self.every_n_steps is not None and step % self.every_n_steps == 0
-        if step != self._saved_step and (due or trainer.should_stop):
+        ends = trainer.should_stop or step == trainer.max_steps
+        if step != self._saved_step and (due or ends):
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -82,11 +82,13 @@ class NativeCheckpoints(Callback):
         self.folder = folder
         self.provenance = provenance
         self.best_score: float | None = None
+        self.validated_step: int | None = None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, S2EFTask)
         if trainer.sanity_checking:
             return
+        self.validated_step = trainer.global_step
         values = validation_values(trainer)
         monitor = pl_module.settings.monitor if pl_module.has_forces else "energy_mae"
         score = values.get(monitor)

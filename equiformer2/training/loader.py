@@ -65,8 +65,8 @@ class ResumableLoader:
         return {"served": self._served}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next pass begin where the saved one was."""
-        self._first = self._served = state["served"]
+        """Let the next pass begin where the saved one was; after a finished pass comes a whole one."""
+        self._first = self._served = state["served"] if state["served"] < len(self) else 0
 
 
 class ResumableDataModule(OC20DataModule):

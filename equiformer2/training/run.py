@@ -105,16 +105,20 @@ def _task(config: RunConfig, data: ResumableDataModule) -> S2EFTask:
 
 def _run(config: RunConfig, task: S2EFTask, data: ResumableDataModule, folder: RunFolder) -> None:
     parity = ParityFigures()
+    native = NativeCheckpoints(folder.checkpoints, {"config": config.text, "init_from": config.run.init_from})
     callbacks = [
         Summary(),
         parity,
-        NativeCheckpoints(folder.checkpoints, {"config": config.text, "init_from": config.run.init_from}),
+        native,
         ResumeCheckpoint(folder.last, config.run.checkpoint_every_n_steps),
     ]
-    trainer = _trainer(config, folder, callbacks, variable_epochs=bool(data.max_atoms or data.max_edges))
+    trainer = _trainer(config, folder, callbacks)
     folder.save_config(config.text)
     log.info(f"run folder {folder.path}; {count_parameters(task.model):,} trainable parameters")
     _fit(trainer, task, data, folder)
+    if native.validated_step != trainer.global_step and trainer.limit_val_batches != 0:
+        # A limit on the steps ended the run between two validations.
+        trainer.validate(task, datamodule=data, verbose=False)
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
@@ -138,9 +142,7 @@ def _fit(trainer: pl.Trainer, task: S2EFTask, data: ResumableDataModule, folder:
         ) from error
 
 
-def _trainer(
-    config: RunConfig, folder: RunFolder, callbacks: list[pl.Callback], variable_epochs: bool
-) -> pl.Trainer:
+def _trainer(config: RunConfig, folder: RunFolder, callbacks: list[pl.Callback]) -> pl.Trainer:
     settings = dict(config.trainer)
     if settings["enable_progress_bar"] is None:
         settings["enable_progress_bar"] = sys.stdout.isatty()
@@ -156,8 +158,6 @@ def _trainer(
             default_root_dir=folder.path,
             # The batch sampler shares out the data between processes itself.
             use_distributed_sampler=False,
-            # With batches limited by atoms the number of batches changes from epoch to epoch.
-            reload_dataloaders_every_n_epochs=1 if variable_epochs else 0,
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
         if isinstance(error, InputError):

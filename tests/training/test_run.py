@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,20 @@ def test_a_time_limit_ends_the_schedule_too(tiny_arguments: list[str], runs: Pat
     assert (folder / "checkpoints/best.pt").exists()
 
 
+def test_a_run_that_ends_in_mid_epoch_is_validated(tiny_arguments: list[str], runs: Path) -> None:
+    limit = ["--trainer.max_steps=2", "--trainer.max_epochs=-1", "--name=steps"]
+    folder = train(parse([*tiny_arguments, f"--runs_dir={runs}", *limit]))
+    native = load_checkpoint(folder / "checkpoints/last.pt")
+    assert native.provenance["step"] == 2
+    assert native.provenance["validation"]["forces_mae"] > 0
+    assert (folder / "figures/parity_forces.png").exists()
+    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    assert state["global_step"] == 2
+    longer = ["--trainer.max_steps=3", "--trainer.max_epochs=-1", "--name=steps", "--ckpt_path=last"]
+    train(parse([*tiny_arguments, f"--runs_dir={runs}", *longer]))
+    assert sorted(train_losses(folder)) == [0, 1, 2]
+
+
 @pytest.mark.slow
 def test_weights_and_biases_offline(tiny_arguments: list[str], runs: Path) -> None:
     pytest.importorskip("wandb")
@@ -181,3 +196,26 @@ def test_weights_and_biases_offline(tiny_arguments: list[str], runs: Path) -> No
     folder = train(parse([*tiny_arguments, f"--runs_dir={runs}", *arguments]))
     assert list(folder.glob("wandb/offline-run-*"))
     assert (folder / "metrics.csv").exists()
+
+
+def test_bf16_energy_only_with_checkpointing_and_accumulation(tiny_arguments: list[str], runs: Path) -> None:
+    arguments = [
+        "--trainer.precision=bf16-mixed",
+        "--model.regress_forces=false",
+        "--task.activation_checkpointing=true",
+        "--trainer.accumulate_grad_batches=2",
+        "--trainer.max_epochs=1",
+        "--name=energies",
+    ]
+    folder = train(parse([*tiny_arguments, f"--runs_dir={runs}", *arguments]))
+    validation = load_checkpoint(folder / "checkpoints/best.pt").provenance["validation"]
+    assert set(validation) == {"energy_mae", "energy_mse", "energy_within_threshold"}
+    assert not (folder / "figures/parity_forces.png").exists()
+
+
+def test_missing_wandb_is_one_sentence(
+    tiny_arguments: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="wandb is not installed"):
+        train(parse([*tiny_arguments, f"--runs_dir={runs}", "--wandb.project=x", "--name=nowandb"]))

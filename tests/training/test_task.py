@@ -50,7 +50,7 @@ def fit(folder: Path, lmdb_path: Path, resume: Path | None = None, **trainer_set
         train=str(lmdb_path), val=str(lmdb_path), energy_kind="adsorption", batch_size=3, seed=7
     )
     trainer = pl.Trainer(
-        max_epochs=3,
+        max_epochs=trainer_settings.pop("max_epochs", 3),
         accelerator="cpu",
         callbacks=[KeepEvery(folder / "last.ckpt", every_n_steps=2)],
         logger=CSVLogger(folder, name="", version=""),
@@ -77,8 +77,9 @@ def losses(folder: Path) -> dict[str, str]:
         ({}, ["batch2", "validation7", "batch10", "validation14"]),
         ({"accumulate_grad_batches": 2}, ["batch2", "validation4", "batch6"]),
         ({"val_check_interval": 3}, ["validation3", "batch4", "validation10"]),
+        ({"max_epochs": -1, "max_steps": 18}, ["batch4", "validation7", "batch14"]),
     ],
-    ids=["plain", "accumulation", "validation in mid-epoch"],
+    ids=["plain", "accumulation", "validation in mid-epoch", "limited by steps"],
 )
 def test_resuming_repeats_the_uninterrupted_run(
     tmp_path: Path, lmdb_path: Path, settings: dict[str, Any], places: list[str]
