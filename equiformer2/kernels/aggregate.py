@@ -9,7 +9,12 @@ from equiformer2.kernels.rotation import rotate_from_edges, rotate_to_edges
 
 
 def aggregate_messages(
-    values: Tensor, alpha: Tensor | None, blocks: list[Tensor], target: Tensor, num_targets: int, scale: list[float]
+    values: Tensor,
+    alpha: Tensor | None,
+    blocks: list[Tensor],
+    target: Tensor,
+    num_targets: int,
+    scale: list[float],
 ) -> Tensor:
     """Sum over incoming edges of the values, weighted by attention and rotated back to the global frame.
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# On a CPU the working set of one chunk should stay in the last-level cache; on a GPU chunks only bound memory.
+# On a CPU the working set of a chunk should stay in the last-level cache; on a GPU chunks only bound memory.
 CPU_CHUNK_BYTES = 24 * 2**20
 GPU_CHUNK_BYTES = 2**30
 

@@ -37,13 +37,24 @@ def convolve_edges(
     Returns:
         One `[E, out]` tensor per order.
     """
-    hidden, radial_weight, radial_bias, *weights = cast_to_autocast(hidden, radial_weight, radial_bias, *weights)
+    hidden, radial_weight, radial_bias, *weights = cast_to_autocast(
+        hidden, radial_weight, radial_bias, *weights
+    )
     frames_need_grad = torch.is_grad_enabled() and any(block.requires_grad for block in blocks)
     with no_autocast(x):
         if not frames_need_grad:
             return list(
                 _ConvolveEdges.apply(
-                    x, source, target, hidden, radial_weight, radial_bias, shared_orders, len(blocks), *blocks, *weights
+                    x,
+                    source,
+                    target,
+                    hidden,
+                    radial_weight,
+                    radial_bias,
+                    shared_orders,
+                    len(blocks),
+                    *blocks,
+                    *weights,
                 )
             )
         rotated, radial = _inputs(x, blocks, source, target, hidden, radial_weight, radial_bias, slice(None))
@@ -80,7 +91,9 @@ class _ConvolveEdges(torch.autograd.Function):
         for part in chunks(len(source), _bytes_per_edge(x, radial_weight), x.device):
             rotated, radial = _inputs(x, blocks, source, target, hidden, radial_weight, radial_bias, part)
             for m, (w, out) in enumerate(zip(weights, outputs, strict=True)):
-                product = _order(rotated, num_blocks - 1, m) * _radial(radial, rotated, num_blocks - 1, m, shared_orders)
+                product = _order(rotated, num_blocks - 1, m) * _radial(
+                    radial, rotated, num_blocks - 1, m, shared_orders
+                )
                 torch.mm(product.flatten(1).to(w.dtype), w.t(), out=out[part])
         return tuple(outputs)
 

@@ -32,12 +32,14 @@ def split_degrees(y: Tensor, lmax: int, mmax: int) -> list[Tensor]:
         rows = [l]
         for m in range(1, min(l, mmax) + 1):
             rows += [start[m] + l - m, start[m] + (lmax + 1 - m) + l - m]
-        degrees.append(torch.cat([y[:, row : row + 1] for row in rows], dim=1) if len(rows) > 1 else y[:, l : l + 1])
+        degrees.append(
+            torch.cat([y[:, row : row + 1] for row in rows], dim=1) if len(rows) > 1 else y[:, l : l + 1]
+        )
     return degrees
 
 
 def rotate_from_edges(y: Tensor, blocks: list[Tensor], scale: list[float]) -> Tensor:
-    """Rotate m-major `[E, R, C]` coefficients back to the global frame: `[E, K, C]`, degree l times `scale[l]`."""
+    """Rotate m-major `[E, R, C]` back to the global frame: `[E, K, C]`, degree l times `scale[l]`."""
     lmax = len(blocks) - 1
     mmax = (blocks[-1].shape[1] - 1) // 2
     parts = []

@@ -63,7 +63,9 @@ class _GridFunction(torch.autograd.Function):
             out = _plain(x, to_grid, from_grid, weight)
             grads: list[Tensor | None] = [None] * 4
             for i, grad in zip(
-                wanted, torch.autograd.grad(out, [(x, weight)[i // 3] for i in wanted], grad_out, create_graph=True), strict=True
+                wanted,
+                torch.autograd.grad(out, [(x, weight)[i // 3] for i in wanted], grad_out, create_graph=True),
+                strict=True,
             ):
                 grads[i] = grad
             return tuple(grads)

@@ -8,7 +8,7 @@ from equiformer2.model.so3 import S2Grid
 
 
 class SmoothLeakyReLU(nn.Module):
-    """Leaky ReLU with a smooth kink: (1+a)/2 x + (1-a)/2 x (2 sigmoid(x) - 1), a = 0.2 (Equiformer, Appendix)."""
+    """Leaky ReLU, smooth: (1+a)/2 x + (1-a)/2 x (2 sigmoid(x) - 1), a = 0.2 (Equiformer, Appendix)."""
 
     negative_slope = 0.2
 

@@ -32,7 +32,9 @@ class SO2EquivariantGraphAttention(nn.Module):
         self.lmax, self.mmax = lmax, mmax
         self.scale = [truncation_scale(l, mmax) for l in range(lmax + 1)]
         self.alpha_dot = nn.Parameter(torch.empty(config.num_heads, config.attn_alpha_channels))
-        nn.init.uniform_(self.alpha_dot, -(config.attn_alpha_channels**-0.5), config.attn_alpha_channels**-0.5)
+        nn.init.uniform_(
+            self.alpha_dot, -(config.attn_alpha_channels**-0.5), config.attn_alpha_channels**-0.5
+        )
         radial_inputs = radial_input_size(config)
         self.source_embedding, self.target_embedding = None, None
         if config.block_atom_edge_embedding:
@@ -40,7 +42,9 @@ class SO2EquivariantGraphAttention(nn.Module):
             self.target_embedding = element_embedding(config)
         self.rad_func: RadialFunction | None = None
         if config.use_m_share_rad:
-            self.rad_func = RadialFunction(radial_inputs, config.edge_channels, 2 * config.sphere_channels * (lmax + 1))
+            self.rad_func = RadialFunction(
+                radial_inputs, config.edge_channels, 2 * config.sphere_channels * (lmax + 1)
+            )
         activation = self._activation(config, grid)
         alpha_channels = config.num_heads * config.attn_alpha_channels
         self.so2_conv_1 = SO2Convolution(
@@ -52,7 +56,9 @@ class SO2EquivariantGraphAttention(nn.Module):
             radial_inputs=None if config.use_m_share_rad else radial_inputs,
             radial_hidden=config.edge_channels,
         )
-        self.alpha_norm = nn.LayerNorm(config.attn_alpha_channels) if config.use_attn_renorm else nn.Identity()
+        self.alpha_norm = (
+            nn.LayerNorm(config.attn_alpha_channels) if config.use_attn_renorm else nn.Identity()
+        )
         self.alpha_act = SmoothLeakyReLU()
         self.alpha_dropout = nn.Dropout(alpha_drop)
         self.activation = activation
@@ -61,7 +67,9 @@ class SO2EquivariantGraphAttention(nn.Module):
         self.proj = SO3Linear(value_channels, out_channels, lmax)
 
     @staticmethod
-    def _activation(config: ModelConfig, grid: S2Grid) -> GateActivation | S2Activation | SeparableS2Activation:
+    def _activation(
+        config: ModelConfig, grid: S2Grid
+    ) -> GateActivation | S2Activation | SeparableS2Activation:
         if config.use_gate_act:
             return GateActivation([int(k**0.5) for k in m_major_order(config.lmax, config.mmax)])
         return SeparableS2Activation(grid) if config.use_sep_s2_act else S2Activation(grid)
@@ -70,11 +78,13 @@ class SO2EquivariantGraphAttention(nn.Module):
         """`x [N, K, C]` to `[N, K, out_channels]`."""
         alpha, message = self._message(x, edges, None)
         values = self.so2_conv_2(message)
-        total = aggregate_messages(values, alpha, edges.frames.blocks, edges.edge_index[1], edges.num_atoms, self.scale)
+        total = aggregate_messages(
+            values, alpha, edges.frames.blocks, edges.edge_index[1], edges.num_atoms, self.scale
+        )
         return self.proj(total)
 
     def vectors(self, x: Tensor, edges: EdgeContext) -> Tensor:
-        """The l = 1 output alone, `[N, 3, out_channels]`: what is not read by a force head is not computed."""
+        """The l = 1 output alone, `[N, 3, out_channels]`: what a force head does not read is not computed."""
         kept = (self.lmax + 1) + 2 * self.lmax * min(1, self.mmax)
         alpha, message = self._message(x, edges, kept)
         values = self.so2_conv_2.first_degrees(message)
@@ -84,7 +94,7 @@ class SO2EquivariantGraphAttention(nn.Module):
         return self.proj.degree(total[:, 1:4], 1)
 
     def _message(self, x: Tensor, edges: EdgeContext, rows: int | None) -> tuple[Tensor, Tensor]:
-        """Attention weights `[E, H]` and activated hidden features, the first `rows` of m-major `[E, R, hidden]`."""
+        """Attention weights `[E, H]` and activated hidden features, `rows` of m-major `[E, R, hidden]`."""
         own = None
         if self.source_embedding is not None and self.target_embedding is not None:
             own = (self.source_embedding, self.target_embedding)
@@ -99,7 +109,7 @@ class SO2EquivariantGraphAttention(nn.Module):
         return alpha, self.activation(message, extra[:, width:], rows)
 
     def _attention_weights(self, scalars: Tensor, edges: EdgeContext) -> Tensor:
-        """`[E, H * A]` scalars to `[E, H]` weights; renormalized before the nonlinearity (paper section 4.2)."""
+        """`[E, H * A]` scalars to `[E, H]` weights; renormalized before the nonlinearity (section 4.2)."""
         with no_autocast(scalars):
             scalars = scalars.to(self.alpha_dot.dtype).unflatten(1, (self.num_heads, -1))
             logits = (self.alpha_act(self.alpha_norm(scalars)) * self.alpha_dot).sum(2)
@@ -112,7 +122,7 @@ def radial_input_size(config: ModelConfig) -> int:
 
 
 def element_embedding(config: ModelConfig) -> nn.Embedding:
-    """Embedding of the elements for a radial function; starts near zero, so that the distance dominates at first."""
+    """Element embedding for a radial function; near zero, so that the distance dominates at first."""
     embedding = nn.Embedding(config.max_num_elements, config.edge_channels)
     nn.init.uniform_(embedding.weight, -0.001, 0.001)
     return embedding

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from equiformer2.errors import InputError
 
-# Statistics of the first 100,000 structures of OC20 IS2RE (cutoff 5 Å, at most 100 neighbours), constants of the
-# reference implementation that every public checkpoint was trained with.
+# Statistics of the first 100,000 structures of OC20 IS2RE (cutoff 5 Å, at most 100 neighbours), constants of
+# the reference implementation that every public checkpoint was trained with.
 AVG_NUM_NODES = 77.81317
 AVG_DEGREE = 23.395238876342773
 
@@ -100,7 +100,9 @@ class ModelConfig:
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         _require(0 <= self.mmax <= self.lmax, "mmax", self.mmax, f"must be between 0 and lmax ({self.lmax})")
-        _require(self.num_distance_basis >= 2, "num_distance_basis", self.num_distance_basis, "must be at least 2")
+        _require(
+            self.num_distance_basis >= 2, "num_distance_basis", self.num_distance_basis, "must be at least 2"
+        )
         _require(self.max_radius > 0, "max_radius", self.max_radius, "must be positive")
         _require(self.avg_num_nodes > 0, "avg_num_nodes", self.avg_num_nodes, "must be positive")
         _require(self.avg_degree > 0, "avg_degree", self.avg_degree, "must be positive")
@@ -110,7 +112,9 @@ class ModelConfig:
             ("norm_type", ("layer_norm", "layer_norm_sh", "rms_norm_sh")),
             ("weight_init", ("normal", "uniform")),
         ):
-            _require(getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}")
+            _require(
+                getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}"
+            )
         if self.grid_resolution is not None:
             smallest = 2 * (self.lmax + 1)
             _require(

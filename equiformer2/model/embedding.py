@@ -11,7 +11,7 @@ from equiformer2.model.so3.grid import truncation_scale
 
 
 class EdgeDegreeEmbedding(nn.Module):
-    """Radial functions times spherical harmonics of the edges, summed over edges, divided by the average degree."""
+    """Radial functions times spherical harmonics, summed over edges, divided by the average degree."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

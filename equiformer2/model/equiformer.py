@@ -23,12 +23,12 @@ from equiformer2.model.so3.grid import m_major_order
 class EquiformerV2(nn.Module):
     """Equivariant transformer for energies and forces of atomistic structures.
 
-    Parameters have the names and shapes of the reference implementation. Those that cannot influence any output
-    (parts of the two heads) exist for that compatibility, with `requires_grad` off.
+    Parameters have the names and shapes of the reference implementation. Those that cannot influence any
+    output (parts of the two heads) exist for that compatibility, with `requires_grad` off.
 
     Attributes:
         config: the hyper-parameters.
-        activation_checkpointing: recompute every block in the backward pass instead of storing its activations.
+        activation_checkpointing: recompute blocks in the backward pass instead of storing their activations.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -45,7 +45,9 @@ class EquiformerV2(nn.Module):
             self.source_embedding = element_embedding(config)
             self.target_embedding = element_embedding(config)
         self.edge_degree_embedding = EdgeDegreeEmbedding(config)
-        self.blocks = nn.ModuleList(TransformerBlock(config, edge_grid, node_grid) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(config, edge_grid, node_grid) for _ in range(config.num_layers)
+        )
         self.norm = make_norm(config.norm_type, lmax, config.sphere_channels)
         self.energy_block = FeedForwardNetwork(config, node_grid, 1)
         self.energy_block.freeze_unread()
@@ -115,7 +117,12 @@ class EquiformerV2(nn.Module):
         names = set()
         for name, _ in self.named_parameters():
             module, _, leaf = name.rpartition(".")
-            if (module in linear and leaf == "bias") or "norm" in module or ".net.1" in name or ".net.4" in name:
+            if (
+                (module in linear and leaf == "bias")
+                or "norm" in module
+                or ".net.1" in name
+                or ".net.4" in name
+            ):
                 names.add(name)
         return names
 
@@ -128,7 +135,12 @@ class EquiformerV2(nn.Module):
         if self.source_embedding is not None and self.target_embedding is not None:
             shared = (self.source_embedding, self.target_embedding)
         return EdgeContext(
-            graph.edge_index, frames, self.distance_basis(distances), numbers[graph.edge_index], shared, len(numbers)
+            graph.edge_index,
+            frames,
+            self.distance_basis(distances),
+            numbers[graph.edge_index],
+            shared,
+            len(numbers),
         )
 
     def _checked_numbers(self, batch: Batch | Data) -> Tensor:
@@ -137,7 +149,7 @@ class EquiformerV2(nn.Module):
         if bool(bad.any()):
             atom = int(bad.nonzero()[0])
             raise InputError(
-                f"atom {atom} has atomic number {int(numbers[atom])}, but this model knows only elements below "
-                f"max_num_elements = {self.config.max_num_elements}"
+                f"atom {atom} has atomic number {int(numbers[atom])}, but this model knows only elements "
+                f"below max_num_elements = {self.config.max_num_elements}"
             )
         return numbers

@@ -53,7 +53,7 @@ class FeedForwardNetwork(nn.Module):
         return self.so3_linear_2(self._hidden(x))
 
     def scalars(self, x: Tensor) -> Tensor:
-        """The l = 0 output alone, `[N, out_channels]`; with separate scalar inputs no grid is needed for it."""
+        """The l = 0 output alone, `[N, out_channels]`; with separate scalar inputs it needs no grid."""
         if self.scalar_mlp is not None:
             hidden = self.scalar_mlp(x[:, 0])
         elif isinstance(self.activation, GateActivation):
@@ -66,7 +66,7 @@ class FeedForwardNetwork(nn.Module):
         return self.so3_linear_2.degree(hidden, 0)
 
     def freeze_unread(self) -> None:
-        """Freeze the parameters that `scalars` never reads, for a network of which only the scalars are used."""
+        """Freeze what `scalars` never reads, for a network of which only the scalars are used."""
         if self.scalar_mlp is not None:
             self.so3_linear_1.requires_grad_(False)
             self.grid_mlp.requires_grad_(False)
@@ -84,7 +84,8 @@ class FeedForwardNetwork(nn.Module):
             assert self.activation is not None
             return self.activation(hidden, gates)
         first, second, third = self.grid_mlp[0], self.grid_mlp[2], self.grid_mlp[4]
-        # The first and the last layer act on channels only: on K coefficients they cost less than on G points.
+        assert isinstance(second, nn.Linear)
+        # The first and the last layer act on channels only: K coefficients cost less than G points.
         hidden = third(grid_mlp(first(hidden), self.grid.to_grid, self.grid.from_grid, second.weight))
         if self.scalar_mlp is None:
             return hidden

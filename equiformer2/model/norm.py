@@ -29,7 +29,7 @@ class _DegreeNorm(DerivedConstants):
         self.add_constant("balance", 1.0 / ((2 * degrees.double() + 1) * (lmax + 1 - first_degree)))
 
     def balanced_scale(self, x: Tensor) -> Tensor:
-        """Inverse root mean square over channels, orders and degrees, every degree counting equally: `[N, 1, 1]`."""
+        """Inverse root mean square over channels and degrees, each degree counting equally: `[N, 1, 1]`."""
         square = torch.einsum("nkc,k->n", x * x, self.balance) / x.shape[2]
         return torch.rsqrt(square + _EPS)[:, None, None]
 
@@ -80,6 +80,8 @@ class LayerNorm(nn.Module):
                 part = x[:, l * l : (l + 1) ** 2]
                 if l == 0:
                     part = part - part.mean(dim=2, keepdim=True)
-                part = part * (torch.rsqrt(part.pow(2).mean((1, 2), keepdim=True) + _EPS) * self.affine_weight[l])
+                part = part * (
+                    torch.rsqrt(part.pow(2).mean((1, 2), keepdim=True) + _EPS) * self.affine_weight[l]
+                )
                 out.append(part + self.affine_bias if l == 0 else part)
             return torch.cat(out, dim=1)

@@ -24,8 +24,8 @@ class GaussianBasis(DerivedConstants):
 class RadialFunction(nn.Module):
     """Two hidden layers of linear, layer norm and SiLU, then a linear layer (paper Figure 1b).
 
-    The input is the distance basis, followed by the embeddings of both elements when there are any. The last layer is
-    left to the caller (`output`), because the fused convolution applies it where its result is used.
+    The input is the distance basis, followed by the embeddings of both elements when there are any. The last
+    layer is left to the caller (`output`), because the fused convolution applies it where its result is used.
     """
 
     def __init__(self, num_inputs: int, hidden: int, num_outputs: int) -> None:

@@ -79,7 +79,15 @@ class SO2Convolution(nn.Module):
             `[E, extra_m0_channels]` scalars and m-major features `[E, R, out_channels]` in the edge frames.
         """
         outputs = convolve_edges(
-            x, frames.blocks, edge_index[0], edge_index[1], hidden, radial.weight, radial.bias, self.matrices(), shared_orders
+            x,
+            frames.blocks,
+            edge_index[0],
+            edge_index[1],
+            hidden,
+            radial.weight,
+            radial.bias,
+            self.matrices(),
+            shared_orders,
         )
         scalars = outputs[0] + self.fc_m0.bias.to(outputs[0].dtype)
         extra, scalars = scalars[:, : self.extra_m0_channels], scalars[:, self.extra_m0_channels :]
@@ -87,7 +95,10 @@ class SO2Convolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """m-major `[E, R, in_channels]` to `[E, R, out_channels]`, without radial weights."""
-        outputs, start = [nn.functional.linear(x[:, : self.lmax + 1].flatten(1), self.fc_m0.weight, self.fc_m0.bias)], self.lmax + 1
+        outputs, start = (
+            [nn.functional.linear(x[:, : self.lmax + 1].flatten(1), self.fc_m0.weight, self.fc_m0.bias)],
+            self.lmax + 1,
+        )
         for m, conv in enumerate(self.so2_m_conv, start=1):
             rows = 2 * (self.lmax + 1 - m)
             outputs.append(nn.functional.linear(x[:, start : start + rows].flatten(1), conv.matrix()))  # type: ignore[operator]
@@ -95,12 +106,16 @@ class SO2Convolution(nn.Module):
         return self._stack(outputs)
 
     def first_degrees(self, x: Tensor) -> Tensor:
-        """As `forward`, but only the outputs of degrees 0 and 1: m-major `[E, 4, out_channels]` (2 rows if mmax = 0).
+        """As `forward`, but only degrees 0 and 1: m-major `[E, 4, out_channels]` (2 rows if mmax = 0).
 
         The force head reads nothing else; inputs of orders |m| > 1 do not reach these outputs.
         """
         wide = 2 * self.out_channels
-        outputs = [nn.functional.linear(x[:, : self.lmax + 1].flatten(1), self.fc_m0.weight[:wide], self.fc_m0.bias[:wide])]
+        outputs = [
+            nn.functional.linear(
+                x[:, : self.lmax + 1].flatten(1), self.fc_m0.weight[:wide], self.fc_m0.bias[:wide]
+            )
+        ]
         if self.mmax > 0:
             weight = self.so2_m_conv[0].matrix().unflatten(0, (2, -1))[:, : self.out_channels].flatten(0, 1)  # type: ignore[operator]
             outputs.append(nn.functional.linear(x[:, self.lmax + 1 : 3 * self.lmax + 1].flatten(1), weight))

@@ -72,7 +72,7 @@ def by_target(system: dict[str, Tensor]) -> Tensor:
 
 
 def edges(system: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> RadiusGraph:
-    """The reference's edges, sorted by target; vectors and distances in `dtype` from the float32 positions."""
+    """The reference's edges, sorted by target; vectors in `dtype` from the float32 positions."""
     order = by_target(system)
     source, target = system["edge_index"].long()[:, order]
     offsets = system["cell_offsets"].long()[order]

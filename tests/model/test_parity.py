@@ -14,7 +14,7 @@ from equiformer2.model.so3 import EdgeFrames
 
 # The strict cut at 20 neighbours goes through a shell of equal distances: the reference keeps any of them.
 TIED = {"cu111_perfect", "cu_prim"}
-# Three longitudes for orders up to 1: the angle about the edge, which the reference draws, changes everything.
+# Three longitudes for orders up to 1: the angle about the edge, which the reference draws, matters most.
 COARSE = "parity_h_l3m1_lnsh_gNone"
 # An edge 3e-8 rad from the polar axis. The reference computes that angle with an arc cosine, which loses half
 # the digits there; `test_the_polar_edge_in_the_references_arithmetic` shows that this is all.

@@ -1,21 +1,20 @@
 """Edge frames and the Wigner-D matrices that rotate irreps into them.
 
-Convention (e3nn): y is the polar axis, components of degree l are ordered m = -l..l. The frame of an edge is a
-rotation that takes the direction of the edge to +y (paper section 3.2: in this frame an SO(3) convolution
-becomes an SO(2) convolution). The remaining angle about the edge is free; the reference implementation draws it
-at random, here it is a fixed function of the direction, so equal input gives equal bits.
+Convention (e3nn): y is the polar axis, components of degree l are ordered m = -l..l. The frame of an edge is
+a rotation that takes the direction of the edge to +y (paper section 3.2: in this frame an SO(3) convolution
+becomes an SO(2) convolution). The remaining angle about the edge is free; the reference implementation draws
+it at random, here it is a fixed function of the direction, so equal input gives equal bits.
 """
 
 import dataclasses
 import functools
-import math
 
 import torch
 from e3nn import o3
 from torch import Tensor
 
-# Directions closer to the polar axis than this (sine of the angle) use a second chart whose polar axis is x: in
-# either chart the frame is a smooth function of the direction, with bounded derivatives.
+# Directions closer to the polar axis than this (sine of the angle) use a second chart whose polar axis is x:
+# in either chart the frame is a smooth function of the direction, with bounded derivatives.
 _POLAR_SINE = 0.5
 
 
@@ -77,9 +76,9 @@ def _wigner_blocks(
 ) -> list[Tensor]:
     """Rows |m| <= mmax of D(Ry(gauge) Rx(-beta) Ry(-alpha)), angles given as (cosine, sine) `[E]`.
 
-    A rotation about x is a rotation about y between two constant rotations Q, so every angle enters only through
-    cos(m angle) and sin(m angle), and no trigonometric function is evaluated. For edges where `permuted` is set the
-    rotation acts on cyclically permuted axes.
+    A rotation about x is a rotation about y between two constant rotations Q, so every angle enters only
+    through cos(m angle) and sin(m angle), and no trigonometric function is evaluated. For edges where
+    `permuted` is set the rotation acts on cyclically permuted axes.
     """
     gauge_cos, gauge_sin = _multiples(*gauge, lmax)
     beta_cos, beta_sin = _multiples(*beta, lmax)
@@ -138,7 +137,7 @@ def _rotate_rows(matrix: Tensor, cos: Tensor, sin: Tensor, rows: list[int], l: i
 
 @functools.cache
 def _constant_rotations(l: int) -> tuple[Tensor, Tensor]:
-    """D^l of the rotation Q with Q Ry(t) Q^-1 = Rx(t), and of the cyclic permutation of the axes, in float64."""
+    """D^l of the rotation Q with Q Ry(t) Q^-1 = Rx(t), and of the cyclic permutation of the axes, float64."""
     # Q takes y to x: a quarter turn about -z.
     quarter_turn = torch.tensor([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     # (x, y, z) -> (z, x, y)
@@ -163,9 +162,11 @@ def _generators(l: int) -> tuple[Tensor, Tensor]:
     about_x = 0.5 * (ladder - ladder.mH)
     about_y = torch.diag(1j * torch.arange(-l, l + 1, dtype=torch.float64))
     # Complex harmonics of order m in terms of the real ones of orders m and -m.
-    basis = torch.zeros(size, size, dtype=torch.complex128)
+    real, imaginary = torch.zeros(2, size, size, dtype=torch.float64)
     for m in range(1, l + 1):
-        basis[l - m, l + m], basis[l - m, l - m] = 2**-0.5, -1j * 2**-0.5
-        basis[l + m, l + m], basis[l + m, l - m] = (-1) ** m * 2**-0.5, 1j * (-1) ** m * 2**-0.5
-    basis[l, l] = 1
+        sign = (-1) ** m
+        real[l - m, l + m], imaginary[l - m, l - m] = 2**-0.5, -(2**-0.5)
+        real[l + m, l + m], imaginary[l + m, l - m] = sign * 2**-0.5, sign * 2**-0.5
+    real[l, l] = 1
+    basis = torch.complex(real, imaginary)
     return (basis.mH @ about_x @ basis).real, (basis.mH @ about_y @ basis).real
