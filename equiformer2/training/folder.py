@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from pytorch_lightning.loggers import CSVLogger, Logger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
 
-from equiformer2.checkpoint.files import read_tensors
+from equiformer2.checkpoint.files import read_tensors, write_tensors
 from equiformer2.errors import InputError
 from equiformer2.training.figures import write_bytes
 
@@ -169,6 +170,20 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record))
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Lightning's checkpoints, written whole or not at all.
+
+    Lightning's own way moves a file from the system's temporary folder, which is a copy, and can be
+    half a copy, when that lies on another disk.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Temporary file beside `path`, fsync, rename."""
+        write_tensors(path, checkpoint)
 
 
 def _is_first_process() -> bool:

@@ -19,7 +19,13 @@ from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.training.callbacks import NativeCheckpoints, ParityFigures, ResumeCheckpoint, Summary
 from equiformer2.training.figures import draw_loss_curves
-from equiformer2.training.folder import RunFolder, WandbSettings, count_parameters, read_resume_state
+from equiformer2.training.folder import (
+    RunFolder,
+    WandbSettings,
+    WholeFiles,
+    count_parameters,
+    read_resume_state,
+)
 from equiformer2.training.loader import ResumableDataModule
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.task import S2EFTask, TaskSettings
@@ -151,6 +157,8 @@ def _trainer(config: RunConfig, folder: RunFolder, callbacks: list[pl.Callback])
         callbacks = [TQDMProgressBar(refresh_rate=settings["log_every_n_steps"] or 50), *callbacks]
     settings["callbacks"] = [*(settings["callbacks"] or []), *callbacks]
     settings["strategy"] = _strategy(settings)
+    plugins = settings["plugins"] or []
+    settings["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles()]
     try:
         return pl.Trainer(
             **settings,

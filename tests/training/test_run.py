@@ -15,6 +15,7 @@ from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
 from equiformer2.training.cli import parse
 from equiformer2.training.evaluation import draw_figures, evaluate, open_dataset, write_report
+from equiformer2.training.folder import WholeFiles
 from equiformer2.training.prediction import predict_dataset, write_predictions
 from equiformer2.training.run import train
 
@@ -187,6 +188,20 @@ def test_a_run_that_ends_in_mid_epoch_is_validated(tiny_arguments: list[str], ru
     longer = ["--trainer.max_steps=3", "--trainer.max_epochs=-1", "--name=steps", "--ckpt_path=last"]
     train(parse([*tiny_arguments, f"--runs_dir={runs}", *longer]))
     assert sorted(train_losses(folder)) == [0, 1, 2]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint({"global_step": 1}, target)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        WholeFiles().save_checkpoint({"global_step": 2}, target)
+    assert torch.load(target, weights_only=True) == {"global_step": 1}
+    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.slow
