@@ -27,6 +27,8 @@ class PreprocessOptions:
         energy_kind: "adsorption" (energy less the system's reference) or "total".
         max_energy: drop frames whose adsorption energy is larger in size, eV; OC20's rule is 10. None: keep.
         max_force: drop frames with a larger force on a free atom, eV/Å; OC20's rule is 50. None: keep.
+        min_force: drop frames whose largest force on a free atom is smaller, eV/Å: most frames of a
+            relaxation are nearly at rest and teach little. None: keep.
         frames: at most so many frames of a relaxation, by `selection.informative_frames`. None: all.
         later_fraction: the last part of every relaxation goes to a file of its own.
         later_gap: the part before it that goes to neither file.
@@ -36,6 +38,7 @@ class PreprocessOptions:
     energy_kind: str = "adsorption"
     max_energy: float | None = 10.0
     max_force: float | None = 50.0
+    min_force: float | None = None
     frames: int | None = None
     later_fraction: float = 0.0
     later_gap: float = 0.1
@@ -44,7 +47,7 @@ class PreprocessOptions:
     def __post_init__(self) -> None:
         if records.check_energy_kind(self.energy_kind) is None:
             raise DataError("energy_kind must be adsorption or total.")
-        for name in ("max_energy", "max_force", "frames", "later_frames"):
+        for name in ("max_energy", "max_force", "min_force", "frames", "later_frames"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise DataError(f"{name} is {value}; it must be positive.")
@@ -69,6 +72,7 @@ class PreprocessReport:
     written_later: int = 0
     removed_energy: int = 0
     removed_force: int = 0
+    removed_rest: int = 0
     not_chosen: int = 0
 
     def add(self, other: "PreprocessReport") -> None:
@@ -166,6 +170,8 @@ def _process(file: RawFile, options: PreprocessOptions) -> _FileResult:
             result.report.removed_energy += 1
         elif _exceeds(frame.max_free_force, options.max_force):
             result.report.removed_force += 1
+        elif options.min_force is not None and frame.max_free_force < options.min_force:
+            result.report.removed_rest += 1
         else:
             good.append((frame, system, fid, energy))
     kept, later = _choose([frame for frame, *_ in good], options)

@@ -24,6 +24,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--max-force", type=float, default=50.0, help="largest force on a free atom kept, eV/Å (default 50)"
     )
+    parser.add_argument(
+        "--min-force", type=float, help="smallest largest force on a free atom of a frame that is kept, eV/Å"
+    )
     parser.add_argument("--no-filter", action="store_true", help="keep frames of any energy and force")
     parser.add_argument("--systems", help="only these systems, separated by commas")
     parser.add_argument("--systems-file", type=Path, help="only the systems in this file, one a line")
@@ -64,6 +67,7 @@ def main() -> None:
         energy_kind=arguments.energy,
         max_energy=None if arguments.no_filter else arguments.max_energy,
         max_force=None if arguments.no_filter else arguments.max_force,
+        min_force=arguments.min_force,
         frames=arguments.frames,
         later_fraction=arguments.later_fraction if arguments.later_out else 0.0,
         later_gap=arguments.later_gap,
@@ -84,7 +88,8 @@ def main() -> None:
     later = f", {report.written_later} later frames to {arguments.later_out}" if arguments.later_out else ""
     print(f"{report.written} of {report.read} frames of {report.files} files to {arguments.out}{later}")
     print(
-        f"removed: {report.removed_energy} by energy, {report.removed_force} by force; "
+        f"removed: {report.removed_energy} by energy, {report.removed_force} by force, "
+        f"{report.removed_rest} nearly at rest; "
         f"{report.not_chosen} not chosen"
     )
 

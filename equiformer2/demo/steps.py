@@ -1,0 +1,155 @@
+"""The steps of the demo, each a call of what users call themselves."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from datasets_oc20 import OC20Lmdb
+from datasets_oc20.preprocess import PreprocessOptions, preprocess
+from datasets_oc20.raw_release import read_references
+from equiformer2.demo.plan import LARGE_SYSTEMS, UNSEEN_SYSTEMS, UNSEEN_TEACHER_SYSTEMS, DemoPlan
+from equiformer2.inference import EquiformerV2Calculator, Predictor
+from equiformer2.inference.adsorption import AdsorptionResult, adsorption_energy
+from equiformer2.inference.files import read_structure
+from equiformer2.training import cli, evaluation
+from equiformer2.training.evaluation import Evaluation
+from equiformer2.training.run import train
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """LMDB files of the demo, all with adsorption energies; the teacher's labels are not DFT."""
+
+    teacher: Path
+    teacher_unseen: Path
+    train: Path
+    later: Path
+    unseen: Path
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model on one dataset, beside what knows nothing of the structure.
+
+    Attributes:
+        result: metrics and baselines of `equiformer2.training.evaluation`.
+        mean_energy: energy MAE of the mean energy of the training frames, eV.
+        system_mean: energy MAE of every system's own mean over its training frames, eV; None for
+            unseen systems.
+    """
+
+    result: Evaluation
+    mean_energy: float
+    system_mean: float | None
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """A relaxation by the model beside the one by DFT; energies in eV."""
+
+    system: str
+    result: AdsorptionResult
+    dft_start: float
+    dft_relaxed: float
+
+
+def prepare(raw: Path, folder: Path, plan: DemoPlan) -> DemoData:
+    """Raw relaxations to LMDB files."""
+    data = DemoData(
+        *(folder / f"{name}.lmdb" for name in ("teacher", "teacher_unseen", "train", "later", "unseen"))
+    )
+    folder.mkdir(parents=True)
+    preprocess(raw / "teacher", data.teacher, exclude=UNSEEN_TEACHER_SYSTEMS)
+    preprocess(raw / "teacher", data.teacher_unseen, systems=UNSEEN_TEACHER_SYSTEMS)
+    options = PreprocessOptions(
+        min_force=plan.min_force,
+        frames=plan.frames,
+        later_fraction=0.25,
+        later_gap=0.05,
+        later_frames=plan.later_frames,
+    )
+    preprocess(
+        raw / "oc20_trajs",
+        data.train,
+        options,
+        later_out=data.later,
+        exclude=(*UNSEEN_SYSTEMS, *LARGE_SYSTEMS),
+    )
+    options = PreprocessOptions(min_force=plan.min_force, frames=plan.unseen_frames)
+    preprocess(raw / "oc20_trajs", data.unseen, options, systems=UNSEEN_SYSTEMS)
+    return data
+
+
+def train_model(config: Path, data: DemoData, folder: Path, plan: DemoPlan) -> tuple[Path, Path]:
+    """Train on the teacher's labels, then on DFT frames; returns both run folders."""
+    first = _train(config, folder, "teacher", data.teacher, data.teacher_unseen, plan.teacher_time, [])
+    start = ["--init_from", str(first / "checkpoints" / "last.pt")]
+    second = _train(config, folder, "dft", data.train, data.later, plan.dft_time, start)
+    return first, second
+
+
+def _train(
+    config: Path, folder: Path, name: str, train_data: Path, val_data: Path, seconds: int, more: list[str]
+) -> Path:
+    arguments = ["--config", str(config), "--runs_dir", str(folder), "--name", name]
+    arguments += ["--data.train", str(train_data), "--data.val", str(val_data)]
+    arguments += ["--trainer.max_time", f"00:00:{seconds // 60:02d}:{seconds % 60:02d}"]
+    return train(cli.parse([*arguments, *more]))
+
+
+def judge(predictor: Predictor, data: DemoData) -> dict[str, Judged]:
+    """Errors on later frames of the training systems and on systems never seen."""
+    train_energies = _energies(OC20Lmdb(data.train))
+    overall = float(np.mean([energy for energies in train_energies.values() for energy in energies]))
+    judged = {}
+    for name, path in (
+        ("later frames of the trained systems", data.later),
+        ("systems never seen", data.unseen),
+    ):
+        dataset = evaluation.open_dataset(path, predictor, None)
+        found = _energies(dataset)
+        known = {sid: float(np.mean(train_energies[sid])) for sid in found if sid in train_energies}
+        judged[name] = Judged(
+            evaluation.evaluate(predictor, dataset),
+            _mae(found, dict.fromkeys(found, overall)),
+            _mae(found, known) if len(known) == len(found) else None,
+        )
+    return judged
+
+
+def relax_unseen(
+    predictor: Predictor, raw: Path, folder: Path, plan: DemoPlan, systems: tuple[str, ...]
+) -> list[Relaxed]:
+    """Relax the first frame of unseen relaxations with the model."""
+    references = read_references(raw / "oc20_trajs")
+    relaxed = []
+    for system in systems:
+        path = raw / "oc20_trajs" / f"{system}.extxyz.xz"
+        start, end = read_structure(path, 0), read_structure(path, -1)
+        target = folder / system
+        target.mkdir(parents=True)
+        result = adsorption_energy(
+            start,
+            EquiformerV2Calculator(predictor.checkpoint),
+            steps=plan.relaxation_steps,
+            folder=target,
+            progress=True,
+        )
+        dft = [atoms.get_potential_energy() - references[system] for atoms in (start, end)]
+        relaxed.append(Relaxed(system, result, *dft))
+    return relaxed
+
+
+def _energies(dataset: OC20Lmdb) -> dict[str, list[float]]:
+    energies: dict[str, list[float]] = {}
+    for index in range(len(dataset)):
+        record = dataset[index]
+        energies.setdefault(str(record.sid), []).append(float(record.energy))
+    return energies
+
+
+def _mae(found: dict[str, list[float]], guess: dict[str, float]) -> float:
+    return float(
+        np.mean([abs(energy - guess[sid]) for sid, energies in found.items() for energy in energies])
+    )
