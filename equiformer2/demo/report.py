@@ -39,8 +39,8 @@ def report_html(
         f"<style>{_STYLE}</style>",
         "<h1>equiformer2 demo</h1>",
         "<p>A small EquiformerV2 was trained from nothing on this machine: first on adsorbate slabs "
-        "labelled by a universal potential (SevenNet-0, <b>not DFT</b>), then on frames of real OC20 DFT relaxations "
-        "(VASP, RPBE; Chanussot et al. 2021, CC-BY-4.0). All figures below are against DFT.</p>",
+        "labelled by a universal potential (SevenNet-0, <b>not DFT</b>), then on frames of real OC20 DFT "
+        "relaxations (VASP, RPBE; Chanussot et al. 2021, CC-BY-4.0). All figures below are against DFT.</p>",
         f"<h2>Adsorption energy of {html.escape(shown.result.adsorbate_formula)} "
         f"({html.escape(shown.system)}, never seen in training)</h2>",
         f"<p>Relaxed with the trained model: <b>{shown.result.energy:.2f} eV</b>. DFT, relaxed by DFT: "
@@ -105,10 +105,11 @@ def _plain_words(judged: dict[str, Judged]) -> str:
             f"trivial answer's, the force error {_ratio(metrics['forces_mae'], zero)} that of saying zero."
         )
     sentences.append(
-        "Later frames belong to relaxations whose beginning the model has learned: this should succeed. Systems "
-        "never seen are the honest hard case: minutes of training on some two hundred surfaces teach how atoms "
-        "push and pull on each other, but hardly the absolute energy of another surface. Models in use are "
-        "trained on OC20's hundreds of thousands of systems; do not use this one for chemistry."
+        "Later frames belong to relaxations whose beginning the model has learned: this should succeed. "
+        "Systems never seen are the honest hard case: minutes of training on some two hundred surfaces teach "
+        "how atoms push and pull on each other, but hardly the absolute energy of another surface. "
+        "Models in use are trained on OC20's hundreds of thousands of systems; do not use this one for "
+        "chemistry."
     )
     return " ".join(sentences)
 
