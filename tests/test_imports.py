@@ -21,6 +21,7 @@ ALLOWED = {
     "equiformer2/checkpoint": NETWORK,
     "equiformer2/inference": FILES | {"datasets_oc20"},
     "equiformer2/training": FILES | {"datasets_oc20"},
+    "equiformer2/demo": FILES | {"datasets_oc20", "equiformer2.inference", "equiformer2.training"},
 }
 # Evaluation measures what users get, so it goes through the predictor; nothing else in training may.
 EXCEPTIONS = {"equiformer2/training/evaluation.py": {"equiformer2.inference"}}
