@@ -105,7 +105,7 @@ class EquiformerV2(nn.Module):
             batch.pos,
             batch.cell,
             batch.pbc,
-            batch.natoms,
+            torch.as_tensor(batch.natoms).reshape(-1),
             max_radius=config.max_radius,
             max_neighbors=config.max_neighbors,
             strict=config.enforce_max_neighbors_strictly,
