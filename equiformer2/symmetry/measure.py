@@ -1,0 +1,194 @@
+"""How far a model's answers change when the structure is only written down differently."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Batch, Data
+
+from equiformer2.errors import InputError
+from equiformer2.symmetry import transformations
+from equiformer2.symmetry.transformations import Transformation, essential
+
+Predict = Callable[[Batch], Mapping[str, Tensor]]
+"""A batch to `energy [B]` and, if the model has them, `forces [N, 3]`; in any units."""
+
+_BATCH = "batch composition"
+_TRANSFORMATIONS: dict[str, Transformation] = {
+    "repeated call": transformations.repeat_call,
+    "rotation": transformations.rotate,
+    "translation": transformations.translate,
+    "permutation": transformations.permute,
+    "periodic images": transformations.choose_images,
+    "lattice vectors": transformations.choose_lattice_vectors,
+    "supercell": transformations.repeat_cell,
+}
+SYMMETRIES = (*_TRANSFORMATIONS, _BATCH)
+
+
+@dataclasses.dataclass(frozen=True)
+class SymmetryError:
+    """Deviations under one symmetry. Zero for a model that has it, but for rounding.
+
+    Attributes:
+        energy_max, energy_rms: deviation per atom over the root mean square energy per atom of the
+            structures.
+        forces_max, forces_rms: deviation of the components over the root mean square force component of the
+            structures; None without forces.
+    """
+
+    energy_max: float
+    energy_rms: float
+    forces_max: float | None
+    forces_rms: float | None
+
+    @property
+    def largest(self) -> float:
+        """The larger of the two root mean squares."""
+        return max(self.energy_rms, self.forces_rms or 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SymmetryReport:
+    """`SymmetryError` of each symmetry that the structures have; prints as a table."""
+
+    errors: dict[str, SymmetryError]
+
+    def __str__(self) -> str:
+        lines = [f"{'relative error of':20}  energy max  energy rms  forces max  forces rms"]
+        for name, error in self.errors.items():
+            values = (error.energy_max, error.energy_rms, error.forces_max, error.forces_rms)
+            cells = ("–" if value is None else f"{value:.1e}" for value in values)
+            lines.append(f"{name:20}" + "".join(f"{cell:>12}" for cell in cells))
+        return "\n".join(lines)
+
+
+def check_symmetries(
+    predict: Predict,
+    data: Data | Batch | Sequence[Data],
+    *,
+    symmetries: Iterable[str] = SYMMETRIES,
+    trials: int = 2,
+    seed: int = 0,
+) -> SymmetryReport:
+    """Measure how far a model's answers change under the symmetries of physics.
+
+    The numbers depend on the precision of `pos` and of the model: hand over both in float64 to see more than
+    rounding. A model that keeps exactly the k nearest neighbours has no rotational symmetry where
+    neighbours tie at that cut (docs/graph.md), so displace the atoms of a perfect crystal first.
+
+    Args:
+        predict: the model, for instance `model` itself or `Predictor(…).predict`.
+        data: one or more structures.
+        symmetries: names from `SYMMETRIES`. Those that need a periodic axis are left out of the report when
+            no structure has one.
+        trials: random transformations of each kind and structure.
+        seed: of these transformations.
+    """
+    structures = [essential(structure) for structure in _structures(data)]
+    before = [_predict(predict, [structure])[0] for structure in structures]
+    per_atom = [energy / len(s.pos) for (energy, _), s in zip(before, structures, strict=True)]
+    # Where everything is zero, or there is nothing, errors are absolute.
+    energy_scale = _rms(per_atom) or 1.0
+    forces_scale = _rms([forces for _, forces in before if forces is not None]) or 1.0
+    errors = {}
+    for name in symmetries:
+        if name not in SYMMETRIES:
+            raise InputError(f"unknown symmetry '{name}'; known are {', '.join(SYMMETRIES)}")
+        generator = torch.Generator().manual_seed(seed)
+        deviations = []
+        for structure, expected in zip(structures, before, strict=True):
+            for _ in range(trials):
+                found: _Answer | None
+                if name == _BATCH:
+                    found = _in_company(predict, structure, structures, generator)
+                else:
+                    found = _transformed(predict, structure, _TRANSFORMATIONS[name], generator)
+                if found is not None:
+                    energy = (found[0] - expected[0]).reshape(1) / len(structure.pos)
+                    forces = None if expected[1] is None or found[1] is None else found[1] - expected[1]
+                    deviations.append((energy, forces))
+        if deviations:
+            errors[name] = _summary(deviations, energy_scale, forces_scale)
+    return SymmetryReport(errors)
+
+
+def assert_symmetries(
+    predict: Predict,
+    data: Data | Batch | Sequence[Data],
+    tolerance: float | Mapping[str, float],
+    *,
+    trials: int = 2,
+    seed: int = 0,
+) -> SymmetryReport:
+    """Raise `AssertionError` with the whole table if an rms error exceeds the tolerance.
+
+    Args:
+        tolerance: one number for all of `SYMMETRIES`, or one for each symmetry that shall be checked.
+        predict, data, trials, seed: as for `check_symmetries`.
+    """
+    limits = tolerance if isinstance(tolerance, Mapping) else dict.fromkeys(SYMMETRIES, tolerance)
+    report = check_symmetries(predict, data, symmetries=limits, trials=trials, seed=seed)
+    # `not <=` so that NaN fails.
+    broken = [name for name, error in report.errors.items() if not error.largest <= limits[name]]
+    if broken:
+        raise AssertionError(f"broken beyond the tolerance: {', '.join(broken)}\n{report}")
+    return report
+
+
+_Answer = tuple[Tensor, Tensor | None]
+
+
+def _structures(data: Data | Batch | Sequence[Data]) -> Sequence[Data]:
+    if isinstance(data, Batch):
+        return data.to_data_list()
+    return [data] if isinstance(data, Data) else data
+
+
+def _predict(predict: Predict, structures: list[Data]) -> list[_Answer]:
+    """Energy and forces of every structure of one batch, in float64."""
+    out = predict(Batch.from_data_list(structures))
+    energies = out["energy"].detach().double().cpu().reshape(-1)
+    forces: Sequence[Tensor | None] = [None] * len(structures)
+    if "forces" in out:
+        forces = out["forces"].detach().double().cpu().split([len(s.pos) for s in structures])
+    return list(zip(energies, forces, strict=True))
+
+
+def _transformed(
+    predict: Predict, structure: Data, transformation: Transformation, generator: torch.Generator
+) -> _Answer | None:
+    changed = transformation(structure, generator)
+    if changed is None:
+        return None
+    energy, forces = _predict(predict, [changed.data])[0]
+    return energy / changed.copies, None if forces is None else changed.restore_forces(forces)
+
+
+def _in_company(predict: Predict, structure: Data, others: list[Data], generator: torch.Generator) -> _Answer:
+    """The structure's answer when it stands between two others, one of them in another orientation."""
+    first, last = (others[int(torch.randint(len(others), (), generator=generator))] for _ in range(2))
+    batch = [transformations.rotate(first, generator).data, structure, last]
+    energy, forces = _predict(predict, batch)[1]
+    return energy, None if forces is None else forces.unsqueeze(0)
+
+
+def _summary(
+    deviations: list[tuple[Tensor, Tensor | None]], energy_scale: float, forces_scale: float
+) -> SymmetryError:
+    energies = torch.cat([energy for energy, _ in deviations]) / energy_scale
+    parts = [forces.flatten() for _, forces in deviations if forces is not None]
+    if not parts:
+        return SymmetryError(energies.abs().max().item(), _rms([energies]), None, None)
+    forces = torch.cat(parts) / forces_scale
+    return SymmetryError(
+        energies.abs().max().item(), _rms([energies]), forces.abs().max().item(), _rms([forces])
+    )
+
+
+def _rms(tensors: list[Tensor]) -> float:
+    """Root mean square of all entries, 0 without entries."""
+    if not tensors:
+        return 0.0
+    return torch.cat([tensor.flatten() for tensor in tensors]).square().mean().sqrt().item()
