@@ -1,8 +1,10 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all: a temporary file in the same folder, fsync, rename."""
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 
 def temporary_beside(path: Path) -> Path:
@@ -11,21 +13,59 @@ def temporary_beside(path: Path) -> Path:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Flush `temporary` to the disk and rename it to `path`."""
-    handle = os.open(temporary, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    os.replace(temporary, path)
+    """Flush `temporary` to the disk and rename it to `path`.
+
+    Raises:
+        OSError: naming `path`.
+    """
+    with _errors_name(path, temporary):
+        handle = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.replace(temporary, path)
 
 
-def replace_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, whole or not at all."""
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file to write that takes the name `path` when the block ends without an exception.
+
+    Raises:
+        OSError: the folder is missing or not writable, or the disk is full; `path` is named.
+    """
+    path = Path(path)
     temporary = temporary_beside(path)
+    with _errors_name(path, temporary):
+        try:
+            with temporary.open("wb") as file:
+                yield file
+            publish(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes, make_folder: bool = False) -> Path:
+    """Write `content` to `path`; its folder must exist unless `make_folder`.
+
+    Raises:
+        OSError: as `whole_file`.
+    """
+    path = Path(path)
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(content)
+    return path
+
+
+@contextlib.contextmanager
+def _errors_name(path: Path, temporary: Path) -> Iterator[None]:
+    """Make errors name `path`: a full disk names no file, others the temporary one."""
     try:
-        temporary.write_bytes(content)
-        publish(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, temporary, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -9,7 +9,7 @@ import numpy as np
 from rich.progress import track
 
 from datasets_oc20 import foreign, records
-from datasets_oc20.atomic import replace_bytes
+from datasets_oc20.atomic import write_bytes
 from datasets_oc20.errors import DataError
 from datasets_oc20.lmdb_file import LmdbFile
 
@@ -31,7 +31,7 @@ def natoms_of_shard(file: LmdbFile, length: int) -> np.ndarray:
     buffer = io.BytesIO()
     np.savez(buffer, natoms=natoms, identity=identity)
     with contextlib.suppress(OSError):  # a read-only folder: counted again next time
-        replace_bytes(cache, buffer.getvalue())
+        write_bytes(cache, buffer.getvalue())
     return natoms
 
 

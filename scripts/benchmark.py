@@ -9,7 +9,6 @@ before anything is timed. Writes benchmark_cpu.json, .md and .png into the outpu
 
 import argparse
 import io
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from bench.report import describe_machine, figure, markdown
 from bench.session import ALLOCATORS, BenchmarkError
 from bench.sizes import SIZES
 from bench.structures import BATCHES
-from datasets_oc20.atomic import replace_bytes
 from equiformer2.errors import InputError
+from equiformer2.files import write_bytes, write_json
 from equiformer2.script import run_script
 
 
@@ -101,11 +100,11 @@ def main() -> int:
         content = {"command": command(settings), "machine": machine} | results
         # Where the interpreters stood says nothing to a reader.
         content["settings"] = {k: v for k, v in results["settings"].items() if not k.endswith("_python")}
-        replace_bytes(arguments.output / "benchmark_cpu.json", json.dumps(content, indent=1).encode() + b"\n")
-        replace_bytes(arguments.output / "benchmark_cpu.md", markdown(content).encode())
+        write_json(arguments.output / "benchmark_cpu.json", content)
+        write_bytes(arguments.output / "benchmark_cpu.md", markdown(content).encode())
         image = io.BytesIO()
         figure(content).savefig(image, format="png", dpi=130)
-        replace_bytes(arguments.output / "benchmark_cpu.png", image.getvalue())
+        write_bytes(arguments.output / "benchmark_cpu.png", image.getvalue())
 
     try:
         Benchmark(settings, save, lambda line: print(line, flush=True)).run()

@@ -23,6 +23,7 @@ from ase.build import add_adsorbate, bulk, fcc111
 from ase.io import read
 from numpy.typing import NDArray
 
+from equiformer2.files import write_json
 from equiformer2.graph import radius_graph, search, truncation
 from equiformer2.script import run_script
 
@@ -221,10 +222,9 @@ def main() -> None:
     results["radius_graph, ms"] = graph_times(args.repeats, args.cutoff)
     if DATA.is_dir():
         results["ties at 20 neighbours"] = count_ties(args.cutoff, 20)
-    text = json.dumps(results, indent=2, ensure_ascii=False)
-    print(text)
+    print(json.dumps(results, indent=2, ensure_ascii=False))
     if args.json:
-        args.json.write_text(text + "\n")
+        write_json(args.json, results)
 
 
 if __name__ == "__main__":

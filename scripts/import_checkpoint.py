@@ -10,7 +10,7 @@ import argparse
 import logging
 
 from equiformer2.checkpoint import import_checkpoint
-from equiformer2.checkpoint.files import write_json
+from equiformer2.files import write_json
 from equiformer2.script import run_script
 
 

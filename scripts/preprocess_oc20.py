@@ -1,13 +1,12 @@
 """Write raw OC20 files (*.extxyz[.xz] with their reference energies) to an LMDB for training."""
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
-from datasets_oc20.atomic import replace_bytes
 from datasets_oc20.errors import DataError
 from datasets_oc20.preprocess import PreprocessOptions, preprocess
+from equiformer2.files import write_json
 from equiformer2.script import run_script
 
 
@@ -83,8 +82,7 @@ def main() -> None:
         exclude=names(arguments.exclude),
         num_workers=arguments.num_workers,
     )
-    counts = asdict(report)
-    replace_bytes(arguments.out.with_suffix(".json"), json.dumps(counts, indent=2).encode())
+    write_json(arguments.out.with_suffix(".json"), asdict(report))
     later = f", {report.written_later} later frames to {arguments.later_out}" if arguments.later_out else ""
     print(f"{report.written} of {report.read} frames of {report.files} files to {arguments.out}{later}")
     print(

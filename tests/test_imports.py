@@ -8,17 +8,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FOUNDATION = {"equiformer2.errors"}
+ROOT_MODULES = FOUNDATION | {"equiformer2.files", "equiformer2.script"}
 GEOMETRY = FOUNDATION | {"equiformer2.graph", "equiformer2.kernels"}
 NETWORK = GEOMETRY | {"equiformer2.model"}
-FILES = NETWORK | {"equiformer2.checkpoint"}
+FILES = NETWORK | ROOT_MODULES | {"equiformer2.checkpoint"}
 ALLOWED = {
     "datasets_oc20": set(),
     "equiformer2/errors.py": set(),
+    "equiformer2/files.py": FOUNDATION | {"datasets_oc20"},
     "equiformer2/script.py": FOUNDATION | {"datasets_oc20"},
     "equiformer2/graph": FOUNDATION,
     "equiformer2/kernels": FOUNDATION,
     "equiformer2/model": GEOMETRY,
-    "equiformer2/checkpoint": NETWORK,
+    "equiformer2/symmetry": FOUNDATION,
+    "equiformer2/checkpoint": NETWORK | ROOT_MODULES,
     "equiformer2/inference": FILES | {"datasets_oc20"},
     "equiformer2/training": FILES | {"datasets_oc20"},
     "equiformer2/demo": FILES | {"datasets_oc20", "equiformer2.inference", "equiformer2.training"},
@@ -39,7 +42,7 @@ NOT_IN_THE_NETWORK = {
     "wandb",
     "yaml",
 }
-PURE_TORCH = ("equiformer2/kernels", "equiformer2/model")
+PURE_TORCH = ("equiformer2/kernels", "equiformer2/model", "equiformer2/symmetry")
 
 
 def imported_modules(path: Path, root: Path = ROOT) -> list[tuple[int, str]]:

@@ -1,10 +1,8 @@
-"""Files as data: read without running anything they contain, write whole or not at all."""
+"""Files of `torch.save` as data: read without running anything they contain, write whole or not at all."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
 import pickle
 import re
@@ -12,14 +10,15 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from equiformer2.errors import InputError
+from equiformer2.files import whole_file
 
 # Metrics of old OCP files are numpy scalars. The pickles name the function by the module of the numpy
 # that wrote them, so each name is allowed for exactly this one function.
@@ -99,37 +98,12 @@ def write_tensors(path: str | os.PathLike[str], content: Mapping[str, Any]) -> N
     Raises:
         OSError: if the folder is missing or not writable, or the disk is full.
     """
-    with _whole_file(Path(path)) as file:
+    with whole_file(path) as file:
         try:
             torch.save(dict(content), file)
         except RuntimeError as error:
             # torch's zip writer turns a failed write (a full disk) into a RuntimeError.
             raise OSError(f"could not write {path}: {error.__context__ or error}") from error
-
-
-def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Plain values as indented JSON, whole or not at all.
-
-    Raises:
-        OSError: as `write_tensors`.
-    """
-    with _whole_file(Path(path)) as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file in the same folder that takes the name `path` at the end, if nothing fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -7,8 +7,8 @@ from equiformer2.demo import steps
 from equiformer2.demo.plan import RELAXED_SYSTEM, UNSEEN_SYSTEMS, DemoPlan
 from equiformer2.demo.report import error_lines, report_html
 from equiformer2.errors import InputError
+from equiformer2.files import write_bytes, write_json
 from equiformer2.inference import Predictor
-from equiformer2.inference.files import write_atomically, write_json
 from equiformer2.inference.record import adsorption_report, model_record, write_adsorption_record
 from equiformer2.training.evaluation import draw_figures
 
@@ -85,6 +85,4 @@ def run_demo(root: Path, out: Path, plan: DemoPlan) -> Path:
             "seconds": seconds,
         },
     )
-    return write_atomically(
-        out / "report.html", report_html(plan, judged, relaxed, figures, seconds).encode()
-    )
+    return write_bytes(out / "report.html", report_html(plan, judged, relaxed, figures, seconds).encode())

@@ -1,9 +1,6 @@
-"""Reading structures that users give and writing files that are never half there."""
+"""Reading structures that users give."""
 
-import json
-import os
 from pathlib import Path
-from typing import Any
 
 from ase import Atoms
 from ase.io import read
@@ -40,27 +37,3 @@ def read_structure(path: str | Path, index: int = -1) -> Atoms:
     if not isinstance(atoms, Atoms):
         raise InputError(f"{path}: index {index} is not a single structure")
     return atoms
-
-
-def write_atomically(path: str | Path, content: bytes) -> Path:
-    """Write `content` to `path` whole or not at all (temporary file in the same folder, fsync, rename)."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    return path
-
-
-def write_json(path: str | Path, record: dict[str, Any]) -> Path:
-    """Write `record` as indented JSON, atomically; non-finite numbers are refused."""
-    text = json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False)
-    return write_atomically(path, (text + "\n").encode())

@@ -8,9 +8,9 @@ from ase import Atoms
 from ase.io import write
 
 from equiformer2.errors import InputError
+from equiformer2.files import write_bytes, write_json
 from equiformer2.inference.adsorption import AdsorptionResult
 from equiformer2.inference.atoms import ADSORBATE
-from equiformer2.inference.files import write_atomically, write_json
 from equiformer2.inference.pictures import relaxation_picture, structure_picture
 from equiformer2.inference.predictor import Predictor
 from equiformer2.inference.relaxation import RelaxationResult
@@ -52,11 +52,11 @@ def write_adsorption_record(folder: Path, result: AdsorptionResult, model: dict[
     label = "adsorption energy (eV)" if result.energy_kind == "adsorption" else "total energy (eV)"
     written = [
         _write_structure(folder / "relaxed.extxyz", result.system.atoms),
-        write_atomically(
+        write_bytes(
             folder / "structure.png",
             structure_picture({"start": result.initial, "relaxed": result.system.atoms}, title),
         ),
-        write_atomically(folder / "relaxation.png", relaxation_picture(result.system, label)),
+        write_bytes(folder / "relaxation.png", relaxation_picture(result.system, label)),
     ]
     files = [path.name for path in written] + ["relaxation.traj"]
     if result.slab is not None:
@@ -75,10 +75,10 @@ def write_relaxation_record(
     title = f"{result.atoms.get_chemical_formula()}: {kind} energy {result.energy:.3f} eV"
     written = [
         _write_structure(folder / "relaxed.extxyz", result.atoms),
-        write_atomically(
+        write_bytes(
             folder / "structure.png", structure_picture({"start": initial, "relaxed": result.atoms}, title)
         ),
-        write_atomically(folder / "relaxation.png", relaxation_picture(result, f"{kind} energy (eV)")),
+        write_bytes(folder / "relaxation.png", relaxation_picture(result, f"{kind} energy (eV)")),
     ]
     files = [path.name for path in written] + ["relaxation.traj"]
     record = {**result.summary(), "energy_kind": model["energy_kind"], "model": model, "files": files}
@@ -143,4 +143,4 @@ def _write_structure(path: Path, atoms: Atoms) -> Path:
     plain.calc = atoms.calc
     plain.info.pop("adsorbate_info", None)  # ASE's note on sites, which extxyz cannot hold
     write(text, plain, format="extxyz")
-    return write_atomically(path, text.getvalue().encode())
+    return write_bytes(path, text.getvalue().encode())

@@ -1,6 +1,5 @@
 """A checkpoint against datasets: OC20's metrics beside trivial baselines."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from datasets_oc20.datamodule import collate
 from datasets_oc20.sampler import BalancedBatchSampler
 from datasets_oc20.targets import check_energies_match_kind, sample_targets
 from equiformer2.errors import InputError
+from equiformer2.files import write_json
 from equiformer2.inference import Predictor
-from equiformer2.training.figures import draw_parity, write_bytes
+from equiformer2.training.figures import draw_parity
 from equiformer2.training.metrics import ENERGY_THRESHOLD, FORCE_METRICS, S2EFMetrics
 
 UNITS = {"energy_mae": "eV", "energy_mse": "eV^2", "forces_mae": "eV/Å", "forces_mse": "(eV/Å)^2"} | {
@@ -162,7 +162,7 @@ def write_report(target: Path, predictor: Predictor, evaluations: dict[str, Eval
         "datasets": {path: evaluation.to_dict() for path, evaluation in evaluations.items()},
         "average": average(list(evaluations.values())),
     }
-    write_bytes(target, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    write_json(target, report, make_folder=True)
 
 
 def draw_figures(folder: Path, evaluations: dict[str, Evaluation]) -> list[Path]:

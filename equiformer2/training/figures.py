@@ -2,12 +2,13 @@
 
 import csv
 import io
-import os
 from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from equiformer2.files import write_bytes
 
 #: (title, columns of metrics.csv, unit) of the panels of the loss figure.
 _PANELS = (
@@ -68,22 +69,7 @@ def save_figure(figure: Figure, target: Path) -> None:
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    write_bytes(target, buffer.getvalue())
-
-
-def write_bytes(target: Path, content: bytes) -> None:
-    """Write a file whole or not at all (temporary file beside it, fsync, rename); makes the folder."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_bytes(target, buffer.getvalue(), make_folder=True)
 
 
 def _limits(values: np.ndarray) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from equiformer2.checkpoint.files import read_tensors, write_tensors
 from equiformer2.errors import InputError
-from equiformer2.training.figures import write_bytes
+from equiformer2.files import write_bytes
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch_geometric.data import Batch
 
 from datasets_oc20 import OC20Lmdb
 from equiformer2.errors import InputError
+from equiformer2.files import write_bytes
 from equiformer2.training.evaluation import batches
-from equiformer2.training.figures import write_bytes
 
 
 def predict_dataset(
@@ -59,4 +59,4 @@ def write_predictions(target: Path, arrays: dict[str, np.ndarray]) -> None:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         content = buffer.getvalue()
-    write_bytes(target, content)
+    write_bytes(target, content, make_folder=True)

@@ -1,6 +1,5 @@
 """scripts/relax.py and scripts/adsorption_energy.py from the command line to the files they leave."""
 
-import errno
 import importlib.util
 import json
 import logging
@@ -17,7 +16,6 @@ from ase import Atoms
 from ase.io import read, write
 
 from equiformer2.inference import EquiformerV2Calculator
-from equiformer2.inference.files import write_atomically, write_json
 from equiformer2.script import run_script
 
 ROOT = Path(__file__).parents[2]
@@ -214,21 +212,3 @@ def write_wrong_structures(system: Atoms) -> None:
     untagged.set_tags(0)
     for name, atoms in (("nan", nan), ("uranium", uranium), ("nocell", no_cell), ("untagged", untagged)):
         write(f"{name}.traj", atoms)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "record.json"
-    write_json(path, {"energy": 1.0})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(path, {"energy": float("nan")})
-    with pytest.raises(TypeError):
-        write_atomically(path, "text")  # type: ignore[arg-type]
-
-    def full_disk(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match=r"No space left on device.*record\.json"):
-        write_json(path, {"energy": 2.0})
-    assert json.loads(path.read_text()) == {"energy": 1.0}
-    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,62 @@
+"""Files appear whole or not at all, and errors name them."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from equiformer2.errors import InputError
+from equiformer2.files import whole_file, write_bytes, write_json
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "record.json"
+    assert write_json(path, {"energy": 1.0}) == path
+    with pytest.raises(InputError, match=r"record\.json was not written.*not finite"):
+        write_json(path, {"energy": float("nan")})
+    with pytest.raises(TypeError):
+        write_bytes(path, "text")  # type: ignore[arg-type]
+
+    def full_disk(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match=r"No space left on device.*'.*/record\.json'"):
+        write_json(path, {"energy": 2.0})
+    assert json.loads(path.read_text()) == {"energy": 1.0}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_made_only_when_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    with pytest.raises(FileNotFoundError, match=r"'.*/new/file'"):  # not the name of a temporary file
+        write_bytes(path, b"1")
+    assert not path.parent.exists()
+    write_bytes(path, b"1", make_folder=True)
+    assert path.read_bytes() == b"1"
+
+
+def test_a_stream_is_there_only_after_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with whole_file(path) as file:
+        file.write(b"1")
+        assert not path.exists()
+    with pytest.raises(OSError, match=r"^something else$"):
+        _fail_in_the_middle(path)
+    assert path.read_bytes() == b"1"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _fail_in_the_middle(path: Path) -> None:
+    with whole_file(path) as file:
+        file.write(b"2")
+        raise OSError("something else")
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match=r"'.*/taken'$"):
+        write_bytes(tmp_path / "taken", b"1")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
