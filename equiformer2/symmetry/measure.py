@@ -75,8 +75,9 @@ def check_symmetries(
     """Measure how far a model's answers change under the symmetries of physics.
 
     The numbers depend on the precision of `pos` and of the model: hand over both in float64 to see more than
-    rounding. A model that keeps exactly the k nearest neighbours has no rotational symmetry where
-    neighbours tie at that cut (docs/graph.md), so displace the atoms of a perfect crystal first.
+    rounding. A model that keeps exactly the k nearest neighbours has no rotational symmetry where neighbours
+    tie at that cut (docs/graph.md). Equivalent sites of a crystal do, and in a small cell the images of one
+    atom on both sides of another always do, however the atoms are displaced.
 
     Args:
         predict: the model, for instance `model` itself or `Predictor(…).predict`.

@@ -50,9 +50,10 @@ def repeat_call(data: Data, generator: torch.Generator) -> Transformed:
 
 def rotate(data: Data, generator: torch.Generator) -> Transformed:
     """A random proper rotation of positions and cell; forces turn along."""
-    matrix = _random_rotation(generator).to(data.pos)
-    turned = essential(data, pos=data.pos @ matrix.t(), cell=data.cell.view(1, 3, 3) @ matrix.t())
-    return Transformed(turned, lambda forces: _add_copies(forces @ matrix))
+    matrix = _random_rotation(generator)
+    here = matrix.to(data.pos)
+    turned = essential(data, pos=data.pos @ here.t(), cell=data.cell.view(1, 3, 3) @ here.t())
+    return Transformed(turned, lambda forces: _add_copies(forces @ matrix.to(forces)))
 
 
 def translate(data: Data, generator: torch.Generator) -> Transformed:
