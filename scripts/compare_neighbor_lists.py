@@ -15,10 +15,12 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from ase import Atoms
 from ase.build import add_adsorbate, bulk, fcc111
 from ase.io import read
 from numpy.typing import NDArray
@@ -30,6 +32,8 @@ from equiformer2.script import run_script
 Array = NDArray[np.float64]
 Search = Callable[[Array, Array, NDArray[np.bool_], float], tuple[Array, Array]]
 """(positions, cell, pbc, cutoff) -> pairs [P, 2] and shifts [P, 3]."""
+Pairs = Counter[tuple[int, ...]]
+"""How often each (i, j, shift) is there."""
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "oc20_trajs"
 
@@ -72,7 +76,9 @@ LIBRARIES: dict[str, tuple[str, Search]] = {
 }
 
 
-def all_pairs(positions: Array, cell: Array, pbc: NDArray[np.bool_], cutoff: float) -> Counter:
+def all_pairs(
+    positions: Array, cell: Array, pbc: NDArray[np.bool_], cutoff: float
+) -> Pairs:
     """Every pair by trying every image that can be in reach; for small structures."""
     inverse = np.linalg.inv(cell)
     heights = 1.0 / np.linalg.norm(inverse, axis=0)
@@ -80,7 +86,7 @@ def all_pairs(positions: Array, cell: Array, pbc: NDArray[np.bool_], cutoff: flo
     ranges = [range(-int(n), int(n) + 1) if on else range(1) for n, on in zip(reach, pbc, strict=True)]
     shifts = np.array(list(itertools.product(*ranges)))
     vectors = positions[None, None] - positions[None, :, None] + (shifts @ cell)[:, None, None]
-    found = Counter()
+    found: Pairs = Counter()
     for s, i, j in zip(*np.nonzero(np.linalg.norm(vectors, axis=-1) < cutoff), strict=True):
         if i != j or shifts[s].any():
             found[(int(i), int(j), *shifts[s].tolist())] += 1
@@ -147,7 +153,8 @@ def median_ms(call: Callable[[], object], repeats: int) -> float:
 
 def graph_times(repeats: int, cutoff: float) -> dict[str, dict[str, float]]:
     """`radius_graph` with its shorter first search and without it, 20 neighbours."""
-    usual, report = search.FIRST_CUTOFF, {}
+    usual = search.FIRST_CUTOFF
+    report: dict[str, dict[str, float]] = {}
     for name, (positions, cell, pbc) in structures().items():
         args = (
             torch.from_numpy(positions).float(),
@@ -159,7 +166,7 @@ def graph_times(repeats: int, cutoff: float) -> dict[str, dict[str, float]]:
         for label, first in (("short search first", usual), (f"{cutoff:g} Å at once", float("inf"))):
             search.FIRST_CUTOFF = first
             report[name][label] = median_ms(
-                lambda args=args: radius_graph(*args, max_radius=cutoff, max_neighbors=20, strict=True),
+                partial(radius_graph, *args, max_radius=cutoff, max_neighbors=20, strict=True),
                 repeats,
             )
         search.FIRST_CUTOFF = usual
@@ -171,6 +178,7 @@ def count_ties(cutoff: float, max_neighbors: int) -> dict[str, int]:
     counts = {"structures": 0, "structures with a tie": 0, "atoms": 0, "atoms with a tie": 0}
     for path in sorted(DATA.glob("*.extxyz.xz")):
         atoms = read(path, index=-1, format="extxyz")
+        assert isinstance(atoms, Atoms)  # what an integer index gives
         pairs = search.find_pairs(
             atoms.get_positions(),
             atoms.cell[:][None],
@@ -215,8 +223,7 @@ def main() -> None:
         entry["first call, s"] = round(time.perf_counter() - start, 3)
         entry["answers"] = wrong_answers(find, args.trials)
         entry["ms"] = {
-            name: median_ms(lambda s=s, find=find: find(*s, args.cutoff), args.repeats)
-            for name, s in structures().items()
+            name: median_ms(partial(find, *s, args.cutoff), args.repeats) for name, s in structures().items()
         }
         results[distribution] = entry
     results["radius_graph, ms"] = graph_times(args.repeats, args.cutoff)
