@@ -14,6 +14,7 @@ import torch
 from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.rank_zero import rank_zero_module
 from tqdm import tqdm
 
 from equiformer2.checkpoint.files import read_tensors, write_tensors
@@ -90,6 +91,7 @@ class RunFolder:
         ours.addHandler(console)
         for logger in to_file:
             logger.addHandler(file)
+        rank_zero_module.log.addFilter(_tells_something)
         with warnings.catch_warnings():
             for message in _BESIDE_THE_POINT:
                 warnings.filterwarnings("ignore", message=f".*{message}")
@@ -98,6 +100,7 @@ class RunFolder:
                 yield
             finally:
                 logging.captureWarnings(False)
+                rank_zero_module.log.removeFilter(_tells_something)
                 for logger in to_file:
                     logger.removeHandler(file)
                 ours.removeHandler(console)
@@ -163,6 +166,14 @@ _BESIDE_THE_POINT = (
     "find_unused_parameters=True was specified",
     "isinstance.treespec, LeafSpec",
 )
+
+
+#: Beginnings of Lightning's notes on what is not used here.
+_SAYS_NOTHING = ("💡 Tip: ", "GPU available: False", "TPU available: False")
+
+
+def _tells_something(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_SAYS_NOTHING)
 
 
 class _Console(logging.Handler):

@@ -56,7 +56,9 @@ def test_the_folder_holds_everything(first_run: Path) -> None:
     ):
         assert (first_run / name).stat().st_size > 0, name
     assert not list(first_run.rglob("*.tmp"))
-    assert "val energy MAE" in (first_run / "log.txt").read_text()
+    log = (first_run / "log.txt").read_text()
+    assert "val energy MAE" in log
+    assert not [line for line in log.splitlines() if "litlogger" in line or "TPU available" in line]
 
 
 def test_it_learns_and_logs(first_run: Path) -> None:
