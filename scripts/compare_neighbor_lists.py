@@ -76,9 +76,7 @@ LIBRARIES: dict[str, tuple[str, Search]] = {
 }
 
 
-def all_pairs(
-    positions: Array, cell: Array, pbc: NDArray[np.bool_], cutoff: float
-) -> Pairs:
+def all_pairs(positions: Array, cell: Array, pbc: NDArray[np.bool_], cutoff: float) -> Pairs:
     """Every pair by trying every image that can be in reach; for small structures."""
     inverse = np.linalg.inv(cell)
     heights = 1.0 / np.linalg.norm(inverse, axis=0)
