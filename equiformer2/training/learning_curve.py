@@ -1,0 +1,178 @@
+"""How validation errors fell in a run, and a checkpoint's errors system by system."""
+
+import csv
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch_geometric.data import Batch
+
+from datasets_oc20 import OC20Lmdb
+from equiformer2.errors import InputError
+from equiformer2.inference import Predictor
+from equiformer2.training.figures import save_figure
+
+_VALIDATION_LINE = re.compile(r"step (\d+)  (\d+) s  .*val energy MAE")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One validation of a run: seconds of training before it, optimizer step, metrics."""
+
+    seconds: float
+    step: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SystemErrors:
+    """Errors on the frames of one system, beside trivial answers.
+
+    Attributes:
+        frames: how many.
+        energy_mae, mean_energy_mae: of the model and of the training normalizer's mean, eV.
+        energy_spread: mean absolute deviation of the energy error from its median over the frames, eV: what is
+            left when only differences within the system count; `own_spread` the same of the energies.
+        forces_mae, zero_force_mae: of the model and of zero forces on free atoms, eV/Å.
+        force_cosine: mean cosine of predicted and true force on free atoms.
+    """
+
+    frames: int
+    energy_mae: float
+    mean_energy_mae: float
+    energy_spread: float
+    own_spread: float
+    forces_mae: float
+    zero_force_mae: float
+    force_cosine: float
+
+
+def read_validations(run: Path) -> list[Validation]:
+    """All validations of a run folder, in order.
+
+    Raises:
+        InputError: the folder is no run, or it never validated.
+    """
+    for name in ("metrics.csv", "log.txt"):
+        if not (run / name).is_file():
+            raise InputError(f"{run} is no run folder of train.py: it has no {name}")
+    seconds = {
+        int(step): float(time) for step, time in _VALIDATION_LINE.findall((run / "log.txt").read_text())
+    }
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("val/energy_mae")]
+    found = []
+    for row in rows:
+        # Lightning counts steps in the CSV from 0, the log counts finished steps.
+        step = int(row["step"]) + 1
+        metrics = {
+            key.removeprefix("val/"): float(value) for key, value in row.items() if key.startswith("val/")
+        }
+        if step in seconds:
+            found.append(Validation(seconds[step], step, metrics))
+    if not found:
+        raise InputError(f"{run} holds no validation with a time in its log")
+    return found
+
+
+def errors_by_system(predictor: Predictor, dataset: OC20Lmdb, batch_size: int = 8) -> dict[str, SystemErrors]:
+    """Errors of a checkpoint on every system of a dataset of its kind of energy."""
+    mean = predictor.checkpoint.normalizers.energy.mean
+    energies: dict[str, list[tuple[float, float]]] = {}
+    forces: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(dataset), batch_size):
+        records = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        batch = Batch.from_data_list(records)
+        out = predictor.predict(batch)
+        for i, record in enumerate(records):
+            free = ~record.fixed.bool()
+            predicted = out["forces"][batch.ptr[i] : batch.ptr[i + 1]][free].numpy()
+            sid = str(record.sid)
+            energies.setdefault(sid, []).append((float(record.energy), float(out["energy"][i])))
+            forces.setdefault(sid, []).append(np.stack([record.forces[free].numpy(), predicted]))
+    return {
+        sid: _summarize(np.array(energies[sid]), np.concatenate(forces[sid], axis=1), mean)
+        for sid in energies
+    }
+
+
+def _summarize(energy: np.ndarray, force: np.ndarray, mean: float) -> SystemErrors:
+    target, predicted = energy.T
+    true, found = force
+    error = predicted - target
+    norms = np.linalg.norm(true, axis=1) * np.linalg.norm(found, axis=1)
+    cosine = (true * found).sum(1) / np.maximum(norms, 1e-12)
+    return SystemErrors(
+        frames=len(energy),
+        energy_mae=float(np.abs(error).mean()),
+        mean_energy_mae=float(np.abs(target - mean).mean()),
+        energy_spread=float(np.abs(error - np.median(error)).mean()),
+        own_spread=float(np.abs(target - np.median(target)).mean()),
+        forces_mae=float(np.abs(true - found).mean()),
+        zero_force_mae=float(np.abs(true).mean()),
+        force_cosine=float(cosine.mean()),
+    )
+
+
+def draw_learning_curve(runs: dict[str, list[Validation]], zero_force: float | None, target: Path) -> None:
+    """Energy MAE, force MAE and force cosine of the validations against minutes of training.
+
+    Args:
+        runs: validations by label, each from its own start.
+        zero_force: force MAE of zero forces on the last run's validation data, eV/Å.
+        target: PNG file.
+    """
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    panels = (
+        ("energy_mae", "energy MAE (eV)"),
+        ("forces_mae", "force MAE (eV/Å)"),
+        ("forces_cosine_similarity", "force cosine"),
+    )
+    for axis, (key, label) in zip(figure.subplots(1, 3), panels, strict=True):
+        for name, validations in runs.items():
+            minutes = [v.seconds / 60 for v in validations]
+            axis.plot(minutes, [v.metrics[key] for v in validations], "o-", markersize=4, label=name)
+        if key == "forces_mae" and zero_force is not None:
+            axis.axhline(zero_force, color="0.5", linestyle="--", label="zero force (last run's data)")
+        axis.set(xlabel="minutes of training", ylabel=label)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    save_figure(figure, target)
+
+
+def markdown(
+    runs: dict[str, list[Validation]], systems: dict[str, dict[str, SystemErrors]], figure: str
+) -> str:
+    """Tables of the validations of every run and of the errors by system on every dataset."""
+    lines = [f"![learning curve]({figure})", ""]
+    for name, validations in runs.items():
+        lines += [f"Validation in `{name}`:", ""]
+        lines += _table("minutes", "step", "energy MAE (eV)", "force MAE (eV/Å)", "force cosine")
+        for v in validations:
+            energy, force = v.metrics["energy_mae"], v.metrics["forces_mae"]
+            cosine = v.metrics["forces_cosine_similarity"]
+            lines.append(f"| {v.seconds / 60:.1f} | {v.step} | {energy:.3f} | {force:.4f} | {cosine:.3f} |")
+        lines.append("")
+    for data, found in systems.items():
+        lines += [
+            f"Errors by system on `{data}`; in brackets what trivial answers reach: the training mean, the "
+            "system's own median, zero force.",
+            "",
+        ]
+        about = "energy about its median (eV)"
+        lines += _table("system", "frames", "energy MAE (eV)", about, "force MAE (eV/Å)", "force cosine")
+        for sid, s in found.items():
+            lines.append(
+                f"| {sid} | {s.frames} | {s.energy_mae:.3f} ({s.mean_energy_mae:.3f}) "
+                f"| {s.energy_spread:.3f} ({s.own_spread:.3f}) "
+                f"| {s.forces_mae:.4f} ({s.zero_force_mae:.4f}) | {s.force_cosine:.3f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _table(*columns: str) -> list[str]:
+    return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
