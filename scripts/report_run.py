@@ -1,7 +1,6 @@
 """Write how a run's validation errors fell, and its checkpoint's errors system by system."""
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +18,7 @@ def main() -> None:
         "--out", required=True, type=Path, help="path without ending for the .md, .json and .png"
     )
     arguments = parser.parse_args()
-    from datasets_oc20.atomic import replace_bytes
+    from equiformer2.files import write_bytes, write_json
     from equiformer2.inference import Predictor
     from equiformer2.training.evaluation import open_dataset
     from equiformer2.training.learning_curve import (
@@ -46,9 +45,9 @@ def main() -> None:
             data: {sid: asdict(item) for sid, item in found.items()} for data, found in systems.items()
         },
     }
-    replace_bytes(arguments.out.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
+    write_json(arguments.out.with_suffix(".json"), record)
     text = markdown(runs, systems, f"{arguments.out.name}.png")
-    replace_bytes(arguments.out.with_suffix(".md"), text.encode())
+    write_bytes(arguments.out.with_suffix(".md"), text.encode())
     print(text)
 
 
