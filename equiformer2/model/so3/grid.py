@@ -14,8 +14,9 @@ class S2Grid(DerivedConstants):
 
     Args:
         lmax, mmax: degrees and orders of the coefficients.
-        resolution: points along latitude and along longitude; None takes the reference's smallest
-            grid, 2 (lmax+1) latitudes by 2 mmax + 1 longitudes (two more when mmax = lmax).
+        resolution: points along latitude and along longitude, one number for both or two; None takes
+            the reference's smallest grid, 2 (lmax+1) latitudes by 2 mmax + 1 longitudes (two more when
+            mmax = lmax).
         order: the coefficients as indices l^2 + l + m, in the sequence wanted.
 
     Attributes:
@@ -25,21 +26,24 @@ class S2Grid(DerivedConstants):
     to_grid: Tensor
     from_grid: Tensor
 
-    def __init__(self, lmax: int, mmax: int, resolution: int | None, order: list[int]) -> None:
+    def __init__(
+        self, lmax: int, mmax: int, resolution: int | tuple[int, int] | None, order: list[int]
+    ) -> None:
         super().__init__()
         to_grid, from_grid = grid_matrices(lmax, mmax, resolution)
         self.add_constant("to_grid", to_grid[:, :, order].flatten(0, 1))
         self.add_constant("from_grid", from_grid[:, :, order].flatten(0, 1).t().contiguous())
 
 
-def grid_matrices(lmax: int, mmax: int, resolution: int | None) -> tuple[Tensor, Tensor]:
+def grid_matrices(lmax: int, mmax: int, resolution: int | tuple[int, int] | None) -> tuple[Tensor, Tensor]:
     """Both matrices for all K coefficients, as float64 `[latitudes, longitudes, K]`.
 
     Degrees l > mmax miss the orders |m| > mmax; as in the reference they are scaled by
     sqrt((2l + 1) / (2 mmax + 1)) to keep their norm.
     """
-    latitudes = resolution or 2 * (lmax + 1)
-    longitudes = resolution or (2 * mmax + (3 if mmax == lmax else 1))
+    if resolution is None:
+        resolution = 2 * (lmax + 1), 2 * mmax + (3 if mmax == lmax else 1)
+    latitudes, longitudes = (resolution, resolution) if isinstance(resolution, int) else resolution
     to_s2 = ToS2Grid(lmax, (latitudes, longitudes), normalization="component", dtype=torch.float64)
     degrees = [l for l in range(lmax + 1) for _ in range(2 * l + 1)]
     scale = torch.tensor([truncation_scale(l, mmax) for l in degrees], dtype=torch.float64)
