@@ -1,5 +1,7 @@
-"""What every entry point shares: a user's mistake becomes one line and a non-zero exit status."""
+"""What entry points share: one line for a user's mistake, the log on stderr, the choice of a model."""
 
+import argparse
+import logging
 import sys
 from collections.abc import Callable
 
@@ -16,9 +18,38 @@ def run_script(main: Callable[[], int | None]) -> None:
     try:
         status = main()
     except (InputError, DataError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(status or 0)
+
+
+def show_log() -> None:
+    """Print what the package logs, such as which weights of a checkpoint are used."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("equiformer2").setLevel(logging.INFO)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """`--checkpoint`, `--weights`, `--energy-kind` and `--device`."""
+    parser.add_argument("--checkpoint", required=True, help="native, OCP or fairchem v1 checkpoint file")
+    parser.add_argument(
+        "--weights", choices=("raw", "averaged"), help="default: averaged where the file has them"
+    )
+    parser.add_argument(
+        "--energy-kind",
+        "--energy_kind",
+        choices=("adsorption", "total"),
+        help="for a checkpoint, or data, that does not say it; must not contradict them",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: cpu)")
+
+
+def _one_line(error: Exception) -> str:
+    """The sentence of an error; from a loader process it comes inside a traceback, of which it is the end."""
+    text = str(error)
+    if text.startswith("Caught "):
+        text = text.rpartition(f".{type(error).__name__}: ")[2]
+    return " ".join(text.split())

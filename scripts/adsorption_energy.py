@@ -9,7 +9,6 @@ relaxed too, and slab and gas references are subtracted; with a model of adsorpt
 """
 
 import argparse
-import logging
 
 from ase.data import atomic_numbers
 
@@ -30,15 +29,14 @@ from equiformer2.inference.record import (
     write_adsorption_record,
 )
 from equiformer2.inference.relaxation import OPTIMIZERS
-from equiformer2.script import run_script
+from equiformer2.script import add_model_arguments, run_script, show_log
 
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     if (options.system is None) == (options.slab is None or options.adsorbate is None):
         raise InputError("give either --system, or --slab and --adsorbate")
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    logging.getLogger("equiformer2").setLevel(logging.INFO)
+    show_log()
     if options.system is not None:
         system = load_system(options.system, options.adsorbate_indices)
     else:
@@ -78,17 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    model = parser.add_argument_group("model")
-    model.add_argument("--checkpoint", required=True, help="native, OCP or fairchem v1 checkpoint file")
-    model.add_argument(
-        "--weights", choices=("raw", "averaged"), help="default: averaged where the file has them"
-    )
-    model.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: cpu)")
-    model.add_argument(
-        "--energy-kind",
-        choices=("adsorption", "total"),
-        help="what the model predicts, for a checkpoint that does not say; must not contradict it",
-    )
+    add_model_arguments(parser.add_argument_group("model"))
 
     structure = parser.add_argument_group("structure: --system, or --slab and --adsorbate")
     structure.add_argument("--system", metavar="FILE", help="slab + adsorbate; adsorbate atoms carry tag 2")

@@ -7,17 +7,15 @@ recorded training configuration. A summary is written beside it as JSON. See doc
 """
 
 import argparse
-import logging
 
 from equiformer2.checkpoint import import_checkpoint
 from equiformer2.files import write_json
-from equiformer2.script import run_script
+from equiformer2.script import run_script, show_log
 
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    logging.getLogger("equiformer2").setLevel(logging.INFO)
+    show_log()
     summary = import_checkpoint(options.checkpoint, options.out, options.energy_kind)
     write_json(f"{options.out}.json", summary)
     print(

@@ -3,26 +3,17 @@
 import argparse
 from pathlib import Path
 
-from equiformer2.script import run_script
+from equiformer2.script import add_model_arguments, run_script
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="native, OCP or fairchem v1 file")
+    add_model_arguments(parser)
     parser.add_argument("--data", required=True, help="LMDB file or folder of shards")
     parser.add_argument("--out", required=True, type=Path, help="file to write, .npz or .json")
-    parser.add_argument(
-        "--weights", choices=("raw", "averaged"), help="default: averaged where there are any"
-    )
-    parser.add_argument(
-        "--energy_kind",
-        choices=("adsorption", "total"),
-        help="for foreign checkpoints that do not say it",
-    )
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_atoms", type=int, help="most atoms in a batch")
     parser.add_argument("--num_workers", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
     return parser.parse_args()
 
 

@@ -7,7 +7,6 @@ Free atoms move until no force exceeds --fmax; constraints stored in the file ho
 """
 
 import argparse
-import logging
 
 from equiformer2.inference import EquiformerV2Calculator, relax
 from equiformer2.inference.files import read_structure
@@ -19,13 +18,12 @@ from equiformer2.inference.record import (
     write_relaxation_record,
 )
 from equiformer2.inference.relaxation import OPTIMIZERS
-from equiformer2.script import run_script
+from equiformer2.script import add_model_arguments, run_script, show_log
 
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    logging.getLogger("equiformer2").setLevel(logging.INFO)
+    show_log()
     structure = read_structure(options.structure, options.index)
     calculator = EquiformerV2Calculator(
         options.checkpoint,
@@ -55,14 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", required=True, help="native, OCP or fairchem v1 checkpoint file")
-    parser.add_argument(
-        "--weights", choices=("raw", "averaged"), help="default: averaged where the file has them"
-    )
-    parser.add_argument(
-        "--energy-kind", choices=("adsorption", "total"), help="for a foreign checkpoint that does not say"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: cpu)")
+    add_model_arguments(parser)
     parser.add_argument("--structure", required=True, help="any structure file ASE reads")
     parser.add_argument("--index", type=int, default=-1, help="frame of the file (default: -1, the last)")
     parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="LBFGS")

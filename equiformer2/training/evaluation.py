@@ -68,7 +68,7 @@ def open_dataset(path: str | Path, predictor: Predictor, energy_kind: str | None
     dataset = OC20Lmdb(path, energy_kind)
     if dataset.energy_kind is None:
         raise InputError(
-            f"{path} does not say whether its energies are adsorption or total energies: give --energy_kind"
+            f"{path} does not say whether its energies are adsorption or total energies: give --energy-kind"
         )
     if dataset.energy_kind != predictor.energy_kind:
         raise InputError(
@@ -80,6 +80,8 @@ def open_dataset(path: str | Path, predictor: Predictor, energy_kind: str | None
 
 def batches(dataset: OC20Lmdb, batch_size: int, max_atoms: int | None, num_workers: int) -> Iterator[Batch]:
     """The dataset in stored order, with a progress bar on a terminal."""
+    if num_workers < 0:
+        raise InputError(f"num_workers is {num_workers}: give 0 or more")
     sampler = BalancedBatchSampler(
         len(dataset), batch_size, natoms=dataset.natoms if max_atoms else None, max_atoms=max_atoms
     )

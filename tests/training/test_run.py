@@ -117,7 +117,7 @@ def test_kinds_of_energy_are_not_mixed(first_run: Path, lmdb_path: Path) -> None
     predictor = Predictor(first_run / "checkpoints/last.pt")
     with pytest.raises(InputError, match="predicts adsorption energies"):
         open_dataset(lmdb_path, predictor, "total")
-    with pytest.raises(InputError, match="give --energy_kind"):
+    with pytest.raises(InputError, match="give --energy-kind"):
         open_dataset(lmdb_path, predictor, None)
 
 
