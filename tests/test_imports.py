@@ -26,8 +26,10 @@ ALLOWED = {
     "equiformer2/training": FILES | {"datasets_oc20"},
     "equiformer2/demo": FILES | {"datasets_oc20", "equiformer2.inference", "equiformer2.training"},
 }
-# Evaluation measures what users get, so it goes through the predictor; nothing else in training may.
-EXCEPTIONS = {"equiformer2/training/evaluation.py": {"equiformer2.inference"}}
+# These measure what users get, so they go through the predictor; nothing else in training may.
+EXCEPTIONS = {
+    f"equiformer2/training/{name}.py": {"equiformer2.inference"} for name in ("evaluation", "learning_curve")
+}
 
 # The network is pure torch: importable where none of these is installed.
 NOT_IN_THE_NETWORK = {
