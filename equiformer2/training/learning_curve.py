@@ -33,8 +33,8 @@ class SystemErrors:
     Attributes:
         frames: how many.
         energy_mae, mean_energy_mae: of the model and of the training normalizer's mean, eV.
-        energy_spread: mean absolute deviation of the energy error from its median over the frames, eV: what is
-            left when only differences within the system count; `own_spread`: of the energies.
+        energy_spread: mean absolute deviation of the energy error from its median over the frames, eV: what
+            is left when only differences within the system count; `own_spread`: of the energies.
         forces_mae, zero_force_mae: of the model and of zero forces on free atoms, eV/Å.
         force_cosine: mean cosine of predicted and true force on free atoms.
     """
