@@ -8,6 +8,7 @@ from ase import Atoms
 from model_helpers import (
     as_data,
     batch_of,
+    cluster,
     far_apart,
     lone_atom,
     loss_of,
@@ -240,3 +241,28 @@ def test_edges_along_every_axis_have_finite_gradients() -> None:
     loss_of(out).backward()
     assert torch.isfinite(cube.pos.grad).all()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_network_can_be_trained_on_the_derivative_of_its_energy() -> None:
+    """Second derivatives with respect to positions and parameters, against finite differences."""
+    model, data = random_model(dtype=torch.float64), cluster(torch.float64)
+    data.pos.requires_grad_()
+
+    def squared_force(keep_graph: bool) -> Tensor:
+        (grad,) = torch.autograd.grad(model(data)["energy"].sum(), data.pos, create_graph=keep_graph)
+        return grad.square().sum()
+
+    squared_force(True).backward()
+    for name in ("sphere_embedding.weight", "blocks.0.ga.alpha_dot", "blocks.0.ffn.grid_mlp.2.weight"):
+        parameter = model.get_parameter(name)
+        assert parameter.grad is not None
+        direction = parameter.grad / parameter.grad.norm()
+        values = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                parameter.add_(step * direction)
+            values.append(squared_force(False))
+            with torch.no_grad():
+                parameter.sub_(step * direction)
+        difference = (values[0] - values[1]).item() / 2e-5
+        assert difference == pytest.approx(parameter.grad.norm().item(), rel=1e-6), name
