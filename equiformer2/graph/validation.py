@@ -15,6 +15,12 @@ MIN_DISTANCE = 0.01
 _MIN_LATTICE_VECTOR = 0.1
 """Å. Shorter than any bond: such a cell is in other units or broken, and has millions of images."""
 
+_MAX_LATTICE_VECTOR = 1e4
+"""Å. Longer than any simulation cell: such a cell is in other units or broken, and vesin's grid overflows."""
+
+_MAX_COORDINATE = 1e6
+"""Å. Beyond it float32 resolves no bond."""
+
 _MIN_RELATIVE_VOLUME = 1e-4
 """Volume over the product of the lengths of the lattice vectors; below it the vectors are dependent."""
 
@@ -51,10 +57,11 @@ def check_shapes(
 
 
 def check_positions(positions: NDArray[np.float64], natoms: NDArray[np.int64]) -> None:
-    """Raise `InputError` naming the first atom with a NaN or infinite coordinate."""
-    if np.isfinite(positions).all():
+    """Raise `InputError` naming the first atom with a NaN, infinite or absurdly large coordinate."""
+    sound = np.abs(positions) <= _MAX_COORDINATE  # False for NaN
+    if sound.all():
         return
-    atom = int(np.flatnonzero(~np.isfinite(positions).all(axis=1))[0])
+    atom = int(np.flatnonzero(~sound.all(axis=1))[0])
     raise InputError(
         f"{_name_atom(atom, natoms)} has the position {positions[atom].tolist()}; "
         "repair its coordinates or remove the structure"
@@ -77,16 +84,23 @@ def check_cells(cells: NDArray[np.float64], pbc: NDArray[np.bool_], natoms: NDAr
     squared_volumes = np.linalg.det(gram)
     short = pbc & (squared_lengths < _MIN_LATTICE_VECTOR**2)
     flat = squared_volumes < _MIN_RELATIVE_VOLUME**2 * squared_lengths.prod(axis=1)
+    long = pbc & (squared_lengths > _MAX_LATTICE_VECTOR**2)
     dense = pbc.all(axis=1) & (natoms.astype(np.float64) ** 2 > _MAX_DENSITY**2 * squared_volumes)
-    if not (short.any() or flat.any() or dense.any()):
+    if not (short.any() or long.any() or flat.any() or dense.any()):
         return
-    structure = int(np.flatnonzero(short.any(axis=1) | flat | dense)[0])
+    structure = int(np.flatnonzero((short | long).any(axis=1) | flat | dense)[0])
     name = _name_structure(structure, natoms)
     if short[structure].any():
         axis = int(np.flatnonzero(short[structure])[0])
         raise InputError(
             f"{name} is periodic along axis {axis} but its lattice vector there is "
             f"{cells[structure, axis].tolist()} Å; give it a cell or set pbc to False along that axis"
+        )
+    if long[structure].any():
+        axis = int(np.flatnonzero(long[structure])[0])
+        raise InputError(
+            f"the lattice vector {axis} of {name} is {squared_lengths[structure, axis] ** 0.5:.3g} Å long; "
+            f"cells are in Å and at most {_MAX_LATTICE_VECTOR:.0f} Å long"
         )
     if flat[structure]:
         raise InputError(

@@ -12,8 +12,8 @@ from ase import Atoms
 from ase.constraints import FixAtoms
 from ase.data import chemical_symbols
 from ase.geometry import wrap_positions
-from ase.neighborlist import primitive_neighbor_list
 from torch_geometric.data import Data
+from vesin import NeighborList
 
 from equiformer2.errors import InputError
 
@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 SUBSURFACE, SURFACE, ADSORBATE = 0, 1, 2
 """OC20's tags: held subsurface atoms, free slab atoms, adsorbate atoms."""
+
+LONGEST_LATTICE_VECTOR = 1e4
+"""Å; longer cells are in other units or broken (the graph has the same limit)."""
 
 COINCIDENT = 0.1
 """Å; no bond of any two elements is that short, so closer atoms are a mistake in the input."""
@@ -152,6 +155,11 @@ def _check_cell(atoms: Atoms) -> None:
             f"the structure is periodic along {' and '.join(missing)} but has no lattice vector there: "
             "set the cell, or pbc=False"
         )
+    if lengths[atoms.pbc].max(initial=0.0) > LONGEST_LATTICE_VECTOR:
+        raise InputError(
+            f"a lattice vector is {lengths[atoms.pbc].max():.3g} Å long: give the cell in Å, "
+            f"at most {LONGEST_LATTICE_VECTOR:.0f} Å"
+        )
     if atoms.pbc.any() and abs(np.linalg.det(atoms.cell.complete().array)) < 1e-6 * np.prod(
         np.maximum(lengths, 1.0)
     ):
@@ -159,11 +167,10 @@ def _check_cell(atoms: Atoms) -> None:
 
 
 def _check_distances(atoms: Atoms, symbols: list[str]) -> None:
-    i, j, distance = primitive_neighbor_list(
-        "ijd", atoms.pbc, atoms.cell.complete(), atoms.positions, cutoff=COINCIDENT, self_interaction=False
-    )
-    if len(i):
-        a, b = int(i[0]), int(j[0])
+    search = NeighborList(cutoff=COINCIDENT, full_list=True, n_threads=1)
+    pairs, distance = search.compute(atoms.positions, atoms.cell.complete().array, atoms.pbc, "Pd")
+    if len(pairs):
+        a, b = sorted(pairs[0].tolist())
         where = f"{distance[0]:.3g} Å apart"
         if a == b:
             raise InputError(f"atom {a} ({symbols[a]}) and its periodic image are {where}: correct the cell")

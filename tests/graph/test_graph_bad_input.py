@@ -103,3 +103,14 @@ def test_wrong_shapes(change: dict[str, torch.Tensor], message: str) -> None:
 def test_wrong_settings(settings: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         graph_of(structures(molecule("H2O")), **settings)
+
+
+def test_lengths_that_are_not_in_angstrom() -> None:
+    stretched = bulk("Cu", cubic=True).repeat((2, 2, 1))
+    stretched.cell[2, 2] = 1e7
+    with pytest.raises(InputError, match=r"lattice vector 2 of the structure is 1e\+07 Å long"):
+        graph_of(structures(stretched))
+    wide = structures(Atoms("H2", [[0, 0, 0], [0, 0, 1]], cell=[9e3, 9e3, 9e3], pbc=True))
+    assert graph_of(wide).edge_index.shape[1] == 2
+    with pytest.raises(InputError, match=r"atom 1 of the structure has the position .*; repair"):
+        graph_of(structures(Atoms("H2", [[0, 0, 0], [0, 0, 1e20]])))

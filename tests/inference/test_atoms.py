@@ -130,6 +130,7 @@ def _infinite_cell() -> Atoms:
         (Atoms("Cu", cell=[5, 5, 0], pbc=True), "periodic along c but has no lattice vector"),
         (Atoms("Cu", cell=[[3, 0, 0], [6, 0, 0], [0, 0, 5]], pbc=True), "lie in one plane"),
         (_infinite_cell(), "non-finite"),
+        (Atoms("Cu", cell=[5, 5, 1e7], pbc=True), r"a lattice vector is 1e\+07 Å long"),
         (Atoms("CuTh", [[0, 0, 0], [2.5, 0, 0]]), r"atom 1 \(Th, Z = 90\).*1 to 89"),
         (Atoms("X"), r"atom 0 \(X, Z = 0\)"),
     ],
