@@ -184,7 +184,16 @@ class OC20DataModule(pl.LightningDataModule):
 
 
 def collate(structures: list[Data]) -> Batch:
-    """One batch of structures."""
+    """One batch of structures; raises `DataError` when only some of them have a field, such as forces."""
+    fields = set(structures[0].keys())
+    for data in structures[1:]:
+        different = sorted(fields ^ set(data.keys()))
+        if different:
+            names = [f"{item.sid}/{item.fid}" for item in (structures[0], data)]
+            raise DataError(
+                f"of the records {' and '.join(names)} (sid/fid) only one has {', '.join(different)}; "
+                "keep records with other fields in a dataset of their own."
+            )
     return Batch.from_data_list(structures)
 
 

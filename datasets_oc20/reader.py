@@ -148,7 +148,14 @@ def _read_metadata(file: LmdbFile) -> dict[str, Any]:
 
 def _read_length(file: LmdbFile) -> int:
     """Number of records: the key `length`, or all entries, where OC20 wrote no such key."""
+    there = file.entries() - sum(file.get(key) is not None for key in SPECIAL_KEYS)
     value = file.get(b"length")
-    if value is not None:
-        return foreign.read_length(value, f"{file.path}, key length")
-    return file.entries() - sum(file.get(key) is not None for key in SPECIAL_KEYS)
+    if value is None:
+        return there
+    length = foreign.read_length(value, f"{file.path}, key length")
+    if length > there:
+        raise DataError(
+            f"{file.path}: the key length says {length} records but only {there} are there; "
+            "the file is incomplete, write it again."
+        )
+    return length

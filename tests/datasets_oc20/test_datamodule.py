@@ -11,7 +11,7 @@ from oc20_files import structure
 from torch_geometric.data import Batch
 
 from datasets_oc20 import DataError, LmdbWriter, OC20DataModule, OC20Lmdb
-from datasets_oc20.datamodule import NormalizerValues
+from datasets_oc20.datamodule import NormalizerValues, collate
 from datasets_oc20.targets import fit_linear_references, fit_normalizers
 
 
@@ -160,3 +160,11 @@ def test_structures_larger_than_a_batch(train: str, val: str) -> None:
     module.setup()
     with pytest.raises(DataError, match="record 2 has 6 atoms, more than the 5"):
         module.train_dataloader()
+
+
+def test_records_with_different_fields_are_not_collated() -> None:
+    whole, bare = structure(seed=0), structure(seed=1)
+    del bare["forces"]
+    for pair in ([whole, bare], [bare, whole]):
+        with pytest.raises(DataError, match="only one has forces"):
+            collate(pair)

@@ -6,6 +6,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -237,7 +238,10 @@ def test_impossible_records(tmp_path: Path, changes: dict, message: str) -> None
 
 
 def test_missing_key(tmp_path: Path) -> None:
-    path = write_lmdb(tmp_path / "a.lmdb", [dumps_pyg1(s2ef_fields())], pickle.dumps(3))
+    path = write_lmdb(tmp_path / "a.lmdb", [dumps_pyg1(s2ef_fields())] * 3, pickle.dumps(3))
+    with lmdb.open(str(path), subdir=False, lock=False) as file, file.begin(write=True) as transaction:
+        transaction.delete(b"2")
+        transaction.put(b"7", b"")
     with pytest.raises(DataError, match=r"a\.lmdb, key 2: .*no such record"):
         OC20Lmdb(path)[2]
 
@@ -254,3 +258,10 @@ def test_files_are_closed_with_the_last_dataset(val_20: Path) -> None:
     del dataset
     gc.collect()
     assert maps() == 0
+
+
+def test_a_length_beyond_the_records_is_refused(tmp_path: Path) -> None:
+    values = [dumps_pyg1(s2ef_fields(5, 0))]
+    path = write_lmdb(tmp_path / "a.lmdb", values, pickle.dumps(10**30, protocol=2))
+    with pytest.raises(DataError, match=r"a\.lmdb: the key length says 10+ records but only 1 are there"):
+        OC20Lmdb(path)
