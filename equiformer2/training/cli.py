@@ -4,7 +4,7 @@ import argparse
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         instantiated = parser.instantiate(parsed)
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise InputError(f"configuration: {' '.join(str(error).split())}") from error
+    _check_nothing_emptied(parsed)
     groups = {name: settings(**vars(parsed[name])) for name, settings in _GROUPS.items()}
     top = {name: parsed[name] for name in RunSettings.__dataclass_fields__}
     run = RunSettings(**top)
@@ -130,6 +131,16 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _flatten(value, f"{name}.")
         else:
             yield name
+
+
+def _check_nothing_emptied(parsed: Namespace) -> None:
+    """Raise `InputError` for a group that is no mapping, and for a null where a value is needed."""
+    for group, settings in _GROUPS.items():
+        if not isinstance(parsed[group], Namespace):
+            raise InputError(f"configuration: {group} is {parsed[group]!r}; it must hold keys and values")
+        for field in fields(settings):
+            if parsed[group][field.name] is None and "None" not in str(field.type):
+                raise InputError(f"configuration: {group}.{field.name} is null; it needs a value")
 
 
 def _check_key(key: str, known: set[str], where: str) -> None:

@@ -91,9 +91,20 @@ def train(config: RunConfig) -> Path:
     with folder.open():
         data = ResumableDataModule(**config.data)
         data.setup("fit")
+        _check_forces(config, data)
         task = _task(config, data)
         _run(config, task, data, folder)
     return folder.path
+
+
+def _check_forces(config: RunConfig, data: ResumableDataModule) -> None:
+    """Raise `InputError` for data without forces when the model is to learn them."""
+    for dataset in data.datasets.values():
+        if config.model.regress_forces and "forces" not in dataset[0]:
+            raise InputError(
+                f"{dataset.describe(0)}: the record has no forces to train on; "
+                "set model.regress_forces: false for a model of energies only"
+            )
 
 
 def _task(config: RunConfig, data: ResumableDataModule) -> S2EFTask:
@@ -181,6 +192,8 @@ def _strategy(settings: dict[str, Any]) -> Any:
     if devices in ("auto", -1, "-1"):
         count = torch.cuda.device_count() if settings["accelerator"] in ("auto", "gpu", "cuda") else 1
     elif isinstance(devices, str):
+        if not devices.replace(",", "").isdigit():
+            raise InputError(f"trainer.devices is {devices!r}: give a number, a list such as 0,1 or auto")
         count = len(devices.split(",")) if "," in devices else int(devices)
     else:
         count = len(devices) if isinstance(devices, list) else int(devices)

@@ -222,10 +222,11 @@ class S2EFTask(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume with other data units, another kind of energy or another seed."""
+        """Refuse to resume with another model, other data units, another kind of energy or another seed."""
         state = checkpoint.get(STATE_KEY)
         if state is None:
             raise InputError("the file to resume from was not written by this program's training")
+        self._check_same_model(checkpoint["state_dict"])
         if Normalizers.from_dict(state["normalizers"]) != self.normalizers:
             raise InputError(
                 "the run to resume used other normalizers: give it the same data and data settings"
@@ -235,3 +236,16 @@ class S2EFTask(pl.LightningModule):
                 raise InputError(
                     f"the run to resume had {name} {state[name]!r}, this one has {getattr(self, name)!r}"
                 )
+
+    def _check_same_model(self, theirs: dict[str, Tensor]) -> None:
+        mine = self.state_dict()
+        different = [
+            name
+            for name in sorted({*mine, *theirs})
+            if name not in mine or name not in theirs or mine[name].shape != theirs[name].shape
+        ]
+        if different:
+            raise InputError(
+                f"the run to resume trains another model: {len(different)} tensors are not in both or have "
+                f"another shape, the first is {different[0]}; resume with the run's own config.yaml"
+            )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets_oc20 import OC20Lmdb
+from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
@@ -157,6 +157,23 @@ def test_fine_tuning_refuses_another_model(first_run: Path, tiny_arguments: list
     arguments = [*tiny_arguments, f"--runs_dir={runs}", "--name=other", "--model.num_layers=1"]
     with pytest.raises(InputError, match=r"model\.num_layers is 2 there and 1 here"):
         train(parse([*arguments, f"--init_from={first_run / 'checkpoints/last.pt'}"]))
+
+
+@pytest.mark.parametrize("without", ["forces of all", "forces of one"])
+def test_records_without_forces_are_named(
+    without: str, tiny_arguments: list[str], runs: Path, lmdb_path: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "part.lmdb"
+    records = OC20Lmdb(lmdb_path)
+    with LmdbWriter(path, "adsorption") as writer:
+        for index in range(4):
+            record = records[index]
+            if without == "forces of all" or index == 2:
+                del record["forces"]
+            writer.write(record)
+    message = "has no forces to train on" if without == "forces of all" else "only one has forces"
+    with pytest.raises((InputError, DataError), match=message):
+        train(parse([*tiny_arguments, f"--runs_dir={runs}", f"--name={without}", f"--data.train={path}"]))
 
 
 def test_a_native_checkpoint_is_not_a_place_to_resume(

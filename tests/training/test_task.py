@@ -106,6 +106,10 @@ def test_resuming_with_other_data_units_is_refused(tmp_path: Path, lmdb_path: Pa
     other.normalizers = Normalizers(energy=Normalizer(0.0, 1.0), forces=Normalizer(0.0, 1.0))
     with pytest.raises(InputError, match="other normalizers"):
         other.on_load_checkpoint(state)
+    other = make_task()
+    other.model.energy = torch.nn.Linear(5, 1)
+    with pytest.raises(InputError, match=r"another model: 1 tensors .* the first is model\.energy\.weight"):
+        other.on_load_checkpoint(state)
 
 
 def training_loss(task: S2EFTask, batch: Batch) -> torch.Tensor:
