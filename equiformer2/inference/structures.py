@@ -75,7 +75,7 @@ def build_slab(
         raise InputError(f"the slab size {size} must be three positive numbers such as 3x3x4")
     if not 1 <= free_layers <= size[2]:
         raise InputError(f"free_layers is {free_layers}: give 1 to {size[2]}, the number of layers")
-    if vacuum <= 0 or (lattice_constant is not None and lattice_constant <= 0):
+    if not 0 < vacuum < np.inf or not (lattice_constant is None or 0 < lattice_constant < np.inf):
         raise InputError("vacuum and lattice_constant must be positive (Å)")
     slab = builders[facet](symbol, size, a=lattice_constant, vacuum=vacuum, periodic=True)
     held = slab.get_tags() > free_layers  # ASE numbers layers from the top, starting at 1

@@ -42,6 +42,8 @@ def test_slab_options() -> None:
         ("platinum", {}, "'platinum' is no slab"),
         ("Si111", {}, "Si is diamond"),
         ("Pt111", {"size": (0, 1, 1)}, "slab size"),
+        ("Pt111", {"lattice_constant": float("nan")}, "must be positive"),
+        ("Pt111", {"vacuum": float("inf")}, "must be positive"),
         ("Pt111", {"free_layers": 5}, "free_layers is 5: give 1 to 4"),
         ("Pt111", {"vacuum": -1.0}, "must be positive"),
     ],
