@@ -49,7 +49,7 @@ def report_html(
         _relaxation_table(relaxed),
         "<h2>Errors beside trivial answers</h2>",
         _error_table(judged),
-        f"<div class='note'>{_plain_words(judged)}</div>",
+        f"<div class='note'>{_plain_words(judged, plan)}</div>",
         *(_figure(caption, path) for caption, path in figures.items() if path.exists()),
         "<h2>Time</h2><p>"
         + ", ".join(f"{html.escape(name)} {value:.0f} s" for name, value in seconds.items())
@@ -94,7 +94,7 @@ def _error_table(judged: dict[str, Judged]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def _plain_words(judged: dict[str, Judged]) -> str:
+def _plain_words(judged: dict[str, Judged], plan: DemoPlan) -> str:
     """What the figures mean, from the figures themselves."""
     sentences = []
     for name, item in judged.items():
@@ -105,6 +105,11 @@ def _plain_words(judged: dict[str, Judged]) -> str:
             f"On {html.escape(name)} the energy error is {_ratio(metrics['energy_mae'], trivial)} the best "
             f"trivial answer's, the force error {_ratio(metrics['forces_mae'], zero)} that of saying zero."
         )
+    sentences.append(
+        f"Only frames with a force of at least {plan.min_force:g} eV/Å on a free atom are judged, in training as "
+        "here: most frames of a relaxation are nearly at rest, where saying zero is hard to beat. "
+        "Later frames are the last quarter of these in every relaxation, with a gap before them."
+    )
     sentences.append(
         "Later frames belong to relaxations whose beginning the model has learned: this should succeed. "
         "Systems never seen are the honest hard case: minutes of training on some two hundred surfaces teach "
