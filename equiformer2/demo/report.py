@@ -106,8 +106,8 @@ def _plain_words(judged: dict[str, Judged], plan: DemoPlan) -> str:
             f"trivial answer's, the force error {_ratio(metrics['forces_mae'], zero)} that of saying zero."
         )
     sentences.append(
-        f"Only frames with a force of at least {plan.min_force:g} eV/Å on a free atom are judged, in training "
-        "as here: most frames of a relaxation are nearly at rest, where saying zero is hard to beat. "
+        f"Only frames with a force of at least {plan.min_force:g} eV/Å on a free atom are judged, in "
+        "training as here: most frames of a relaxation are nearly at rest, where saying zero is hard to beat. "
         "Later frames are the last quarter of these in every relaxation, with a gap before them."
     )
     sentences.append(
