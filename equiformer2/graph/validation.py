@@ -1,7 +1,7 @@
 """Checks of the structures before the neighbour search, in a handful of array operations.
 
 Everything works on a whole batch: B structures, N atoms in all. A message names the structure only
-when there is more than one, and counts atoms from 0 within their structure.
+when there is more than one, and counts atoms from 0 within their structure; the error carries its index.
 """
 
 import numpy as np
@@ -62,9 +62,10 @@ def check_positions(positions: NDArray[np.float64], natoms: NDArray[np.int64]) -
     if sound.all():
         return
     atom = int(np.flatnonzero(~sound.all(axis=1))[0])
+    name, structure = locate_atom(atom, natoms)
     raise InputError(
-        f"{_name_atom(atom, natoms)} has the position {positions[atom].tolist()}; "
-        "repair its coordinates or remove the structure"
+        f"{name} has the position {positions[atom].tolist()}; repair its coordinates or remove the structure",
+        structure,
     )
 
 
@@ -74,7 +75,8 @@ def check_cells(cells: NDArray[np.float64], pbc: NDArray[np.bool_], natoms: NDAr
         structure = int(np.flatnonzero(~np.isfinite(cells).all(axis=(1, 2)))[0])
         raise InputError(
             f"the cell of {_name_structure(structure, natoms)} holds NaN or infinite numbers; "
-            "repair it or remove the structure"
+            "repair it or remove the structure",
+            structure,
         )
     rows = cells * pbc[:, :, None]
     # Non-periodic axes get a unit vector of their own, so that one determinant serves every kind of pbc:
@@ -94,22 +96,26 @@ def check_cells(cells: NDArray[np.float64], pbc: NDArray[np.bool_], natoms: NDAr
         axis = int(np.flatnonzero(short[structure])[0])
         raise InputError(
             f"{name} is periodic along axis {axis} but its lattice vector there is "
-            f"{cells[structure, axis].tolist()} Å; give it a cell or set pbc to False along that axis"
+            f"{cells[structure, axis].tolist()} Å; give it a cell or set pbc to False along that axis",
+            structure,
         )
     if long[structure].any():
         axis = int(np.flatnonzero(long[structure])[0])
         raise InputError(
             f"the lattice vector {axis} of {name} is {squared_lengths[structure, axis] ** 0.5:.3g} Å long; "
-            f"cells are in Å and at most {_MAX_LATTICE_VECTOR:.0f} Å long"
+            f"cells are in Å and at most {_MAX_LATTICE_VECTOR:.0f} Å long",
+            structure,
         )
     if flat[structure]:
         raise InputError(
             f"the periodic lattice vectors of {name} are linearly dependent; "
-            "repair its cell or set pbc to False along the axes that do not repeat"
+            "repair its cell or set pbc to False along the axes that do not repeat",
+            structure,
         )
     raise InputError(
         f"{name} has {natoms[structure]} atoms in {squared_volumes[structure] ** 0.5:.3g} Å^3; "
-        "positions and cell must be in Å"
+        "positions and cell must be in Å",
+        structure,
     )
 
 
@@ -128,14 +134,16 @@ def check_distances(
     offset = int(natoms[:structure].sum())
     raise InputError(
         f"atoms {first - offset} and {second - offset} of {_name_structure(structure, natoms)} are "
-        f"{distance[pair]:.2g} Å apart (a periodic image counts); move or remove one of them"
+        f"{distance[pair]:.2g} Å apart (a periodic image counts); move or remove one of them",
+        structure,
     )
+
+
+def locate_atom(atom: int, natoms: NDArray[np.int64]) -> tuple[str, int]:
+    """An atom of the batch as "atom 3 of structure 1 of the batch", and the index of its structure."""
+    structure = int(np.searchsorted(np.cumsum(natoms)[:-1], atom, side="right"))
+    return f"atom {atom - int(natoms[:structure].sum())} of {_name_structure(structure, natoms)}", structure
 
 
 def _name_structure(structure: int, natoms: NDArray[np.int64]) -> str:
     return f"structure {structure} of the batch" if len(natoms) > 1 else "the structure"
-
-
-def _name_atom(atom: int, natoms: NDArray[np.int64]) -> str:
-    structure = int(np.searchsorted(np.cumsum(natoms), atom, side="right"))
-    return f"atom {atom - int(natoms[:structure].sum())} of {_name_structure(structure, natoms)}"

@@ -16,6 +16,7 @@ from torch_geometric.data import Data
 from vesin import NeighborList
 
 from equiformer2.errors import InputError
+from equiformer2.graph.validation import locate_atom
 
 logger = logging.getLogger(__name__)
 
@@ -129,17 +130,26 @@ def _check_elements(atoms: Atoms, max_num_elements: int | None) -> None:
     check_elements(torch.as_tensor(atoms.get_atomic_numbers()), max_num_elements)
 
 
-def check_elements(atomic_numbers: torch.Tensor, max_num_elements: int | None) -> None:
-    """Raise `InputError` for the first of `atomic_numbers` `[N]` that the network has no embedding for."""
+def check_elements(
+    atomic_numbers: torch.Tensor, max_num_elements: int | None, natoms: torch.Tensor | None = None
+) -> None:
+    """Raise `InputError` for the first of `atomic_numbers` `[N]` that the network has no embedding for.
+
+    In a batch, `natoms` `[B]` tells the structures apart.
+    """
     limit = len(chemical_symbols) if max_num_elements is None else max_num_elements
     wrong = torch.nonzero((atomic_numbers < 1) | (atomic_numbers >= limit)).flatten()
     if len(wrong):
         index = int(wrong[0])
         number = int(atomic_numbers[index])
-        name = chemical_symbols[number] if 0 <= number < len(chemical_symbols) else "?"
+        symbol = chemical_symbols[number] if 0 <= number < len(chemical_symbols) else "?"
+        name, structure = f"atom {index}", 0
+        if natoms is not None and natoms.numel() > 1:
+            name, structure = locate_atom(index, natoms.reshape(-1).cpu().numpy())
         raise InputError(
-            f"atom {index} ({name}, Z = {number}) is outside the network's element table "
-            f"(Z = 1 to {limit - 1}): use a checkpoint trained with this element"
+            f"{name} ({symbol}, Z = {number}) is outside the network's element table "
+            f"(Z = 1 to {limit - 1}): use a checkpoint trained with this element",
+            structure,
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch_geometric.data import Batch, Data
 
 from equiformer2.checkpoint import Checkpoint, load_checkpoint
-from equiformer2.errors import InputError
+from equiformer2.errors import InputError, naming_structures
 from equiformer2.inference.atoms import check_elements
 
 
@@ -71,13 +71,15 @@ class Predictor:
         for held atoms too (where training has never looked at them).
 
         Raises:
-            InputError: an element outside the network's table, or what the graph refuses.
+            InputError: an element outside the network's table, or what the graph refuses; the structure is
+                named by its `sid` and `fid` where the batch has them.
         """
         if not isinstance(batch, Batch):
             batch = Batch.from_data_list([batch])
-        check_elements(batch.atomic_numbers, self.checkpoint.config.max_num_elements)
-        # Batch.to moves in place: a clone keeps the caller's batch where it is.
-        out = self.model(batch.clone().to(self.device))
+        with naming_structures(batch):
+            check_elements(batch.atomic_numbers, self.checkpoint.config.max_num_elements, batch.natoms)
+            # Batch.to moves in place: a clone keeps the caller's batch where it is.
+            out = self.model(batch.clone().to(self.device))
         out = {key: value.float().cpu() for key, value in out.items()}
         # Total energies reach thousands of eV: float64 keeps the differences between them.
         out["energy"] = out["energy"].double()

@@ -7,6 +7,7 @@ from torch_geometric.data import Batch, Data
 
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph, radius_graph
+from equiformer2.graph.validation import locate_atom
 from equiformer2.model.attention import SO2EquivariantGraphAttention, element_embedding
 from equiformer2.model.block import TransformerBlock
 from equiformer2.model.config import ModelConfig
@@ -148,8 +149,10 @@ class EquiformerV2(nn.Module):
         bad = (numbers >= self.config.max_num_elements) | (numbers < 0)
         if bool(bad.any()):
             atom = int(bad.nonzero()[0])
+            name, structure = locate_atom(atom, torch.as_tensor(batch.natoms).reshape(-1).cpu().numpy())
             raise InputError(
-                f"atom {atom} has atomic number {int(numbers[atom])}, but this model knows only elements "
-                f"below max_num_elements = {self.config.max_num_elements}"
+                f"{name} has atomic number {int(numbers[atom])}, but this model knows only elements "
+                f"below max_num_elements = {self.config.max_num_elements}",
+                structure,
             )
         return numbers

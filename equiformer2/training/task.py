@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch_geometric.data import Batch
 
 from equiformer2.checkpoint import Normalizers
-from equiformer2.errors import InputError
+from equiformer2.errors import InputError, naming_structures
 from equiformer2.training.guard import FiniteGuard
 from equiformer2.training.losses import energy_l1, force_l2
 from equiformer2.training.metrics import S2EFMetrics
@@ -149,14 +149,15 @@ class S2EFTask(pl.LightningModule):
         entropy = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), naming_structures(batch):
             torch.manual_seed(seed)
             out: dict[str, Tensor] = self.model(batch)
         return out
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Adds one batch to the validation metrics; returns its predictions (averaged weights; eV, eV/Å)."""
-        out = {name: value.float() for name, value in self.best_weights(batch).items()}
+        with naming_structures(batch):
+            out = {name: value.float() for name, value in self.best_weights(batch).items()}
         prediction = self.normalizers.denormalize(out, batch)
         self.val_metrics.update(prediction, batch)
         return prediction

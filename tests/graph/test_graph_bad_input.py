@@ -18,16 +18,20 @@ def test_positions_that_are_not_numbers(value: float) -> None:
     with pytest.raises(InputError, match=r"atom 1 of the structure has the position .*; repair"):
         graph_of(one)
     batch.pos[4, 0] = value
-    with pytest.raises(InputError, match="atom 2 of structure 1 of the batch"):
+    with pytest.raises(InputError, match="atom 2 of structure 1 of the batch") as error:
         graph_of(batch)
+    assert error.value.structure == 1
 
 
 def test_coincident_atoms() -> None:
     with pytest.raises(InputError, match=r"atoms 0 and 2 of the structure are 0 Å apart .*; move or remove"):
         graph_of(structures(Atoms("CHO", [[0, 0, 0], [1, 0, 0], [0, 0, 0]])))
     twins = Atoms("H2", [[0, 0, 0], [5.001, 0, 0]], cell=[5, 5, 5], pbc=True)
-    with pytest.raises(InputError, match=r"atoms 0 and 1 of structure 1 of the batch are 0.001 Å apart"):
+    with pytest.raises(
+        InputError, match=r"atoms 0 and 1 of structure 1 of the batch are 0.001 Å apart"
+    ) as error:
         graph_of(structures(bulk("Cu"), twins))
+    assert error.value.structure == 1
     apart = Atoms("H2", [[0, 0, 0], [0.011, 0, 0]])
     assert graph_of(structures(apart)).edge_index.shape[1] == 2
 
@@ -44,8 +48,9 @@ def test_periodic_without_a_cell() -> None:
     atoms.pbc = True
     with pytest.raises(
         InputError, match=r"structure 1 of the batch is periodic along axis 0 but .*give it a cell"
-    ):
+    ) as error:
         graph_of(structures(bulk("Cu"), atoms))
+    assert error.value.structure == 1
     atoms.pbc = [False, False, True]
     with pytest.raises(InputError, match="the structure is periodic along axis 2"):
         graph_of(structures(atoms))

@@ -251,3 +251,28 @@ def test_predictor_names_the_element_it_does_not_know(checkpoint: Path) -> None:
     data = atoms_to_data(Atoms("U"), notify=False)
     with pytest.raises(InputError, match=r"atom 0 \(U, Z = 92\)"):
         Predictor(checkpoint).predict(data)
+
+
+@pytest.mark.parametrize("mistake", ["element", "distance", "cell"])
+def test_predictor_names_the_wrong_structure_of_a_batch(
+    checkpoint: Path, oxygen_on_copper: Atoms, mistake: str
+) -> None:
+    structures = [atoms_to_data(oxygen_on_copper, notify=False) for _ in range(3)]
+    for fid, data in enumerate(structures):
+        data.sid, data.fid = "random7", 40 + fid
+    if mistake == "element":
+        structures[1].atomic_numbers[3] = 100
+        message = r"atom 3 of structure 1 of the batch \(Fm, Z = 100\)"
+    elif mistake == "distance":
+        structures[1].pos[3] = structures[1].pos[2]
+        message = "atoms 2 and 3 of structure 1 of the batch are 0 Å apart"
+    else:
+        structures[1].cell[0, 2] = 0.0
+        message = "structure 1 of the batch is periodic along axis 2"
+    batch = Batch.from_data_list(structures)
+    with pytest.raises(InputError, match=rf"structure random7/41 \(sid/fid\): {message}") as error:
+        Predictor(checkpoint).predict(batch)
+    assert error.value.structure == 1
+    del batch.sid
+    with pytest.raises(InputError, match=f"^{message}"):
+        Predictor(checkpoint).predict(batch)

@@ -123,8 +123,11 @@ def test_energy_of_a_copy_far_away_doubles() -> None:
 def test_unknown_elements(number: int) -> None:
     model, data = random_model(), slab()
     data.atomic_numbers[5] = number
-    with pytest.raises(InputError, match=rf"atom 5 has atomic number {number}.*max_num_elements = 90"):
+    with pytest.raises(InputError, match=rf"atom 5 of the structure has atomic number {number}.*= 90"):
         model(data)
+    with pytest.raises(InputError, match=rf"atom 5 of structure 1 of the batch has .* {number}") as error:
+        model(batch_of(slab(), data))
+    assert error.value.structure == 1
 
 
 def test_positions_that_are_not_numbers() -> None:

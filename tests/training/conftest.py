@@ -1,11 +1,8 @@
-"""A tiny network and the genuine OC20 file, shared by the training tests."""
+"""A tiny run on the genuine OC20 file, shared by the training tests."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 LMDB = Path(__file__).parents[1] / "fixtures" / "datasets_oc20" / "s2ef_val_20.lmdb"
 
@@ -33,27 +30,6 @@ TINY_RUN = [
     "--trainer.max_epochs=2",
     "--trainer.log_every_n_steps=1",
 ]
-
-
-class StandIn(nn.Module):
-    """Trains like the network and takes no time: energies from element counts, forces from positions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(regress_forces=True)
-        self.activation_checkpointing = False
-        self.per_element = nn.Embedding(90, 4)
-        self.energy = nn.Linear(4, 1)
-        self.forces = nn.Linear(3, 3)
-        self.drop = nn.Dropout(0.3)
-
-    def no_weight_decay(self) -> set[str]:
-        return {"energy.bias", "forces.bias"}
-
-    def forward(self, batch: object) -> dict[str, Tensor]:
-        atoms = self.energy(self.drop(self.per_element(batch.atomic_numbers))).squeeze(-1)
-        energy = torch.zeros(batch.num_graphs).index_add(0, batch.batch, atoms) / 50
-        return {"energy": energy, "forces": self.forces(self.drop(batch.pos / 10))}
 
 
 @pytest.fixture(scope="session")

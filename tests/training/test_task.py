@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import StandIn
 from pytorch_lightning.loggers import CSVLogger
+from stand_in import StandIn
 from torch_geometric.data import Batch
 
 from datasets_oc20 import OC20Lmdb
 from equiformer2.checkpoint import Normalizer, Normalizers
 from equiformer2.errors import InputError
+from equiformer2.graph import radius_graph
 from equiformer2.training.callbacks import ResumeCheckpoint
 from equiformer2.training.loader import ResumableDataModule
 from equiformer2.training.optim import OptimSettings
@@ -162,6 +163,29 @@ def test_without_an_average_validation_uses_the_raw_weights() -> None:
 def test_activation_checkpointing_is_passed_on() -> None:
     task = make_task(activation_checkpointing=True)
     assert task.model.activation_checkpointing is True
+
+
+class StandInWithGraph(StandIn):
+    """Refuses what the network's graph refuses."""
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        radius_graph(
+            batch.pos, batch.cell, batch.pbc, batch.natoms, max_radius=3.0, max_neighbors=5, strict=True
+        )
+        return super().forward(batch)
+
+
+@pytest.mark.parametrize("step", ["training", "validation"])
+def test_a_structure_without_a_graph_is_named(batch: Batch, step: str) -> None:
+    task = make_task(ema_decay=0.0)
+    task.model = StandInWithGraph()
+    spoiled = copy.deepcopy(batch)
+    first = int(batch.natoms[0])
+    spoiled.pos[first + 5] = spoiled.pos[first + 2]
+    name = f"{batch.sid[1]}/{int(batch.fid[1])}"
+    message = rf"structure {name} \(sid/fid\): atoms 2 and 5 of structure 1 of the batch are 0 Å apart"
+    with pytest.raises(InputError, match=message):
+        training_loss(task, spoiled) if step == "training" else task.validation_step(spoiled, 0)
 
 
 @pytest.mark.parametrize("field", ["energy", "forces", "pos"])
