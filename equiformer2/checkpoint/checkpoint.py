@@ -65,14 +65,15 @@ def load_checkpoint(
         path: the file.
         weights: `raw`, `averaged`, or None for the averaged ones where the file has them. None means the
             same for every format; fairchem's own calculator ignores the average in a `checkpoint.pt`.
-        energy_kind: `adsorption` or `total`, for foreign files that do not state it.
+        energy_kind: `adsorption` or `total`, for foreign files that do not state it; must not contradict
+            the others.
         device: where the model goes.
 
     Raises:
         FileNotFoundError: if there is no such file.
         InputError: if the file is damaged, of an unknown or newer format, or of another model; if it does not
-            hold `weights`; if it does not state its kind of energy and `energy_kind` is None, or a native
-            file states another one. One sentence names the file and lists the keys.
+            hold `weights`; if it does not state its kind of energy and `energy_kind` is None, or states
+            another one. One sentence names the file and lists the keys.
     """
     contents = _with_energy_kind(read_contents(path), energy_kind)
     if contents.energy_kind is None:
@@ -211,15 +212,21 @@ def _with_energy_kind(contents: Contents, asked: str | None) -> Contents:
     if asked is None:
         return contents
     kind = check_energy_kind(asked, contents.source)
-    if contents.source_format == "equiformer2":
+    if contents.energy_kind is not None:
         if kind != contents.energy_kind:
             raise InputError(
-                f"{contents.source} predicts {contents.energy_kind} energies; {kind} energies were asked for"
+                f"{contents.source} predicts {contents.energy_kind} energies{_reason(contents)}; "
+                f"{kind} energies were asked for"
             )
         return contents
     return dataclasses.replace(
         contents, energy_kind=kind, provenance=contents.provenance | {"energy_kind_from": "given on import"}
     )
+
+
+def _reason(contents: Contents) -> str:
+    reason = contents.provenance.get("energy_kind_from")
+    return f" (known from {reason})" if reason and contents.source_format != "equiformer2" else ""
 
 
 def _log(contents: Contents, used: WeightsKind) -> None:

@@ -10,7 +10,7 @@ import torch
 from checkpoint_helpers import FIXTURES, load_file
 from torch_geometric.data import Batch, Data
 
-from equiformer2.checkpoint import Checkpoint, load_checkpoint
+from equiformer2.checkpoint import Checkpoint, import_checkpoint, load_checkpoint
 from equiformer2.errors import InputError
 
 EXPECTED = load_file("ckpt_expected.pt")["results"]
@@ -210,6 +210,24 @@ def test_the_kind_of_energy_is_never_guessed(flat: Edited) -> None:
     assert flat.load().energy_kind == "total"
     with pytest.raises(InputError, match="'adsorption' or 'total', not 'relaxed'"):
         flat.load(energy_kind="relaxed")
+
+
+@pytest.mark.parametrize("known_from", ["normalizer", "total_energy", "element references"])
+def test_the_kind_that_a_file_shows_cannot_be_overridden(flat: Edited, known_from: str) -> None:
+    if known_from == "total_energy":
+        flat.file["config"]["dataset"]["total_energy"] = True
+    elif known_from == "element references":
+        flat.file["elementrefs"] = {"energy": {"element_references": torch.linspace(-5.0, 5.0, 119)}}
+    shown, other = ("adsorption", "total") if known_from == "normalizer" else ("total", "adsorption")
+    checkpoint = flat.load(energy_kind=shown)
+    assert checkpoint.energy_kind == shown
+    assert checkpoint.provenance["energy_kind_from"] != "given on import"
+    message = rf"edited\.pt predicts {shown} energies \(known from .*\); {other} energies were asked for"
+    with pytest.raises(InputError, match=message):
+        flat.load(energy_kind=other)
+    with pytest.raises(InputError, match=message):
+        import_checkpoint(flat.path, flat.path.with_name("native.pt"), energy_kind=other)
+    assert not flat.path.with_name("native.pt").exists()
 
 
 def test_element_references_become_linear_references(flat: Edited) -> None:
