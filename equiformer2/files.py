@@ -9,7 +9,31 @@ from typing import Any
 from datasets_oc20.atomic import whole_file, write_bytes
 from equiformer2.errors import InputError
 
-__all__ = ["whole_file", "write_bytes", "write_json"]
+__all__ = ["check_target", "whole_file", "write_bytes", "write_json"]
+
+
+def check_target(path: str | os.PathLike[str], is_folder: bool = False) -> None:
+    """Say before long work what would keep its result from being written to `path`.
+
+    Missing folders on the way are not made yet.
+
+    Args:
+        path: of a file, or of a folder for several files if `is_folder`.
+
+    Raises:
+        InputError: `path` is a folder where it must be a file, something on the way to it is no folder, or
+            the folder is not writable.
+    """
+    path = Path(path)
+    if path.is_dir() and not is_folder:
+        raise InputError(f"{path} is a folder: name a file to write")
+    folder = path if is_folder else path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise InputError(f"{path} cannot be written, because {folder} is no folder: choose another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{path} cannot be written, because {folder} is not writable: choose another place")
 
 
 def write_json(path: str | os.PathLike[str], record: Mapping[str, Any], make_folder: bool = False) -> Path:

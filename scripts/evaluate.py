@@ -21,9 +21,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     from equiformer2.checkpoint import load_checkpoint
+    from equiformer2.files import check_target
     from equiformer2.inference import Predictor
     from equiformer2.training import evaluation
 
+    if arguments.out is not None:
+        check_target(arguments.out)
+    if arguments.figures is not None:
+        check_target(arguments.figures, is_folder=True)
     checkpoint = load_checkpoint(arguments.checkpoint, arguments.weights, arguments.energy_kind)
     predictor = Predictor(checkpoint, arguments.device)
     datasets = {

@@ -22,9 +22,9 @@ def main() -> None:
     from datasets_oc20 import OC20Lmdb
     from equiformer2.checkpoint import load_checkpoint
     from equiformer2.inference import Predictor
-    from equiformer2.training.prediction import check_output_name, predict_dataset, write_predictions
+    from equiformer2.training.prediction import check_output, predict_dataset, write_predictions
 
-    check_output_name(arguments.out)
+    check_output(arguments.out)
     checkpoint = load_checkpoint(arguments.checkpoint, arguments.weights, arguments.energy_kind)
     predictor = Predictor(checkpoint, arguments.device)
     arrays = predict_dataset(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from equiformer2.errors import InputError
-from equiformer2.files import whole_file, write_bytes, write_json
+from equiformer2.files import check_target, whole_file, write_bytes, write_json
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,3 +60,20 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"'.*/taken'$"):
         write_bytes(tmp_path / "taken", b"1")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_target_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_target(tmp_path / "new" / "folder" / "out.json")
+    check_target(tmp_path, is_folder=True)
+    check_target(tmp_path / "new", is_folder=True)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("x")
+    check_target(tmp_path / "file")
+    with pytest.raises(InputError, match="is a folder: name a file to write"):
+        check_target(tmp_path)
+    for path, is_folder in ((tmp_path / "file" / "a" / "out.json", False), (tmp_path / "file", True)):
+        with pytest.raises(InputError, match=r"cannot be written, because .*/file is no folder"):
+            check_target(path, is_folder)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(InputError, match=r"out\.json cannot be written, because .* is not writable"):
+        check_target(tmp_path / "out.json")

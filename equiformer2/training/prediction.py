@@ -1,7 +1,6 @@
 """Predictions of a checkpoint for a dataset, as one NumPy or JSON file."""
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch_geometric.data import Batch
 
 from datasets_oc20 import OC20Lmdb
 from equiformer2.errors import InputError
-from equiformer2.files import write_bytes
+from equiformer2.files import check_target, write_bytes, write_json
 from equiformer2.training.evaluation import batches
 
 
@@ -44,19 +43,24 @@ def predict_dataset(
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
-def check_output_name(target: Path) -> None:
-    """Raise `InputError` unless the file is to be a `.npz` or a `.json`."""
+def check_output(target: Path) -> None:
+    """Raise `InputError` unless the file is to be a `.npz` or a `.json`, where it can be written."""
     if target.suffix not in (".npz", ".json"):
         raise InputError(f"{target}: predictions are written as .npz or .json, choose one of these endings")
+    check_target(target)
 
 
 def write_predictions(target: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write `.npz`, or `.json` with the same names, whole or not at all."""
-    check_output_name(target)
+    """Write `.npz`, or `.json` with the same names, whole or not at all.
+
+    Raises:
+        InputError: another ending, a place that cannot be written to, or, for `.json`, a number that is not
+            finite.
+    """
+    check_output(target)
     if target.suffix == ".json":
-        content = json.dumps({name: array.tolist() for name, array in arrays.items()}).encode()
-    else:
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-        content = buffer.getvalue()
-    write_bytes(target, content, make_folder=True)
+        write_json(target, {name: array.tolist() for name, array in arrays.items()}, make_folder=True)
+        return
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    write_bytes(target, buffer.getvalue(), make_folder=True)
