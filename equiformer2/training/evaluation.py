@@ -36,7 +36,8 @@ class Evaluation:
         baselines: `mean_energy` (the mean of the training normalizers, with the linear references of a
             total-energy model), `system_mean_energy` (every system's own mean over this dataset: knows the
             answers, so only differences within a system are left) and `zero_force`.
-        structures, systems: how many were evaluated.
+        structures, systems, free_atoms: how many were evaluated; without a free atom there are no force
+            metrics.
         energy_pairs: `[n, 2]` target and predicted energy, eV.
         force_pairs: `[m, 2]` target and predicted force components of free atoms, eV/Å; an even sample.
     """
@@ -45,6 +46,7 @@ class Evaluation:
     baselines: dict[str, dict[str, float]]
     structures: int
     systems: int
+    free_atoms: int
     energy_pairs: np.ndarray
     force_pairs: np.ndarray
 
@@ -53,6 +55,7 @@ class Evaluation:
         return {
             "structures": self.structures,
             "systems": self.systems,
+            "free_atoms": self.free_atoms,
             "metrics": self.metrics,
             "baselines": self.baselines,
         }
@@ -107,6 +110,7 @@ def evaluate(
     normalizers = predictor.checkpoint.normalizers
     found, trivial = (S2EFMetrics(predictor.has_forces, sync_on_compute=False) for _ in range(2))
     targets, predictions, sids, force_pairs = [], [], [], []
+    free_atoms = 0
     for batch in batches(dataset, batch_size, max_atoms, num_workers):
         out = predictor.predict(batch)
         nothing = normalizers.denormalize(
@@ -117,19 +121,26 @@ def evaluate(
         targets.append(batch.energy.view(-1).double().numpy())
         predictions.append(out["energy"].view(-1).double().numpy())
         sids += [str(sid) for sid in batch.sid]
+        free = ~batch.fixed.bool()
+        free_atoms += int(free.sum())
         if predictor.has_forces:
-            free = ~batch.fixed.bool()
             pair = torch.stack([batch.forces[free].reshape(-1), out["forces"][free].reshape(-1)], dim=1)
             force_pairs.append(_thin(pair.numpy(), _FIGURE_POINTS * batch.num_graphs // len(dataset)))
-    metrics = {name: float(value) for name, value in found.compute().items()}
-    zero = {name: float(value) for name, value in trivial.compute().items()}
+    metrics, zero = (
+        {
+            name: float(value)
+            for name, value in judged.compute().items()
+            if free_atoms or name not in FORCE_METRICS
+        }
+        for judged in (found, trivial)
+    )
     target = np.concatenate(targets)
     system_mean, systems = _system_means(target, sids)
     baselines = {
         "mean_energy": {name: value for name, value in zero.items() if name not in FORCE_METRICS},
         "system_mean_energy": _energy_metrics(target, system_mean),
     }
-    if predictor.has_forces:
+    if predictor.has_forces and free_atoms:
         judged_with_energy = "energy_forces_within_threshold"
         baselines["zero_force"] = {name: zero[name] for name in FORCE_METRICS if name != judged_with_energy}
     return Evaluation(
@@ -137,18 +148,23 @@ def evaluate(
         baselines=baselines,
         structures=len(target),
         systems=systems,
+        free_atoms=free_atoms,
         energy_pairs=np.stack([target, np.concatenate(predictions)], axis=1),
         force_pairs=np.concatenate(force_pairs) if force_pairs else np.zeros((0, 2)),
     )
 
 
 def average(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """Unweighted mean over datasets, as the paper averages over OC20's four validation splits."""
+    """Unweighted mean over datasets, as the paper averages over OC20's four validation splits.
+
+    Of metrics and baselines that every dataset has.
+    """
     return {
         "metrics": _mean([evaluation.metrics for evaluation in evaluations]),
         "baselines": {
             name: _mean([evaluation.baselines[name] for evaluation in evaluations])
             for name in evaluations[0].baselines
+            if all(name in evaluation.baselines for evaluation in evaluations)
         },
     }
 
@@ -200,6 +216,8 @@ def table(evaluation: Evaluation) -> str:
             f"  force cosine  {metrics['forces_cosine_similarity']:8.4f}        (zero force 0)",
             f"  EFwT          {100 * metrics['energy_forces_within_threshold']:8.2f} %",
         ]
+    elif not evaluation.free_atoms:
+        lines.append("  forces are not judged, because every atom of these data is fixed")
     return "\n".join(lines)
 
 
@@ -224,4 +242,5 @@ def _energy_metrics(target: np.ndarray, predicted: np.ndarray) -> dict[str, floa
 
 
 def _mean(values: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: float(np.mean([value[name] for value in values])) for name in values[0]}
+    names = [name for name in values[0] if all(name in value for value in values)]
+    return {name: float(np.mean([value[name] for value in values])) for name in names}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from pytorch_lightning.loggers import CSVLogger, Logger
@@ -45,7 +45,8 @@ class RunFolder:
         resume: what to resume from: `last` for the folder's own last checkpoint, a path, or None.
 
     Raises:
-        InputError: nothing there to resume from, or a run already there and not resumed.
+        InputError: nothing there to resume from, or a run already there and not resumed. What a run leaves
+            that ended before its first logged step is no run.
     """
 
     def __init__(self, path: Path, resume: str | None) -> None:
@@ -66,9 +67,21 @@ class RunFolder:
     def _is_taken(self) -> bool:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file: choose another name for the run")
-        # A run that failed before it began (wrong data, say) leaves nothing but its log.
-        occupied = any(path.is_file() and path.name != "log.txt" for path in self.path.rglob("*"))
-        return occupied and (self.resume_from is None or self.resume_from.resolve() != self.last.resolve())
+        return not self._continues and any(map(self._worth_keeping, self.path.rglob("*")))
+
+    @property
+    def _continues(self) -> bool:
+        return self.resume_from is not None and self.resume_from.resolve() == self.last.resolve()
+
+    def _worth_keeping(self, path: Path) -> bool:
+        """Whether it is more than a run leaves that ended before its first logged step."""
+        inside = path.relative_to(self.path)
+        if not path.is_file() or inside.parts[0] == "wandb" or path.suffix == ".tmp":
+            return False
+        if path == self.metrics:
+            with path.open(newline="") as file:
+                return any(csv.DictReader(file))
+        return str(inside) not in ("config.yaml", "log.txt", "wandb_id.txt")
 
     @rank_zero_only
     def save_config(self, text: str) -> None:
@@ -77,12 +90,22 @@ class RunFolder:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Make the folder; inside, what is logged or warned goes to `log.txt`, and ours to the screen."""
+        """Make the folder; inside, what is logged or warned goes to `log.txt`, and ours to the screen.
+
+        Raises:
+            InputError: another process is training in this folder.
+        """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         if not _is_first_process():
             yield
             return
-        file, console = logging.FileHandler(self.path / "log.txt"), _Console()
+        stream = (self.path / "log.txt").open("a")
+        if not _lock(stream):
+            stream.close()
+            raise InputError(f"{self.path} holds a run that is still going on: choose another name")
+        if not self._continues:
+            stream.truncate(0)
+        file, console = logging.StreamHandler(stream), _Console()
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         ours = logging.getLogger("equiformer2")
         to_file = [ours, logging.getLogger("pytorch_lightning"), logging.getLogger("py.warnings")]
@@ -106,7 +129,7 @@ class RunFolder:
                 ours.removeHandler(console)
                 ours.setLevel(level)
                 ours.propagate = True
-                file.close()
+                stream.close()
 
     def loggers(self, wandb: WandbSettings) -> list[Logger]:
         """The CSV logger, always, and W&B when asked for.
@@ -195,6 +218,19 @@ class WholeFiles(TorchCheckpointIO):
     ) -> None:
         """Temporary file beside `path`, fsync, rename."""
         write_tensors(path, checkpoint)
+
+
+def _lock(file: IO[str]) -> bool:
+    """Whether this process has the file to itself from now on; True where files cannot be locked."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows; some network disks
+        return True
+    return True
 
 
 def _is_first_process() -> bool:

@@ -3,19 +3,29 @@
 import csv
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch_geometric.data import Data
 
 from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
 from equiformer2.training.cli import parse
-from equiformer2.training.evaluation import draw_figures, evaluate, open_dataset, write_report
+from equiformer2.training.evaluation import (
+    average,
+    draw_figures,
+    evaluate,
+    open_dataset,
+    table,
+    write_report,
+)
 from equiformer2.training.folder import WholeFiles
+from equiformer2.training.metrics import ENERGY_METRICS
 from equiformer2.training.prediction import predict_dataset, write_predictions
 from equiformer2.training.run import train
 
@@ -133,6 +143,60 @@ def test_predictions_are_written(first_run: Path, lmdb_path: Path, tmp_path: Pat
     np.testing.assert_allclose(stored["energy"], arrays["energy"])
 
 
+def test_predictions_that_are_not_numbers_are_no_json(tmp_path: Path) -> None:
+    target = tmp_path / "predictions.json"
+    with pytest.raises(InputError, match=r"predictions\.json was not written, because a number in it"):
+        write_predictions(target, {"energy": np.array([1.0, np.nan])})
+    assert not target.exists()
+
+
+def rewrite(source: Path, target: Path, change: Callable[[int, Data], None], count: int = 4) -> Path:
+    """The first `count` records of an LMDB, changed."""
+    records = OC20Lmdb(source)
+    with LmdbWriter(target, "adsorption") as writer:
+        for index in range(count):
+            record = records[index]
+            change(index, record)
+            writer.write(record)
+    return target
+
+
+def test_data_without_free_atoms_have_no_force_metrics(
+    first_run: Path, lmdb_path: Path, tmp_path: Path
+) -> None:
+    held = rewrite(lmdb_path, tmp_path / "held.lmdb", lambda _, record: record.fixed.fill_(True))
+    predictor = Predictor(first_run / "checkpoints/last.pt")
+    found = evaluate(predictor, open_dataset(held, predictor, None))
+    assert set(found.metrics) == set(ENERGY_METRICS)
+    assert set(found.baselines) == {"mean_energy", "system_mean_energy"}
+    assert "forces are not judged, because every atom of these data is fixed" in table(found)
+    free = evaluate(predictor, open_dataset(lmdb_path, predictor, "adsorption"))
+    assert "not judged" not in table(free)
+    for pair in ([found, free], [free, found]):
+        assert set(average(pair)["metrics"]) == set(ENERGY_METRICS)
+    write_report(tmp_path / "out.json", predictor, {"held": found, "free": free})
+    assert json.loads((tmp_path / "out.json").read_text())["datasets"]["held"]["free_atoms"] == 0
+
+
+def test_a_run_that_fails_at_its_first_step_names_the_structure_and_leaves_its_name_free(
+    tiny_arguments: list[str], runs: Path, lmdb_path: Path, tmp_path: Path
+) -> None:
+    def spoil(index: int, record: Data) -> None:
+        if index == 2:
+            record.pos[7] = record.pos[4]
+
+    wrong = rewrite(lmdb_path, tmp_path / "wrong.lmdb", spoil)
+    name = f"1981709/{OC20Lmdb(lmdb_path)[2].fid}"
+    arguments = [*tiny_arguments, f"--runs_dir={runs}", "--name=unlucky", "--trainer.max_epochs=1"]
+    with pytest.raises(InputError, match=rf"structure {name} \(sid/fid\): atoms 4 and 7 of structure \d"):
+        train(parse([*arguments, f"--data.train={wrong}"]))
+    assert (runs / "unlucky" / "config.yaml").exists()
+    folder = train(parse(arguments))
+    assert str(wrong) not in (folder / "config.yaml").read_text() + (folder / "log.txt").read_text()
+    with pytest.raises(InputError, match="holds a run already"):
+        train(parse(arguments))
+
+
 def test_no_run_overwrites_another(first_run: Path, tiny_arguments: list[str], runs: Path) -> None:
     before = (first_run / "metrics.csv").read_bytes()
     with pytest.raises(InputError, match="holds a run already"):
@@ -163,14 +227,11 @@ def test_fine_tuning_refuses_another_model(first_run: Path, tiny_arguments: list
 def test_records_without_forces_are_named(
     without: str, tiny_arguments: list[str], runs: Path, lmdb_path: Path, tmp_path: Path
 ) -> None:
-    path = tmp_path / "part.lmdb"
-    records = OC20Lmdb(lmdb_path)
-    with LmdbWriter(path, "adsorption") as writer:
-        for index in range(4):
-            record = records[index]
-            if without == "forces of all" or index == 2:
-                del record["forces"]
-            writer.write(record)
+    def strip(index: int, record: Data) -> None:
+        if without == "forces of all" or index == 2:
+            del record["forces"]
+
+    path = rewrite(lmdb_path, tmp_path / "part.lmdb", strip)
     message = "has no forces to train on" if without == "forces of all" else "only one has forces"
     with pytest.raises((InputError, DataError), match=message):
         train(parse([*tiny_arguments, f"--runs_dir={runs}", f"--name={without}", f"--data.train={path}"]))
