@@ -36,6 +36,7 @@ _OWN_TRAINER_KEYS = {
     "model_registry",
 }
 _GROUPS = {"model": ModelConfig, "task": TaskSettings, "optim": OptimSettings, "wandb": WandbSettings}
+_NORMALIZERS = "data.normalizers"
 
 
 def build_parser() -> ArgumentParser:
@@ -51,7 +52,7 @@ def build_parser() -> ArgumentParser:
     parser.add_class_arguments(RunSettings, instantiate=False)
     for name, settings in _GROUPS.items():
         parser.add_class_arguments(settings, name, instantiate=False)
-    parser.add_class_arguments(OC20DataModule, "data", instantiate=False, skip={"seed"})
+    parser.add_class_arguments(OC20DataModule, "data", instantiate=False, skip={"seed", "test"})
     parser.add_class_arguments(pl.Trainer, "trainer", instantiate=False, skip=_OWN_TRAINER_KEYS)
     parser.set_defaults(
         {
@@ -72,6 +73,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     """
     parser = build_parser()
     known = {action.dest for action in parser._actions if action.dest}
+    known |= {f"{_NORMALIZERS}.{field.name}" for field in fields(NormalizerValues)}
     for file, keys in _keys_of(arguments):
         for key in keys:
             _check_key(key, known, file)
@@ -147,10 +149,9 @@ def _check_key(key: str, known: set[str], where: str) -> None:
     parts = key.split(".")
     prefixes = {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
     # A known key with something below it is a value that jsonargparse checks itself (a callback, say);
-    # a group as a whole has no dot and stands for the keys inside it.
-    if key in known | {"help", "print_config"} or any(
-        prefix in known and "." in prefix for prefix in prefixes
-    ):
+    # a group as a whole has no dot and stands for the keys inside it, as do the normalizers.
+    values = {name for name in known if "." in name and name != _NORMALIZERS}
+    if key in known | {"help", "print_config"} or prefixes & values:
         return
     own = key.removeprefix("trainer.")
     if key.startswith("trainer.") and own in _OWN_TRAINER_KEYS:

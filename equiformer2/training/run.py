@@ -59,6 +59,9 @@ class RunSettings:
     def __post_init__(self) -> None:
         if self.ckpt_path is not None and self.init_from is not None:
             raise InputError("ckpt_path resumes a run and init_from starts a new one: give one of them")
+        parts = Path(self.name or "run").parts
+        if not parts or ".." in parts or Path(*parts).is_absolute():
+            raise InputError(f"name is {self.name!r}; it must be a folder inside runs_dir")
         if self.checkpoint_every_n_steps is not None and self.checkpoint_every_n_steps < 1:
             raise InputError("checkpoint_every_n_steps must be at least 1")
 

@@ -36,13 +36,15 @@ def test_any_key_can_be_overridden(tmp_path: Path) -> None:
 
 
 def test_the_resolved_config_is_complete_and_stable(tmp_path: Path) -> None:
-    first = parse([*DATA, "--model.grid_resolution=null", "--optim.lr=3e-4", "--name=x"])
+    normalizers = '--data.normalizers={"energy_mean": -0.7, "energy_std": 2.9, "forces_std": 2.9}'
+    first = parse([*DATA, "--model.grid_resolution=null", "--optim.lr=3e-4", "--name=x", normalizers])
     file = tmp_path / "config.yaml"
     file.write_text(first.text)
     second = parse(["--config", str(file)])
     assert second.text == first.text
     assert (second.model, second.optim, second.run) == (first.model, first.optim, first.run)
     assert second.model.grid_resolution is None
+    assert second.data == first.data
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,9 @@ def test_the_resolved_config_is_complete_and_stable(tmp_path: Path) -> None:
         ("--task.ema_decay=1", "task.ema_decay"),
         ("--trainer.gradient_clip_val=1", "decided by this program"),
         ("--config=missing.yaml", "no config file missing.yaml"),
+        ("--name=../x", "name is '../x'; it must be a folder inside runs_dir"),
+        ("--name=/tmp/x", "inside runs_dir"),
+        ("--name=.", "inside runs_dir"),
     ],
 )
 def test_mistakes_are_one_sentence_about_the_key(argument: str, message: str) -> None:
@@ -80,7 +85,11 @@ def test_mistakes_are_one_sentence_about_the_key(argument: str, message: str) ->
         ("model: 5", "model is 5; it must hold keys and values"),
         ("task: {energy_coefficient: null}", "task.energy_coefficient is null; it needs a value"),
         ("model: {grid_resolution: null, norm_type: null}", "model.norm_type"),
-        ("data: {normalizers: {energy_men: 1}}", "energy_men"),
+        (
+            "data: {normalizers: {energy_men: 1}}",
+            "unknown key 'data.normalizers.energy_men'; did you mean 'data.normalizers.energy_mean'?",
+        ),
+        ("data: {test: c.lmdb}", "unknown key 'data.test'"),
     ],
 )
 def test_mistakes_in_a_file_name_the_file(tmp_path: Path, text: str, message: str) -> None:
