@@ -114,12 +114,15 @@ def preprocess(
         num_workers: processes; None takes one per core.
 
     Raises:
-        DataError: a raw file is missing, damaged or incomplete; the message names file and frame.
+        DataError: a raw file is missing, damaged or incomplete (the message names file and frame), or both
+            results have the same name.
         OSError: the disk is full.
     """
     options = options or PreprocessOptions()
     if (later_out is None) != (options.later_fraction == 0):
         raise DataError("a later fraction and a file for the later frames must be given together.")
+    if later_out is not None and Path(later_out).resolve() == Path(out).resolve():
+        raise DataError(f"{out}: is to hold the later frames too; name another file for them.")
     source = Path(folder)
     files = list_raw_files(source, options.energy_kind == "adsorption", systems, exclude)
     if any(file.system is None for file in files) and (

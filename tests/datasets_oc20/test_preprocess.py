@@ -93,6 +93,13 @@ def test_later_frames_and_informative_frames(raw: Path, tmp_path: Path) -> None:
         preprocess(raw, tmp_path / "out.lmdb", options, num_workers=1)
 
 
+def test_the_later_frames_need_a_file_of_their_own(raw: Path, tmp_path: Path) -> None:
+    out, again = tmp_path / "out.lmdb", tmp_path / "raw" / ".." / "out.lmdb"
+    with pytest.raises(DataError, match=r"out\.lmdb: is to hold the later frames too; name another file"):
+        preprocess(raw, out, PreprocessOptions(later_fraction=0.3), later_out=again, num_workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
 def test_choice_of_systems(raw: Path, tmp_path: Path) -> None:
     def systems(**choice) -> set[str]:
         preprocess(raw, tmp_path / "out.lmdb", num_workers=1, **choice)
