@@ -149,8 +149,10 @@ def place_adsorbate(
             its first atom is at a bond length (sum of covalent radii) from the slab.
 
     Raises:
-        InputError: unknown site, a slab whose normal is not z.
+        InputError: unknown site, a slab whose normal is not z, a height that is not above 0.
     """
+    if height is not None and not 0 < height < np.inf:
+        raise InputError(f"height is {height}: give a positive number of Å")
     cell = slab.cell.array
     if np.abs(cell[:2, 2]).max() > 1e-3 or np.linalg.matrix_rank(cell[:2, :2], tol=1e-3) < 2:
         raise InputError("the slab's first two lattice vectors must span the xy plane: rotate the slab")

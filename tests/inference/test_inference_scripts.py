@@ -164,6 +164,8 @@ def test_relax(
         (["--system", "nocell.traj"], "no lattice vector"),
         (["--system", "untagged.traj"], "no atom is marked as adsorbate"),
         ([*SLAB, "--adsorbate", "CO", "--fmax", "-1"], "fmax is -1"),
+        ([*SLAB, "--adsorbate", "CO", "--height", "-2"], "height is -2.0: give a positive number of Å"),
+        ([*SLAB, "--adsorbate", "CO", "--height", "nan"], "height is nan"),
     ],
 )
 def test_wrong_input_is_one_line(
