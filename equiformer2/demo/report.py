@@ -107,7 +107,7 @@ def _plain_words(judged: dict[str, Judged], plan: DemoPlan) -> str:
         )
     sentences.append(
         f"Only frames with a force of at least {plan.min_force:g} eV/Å on a free atom are judged, in "
-        "training as here: most frames of a relaxation are nearly at rest, where saying zero is hard to beat. "
+        "training as here: most frames of a relaxation are nearly at rest, where zero is hard to beat. "
         "Later frames are the last quarter of these in every relaxation, with a gap before them."
     )
     sentences.append(

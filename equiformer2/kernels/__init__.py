@@ -10,8 +10,16 @@ is needed, the same forward code runs under ordinary autograd in one piece.
 """
 
 from equiformer2.kernels.aggregate import aggregate_messages
+from equiformer2.kernels.complex_linear import complex_linear
 from equiformer2.kernels.convolve import convolve_edges
 from equiformer2.kernels.s2_grid import grid_activation, grid_mlp
 from equiformer2.kernels.segments import segment_softmax
 
-__all__ = ["aggregate_messages", "convolve_edges", "grid_activation", "grid_mlp", "segment_softmax"]
+__all__ = [
+    "aggregate_messages",
+    "complex_linear",
+    "convolve_edges",
+    "grid_activation",
+    "grid_mlp",
+    "segment_softmax",
+]

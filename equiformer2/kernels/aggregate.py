@@ -70,7 +70,7 @@ class _AggregateMessages(torch.autograd.Function):
             [grad_total[:, l * l : (l + 1) ** 2] * factor for l, factor in enumerate(ctx.scale)], dim=1
         )
         for part in chunks(len(values), _bytes_per_edge(values, grad_total.shape[1]), values.device):
-            grad = rotate_to_edges(scaled[target[part]], [block[part] for block in blocks])
+            grad = rotate_to_edges([scaled[target[part]]], [block[part] for block in blocks])
             if alpha is None or grad_alpha is None:
                 grad_values[part] = grad
                 continue

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # On a CPU the working set of a chunk should stay in the last-level cache; on a GPU chunks only bound memory.
-CPU_CHUNK_BYTES = 24 * 2**20
+CPU_CHUNK_BYTES = 48 * 2**20
 GPU_CHUNK_BYTES = 2**30
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from equiformer2.kernels.chunks import cast_to_autocast, chunks, no_autocast
+from equiformer2.kernels.complex_linear import complex_linear, gauss_terms
 from equiformer2.kernels.rotation import m_major_starts, order_rows, rotate_from_edges, rotate_to_edges
 
 
@@ -21,7 +22,8 @@ def convolve_edges(
 ) -> list[Tensor]:
     """SO(2) convolution of the concatenated source and target features (paper section 4.1 and Figure 1b).
 
-    Per edge and order m: `out_m = (radial_m * rotate([x_source, x_target])_m) @ weights[m].T`.
+    Per edge and order m the inputs are `radial_m * rotate([x_source, x_target])_m`, flattened to (l, 2C);
+    m = 0 has a real weight, m >= 1 a complex one on the coefficients of +m and -m (`complex_linear`).
     Neither the gathered `[E, K, 2C]` nor the rotated `[E, R, 2C]` tensor nor the radial weights are stored.
 
     Args:
@@ -31,38 +33,36 @@ def convolve_edges(
         hidden: `[E, D]` last hidden layer of the radial function.
         radial_weight, radial_bias: `[P, D]`, `[P]` its last linear layer. P counts (m, l, 2C) inputs,
             or (l, 2C) when `shared_orders` (all m of one degree share their radial weights).
-        weights: one matrix per order on the flattened inputs: `[out_0, (L+1) 2C]` for m = 0 and
-            `[2 out_m, 2 (L+1-m) 2C]` for m >= 1, whose inputs are all +m then all -m coefficients.
+        weights: one matrix per order: `[out_0, (L+1) 2C]` for m = 0 and `[2 out_m, (L+1-m) 2C]` for
+            m >= 1, real part above imaginary part.
 
     Returns:
-        One `[E, out]` tensor per order.
+        `[E, out_0]` and for every m >= 1 `[E, 2 out_m]`, +m then -m.
     """
+    frames_need_grad = torch.is_grad_enabled() and any(block.requires_grad for block in blocks)
+    if not frames_need_grad:
+        # The sums of the complex product are taken before the precision is lowered.
+        terms = [weights[0], *(gauss_terms(weight) for weight in weights[1:])]
+        hidden, radial_weight, radial_bias, *terms = cast_to_autocast(
+            hidden, radial_weight, radial_bias, *terms
+        )
+        arguments = (x, source, target, hidden, radial_weight, radial_bias, shared_orders, len(blocks))
+        with no_autocast(x):
+            return list(_ConvolveEdges.apply(*arguments, *blocks, *terms))
     hidden, radial_weight, radial_bias, *weights = cast_to_autocast(
         hidden, radial_weight, radial_bias, *weights
     )
-    frames_need_grad = torch.is_grad_enabled() and any(block.requires_grad for block in blocks)
     with no_autocast(x):
-        if not frames_need_grad:
-            return list(
-                _ConvolveEdges.apply(
-                    x,
-                    source,
-                    target,
-                    hidden,
-                    radial_weight,
-                    radial_bias,
-                    shared_orders,
-                    len(blocks),
-                    *blocks,
-                    *weights,
-                )
-            )
         rotated, radial = _inputs(x, blocks, source, target, hidden, radial_weight, radial_bias, slice(None))
         lmax = len(blocks) - 1
         outputs = []
-        for m, w in enumerate(weights):
+        for m, weight in enumerate(weights):
             product = _order(rotated, lmax, m) * _radial(radial, rotated, lmax, m, shared_orders)
-            outputs.append(product.flatten(1).to(w.dtype) @ w.t())
+            inputs = product.flatten(2).to(weight.dtype)
+            if m == 0:
+                outputs.append(inputs[:, 0] @ weight.t())
+            else:
+                outputs.append(complex_linear(inputs[:, 0], inputs[:, 1], weight))
         return outputs
 
 
@@ -84,43 +84,49 @@ def _radial(radial: Tensor, rotated: Tensor, lmax: int, m: int, shared_orders: b
 class _ConvolveEdges(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, source, target, hidden, radial_weight, radial_bias, shared_orders, num_blocks, *rest):  # type: ignore[no-untyped-def]
-        blocks, weights = list(rest[:num_blocks]), list(rest[num_blocks:])
+        blocks, terms = list(rest[:num_blocks]), list(rest[num_blocks:])
         ctx.save_for_backward(x, source, target, hidden, radial_weight, radial_bias, *rest)
         ctx.shared_orders, ctx.num_blocks = shared_orders, num_blocks
-        outputs = [hidden.new_empty(len(source), w.shape[0]) for w in weights]
+        widths = [len(terms[0]), *(2 * w.shape[1] for w in terms[1:])]
+        outputs = [hidden.new_empty(len(source), width) for width in widths]
         for part in chunks(len(source), _bytes_per_edge(x, radial_weight), x.device):
             rotated, radial = _inputs(x, blocks, source, target, hidden, radial_weight, radial_bias, part)
-            for m, (w, out) in enumerate(zip(weights, outputs, strict=True)):
-                product = _order(rotated, num_blocks - 1, m) * _radial(
-                    radial, rotated, num_blocks - 1, m, shared_orders
-                )
-                torch.mm(product.flatten(1).to(w.dtype), w.t(), out=out[part])
+            for m, (w, out) in enumerate(zip(terms, outputs, strict=True)):
+                scale = _radial(radial, rotated, num_blocks - 1, m, shared_orders)
+                inputs = (_order(rotated, num_blocks - 1, m) * scale).flatten(2).to(w.dtype)
+                if m == 0:
+                    torch.mm(inputs[:, 0], w.t(), out=out[part])
+                    continue
+                positive, negative = inputs.unbind(1)
+                common = torch.mm(positive + negative, w[0].t())
+                half = w.shape[1]
+                torch.sub(common, torch.mm(negative, w[2].t()), out=out[part, :half])
+                torch.add(common, torch.mm(positive, w[1].t()), out=out[part, half:])
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):  # type: ignore[no-untyped-def]
         x, source, target, hidden, radial_weight, radial_bias, *rest = ctx.saved_tensors
-        blocks, weights = rest[: ctx.num_blocks], rest[ctx.num_blocks :]
+        blocks, terms = rest[: ctx.num_blocks], rest[ctx.num_blocks :]
         lmax, channels = ctx.num_blocks - 1, x.shape[2]
         grad_x = torch.zeros_like(x)
         grad_hidden = torch.empty_like(hidden)
         # Weight gradients are sums over all edges: collected in float32 also when the GEMMs run in bf16.
         grad_radial_weight = torch.zeros_like(radial_weight, dtype=_wide(radial_weight))
         grad_radial_bias = torch.zeros_like(radial_bias, dtype=_wide(radial_bias))
-        grad_weights = [torch.zeros_like(w, dtype=_wide(w)) for w in weights]
+        grad_terms = [torch.zeros_like(w, dtype=_wide(w)) for w in terms]
         ones = [1.0] * len(blocks)
         for part in chunks(len(source), 2 * _bytes_per_edge(x, radial_weight), x.device):
             rotated, radial = _inputs(x, blocks, source, target, hidden, radial_weight, radial_bias, part)
             grad_rotated = torch.empty_like(rotated)
             grad_radial = torch.zeros_like(radial) if ctx.shared_orders else torch.empty_like(radial)
-            for m, (w, grad_out, grad_w) in enumerate(zip(weights, grad_outputs, grad_weights, strict=True)):
+            for m, (w, grad_out, grad_w) in enumerate(zip(terms, grad_outputs, grad_terms, strict=True)):
                 row = _order(rotated, lmax, m)
                 scale = _radial(radial, rotated, lmax, m, ctx.shared_orders)
-                product = (row * scale).flatten(1).to(w.dtype)
+                inputs = (row * scale).flatten(2).to(w.dtype)
                 grad = grad_out[part].to(w.dtype)
-                _accumulate(grad_w, grad.t(), product)
-                grad_product = torch.mm(grad, w).view(row.shape)
+                grad_product = _linear_backward(w, inputs, grad, grad_w).view(row.shape)
                 torch.mul(grad_product, scale, out=_order(grad_rotated, lmax, m))
                 grad_scale = (grad_product * row).sum(1, keepdim=True)
                 view = _radial(grad_radial, rotated, lmax, m, ctx.shared_orders)
@@ -144,14 +150,31 @@ class _ConvolveEdges(torch.autograd.Function):
             None,
             None,
             *([None] * len(blocks)),
-            *(g.to(w.dtype) for g, w in zip(grad_weights, weights, strict=True)),
+            *(g.to(w.dtype) for g, w in zip(grad_terms, terms, strict=True)),
         )
+
+
+def _linear_backward(w: Tensor, inputs: Tensor, grad: Tensor, grad_w: Tensor) -> Tensor:
+    """Gradient of the inputs `[e, 1 or 2, in]` of one order; that of the weights is added to `grad_w`."""
+    if w.dim() == 2:
+        _accumulate(grad_w, grad.t(), inputs[:, 0])
+        return torch.mm(grad, w)
+    positive, negative = inputs.unbind(1)
+    grad_positive, grad_negative = grad.chunk(2, dim=1)
+    both = grad_positive + grad_negative
+    _accumulate(grad_w[0], both.t(), positive + negative)
+    _accumulate(grad_w[1], grad_negative.t(), positive)
+    _accumulate(grad_w[2], grad_positive.t(), negative, sign=-1)
+    common = torch.mm(both, w[0])
+    out = torch.empty_like(inputs)
+    torch.addmm(common, grad_negative, w[1], out=out[:, 0])
+    torch.addmm(common, grad_positive, w[2], alpha=-1, out=out[:, 1])
+    return out
 
 
 def _inputs(x, blocks, source, target, hidden, radial_weight, radial_bias, part):  # type: ignore[no-untyped-def]
     """Rotated features `[e, R, 2C]` and radial weights `[e, P]` of one chunk of edges."""
-    x_edges = torch.cat((x[source[part]], x[target[part]]), dim=2)
-    rotated = rotate_to_edges(x_edges, [block[part] for block in blocks])
+    rotated = rotate_to_edges([x[source[part]], x[target[part]]], [block[part] for block in blocks])
     radial = torch.nn.functional.linear(hidden[part], radial_weight, radial_bias)
     return rotated, radial
 
@@ -164,9 +187,9 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right`, without a temporary where the precisions allow it."""
+def _accumulate(total: Tensor, left: Tensor, right: Tensor, sign: int = 1) -> None:
+    """`total += sign * left @ right`, without a temporary where the precisions allow it."""
     if total.dtype == right.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, alpha=sign)
     else:
-        total += torch.mm(left, right)
+        total.add_(torch.mm(left, right), alpha=sign)

@@ -12,16 +12,28 @@ import torch
 from torch import Tensor
 
 
-def rotate_to_edges(x: Tensor, blocks: list[Tensor]) -> Tensor:
-    """Rotate `[E, K, C]` coefficients into the edge frames: `[E, R, C]`, m-major."""
-    rotated = [torch.bmm(block, x[:, l * l : (l + 1) ** 2]) for l, block in enumerate(blocks)]
+def rotate_to_edges(parts: list[Tensor], blocks: list[Tensor]) -> Tensor:
+    """Rotate coefficients into the edge frames.
+
+    Args:
+        parts: `[E, K, C]` each; their channels are concatenated in the result.
+        blocks: see above.
+
+    Returns:
+        `[E, R, len(parts) * C]`, m-major.
+    """
+    rotated = [
+        [torch.bmm(block, x[:, l * l : (l + 1) ** 2]) for x in parts] for l, block in enumerate(blocks)
+    ]
     lmax = len(blocks) - 1
     mmax = (blocks[-1].shape[1] - 1) // 2
-    pieces = [rotated[l][:, 0:1] for l in range(lmax + 1)]
+    rows = [(l, 0) for l in range(lmax + 1)]
     for m in range(1, mmax + 1):
-        pieces += [rotated[l][:, 2 * m - 1 : 2 * m] for l in range(m, lmax + 1)]
-        pieces += [rotated[l][:, 2 * m : 2 * m + 1] for l in range(m, lmax + 1)]
-    return torch.cat(pieces, dim=1)
+        rows += [(l, 2 * m - 1) for l in range(m, lmax + 1)]
+        rows += [(l, 2 * m) for l in range(m, lmax + 1)]
+    # One copy does the l-to-m permutation and the concatenation of channels.
+    pieces = [part[:, row : row + 1] for l, row in rows for part in rotated[l]]
+    return torch.cat(pieces, dim=1).view(len(parts[0]), len(rows), -1)
 
 
 def split_degrees(y: Tensor, lmax: int, mmax: int) -> list[Tensor]:

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from equiformer2.kernels import convolve_edges
+from equiformer2.kernels import complex_linear, convolve_edges
+from equiformer2.kernels.rotation import m_major_starts
 from equiformer2.model.radial import RadialFunction
 from equiformer2.model.so3 import EdgeFrames
 
@@ -18,14 +19,6 @@ class SO2MConvolution(nn.Module):
         self.fc = nn.Linear(num_degrees * in_channels, 2 * num_degrees * out_channels, bias=False)
         # Two products are added in every output.
         self.fc.weight.data.mul_(1 / math.sqrt(2))
-
-    def matrix(self) -> Tensor:
-        """The complex product as one real matrix `[2 out, 2 in]` on (+m, -m) inputs.
-
-        (out_+, out_-) = (W_r x_+ - W_i x_-, W_i x_+ + W_r x_-), paper Equation 2.
-        """
-        real, imaginary = self.fc.weight.chunk(2, dim=0)
-        return torch.cat((torch.cat((real, -imaginary), dim=1), torch.cat((imaginary, real), dim=1)), dim=0)
 
 
 class SO2Convolution(nn.Module):
@@ -60,9 +53,9 @@ class SO2Convolution(nn.Module):
         if radial_inputs is not None:
             self.rad_func = RadialFunction(radial_inputs, radial_hidden, sum(degrees) * in_channels)
 
-    def matrices(self) -> list[Tensor]:
-        """One real matrix per order, see `kernels.convolve_edges`."""
-        return [self.fc_m0.weight, *(conv.matrix() for conv in self.so2_m_conv)]  # type: ignore[operator]
+    def weights(self) -> list[Tensor]:
+        """One matrix per order, see `kernels.convolve_edges`."""
+        return [self.fc_m0.weight, *(conv.fc.weight for conv in self.so2_m_conv)]  # type: ignore[union-attr]
 
     def convolve(
         self,
@@ -86,7 +79,7 @@ class SO2Convolution(nn.Module):
             hidden,
             radial.weight,
             radial.bias,
-            self.matrices(),
+            self.weights(),
             shared_orders,
         )
         scalars = outputs[0] + self.fc_m0.bias.to(outputs[0].dtype)
@@ -95,14 +88,10 @@ class SO2Convolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """m-major `[E, R, in_channels]` to `[E, R, out_channels]`, without radial weights."""
-        outputs, start = (
-            [nn.functional.linear(x[:, : self.lmax + 1].flatten(1), self.fc_m0.weight, self.fc_m0.bias)],
-            self.lmax + 1,
-        )
-        for m, conv in enumerate(self.so2_m_conv, start=1):
-            rows = 2 * (self.lmax + 1 - m)
-            outputs.append(nn.functional.linear(x[:, start : start + rows].flatten(1), conv.matrix()))  # type: ignore[operator]
-            start += rows
+        scalars, pairs = self._orders(x)
+        outputs = [nn.functional.linear(scalars, self.fc_m0.weight, self.fc_m0.bias)]
+        for pair, weight in zip(pairs, self.weights()[1:], strict=True):
+            outputs.append(complex_linear(*pair, weight))
         return self._stack(outputs)
 
     def first_degrees(self, x: Tensor) -> Tensor:
@@ -111,15 +100,22 @@ class SO2Convolution(nn.Module):
         The force head reads nothing else; inputs of orders |m| > 1 do not reach these outputs.
         """
         wide = 2 * self.out_channels
-        outputs = [
-            nn.functional.linear(
-                x[:, : self.lmax + 1].flatten(1), self.fc_m0.weight[:wide], self.fc_m0.bias[:wide]
-            )
-        ]
+        scalars, pairs = self._orders(x)
+        outputs = [nn.functional.linear(scalars, self.fc_m0.weight[:wide], self.fc_m0.bias[:wide])]
         if self.mmax > 0:
-            weight = self.so2_m_conv[0].matrix().unflatten(0, (2, -1))[:, : self.out_channels].flatten(0, 1)  # type: ignore[operator]
-            outputs.append(nn.functional.linear(x[:, self.lmax + 1 : 3 * self.lmax + 1].flatten(1), weight))
+            weight = self.weights()[1].unflatten(0, (2, -1))[:, : self.out_channels].flatten(0, 1)
+            outputs.append(complex_linear(*pairs[0], weight))
         return self._stack(outputs)
+
+    def _orders(self, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Flattened coefficients of m = 0, and those of (+m, -m) for the orders m >= 1 that `x` has."""
+        starts = m_major_starts(self.lmax, self.mmax)
+        pairs = []
+        for m in range(1, self.mmax + 1):
+            if starts[m + 1] <= x.shape[1]:
+                positive, negative = x[:, starts[m] : starts[m + 1]].chunk(2, dim=1)
+                pairs.append((positive.flatten(1), negative.flatten(1)))
+        return x[:, : starts[1]].flatten(1), pairs
 
     def _stack(self, outputs: list[Tensor]) -> Tensor:
         return torch.cat(outputs, dim=1).unflatten(1, (-1, self.out_channels))

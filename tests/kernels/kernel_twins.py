@@ -64,6 +64,9 @@ def convolve(
             for sign in ((1,) if m == 0 else (1, -1))
             for l, factor in zip(range(m, lmax + 1), factors, strict=True)
         ]
+        if m > 0:
+            real, imaginary = weight.chunk(2)
+            weight = torch.cat((torch.cat((real, -imaginary), dim=1), torch.cat((imaginary, real), dim=1)))
         outputs.append(torch.cat(inputs, dim=1) @ weight.t())
     return outputs
 
@@ -114,7 +117,7 @@ class Random:
     ) -> dict[str, Tensor | list[Tensor] | bool]:
         inputs = [lmax + 1 - m for m in range(mmax + 1)]
         num_radial = 2 * channels * (lmax + 1 if shared_orders else sum(inputs))
-        weights = [self(5 + m, (1 if m == 0 else 2) * n * 2 * channels).div(n) for m, n in enumerate(inputs)]
+        weights = [self(6 + 2 * m, n * 2 * channels).div(n) for m, n in enumerate(inputs)]
         return {
             "x": self(num_atoms, (lmax + 1) ** 2, channels),
             "blocks": self.blocks(num_edges, lmax, mmax),
