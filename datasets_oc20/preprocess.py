@@ -31,7 +31,8 @@ class PreprocessOptions:
             relaxation are nearly at rest and teach little. None: keep.
         frames: at most so many frames of a relaxation, by `selection.informative_frames`. None: all.
         later_fraction: the last part of every relaxation goes to a file of its own.
-        later_gap: the part before it that goes to neither file.
+        later_gap: the part beside it that goes to neither file.
+        later_tail: the part behind it (and a gap) that is for training again.
         later_frames: at most so many evenly spread frames of a later part. None: all.
     """
 
@@ -42,6 +43,7 @@ class PreprocessOptions:
     frames: int | None = None
     later_fraction: float = 0.0
     later_gap: float = 0.1
+    later_tail: float = 0.0
     later_frames: int | None = None
 
     def __post_init__(self) -> None:
@@ -51,10 +53,11 @@ class PreprocessOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise DataError(f"{name} is {value}; it must be positive.")
-        if not (
-            self.later_fraction >= 0 and self.later_gap >= 0 and self.later_fraction + self.later_gap < 1
-        ):
-            raise DataError("later_fraction and later_gap must not be negative, and below 1 together.")
+        parts = (self.later_fraction, self.later_gap, self.later_tail)
+        if not (min(parts) >= 0 and sum(parts) < 1):
+            raise DataError(
+                "later_fraction, later_gap and later_tail must not be negative, and below 1 together."
+            )
 
     @property
     def chooses_frames(self) -> bool:
@@ -207,7 +210,9 @@ def _choose(frames: list[RawFrame], options: PreprocessOptions) -> tuple[list[in
     """Indices of the frames for the main file and for the later one."""
     if not frames:
         return [], []
-    earlier, later = split_later_frames(len(frames), options.later_fraction, options.later_gap)
+    earlier, later = split_later_frames(
+        len(frames), options.later_fraction, options.later_gap, options.later_tail
+    )
     if options.frames is not None:
         forces = np.array([frames[index].max_free_force for index in earlier])
         earlier = earlier[informative_frames(forces, options.frames)]

@@ -24,21 +24,29 @@ def hold_out_systems(systems: Iterable[str], count: int, seed: int = 0) -> tuple
     return [name for name in ordered if name not in unseen], sorted(unseen)
 
 
-def split_later_frames(count: int, fraction: float, gap: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """Split the frames 0 … count-1 of a relaxation into (earlier, later) indices.
+def split_later_frames(
+    count: int, fraction: float, gap: float = 0.1, tail: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split the frames 0 … count-1 of a relaxation into (training, later) indices.
 
-    The later block is the last `fraction` of the frames; the `gap` (also a fraction of all frames) before it
-    belongs to neither, because its frames are near copies of the first later ones. At least one frame is
-    kept on either side where there are two or more.
+    The later block is the last `fraction` of the frames, or with `tail` a block that ends this much earlier:
+    the frames behind it are for training too. The `gap` (also a fraction of all frames) beside the block
+    belongs to neither, because its frames are near copies of the block's. At least one frame is kept on
+    either side where there are two or more.
 
     Raises:
         ValueError: the fractions are negative or leave nothing.
     """
-    if not (0.0 <= fraction < 1.0 and gap >= 0.0 and fraction + gap < 1.0):
-        raise ValueError(f"later fraction {fraction} and gap {gap} must be positive and below 1 together")
-    later = min(math.ceil(count * fraction), count - 1)
-    earlier = max(count - later - (round(count * gap) if later else 0), 1)
-    return np.arange(earlier), np.arange(count - later, count)
+    if not (0.0 <= fraction < 1.0 and gap >= 0.0 and tail >= 0.0 and fraction + gap + tail < 1.0):
+        raise ValueError(
+            f"later fraction {fraction}, gap {gap} and tail {tail} must be positive and below 1 together"
+        )
+    end = count - round(count * tail)
+    later = min(math.ceil(count * fraction), end - 1)
+    skipped = round(count * gap) if later else 0
+    before = np.arange(max(end - later - skipped, 1))
+    behind = np.arange(min(end + skipped, count), count)
+    return np.concatenate([before, behind]), np.arange(end - later, end)
 
 
 def spread_frames(count: int, wanted: int) -> np.ndarray:

@@ -41,6 +41,9 @@ def parse() -> argparse.Namespace:
         "--later-gap", type=float, default=0.1, help="part before it that goes to neither file (default 0.1)"
     )
     parser.add_argument(
+        "--later-tail", type=float, default=0.0, help="part behind it that is for training again (default 0)"
+    )
+    parser.add_argument(
         "--later-frames", type=int, help="most frames per system in --later-out, spread evenly"
     )
     return parser.parse_args()
@@ -70,6 +73,7 @@ def main() -> None:
         frames=arguments.frames,
         later_fraction=arguments.later_fraction if arguments.later_out else 0.0,
         later_gap=arguments.later_gap,
+        later_tail=arguments.later_tail,
         later_frames=arguments.later_frames,
     )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -56,8 +56,8 @@ class DemoPlan:
 
     teacher_time: int = 120
     dft_time: int = 180
-    min_force: float = 0.75
-    frames: int = 40
+    min_force: float = 0.5
+    frames: int = 60
     later_frames: int = 8
     unseen_frames: int = 15
     relaxation_steps: int = 60

@@ -108,10 +108,10 @@ def _plain_words(judged: dict[str, Judged], plan: DemoPlan) -> str:
     sentences.append(
         f"Only frames with a force of at least {plan.min_force:g} eV/Å on a free atom are judged, in "
         "training as here: most frames of a relaxation are nearly at rest, where zero is hard to beat. "
-        "Later frames are the last quarter of these in every relaxation, with a gap before them."
+        "Later frames are one block of these in the second half of every relaxation, with gaps beside it."
     )
     sentences.append(
-        "Later frames belong to relaxations whose beginning the model has learned: this should succeed. "
+        "Later frames belong to relaxations the model has learned other frames of: this should succeed. "
         "Systems never seen are the honest hard case: minutes of training on some two hundred surfaces teach "
         "how atoms push and pull on each other, but hardly the absolute energy of another surface. "
         "Models in use are trained on OC20's hundreds of thousands of systems; do not use this one for "

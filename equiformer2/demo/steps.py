@@ -66,8 +66,9 @@ def prepare(raw: Path, folder: Path, plan: DemoPlan) -> DemoData:
     options = PreprocessOptions(
         min_force=plan.min_force,
         frames=plan.frames,
-        later_fraction=0.25,
-        later_gap=0.05,
+        later_fraction=0.2,
+        later_gap=0.04,
+        later_tail=0.25,
         later_frames=plan.later_frames,
     )
     preprocess(
@@ -134,6 +135,7 @@ def relax_with_model(
         result = adsorption_energy(
             start,
             EquiformerV2Calculator(predictor.checkpoint),
+            optimizer="FIRE",
             steps=plan.relaxation_steps,
             folder=target,
             progress=True,

@@ -54,3 +54,9 @@ def test_informative_frames_take_the_range_and_the_largest_forces() -> None:
     assert informative_frames(np.zeros(50), 6).tolist() == informative_frames(np.zeros(50), 6).tolist()
     for wanted in range(1, 12):
         assert len(set(informative_frames(forces, wanted))) == min(wanted, 11)
+
+
+def test_later_block_inside_the_relaxation_leaves_gaps_on_both_sides() -> None:
+    training, later = split_later_frames(100, 0.2, gap=0.04, tail=0.25)
+    assert later.tolist() == list(range(55, 75))
+    assert training.tolist() == [*range(51), *range(79, 100)]
