@@ -55,7 +55,8 @@ class SO2Convolution(nn.Module):
 
     def weights(self) -> list[Tensor]:
         """One matrix per order, see `kernels.convolve_edges`."""
-        return [self.fc_m0.weight, *(conv.fc.weight for conv in self.so2_m_conv)]  # type: ignore[union-attr]
+        orders = (conv.fc for conv in self.so2_m_conv)
+        return [layer.weight for layer in (self.fc_m0, *orders)]  # type: ignore[union-attr,misc]
 
     def convolve(
         self,
