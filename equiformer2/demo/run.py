@@ -49,7 +49,10 @@ def run_demo(root: Path, out: Path, plan: DemoPlan) -> Path:
     predictor = Predictor(checkpoint)
     judged = steps.judge(predictor, data)
     print("\n".join(error_lines(judged)), flush=True)
-    draw_figures(out / "figures", {name.replace(" ", "_"): item.result for name, item in judged.items()})
+    draw_figures(
+        out / "figures",
+        {name.split(" of ")[0].replace(" ", "_"): item.result for name, item in judged.items()},
+    )
     done("evaluation")
     print(
         "4/5 relaxing adsorbates with the trained model, on one slab of the training data and on unseen ones",
