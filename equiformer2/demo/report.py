@@ -108,8 +108,8 @@ def _plain_words(judged: dict[str, Judged], plan: DemoPlan) -> str:
     sentences.append(
         f"Only frames with a force of at least {plan.min_force:g} eV/Å on a free atom are judged, in "
         "training as here: most frames of a relaxation are nearly at rest, where zero is hard to beat. "
-        "Later frames are one block of these in the second half of every relaxation; frames before and behind "
-        "it were trained on, so this is interpolation, easier than going on with a relaxation."
+        "Later frames are one block of these in the second half of every relaxation; frames before and "
+        "behind it were trained on, so this is interpolation, easier than going on with a relaxation."
     )
     sentences.append(
         "Later frames belong to relaxations the model has learned other frames of: this should succeed. "
