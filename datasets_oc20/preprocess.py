@@ -1,12 +1,14 @@
 """Raw OC20 files to LMDB: references, OC20's filters, choice of frames."""
 
-import multiprocessing
+import logging
 import os
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.progress import track
@@ -16,7 +18,10 @@ from datasets_oc20.errors import DataError
 from datasets_oc20.extxyz import RawFrame, read_frames
 from datasets_oc20.raw_release import RawFile, list_raw_files, read_index
 from datasets_oc20.selection import informative_frames, split_later_frames, spread_frames
+from datasets_oc20.workers import in_order
 from datasets_oc20.writer import LmdbWriter
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,16 @@ class PreprocessOptions:
         """Whether frames are chosen by their place in the relaxation."""
         return self.frames is not None or self.later_fraction > 0
 
+    def check_choice(
+        self, source: Path, files: list[RawFile], systems: Collection[str] | None, exclude: Collection[str]
+    ) -> None:
+        """Raise `DataError` when systems or frames are to be chosen from files that mix systems."""
+        chooses = self.chooses_frames or systems is not None or bool(exclude)
+        if chooses and any(file.system is None for file in files):
+            raise DataError(
+                f"{source}: its files mix systems, so systems and frames cannot be chosen from it."
+            )
+
 
 @dataclass
 class PreprocessReport:
@@ -85,7 +100,7 @@ class PreprocessReport:
 
 
 @dataclass
-class _FileResult:
+class FileResult:
     """The packed records of one raw file, with their numbers of atoms."""
 
     report: PreprocessReport
@@ -128,18 +143,16 @@ def preprocess(
         raise DataError(f"{out}: is to hold the later frames too; name another file for them.")
     source = Path(folder)
     files = list_raw_files(source, options.energy_kind == "adsorption", systems, exclude)
-    if any(file.system is None for file in files) and (
-        options.chooses_frames or systems is not None or exclude
-    ):
-        raise DataError(f"{source}: its files mix systems, so systems and frames cannot be chosen from it.")
-    provenance = {"source": source.resolve().name, "options": asdict(options)}
+    options.check_choice(source, files, systems, exclude)
+    described = provenance(source, options)
     report = PreprocessReport()
+    started = time.monotonic()
     with ExitStack() as stack:
-        results = stack.enter_context(_map(partial(_process, options=options), files, num_workers))
-        writer = stack.enter_context(LmdbWriter(out, options.energy_kind, provenance))
+        results = stack.enter_context(in_order(partial(read_raw_file, options=options), files, num_workers))
+        writer = stack.enter_context(LmdbWriter(out, options.energy_kind, described))
         later = None
         if later_out is not None:
-            later = stack.enter_context(LmdbWriter(later_out, options.energy_kind, provenance))
+            later = stack.enter_context(LmdbWriter(later_out, options.energy_kind, described))
         for result in track(results, total=len(files), description=f"Reading {source.name}"):
             report.add(result.report)
             for value, natoms in result.kept:
@@ -147,28 +160,20 @@ def preprocess(
             if later is not None:
                 for value, natoms in result.later:
                     later.write_packed(value, natoms)
+    _LOG.info("%d frames read, %.0f frames/s", report.read, report.read / (time.monotonic() - started))
     return report
 
 
-@contextmanager
-def _map(
-    function: "partial[_FileResult]", files: list[RawFile], num_workers: int | None
-) -> Iterator[Iterable[_FileResult]]:
-    """`function` of every file, in order, by several processes."""
-    workers = min(num_workers or os.cpu_count() or 1, len(files))
-    if workers < 2:
-        yield map(function, files)
-        return
-    # The workers use numpy only; forking spares each of them the import of torch.
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    with multiprocessing.get_context(method).Pool(workers) as pool:
-        yield pool.imap(function, files)
+def provenance(source: Path, options: PreprocessOptions) -> dict[str, Any]:
+    """What the LMDB says of where its records come from."""
+    return {"source": source.resolve().name, "options": asdict(options)}
 
 
-def _process(file: RawFile, options: PreprocessOptions) -> _FileResult:
+def read_raw_file(file: RawFile, options: PreprocessOptions) -> FileResult:
+    """The records of one raw file that `options` keep; raises `DataError` naming file and frame."""
     frames = list(read_frames(file.path))
     labels = _labels(file, len(frames))
-    result = _FileResult(PreprocessReport(files=1, read=len(frames)))
+    result = FileResult(PreprocessReport(files=1, read=len(frames)))
     good: list[tuple[RawFrame, str, int, float]] = []
     for frame, (system, fid, reference) in zip(frames, labels, strict=True):
         energy = frame.energy - (reference if options.energy_kind == "adsorption" else 0.0)

@@ -56,12 +56,17 @@ def list_raw_files(
 ) -> list[RawFile]:
     """The files of `folder` that hold the wanted systems, sorted.
 
+    The archives of the release unpack to a folder in a folder of the same name; either may be given.
+
     Raises:
         DataError: missing folder or frames, a wanted system without a file, a file without its reference.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder.")
-    paths = sorted([*folder.glob("*.extxyz"), *folder.glob("*.extxyz.xz")])
+    inner = [] if _frames_in(folder) else [path for path in folder.iterdir() if _frames_in(path)]
+    if len(inner) == 1:
+        folder = inner[0]
+    paths = _frames_in(folder)
     if not paths:
         raise DataError(f"{folder}: the folder holds no *.extxyz or *.extxyz.xz file.")
     indices = {path: _index_of(path) for path in paths}
@@ -88,6 +93,10 @@ def _trajectories(
         if need and name not in references:
             raise DataError(f"{folder / 'system.txt'}: there is no reference energy for system {name}.")
     return [RawFile(by_system[name], system=name, reference_energy=references.get(name)) for name in wanted]
+
+
+def _frames_in(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.extxyz"), *folder.glob("*.extxyz.xz")])
 
 
 def _stem(path: Path) -> str:

@@ -1,20 +1,26 @@
-"""Write raw OC20 files (*.extxyz[.xz] with their reference energies) to an LMDB for training."""
+"""Write raw OC20 files (*.extxyz[.xz] with their reference energies) to LMDB files for training."""
 
 import argparse
+import logging
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from datasets_oc20.errors import DataError
 from datasets_oc20.preprocess import PreprocessOptions, preprocess
+from datasets_oc20.shards import preprocess_shards
 from equiformer2.files import write_json
-from equiformer2.script import run_script
+from equiformer2.script import run_script, show_log
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, type=Path, help="folder of the raw release")
-    parser.add_argument("--out", required=True, type=Path, help="LMDB file to write")
+    parser.add_argument("--out", required=True, type=Path, help="LMDB file to write, or folder for --shards")
+    parser.add_argument(
+        "--shards", type=int, help="write so many LMDB files, one process each; a stopped run goes on"
+    )
     parser.add_argument("--energy", choices=("adsorption", "total"), default="adsorption")
     parser.add_argument("--num-workers", type=int, help="processes (default: one per core)")
     parser.add_argument(
@@ -76,17 +82,21 @@ def main() -> None:
         later_tail=arguments.later_tail,
         later_frames=arguments.later_frames,
     )
+    show_log()
+    logging.getLogger("datasets_oc20").setLevel(logging.INFO)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    report = preprocess(
-        arguments.data,
-        arguments.out,
-        options,
-        later_out=arguments.later_out,
-        systems=chosen_systems(arguments),
-        exclude=names(arguments.exclude),
-        num_workers=arguments.num_workers,
-    )
-    write_json(arguments.out.with_suffix(".json"), asdict(report))
+    choice: dict[str, Any] = {
+        "options": options,
+        "systems": chosen_systems(arguments),
+        "exclude": names(arguments.exclude),
+        "num_workers": arguments.num_workers,
+    }
+    if arguments.shards is None:
+        report = preprocess(arguments.data, arguments.out, later_out=arguments.later_out, **choice)
+        write_json(arguments.out.with_suffix(".json"), asdict(report))
+    else:
+        report = preprocess_shards(arguments.data, arguments.out, arguments.shards, **choice)
+        write_json(arguments.out / "report.json", asdict(report))
     later = f", {report.written_later} later frames to {arguments.later_out}" if arguments.later_out else ""
     print(f"{report.written} of {report.read} frames of {report.files} files to {arguments.out}{later}")
     print(

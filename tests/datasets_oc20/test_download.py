@@ -3,8 +3,6 @@
 import hashlib
 import json
 import multiprocessing
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from http_server import Server
 from tar_files import GOOD, make_tar
 
 import download_oc20
-from datasets_oc20 import DataError, catalogue
+from datasets_oc20 import DataError, catalogue, locking
 from datasets_oc20.download import Download, Retry, fetch
 from datasets_oc20.partial_file import PartialFile, md5_sum
 
@@ -205,7 +203,8 @@ def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
     assert not server.requests
 
 
-def test_one_download_at_a_time(tmp_path: Path) -> None:
+def test_one_download_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locking, "PATIENCE", 0.0)
     target = tmp_path / "file.tar"
     with Server(CONTENT) as server:
         with (
@@ -247,7 +246,7 @@ def test_a_killed_download_goes_on(tmp_path: Path) -> None:
             if part.exists() and part.stat().st_size:
                 break
             time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
         have = part.stat().st_size
         assert have > 0
