@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from equiformer2.kernels.gpu.degrees import add, add_rotated_back, load_degree, rotate_row
+from equiformer2.kernels.gpu.degrees import add, add_rotated_back, load_degree, rotate_row, zero_degree
 from equiformer2.kernels.gpu.launch import (
     TRITON_DTYPES,
     accumulator,
@@ -184,9 +184,9 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    values, alpha, packed, target = ctx.saved_tensors
+    weighted = ctx.saved_tensors[1] is not None
     grad_values, grad_alpha = _aggregate_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.sizes)
-    return grad_values, None if alpha is None else grad_alpha, None, None, None, None, None, None, None
+    return grad_values, grad_alpha if weighted else None, None, None, None, None, None, None, None
 
 
 _rotate_aggregate.register_autograd(_backward, setup_context=_setup)
@@ -219,9 +219,7 @@ def _aggregate_kernel(  # type: ignore[no-untyped-def]
     first, last = tl.load(starts + atom), tl.load(starts + atom + 1)
     for l in tl.static_range(LMAX + 1):
         if degree == l:
-            columns = ()
-            for k in tl.static_range(2 * l + 1):
-                columns = columns + (tl.full((BLOCK,), 0.0, ACC),)
+            columns = zero_degree(l, BLOCK, ACC)
             for edge in range(first, last):
                 block = packed + edge * packed_stride + block_offset(l, MMAX)
                 for m in tl.static_range(num_orders(l, VALUES_MMAX)):

@@ -1,7 +1,8 @@
 """FLOPs and bytes of each kernel, beside the bytes of the same work in plain torch operations.
 
-Counted, not measured: every tensor that a kernel reads or writes counts once (atom features gathered by several
-edges come from the cache after the first), and only useful FLOPs count, without the padding of tensor-core tiles.
+Counted, not measured: every tensor that a kernel reads or writes counts once (atom features gathered by
+several edges come from the cache after the first), and only useful FLOPs count, without the padding of
+tensor-core tiles.
 The plain version stores and reads back every intermediate, one operation after another, as autograd does.
 """
 
@@ -75,8 +76,8 @@ def gather_rotate(
             plain_bytes=indices + 4 * full + (full + blocks + cut) + (2 * cut + radial),
         )
     pointers = edges * _INDEX_BYTES + 2 * (atoms + 1) * _INDEX_BYTES
-    # The gradients of x and of the radial weights are two kernels; each reads the gradient and the blocks, the
-    # first of them the blocks twice: for the source and for the target.
+    # The gradients of x and of the radial weights are two kernels; each reads the gradient and the blocks,
+    # the first of them the blocks twice: for the source and for the target.
     for_x = 2 * blocks + radial + cut + x + pointers
     for_radial = x + blocks + cut + radial + indices
     return Cost(
@@ -84,7 +85,11 @@ def gather_rotate(
         exponentials=0,
         bytes=for_x + for_radial,
         # multiply: gradient of either factor; rotate back; split; add to the atoms
-        plain_bytes=(2 * cut + radial) + (3 * cut + radial) + (cut + blocks + full) + 2 * full + (full + 2 * x),
+        plain_bytes=(2 * cut + radial)
+        + (3 * cut + radial)
+        + (cut + blocks + full)
+        + 2 * full
+        + (full + 2 * x),
     )
 
 
@@ -173,9 +178,7 @@ def separable_s2_activation(
             flops=product * (rows + out_rows),
             exponentials=exponentials,
             bytes=x + gates + matrices + out,
-            plain_bytes=(x + matrices + out)
-            + 4 * grid
-            + (2 * gates + 2 * out if gated else 0),
+            plain_bytes=(x + matrices + out) + 4 * grid + (2 * gates + 2 * out if gated else 0),
         )
     return Cost(
         flops=product * (2 * rows + out_rows),
@@ -217,6 +220,6 @@ def grid_mlp(
         flops=(sample + linear) + project + 2 * linear + 2 * sample,
         exponentials=exponentials + batch * points * channels,
         bytes=2 * x + out + matrices + 2 * weight,
-        # back: write; SiLU: 3; both products of the linear layer: 2 hidden + 2 wide; SiLU: 3; to the grid: read
+        # back: write; SiLU: 3; the linear layer's two products: 2 of either; SiLU: 3; to the grid: read
         plain_bytes=(x + out + matrices + 2 * weight) + 6 * grid_hidden + 6 * grid,
     )

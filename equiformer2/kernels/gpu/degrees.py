@@ -1,8 +1,10 @@
 """Device functions: one degree of the block-diagonal rotation, in registers.
 
 A Wigner-D block is at most 17 x 17 and mostly much smaller, and differs between edges: too small for a
-tensor core. Its entries are read one by one and broadcast over the channels that a program holds.
+tensor core. Its entries are read one by one and broadcast over the channels that a program holds. The
+coefficients of a degree are a tuple of vectors over these channels.
 """
+# ruff: noqa: RUF005 (Triton adds tuples, but does not unpack them)
 
 from equiformer2.kernels.gpu.launch import tl, triton
 
@@ -20,10 +22,19 @@ def maximum(a, b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def zero_degree(l: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """2l + 1 zero vectors."""
+    columns = ()
+    for _ in tl.static_range(2 * l + 1):
+        columns = columns + (tl.full((BLOCK,), 0.0, ACC),)
+    return columns
+
+
+@triton.jit
 def load_degree(  # type: ignore[no-untyped-def]
     x, channels, mask, l: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr
 ):
-    """The 2l + 1 coefficients of degree l of one atom, a tuple of vectors over the channels."""
+    """The 2l + 1 coefficients of degree l of one atom."""
     columns = ()
     for k in tl.static_range(2 * l + 1):
         columns = columns + (tl.load(x + (l * l + k) * C + channels, mask=mask, other=0.0).to(ACC),)

@@ -25,6 +25,9 @@ block_offset = triton.constexpr_function(tables.block_offset)
 first_row = triton.constexpr_function(tables.first_row)
 radial_row = triton.constexpr_function(tables.radial_row)
 
+# The interpreter multiplies the bit patterns of bfloat16 matrices; there, products are taken in float32.
+INTERPRETED = triton.knobs.runtime.interpret
+
 TRITON_DTYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -82,7 +85,7 @@ def points_per_step(dtype: torch.dtype) -> int:
 
 
 def columns_per_program(*rows: int) -> int:
-    """Columns (edge or atom, channel) of one program: fewer where their coefficients would fill the registers."""
+    """Columns (edge or atom, channel) of one program: fewer where many coefficients fill its registers."""
     return 128 if max(power_of_two(count) for count in rows) <= 64 else 64
 
 

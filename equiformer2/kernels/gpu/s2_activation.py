@@ -1,8 +1,8 @@
 """S2 activation without a stored grid: a loop over tiles of grid points, in the shape of flash attention.
 
-The columns (edge or atom, channel) of the coefficients are the "queries", `to_grid` the "keys", `from_grid` the
-"values" and SiLU stands in place of the softmax: two chained tensor-core products per tile whose middle
-factor stays in registers. Bound by the evaluation of SiLU rather than by memory; the backward pass evaluates
+The columns (edge or atom, channel) of the coefficients are the "queries", `to_grid` the "keys", `from_grid`
+the "values" and SiLU stands in place of the softmax: two chained tensor-core products per tile whose middle
+factor is never stored. Bound by the evaluation of SiLU rather than by memory; the backward pass evaluates
 the grid again.
 """
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from equiformer2.kernels.gpu.launch import (
+    INTERPRETED,
     TRITON_DTYPES,
     accumulator,
     columns_per_program,
@@ -22,7 +23,7 @@ from equiformer2.kernels.gpu.launch import (
     tl,
     triton,
 )
-from equiformer2.kernels.gpu.pointwise import silu, silu_slope
+from equiformer2.kernels.gpu.pointwise import dot, silu, silu_slope
 
 
 def separable_s2_activation(x: Tensor, gates: Tensor | None, to_grid: Tensor, from_grid: Tensor) -> Tensor:
@@ -43,46 +44,48 @@ def separable_s2_activation(x: Tensor, gates: Tensor | None, to_grid: Tensor, fr
         gates = gates.to(x.dtype)
         gates = gates if gates.stride(1) == 1 else gates.contiguous()
     constants = to_grid.to(x.dtype).contiguous(), from_grid.to(x.dtype).contiguous()
-    return _s2_activation(x, gates, *constants, dot_precision(x.dtype))
+    return _s2_activation(x, gates, *constants)
 
 
 @torch.library.custom_op("equiformer2::s2_activation", mutates_args=())
-def _s2_activation(
-    x: Tensor, gates: Tensor | None, to_grid: Tensor, from_grid: Tensor, precision: str
-) -> Tensor:
+def _s2_activation(x: Tensor, gates: Tensor | None, to_grid: Tensor, from_grid: Tensor) -> Tensor:
     fits = to_grid.shape[1] == x.shape[1] and from_grid.shape[1] == to_grid.shape[0]
     expect(fits, "s2_activation: the grid matrices are not [G, R] and [S, G]")
     expect(gates is None or gates.shape == x[:, 0].shape, "s2_activation: gates are not [B, C]")
     out = x.new_empty(x.shape[0], from_grid.shape[0], x.shape[2])
-    _launch(_s2_kernel, x, gates, to_grid, from_grid, precision, (out,))
+    _launch(_s2_kernel, x, gates, to_grid, from_grid, (out,))
     return out
 
 
 @_s2_activation.register_fake
-def _(x, gates, to_grid, from_grid, precision):  # type: ignore[no-untyped-def]
+def _(x, gates, to_grid, from_grid):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], from_grid.shape[0], x.shape[2])
 
 
 @torch.library.custom_op("equiformer2::s2_activation_backward", mutates_args=())
 def _s2_backward(
-    grad: Tensor, x: Tensor, gates: Tensor | None, to_grid: Tensor, from_grid: Tensor, precision: str
+    grad: Tensor, x: Tensor, gates: Tensor | None, to_grid: Tensor, from_grid: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the coefficients and of the gates (empty where there are none)."""
     grad_x = x.new_empty(x.shape)
     grad_gates = x.new_empty((0,) if gates is None else gates.shape)
-    _launch(_s2_backward_kernel, x, gates, to_grid, from_grid, precision, (grad, grad_x, grad_gates))
+    _launch(_s2_backward_kernel, x, gates, to_grid, from_grid, (grad, grad_x, grad_gates))
     return grad_x, grad_gates
 
 
 @_s2_backward.register_fake
-def _(grad, x, gates, to_grid, from_grid, precision):  # type: ignore[no-untyped-def]
+def _(grad, x, gates, to_grid, from_grid):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), x.new_empty((0,) if gates is None else gates.shape)
 
 
-def _launch(kernel, x, gates, to_grid, from_grid, precision, outputs):  # type: ignore[no-untyped-def]
+def _launch(kernel, x, gates, to_grid, from_grid, outputs):  # type: ignore[no-untyped-def]
     batch, rows, channels = x.shape
     columns = batch * channels
-    block, points, out_rows = columns_per_program(rows, len(from_grid)), points_per_step(x.dtype), len(from_grid)
+    block, points, out_rows = (
+        columns_per_program(rows, len(from_grid)),
+        points_per_step(x.dtype),
+        len(from_grid),
+    )
     block_rows, block_out_rows = power_of_two(rows), power_of_two(out_rows)
     # Padded grid points have zeros in `from_grid`.
     to_grid, from_grid = padded(to_grid, points, block_rows), padded(from_grid, block_out_rows, points)
@@ -107,21 +110,21 @@ def _launch(kernel, x, gates, to_grid, from_grid, precision, outputs):  # type: 
         BLOCK_OUT_ROWS=block_out_rows,
         BLOCK_POINTS=points,
         ACC=TRITON_DTYPES[accumulator(x)],
-        PRECISION=precision,
+        PRECISION=dot_precision(x.dtype),
+        WIDEN=INTERPRETED,
         num_warps=4,
         num_stages=2,
     )
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.precision = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     gated = ctx.saved_tensors[1] is not None
-    grad_x, grad_gates = _s2_backward(grad.contiguous(), *ctx.saved_tensors, ctx.precision)
-    return grad_x, grad_gates if gated else None, None, None, None
+    grad_x, grad_gates = _s2_backward(grad.contiguous(), *ctx.saved_tensors)
+    return grad_x, grad_gates if gated else None, None, None
 
 
 _s2_activation.register_autograd(_backward, setup_context=_setup)
@@ -148,6 +151,7 @@ def _s2_kernel(  # type: ignore[no-untyped-def]
     BLOCK_POINTS: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = column < num_columns
@@ -163,9 +167,9 @@ def _s2_kernel(  # type: ignore[no-untyped-def]
         point = start + tl.arange(0, BLOCK_POINTS)
         to_tile = tl.load(to_grid + point[:, None] * BLOCK_ROWS + row[None, :])
         from_tile = tl.load(from_grid + out_row[:, None] * POINTS + point[None, :])
-        grid = tl.dot(coefficients, tl.trans(to_tile), input_precision=PRECISION, out_dtype=ACC)
+        grid = dot(coefficients, tl.trans(to_tile), None, ACC, PRECISION, WIDEN)
         activated = silu(grid).to(coefficients.dtype)
-        total = tl.dot(activated, tl.trans(from_tile), total, input_precision=PRECISION, out_dtype=ACC)
+        total = dot(activated, tl.trans(from_tile), total, ACC, PRECISION, WIDEN)
     if GATED:
         gate = tl.load(gates + batch * gates_stride + channel, mask=valid, other=0.0).to(ACC)
         total = tl.where((out_row == 0)[None, :], silu(gate)[:, None], total)
@@ -199,6 +203,7 @@ def _s2_backward_kernel(  # type: ignore[no-untyped-def]
     BLOCK_POINTS: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = column < num_columns
@@ -220,10 +225,10 @@ def _s2_backward_kernel(  # type: ignore[no-untyped-def]
         point = start + tl.arange(0, BLOCK_POINTS)
         to_tile = tl.load(to_grid + point[:, None] * BLOCK_ROWS + row[None, :])
         from_tile = tl.load(from_grid + out_row[:, None] * POINTS + point[None, :])
-        grid = tl.dot(coefficients, tl.trans(to_tile), input_precision=PRECISION, out_dtype=ACC)
-        grad_grid = tl.dot(grad_rows, from_tile, input_precision=PRECISION, out_dtype=ACC)
+        grid = dot(coefficients, tl.trans(to_tile), None, ACC, PRECISION, WIDEN)
+        grad_grid = dot(grad_rows, from_tile, None, ACC, PRECISION, WIDEN)
         grad_grid = (grad_grid * silu_slope(grid)).to(coefficients.dtype)
-        total = tl.dot(grad_grid, to_tile, total, input_precision=PRECISION, out_dtype=ACC)
+        total = dot(grad_grid, to_tile, total, ACC, PRECISION, WIDEN)
     tl.store(
         grad_x + (batch * (ROWS * C) + channel)[:, None] + (row * C)[None, :],
         total,

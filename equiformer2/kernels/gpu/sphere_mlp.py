@@ -1,11 +1,10 @@
 """Feed-forward network on the sphere with the grid of a few atoms at a time.
 
-Work per atom is dominated by matrix products, of which the one through the D x C weight is a plain large GEMM.
-Fusing it too would put the whole width of the hidden layer into one program's registers, which fits only up to
-128 channels, and would leave the gradient of the weight to a sum over programs. So cuBLAS does that GEMM
-on the grid of a chunk of atoms that fits in the L2 cache, and two kernels do the rest: coefficients to grid
-points, SiLU included, and back. The gradient of the weight is one GEMM per chunk, added in sequence:
-deterministic.
+The work is matrix products, of which the one through the D x C weight is a plain large GEMM. Fusing it too
+would put the whole width of the hidden layer into one program's registers, which fits only up to 128
+channels, and would leave the gradient of the weight to a sum over programs. So cuBLAS does that GEMM on the
+grid of a chunk of atoms that fits in the L2 cache, and two kernels do the rest: coefficients to grid points,
+SiLU included, and back. The gradient of the weight is one GEMM per chunk, added in sequence: deterministic.
 """
 
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from equiformer2.kernels.gpu.launch import (
+    INTERPRETED,
     TRITON_DTYPES,
     accumulator,
     columns_per_program,
@@ -26,7 +26,7 @@ from equiformer2.kernels.gpu.launch import (
     tl,
     triton,
 )
-from equiformer2.kernels.gpu.pointwise import silu, silu_slope
+from equiformer2.kernels.gpu.pointwise import dot, silu, silu_slope
 
 # Bytes of the grids of one chunk: two of them leave half of an A100's or H100's L2 cache to the rest.
 _CHUNK_BYTES = 24 * 2**20
@@ -49,7 +49,7 @@ def grid_mlp(x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor) -> T
         `[B, K, D]` in the data type of `x`.
     """
     constants = to_grid.to(x.dtype).contiguous(), from_grid.to(x.dtype).contiguous()
-    return _grid_mlp(x.contiguous(), *constants, weight.to(x.dtype).contiguous(), dot_precision(x.dtype))
+    return _grid_mlp(x.contiguous(), *constants, weight.to(x.dtype).contiguous())
 
 
 def _chunks(batch: int, to_grid: Tensor, weight: Tensor) -> Iterator[slice]:
@@ -59,7 +59,7 @@ def _chunks(batch: int, to_grid: Tensor, weight: Tensor) -> Iterator[slice]:
 
 
 @torch.library.custom_op("equiformer2::grid_mlp", mutates_args=())
-def _grid_mlp(x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor, precision: str) -> Tensor:
+def _grid_mlp(x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor) -> Tensor:
     fits = to_grid.shape[1] == x.shape[1] and from_grid.shape[1] == to_grid.shape[0]
     expect(fits, "grid_mlp: the grid matrices are not [G, K] and [K, G]")
     expect(weight.shape[1] == x.shape[2], f"grid_mlp: weight is not [D, {x.shape[2]}]")
@@ -67,20 +67,20 @@ def _grid_mlp(x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor, pre
     sample, project = _padded_points(to_grid), _padded_rows(from_grid)
     with torch.autocast(x.device.type, enabled=False):
         for part in _chunks(len(x), to_grid, weight):
-            activated = _sample(x[part], sample, len(to_grid), None, precision)
+            activated = _sample(x[part], sample, len(to_grid), None)
             hidden = activated @ weight.t()
-            _project(hidden, None, project, project, out[part], precision)
+            _project(hidden, None, project, project, out[part])
     return out
 
 
 @_grid_mlp.register_fake
-def _(x, to_grid, from_grid, weight, precision):  # type: ignore[no-untyped-def]
+def _(x, to_grid, from_grid, weight):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], from_grid.shape[0], weight.shape[0])
 
 
 @torch.library.custom_op("equiformer2::grid_mlp_backward", mutates_args=())
 def _grid_mlp_backward(
-    grad: Tensor, x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor, precision: str
+    grad: Tensor, x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     grad_x = torch.empty_like(x)
     grad_weight = torch.zeros_like(weight, dtype=accumulator(weight))
@@ -89,28 +89,27 @@ def _grid_mlp_backward(
     project_grad = _padded_rows(to_grid.t())
     with torch.autocast(x.device.type, enabled=False):
         for part in _chunks(len(x), to_grid, weight):
-            activated = _sample(x[part], sample, points, None, precision)
+            activated = _sample(x[part], sample, points, None)
             hidden = activated @ weight.t()
-            grad_hidden = _sample(grad[part], sample_grad, points, hidden, precision)
+            grad_hidden = _sample(grad[part], sample_grad, points, hidden)
             grad_weight += grad_hidden.flatten(0, 1).t() @ activated.flatten(0, 1)
             grad_activated = grad_hidden @ weight
-            _project(grad_activated, x[part], sample, project_grad, grad_x[part], precision)
+            _project(grad_activated, x[part], sample, project_grad, grad_x[part])
     return grad_x, grad_weight.to(weight.dtype)
 
 
 @_grid_mlp_backward.register_fake
-def _(grad, x, to_grid, from_grid, weight, precision):  # type: ignore[no-untyped-def]
+def _(grad, x, to_grid, from_grid, weight):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), torch.empty_like(weight)
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.precision = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    grad_x, grad_weight = _grid_mlp_backward(grad.contiguous(), *ctx.saved_tensors, ctx.precision)
-    return grad_x, None, None, grad_weight, None
+    grad_x, grad_weight = _grid_mlp_backward(grad.contiguous(), *ctx.saved_tensors)
+    return grad_x, None, None, grad_weight
 
 
 _grid_mlp.register_autograd(_backward, setup_context=_setup)
@@ -126,7 +125,7 @@ def _padded_rows(matrix: Tensor) -> Tensor:
     return padded(matrix, power_of_two(matrix.shape[0]), _POINTS)
 
 
-def _sample(x: Tensor, matrix: Tensor, points: int, other: Tensor | None, precision: str) -> Tensor:
+def _sample(x: Tensor, matrix: Tensor, points: int, other: Tensor | None) -> Tensor:
     """`matrix [G, K]` on `x [B, K, C]`, then SiLU, or times the slope of SiLU at `other [B, G, C]`."""
     batch, rows, channels = x.shape
     out = x.new_empty(batch, points, channels)
@@ -147,16 +146,15 @@ def _sample(x: Tensor, matrix: Tensor, points: int, other: Tensor | None, precis
         BLOCK_ROWS=matrix.shape[1],
         BLOCK_POINTS=_POINTS,
         ACC=TRITON_DTYPES[accumulator(x)],
-        PRECISION=precision,
+        PRECISION=dot_precision(x.dtype),
+        WIDEN=INTERPRETED,
         num_warps=4,
         num_stages=1,
     )
     return out
 
 
-def _project(
-    grid: Tensor, x: Tensor | None, to_grid: Tensor, matrix: Tensor, out: Tensor, precision: str
-) -> None:
+def _project(grid: Tensor, x: Tensor | None, to_grid: Tensor, matrix: Tensor, out: Tensor) -> None:
     """`matrix [S, G]` on SiLU of `grid [B, G, C]`, or on `grid` times the slope of SiLU at `to_grid @ x`.
 
     Written to `out [B, S, C]`.
@@ -184,7 +182,8 @@ def _project(
         BLOCK_OUT_ROWS=len(matrix),
         BLOCK_POINTS=points_per_step(grid.dtype),
         ACC=TRITON_DTYPES[accumulator(grid)],
-        PRECISION=precision,
+        PRECISION=dot_precision(grid.dtype),
+        WIDEN=INTERPRETED,
         num_warps=4 if grid.dtype.itemsize == 2 else 8,
         num_stages=2,
     )
@@ -206,6 +205,7 @@ def _sample_kernel(  # type: ignore[no-untyped-def]
     BLOCK_POINTS: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = column < num_columns
@@ -219,7 +219,7 @@ def _sample_kernel(  # type: ignore[no-untyped-def]
     )
     tile = tl.load(matrix + point[:, None] * BLOCK_ROWS + row[None, :])
     # Points by columns: the result is written along the channels, where it is contiguous.
-    grid = tl.dot(tile, coefficients, input_precision=PRECISION, out_dtype=ACC)
+    grid = dot(tile, coefficients, None, ACC, PRECISION, WIDEN)
     offsets = (batch * (POINTS * C) + channel)[None, :] + (point * C)[:, None]
     mask = valid[None, :] & (point < POINTS)[:, None]
     if MODE == 0:
@@ -249,6 +249,7 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     BLOCK_POINTS: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = column < num_columns
@@ -273,9 +274,9 @@ def _project_kernel(  # type: ignore[no-untyped-def]
             factor = silu(values.to(ACC))
         else:
             to_tile = tl.load(to_grid + point[:, None] * BLOCK_ROWS + row[None, :])
-            sampled = tl.dot(to_tile, coefficients, input_precision=PRECISION, out_dtype=ACC)
+            sampled = dot(to_tile, coefficients, None, ACC, PRECISION, WIDEN)
             factor = values.to(ACC) * silu_slope(sampled)
-        total = tl.dot(tile, factor.to(values.dtype), total, input_precision=PRECISION, out_dtype=ACC)
+        total = dot(tile, factor.to(values.dtype), total, ACC, PRECISION, WIDEN)
     tl.store(
         out + (batch * (OUT_ROWS * C) + channel)[None, :] + (out_row * C)[:, None],
         total,

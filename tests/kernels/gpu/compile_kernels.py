@@ -1,7 +1,7 @@
 """Compile, for a GPU that need not be there, every kernel that a call would launch.
 
-The operations run on CPU tensors with a launcher that compiles (Triton's compiler and NVIDIA's assembler) instead
-of launching, so what is compiled is what a GPU would run: same tile sizes, same constants. Used by
+The operations run on CPU tensors with a launcher that compiles (Triton's compiler and NVIDIA's assembler)
+instead of launching, so what is compiled is what a GPU would run: same tile sizes, same constants. Used by
 `test_gpu_compilation.py` in a process of its own, because Triton is either interpreting or compiling.
 """
 

@@ -25,7 +25,7 @@ def calls(
     mmax: int,
     channels: int,
     heads: int = 2,
-    edges: int = 7,
+    edges: int = 5,
     atoms: int = 4,
 ) -> dict[str, Call]:
     """Functions and arguments by name; tensors that can have a gradient ask for one."""
@@ -75,7 +75,9 @@ def gradients_of(call: Call) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad((out.float() ** 2).sum(), leaves)]
 
 
-def operator(function: Callable[..., Tensor], arguments: tuple[object, ...]) -> tuple[OpOverload, tuple[object, ...]]:
+def operator(
+    function: Callable[..., Tensor], arguments: tuple[object, ...]
+) -> tuple[OpOverload, tuple[object, ...]]:
     """The registered operator behind a public function, and what it is given."""
     seen: list[tuple[OpOverload, tuple[object, ...]]] = []
 
