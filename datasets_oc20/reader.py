@@ -1,4 +1,4 @@
-"""`OC20Lmdb`: OC20's LMDB files and ours, one file or a folder of shards, as a torch dataset."""
+"""`OC20Lmdb`: OC20's LMDB files, ours and ASE-LMDB, one file or a folder of shards, as a torch dataset."""
 
 import bisect
 import os
@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 from torch_geometric.data import Data
 
 from datasets_oc20 import foreign, records
+from datasets_oc20.ase_lmdb import open_shard
 from datasets_oc20.errors import DataError
-from datasets_oc20.lmdb_file import LmdbFile, open_lmdb
+from datasets_oc20.lmdb_file import LmdbFile
 from datasets_oc20.natoms_index import natoms_of_shard
 from datasets_oc20.writer import FORMAT_VERSION, SPECIAL_KEYS
 
@@ -22,11 +23,11 @@ AnyPath = str | os.PathLike[str]
 
 
 class OC20Lmdb(Dataset[Data]):
-    """The structures of an LMDB file, or of all `*.lmdb` files of a folder in the order of their names.
+    """The structures of an LMDB file, or of all LMDB files of a folder in the order of their names.
 
-    Reads S2EF and IS2RE files of OC20 (written with PyG 1 or 2, with or without the key `length`) and
-    the files of `LmdbWriter`. Files are mapped read-only when first read, once per process, so the
-    dataset can be sent to forked and spawned workers; keys are computed, never listed.
+    Reads S2EF and IS2RE files of OC20 (written with PyG 1 or 2, with or without the key `length`), the
+    files of `LmdbWriter`, and ASE-LMDB files (`*.aselmdb`). Files are mapped read-only when first read, once
+    per process, so the dataset can be sent to forked and spawned workers; keys are computed, never listed.
 
     Args:
         path: an LMDB file or a folder of shards, or a list of them to read one after the other.
@@ -46,7 +47,7 @@ class OC20Lmdb(Dataset[Data]):
             raise DataError("no dataset is named; give an LMDB file or a folder of them.")
         lengths, kinds = [], set()
         for shard in self.shards:
-            file = open_lmdb(shard)
+            file = open_shard(shard)
             metadata = _read_metadata(file)
             kinds.add(records.check_energy_kind(metadata.get("energy_kind")))
             lengths.append(_read_length(file))
@@ -107,7 +108,7 @@ class OC20Lmdb(Dataset[Data]):
         if self._pid != os.getpid():  # forked: the maps of the parent are closed in the child
             self._files, self._pid = {}, os.getpid()
         if shard not in self._files:
-            self._files[shard] = open_lmdb(self.shards[shard])
+            self._files[shard] = open_shard(self.shards[shard])
         return self._files[shard]
 
     def _resolve_kind(self, declared: set[str | None], given: str | None) -> str | None:
@@ -122,10 +123,12 @@ class OC20Lmdb(Dataset[Data]):
 
 def _find_shards(path: Path) -> list[Path]:
     if path.is_dir():
-        shards = sorted(path.glob("*.lmdb"))
-        if not shards:
+        ours, ase = sorted(path.glob("*.lmdb")), sorted(path.glob("*.aselmdb"))
+        if ours and ase:
+            raise DataError(f"{path}: holds *.lmdb and *.aselmdb files, perhaps of the same data; name them.")
+        if not ours and not ase:
             raise DataError(f"{path}: the folder holds no *.lmdb file.")
-        return shards
+        return ours or ase
     return [path]
 
 

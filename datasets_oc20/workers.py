@@ -55,7 +55,7 @@ def _workers(jobs: Sequence[_Job], num_workers: int | None) -> int:
 
 @contextmanager
 def _pool(jobs: Sequence[_Job], num_workers: int | None) -> Iterator[ProcessPoolExecutor]:
-    # The workers use numpy only; forking spares each of them the import of torch.
+    # The workers use numpy, and torch for single records; forking spares each of them the import of torch.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     pool = ProcessPoolExecutor(
         _workers(jobs, num_workers),

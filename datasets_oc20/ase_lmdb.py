@@ -1,0 +1,136 @@
+"""ASE-LMDB files: the LMDB backend of the ASE database (`ase-db-backends`), which fairchem-core 2 trains on.
+
+A file holds rows `1`, `2`, … (compressed JSON of an `ase.db` row), `nextid`, `deleted_ids` and `metadata`.
+This module shows such a file under the keys of ours, so that what reads OC20's and our files reads it as
+well. That needs no further package; writing (ase_lmdb_writer.py) needs `ase-db-backends`.
+
+    row                                       data object
+    numbers, positions, cell, pbc, tags       the same; without pbc not periodic
+    constraints: FixAtoms                     fixed; without constraints no atom is fixed
+    energy, forces                            the same; forces as stored, those on fixed atoms too
+    data: sid, fid, y_init, y_relaxed, …      the same
+    metadata: energy_kind, provenance         of the dataset
+"""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from datasets_oc20 import records
+from datasets_oc20.errors import DataError
+from datasets_oc20.lmdb_file import LmdbFile, open_lmdb
+
+EXTRA_FIELDS = ("y_init", "y_relaxed", "pos_relaxed")
+
+
+class AseLmdbFile(LmdbFile):
+    """An ASE-LMDB file under the keys of ours (writer.py): `0` … `n-1`, `length`, `metadata`."""
+
+    def __init__(self, file: LmdbFile) -> None:
+        self.path, self.environment = file.path, file.environment
+        self._file = file
+        next_id, deleted = self._json(b"nextid"), self._json(b"deleted_ids") or []
+        if not isinstance(next_id, int) or not isinstance(deleted, list):
+            raise DataError(
+                f"{self.path}: the ids of the ASE database are not readable; write the file again."
+            )
+        # Row i has the id i + 1 + the number of deleted ids below.
+        gone = np.unique(np.asarray(deleted, dtype=np.int64))
+        self._deleted_below = gone - np.arange(len(gone)) - 1
+        self.length = next_id - 1 - len(gone)
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value of one of our keys; a row comes as a packed record."""
+        if key == b"length":
+            return str(self.length).encode("ascii")
+        if key == b"metadata":
+            stored = self._json(key)
+            # Of files that were not written here nobody says which kind their energies are.
+            return orjson.dumps(stored) if isinstance(stored, dict) and "format_version" in stored else None
+        if not key.isdigit() or int(key) >= self.length:
+            return None
+        row_id = int(key) + 1 + int(np.searchsorted(self._deleted_below, int(key), side="right"))
+        row = self._json(str(row_id).encode("ascii"))
+        where = f"{self.path}, row {row_id}"
+        return None if row is None else records.pack(_fields(row, where), where)
+
+    def entries(self) -> int:
+        """Number of our keys."""
+        return self.length + sum(self.get(key) is not None for key in (b"length", b"metadata"))
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._file.close()
+
+    def _json(self, key: bytes) -> Any:
+        value = self._file.get(key)
+        if value is None:
+            return None
+        try:
+            text = zlib.decompress(value)
+            try:
+                return orjson.loads(text)
+            except orjson.JSONDecodeError:  # NaN, which ASE writes and JSON has not
+                return json.loads(text)
+        except (zlib.error, ValueError) as error:
+            raise DataError(
+                f"{self.path}, key {key.decode()}: not of an ASE database ({error}); write the file again."
+            ) from error
+
+
+def open_shard(path: Path) -> LmdbFile:
+    """The open file for `path`, be it OC20's, ours or an ASE-LMDB."""
+    file = open_lmdb(path)
+    return file if file.get(b"nextid") is None else AseLmdbFile(file)
+
+
+def _fields(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of the data object from an `ase.db` row."""
+    try:
+        plain = {name: _plain(value) for name, value in row.items()}
+        data = {name: _plain(value) for name, value in (row.get("data") or {}).items()}
+        numbers = plain["numbers"]
+        constraints = row.get("constraints") or []
+        if isinstance(constraints, str):  # as ASE's SQL backends keep them
+            constraints = orjson.loads(constraints)
+        names = {**plain.get("key_value_pairs", {}), **data}
+        fields = {
+            "pos": plain["positions"],
+            "atomic_numbers": numbers,
+            "cell": plain.get("cell", np.zeros((3, 3))),
+            "pbc": plain.get("pbc", np.zeros(3, dtype=bool)),
+            "tags": plain.get("tags"),
+            "fixed": _fixed(constraints, len(numbers), where),
+            "energy": plain.get("energy"),
+            "forces": plain.get("forces"),
+            "sid": str(names.get("sid", "")),
+            "fid": int(str(names.get("fid", 0)).removeprefix("frame")),
+        }
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{where}: not a row of an ASE database ({error}); write the file again.") from error
+    fields |= {name: data[name] for name in EXTRA_FIELDS if name in data}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _fixed(constraints: list[dict[str, Any]], natoms: int, where: str) -> np.ndarray:
+    fixed = np.zeros(natoms, dtype=bool)
+    for constraint in constraints:
+        name = constraint.get("name")
+        if name != "FixAtoms":
+            raise DataError(
+                f"{where}: the constraint {name} does not say which atoms are fixed; use FixAtoms."
+            )
+        fixed[np.asarray(_plain(constraint["kwargs"]["indices"]), dtype=np.int64)] = True
+    return fixed
+
+
+def _plain(value: Any) -> Any:
+    """Arrays for lists and for `{"__ndarray__": [shape, dtype, numbers]}`, as ASE writes them."""
+    if isinstance(value, dict) and "__ndarray__" in value:
+        shape, dtype, flat = value["__ndarray__"]
+        return np.array(flat, dtype=dtype).reshape(shape)
+    return np.array(value) if isinstance(value, list) else value

@@ -1,0 +1,102 @@
+"""OC20's LMDB files and ours to ASE-LMDB and back: the same data objects in another file."""
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from datasets_oc20.ase_lmdb import open_shard
+from datasets_oc20.ase_lmdb_writer import AseLmdbWriter
+from datasets_oc20.errors import DataError
+from datasets_oc20.reader import OC20Lmdb
+from datasets_oc20.workers import as_they_finish
+from datasets_oc20.writer import LmdbWriter
+
+_LOG = logging.getLogger(__name__)
+WRITERS: dict[str, type[AseLmdbWriter] | type[LmdbWriter]] = {"ase": AseLmdbWriter, "oc20": LmdbWriter}
+SUFFIXES = {"ase": ".aselmdb", "oc20": ".lmdb"}
+
+
+@dataclass(frozen=True)
+class _Job:
+    source: Path
+    target: Path
+    to: str
+    energy_kind: str | None
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    to: str,
+    energy_kind: str | None = None,
+    num_workers: int | None = None,
+) -> int:
+    """Write the records of `source` in the other format, without loss; returns their number.
+
+    All that the data object holds is kept bit by bit: positions, cell, targets, tags, fixed atoms, ids, kind
+    of energy. What OC20's own files hold beyond it (edges) is dropped, as in reading.
+
+    Args:
+        source: an LMDB or ASE-LMDB file, or a folder of them.
+        out: the file to write, or a folder when `source` is one: every shard keeps its name but for the
+            suffix. Files that are there with as many records are kept, so a stopped run goes on.
+        to: "ase" or "oc20".
+        energy_kind: "adsorption" or "total", where the source does not declare it.
+        num_workers: processes, one shard each; None takes one per core.
+
+    Raises:
+        DataError: `source` is wrong, its kind of energy not known, or `out` is there and something else.
+        OSError: the disk is full.
+    """
+    if to not in WRITERS:
+        raise DataError(f"the format is {to!r}; it must be one of {', '.join(WRITERS)}.")
+    dataset = OC20Lmdb(source, energy_kind)
+    if dataset.energy_kind is None and "energy" in dataset[0]:
+        raise DataError(f"{source}: does not say which energies it holds; declare adsorption or total.")
+    target = Path(out)
+    if Path(source).is_dir():
+        if target.resolve() == Path(source).resolve():
+            raise DataError(f"{target}: is the source; name another folder for the result.")
+        target.mkdir(parents=True, exist_ok=True)
+        targets = [target / (shard.stem + SUFFIXES[to]) for shard in dataset.shards]
+    else:
+        targets = [target]
+        if target.resolve() == Path(source).resolve():
+            raise DataError(f"{target}: is the source; name another file for the result.")
+    jobs = [_Job(shard, path, to, energy_kind) for shard, path in zip(dataset.shards, targets, strict=True)]
+    return _run(jobs, num_workers)
+
+
+def _run(jobs: Sequence[_Job], num_workers: int | None) -> int:
+    total, started = 0, time.monotonic()
+    with as_they_finish(_convert_file, jobs, num_workers) as results:
+        for count, (name, records, written) in enumerate(results, start=1):
+            total += records
+            rate = total / (time.monotonic() - started)
+            what = f"{records} records, {rate:.0f} records/s" if written else "is there already"
+            _LOG.info("%s: %s (%d of %d files)", name, what, count, len(jobs))
+    return total
+
+
+def _convert_file(job: _Job) -> tuple[str, int, bool]:
+    """In a worker: the name of the file, its number of records, whether it was written now."""
+    dataset = OC20Lmdb(job.source, job.energy_kind)
+    if job.target.exists():
+        there = len(OC20Lmdb(job.target, job.energy_kind))
+        if there != len(dataset):
+            raise DataError(
+                f"{job.target}: is there already with {there} records instead of {len(dataset)}; move it "
+                "away."
+            )
+        return job.target.name, there, False
+    metadata = orjson.loads(open_shard(job.source).get(b"metadata") or b"{}")
+    provenance = metadata.get("provenance", {"source": job.source.name})
+    with WRITERS[job.to](job.target, dataset.energy_kind, provenance) as writer:
+        for index in range(len(dataset)):
+            writer.write(dataset[index])
+    return job.target.name, len(dataset), True

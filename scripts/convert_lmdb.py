@@ -1,0 +1,35 @@
+"""Convert LMDB files (OC20's or ours) to ASE-LMDB, or ASE-LMDB files to ours, without loss."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from datasets_oc20.convert import WRITERS, convert
+from equiformer2.script import run_script, show_log
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, type=Path, help="file, or folder of shards")
+    parser.add_argument("--out", required=True, type=Path, help="file, or folder when --data is one")
+    parser.add_argument("--to", required=True, choices=sorted(WRITERS))
+    parser.add_argument(
+        "--energy-kind", choices=("adsorption", "total"), help="for data that does not declare it"
+    )
+    parser.add_argument("--num-workers", type=int, help="processes, one shard each (default: one per core)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    show_log()
+    logging.getLogger("datasets_oc20").setLevel(logging.INFO)
+    if not arguments.data.is_dir():
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    count = convert(arguments.data, arguments.out, arguments.to, arguments.energy_kind, arguments.num_workers)
+    print(f"{count} records in {arguments.out}")
+
+
+if __name__ == "__main__":
+    run_script(main)
