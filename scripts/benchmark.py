@@ -1,61 +1,87 @@
-"""Time and weigh equiformer2 against fairchem-core's EquiformerV2 on this machine's CPU.
+"""Time and weigh equiformer2 against fairchem-core's EquiformerV2 on this machine.
 
     make benchmark                               # builds the reference's environment first
     make benchmark BENCHMARK_ARGS="--quick"      # one call each, as a check that it runs
 
 Same parameters, same structures, same allocator setting, same number of threads; the answers are compared
-before anything is timed. Writes benchmark_cpu.json, .md and .png into the output folder.
+before anything is timed. Writes benchmark_cpu.json, .md and .png into the output folder (benchmark_cuda.*
+with --device cuda); parts and sizes measured one after the other are merged there. docs/benchmark.md
+explains the parts.
 """
 
 import argparse
 import io
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.measure import Benchmark, Settings
-from bench.report import describe_machine, figure, markdown
+from bench.figures import atoms_figure, figure
+from bench.machine import describe_machine
+from bench.measure import Benchmark
+from bench.numerics import PRECISIONS
+from bench.report import markdown
 from bench.session import ALLOCATORS, BenchmarkError
+from bench.settings import BACKENDS, DEVICES, PARTS, PARTS_WITHOUT_REFERENCE, Settings
 from bench.sizes import SIZES
+from bench.store import Store
 from bench.structures import BATCHES
 from equiformer2.errors import InputError
-from equiformer2.files import write_bytes, write_json
+from equiformer2.files import write_bytes
 from equiformer2.script import run_script
 
+# What `--precisions` is without being told: bf16 on a CPU is asked for, since few processors have it.
+DEFAULT_PRECISIONS = {"cpu": "float32", "cuda": "float32,tf32,bf16"}
 
-def parse_arguments() -> argparse.Namespace:
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--reference-python",
         default=".bench-venv/bin/python",
-        help="Python of an environment with fairchem-core 1.10.0 (default: %(default)s)",
+        help="Python of an environment with fairchem-core 1.10.0 (default: %(default)s); the parts "
+        f"{', '.join(PARTS_WITHOUT_REFERENCE)} run without one",
     )
-    parser.add_argument("--sizes", default="31M,83M", help=f"of {', '.join(SIZES)} (default: %(default)s)")
-    parser.add_argument(
-        "--batches", default="B1,B4", help="of B1 (73 atoms), B4 (300 atoms) (default: %(default)s)"
+    add("--parts", default="memory,timings", help=f"of {', '.join(PARTS)} (default: %(default)s)")
+    add("--sizes", default="31M,83M", help=f"of {', '.join(SIZES)} (default: %(default)s)")
+    add("--batches", default="B1,B4", help=f"of {', '.join(BATCHES)} (default: %(default)s)")
+    add("--allocators", default="default", help=f"of {', '.join(ALLOCATORS)} (default: %(default)s)")
+    add("--device", default="cpu", choices=DEVICES, help="default: %(default)s")
+    add(
+        "--precisions",
+        help=f"of {', '.join(PRECISIONS)} (default: float32; with --device cuda all three)",
     )
-    parser.add_argument(
-        "--allocators", default="default", help=f"of {', '.join(ALLOCATORS)} (default: %(default)s)"
+    add("--backends", default="torch", help=f"of {', '.join(BACKENDS)} (default: %(default)s)")
+    add("--repeats", type=int, default=5, help="timed calls of each (default: %(default)s)")
+    add("--threads", type=int, default=2, help="default: %(default)s")
+    add(
+        "--atoms",
+        default="16,75,150,300,600,1200,2500,5000,10000",
+        help="part atoms: about how many atoms (default: %(default)s)",
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
-    parser.add_argument(
-        "--output", type=Path, help="folder (default: docs/results; with --quick: runs/benchmark)"
+    add(
+        "--max-seconds",
+        type=float,
+        default=120.0,
+        help="part atoms: no larger structure once a call would take longer (default: %(default)s)",
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="one call each of the 31M network on one structure"
-    )
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.sizes, arguments.batches, arguments.repeats = "31M", "B1", 1
-    if arguments.output is None:
-        arguments.output = Path("runs/benchmark" if arguments.quick else "docs/results")
-    return arguments
+    add("--force", action="store_true", help="measure again what is complete")
+    add("--output", type=Path, help="folder (default: docs/results; with --quick: runs/benchmark)")
+    add("--quick", action="store_true", help="one call each of the 31M network on one structure")
+    given = parser.parse_args(arguments)
+    if given.quick:
+        given.sizes, given.batches, given.repeats = "31M", "B1", 1
+    if given.output is None:
+        given.output = Path("runs/benchmark" if given.quick else "docs/results")
+    if given.precisions is None:
+        given.precisions = DEFAULT_PRECISIONS[given.device]
+    return given
 
 
-def chosen(option: str, text: str, known: Any) -> tuple[str, ...]:
+def chosen(option: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
     """The comma-separated names of an option, checked."""
     names = tuple(text.split(","))
     for name in names:
@@ -64,54 +90,101 @@ def chosen(option: str, text: str, known: Any) -> tuple[str, ...]:
     return names
 
 
+def make_settings(given: argparse.Namespace) -> Settings:
+    """The settings that the options ask for.
+
+    Raises:
+        InputError: an option is unknown, or does not go with another.
+    """
+    if given.repeats < 1 or given.threads < 1:
+        raise InputError("--repeats and --threads must be at least 1")
+    if not given.max_seconds > 0:
+        raise InputError("--max-seconds must be above 0")
+    try:
+        atoms = tuple(int(number) for number in given.atoms.split(","))
+    except ValueError as error:
+        raise InputError(f"--atoms {given.atoms}: give whole numbers with commas between them") from error
+    if min(atoms) < 1:
+        raise InputError(f"--atoms {given.atoms}: numbers of atoms are at least 1")
+    parts = chosen("parts", given.parts, PARTS)
+    reference: str | None = given.reference_python
+    if not Path(given.reference_python).exists():
+        if not set(parts) <= set(PARTS_WITHOUT_REFERENCE):
+            raise InputError(
+                f"{given.reference_python} not found: run `make benchmark`, or give --reference-python"
+            )
+        reference = None
+    precisions = chosen("precisions", given.precisions, PRECISIONS)
+    backends = chosen("backends", given.backends, BACKENDS)
+    if "float32" not in precisions or "torch" not in backends:
+        raise InputError("--precisions needs float32 and --backends torch: the others are compared with them")
+    if "tf32" in precisions and given.device == "cpu":
+        raise InputError("--precisions tf32 exists on a GPU only: add --device cuda")
+    allocators = chosen("allocators", given.allocators, ALLOCATORS)
+    if given.device == "cuda" and allocators != ("default",):
+        raise InputError("--allocators concerns memory of the CPU: leave it out with --device cuda")
+    return Settings(
+        ours_python=sys.executable,
+        reference_python=reference,
+        parts=parts,
+        sizes=chosen("sizes", given.sizes, SIZES),
+        batches=chosen("batches", given.batches, BATCHES),
+        allocators=allocators,
+        # Float32 first: the warm-up and the comparison begin with it.
+        precisions=tuple(name for name in PRECISIONS if name in precisions),
+        backends=tuple(name for name in BACKENDS if name in backends),
+        device=given.device,
+        repeats=given.repeats,
+        threads=given.threads,
+        atoms=atoms,
+        max_seconds=given.max_seconds,
+    )
+
+
 def command(settings: Settings) -> str:
     """What to type to measure this again."""
-    options = {
+    options: dict[str, Any] = {
+        "parts": ",".join(settings.parts),
         "sizes": ",".join(settings.sizes),
         "batches": ",".join(settings.batches),
         "allocators": ",".join(settings.allocators),
+        "precisions": ",".join(settings.precisions),
+        "backends": ",".join(settings.backends),
+        "device": settings.device,
         "repeats": settings.repeats,
         "threads": settings.threads,
     }
+    if "atoms" in settings.parts:
+        options |= {"atoms": ",".join(map(str, settings.atoms)), "max-seconds": f"{settings.max_seconds:g}"}
     return " ".join(["python scripts/benchmark.py", *(f"--{key} {value}" for key, value in options.items())])
 
 
 def main() -> int:
-    arguments = parse_arguments()
-    if not Path(arguments.reference_python).exists():
-        raise InputError(
-            f"{arguments.reference_python} not found: run `make benchmark`, or give --reference-python"
-        )
-    if arguments.repeats < 1 or arguments.threads < 1:
-        raise InputError("--repeats and --threads must be at least 1")
-    settings = Settings(
-        ours_python=sys.executable,
-        reference_python=arguments.reference_python,
-        sizes=chosen("sizes", arguments.sizes, SIZES),
-        batches=chosen("batches", arguments.batches, BATCHES),
-        allocators=chosen("allocators", arguments.allocators, ALLOCATORS),
-        repeats=arguments.repeats,
-        threads=arguments.threads,
-    )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    machine = describe_machine()
+    given = parse_arguments()
+    settings = make_settings(given)
+    given.output.mkdir(parents=True, exist_ok=True)
+    name = f"benchmark_{settings.device}"
+    run = {"command": command(settings), "machine": describe_machine()}
+    store = Store(given.output / f"{name}.json", run, given.force)
 
-    def save(results: dict[str, Any]) -> None:
-        content = {"command": command(settings), "machine": machine} | results
-        # Where the interpreters stood says nothing to a reader.
-        content["settings"] = {k: v for k, v in results["settings"].items() if not k.endswith("_python")}
-        write_json(arguments.output / "benchmark_cpu.json", content)
-        write_bytes(arguments.output / "benchmark_cpu.md", markdown(content).encode())
-        image = io.BytesIO()
-        figure(content).savefig(image, format="png", dpi=130)
-        write_bytes(arguments.output / "benchmark_cpu.png", image.getvalue())
+    def save() -> None:
+        content = store.content
+        pictures = {name: figure(content), f"{name}_atoms": atoms_figure(content)}
+        drawn = {title: plot for title, plot in pictures.items() if plot is not None}
+        for title, plot in drawn.items():
+            image = io.BytesIO()
+            plot.savefig(image, format="png", dpi=130)
+            write_bytes(given.output / f"{title}.png", image.getvalue())
+        write_bytes(given.output / f"{name}.md", markdown(content, name, list(drawn)).encode())
 
     try:
-        Benchmark(settings, save, lambda line: print(line, flush=True)).run()
+        Benchmark(settings, store, save, lambda line: print(line, flush=True)).run()
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print((arguments.output / "benchmark_cpu.md").read_text())
+    # Also when nothing had to be measured: the report may have changed.
+    save()
+    print((given.output / f"{name}.md").read_text())
     return 0
 
 

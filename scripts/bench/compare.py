@@ -35,12 +35,39 @@ def compare_answers(ours: Path, reference: Path) -> list[Comparison]:
     """
     mine, theirs = (torch.load(path, weights_only=True, mmap=True) for path in (ours, reference))
     rows = [_compare_edges(mine, theirs)]
-    for quantity in ("energy", "forces"):
-        draws = torch.stack([draw[quantity].double() for draw in theirs["draws"]])
-        rows.append(_compare(quantity, mine["draws"][0][quantity].double(), draws))
+    rows += _compare_outputs(mine, theirs)
     if "gradients" in mine["draws"][0]:
         gradients = [draw["gradients"] for draw in theirs["draws"]]
         rows.append(_compare_gradients(mine["draws"][0]["gradients"], gradients))
+    return rows
+
+
+def compare_outputs(ours: Path, reference: Path) -> list[Comparison]:
+    """Energies and forces alone."""
+    return _compare_outputs(*(torch.load(path, weights_only=True) for path in (ours, reference)))
+
+
+def deviation(other: Path, plain: Path) -> dict[str, float]:
+    """Rms difference of energies and forces over the rms of the plain ones, and the largest difference.
+
+    Both files hold answers of equiformer2 for the same structures, the plain ones in float32.
+    """
+    files = [torch.load(path, weights_only=True)["draws"][0] for path in (other, plain)]
+    found = {}
+    for quantity in ("energy", "forces"):
+        changed, kept = (file[quantity].double() for file in files)
+        rms = kept.square().mean().sqrt()
+        found[quantity] = ((changed - kept).square().mean().sqrt() / rms).item()
+        found[f"{quantity}_largest"] = (changed - kept).abs().max().item()
+        found[f"{quantity}_rms"] = rms.item()
+    return found
+
+
+def _compare_outputs(mine: dict[str, Any], theirs: dict[str, Any]) -> list[Comparison]:
+    rows = []
+    for quantity in ("energy", "forces"):
+        draws = torch.stack([draw[quantity].double() for draw in theirs["draws"]])
+        rows.append(_compare(quantity, mine["draws"][0][quantity].double(), draws))
     return rows
 
 

@@ -1,191 +1,128 @@
-"""What is measured, in which order: memory, then (answers compared first) interleaved timings."""
+"""The order of the measurements and what they share: sessions, parameters, comparison, interleaved calls."""
 
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.compare import compare_answers
+from bench.compare import Comparison
 from bench.session import BenchmarkError, Session
+from bench.settings import Call, Settings
 from bench.sizes import SIZES
+from bench.store import Store
 
 # Share of the machine's memory that the workers may need; beyond it a measurement is left out, with a note.
 USABLE_MEMORY = 0.9
 REFERENCE_DRAWS = 3
-# The reference's forward: inference as users should run it, and as its own code runs it inside `no_grad`.
-OPERATIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "forward": {"reference": ("forward", "forward_as_shipped"), "ours": ("forward",)},
-    "training step": {"reference": ("training_step",), "ours": ("training_step",)},
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """One benchmark: which Pythons, what to measure and how often."""
-
-    ours_python: str
-    reference_python: str
-    sizes: tuple[str, ...]
-    batches: tuple[str, ...]
-    allocators: tuple[str, ...]
-    repeats: int
-    threads: int
-
-    def session(self, implementation: str, allocator: str) -> Session:
-        python = self.ours_python if implementation == "ours" else self.reference_python
-        return Session(implementation, python, self.threads, allocator)
 
 
 class Benchmark:
-    """Fills `results`; `save` is called whenever a part is complete, `say` with progress."""
+    """Context of the parts. `save` is called whenever a unit is complete, `say` with progress."""
 
     def __init__(
-        self, settings: Settings, save: Callable[[dict[str, Any]], None], say: Callable[[str], None]
+        self, settings: Settings, store: Store, save: Callable[[], None], say: Callable[[str], None]
     ) -> None:
-        self.settings = settings
-        self.save = save
-        self.say = say
-        self.results: dict[str, Any] = {
-            "settings": asdict(settings),
-            "implementations": {},
-            "answers": [],
-            "memory": [],
-            "timings": [],
-            "left_out": [],
-        }
+        self.settings, self.store = settings, store
+        self.save, self.say = save, say
+        self.folder = Path()
+        self._parameters: dict[str, Path] = {}
 
-    def run(self) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            for size in self.settings.sizes:
-                self._draw_parameters(size, folder)
-                for batch in self.settings.batches:
-                    # Memory comes before the timings: it tells what fits into this machine.
-                    self._memory(size, batch, folder)
-                for batch in self.settings.batches:
-                    for allocator in self.settings.allocators:
-                        self._timings(size, batch, allocator, folder)
-        return self.results
-
-    def _draw_parameters(self, size: str, folder: Path) -> None:
-        with self.settings.session("reference", "default") as reference:
-            self._build(reference, size, self.settings.batches[0], folder, create=True)
-
-    def _build(
-        self, session: Session, size: str, batch: str, folder: Path, create: bool = False
-    ) -> dict[str, Any]:
-        return session.ask(
-            "build", config=SIZES[size], parameters=str(folder / f"{size}.pt"), create=create, batch=batch
+    def run(self) -> None:
+        """Measure all parts that are not complete."""
+        # Imported here: the parts need this module's class.
+        from bench import (
+            part_atoms,
+            part_breakdown,
+            part_memory,
+            part_precision,
+            part_relaxation,
+            part_timings,
         )
 
-    def _memory(self, size: str, batch: str, folder: Path) -> None:
-        """Peak memory of two training steps, each implementation in a fresh process.
+        # Memory comes before the timings: it tells what fits into this machine.
+        modules = {
+            "memory": part_memory,
+            "timings": part_timings,
+            "precision": part_precision,
+            "relaxation": part_relaxation,
+            "breakdown": part_breakdown,
+            "atoms": part_atoms,
+        }
+        with tempfile.TemporaryDirectory() as name:
+            self.folder = Path(name)
+            for size in self.settings.sizes:
+                for part, module in modules.items():
+                    if part in self.settings.parts:
+                        module.measure(self, size)
 
-        Two, because the optimizer's state exists only from the end of the first step.
-        """
-        row: dict[str, Any] = {"size": size, "batch": batch}
-        for implementation in ("reference", "ours"):
-            with self.settings.session(implementation, "default") as session:
-                self.results["implementations"][implementation] = session.ask("describe")
-                built = self._build(session, size, batch, folder)
-                expected = self._expected_peak(size, implementation, built)
-                if expected > USABLE_MEMORY * machine_memory():
-                    need = f"{implementation} would need about {expected / 2**30:.0f} GiB"
-                    self._leave_out(f"{size} {batch} memory of a training step: {need}")
-                    return
-                self.say(f"{size} {batch} memory of a training step, {implementation}")
-                for _ in range(2):
-                    session.ask("run", operation="training_step")
-                row |= {"atoms": built["atoms"], "parameters": built["parameters"]}
-                row[implementation] = session.ask("memory") | {"built": built["peak"]}
-        self.results["memory"].append(row)
-        self.save(self.results)
+    def unit(
+        self, name: str, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The record of a unit: the stored one if it is complete, else a new one."""
+        record = self.store.find(name)
+        if record is not None and self.store.complete(name, settings):
+            self.say(f"{name}: complete already (--force measures it again)")
+            return record
+        record = measure()
+        self.store.put(name, settings, record)
+        self.save()
+        return record
 
-    def _expected_peak(self, size: str, implementation: str, built: dict[str, Any]) -> float:
-        """From what a smaller batch took: activations grow with the number of atoms."""
-        for row in self.results["memory"]:
-            if row["size"] == size:
-                known = row[implementation]
-                return built["peak"] + (known["peak"] - known["built"]) * built["atoms"] / row["atoms"]
-        return 0.0
+    def parameters(self, size: str) -> Path:
+        """File with the parameters of a size: drawn by the reference, or by ours where there is none."""
+        if size not in self._parameters:
+            path = self.folder / f"{size}.pt"
+            drawn_by = "ours" if self.settings.reference_python is None else "reference"
+            with self.settings.session(drawn_by, "default") as session:
+                request = {"config": SIZES[size], "parameters": str(path), "create": True, "batch": "B1"}
+                session.ask("build", **request)
+            self._parameters[size] = path
+        return self._parameters[size]
 
-    def _timings(self, size: str, batch: str, allocator: str, folder: Path) -> None:
-        memory = next((r for r in self.results["memory"] if (r["size"], r["batch"]) == (size, batch)), None)
-        training_fits = memory is not None and self._training_fits(memory, allocator)
-        with (
-            self.settings.session("reference", allocator) as reference,
-            self.settings.session("ours", allocator) as ours,
-        ):
-            sessions = {"reference": reference, "ours": ours}
-            for session in sessions.values():
-                self._build(session, size, batch, folder)
-            if allocator == self.settings.allocators[0]:
-                self._compare(sessions, size, batch, folder, gradients=training_fits)
-            for operation, variants in OPERATIONS.items():
-                label = f"{size} {batch} {operation}, {allocator} allocator"
-                if not training_fits:
-                    if operation == "training step":
-                        self._leave_out(f"{label}: not enough memory")
-                        continue
-                    # As shipped, the reference's forward takes the memory of a training step.
-                    self._leave_out(f"{label}, fairchem-core as shipped: not enough memory")
-                    variants = {"reference": ("forward",), "ours": ("forward",)}
-                row: dict[str, Any] = {"size": size, "batch": batch}
-                row |= {"allocator": allocator, "operation": operation}
-                self.results["timings"].append(row | self._interleave(sessions, variants, label))
-                self.save(self.results)
+    def build(self, session: Session, size: str, batch: str) -> dict[str, Any]:
+        """Give the session the network of a size with the common parameters, and a batch."""
+        path = str(self.parameters(size))
+        return session.ask("build", config=SIZES[size], parameters=path, create=False, batch=batch)
 
-    def _training_fits(self, memory: dict[str, Any], allocator: str) -> bool:
-        peaks = [memory[implementation]["peak"] for implementation in ("reference", "ours")]
-        # Under the default allocator the waiting process has given its activations back.
-        needed = max(peaks) + 16 * memory["parameters"] if allocator == "default" else sum(peaks)
-        return needed < USABLE_MEMORY * machine_memory()
-
-    def _interleave(
-        self, sessions: dict[str, Session], variants: dict[str, tuple[str, ...]], label: str
-    ) -> dict[str, dict[str, list[float]]]:
-        """Seconds of each call after one warm-up each: reference, ours, reference, ours, …"""
-        calls = [(name, variant) for name, names in variants.items() for variant in names]
-        seconds: dict[str, dict[str, list[float]]] = {name: {} for name in variants}
-        for repeat in range(-1, self.settings.repeats):
-            taken = {call: sessions[call[0]].ask("run", operation=call[1])["seconds"] for call in calls}
-            line = ", ".join(f"{name} {variant} {value:.2f} s" for (name, variant), value in taken.items())
-            turn = "warm-up" if repeat < 0 else f"{repeat + 1}/{self.settings.repeats}"
+    def interleave(
+        self, sessions: dict[str, Session], calls: list[Call], label: str, repeats: int
+    ) -> list[dict[str, Any]]:
+        """The calls with their seconds, after one warm-up each: reference, ours, reference, ours, …"""
+        seconds: dict[Call, list[float]] = {call: [] for call in calls}
+        for repeat in range(-1, repeats):
+            taken = {
+                call: sessions[call.implementation].ask("run", **call.request)["seconds"] for call in calls
+            }
+            line = ", ".join(f"{call.label} {value:.3g} s" for call, value in taken.items())
+            turn = "warm-up" if repeat < 0 else f"{repeat + 1}/{repeats}"
             self.say(f"{label}, {turn}: {line}")
             if repeat >= 0:
-                for (name, variant), value in taken.items():
-                    seconds[name].setdefault(variant, []).append(value)
-        return seconds
+                for call, value in taken.items():
+                    seconds[call].append(value)
+        return [asdict(call) | {"seconds": values} for call, values in seconds.items()]
 
-    def _compare(
-        self, sessions: dict[str, Session], size: str, batch: str, folder: Path, gradients: bool
-    ) -> None:
-        """Raises BenchmarkError when the answers differ: then a timing would mean nothing."""
-        # Gradients of one batch suffice, and are as large as the network.
-        gradients = gradients and batch == self.settings.batches[0]
-        paths = {name: folder / f"answers_{name}.pt" for name in sessions}
-        for name, session in sessions.items():
-            draws = REFERENCE_DRAWS if name == "reference" else 1
-            session.ask("answers", path=str(paths[name]), draws=draws, gradients=gradients)
-        try:
-            rows = compare_answers(paths["ours"], paths["reference"])
-        except ValueError as error:
-            raise BenchmarkError(f"{size} {batch}: {error}") from error
+    def judge(self, label: str, rows: list[Comparison]) -> list[dict[str, Any]]:
+        """The comparisons as plain values.
+
+        Raises:
+            BenchmarkError: the answers differ: then a timing would mean nothing.
+        """
         for row in rows:
             self.say(
-                f"{size} {batch} {row.quantity}: differs by {row.difference:.1e} (allowed"
+                f"{label} {row.quantity}: differs by {row.difference:.1e} (allowed"
                 f" {row.tolerance:.1e}, the reference's own scatter {row.scatter:.1e}, rms {row.rms:.1e})"
             )
-            self.results["answers"].append({"size": size, "batch": batch} | asdict(row))
         wrong = [row.quantity for row in rows if not row.agrees]
         if wrong:
-            raise BenchmarkError(f"{size} {batch}: answers differ in {', '.join(wrong)}; nothing was timed")
+            raise BenchmarkError(f"{label}: answers differ in {', '.join(wrong)}; nothing was timed")
+        return [asdict(row) for row in rows]
 
-    def _leave_out(self, reason: str) -> None:
+    def leave_out(self, record: dict[str, Any], reason: str) -> None:
+        """Note in the record, and say, what was not measured and why."""
         self.say(f"left out: {reason}")
-        self.results["left_out"].append(reason)
+        record.setdefault("left_out", []).append(reason)
 
 
 def machine_memory() -> int:

@@ -1,21 +1,44 @@
 """equiformer2 for the worker."""
 
-from typing import Any
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from equiformer2 import EquiformerV2
-from equiformer2.checkpoint import model_from_reference
+from equiformer2.checkpoint import Normalizers, load_checkpoint, model_from_reference, save_checkpoint
+from equiformer2.checkpoint.normalizers import Normalizer
+from equiformer2.checkpoint.reference import config_from_reference
 from equiformer2.graph import radius_graph
+
+if TYPE_CHECKING:
+    from equiformer2.inference import EquiformerV2Calculator
 
 NAME = "equiformer2"
 
 
 def build(config: dict[str, Any], parameters: dict[str, torch.Tensor] | None) -> EquiformerV2:
-    """The network of one of `sizes.SIZES` with the reference's parameters."""
+    """The network of one of `sizes.SIZES` with the reference's parameters, or with random ones of its own."""
     if parameters is None:
-        raise ValueError("the parameters of the comparison are drawn by the reference")
+        return EquiformerV2(config_from_reference(config))
     return model_from_reference(config, parameters)
+
+
+def load(checkpoint: str) -> EquiformerV2:
+    """A trained network from a file."""
+    return load_checkpoint(checkpoint).model
+
+
+def select_backend(model: EquiformerV2, backend: str) -> None:
+    """Choose how the hot operations run. Raises ValueError where there is no such choice."""
+    if not hasattr(model, "backend"):
+        if backend != "torch":
+            raise ValueError(
+                f"this version has no backend {backend!r}: its network has no choice of backends"
+            )
+    elif model.backend != backend:
+        setattr(model, "backend", backend)  # noqa: B010 - not every version has it
 
 
 def set_inference_mode(model: EquiformerV2, as_shipped: bool) -> None:
@@ -35,3 +58,25 @@ def edges(model: EquiformerV2, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         strict=config.enforce_max_neighbors_strictly,
     )
     return graph.edge_index, graph.vectors
+
+
+def calculator(model: EquiformerV2, backend: str, device: str) -> "EquiformerV2Calculator":
+    """The package's ASE calculator, from a checkpoint file with the model's parameters."""
+    # Only here: what it imports should not count as memory of a training step.
+    from equiformer2.inference import EquiformerV2Calculator
+
+    units = Normalizers(energy=Normalizer(0.0, 1.0), forces=Normalizer(0.0, 1.0))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pt"
+        save_checkpoint(
+            path,
+            model=model,
+            raw_state=model.state_dict(),
+            averaged_state=None,
+            normalizers=units,
+            energy_kind="adsorption",
+            provenance={},
+        )
+        made = EquiformerV2Calculator(path, device=device)
+    select_backend(made.predictor.model, backend)
+    return made

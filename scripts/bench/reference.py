@@ -4,7 +4,11 @@ import logging
 from typing import Any
 
 import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+from ase.geometry import wrap_positions
 from fairchem.core.models.equiformer_v2.equiformer_v2_deprecated import EquiformerV2
+from torch_geometric.data import Batch, Data
 
 NAME = "fairchem-core"
 
@@ -21,6 +25,10 @@ def build(config: dict[str, Any], parameters: dict[str, torch.Tensor] | None) ->
     return model
 
 
+def select_backend(model: EquiformerV2, backend: str) -> None:
+    """There is one way to run it."""
+
+
 def set_inference_mode(model: EquiformerV2, as_shipped: bool) -> None:
     """Its forward re-enables gradients inside `no_grad`, unless `direct_forces` says that it needs none."""
     model.direct_forces = 0 if as_shipped else 1
@@ -30,3 +38,48 @@ def edges(model: EquiformerV2, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """`edge_index [2, E]` (source, target) and `vectors [E, 3]` (Å) of the graph that the forward uses."""
     graph = model.generate_graph(batch, enforce_max_neighbors_strictly=model.enforce_max_neighbors_strictly)
     return graph.edge_index, graph.edge_distance_vec
+
+
+class ReferenceCalculator(Calculator):
+    """The least that ASE needs around the network, which builds its own graph.
+
+    fairchem's OCPCalculator starts a trainer from a checkpoint file and cannot take a network in memory;
+    what it does on top of this in every step is left out, in the reference's favour.
+    """
+
+    implemented_properties = ["energy", "forces"]  # noqa: RUF012 - an instance attribute by ASE's typing
+
+    def __init__(self, model: EquiformerV2, device: str) -> None:
+        super().__init__()
+        self.model, self.device = model, device
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: list[str] | None = None,
+        system_changes: list[str] = all_changes,
+    ) -> None:
+        """Energy and forces in the network's units."""
+        super().calculate(atoms, properties or ["energy"], system_changes)
+        assert self.atoms is not None
+        positions = wrap_positions(self.atoms.positions, self.atoms.cell, self.atoms.pbc, eps=0)
+        data = Data(
+            pos=torch.as_tensor(positions, dtype=torch.float32),
+            cell=torch.as_tensor(self.atoms.cell.array, dtype=torch.float32).view(1, 3, 3),
+            pbc=torch.as_tensor(self.atoms.pbc).view(1, 3),
+            atomic_numbers=torch.as_tensor(self.atoms.numbers, dtype=torch.long),
+            natoms=len(self.atoms),
+        )
+        self.model.eval()
+        set_inference_mode(self.model, as_shipped=False)
+        with torch.no_grad():
+            out = self.model(Batch.from_data_list([data]).to(self.device))
+        self.results = {
+            "energy": float(out["energy"].item()),
+            "forces": out["forces"].detach().double().cpu().numpy(),
+        }
+
+
+def calculator(model: EquiformerV2, backend: str, device: str) -> Calculator:
+    """An ASE calculator around the network."""
+    return ReferenceCalculator(model, device)

@@ -19,16 +19,33 @@ class BenchmarkError(RuntimeError):
     """A worker could not do what was asked."""
 
 
-class Session:
-    """One worker process; use as a context manager."""
+class RefusedError(BenchmarkError):
+    """The worker said no, and is ready for the next request."""
 
-    def __init__(self, implementation: str, python: str, threads: int, allocator: str) -> None:
+
+class Session:
+    """One worker process; use as a context manager.
+
+    `memory_limit` (bytes) makes its allocations fail beyond that, so that a measurement that does not fit
+    ends with an error and not with the machine.
+    """
+
+    def __init__(
+        self,
+        implementation: str,
+        python: str,
+        threads: int,
+        allocator: str,
+        device: str = "cpu",
+        memory_limit: int | None = None,
+    ) -> None:
         self.implementation = implementation
         environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
         environment |= ALLOCATORS[allocator]
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        limit = [] if memory_limit is None else [str(memory_limit)]
         self.process = subprocess.Popen(
-            [os.path.abspath(python), "-m", "bench.worker", implementation],
+            [os.path.abspath(python), "-m", "bench.worker", implementation, device, *limit],
             cwd=Path(__file__).parents[1],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -37,7 +54,12 @@ class Session:
         )
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Send one request and wait for its answer. Raises BenchmarkError when there is none."""
+        """Send one request and wait for its answer.
+
+        Raises:
+            RefusedError: the worker answered with an error.
+            BenchmarkError: the worker has ended.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -53,7 +75,7 @@ class Session:
             raise BenchmarkError(f"the {self.implementation} process {reason} when asked to {command}")
         answer = json.loads(line)
         if "error" in answer:
-            raise BenchmarkError(f"{self.implementation}, asked to {command}: {answer['error']}")
+            raise RefusedError(f"{self.implementation}, asked to {command}: {answer['error']}")
         return answer["answer"]
 
     def __enter__(self) -> "Session":

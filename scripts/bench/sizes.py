@@ -37,6 +37,25 @@ _OC20 = {
 SIZES: dict[str, dict[str, Any]] = {
     "31M": {**_OC20, "num_layers": 8, "lmax_list": [4]},
     "83M": {**_OC20, "num_layers": 12, "lmax_list": [6], "drop_path_rate": 0.05},
+    "153M": {**_OC20, "num_layers": 20, "lmax_list": [6], "mmax_list": [3]},
+    # configs/oc20_small.yaml with the 600 Gaussians of the distance that the reference always uses.
+    "small": {
+        **_OC20,
+        "num_layers": 4,
+        "lmax_list": [3],
+        "sphere_channels": 32,
+        "attn_hidden_channels": 32,
+        "num_heads": 4,
+        "attn_alpha_channels": 8,
+        "attn_value_channels": 8,
+        "ffn_hidden_channels": 64,
+        "grid_resolution": 8,
+        "edge_channels": 32,
+        "max_neighbors": 12,
+        "max_radius": 8.0,
+        "alpha_drop": 0.0,
+        "drop_path_rate": 0.0,
+    },
     # No published network: everything the others have, small enough to try the harness in seconds.
     "toy": {
         **_OC20,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.compare import compare_answers
+from bench.compare import compare_answers, compare_outputs, deviation
 
 
 def answers(**changes: Any) -> dict[str, Any]:
@@ -77,3 +77,21 @@ def test_other_edges_end_the_comparison(tmp_path: Path) -> None:
 def test_other_parameters_end_the_comparison(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bias"):
         compare(tmp_path, answers(gradients={"bias": torch.ones(2)}), answers())
+
+
+def test_outputs_are_compared_without_a_graph(tmp_path: Path) -> None:
+    for name, energy in (("ours", 1.0), ("reference", 1.1)):
+        draw = answers(energy=torch.tensor([energy, 2.0]))["draws"][0]
+        torch.save({"draws": [draw]}, tmp_path / f"{name}.pt")
+    rows = compare_outputs(tmp_path / "ours.pt", tmp_path / "reference.pt")
+    assert {row.quantity: row.agrees for row in rows} == {"energy": False, "forces": True}
+
+
+def test_deviation_is_relative_to_the_plain_answers(tmp_path: Path) -> None:
+    torch.save(answers(), tmp_path / "plain.pt")
+    torch.save(answers(energy=torch.tensor([1.0, 2.1])), tmp_path / "other.pt")
+    found = deviation(tmp_path / "other.pt", tmp_path / "plain.pt")
+    # One of two energies is off by 0.1; their rms is sqrt(5 / 2).
+    assert found["energy"] == pytest.approx(0.1 / 5**0.5)
+    assert found["energy_largest"] == pytest.approx(0.1, rel=1e-6)
+    assert found["forces"] == 0.0
