@@ -12,8 +12,8 @@ from tar_files import GOOD, link, make_tar
 
 from datasets_oc20 import DataError, LmdbWriter
 from datasets_oc20.archives import unpack
-from datasets_oc20.catalogue import LMDB_BYTES_PER_FRAME, find_archive
-from datasets_oc20.disk_space import Need, require_space
+from datasets_oc20.catalogue import IS2RE, LMDB_BYTES_PER_FRAME, S2EF, find_archive
+from datasets_oc20.disk_space import Need, human, require_space
 
 CONTENT = np.random.default_rng(0).bytes(200_000)
 
@@ -133,6 +133,16 @@ def test_every_split_of_the_release() -> None:
     for task, split in (("s2ef", None), ("s2ef", "3M"), ("is2re", "2M"), ("is2rs", None)):
         with pytest.raises(DataError, match=r"split|task"):
             find_archive(task, split)
+
+
+def test_the_page_has_the_sizes_of_the_catalogue() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "getting_data.md").read_text(encoding="utf-8")
+    for name, archive in [*((f"s2ef {split}", one) for split, one in S2EF.items()), ("is2re", IS2RE)]:
+        frames, lmdb = "LMDB files", "none"
+        if archive.frames:
+            frames, lmdb = f"{archive.frames:,}", human(archive.lmdb_bytes)
+        row = f"| `{name}` | {frames} | {human(archive.size)} | {human(archive.unpacked)} | {lmdb} |\n"
+        assert row in page
 
 
 def test_forecast_of_the_lmdb(tmp_path: Path) -> None:
