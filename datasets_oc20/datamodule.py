@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from torch_geometric.data import Batch, Data
 
 from datasets_oc20.errors import DataError
+from datasets_oc20.forces_only import WithForcesOnly
 from datasets_oc20.reader import OC20Lmdb
 from datasets_oc20.sampler import BalancedBatchSampler
 from datasets_oc20.targets import (
@@ -63,6 +64,8 @@ class OC20DataModule(pl.LightningDataModule):
         train: LMDB file, folder of shards, or list of them.
         val: the same.
         test: the same.
+        forces_only: further training structures of which only the forces are learned, such as labels of
+            another method, whose energies have another zero. They do not enter the normalizers.
         energy_kind: "adsorption" or "total"; needed for OC20's own files, which do not declare it.
         batch_size: most structures in a batch, per process.
         max_atoms: most atoms in a batch.
@@ -82,6 +85,7 @@ class OC20DataModule(pl.LightningDataModule):
         train: Paths,
         val: Paths,
         test: Paths | None = None,
+        forces_only: Paths | None = None,
         energy_kind: str | None = None,
         batch_size: int = 8,
         max_atoms: int | None = None,
@@ -93,6 +97,7 @@ class OC20DataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self._paths = {"train": train, "val": val, "test": test}
+        self._forces_only = forces_only
         self._given_kind = energy_kind
         self.batch_size, self.max_atoms, self.max_edges = batch_size, max_atoms, max_edges
         self.max_neighbors, self.num_workers, self.seed = max_neighbors, num_workers, seed
@@ -114,6 +119,9 @@ class OC20DataModule(pl.LightningDataModule):
                 sample = sample_targets(dataset, _CHECKED_RECORDS)
                 check_energies_match_kind(sample, self.energy_kind, dataset.path)
         self.normalizers = self._normalizers(datasets["train"])
+        self._training: OC20Lmdb | WithForcesOnly = datasets["train"]
+        if self._forces_only is not None:
+            self._training = WithForcesOnly(datasets["train"], OC20Lmdb(self._forces_only))
         self.datasets = datasets
         self._report()
 
@@ -148,6 +156,8 @@ class OC20DataModule(pl.LightningDataModule):
 
     def _report(self) -> None:
         sizes = ", ".join(f"{name} {len(dataset)}" for name, dataset in self.datasets.items())
+        if self._forces_only is not None:
+            sizes += f", forces only {len(self._training) - len(self.datasets['train'])}"
         mean, std = self.normalizers["energy"]
         source = "given" if self._given_normalizers is not None else "from the training data"
         references = "" if self.normalizers["linear_references"] is None else " after linear references"
@@ -157,7 +167,7 @@ class OC20DataModule(pl.LightningDataModule):
         )
 
     def _loader(self, name: str, shuffle: bool) -> DataLoader:
-        dataset = self.datasets[name]
+        dataset = self._training if name == "train" else self.datasets[name]
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         counted = world_size > 1 or self.max_atoms is not None or self.max_edges is not None

@@ -9,17 +9,22 @@ stays in the processor's cache. Where a second derivative or the derivative with
 is needed, the same forward code runs under ordinary autograd in one piece.
 """
 
-from equiformer2.kernels.aggregate import aggregate_messages
-from equiformer2.kernels.complex_linear import complex_linear
+from equiformer2.kernels.aggregate import attend, sum_rotated
 from equiformer2.kernels.convolve import convolve_edges
+from equiformer2.kernels.linear import linear
+from equiformer2.kernels.rotation import pack_blocks
 from equiformer2.kernels.s2_grid import grid_activation, grid_mlp
 from equiformer2.kernels.segments import segment_softmax
+from equiformer2.kernels.so2 import SO2Weights
 
 __all__ = [
-    "aggregate_messages",
-    "complex_linear",
+    "SO2Weights",
+    "attend",
     "convolve_edges",
     "grid_activation",
     "grid_mlp",
+    "linear",
+    "pack_blocks",
     "segment_softmax",
+    "sum_rotated",
 ]

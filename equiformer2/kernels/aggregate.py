@@ -1,84 +1,170 @@
-"""Second half of a message: attention weights times values, rotate back, sum over incoming edges."""
+"""Second half of a message: nonlinearity, SO(2) GEMMs, attention weights, rotation back, sum over edges."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from equiformer2.kernels.chunks import chunks, no_autocast
-from equiformer2.kernels.rotation import rotate_from_edges, rotate_to_edges
+from equiformer2.kernels.rotation import rotation_matrices
+from equiformer2.kernels.so2 import SO2Weights, gemm_dtype, so2_linear
+
+#: From the hidden features of some edges to m-major inputs `[e, R, C]` of the second convolution.
+Activation = Callable[[Tensor], Tensor]
 
 
-def aggregate_messages(
-    values: Tensor,
-    alpha: Tensor | None,
-    blocks: list[Tensor],
+def attend(
+    hidden: Tensor,
+    alpha: Tensor,
+    packed: Tensor,
     target: Tensor,
     num_targets: int,
-    scale: list[float],
+    activation: Activation,
+    weights: SO2Weights,
+    degrees: tuple[int, int],
+    kept: tuple[int, int],
 ) -> Tensor:
-    """Sum over incoming edges of the values, weighted by attention and rotated back to the global frame.
+    """Sum over incoming edges of attention weight times second convolution of the activated hidden features.
+
+    Nothing of the size of the edges is stored but the arguments.
 
     Args:
-        values: `[E, R, C]` m-major coefficients in the edge frames, or `[E, S, C]` with only the first orders
-            when every block has only the rows of these orders.
-        alpha: `[E, H]` attention weights, each for C / H consecutive channels; None for plain sums.
-        blocks: Wigner-D blocks `[E, rows, 2l+1]` of the edges for l = 0..L (see `kernels.rotation`).
+        hidden: `[E, W]` what the first convolution gave.
+        alpha: `[E, H]` attention weights, each for consecutive channels.
+        packed: Wigner-D entries of the edges (see `kernels.rotation`).
         target: `[E]` sorted target atoms.
         num_targets: N.
-        scale: factor of each degree.
+        activation: nonlinearity without parameters.
+        weights: of the second convolution.
+        degrees: highest degree and order of `packed`.
+        kept: highest degree and order that the second convolution gives.
 
     Returns:
-        `[N, K, C]` in float32 or wider. Deterministic: edges are added in their sorted order.
+        `[N, (kept degree + 1)^2, channels]` in float32 or wider. Deterministic: edges are added in order.
     """
+    dtype = gemm_dtype(hidden, weights)
+    outputs = len(weights.bias) // (kept[0] + 1)
+    heads, rows = alpha.shape[1], sum(2 * min(l, kept[1]) + 1 for l in range(kept[0] + 1))
+
+    def messages(hidden: Tensor, alpha: Tensor, packed: Tensor, bias: Tensor, *terms: Tensor) -> Tensor:
+        values = so2_linear(activation(hidden).to(dtype), terms, bias, degrees[0])
+        by_head = widened(values).view(len(values), rows, heads, outputs // heads)
+        return _rotate_back((by_head * alpha[:, None, :, None]).flatten(2), packed, degrees, kept)
+
+    # hidden features, their activation, values twice, messages
+    bytes_per_edge = 4 * (2 * hidden.shape[1] + outputs * (2 * rows + (kept[0] + 1) ** 2))
+    with no_autocast(hidden):
+        if torch.is_grad_enabled() and packed.requires_grad:
+            out = messages(hidden, alpha, packed, weights.bias, *weights.terms(dtype))
+            return out.new_zeros(num_targets, *out.shape[1:]).index_add(0, target, out)
+        return _Attend.apply(
+            messages, dtype, hidden, alpha, packed, target, num_targets, bytes_per_edge, *weights.flat
+        )
+
+
+def sum_rotated(
+    values: Tensor, packed: Tensor, target: Tensor, num_targets: int, degrees: tuple[int, int]
+) -> Tensor:
+    """Sum over incoming edges of coefficients of order m = 0, rotated back to the global frame.
+
+    Args:
+        values: `[E, L+1, C]` in the edge frames.
+        packed, target, num_targets, degrees: as in `attend`.
+
+    Returns:
+        `[N, K, C]` in float32 or wider.
+    """
+
+    kept = degrees[0], 0
     with no_autocast(values):
-        if not (torch.is_grad_enabled() and any(block.requires_grad for block in blocks)):
-            return _AggregateMessages.apply(values, alpha, target, num_targets, scale, *blocks)
-        messages = rotate_from_edges(_weighted(values, alpha), blocks, scale)
-        total = messages.new_zeros(num_targets, messages.shape[1], messages.shape[2])
-        return total.index_add(0, target, messages)
+        if torch.is_grad_enabled() and packed.requires_grad:
+            rows = _rotate_back(widened(values), packed, degrees, kept)
+            return rows.new_zeros(num_targets, *rows.shape[1:]).index_add(0, target, rows)
+        return _SumRotated.apply(values, packed, target, num_targets, degrees, kept)
 
 
-def _weighted(values: Tensor, alpha: Tensor | None) -> Tensor:
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
-    if alpha is None:
-        return values
-    heads = alpha.shape[1]
-    return (values.unflatten(2, (heads, -1)) * alpha[:, None, :, None]).flatten(2)
+def widened(x: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class _AggregateMessages(torch.autograd.Function):
+def _rotate_back(x: Tensor, packed: Tensor, degrees: tuple[int, int], kept: tuple[int, int]) -> Tensor:
+    """m-major `[e, R, C]` to the global frame, `[e, K, C]`."""
+    return torch.bmm(rotation_matrices(packed, degrees, kept).transpose(1, 2).to(x.dtype), x)
+
+
+class _SumRotated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, alpha, target, num_targets, scale, *blocks):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(values, alpha, target, *blocks)
-        ctx.scale = scale
-        coefficients = sum(block.shape[2] for block in blocks)
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        total = values.new_zeros(num_targets, coefficients, values.shape[2], dtype=dtype)
-        for part in chunks(len(values), _bytes_per_edge(values, coefficients), values.device):
-            weighted = _weighted(values[part], None if alpha is None else alpha[part])
-            messages = rotate_from_edges(weighted, [block[part] for block in blocks], scale)
-            total.index_add_(0, target[part], messages)
+    def forward(ctx, values, packed, target, num_targets, degrees, kept):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(packed, target)
+        ctx.degrees, ctx.kept, ctx.dtype = degrees, kept, values.dtype
+        shape = (num_targets, (kept[0] + 1) ** 2, values.shape[2])
+        total = widened(values[:0]).new_zeros(shape)
+        for part in chunks(len(target), 4 * shape[1] * shape[2], values.device):
+            rows = _rotate_back(widened(values[part]), packed[part], degrees, kept)
+            total.index_add_(0, target[part], rows)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total):  # type: ignore[no-untyped-def]
-        values, alpha, target, *blocks = ctx.saved_tensors
-        grad_values = torch.empty_like(values, memory_format=torch.contiguous_format)
-        grad_alpha = None if alpha is None else torch.empty_like(alpha)
-        scaled = torch.cat(
-            [grad_total[:, l * l : (l + 1) ** 2] * factor for l, factor in enumerate(ctx.scale)], dim=1
+        packed, target = ctx.saved_tensors
+        grad = grad_total.new_empty(len(target), ctx.kept[0] + 1, grad_total.shape[2], dtype=ctx.dtype)
+        for part in chunks(len(target), 4 * grad_total[:1].numel(), grad.device):
+            matrices = rotation_matrices(packed[part], ctx.degrees, ctx.kept).to(grad_total.dtype)
+            grad[part] = torch.bmm(matrices, _rows(grad_total, target[part]))
+        return grad, None, None, None, None, None
+
+
+class _Attend(torch.autograd.Function):
+    """Chunk by chunk; the backward pass computes the messages of a chunk once more."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, messages, dtype, hidden, alpha, packed, target, num_targets, bytes_per_edge, *flat
+    ):
+        ctx.save_for_backward(hidden, alpha, packed, target, *flat)
+        ctx.messages, ctx.dtype, ctx.bytes_per_edge = messages, dtype, bytes_per_edge
+        weights = SO2Weights.from_flat(flat)
+        terms = weights.terms(dtype)
+        total = None
+        # At least one pass, for the shape.
+        for part in list(chunks(len(target), bytes_per_edge, hidden.device)) or [slice(0, 0)]:
+            rows = messages(hidden[part], alpha[part], packed[part], weights.bias, *terms)
+            if total is None:
+                total = rows.new_zeros(num_targets, *rows.shape[1:])
+            total.index_add_(0, target[part], rows)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total):  # type: ignore[no-untyped-def]
+        hidden, alpha, packed, target, *flat = ctx.saved_tensors
+        weights = SO2Weights.from_flat(flat)
+        leaves = [t.detach().requires_grad_() for t in (weights.bias, *weights.terms(ctx.dtype))]
+        grad_hidden, grad_alpha = torch.empty_like(hidden), torch.empty_like(alpha)
+        # Sums over all edges: collected in float32 also when the GEMMs run in bf16.
+        grad_leaves = [torch.zeros_like(widened(leaf)) for leaf in leaves]
+        for part in chunks(len(target), 2 * ctx.bytes_per_edge, hidden.device):
+            edges = [t[part].detach().requires_grad_() for t in (hidden, alpha)]
+            with torch.enable_grad():
+                out = ctx.messages(*edges, packed[part], *leaves)
+            grads = torch.autograd.grad(out, [*edges, *leaves], _rows(grad_total, target[part]))
+            grad_hidden[part], grad_alpha[part] = grads[:2]
+            for total, piece in zip(grad_leaves, grads[2:], strict=True):
+                total += piece
+        grad_bias, *grad_terms = grad_leaves
+        scalar, *orders = SO2Weights.gradients(grad_terms)
+        return (
+            *(None, None),
+            grad_hidden,
+            grad_alpha,
+            *(None, None, None, None),
+            *(g.to(w.dtype) for g, w in zip((scalar, grad_bias, *orders), flat, strict=True)),
         )
-        for part in chunks(len(values), _bytes_per_edge(values, grad_total.shape[1]), values.device):
-            grad = rotate_to_edges([scaled[target[part]]], [block[part] for block in blocks])
-            if alpha is None or grad_alpha is None:
-                grad_values[part] = grad
-                continue
-            by_head = grad.unflatten(2, (alpha.shape[1], -1))
-            grad_values[part] = (by_head * alpha[part][:, None, :, None]).flatten(2)
-            grad_alpha[part] = (by_head * values[part].unflatten(2, (alpha.shape[1], -1))).sum((1, 3))
-        return grad_values, grad_alpha, None, None, None, *([None] * len(blocks))
 
 
-def _bytes_per_edge(values: Tensor, coefficients: int) -> int:
-    return 4 * values.shape[2] * (3 * coefficients + values.shape[1])
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """`x[index]` for `x [N, K, C]`; whole rows of a matrix are copied several times faster."""
+    return x.flatten(1).index_select(0, index).view(-1, *x.shape[1:])

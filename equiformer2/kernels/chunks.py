@@ -7,12 +7,22 @@ from torch import Tensor
 
 # On a CPU the working set of a chunk should stay in the last-level cache; on a GPU chunks only bound memory.
 CPU_CHUNK_BYTES = 48 * 2**20
+# Grid points are made, changed and read once: they should stay in the cores' own caches.
+CPU_POINT_BYTES = 2 * 2**20
 GPU_CHUNK_BYTES = 2**30
 
 
 def chunks(rows: int, bytes_per_row: int, device: torch.device) -> Iterator[slice]:
     """Consecutive slices that cover `range(rows)`, each with a working set near the device's budget."""
-    budget = CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
+    yield from _slices(rows, bytes_per_row, CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES)
+
+
+def point_chunks(rows: int, bytes_per_row: int, device: torch.device) -> Iterator[slice]:
+    """The same for point-wise work on a grid."""
+    yield from _slices(rows, bytes_per_row, CPU_POINT_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES)
+
+
+def _slices(rows: int, bytes_per_row: int, budget: int) -> Iterator[slice]:
     size = max(1, budget // max(1, bytes_per_row))
     if size < rows:
         # Even chunks: a short last one would waste a pass over the weights.

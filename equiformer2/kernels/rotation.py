@@ -1,64 +1,68 @@
-"""Block-diagonal rotation of irreps between the global frame and the edge frames.
+"""Rotation of irreps between the global frame and the edge frames.
 
-The Wigner-D matrices of an edge come as one block per degree, `blocks[l]` of shape
-`[E, min(2l, 2M) + 1, 2l + 1]`. Rows are the orders that an SO(2) convolution keeps, in the sequence
-m = 0, +1, -1, +2, -2, …, so the cut to |m| <= M and the l-to-m permutation cost nothing extra.
+The Wigner-D matrices of an edge are one block per degree, `[min(2l, 2M) + 1, 2l + 1]`. Rows are the orders
+that an SO(2) convolution keeps, in the sequence m = 0, +1, -1, +2, -2, …, so the cut to |m| <= M costs
+nothing. What is kept per edge are these non-zero entries alone, `packed [E, P + 1]`: block after block, row
+by row, and a zero at the end. A chunk of edges gets its rectangular matrices `[e, R, K]` from them when it is
+worked on.
 
 "m-major" below is the layout of the SO(2) convolutions: first m = 0 for l = 0..L, then for each m >= 1 the
 L+1-m coefficients of +m and those of -m.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 
-def rotate_to_edges(parts: list[Tensor], blocks: list[Tensor]) -> Tensor:
-    """Rotate coefficients into the edge frames.
+def pack_blocks(blocks: list[Tensor]) -> Tensor:
+    """The entries of all blocks `[E, rows, 2l+1]` and a zero: `[E, P + 1]`."""
+    zero = blocks[0].new_zeros(len(blocks[0]), 1)
+    return torch.cat([*(block.flatten(1) for block in blocks), zero], dim=1)
+
+
+def rotation_matrices(
+    packed: Tensor, degrees: tuple[int, int], kept: tuple[int, int] | None = None
+) -> Tensor:
+    """Matrices that take coefficients in the global frame to m-major coefficients in the edge frame.
 
     Args:
-        parts: `[E, K, C]` each; their channels are concatenated in the result.
-        blocks: see above.
+        packed: `[e, P + 1]`.
+        degrees: its highest degree and order.
+        kept: highest degree and order wanted, if not all.
 
     Returns:
-        `[E, R, len(parts) * C]`, m-major.
+        `[e, R, K]`; its transpose goes back.
     """
-    rotated = [
-        [torch.bmm(block, x[:, l * l : (l + 1) ** 2]) for x in parts] for l, block in enumerate(blocks)
-    ]
-    lmax = len(blocks) - 1
-    mmax = (blocks[-1].shape[1] - 1) // 2
-    rows = [(l, 0) for l in range(lmax + 1)]
-    for m in range(1, mmax + 1):
-        rows += [(l, 2 * m - 1) for l in range(m, lmax + 1)]
-        rows += [(l, 2 * m) for l in range(m, lmax + 1)]
-    # One copy does the l-to-m permutation and the concatenation of channels.
-    pieces = [part[:, row : row + 1] for l, row in rows for part in rotated[l]]
-    return torch.cat(pieces, dim=1).view(len(parts[0]), len(rows), -1)
+    kept = kept or degrees
+    index = _entry_index(*degrees, *kept, packed.device)
+    columns = (kept[0] + 1) ** 2
+    return packed.index_select(1, index).view(len(packed), len(index) // columns, columns)
 
 
-def split_degrees(y: Tensor, lmax: int, mmax: int) -> list[Tensor]:
-    """Collect the rows of each degree from m-major `[E, R, C]`: a list of `[E, min(2l, 2M) + 1, C]`."""
-    start = m_major_starts(lmax, mmax)
-    degrees = []
+@functools.cache
+def _entry_index(lmax: int, mmax: int, to_lmax: int, to_mmax: int, device: torch.device) -> Tensor:
+    """Where in `packed` every entry of the rectangular matrices is, `[R * K]`; the zero for most of them."""
+    starts = [0]
     for l in range(lmax + 1):
-        rows = [l]
-        for m in range(1, min(l, mmax) + 1):
-            rows += [start[m] + l - m, start[m] + (lmax + 1 - m) + l - m]
-        degrees.append(
-            torch.cat([y[:, row : row + 1] for row in rows], dim=1) if len(rows) > 1 else y[:, l : l + 1]
-        )
-    return degrees
+        starts.append(starts[-1] + (2 * min(l, mmax) + 1) * (2 * l + 1))
+    index = []
+    for l, m in m_major_orders(to_lmax, to_mmax):
+        block_row = 2 * abs(m) - (m > 0)
+        row = [starts[-1]] * (to_lmax + 1) ** 2
+        first = starts[l] + block_row * (2 * l + 1)
+        row[l * l : (l + 1) ** 2] = range(first, first + 2 * l + 1)
+        index += row
+    return torch.tensor(index, device=device)
 
 
-def rotate_from_edges(y: Tensor, blocks: list[Tensor], scale: list[float]) -> Tensor:
-    """Rotate m-major `[E, R, C]` back to the global frame: `[E, K, C]`, degree l times `scale[l]`."""
-    lmax = len(blocks) - 1
-    mmax = (blocks[-1].shape[1] - 1) // 2
-    parts = []
-    for l, rows in enumerate(split_degrees(y, lmax, mmax)):
-        part = torch.bmm(blocks[l].transpose(1, 2), rows)
-        parts.append(part if scale[l] == 1.0 else part * scale[l])
-    return torch.cat(parts, dim=1)
+def m_major_orders(lmax: int, mmax: int) -> list[tuple[int, int]]:
+    """(l, m) of every row of the m-major layout."""
+    orders = [(l, 0) for l in range(lmax + 1)]
+    for m in range(1, mmax + 1):
+        orders += [(l, sign * m) for sign in (1, -1) for l in range(m, lmax + 1)]
+    return orders
 
 
 def m_major_starts(lmax: int, mmax: int) -> list[int]:

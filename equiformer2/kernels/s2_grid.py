@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from equiformer2.kernels.chunks import cast_to_autocast, chunks, no_autocast
+from equiformer2.kernels.chunks import cast_to_autocast, no_autocast, point_chunks
+from equiformer2.kernels.linear import linear
 
 
 def grid_activation(x: Tensor, to_grid: Tensor, from_grid: Tensor) -> Tensor:
@@ -18,9 +19,9 @@ def grid_activation(x: Tensor, to_grid: Tensor, from_grid: Tensor) -> Tensor:
     Returns:
         `[B, S, C]`.
     """
-    x, to_grid, from_grid = cast_to_autocast(x, to_grid, from_grid)
+    (x,) = cast_to_autocast(x)
     with no_autocast(x):
-        return _GridFunction.apply(x, to_grid, from_grid, None)
+        return _GridFunction.apply(x, to_grid.to(x.dtype), from_grid.to(x.dtype), None)
 
 
 def grid_mlp(x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor) -> Tensor:
@@ -47,10 +48,11 @@ class _GridFunction(torch.autograd.Function):
         ctx.save_for_backward(x, to_grid, from_grid, weight)
         width = x.shape[2] if weight is None else weight.shape[0]
         out = x.new_empty(len(x), len(from_grid), width)
-        for part in chunks(len(x), _bytes_per_row(x, to_grid), x.device):
+        for part in point_chunks(len(x), _bytes_per_row(x, to_grid), x.device):
             grid = silu(_apply(to_grid, x[part]), inplace=True)
             if weight is not None:
-                grid = silu(grid @ weight.t(), inplace=True)
+                hidden = silu(linear(grid.flatten(0, 1), weight), inplace=True)
+                grid = hidden.unflatten(0, (len(grid), -1))
             torch.bmm(from_grid.expand(len(grid), -1, -1), grid, out=out[part])
         return out
 
@@ -84,15 +86,15 @@ def _backward(x, to_grid, from_grid, weight, grad_out):  # type: ignore[no-untyp
     grad_weight = None
     if weight is not None:
         grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-    for part in chunks(len(x), 3 * _bytes_per_row(x, to_grid), x.device):
+    for part in point_chunks(len(x), 2 * _bytes_per_row(x, to_grid), x.device):
         grid = _apply(to_grid, x[part])
         grad_grid = _apply(from_grid.t(), grad_out[part])
         if weight is not None and grad_weight is not None:
-            activated = silu(grid)
-            hidden = activated @ weight.t()
-            grad_hidden = torch.ops.aten.silu_backward(grad_grid, hidden)
-            grad_weight += grad_hidden.flatten(0, 1).t() @ activated.flatten(0, 1)
-            grad_grid = grad_hidden @ weight
+            activated = silu(grid).flatten(0, 1)
+            hidden = linear(activated, weight)
+            grad_hidden = torch.ops.aten.silu_backward(grad_grid.flatten(0, 1), hidden)
+            grad_weight += grad_hidden.t() @ activated
+            grad_grid = linear(grad_hidden, weight.t()).view(grid.shape)
         grad_grid = torch.ops.aten.silu_backward(grad_grid, grid)
         torch.bmm(to_grid.t().expand(len(grid), -1, -1), grad_grid, out=grad_x[part])
     return grad_x, None, None, None if grad_weight is None else grad_weight.to(weight.dtype)
@@ -104,4 +106,4 @@ def _apply(matrix: Tensor, x: Tensor) -> Tensor:
 
 
 def _bytes_per_row(x: Tensor, to_grid: Tensor) -> int:
-    return 3 * x.element_size() * to_grid.shape[0] * x.shape[2]
+    return x.element_size() * to_grid.shape[0] * x.shape[2]

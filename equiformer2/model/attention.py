@@ -2,20 +2,21 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from equiformer2.kernels import aggregate_messages, segment_softmax
+from equiformer2.kernels import SO2Weights, attend, convolve_edges, segment_softmax
 from equiformer2.kernels.chunks import no_autocast
 from equiformer2.model.activation import GateActivation, S2Activation, SeparableS2Activation, SmoothLeakyReLU
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.edges import EdgeContext
 from equiformer2.model.radial import RadialFunction
 from equiformer2.model.so2_convolution import SO2Convolution
-from equiformer2.model.so3 import S2Grid
-from equiformer2.model.so3.grid import m_major_order, truncation_scale
+from equiformer2.model.so3 import DerivedConstants, S2Grid
+from equiformer2.model.so3.grid import m_major_order, truncation_scales
 from equiformer2.model.so3_linear import SO3Linear
 
 
-class SO2EquivariantGraphAttention(nn.Module):
+class SO2EquivariantGraphAttention(DerivedConstants):
     """Attention over incoming edges: SO(2) convolution, activation, SO(2) convolution, weighted sum, linear.
 
     Args:
@@ -25,12 +26,14 @@ class SO2EquivariantGraphAttention(nn.Module):
         alpha_drop: dropout rate of the attention weights.
     """
 
+    scale: Tensor
+
     def __init__(self, config: ModelConfig, grid: S2Grid, out_channels: int, alpha_drop: float) -> None:
         super().__init__()
         lmax, mmax, hidden = config.lmax, config.mmax, config.attn_hidden_channels
         self.num_heads = config.num_heads
         self.lmax, self.mmax = lmax, mmax
-        self.scale = [truncation_scale(l, mmax) for l in range(lmax + 1)]
+        self.add_constant("scale", truncation_scales(lmax, mmax))
         self.alpha_dot = nn.Parameter(torch.empty(config.num_heads, config.attn_alpha_channels))
         nn.init.uniform_(
             self.alpha_dot, -(config.attn_alpha_channels**-0.5), config.attn_alpha_channels**-0.5
@@ -76,44 +79,74 @@ class SO2EquivariantGraphAttention(nn.Module):
 
     def forward(self, x: Tensor, edges: EdgeContext) -> Tensor:
         """`x [N, K, C]` to `[N, K, out_channels]`."""
-        alpha, message = self._message(x, edges, None)
-        values = self.so2_conv_2(message)
-        total = aggregate_messages(
-            values, alpha, edges.frames.blocks, edges.edge_index[1], edges.num_atoms, self.scale
-        )
-        return self.proj(total)
+        total = self._sum(x, edges, None, self.so2_conv_2.weights(), (self.lmax, self.mmax))
+        return self.proj(total * self.scale)
 
     def vectors(self, x: Tensor, edges: EdgeContext) -> Tensor:
         """The l = 1 output alone, `[N, 3, out_channels]`: what a force head does not read is not computed."""
-        kept = (self.lmax + 1) + 2 * self.lmax * min(1, self.mmax)
-        alpha, message = self._message(x, edges, kept)
-        values = self.so2_conv_2.first_degrees(message)
-        total = aggregate_messages(
-            values, alpha, edges.frames.narrow(1), edges.edge_index[1], edges.num_atoms, self.scale[:2]
-        )
-        return self.proj.degree(total[:, 1:4], 1)
+        order = min(1, self.mmax)
+        rows = (self.lmax + 1) + 2 * self.lmax * order
+        total = self._sum(x, edges, rows, self.so2_conv_2.weights_of_vectors(), (1, order))
+        return self.proj.degree(total[:, 1:4] * self.scale[1:4], 1)
 
-    def _message(self, x: Tensor, edges: EdgeContext, rows: int | None) -> tuple[Tensor, Tensor]:
-        """Attention weights `[E, H]` and activated hidden features, `rows` of m-major `[E, R, hidden]`."""
+    def _sum(
+        self, x: Tensor, edges: EdgeContext, rows: int | None, weights: SO2Weights, kept: tuple[int, int]
+    ) -> Tensor:
+        """Weighted sum of the messages, `[N, (kept degree + 1)^2, value channels]`.
+
+        `rows` of the activation's outputs are computed (None for all of them).
+        """
+        scalars, hidden = self._convolve(x, edges)
+        gates = self.activation.num_gate_rows * self.so2_conv_1.out_channels
+        channels = self.so2_conv_1.out_channels
+
+        def activate(hidden: Tensor) -> Tensor:
+            message = hidden[:, gates:].unflatten(1, (-1, channels))
+            return self.activation(message, hidden[:, :gates], rows)
+
+        return attend(
+            hidden,
+            self._attention_weights(scalars, edges),
+            edges.rotations,
+            edges.edge_index[1],
+            edges.num_atoms,
+            activate,
+            weights,
+            (self.lmax, self.mmax),
+            kept,
+        )
+
+    def _convolve(self, x: Tensor, edges: EdgeContext) -> tuple[Tensor, Tensor]:
+        """Inputs `[E, H * A]` of the attention weights and hidden features `[E, gates + R * hidden]`."""
         own = None
         if self.source_embedding is not None and self.target_embedding is not None:
             own = (self.source_embedding, self.target_embedding)
         radial = self.rad_func or self.so2_conv_1.rad_func
         assert radial is not None
-        hidden = radial.hidden(edges.basis, edges.element_pairs(own))
-        extra, message = self.so2_conv_1.convolve(
-            x, edges.frames, edges.edge_index, hidden, radial.output, shared_orders=self.rad_func is not None
+        return convolve_edges(
+            x,
+            edges.rotations,
+            edges.edge_index[0],
+            edges.edge_index[1],
+            radial.hidden(edges.basis, edges.element_pairs(own)),
+            radial.output.weight,
+            radial.output.bias,
+            self.so2_conv_1.weights(),
+            self.alpha_dot.numel(),
+            self.lmax,
+            shared_orders=self.rad_func is not None,
         )
-        width = self.alpha_dot.numel()
-        alpha = self._attention_weights(extra[:, :width], edges)
-        return alpha, self.activation(message, extra[:, width:], rows)
 
     def _attention_weights(self, scalars: Tensor, edges: EdgeContext) -> Tensor:
         """`[E, H * A]` scalars to `[E, H]` weights; renormalized before the nonlinearity (section 4.2)."""
         with no_autocast(scalars):
-            scalars = scalars.to(self.alpha_dot.dtype).unflatten(1, (self.num_heads, -1))
-            logits = (self.alpha_act(self.alpha_norm(scalars)) * self.alpha_dot).sum(2)
+            # Cheap to compute again, and its intermediates would be half of what training stores per edge.
+            logits = checkpoint(self._logits, scalars, use_reentrant=False, preserve_rng_state=False)
             return self.alpha_dropout(segment_softmax(logits, edges.edge_index[1], edges.num_atoms))
+
+    def _logits(self, scalars: Tensor) -> Tensor:
+        scalars = scalars.to(self.alpha_dot.dtype).unflatten(1, (self.num_heads, -1))
+        return (self.alpha_act(self.alpha_norm(scalars)) * self.alpha_dot).sum(2)
 
 
 def radial_input_size(config: ModelConfig) -> int:

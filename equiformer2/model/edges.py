@@ -5,7 +5,6 @@ import dataclasses
 from torch import Tensor, nn
 
 from equiformer2.model.radial import ElementPairs
-from equiformer2.model.so3 import EdgeFrames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +13,7 @@ class EdgeContext:
 
     Attributes:
         edge_index: `[2, E]`, source j and target i.
-        frames: Wigner-D blocks of the edges.
+        rotations: Wigner-D entries of the edges, `[E, P + 1]` (see `kernels.rotation`).
         basis: `[E, B]` distance basis.
         elements: `[2, E]` atomic numbers of source and target.
         shared_embedding: element embeddings (source, target) common to all blocks, or None.
@@ -22,7 +21,7 @@ class EdgeContext:
     """
 
     edge_index: Tensor
-    frames: EdgeFrames
+    rotations: Tensor
     basis: Tensor
     elements: Tensor
     shared_embedding: tuple[nn.Embedding, nn.Embedding] | None

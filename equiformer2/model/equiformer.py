@@ -137,7 +137,7 @@ class EquiformerV2(nn.Module):
             shared = (self.source_embedding, self.target_embedding)
         return EdgeContext(
             graph.edge_index,
-            frames,
+            frames.packed(),
             self.distance_basis(distances),
             numbers[graph.edge_index],
             shared,

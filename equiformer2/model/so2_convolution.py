@@ -2,13 +2,10 @@
 
 import math
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from equiformer2.kernels import complex_linear, convolve_edges
-from equiformer2.kernels.rotation import m_major_starts
+from equiformer2.kernels import SO2Weights
 from equiformer2.model.radial import RadialFunction
-from equiformer2.model.so3 import EdgeFrames
 
 
 class SO2MConvolution(nn.Module):
@@ -22,7 +19,7 @@ class SO2MConvolution(nn.Module):
 
 
 class SO2Convolution(nn.Module):
-    """Weights of all orders of an SO(2) convolution and their application to m-major features.
+    """Weights of all orders of an SO(2) convolution.
 
     Args:
         in_channels, out_channels: per coefficient.
@@ -53,70 +50,14 @@ class SO2Convolution(nn.Module):
         if radial_inputs is not None:
             self.rad_func = RadialFunction(radial_inputs, radial_hidden, sum(degrees) * in_channels)
 
-    def weights(self) -> list[Tensor]:
-        """One matrix per order, see `kernels.convolve_edges`."""
-        orders = (conv.fc for conv in self.so2_m_conv)
-        return [layer.weight for layer in (self.fc_m0, *orders)]  # type: ignore[union-attr,misc]
+    def weights(self) -> SO2Weights:
+        """Those of all orders."""
+        orders = tuple(conv.fc.weight for conv in self.so2_m_conv)  # type: ignore[union-attr,misc]
+        return SO2Weights(self.fc_m0.weight, self.fc_m0.bias, orders)  # type: ignore[arg-type]
 
-    def convolve(
-        self,
-        x: Tensor,
-        frames: EdgeFrames,
-        edge_index: Tensor,
-        hidden: Tensor,
-        radial: nn.Linear,
-        shared_orders: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Convolve the features of both atoms of every edge with radial weights.
-
-        Returns:
-            `[E, extra_m0_channels]` scalars and m-major features `[E, R, out_channels]` in the edge frames.
-        """
-        outputs = convolve_edges(
-            x,
-            frames.blocks,
-            edge_index[0],
-            edge_index[1],
-            hidden,
-            radial.weight,
-            radial.bias,
-            self.weights(),
-            shared_orders,
-        )
-        scalars = outputs[0] + self.fc_m0.bias.to(outputs[0].dtype)
-        extra, scalars = scalars[:, : self.extra_m0_channels], scalars[:, self.extra_m0_channels :]
-        return extra, self._stack([scalars, *outputs[1:]])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """m-major `[E, R, in_channels]` to `[E, R, out_channels]`, without radial weights."""
-        scalars, pairs = self._orders(x)
-        outputs = [nn.functional.linear(scalars, self.fc_m0.weight, self.fc_m0.bias)]
-        for pair, weight in zip(pairs, self.weights()[1:], strict=True):
-            outputs.append(complex_linear(*pair, weight))
-        return self._stack(outputs)
-
-    def first_degrees(self, x: Tensor) -> Tensor:
-        """As `forward`, but only degrees 0 and 1: m-major `[E, 4, out_channels]` (2 rows if mmax = 0).
-
-        The force head reads nothing else; inputs of orders |m| > 1 do not reach these outputs.
-        """
-        wide = 2 * self.out_channels
-        scalars, pairs = self._orders(x)
-        outputs = [nn.functional.linear(scalars, self.fc_m0.weight[:wide], self.fc_m0.bias[:wide])]
-        if self.mmax > 0:
-            weight = self.weights()[1].unflatten(0, (2, -1))[:, : self.out_channels].flatten(0, 1)
-            outputs.append(complex_linear(*pairs[0], weight))
-        return self._stack(outputs)
-
-    def _orders(self, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Flattened coefficients of m = 0, and those of (+m, -m) for the orders m >= 1 that `x` has."""
-        starts = m_major_starts(self.lmax, self.mmax)
-        pairs = []
-        for m in range(1, self.mmax + 1):
-            if starts[m + 1] <= x.shape[1]:
-                positive, negative = x[:, starts[m] : starts[m + 1]].chunk(2, dim=1)
-                pairs.append((positive.flatten(1), negative.flatten(1)))
-        return x[:, : starts[1]].flatten(1), pairs
-
-    def _stack(self, outputs: list[Tensor]) -> Tensor:
-        return torch.cat(outputs, dim=1).unflatten(1, (-1, self.out_channels))
+    def weights_of_vectors(self) -> SO2Weights:
+        """Those that the coefficients of degrees 0 and 1 come from; the force head reads nothing else."""
+        wide, one = 2 * self.out_channels, self.out_channels
+        orders = self.weights().orders[:1]
+        first = tuple(weight.unflatten(0, (2, -1))[:, :one].flatten(0, 1) for weight in orders)
+        return SO2Weights(self.fc_m0.weight[:wide], self.fc_m0.bias[:wide], first)

@@ -25,10 +25,15 @@ def global_mean(total: Tensor, count: Tensor) -> Tensor:
     return total * world_size / count.clamp(min=1.0)
 
 
-def energy_l1(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error over the structures of the global batch; both [B], normalised units."""
+def energy_l1(prediction: Tensor, target: Tensor, known: Tensor | None = None) -> Tensor:
+    """Mean absolute error over the structures of the global batch; both [B], normalised units.
+
+    `known` [B] bool: structures whose energy is to be learned; all of them without it.
+    """
     error = (prediction.float() - target.float()).abs()
-    return global_mean(error.sum(), torch.full_like(error[0], error.numel()))
+    if known is None:
+        return global_mean(error.sum(), torch.full_like(error[0], error.numel()))
+    return global_mean(error.masked_fill(~known, 0.0).sum(), known.sum().float())
 
 
 def force_l2(prediction: Tensor, target: Tensor, free: Tensor) -> Tensor:

@@ -125,7 +125,8 @@ class S2EFTask(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The weighted loss of one micro-batch; averages over all processes (see `losses`)."""
         out = self._forward_with_own_randomness(batch, batch_idx)
-        energy = energy_l1(out["energy"], self.normalizers.normalize_energy(batch.energy, batch))
+        target_energy = self.normalizers.normalize_energy(batch.energy, batch)
+        energy = energy_l1(out["energy"], target_energy, batch.get("has_energy"))
         loss = self.settings.energy_coefficient * energy
         logged = {"train/energy_mae": energy.detach() * self.normalizers.energy.std}
         if self.has_forces:

@@ -31,12 +31,12 @@ def rotate(x: Tensor, blocks: list[Tensor]) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
-def rotate_back(y: Tensor, blocks: list[Tensor], scale: list[float]) -> Tensor:
+def rotate_back(y: Tensor, blocks: list[Tensor]) -> Tensor:
     """m-major `[E, R, C]` to `[E, K, C]`."""
     lmax, mmax = len(blocks) - 1, (blocks[-1].shape[1] - 1) // 2
     degrees = [y.new_zeros(len(y), 2 * l + 1, y.shape[2]) for l in range(lmax + 1)]
     for k, (l, m) in enumerate(m_major(lmax, mmax)):
-        degrees[l] = degrees[l] + scale[l] * torch.einsum("ek,ec->ekc", blocks[l][:, row(m)], y[:, k])
+        degrees[l] = degrees[l] + torch.einsum("ek,ec->ekc", blocks[l][:, row(m)], y[:, k])
     return torch.cat(degrees, dim=1)
 
 
@@ -49,8 +49,10 @@ def convolve(
     radial_weight: Tensor,
     radial_bias: Tensor,
     weights: list[Tensor],
+    bias: Tensor,
+    extra: int,
     shared_orders: bool,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor]:
     lmax, mmax = len(blocks) - 1, len(weights) - 1
     rotated = rotate(torch.cat((x[source], x[target]), dim=2), blocks)
     features = dict(zip(m_major(lmax, mmax), rotated.unbind(1), strict=True))
@@ -64,24 +66,35 @@ def convolve(
             for sign in ((1,) if m == 0 else (1, -1))
             for l, factor in zip(range(m, lmax + 1), factors, strict=True)
         ]
-        if m > 0:
-            real, imaginary = weight.chunk(2)
-            weight = torch.cat((torch.cat((real, -imaginary), dim=1), torch.cat((imaginary, real), dim=1)))
-        outputs.append(torch.cat(inputs, dim=1) @ weight.t())
-    return outputs
+        matrix = real_matrix(weight) if m > 0 else weight
+        outputs.append(torch.cat(inputs, dim=1) @ matrix.t() + (bias if m == 0 else 0))
+    out = torch.cat(outputs, dim=1)
+    return out[:, :extra], out[:, extra:]
 
 
-def aggregate(
-    values: Tensor,
-    alpha: Tensor | None,
-    blocks: list[Tensor],
-    target: Tensor,
-    num_targets: int,
-    scale: list[float],
+def so2_linear(x: Tensor, weights: list[Tensor], bias: Tensor, lmax: int) -> Tensor:
+    """m-major `[E, R, C]` through one matrix per order, the complex ones written out."""
+    outputs, start = [], 0
+    for m, weight in enumerate(weights):
+        rows = (1 + (m > 0)) * (lmax + 1 - m)
+        inputs = x[:, start : start + rows].flatten(1)
+        start += rows
+        outputs.append(inputs @ (real_matrix(weight) if m > 0 else weight).t() + (bias if m == 0 else 0))
+    return torch.cat(outputs, dim=1)
+
+
+def real_matrix(weight: Tensor) -> Tensor:
+    """`[2 out, in]`, real part above imaginary part, as the matrix on (+m, -m)."""
+    real, imaginary = weight.chunk(2)
+    return torch.cat((torch.cat((real, -imaginary), dim=1), torch.cat((imaginary, real), dim=1)))
+
+
+def sum_messages(
+    values: Tensor, alpha: Tensor | None, blocks: list[Tensor], target: Tensor, num_targets: int
 ) -> Tensor:
     if alpha is not None:
         values = values * alpha.repeat_interleave(values.shape[2] // alpha.shape[1], dim=1).unsqueeze(1)
-    messages = rotate_back(values, blocks, scale)
+    messages = rotate_back(values, blocks)
     totals = [messages[target == i].sum(0) for i in range(num_targets)]
     return torch.stack(totals)
 
@@ -114,7 +127,7 @@ class Random:
 
     def convolution(
         self, num_edges: int, lmax: int, mmax: int, channels: int, shared_orders: bool, num_atoms: int = 4
-    ) -> dict[str, Tensor | list[Tensor] | bool]:
+    ) -> dict[str, Tensor | list[Tensor] | bool | int]:
         inputs = [lmax + 1 - m for m in range(mmax + 1)]
         num_radial = 2 * channels * (lmax + 1 if shared_orders else sum(inputs))
         weights = [self(6 + 2 * m, n * 2 * channels).div(n) for m, n in enumerate(inputs)]
@@ -127,6 +140,8 @@ class Random:
             "radial_weight": self(num_radial, 3),
             "radial_bias": self(num_radial),
             "weights": weights,
+            "bias": self(6),
+            "extra": 2,
             "shared_orders": shared_orders,
         }
 

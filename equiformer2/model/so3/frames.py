@@ -13,6 +13,8 @@ import torch
 from e3nn import o3
 from torch import Tensor
 
+from equiformer2.kernels import pack_blocks
+
 # Directions closer to the polar axis than this (sine of the angle) use a second chart whose polar axis is x:
 # in either chart the frame is a smooth function of the direction, with bounded derivatives.
 _POLAR_SINE = 0.5
@@ -57,9 +59,9 @@ class EdgeFrames:
         gauge = (image[:, 2], image[:, 0])
         return cls(_wigner_blocks(gauge, (y, sin_beta), (cos_alpha, sin_alpha), lmax, mmax, None))
 
-    def narrow(self, lmax: int) -> list[Tensor]:
-        """The blocks of degrees up to `lmax` alone."""
-        return self.blocks[: lmax + 1]
+    def packed(self) -> Tensor:
+        """The entries of all blocks side by side, as the kernels take them (`kernels.rotation`)."""
+        return pack_blocks(self.blocks)
 
     @property
     def requires_grad(self) -> bool:
@@ -94,7 +96,7 @@ def _wigner_blocks(
         block = _rotate_columns(left @ to_x.t(), alpha_cos, -alpha_sin, l)
         if permuted is not None:
             block = torch.where(permuted[:, None, None], block @ cycle, block)
-        blocks.append(block.contiguous())
+        blocks.append(block)
     return blocks
 
 

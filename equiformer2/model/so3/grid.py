@@ -6,6 +6,7 @@ import torch
 from e3nn.o3 import ToS2Grid
 from torch import Tensor
 
+from equiformer2.kernels.rotation import m_major_orders
 from equiformer2.model.so3.constants import DerivedConstants
 
 
@@ -46,7 +47,7 @@ def grid_matrices(lmax: int, mmax: int, resolution: int | tuple[int, int] | None
     latitudes, longitudes = (resolution, resolution) if isinstance(resolution, int) else resolution
     to_s2 = ToS2Grid(lmax, (latitudes, longitudes), normalization="component", dtype=torch.float64)
     degrees = [l for l in range(lmax + 1) for _ in range(2 * l + 1)]
-    scale = torch.tensor([truncation_scale(l, mmax) for l in degrees], dtype=torch.float64)
+    scale = truncation_scales(lmax, mmax).squeeze(1)
     to_grid = torch.einsum("mbi,am->bai", to_s2.shb, to_s2.sha) * scale
     # The inverse is the quadrature with the same harmonics; `component` normalization divides by
     # sqrt((2l+1) (lmax+1)) in one direction and multiplies by it in the other. (e3nn's FromS2Grid is
@@ -72,10 +73,12 @@ def truncation_scale(l: int, mmax: int) -> float:
     return math.sqrt((2 * l + 1) / (2 * mmax + 1)) if l > mmax else 1.0
 
 
+def truncation_scales(lmax: int, mmax: int) -> Tensor:
+    """`truncation_scale` of every coefficient, `[K, 1]` float64."""
+    scales = [truncation_scale(l, mmax) for l in range(lmax + 1) for _ in range(2 * l + 1)]
+    return torch.tensor(scales, dtype=torch.float64).unsqueeze(1)
+
+
 def m_major_order(lmax: int, mmax: int) -> list[int]:
     """Coefficients in the layout of the SO(2) convolutions, as indices l^2 + l + m."""
-    order = [l * l + l for l in range(lmax + 1)]
-    for m in range(1, mmax + 1):
-        order += [l * l + l + m for l in range(m, lmax + 1)]
-        order += [l * l + l - m for l in range(m, lmax + 1)]
-    return order
+    return [l * l + l + m for l, m in m_major_orders(lmax, mmax)]

@@ -1,0 +1,104 @@
+"""The linear maps of an SO(2) convolution: one GEMM for m = 0, three for every m > 0 (Gauss)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from equiformer2.kernels.chunks import cast_to_autocast
+from equiformer2.kernels.linear import linear
+from equiformer2.kernels.rotation import order_rows
+
+
+class SO2Weights(NamedTuple):
+    """Weights of all orders.
+
+    Attributes:
+        scalar: `[out_0, (L+1) C]`, order m = 0.
+        bias: `[out_0]`.
+        orders: for every m >= 1 `[2 out_m, (L+1-m) C]`: W_r above W_i (paper Equation 2).
+    """
+
+    scalar: Tensor
+    bias: Tensor
+    orders: tuple[Tensor, ...]
+
+    @classmethod
+    def from_flat(cls, flat: Sequence[Tensor]) -> "SO2Weights":
+        """Back from `(scalar, bias, *orders)`, which is how they go through autograd functions."""
+        return cls(flat[0], flat[1], tuple(flat[2:]))
+
+    @property
+    def flat(self) -> tuple[Tensor, ...]:
+        """`(scalar, bias, *orders)`."""
+        return (self.scalar, self.bias, *self.orders)
+
+    def terms(self, dtype: torch.dtype) -> list[Tensor]:
+        """The matrices of the GEMMs: that of m = 0, then `gauss_terms` of the others, rounded at the end."""
+        return [self.scalar.to(dtype), *(gauss_terms(weight).to(dtype) for weight in self.orders)]
+
+    @staticmethod
+    def gradients(grad_terms: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of `(scalar, *orders)` from those of `terms`."""
+        orders = [torch.cat((g[0] - g[1] + g[2], g[1] + g[2])) for g in grad_terms[1:]]
+        return [grad_terms[0], *orders]
+
+
+def gauss_terms(weight: Tensor) -> Tensor:
+    """`weight [2 out, in]` (real part above imaginary part) as `[3, out, in]`: W_r, W_i - W_r, W_r + W_i."""
+    real, imaginary = weight.unflatten(0, (2, -1))
+    return torch.stack((real, imaginary - real, real + imaginary))
+
+
+def gemm_dtype(x: Tensor, weights: SO2Weights) -> torch.dtype:
+    """Precision of the GEMMs: autocast's where it is on, else that of the weights."""
+    return cast_to_autocast(x, weights.bias)[1].dtype
+
+
+def complex_terms(positive: Tensor, negative: Tensor, terms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k1, k2, k3 of `complex_linear`, `[E, out]` each."""
+    return (
+        linear(positive + negative, terms[0]),
+        linear(positive, terms[1]),
+        linear(negative, terms[2]),
+    )
+
+
+def complex_linear(positive: Tensor, negative: Tensor, terms: Tensor) -> Tensor:
+    """SO(2) linear map of the coefficients of +m and -m (paper Equation 2).
+
+    out_+m = W_r x_+m - W_i x_-m and out_-m = W_i x_+m + W_r x_-m. With k1 = W_r (x_+m + x_-m),
+    k2 = (W_i - W_r) x_+m and k3 = (W_r + W_i) x_-m these are k1 - k3 and k1 + k2.
+
+    Args:
+        positive, negative: `[E, in]`.
+        terms: `[3, out, in]` of `gauss_terms`.
+
+    Returns:
+        `[E, 2 out]`: +m, then -m.
+    """
+    common, plus, minus = complex_terms(positive, negative, terms)
+    return torch.cat((common - minus, common + plus), dim=1)
+
+
+def so2_linear(x: Tensor, terms: Sequence[Tensor], bias: Tensor, lmax: int) -> Tensor:
+    """SO(2) linear map of m-major features, without radial weights.
+
+    Args:
+        x: `[E, R, C]`. Orders for which there are no terms are not read.
+        terms: of orders 0 … M (see `SO2Weights.terms`).
+        bias: `[out_0]`.
+        lmax: L of `x`.
+
+    Returns:
+        `[E, sum of the outputs of all orders]`, m-major.
+    """
+    start = lmax + 1
+    outputs = [linear(x[:, :start].flatten(1), terms[0]) + bias.to(x.dtype)]
+    for m, order in enumerate(terms[1:], start=1):
+        components, degrees = order_rows(lmax, m)
+        pair = x[:, start : start + components * degrees]
+        start += components * degrees
+        outputs.append(complex_linear(pair[:, :degrees].flatten(1), pair[:, degrees:].flatten(1), order))
+    return torch.cat(outputs, dim=1)
