@@ -152,8 +152,9 @@ def _split(files: list[RawFile], shards: int) -> list[list[RawFile]]:
 
 def _remove_unfinished(target: Path) -> None:
     """Remove what killed workers left; the lock says that none is at work."""
-    for pattern in (".data.[0-9][0-9][0-9][0-9].lmdb.*.tmp", ".data.[0-9][0-9][0-9][0-9].json.*.tmp"):
-        for path in target.glob(pattern):
+    number = "[0-9]" * 4
+    for name in ("plan.json", f"data.{number}.lmdb", f"data.{number}.json"):
+        for path in target.glob(f".{name}.*.tmp"):
             path.unlink(missing_ok=True)
 
 
