@@ -110,7 +110,7 @@ def atoms_figure(content: dict[str, Any]) -> Figure | None:
             )
             if len(rows) > 1:
                 slope, intercept = fit_line([(row["atoms"], row["peak"]) for row in rows])
-                beyond = [atoms[-1], EXTRAPOLATED_ATOMS]
+                beyond = [atoms[-1] * (EXTRAPOLATED_ATOMS / atoms[-1]) ** (step / 20) for step in range(21)]
                 fitted = [(intercept + slope * x) / 2**30 for x in beyond]
                 memory_axis.plot(beyond, fitted, color=COLORS[name], linewidth=0.8, alpha=0.5)
     for axis, title in ((time_axis, "seconds per inference"), (memory_axis, "peak memory, GiB")):

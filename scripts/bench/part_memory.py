@@ -4,13 +4,15 @@ from typing import Any
 
 from bench.measure import USABLE_MEMORY, Benchmark, machine_memory
 from bench.session import RefusedError
+from bench.structures import BATCHES
 
 IMPLEMENTATIONS = ("reference", "ours")
 
 
 def measure(bench: Benchmark, size: str) -> None:
     settings = bench.settings
-    known: list[dict[str, Any]] = []
+    stored = (bench.store.find(f"memory/{size}/{batch}") for batch in BATCHES)
+    known = [record for record in stored if record is not None and record["peaks"]]
     for batch in settings.batches:
 
         def fresh(batch: str = batch) -> dict[str, Any]:

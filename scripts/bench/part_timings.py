@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from bench import part_memory
 from bench.compare import compare_answers, deviation
 from bench.measure import REFERENCE_DRAWS, USABLE_MEMORY, Benchmark, machine_memory
 from bench.part_memory import peak_of
@@ -14,6 +15,9 @@ OPERATIONS = ("forward", "training_step")
 
 def measure(bench: Benchmark, size: str) -> None:
     settings = bench.settings
+    if any(bench.store.find(f"memory/{size}/{batch}") is None for batch in settings.batches):
+        # What does not fit would end the machine's patience, or that of its other users.
+        part_memory.measure(bench, size)
     for batch in settings.batches:
         for allocator in settings.allocators:
 
@@ -110,10 +114,9 @@ def compare(
 
 
 def _training_fits(bench: Benchmark, size: str, batch: str, allocator: str) -> bool:
-    """By the memory part's record of this size and batch; without one nobody knows, and it is tried."""
+    """By the memory part's record of this size and batch."""
     memory = bench.store.find(f"memory/{size}/{batch}")
-    if memory is None:
-        return True
+    assert memory is not None
     peaks = [peak_of(memory, implementation) for implementation in ("reference", "ours")]
     measured = [peak["peak"] for peak in peaks if peak is not None]
     if len(measured) < len(peaks):

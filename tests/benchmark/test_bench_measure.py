@@ -147,3 +147,14 @@ def test_fitted_line() -> None:
     assert (slope, intercept) == (pytest.approx(2.0), pytest.approx(5.0))
     with pytest.raises(ValueError, match="two points"):
         fit_line([(10, 1.0), (10, 2.0)])
+
+
+def test_a_batch_that_may_not_fit_is_judged_by_an_earlier_run(tmp_path: Path, log: Log) -> None:
+    measured(tmp_path, parts=("memory",), batches=("B1",))
+    # Asked for alone, and the timings before the memory.
+    content = measured(tmp_path, parts=("timings",), batches=("B4",))
+    assert ("reference", "training_step", "float32") not in calls(log, "training_step")[2 * 2 :]
+    assert any(
+        "would need about 31 GiB" in reason
+        for reason in content["units"]["memory/31M/B4"]["record"]["left_out"]
+    )
