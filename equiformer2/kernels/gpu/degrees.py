@@ -26,7 +26,7 @@ def zero_degree(l: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):  # typ
     """2l + 1 zero vectors."""
     columns = ()
     for _ in tl.static_range(2 * l + 1):
-        columns = columns + (tl.full((BLOCK,), 0.0, ACC),)
+        columns = columns + (tl.full((BLOCK,), 0.0, ACC),)  # type: ignore[assignment]
     return columns
 
 
@@ -37,7 +37,7 @@ def load_degree(  # type: ignore[no-untyped-def]
     """The 2l + 1 coefficients of degree l of one atom."""
     columns = ()
     for k in tl.static_range(2 * l + 1):
-        columns = columns + (tl.load(x + (l * l + k) * C + channels, mask=mask, other=0.0).to(ACC),)
+        columns = columns + (tl.load(x + (l * l + k) * C + channels, mask=mask, other=0.0).to(ACC),)  # type: ignore[assignment]
     return columns
 
 
@@ -59,5 +59,5 @@ def add_rotated_back(  # type: ignore[no-untyped-def]
     """Add one row's contribution to the coefficients in the global frame."""
     updated = ()
     for k in tl.static_range(2 * l + 1):
-        updated = updated + (columns[k] + tl.load(block + row * (2 * l + 1) + k).to(ACC) * value,)
+        updated = updated + (columns[k] + tl.load(block + row * (2 * l + 1) + k).to(ACC) * value,)  # type: ignore[assignment]
     return updated

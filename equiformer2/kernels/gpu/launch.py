@@ -77,11 +77,16 @@ def power_of_two(size: int, least: int = 16) -> int:
 
 
 def points_per_step(dtype: torch.dtype) -> int:
-    """Grid points that a tensor-core loop takes at a time: as many as fit into the registers of four warps.
+    """Grid points that a tensor-core loop takes at a time: as many as fit into the registers.
 
     Three TF32 products hold each operand twice.
     """
     return 64 if dtype.itemsize == 2 else 32
+
+
+def dot_warps(dtype: torch.dtype) -> int:
+    """Warps of a program with tensor-core products: two of Hopper's groups of four for wide operands."""
+    return 4 if dtype.itemsize == 2 else 8
 
 
 def columns_per_program(*rows: int) -> int:

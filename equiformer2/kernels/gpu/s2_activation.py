@@ -15,6 +15,7 @@ from equiformer2.kernels.gpu.launch import (
     accumulator,
     columns_per_program,
     dot_precision,
+    dot_warps,
     expect,
     launch,
     padded,
@@ -112,7 +113,7 @@ def _launch(kernel, x, gates, to_grid, from_grid, outputs):  # type: ignore[no-u
         ACC=TRITON_DTYPES[accumulator(x)],
         PRECISION=dot_precision(x.dtype),
         WIDEN=INTERPRETED,
-        num_warps=4,
+        num_warps=dot_warps(x.dtype),
         num_stages=2,
     )
 

@@ -18,6 +18,7 @@ from equiformer2.kernels.gpu.launch import (
     accumulator,
     columns_per_program,
     dot_precision,
+    dot_warps,
     expect,
     launch,
     padded,
@@ -148,7 +149,7 @@ def _sample(x: Tensor, matrix: Tensor, points: int, other: Tensor | None) -> Ten
         ACC=TRITON_DTYPES[accumulator(x)],
         PRECISION=dot_precision(x.dtype),
         WIDEN=INTERPRETED,
-        num_warps=4,
+        num_warps=dot_warps(x.dtype),
         num_stages=1,
     )
     return out
@@ -184,7 +185,7 @@ def _project(grid: Tensor, x: Tensor | None, to_grid: Tensor, matrix: Tensor, ou
         ACC=TRITON_DTYPES[accumulator(grid)],
         PRECISION=dot_precision(grid.dtype),
         WIDEN=INTERPRETED,
-        num_warps=4 if grid.dtype.itemsize == 2 else 8,
+        num_warps=dot_warps(grid.dtype),
         num_stages=2,
     )
 

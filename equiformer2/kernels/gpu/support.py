@@ -7,8 +7,10 @@ import torch
 
 MAX_DEGREE = 8
 
-# Asynchronous copies, TF32 and bfloat16 tensor cores came with this compute capability.
-_LEAST_CAPABILITY = (8, 0)
+# Asynchronous copies, TF32 and bfloat16 tensor cores came with compute capability 8. The tiles of the
+# products on the sphere need more shared memory than workstation GPUs have.
+_LEAST_CAPABILITY = 8
+_LEAST_SHARED_BYTES = 160 * 1024
 
 
 def supports(
@@ -34,8 +36,10 @@ def supports(
     if device.type == "cuda":
         if torch.version.hip is not None:
             return "they were written for NVIDIA GPUs alone"
-        if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
-            return "they need a GPU of compute capability 8.0 (A100) or newer"
+        properties = torch.cuda.get_device_properties(device)
+        shared = properties.shared_memory_per_block_optin
+        if properties.major < _LEAST_CAPABILITY or shared < _LEAST_SHARED_BYTES:
+            return f"they need an A100, H100 or newer GPU for data centres, not {properties.name}"
     elif device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
         return f"they need a CUDA device, not {device.type}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):

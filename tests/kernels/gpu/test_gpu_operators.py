@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import gpu_calls
 import pytest
@@ -111,6 +112,16 @@ def test_support(device: torch.device) -> None:
     ):
         assert reason in (gpu.supports(device, torch.float32, **(possible | change)) or "")
     assert "float16" in (gpu.supports(device, torch.float16, **possible) or "")
+
+
+@pytest.mark.parametrize(
+    ("major", "shared", "supported"), [(7, 96, False), (8, 99, False), (8, 163, True), (9, 227, True)]
+)
+def test_gpus(major: int, shared: int, supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(name="GPU", major=major, shared_memory_per_block_optin=shared * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    reason = gpu.supports(torch.device("cuda"), torch.bfloat16, 6, 2, False, False)
+    assert (reason is None) == supported
 
 
 def test_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

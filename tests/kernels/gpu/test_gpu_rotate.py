@@ -45,3 +45,19 @@ def test_values_and_gradients(
     theirs = twins.gather_rotate(x, packed, graph, radial, lmax, mmax, shared)
     assert_near([ours], [theirs])
     assert_near(gradients(ours, [x, radial]), gradients(theirs, [x, radial]))
+
+
+def test_radial_weights_decide_the_output_type(device: torch.device) -> None:
+    """As under autocast: features in float32, radial weights and GEMM inputs in bfloat16."""
+    random = Random(device)
+    graph = random.graph(4, 5)
+    csr = graph["source_order"], graph["source_ptr"], graph["target_ptr"]
+    x, packed = random(4, 9, 6).requires_grad_(), random.packed(5, 2, 1)
+    radial = random.radial(5, 2, 1, 6, False).to(torch.bfloat16).requires_grad_()
+    ours = gather_rotate(x, packed, graph["source"], graph["target"], radial, 2, 1, False, *csr)
+    theirs = twins.gather_rotate(x, packed, graph, radial, 2, 1, False)
+    assert ours.dtype == torch.bfloat16
+    assert_near([ours], [theirs], 0.01)
+    grads = gradients(ours, [x, radial])
+    assert [grad.dtype for grad in grads] == [torch.float32, torch.bfloat16]
+    assert_near(grads, gradients(theirs.to(torch.bfloat16), [x, radial]), 0.01)
