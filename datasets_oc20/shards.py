@@ -28,6 +28,7 @@ from datasets_oc20.workers import as_they_finish
 from datasets_oc20.writer import LmdbWriter
 
 _LOG = logging.getLogger(__name__)
+_MOST_SHARDS = 9999  # the names have four digits
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def preprocess_shards(
         OSError: the disk is full, or a worker was killed.
     """
     options = options or PreprocessOptions()
-    if shards < 1:
-        raise DataError(f"shards is {shards}; it must be at least 1.")
+    if not 1 <= shards <= _MOST_SHARDS:
+        raise DataError(f"shards is {shards}; it must be from 1 to {_MOST_SHARDS}.")
     if options.later_fraction > 0:
         raise DataError("later frames go to one file: leave the shards away.")
     source, target = Path(folder), Path(out)
