@@ -37,7 +37,8 @@ def supports(
         if torch.version.hip is not None:
             return "they were written for NVIDIA GPUs alone"
         properties = torch.cuda.get_device_properties(device)
-        shared = properties.shared_memory_per_block_optin
+        # torch's type stubs lack this one.
+        shared: int = getattr(properties, "shared_memory_per_block_optin", 0)
         if properties.major < _LEAST_CAPABILITY or shared < _LEAST_SHARED_BYTES:
             return f"they need an A100, H100 or newer GPU for data centres, not {properties.name}"
     elif device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
