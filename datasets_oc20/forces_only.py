@@ -24,7 +24,7 @@ class WithForcesOnly(Dataset):
         for dataset in (labelled, forces_only):
             if "forces" not in dataset[0]:
                 raise DataError(
-                    f"{dataset.describe(0)}: the record has no forces; data.forces_only needs them in both sets."
+                    f"{dataset.describe(0)}: no forces; data.forces_only needs them in both sets."
                 )
 
     def __len__(self) -> int:

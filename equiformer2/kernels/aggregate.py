@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from equiformer2.kernels.chunks import chunks, no_autocast
+from equiformer2.kernels.chunks import chunks, no_autocast, take_rows
 from equiformer2.kernels.rotation import rotation_matrices
 from equiformer2.kernels.so2 import SO2Weights, gemm_dtype, so2_linear
 
@@ -54,13 +54,14 @@ def attend(
 
     # hidden features, their activation, values twice, messages
     bytes_per_edge = 4 * (2 * hidden.shape[1] + outputs * (2 * rows + (kept[0] + 1) ** 2))
+    arguments = (messages, dtype, hidden, alpha, packed, target, num_targets, bytes_per_edge)
     with no_autocast(hidden):
         if torch.is_grad_enabled() and packed.requires_grad:
             out = messages(hidden, alpha, packed, weights.bias, *weights.terms(dtype))
             return out.new_zeros(num_targets, *out.shape[1:]).index_add(0, target, out)
-        return _Attend.apply(
-            messages, dtype, hidden, alpha, packed, target, num_targets, bytes_per_edge, *weights.flat
-        )
+        if not torch.is_grad_enabled():
+            return _streamed(*arguments, weights)
+        return _Attend.apply(*arguments, *weights.flat)
 
 
 def sum_rotated(
@@ -113,8 +114,21 @@ class _SumRotated(torch.autograd.Function):
         grad = grad_total.new_empty(len(target), ctx.kept[0] + 1, grad_total.shape[2], dtype=ctx.dtype)
         for part in chunks(len(target), 4 * grad_total[:1].numel(), grad.device):
             matrices = rotation_matrices(packed[part], ctx.degrees, ctx.kept).to(grad_total.dtype)
-            grad[part] = torch.bmm(matrices, _rows(grad_total, target[part]))
+            grad[part] = torch.bmm(matrices, take_rows(grad_total, target[part]))
         return grad, None, None, None, None, None
+
+
+def _streamed(messages, dtype, hidden, alpha, packed, target, num_targets, bytes_per_edge, weights):  # type: ignore[no-untyped-def]
+    """Chunk by chunk, without derivatives."""
+    terms = weights.terms(dtype)
+    total = None
+    # At least one pass, for the shape.
+    for part in list(chunks(len(target), bytes_per_edge, hidden.device)) or [slice(0, 0)]:
+        rows = messages(hidden[part], alpha[part], packed[part], weights.bias, *terms)
+        if total is None:
+            total = rows.new_zeros(num_targets, *rows.shape[1:])
+        total.index_add_(0, target[part], rows)
+    return total
 
 
 class _Attend(torch.autograd.Function):
@@ -127,15 +141,7 @@ class _Attend(torch.autograd.Function):
         ctx.save_for_backward(hidden, alpha, packed, target, *flat)
         ctx.messages, ctx.dtype, ctx.bytes_per_edge = messages, dtype, bytes_per_edge
         weights = SO2Weights.from_flat(flat)
-        terms = weights.terms(dtype)
-        total = None
-        # At least one pass, for the shape.
-        for part in list(chunks(len(target), bytes_per_edge, hidden.device)) or [slice(0, 0)]:
-            rows = messages(hidden[part], alpha[part], packed[part], weights.bias, *terms)
-            if total is None:
-                total = rows.new_zeros(num_targets, *rows.shape[1:])
-            total.index_add_(0, target[part], rows)
-        return total
+        return _streamed(messages, dtype, hidden, alpha, packed, target, num_targets, bytes_per_edge, weights)
 
     @staticmethod
     @once_differentiable
@@ -150,7 +156,7 @@ class _Attend(torch.autograd.Function):
             edges = [t[part].detach().requires_grad_() for t in (hidden, alpha)]
             with torch.enable_grad():
                 out = ctx.messages(*edges, packed[part], *leaves)
-            grads = torch.autograd.grad(out, [*edges, *leaves], _rows(grad_total, target[part]))
+            grads = torch.autograd.grad(out, [*edges, *leaves], take_rows(grad_total, target[part]))
             grad_hidden[part], grad_alpha[part] = grads[:2]
             for total, piece in zip(grad_leaves, grads[2:], strict=True):
                 total += piece
@@ -163,8 +169,3 @@ class _Attend(torch.autograd.Function):
             *(None, None, None, None),
             *(g.to(w.dtype) for g, w in zip((scalar, grad_bias, *orders), flat, strict=True)),
         )
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """`x[index]` for `x [N, K, C]`; whole rows of a matrix are copied several times faster."""
-    return x.flatten(1).index_select(0, index).view(-1, *x.shape[1:])

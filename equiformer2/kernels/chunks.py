@@ -47,3 +47,8 @@ def cast_to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) if t.dtype == torch.float32 else t for t in tensors)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """`x[index]` for `x [N, K, C]`; whole rows of a matrix are copied several times faster."""
+    return x.flatten(1).index_select(0, index).view(-1, *x.shape[1:])

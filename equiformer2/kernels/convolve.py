@@ -1,17 +1,34 @@
 """First half of a message: gather both atoms, rotate into the edge frame, radial weights, SO(2) GEMMs."""
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from equiformer2.kernels.chunks import cast_to_autocast, chunks, no_autocast
+from equiformer2.kernels.chunks import cast_to_autocast, chunks, no_autocast, take_rows
 from equiformer2.kernels.linear import linear
 from equiformer2.kernels.rotation import m_major_starts, order_rows, rotation_matrices
 from equiformer2.kernels.so2 import SO2Weights, complex_linear, complex_terms
 
 
+class _Edges(NamedTuple):
+    """The tensors of `convolve_edges`, in its order."""
+
+    x: Tensor
+    x_target: Tensor
+    packed: Tensor
+    source: Tensor
+    target: Tensor
+    hidden: Tensor
+    radial_weight: Tensor
+    radial_bias: Tensor
+
+
 def convolve_edges(
     x: Tensor,
+    x_target: Tensor,
     packed: Tensor,
     source: Tensor,
     target: Tensor,
@@ -29,7 +46,8 @@ def convolve_edges(
     Neither the gathered `[E, K, 2C]` nor the rotated `[E, R, 2C]` tensor nor the radial weights are stored.
 
     Args:
-        x: `[N, K, C]` atom features.
+        x: `[N, K, C]` features of the source atoms.
+        x_target: `[N', K, C]` features of the target atoms; `x` itself if all atoms are targets.
         packed: Wigner-D entries of the edges (see `kernels.rotation`), orders as in `weights`.
         source, target: `[E]` atom indices.
         hidden: `[E, D]` last hidden layer of the radial function.
@@ -43,20 +61,23 @@ def convolve_edges(
         `[E, extra]` and the other outputs side by side, m-major `[E, W]`.
     """
     hidden, radial_weight, radial_bias = cast_to_autocast(hidden, radial_weight, radial_bias)
-    arguments = (x, packed, source, target, hidden, radial_weight, radial_bias)
+    edges = _Edges(x, x_target, packed, source, target, hidden, radial_weight, radial_bias)
     with no_autocast(x):
         if torch.is_grad_enabled() and packed.requires_grad:
-            return _plain(*arguments, weights, extra, lmax, shared_orders)
-        return _ConvolveEdges.apply(*arguments, extra, lmax, shared_orders, *weights.flat)
+            return _plain(edges, weights, extra, lmax, shared_orders)
+        if not torch.is_grad_enabled():
+            return _streamed(edges, weights, extra, lmax, shared_orders)
+        return _ConvolveEdges.apply(extra, lmax, shared_orders, *edges, *weights.flat)
 
 
-def _plain(x, packed, source, target, hidden, radial_weight, radial_bias, weights, extra, lmax, shared):  # type: ignore[no-untyped-def]
+def _plain(edges: _Edges, weights: SO2Weights, extra: int, lmax: int, shared: bool) -> tuple[Tensor, Tensor]:
     """The same under ordinary autograd."""
-    matrices = rotation_matrices(packed, (lmax, len(weights.orders)))
-    rotated = torch.cat([torch.bmm(matrices, x[index]) for index in (source, target)], dim=2)
-    radial = torch.nn.functional.linear(hidden, radial_weight, radial_bias)
+    matrices = rotation_matrices(edges.packed, (lmax, len(weights.orders)))
+    sides = ((edges.x, edges.source), (edges.x_target, edges.target))
+    rotated = torch.cat([torch.bmm(matrices, x[index]) for x, index in sides], dim=2)
+    radial = torch.nn.functional.linear(edges.hidden, edges.radial_weight, edges.radial_bias)
     outputs = []
-    for m, weight in enumerate(weights.terms(hidden.dtype)):
+    for m, weight in enumerate(weights.terms(radial.dtype)):
         product = _order(rotated, lmax, m) * _radial(radial, rotated.shape[2], lmax, m, shared)
         inputs = product.flatten(2).to(weight.dtype)
         if m == 0:
@@ -65,6 +86,33 @@ def _plain(x, packed, source, target, hidden, radial_weight, radial_bias, weight
         else:
             outputs.append(complex_linear(inputs[:, 0], inputs[:, 1], weight))
     return scalars[:, :extra], torch.cat(outputs, dim=1)
+
+
+def _streamed(
+    edges: _Edges, weights: SO2Weights, extra: int, lmax: int, shared: bool
+) -> tuple[Tensor, Tensor]:
+    """The same chunk by chunk, without derivatives."""
+    terms = weights.terms(edges.hidden.dtype)
+    widths = [len(weights.scalar), *(len(weight) for weight in weights.orders)]
+    scalars = edges.hidden.new_empty(len(edges.source), extra)
+    out = edges.hidden.new_empty(len(edges.source), sum(widths) - extra)
+    bias = weights.bias.to(out.dtype)
+    for part in _parts(edges):
+        pairs, _, radial = _rotated_pairs(edges, part, lmax, len(weights.orders))
+        column = widths[0] - extra
+        for m, w in enumerate(terms):
+            inputs = _inputs(pairs, radial, lmax, m, shared, w.dtype)
+            if m == 0:
+                result = linear(inputs[:, 0], w)
+                torch.add(result[:, :extra], bias[:extra], out=scalars[part])
+                torch.add(result[:, extra:], bias[extra:], out=out[part, :column])
+                continue
+            common, plus, minus = complex_terms(inputs[:, 0], inputs[:, 1], w)
+            half = w.shape[1]
+            torch.sub(common, minus, out=out[part, column : column + half])
+            torch.add(common, plus, out=out[part, column + half : column + 2 * half])
+            column += 2 * half
+    return scalars, out
 
 
 def _order(rotated: Tensor, lmax: int, m: int) -> Tensor:
@@ -83,53 +131,27 @@ def _radial(radial: Tensor, width: int, lmax: int, m: int, shared_orders: bool) 
 
 class _ConvolveEdges(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, x, packed, source, target, hidden, radial_weight, radial_bias, extra, lmax, shared, *flat
-    ):
-        ctx.save_for_backward(x, packed, source, target, hidden, radial_weight, radial_bias, *flat)
+    def forward(ctx, extra, lmax, shared, *tensors):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*tensors)
         ctx.extra, ctx.lmax, ctx.shared = extra, lmax, shared
-        weights = SO2Weights.from_flat(flat)
-        terms = weights.terms(hidden.dtype)
-        widths = [len(weights.scalar), *(len(weight) for weight in weights.orders)]
-        scalars = hidden.new_empty(len(source), extra)
-        out = hidden.new_empty(len(source), sum(widths) - extra)
-        bias = weights.bias.to(out.dtype)
-        for part in chunks(len(source), _bytes_per_edge(x, radial_weight), x.device):
-            pairs, _ = _rotated_pairs(x, packed[part], source[part], target[part], lmax, len(weights.orders))
-            radial = _linear_with_bias(hidden[part], radial_weight, radial_bias)
-            column = widths[0] - extra
-            for m, w in enumerate(terms):
-                inputs = _inputs(pairs, radial, lmax, m, shared, w.dtype)
-                if m == 0:
-                    result = linear(inputs[:, 0], w)
-                    torch.add(result[:, :extra], bias[:extra], out=scalars[part])
-                    torch.add(result[:, extra:], bias[extra:], out=out[part, :column])
-                    continue
-                common, plus, minus = complex_terms(inputs[:, 0], inputs[:, 1], w)
-                half = w.shape[1]
-                torch.sub(common, minus, out=out[part, column : column + half])
-                torch.add(common, plus, out=out[part, column + half : column + 2 * half])
-                column += 2 * half
-        return scalars, out
+        edges, weights = _Edges(*tensors[:8]), SO2Weights.from_flat(tensors[8:])
+        return _streamed(edges, weights, extra, lmax, shared)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_scalars, grad_out):  # type: ignore[no-untyped-def]
-        x, packed, source, target, hidden, radial_weight, radial_bias, *flat = ctx.saved_tensors
-        weights = SO2Weights.from_flat(flat)
-        terms = weights.terms(hidden.dtype)
-        lmax, channels = ctx.lmax, x.shape[2]
-        grad_x = torch.zeros_like(x)
-        grad_hidden = torch.empty_like(hidden)
+        tensors = ctx.saved_tensors
+        edges, weights = _Edges(*tensors[:8]), SO2Weights.from_flat(tensors[8:])
+        terms = weights.terms(edges.hidden.dtype)
+        lmax, channels = ctx.lmax, edges.x.shape[2]
+        grad_x, grad_x_target = torch.zeros_like(edges.x), torch.zeros_like(edges.x_target)
+        grad_hidden = torch.empty_like(edges.hidden)
         # Weight gradients are sums over all edges: collected in float32 also when the GEMMs run in bf16.
-        grad_radial_weight, grad_radial_bias = _zeros(radial_weight), _zeros(radial_bias)
+        grad_radial_weight, grad_radial_bias = _zeros(edges.radial_weight), _zeros(edges.radial_bias)
         grad_terms = [_zeros(w) for w in terms]
         grad_bias = torch.cat([grad_scalars.sum(0), grad_out[:, : len(weights.bias) - ctx.extra].sum(0)])
-        for part in chunks(len(source), 2 * _bytes_per_edge(x, radial_weight), x.device):
-            pairs, matrices = _rotated_pairs(
-                x, packed[part], source[part], target[part], lmax, len(weights.orders)
-            )
-            radial = _linear_with_bias(hidden[part], radial_weight, radial_bias)
+        for part in _parts(edges, 2):
+            pairs, matrices, radial = _rotated_pairs(edges, part, lmax, len(weights.orders))
             grad_pairs = [torch.empty_like(side) for side in pairs]
             grad_radial = torch.zeros_like(radial)
             column = 0
@@ -147,18 +169,20 @@ class _ConvolveEdges(torch.autograd.Function):
                 grad_scale = _radial(grad_radial, 2 * channels, lmax, m, ctx.shared)
                 shape = (len(grad), order_rows(lmax, m)[0], -1, 2 * channels)
                 _product_backward(pairs, scale, grad_inputs.view(shape), grad_pairs, grad_scale, lmax, m)
-            _accumulate(grad_radial_weight, grad_radial.t(), hidden[part])
+            _accumulate(grad_radial_weight, grad_radial.t(), edges.hidden[part])
             grad_radial_bias += grad_radial.sum(0)
-            grad_hidden[part] = linear(grad_radial, radial_weight.t())
-            for index, grad_side in zip((source, target), grad_pairs, strict=True):
-                grad_x.index_add_(0, index[part], torch.bmm(matrices.transpose(1, 2), grad_side))
+            grad_hidden[part] = linear(grad_radial, edges.radial_weight.t())
+            back = matrices.transpose(1, 2)
+            grad_x.index_add_(0, edges.source[part], torch.bmm(back, grad_pairs[0]))
+            grad_x_target.index_add_(0, edges.target[part], torch.bmm(back, grad_pairs[1]))
         return (
+            *(None, None, None),
             grad_x,
+            grad_x_target,
             *(None, None, None),
             grad_hidden,
-            grad_radial_weight.to(radial_weight.dtype),
-            grad_radial_bias.to(radial_bias.dtype),
-            *(None, None, None),
+            grad_radial_weight.to(edges.radial_weight.dtype),
+            grad_radial_bias.to(edges.radial_bias.dtype),
             *_weight_gradients(weights, grad_terms, grad_bias),
         )
 
@@ -168,17 +192,20 @@ def _weight_gradients(weights: SO2Weights, grad_terms: list[Tensor], grad_bias: 
     return [g.to(w.dtype) for g, w in zip((scalar, grad_bias, *orders), weights.flat, strict=True)]
 
 
-def _rotated_pairs(
-    x: Tensor, packed: Tensor, source: Tensor, target: Tensor, lmax: int, mmax: int
-) -> tuple[list[Tensor], Tensor]:
-    """Features of the sources and of the targets in the edge frames, `[e, R, C]` each, and the matrices."""
-    matrices = rotation_matrices(packed, (lmax, mmax))
-    # Whole rows of a matrix are copied several times faster than slices of a higher tensor.
-    rows = x.flatten(1)
+def _parts(edges: _Edges, factor: int = 1) -> Iterator[slice]:
+    per_edge = 4 * (3 * edges.x.shape[1] * 2 * edges.x.shape[2] + 2 * edges.radial_weight.shape[0])
+    return chunks(len(edges.source), factor * per_edge, edges.x.device)
+
+
+def _rotated_pairs(edges: _Edges, part: slice, lmax: int, mmax: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Features of the sources and of the targets in the edge frames, the matrices, the radial weights."""
+    matrices = rotation_matrices(edges.packed[part], (lmax, mmax))
     pairs = [
-        torch.bmm(matrices, rows.index_select(0, index).view(-1, *x.shape[1:])) for index in (source, target)
+        torch.bmm(matrices, take_rows(features, index[part]))
+        for features, index in ((edges.x, edges.source), (edges.x_target, edges.target))
     ]
-    return pairs, matrices
+    radial = linear(edges.hidden[part], edges.radial_weight).add_(edges.radial_bias)
+    return pairs, matrices, radial
 
 
 def _inputs(
@@ -242,13 +269,5 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor, sign: int = 1) -> No
         total.add_(torch.mm(left, right), alpha=sign)
 
 
-def _linear_with_bias(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return linear(x, weight).add_(bias)
-
-
 def _zeros(like: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
-
-
-def _bytes_per_edge(x: Tensor, radial_weight: Tensor) -> int:
-    return 4 * (3 * x.shape[1] * 2 * x.shape[2] + 2 * radial_weight.shape[0])

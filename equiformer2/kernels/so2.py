@@ -18,11 +18,13 @@ class SO2Weights(NamedTuple):
         scalar: `[out_0, (L+1) C]`, order m = 0.
         bias: `[out_0]`.
         orders: for every m >= 1 `[2 out_m, (L+1-m) C]`: W_r above W_i (paper Equation 2).
+        folded: `terms`, computed once for weights that do not change any more.
     """
 
     scalar: Tensor
     bias: Tensor
     orders: tuple[Tensor, ...]
+    folded: tuple[Tensor, ...] | None = None
 
     @classmethod
     def from_flat(cls, flat: Sequence[Tensor]) -> "SO2Weights":
@@ -36,6 +38,8 @@ class SO2Weights(NamedTuple):
 
     def terms(self, dtype: torch.dtype) -> list[Tensor]:
         """The matrices of the GEMMs: that of m = 0, then `gauss_terms` of the others, rounded at the end."""
+        if self.folded is not None and not torch.is_grad_enabled():
+            return [term.to(dtype) for term in self.folded]
         return [self.scalar.to(dtype), *(gauss_terms(weight).to(dtype) for weight in self.orders)]
 
     @staticmethod

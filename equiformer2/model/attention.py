@@ -8,7 +8,7 @@ from equiformer2.kernels import SO2Weights, attend, convolve_edges, segment_soft
 from equiformer2.kernels.chunks import no_autocast
 from equiformer2.model.activation import GateActivation, S2Activation, SeparableS2Activation, SmoothLeakyReLU
 from equiformer2.model.config import ModelConfig
-from equiformer2.model.edges import EdgeContext
+from equiformer2.model.edges import EdgeContext, by_parts
 from equiformer2.model.radial import RadialFunction
 from equiformer2.model.so2_convolution import SO2Convolution
 from equiformer2.model.so3 import DerivedConstants, S2Grid
@@ -79,24 +79,39 @@ class SO2EquivariantGraphAttention(DerivedConstants):
 
     def forward(self, x: Tensor, edges: EdgeContext) -> Tensor:
         """`x [N, K, C]` to `[N, K, out_channels]`."""
-        total = self._sum(x, edges, None, self.so2_conv_2.weights(), (self.lmax, self.mmax))
-        return self.proj(total * self.scale)
+        weights, kept = self.so2_conv_2.weights(), (self.lmax, self.mmax)
+
+        def layer(part: EdgeContext, atoms: slice) -> Tensor:
+            return self.proj(self._sum(x, x[atoms], part, None, weights, kept) * self.scale)
+
+        return by_parts(layer, edges)
 
     def vectors(self, x: Tensor, edges: EdgeContext) -> Tensor:
         """The l = 1 output alone, `[N, 3, out_channels]`: what a force head does not read is not computed."""
         order = min(1, self.mmax)
         rows = (self.lmax + 1) + 2 * self.lmax * order
-        total = self._sum(x, edges, rows, self.so2_conv_2.weights_of_vectors(), (1, order))
-        return self.proj.degree(total[:, 1:4] * self.scale[1:4], 1)
+        weights = self.so2_conv_2.weights_of_vectors()
+
+        def layer(part: EdgeContext, atoms: slice) -> Tensor:
+            total = self._sum(x, x[atoms], part, rows, weights, (1, order))
+            return self.proj.degree(total[:, 1:4] * self.scale[1:4], 1)
+
+        return by_parts(layer, edges)
 
     def _sum(
-        self, x: Tensor, edges: EdgeContext, rows: int | None, weights: SO2Weights, kept: tuple[int, int]
+        self,
+        x: Tensor,
+        x_target: Tensor,
+        edges: EdgeContext,
+        rows: int | None,
+        weights: SO2Weights,
+        kept: tuple[int, int],
     ) -> Tensor:
         """Weighted sum of the messages, `[N, (kept degree + 1)^2, value channels]`.
 
         `rows` of the activation's outputs are computed (None for all of them).
         """
-        scalars, hidden = self._convolve(x, edges)
+        scalars, hidden = self._convolve(x, x_target, edges)
         gates = self.activation.num_gate_rows * self.so2_conv_1.out_channels
         channels = self.so2_conv_1.out_channels
 
@@ -116,7 +131,7 @@ class SO2EquivariantGraphAttention(DerivedConstants):
             kept,
         )
 
-    def _convolve(self, x: Tensor, edges: EdgeContext) -> tuple[Tensor, Tensor]:
+    def _convolve(self, x: Tensor, x_target: Tensor, edges: EdgeContext) -> tuple[Tensor, Tensor]:
         """Inputs `[E, H * A]` of the attention weights and hidden features `[E, gates + R * hidden]`."""
         own = None
         if self.source_embedding is not None and self.target_embedding is not None:
@@ -125,10 +140,11 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         assert radial is not None
         return convolve_edges(
             x,
+            x_target,
             edges.rotations,
             edges.edge_index[0],
             edges.edge_index[1],
-            radial.hidden(edges.basis, edges.element_pairs(own)),
+            radial.hidden(edges.basis(), edges.element_pairs(own)),
             radial.output.weight,
             radial.output.bias,
             self.so2_conv_1.weights(),

@@ -1,9 +1,12 @@
 """What every block needs to know of the graph."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor, nn
 
+from equiformer2.kernels.chunks import chunks
 from equiformer2.model.radial import ElementPairs
 
 
@@ -14,18 +17,29 @@ class EdgeContext:
     Attributes:
         edge_index: `[2, E]`, source j and target i.
         rotations: Wigner-D entries of the edges, `[E, P + 1]` (see `kernels.rotation`).
-        basis: `[E, B]` distance basis.
+        distances: `[E]` Å.
+        distance_basis: `[E]` to `[E, B]`.
         elements: `[2, E]` atomic numbers of source and target.
         shared_embedding: element embeddings (source, target) common to all blocks, or None.
         num_atoms: N.
+        bytes_per_edge: what an attention layer holds per edge, at most.
     """
 
     edge_index: Tensor
     rotations: Tensor
-    basis: Tensor
+    distances: Tensor
+    distance_basis: Callable[[Tensor], Tensor]
     elements: Tensor
     shared_embedding: tuple[nn.Embedding, nn.Embedding] | None
     num_atoms: int
+    bytes_per_edge: int
+    _memory: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def basis(self) -> Tensor:
+        """`[E, B]` distance basis, common to all layers."""
+        if "basis" not in self._memory:
+            self._memory["basis"] = self.distance_basis(self.distances)
+        return self._memory["basis"]
 
     def element_pairs(self, own_embedding: tuple[nn.Embedding, nn.Embedding] | None) -> ElementPairs | None:
         """Element embeddings for a radial function: the module's own, or the shared ones, or none."""
@@ -33,3 +47,41 @@ class EdgeContext:
         if embedding is None:
             return None
         return ElementPairs(embedding[0].weight, embedding[1].weight, self.elements[0], self.elements[1])
+
+    def parts(self) -> "Iterator[tuple[slice, EdgeContext]]":
+        """Consecutive target atoms with all their incoming edges, few enough for the memory of a chunk.
+
+        With gradients there is one part: what the backward pass needs has to be kept anyway. An atom with
+        more edges than a chunk takes is a part of its own.
+        """
+        slices = list(chunks(len(self.distances), self.bytes_per_edge, self.distances.device))
+        if torch.is_grad_enabled() or len(slices) <= 1:
+            yield slice(0, self.num_atoms), self
+            return
+        target = self.edge_index[1].contiguous()
+        bounds = torch.tensor([part.stop - 1 for part in slices], device=target.device)
+        last_atoms = (target[bounds] + 1).unique().tolist()
+        last_atoms[-1] = self.num_atoms
+        first = 0
+        edges = torch.searchsorted(target, torch.tensor([0, *last_atoms], device=target.device)).tolist()
+        for number, stop in enumerate(last_atoms):
+            yield slice(first, stop), self._narrowed(slice(edges[number], edges[number + 1]), first, stop)
+            first = stop
+
+    def _narrowed(self, edges: slice, first: int, stop: int) -> "EdgeContext":
+        source, target = self.edge_index[:, edges]
+        return dataclasses.replace(
+            self,
+            edge_index=torch.stack((source, target - first)),
+            rotations=self.rotations[edges],
+            distances=self.distances[edges],
+            elements=self.elements[:, edges],
+            num_atoms=stop - first,
+            _memory={},
+        )
+
+
+def by_parts(layer: Callable[[EdgeContext, slice], Tensor], edges: EdgeContext) -> Tensor:
+    """`layer(edges of a part, its atoms)` of every part, `[N, …]`."""
+    outputs = [layer(part, atoms) for atoms, part in edges.parts()]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -5,7 +5,7 @@ from torch import Tensor
 from equiformer2.kernels import sum_rotated
 from equiformer2.model.attention import element_embedding, radial_input_size
 from equiformer2.model.config import ModelConfig
-from equiformer2.model.edges import EdgeContext
+from equiformer2.model.edges import EdgeContext, by_parts
 from equiformer2.model.radial import RadialFunction
 from equiformer2.model.so3 import DerivedConstants
 from equiformer2.model.so3.grid import truncation_scales
@@ -30,10 +30,13 @@ class EdgeDegreeEmbedding(DerivedConstants):
 
     def forward(self, edges: EdgeContext) -> Tensor:
         """`[N, K, C]`."""
+        return by_parts(lambda part, _: self._sum(part), edges)
+
+    def _sum(self, edges: EdgeContext) -> Tensor:
         own = None
         if self.source_embedding is not None and self.target_embedding is not None:
             own = (self.source_embedding, self.target_embedding)
-        radial = self.rad_func.output(self.rad_func.hidden(edges.basis, edges.element_pairs(own)))
+        radial = self.rad_func.output(self.rad_func.hidden(edges.basis(), edges.element_pairs(own)))
         # Only m = 0 is non-zero in the edge frame.
         values = radial.unflatten(1, (self.degrees[0] + 1, -1))
         total = sum_rotated(values, edges.rotations, edges.edge_index[1], edges.num_atoms, self.degrees)

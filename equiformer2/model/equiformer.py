@@ -8,6 +8,7 @@ from torch_geometric.data import Batch, Data
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph, radius_graph
 from equiformer2.graph.validation import locate_atom
+from equiformer2.kernels.chunks import chunks
 from equiformer2.model.attention import SO2EquivariantGraphAttention, element_embedding
 from equiformer2.model.block import TransformerBlock
 from equiformer2.model.config import ModelConfig
@@ -17,6 +18,7 @@ from equiformer2.model.feed_forward import FeedForwardNetwork
 from equiformer2.model.initialization import initialize_weights
 from equiformer2.model.norm import make_norm
 from equiformer2.model.radial import GaussianBasis
+from equiformer2.model.so2_convolution import SO2Convolution
 from equiformer2.model.so3 import EdgeFrames, S2Grid
 from equiformer2.model.so3.grid import m_major_order
 
@@ -57,6 +59,7 @@ class EquiformerV2(nn.Module):
             self.force_block = SO2EquivariantGraphAttention(config, edge_grid, 1, alpha_drop=0.0)
             self.force_block.so2_conv_2.so2_m_conv[1:].requires_grad_(False)
             self.force_block.proj.bias.requires_grad_(False)
+        self._bytes_per_edge = 4 * _floats_per_edge(config)
         initialize_weights(self, config.weight_init)
 
     def forward(
@@ -112,6 +115,20 @@ class EquiformerV2(nn.Module):
             strict=config.enforce_max_neighbors_strictly,
         )
 
+    def fold_weights(self, dtype: torch.dtype | None = None) -> None:
+        """Prepare for inference with the present weights: compute what follows from them once.
+
+        Half as much memory again as the SO(2) weights. `train()` undoes it. Weights that are changed in place
+        afterwards, in evaluation mode, are not seen.
+
+        Args:
+            dtype: of the GEMMs, if not that of the weights.
+        """
+        self.eval()
+        for module in self.modules():
+            if isinstance(module, SO2Convolution):
+                module.fold(dtype or module.fc_m0.weight.dtype)
+
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay: biases of linear maps and everything in a norm."""
         linear = {name for name, module in self.named_modules() if hasattr(module, "in_features")}
@@ -130,19 +147,31 @@ class EquiformerV2(nn.Module):
     def _edge_context(self, graph: RadiusGraph, numbers: Tensor, frames: EdgeFrames | None) -> EdgeContext:
         dtype = self.sphere_embedding.weight.dtype
         vectors, distances = graph.vectors.to(dtype), graph.distances.to(dtype)
-        if frames is None:
-            frames = EdgeFrames.from_vectors(vectors, distances, self.config.lmax, self.config.mmax)
+        rotations = self._rotations(vectors, distances) if frames is None else frames.packed()
         shared = None
         if self.source_embedding is not None and self.target_embedding is not None:
             shared = (self.source_embedding, self.target_embedding)
         return EdgeContext(
             graph.edge_index,
-            frames.packed(),
-            self.distance_basis(distances),
+            rotations,
+            distances,
+            self.distance_basis,
             numbers[graph.edge_index],
             shared,
             len(numbers),
+            self._bytes_per_edge,
         )
+
+    def _rotations(self, vectors: Tensor, distances: Tensor) -> Tensor:
+        """Packed Wigner-D entries of the deterministic frames."""
+        lmax, mmax = self.config.lmax, self.config.mmax
+        # Intermediates of the recursion over l: several matrices of the largest degree.
+        bytes_per_edge = 32 * (2 * lmax + 1) ** 2
+        parts = list(chunks(len(distances), bytes_per_edge, distances.device))
+        if torch.is_grad_enabled() or len(parts) <= 1:
+            parts = [slice(None)]
+        packed = [EdgeFrames.from_vectors(vectors[p], distances[p], lmax, mmax).packed() for p in parts]
+        return packed[0] if len(packed) == 1 else torch.cat(packed)
 
     def _checked_numbers(self, batch: Batch | Data) -> Tensor:
         numbers = batch.atomic_numbers.long()
@@ -156,3 +185,12 @@ class EquiformerV2(nn.Module):
                 structure,
             )
         return numbers
+
+
+def _floats_per_edge(config: ModelConfig) -> int:
+    """What an attention layer keeps per edge: distance basis, radial function, first convolution."""
+    rows = sum(2 * min(l, config.mmax) + 1 for l in range(config.lmax + 1))
+    outputs = (rows + config.lmax) * config.attn_hidden_channels
+    outputs += config.num_heads * config.attn_alpha_channels
+    degrees = (config.lmax + 1) * config.sphere_channels
+    return config.num_distance_basis + 4 * config.edge_channels + 2 * outputs + degrees

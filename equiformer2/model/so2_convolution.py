@@ -1,8 +1,11 @@
 """SO(2) convolution: the linear maps of an SO(3) convolution in the edge frame (paper section 3.2)."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from equiformer2.kernels import SO2Weights
 from equiformer2.model.radial import RadialFunction
@@ -46,6 +49,7 @@ class SO2Convolution(nn.Module):
         degrees = [lmax + 1 - m for m in range(mmax + 1)]
         self.fc_m0 = nn.Linear(degrees[0] * in_channels, degrees[0] * out_channels + extra_m0_channels)
         self.so2_m_conv = nn.ModuleList(SO2MConvolution(n, in_channels, out_channels) for n in degrees[1:])
+        self._folded: tuple[Tensor, ...] | None = None
         self.rad_func: RadialFunction | None = None
         if radial_inputs is not None:
             self.rad_func = RadialFunction(radial_inputs, radial_hidden, sum(degrees) * in_channels)
@@ -53,7 +57,30 @@ class SO2Convolution(nn.Module):
     def weights(self) -> SO2Weights:
         """Those of all orders."""
         orders = tuple(conv.fc.weight for conv in self.so2_m_conv)  # type: ignore[union-attr,misc]
-        return SO2Weights(self.fc_m0.weight, self.fc_m0.bias, orders)  # type: ignore[arg-type]
+        return SO2Weights(self.fc_m0.weight, self.fc_m0.bias, orders, self._folded)  # type: ignore[arg-type]
+
+    def fold(self, dtype: torch.dtype) -> None:
+        """Compute the sums of the complex products once, for inference with these weights.
+
+        Forgotten by `train()` and by moving or loading weights.
+        """
+        self._folded = None
+        with torch.no_grad():
+            self._folded = tuple(self.weights().terms(dtype))
+
+    def train(self, mode: bool = True) -> "SO2Convolution":
+        """Weights of a network in training change."""
+        if mode:
+            self._folded = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SO2Convolution":
+        self._folded = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._folded = None
+        super()._load_from_state_dict(*args)
 
     def weights_of_vectors(self) -> SO2Weights:
         """Those that the coefficients of degrees 0 and 1 come from; the force head reads nothing else."""

@@ -35,7 +35,7 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
 def convolve(blocks: list[Tensor], weights: list[Tensor], bias: Tensor, **others: Tensor) -> list[Tensor]:
     lmax, packed = len(blocks) - 1, pack_blocks(blocks)
     so2 = SO2Weights(weights[0], bias, tuple(weights[1:]))
-    return list(convolve_edges(packed=packed, weights=so2, lmax=lmax, **others))
+    return list(convolve_edges(x_target=others["x"], packed=packed, weights=so2, lmax=lmax, **others))
 
 
 @degrees

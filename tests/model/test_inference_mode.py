@@ -1,0 +1,86 @@
+"""The network without gradients: in parts, with folded weights, in lower precision."""
+
+import copy
+
+import pytest
+import torch
+from model_helpers import batch_of, cluster, lone_atom, random_model, slab, small_config
+from torch_geometric.data import Batch
+
+from equiformer2.kernels import chunks
+
+
+def slab_batch(dtype: torch.dtype) -> Batch:
+    """With atoms that have no edges in the middle and at the end."""
+    return batch_of(slab(dtype), lone_atom(dtype), cluster(dtype), lone_atom(dtype))
+
+
+VARIANTS = [{}, {"use_gate_act": True}, {"share_atom_edge_embedding": True}, {"use_m_share_rad": True}]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("budget", [1, 100_000])
+def test_parts_of_the_edges_give_the_same_answers(
+    changes: dict[str, object], budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = random_model(small_config(**changes), torch.float64), slab_batch(torch.float64)
+    whole = model(batch)
+    monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", budget)
+    sizes = []
+    monkeypatch.setattr(model.blocks[0].ga, "_sum", count(model.blocks[0].ga._sum, sizes))
+    with torch.no_grad():
+        parts = model(batch)
+    assert len(sizes) > 1
+    assert sum(sizes) == len(batch.pos)
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-11, atol=1e-11)
+
+
+def count(method, sizes):  # type: ignore[no-untyped-def]
+    def counting(x, x_target, *rest):  # type: ignore[no-untyped-def]
+        sizes.append(len(x_target))
+        return method(x, x_target, *rest)
+
+    return counting
+
+
+def test_folded_weights_change_no_bit() -> None:
+    model, batch = random_model(), slab_batch(torch.float32)
+    with torch.no_grad():
+        before = model(batch)
+        model.fold_weights()
+        after = model(batch)
+    for name in before:
+        assert torch.equal(before[name], after[name])
+
+
+def test_folded_weights_are_forgotten_when_the_weights_may_change() -> None:
+    batch = slab_batch(torch.float32)
+    other = random_model(seed=1)
+    with torch.no_grad():
+        expected = other(batch)["forces"]
+        loaded = random_model()
+        loaded.fold_weights()
+        loaded.load_state_dict(other.state_dict())
+        assert torch.equal(loaded(batch)["forces"], expected)
+
+        trained = random_model()
+        trained.fold_weights()
+        trained.train()
+        for mine, theirs in zip(trained.parameters(), other.parameters(), strict=True):
+            mine.copy_(theirs)
+        assert torch.equal(trained.eval()(batch)["forces"], expected)
+
+        double = copy.deepcopy(loaded)
+        double.fold_weights()
+        assert double.double()(slab_batch(torch.float64))["forces"].dtype == torch.float64
+
+
+def test_folding_in_bfloat16() -> None:
+    model, batch = random_model(), slab_batch(torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model(batch)
+        model.fold_weights(torch.bfloat16)
+        after = model(batch)
+    for name in before:
+        assert torch.equal(before[name], after[name])
