@@ -49,8 +49,9 @@ def attend(
 
     def messages(hidden: Tensor, alpha: Tensor, packed: Tensor, bias: Tensor, *terms: Tensor) -> Tensor:
         values = so2_linear(activation(hidden).to(dtype), terms, bias, degrees[0])
-        by_head = widened(values).view(len(values), rows, heads, outputs // heads)
-        return _rotate_back((by_head * alpha[:, None, :, None]).flatten(2), packed, degrees, kept)
+        by_head = values.view(len(values), rows, heads, outputs // heads)
+        weighted = (by_head * alpha.to(dtype)[:, None, :, None]).flatten(2)
+        return widened(_rotate_back(weighted, packed, degrees, kept))
 
     # hidden features, their activation, values twice, messages
     bytes_per_edge = 4 * (2 * hidden.shape[1] + outputs * (2 * rows + (kept[0] + 1) ** 2))

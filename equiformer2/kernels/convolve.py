@@ -92,6 +92,7 @@ def _streamed(
     edges: _Edges, weights: SO2Weights, extra: int, lmax: int, shared: bool
 ) -> tuple[Tensor, Tensor]:
     """The same chunk by chunk, without derivatives."""
+    edges = _rounded(edges)
     terms = weights.terms(edges.hidden.dtype)
     widths = [len(weights.scalar), *(len(weight) for weight in weights.orders)]
     scalars = edges.hidden.new_empty(len(edges.source), extra)
@@ -101,7 +102,7 @@ def _streamed(
         pairs, _, radial = _rotated_pairs(edges, part, lmax, len(weights.orders))
         column = widths[0] - extra
         for m, w in enumerate(terms):
-            inputs = _inputs(pairs, radial, lmax, m, shared, w.dtype)
+            inputs = _inputs(pairs, radial, lmax, m, shared)
             if m == 0:
                 result = linear(inputs[:, 0], w)
                 torch.add(result[:, :extra], bias[:extra], out=scalars[part])
@@ -145,6 +146,7 @@ class _ConvolveEdges(torch.autograd.Function):
         terms = weights.terms(edges.hidden.dtype)
         lmax, channels = ctx.lmax, edges.x.shape[2]
         grad_x, grad_x_target = torch.zeros_like(edges.x), torch.zeros_like(edges.x_target)
+        edges = _rounded(edges)
         grad_hidden = torch.empty_like(edges.hidden)
         # Weight gradients are sums over all edges: collected in float32 also when the GEMMs run in bf16.
         grad_radial_weight, grad_radial_bias = _zeros(edges.radial_weight), _zeros(edges.radial_bias)
@@ -156,7 +158,7 @@ class _ConvolveEdges(torch.autograd.Function):
             grad_radial = torch.zeros_like(radial)
             column = 0
             for m, (w, grad_w) in enumerate(zip(terms, grad_terms, strict=True)):
-                inputs = _inputs(pairs, radial, lmax, m, ctx.shared, w.dtype)
+                inputs = _inputs(pairs, radial, lmax, m, ctx.shared)
                 if m == 0:
                     width = len(w) - ctx.extra
                     grad = torch.cat((grad_scalars[part], grad_out[part, :width]), dim=1)
@@ -173,8 +175,8 @@ class _ConvolveEdges(torch.autograd.Function):
             grad_radial_bias += grad_radial.sum(0)
             grad_hidden[part] = linear(grad_radial, edges.radial_weight.t())
             back = matrices.transpose(1, 2)
-            grad_x.index_add_(0, edges.source[part], torch.bmm(back, grad_pairs[0]))
-            grad_x_target.index_add_(0, edges.target[part], torch.bmm(back, grad_pairs[1]))
+            grad_x.index_add_(0, edges.source[part], torch.bmm(back, grad_pairs[0]).to(grad_x.dtype))
+            grad_x_target.index_add_(0, edges.target[part], torch.bmm(back, grad_pairs[1]).to(grad_x.dtype))
         return (
             *(None, None, None),
             grad_x,
@@ -190,6 +192,12 @@ class _ConvolveEdges(torch.autograd.Function):
 def _weight_gradients(weights: SO2Weights, grad_terms: list[Tensor], grad_bias: Tensor) -> list[Tensor]:
     scalar, *orders = SO2Weights.gradients(grad_terms)
     return [g.to(w.dtype) for g, w in zip((scalar, grad_bias, *orders), weights.flat, strict=True)]
+
+
+def _rounded(edges: _Edges) -> _Edges:
+    """Everything in the precision of the GEMMs: what they take would be rounded to it anyway."""
+    x, x_target, packed = (t.to(edges.hidden.dtype) for t in (edges.x, edges.x_target, edges.packed))
+    return edges._replace(x=x, x_target=x_target, packed=packed)
 
 
 def _parts(edges: _Edges, factor: int = 1) -> Iterator[slice]:
@@ -208,17 +216,15 @@ def _rotated_pairs(edges: _Edges, part: slice, lmax: int, mmax: int) -> tuple[li
     return pairs, matrices, radial
 
 
-def _inputs(
-    pairs: list[Tensor], radial: Tensor, lmax: int, m: int, shared: bool, dtype: torch.dtype
-) -> Tensor:
+def _inputs(pairs: list[Tensor], radial: Tensor, lmax: int, m: int, shared: bool) -> Tensor:
     """Inputs `[e, 1 or 2, (L+1-m) 2C]` of order m, the channels of source and target side by side."""
     channels = pairs[0].shape[2]
     components, degrees = order_rows(lmax, m)
     scale = _radial(radial, 2 * channels, lmax, m, shared)
-    out = radial.new_empty(len(radial), components, degrees, 2 * channels, dtype=pairs[0].dtype)
+    out = radial.new_empty(len(radial), components, degrees, 2 * channels)
     for side, columns in zip(pairs, (slice(channels), slice(channels, None)), strict=True):
         torch.mul(_order(side, lmax, m), scale[..., columns], out=out[..., columns])
-    return out.flatten(2).to(dtype)
+    return out.flatten(2)
 
 
 def _product_backward(
