@@ -34,6 +34,7 @@ class EquiformerV2Calculator(Calculator):
         device: `"cpu"`, `"cuda"`, ….
         weights: `"raw"`, `"averaged"` or `None` (averaged where the file has them).
         energy_kind: only needed for a foreign file that does not say; must not contradict the checkpoint.
+        precision, backend: see `Predictor`.
 
     Raises:
         InputError: not a usable checkpoint; at calculation, a structure without a meaningful energy
@@ -50,14 +51,18 @@ class EquiformerV2Calculator(Calculator):
         device: str | torch.device = "cpu",
         weights: str | None = None,
         energy_kind: str | None = None,
+        precision: str = "float32",
+        backend: str = "torch",
     ) -> None:
         super().__init__()
-        self.predictor = Predictor(checkpoint, device=device, weights=weights, energy_kind=energy_kind)
+        self.predictor = Predictor(checkpoint, device, weights, energy_kind, precision, backend)
         if not self.predictor.has_forces:
             self.implemented_properties = ["energy", "free_energy"]
         self._notified_tags = False
         # What ASE stores beside results in trajectories and databases.
-        self.parameters.update(energy_kind=self.energy_kind, weights=self.predictor.checkpoint.weights)
+        self.parameters.update(
+            energy_kind=self.energy_kind, weights=self.predictor.checkpoint.weights, precision=precision
+        )
 
     @property
     def energy_kind(self) -> str:

@@ -9,6 +9,7 @@ from torch_geometric.data import Batch, Data
 from equiformer2.checkpoint import Checkpoint, load_checkpoint
 from equiformer2.errors import InputError, naming_structures
 from equiformer2.inference.atoms import check_elements
+from equiformer2.inference.precision import check_precision, matmul_precision
 
 
 class Predictor:
@@ -20,6 +21,8 @@ class Predictor:
         weights: `"raw"`, `"averaged"` or `None` (averaged where the file has them).
         energy_kind: `"adsorption"` or `"total"`, only needed for a foreign file that does not say.
             For a loaded `Checkpoint`, `weights` and `energy_kind` must agree with what it holds.
+        precision: of the matrix products: `"float32"`, `"tf32"` (CUDA) or `"bf16"`.
+        backend: `"torch"`, `"compile"` (compiled at the first call) or `"triton"` (CUDA); `kernels.backend`.
 
     Attributes:
         energy_kind: `"adsorption"` or `"total"`: what the energies are.
@@ -27,7 +30,7 @@ class Predictor:
 
     Raises:
         InputError: not a checkpoint, weights it does not hold, an energy kind that is missing or contradicts
-            the checkpoint, a device that is not there.
+            the checkpoint, a device that is not there, a precision or backend that it does not have.
     """
 
     def __init__(
@@ -36,8 +39,12 @@ class Predictor:
         device: str | torch.device = "cpu",
         weights: str | None = None,
         energy_kind: str | None = None,
+        precision: str = "float32",
+        backend: str = "torch",
     ) -> None:
         self.device = _device(device)
+        check_precision(precision, self.device)
+        self.precision = precision
         if isinstance(checkpoint, str | Path):
             self.checkpoint = load_checkpoint(checkpoint, weights=weights, energy_kind=energy_kind)
             model = self.checkpoint.model
@@ -55,6 +62,9 @@ class Predictor:
             self.checkpoint = checkpoint
             model = copy.deepcopy(checkpoint.model)  # a model in training stays in training
         self.model = model.to(self.device).eval().requires_grad_(False)
+        self.model.backend = backend
+        self.model.check_backend()
+        self.model.fold_weights(torch.bfloat16 if precision == "bf16" else None)
         self.energy_kind: str = self.checkpoint.energy_kind
 
     @property
@@ -79,7 +89,8 @@ class Predictor:
         with naming_structures(batch):
             check_elements(batch.atomic_numbers, self.checkpoint.config.max_num_elements, batch.natoms)
             # Batch.to moves in place: a clone keeps the caller's batch where it is.
-            out = self.model(batch.clone().to(self.device))
+            with matmul_precision(self.precision, self.device):
+                out = self.model(batch.clone().to(self.device))
         out = {key: value.float().cpu() for key, value in out.items()}
         # Total energies reach thousands of eV: float64 keeps the differences between them.
         out["energy"] = out["energy"].double()

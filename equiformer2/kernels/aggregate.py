@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from equiformer2.kernels import triton_path
+from equiformer2.kernels.backend import plain_expressions, triton_neighbors
 from equiformer2.kernels.chunks import chunks, no_autocast, take_rows
 from equiformer2.kernels.rotation import rotation_matrices
 from equiformer2.kernels.so2 import SO2Weights, gemm_dtype, so2_linear
@@ -56,8 +58,12 @@ def attend(
     # hidden features, their activation, values twice, messages
     bytes_per_edge = 4 * (2 * hidden.shape[1] + outputs * (2 * rows + (kept[0] + 1) ** 2))
     arguments = (messages, dtype, hidden, alpha, packed, target, num_targets, bytes_per_edge)
+    neighbors = triton_neighbors()
     with no_autocast(hidden):
-        if torch.is_grad_enabled() and packed.requires_grad:
+        if neighbors is not None:
+            edges = hidden, alpha, packed, target
+            return triton_path.attend(*edges, activation, weights, dtype, degrees, kept, neighbors)
+        if plain_expressions(packed.requires_grad):
             out = messages(hidden, alpha, packed, weights.bias, *weights.terms(dtype))
             return out.new_zeros(num_targets, *out.shape[1:]).index_add(0, target, out)
         if not torch.is_grad_enabled():
@@ -79,8 +85,11 @@ def sum_rotated(
     """
 
     kept = degrees[0], 0
+    neighbors = triton_neighbors()
     with no_autocast(values):
-        if torch.is_grad_enabled() and packed.requires_grad:
+        if neighbors is not None:
+            return triton_path.sum_rotated(values, None, packed, target, degrees, kept, neighbors)
+        if plain_expressions(packed.requires_grad):
             rows = _rotate_back(widened(values), packed, degrees, kept)
             return rows.new_zeros(num_targets, *rows.shape[1:]).index_add(0, target, rows)
         return _SumRotated.apply(values, packed, target, num_targets, degrees, kept)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from equiformer2.kernels import triton_path
+from equiformer2.kernels.backend import plain_expressions, triton_neighbors
 from equiformer2.kernels.chunks import cast_to_autocast, chunks, no_autocast, take_rows
 from equiformer2.kernels.linear import linear
 from equiformer2.kernels.rotation import m_major_starts, order_rows, rotation_matrices
@@ -62,8 +64,12 @@ def convolve_edges(
     """
     hidden, radial_weight, radial_bias = cast_to_autocast(hidden, radial_weight, radial_bias)
     edges = _Edges(x, x_target, packed, source, target, hidden, radial_weight, radial_bias)
+    neighbors = triton_neighbors()
     with no_autocast(x):
-        if torch.is_grad_enabled() and packed.requires_grad:
+        if neighbors is not None:
+            options = weights, extra, lmax, shared_orders
+            return triton_path.convolve_edges(x, *edges[2:], *options, neighbors)
+        if plain_expressions(packed.requires_grad):
             return _plain(edges, weights, extra, lmax, shared_orders)
         if not torch.is_grad_enabled():
             return _streamed(edges, weights, extra, lmax, shared_orders)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from equiformer2.kernels import gpu
+from equiformer2.kernels.backend import plain_expressions, triton_neighbors
 from equiformer2.kernels.chunks import cast_to_autocast, no_autocast, point_chunks
 from equiformer2.kernels.linear import linear
 
@@ -21,7 +23,12 @@ def grid_activation(x: Tensor, to_grid: Tensor, from_grid: Tensor) -> Tensor:
     """
     (x,) = cast_to_autocast(x)
     with no_autocast(x):
-        return _GridFunction.apply(x, to_grid.to(x.dtype), from_grid.to(x.dtype), None)
+        matrices = to_grid.to(x.dtype), from_grid.to(x.dtype)
+        if triton_neighbors() is not None:
+            return gpu.separable_s2_activation(x, None, *matrices)
+        if plain_expressions(False):
+            return _plain(x, *matrices, None)
+        return _GridFunction.apply(x, *matrices, None)
 
 
 def grid_mlp(x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor) -> Tensor:
@@ -39,6 +46,10 @@ def grid_mlp(x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor) -> T
     """
     x, to_grid, from_grid, weight = cast_to_autocast(x, to_grid, from_grid, weight)
     with no_autocast(x):
+        if triton_neighbors() is not None:
+            return gpu.grid_mlp(x, to_grid, from_grid, weight)
+        if plain_expressions(False):
+            return _plain(x, to_grid, from_grid, weight)
         return _GridFunction.apply(x, to_grid, from_grid, weight)
 
 

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from equiformer2.kernels import gpu
+from equiformer2.kernels.backend import triton_neighbors
+
 
 def segment_softmax(logits: Tensor, target: Tensor, num_targets: int) -> Tensor:
     """Softmax of attention logits over the incoming edges of each target atom.
@@ -16,6 +19,9 @@ def segment_softmax(logits: Tensor, target: Tensor, num_targets: int) -> Tensor:
         `[E, H]` weights; those of one target and head sum to one. Computed in at least float32.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    neighbors = triton_neighbors()
+    if neighbors is not None:
+        return gpu.segment_softmax(logits, neighbors.target_starts)
     index = target.unsqueeze(1).expand_as(logits)
     # The shift cancels in the quotient, so it needs no gradient.
     shift = logits.new_full((num_targets, logits.shape[1]), float("-inf"))

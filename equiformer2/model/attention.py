@@ -157,7 +157,10 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         """`[E, H * A]` scalars to `[E, H]` weights; renormalized before the nonlinearity (section 4.2)."""
         with no_autocast(scalars):
             # Cheap to compute again, and its intermediates would be half of what training stores per edge.
-            logits = checkpoint(self._logits, scalars, use_reentrant=False, preserve_rng_state=False)
+            if torch.compiler.is_compiling():
+                logits = self._logits(scalars)
+            else:
+                logits = checkpoint(self._logits, scalars, use_reentrant=False, preserve_rng_state=False)
             return self.alpha_dropout(segment_softmax(logits, edges.edge_index[1], edges.num_atoms))
 
     def _logits(self, scalars: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from equiformer2.kernels.backend import triton_neighbors
 from equiformer2.kernels.chunks import chunks
 from equiformer2.model.radial import ElementPairs
 
@@ -54,8 +55,11 @@ class EdgeContext:
         With gradients there is one part: what the backward pass needs has to be kept anyway. An atom with
         more edges than a chunk takes is a part of its own.
         """
+        if torch.compiler.is_compiling():
+            yield slice(0, self.num_atoms), self
+            return
         slices = list(chunks(len(self.distances), self.bytes_per_edge, self.distances.device))
-        if torch.is_grad_enabled() or len(slices) <= 1:
+        if torch.is_grad_enabled() or len(slices) <= 1 or triton_neighbors() is not None:
             yield slice(0, self.num_atoms), self
             return
         target = self.edge_index[1].contiguous()

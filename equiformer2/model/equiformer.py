@@ -1,5 +1,8 @@
 """EquiformerV2 (paper Figure 1)."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -8,6 +11,7 @@ from torch_geometric.data import Batch, Data
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph, radius_graph
 from equiformer2.graph.validation import locate_atom
+from equiformer2.kernels.backend import Neighbors, triton_kernels, why_not
 from equiformer2.kernels.chunks import chunks
 from equiformer2.model.attention import SO2EquivariantGraphAttention, element_embedding
 from equiformer2.model.block import TransformerBlock
@@ -32,12 +36,14 @@ class EquiformerV2(nn.Module):
     Attributes:
         config: the hyper-parameters.
         activation_checkpointing: recompute blocks in the backward pass instead of storing their activations.
+        backend: `torch`, `compile` or `triton` (see `kernels.backend`).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.backend = "torch"
         lmax, mmax = config.lmax, config.mmax
         edge_grid = S2Grid(lmax, mmax, config.grid_resolution, m_major_order(lmax, mmax))
         node_grid = S2Grid(lmax, lmax, config.grid_resolution, list(range((lmax + 1) ** 2)))
@@ -83,8 +89,41 @@ class EquiformerV2(nn.Module):
         structure = torch.repeat_interleave(torch.arange(len(natoms), device=numbers.device), natoms)
         if graph is None:
             graph = self.build_graph(batch)
-        edges = self._edge_context(graph, numbers, frames)
+        dtype = self.sphere_embedding.weight.dtype
+        vectors, distances = graph.vectors.to(dtype), graph.distances.to(dtype)
+        rotations = self._rotations(vectors, distances) if frames is None else frames.packed()
+        self.check_backend(torch.is_grad_enabled() and rotations.requires_grad)
+        tensors = (numbers, structure, natoms, graph.edge_index, rotations, distances)
+        if self.backend == "compile":
+            return self._compiled(*tensors)
+        if self.backend == "triton":
+            with triton_kernels(Neighbors.of(graph.edge_index, len(numbers))):
+                return self._network(*tensors)
+        return self._network(*tensors)
 
+    def _network(
+        self,
+        numbers: Tensor,
+        structure: Tensor,
+        natoms: Tensor,
+        edge_index: Tensor,
+        rotations: Tensor,
+        distances: Tensor,
+    ) -> dict[str, Tensor]:
+        """From edges to outputs: tensors in, tensors out."""
+        shared = None
+        if self.source_embedding is not None and self.target_embedding is not None:
+            shared = (self.source_embedding, self.target_embedding)
+        edges = EdgeContext(
+            edge_index,
+            rotations,
+            distances,
+            self.distance_basis,
+            numbers[edge_index],
+            shared,
+            len(numbers),
+            self._bytes_per_edge,
+        )
         x = self.edge_degree_embedding(edges)
         x = torch.cat((x[:, :1] + self.sphere_embedding(numbers).unsqueeze(1), x[:, 1:]), dim=1)
         for block in self.blocks:
@@ -101,6 +140,21 @@ class EquiformerV2(nn.Module):
         if self.force_block is not None:
             out["forces"] = self.force_block.vectors(x, edges).squeeze(2).to(energy.dtype)
         return out
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[..., dict[str, Tensor]]:
+        # Dynamic shapes: another number of atoms or edges is not compiled again.
+        return torch.compile(self._network, fullgraph=True, dynamic=True)
+
+    def check_backend(self, frames_need_grad: bool = False) -> None:
+        """Raise `InputError` if `backend` cannot run this network where it is.
+
+        `frames_need_grad`: derivatives with respect to positions are wanted.
+        """
+        weight, degrees = self.sphere_embedding.weight, (self.config.lmax, self.config.mmax)
+        reason = why_not(self.backend, weight.device, weight.dtype, *degrees, frames_need_grad)
+        if reason is not None:
+            raise InputError(f"the backend {self.backend!r} cannot be used: {reason}")
 
     def build_graph(self, batch: Batch | Data) -> RadiusGraph:
         """The edges that `forward` uses for these structures."""
@@ -143,24 +197,6 @@ class EquiformerV2(nn.Module):
             ):
                 names.add(name)
         return names
-
-    def _edge_context(self, graph: RadiusGraph, numbers: Tensor, frames: EdgeFrames | None) -> EdgeContext:
-        dtype = self.sphere_embedding.weight.dtype
-        vectors, distances = graph.vectors.to(dtype), graph.distances.to(dtype)
-        rotations = self._rotations(vectors, distances) if frames is None else frames.packed()
-        shared = None
-        if self.source_embedding is not None and self.target_embedding is not None:
-            shared = (self.source_embedding, self.target_embedding)
-        return EdgeContext(
-            graph.edge_index,
-            rotations,
-            distances,
-            self.distance_basis,
-            numbers[graph.edge_index],
-            shared,
-            len(numbers),
-            self._bytes_per_edge,
-        )
 
     def _rotations(self, vectors: Tensor, distances: Tensor) -> Tensor:
         """Packed Wigner-D entries of the deterministic frames."""

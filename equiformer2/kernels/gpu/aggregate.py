@@ -184,9 +184,10 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    weighted = ctx.saved_tensors[1] is not None
-    grad_values, grad_alpha = _aggregate_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.sizes)
-    return grad_values, grad_alpha if weighted else None, None, None, None, None, None, None, None
+    # Read once: activation checkpointing allows no more.
+    saved = ctx.saved_tensors
+    grad_values, grad_alpha = _aggregate_backward(grad.contiguous(), *saved, *ctx.sizes)
+    return grad_values, grad_alpha if saved[1] is not None else None, None, None, None, None, None, None, None
 
 
 _rotate_aggregate.register_autograd(_backward, setup_context=_setup)

@@ -28,7 +28,7 @@ def gather_rotate(
 
     Args:
         x: `[N, K, C]` atom features.
-        packed: `[E, P]` Wigner-D blocks of l = 0..L one after another, each row-major with rows
+        packed: `[E, at least P]` Wigner-D blocks of l = 0..L one after another, each row-major with rows
             m = 0, +1, -1, … (see `kernels.rotation`). A constant: it gets no gradient.
         source, target: `[E]` atom indices, sorted by target.
         radial: `[E, Q]` radial weights of (m, l, 2C) inputs, or of (l, 2C) when `shared_orders`.
@@ -72,7 +72,7 @@ def _gather_rotate(
     edges, channels = len(source), x.shape[2]
     expect(x.shape[1] == (lmax + 1) ** 2, f"gather_rotate: x has {x.shape[1]} coefficients for lmax {lmax}")
     expect(
-        packed.shape == (edges, packed_size(lmax, mmax)),
+        len(packed) == edges and packed.shape[1] >= packed_size(lmax, mmax),
         "gather_rotate: packed does not fit lmax, mmax and E",
     )
     width = radial_rows(lmax, mmax, shared_orders) * 2 * channels

@@ -123,8 +123,10 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    gated = ctx.saved_tensors[1] is not None
-    grad_x, grad_gates = _s2_backward(grad.contiguous(), *ctx.saved_tensors)
+    # Read once: activation checkpointing allows no more.
+    saved = ctx.saved_tensors
+    gated = saved[1] is not None
+    grad_x, grad_gates = _s2_backward(grad.contiguous(), *saved)
     return grad_x, grad_gates if gated else None, None, None
 
 

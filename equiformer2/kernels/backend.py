@@ -1,0 +1,72 @@
+"""Which implementation of the hot operations runs.
+
+- `torch`, the default: oneDNN, BLAS or cuBLAS and chunked loops that store little; every device and precision.
+- `compile`: plain expressions, for `torch.compile` to fuse; the network is compiled as a whole.
+- `triton`: the kernels of `kernels.gpu` between cuBLAS GEMMs; NVIDIA GPUs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from equiformer2.kernels import gpu
+
+BACKENDS = ("torch", "compile", "triton")
+
+
+class Neighbors(NamedTuple):
+    """Both directions of the edges, for sums without atomic additions.
+
+    Attributes:
+        source_order: `[E]` edges in the order of their sources.
+        source_starts: `[N + 1]` first edge of every source in that order.
+        target_starts: `[N + 1]` first edge of every target.
+    """
+
+    source_order: Tensor
+    source_starts: Tensor
+    target_starts: Tensor
+
+    @classmethod
+    def of(cls, edge_index: Tensor, num_atoms: int) -> "Neighbors":
+        """From `edge_index [2, E]`, sorted by target."""
+        source_order, source_starts = gpu.csr(edge_index[0], num_atoms)
+        return cls(source_order, source_starts, gpu.segment_starts(edge_index[1], num_atoms))
+
+
+_triton: ContextVar[Neighbors | None] = ContextVar("neighbors", default=None)
+
+
+@contextmanager
+def triton_kernels(neighbors: Neighbors) -> Iterator[None]:
+    """Context in which the operations run in Triton; `neighbors` of the edges that they work on."""
+    token = _triton.set(neighbors)
+    try:
+        yield
+    finally:
+        _triton.reset(token)
+
+
+def triton_neighbors() -> Neighbors | None:
+    """Those of the surrounding `triton_kernels`, or None where the operations run in torch."""
+    return None if torch.compiler.is_compiling() else _triton.get()
+
+
+def plain_expressions(differentiated_frames: bool) -> bool:
+    """Whether operations are to be plain expressions, which every transformation can go through."""
+    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and differentiated_frames)
+
+
+def why_not(
+    backend: str, device: torch.device, dtype: torch.dtype, lmax: int, mmax: int, frames_need_grad: bool
+) -> str | None:
+    """Why `backend` cannot be used, as half a sentence, or None if it can."""
+    if backend not in BACKENDS:
+        return f"known are {', '.join(BACKENDS)}"
+    if backend == "triton":
+        return gpu.supports(device, dtype, lmax, mmax, frames_need_grad, second_derivatives=False)
+    return None

@@ -1,0 +1,102 @@
+"""The network gives the same answers whichever backend runs it."""
+
+import pytest
+import torch
+from model_helpers import batch_of, cluster, lone_atom, loss_of, random_model, slab, small_config, water
+from torch import Tensor
+from torch_geometric.data import Batch
+
+from equiformer2 import EquiformerV2
+from equiformer2.errors import InputError
+
+SMALLEST = {"num_layers": 1, "grid_resolution": 6, "num_distance_basis": 8, "max_neighbors": 6}
+VARIANTS = [
+    {},
+    {"use_sep_s2_act": False, "use_m_share_rad": True},
+    pytest.param({"use_gate_act": True}, marks=pytest.mark.slow),
+    pytest.param({"use_grid_mlp": False, "share_atom_edge_embedding": True}, marks=pytest.mark.slow),
+]
+
+
+def with_gradients(model: EquiformerV2, batch: Batch) -> dict[str, Tensor]:
+    """Outputs and the gradients of all parameters."""
+    out = model(batch)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(loss_of(out), list(trained.values()))
+    return {name: value.detach() for name, value in (out | dict(zip(trained, grads, strict=True))).items()}
+
+
+def structures() -> Batch:
+    return batch_of(water(), lone_atom(), cluster())
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("backend", ["compile", "triton"])
+def test_same_answers_and_gradients(
+    changes: dict[str, object], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "triton":
+        interpreter(monkeypatch)
+    else:
+        plain_compiler(monkeypatch)
+    model, batch = random_model(small_config(**(SMALLEST | changes))), structures()
+    expected = with_gradients(model, batch)
+    model.backend = backend
+    found = with_gradients(model, batch)
+    with torch.no_grad():
+        inference = model(batch)
+    for name, value in expected.items():
+        scale = value.abs().max().clamp(min=1e-3)
+        assert (found[name] - value).abs().max() <= 2e-5 * scale, name
+    for name, value in inference.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def plain_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace as for inductor, then run what was traced: no C++ compiler is needed."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="aot_eager", **options))
+    torch._dynamo.reset()
+
+
+def test_other_sizes_are_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_compiler(monkeypatch)
+    model = random_model(small_config(**SMALLEST))
+    model.backend = "compile"
+    torch._dynamo.utils.counters.clear()
+    for batch in (batch_of(slab()), batch_of(slab(), cluster()), batch_of(cluster(), water(), slab())):
+        model(batch)
+    # One structure in a batch is a case of its own, and so is every other number of them.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_derivatives_with_respect_to_positions_under_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_compiler(monkeypatch)
+    model, batch = random_model(small_config(**SMALLEST)), batch_of(cluster())
+    batch.pos.requires_grad_()
+    (expected,) = torch.autograd.grad(model(batch)["energy"].sum(), batch.pos)
+    model.backend = "compile"
+    (found,) = torch.autograd.grad(model(batch)["energy"].sum(), batch.pos)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    model, batch = random_model(), structures()
+    model.backend = "fast"
+    with pytest.raises(InputError, match="'fast'.*torch, compile, triton"):
+        model(batch)
+    model.backend = "triton"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(InputError, match="need a CUDA device, not cpu"):
+        model(batch)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    batch.pos.requires_grad_()
+    with pytest.raises(InputError, match="edge frames"):
+        model(batch)
