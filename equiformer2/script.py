@@ -33,7 +33,7 @@ def show_log() -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """`--checkpoint`, `--weights`, `--energy-kind` and `--device`."""
+    """`--checkpoint`, `--weights`, `--energy-kind`, `--device`, `--precision` and `--backend`."""
     parser.add_argument("--checkpoint", required=True, help="native, OCP or fairchem v1 checkpoint file")
     parser.add_argument(
         "--weights", choices=("raw", "averaged"), help="default: averaged where the file has them"
@@ -45,6 +45,18 @@ def add_model_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
         help="for a checkpoint, or data, that does not say it; must not contradict them",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: cpu)")
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        choices=("float32", "tf32", "bf16"),
+        help="of the matrix products (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--backend",
+        default="torch",
+        choices=("torch", "compile", "triton"),
+        help="what runs the hot operations (default: %(default)s)",
+    )
 
 
 def _one_line(error: Exception) -> str:

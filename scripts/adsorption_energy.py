@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         device=options.device,
         weights=options.weights,
         energy_kind=options.energy_kind,
+        precision=options.precision,
+        backend=options.backend,
     )
     folder = claim_folder(options.out, ADSORPTION_RECORD, options.overwrite)
     result = adsorption_energy(

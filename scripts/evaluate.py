@@ -30,7 +30,9 @@ def main() -> None:
     if arguments.figures is not None:
         check_target(arguments.figures, is_folder=True)
     checkpoint = load_checkpoint(arguments.checkpoint, arguments.weights, arguments.energy_kind)
-    predictor = Predictor(checkpoint, arguments.device)
+    predictor = Predictor(
+        checkpoint, arguments.device, precision=arguments.precision, backend=arguments.backend
+    )
     datasets = {
         path: evaluation.open_dataset(path, predictor, arguments.energy_kind) for path in arguments.data
     }

@@ -26,7 +26,9 @@ def main() -> None:
 
     check_output(arguments.out)
     checkpoint = load_checkpoint(arguments.checkpoint, arguments.weights, arguments.energy_kind)
-    predictor = Predictor(checkpoint, arguments.device)
+    predictor = Predictor(
+        checkpoint, arguments.device, precision=arguments.precision, backend=arguments.backend
+    )
     arrays = predict_dataset(
         predictor.predict,
         OC20Lmdb(arguments.data),

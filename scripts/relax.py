@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         device=options.device,
         weights=options.weights,
         energy_kind=options.energy_kind,
+        precision=options.precision,
+        backend=options.backend,
     )
     folder = claim_folder(options.out, RELAXATION_RECORD, options.overwrite)
     result = relax(

@@ -1,6 +1,6 @@
 """Which implementation of the hot operations runs.
 
-- `torch`, the default: oneDNN, BLAS or cuBLAS and chunked loops that store little; every device and precision.
+- `torch`, the default: oneDNN, BLAS or cuBLAS and chunked loops that store little; any device and precision.
 - `compile`: plain expressions, for `torch.compile` to fuse; the network is compiled as a whole.
 - `triton`: the kernels of `kernels.gpu` between cuBLAS GEMMs; NVIDIA GPUs.
 """

@@ -41,6 +41,7 @@ class TaskSettings:
         ema_warmup: let the decay grow from 2/11 in the first steps, so that short runs do not average
             over their initial weights. The reference does not.
         activation_checkpointing: recompute each block in the backward pass; less memory, more time.
+        backend: what runs the hot operations: `torch`, `compile` or `triton` (see `kernels.backend`).
         monitor: validation metric that decides which weights are the best.
     """
 
@@ -49,6 +50,7 @@ class TaskSettings:
     ema_decay: float = 0.999
     ema_warmup: bool = True
     activation_checkpointing: bool = False
+    backend: Literal["torch", "compile", "triton"] = "torch"
     monitor: Literal[
         "forces_mae", "energy_mae", "energy_forces_within_threshold", "forces_cosine_similarity"
     ] = "forces_mae"
@@ -66,7 +68,7 @@ class S2EFTask(pl.LightningModule):
 
     Args:
         model: the network; takes a batch, gives `energy` [B] and `forces` [N, 3] in normalised units, and
-            has `config`, `no_weight_decay()` and `activation_checkpointing`.
+            has `config`, `no_weight_decay()`, `activation_checkpointing`, `backend` and `check_backend()`.
         normalizers: between eV and the network's units.
         energy_kind: `adsorption` or `total`, the kind of the training data.
         settings, optim: see their classes.
@@ -98,6 +100,9 @@ class S2EFTask(pl.LightningModule):
         self.averaged = None
         if settings.ema_decay > 0:
             self.averaged = copy.deepcopy(model).requires_grad_(False).eval()
+        for network in (self.model, self.averaged):
+            if network is not None:
+                network.backend = settings.backend  # type: ignore[assignment]
         if settings.activation_checkpointing:
             model.activation_checkpointing = True  # type: ignore[assignment]
         self.val_metrics = S2EFMetrics(forces=self.has_forces)
@@ -119,6 +124,10 @@ class S2EFTask(pl.LightningModule):
         if self.averaged is not None:
             self.averaged.eval()
         return self
+
+    def on_fit_start(self) -> None:
+        """Refuse a backend that cannot run here, before the first step."""
+        self.model.check_backend()  # type: ignore[operator]
 
     # ---- one step
 

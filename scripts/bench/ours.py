@@ -41,8 +41,9 @@ def select_backend(model: EquiformerV2, backend: str) -> None:
         setattr(model, "backend", backend)  # noqa: B010 - not every version has it
 
 
-def set_inference_mode(model: EquiformerV2, as_shipped: bool) -> None:
-    """`no_grad` is enough here: there is one mode."""
+def set_inference_mode(model: EquiformerV2, as_shipped: bool, precision: str) -> None:
+    """As `Predictor` prepares a network: what follows from the weights alone is computed once."""
+    model.fold_weights(torch.bfloat16 if precision == "bf16" else None)
 
 
 def edges(model: EquiformerV2, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,7 +29,7 @@ def select_backend(model: EquiformerV2, backend: str) -> None:
     """There is one way to run it."""
 
 
-def set_inference_mode(model: EquiformerV2, as_shipped: bool) -> None:
+def set_inference_mode(model: EquiformerV2, as_shipped: bool, precision: str = "float32") -> None:
     """Its forward re-enables gradients inside `no_grad`, unless `direct_forces` says that it needs none."""
     model.direct_forces = 0 if as_shipped else 1
 

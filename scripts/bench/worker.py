@@ -87,7 +87,7 @@ class Worker:
         self, path: str, draws: int, gradients: bool, precision: str = "float32", backend: str = "torch"
     ) -> dict[str, Any]:
         """Save edges, and `draws` times energies, forces and (dropout off) the gradients of the loss."""
-        self._prepare(backend, as_shipped=False)
+        self._prepare(backend, False, precision)
         edge_index, vectors = self.implementation.edges(self.model, self.batch)
         rows = []
         for _ in range(draws):
@@ -124,16 +124,16 @@ class Worker:
             start = now(self.device)
             value = self._training_step(precision)
         else:
-            self._prepare(backend, as_shipped=operation == "forward_as_shipped")
+            self._prepare(backend, operation == "forward_as_shipped", precision)
             start = now(self.device)
             with torch.no_grad(), self._precision(precision):
                 value = self.model(self.batch)["energy"].sum().item()
         return {"seconds": now(self.device) - start, "value": value}
 
-    def _prepare(self, backend: str, as_shipped: bool) -> None:
+    def _prepare(self, backend: str, as_shipped: bool, precision: str) -> None:
         self.implementation.select_backend(self.model, backend)
         self.model.eval()
-        self.implementation.set_inference_mode(self.model, as_shipped=as_shipped)
+        self.implementation.set_inference_mode(self.model, as_shipped, precision)
 
     def _precision(self, name: str) -> Any:
         return precision(name, self.device)

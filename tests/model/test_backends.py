@@ -90,7 +90,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     model, batch = random_model(), structures()
     model.backend = "fast"
-    with pytest.raises(InputError, match="'fast'.*torch, compile, triton"):
+    with pytest.raises(InputError, match=r"'fast'.*torch, compile, triton"):
         model(batch)
     model.backend = "triton"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -18,6 +18,9 @@ class StandIn(nn.Module):
         self.forces = nn.Linear(3, 3)
         self.drop = nn.Dropout(0.3)
 
+    def check_backend(self) -> None:
+        """Any will do."""
+
     def no_weight_decay(self) -> set[str]:
         return {"energy.bias", "forces.bias"}
 

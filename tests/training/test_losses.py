@@ -9,6 +9,17 @@ def test_energy_l1_is_the_mean_absolute_error() -> None:
     assert energy_l1(torch.tensor([1.0, -2.0]), torch.tensor([0.0, 1.0])).item() == 2.0
 
 
+def test_energies_that_are_not_known_do_not_count() -> None:
+    prediction = torch.tensor([1.0, -2.0, 50.0], requires_grad=True)
+    known = torch.tensor([True, True, False])
+    loss = energy_l1(prediction, torch.tensor([0.0, 1.0, 0.0]), known)
+    loss.backward()
+    assert loss.item() == 2.0
+    assert prediction.grad is not None
+    assert prediction.grad.tolist() == [0.5, -0.5, 0.0]
+    assert energy_l1(prediction, torch.zeros(3), torch.zeros(3, dtype=torch.bool)).item() == 0.0
+
+
 def test_force_l2_is_the_mean_norm_over_free_atoms() -> None:
     target = torch.zeros(3, 3)
     prediction = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 1.0], [100.0, 0.0, 0.0]])
