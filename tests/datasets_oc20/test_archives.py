@@ -47,7 +47,6 @@ def test_unpack_and_again(tmp_path: Path, name: str) -> None:
         link("evil", "", tarfile.CHRTYPE),
         link("evil", "", tarfile.FIFOTYPE),
     ],
-    ids=lambda evil: repr(evil),
 )
 @pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
 def test_members_that_would_leave_the_folder(tmp_path: Path, evil: Any, name: str) -> None:
