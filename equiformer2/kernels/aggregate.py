@@ -10,6 +10,7 @@ from equiformer2.kernels import triton_path
 from equiformer2.kernels.backend import plain_expressions, triton_neighbors
 from equiformer2.kernels.chunks import chunks, no_autocast, take_rows
 from equiformer2.kernels.rotation import rotation_matrices
+from equiformer2.kernels.rows import sum_rows
 from equiformer2.kernels.so2 import SO2Weights, gemm_dtype, so2_linear
 
 #: From the hidden features of some edges to m-major inputs `[e, R, C]` of the second convolution.
@@ -65,7 +66,7 @@ def attend(
             return triton_path.attend(*edges, activation, weights, dtype, degrees, kept, neighbors)
         if plain_expressions(packed.requires_grad):
             out = messages(hidden, alpha, packed, weights.bias, *weights.terms(dtype))
-            return out.new_zeros(num_targets, *out.shape[1:]).index_add(0, target, out)
+            return sum_rows(out, target, num_targets)
         if not torch.is_grad_enabled():
             return _streamed(*arguments, weights)
         return _Attend.apply(*arguments, *weights.flat)
@@ -91,7 +92,7 @@ def sum_rotated(
             return triton_path.sum_rotated(values, None, packed, target, degrees, kept, neighbors)
         if plain_expressions(packed.requires_grad):
             rows = _rotate_back(widened(values), packed, degrees, kept)
-            return rows.new_zeros(num_targets, *rows.shape[1:]).index_add(0, target, rows)
+            return sum_rows(rows, target, num_targets)
         return _SumRotated.apply(values, packed, target, num_targets, degrees, kept)
 
 

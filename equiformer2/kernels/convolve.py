@@ -12,6 +12,7 @@ from equiformer2.kernels.backend import plain_expressions, triton_neighbors
 from equiformer2.kernels.chunks import cast_to_autocast, chunks, no_autocast, take_rows
 from equiformer2.kernels.linear import linear
 from equiformer2.kernels.rotation import m_major_starts, order_rows, rotation_matrices
+from equiformer2.kernels.rows import gather_rows
 from equiformer2.kernels.so2 import SO2Weights, complex_linear, complex_terms
 
 
@@ -80,7 +81,7 @@ def _plain(edges: _Edges, weights: SO2Weights, extra: int, lmax: int, shared: bo
     """The same under ordinary autograd."""
     matrices = rotation_matrices(edges.packed, (lmax, len(weights.orders)))
     sides = ((edges.x, edges.source), (edges.x_target, edges.target))
-    rotated = torch.cat([torch.bmm(matrices, x[index]) for x, index in sides], dim=2)
+    rotated = torch.cat([torch.bmm(matrices, gather_rows(x, index)) for x, index in sides], dim=2)
     radial = torch.nn.functional.linear(edges.hidden, edges.radial_weight, edges.radial_bias)
     outputs = []
     for m, weight in enumerate(weights.terms(radial.dtype)):

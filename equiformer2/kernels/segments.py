@@ -5,6 +5,7 @@ from torch import Tensor
 
 from equiformer2.kernels import gpu
 from equiformer2.kernels.backend import triton_neighbors
+from equiformer2.kernels.rows import gather_rows, sum_rows
 
 
 def segment_softmax(logits: Tensor, target: Tensor, num_targets: int) -> Tensor:
@@ -27,6 +28,6 @@ def segment_softmax(logits: Tensor, target: Tensor, num_targets: int) -> Tensor:
     shift = logits.new_full((num_targets, logits.shape[1]), float("-inf"))
     shift = shift.scatter_reduce(0, index, logits.detach(), "amax", include_self=True)
     weights = torch.exp(logits - shift[target])
-    total = weights.new_zeros(num_targets, logits.shape[1]).index_add(0, target, weights)
+    total = sum_rows(weights, target, num_targets)
     # 1e-16 as in torch_geometric.utils.softmax, which the reference uses.
-    return weights / (total[target] + 1e-16)
+    return weights / (gather_rows(total, target) + 1e-16)

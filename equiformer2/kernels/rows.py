@@ -1,0 +1,75 @@
+"""Gathering rows and summing them, each the other's derivative, with one order of additions.
+
+`torch.compile` turns the derivative of a gather, and a sum over edges, into atomic additions, whose order
+changes from run to run. What it compiles therefore calls the operators below, which it does not look into.
+"""
+
+import torch
+from torch import Tensor
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """`x[index]` for `x [N, …]` and `index [E]`: `[E, …]`."""
+    return _gather(x, index) if torch.compiler.is_compiling() else x[index]
+
+
+def sum_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    """Sums `[size, …]` of the `rows [E, …]` with the same `index [E]`; zero where there are none."""
+    if torch.compiler.is_compiling():
+        return _sum(rows, index, size)
+    return rows.new_zeros(size, *rows.shape[1:]).index_add(0, index, rows)
+
+
+@torch.library.custom_op("equiformer2::gather_rows", mutates_args=())
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    return x.index_select(0, index)
+
+
+@_gather.register_fake
+def _(x: Tensor, index: Tensor) -> Tensor:
+    return x.new_empty(index.shape[0], *x.shape[1:])
+
+
+@torch.library.custom_op("equiformer2::sum_rows", mutates_args=())
+def _sum(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    if rows.device.type == "cpu":
+        # Row after row.
+        return rows.new_zeros(size, *rows.shape[1:]).index_add_(0, index, rows)
+    return sum_sorted_rows(rows, index, size)
+
+
+@_sum.register_fake
+def _(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    return rows.new_empty(size, *rows.shape[1:])
+
+
+def sum_sorted_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    """`sum_rows` by sorting: no atomic additions, which is what `index_add` takes on a GPU."""
+    index, order = torch.sort(index, stable=True)
+    starts = torch.searchsorted(index, torch.arange(size + 1, device=index.device))
+    flat = rows.index_select(0, order).flatten(1)
+    # `unsafe`: the check that the segments cover all rows would wait for the device.
+    sums = torch.segment_reduce(flat, "sum", offsets=starts, axis=0, unsafe=True, initial=0)
+    return sums.view(size, *rows.shape[1:])
+
+
+def _gather_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, index = inputs
+    ctx.save_for_backward(index)
+    ctx.size = x.shape[0]
+
+
+def _gather_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    return _sum(grad, ctx.saved_tensors[0], ctx.size), None
+
+
+def _sum_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(inputs[1])
+
+
+def _sum_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    return _gather(grad, ctx.saved_tensors[0]), None, None
+
+
+_gather.register_autograd(_gather_backward, setup_context=_gather_setup)
+_sum.register_autograd(_sum_backward, setup_context=_sum_setup)
