@@ -1,0 +1,119 @@
+"""The discrepancy to the dense network."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from search_helpers import NORMALIZERS, slab, slabs, tiny_model
+from torch_geometric.data import Batch
+
+from equiformer2.errors import InputError
+from equiformer2.pruning.calibration import Calibration
+from equiformer2.pruning.structures import labelled_energies, read_structures
+
+LMDB = Path(__file__).parents[1] / "fixtures" / "datasets_oc20" / "s2ef_val_20.lmdb"
+COLUMNS = "species:S:1:pos:R:3:move_mask:L:1:tags:I:1:forces:R:3"
+FRAME = f"""2
+Lattice="5 0 0 0 5 0 0 0 9" Properties={COLUMNS} energy=-3.5 pbc="T T T"
+Cu 0 0 0 F 0 0.1 0.2 0.3
+O 0 0 {{z}} T 2 -0.1 0.0 0.5
+"""
+
+
+def test_the_dense_network_differs_from_itself_by_nothing() -> None:
+    model = tiny_model()
+    assert Calibration(model, NORMALIZERS, slabs()).loss(model) == 0.0
+
+
+def test_loss_is_the_definition() -> None:
+    model, other = tiny_model(), tiny_model(seed=1)
+    structures = slabs()
+    found = Calibration(model, NORMALIZERS, structures, batch_size=3, force_weight=0.7).discrepancy(other)
+    losses: dict[str, list[float]] = {}
+    with torch.no_grad():
+        for data in structures:
+            batch = Batch.from_data_list([data])
+            a, b = (NORMALIZERS.denormalize(network(batch), batch) for network in (other, model))
+            free = ~data.fixed
+            force = (a["forces"] - b["forces"])[free].norm(dim=1).mean()
+            loss = float((a["energy"] - b["energy"]).abs() / data.natoms + 0.7 * force)
+            losses.setdefault(data.sid, []).append(loss)
+    assert found.systems == ("a", "b", "c")
+    np.testing.assert_allclose(found.by_system, [np.mean(v) for v in losses.values()], rtol=1e-5)
+    assert found.loss == pytest.approx(np.mean([np.mean(v) for v in losses.values()]), rel=1e-5)
+
+
+def test_batches_do_not_matter_and_labels_are_not_read() -> None:
+    model, other = tiny_model(), tiny_model(seed=1)
+    structures = slabs()
+    labelled = [data.clone() for data in structures]
+    for data in labelled:
+        data.energy, data.forces = torch.tensor([float("nan")]), torch.full_like(data.pos, float("nan"))
+    one = Calibration(model, NORMALIZERS, structures, batch_size=1).loss(other)
+    all_at_once = Calibration(model, NORMALIZERS, labelled, batch_size=8)
+    assert all_at_once.loss(other) == pytest.approx(one, rel=1e-5)
+    assert "forces" not in all_at_once.batches[0]
+
+
+def test_forces_of_held_atoms_do_not_count() -> None:
+    calibration = Calibration(tiny_model(), NORMALIZERS, slabs())
+    answers = [dict(out) for out in calibration.dense]
+    for out, batch in zip(answers, calibration.batches, strict=True):
+        out["forces"] = out["forces"] + batch.fixed[:, None] * 5.0
+    assert calibration.compare(answers).loss == 0.0
+
+
+def test_a_system_without_free_atoms_has_an_energy_only() -> None:
+    held = slab("held")
+    held.fixed[:] = True
+    model, other = tiny_model(), tiny_model(seed=1)
+    found = Calibration(model, NORMALIZERS, [slab("a"), held]).discrepancy(other)
+    assert np.isnan(found.forces[1])
+    assert not np.isnan(found.forces[0])
+    assert found.by_system[1] == pytest.approx(found.energy[1])
+
+
+def test_a_network_that_answers_nan_is_infinitely_wrong() -> None:
+    calibration = Calibration(tiny_model(), NORMALIZERS, slabs())
+
+    def broken(batch: Batch, graph: object) -> dict[str, torch.Tensor]:
+        return {
+            "energy": torch.full((batch.num_graphs,), float("nan")),
+            "forces": torch.full_like(batch.pos, float("nan")),
+        }
+
+    assert calibration.loss(broken) == float("inf")
+
+
+def test_a_training_network_is_compared_in_evaluation_mode() -> None:
+    model = tiny_model(alpha_drop=0.5)
+    calibration = Calibration(model, NORMALIZERS, slabs())
+    model.train()
+    assert calibration.loss(model) == 0.0
+    assert model.training
+
+
+def test_no_structures_is_an_error() -> None:
+    with pytest.raises(InputError, match="no structures"):
+        Calibration(tiny_model(), NORMALIZERS, [])
+
+
+def test_structures_are_spread_over_systems(tmp_path: Path) -> None:
+    for name, count in (("one", 5), ("two", 2), ("three", 1)):
+        text = "".join(FRAME.format(z=1.5 + 0.1 * i) for i in range(count))
+        (tmp_path / f"{name}.extxyz").write_text(text)
+    chosen = read_structures(tmp_path, limit=5, seed=3)
+    assert sorted(data.sid for data in chosen) == ["one", "one", "three", "two", "two"]
+    again = read_structures(tmp_path, limit=5, seed=3)
+    assert [(d.sid, d.fid) for d in again] == [(d.sid, d.fid) for d in chosen]
+    assert "energy" not in chosen[0]
+    assert chosen[0].fixed.tolist() == [True, False]
+    torch.testing.assert_close(chosen[0].forces[1], torch.tensor([-0.1, 0.0, 0.5]))
+    assert not labelled_energies(tmp_path, "total")
+
+
+def test_lmdb_files_are_read() -> None:
+    structures = read_structures(LMDB, limit=3)
+    assert [data.sid for data in structures] == ["1981709"] * 3
+    assert len({int(data.fid) for data in structures}) == 3
