@@ -165,8 +165,8 @@ def structure_errors(
     """Per structure |ΔE| / atoms (eV), mean ||ΔF|| and mean |ΔF component| (eV/Å), `[B, 3]` float64.
 
     `out` and `reference` hold `energy [B]` and `forces [N, 3]`, in units of `energy_std` and `force_std`.
-    Forces are those of free atoms; without any, and where one of the two lacks a field, there is NaN. An error
-    that is no number because the network broke down is infinite.
+    Forces are those of free atoms; without any, and where one of the two lacks a field, there is NaN. An
+    error that is no number because the network broke down is infinite.
     """
     natoms = batch.natoms.view(-1).double()
     missing = torch.full_like(natoms, float("nan"))
