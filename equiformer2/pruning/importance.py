@@ -1,0 +1,256 @@
+"""How much the outputs hang on each head, channel and branch of the blocks.
+
+A gate ξ multiplies one unit's contribution (1 in the network as it is, 0 when the unit is cut). What a unit
+contributes enters one linear map, its consumer, so the derivative with respect to its gate is a sum over
+the consumer's weights that read the unit: dL/dξ = Σ w dL/dw. No gate has to be put into the network.
+
+- `michel`: E |dL/dξ| over structures (Michel et al., Are sixteen heads really better than one?, 2019, eq. 2).
+- `taylor`: E |Σ w dL/dw| over all weights of the unit, those that make it included (group Taylor importance,
+  Molchanov et al. 2019 and LLM-Pruner).
+- `magnitude_importance`: the Euclidean norm of all weights of the unit, without data.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Batch, Data
+
+from equiformer2.checkpoint import Normalizers
+from equiformer2.errors import InputError, naming_structures
+from equiformer2.model import EquiformerV2
+from equiformer2.model.attention import SO2EquivariantGraphAttention
+from equiformer2.model.feed_forward import FeedForwardNetwork
+
+#: A scalar from the outputs (normalised units) for a batch.
+Objective = Callable[[dict[str, Tensor], Batch], Tensor]
+#: From a parameter to the tensor of its shape that is summed over a unit's weights.
+_Product = Callable[[Tensor], Tensor]
+_Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Importance:
+    """One tensor per block of each; of no length where the block lacks the branch.
+
+    Attributes:
+        heads: `[H]` attention heads.
+        values: `[H V]` value channels, head by head.
+        attn_hidden: `[attn_hidden_channels]` hidden channels of the attention's convolutions.
+        ffn_hidden: `[ffn_hidden_channels]` channels in front of the feed-forward network's last linear map.
+        branches: `[2]` the attention and the feed-forward branch as a whole.
+    """
+
+    heads: list[Tensor]
+    values: list[Tensor]
+    attn_hidden: list[Tensor]
+    ffn_hidden: list[Tensor]
+    branches: list[Tensor]
+
+    def to_dict(self) -> dict[str, list[list[float]]]:
+        """Plain numbers, `{unit: [block][index]}`."""
+        return {
+            field.name: [t.tolist() for t in getattr(self, field.name)] for field in dataclasses.fields(self)
+        }
+
+
+UNITS = tuple(field.name for field in dataclasses.fields(Importance))
+
+
+def gradient_importance(
+    model: EquiformerV2,
+    structures: Iterable[Data],
+    objective: Objective,
+    method: Literal["michel", "taylor"] = "michel",
+) -> Importance:
+    """Mean over structures of the absolute derivative of `objective` with respect to every gate.
+
+    The network is evaluated without dropout, structure by structure; its weights, their gradients and its
+    mode are as before afterwards.
+
+    Args:
+        model: on the device to compute on; any backend (`torch` is used).
+        structures: at least one; wrap them in a progress bar if they are many.
+        objective: `probe(...)` without labels or `labelled(...)` with them.
+        method: `michel` or `taylor`.
+
+    Raises:
+        InputError: no structures, or one that the network cannot take.
+    """
+    device = model.sphere_embedding.weight.device
+    total: list[dict[str, Tensor]] = []
+    count = 0
+    with _differentiable(model):
+        for structure in structures:
+            batch = Batch.from_data_list([structure]).to(device)
+            with naming_structures(batch):
+                out = model(batch)
+            parameters = [p for block in model.blocks for p in block.parameters()]
+            grads = torch.autograd.grad(objective(out, batch), parameters, allow_unused=True)
+            products = {
+                id(p): torch.zeros_like(p) if g is None else p.detach() * g
+                for p, g in zip(parameters, grads, strict=True)
+            }
+            found = [_sums(block, lambda p, table=products: table[id(p)]) for block in model.blocks]  # type: ignore[misc]
+            scores = [
+                {unit: (a if method == "michel" else a + b).abs() for unit, (a, b) in sums.items()}
+                for sums in found
+            ]
+            count += 1
+            if not total:
+                total = scores
+                continue
+            for known, new in zip(total, scores, strict=True):
+                for unit, value in new.items():
+                    known[unit] += value
+    if not count:
+        raise InputError("there are no structures to measure importance on: give at least one")
+    return _collected([{unit: value / count for unit, value in block.items()} for block in total])
+
+
+def magnitude_importance(model: EquiformerV2) -> Importance:
+    """Euclidean norm of all weights of every unit; a baseline that looks at no data."""
+    with torch.no_grad():
+        found = [_sums(block, lambda p: p.detach().square()) for block in model.blocks]
+        return _collected([{unit: (a + b).sqrt() for unit, (a, b) in sums.items()} for sums in found])
+
+
+def probe(normalizers: Normalizers, force_weight: float = 1.0, seed: int = 0) -> Objective:
+    """Objective without labels: outputs along a random direction.
+
+    |dL/dξ| is then the change of a random combination of energy per atom and free atoms' forces when the
+    gate moves, in expectation over directions its Gauss-Newton sensitivity (the distance to the network's own
+    answers itself has no gradient at the network).
+
+    Args:
+        normalizers: units of the outputs.
+        force_weight: Å; how much the mean force counts against the energy per atom.
+        seed: of the random signs, which are drawn anew for every structure.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def objective(out: dict[str, Tensor], batch: Batch) -> Tensor:
+        total = (out["energy"] / batch.natoms.view(-1)).sum() * normalizers.energy.std * _signs(1, generator)
+        if "forces" in out:
+            free = ~batch.fixed.bool()
+            signs = _signs(int(3 * free.sum()), generator).view(-1, 3)
+            scale = force_weight * normalizers.forces.std / max(1, len(signs)) ** 0.5
+            total = total.to(out["forces"]) + scale * (out["forces"][free] * signs.to(out["forces"])).sum()
+        return total.sum()
+
+    return objective
+
+
+def labelled(normalizers: Normalizers, energy_weight: float = 4.0, force_weight: float = 100.0) -> Objective:
+    """Objective with labels: the training loss (paper, appendix D), energy L1 and free atoms' force L2."""
+
+    def objective(out: dict[str, Tensor], batch: Batch) -> Tensor:
+        target = normalizers.normalize_energy(batch.energy, batch)
+        total = energy_weight * (out["energy"] - target.to(out["energy"])).abs().mean()
+        if "forces" in out:
+            free = ~batch.fixed.bool()
+            error = out["forces"] - normalizers.normalize_forces(batch.forces).to(out["forces"])
+            total = total + force_weight * error[free].norm(dim=1).sum() / max(1, int(free.sum()))
+        return total
+
+    return objective
+
+
+def _signs(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1.0
+
+
+@contextmanager
+def _differentiable(model: EquiformerV2) -> Iterator[None]:
+    """Evaluation mode, the torch backend, and the blocks' weights with gradients, for as long as it lasts."""
+    training, backend = model.training, model.backend
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    model.eval()
+    model.backend = "torch"
+    try:
+        for parameter, _ in wanted:
+            parameter.requires_grad_(False)
+        model.blocks.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, before in wanted:
+            parameter.requires_grad_(before)
+        model.backend = backend
+        model.train(training)
+
+
+def _collected(blocks: list[dict[str, Tensor]]) -> Importance:
+    return Importance(**{unit: [block[unit] for block in blocks] for unit in UNITS})
+
+
+def _sums(block: nn.Module, product: _Product) -> dict[str, _Pair]:
+    """Per unit, `product` summed over the weights of its consumer and over its other weights."""
+    empty = product(next(block.parameters())).new_zeros(0)
+    found: dict[str, _Pair] = {unit: (empty, empty) for unit in UNITS}
+    branches = empty.new_zeros(2)
+    attention, feed_forward = getattr(block, "ga", None), getattr(block, "ffn", None)
+    if isinstance(attention, SO2EquivariantGraphAttention):
+        found |= _attention_sums(attention, product)
+        branches[0] = found["values"][0].sum() + product(attention.proj.bias).sum()
+    if isinstance(feed_forward, FeedForwardNetwork):
+        found["ffn_hidden"] = _feed_forward_sums(feed_forward, product)
+        branches[1] = found["ffn_hidden"][0].sum() + product(feed_forward.so3_linear_2.bias).sum()
+    return found | {"branches": (branches, torch.zeros_like(branches))}
+
+
+def _attention_sums(attention: SO2EquivariantGraphAttention, product: _Product) -> dict[str, _Pair]:
+    first, second = attention.so2_conv_1, attention.so2_conv_2
+    heads, hidden, values = attention.num_heads, second.in_channels, second.out_channels
+    consumer = product(attention.proj.weight).sum((0, 1))
+    maker = _outputs(product(second.fc_m0.weight).sum(1), values) + _outputs(
+        product(second.fc_m0.bias), values
+    )
+    for order in second.so2_m_conv:
+        maker = maker + _outputs(product(order.fc.weight).sum(1), values)  # type: ignore[union-attr,arg-type]
+
+    # The scalars of the attention weights come first, then gates, then coefficients.
+    alpha = attention.alpha_dot.numel()
+    rows = product(first.fc_m0.weight).sum(1) + product(first.fc_m0.bias)
+    logits = rows[:alpha].view(heads, -1).sum(1) + product(attention.alpha_dot).sum(1)
+    made = _outputs(rows[alpha:], hidden)
+    for order in first.so2_m_conv:
+        made = made + _outputs(product(order.fc.weight).sum(1), hidden)  # type: ignore[union-attr,arg-type]
+    read = _inputs(product(second.fc_m0.weight), hidden)
+    for order in second.so2_m_conv:
+        read = read + _inputs(product(order.fc.weight), hidden)  # type: ignore[union-attr,arg-type]
+    by_head = maker.view(heads, -1).sum(1) + logits
+    return {
+        "heads": (consumer.view(heads, -1).sum(1), by_head),
+        "values": (consumer, maker),
+        "attn_hidden": (read, made),
+    }
+
+
+def _feed_forward_sums(network: FeedForwardNetwork, product: _Product) -> _Pair:
+    consumer = product(network.so3_linear_2.weight).sum((0, 1))
+    maker = torch.zeros_like(consumer)
+    if network.use_grid_mlp:
+        maker = maker + product(network.grid_mlp[4].weight).sum(1)  # type: ignore[arg-type]
+        scalars = None if network.scalar_mlp is None else network.scalar_mlp[0]
+    else:
+        maker = maker + product(network.so3_linear_1.weight).sum((0, 2)) + product(network.so3_linear_1.bias)
+        scalars = network.gating_linear
+    if scalars is not None:
+        rows = product(scalars.weight).sum(1) + product(scalars.bias)  # type: ignore[arg-type]
+        maker = maker + _outputs(rows, len(consumer))
+    return consumer, maker
+
+
+def _outputs(rows: Tensor, width: int) -> Tensor:
+    """`[n width]` sums of rows to `[width]`: every degree (and part) has its own block of channels."""
+    return rows.view(-1, width).sum(0)
+
+
+def _inputs(weight: Tensor, width: int) -> Tensor:
+    """`[out, n width]` to `[width]`."""
+    return weight.unflatten(1, (-1, width)).sum((0, 1))
