@@ -2,9 +2,11 @@
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from equiformer2.errors import InputError
+from equiformer2.model.block_config import BlockConfig, ResolvedBlock
 
 # Statistics of the first 100,000 structures of OC20 IS2RE (cutoff 5 Å, at most 100 neighbours), constants of
 # the reference implementation that every public checkpoint was trained with.
@@ -50,6 +52,10 @@ class ModelConfig:
         regress_forces: build the force head.
         avg_num_nodes: average number of atoms, divides the sum of atomic energies.
         avg_degree: average number of edges per atom, divides the edge-degree embedding.
+        blocks: widths and degrees of every block where they differ from those above (a pruned network); None
+            if all blocks are equal.
+        force_head: the same for the attention of the force head.
+        energy_head: the same for the feed-forward network of the energy head.
     """
 
     num_layers: int = 12
@@ -83,6 +89,9 @@ class ModelConfig:
     regress_forces: bool = True
     avg_num_nodes: float = AVG_NUM_NODES
     avg_degree: float = AVG_DEGREE
+    blocks: tuple[BlockConfig, ...] | None = None
+    force_head: BlockConfig | None = None
+    energy_head: BlockConfig | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -125,6 +134,41 @@ class ModelConfig:
             )
         if self.share_atom_edge_embedding and not self.use_atom_edge_embedding:
             raise InputError("model.share_atom_edge_embedding needs model.use_atom_edge_embedding")
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        if self.blocks is not None:
+            _require(
+                len(self.blocks) == self.num_layers,
+                "blocks",
+                f"{len(self.blocks)} blocks",
+                f"must be as many as num_layers ({self.num_layers})",
+            )
+            for index, block in enumerate(self.blocks):
+                block.check(self, f"blocks[{index}]")
+        for name, head in (("force_head", self.force_head), ("energy_head", self.energy_head)):
+            if head is not None:
+                head.check(self, name)
+                _require(head.attention and head.feed_forward, name, head, "a head has no branch to drop")
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether some part has widths or degrees of its own, which the reference's layout cannot hold."""
+        return any(part is not None for part in (self.blocks, self.force_head, self.energy_head))
+
+    def block(self, index: int) -> ResolvedBlock:
+        """Widths and degrees of block `index`, nothing left out."""
+        return (BlockConfig() if self.blocks is None else self.blocks[index]).resolved(self)
+
+    @property
+    def force_block(self) -> ResolvedBlock:
+        """Those of the force head."""
+        return (self.force_head or BlockConfig()).resolved(self)
+
+    @property
+    def energy_block(self) -> ResolvedBlock:
+        """Those of the energy head."""
+        return (self.energy_head or BlockConfig()).resolved(self)
 
     @property
     def block_atom_edge_embedding(self) -> bool:
@@ -133,7 +177,12 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary of all fields."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        for key in _PARTS:
+            # Networks whose blocks are all equal are described as they were before there were others.
+            if values[key] is None:
+                del values[key]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
@@ -144,7 +193,8 @@ class ModelConfig:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"; did you mean '{near[0]}'?" if near else ""
                 raise InputError(f"unknown model key '{key}'{hint}")
-        return cls(**values)
+        parts = {key: _read_part(key, values[key]) for key in _PARTS if values.get(key) is not None}
+        return cls(**(values | parts))
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
@@ -152,6 +202,25 @@ class ModelConfig:
         if name not in _PRESETS:
             raise InputError(f"unknown preset '{name}'; known are {', '.join(_PRESETS)}")
         return cls(**_PRESETS[name])
+
+
+_PARTS = ("blocks", "force_head", "energy_head")
+
+
+def _read_part(key: str, value: Any) -> Any:
+    if key == "blocks":
+        if not isinstance(value, list | tuple):
+            raise InputError(f"model.blocks must be a list of blocks, not {type(value).__name__}")
+        return tuple(_read_block(f"blocks[{index}]", block) for index, block in enumerate(value))
+    return _read_block(key, value)
+
+
+def _read_block(name: str, value: Any) -> BlockConfig:
+    if isinstance(value, BlockConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise InputError(f"model.{name} must be a mapping of keys to values, not {type(value).__name__}")
+    return BlockConfig.from_dict(value, name)
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:

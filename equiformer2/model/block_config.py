@@ -1,0 +1,118 @@
+"""Widths and degrees of one block of a network whose blocks are not all equal."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from equiformer2.errors import InputError
+
+if TYPE_CHECKING:
+    from equiformer2.model.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """What one block (or head) has of its own; None takes the value of the model.
+
+    Attributes:
+        attention: whether there is an attention branch.
+        feed_forward: whether there is a feed-forward branch.
+        lmax, mmax: highest degree (at least 1) and order of the messages, at most those of the model. The
+            features of the atoms keep the model's lmax.
+        num_heads, attn_hidden_channels, attn_value_channels: as in `ModelConfig`.
+        ffn_hidden_channels: inputs of the feed-forward network's last linear map; outputs of its scalar MLP.
+        ffn_input_channels: outputs of its first linear map, where they enter the grid MLP (else they are
+            `ffn_hidden_channels`).
+        ffn_grid_channels_1, ffn_grid_channels_2: hidden layers of the grid MLP.
+    """
+
+    attention: bool = True
+    feed_forward: bool = True
+    lmax: int | None = None
+    mmax: int | None = None
+    num_heads: int | None = None
+    attn_hidden_channels: int | None = None
+    attn_value_channels: int | None = None
+    ffn_hidden_channels: int | None = None
+    ffn_input_channels: int | None = None
+    ffn_grid_channels_1: int | None = None
+    ffn_grid_channels_2: int | None = None
+
+    def resolved(self, config: ModelConfig) -> ResolvedBlock:
+        """With the model's values where there are none of its own."""
+        hidden, lmax = config.ffn_hidden_channels, _or(self.lmax, config.lmax)
+        return ResolvedBlock(
+            attention=self.attention,
+            feed_forward=self.feed_forward,
+            lmax=lmax,
+            mmax=min(_or(self.mmax, config.mmax), lmax),
+            num_heads=_or(self.num_heads, config.num_heads),
+            attn_hidden_channels=_or(self.attn_hidden_channels, config.attn_hidden_channels),
+            attn_value_channels=_or(self.attn_value_channels, config.attn_value_channels),
+            ffn_hidden_channels=_or(self.ffn_hidden_channels, hidden),
+            ffn_input_channels=_or(self.ffn_input_channels, hidden),
+            ffn_grid_channels_1=_or(self.ffn_grid_channels_1, hidden),
+            ffn_grid_channels_2=_or(self.ffn_grid_channels_2, hidden),
+        )
+
+    def check(self, config: ModelConfig, name: str) -> None:
+        """Raise `InputError`, naming the key below `name`, for a value that the model cannot have."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("attention", "feed_forward"):
+                if not isinstance(value, bool):
+                    raise InputError(f"model.{name}.{field.name} = {value!r}: must be true or false")
+                continue
+            if value is None:
+                continue
+            least = 0 if field.name == "mmax" else 1
+            most = getattr(config, field.name) if field.name in ("lmax", "mmax") else None
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(
+                    f"model.{name}.{field.name} = {value!r}: must be a whole number of at least {least}"
+                )
+            if most is not None and value > most:
+                raise InputError(
+                    f"model.{name}.{field.name} = {value!r}: must be at most the model's, which is {most}"
+                )
+        grid = [key for key in GRID_MLP_WIDTHS if getattr(self, key) is not None]
+        if grid and not config.use_grid_mlp:
+            raise InputError(f"model.{name}.{grid[0]} needs model.use_grid_mlp")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], name: str) -> BlockConfig:
+        """Of a dictionary of the fields; for an unknown key an `InputError` that names the nearest one."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                raise InputError(f"model.{name}: unknown key '{key}'{hint}")
+        return cls(**values)
+
+
+GRID_MLP_WIDTHS = ("ffn_input_channels", "ffn_grid_channels_1", "ffn_grid_channels_2")
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedBlock:
+    """`BlockConfig` with nothing left out: what a block is built from."""
+
+    attention: bool
+    feed_forward: bool
+    lmax: int
+    mmax: int
+    num_heads: int
+    attn_hidden_channels: int
+    attn_value_channels: int
+    ffn_hidden_channels: int
+    ffn_input_channels: int
+    ffn_grid_channels_1: int
+    ffn_grid_channels_2: int
+
+
+def _or(value: int | None, otherwise: int) -> int:
+    return otherwise if value is None else value

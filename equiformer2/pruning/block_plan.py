@@ -1,0 +1,260 @@
+"""What to keep of one block."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from equiformer2.errors import InputError
+from equiformer2.model.block_config import GRID_MLP_WIDTHS, BlockConfig, ResolvedBlock
+from equiformer2.model.config import ModelConfig
+
+Indices = tuple[int, ...]
+
+# Each list of kept indices and the width of `BlockConfig` that it cuts.
+_WIDTHS = {
+    "heads": "num_heads",
+    "attn_hidden_channels": "attn_hidden_channels",
+    "ffn_hidden_channels": "ffn_hidden_channels",
+    "ffn_input_channels": "ffn_input_channels",
+    "ffn_grid_channels_1": "ffn_grid_channels_1",
+    "ffn_grid_channels_2": "ffn_grid_channels_2",
+}
+_ATTENTION = ("lmax", "mmax", "heads", "attn_hidden_channels", "value_channels")
+_FEED_FORWARD = tuple(name for name in _WIDTHS if name.startswith("ffn"))
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPlan:
+    """What is kept of one block; None keeps all. Kept indices ascend.
+
+    Attributes:
+        attention, feed_forward: whether the branch is kept.
+        lmax: highest degree of the messages, at least 1. The features of the atoms keep all degrees.
+        mmax: highest order of the messages; never above their degree.
+        heads: kept attention heads.
+        attn_hidden_channels: kept channels between the two SO(2) convolutions.
+        value_channels: for every kept head, in the sequence of `heads`, its kept value channels, as many of
+            each.
+        ffn_hidden_channels: kept inputs of the feed-forward network's last linear map, with the outputs of
+            the scalar MLP and of the grid MLP that they are. Without a grid MLP, its only width.
+        ffn_input_channels: kept outputs of the first linear map, where they enter the grid MLP.
+        ffn_grid_channels_1, ffn_grid_channels_2: kept channels of the hidden layers of the grid MLP.
+    """
+
+    attention: bool = True
+    feed_forward: bool = True
+    lmax: int | None = None
+    mmax: int | None = None
+    heads: Indices | None = None
+    attn_hidden_channels: Indices | None = None
+    value_channels: tuple[Indices, ...] | None = None
+    ffn_hidden_channels: Indices | None = None
+    ffn_input_channels: Indices | None = None
+    ffn_grid_channels_1: Indices | None = None
+    ffn_grid_channels_2: Indices | None = None
+
+    def __post_init__(self) -> None:
+        for name in _WIDTHS:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check_indices(getattr(self, name), f"pruning plan: {name}"))
+        if self.value_channels is not None:
+            where = "pruning plan: value_channels"
+            if not isinstance(self.value_channels, Iterable):
+                raise InputError(
+                    f"{where} is {self.value_channels!r}; it must hold a list for every kept head"
+                )
+            lists = tuple(check_indices(kept, where) for kept in self.value_channels)
+            if len({len(kept) for kept in lists}) != 1:
+                raise InputError(f"{where} must keep equally many channels of every kept head")
+            object.__setattr__(self, "value_channels", lists)
+        for name in ("attention", "feed_forward"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"pruning plan: {name} is {getattr(self, name)!r}; it must be true or false")
+        for name, least in (("lmax", 1), ("mmax", 0)):
+            value = getattr(self, name)
+            if value is not None and (not _is_index(value) or value < least):
+                raise InputError(
+                    f"pruning plan: {name} is {value!r}; it must be a whole number of at least {least}"
+                )
+
+    def checked(self, block: ResolvedBlock, config: ModelConfig, name: str) -> BlockPlan:
+        """In canonical form for a block as it is described by `block`.
+
+        Raises:
+            InputError: naming block (`name`) and field.
+        """
+        where = f"pruning plan: {name}"
+        changes: dict[str, Any] = {}
+        for branch, fields in (("attention", _ATTENTION), ("feed_forward", _FEED_FORWARD)):
+            if not (getattr(self, branch) and getattr(block, branch)):
+                given = [field for field in fields if getattr(self, field) is not None]
+                if given:
+                    raise InputError(f"{where}: {given[0]} is given, but the block has no {branch} branch")
+                changes[branch] = True if not getattr(block, branch) else getattr(self, branch)
+        for field, width in _WIDTHS.items():
+            if field in GRID_MLP_WIDTHS and getattr(self, field) is not None and not config.use_grid_mlp:
+                raise InputError(f"{where}: {field} is given, but the network has no grid MLP")
+            changes[field] = without_full(getattr(self, field), getattr(block, width), f"{where}: {field}")
+        changes["value_channels"] = self._checked_values(block, where)
+        lmax = block.lmax if self.lmax is None else self.lmax
+        if lmax > block.lmax:
+            raise InputError(f"{where}: lmax is {lmax}, but the messages have {block.lmax} already")
+        if self.mmax is not None and self.mmax > block.mmax:
+            raise InputError(f"{where}: mmax is {self.mmax}, but the messages have {block.mmax} already")
+        mmax = min(block.mmax if self.mmax is None else self.mmax, lmax)
+        changes["lmax"] = None if lmax == block.lmax else lmax
+        changes["mmax"] = None if mmax == min(block.mmax, lmax) else mmax
+        return dataclasses.replace(self, **changes)
+
+    def check_is_head(self, where: str, other: str) -> None:
+        """Raise `InputError` for cuts that an output head, which has no branch `other`, does not have."""
+        fields = _ATTENTION if other == "attention" else _FEED_FORWARD
+        given = [field for field in fields if getattr(self, field) is not None]
+        if given:
+            raise InputError(f"{where}: {given[0]} is given, but this head has no {other} network")
+        if not (self.attention and self.feed_forward):
+            raise InputError(f"{where}: a head cannot be dropped")
+
+    def _checked_values(self, block: ResolvedBlock, where: str) -> tuple[Indices, ...] | None:
+        if self.value_channels is None:
+            return None
+        heads = block.num_heads if self.heads is None else len(self.heads)
+        if len(self.value_channels) != heads:
+            raise InputError(
+                f"{where}: value_channels has lists for {len(self.value_channels)} heads; {heads} are kept"
+            )
+        width = block.attn_value_channels
+        kept = [without_full(each, width, f"{where}: value_channels") for each in self.value_channels]
+        return None if kept[0] is None else self.value_channels
+
+    def applied_to(self, own: BlockConfig | None, block: ResolvedBlock) -> BlockConfig | None:
+        """What the block is afterwards (None: as the model says); `self` is in canonical form."""
+        changes: dict[str, Any] = {
+            width: len(getattr(self, field))
+            for field, width in _WIDTHS.items()
+            if getattr(self, field) is not None
+        }
+        if self.value_channels is not None:
+            changes["attn_value_channels"] = len(self.value_channels[0])
+        if self.lmax is not None:
+            changes |= {"lmax": self.lmax, "mmax": min(block.mmax, self.lmax)}
+        if self.mmax is not None:
+            changes["mmax"] = self.mmax
+        changes |= {name: False for name in ("attention", "feed_forward") if not getattr(self, name)}
+        return dataclasses.replace(own or BlockConfig(), **changes) if changes else own
+
+    def compose(self, other: BlockPlan, name: str) -> BlockPlan:
+        """This plan and then `other`; see `PruningPlan.compose`."""
+        where = f"pruning plan: {name}"
+        changes: dict[str, Any] = {}
+        for branch, fields in (("attention", _ATTENTION), ("feed_forward", _FEED_FORWARD)):
+            if not getattr(self, branch):
+                given = [field for field in fields if getattr(other, field) is not None]
+                if given:
+                    raise InputError(f"{where}: {given[0]} is given for a {branch} branch dropped before")
+            elif not getattr(other, branch):
+                changes |= {branch: False} | dict.fromkeys(fields)
+        if changes.get("attention", self.attention):
+            changes |= self._composed(other, _ATTENTION, where)
+        if changes.get("feed_forward", self.feed_forward):
+            changes |= self._composed(other, _FEED_FORWARD, where)
+        return dataclasses.replace(self, **changes)
+
+    def _composed(self, other: BlockPlan, fields: tuple[str, ...], where: str) -> dict[str, Any]:
+        changes: dict[str, Any] = {}
+        for field in fields:
+            first, second = getattr(self, field), getattr(other, field)
+            if field in _WIDTHS:
+                changes[field] = compose_indices(first, second, f"{where}: {field}")
+            elif field == "value_channels":
+                changes[field] = self._composed_values(other, where)
+            elif first is not None and second is not None and second > first:
+                raise InputError(f"{where}: {field} is {second}, but it was cut to {first} before")
+            else:
+                changes[field] = first if second is None else second
+        return changes
+
+    def _composed_values(self, other: BlockPlan, where: str) -> tuple[Indices, ...] | None:
+        first, second = self.value_channels, other.value_channels
+        if first is None:
+            return second
+        heads = range(len(first)) if other.heads is None else other.heads
+        if max(heads) >= len(first) or (second is not None and len(second) != len(heads)):
+            raise InputError(f"{where}: value_channels do not fit the heads kept before")
+        chosen = [first[head] for head in heads]
+        if second is None:
+            return tuple(chosen)
+        pairs = zip(chosen, second, strict=True)
+        return tuple(compose_indices(old, new, f"{where}: value_channels") or old for old, new in pairs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; what is as in a block that keeps everything is left out."""
+        default = BlockPlan()
+        return {
+            field.name: _as_lists(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(default, field.name)
+        }
+
+    @classmethod
+    def from_dict(cls, values: Any, source: str) -> BlockPlan:
+        """Inverse of `to_dict`; errors name `source` and the key."""
+        if not isinstance(values, Mapping):
+            raise InputError(f"{source} must be a mapping of keys to values, not {type(values).__name__}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                raise InputError(f"{source}: unknown key '{key}'{hint}")
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise InputError(f"{source}: {str(error).removeprefix('pruning plan: ')}") from error
+
+
+def check_indices(values: Any, where: str) -> Indices:
+    """Kept indices as a tuple; `InputError` unless they are whole numbers, at least one, and ascend."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise InputError(f"{where} is {values!r}; it must be a list of the indices that are kept")
+    kept = tuple(values)
+    for index in kept:
+        if not _is_index(index):
+            raise InputError(f"{where} holds {index!r}, which is no index")
+    if not kept:
+        raise InputError(f"{where} keeps nothing: a whole branch is dropped with attention or feed_forward")
+    if any(later <= index for index, later in itertools.pairwise(kept)):
+        raise InputError(f"{where} must ascend and hold every index once")
+    return kept
+
+
+def without_full(kept: Indices | None, width: int, where: str) -> Indices | None:
+    """None if all of `width` are kept.
+
+    Raises:
+        InputError: an index is not below `width`.
+    """
+    if kept is not None and kept[-1] >= width:
+        raise InputError(f"{where} keeps {kept[-1]}, but there are only 0 … {width - 1}")
+    return None if kept is None or len(kept) == width else kept
+
+
+def compose_indices(first: Indices | None, second: Indices | None, where: str) -> Indices | None:
+    """`second` counts in what `first` has kept."""
+    if first is None or second is None:
+        return second if first is None else first
+    if second[-1] >= len(first):
+        raise InputError(f"{where} keeps {second[-1]}, but only {len(first)} were kept before")
+    return tuple(first[index] for index in second)
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value
