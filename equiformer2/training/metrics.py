@@ -6,6 +6,7 @@ Energies in eV, forces in eV/Å. Force metrics run over free atoms only, as OC20
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
@@ -128,3 +129,13 @@ def structure_index(batch: Data) -> Tensor:
     return torch.repeat_interleave(
         torch.arange(natoms.numel(), device=natoms.device), natoms, output_size=batch.pos.shape[0]
     )
+
+
+def energy_metrics(target: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """`ENERGY_METRICS` of energies at hand, both `[n]` eV."""
+    error = np.abs(np.asarray(target, dtype=np.float64) - predicted)
+    return {
+        "energy_mae": float(error.mean()),
+        "energy_mse": float(np.square(error).mean()),
+        "energy_within_threshold": float((error < ENERGY_THRESHOLD).mean()),
+    }
