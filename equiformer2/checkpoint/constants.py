@@ -106,7 +106,7 @@ class ReferenceConstants:
                     return None
                 # The grid's own mapping covers every order of its degrees, whatever `order` says.
                 return (
-                    _grid(degree, order, config.grid_resolution)[which]
+                    _grid(degree, order, config.ffn_grid)[which]
                     if kind == "grid"
                     else coefficient_mapping(degree, degree)[which]
                 )
@@ -162,7 +162,7 @@ def coefficient_mapping(lmax: int, mmax: int) -> dict[str, Tensor]:
 
 
 @lru_cache(maxsize=128)
-def _grid(lmax: int, mmax: int, resolution: int | None) -> dict[str, Tensor]:
+def _grid(lmax: int, mmax: int, resolution: int | tuple[int, int] | None) -> dict[str, Tensor]:
     """Both matrices of one pair, `[latitude, longitude, R]`; the reference also has pairs mmax > lmax."""
     to_grid, from_grid = grid_matrices(lmax, mmax, resolution)
     kept = coefficient_mapping(lmax, lmax)["m_harmonic"] <= mmax

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from equiformer2.errors import InputError
 from equiformer2.model.block_config import BlockConfig, ResolvedBlock
+from equiformer2.model.grid_resolution import GridResolution
 
 # Statistics of the first 100,000 structures of OC20 IS2RE (cutoff 5 Å, at most 100 neighbours), constants of
 # the reference implementation that every public checkpoint was trained with.
@@ -30,7 +31,8 @@ class ModelConfig:
         lmax: maximum degree L of the irreps.
         mmax: maximum order M of the SO(2) convolutions, at most lmax.
         grid_resolution: points along latitude and along longitude of the S2 grids; None for the
-            smallest grid per (lmax, mmax), which makes equivariance a poor approximation.
+            smallest grid per (lmax, mmax), which makes equivariance a poor approximation. Grids of their own
+            for attention and feed-forward networks as `{"attn": (latitudes, longitudes), "ffn": (…, …)}`.
         edge_channels: hidden channels of the radial functions.
         max_num_elements: atomic numbers must be below this.
         max_neighbors: nearest neighbours kept per atom.
@@ -68,7 +70,7 @@ class ModelConfig:
     norm_type: Literal["layer_norm", "layer_norm_sh", "rms_norm_sh"] = "layer_norm_sh"
     lmax: int = 6
     mmax: int = 2
-    grid_resolution: int | None = 18
+    grid_resolution: int | GridResolution | None = 18
     edge_channels: int = 128
     max_num_elements: int = 90
     max_neighbors: int = 20
@@ -124,7 +126,11 @@ class ModelConfig:
             _require(
                 getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}"
             )
-        if self.grid_resolution is not None:
+        if isinstance(self.grid_resolution, Mapping):
+            object.__setattr__(self, "grid_resolution", GridResolution.read(self.grid_resolution))
+        if isinstance(self.grid_resolution, GridResolution):
+            self.grid_resolution.check(self.lmax, self.mmax)
+        elif self.grid_resolution is not None:
             smallest = 2 * (self.lmax + 1)
             _require(
                 self.grid_resolution >= smallest and self.grid_resolution % 2 == 0,
@@ -169,6 +175,18 @@ class ModelConfig:
     def energy_block(self) -> ResolvedBlock:
         """Those of the energy head."""
         return (self.energy_head or BlockConfig()).resolved(self)
+
+    @property
+    def attn_grid(self) -> int | tuple[int, int] | None:
+        """Resolution of the grid in the attention, as `S2Grid` takes it."""
+        grid = self.grid_resolution
+        return grid.attn if isinstance(grid, GridResolution) else grid
+
+    @property
+    def ffn_grid(self) -> int | tuple[int, int] | None:
+        """Resolution of the grid in the feed-forward networks."""
+        grid = self.grid_resolution
+        return grid.ffn if isinstance(grid, GridResolution) else grid
 
     @property
     def block_atom_edge_embedding(self) -> bool:

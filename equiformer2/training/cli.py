@@ -83,7 +83,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise InputError(f"configuration: {' '.join(str(error).split())}") from error
     _check_nothing_emptied(parsed)
-    groups = {name: settings(**vars(parsed[name])) for name, settings in _GROUPS.items()}
+    groups = {name: settings(**_plain(parsed[name])) for name, settings in _GROUPS.items()}
     top = {name: parsed[name] for name in RunSettings.__dataclass_fields__}
     run = RunSettings(**top)
     if run.name is None and parsed.config:

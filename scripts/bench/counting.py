@@ -57,7 +57,7 @@ def count(config: ModelConfig, atoms: int, edges: int) -> dict[str, Count]:
     """
     if config.grid_resolution is None:
         raise ValueError("the grid resolution must be given to count operations")
-    grid = config.grid_resolution**2
+    grid = _points(config.ffn_grid)
     coefficients = (config.lmax + 1) ** 2
     channels, hidden = config.sphere_channels, config.ffn_hidden_channels
     scalars = atoms * 2 * channels * hidden if config.use_grid_mlp and config.use_sep_s2_act else 0
@@ -130,7 +130,7 @@ def _attention(config: ModelConfig, atoms: int, edges: int, out_lmax: int) -> di
     if not whole:
         kept = [(out_lmax + 1 - m) * values for m in range(min(mmax, out_lmax) + 1)]
         second = [(n, inner, outer) for (n, inner, _), outer in zip(second, kept, strict=False)]
-    grid = (config.grid_resolution or 0) ** 2
+    grid = _points(config.attn_grid)
     on_grid = 0 if config.use_gate_act else 2 * edges * grid * (rows + used_rows) * hidden
     heads, alpha = config.num_heads, config.num_heads * config.attn_alpha_channels
     out_channels = channels if whole else 1
@@ -174,6 +174,13 @@ def _edge_degree(config: ModelConfig, atoms: int, edges: int) -> Count:
         2 * edges * (weights + coefficients * channels),
         4 * (edges * (config.num_distance_basis + coefficients) + weights + atoms * coefficients * channels),
     )
+
+
+def _points(resolution: int | tuple[int, int] | None) -> int:
+    """Points of a grid; 0 where the implementation chooses it."""
+    if resolution is None or isinstance(resolution, int):
+        return (resolution or 0) ** 2
+    return resolution[0] * resolution[1]
 
 
 def _rows(l: int, mmax: int) -> int:
