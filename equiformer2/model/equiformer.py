@@ -45,8 +45,8 @@ class EquiformerV2(nn.Module):
         self.activation_checkpointing = False
         self.backend = "torch"
         lmax, mmax = config.lmax, config.mmax
-        edge_grid = S2Grid(lmax, mmax, config.grid_resolution, m_major_order(lmax, mmax))
-        node_grid = S2Grid(lmax, lmax, config.grid_resolution, list(range((lmax + 1) ** 2)))
+        edge_grid = S2Grid(lmax, mmax, config.attn_grid, m_major_order(lmax, mmax))
+        node_grid = S2Grid(lmax, lmax, config.ffn_grid, list(range((lmax + 1) ** 2)))
         self.sphere_embedding = nn.Embedding(config.max_num_elements, config.sphere_channels)
         self.distance_basis = GaussianBasis(config.max_radius, config.num_distance_basis)
         self.source_embedding, self.target_embedding = None, None
