@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from equiformer2.kernels import SO2Weights, attend, convolve_edges, segment_softmax
 from equiformer2.kernels.chunks import no_autocast
 from equiformer2.model.activation import GateActivation, S2Activation, SeparableS2Activation, SmoothLeakyReLU
+from equiformer2.model.block_config import ResolvedBlock
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.edges import EdgeContext, by_parts
 from equiformer2.model.radial import RadialFunction
@@ -21,20 +22,24 @@ class SO2EquivariantGraphAttention(DerivedConstants):
 
     Args:
         config: hyper-parameters.
-        grid: S2 grid of the truncated coefficients in m-major order.
+        block: widths and degrees of the messages; these may be lower than those of the atoms' features.
+        grid: S2 grid of the coefficients of the messages in m-major order.
         out_channels: channels of the output coefficients.
         alpha_drop: dropout rate of the attention weights.
     """
 
     scale: Tensor
 
-    def __init__(self, config: ModelConfig, grid: S2Grid, out_channels: int, alpha_drop: float) -> None:
+    def __init__(
+        self, config: ModelConfig, block: ResolvedBlock, grid: S2Grid, out_channels: int, alpha_drop: float
+    ) -> None:
         super().__init__()
-        lmax, mmax, hidden = config.lmax, config.mmax, config.attn_hidden_channels
-        self.num_heads = config.num_heads
+        lmax, mmax, hidden = block.lmax, block.mmax, block.attn_hidden_channels
+        self.num_heads = block.num_heads
         self.lmax, self.mmax = lmax, mmax
+        self.frame_degrees = config.lmax, config.mmax
         self.add_constant("scale", truncation_scales(lmax, mmax))
-        self.alpha_dot = nn.Parameter(torch.empty(config.num_heads, config.attn_alpha_channels))
+        self.alpha_dot = nn.Parameter(torch.empty(block.num_heads, config.attn_alpha_channels))
         nn.init.uniform_(
             self.alpha_dot, -(config.attn_alpha_channels**-0.5), config.attn_alpha_channels**-0.5
         )
@@ -48,8 +53,8 @@ class SO2EquivariantGraphAttention(DerivedConstants):
             self.rad_func = RadialFunction(
                 radial_inputs, config.edge_channels, 2 * config.sphere_channels * (lmax + 1)
             )
-        activation = self._activation(config, grid)
-        alpha_channels = config.num_heads * config.attn_alpha_channels
+        activation = self._activation(config, block, grid)
+        alpha_channels = block.num_heads * config.attn_alpha_channels
         self.so2_conv_1 = SO2Convolution(
             2 * config.sphere_channels,
             hidden,
@@ -65,38 +70,51 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         self.alpha_act = SmoothLeakyReLU()
         self.alpha_dropout = nn.Dropout(alpha_drop)
         self.activation = activation
-        value_channels = config.num_heads * config.attn_value_channels
+        value_channels = block.num_heads * block.attn_value_channels
         self.so2_conv_2 = SO2Convolution(hidden, value_channels, lmax, mmax)
         self.proj = SO3Linear(value_channels, out_channels, lmax)
 
     @staticmethod
     def _activation(
-        config: ModelConfig, grid: S2Grid
+        config: ModelConfig, block: ResolvedBlock, grid: S2Grid
     ) -> GateActivation | S2Activation | SeparableS2Activation:
         if config.use_gate_act:
-            return GateActivation([int(k**0.5) for k in m_major_order(config.lmax, config.mmax)])
+            return GateActivation([int(k**0.5) for k in m_major_order(block.lmax, block.mmax)])
         return SeparableS2Activation(grid) if config.use_sep_s2_act else S2Activation(grid)
 
     def forward(self, x: Tensor, edges: EdgeContext) -> Tensor:
-        """`x [N, K, C]` to `[N, K, out_channels]`."""
+        """`x [N, K, C]` to `[n, K, out_channels]` of the n target atoms."""
         weights, kept = self.so2_conv_2.weights(), (self.lmax, self.mmax)
+        x = self._message_degrees(x)
+        x_target = edges.at_targets(x)
 
         def layer(part: EdgeContext, atoms: slice) -> Tensor:
-            return self.proj(self._sum(x, x[atoms], part, None, weights, kept) * self.scale)
+            return self.proj(self._sum(x, x_target[atoms], part, None, weights, kept) * self.scale)
 
-        return by_parts(layer, edges)
+        out = by_parts(layer, edges)
+        missing = (self.frame_degrees[0] + 1) ** 2 - out.shape[1]
+        return nn.functional.pad(out, (0, 0, 0, missing)) if missing else out
 
     def vectors(self, x: Tensor, edges: EdgeContext) -> Tensor:
-        """The l = 1 output alone, `[N, 3, out_channels]`: what a force head does not read is not computed."""
+        """The l = 1 output alone, `[n, 3, out_channels]`: what a force head does not read is not computed."""
         order = min(1, self.mmax)
         rows = (self.lmax + 1) + 2 * self.lmax * order
         weights = self.so2_conv_2.weights_of_vectors()
+        x = self._message_degrees(x)
+        x_target = edges.at_targets(x)
 
         def layer(part: EdgeContext, atoms: slice) -> Tensor:
-            total = self._sum(x, x[atoms], part, rows, weights, (1, order))
+            total = self._sum(x, x_target[atoms], part, rows, weights, (1, order))
             return self.proj.degree(total[:, 1:4] * self.scale[1:4], 1)
 
         return by_parts(layer, edges)
+
+    def _message_degrees(self, x: Tensor) -> Tensor:
+        """The coefficients `[N, (lmax + 1)^2, C]` that messages are made of."""
+        return x[:, : (self.lmax + 1) ** 2].contiguous()
+
+    def _rotations(self, edges: EdgeContext) -> Tensor:
+        return edges.rotations_up_to((self.lmax, self.mmax), self.frame_degrees)
 
     def _sum(
         self,
@@ -122,7 +140,7 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         return attend(
             hidden,
             self._attention_weights(scalars, edges),
-            edges.rotations,
+            self._rotations(edges),
             edges.edge_index[1],
             edges.num_atoms,
             activate,
@@ -141,7 +159,7 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         return convolve_edges(
             x,
             x_target,
-            edges.rotations,
+            self._rotations(edges),
             edges.edge_index[0],
             edges.edge_index[1],
             radial.hidden(edges.basis(), edges.element_pairs(own)),
@@ -161,7 +179,12 @@ class SO2EquivariantGraphAttention(DerivedConstants):
                 logits = self._logits(scalars)
             else:
                 logits = checkpoint(self._logits, scalars, use_reentrant=False, preserve_rng_state=False)
-            return self.alpha_dropout(segment_softmax(logits, edges.edge_index[1], edges.num_atoms))
+            if edges.gates is not None:
+                logits = logits + torch.log(edges.gates.to(logits.dtype)).unsqueeze(1)
+            weights = segment_softmax(logits, edges.edge_index[1], edges.num_atoms)
+            if edges.observed is not None:
+                edges.observed.append(weights)
+            return self.alpha_dropout(weights)
 
     def _logits(self, scalars: Tensor) -> Tensor:
         scalars = scalars.to(self.alpha_dot.dtype).unflatten(1, (self.num_heads, -1))

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from equiformer2.model.attention import SO2EquivariantGraphAttention
+from equiformer2.model.block_config import ResolvedBlock
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.edges import EdgeContext
 from equiformer2.model.feed_forward import FeedForwardNetwork
@@ -12,21 +13,47 @@ from equiformer2.model.so3 import S2Grid
 
 
 class TransformerBlock(nn.Module):
-    """Norm, attention, residual; norm, feed-forward, residual."""
+    """Norm, attention, residual; norm, feed-forward, residual.
 
-    def __init__(self, config: ModelConfig, edge_grid: S2Grid, node_grid: S2Grid) -> None:
+    In a pruned network either branch, with its norm, may be missing: `ga` or `ffn` is None.
+    """
+
+    def __init__(
+        self, config: ModelConfig, block: ResolvedBlock, edge_grid: S2Grid, node_grid: S2Grid
+    ) -> None:
         super().__init__()
-        self.norm_1 = make_norm(config.norm_type, config.lmax, config.sphere_channels)
-        self.ga = SO2EquivariantGraphAttention(config, edge_grid, config.sphere_channels, config.alpha_drop)
+        channels = config.sphere_channels
+        self.norm_1, self.ga, self.norm_2, self.ffn = None, None, None, None
+        if block.attention:
+            self.norm_1 = make_norm(config.norm_type, config.lmax, channels)
+            self.ga = SO2EquivariantGraphAttention(config, block, edge_grid, channels, config.alpha_drop)
         self.drop_path = GraphDropPath(config.drop_path_rate)
         self.proj_drop = EquivariantDropout(config.proj_drop)
-        self.norm_2 = make_norm(config.norm_type, config.lmax, config.sphere_channels)
-        self.ffn = FeedForwardNetwork(config, node_grid, config.sphere_channels)
+        if block.feed_forward:
+            self.norm_2 = make_norm(config.norm_type, config.lmax, channels)
+            self.ffn = FeedForwardNetwork(config, block, node_grid, channels)
 
-    def forward(self, x: Tensor, edges: EdgeContext, structure: Tensor, num_structures: int) -> Tensor:
-        """`x [N, K, C]`; `structure [N]` index of each atom's structure."""
-        x = x + self._drop(self.ga(self.norm_1(x), edges), structure, num_structures)
-        return x + self._drop(self.ffn(self.norm_2(x)), structure, num_structures)
+    def forward(
+        self,
+        x: Tensor,
+        edges: EdgeContext,
+        structure: Tensor,
+        num_structures: int,
+        gates: Tensor | None = None,
+    ) -> Tensor:
+        """`x [N, K, C]`; `structure [N]` index of each atom's structure.
 
-    def _drop(self, branch: Tensor, structure: Tensor, num_structures: int) -> Tensor:
-        return self.proj_drop(self.drop_path(branch, structure, num_structures))
+        Only the target atoms of `edges` are updated, by `gates [n, 1, 1]` times each branch.
+        """
+        structure = edges.at_targets(structure)
+
+        def drop(branch: Tensor) -> Tensor:
+            kept = self.proj_drop(self.drop_path(branch, structure, num_structures))
+            return kept if gates is None else gates * kept
+
+        updated = edges.at_targets(x)
+        if self.ga is not None and self.norm_1 is not None:
+            updated = updated + drop(self.ga(self.norm_1(x), edges))
+        if self.ffn is not None and self.norm_2 is not None:
+            updated = updated + drop(self.ffn(self.norm_2(updated)))
+        return edges.put_targets(x, updated)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from equiformer2.kernels.backend import triton_neighbors
 from equiformer2.kernels.chunks import chunks
+from equiformer2.kernels.rotation import narrow_packed
 from equiformer2.model.radial import ElementPairs
 
 
@@ -22,8 +23,12 @@ class EdgeContext:
         distance_basis: `[E]` to `[E, B]`.
         elements: `[2, E]` atomic numbers of source and target.
         shared_embedding: element embeddings (source, target) common to all blocks, or None.
-        num_atoms: N.
+        num_atoms: N, the number of target atoms.
         bytes_per_edge: what an attention layer holds per edge, at most.
+        targets: `[N]` which atoms are the targets, None for all atoms. `edge_index[1]` counts targets.
+        kept: `[E]` which edges of the whole batch these are, None for all edges.
+        gates: `[E]` positive factors of exp(logit) in the attention softmax, None for 1.
+        observed: where attention layers leave their weights (`[E, H]` in pieces), None for nowhere.
     """
 
     edge_index: Tensor
@@ -34,6 +39,10 @@ class EdgeContext:
     shared_embedding: tuple[nn.Embedding, nn.Embedding] | None
     num_atoms: int
     bytes_per_edge: int
+    targets: Tensor | None = None
+    kept: Tensor | None = None
+    gates: Tensor | None = None
+    observed: list[Tensor] | None = None
     _memory: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def basis(self) -> Tensor:
@@ -41,6 +50,15 @@ class EdgeContext:
         if "basis" not in self._memory:
             self._memory["basis"] = self.distance_basis(self.distances)
         return self._memory["basis"]
+
+    def rotations_up_to(self, kept: tuple[int, int], degrees: tuple[int, int]) -> Tensor:
+        """`rotations`, which are of `degrees` (highest degree and order), cut to those of `kept`."""
+        if kept == degrees:
+            return self.rotations
+        name = f"rotations {kept}"
+        if name not in self._memory:
+            self._memory[name] = narrow_packed(self.rotations, degrees, kept)
+        return self._memory[name]
 
     def element_pairs(self, own_embedding: tuple[nn.Embedding, nn.Embedding] | None) -> ElementPairs | None:
         """Element embeddings for a radial function: the module's own, or the shared ones, or none."""
@@ -81,8 +99,48 @@ class EdgeContext:
             distances=self.distances[edges],
             elements=self.elements[:, edges],
             num_atoms=stop - first,
+            gates=None if self.gates is None else self.gates[edges],
             _memory={},
         )
+
+    def restricted(self, atoms: Tensor | None, edges: Tensor | None = None) -> "EdgeContext":
+        """Only some target atoms, and only some of their incoming edges.
+
+        Args:
+            atoms: bool `[N]`, None for all.
+            edges: bool `[E]`, None for all.
+        """
+        source, target = self.edge_index
+        targets = None
+        keep = torch.ones_like(target, dtype=torch.bool) if edges is None else edges
+        if atoms is not None:
+            targets = atoms.nonzero().squeeze(1)
+            keep = keep & atoms[target]
+            target = (torch.cumsum(atoms, 0) - 1)[target]
+        kept = keep.nonzero().squeeze(1)
+        return dataclasses.replace(
+            self,
+            edge_index=torch.stack((source[kept], target[kept])),
+            rotations=self.rotations[kept],
+            distances=self.distances[kept],
+            elements=self.elements[:, kept],
+            num_atoms=self.num_atoms if targets is None else len(targets),
+            targets=targets,
+            kept=kept,
+            _memory={},
+        )
+
+    def at_targets(self, values: Tensor) -> Tensor:
+        """Rows of the target atoms of `values`, which has one per atom."""
+        return values if self.targets is None else values[self.targets]
+
+    def at_edges(self, values: Tensor) -> Tensor:
+        """Rows of these edges of `values`, which has one per edge of the whole batch."""
+        return values if self.kept is None else values[self.kept]
+
+    def put_targets(self, values: Tensor, rows: Tensor) -> Tensor:
+        """`values`, one per atom, with those of the target atoms replaced."""
+        return rows if self.targets is None else values.index_copy(0, self.targets, rows)
 
 
 def by_parts(layer: Callable[[EdgeContext, slice], Tensor], edges: EdgeContext) -> Tensor:

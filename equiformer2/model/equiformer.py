@@ -1,7 +1,7 @@
 """EquiformerV2 (paper Figure 1)."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from equiformer2.model.feed_forward import FeedForwardNetwork
 from equiformer2.model.initialization import initialize_weights
 from equiformer2.model.norm import make_norm
 from equiformer2.model.radial import GaussianBasis
+from equiformer2.model.routing import FixedRouting, RoutedEdges, Router, Routing
 from equiformer2.model.so2_convolution import SO2Convolution
 from equiformer2.model.so3 import EdgeFrames, S2Grid
 from equiformer2.model.so3.grid import m_major_order
@@ -44,8 +45,14 @@ class EquiformerV2(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.backend = "torch"
-        lmax, mmax = config.lmax, config.mmax
-        edge_grid = S2Grid(lmax, mmax, config.attn_grid, m_major_order(lmax, mmax))
+        lmax = config.lmax
+        blocks = [config.block(index) for index in range(config.num_layers)]
+        edge_grids = {
+            (part.lmax, part.mmax): S2Grid(
+                part.lmax, part.mmax, config.attn_grid, m_major_order(part.lmax, part.mmax)
+            )
+            for part in (*blocks, config.force_block)
+        }
         node_grid = S2Grid(lmax, lmax, config.ffn_grid, list(range((lmax + 1) ** 2)))
         self.sphere_embedding = nn.Embedding(config.max_num_elements, config.sphere_channels)
         self.distance_basis = GaussianBasis(config.max_radius, config.num_distance_basis)
@@ -55,21 +62,28 @@ class EquiformerV2(nn.Module):
             self.target_embedding = element_embedding(config)
         self.edge_degree_embedding = EdgeDegreeEmbedding(config)
         self.blocks = nn.ModuleList(
-            TransformerBlock(config, edge_grid, node_grid) for _ in range(config.num_layers)
+            TransformerBlock(config, block, edge_grids[block.lmax, block.mmax], node_grid) for block in blocks
         )
         self.norm = make_norm(config.norm_type, lmax, config.sphere_channels)
-        self.energy_block = FeedForwardNetwork(config, node_grid, 1)
+        self.energy_block = FeedForwardNetwork(config, config.energy_block, node_grid, 1)
         self.energy_block.freeze_unread()
         self.force_block: SO2EquivariantGraphAttention | None = None
         if config.regress_forces:
-            self.force_block = SO2EquivariantGraphAttention(config, edge_grid, 1, alpha_drop=0.0)
+            head = config.force_block
+            self.force_block = SO2EquivariantGraphAttention(
+                config, head, edge_grids[head.lmax, head.mmax], 1, alpha_drop=0.0
+            )
             self.force_block.so2_conv_2.so2_m_conv[1:].requires_grad_(False)
             self.force_block.proj.bias.requires_grad_(False)
         self._bytes_per_edge = 4 * _floats_per_edge(config)
         initialize_weights(self, config.weight_init)
 
     def forward(
-        self, batch: Batch | Data, graph: RadiusGraph | None = None, frames: EdgeFrames | None = None
+        self,
+        batch: Batch | Data,
+        graph: RadiusGraph | None = None,
+        frames: EdgeFrames | None = None,
+        active: Sequence[Tensor | None] | Router | None = None,
     ) -> dict[str, Tensor]:
         """Energies and forces in normalised units.
 
@@ -77,12 +91,15 @@ class EquiformerV2(nn.Module):
             batch: structures (`pos`, `atomic_numbers`, `cell`, `pbc`, `natoms`).
             graph: edges, when they are known already.
             frames: edge frames in place of the deterministic ones.
+            active: which atoms every block updates: one mask (bool `[N]`) or gate (`[N]`, in [0, 1]) or None
+                (all atoms) per block, or a router that decides before each block. See `model.routing`.
 
         Returns:
             `energy [B]` and, with `config.regress_forces`, `forces [N, 3]`.
 
         Raises:
-            InputError: an element is not below `max_num_elements`, or the structure is malformed.
+            InputError: an element is not below `max_num_elements`, the structure is malformed, or the backend
+                cannot do what is asked for.
         """
         numbers = self._checked_numbers(batch)
         natoms = torch.as_tensor(batch.natoms, device=numbers.device).reshape(-1)
@@ -92,14 +109,15 @@ class EquiformerV2(nn.Module):
         dtype = self.sphere_embedding.weight.dtype
         vectors, distances = graph.vectors.to(dtype), graph.distances.to(dtype)
         rotations = self._rotations(vectors, distances) if frames is None else frames.packed()
-        self.check_backend(torch.is_grad_enabled() and rotations.requires_grad)
+        self.check_backend(torch.is_grad_enabled() and rotations.requires_grad, active is not None)
         tensors = (numbers, structure, natoms, graph.edge_index, rotations, distances)
+        routing = self._routing(active, batch, graph)
         if self.backend == "compile":
             return self._compiled(*tensors)
         if self.backend == "triton":
             with triton_kernels(Neighbors.of(graph.edge_index, len(numbers))):
                 return self._network(*tensors)
-        return self._network(*tensors)
+        return self._network(*tensors, routing)
 
     def _network(
         self,
@@ -109,6 +127,7 @@ class EquiformerV2(nn.Module):
         edge_index: Tensor,
         rotations: Tensor,
         distances: Tensor,
+        routing: Routing | None = None,
     ) -> dict[str, Tensor]:
         """From edges to outputs: tensors in, tensors out."""
         shared = None
@@ -126,11 +145,17 @@ class EquiformerV2(nn.Module):
         )
         x = self.edge_degree_embedding(edges)
         x = torch.cat((x[:, :1] + self.sphere_embedding(numbers).unsqueeze(1), x[:, 1:]), dim=1)
-        for block in self.blocks:
+        routed = None if routing is None else RoutedEdges(edges, routing)
+        for number, block in enumerate(self.blocks):
+            here, gates = (edges, None) if routed is None else routed.of_block(number, x)
+            if routed is not None and here.num_atoms == 0:
+                continue
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, edges, structure, len(natoms), use_reentrant=False)
+                x = checkpoint(block, x, here, structure, len(natoms), gates, use_reentrant=False)
             else:
-                x = block(x, edges, structure, len(natoms))
+                x = block(x, here, structure, len(natoms), gates)
+            if routed is not None:
+                routed.record(here)
         x = self.norm(x)
 
         atomic = self.energy_block.scalars(x)[:, 0]
@@ -146,11 +171,27 @@ class EquiformerV2(nn.Module):
         # Dynamic shapes: another number of atoms or edges is not compiled again.
         return torch.compile(self._network, fullgraph=True, dynamic=True)
 
-    def check_backend(self, frames_need_grad: bool = False) -> None:
+    def _routing(
+        self, active: Sequence[Tensor | None] | Router | None, batch: Batch | Data, graph: RadiusGraph
+    ) -> Routing | None:
+        if active is None:
+            return None
+        if isinstance(active, Sequence):
+            return FixedRouting(active, len(batch.pos), len(self.blocks))
+        return active.start(batch, graph, len(self.blocks))
+
+    def check_backend(self, frames_need_grad: bool = False, routed: bool = False) -> None:
         """Raise `InputError` if `backend` cannot run this network where it is.
 
-        `frames_need_grad`: derivatives with respect to positions are wanted.
+        Args:
+            frames_need_grad: derivatives with respect to positions are wanted.
+            routed: blocks will update some of the atoms only (`active`).
         """
+        if routed and self.backend != "torch":
+            raise InputError(
+                f"the backend {self.backend!r} updates all atoms in every block: "
+                "use the backend 'torch' to skip some"
+            )
         weight, degrees = self.sphere_embedding.weight, (self.config.lmax, self.config.mmax)
         reason = why_not(self.backend, weight.device, weight.dtype, *degrees, frames_need_grad)
         if reason is not None:
