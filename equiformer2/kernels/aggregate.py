@@ -1,17 +1,28 @@
 """Second half of a message: nonlinearity, SO(2) GEMMs, attention weights, rotation back, sum over edges."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from equiformer2.kernels import triton_path
-from equiformer2.kernels.backend import plain_expressions, triton_neighbors
-from equiformer2.kernels.chunks import chunks, no_autocast, take_rows
+from equiformer2.kernels.backend import cpp_kernels, plain_expressions, triton_neighbors
+from equiformer2.kernels.chunks import chunks, no_autocast
+from equiformer2.kernels.edge_sums import Messages, SumOptions, add_messages, messages_backward
+from equiformer2.kernels.linear import linear
 from equiformer2.kernels.rotation import rotation_matrices
 from equiformer2.kernels.rows import sum_rows
-from equiformer2.kernels.so2 import SO2Weights, gemm_dtype, so2_linear
+from equiformer2.kernels.so2 import (
+    SO2Weights,
+    flat_terms,
+    gauss_inputs,
+    gauss_sum_backward,
+    gemm_dtype,
+    products_backward,
+    so2_linear,
+)
 
 #: From the hidden features of some edges to m-major inputs `[e, R, C]` of the second convolution.
 Activation = Callable[[Tensor], Tensor]
@@ -48,28 +59,23 @@ def attend(
     """
     dtype = gemm_dtype(hidden, weights)
     outputs = len(weights.bias) // (kept[0] + 1)
-    heads, rows = alpha.shape[1], sum(2 * min(l, kept[1]) + 1 for l in range(kept[0] + 1))
-
-    def messages(hidden: Tensor, alpha: Tensor, packed: Tensor, bias: Tensor, *terms: Tensor) -> Tensor:
-        values = so2_linear(activation(hidden).to(dtype), terms, bias, degrees[0])
-        by_head = values.view(len(values), rows, heads, outputs // heads)
-        weighted = (by_head * alpha.to(dtype)[:, None, :, None]).flatten(2)
-        return widened(_rotate_back(weighted, packed, degrees, kept))
-
+    rows = sum(2 * min(l, kept[1]) + 1 for l in range(kept[0] + 1))
     # hidden features, their activation, values twice, messages
     bytes_per_edge = 4 * (2 * hidden.shape[1] + outputs * (2 * rows + (kept[0] + 1) ** 2))
-    arguments = (messages, dtype, hidden, alpha, packed, target, num_targets, bytes_per_edge)
     neighbors = triton_neighbors()
     with no_autocast(hidden):
         if neighbors is not None:
             edges = hidden, alpha, packed, target
             return triton_path.attend(*edges, activation, weights, dtype, degrees, kept, neighbors)
         if plain_expressions(packed.requires_grad):
-            out = messages(hidden, alpha, packed, weights.bias, *weights.terms(dtype))
-            return sum_rows(out, target, num_targets)
+            values = so2_linear(activation(hidden).to(dtype), weights.terms(dtype), weights.bias, degrees[0])
+            by_head = values.unflatten(1, (rows, alpha.shape[1], outputs // alpha.shape[1]))
+            weighted = (by_head * alpha.to(dtype)[:, None, :, None]).flatten(2)
+            return sum_rows(widened(_rotate_back(weighted, packed, degrees, kept)), target, num_targets)
+        plan = _Plan(dtype, activation, num_targets, bytes_per_edge, SumOptions(degrees, kept, cpp_kernels()))
         if not torch.is_grad_enabled():
-            return _streamed(*arguments, weights)
-        return _Attend.apply(*arguments, *weights.flat)
+            return _streamed(plan, hidden, alpha, packed, target, weights)
+        return _Attend.apply(plan, hidden, alpha, packed, target, *weights.flat)
 
 
 def sum_rotated(
@@ -93,7 +99,8 @@ def sum_rotated(
         if plain_expressions(packed.requires_grad):
             rows = _rotate_back(widened(values), packed, degrees, kept)
             return sum_rows(rows, target, num_targets)
-        return _SumRotated.apply(values, packed, target, num_targets, degrees, kept)
+        options = SumOptions(degrees, kept, cpp_kernels())
+        return _SumRotated.apply(values, packed, target, num_targets, options)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -108,75 +115,112 @@ def _rotate_back(x: Tensor, packed: Tensor, degrees: tuple[int, int], kept: tupl
 
 class _SumRotated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, packed, target, num_targets, degrees, kept):  # type: ignore[no-untyped-def]
+    def forward(ctx, values, packed, target, num_targets, options):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(packed, target)
-        ctx.degrees, ctx.kept, ctx.dtype = degrees, kept, values.dtype
-        shape = (num_targets, (kept[0] + 1) ** 2, values.shape[2])
-        total = widened(values[:0]).new_zeros(shape)
+        ctx.options, ctx.dtype = options, values.dtype
+        values, packed = widened(values).contiguous(), packed.contiguous()
+        shape = (num_targets, (options.kept[0] + 1) ** 2, values.shape[2])
+        total = values.new_zeros(shape)
         for part in chunks(len(target), 4 * shape[1] * shape[2], values.device):
-            rows = _rotate_back(widened(values[part]), packed[part], degrees, kept)
-            total.index_add_(0, target[part], rows)
+            products = [values[part].flatten(1)]
+            add_messages(Messages(products, None, None, packed[part], target[part]), total, options)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total):  # type: ignore[no-untyped-def]
-        packed, target = ctx.saved_tensors
-        grad = grad_total.new_empty(len(target), ctx.kept[0] + 1, grad_total.shape[2], dtype=ctx.dtype)
+        (packed, target), options = ctx.saved_tensors, ctx.options
+        packed, grad_total = packed.contiguous(), grad_total.contiguous()
+        channels = grad_total.shape[2]
+        grad = grad_total.new_empty(len(target), options.kept[0] + 1, channels, dtype=ctx.dtype)
         for part in chunks(len(target), 4 * grad_total[:1].numel(), grad.device):
-            matrices = rotation_matrices(packed[part], ctx.degrees, ctx.kept).to(grad_total.dtype)
-            grad[part] = torch.bmm(matrices, take_rows(grad_total, target[part]))
-        return grad, None, None, None, None, None
+            like = grad_total.new_empty(len(target[part]), (options.kept[0] + 1) * channels)
+            edges = Messages([like], None, None, packed[part], target[part])
+            (grad_values,), _ = messages_backward(edges, grad_total, options)
+            grad[part] = grad_values.view(len(like), -1, channels)
+        return grad, None, None, None, None
 
 
-def _streamed(messages, dtype, hidden, alpha, packed, target, num_targets, bytes_per_edge, weights):  # type: ignore[no-untyped-def]
+class _Plan(NamedTuple):
+    """What `attend` does, beside its tensors."""
+
+    dtype: torch.dtype
+    activation: Activation
+    num_targets: int
+    bytes_per_edge: int
+    options: SumOptions
+
+    def inputs(self, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Activated hidden features of some edges, and the GEMM inputs that they are."""
+        activated = self.activation(hidden).to(self.dtype)
+        return activated, gauss_inputs(activated.detach(), self.options.degrees[0], self.options.kept[1])
+
+
+def _streamed(plan, hidden, alpha, packed, target, weights):  # type: ignore[no-untyped-def]
     """Chunk by chunk, without derivatives."""
-    terms = weights.terms(dtype)
-    total = None
-    # At least one pass, for the shape.
-    for part in list(chunks(len(target), bytes_per_edge, hidden.device)) or [slice(0, 0)]:
-        rows = messages(hidden[part], alpha[part], packed[part], weights.bias, *terms)
-        if total is None:
-            total = rows.new_zeros(num_targets, *rows.shape[1:])
-        total.index_add_(0, target[part], rows)
+    terms, bias = flat_terms(weights.terms(plan.dtype)), weights.bias.to(plan.dtype)
+    packed, alpha = _prepared(plan, packed, alpha)
+    rows = (plan.options.kept[0] + 1) ** 2
+    total = packed.new_zeros(plan.num_targets, rows, len(bias) // (plan.options.kept[0] + 1))
+    for part in chunks(len(target), plan.bytes_per_edge, hidden.device):
+        _, inputs = plan.inputs(hidden[part])
+        products = [linear(x, term) for x, term in zip(inputs, terms, strict=True)]
+        messages = Messages(products, bias, alpha[part], packed[part], target[part])
+        add_messages(messages, total, plan.options)
     return total
 
 
+def _prepared(plan, packed, alpha):  # type: ignore[no-untyped-def]
+    """Contiguous and in the precision of the sums, float32 or wider."""
+    dtype = torch.promote_types(plan.dtype, torch.float32)
+    return packed.to(dtype).contiguous(), alpha.to(dtype).contiguous()
+
+
 class _Attend(torch.autograd.Function):
-    """Chunk by chunk; the backward pass computes the messages of a chunk once more."""
+    """Chunk by chunk; the backward pass computes the values of a chunk once more."""
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, messages, dtype, hidden, alpha, packed, target, num_targets, bytes_per_edge, *flat
-    ):
+    def forward(ctx, plan, hidden, alpha, packed, target, *flat):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(hidden, alpha, packed, target, *flat)
-        ctx.messages, ctx.dtype, ctx.bytes_per_edge = messages, dtype, bytes_per_edge
-        weights = SO2Weights.from_flat(flat)
-        return _streamed(messages, dtype, hidden, alpha, packed, target, num_targets, bytes_per_edge, weights)
+        ctx.plan = plan
+        return _streamed(plan, hidden, alpha, packed, target, SO2Weights.from_flat(flat))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total):  # type: ignore[no-untyped-def]
         hidden, alpha, packed, target, *flat = ctx.saved_tensors
-        weights = SO2Weights.from_flat(flat)
-        leaves = [t.detach().requires_grad_() for t in (weights.bias, *weights.terms(ctx.dtype))]
+        plan: _Plan = ctx.plan
+        weights, grad_total = SO2Weights.from_flat(flat), grad_total.contiguous()
+        terms, bias = flat_terms(weights.terms(plan.dtype)), weights.bias.to(plan.dtype)
+        packed, factors = _prepared(plan, packed, alpha)
         grad_hidden, grad_alpha = torch.empty_like(hidden), torch.empty_like(alpha)
         # Sums over all edges: collected in float32 also when the GEMMs run in bf16.
-        grad_leaves = [torch.zeros_like(widened(leaf)) for leaf in leaves]
-        for part in chunks(len(target), 2 * ctx.bytes_per_edge, hidden.device):
-            edges = [t[part].detach().requires_grad_() for t in (hidden, alpha)]
+        grad_terms, grad_bias = [torch.zeros_like(widened(term)) for term in terms], widened(bias) * 0
+        for part in chunks(len(target), 2 * plan.bytes_per_edge, hidden.device):
+            some = hidden[part].detach().requires_grad_()
             with torch.enable_grad():
-                out = ctx.messages(*edges, packed[part], *leaves)
-            grads = torch.autograd.grad(out, [*edges, *leaves], take_rows(grad_total, target[part]))
-            grad_hidden[part], grad_alpha[part] = grads[:2]
-            for total, piece in zip(grad_leaves, grads[2:], strict=True):
-                total += piece
-        grad_bias, *grad_terms = grad_leaves
+                activated, inputs = plan.inputs(some)
+            products = [linear(x, term) for x, term in zip(inputs, terms, strict=True)]
+            messages = Messages(products, bias, factors[part], packed[part], target[part])
+            grads, grad_alpha[part] = messages_backward(messages, grad_total, plan.options)
+            grad_bias += grads[0].sum(0)
+            grads = products_backward(inputs, grads, terms, grad_terms)
+            grad_activated = _activation_gradient(grads, activated)
+            (grad_hidden[part],) = torch.autograd.grad(activated, some, grad_activated)
         scalar, *orders = SO2Weights.gradients(grad_terms)
         return (
-            *(None, None),
+            None,
             grad_hidden,
             grad_alpha,
-            *(None, None, None, None),
+            *(None, None),
             *(g.to(w.dtype) for g, w in zip((scalar, grad_bias, *orders), flat, strict=True)),
         )
+
+
+def _activation_gradient(grads: list[Tensor], activated: Tensor) -> Tensor:
+    """Gradient of m-major `[e, R, C]` from those of the GEMM inputs; rows that no GEMM reads get zero."""
+    orders = range(len(grads) // 3 + 1)
+    parts = [part for m in orders for part in gauss_sum_backward(grads, m)]
+    rows = torch.cat(parts, dim=1)
+    missing = activated[0].numel() - rows.shape[1]
+    return torch.nn.functional.pad(rows, (0, missing)).view(activated.shape)

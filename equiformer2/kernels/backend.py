@@ -56,6 +56,24 @@ def triton_neighbors() -> Neighbors | None:
     return None if torch.compiler.is_compiling() else _triton.get()
 
 
+_cpp: ContextVar[bool] = ContextVar("cpp", default=False)
+
+
+@contextmanager
+def use_cpp_kernels() -> Iterator[None]:
+    """Context in which the operations run in the C++ kernels of `kernels.cpu`."""
+    token = _cpp.set(True)
+    try:
+        yield
+    finally:
+        _cpp.reset(token)
+
+
+def cpp_kernels() -> bool:
+    """Whether a surrounding `use_cpp_kernels` asks for them."""
+    return _cpp.get()
+
+
 def plain_expressions(differentiated_frames: bool) -> bool:
     """Whether operations are to be plain expressions, which every transformation can go through."""
     return torch.compiler.is_compiling() or (torch.is_grad_enabled() and differentiated_frames)

@@ -44,8 +44,11 @@ class SO2Weights(NamedTuple):
 
     @staticmethod
     def gradients(grad_terms: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients of `(scalar, *orders)` from those of `terms`."""
-        orders = [torch.cat((g[0] - g[1] + g[2], g[1] + g[2])) for g in grad_terms[1:]]
+        """Gradients of `(scalar, *orders)` from those of `flat_terms`."""
+        orders = [
+            torch.cat((first - second + third, second + third))
+            for first, second, third in zip(grad_terms[1::3], grad_terms[2::3], grad_terms[3::3], strict=True)
+        ]
         return [grad_terms[0], *orders]
 
 
@@ -60,13 +63,75 @@ def gemm_dtype(x: Tensor, weights: SO2Weights) -> torch.dtype:
     return cast_to_autocast(x, weights.bias)[1].dtype
 
 
-def complex_terms(positive: Tensor, negative: Tensor, terms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """k1, k2, k3 of `complex_linear`, `[E, out]` each."""
-    return (
-        linear(positive + negative, terms[0]),
-        linear(positive, terms[1]),
-        linear(negative, terms[2]),
-    )
+def flat_terms(terms: Sequence[Tensor]) -> list[Tensor]:
+    """The matrix of m = 0, then the three of every other order."""
+    return [terms[0], *(matrix for term in terms[1:] for matrix in term)]
+
+
+def gauss_triple(positive: Tensor, negative: Tensor) -> list[Tensor]:
+    """The three GEMM inputs of an order m > 0: the sum of the coefficients of +m and -m, and both of them.
+
+    "GEMM inputs" are one tensor `[E, n]` for m = 0, then three for every other order; multiplied by
+    `flat_terms` they give the "products" k1, k2 and k3 of `complex_linear`.
+    """
+    return [positive + negative, positive, negative]
+
+
+def gauss_inputs(x: Tensor, lmax: int, mmax: int) -> list[Tensor]:
+    """The GEMM inputs of orders 0 … mmax from m-major `[E, R, C]`."""
+    start = lmax + 1
+    inputs = [x[:, :start].flatten(1)]
+    for m in range(1, mmax + 1):
+        _, degrees = order_rows(lmax, m)
+        pair = x[:, start : start + 2 * degrees].flatten(1)
+        start += 2 * degrees
+        inputs += gauss_triple(*pair.chunk(2, dim=1))
+    return inputs
+
+
+def gauss_sum_backward(grads: Sequence[Tensor], m: int) -> list[Tensor]:
+    """Gradients of the coefficients of +m and -m (or of m = 0) from those of the GEMM inputs."""
+    if m == 0:
+        return [grads[0]]
+    total, positive, negative = grads[3 * m - 2 : 3 * m + 1]
+    return [total + positive, total + negative]
+
+
+def gauss_values(products: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """The outputs of all orders side by side, m-major, from the products of the GEMMs."""
+    outputs = [products[0] if bias is None else products[0] + bias]
+    for m in range(1, len(products) // 3 + 1):
+        common, plus, minus = products[3 * m - 2 : 3 * m + 1]
+        outputs += [common - minus, common + plus]
+    return torch.cat(outputs, dim=1)
+
+
+def gauss_gradients(grad: Tensor, products: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of products of the shapes of `products` from that of `gauss_values`."""
+    widths = [product.shape[1] for product in products]
+    out, start = [grad[:, : widths[0]]], widths[0]
+    for width in widths[1::3]:
+        positive, negative = grad[:, start : start + width], grad[:, start + width : start + 2 * width]
+        start += 2 * width
+        out += [positive + negative, negative, -positive]
+    return out
+
+
+def products_backward(
+    inputs: Sequence[Tensor], grads: Sequence[Tensor], terms: Sequence[Tensor], totals: Sequence[Tensor]
+) -> list[Tensor]:
+    """Gradients of the GEMM inputs from those of the products; adds those of the terms to `totals`."""
+    for x, grad, total in zip(inputs, grads, totals, strict=True):
+        accumulate(total, grad.t(), x)
+    return [linear(grad, term.t()) for grad, term in zip(grads, terms, strict=True)]
+
+
+def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right`, without a temporary where the precisions allow it."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(torch.mm(left, right))
 
 
 def complex_linear(positive: Tensor, negative: Tensor, terms: Tensor) -> Tensor:
@@ -82,7 +147,8 @@ def complex_linear(positive: Tensor, negative: Tensor, terms: Tensor) -> Tensor:
     Returns:
         `[E, 2 out]`: +m, then -m.
     """
-    common, plus, minus = complex_terms(positive, negative, terms)
+    inputs = gauss_triple(positive, negative)
+    common, plus, minus = (linear(x, term) for x, term in zip(inputs, terms, strict=True))
     return torch.cat((common - minus, common + plus), dim=1)
 
 

@@ -1,6 +1,6 @@
 """Convolution of edges and aggregation of messages against their dense twins."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import kernel_twins as twins
 import pytest
@@ -9,6 +9,8 @@ from kernel_twins import Random, gradients, leaves
 from torch import Tensor
 
 from equiformer2.kernels import SO2Weights, attend, chunks, convolve_edges, pack_blocks, sum_rotated
+from equiformer2.kernels.backend import use_cpp_kernels
+from equiformer2.kernels.cpu.library import why_missing
 
 DIFFERENTIABLE = ("x", "hidden", "radial_weight", "radial_bias", "weights", "bias")
 
@@ -16,6 +18,18 @@ degrees = pytest.mark.parametrize(("lmax", "mmax"), [(1, 0), (2, 2), (3, 1), (4,
 numbers_of_edges = pytest.mark.parametrize("num_edges", [0, 1, 7])
 # 1 byte: every edge is a chunk. 20,000: several edges, and an uneven last chunk. None: one chunk.
 budgets = pytest.mark.parametrize("budget", [None, 20_000, 1])
+
+
+@pytest.fixture(autouse=True, params=["torch", "cpp"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test of this file runs with torch operations and with the C++ kernels."""
+    if request.param == "torch":
+        yield request.param
+        return
+    if (reason := why_missing()) is not None:
+        pytest.skip(reason)
+    with use_cpp_kernels():
+        yield request.param
 
 
 @pytest.fixture

@@ -1,0 +1,138 @@
+// Vectors of one 64-byte register, and loads and stores of their numbers.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <class A>
+struct Vector;
+template <>
+struct Vector<float> {
+    typedef float type __attribute__((vector_size(64)));
+    typedef int32_t integers __attribute__((vector_size(64)));
+    static constexpr int64_t width = 16;
+};
+template <>
+struct Vector<double> {
+    typedef double type __attribute__((vector_size(64)));
+    static constexpr int64_t width = 8;
+};
+template <class A>
+using V = typename Vector<A>::type;
+
+// `count` numbers from `from`, zeros behind them.
+template <class A>
+static inline V<A> load(const A* from, int64_t count) {
+    V<A> v = {};
+    if (count >= Vector<A>::width)
+        std::memcpy(&v, from, sizeof v);
+    else
+        std::memcpy(&v, from, count * sizeof(A));
+    return v;
+}
+
+template <class A>
+static inline V<A> load(const bf16* from, int64_t count) {
+    typedef uint16_t Half __attribute__((vector_size(32)));
+    typedef uint32_t Word __attribute__((vector_size(64)));
+    Half h = {};
+    if (count >= 16)
+        std::memcpy(&h, from, sizeof h);
+    else
+        std::memcpy(&h, from, count * sizeof(bf16));
+    Word w = __builtin_convertvector(h, Word) << 16;
+    V<A> v;
+    std::memcpy(&v, &w, sizeof v);
+    return v;
+}
+
+template <class A>
+static inline void store(A* to, V<A> v, int64_t count) {
+    if (count >= Vector<A>::width)
+        std::memcpy(to, &v, sizeof v);
+    else
+        std::memcpy(to, &v, count * sizeof(A));
+}
+
+// Rounds to the nearest, ties to even; NaN stays NaN.
+static inline void store(bf16* to, V<float> v, int64_t count) {
+    typedef uint16_t Half __attribute__((vector_size(32)));
+    typedef uint32_t Word __attribute__((vector_size(64)));
+    Word w;
+    std::memcpy(&w, &v, sizeof w);
+    Word rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+    Word nan = (w >> 16) | 0x40;
+    w = (w & 0x7fffffff) > 0x7f800000 ? nan : rounded;
+    Half h = __builtin_convertvector(w, Half);
+    std::memcpy(to, &h, (count >= 16 ? 16 : count) * sizeof(bf16));
+}
+
+static inline V<float> exponential(V<float> x) {
+    typedef Vector<float>::integers Bits;
+    const V<float> low = V<float>{} - 87.0f, high = V<float>{} + 88.0f;
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    // exp(x) = 2^n exp(r), |r| <= ln(2)/2; adding 1.5 * 2^23 rounds to an integer in the low bits.
+    const float magic = 12582912.0f;
+    V<float> shifted = x * 1.44269504088896341f + magic;
+    V<float> n = shifted - magic;
+    V<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    // Taylor series to order 7: error below 6e-8 on |r| <= ln(2)/2.
+    V<float> p = r * (1.0f / 5040) + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    Bits bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    Bits power = (bits << 23) + 0x3f800000;
+    V<float> scale;
+    std::memcpy(&scale, &power, sizeof scale);
+    return p * scale;
+}
+
+static inline V<double> exponential(V<double> x) {
+    for (int i = 0; i < 8; ++i) x[i] = std::exp(x[i]);
+    return x;
+}
+
+template <class A>
+static inline V<A> sigmoid(V<A> x) {
+    return A(1) / (A(1) + exponential(-x));
+}
+
+// Highest degree (and order) for which code is made.
+static constexpr int64_t max_degree = 8;
+
+// Where the block of every degree starts among the Wigner-D entries of an edge.
+struct BlockStarts {
+    int64_t of[max_degree + 2];
+    BlockStarts(int64_t lmax, int64_t mmax) {
+        of[0] = 0;
+        for (int64_t l = 0; l <= lmax; ++l)
+            of[l + 1] = of[l] + (2 * (l < mmax ? l : mmax) + 1) * (2 * l + 1);
+    }
+};
+
+// Calls `f.template run<rows>()` for the odd number of rows 2 min(l, mmax) + 1.
+template <class F>
+static inline void with_rows(int64_t order, F&& f) {
+    switch (order) {
+        case 0: f.template run<1>(); break;
+        case 1: f.template run<3>(); break;
+        case 2: f.template run<5>(); break;
+        case 3: f.template run<7>(); break;
+        case 4: f.template run<9>(); break;
+        case 5: f.template run<11>(); break;
+        case 6: f.template run<13>(); break;
+        case 7: f.template run<15>(); break;
+        default: f.template run<17>(); break;
+    }
+}
