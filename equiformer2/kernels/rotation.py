@@ -22,6 +22,25 @@ def pack_blocks(blocks: list[Tensor]) -> Tensor:
     return torch.cat([*(block.flatten(1) for block in blocks), zero], dim=1)
 
 
+def narrow_packed(packed: Tensor, degrees: tuple[int, int], kept: tuple[int, int]) -> Tensor:
+    """The entries of `packed` up to the degree and order `kept`, packed again: `[E, P' + 1]`.
+
+    `degrees`: highest degree and order of `packed`.
+    """
+    return packed.index_select(1, _narrow_index(*degrees, *kept, packed.device))
+
+
+@functools.cache
+def _narrow_index(lmax: int, mmax: int, to_lmax: int, to_mmax: int, device: torch.device) -> Tensor:
+    index: list[int] = []
+    start = 0
+    for l in range(lmax + 1):
+        if l <= to_lmax:
+            index += range(start, start + (2 * min(l, to_mmax) + 1) * (2 * l + 1))
+        start += (2 * min(l, mmax) + 1) * (2 * l + 1)
+    return torch.tensor([*index, start], device=device)
+
+
 def rotation_matrices(
     packed: Tensor, degrees: tuple[int, int], kept: tuple[int, int] | None = None
 ) -> Tensor:

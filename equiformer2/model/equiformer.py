@@ -25,7 +25,7 @@ from equiformer2.model.radial import GaussianBasis
 from equiformer2.model.routing import FixedRouting, RoutedEdges, Router, Routing
 from equiformer2.model.so2_convolution import SO2Convolution
 from equiformer2.model.so3 import EdgeFrames, S2Grid
-from equiformer2.model.so3.grid import m_major_order
+from equiformer2.model.so3.grid import m_major_order, smallest_resolution
 
 
 class EquiformerV2(nn.Module):
@@ -47,12 +47,10 @@ class EquiformerV2(nn.Module):
         self.backend = "torch"
         lmax = config.lmax
         blocks = [config.block(index) for index in range(config.num_layers)]
-        edge_grids = {
-            (part.lmax, part.mmax): S2Grid(
-                part.lmax, part.mmax, config.attn_grid, m_major_order(part.lmax, part.mmax)
-            )
-            for part in (*blocks, config.force_block)
-        }
+        # Messages of lower degrees are sampled at the same points.
+        resolution = config.attn_grid or smallest_resolution(lmax, config.mmax)
+        degrees = {(part.lmax, part.mmax) for part in (*blocks, config.force_block)}
+        edge_grids = {each: S2Grid(*each, resolution, m_major_order(*each)) for each in sorted(degrees)}
         node_grid = S2Grid(lmax, lmax, config.ffn_grid, list(range((lmax + 1) ** 2)))
         self.sphere_embedding = nn.Embedding(config.max_num_elements, config.sphere_channels)
         self.distance_basis = GaussianBasis(config.max_radius, config.num_distance_basis)

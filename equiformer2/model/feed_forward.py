@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from equiformer2.kernels import grid_mlp
 from equiformer2.model.activation import GateActivation, S2Activation, SeparableS2Activation
+from equiformer2.model.block_config import ResolvedBlock
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.so3 import S2Grid
 from equiformer2.model.so3_linear import SO3Linear
@@ -15,14 +16,16 @@ class FeedForwardNetwork(nn.Module):
 
     Args:
         config: hyper-parameters.
+        block: widths.
         grid: S2 grid of all K coefficients.
         out_channels: channels of the output coefficients.
     """
 
-    def __init__(self, config: ModelConfig, grid: S2Grid, out_channels: int) -> None:
+    def __init__(self, config: ModelConfig, block: ResolvedBlock, grid: S2Grid, out_channels: int) -> None:
         super().__init__()
-        lmax, channels, hidden = config.lmax, config.sphere_channels, config.ffn_hidden_channels
-        self.so3_linear_1 = SO3Linear(channels, hidden, lmax)
+        lmax, channels, hidden = config.lmax, config.sphere_channels, block.ffn_hidden_channels
+        inner = block.ffn_input_channels if config.use_grid_mlp else hidden
+        self.so3_linear_1 = SO3Linear(channels, inner, lmax)
         self.scalar_mlp: nn.Sequential | None = None
         self.gating_linear: nn.Linear | None = None
         self.activation: nn.Module | None = None
@@ -32,11 +35,11 @@ class FeedForwardNetwork(nn.Module):
             if config.use_sep_s2_act:
                 self.scalar_mlp = nn.Sequential(nn.Linear(channels, hidden), nn.SiLU())
             self.grid_mlp = nn.Sequential(
-                nn.Linear(hidden, hidden, bias=False),
+                nn.Linear(inner, block.ffn_grid_channels_1, bias=False),
                 nn.SiLU(),
-                nn.Linear(hidden, hidden, bias=False),
+                nn.Linear(block.ffn_grid_channels_1, block.ffn_grid_channels_2, bias=False),
                 nn.SiLU(),
-                nn.Linear(hidden, hidden, bias=False),
+                nn.Linear(block.ffn_grid_channels_2, hidden, bias=False),
             )
         elif config.use_gate_act:
             self.gating_linear = nn.Linear(channels, lmax * hidden)

@@ -16,16 +16,23 @@ class S2Grid(DerivedConstants):
     Args:
         lmax, mmax: degrees and orders of the coefficients.
         resolution: points along latitude and along longitude, one number for both or two; None takes
-            the reference's smallest grid, 2 (lmax+1) latitudes by 2 mmax + 1 longitudes (two more when
-            mmax = lmax).
+            `smallest_resolution`.
         order: the coefficients as indices l^2 + l + m, in the sequence wanted.
 
     Attributes:
         to_grid: `[G, R]`; from_grid: `[R, G]`. G counts latitudes, then longitudes.
+        to_latitude, from_latitude: `[latitudes, R]`; longitude: `[longitudes, 2 mmax + 1]`, for orders
+            m = 0, +1, -1, …: the factors of both matrices.
+        row_starts: `[2 mmax + 2]` first coefficient of each of these orders, and R at the end; None where
+            the coefficients of an order do not stand together.
     """
 
     to_grid: Tensor
     from_grid: Tensor
+    to_latitude: Tensor
+    from_latitude: Tensor
+    longitude: Tensor
+    row_starts: Tensor | None
 
     def __init__(
         self, lmax: int, mmax: int, resolution: int | tuple[int, int] | None, order: list[int]
@@ -34,6 +41,17 @@ class S2Grid(DerivedConstants):
         to_grid, from_grid = grid_matrices(lmax, mmax, resolution)
         self.add_constant("to_grid", to_grid[:, :, order].flatten(0, 1))
         self.add_constant("from_grid", from_grid[:, :, order].flatten(0, 1).t().contiguous())
+        to_latitude, from_latitude, longitude = grid_factors(lmax, mmax, resolution)
+        self.add_constant("to_latitude", to_latitude[:, order])
+        self.add_constant("from_latitude", from_latitude[:, order])
+        columns = [0, *(sign * m for m in range(1, mmax + 1) for sign in (1, -1))]
+        self.add_constant("longitude", longitude[:, [lmax + m for m in columns]])
+        orders = [i - math.isqrt(i) ** 2 - math.isqrt(i) for i in order]
+        starts = [orders.index(m) for m in columns]
+        grouped = orders == [m for m in columns for _ in range(orders.count(m))]
+        self.register_buffer(
+            "row_starts", torch.tensor([*starts, len(orders)]) if grouped else None, persistent=False
+        )
 
 
 def grid_matrices(lmax: int, mmax: int, resolution: int | tuple[int, int] | None) -> tuple[Tensor, Tensor]:
@@ -43,7 +61,7 @@ def grid_matrices(lmax: int, mmax: int, resolution: int | tuple[int, int] | None
     sqrt((2l + 1) / (2 mmax + 1)) to keep their norm.
     """
     if resolution is None:
-        resolution = 2 * (lmax + 1), 2 * mmax + (3 if mmax == lmax else 1)
+        resolution = smallest_resolution(lmax, mmax)
     latitudes, longitudes = (resolution, resolution) if isinstance(resolution, int) else resolution
     to_s2 = ToS2Grid(lmax, (latitudes, longitudes), normalization="component", dtype=torch.float64)
     degrees = [l for l in range(lmax + 1) for _ in range(2 * l + 1)]
@@ -55,6 +73,11 @@ def grid_matrices(lmax: int, mmax: int, resolution: int | tuple[int, int] | None
     norm = torch.tensor([(2 * l + 1) * (lmax + 1) for l in degrees], dtype=torch.float64)
     weights = quadrature_weights(latitudes) / longitudes
     return to_grid, to_grid * weights[:, None, None] * norm
+
+
+def smallest_resolution(lmax: int, mmax: int) -> tuple[int, int]:
+    """The reference's default: 2 (lmax+1) latitudes, 2 mmax + 1 longitudes (two more when mmax = lmax)."""
+    return 2 * (lmax + 1), 2 * mmax + (3 if mmax == lmax else 1)
 
 
 def quadrature_weights(latitudes: int) -> Tensor:
