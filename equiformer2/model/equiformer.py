@@ -11,7 +11,7 @@ from torch_geometric.data import Batch, Data
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph, radius_graph
 from equiformer2.graph.validation import locate_atom
-from equiformer2.kernels.backend import Neighbors, triton_kernels, why_not
+from equiformer2.kernels.backend import Neighbors, triton_kernels, use_cpp_kernels, why_not
 from equiformer2.kernels.chunks import chunks
 from equiformer2.model.attention import SO2EquivariantGraphAttention, element_embedding
 from equiformer2.model.block import TransformerBlock
@@ -22,6 +22,7 @@ from equiformer2.model.feed_forward import FeedForwardNetwork
 from equiformer2.model.initialization import initialize_weights
 from equiformer2.model.norm import make_norm
 from equiformer2.model.radial import GaussianBasis
+from equiformer2.model.requests import OutputRequest, receptive_fields
 from equiformer2.model.routing import FixedRouting, RoutedEdges, Router, Routing
 from equiformer2.model.so2_convolution import SO2Convolution
 from equiformer2.model.so3 import EdgeFrames, S2Grid
@@ -37,14 +38,14 @@ class EquiformerV2(nn.Module):
     Attributes:
         config: the hyper-parameters.
         activation_checkpointing: recompute blocks in the backward pass instead of storing their activations.
-        backend: `torch`, `compile` or `triton` (see `kernels.backend`).
+        backend: `auto`, `torch`, `cpp`, `compile` or `triton` (see `kernels.backend`).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        self.backend = "torch"
+        self.backend = "auto"
         lmax = config.lmax
         blocks = [config.block(index) for index in range(config.num_layers)]
         # Messages of lower degrees are sampled at the same points.
@@ -82,6 +83,7 @@ class EquiformerV2(nn.Module):
         graph: RadiusGraph | None = None,
         frames: EdgeFrames | None = None,
         active: Sequence[Tensor | None] | Router | None = None,
+        request: OutputRequest | None = None,
     ) -> dict[str, Tensor]:
         """Energies and forces in normalised units.
 
@@ -91,13 +93,14 @@ class EquiformerV2(nn.Module):
             frames: edge frames in place of the deterministic ones.
             active: which atoms every block updates: one mask (bool `[N]`) or gate (`[N]`, in [0, 1]) or None
                 (all atoms) per block, or a router that decides before each block. See `model.routing`.
+            request: which of the outputs are read; None for all of them.
 
         Returns:
-            `energy [B]` and, with `config.regress_forces`, `forces [N, 3]`.
+            `energy [B]` and, with `config.regress_forces`, `forces [N, 3]`; what `request` leaves of them.
 
         Raises:
-            InputError: an element is not below `max_num_elements`, the structure is malformed, or the backend
-                cannot do what is asked for.
+            InputError: an element is not below `max_num_elements`, the structure is malformed, `request` does
+                not fit, or the backend cannot do what is asked for.
         """
         numbers = self._checked_numbers(batch)
         natoms = torch.as_tensor(batch.natoms, device=numbers.device).reshape(-1)
@@ -109,13 +112,17 @@ class EquiformerV2(nn.Module):
         rotations = self._rotations(vectors, distances) if frames is None else frames.packed()
         self.check_backend(torch.is_grad_enabled() and rotations.requires_grad, active is not None)
         tensors = (numbers, structure, natoms, graph.edge_index, rotations, distances)
-        routing = self._routing(active, batch, graph)
+        request = request or OutputRequest()
+        request.check(len(numbers), self.force_block is not None)
         if self.backend == "compile":
-            return self._compiled(*tensors)
+            return request.cut(self._compiled(*tensors))
         if self.backend == "triton":
             with triton_kernels(Neighbors.of(graph.edge_index, len(numbers))):
-                return self._network(*tensors)
-        return self._network(*tensors, routing)
+                return request.cut(self._network(*tensors))
+        if active is None and not request.energy and request.force_atoms is not None:
+            active = receptive_fields(graph.edge_index, request.force_atoms, len(self.blocks))
+        with use_cpp_kernels(self.chosen_backend() == "cpp"):
+            return self._network(*tensors, self._routing(active, batch, graph), request)
 
     def _network(
         self,
@@ -126,6 +133,7 @@ class EquiformerV2(nn.Module):
         rotations: Tensor,
         distances: Tensor,
         routing: Routing | None = None,
+        request: OutputRequest = OutputRequest(),  # noqa: B008  immutable
     ) -> dict[str, Tensor]:
         """From edges to outputs: tensors in, tensors out."""
         shared = None
@@ -149,19 +157,25 @@ class EquiformerV2(nn.Module):
             if routed is not None and here.num_atoms == 0:
                 continue
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, here, structure, len(natoms), gates, use_reentrant=False)
+                # The second forward pass happens outside this one: in its choice of kernels all the same.
+                run = contextvars.copy_context().run
+                x = checkpoint(run, block, x, here, structure, len(natoms), gates, use_reentrant=False)
             else:
                 x = block(x, here, structure, len(natoms), gates)
             if routed is not None:
                 routed.record(here)
         x = self.norm(x)
 
-        atomic = self.energy_block.scalars(x)[:, 0]
-        atomic = atomic.to(torch.promote_types(atomic.dtype, torch.float32))
-        energy = atomic.new_zeros(len(natoms)).index_add(0, structure, atomic) / self.config.avg_num_nodes
-        out = {"energy": energy}
+        out = {}
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if request.energy:
+            atomic = self.energy_block.scalars(x)[:, 0].to(wide)
+            energy = atomic.new_zeros(len(natoms)).index_add(0, structure, atomic)
+            out["energy"] = energy / self.config.avg_num_nodes
         if self.force_block is not None:
-            out["forces"] = self.force_block.vectors(x, edges).squeeze(2).to(energy.dtype)
+            here = edges if request.force_atoms is None else edges.restricted(request.force_atoms)
+            forces = self.force_block.vectors(x, here).squeeze(2).to(wide)
+            out["forces"] = here.put_targets(forces.new_zeros(len(x), 3), forces)
         return out
 
     @functools.cached_property
@@ -185,15 +199,24 @@ class EquiformerV2(nn.Module):
             frames_need_grad: derivatives with respect to positions are wanted.
             routed: blocks will update some of the atoms only (`active`).
         """
-        if routed and self.backend != "torch":
+        if routed and self.backend in ("compile", "triton"):
             raise InputError(
                 f"the backend {self.backend!r} updates all atoms in every block: "
-                "use the backend 'torch' to skip some"
+                "use the backend 'auto' to skip some"
             )
-        weight, degrees = self.sphere_embedding.weight, (self.config.lmax, self.config.mmax)
-        reason = why_not(self.backend, weight.device, weight.dtype, *degrees, frames_need_grad)
+        reason = self._why_not(self.backend, frames_need_grad)
         if reason is not None:
             raise InputError(f"the backend {self.backend!r} cannot be used: {reason}")
+
+    def chosen_backend(self) -> str:
+        """`backend`, or what `auto` stands for where the network is."""
+        if self.backend != "auto":
+            return self.backend
+        return "torch" if self._why_not("cpp") else "cpp"
+
+    def _why_not(self, backend: str, frames_need_grad: bool = False) -> str | None:
+        weight, degrees = self.sphere_embedding.weight, (self.config.lmax, self.config.mmax)
+        return why_not(backend, weight.device, weight.dtype, *degrees, frames_need_grad)
 
     def build_graph(self, batch: Batch | Data) -> RadiusGraph:
         """The edges that `forward` uses for these structures."""
