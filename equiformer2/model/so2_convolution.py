@@ -68,6 +68,10 @@ class SO2Convolution(nn.Module):
         with torch.no_grad():
             self._folded = tuple(self.weights().terms(dtype))
 
+    def unfold(self) -> None:
+        """Forget what `fold` has computed: the weights have changed."""
+        self._folded = None
+
     def train(self, mode: bool = True) -> "SO2Convolution":
         """Weights of a network in training change."""
         if mode:
