@@ -60,12 +60,12 @@ class Discrepancy:
     def averages(self) -> dict[str, float | None]:
         """Means over systems; None for what no system has."""
         values = {
+            "loss": self.by_system,
             "energy_per_atom": self.energy,
             "force_norm": self.forces,
             "force_mae": self.force_mae,
         }
-        means = {name: float(np.nanmean(v)) if not np.isnan(v).all() else None for name, v in values.items()}
-        return {"loss": self.loss, **means}
+        return {name: float(np.nanmean(v)) if not np.isnan(v).all() else None for name, v in values.items()}
 
 
 class Calibration:
@@ -79,7 +79,8 @@ class Calibration:
         force_weight: λ, Å.
 
     Attributes:
-        batches: the structures on the network's device.
+        structures: without labels.
+        batches: the same on the network's device.
         graphs: their edges; cuts do not change them.
 
     Raises:
@@ -101,10 +102,10 @@ class Calibration:
         self.energy_std, self.force_std = normalizers.energy.std, normalizers.forces.std
         self.force_weight = force_weight
         device = model.sphere_embedding.weight.device
+        self.structures = [unlabelled(structure) for structure in structures]
         self.batches: list[Batch] = []
         for start in range(0, len(structures), batch_size):
-            batch = Batch.from_data_list([unlabelled(s) for s in structures[start : start + batch_size]])
-            self.batches.append(batch.to(device))
+            self.batches.append(Batch.from_data_list(self.structures[start : start + batch_size]).to(device))
         names = [name for batch in self.batches for name in batch.sid]
         self.systems = tuple(dict.fromkeys(names))
         self._system_of = np.array([self.systems.index(name) for name in names])
@@ -115,9 +116,10 @@ class Calibration:
         self.dense = self.answers(model)
 
     @property
-    def num_structures(self) -> int:
-        """Structures over all batches."""
-        return len(self._system_of)
+    def size(self) -> tuple[int, int]:
+        """Atoms and edges of all structures."""
+        edges = sum(graph.edge_index.shape[1] for graph in self.graphs)
+        return sum(structure.pos.shape[0] for structure in self.structures), edges
 
     @torch.no_grad()
     def answers(self, model: Network) -> list[dict[str, Tensor]]:
@@ -140,11 +142,15 @@ class Calibration:
         loss = self.discrepancy(model).loss
         return loss if np.isfinite(loss) else float("inf")
 
-    def compare(self, answers: Sequence[Mapping[str, Tensor]]) -> Discrepancy:
-        """`answers` (as `answers()` gives them) against the dense network's."""
+    def compare(
+        self,
+        answers: Sequence[Mapping[str, Tensor]],
+        reference: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> Discrepancy:
+        """`answers` (as `answers()` gives them) against the dense network's, or against `reference`."""
         columns = [
-            structure_errors(out, dense, batch, self.energy_std, self.force_std)
-            for out, dense, batch in zip(answers, self.dense, self.batches, strict=True)
+            structure_errors(out, expected, batch, self.energy_std, self.force_std)
+            for out, expected, batch in zip(answers, reference or self.dense, self.batches, strict=True)
         ]
         table = torch.cat(columns).cpu().numpy()
         return by_system(self.systems, self._system_of, table, self.force_weight)

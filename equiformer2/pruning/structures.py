@@ -43,7 +43,7 @@ def read_structures(
     rng = np.random.default_rng(seed)
     found: list[Data] = []
     for path in map(Path, named):
-        found += _raw(path) if _raw_files(path) else _stored(path, limit, rng)
+        found += _raw(path) if raw_files(path) else _stored(path, limit, rng)
     return _spread(found, limit, rng)
 
 
@@ -54,10 +54,11 @@ def labelled_energies(paths: str | Path | Sequence[str | Path], energy_kind: str
         datasets_oc20.DataError: a file is missing or damaged.
     """
     named = [paths] if isinstance(paths, str | Path) else list(paths)
-    return all(not _raw_files(Path(path)) and OC20Lmdb(path).energy_kind == energy_kind for path in named)
+    return all(not raw_files(Path(path)) and OC20Lmdb(path).energy_kind == energy_kind for path in named)
 
 
-def _raw_files(path: Path) -> list[Path]:
+def raw_files(path: Path) -> list[Path]:
+    """The extended XYZ files that `path` names or holds; none where it is something else."""
     if path.is_dir():
         return sorted(item for item in path.iterdir() if item.name.endswith(_RAW_ENDINGS))
     return [path] if path.name.endswith(_RAW_ENDINGS) else []
@@ -65,7 +66,7 @@ def _raw_files(path: Path) -> list[Path]:
 
 def _raw(path: Path) -> list[Data]:
     structures = []
-    for file in _raw_files(path):
+    for file in raw_files(path):
         sid = file.name.removesuffix(".xz").removesuffix(".extxyz")
         for frame in read_frames(file):
             fields: dict[str, Any] = {

@@ -1,0 +1,29 @@
+"""Short names for what a result depends on, so that none is mistaken for another's."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch_geometric.data import Data
+
+from equiformer2.model import EquiformerV2
+
+
+def fingerprint_of_weights(model: EquiformerV2) -> str:
+    """Changes with any weight and with the configuration."""
+    digest = hashlib.sha256(repr(sorted(model.config.to_dict().items())).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(
+            name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_of_structures(structures: Sequence[Data]) -> str:
+    """Changes with any position, element or held atom, and with the sequence of the structures."""
+    digest = hashlib.sha256()
+    for structure in structures:
+        digest.update(str(structure.sid).encode())
+        for name in ("pos", "atomic_numbers", "cell", "pbc", "fixed"):
+            digest.update(structure[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
