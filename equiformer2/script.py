@@ -53,8 +53,8 @@ def add_model_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
     )
     parser.add_argument(
         "--backend",
-        default="torch",
-        choices=("torch", "compile", "triton"),
+        default="auto",
+        choices=("auto", "torch", "cpp", "compile", "triton"),
         help="what runs the hot operations (default: %(default)s)",
     )
 

@@ -54,7 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--precisions",
         help=f"of {', '.join(PRECISIONS)} (default: float32; with --device cuda all three)",
     )
-    add("--backends", default="torch", help=f"of {', '.join(BACKENDS)} (default: %(default)s)")
+    add("--backends", default="auto", help=f"of {', '.join(BACKENDS)} (default: %(default)s)")
     add("--repeats", type=int, default=5, help="timed calls of each (default: %(default)s)")
     add("--threads", type=int, default=2, help="default: %(default)s")
     add(
@@ -116,8 +116,8 @@ def make_settings(given: argparse.Namespace) -> Settings:
         reference = None
     precisions = chosen("precisions", given.precisions, PRECISIONS)
     backends = chosen("backends", given.backends, BACKENDS)
-    if "float32" not in precisions or "torch" not in backends:
-        raise InputError("--precisions needs float32 and --backends torch: the others are compared with them")
+    if "float32" not in precisions or "auto" not in backends:
+        raise InputError("--precisions needs float32 and --backends auto: the others are compared with them")
     if "tf32" in precisions and given.device == "cpu":
         raise InputError("--precisions tf32 exists on a GPU only: add --device cuda")
     allocators = chosen("allocators", given.allocators, ALLOCATORS)

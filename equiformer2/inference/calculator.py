@@ -1,15 +1,19 @@
 """ASE calculator."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
+from ase.constraints import FixAtoms
 
 from equiformer2.checkpoint import Checkpoint
 from equiformer2.errors import InputError
-from equiformer2.inference.atoms import atoms_to_data
+from equiformer2.inference.atoms import atoms_to_data, fixed_mask
 from equiformer2.inference.predictor import Predictor
 
 
@@ -35,9 +39,15 @@ class EquiformerV2Calculator(Calculator):
         weights: `"raw"`, `"averaged"` or `None` (averaged where the file has them).
         energy_kind: only needed for a foreign file that does not say; must not contradict the checkpoint.
         precision, backend: see `Predictor`.
+        forces_on_fixed: compute the forces on atoms that are held by `FixAtoms`, too. Otherwise they are zero, as
+            `atoms.get_forces()` gives them anyway; with `apply_constraint=False` the difference can be seen.
+            Where a structure has constraints of another kind, which may read these forces, they are computed.
+        energy_every: evaluate the energy beside the forces in every n-th call that asks for forces only. An
+            energy that is asked for is always computed for the structure at hand, in a pass of its own where
+            the forces came without it.
 
     Raises:
-        InputError: not a usable checkpoint; at calculation, a structure without a meaningful energy
+        InputError: `energy_every` is not positive; not a usable checkpoint; at calculation, a structure without a meaningful energy
             (see `equiformer2.inference.atoms.atoms_to_data`).
     """
 
@@ -52,9 +62,16 @@ class EquiformerV2Calculator(Calculator):
         weights: str | None = None,
         energy_kind: str | None = None,
         precision: str = "float32",
-        backend: str = "torch",
+        backend: str = "auto",
+        forces_on_fixed: bool = True,
+        energy_every: int = 1,
     ) -> None:
         super().__init__()
+        if energy_every < 1:
+            raise InputError(f"energy_every is {energy_every}: give 1 or more")
+        self.forces_on_fixed, self.energy_every = forces_on_fixed, energy_every
+        self._without_energy = energy_every  # calls since the last energy; the first call has one
+        self._unread: np.ndarray | None = None  # atoms that the present forces leave out
         self.predictor = Predictor(checkpoint, device, weights, energy_kind, precision, backend)
         if not self.predictor.has_forces:
             self.implemented_properties = ["energy", "free_energy"]
@@ -69,6 +86,33 @@ class EquiformerV2Calculator(Calculator):
         """`"adsorption"` or `"total"`; see the class."""
         return self.predictor.energy_kind
 
+    @contextmanager
+    def reading(self, *, forces_on_fixed: bool = True, energy_every: int = 1) -> Iterator[None]:
+        """Context with other `forces_on_fixed` and `energy_every`, for a caller that knows what it reads."""
+        before = self.forces_on_fixed, self.energy_every
+        self.forces_on_fixed, self.energy_every = forces_on_fixed, energy_every
+        self._without_energy = energy_every
+        try:
+            yield
+        finally:
+            self.forces_on_fixed, self.energy_every = before
+            if self._unread is not None:
+                self.reset()
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What has changed since the last calculation; constraints, too, where forces were left out."""
+        changes: list[str] = super().check_state(atoms, tol)
+        if not changes and self._unread is not None and not np.array_equal(self._unread, self._held(atoms)):
+            return ["constraints"]
+        return changes
+
+    def _held(self, atoms: Atoms) -> np.ndarray | None:
+        """`[N]` bool: atoms whose forces are not wanted, or None if all are."""
+        if self.forces_on_fixed or not all(isinstance(c, FixAtoms) for c in atoms.constraints):
+            return None
+        held = fixed_mask(atoms)
+        return held if held.any() else None
+
     def calculate(
         self,
         atoms: Atoms | None = None,
@@ -76,7 +120,8 @@ class EquiformerV2Calculator(Calculator):
         system_changes: list[str] = all_changes,
     ) -> None:
         """Fill `results` for `atoms` (one pass gives energy and forces); called by ASE."""
-        super().calculate(atoms, properties or ["energy"], system_changes)
+        properties = properties or ["energy"]
+        super().calculate(atoms, properties, system_changes)
         if self.atoms is None:
             raise InputError("the calculator has no atoms: pass atoms or attach it with atoms.calc")
         config = self.predictor.checkpoint.config
@@ -84,9 +129,17 @@ class EquiformerV2Calculator(Calculator):
             self.atoms, max_num_elements=config.max_num_elements, notify=not self._notified_tags
         )
         self._notified_tags = True
-        out = self.predictor.predict(data)
-        energy = float(out["energy"][0])
-        results: dict[str, Any] = {"energy": energy, "free_energy": energy}
+        asked = set(properties) != {"forces"}
+        with_energy = asked or self._without_energy + 1 >= self.energy_every
+        held = self._held(self.atoms) if self.predictor.has_forces else None
+        out = self.predictor.predict(
+            data, energy=with_energy, force_atoms=None if held is None else torch.as_tensor(~held)
+        )
+        self._without_energy = 0 if with_energy else self._without_energy + 1
+        self._unread = held
+        results: dict[str, Any] = {}
+        if with_energy:
+            results["energy"] = results["free_energy"] = float(out["energy"][0])
         if "forces" in out:
             results["forces"] = out["forces"].double().numpy()
         self.results = results

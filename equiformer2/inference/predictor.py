@@ -10,6 +10,7 @@ from equiformer2.checkpoint import Checkpoint, load_checkpoint
 from equiformer2.errors import InputError, naming_structures
 from equiformer2.inference.atoms import check_elements
 from equiformer2.inference.precision import check_precision, matmul_precision
+from equiformer2.model.requests import OutputRequest
 
 
 class Predictor:
@@ -22,7 +23,8 @@ class Predictor:
         energy_kind: `"adsorption"` or `"total"`, only needed for a foreign file that does not say.
             For a loaded `Checkpoint`, `weights` and `energy_kind` must agree with what it holds.
         precision: of the matrix products: `"float32"`, `"tf32"` (CUDA) or `"bf16"`.
-        backend: `"torch"`, `"compile"` (compiled at the first call) or `"triton"` (CUDA); `kernels.backend`.
+        backend: `"auto"`, `"torch"`, `"cpp"`, `"compile"` (compiled at the first call) or `"triton"` (CUDA); see
+            `kernels.backend`.
 
     Attributes:
         energy_kind: `"adsorption"` or `"total"`: what the energies are.
@@ -40,7 +42,7 @@ class Predictor:
         weights: str | None = None,
         energy_kind: str | None = None,
         precision: str = "float32",
-        backend: str = "torch",
+        backend: str = "auto",
     ) -> None:
         self.device = _device(device)
         check_precision(precision, self.device)
@@ -73,12 +75,20 @@ class Predictor:
         return bool(self.checkpoint.config.regress_forces)
 
     @torch.no_grad()
-    def predict(self, batch: Batch | Data) -> dict[str, torch.Tensor]:
+    def predict(
+        self, batch: Batch | Data, *, energy: bool = True, force_atoms: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """`{"energy": [B] float64 eV, "forces": [N, 3] float32 eV/Å}` on the CPU.
 
         "forces" is there only if the network predicts them.
         Forces are a direct output of the network, not the gradient of the energy, and they are predicted
         for held atoms too (where training has never looked at them).
+
+        Args:
+            batch: the structures.
+            energy: whether energies are wanted; without them less is computed for the forces, too.
+            force_atoms: bool `[N]`: atoms whose forces are wanted, None for all. The forces of the others are not
+                computed and given as zero.
 
         Raises:
             InputError: an element outside the network's table, or what the graph refuses; the structure is
@@ -90,10 +100,12 @@ class Predictor:
             check_elements(batch.atomic_numbers, self.checkpoint.config.max_num_elements, batch.natoms)
             # Batch.to moves in place: a clone keeps the caller's batch where it is.
             with matmul_precision(self.precision, self.device):
-                out = self.model(batch.clone().to(self.device))
+                wanted = None if force_atoms is None else force_atoms.to(self.device)
+                out = self.model(batch.clone().to(self.device), request=OutputRequest(energy, wanted))
         out = {key: value.float().cpu() for key, value in out.items()}
-        # Total energies reach thousands of eV: float64 keeps the differences between them.
-        out["energy"] = out["energy"].double()
+        if energy:
+            # Total energies reach thousands of eV: float64 keeps the differences between them.
+            out["energy"] = out["energy"].double()
         return self.checkpoint.normalizers.denormalize(out, batch.clone().cpu())
 
 

@@ -13,11 +13,12 @@ from equiformer2.kernels.aggregate import attend, sum_rotated
 from equiformer2.kernels.convolve import convolve_edges
 from equiformer2.kernels.linear import linear
 from equiformer2.kernels.rotation import pack_blocks
-from equiformer2.kernels.s2_grid import grid_activation, grid_mlp
+from equiformer2.kernels.s2_grid import GridFactors, grid_activation, grid_mlp, separable_grid_activation
 from equiformer2.kernels.segments import segment_softmax
 from equiformer2.kernels.so2 import SO2Weights
 
 __all__ = [
+    "GridFactors",
     "SO2Weights",
     "attend",
     "convolve_edges",
@@ -26,5 +27,6 @@ __all__ = [
     "linear",
     "pack_blocks",
     "segment_softmax",
+    "separable_grid_activation",
     "sum_rotated",
 ]

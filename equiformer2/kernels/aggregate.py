@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from equiformer2.kernels import triton_path
-from equiformer2.kernels.backend import cpp_kernels, plain_expressions, triton_neighbors
+from equiformer2.kernels.backend import cpp_kernels, plain_expressions, triton_neighbors, use_cpp_kernels
 from equiformer2.kernels.chunks import chunks, no_autocast
 from equiformer2.kernels.edge_sums import Messages, SumOptions, add_messages, messages_backward
 from equiformer2.kernels.linear import linear
@@ -72,7 +72,9 @@ def attend(
             by_head = values.unflatten(1, (rows, alpha.shape[1], outputs // alpha.shape[1]))
             weighted = (by_head * alpha.to(dtype)[:, None, :, None]).flatten(2)
             return sum_rows(widened(_rotate_back(weighted, packed, degrees, kept)), target, num_targets)
-        plan = _Plan(dtype, activation, num_targets, bytes_per_edge, SumOptions(degrees, kept, cpp_kernels()))
+        plan = _Plan(
+            dtype, activation, num_targets, bytes_per_edge, SumOptions(degrees, kept, cpp_kernels(dtype))
+        )
         if not torch.is_grad_enabled():
             return _streamed(plan, hidden, alpha, packed, target, weights)
         return _Attend.apply(plan, hidden, alpha, packed, target, *weights.flat)
@@ -99,7 +101,7 @@ def sum_rotated(
         if plain_expressions(packed.requires_grad):
             rows = _rotate_back(widened(values), packed, degrees, kept)
             return sum_rows(rows, target, num_targets)
-        options = SumOptions(degrees, kept, cpp_kernels())
+        options = SumOptions(degrees, kept, cpp_kernels(widened(values[:0]).dtype))
         return _SumRotated.apply(values, packed, target, num_targets, options)
 
 
@@ -152,7 +154,8 @@ class _Plan(NamedTuple):
 
     def inputs(self, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Activated hidden features of some edges, and the GEMM inputs that they are."""
-        activated = self.activation(hidden).to(self.dtype)
+        with use_cpp_kernels(self.options.cpp):
+            activated = self.activation(hidden).to(self.dtype)
         return activated, gauss_inputs(activated.detach(), self.options.degrees[0], self.options.kept[1])
 
 

@@ -1,6 +1,8 @@
 """Which implementation of the hot operations runs.
 
-- `torch`, the default: oneDNN, BLAS or cuBLAS and chunked loops that store little; any device and precision.
+- `auto`, the default: `cpp` on a CPU where it can be had, else `torch`.
+- `torch`: oneDNN, BLAS or cuBLAS and chunked loops that store little; any device and precision.
+- `cpp`: the same with the C++ kernels of `kernels.cpu` between the GEMMs; CPUs, with a C++ compiler at hand.
 - `compile`: plain expressions, for `torch.compile` to fuse; the network is compiled as a whole.
 - `triton`: the kernels of `kernels.gpu` between cuBLAS GEMMs; NVIDIA GPUs.
 """
@@ -14,8 +16,9 @@ import torch
 from torch import Tensor
 
 from equiformer2.kernels import gpu
+from equiformer2.kernels.cpu import library
 
-BACKENDS = ("torch", "compile", "triton")
+BACKENDS = ("auto", "torch", "cpp", "compile", "triton")
 
 
 class Neighbors(NamedTuple):
@@ -60,18 +63,18 @@ _cpp: ContextVar[bool] = ContextVar("cpp", default=False)
 
 
 @contextmanager
-def use_cpp_kernels() -> Iterator[None]:
-    """Context in which the operations run in the C++ kernels of `kernels.cpu`."""
-    token = _cpp.set(True)
+def use_cpp_kernels(use: bool = True) -> Iterator[None]:
+    """Context in which the operations run in the C++ kernels of `kernels.cpu`, or do not."""
+    token = _cpp.set(use)
     try:
         yield
     finally:
         _cpp.reset(token)
 
 
-def cpp_kernels() -> bool:
-    """Whether a surrounding `use_cpp_kernels` asks for them."""
-    return _cpp.get()
+def cpp_kernels(dtype: torch.dtype) -> bool:
+    """Whether a surrounding `use_cpp_kernels` asks for them, and they can take GEMM operands of `dtype`."""
+    return not torch.compiler.is_compiling() and _cpp.get() and dtype in library.DTYPES
 
 
 def plain_expressions(differentiated_frames: bool) -> bool:
@@ -85,6 +88,8 @@ def why_not(
     """Why `backend` cannot be used, as half a sentence, or None if it can."""
     if backend not in BACKENDS:
         return f"known are {', '.join(BACKENDS)}"
+    if backend == "cpp":
+        return library.why_not(device, dtype, lmax)
     if backend == "triton":
         return gpu.supports(device, dtype, lmax, mmax, frames_need_grad, second_derivatives=False)
     return None

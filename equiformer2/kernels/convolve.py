@@ -69,12 +69,10 @@ def convolve_edges(
     neighbors = triton_neighbors()
     with no_autocast(x):
         if neighbors is not None:
-            return triton_path.convolve_edges(
-                x, *edges[2:], weights, extra, lmax, shared_orders, neighbors
-            )
+            return triton_path.convolve_edges(x, *edges[2:], weights, extra, lmax, shared_orders, neighbors)
         if plain_expressions(packed.requires_grad):
             return _plain(edges, weights, extra, lmax, shared_orders)
-        options = InputOptions((lmax, len(weights.orders)), shared_orders, cpp_kernels())
+        options = InputOptions((lmax, len(weights.orders)), shared_orders, cpp_kernels(hidden.dtype))
         if not torch.is_grad_enabled():
             return _streamed(edges, weights, extra, options)
         return _ConvolveEdges.apply(extra, options, *edges, *weights.flat)
@@ -98,9 +96,7 @@ def _plain(edges: Edges, weights: SO2Weights, extra: int, lmax: int, shared: boo
     return scalars[:, :extra], torch.cat(outputs, dim=1)
 
 
-def _streamed(
-    edges: Edges, weights: SO2Weights, extra: int, options: InputOptions
-) -> tuple[Tensor, Tensor]:
+def _streamed(edges: Edges, weights: SO2Weights, extra: int, options: InputOptions) -> tuple[Tensor, Tensor]:
     """The same chunk by chunk, without derivatives."""
     edges = _prepared(edges, options)
     terms = flat_terms(weights.terms(edges.hidden.dtype))
@@ -136,7 +132,7 @@ class _ConvolveEdges(torch.autograd.Function):
         terms = flat_terms(weights.terms(edges.hidden.dtype))
         grad_x = torch.zeros_like(edges.x, memory_format=torch.contiguous_format)
         # Where all atoms are targets both sides share one sum.
-        same = edges.x is edges.x_target or edges.x.data_ptr() == edges.x_target.data_ptr()
+        same = edges.x.shape == edges.x_target.shape and edges.x.data_ptr() == edges.x_target.data_ptr()
         grad_x_target = grad_x if same else torch.zeros_like(edges.x_target)
         edges = _prepared(edges, options)
         grad_hidden = torch.empty_like(edges.hidden)
@@ -183,9 +179,7 @@ def _prepared(edges: Edges, options: InputOptions) -> Edges:
     dtype = edges.hidden.dtype
     if options.cpp:
         dtype = torch.promote_types(dtype, torch.float32)
-        return Edges(
-            *(t.to(dtype).contiguous() for t in edges[:3]), *(t.contiguous() for t in edges[3:])
-        )
+        return Edges(*(t.to(dtype).contiguous() for t in edges[:3]), *(t.contiguous() for t in edges[3:]))
     return edges._replace(**{name: getattr(edges, name).to(dtype) for name in ("x", "x_target", "packed")})
 
 

@@ -1,4 +1,4 @@
-"""What stands in front of the first GEMMs of a message: gather, rotate into the edge frame, radial weights."""
+"""What stands before the first GEMMs of a message: gather, rotate into the edge frame, radial weights."""
 
 from typing import NamedTuple
 
@@ -57,7 +57,9 @@ def edge_inputs(edges: Edges, radial: Tensor, options: InputOptions) -> list[Ten
     """
     lmax, mmax = options.degrees
     if options.cpp:
-        return cpu.gather_rotate(*edges[:2], *edges[3:5], edges.packed, radial, edges.radial_bias, *options[:2])
+        return cpu.gather_rotate(
+            *edges[:2], *edges[3:5], edges.packed, radial, edges.radial_bias, *options[:2]
+        )
     pairs, _ = _rotated_pairs(edges, options.degrees)
     radial = radial + edges.radial_bias
     out = []
@@ -68,12 +70,17 @@ def edge_inputs(edges: Edges, radial: Tensor, options: InputOptions) -> list[Ten
 
 
 def edge_inputs_backward(
-    edges: Edges, radial: Tensor, grads: list[Tensor], grad_x: Tensor, grad_x_target: Tensor, options: InputOptions
+    edges: Edges,
+    radial: Tensor,
+    grads: list[Tensor],
+    grad_x: Tensor,
+    grad_x_target: Tensor,
+    options: InputOptions,
 ) -> Tensor:
     """Adds to the gradients of the features of sources and targets; returns that of the radial weights."""
     lmax, mmax = options.degrees
     if options.cpp:
-        arguments = *edges[:2], *edges[3:5], edges.packed, radial, edges.radial_bias
+        arguments = *_tensors(edges), radial, edges.radial_bias
         return cpu.gather_rotate_backward(*arguments, grads, grad_x, grad_x_target, *options[:2])
     pairs, matrices = _rotated_pairs(edges, options.degrees)
     radial = radial + edges.radial_bias
@@ -87,6 +94,10 @@ def edge_inputs_backward(
     grad_x.index_add_(0, edges.source, torch.bmm(back, grad_pairs[0]).to(grad_x.dtype))
     grad_x_target.index_add_(0, edges.target, torch.bmm(back, grad_pairs[1]).to(grad_x.dtype))
     return grad_radial
+
+
+def _tensors(edges: Edges) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return edges.x, edges.x_target, edges.source, edges.target, edges.packed
 
 
 def _rotated_pairs(edges: Edges, degrees: tuple[int, int]) -> tuple[list[Tensor], Tensor]:
@@ -131,7 +142,7 @@ def _products_backward(
     m: int,
     shared: bool,
 ) -> None:
-    """Gradients of both factors of `_products`; that of the radial weights is added: orders may share them."""
+    """Gradients of both factors of `_products`; that of the radial weights is added: orders may share it."""
     channels = pairs[0].shape[2]
     grad = grad.unflatten(2, (-1, 2 * channels))
     scale, grad_scale = (radial_of(t, 2 * channels, lmax, m, shared) for t in (radial, grad_radial))

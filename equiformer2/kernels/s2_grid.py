@@ -1,5 +1,7 @@
 """Point-wise nonlinearities on the sphere, without storing the grid for all edges or atoms at once."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
@@ -7,6 +9,7 @@ from torch.nn.functional import silu
 from equiformer2.kernels import gpu
 from equiformer2.kernels.backend import plain_expressions, triton_neighbors
 from equiformer2.kernels.chunks import cast_to_autocast, no_autocast, point_chunks
+from equiformer2.kernels.cpu import sphere as cpu
 from equiformer2.kernels.linear import linear
 
 
@@ -51,6 +54,76 @@ def grid_mlp(x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor) -> T
         if plain_expressions(False):
             return _plain(x, to_grid, from_grid, weight)
         return _GridFunction.apply(x, to_grid, from_grid, weight)
+
+
+class GridFactors(NamedTuple):
+    """A latitude-longitude grid by its factors.
+
+    Coefficient r at a point is a function of r and the latitude times one of the order of r and the longitude.
+
+    Attributes:
+        to_latitude, from_latitude: `[latitudes, R]`, of `to_grid` and of the transpose of `from_grid`.
+        longitude: `[longitudes, 2M + 1]` for orders 0, +1, -1, …, of both.
+        row_starts: `[2M + 2]` first coefficient of every order, and R.
+    """
+
+    to_latitude: Tensor
+    from_latitude: Tensor
+    longitude: Tensor
+    row_starts: Tensor
+
+
+def separable_grid_activation(hidden: Tensor, factors: GridFactors, rows: int) -> Tensor:
+    """Separable S2 activation (paper section 4.3) by the C++ kernel, where `cpp_kernels()`.
+
+    Every point is made, activated and summed in registers.
+
+    Args:
+        hidden: `[B, (1 + R) C]`: C gates of the scalars, then R coefficients.
+        factors: of the grid.
+        rows: how many coefficients are wanted.
+
+    Returns:
+        `[B, rows, C]`; the scalars are SiLU of the gates.
+    """
+    return _SeparableFunction.apply(hidden.contiguous(), factors, rows)
+
+
+class _SeparableFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, factors, rows):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(hidden, *factors)
+        ctx.rows = rows
+        return cpu.separable_activation(hidden, _in_arithmetic(factors, hidden), rows)
+
+    @staticmethod
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        hidden, *factors = ctx.saved_tensors
+        factors = GridFactors(*factors)
+        if torch.is_grad_enabled():
+            # A second derivative is wanted: differentiate the plain expression instead.
+            out = _separable_expression(hidden, factors, ctx.rows)
+            return *torch.autograd.grad(out, hidden, grad_out, create_graph=True), None, None
+        factors = _in_arithmetic(factors, hidden)
+        return cpu.separable_activation_backward(hidden, factors, grad_out.contiguous()), None, None
+
+
+def _in_arithmetic(factors: GridFactors, hidden: Tensor) -> GridFactors:
+    """In the precision of the kernel: float32 or wider."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return GridFactors(*(t.to(dtype).contiguous() for t in factors[:3]), factors.row_starts)
+
+
+def _separable_expression(hidden: Tensor, factors: GridFactors, rows: int) -> Tensor:
+    counts = factors.row_starts.diff()
+    longitude = factors.longitude.repeat_interleave(counts, dim=1)
+    to_grid, from_grid = (
+        (latitude[:, None] * longitude).flatten(0, 1).to(hidden.dtype)
+        for latitude in (factors.to_latitude, factors.from_latitude)
+    )
+    x = hidden.unflatten(1, (1 + to_grid.shape[1], -1))
+    tensors = _plain(x[:, 1:], to_grid, from_grid.t()[:rows], None)
+    return torch.cat((silu(x[:, :1]), tensors[:, 1:]), dim=1)
 
 
 class _GridFunction(torch.autograd.Function):

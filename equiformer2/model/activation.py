@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from equiformer2.kernels import grid_activation
+from equiformer2.kernels import GridFactors, grid_activation, separable_grid_activation
+from equiformer2.kernels.backend import cpp_kernels
 from equiformer2.model.so3 import S2Grid
 
 
@@ -17,7 +18,19 @@ class SmoothLeakyReLU(nn.Module):
         return (1 + a) / 2 * x + (1 - a) / 2 * x * (2 * torch.sigmoid(x) - 1)
 
 
-class S2Activation(nn.Module):
+class EdgeActivation(nn.Module):
+    """Nonlinearity of hidden features whose gates are further scalars."""
+
+    num_gate_rows: int
+
+    def of_columns(self, hidden: Tensor, channels: int, rows: int | None = None) -> Tensor:
+        """`hidden [B, (gates + R) C]`, gates first, to `[B, R, C]` or to the first `rows` coefficients."""
+        gates = self.num_gate_rows * channels
+        out: Tensor = self(hidden[:, gates:].unflatten(1, (-1, channels)), hidden[:, :gates], rows)
+        return out
+
+
+class S2Activation(EdgeActivation):
     """SiLU of the function on the sphere that the coefficients describe (paper section 4.3)."""
 
     num_gate_rows = 0
@@ -31,7 +44,7 @@ class S2Activation(nn.Module):
         return grid_activation(x, self.grid.to_grid, self.grid.from_grid[:rows])
 
 
-class SeparableS2Activation(nn.Module):
+class SeparableS2Activation(EdgeActivation):
     """S2 activation for l > 0; the scalars are SiLU of separate inputs (paper section 4.3, Figure 2b)."""
 
     num_gate_rows = 1
@@ -46,8 +59,16 @@ class SeparableS2Activation(nn.Module):
         tensors = self.s2_act(x, None, rows)[:, 1:]
         return torch.cat((scalars.to(tensors.dtype), tensors), dim=1)
 
+    def of_columns(self, hidden: Tensor, channels: int, rows: int | None = None) -> Tensor:
+        """As that of the base class; the C++ kernel reads the columns where they are."""
+        grid = self.s2_act.grid
+        if grid.row_starts is None or not cpp_kernels(hidden.dtype):
+            return super().of_columns(hidden, channels, rows)
+        factors = GridFactors(grid.to_latitude, grid.from_latitude, grid.longitude, grid.row_starts)
+        return separable_grid_activation(hidden, factors, rows or grid.to_latitude.shape[1])
 
-class GateActivation(nn.Module):
+
+class GateActivation(EdgeActivation):
     """SiLU of the scalars, the other degrees times sigmoid gates (Equiformer's gate activation).
 
     Args:

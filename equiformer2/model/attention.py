@@ -130,12 +130,10 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         `rows` of the activation's outputs are computed (None for all of them).
         """
         scalars, hidden = self._convolve(x, x_target, edges)
-        gates = self.activation.num_gate_rows * self.so2_conv_1.out_channels
         channels = self.so2_conv_1.out_channels
 
         def activate(hidden: Tensor) -> Tensor:
-            message = hidden[:, gates:].unflatten(1, (-1, channels))
-            return self.activation(message, hidden[:, :gates], rows)
+            return self.activation.of_columns(hidden, channels, rows)
 
         return attend(
             hidden,

@@ -1,5 +1,6 @@
 """EquiformerV2 (paper Figure 1)."""
 
+import contextvars
 import functools
 from collections.abc import Callable, Sequence
 

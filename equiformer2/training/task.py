@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ class TaskSettings:
         ema_warmup: let the decay grow from 2/11 in the first steps, so that short runs do not average
             over their initial weights. The reference does not.
         activation_checkpointing: recompute each block in the backward pass; less memory, more time.
-        backend: what runs the hot operations: `torch`, `compile` or `triton` (see `kernels.backend`).
+        backend: what runs the hot operations: `auto`, `torch`, `cpp`, `compile` or `triton` (see `kernels.backend`).
         monitor: validation metric that decides which weights are the best.
     """
 
@@ -50,7 +51,7 @@ class TaskSettings:
     ema_decay: float = 0.999
     ema_warmup: bool = True
     activation_checkpointing: bool = False
-    backend: Literal["torch", "compile", "triton"] = "torch"
+    backend: Literal["auto", "torch", "cpp", "compile", "triton"] = "auto"
     monitor: Literal[
         "forces_mae", "energy_mae", "energy_forces_within_threshold", "forces_cosine_similarity"
     ] = "forces_mae"
@@ -77,9 +78,13 @@ class S2EFTask(pl.LightningModule):
 
     Raw weights live in `self.model`, averaged ones in `self.averaged` (None without averaging); both are
     in the state dict. Validation runs the averaged ones.
+
+    Attributes:
+        export: from one of them to what native checkpoints hold; pruning makes it smaller.
     """
 
     averaged: nn.Module | None
+    export: Callable[[nn.Module], nn.Module]
 
     def __init__(
         self,
@@ -98,6 +103,7 @@ class S2EFTask(pl.LightningModule):
         self.optim = optim
         self.seed = seed
         self.averaged = None
+        self.export = lambda network: network
         if settings.ema_decay > 0:
             self.averaged = copy.deepcopy(model).requires_grad_(False).eval()
         for network in (self.model, self.averaged):

@@ -69,7 +69,7 @@ def _time_label(row: dict[str, Any], call: dict[str, Any], content: dict[str, An
 
 def _memory_bars(axis: Any, rows: list[dict[str, Any]]) -> None:
     for place, row in enumerate(rows):
-        peaks = {peak["implementation"]: peak for peak in row["peaks"] if peak["backend"] == "torch"}
+        peaks = {peak["implementation"]: peak for peak in row["peaks"] if peak["backend"] == "auto"}
         for offset, name in ((-0.2, "reference"), (0.2, "ours")):
             if name in peaks:
                 axis.bar(place + offset, peaks[name]["peak"] / 2**30, 0.4, color=COLORS[name])

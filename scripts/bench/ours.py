@@ -33,7 +33,7 @@ def load(checkpoint: str) -> EquiformerV2:
 def select_backend(model: EquiformerV2, backend: str) -> None:
     """Choose how the hot operations run. Raises ValueError where there is no such choice."""
     if not hasattr(model, "backend"):
-        if backend != "torch":
+        if backend not in ("auto", "torch"):
             raise ValueError(
                 f"this version has no backend {backend!r}: its network has no choice of backends"
             )

@@ -25,7 +25,7 @@ def _measure(bench: Benchmark, size: str, batch: str, known: list[dict[str, Any]
     """Two steps, because the optimizer's state exists only from the end of the first."""
     record: dict[str, Any] = {"size": size, "batch": batch, "peaks": [], "implementations": {}}
     for implementation in IMPLEMENTATIONS:
-        for backend in ("torch",) if implementation == "reference" else bench.settings.backends:
+        for backend in ("auto",) if implementation == "reference" else bench.settings.backends:
             label = f"{size} {batch} memory of a training step, {implementation} {backend}"
             bench.say(label)
             with bench.settings.session(implementation, "default") as session:
@@ -59,7 +59,7 @@ def expected_peak(
     return 0.0
 
 
-def peak_of(record: dict[str, Any], implementation: str, backend: str = "torch") -> dict[str, Any] | None:
+def peak_of(record: dict[str, Any], implementation: str, backend: str = "auto") -> dict[str, Any] | None:
     """The peaks of one implementation in a record, if it was measured."""
     for peak in record["peaks"]:
         if (peak["implementation"], peak["backend"]) == (implementation, backend):

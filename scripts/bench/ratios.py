@@ -48,7 +48,7 @@ def speed_goal(device: str, call: dict[str, Any]) -> float | None:
     return SPEED_GOALS.get((device, call["operation"], call["precision"]))
 
 
-def memory_ratio(record: dict[str, Any], backend: str = "torch") -> float | None:
+def memory_ratio(record: dict[str, Any], backend: str = "auto") -> float | None:
     """Our peak over the reference's."""
     reference, ours = peak_of(record, "reference"), peak_of(record, "ours", backend)
     return None if reference is None or ours is None else ours["peak"] / reference["peak"]

@@ -9,7 +9,7 @@ PARTS = ("memory", "timings", "precision", "relaxation", "breakdown", "atoms")
 # What these parts tell is about equiformer2 alone, so they run without the reference's environment.
 PARTS_WITHOUT_REFERENCE = ("precision", "breakdown", "atoms")
 DEVICES = ("cpu", "cuda")
-BACKENDS = ("torch", "compile", "triton")
+BACKENDS = ("auto", "torch", "cpp", "compile", "triton")
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,11 @@ class Variant:
     """One way to run equiformer2's network."""
 
     precision: str = "float32"
-    backend: str = "torch"
+    backend: str = "auto"
 
     @property
     def label(self) -> str:
-        return self.precision if self.backend == "torch" else f"{self.precision}, {self.backend}"
+        return self.precision if self.backend == "auto" else f"{self.precision}, {self.backend}"
 
     @property
     def plain(self) -> bool:
@@ -36,7 +36,7 @@ class Call:
     implementation: str
     operation: str
     precision: str = "float32"
-    backend: str = "torch"
+    backend: str = "auto"
 
     @property
     def label(self) -> str:

@@ -84,7 +84,7 @@ class Worker:
         }
 
     def answers(
-        self, path: str, draws: int, gradients: bool, precision: str = "float32", backend: str = "torch"
+        self, path: str, draws: int, gradients: bool, precision: str = "float32", backend: str = "auto"
     ) -> dict[str, Any]:
         """Save edges, and `draws` times energies, forces and (dropout off) the gradients of the loss."""
         self._prepare(backend, False, precision)
@@ -108,7 +108,7 @@ class Worker:
         torch.save({"edge_index": edge_index.cpu(), "vectors": vectors.detach().cpu(), "draws": rows}, path)
         return {"edges": edge_index.shape[1]}
 
-    def run(self, operation: str, precision: str = "float32", backend: str = "torch") -> dict[str, Any]:
+    def run(self, operation: str, precision: str = "float32", backend: str = "auto") -> dict[str, Any]:
         """One timed call.
 
         `forward`, `forward_as_shipped` (reference only), `training_step`, or `relaxation_step` of a

@@ -47,7 +47,7 @@ class FakeSession:
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         self.log.append((self.implementation, {"command": command, **arguments}))
-        if arguments.get("backend", "torch") == "compile":
+        if arguments.get("backend", "auto") == "compile":
             raise RefusedError("no such backend")
         answer: Callable[..., dict[str, Any]] = getattr(self, f"_{command}")
         return answer(**arguments)
@@ -123,7 +123,7 @@ def make_settings(**changes: Any) -> Settings:
         "batches": ("B1", "B4"),
         "allocators": ("default",),
         "precisions": ("float32",),
-        "backends": ("torch",),
+        "backends": ("auto",),
         "device": "cpu",
         "repeats": 3,
         "threads": 2,

@@ -59,7 +59,7 @@ def test_on_a_gpu_tf32_is_for_both_and_bf16_trains(tmp_path: Path, log: Log) -> 
 
 
 def test_a_backend_that_is_refused_is_left_out_and_named(tmp_path: Path, log: Log) -> None:
-    content = measured(tmp_path, batches=("B1",), backends=("torch", "compile"))
+    content = measured(tmp_path, batches=("B1",), backends=("auto", "compile"))
     for part in ("memory", "timings"):
         (record,) = records(content, part)
         assert any("compile" in reason and "no such backend" in reason for reason in record["left_out"])

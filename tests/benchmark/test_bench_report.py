@@ -16,7 +16,7 @@ ALL = ("memory", "timings", "precision", "relaxation", "breakdown", "atoms")
 
 def call(implementation: str, operation: str, precision: str, seconds: float) -> dict[str, Any]:
     found = {"implementation": implementation, "operation": operation, "precision": precision}
-    return found | {"backend": "torch", "seconds": [seconds, seconds, 10 * seconds]}
+    return found | {"backend": "auto", "seconds": [seconds, seconds, 10 * seconds]}
 
 
 def row_of(text: str, *starts: str) -> list[str]:
@@ -56,7 +56,7 @@ def test_report_says_which_goals_hold(tmp_path: Path, log: Any) -> None:
     second = row_of(text, "31M", "B1", "forward", "default", "bf16")
     # 2.8 s as shipped over 0.7 s, with the deviation beside it.
     assert second[7:] == ["4.00", "at least 4.0: yes", "1.0e-03, 1.0e-03"]
-    assert row_of(text, "31M", "B4", "torch")[3] == "not measured"
+    assert row_of(text, "31M", "B4", "auto")[3] == "not measured"
     assert "## Left out" in text
     assert memory_ratio(records(content, "memory")[0]) == pytest.approx((1 + 3.65) / (1 + 7.3))
 

@@ -40,7 +40,7 @@ def test_worker_builds_runs_and_reports_errors(tmp_path: Path) -> None:
 def test_worker_relaxes_counts_and_breaks_down(tmp_path: Path) -> None:
     with Session("ours", sys.executable, threads=1, allocator="default", memory_limit=8 * 2**30) as session:
         session.ask("build", config=SIZES["toy"], parameters=None, create=False, batch="B1")
-        variant = {"precision": "float32", "backend": "torch"}
+        variant = {"precision": "float32", "backend": "auto"}
         begun = session.ask("begin_relaxation", path=str(tmp_path / "first.pt"), draws=1, **variant)
         assert begun["atoms"] == 73
         first = session.ask("run", operation="relaxation_step", **variant)["value"]

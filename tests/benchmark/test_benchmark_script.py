@@ -23,7 +23,7 @@ def test_the_default_is_what_make_benchmark_measures() -> None:
     assert default.sizes == ("31M", "83M")
     assert default.batches == ("B1", "B4")
     assert (default.repeats, default.threads, default.device) == (5, 2, "cpu")
-    assert default.variants() == [Variant("float32", "torch")]
+    assert default.variants() == [Variant("float32", "auto")]
 
 
 def test_the_command_of_the_report_asks_for_the_same() -> None:

@@ -22,7 +22,7 @@ def gather_rotate(
     """GEMM inputs of every order: `kernels.edge_inputs.edge_inputs`, with `radial` before its bias."""
     out = empty_per_order(radial, degrees, 2 * x.shape[2])
     arguments = (x, x_target, source, target, packed, packed.shape[1], radial, bias, radial.shape[1])
-    _call("gather_rotate", radial.dtype, *arguments, out, len(source), x.shape[2], *degrees, shared)
+    call("gather_rotate", radial.dtype, *arguments, out, len(source), x.shape[2], *degrees, shared)
     return out
 
 
@@ -45,7 +45,7 @@ def gather_rotate_backward(
     arguments = (x, x_target, source, target, packed, packed.shape[1], radial, bias, radial.shape[1])
     totals = grad_x, grad_x_target, grad_radial
     sizes = len(source), x.shape[2], *degrees
-    _call("gather_rotate_backward", radial.dtype, *arguments, grads, *totals, *sizes, shared)
+    call("gather_rotate_backward", radial.dtype, *arguments, grads, *totals, *sizes, shared)
     return grad_radial
 
 
@@ -63,7 +63,7 @@ def rotate_sum(
     heads = 1 if alpha is None else alpha.shape[1]
     sizes = len(target), out.shape[2], *degrees, *kept
     arguments = (values, bias, alpha, heads, packed, packed.shape[1], target, out)
-    _call("rotate_sum", values[0].dtype, *arguments, *sizes)
+    call("rotate_sum", values[0].dtype, *arguments, *sizes)
 
 
 def rotate_sum_backward(
@@ -82,7 +82,7 @@ def rotate_sum_backward(
     grad_alpha = None if alpha is None else torch.empty_like(alpha)
     heads = 1 if alpha is None else alpha.shape[1]
     arguments = (grad, values, bias, alpha, heads, packed, packed.shape[1], target, grads, grad_alpha)
-    _call("rotate_sum_backward", dtype, *arguments, len(target), grad.shape[2], *degrees, *kept)
+    call("rotate_sum_backward", dtype, *arguments, len(target), grad.shape[2], *degrees, *kept)
     return grads, grad_alpha
 
 
@@ -93,13 +93,14 @@ def empty_per_order(like: Tensor, degrees: tuple[int, int], channels: int) -> li
     return [like.new_empty(len(like), (lmax + 1 - m) * channels) for m in orders]
 
 
-def _call(name: str, dtype: torch.dtype, *arguments: Tensor | list[Tensor] | int | None) -> None:
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | list[Tensor] | int | None) -> None:
+    """Kernel `name` for GEMM operands of `dtype`, on torch's number of threads."""
     function(name, dtype)(*map(_argument, arguments), _argument(torch.get_num_threads()))
 
 
 def _argument(value: Tensor | list[Tensor] | int | None) -> object:
     if isinstance(value, Tensor):
-        assert value.is_contiguous(), value.stride()
+        assert value[:1].is_contiguous(), value.stride()
         return ctypes.c_void_p(value.data_ptr())
     if isinstance(value, list):
         return (ctypes.c_void_p * len(value))(*(tensor.data_ptr() for tensor in value))

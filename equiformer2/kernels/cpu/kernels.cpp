@@ -353,7 +353,7 @@ struct SphereActivation {
                 }
             }
             for (int64_t b = 0; b < grid.latitudes; ++b) {
-                const A *to = grid.to_latitude + b * grid.rows, *from = grid.from_latitude + b * grid.rows_out;
+                const A *to = grid.to_latitude + b * grid.rows, *from = grid.from_latitude + b * grid.rows;
                 V<A> q[orders], p[orders], z[orders];
                 for (int i = 0; i < orders; ++i) {
                     q[i] = p[i] = z[i] = V<A>{};

@@ -17,14 +17,28 @@ logger = logging.getLogger(__name__)
 
 SOURCES = ("kernels.cpp", "common.h")
 # The machine's own instructions: the library is made where it runs, and its name says for which processor.
-FLAGS = ("-O2", "-std=c++17", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
-_SUFFIXES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+#: What the operands of the GEMMs may be.
+DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+#: Highest degree that the kernels are made for (`max_degree` in common.h).
+LMAX = 8
 
 
 def compiler() -> str | None:
     """Path of the C++ compiler: that of the environment variable CXX, else g++ or clang++."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     return next((path for path in map(shutil.which, names) if path), None)
+
+
+def why_not(device: torch.device, dtype: torch.dtype, lmax: int) -> str | None:
+    """Why the kernels cannot be used, as half a sentence, or None if they can."""
+    if device.type != "cpu":
+        return f"its kernels run on a CPU, not on {device.type}"
+    if dtype not in DTYPES:
+        return f"its kernels take {', '.join(DTYPES.values())}, not {str(dtype).removeprefix('torch.')}"
+    if lmax > LMAX:
+        return f"its kernels go up to lmax = {LMAX}, not {lmax}"
+    return why_missing()
 
 
 def why_missing() -> str | None:
@@ -37,7 +51,7 @@ def function(name: str, dtype: torch.dtype) -> "ctypes._NamedFuncPointer":
     """Kernel `name` for GEMM operands of `dtype`."""
     library = _library()
     assert isinstance(library, ctypes.CDLL), library
-    found: ctypes._NamedFuncPointer = getattr(library, f"{name}_{_SUFFIXES[dtype]}")
+    found: ctypes._NamedFuncPointer = getattr(library, f"{name}_{DTYPES[dtype]}")
     found.restype = None
     return found
 

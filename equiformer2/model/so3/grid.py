@@ -60,19 +60,30 @@ def grid_matrices(lmax: int, mmax: int, resolution: int | tuple[int, int] | None
     Degrees l > mmax miss the orders |m| > mmax; as in the reference they are scaled by
     sqrt((2l + 1) / (2 mmax + 1)) to keep their norm.
     """
+    to_latitude, from_latitude, longitude = grid_factors(lmax, mmax, resolution)
+    of_coefficient = longitude[:, [lmax + m for l in range(lmax + 1) for m in range(-l, l + 1)]]
+    return to_latitude[:, None] * of_coefficient, from_latitude[:, None] * of_coefficient
+
+
+def grid_factors(
+    lmax: int, mmax: int, resolution: int | tuple[int, int] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of `grid_matrices` in float64: `[latitudes, K]` of each, `[longitudes, 2 lmax + 1]` of both.
+
+    A spherical harmonic is a function of the latitude times one of the longitude and m.
+    """
     if resolution is None:
         resolution = smallest_resolution(lmax, mmax)
     latitudes, longitudes = (resolution, resolution) if isinstance(resolution, int) else resolution
     to_s2 = ToS2Grid(lmax, (latitudes, longitudes), normalization="component", dtype=torch.float64)
     degrees = [l for l in range(lmax + 1) for _ in range(2 * l + 1)]
-    scale = truncation_scales(lmax, mmax).squeeze(1)
-    to_grid = torch.einsum("mbi,am->bai", to_s2.shb, to_s2.sha) * scale
+    to_latitude = to_s2.shb.sum(0) * truncation_scales(lmax, mmax).squeeze(1)
     # The inverse is the quadrature with the same harmonics; `component` normalization divides by
     # sqrt((2l+1) (lmax+1)) in one direction and multiplies by it in the other. (e3nn's FromS2Grid is
     # the same matrix with float32 quadrature weights.)
     norm = torch.tensor([(2 * l + 1) * (lmax + 1) for l in degrees], dtype=torch.float64)
     weights = quadrature_weights(latitudes) / longitudes
-    return to_grid, to_grid * weights[:, None, None] * norm
+    return to_latitude, to_latitude * weights[:, None] * norm, to_s2.sha
 
 
 def smallest_resolution(lmax: int, mmax: int) -> tuple[int, int]:
