@@ -1,4 +1,10 @@
-"""Evaluate a checkpoint: OC20's S2EF metrics beside trivial baselines."""
+"""Evaluate a checkpoint: OC20's S2EF metrics per dataset and their average, beside trivial baselines.
+
+    python scripts/evaluate.py --checkpoint best.pt --data-root oc20 --out results.json --figures figures
+
+evaluates on oc20/val_id, oc20/val_ood_ads, oc20/val_ood_cat and oc20/val_ood_both. With --out, finished
+datasets are kept beside it, and the same command goes on after a stop.
+"""
 
 import argparse
 from pathlib import Path
@@ -7,52 +13,106 @@ from equiformer2.script import add_model_arguments, run_script
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add_model_arguments(parser)
-    parser.add_argument("--data", required=True, nargs="+", help="LMDB files or folders of shards")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--data", nargs="+", help="LMDB files or folders of shards")
+    data.add_argument("--data-root", type=Path, help="folder that holds a folder or file for each split")
+    parser.add_argument(
+        "--splits", nargs="+", help="names in --data-root (default: OC20's four validation splits)"
+    )
     parser.add_argument("--out", type=Path, help="write all numbers as JSON")
-    parser.add_argument("--figures", type=Path, help="folder for parity figures")
+    parser.add_argument("--figures", type=Path, help="folder for figures")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_atoms", type=int, help="most atoms in a batch")
     parser.add_argument("--num_workers", type=int, default=0)
-    return parser.parse_args()
+    parser.add_argument("--wandb-project", help="log to this Weights & Biases project")
+    parser.add_argument("--wandb-entity", help="user or team (default: W&B's)")
+    parser.add_argument("--wandb-offline", action="store_true", help="send nothing; keep W&B's files")
+    arguments = parser.parse_args()
+    if arguments.splits is not None and arguments.data_root is None:
+        parser.error("--splits are names of folders in --data-root: give it too")
+    return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
+    from datasets_oc20.splits import VALIDATION_SPLITS, find_splits
     from equiformer2.checkpoint import load_checkpoint
     from equiformer2.files import check_target
     from equiformer2.inference import Predictor
-    from equiformer2.training import evaluation
+    from equiformer2.training import evaluation, evaluation_parts, wandb_report
+    from equiformer2.training.folder import WandbSettings
 
     if arguments.out is not None:
         check_target(arguments.out)
+        check_target(evaluation_parts.parts_folder(arguments.out), is_folder=True)
     if arguments.figures is not None:
         check_target(arguments.figures, is_folder=True)
+    if arguments.wandb_project is not None:
+        wandb_report.import_wandb()
+    if arguments.data_root is None:
+        paths = {path: Path(path) for path in arguments.data}
+    else:
+        paths = find_splits(arguments.data_root, arguments.splits or VALIDATION_SPLITS)
     checkpoint = load_checkpoint(arguments.checkpoint, arguments.weights, arguments.energy_kind)
     predictor = Predictor(
         checkpoint, arguments.device, precision=arguments.precision, backend=arguments.backend
     )
     datasets = {
-        path: evaluation.open_dataset(path, predictor, arguments.energy_kind) for path in arguments.data
+        name: evaluation.open_dataset(path, predictor, arguments.energy_kind) for name, path in paths.items()
     }
     print(f"{arguments.checkpoint}: {checkpoint.weights} weights, {checkpoint.energy_kind} energies")
+    settings = {
+        "weights": checkpoint.weights,
+        "precision": arguments.precision,
+        "backend": arguments.backend,
+    }
     results = {}
-    for path, dataset in datasets.items():
-        results[path] = evaluation.evaluate(
-            predictor, dataset, arguments.batch_size, arguments.max_atoms, arguments.num_workers
+    for number, (name, dataset) in enumerate(datasets.items()):
+        found, part = None, None
+        evaluated = {}
+        if arguments.out is not None:
+            stem = name if arguments.data_root else f"{number}_{Path(name).stem}"
+            part = evaluation_parts.parts_folder(arguments.out) / f"{stem}.npz"
+            evaluated = evaluation_parts.what_is_evaluated(arguments.checkpoint, dataset, **settings)
+            found = evaluation_parts.load_part(part, evaluated)
+        again = found is not None
+        if found is None:
+            found = evaluation.evaluate(
+                predictor, dataset, arguments.batch_size, arguments.max_atoms, arguments.num_workers
+            )
+            if part is not None:
+                evaluation_parts.save_part(part, found, evaluated)
+        results[name] = found
+        print(
+            f"{name}: {found.structures} structures of {found.systems} systems"
+            + (f" (finished before, kept in {part})" if again else "")
         )
-        print(f"{path}: {results[path].structures} structures of {results[path].systems} systems")
-        print(evaluation.table(results[path]))
+        print(evaluation.table(found))
     if len(results) > 1:
-        mean = evaluation.average(list(results.values()))["metrics"]
-        print("average: " + ", ".join(f"{name} {value:.4f}" for name, value in mean.items()))
+        print(f"average of {len(results)}")
+        print(evaluation.table_of_average(list(results.values())))
     if arguments.out is not None:
         evaluation.write_report(arguments.out, predictor, results)
         print(f"numbers: {arguments.out}")
+    figures = []
     if arguments.figures is not None:
-        evaluation.draw_figures(arguments.figures, results)
+        figures = evaluation.draw_figures(arguments.figures, results)
         print(f"figures: {arguments.figures}")
+    if arguments.wandb_project is not None:
+        averaged = evaluation.average(list(results.values()))["metrics"]
+        wandb_report.log_results(
+            WandbSettings(arguments.wandb_project, arguments.wandb_entity, arguments.wandb_offline),
+            arguments.out.parent if arguments.out is not None else Path(),
+            Path(arguments.checkpoint).stem,
+            {"checkpoint": arguments.checkpoint, "energy_kind": checkpoint.energy_kind, **settings},
+            {name: result.metrics for name, result in results.items()} | {"average": averaged},
+            evaluation.pooled(results),
+            figures,
+        )
 
 
 if __name__ == "__main__":

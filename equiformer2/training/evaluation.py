@@ -1,7 +1,7 @@
 """A checkpoint against datasets: OC20's metrics beside trivial baselines."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from datasets_oc20.targets import check_energies_match_kind, sample_targets
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
 from equiformer2.inference import Predictor
-from equiformer2.training.figures import draw_parity
-from equiformer2.training.metrics import ENERGY_THRESHOLD, FORCE_METRICS, S2EFMetrics
+from equiformer2.training.breakdown import Breakdown, Rows
+from equiformer2.training.figures import draw_error_bars, draw_parity
+from equiformer2.training.metrics import FORCE_METRICS, S2EFMetrics, energy_metrics
 
 UNITS = {"energy_mae": "eV", "energy_mse": "eV^2", "forces_mae": "eV/Å", "forces_mse": "(eV/Å)^2"} | {
     name: "eV/Å" for name in ("forcesx_mae", "forcesy_mae", "forcesz_mae", "forces_magnitude_error")
@@ -40,6 +41,7 @@ class Evaluation:
             metrics.
         energy_pairs: `[n, 2]` target and predicted energy, eV.
         force_pairs: `[m, 2]` target and predicted force components of free atoms, eV/Å; an even sample.
+        breakdown: the errors by adsorbate and by element.
     """
 
     metrics: dict[str, float]
@@ -49,6 +51,7 @@ class Evaluation:
     free_atoms: int
     energy_pairs: np.ndarray
     force_pairs: np.ndarray
+    breakdown: Breakdown = field(default_factory=Breakdown)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON; metrics that do not exist for this model are left out."""
@@ -58,6 +61,8 @@ class Evaluation:
             "free_atoms": self.free_atoms,
             "metrics": self.metrics,
             "baselines": self.baselines,
+            "adsorbates": self.breakdown.adsorbate_rows(),
+            "elements": self.breakdown.element_rows(),
         }
 
 
@@ -89,7 +94,12 @@ def batches(dataset: OC20Lmdb, batch_size: int, max_atoms: int | None, num_worke
         len(dataset), batch_size, natoms=dataset.natoms if max_atoms else None, max_atoms=max_atoms
     )
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers)
-    return iter(tqdm(loader, desc=str(dataset.path), disable=None, leave=False))
+    with tqdm(
+        total=len(dataset), desc=str(dataset.path), unit="structures", disable=None, leave=False
+    ) as progress:
+        for batch in loader:
+            yield batch
+            progress.update(batch.num_graphs)
 
 
 def evaluate(
@@ -109,6 +119,7 @@ def evaluate(
     check_energies_match_kind(sample_targets(dataset, 200), str(dataset.energy_kind), dataset.path)
     normalizers = predictor.checkpoint.normalizers
     found, trivial = (S2EFMetrics(predictor.has_forces, sync_on_compute=False) for _ in range(2))
+    breakdown = Breakdown()
     targets, predictions, sids, force_pairs = [], [], [], []
     free_atoms = 0
     for batch in batches(dataset, batch_size, max_atoms, num_workers):
@@ -118,6 +129,7 @@ def evaluate(
         )
         found.update(out, batch)
         trivial.update(nothing, batch)
+        breakdown.update(out, batch)
         targets.append(batch.energy.view(-1).double().numpy())
         predictions.append(out["energy"].view(-1).double().numpy())
         sids += [str(sid) for sid in batch.sid]
@@ -138,7 +150,7 @@ def evaluate(
     system_mean, systems = _system_means(target, sids)
     baselines = {
         "mean_energy": {name: value for name, value in zero.items() if name not in FORCE_METRICS},
-        "system_mean_energy": _energy_metrics(target, system_mean),
+        "system_mean_energy": energy_metrics(target, system_mean),
     }
     if predictor.has_forces and free_atoms:
         judged_with_energy = "energy_forces_within_threshold"
@@ -151,6 +163,7 @@ def evaluate(
         free_atoms=free_atoms,
         energy_pairs=np.stack([target, np.concatenate(predictions)], axis=1),
         force_pairs=np.concatenate(force_pairs) if force_pairs else np.zeros((0, 2)),
+        breakdown=breakdown,
     )
 
 
@@ -179,12 +192,17 @@ def write_report(target: Path, predictor: Predictor, evaluations: dict[str, Eval
         "units": UNITS,
         "datasets": {path: evaluation.to_dict() for path, evaluation in evaluations.items()},
         "average": average(list(evaluations.values())),
+        "all_datasets": pooled(evaluations),
     }
     write_json(target, report, make_folder=True)
 
 
 def draw_figures(folder: Path, evaluations: dict[str, Evaluation]) -> list[Path]:
-    """Energy and force parity figures of every dataset; returns the files."""
+    """Parity figures of every dataset, and the errors by element and adsorbate over all of them.
+
+    Returns:
+        the files.
+    """
     written = []
     for number, (path, evaluation) in enumerate(evaluations.items()):
         for name, label, unit, pairs in (
@@ -196,7 +214,18 @@ def draw_figures(folder: Path, evaluations: dict[str, Evaluation]) -> list[Path]
                 stem = Path(path).stem if len(evaluations) == 1 else f"{number}_{Path(path).stem}"
                 written.append(folder / f"parity_{name}_{stem}.png")
                 draw_parity(pairs[:, 0], pairs[:, 1], label, unit, note, written[-1])
+    for name, rows in pooled(evaluations).items():
+        written.append(folder / f"errors_by_{name.removesuffix('s')}.png")
+        draw_error_bars(rows, f"errors by {name.removesuffix('s')}", written[-1])
     return written
+
+
+def pooled(evaluations: dict[str, Evaluation]) -> dict[str, Rows]:
+    """Errors by adsorbate and element over all datasets together: every structure counts once."""
+    pooled = Breakdown()
+    for evaluation in evaluations.values():
+        pooled.merge(evaluation.breakdown)
+    return {"adsorbates": pooled.adsorbate_rows(), "elements": pooled.element_rows()}
 
 
 def table(evaluation: Evaluation) -> str:
@@ -221,6 +250,23 @@ def table(evaluation: Evaluation) -> str:
     return "\n".join(lines)
 
 
+def table_of_average(evaluations: Sequence[Evaluation]) -> str:
+    """The mean over datasets as text; what papers call a model's error on OC20."""
+    metrics = average(evaluations)["metrics"]
+    shown = [
+        ("energy MAE", "energy_mae", 1.0, "eV"),
+        ("EwT", "energy_within_threshold", 100.0, "%"),
+        ("force MAE", "forces_mae", 1.0, "eV/Å"),
+        ("force cosine", "forces_cosine_similarity", 1.0, ""),
+        ("EFwT", "energy_forces_within_threshold", 100.0, "%"),
+    ]
+    return "\n".join(
+        f"  {title:13} {factor * metrics[name]:8.{2 if unit == '%' else 4}f} {unit}".rstrip()
+        for title, name, factor, unit in shown
+        if name in metrics
+    )
+
+
 def _thin(pairs: np.ndarray, quota: int) -> np.ndarray:
     return pairs[:: max(1, -(-len(pairs) // max(1, quota)))]
 
@@ -230,15 +276,6 @@ def _system_means(target: np.ndarray, sids: list[str]) -> tuple[np.ndarray, int]
     _, index = np.unique(sids, return_inverse=True)
     count = np.bincount(index)
     return (np.bincount(index, weights=target) / count)[index], len(count)
-
-
-def _energy_metrics(target: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    error = np.abs(target - predicted)
-    return {
-        "energy_mae": float(error.mean()),
-        "energy_mse": float(np.square(error).mean()),
-        "energy_within_threshold": float((error < ENERGY_THRESHOLD).mean()),
-    }
 
 
 def _mean(values: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -61,6 +62,31 @@ def draw_parity(
         title=note,
     )
     axis.grid(alpha=0.3)
+    save_figure(figure, target)
+
+
+def draw_error_bars(rows: dict[str, dict[str, Any]], title: str, target: Path, most: int = 60) -> None:
+    """Energy and force errors of the first `most` rows of a `Breakdown`, with their numbers of structures."""
+    names = list(rows)[:most]
+    shown = [
+        (key, label)
+        for key, label in (
+            ("energy_mae", "energy MAE (eV)"),
+            ("forces_mae", "force MAE (eV/Å)"),
+            ("adsorbate_forces_mae", "force MAE of adsorbate atoms (eV/Å)"),
+        )
+        if any(key in rows[name] for name in names)
+    ]
+    figure = Figure(figsize=(3.6 * len(shown) + 1, 1.2 + 0.2 * max(len(names), 4)), layout="constrained")
+    labels = [f"{name} ({rows[name]['structures']})" for name in names]
+    for number, (axis, (key, label)) in enumerate(
+        zip(np.atleast_1d(figure.subplots(1, len(shown), sharey=True)), shown, strict=True)
+    ):
+        axis.barh(labels, [rows[name].get(key, 0.0) for name in names])
+        axis.set(xlabel=label, ylim=(len(names) - 0.5, -0.5))
+        axis.set_ylabel("" if number else "(structures)")
+        axis.grid(axis="x", alpha=0.3)
+    figure.suptitle(title if len(rows) <= most else f"{title}, first {most} of {len(rows)}")
     save_figure(figure, target)
 
 

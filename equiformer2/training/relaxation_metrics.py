@@ -79,5 +79,7 @@ def is2rs_metrics(errors: Sequence[PositionErrors]) -> dict[str, float]:
     return {
         "positions_mae": sum(error.absolute for error in errors) / components,
         "positions_mse": sum(error.squared for error in errors) / components,
-        "positions_average_distance_within_threshold": float((distances[:, None] < DISTANCE_THRESHOLDS).mean()),
+        "positions_average_distance_within_threshold": float(
+            (distances[:, None] < DISTANCE_THRESHOLDS).mean()
+        ),
     }

@@ -1,0 +1,310 @@
+"""Relaxation of many structures in batches that stay full: who has converged makes room for who waits."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_geometric.data import Batch, Data
+
+from equiformer2.errors import InputError
+from equiformer2.inference.batched_lbfgs import BatchedLBFGS
+
+FRAMES = ("all", "ends")
+
+
+@dataclass(frozen=True)
+class RelaxationSettings:
+    """How structures are relaxed; the defaults are those of the EquiformerV2 paper for IS2RE.
+
+    Args:
+        fmax: converged when no force on a free atom reaches it, eV/Å.
+        steps: most steps of a structure.
+        max_step: largest displacement of an atom in one step, Å.
+        memory, alpha, damping: see `BatchedLBFGS`.
+        frames: which frames of a relaxation to keep, "all" or "ends" (first and last).
+
+    Raises:
+        InputError: a value that makes no sense.
+    """
+
+    fmax: float = 0.02
+    steps: int = 200
+    max_step: float = 0.04
+    memory: int = 50
+    alpha: float = 70.0
+    damping: float = 1.0
+    frames: str = "all"
+
+    def __post_init__(self) -> None:
+        for name in ("fmax", "max_step", "alpha", "damping"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise InputError(f"{name} is {value}: give a positive number")
+        if self.steps < 0:
+            raise InputError(f"steps is {self.steps}: give 0 or more")
+        if self.memory < 1:
+            raise InputError(f"memory is {self.memory}: give 1 or more")
+        if self.frames not in FRAMES:
+            raise InputError(f"frames is {self.frames!r}; it must be one of {', '.join(FRAMES)}")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame: `positions` and raw `forces` `[N, 3]` float32, Å and eV/Å; `energy` eV."""
+
+    positions: np.ndarray
+    forces: np.ndarray
+    energy: float
+
+
+@dataclass
+class Relaxed:
+    """One relaxed structure.
+
+    Attributes:
+        index: its number in the input.
+        start: the structure as it was given.
+        frames: of its relaxation, the last one included. Positions are not wrapped into the cell.
+        steps: steps taken.
+        max_force: largest force on a free atom of the last frame, eV/Å.
+        converged: whether that is below fmax.
+        failure: why the relaxation ended early; the last frame is then the last good one.
+    """
+
+    index: int
+    start: Data
+    frames: list[Frame] = field(default_factory=list)
+    steps: int = 0
+    max_force: float = math.inf
+    converged: bool = False
+    failure: str | None = None
+
+    @property
+    def energy(self) -> float:
+        """Of the last frame, eV."""
+        return self.frames[-1].energy
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Of the last frame, `[N, 3]` float32 Å."""
+        return self.frames[-1].positions
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"structure {self.start.sid}" if self.start.get("sid") else f"structure {self.index}"
+
+
+Predict = Callable[[Batch], dict[str, Tensor]]
+
+
+def relax_batched(
+    predict: Predict,
+    structures: Iterable[tuple[int, Data]],
+    settings: RelaxationSettings | None = None,
+    *,
+    batch_size: int = 32,
+    max_atoms: int | None = None,
+    device: str | torch.device = "cpu",
+) -> Iterator[Relaxed]:
+    """Relax structures and give each as soon as it is done.
+
+    A structure leaves the batch when it has converged or has taken all its steps, and the next one that waits
+    takes its place. One that fails on the way (a force that is not finite) leaves with its last good frame
+    and does not disturb the others. When the device runs out of memory, half of the batch waits.
+
+    Args:
+        predict: `Predictor.predict`, of a network with forces.
+        structures: (number, structure) in the order in which they start; read as places become free.
+        settings: of the relaxation.
+        batch_size: most structures at once.
+        max_atoms: most atoms at once; a structure that has more is relaxed alone.
+        device: where the optimiser's state lives.
+
+    Raises:
+        InputError: a start structure without a meaningful energy (it is named), or one that alone does not
+            fit into the device's memory.
+    """
+    for name, value in (("batch_size", batch_size), ("max_atoms", max_atoms)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}: give 1 or more")
+    settings = settings or RelaxationSettings()
+    running = _Running(settings, torch.device(device))
+    waiting = _Waiting(structures)
+    while True:
+        running.add(waiting.take(batch_size - len(running.relaxing), max_atoms, running.atoms))
+        if not running.relaxing:
+            return
+        try:
+            out = predict(running.batch())
+        except torch.OutOfMemoryError as error:
+            if len(running.relaxing) == 1:
+                raise InputError(
+                    f"{running.relaxing[0].name} with {running.atoms} atoms does not fit into the memory of "
+                    f"{device}: use another device or precision"
+                ) from error
+            waiting.return_(running.release_half())
+            max_atoms = running.atoms
+            continue
+        except InputError as error:
+            at = 0 if len(running.relaxing) == 1 else error.structure
+            if at is None:
+                raise
+            yield running.fail(at, str(error))
+            continue
+        if "forces" not in out:
+            raise InputError(
+                "this model predicts no forces, so it cannot relax a structure: "
+                "use a checkpoint trained with forces (regress_forces)"
+            )
+        yield from running.advance(out)
+
+
+class _Waiting:
+    """Structures that wait; those that were put back come first and go on where they were."""
+
+    def __init__(self, structures: Iterable[tuple[int, Data]]) -> None:
+        self._rest = iter(structures)
+        self._first: deque[tuple[Relaxed, Tensor]] = deque()
+
+    def return_(self, relaxing: list[tuple[Relaxed, Tensor]]) -> None:
+        self._first.extendleft(reversed(relaxing))
+
+    def take(self, places: int, max_atoms: int | None, atoms: int) -> list[tuple[Relaxed, Tensor]]:
+        """Up to `places` structures that fit beside `atoms` atoms; the next one waits until it fits."""
+        taken: list[tuple[Relaxed, Tensor]] = []
+        while len(taken) < places:
+            if not self._first:
+                following = next(self._rest, None)
+                if following is None:
+                    break
+                index, start = following
+                self._first.append((Relaxed(index, start), start.pos.double()))
+            more = len(self._first[0][1])
+            if max_atoms is not None and atoms and atoms + more > max_atoms:
+                break
+            atoms += more
+            taken.append(self._first.popleft())
+        return taken
+
+
+class _Running:
+    """The structures of the batch, their positions and the optimiser."""
+
+    def __init__(self, settings: RelaxationSettings, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        self.relaxing: list[Relaxed] = []
+        self._positions = torch.zeros(0, 3, dtype=torch.float64, device=device)
+        self._optimizer = BatchedLBFGS(settings.memory, settings.max_step, settings.alpha, settings.damping)
+        self._collate()
+
+    @property
+    def atoms(self) -> int:
+        return len(self._positions)
+
+    def add(self, waiting: list[tuple[Relaxed, Tensor]]) -> None:
+        if not waiting:
+            return
+        self.relaxing += [relaxing for relaxing, _ in waiting]
+        positions = torch.cat([positions.to(self.device) for _, positions in waiting])
+        self._positions = torch.cat([self._positions, positions])
+        self._optimizer.add(len(positions), len(waiting))
+        self._collate()
+
+    def release_half(self) -> list[tuple[Relaxed, Tensor]]:
+        """Take out the later half of the structures, with their positions."""
+        count = len(self.relaxing)
+        positions = self._positions.cpu().split(self._natoms.tolist())
+        first = count // 2
+        released = list(zip(self.relaxing[first:], positions[first:], strict=True))
+        self._keep(torch.arange(count) < first)
+        return released
+
+    def batch(self) -> Batch:
+        self._batch.pos = self._positions.float().cpu()
+        return self._batch
+
+    def fail(self, at: int, reason: str) -> Relaxed:
+        """Take out the structure `at`, which cannot go on."""
+        failed = self.relaxing[at]
+        if not failed.frames:
+            raise InputError(f"{failed.name} cannot be relaxed: {reason}")
+        failed.failure = reason
+        failed.steps -= 1
+        self._keep(torch.arange(len(self.relaxing)) != at)
+        return failed
+
+    def advance(self, out: dict[str, Tensor]) -> list[Relaxed]:
+        """Record the frame, take out and return who is done, move the others."""
+        count, natoms = len(self.relaxing), self._natoms.tolist()
+        raw = out["forces"].to(self.device)
+        forces = torch.where(self._fixed[:, None], 0.0, raw.double())
+        largest = forces.new_zeros(count).scatter_reduce_(0, self._structure, forces.norm(dim=1), "amax")
+        finite = torch.isfinite(raw).all(dim=1).double()
+        good = forces.new_ones(count).scatter_reduce_(0, self._structure, finite, "amin").bool().cpu()
+        energies = out["energy"].view(-1).double().cpu()
+        good &= torch.isfinite(energies)
+        parts = zip(self._batch.pos.split(natoms), raw.cpu().split(natoms), strict=True)
+        done = []
+        for at, ((positions, part), force) in enumerate(zip(parts, largest.tolist(), strict=True)):
+            relaxing = self.relaxing[at]
+            if not good[at]:
+                reason = f"the model gives a non-finite energy or force at step {relaxing.steps}"
+                if not relaxing.frames:
+                    raise InputError(
+                        f"{relaxing.name} cannot be relaxed: {reason}; check it and the checkpoint"
+                    )
+                relaxing.failure = reason
+                relaxing.steps -= 1
+                done.append(at)
+                continue
+            frame = Frame(positions.numpy().copy(), part.float().numpy().copy(), float(energies[at]))
+            if self.settings.frames == "ends" and len(relaxing.frames) == 2:
+                relaxing.frames.pop()
+            relaxing.frames.append(frame)
+            relaxing.max_force, relaxing.converged = force, force < self.settings.fmax
+            if relaxing.converged or relaxing.steps >= self.settings.steps:
+                done.append(at)
+            else:
+                relaxing.steps += 1
+        finished = [self.relaxing[at] for at in done]
+        if done:
+            stays = torch.ones(count, dtype=torch.bool)
+            stays[done] = False
+            forces = forces[self._keep(stays)]
+        if self.relaxing:
+            self._positions = self._positions + self._optimizer.step(
+                self._positions, forces, self._structure, len(self.relaxing)
+            )
+        return finished
+
+    def _keep(self, structures: Tensor) -> Tensor:
+        """Forget all other structures; returns the mask of the atoms that are left."""
+        structures = structures.to(self.device)
+        atoms = structures[self._structure]
+        self._optimizer.keep(atoms, structures)
+        self._positions = self._positions[atoms]
+        self.relaxing = [
+            relaxing for relaxing, stays in zip(self.relaxing, structures.tolist(), strict=True) if stays
+        ]
+        self._collate()
+        return atoms
+
+    def _collate(self) -> None:
+        """What changes only with the composition of the batch."""
+        starts = [relaxing.start for relaxing in self.relaxing]
+        natoms = [start.pos.shape[0] for start in starts]
+        self._natoms = torch.tensor(natoms, dtype=torch.int64)
+        self._structure = torch.repeat_interleave(torch.arange(len(starts)), self._natoms).to(self.device)
+        fixed = [start.fixed.bool() for start in starts]
+        self._fixed = (torch.cat(fixed) if fixed else torch.zeros(0, dtype=torch.bool)).to(self.device)
+        # Targets, which only some structures may have, have no place in a batch.
+        names = ("pos", "atomic_numbers", "cell", "pbc", "natoms", "tags", "fixed", "sid", "fid")
+        if starts:
+            self._batch = Batch.from_data_list(
+                [Data(**{name: start[name] for name in names if name in start}) for start in starts]
+            )

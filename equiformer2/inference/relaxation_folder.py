@@ -1,0 +1,166 @@
+"""The folder of many relaxations, to which a stopped run comes back.
+
+    settings.json             what is relaxed, with what and how
+    relaxed.jsonl             one line for every finished structure, in the order in which they finished
+    trajectories/SID.traj     its frames (ASE)
+
+A line is written after its trajectory, so whatever has a line is complete. What was under way when a run
+was stopped starts again.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
+from ase.io.trajectory import Trajectory
+from torch_geometric.data import Data
+
+from datasets_oc20.atomic import publish, temporary_beside
+from datasets_oc20.locking import lock
+from equiformer2.errors import InputError
+from equiformer2.files import write_json
+from equiformer2.inference.batched import Frame, Relaxed
+
+Row = dict[str, Any]
+
+
+class RelaxationFolder:
+    """Finished relaxations of one dataset.
+
+    Args:
+        path: the folder; it is made.
+        asked: what the results depend on, plain values. A folder of something else is refused.
+
+    Attributes:
+        rows: what is known of every finished structure, by its index in the dataset.
+
+    Raises:
+        InputError: the folder holds other relaxations, or its files cannot be read.
+        DataError: another process is relaxing into it.
+    """
+
+    def __init__(self, path: Path, asked: Mapping[str, Any]) -> None:
+        self.path = path
+        self.log = path / "relaxed.jsonl"
+        self.trajectories = path / "trajectories"
+        settings = path / "settings.json"
+        asked = json.loads(json.dumps(asked))
+        if settings.exists():
+            self._check_same(settings, asked)
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{path} holds something else than relaxations: give another folder")
+        self.trajectories.mkdir(parents=True, exist_ok=True)
+        write_json(settings, asked)
+        self.rows: dict[int, Row] = {}
+        self._sids: dict[str, int] = {}
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Inside, `add` works and no other process can write here; `rows` are those of earlier runs."""
+        with self.log.open("a+b") as file:
+            lock(file, self.log)
+            end = self._read(file)
+            file.truncate(end)  # a line that a killed run did not finish
+            self._file = file
+            yield
+
+    def check_name(self, index: int, sid: str) -> None:
+        """Raise `InputError` when the structure `index` cannot be told from another by its `sid`."""
+        if not sid or Path(sid).name != sid or sid.startswith("."):
+            raise InputError(
+                f"structure {index} has the sid {sid!r}: relaxations are kept by sid, so give it a plain name"
+            )
+        other = self._sids.setdefault(sid, index)
+        if other != index:
+            raise InputError(
+                f"structures {other} and {index} have the same sid {sid}: relaxations start from one "
+                "structure per system (IS2RE data), not from frames of a relaxation"
+            )
+
+    def add(self, relaxed: Relaxed, more: Mapping[str, Any]) -> Row:
+        """Write the trajectory of a finished structure, and then its line with `more` in it."""
+        sid = str(relaxed.start.sid)
+        _write_trajectory(self.trajectories / f"{sid}.traj", relaxed.start, relaxed.frames)
+        row: Row = {
+            "index": relaxed.index,
+            "sid": sid,
+            "natoms": int(relaxed.start.pos.shape[0]),
+            "energy": relaxed.energy,
+            "initial_energy": relaxed.frames[0].energy,
+            "max_force": relaxed.max_force,
+            "steps": relaxed.steps,
+            "converged": relaxed.converged,
+            "failure": relaxed.failure,
+            **more,
+        }
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.rows[relaxed.index] = row
+        return row
+
+    def _check_same(self, settings: Path, asked: Mapping[str, Any]) -> None:
+        try:
+            before = json.loads(settings.read_text())
+        except ValueError as error:
+            raise InputError(f"{settings} cannot be read: give another folder") from error
+        differing = sorted(name for name in {*before, *asked} if before.get(name) != asked.get(name))
+        if differing:
+            name = differing[0]
+            raise InputError(
+                f"{self.path} holds relaxations with {name} {before.get(name)!r}, not {asked.get(name)!r}: "
+                "give another folder"
+            )
+
+    def _read(self, file: IO[bytes]) -> int:
+        """Fill `rows`; returns where the last whole line ends."""
+        self.rows.clear()
+        file.seek(0)
+        end = 0
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(line)
+                self.rows[int(row["index"])] = row
+                self._sids[str(row["sid"])] = int(row["index"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{self.log}, line {number} is damaged: remove the line to relax that structure again"
+                ) from error
+            end += len(line)
+        return end
+
+
+def to_atoms(start: Data, frame: Frame) -> Atoms:
+    """One frame with energy (eV), raw forces (eV/Å), tags and held atoms."""
+    atoms = Atoms(
+        numbers=start.atomic_numbers.numpy(),
+        positions=frame.positions,
+        cell=start.cell.view(3, 3).numpy(),
+        pbc=start.pbc.view(3).numpy(),
+        tags=start.tags.numpy(),
+        constraint=FixAtoms(mask=start.fixed.bool().numpy()),
+        info={"sid": str(start.sid)},
+    )
+    atoms.calc = SinglePointCalculator(atoms, energy=frame.energy, forces=frame.forces)
+    return atoms
+
+
+def _write_trajectory(path: Path, start: Data, frames: list[Frame]) -> None:
+    temporary = temporary_beside(path)
+    try:
+        with Trajectory(str(temporary), "w") as writer:
+            for frame in frames:
+                writer.write(to_atoms(start, frame))
+        publish(temporary, path)
+    except OSError as error:  # a full disk: ASE does not say which file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
