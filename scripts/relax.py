@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         steps=options.steps,
         trajectory=folder / "relaxation.traj",
         progress=True,
+        forces_on_fixed=options.forces_on_fixed,
+        energy_every=options.energy_every,
     )
     model = model_record(calculator.predictor, options.checkpoint)
     write_relaxation_record(folder, structure, result, model)
@@ -61,6 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="LBFGS")
     parser.add_argument("--fmax", type=float, default=0.05, help="eV/Å (default: 0.05)")
     parser.add_argument("--steps", type=int, default=300, help="most steps (default: 300)")
+    parser.add_argument(
+        "--energy-every", type=int, default=1, help="energies of every n-th frame only (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--forces-on-fixed", action="store_true", help="compute forces on held atoms too (they are zero else)"
+    )
     parser.add_argument("--out", default="runs/relax", help="output folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in --out")
     return parser

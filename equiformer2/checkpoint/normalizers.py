@@ -79,14 +79,15 @@ class Normalizers:
         """The network's output in eV and eV/Å.
 
         Args:
-            out: `energy` `[B]` and, when the network predicts them, `forces` `[N, 3]`; normalised units.
+            out: `energy` `[B]` and `forces` `[N, 3]`, or one of them; normalised units.
             batch: the structures; `atomic_numbers` and `batch` are read when there are linear references.
 
         Returns:
             The same keys: `energy` `[B]` eV, `forces` `[N, 3]` eV/Å; float32 or better.
         """
-        energy = self.energy.denormalize(out["energy"])
-        physical = {"energy": self._shift(energy, batch, +1.0)}
+        physical = {}
+        if "energy" in out:
+            physical["energy"] = self._shift(self.energy.denormalize(out["energy"]), batch, +1.0)
         if "forces" in out:
             physical["forces"] = self.forces.denormalize(out["forces"])
         return physical

@@ -39,7 +39,7 @@ class EquiformerV2Calculator(Calculator):
         weights: `"raw"`, `"averaged"` or `None` (averaged where the file has them).
         energy_kind: only needed for a foreign file that does not say; must not contradict the checkpoint.
         precision, backend: see `Predictor`.
-        forces_on_fixed: compute the forces on atoms that are held by `FixAtoms`, too. Otherwise they are zero, as
+        forces_on_fixed: compute the forces on atoms that `FixAtoms` holds, too. Otherwise they are zero, as
             `atoms.get_forces()` gives them anyway; with `apply_constraint=False` the difference can be seen.
             Where a structure has constraints of another kind, which may read these forces, they are computed.
         energy_every: evaluate the energy beside the forces in every n-th call that asks for forces only. An
@@ -47,8 +47,8 @@ class EquiformerV2Calculator(Calculator):
             the forces came without it.
 
     Raises:
-        InputError: `energy_every` is not positive; not a usable checkpoint; at calculation, a structure without a meaningful energy
-            (see `equiformer2.inference.atoms.atoms_to_data`).
+        InputError: `energy_every` is not positive; not a usable checkpoint; at calculation, a structure
+            without a meaningful energy (see `equiformer2.inference.atoms.atoms_to_data`).
     """
 
     # Instance attributes by ASE's typing, read from the class by some of its tools.
@@ -102,8 +102,10 @@ class EquiformerV2Calculator(Calculator):
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What has changed since the last calculation; constraints, too, where forces were left out."""
         changes: list[str] = super().check_state(atoms, tol)
-        if not changes and self._unread is not None and not np.array_equal(self._unread, self._held(atoms)):
-            return ["constraints"]
+        if not changes and self._unread is not None:
+            held = self._held(atoms)
+            if held is None or not np.array_equal(held, self._unread):
+                return ["constraints"]
         return changes
 
     def _held(self, atoms: Atoms) -> np.ndarray | None:

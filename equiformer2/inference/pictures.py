@@ -49,7 +49,9 @@ def relaxation_picture(result: RelaxationResult, energy_label: str) -> bytes:
     figure = _figure(6.4, 5.6)
     energy_axis, force_axis = figure.subplots(2, 1, sharex=True)
     steps = np.arange(result.steps + 1)
-    energy_axis.plot(steps, result.energies, marker="o", markersize=3, color="#1f4e79")
+    known = [step for step in steps if result.energies[step] is not None]
+    energies = [result.energies[step] for step in known]
+    energy_axis.plot(known, energies, marker="o", markersize=3, color="#1f4e79")
     energy_axis.set_ylabel(energy_label)
     energy_axis.ticklabel_format(axis="y", useOffset=False)
     force_axis.plot(steps, result.max_forces, marker="o", markersize=3, color="#a33c1f")

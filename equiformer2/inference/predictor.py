@@ -87,7 +87,7 @@ class Predictor:
         Args:
             batch: the structures.
             energy: whether energies are wanted; without them less is computed for the forces, too.
-            force_atoms: bool `[N]`: atoms whose forces are wanted, None for all. The forces of the others are not
+            force_atoms: bool `[N]`: atoms whose forces are wanted, None for all. Those of the others are not
                 computed and given as zero.
 
         Raises:

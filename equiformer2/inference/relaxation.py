@@ -18,6 +18,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import check_atoms
+from equiformer2.inference.calculator import EquiformerV2Calculator
 
 OPTIMIZERS = {"LBFGS": LBFGS, "FIRE": FIRE, "BFGS": BFGS}
 
@@ -30,7 +31,7 @@ class RelaxationResult:
         atoms: last structure, with its energy and forces attached.
         converged: whether the largest force on a free atom is below `fmax`.
         steps: optimiser steps taken.
-        energies: `[steps + 1]` eV, from the start structure to the last.
+        energies: `[steps + 1]` eV, from the start structure to the last; None where it was not evaluated.
         max_forces: `[steps + 1]` eV/Å, largest force on a free atom.
         fmax: threshold, eV/Å.
         optimizer: name of the optimiser.
@@ -40,7 +41,7 @@ class RelaxationResult:
     atoms: Atoms
     converged: bool
     steps: int
-    energies: list[float]
+    energies: list[float | None]
     max_forces: list[float]
     fmax: float
     optimizer: str
@@ -49,7 +50,9 @@ class RelaxationResult:
     @property
     def energy(self) -> float:
         """Energy of the last structure, eV; its kind is the calculator's."""
-        return self.energies[-1]
+        energy = self.energies[-1]
+        assert energy is not None  # the first and the last one are always evaluated
+        return energy
 
     @property
     def max_force(self) -> float:
@@ -81,6 +84,8 @@ def relax(
     trajectory: str | Path | None = None,
     progress: bool = False,
     label: str = "relaxing",
+    forces_on_fixed: bool = False,
+    energy_every: int = 1,
 ) -> RelaxationResult:
     """Move the free atoms of a copy of `atoms` until no force exceeds `fmax`.
 
@@ -94,12 +99,16 @@ def relax(
             a run that is killed leaves the frames it has done.
         progress: show step, energy and largest force on stderr.
         label: what the progress display calls this relaxation.
+        forces_on_fixed: have an `EquiformerV2Calculator` compute forces on atoms held by `FixAtoms`, which no
+            relaxation reads. Without it they are zero in the result and in `trajectory`.
+        energy_every: evaluate the energy of every n-th frame, and of the first and the last. An
+            `EquiformerV2Calculator` then computes less for the others; their frames hold no energy.
 
     Raises:
         InputError: wrong settings, a calculator without forces, a structure without meaning, or a
             non-finite energy or force on the way (the frames before it stay in `trajectory`).
     """
-    _check_settings(optimizer, fmax, steps, trajectory)
+    _check_settings(optimizer, fmax, steps, trajectory, energy_every)
     if "forces" not in calculator.implemented_properties:
         raise InputError(
             "this model predicts no forces, so it cannot relax a structure: "
@@ -108,26 +117,37 @@ def relax(
     check_atoms(atoms)
     atoms = atoms.copy()
     atoms.calc = calculator
-    energies: list[float] = []
+    energies: list[float | None] = []
     max_forces: list[float] = []
     start = time.monotonic()
     with ExitStack() as stack:
-        _finite_energy_and_force(atoms, step=0)  # wrong input ends here, before anything is written
+        if isinstance(calculator, EquiformerV2Calculator):
+            stack.enter_context(
+                calculator.reading(forces_on_fixed=forces_on_fixed, energy_every=energy_every)
+            )
+        # Wrong input ends here, before anything is written.
+        _finite_energy(atoms, step=0)
+        _finite_max_force(atoms, step=0)
         writer = None
         if trajectory is not None:
             Path(trajectory).parent.mkdir(parents=True, exist_ok=True)
             writer = stack.enter_context(Trajectory(str(trajectory), "w"))
         show = stack.enter_context(_ProgressLine(label)) if progress else None
         dynamics = stack.enter_context(OPTIMIZERS[optimizer](atoms, logfile=None))
+        dynamics.log = lambda gradient: None  # ASE's asks for the energy of every step, to write it nowhere
         converged = False
         for converged in dynamics.irun(fmax=fmax, steps=steps):  # noqa: B007  the last value is the outcome
-            energy, max_force = _finite_energy_and_force(atoms, step=len(energies))
+            max_force = _finite_max_force(atoms, step=len(energies))
+            energy = None
+            if len(energies) % energy_every == 0:
+                energy = _finite_energy(atoms, step=len(energies))
             energies.append(energy)
             max_forces.append(max_force)
             if writer is not None:
                 _write_frame(writer, atoms, trajectory)
             if show is not None:
                 show.update(len(energies) - 1, steps, energy, max_force)
+        energies[-1] = _finite_energy(atoms, step=len(energies) - 1)
         forces = atoms.get_forces(apply_constraint=False)
     atoms.calc = SinglePointCalculator(atoms, energy=energies[-1], forces=forces)
     return RelaxationResult(
@@ -142,13 +162,17 @@ def relax(
     )
 
 
-def _check_settings(optimizer: str, fmax: float, steps: int, trajectory: str | Path | None) -> None:
+def _check_settings(
+    optimizer: str, fmax: float, steps: int, trajectory: str | Path | None, energy_every: int
+) -> None:
     if optimizer not in OPTIMIZERS:
         raise InputError(f"optimizer {optimizer!r} is not known: use one of {', '.join(OPTIMIZERS)}")
     if not (math.isfinite(fmax) and fmax > 0):
         raise InputError(f"fmax is {fmax}: give a positive force in eV/Å")
     if steps < 0:
         raise InputError(f"steps is {steps}: give 0 or more")
+    if energy_every < 1:
+        raise InputError(f"energy_every is {energy_every}: give 1 or more")
     if trajectory is not None and Path(trajectory).suffix != ".traj":
         raise InputError(f"the trajectory {trajectory} must be an ASE .traj file")
 
@@ -160,8 +184,17 @@ def _write_frame(writer: TrajectoryWriter, atoms: Atoms, path: str | Path | None
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _finite_energy_and_force(atoms: Atoms, step: int) -> tuple[float, float]:
+def _finite_energy(atoms: Atoms, step: int) -> float:
     energy = float(atoms.get_potential_energy())
+    if not math.isfinite(energy):
+        raise InputError(
+            f"the model gives a non-finite energy at step {step}: "
+            "check the start structure and the checkpoint"
+        )
+    return energy
+
+
+def _finite_max_force(atoms: Atoms, step: int) -> float:
     raw = atoms.get_forces(apply_constraint=False)
     bad = np.flatnonzero(~np.isfinite(raw).all(axis=1))
     if len(bad):
@@ -170,12 +203,7 @@ def _finite_energy_and_force(atoms: Atoms, step: int) -> tuple[float, float]:
             f"the model gives a non-finite force on atom {bad[0]} ({symbol}) at step {step}: "
             "check the start structure and the checkpoint"
         )
-    if not math.isfinite(energy):
-        raise InputError(
-            f"the model gives a non-finite energy at step {step}: "
-            "check the start structure and the checkpoint"
-        )
-    return energy, float(np.linalg.norm(atoms.get_forces(), axis=1).max())
+    return float(np.linalg.norm(atoms.get_forces(), axis=1).max())
 
 
 class _ProgressLine:
@@ -200,10 +228,9 @@ class _ProgressLine:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def update(self, step: int, steps: int, energy: float, max_force: float) -> None:
+    def update(self, step: int, steps: int, energy: float | None, max_force: float) -> None:
+        known = "" if energy is None else f"{energy:.4f} eV, "
         self._progress.update(
             self._task,
-            description=(
-                f"{self._label}: step {step}/{steps}, {energy:.4f} eV, largest force {max_force:.4f} eV/Å"
-            ),
+            description=(f"{self._label}: step {step}/{steps}, {known}largest force {max_force:.4f} eV/Å"),
         )
