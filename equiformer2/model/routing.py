@@ -100,12 +100,14 @@ class RoutedEdges:
         self.edges, self.routing = edges, routing
         self._restricted: list[tuple[Tensor | None, Tensor | None, EdgeContext]] = []
         self._attention: Tensor | None = None
+        self._decision = Decision()
 
     def of_block(self, block: int, x: Tensor) -> tuple[EdgeContext, Tensor | None]:
         """The edges that a block computes and the gates `[n, 1, 1]` of its target atoms (None for 1)."""
         if self.routing.observes_attention and self._attention is None:
             self._attention = x.new_zeros(len(self.edges.distances), 1)
-        atoms, edges, everywhere = self.routing.decide(BlockState(block, x, self._attention))
+        decision = self.routing.decide(BlockState(block, x, self._attention))
+        atoms, edges, everywhere = self._decision = decision
         updated = None if atoms is None or everywhere else atoms > 0
         kept = None if edges is None else edges > 0
         context = self._restrict(updated, kept)
@@ -124,13 +126,21 @@ class RoutedEdges:
         if self._attention is None or not edges.observed:
             return
         alpha = torch.cat(edges.observed).to(self._attention.dtype)
-        if edges.kept is None:
-            self._attention = alpha
-            return
         older = self._attention
         if older.shape[1] != alpha.shape[1]:
             older = older.mean(dim=1, keepdim=True).repeat(1, alpha.shape[1])
-        self._attention = older.index_copy(0, edges.kept, alpha)
+        # In proportion to the gates: as a gate closes, the table goes over into the one without the edge.
+        share = self._share(edges)
+        if share is not None:
+            alpha = torch.lerp(edges.at_edges(older), alpha, share.unsqueeze(1).to(alpha.dtype))
+        self._attention = alpha if edges.kept is None else older.index_copy(0, edges.kept, alpha)
+
+    def _share(self, edges: EdgeContext) -> Tensor | None:
+        atoms, gates = self._decision.atoms, edges.gates
+        if atoms is not None and atoms.is_floating_point():
+            of_targets = edges.at_targets(atoms)[edges.edge_index[1]]
+            return of_targets if gates is None else of_targets * gates
+        return gates
 
     def _restrict(self, atoms: Tensor | None, edges: Tensor | None) -> EdgeContext:
         if (atoms is None or bool(atoms.all())) and (edges is None or bool(edges.all())):

@@ -1,0 +1,151 @@
+"""What a router really saves: atoms, edges and MACs, counted from its decisions."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Batch, Data
+
+from equiformer2.graph import RadiusGraph
+from equiformer2.model import EquiformerV2, ModelConfig
+from equiformer2.model.routing import BlockState, Decision
+from equiformer2.pruning.macs import count_macs
+from equiformer2.pruning.routing.active_region import ActiveRegion
+from equiformer2.pruning.routing.router import BaseRouting, Router
+
+
+@dataclasses.dataclass(frozen=True)
+class Achieved:
+    """Fractions of what the dense network computes.
+
+    Attributes:
+        atoms: `L` fractions of the atoms that each block updates.
+        edges: `L` fractions of the edges that each block computes.
+        macs: fraction of the multiply-accumulate operations of the whole network, heads included.
+    """
+
+    atoms: tuple[float, ...]
+    edges: tuple[float, ...]
+    macs: float
+
+    @property
+    def token_sparsity(self) -> float:
+        """Skipped updates of atoms over all blocks."""
+        return 1 - sum(self.atoms) / len(self.atoms)
+
+    @property
+    def edge_sparsity(self) -> float:
+        """Skipped edges over all blocks."""
+        return 1 - sum(self.edges) / len(self.edges)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        rest = {"token_sparsity": self.token_sparsity, "edge_sparsity": self.edge_sparsity}
+        return dataclasses.asdict(self) | rest
+
+    def __str__(self) -> str:
+        lines = ["block   atoms   edges"]
+        for block, (atoms, edges) in enumerate(zip(self.atoms, self.edges, strict=True)):
+            lines.append(f"{block:5}  {100 * atoms:5.1f}%  {100 * edges:5.1f}%")
+        lines.append(
+            f"{100 * self.token_sparsity:.1f} % of the updates and {100 * self.edge_sparsity:.1f} % of the "
+            f"edges skipped; {100 * self.macs:.1f} % of the MACs left"
+        )
+        return "\n".join(lines)
+
+
+class Recorder(Router):
+    """A router that counts what another one decides, over all calls.
+
+    Args:
+        router: what decides.
+    """
+
+    def __init__(self, router: Router) -> None:
+        self.router = router
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all counts."""
+        self._dense = torch.zeros(2, dtype=torch.float64)
+        self._heads = torch.zeros(2, dtype=torch.float64)
+        self._blocks: list[Tensor] = []
+
+    def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> BaseRouting:
+        """See `Router`."""
+        size = torch.tensor([len(batch.pos), len(graph.distances)], dtype=torch.float64)
+        self._dense += size
+        self._heads += size
+        return _Counting(self.router.start(batch, graph, num_blocks), graph, self._block)
+
+    def __call__(
+        self, model: EquiformerV2, batch: Batch | Data, graph: RadiusGraph | None = None
+    ) -> dict[str, Tensor]:
+        """See `Router`."""
+        if isinstance(self.router, ActiveRegion) and self.router.mode != "context_only":
+            graph = model.build_graph(batch) if graph is None else graph
+            smaller, _ = self.router.reduce(batch)
+            edges = len(model.build_graph(smaller).distances)
+            self._dense += torch.tensor([len(batch.pos), len(graph.distances)])
+            left = torch.tensor([len(smaller.pos), edges], dtype=torch.float64)
+            self._heads += left
+            for block in range(len(model.blocks)):
+                self._add(block, left)
+            return self.router(model, batch)
+        return model(batch, graph=graph, active=self)
+
+    def achieved(self, config: ModelConfig) -> Achieved:
+        """Of all calls since `reset`, on a network of this configuration."""
+        atoms, edges = self._dense.tolist()
+        per_block, rest = costs(config)
+        left = sum(float(cost @ count) for cost, count in zip(per_block, self._blocks, strict=True))
+        dense = float(sum(per_block, rest) @ self._dense)
+        return Achieved(
+            tuple(float(count[0]) / atoms for count in self._blocks),
+            tuple(float(count[1]) / max(edges, 1.0) for count in self._blocks),
+            (left + float(rest @ self._heads)) / dense,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """See `Router`."""
+        return {"router": self.router}
+
+    def _block(self, block: int, decision: Decision, graph: RadiusGraph, num_atoms: int) -> None:
+        target = graph.edge_index[1]
+        computed = torch.ones_like(target, dtype=torch.bool)
+        atoms = num_atoms
+        if decision.atoms is not None:
+            mask = decision.atoms > 0
+            atoms, computed = int(mask.sum()), mask[target]
+        if decision.edges is not None:
+            computed = computed & (decision.edges > 0)
+        self._add(block, torch.tensor([atoms, int(computed.sum())], dtype=torch.float64))
+
+    def _add(self, block: int, count: Tensor) -> None:
+        while len(self._blocks) <= block:
+            self._blocks.append(torch.zeros(2, dtype=torch.float64))
+        self._blocks[block] += count
+
+
+def costs(config: ModelConfig) -> tuple[list[Tensor], Tensor]:
+    """MACs `[2]` per atom and per edge: of every block, and of the rest of the network."""
+    empty = count_macs(config, atoms=0, edges=0)
+    atom, edge = count_macs(config, atoms=1, edges=0), count_macs(config, atoms=0, edges=1)
+
+    def column(of: Any) -> Tensor:
+        return torch.tensor([of(atom) - of(empty), of(edge) - of(empty)], dtype=torch.float64)
+
+    blocks = [column(lambda macs, b=b: sum(macs.blocks[b].values())) for b in range(config.num_layers)]
+    return blocks, column(lambda macs: macs.total) - sum(blocks)
+
+
+class _Counting(BaseRouting):
+    def __init__(self, routing: BaseRouting, graph: RadiusGraph, add: Any) -> None:
+        self.routing, self.graph, self.add = routing, graph, add
+        self.observes_attention = routing.observes_attention
+
+    def decide(self, state: BlockState) -> Decision:
+        decision = self.routing.decide(state)
+        self.add(state.block, decision, self.graph, len(state.x))
+        return decision

@@ -1,0 +1,119 @@
+"""FTP's trained router (arXiv 2412.11494): one small network for all blocks, four low-dimensional factors."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equiformer2.errors import InputError
+from equiformer2.model.routing import BlockState, Decision
+from equiformer2.pruning.routing.attention import received_attention
+from equiformer2.pruning.routing.router import Levels, ScoreRouter
+from equiformer2.pruning.routing.system import ADSORBATE, FAR, System
+
+NUM_FACTORS, HIDDEN = 6, 64
+_RANK_WIDTH = 0.2
+
+
+class FTPRouter(ScoreRouter):
+    """Keep or skip by an MLP (6 -> 64 -> 1), shared by all blocks.
+
+    Factors of an atom in block l, all invariant:
+
+    1. position: tag 1, tag 2 (tag 0 is neither), distance to the nearest adsorbate atom;
+    2. a_j, the attention that the atom received in the last block that was computed;
+    3. the rank of a_j: in the structure, ties averaged (`topk`); among the atoms that attend to it or
+       that it attends to (`threshold`, `smooth`), which is local and smooth;
+    4. s^l, the sparsity asked of the block.
+
+    The score is the probability to keep. In the modes `threshold` and `smooth` the level of a block is still
+    its sparsity s^l, and an atom is kept from the probability `cut` on; as the router is trained to keep
+    1 - s^l of the atoms at 1/2, that is the default.
+
+    Args:
+        levels: s^l (see `ScoreRouter`).
+        cut: probability from which on an atom is kept (`threshold`, `smooth`).
+        weights: of the MLP, as `settings` gives them; None for random ones.
+        seed: of random weights.
+        options: see `ScoreRouter`.
+    """
+
+    observes_attention = True
+
+    def __init__(
+        self,
+        levels: Levels,
+        cut: float = 0.5,
+        weights: dict[str, Any] | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(levels, **options)
+        self.cut = cut
+        self.mlp = nn.Sequential(nn.Linear(NUM_FACTORS, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, 1))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.mlp.parameters():
+                bound = parameter.shape[-1] ** -0.5
+                parameter.uniform_(-bound, bound, generator=generator)
+        if weights is not None:
+            self._load(weights)
+
+    def factors(self, system: System, state: BlockState, sparsity: float) -> Tensor:
+        """`[N, 6]`, about from 0 to 1."""
+        assert state.attention is not None
+        source, target = system.graph.edge_index
+        received = received_attention(state.attention.detach(), source, len(system.pos))
+        in_structure = self.mode == "topk"
+        rank = system.rank(received) if in_structure else _local_rank(received, source, target)
+        columns = (
+            system.tags == 1,
+            system.tags == ADSORBATE,
+            system.to_adsorbate / FAR,
+            received / (1 + received),
+            rank,
+            torch.full_like(received, sparsity),
+        )
+        return torch.stack([column.to(received.dtype) for column in columns], dim=1)
+
+    def logits(self, system: System, state: BlockState, sparsity: float) -> Tensor:
+        """`[N]` of the probability to keep."""
+        weight = next(self.mlp.parameters())
+        out = self.mlp(self.factors(system, state, sparsity).to(weight)).squeeze(1)
+        return out.to(state.x.dtype)
+
+    def scores(self, system: System, state: BlockState, level: float) -> Tensor:
+        """`[N]` probability to keep."""
+        return torch.sigmoid(self.logits(system, state, level))
+
+    def decide(self, system: System, state: BlockState, level: float, before: Tensor | None) -> Decision:
+        """See the class."""
+        at = level if self.mode == "topk" else self.cut
+        return Decision(self.choose(self.scores(system, state, level), system, at, before))
+
+    def to(self, device: torch.device | str) -> "FTPRouter":
+        """Move the MLP."""
+        self.mlp.to(device)
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """See `Router`."""
+        weights = {name: value.tolist() for name, value in self.mlp.state_dict().items()}
+        return super().settings() | {"cut": self.cut, "weights": weights}
+
+    def _load(self, weights: dict[str, Any]) -> None:
+        expected = self.mlp.state_dict()
+        found = {name: torch.tensor(value, dtype=torch.float32) for name, value in weights.items()}
+        if {n: v.shape for n, v in found.items()} != {n: v.shape for n, v in expected.items()}:
+            raise InputError("the router's weights have other names or shapes than an MLP 6 -> 64 -> 1")
+        self.mlp.load_state_dict(found)
+
+
+def _local_rank(values: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """`[N]` fraction of the neighbours that have a smaller value, smoothed; 1/2 without neighbours."""
+    at = torch.cat((target, source))
+    other = torch.cat((source, target))
+    smaller = torch.sigmoid((values[at] - values[other]) / _RANK_WIDTH)
+    sums = values.new_zeros(len(values)).index_add(0, at, smaller)
+    count = torch.bincount(at, minlength=len(values))
+    return (sums + 0.5 * (count == 0)) / count.clamp(min=1)

@@ -1,0 +1,215 @@
+"""Training of FTP's router against the dense network; nothing else is trained and no labels are read."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Batch, Data
+
+from equiformer2.errors import InputError
+from equiformer2.graph import RadiusGraph
+from equiformer2.model import EquiformerV2
+from equiformer2.model.routing import BlockState, Decision
+from equiformer2.pruning.routing.ftp import FTPRouter
+from equiformer2.pruning.routing.router import BaseRouting, Router
+from equiformer2.pruning.routing.selection import select
+from equiformer2.pruning.routing.static import static_priority
+from equiformer2.pruning.routing.system import System
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterTraining:
+    """Settings of `train_router`.
+
+    Attributes:
+        steps: batches in all.
+        learning_rate: of AdamW.
+        guide_weight: of the guide loss at the start; it falls linearly to 0 over `guide_steps`.
+        guide_steps: None for half of `steps`.
+        sparsity_weight: of (s - s_achieved)², summed over blocks.
+        energy_weight: of |E - E_dense| in normalised units.
+        force_weight: of the mean ||F - F_dense|| over free atoms in normalised units.
+        temperature: of the Gumbel noise on the logits; 0 for none.
+        seed: of the noise and of the order of the batches.
+    """
+
+    steps: int = 200
+    learning_rate: float = 1e-2
+    guide_weight: float = 1.0
+    guide_steps: int | None = None
+    sparsity_weight: float = 10.0
+    energy_weight: float = 1.0
+    force_weight: float = 10.0
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"the router is trained for {self.steps} steps: give at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterLosses:
+    """One step.
+
+    Attributes:
+        guide: binary cross entropy against the static router's choice, averaged over atoms and blocks.
+        sparsity: sum over blocks of the mean over structures of (s - s_achieved)².
+        energy: mean |E - E_dense|, normalised units.
+        forces: mean ||F - F_dense|| over free atoms, normalised units.
+    """
+
+    guide: float
+    sparsity: float
+    energy: float
+    forces: float
+
+
+def train_router(
+    model: EquiformerV2,
+    router: FTPRouter,
+    batches: Sequence[Batch],
+    settings: RouterTraining | None = None,
+    after_step: Callable[[int, RouterLosses], None] | None = None,
+) -> list[RouterLosses]:
+    """Train the router's MLP in place.
+
+    In the forward pass an atom is kept or skipped as later in use (keep where the probability is above 1/2);
+    derivatives go through the probability (straight-through), for which the branches of skipped atoms
+    are computed too.
+
+    Args:
+        model: the network; its weights and mode are left as they are.
+        router: its levels are the sparsities to learn.
+        batches: structures, labels are not read.
+        settings: see `RouterTraining`.
+        after_step: called with the number of the step and its losses.
+
+    Raises:
+        InputError: no batches, or the network predicts no forces.
+    """
+    settings = settings or RouterTraining()
+    if not batches:
+        raise InputError("the router needs at least one batch to train on")
+    generator = torch.Generator().manual_seed(settings.seed)
+    optimizer = torch.optim.AdamW(router.mlp.parameters(), lr=settings.learning_rate)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    was_training = model.training
+    model.eval().requires_grad_(False)
+    history = []
+    try:
+        dense = _dense_answers(model, batches)
+        for step in range(settings.steps):
+            number = int(torch.randint(len(batches), (), generator=generator))
+            losses = _step(
+                model, router, batches[number], dense[number], settings, step, generator, optimizer
+            )
+            history.append(losses)
+            if after_step is not None:
+                after_step(step, losses)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.train(was_training)
+    return history
+
+
+_Answer = tuple[RadiusGraph, dict[str, Tensor]]
+
+
+@torch.no_grad()
+def _dense_answers(model: EquiformerV2, batches: Sequence[Batch]) -> list[_Answer]:
+    if model.force_block is None:
+        raise InputError("the router is trained on forces, too: the network predicts none")
+    graphs = [model.build_graph(batch) for batch in batches]
+    return [(graph, model(batch, graph=graph)) for batch, graph in zip(batches, graphs, strict=True)]
+
+
+def _step(
+    model: EquiformerV2,
+    router: FTPRouter,
+    batch: Batch,
+    dense: _Answer,
+    settings: RouterTraining,
+    step: int,
+    generator: torch.Generator,
+    optimizer: torch.optim.Optimizer,
+) -> RouterLosses:
+    graph, expected = dense
+    training = _StraightThrough(router, settings.temperature, generator)
+    with torch.enable_grad():
+        out = model(batch, graph=graph, active=training)
+        energy = (out["energy"] - expected["energy"]).abs().mean()
+        system = training.system
+        assert system is not None
+        error = (out["forces"] - expected["forces"])[system.free]
+        forces = (error.square().sum(dim=1) + 1e-12).sqrt().sum() / max(1, len(error))
+        guide_steps = settings.guide_steps or max(1, settings.steps // 2)
+        decay = max(0.0, 1 - step / guide_steps)
+        loss = settings.energy_weight * energy + settings.force_weight * forces
+        loss = (
+            loss
+            + settings.sparsity_weight * training.sparsity
+            + settings.guide_weight * decay * training.guide
+        )
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    parts = (training.guide, training.sparsity, energy, forces)
+    return RouterLosses(*(float(part.detach()) for part in parts))
+
+
+class _StraightThrough(Router):
+    """The router's hard choice with the derivative of its probability, and the losses of the choice."""
+
+    def __init__(self, router: FTPRouter, temperature: float, generator: torch.Generator) -> None:
+        self.router, self.temperature, self.generator = router, temperature, generator
+        self.system: System | None = None
+        self.guide, self.sparsity = torch.zeros(()), torch.zeros(())
+
+    def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> BaseRouting:
+        self.system = System.of(batch, graph)
+        levels = self.router.of_blocks(num_blocks)
+        routed = sum(level is not None for level in levels)
+        if routed == 0:
+            raise InputError("no block is routed: give levels, or a network of more than two blocks")
+        return _Training(self, self.system, levels, routed)
+
+    def settings(self) -> dict[str, Any]:
+        return self.router.settings()
+
+
+class _Training(BaseRouting):
+    observes_attention = True
+
+    def __init__(
+        self, owner: _StraightThrough, system: System, levels: tuple[float | None, ...], routed: int
+    ) -> None:
+        self.owner, self.system, self.levels, self.routed = owner, system, levels, routed
+        self.priority = static_priority(system).detach()
+
+    def decide(self, state: BlockState) -> Decision:
+        level = self.levels[state.block]
+        if level is None:
+            return Decision()
+        system, owner = self.system, self.owner
+        detached = dataclasses.replace(state, attention=_detached(state.attention))
+        logits = owner.router.logits(system, detached, level)
+        static = select(self.priority, system.structure, system.natoms, "topk", level, 1.0)
+        guide = torch.nn.functional.binary_cross_entropy_with_logits(logits, static.to(logits.dtype))
+        owner.guide = owner.guide + guide / self.routed
+        if owner.temperature > 0:
+            uniform = torch.rand(len(logits), generator=owner.generator).clamp(1e-6, 1 - 1e-6).to(logits)
+            logits = logits + owner.temperature * torch.log(uniform / (1 - uniform))
+        keep = torch.sigmoid(logits)
+        gates = (keep > 0.5).to(keep.dtype) + keep - keep.detach()
+        kept = gates.new_zeros(len(system.natoms)).index_add(0, system.structure, gates)
+        achieved = 1 - kept / system.natoms
+        owner.sparsity = owner.sparsity + (level - achieved).square().mean()
+        return Decision(gates, everywhere=True)
+
+
+def _detached(attention: Tensor | None) -> Tensor | None:
+    return None if attention is None else attention.detach()

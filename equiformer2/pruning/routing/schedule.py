@@ -1,0 +1,176 @@
+"""Sparsity of every block, found by a genetic search (FTP, arXiv 2412.11494)."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from equiformer2.errors import InputError
+
+Evaluate = Callable[[Sequence[float]], tuple[float, float]]
+"""Levels of all blocks to (loss, fraction of the dense MACs)."""
+_MOST = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The best schedule of a search.
+
+    Attributes:
+        levels: fraction of the atoms to skip in every block.
+        loss: its loss.
+        macs: the fraction of the dense MACs that it reaches.
+        history: best loss after every generation, among those within the tolerance.
+        evaluations: schedules that were tried.
+    """
+
+    levels: tuple[float, ...]
+    loss: float
+    macs: float
+    history: tuple[float, ...]
+    evaluations: int
+
+
+def search_schedule(
+    evaluate: Evaluate,
+    num_blocks: int,
+    target_macs: float,
+    *,
+    start: Sequence[Sequence[float]] = (),
+    protected: Sequence[int] | None = None,
+    population: int = 16,
+    generations: int = 10,
+    tolerance: float = 0.02,
+    seed: int = 0,
+) -> Schedule:
+    """The schedule with the lowest loss at `target_macs`.
+
+    Tournaments, crossover between two parents, Gaussian mutation; the best ones are always kept. A child that
+    misses the target is moved towards it once. Those within the tolerance are ranked by their loss, the
+    others after them by their distance to the target.
+
+    Args:
+        evaluate: for instance `ScheduleObjective`.
+        num_blocks: L.
+        target_macs: fraction of the dense network's MACs.
+        start: schedules that are tried first, beside uniform, rising and falling ones.
+        protected: blocks that compute all atoms; None for the first and the last.
+        population, generations: size of the search.
+        tolerance: in the fraction of MACs.
+        seed: of all random choices.
+
+    Raises:
+        InputError: the settings leave nothing to search, or no schedule came within the tolerance.
+    """
+    ends = (0, num_blocks - 1) if protected is None else tuple(protected)
+    open_blocks = [block for block in range(num_blocks) if block not in ends]
+    if not open_blocks:
+        raise InputError(f"all of the {num_blocks} blocks are protected: there is nothing to search")
+    if not 0 < target_macs < 1:
+        raise InputError(f"target_macs is {target_macs}: give a fraction between 0 and 1")
+    if population < 4 or generations < 1:
+        raise InputError("the search needs a population of at least 4 and at least 1 generation")
+    search = _Search(evaluate, num_blocks, open_blocks, target_macs, tolerance, np.random.default_rng(seed))
+    people = search.first(start, population)
+    history = [search.best(people).shown_loss]
+    for _ in range(generations):
+        people = search.next_generation(people, population)
+        history.append(search.best(people).shown_loss)
+    best = search.best(people)
+    if best.miss > tolerance:
+        raise InputError(
+            f"no schedule came within {tolerance} of {target_macs} of the MACs (nearest: {best.macs:.3f}): "
+            "choose another target, protect fewer blocks or search longer"
+        )
+    return Schedule(best.levels, best.loss, best.macs, tuple(history), search.evaluations)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Individual:
+    levels: tuple[float, ...]
+    loss: float
+    macs: float
+    miss: float
+    tolerance: float
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Lower is better."""
+        return (0.0, self.loss) if self.miss <= self.tolerance else (self.miss, self.loss)
+
+    @property
+    def shown_loss(self) -> float:
+        return self.loss if self.miss <= self.tolerance else float("inf")
+
+
+class _Search:
+    def __init__(
+        self,
+        evaluate: Evaluate,
+        num_blocks: int,
+        open_blocks: list[int],
+        target: float,
+        tolerance: float,
+        rng: np.random.Generator,
+    ) -> None:
+        self.evaluate, self.num_blocks, self.open = evaluate, num_blocks, open_blocks
+        self.target, self.tolerance, self.rng = target, tolerance, rng
+        self.known: dict[tuple[float, ...], _Individual] = {}
+
+    @property
+    def evaluations(self) -> int:
+        return len(self.known)
+
+    def first(self, given: Sequence[Sequence[float]], population: int) -> list[_Individual]:
+        n = len(self.open)
+        share = min(_MOST, (1 - self.target) * self.num_blocks / n)
+        ramp = np.linspace(-1.0, 1.0, n) if n > 1 else np.zeros(1)
+        shapes = [np.array([levels[b] for b in self.open]) for levels in given]
+        shapes += [np.full(n, share), share * (1 + 0.5 * ramp), share * (1 - 0.5 * ramp)]
+        while len(shapes) < population:
+            shapes.append(share + 0.3 * self.rng.standard_normal(n))
+        return [self.try_near(shape) for shape in shapes]
+
+    def next_generation(self, people: list[_Individual], population: int) -> list[_Individual]:
+        children = []
+        for _ in range(population):
+            mother, father = self.tournament(people), self.tournament(people)
+            weight = self.rng.uniform(-0.25, 1.25, len(self.open))
+            genes = weight * self.genes(mother) + (1 - weight) * self.genes(father)
+            mutated = self.rng.random(len(genes)) < max(0.3, 1 / len(genes))
+            children.append(self.try_near(genes + 0.1 * mutated * self.rng.standard_normal(len(genes))))
+        unique = {person.levels: person for person in (*people, *children)}
+        return sorted(unique.values(), key=lambda person: person.rank)[:population]
+
+    def best(self, people: list[_Individual]) -> _Individual:
+        return min(people, key=lambda person: person.rank)
+
+    def tournament(self, people: list[_Individual]) -> _Individual:
+        return self.best([people[i] for i in self.rng.integers(len(people), size=3)])
+
+    def genes(self, person: _Individual) -> np.ndarray:
+        return np.array([person.levels[block] for block in self.open])
+
+    def try_near(self, genes: np.ndarray) -> _Individual:
+        """Evaluate, and once more after a shift towards the target (MACs fall nearly linearly)."""
+        found = self.individual(genes)
+        if found.miss > self.tolerance:
+            # Each level removes about its share of the MACs of one block.
+            saved = 1 - found.macs
+            shift = (found.macs - self.target) * self.num_blocks / len(self.open)
+            if saved > 0.02:
+                shift = float(self.genes(found).mean()) * ((1 - self.target) / saved - 1)
+            again = self.individual(self.genes(found) + shift)
+            found = min(found, again, key=lambda person: person.rank)
+        return found
+
+    def individual(self, genes: np.ndarray) -> _Individual:
+        levels = [0.0] * self.num_blocks
+        for block, gene in zip(self.open, genes, strict=True):
+            levels[block] = round(float(np.clip(gene, 0.0, _MOST)), 3)
+        key = tuple(levels)
+        if key not in self.known:
+            loss, macs = self.evaluate(key)
+            loss = loss if np.isfinite(loss) else float("inf")
+            self.known[key] = _Individual(key, loss, macs, abs(macs - self.target), self.tolerance)
+        return self.known[key]

@@ -1,0 +1,137 @@
+"""What every router keeps: symmetries, batches, ties, extensivity, smoothness."""
+
+import numpy as np
+import pytest
+import torch
+from routers import LOCAL_MODES, SCORED, routers
+from routing_helpers import as_data, decisions, exact_model, masks, molecule_data, slab_atoms
+from torch import Tensor
+from torch_geometric.data import Batch, Data
+
+from equiformer2.pruning.routing import ActiveRegion, Recorder, Router
+from equiformer2.symmetry import SYMMETRIES, assert_symmetries
+
+ROUTERS = routers()
+every = pytest.mark.parametrize("name", ROUTERS)
+LOCAL = [name for name in ROUTERS if name.rsplit(" ", 1)[-1] in LOCAL_MODES] + [
+    "context only",
+    "remove tag 0",
+]
+
+
+def structures() -> list[Data]:
+    """An ideal slab, full of equivalent atoms, and a distorted one."""
+    return [as_data(slab_atoms(0.0, "O")), as_data(slab_atoms(0.1))]
+
+
+@pytest.fixture(scope="module")
+def model():  # type: ignore[no-untyped-def]
+    return exact_model()
+
+
+@every
+def test_symmetries(name: str, model) -> None:  # type: ignore[no-untyped-def]
+    router = ROUTERS[name]
+    kept = [s for s in SYMMETRIES if s != "supercell" or not name.startswith("supernode")]
+    with torch.no_grad():
+        assert_symmetries(
+            lambda batch: router(model, batch), structures(), dict.fromkeys(kept, 1e-9), trials=1
+        )
+
+
+@every
+def test_something_is_skipped_and_something_is_not(name: str, model) -> None:  # type: ignore[no-untyped-def]
+    recorder, batch = Recorder(ROUTERS[name]), Batch.from_data_list(structures())
+    with torch.no_grad():
+        out, dense = recorder(model, batch), model(batch)
+    achieved = recorder.achieved(model.config)
+    assert 0.02 < achieved.edge_sparsity < 0.98
+    assert achieved.macs < 0.99
+    assert (out["energy"] - dense["energy"]).abs().max() > 1e-6
+    assert (out["forces"] - dense["forces"]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("name", [n for n in ROUTERS if n.split()[0] not in ("remove", "supernode", "edge")])
+def test_equivalent_atoms_stay_together(name: str, model) -> None:  # type: ignore[no-untyped-def]
+    # O on top of one of four atoms per layer: atoms of a layer are equivalent at equal distance from it.
+    atoms = slab_atoms(0.0, "O")
+    lateral = atoms.copy()
+    lateral.positions[:, 2] = 0
+    distance = lateral.get_all_distances(mic=True)[-1]
+    orbit = {}
+    for atom, key in enumerate(zip(atoms.positions[:, 2].round(6), distance.round(6), strict=True)):
+        orbit.setdefault(key, []).append(atom)
+    assert len(orbit) < len(atoms)
+    # Noise below the tolerance does not part them.
+    for noise in (0.0, 1e-7):
+        atoms.positions += noise * np.random.default_rng(1).standard_normal(atoms.positions.shape)
+        for mask in masks(model, ROUTERS[name], as_data(atoms)):
+            for members in orbit.values():
+                assert torch.allclose(mask[members].double(), mask[members[0]].double(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_a_far_fragment_changes_nothing(name: str, model) -> None:  # type: ignore[no-untyped-def]
+    router, first = ROUTERS[name], molecule_data()
+    second = molecule_data()
+    second.pos = second.pos.flip(0)
+    both = Data(
+        pos=torch.cat((first.pos, second.pos + 60.0)),
+        **{key: torch.cat((first[key], second[key])) for key in ("atomic_numbers", "tags", "fixed")},
+        cell=first.cell,
+        pbc=first.pbc,
+        natoms=18,
+    )
+    with torch.no_grad():
+        apart = router(model, Batch.from_data_list([first, second]))
+        together = router(model, Batch.from_data_list([both]))
+    torch.testing.assert_close(together["energy"], apart["energy"].sum(0, keepdim=True), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(together["forces"], apart["forces"], rtol=1e-9, atol=1e-9)
+
+
+def kink(router: Router, model, step: float) -> tuple[float, list[Tensor]]:  # type: ignore[no-untyped-def]
+    """Largest change of the slope of the energy within `step`, and the gates on the way."""
+    data = molecule_data()
+    direction = torch.randn(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    energies, gates = [], []
+    for t in np.arange(-0.4, 0.4, step):
+        moved = data.clone()
+        moved.pos = data.pos + t * direction
+        for decision in decisions(model, router, moved):
+            gates += [g for g in decision[:2] if g is not None]
+        with torch.no_grad():
+            energies.append(float(router(model, Batch.from_data_list([moved]))["energy"]))
+    return float(np.abs(np.diff(energies, n=2)).max() / step), gates
+
+
+@pytest.mark.parametrize("name", [f"{name} smooth" for name in SCORED])
+def test_smooth_mode_has_no_jumps_and_no_kinks(name: str) -> None:
+    # No edge enters or leaves: only gates change.
+    model = exact_model(max_radius=30.0, max_neighbors=40, num_layers=3)
+    coarse, gates = kink(ROUTERS[name], model, 0.02)
+    fine, _ = kink(ROUTERS[name], model, 0.005)
+    assert fine < 0.45 * coarse
+    if not name.startswith("static"):
+        shut = torch.stack([gate for gate in gates if len(gate) == len(gates[-1])]) == 0
+        assert (shut.any(0) & ~shut.all(0)).any()
+
+
+@every
+def test_free_atoms_and_adsorbate_are_read_out(name: str, model) -> None:  # type: ignore[no-untyped-def]
+    data = as_data(slab_atoms(0.1))
+    # Tags and held atoms are two things: a free atom with tag 0, a held one with tag 1.
+    data.fixed[0], data.fixed[9] = False, True
+    with torch.no_grad():
+        out = ROUTERS[name](model, Batch.from_data_list([data]))
+    assert len(out["forces"]) == len(data.pos)
+    wanted = ~data.fixed | (data.tags > 0)
+    assert (out["forces"][wanted].norm(dim=1) > 0).all()
+    router = ROUTERS[name]
+    if isinstance(router, ActiveRegion):
+        if router.mode == "context_only":
+            for mask in masks(model, router, data):
+                assert torch.equal(mask, wanted)
+        else:
+            _, kept = router.reduce(Batch.from_data_list([data]))
+            assert torch.equal(kept, wanted.nonzero().squeeze(1))
+            assert not out["forces"][~wanted].any()
