@@ -1,0 +1,80 @@
+"""Parameters of a network, counted from its shapes."""
+
+from equiformer2.model.block_config import ResolvedBlock
+from equiformer2.model.config import ModelConfig
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """How many numbers the network's parameters hold, those that no output depends on included."""
+    channels = config.sphere_channels
+    total = config.max_num_elements * channels + _norm(config)
+    if config.share_atom_edge_embedding:
+        total += _embeddings(config)
+    total += _radial(config, (config.lmax + 1) * channels)
+    for index in range(config.num_layers):
+        block = config.block(index)
+        if block.attention:
+            total += _norm(config) + _attention(config, block, channels)
+        if block.feed_forward:
+            total += _norm(config) + _feed_forward(config, block, channels)
+    total += _feed_forward(config, config.energy_block, 1)
+    if config.regress_forces:
+        total += _attention(config, config.force_block, 1)
+    return total
+
+
+def _attention(config: ModelConfig, block: ResolvedBlock, outputs: int) -> int:
+    inputs, hidden = 2 * config.sphere_channels, block.attn_hidden_channels
+    alpha = block.num_heads * config.attn_alpha_channels
+    values = block.num_heads * block.attn_value_channels
+    gates = block.lmax if config.use_gate_act else int(config.use_sep_s2_act)
+    degrees = [block.lmax + 1 - m for m in range(block.mmax + 1)]
+    radial = (degrees[0] if config.use_m_share_rad else sum(degrees)) * inputs
+    return (
+        alpha
+        + (2 * config.attn_alpha_channels if config.use_attn_renorm else 0)
+        + _radial(config, radial)
+        + _convolution(degrees, inputs, hidden, alpha + gates * hidden)
+        + _convolution(degrees, hidden, values, 0)
+        + _linear(degrees[0], values, outputs)
+    )
+
+
+def _convolution(degrees: list[int], inputs: int, outputs: int, extra: int) -> int:
+    first = degrees[0] * outputs + extra
+    higher = sum(2 * n * n for n in degrees[1:]) * inputs * outputs
+    return (degrees[0] * inputs + 1) * first + higher
+
+
+def _radial(config: ModelConfig, outputs: int) -> int:
+    """With its own element embeddings and two layer norms."""
+    depth = config.edge_channels
+    inputs = config.num_distance_basis + (2 * depth if config.use_atom_edge_embedding else 0)
+    own = _embeddings(config) if config.block_atom_edge_embedding else 0
+    return own + (inputs + 1) * depth + (depth + 1) * depth + 4 * depth + (depth + 1) * outputs
+
+
+def _embeddings(config: ModelConfig) -> int:
+    return 2 * config.max_num_elements * config.edge_channels
+
+
+def _norm(config: ModelConfig) -> int:
+    # Scalars have a weight and a bias, the other degrees a weight, in all of the norms.
+    return (config.lmax + 2) * config.sphere_channels
+
+
+def _feed_forward(config: ModelConfig, block: ResolvedBlock, outputs: int) -> int:
+    channels, hidden = config.sphere_channels, block.ffn_hidden_channels
+    if config.use_grid_mlp:
+        inner, one, two = block.ffn_input_channels, block.ffn_grid_channels_1, block.ffn_grid_channels_2
+        middle = inner * one + one * two + two * hidden
+        gates = hidden if config.use_sep_s2_act else 0
+    else:
+        inner, middle = hidden, 0
+        gates = config.lmax * hidden if config.use_gate_act else int(config.use_sep_s2_act) * hidden
+    first, last = _linear(config.lmax + 1, channels, inner), _linear(config.lmax + 1, hidden, outputs)
+    return first + middle + (channels + 1) * gates + last
+
+
+def _linear(degrees: int, inputs: int, outputs: int) -> int:
+    return degrees * inputs * outputs + outputs
