@@ -66,7 +66,10 @@ class RelaxationFolder:
         with self.log.open("a+b") as file:
             lock(file, self.log)
             end = self._read(file)
-            file.truncate(end)  # a line that a killed run did not finish
+            # What a killed run did not finish.
+            file.truncate(end)
+            for unfinished in self.trajectories.glob(".*.tmp"):
+                unfinished.unlink()
             self._file = file
             yield
 

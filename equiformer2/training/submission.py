@@ -1,0 +1,134 @@
+"""Files for the OC20 leaderboard, made from predictions.
+
+The leaderboard (https://huggingface.co/spaces/facebook/fairchem_leaderboard; fairchem's page "OC20
+Leaderboard") takes one `.npz` with these keys for each of its splits `id`, `ood_ads`, `ood_cat`, `ood_both`:
+
+    {split}_ids        [n]     S2EF: "{sid}_{fid}"; IS2RE: "{sid}"
+    {split}_energy     [n]     eV
+    {split}_forces     [m, 3]  S2EF only: eV/Å, of all structures one after the other
+    {split}_chunk_idx  [n - 1] S2EF only: where the forces of the next structure begin
+"""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from equiformer2.errors import InputError
+from equiformer2.files import write_bytes
+from equiformer2.training.relaxation_run import RELAXED
+
+SPLITS = ("id", "ood_ads", "ood_cat", "ood_both")
+FIELDS = {
+    "s2ef": ("ids", "energy", "forces", "chunk_idx"),
+    "is2re": ("ids", "energy"),
+}
+ATOMS = ("free", "all")
+DTYPES = ("float32", "float16")
+
+Arrays = dict[str, np.ndarray]
+
+
+def read_arrays(path: Path) -> Arrays:
+    """All arrays of a `.npz` file; nothing in it is run.
+
+    Raises:
+        InputError: not such a file, or a key with Python objects; the key is named.
+        OSError: missing or unreadable.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a .npz file")
+    try:
+        file = np.load(path)
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path} is not a .npz file") from error
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise InputError(f"{path} holds a single array: save the keys with numpy.savez_compressed")
+    arrays = {}
+    with file:
+        for key in file.files:
+            try:
+                arrays[key] = file[key]
+            except ValueError as error:
+                reason = "Python objects" if "pickle" in str(error) else f"no array ({error})"
+                raise InputError(
+                    f"{path}: key {key} holds {reason}: save plain numbers, and ids as text"
+                ) from error
+            except Exception as error:  # a damaged archive fails in zipfile, zlib or numpy
+                raise InputError(f"{path}: key {key} cannot be read ({error})") from error
+    return arrays
+
+
+def make_submission(
+    task: str, predictions: Mapping[str, Path], atoms: str = "free", dtype: str = "float32"
+) -> Arrays:
+    """The arrays of a submission.
+
+    Args:
+        task: "s2ef" or "is2re".
+        predictions: file for every split of `SPLITS`. For S2EF the `.npz` of `predict.py`; for IS2RE that
+            of a model trained to give the relaxed energy at once, or a folder of `relax_is2re.py`.
+        atoms: whose forces go in, "free" or "all". The leaderboard scores free atoms.
+        dtype: of energies and forces.
+
+    Raises:
+        InputError: a split is missing, or a file does not hold what the task needs; split and key are named.
+    """
+    missing = [split for split in SPLITS if split not in predictions]
+    if missing:
+        raise InputError(f"there are no predictions for {', '.join(missing)}: the leaderboard needs all four")
+    arrays: Arrays = {}
+    for split in SPLITS:
+        path = predictions[split]
+        found = _read_s2ef(path, atoms) if task == "s2ef" else _read_is2re(path)
+        for name, array in found.items():
+            arrays[f"{split}_{name}"] = array.astype(dtype) if array.dtype.kind == "f" else array
+    return arrays
+
+
+def write_submission(target: Path, arrays: Arrays) -> None:
+    """Write the `.npz`, whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    write_bytes(target, buffer.getvalue(), make_folder=True)
+
+
+def _read_s2ef(path: Path, atoms: str) -> Arrays:
+    found = read_arrays(path)
+    for key in ("sid", "fid", "natoms", "energy", "forces", "fixed"):
+        if key not in found:
+            raise InputError(
+                f"{path}: key {key} is missing: make the file with predict.py and a model with forces"
+            )
+    natoms, forces, fixed = found["natoms"], found["forces"], found["fixed"].astype(bool)
+    if natoms.sum() != len(forces) or len(fixed) != len(forces):
+        raise InputError(f"{path}: natoms, fixed and forces are not of the same atoms: make the file again")
+    counts = natoms
+    if atoms == "free":
+        structure = np.repeat(np.arange(len(natoms)), natoms)
+        counts = np.bincount(structure[~fixed], minlength=len(natoms))
+        forces = forces[~fixed]
+    return {
+        "ids": np.array([f"{sid}_{fid}" for sid, fid in zip(found["sid"], found["fid"], strict=True)]),
+        "energy": found["energy"],
+        "forces": forces,
+        "chunk_idx": np.cumsum(counts)[:-1].astype(np.int64),
+    }
+
+
+def _read_is2re(path: Path) -> Arrays:
+    if path.is_dir():
+        if not (path / RELAXED).is_file():
+            raise InputError(f"{path} has no {RELAXED}: let relax_is2re.py finish all its relaxations")
+        path = path / RELAXED
+    found = read_arrays(path)
+    for key in ("sid", "energy"):
+        if key not in found:
+            raise InputError(f"{path}: key {key} is missing: make the file with relax_is2re.py or predict.py")
+    if "forces" in found:
+        raise InputError(
+            f"{path} holds energies of structures that were not relaxed, from a model with forces: relax "
+            "them with relax_is2re.py and give its folder"
+        )
+    return {"ids": found["sid"].astype(str), "energy": found["energy"]}

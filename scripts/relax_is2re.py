@@ -1,0 +1,92 @@
+"""Relax the systems of IS2RE data with a checkpoint and compare with DFT (IS2RE and IS2RS).
+
+    python scripts/relax_is2re.py --checkpoint best.pt --data-root is2re/all --splits val_id val_ood_ads \
+        --energy-kind adsorption --device cuda --out runs/is2re
+
+Each dataset has a folder in --out with one trajectory per system. The same command goes on after a stop.
+"""
+
+import argparse
+from pathlib import Path
+
+from equiformer2.script import add_model_arguments, run_script
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_model_arguments(parser)
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--data", help="LMDB file or folder of shards, one structure per system")
+    data.add_argument("--data-root", type=Path, help="folder that holds a folder or file for each split")
+    parser.add_argument("--splits", nargs="+", help="names in --data-root (default: the validation splits)")
+    parser.add_argument("--out", required=True, type=Path, help="output folder")
+    parser.add_argument("--fmax", type=float, default=0.02, help="eV/Å (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="most steps (default: %(default)s)")
+    parser.add_argument(
+        "--max-step", type=float, default=0.04, help="largest move of an atom, Å (default: %(default)s)"
+    )
+    parser.add_argument("--memory", type=int, default=50, help="steps LBFGS remembers (default: %(default)s)")
+    parser.add_argument("--frames", choices=("all", "ends"), default="all", help="what trajectories keep")
+    parser.add_argument("--batch-size", type=int, default=32, help="most systems at once")
+    parser.add_argument("--max-atoms", type=int, help="most atoms at once")
+    arguments = parser.parse_args()
+    if arguments.splits is not None and arguments.data_root is None:
+        parser.error("--splits are names of folders in --data-root: give it too")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from datasets_oc20.splits import VALIDATION_SPLITS, find_splits
+    from equiformer2.files import check_target, write_json
+    from equiformer2.inference import Predictor
+    from equiformer2.inference.batched import RelaxationSettings
+    from equiformer2.training.evaluation import open_dataset
+    from equiformer2.training.relaxation_run import (
+        average_over,
+        metric_lines,
+        relax_dataset,
+        relaxation_table,
+    )
+
+    check_target(arguments.out, is_folder=True)
+    settings = RelaxationSettings(
+        arguments.fmax, arguments.steps, arguments.max_step, arguments.memory, frames=arguments.frames
+    )
+    if arguments.data_root is None:
+        paths = {Path(arguments.data).stem: Path(arguments.data)}
+    else:
+        paths = find_splits(arguments.data_root, arguments.splits or VALIDATION_SPLITS)
+    predictor = Predictor(
+        arguments.checkpoint,
+        arguments.device,
+        arguments.weights,
+        arguments.energy_kind,
+        arguments.precision,
+        arguments.backend,
+    )
+    datasets = {name: open_dataset(path, predictor, arguments.energy_kind) for name, path in paths.items()}
+    reports = {}
+    for name, dataset in datasets.items():
+        folder = arguments.out / name
+        reports[name] = relax_dataset(
+            predictor,
+            Path(arguments.checkpoint),
+            dataset,
+            folder,
+            settings,
+            arguments.batch_size,
+            arguments.max_atoms,
+        )
+        print(f"{name}: {folder}")
+        print(relaxation_table(reports[name]))
+    average = average_over(reports)
+    if len(reports) > 1:
+        print("\n".join([f"average of {len(reports)}", *metric_lines(average)]))
+    write_json(arguments.out / "is2re.json", {"datasets": reports, "average": average})
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,158 @@
+"""relax_is2re.py: relaxations in a folder that a killed run comes back to, and their metrics."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase.io import read
+from run_script_file import SCRIPTS, run
+from tiny_checkpoint import write_tiny_checkpoint
+
+from datasets_oc20 import LmdbWriter, OC20Lmdb
+from equiformer2.training.relaxation_metrics import is2rs_metrics, position_errors
+
+SYSTEMS = 5
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_tiny_checkpoint(tmp_path / "model.pt")
+
+
+def write_is2re(path: Path, lmdb_path: Path, targets: bool = True, sids: bool = True) -> Path:
+    """Frames of the genuine file as systems of their own, their last frame as target."""
+    frames = OC20Lmdb(lmdb_path)
+    with LmdbWriter(path, "adsorption") as writer:
+        for index in range(SYSTEMS):
+            record = frames[index]
+            if sids:
+                record.sid = str(100 + index)
+            del record.forces, record.energy
+            if targets:
+                record.energy = record.y_relaxed = torch.tensor([-1.0 - 0.01 * index])
+                record.pos_relaxed = frames[19].pos
+            writer.write(record)
+    return path
+
+
+def arguments(checkpoint: Path, data: Path, out: Path, *more: object) -> tuple[object, ...]:
+    return (
+        "--checkpoint", checkpoint, "--data", data, "--out", out,
+        "--steps", 4, "--fmax", 1e-4, "--batch-size", 2, *more,
+    )  # fmt: skip
+
+
+def test_metrics_and_trajectories(
+    checkpoint: Path,
+    lmdb_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data, out = write_is2re(tmp_path / "val_id.lmdb", lmdb_path), tmp_path / "out"
+    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out)) == 0
+    report = json.loads((out / "val_id" / "is2re.json").read_text())
+    records = OC20Lmdb(data)
+    with np.load(out / "val_id" / "relaxed.npz") as relaxed:
+        assert relaxed["sid"].tolist() == [str(100 + index) for index in range(SYSTEMS)]
+        energies = relaxed["energy"]
+        assert relaxed["steps"].tolist() == [4] * SYSTEMS
+    errors = []
+    for index in range(SYSTEMS):
+        record = records[index]
+        frames = read(out / "val_id" / "trajectories" / f"{100 + index}.traj", ":")
+        assert len(frames) == 5
+        assert frames[-1].get_potential_energy() == pytest.approx(energies[index])
+        assert frames[-1].get_tags().tolist() == record.tags.tolist()
+        free = ~record.fixed.numpy()
+        assert frames[0].constraints[0].get_indices().tolist() == np.flatnonzero(~free).tolist()
+        np.testing.assert_array_equal(frames[0].positions, record.pos.numpy())
+        moved = np.linalg.norm(frames[-1].positions - frames[0].positions, axis=1)
+        assert moved[free].max() > 0.01
+        assert moved[~free].max() == 0.0
+        errors.append(
+            position_errors(
+                frames[-1].positions[free],
+                record.pos_relaxed.numpy()[free],
+                record.cell[0].numpy(),
+                record.pbc[0].numpy(),
+            )
+        )
+    expected = is2rs_metrics(errors)
+    for name, value in expected.items():
+        assert report["metrics"][name] == pytest.approx(value, abs=1e-6), name
+    target = np.array([-1.0 - 0.01 * index for index in range(SYSTEMS)])
+    assert report["metrics"]["energy_mae"] == pytest.approx(np.abs(energies - target).mean())
+    assert 0 < report["not_relaxed"]["positions_mae"] != report["metrics"]["positions_mae"]
+    assert "average_forces_below_threshold" in report["not_calculated"]
+    assert "ADwT" in capsys.readouterr().out
+    assert json.loads((out / "is2re.json").read_text())["average"] == report["metrics"]
+
+
+def test_a_killed_run_goes_on(
+    checkpoint: Path, lmdb_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_is2re(tmp_path / "val_id.lmdb", lmdb_path)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    more = ("--batch-size", 1, "--steps", 20)
+    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, whole, *more)) == 0
+    log = killed / "val_id" / "relaxed.jsonl"
+    command = [sys.executable, SCRIPTS / "relax_is2re.py", *arguments(checkpoint, data, killed, *more)]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 300
+    while time.monotonic() < until and not (log.exists() and log.read_bytes().count(b"\n") >= 1):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = log.read_bytes().count(b"\n")
+    assert 1 <= done < SYSTEMS
+    assert not (killed / "val_id" / "is2re.json").exists()
+    log.write_bytes(log.read_bytes() + b'{"index": 4, "sid"')  # and a line that was not finished
+    (killed / "val_id" / "trajectories" / ".104.traj.1.tmp").write_bytes(b"half")
+    first = read(killed / "val_id" / "trajectories" / "100.traj", "-1")
+    stamp = (killed / "val_id" / "trajectories" / "100.traj").stat().st_mtime_ns
+    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, killed, *more)) == 0
+    assert (killed / "val_id" / "trajectories" / "100.traj").stat().st_mtime_ns == stamp
+    assert len(log.read_text().splitlines()) == SYSTEMS
+    report, other = (json.loads((folder / "is2re.json").read_text()) for folder in (whole, killed))
+    assert report["average"] == pytest.approx(other["average"], abs=1e-6)
+    np.testing.assert_allclose(
+        first.positions, read(whole / "val_id" / "trajectories" / "100.traj", "-1").positions, atol=1e-6
+    )
+    assert not list((killed / "val_id").rglob("*.tmp"))
+
+
+def test_what_cannot_be_mixed_is_refused(
+    checkpoint: Path,
+    lmdb_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data, out = write_is2re(tmp_path / "val_id.lmdb", lmdb_path, targets=False), tmp_path / "out"
+    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out)) == 0
+    report = json.loads((out / "val_id" / "is2re.json").read_text())
+    assert report["metrics"] == {}
+    assert report["structures"] == SYSTEMS
+    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out, "--fmax", 0.5)) == 2
+    assert "holds relaxations with fmax 0.0001, not 0.5: give another folder" in capsys.readouterr().err
+    taken = tmp_path / "taken"
+    (taken / "val_id").mkdir(parents=True)
+    (taken / "val_id" / "notes.txt").write_text("mine")
+    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, taken)) == 2
+    assert "holds something else than relaxations" in capsys.readouterr().err
+    log = out / "val_id" / "relaxed.jsonl"
+    log.write_text(log.read_text().replace('"sid"', "sid", 1))
+    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out)) == 2
+    assert "relaxed.jsonl, line 1 is damaged" in capsys.readouterr().err
+
+    frames = write_is2re(tmp_path / "frames.lmdb", lmdb_path, sids=False)
+    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, frames, out)) == 2
+    assert "structures 0 and 1 have the same sid" in capsys.readouterr().err
