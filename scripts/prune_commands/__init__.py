@@ -1,0 +1,1 @@
+"""The subcommands of `prune.py`, one module each."""

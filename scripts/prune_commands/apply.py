@@ -1,0 +1,21 @@
+"""Write the smaller network of a plan as an ordinary checkpoint."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, help="of the network that the plan was made for")
+    parser.add_argument("--plan", required=True, type=Path, help="of prune.py plan")
+    parser.add_argument("--out", required=True, type=Path, help="checkpoint to write")
+
+
+def run(options: argparse.Namespace) -> None:
+    from equiformer2.files import check_target
+    from equiformer2.pruning.make_plan import apply_plan
+    from equiformer2.pruning.plan import PruningPlan
+
+    check_target(options.out)
+    before, after = apply_plan(options.checkpoint, PruningPlan.load(options.plan), options.out)
+    print(f"{before:,} parameters became {after:,}")
+    print(f"wrote {options.out}")
