@@ -140,6 +140,9 @@ class ModelConfig:
             )
         if self.share_atom_edge_embedding and not self.use_atom_edge_embedding:
             raise InputError("model.share_atom_edge_embedding needs model.use_atom_edge_embedding")
+        for key in _PARTS:
+            if getattr(self, key) is not None:
+                object.__setattr__(self, key, _read_part(key, getattr(self, key)))
         self._check_blocks()
 
     def _check_blocks(self) -> None:
@@ -211,8 +214,7 @@ class ModelConfig:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"; did you mean '{near[0]}'?" if near else ""
                 raise InputError(f"unknown model key '{key}'{hint}")
-        parts = {key: _read_part(key, values[key]) for key in _PARTS if values.get(key) is not None}
-        return cls(**(values | parts))
+        return cls(**values)
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":

@@ -2,9 +2,10 @@
 
 Counted are the matrix products of a forward pass, in the arrangement in which they are executed: the SO(2)
 maps of an order m > 0 with three real products (Gauss; `complex_products=4` counts them as paper Equation 2
-writes them), rotations by the non-zero blocks of the Wigner-D matrices with |m| <= mmax alone, both outer layers
-of the grid MLP on coefficients rather than grid points, and of the heads what is read. The S2 activation counts
-as products with the grid's matrices. Norms, softmax and other element-wise work are not counted.
+writes them), rotations by the non-zero blocks of the Wigner-D matrices with |m| <= mmax alone, both outer
+layers of the grid MLP on coefficients rather than grid points, and of the heads what is read. The S2
+activation counts as products with the grid's matrices, which the C++ kernel takes by their factors. Norms,
+softmax and other element-wise work are not counted.
 """
 
 import math
@@ -64,11 +65,11 @@ def count_macs(
     plan: PruningPlan | None = None,
     complex_products: int = 3,
 ) -> MacCount:
-    """Operations of a forward pass on `atoms` atoms with `edges` edges, of `network` or what `plan` makes of it.
+    """Operations of a forward pass of `network`, or of what `plan` makes of it.
 
     Args:
         network: the network or its configuration.
-        atoms, edges: size of the graph.
+        atoms, edges: how many the structures have.
         plan: cuts, None for none.
         complex_products: real products per complex one: 3 as executed, 4 as the paper's formula.
 
@@ -113,7 +114,7 @@ def _attention(
     second = sum(_real(m, products) * n * n for m, n in enumerate(orders)) * hidden * values
     points = 0 if config.use_gate_act else 2 * _points(config, "attn") * _rows(degrees) * hidden
     return {
-        "radial": _radial(config, edges, radial_outputs(config, block)),
+        "radial": _radial(config, edges, _radial_outputs(config, block)),
         "rotation": edges * _entries(degrees) * (2 * channels + values),
         "convolution_1": edges * _first(config, block, products),
         "activation": edges * points,
@@ -133,7 +134,7 @@ def _vectors(
     grid = 0 if config.use_gate_act else _points(config, "attn") * (_rows(degrees) + read_rows) * hidden
     second = (2 * (lmax + 1) + kept[1] * products * lmax) * hidden * values
     return {
-        "radial": _radial(config, edges, radial_outputs(config, block)),
+        "radial": _radial(config, edges, _radial_outputs(config, block)),
         "rotation": edges * (_entries(degrees) * 2 * config.sphere_channels + _entries(kept) * values),
         "convolution_1": edges * _first(config, block, products),
         "activation": edges * grid,
@@ -147,16 +148,16 @@ def _first(config: ModelConfig, block: ResolvedBlock, products: int) -> int:
     inputs, hidden = 2 * config.sphere_channels, block.attn_hidden_channels
     orders = _orders((block.lmax, block.mmax))
     coefficients = sum(_real(m, products) * n * n for m, n in enumerate(orders)) * inputs * hidden
-    return coefficients + orders[0] * inputs * extra_outputs(config, block)
+    return coefficients + orders[0] * inputs * _extra_outputs(config, block)
 
 
-def extra_outputs(config: ModelConfig, block: ResolvedBlock) -> int:
+def _extra_outputs(config: ModelConfig, block: ResolvedBlock) -> int:
     """Outputs of order m = 0 of the first convolution that are no coefficients: attention vector, gates."""
     gates = block.lmax if config.use_gate_act else int(config.use_sep_s2_act)
     return block.num_heads * config.attn_alpha_channels + gates * block.attn_hidden_channels
 
 
-def radial_outputs(config: ModelConfig, block: ResolvedBlock) -> int:
+def _radial_outputs(config: ModelConfig, block: ResolvedBlock) -> int:
     """Radial weights of the first convolution."""
     orders = _orders((block.lmax, block.mmax))
     return (orders[0] if config.use_m_share_rad else sum(orders)) * 2 * config.sphere_channels

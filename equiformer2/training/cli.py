@@ -181,7 +181,10 @@ def _as_yaml(parsed: Namespace, name: str | None) -> str:
 
 
 def _plain(namespace: Namespace) -> dict[str, Any]:
-    return {
-        name: _plain(value) if isinstance(value, Namespace) else value
-        for name, value in vars(namespace).items()
-    }
+    return {name: _plain_value(value) for name, value in vars(namespace).items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Namespace):
+        return _plain(value)
+    return type(value)(map(_plain_value, value)) if type(value) in (list, tuple) else value

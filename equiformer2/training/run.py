@@ -219,7 +219,7 @@ def _normalizers(data: ResumableDataModule, start: Checkpoint | None) -> Normali
 
 def _start_from(model: EquiformerV2, start: Checkpoint, data: ResumableDataModule, path: str) -> None:
     """Load the checkpoint's weights; refuse another architecture or another kind of energy."""
-    mine, theirs = model.config.to_dict(), start.config.to_dict()
+    mine, theirs = vars(model.config), vars(start.config)
     different = [
         f"model.{field.name} is {theirs[field.name]!r} there and {mine[field.name]!r} here"
         for field in fields(ModelConfig)
