@@ -13,7 +13,6 @@ import sys
 from importlib import import_module
 
 import prune_commands
-
 from equiformer2.script import run_script, show_log
 
 

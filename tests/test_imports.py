@@ -23,7 +23,7 @@ ALLOWED = {
     "equiformer2/symmetry": FOUNDATION,
     "equiformer2/checkpoint": NETWORK | ROOT_MODULES,
     "equiformer2/inference": FILES | {"datasets_oc20"},
-    "equiformer2/pruning": FILES | {"equiformer2.inference"},
+    "equiformer2/pruning": FILES | {"datasets_oc20", "equiformer2.inference", "equiformer2.training"},
     "equiformer2/training": FILES | {"datasets_oc20"},
     "equiformer2/demo": FILES | {"datasets_oc20", "equiformer2.inference", "equiformer2.training"},
 }

@@ -43,7 +43,7 @@ class HeldOut:
         limit: int | None = None,
         batch_size: int = 8,
     ) -> "HeldOut":
-        """From files as `read_structures` takes them; energies of another kind than the model's are no labels."""
+        """From files, see `read_structures`; energies of another kind than the model's are no labels."""
         structures = read_structures(paths, limit)
         calibration = Calibration(model, normalizers, structures, batch_size)
         energies = labelled_energies(paths, energy_kind)

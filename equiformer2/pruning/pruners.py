@@ -7,8 +7,7 @@ compete in every step instead. BlockPruner (arXiv 2406.10594) removes residual b
 whose removal hurts least, whatever it saves.
 """
 
-from typing import Literal
-
+from equiformer2.errors import InputError
 from equiformer2.pruning.search import SearchSettings, Stage
 
 #: All dimensions but the sphere channels, whose removal changes what the norms see.
@@ -16,10 +15,10 @@ JOINT = ("block", "order", "attn_hidden", "head", "value", "ffn")
 _STAGED = (("block", 0.2), ("order", 0.5), ("attn_hidden", 0.75), ("head", 0.9))
 _LAST = ("attn_hidden", "head", "value", "ffn")
 
-Method = Literal["multi", "multi_staged", "block"]
+SEARCHES = ("multi", "multi_staged", "block")
 
 
-def search_settings(method: Method, tries: int = 8, seed: int = 0, sphere: bool = False) -> SearchSettings:
+def search_settings(method: str, tries: int = 8, seed: int = 0, sphere: bool = False) -> SearchSettings:
     """How `method` searches.
 
     Args:
@@ -28,7 +27,12 @@ def search_settings(method: Method, tries: int = 8, seed: int = 0, sphere: bool 
         tries: cuts tried per step.
         seed: of the draws.
         sphere: also cut channels of the atoms' features; recover by training afterwards.
+
+    Raises:
+        InputError: an unknown method.
     """
+    if method not in SEARCHES:
+        raise InputError(f"the search {method!r} is not known: use one of {', '.join(SEARCHES)}")
     if method == "block":
         return SearchSettings((Stage(("block",)),), tries=tries, per_cost=False, seed=seed)
     if method == "multi":

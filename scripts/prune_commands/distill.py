@@ -1,7 +1,7 @@
 """Train a pruned network on the energies and forces of the dense one; needs no labels.
 
-Further settings of train.py stand after --, as in -- --trainer.max_epochs=5. An interrupted call with the same
---out is continued.
+Further settings of train.py stand after --, as in -- --trainer.max_epochs=5. An interrupted call with the
+same --out is continued.
 """
 
 import argparse

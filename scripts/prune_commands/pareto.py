@@ -1,7 +1,7 @@
 """Compare methods at several budgets on held-out systems: error against operations and measured time.
 
-Results that are there already are kept, so a study can be killed, continued and extended. Settings of train.py
-for distillation stand after --, as in -- --trainer.max_epochs=5.
+Results that are there already are kept, so a study can be killed, continued and extended. Settings of
+train.py for distillation stand after --, as in -- --trainer.max_epochs=5.
 """
 
 import argparse

@@ -34,10 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from equiformer2.checkpoint import load_checkpoint
     from equiformer2.inference import Predictor
-    from equiformer2.pruning.report import claim_folder, make_report, show, write
+    from equiformer2.inference.record import claim_folder
+    from equiformer2.pruning.report import RECORD, make_report, write
+    from equiformer2.pruning.report_tables import show
     from equiformer2.pruning.structures import read_structures
 
-    folder = claim_folder(options.out, options.overwrite)
+    folder = claim_folder(options.out, RECORD, options.overwrite)
     checkpoint = load_checkpoint(options.checkpoint, options.weights, options.energy_kind)
     predictor = Predictor(checkpoint, options.device, precision=options.precision, backend=options.backend)
     structures = read_structures(options.data, options.structures, options.seed)

@@ -1,0 +1,176 @@
+"""Distillation after a cut: the pruned network learns the dense one's energies and forces.
+
+No labels are needed. The dense network answers once for every structure, its answers are stored as an
+ordinary dataset, and training on that dataset is an ordinary run: energies of all structures, forces of
+free atoms only (`training.losses`), the run folder, resuming and all settings of `scripts/train.py`.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from torch_geometric.data import Batch, Data
+from tqdm import tqdm
+
+from datasets_oc20 import LmdbWriter, OC20Lmdb
+from datasets_oc20.datamodule import NormalizerValues
+from datasets_oc20.targets import NUM_ELEMENTS
+from equiformer2.checkpoint import Checkpoint, Normalizers, load_checkpoint
+from equiformer2.errors import InputError
+from equiformer2.files import whole_file, write_json
+from equiformer2.inference import Predictor
+from equiformer2.pruning.calibration import unlabelled
+from equiformer2.pruning.fingerprints import fingerprint_of_weights
+from equiformer2.pruning.structures import raw_files, read_structures
+from equiformer2.training.cli import parse
+from equiformer2.training.run import RunConfig, train
+
+log = logging.getLogger("equiformer2")
+
+Paths = str | Path | Sequence[str | Path]
+RUN = "run"
+"""Name of the run's folder inside the folder of a distillation."""
+
+
+def distill(
+    student: str | Path,
+    teacher: str | Path,
+    train_data: Paths,
+    val_data: Paths,
+    out: Path,
+    arguments: Sequence[str],
+    from_scratch: bool = False,
+    device: str = "cpu",
+) -> Path:
+    """Train `student` on the answers of `teacher`; an interrupted call with the same `out` is continued.
+
+    Args:
+        student: native checkpoint of the pruned network.
+        teacher: checkpoint of the dense network.
+        train_data: structures to learn on; labels in them are not read. As in `read_structures`.
+        val_data: structures to validate on, best of other systems.
+        out: folder for `train.lmdb` and `val.lmdb` (the teacher's answers) and the run, `run/`.
+        arguments: of `scripts/train.py`, such as `--config FILE` and `--optim.lr 1e-4`; model, data, name and
+            starting point are decided here.
+        from_scratch: start from random weights instead of the student's: the baseline of the same size.
+        device: that the teacher answers on.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        InputError: student and teacher predict different kinds of energy; wrong `arguments`.
+        datasets_oc20.DataError: data that cannot be read.
+    """
+    small, dense = load_checkpoint(student), load_checkpoint(teacher)
+    if small.energy_kind != dense.energy_kind:
+        raise InputError(
+            f"{student} predicts {small.energy_kind} energies and {teacher} {dense.energy_kind} energies: "
+            "a network can only learn from one of its own kind"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    predictor = Predictor(dense, device=device)
+    files = {}
+    for name, paths in (("train", train_data), ("val", val_data)):
+        files[name] = label(predictor, paths, out / f"{name}.lmdb")
+    config = _run_config(small, out, files, arguments)
+    started = (out / RUN / "checkpoints" / "last.ckpt").exists()
+    start = None if started or from_scratch else str(student)
+    run = replace(config.run, init_from=start, ckpt_path="last" if started else None)
+    return train(replace(config, run=run))
+
+
+def label(teacher: Predictor, paths: Paths, target: Path, batch_size: int = 8) -> Path:
+    """Write the structures of `paths` with the teacher's energies and forces to the LMDB `target`.
+
+    Skipped when `target` holds this teacher's answers for these paths already.
+
+    Raises:
+        InputError: `target` holds something else.
+        datasets_oc20.DataError: a file cannot be read.
+    """
+    named = [paths] if isinstance(paths, str | Path) else list(paths)
+    origin = {
+        "labels": "answers of the dense network, not of DFT",
+        "teacher": fingerprint_of_weights(teacher.checkpoint.model),
+        "structures": [str(path) for path in named],
+    }
+    record = target.with_name(f"{target.name}.json")
+    if target.exists() and record.exists():
+        if json.loads(record.read_text(encoding="utf-8")) != origin:
+            raise InputError(
+                f"{target} holds the answers of another teacher or to other structures: remove it or name "
+                "another folder"
+            )
+        return target
+    with LmdbWriter(target, teacher.energy_kind, origin) as writer:
+        batch: list[Data] = []
+        for structure in tqdm(_structures(named), desc=f"dense answers for {target.name}", unit="structures"):
+            batch.append(unlabelled(structure))
+            if len(batch) == batch_size:
+                _write(writer, teacher, batch)
+                batch = []
+        if batch:
+            _write(writer, teacher, batch)
+    write_json(record, origin)
+    return target
+
+
+def _structures(paths: Sequence[str | Path]) -> Iterator[Data]:
+    """One by one, so that a large dataset need not fit into memory."""
+    for path in map(Path, paths):
+        if raw_files(path):
+            yield from read_structures(path)
+        else:
+            dataset = OC20Lmdb(path)
+            for index in range(len(dataset)):
+                yield dataset[index]
+
+
+def _write(writer: LmdbWriter, teacher: Predictor, structures: list[Data]) -> None:
+    batch = Batch.from_data_list(structures)
+    out = teacher.predict(batch)
+    forces = out["forces"].split([int(structure.natoms) for structure in structures])
+    for structure, energy, force in zip(structures, out["energy"], forces, strict=True):
+        structure.energy, structure.forces = energy.float().view(1), force
+        writer.write(structure)
+
+
+def _run_config(
+    student: Checkpoint, out: Path, files: dict[str, Path], arguments: Sequence[str]
+) -> RunConfig:
+    own = [f"--data.{name}={path}" for name, path in files.items()]
+    own += [f"--data.energy_kind={student.energy_kind}", f"--runs_dir={out}", f"--name={RUN}"]
+    config = parse([*arguments, *own])
+    values = yaml.safe_load(config.text) | {"model": student.config.to_dict()}
+    text = yaml.safe_dump(_plain(values), sort_keys=False)
+    data = config.data | {"normalizers": _normalizer_values(student.normalizers, out)}
+    return replace(config, model=student.config, data=data, text=text)
+
+
+def _normalizer_values(normalizers: Normalizers, out: Path) -> NormalizerValues:
+    """The student's own: its weights were trained with them."""
+    references = None
+    if normalizers.linear_references is not None:
+        references = out / "references.npz"
+        with whole_file(references) as file:
+            known = normalizers.linear_references.numpy()[:NUM_ELEMENTS]
+            np.savez(file, coeff=np.pad(known, (0, NUM_ELEMENTS - len(known))))
+    return NormalizerValues(
+        energy_mean=normalizers.energy.mean,
+        energy_std=normalizers.energy.std,
+        forces_std=normalizers.forces.std,
+        linear_references=None if references is None else str(references),
+    )
+
+
+def _plain(values: Any) -> Any:
+    """Tuples as lists, for YAML."""
+    if isinstance(values, dict):
+        return {key: _plain(value) for key, value in values.items()}
+    return [_plain(value) for value in values] if isinstance(values, list | tuple) else values

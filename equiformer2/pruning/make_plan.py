@@ -1,0 +1,167 @@
+"""From a checkpoint and data to a plan, and from a plan to a checkpoint: what `scripts/prune.py` calls."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch_geometric.data import Batch
+
+from equiformer2.checkpoint import load_checkpoint, save_checkpoint
+from equiformer2.errors import InputError
+from equiformer2.pruning.calibration import FORCE_WEIGHT, Calibration
+from equiformer2.pruning.mask import masked
+from equiformer2.pruning.methods import find_plan, find_plan_for_latency
+from equiformer2.pruning.parameters import count_parameters
+from equiformer2.pruning.plan import PruningPlan
+from equiformer2.pruning.shrink import shrink
+from equiformer2.pruning.structures import read_structures
+from equiformer2.pruning.target import LatencyTarget, MacTarget, ParameterTarget
+
+_ANY = 0.5
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What to find a plan for.
+
+    Attributes:
+        checkpoint: of the dense network.
+        data: structures to calibrate on, as in `read_structures`.
+        target: `macs=F`, `parameters=F` or `latency=F` with the share F that stays.
+        method: of `methods.METHODS`.
+        weights: `raw` or `averaged`; None for the averaged ones where there are any.
+        structures: how many to calibrate on.
+        tries: cuts tried per step of a search.
+        sphere: let a search cut the channels of the atoms' features.
+        force_weight: λ of the loss, Å.
+        batch_size: structures per forward pass.
+        device: to compute on.
+        seed: of the choice of structures and of everything drawn.
+    """
+
+    checkpoint: str
+    data: tuple[str, ...]
+    target: str
+    method: str = "multi"
+    weights: str | None = None
+    structures: int = 32
+    tries: int = 8
+    sphere: bool = False
+    force_weight: float = FORCE_WEIGHT
+    batch_size: int = 8
+    device: str = "cpu"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class MadePlan:
+    """A plan and what it does.
+
+    Attributes:
+        plan: the plan.
+        macs, parameters: shares that stay.
+        latency: measured share of the time where that was the target.
+        errors: against the dense network on the calibration structures (`Discrepancy.averages`).
+        found: how a search went.
+    """
+
+    plan: PruningPlan
+    macs: float
+    parameters: float
+    latency: float | None
+    errors: dict[str, float | None]
+    found: dict[str, Any]
+
+
+def make_plan(request: PlanRequest, state_path: Path | None = None, progress: bool = True) -> MadePlan:
+    """Find the plan; a search continues from `state_path` where there is one.
+
+    Raises:
+        InputError: a target that is not understood or cannot be reached, an unknown method.
+        datasets_oc20.DataError: data that cannot be read.
+    """
+    quantity, share = _parse_target(request.target)
+    checkpoint = load_checkpoint(request.checkpoint, request.weights, device=request.device)
+    model = checkpoint.model.eval()
+    structures = read_structures(request.data, request.structures, request.seed)
+    calibration = Calibration(
+        model, checkpoint.normalizers, structures, request.batch_size, request.force_weight
+    )
+    macs = MacTarget(model.config, _ANY, *calibration.size)
+    parameters = ParameterTarget(model.config, _ANY)
+    options: dict[str, Any] = {
+        "seed": request.seed,
+        "tries": request.tries,
+        "sphere": request.sphere,
+        "state_path": state_path,
+        "progress": progress,
+    }
+    known = (request.method, model, checkpoint.normalizers, calibration)
+    latency = None
+    if quantity == "latency":
+        first = Batch.from_data_list(calibration.structures[:1]).to(request.device)
+        measured = LatencyTarget(model, first, share)
+        plan, found = find_plan_for_latency(*known, macs.fraction_of, measured, **options)
+        latency = measured.fraction_of(plan)
+    else:
+        cost = macs.fraction_of if quantity == "macs" else parameters.fraction_of
+        plan, found = find_plan(*known, cost, share, **options)
+    with masked(model, plan):
+        errors = calibration.discrepancy(model).averages()
+    return MadePlan(plan, macs.fraction_of(plan), parameters.fraction_of(plan), latency, errors, found)
+
+
+def summary(made: MadePlan) -> str:
+    """What stays and what it changes, in two lines."""
+    stays = [f"{made.macs:.1%} of the MACs", f"{made.parameters:.1%} of the parameters"]
+    if made.latency is not None:
+        stays.append(f"{made.latency:.1%} of the time")
+    errors = [
+        f"{text} {made.errors[name]:.4f} {unit}"
+        for name, text, unit in (
+            ("force_mae", "force MAE", "eV/Å"),
+            ("energy_per_atom", "energy", "eV/atom"),
+            ("loss", "loss", "eV"),
+        )
+        if made.errors[name] is not None
+    ]
+    return (
+        f"stays: {', '.join(stays)}\nagainst the dense network, calibration structures: {', '.join(errors)}"
+    )
+
+
+def apply_plan(checkpoint: str | Path, plan: PruningPlan, out: Path) -> tuple[int, int]:
+    """Write the smaller network with all weights that the file holds; numbers of parameters before and after.
+
+    Raises:
+        InputError: the plan does not fit the network.
+    """
+    kinds = load_checkpoint(checkpoint).available_weights
+    states: dict[str, Any] = {"raw": None, "averaged": None}
+    for kind in kinds:
+        loaded = load_checkpoint(checkpoint, kind)
+        small = shrink(loaded.model, plan)
+        states[kind] = small.state_dict()
+    save_checkpoint(
+        out,
+        model=small,
+        raw_state=states["raw"],
+        averaged_state=states["averaged"],
+        normalizers=loaded.normalizers,
+        energy_kind=loaded.energy_kind,
+        provenance={"pruned_from": loaded.provenance, "plan": plan.to_dict()},
+    )
+    return count_parameters(loaded.config), count_parameters(small.config)
+
+
+def _parse_target(text: str) -> tuple[str, float]:
+    quantity, _, number = text.partition("=")
+    try:
+        share = float(number)
+    except ValueError:
+        share = float("nan")
+    if quantity not in ("macs", "parameters", "latency") or not 0 < share < 1:
+        raise InputError(
+            f"the target {text!r} is not understood: give macs=0.5, parameters=0.5 or latency=0.6"
+        )
+    return quantity, share

@@ -1,0 +1,105 @@
+"""Every way to a structured plan by its name."""
+
+from pathlib import Path
+from typing import Any
+
+from equiformer2.checkpoint import Normalizers
+from equiformer2.errors import InputError
+from equiformer2.model import EquiformerV2
+from equiformer2.pruning.baselines import magnitude_plan, random_plan, uniform_plan
+from equiformer2.pruning.calibration import Calibration
+from equiformer2.pruning.plan import PruningPlan
+from equiformer2.pruning.pruners import SEARCHES, search_settings
+from equiformer2.pruning.search import Cost, GreedySearch
+from equiformer2.pruning.target import Target
+
+BASELINES = ("random", "magnitude", "uniform")
+METHODS = (*SEARCHES, *BASELINES)
+_LEAST = 0.02  # of the cost: a search for time that comes down to this has failed
+
+
+def find_plan(
+    method: str,
+    model: EquiformerV2,
+    normalizers: Normalizers,
+    calibration: Calibration,
+    cost: Cost,
+    target: float,
+    *,
+    seed: int = 0,
+    tries: int = 8,
+    sphere: bool = False,
+    state_path: Path | None = None,
+    progress: bool = True,
+) -> tuple[PruningPlan, dict[str, Any]]:
+    """A plan that costs at most `target`, and what there is to say about how it was found.
+
+    Args:
+        method: of `METHODS`.
+        model, normalizers, calibration: the dense network and structures with its answers.
+        cost: of a plan, in the unit of `target`.
+        target: to come down to.
+        seed: of everything drawn.
+        tries: cuts tried per step of a search.
+        sphere: let a search cut channels of the atoms' features, too.
+        state_path: where a search keeps its state, from which it continues.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: an unknown method, a target that it cannot reach, a state of another search.
+    """
+    if method not in METHODS:
+        raise InputError(f"the method {method!r} is not known: use one of {', '.join(METHODS)}")
+    if method == "random":
+        return random_plan(model, cost, target, seed).checked(model.config), {}
+    if method == "magnitude":
+        return magnitude_plan(model, cost, target).checked(model.config), {}
+    if method == "uniform":
+        return uniform_plan(model, cost, target), {}
+    settings = search_settings(method, tries, seed, sphere)
+    search = GreedySearch(
+        model, normalizers, calibration, cost, target, settings, state_path, progress=progress
+    )
+    state = search.run()
+    found = {"cuts": len(state.steps), "tried": sum(step.tried for step in state.steps)}
+    return state.plan.checked(model.config), found
+
+
+def find_plan_for_latency(
+    method: str,
+    model: EquiformerV2,
+    normalizers: Normalizers,
+    calibration: Calibration,
+    cost: Cost,
+    target: Target,
+    *,
+    seed: int = 0,
+    tries: int = 8,
+    sphere: bool = False,
+    state_path: Path | None = None,
+    progress: bool = True,
+) -> tuple[PruningPlan, dict[str, Any]]:
+    """As `find_plan`, until the measured `target` is reached; `cost` weighs the cuts on the way.
+
+    Time is measured once per cut that is made, not for every cut that could be.
+
+    Raises:
+        InputError: as `find_plan`, and for a method that goes to a given cost without steps.
+    """
+    if method not in ("multi", "block"):
+        raise InputError(f"a target of latency works with the methods multi and block, not {method!r}")
+    settings = search_settings(method, tries, seed, sphere)
+    search = GreedySearch(
+        model,
+        normalizers,
+        calibration,
+        cost,
+        _LEAST,
+        settings,
+        state_path,
+        reached=target.reached,
+        progress=progress,
+    )
+    state = search.run()
+    found = {"cuts": len(state.steps), "tried": sum(step.tried for step in state.steps)}
+    return state.plan.checked(model.config), found

@@ -1,0 +1,278 @@
+"""Methods times budgets times seeds on held-out systems, one small file per result.
+
+A result that is there is not computed again, so a study can be killed, continued and extended. Errors against
+the dense network and against labels are kept apart, and so are held-out sets of different labels.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch_geometric.data import Batch
+from tqdm import tqdm
+
+from equiformer2.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from equiformer2.errors import InputError
+from equiformer2.files import write_json
+from equiformer2.model import EquiformerV2
+from equiformer2.pruning.calibration import Calibration
+from equiformer2.pruning.distill import RUN, Paths, distill
+from equiformer2.pruning.fingerprints import fingerprint_of_structures, fingerprint_of_weights
+from equiformer2.pruning.held_out import HeldOut, check_unseen
+from equiformer2.pruning.latency import compare_latency
+from equiformer2.pruning.methods import METHODS, find_plan
+from equiformer2.pruning.plan import PruningPlan
+from equiformer2.pruning.shrink import shrink
+from equiformer2.pruning.structures import read_structures
+from equiformer2.pruning.target import MacTarget, ParameterTarget
+
+log = logging.getLogger("equiformer2")
+
+DENSE, SCRATCH = "dense", "scratch"
+_ANY = 0.5  # a target's fraction, where only its count is used
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Distillation of every pruned network.
+
+    Attributes:
+        train, val: structures, as in `distill`.
+        arguments: of `scripts/train.py`.
+        scratch: also train the plans of the method `multi` from random weights, equally long.
+    """
+
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
+    scratch: bool = False
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What to compare.
+
+    Attributes:
+        methods: of `methods.METHODS`.
+        keep: shares of the multiply-accumulates that stay.
+        seeds: of the choice of calibration structures and of everything drawn.
+        structures: calibration structures per seed.
+        tries: cuts tried per step of a search.
+        repeats: pairs of calls per measured latency.
+    """
+
+    methods: tuple[str, ...]
+    keep: tuple[float, ...]
+    seeds: tuple[int, ...]
+    structures: int = 32
+    tries: int = 8
+    repeats: int = 10
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown:
+            raise InputError(f"the method {unknown[0]!r} is not known: use some of {', '.join(METHODS)}")
+        if not all(0 < share < 1 for share in self.keep):
+            raise InputError(f"keep is {list(self.keep)}: give shares between 0 and 1")
+
+
+class Study:
+    """See the module.
+
+    Args:
+        path: checkpoint of the dense network.
+        calibration: data to calibrate on, as in `read_structures`.
+        held_out: name -> data to test on; no system of the calibration (or distillation) data may be in them.
+        settings: what to compare.
+        out: folder of the study.
+        recovery: distill every network; None for the networks as they are cut.
+        limit: most structures per held-out set.
+
+    Raises:
+        InputError: a system is on both sides, or `out` holds a study of something else.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        calibration: Paths,
+        held_out: Mapping[str, Paths],
+        settings: StudySettings,
+        out: Path,
+        recovery: Recovery | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.path, self.checkpoint = path, load_checkpoint(path)
+        self.model = self.checkpoint.model.eval()
+        self.calibration_data, self.settings, self.out, self.recovery = calibration, settings, out, recovery
+        self.held_out = [
+            HeldOut.read(
+                name, data, self.model, self.checkpoint.normalizers, self.checkpoint.energy_kind, limit
+            )
+            for name, data in held_out.items()
+        ]
+        for seed in settings.seeds:
+            check_unseen(self.held_out, self._structures(seed), "the calibration data")
+        if recovery is not None:
+            check_unseen(self.held_out, read_structures(recovery.train), "the data to distill on")
+        self._check_same_study()
+        self._calibrations: dict[int, Calibration] = {}
+
+    def run(self, progress: bool = True) -> list[dict[str, Any]]:
+        """Compute what is missing; all results in a fixed sequence."""
+        jobs = [(DENSE, 1.0, 0)]
+        methods = list(self.settings.methods)
+        if self.recovery is not None and self.recovery.scratch:
+            methods.append(SCRATCH)
+        for keep in self.settings.keep:
+            jobs += [(method, keep, seed) for method in methods for seed in self.settings.seeds]
+        results = []
+        for method, keep, seed in tqdm(jobs, desc="study", unit="results", disable=not progress):
+            path = self.out / "results" / f"{result_name(method, keep, seed)}.json"
+            if not path.exists():
+                write_json(path, self._result(method, keep, seed), make_folder=True)
+            results.append(json.loads(path.read_text(encoding="utf-8")))
+        return results
+
+    def _result(self, method: str, keep: float, seed: int) -> dict[str, Any]:
+        name, found = result_name(method, keep, seed), dict[str, Any]()
+        calibration = self._calibration(seed)
+        macs = MacTarget(self.model.config, _ANY, *calibration.size)
+        if method == DENSE:
+            plan = PruningPlan.keep_all(self.model.config)
+        elif method == SCRATCH:
+            plan = self._plan_of("multi", keep, seed)
+        else:
+            plan, found = find_plan(
+                method,
+                self.model,
+                self.checkpoint.normalizers,
+                calibration,
+                macs.fraction_of,
+                keep,
+                seed=seed,
+                tries=self.settings.tries,
+                state_path=self.out / "searches" / f"{name}.json",
+                progress=False,
+            )
+        small = shrink(self.model, plan)
+        record: dict[str, Any] = {
+            "method": method,
+            "keep": keep,
+            "seed": seed,
+            "macs": macs.fraction_of(plan),
+            "parameters": ParameterTarget(self.model.config, _ANY).fraction_of(plan),
+            "latency": self._latency(small),
+            "search": found,
+            "plan": plan.to_dict(),
+            "cut": None,
+            "distilled": None,
+        }
+        if method != SCRATCH:
+            record["calibration_loss"] = calibration.loss(small)
+            record["cut"] = self._errors(small)
+        if self.recovery is not None and method != DENSE:
+            record["distilled"] = self._errors(self._distilled(name, small, method == SCRATCH, seed))
+        return record
+
+    def _plan_of(self, method: str, keep: float, seed: int) -> PruningPlan:
+        path = self.out / "results" / f"{result_name(method, keep, seed)}.json"
+        if not path.exists():
+            raise InputError(f"training from scratch takes the plans of {method!r}: add it to the methods")
+        return PruningPlan.from_dict(json.loads(path.read_text(encoding="utf-8"))["plan"], str(path))
+
+    def _errors(self, network: EquiformerV2) -> dict[str, Any]:
+        return {part.name: part.errors(network) for part in self.held_out}
+
+    def _structures(self, seed: int) -> list[Any]:
+        return read_structures(self.calibration_data, self.settings.structures, seed)
+
+    def _calibration(self, seed: int) -> Calibration:
+        if seed not in self._calibrations:
+            # One at a time: the dense answers are kept in memory.
+            self._calibrations = {
+                seed: Calibration(self.model, self.checkpoint.normalizers, self._structures(seed))
+            }
+        return self._calibrations[seed]
+
+    def _latency(self, small: EquiformerV2) -> dict[str, Any]:
+        """Of one forward pass for the first held-out structure, prepared as for inference."""
+        batch = Batch.from_data_list(self.held_out[0].calibration.structures[:1])
+        networks = [deepcopy(network).requires_grad_(False) for network in (small, self.model)]
+        for network in networks:
+            network.fold_weights()
+        small_ready, dense_ready = networks
+        return compare_latency(
+            lambda: small_ready(batch), lambda: dense_ready(batch), self.settings.repeats
+        ).to_dict()
+
+    def _distilled(self, name: str, small: EquiformerV2, scratch: bool, seed: int) -> EquiformerV2:
+        assert self.recovery is not None
+        student = self.out / "students" / f"{name}.pt"
+        student.parent.mkdir(parents=True, exist_ok=True)
+        save_pruned(student, self.checkpoint, small, {"study": name})
+        run = distill(
+            student,
+            self.path,
+            list(self.recovery.train),
+            list(self.recovery.val),
+            self.out / "distilled" / name,
+            [*self.recovery.arguments, f"--seed={seed}"],
+            from_scratch=scratch,
+        )
+        assert run.name == RUN
+        # The last weights, not the best: nothing is chosen by any error.
+        return load_checkpoint(run / "checkpoints" / "last.pt").model.eval()
+
+    def _check_same_study(self) -> None:
+        options = asdict(self.settings)
+        for name in ("methods", "keep", "seeds"):
+            del options[name]  # a study may be extended
+        identity = {
+            "model": fingerprint_of_weights(self.model),
+            "calibration": _names(self.calibration_data),
+            "held_out": {
+                part.name: fingerprint_of_structures(part.calibration.structures) for part in self.held_out
+            },
+            "options": options,
+            "recovery": None if self.recovery is None else asdict(self.recovery) | {"scratch": None},
+        }
+        identity = json.loads(json.dumps(identity))
+        path = self.out / "study.json"
+        if path.exists():
+            known = json.loads(path.read_text(encoding="utf-8"))
+            different = [key for key in identity if known.get(key) != identity[key]]
+            if different:
+                raise InputError(f"{self.out} holds a study with other {different[0]}: name another folder")
+            return
+        write_json(path, identity, make_folder=True)
+
+
+def save_pruned(path: Path, dense: Checkpoint, small: EquiformerV2, provenance: dict[str, Any]) -> None:
+    """Write a pruned network as an ordinary native checkpoint, with the units and the energies of `dense`.
+
+    Its weights count as what they were taken from: averaged or raw.
+    """
+    states = {"raw_state": None, "averaged_state": None, f"{dense.weights}_state": small.state_dict()}
+    save_checkpoint(
+        path,
+        model=small,
+        normalizers=dense.normalizers,
+        energy_kind=dense.energy_kind,
+        provenance={"pruned_from": dense.provenance, **provenance},
+        **states,
+    )
+
+
+def result_name(method: str, keep: float, seed: int) -> str:
+    """Name of the file of a result, without ending."""
+    return DENSE if method == DENSE else f"{method}_{keep:g}_{seed}"
+
+
+def _names(paths: Paths) -> list[str]:
+    named: Sequence[str | Path] = [paths] if isinstance(paths, str | Path) else paths
+    return [str(path) for path in named]

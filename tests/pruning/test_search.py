@@ -1,0 +1,192 @@
+"""Greedy searches and the baselines that they must beat."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from search_helpers import NORMALIZERS, slabs, tiny_model
+
+from equiformer2.errors import InputError
+from equiformer2.model import ModelConfig
+from equiformer2.pruning.baselines import magnitude_plan, random_plan, uniform_plan
+from equiformer2.pruning.calibration import Calibration
+from equiformer2.pruning.cuts import DIMENSIONS, possible_cuts, without_least
+from equiformer2.pruning.mask import masked
+from equiformer2.pruning.plan import PruningPlan
+from equiformer2.pruning.pruners import search_settings
+from equiformer2.pruning.search import GreedySearch, SearchSettings, Stage
+from equiformer2.pruning.target import MacTarget
+from equiformer2.pruning.unit_scores import weight_scores
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def calibration(model):
+    return Calibration(model, NORMALIZERS, slabs())
+
+
+def fraction(config: ModelConfig):
+    return MacTarget(config, 0.5, atoms=16, edges=96).fraction_of
+
+
+def search(model, calibration, target=0.7, method="multi", **options) -> GreedySearch:
+    settings = search_settings(method, tries=3, seed=options.pop("seed", 0))
+    return GreedySearch(
+        model, NORMALIZERS, calibration, fraction(model.config), target, settings, progress=False, **options
+    )
+
+
+def test_cuts_shrink_and_follow_the_scores(model) -> None:
+    dense = PruningPlan.keep_all(model.config)
+    scores = weight_scores(model)
+    cost = fraction(model.config)
+    cuts = possible_cuts(dense, model.config, scores, DIMENSIONS)
+    assert {cut.dimension for cut in cuts} == set(DIMENSIONS)
+    assert len({cut.name for cut in cuts}) == len(cuts)
+    for cut in cuts:
+        assert cut.plan.checked(model.config) == cut.plan or cut.dimension == "order"
+        assert cost(cut.plan) < 1.0, cut.name
+    heads = next(cut for cut in cuts if cut.name == "head/0/heads")
+    assert heads.plan.blocks[0].heads == (int(np.argmax(scores[0, "heads"])),)
+    assert heads.score == pytest.approx(scores[0, "heads"].min())
+
+
+def test_no_unit_is_the_last_to_go() -> None:
+    assert without_least((3,), np.zeros(4), 1) == (None, 0.0)
+    assert without_least((0, 2, 3), np.array([1.0, 0.0, 1.0, 0.5]), 1) == ((0, 2), 0.5)
+
+
+def test_cuts_end_where_nothing_is_left(model) -> None:
+    plan, scores = PruningPlan.keep_all(model.config), weight_scores(model)
+    for _ in range(500):
+        cuts = possible_cuts(plan, model.config, scores, DIMENSIONS[1:])
+        if not cuts:
+            break
+        plan = cuts[-1].plan.checked(model.config)
+    after = plan.applied_to(model.config)
+    assert not cuts
+    assert after.block(0).attn_hidden_channels == after.block(0).num_heads == after.sphere_channels == 1
+    assert (after.block(0).lmax, after.block(0).mmax) == (1, 0)
+
+
+@pytest.mark.parametrize("method", ["multi", "multi_staged", "block"])
+def test_a_search_reaches_its_target_and_knows_its_loss(model, calibration, method) -> None:
+    found = search(model, calibration, method=method).run()
+    cost = fraction(model.config)
+    assert found.done
+    assert cost(found.plan) <= 0.7
+    if method != "block":
+        assert cost(found.plan) > 0.7 - 0.03
+    assert [step.cost for step in found.steps] == sorted((step.cost for step in found.steps), reverse=True)
+    with masked(model, found.plan):
+        assert calibration.loss(model) == pytest.approx(found.loss)
+    assert calibration.loss(model) == 0.0
+
+
+def test_a_search_beats_random_and_magnitude_cuts_at_equal_cost(model, calibration) -> None:
+    found = search(model, calibration).run()
+    cost = fraction(model.config)
+
+    def loss(plan: PruningPlan) -> float:
+        assert 0.7 >= cost(plan) > 0.6
+        with masked(model, plan):
+            return calibration.loss(model)
+
+    rivals = [random_plan(model, cost, 0.7, seed) for seed in range(3)]
+    rivals += [magnitude_plan(model, cost, 0.7), uniform_plan(model, cost, 0.7)]
+    assert found.loss < min(loss(plan) for plan in rivals)
+
+
+def test_a_killed_search_continues_to_the_same_plan(model, calibration, tmp_path, monkeypatch) -> None:
+    whole = search(model, calibration).run()
+    path = tmp_path / "state.json"
+    for _ in range(2):  # killed twice, in the middle of a step
+        victim = search(model, calibration, state_path=path)
+        calls = 0
+        before = Calibration.loss
+
+        def dying(self, network, before=before):
+            nonlocal calls
+            calls += 1
+            if calls > 9:
+                raise KilledError
+            return before(self, network)
+
+        monkeypatch.setattr(Calibration, "loss", dying)
+        with pytest.raises(KilledError):
+            victim.run()
+        monkeypatch.undo()
+    assert json.loads(path.read_text())["steps"]
+    continued = search(model, calibration, state_path=path).run()
+    assert continued.plan == whole.plan
+    assert continued.steps == whole.steps
+    assert search(model, calibration, state_path=path).run().plan == whole.plan
+
+
+def test_another_search_does_not_continue_a_state(model, calibration, tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    search(model, calibration, target=0.95, state_path=path).run()
+    with pytest.raises(InputError, match=r"target was 0\.95 and is 0\.9 now"):
+        search(model, calibration, target=0.9, state_path=path)
+    with pytest.raises(InputError, match="model was"):
+        search(tiny_model(seed=5), calibration, target=0.95, state_path=path)
+    path.write_text("{}")
+    with pytest.raises(InputError, match="is no state"):
+        search(model, calibration, target=0.95, state_path=path)
+
+
+def test_a_search_can_go_on_from_a_plan(model, calibration) -> None:
+    start = PruningPlan.keep_all(model.config).with_block(0, heads=(1,))
+    found = search(model, calibration, target=0.7, start=start).run()
+    assert found.plan.blocks[0].heads == (1,) or not found.plan.blocks[0].attention
+
+
+def test_an_impossible_target_is_an_error(model, calibration) -> None:
+    with pytest.raises(InputError, match="cannot be reached"):
+        search(model, calibration, target=0.01, method="block").run()
+    cost = fraction(model.config)
+    with pytest.raises(InputError, match="cannot be reached"):
+        random_plan(model, cost, 1e-4, seed=0)
+    with pytest.raises(InputError, match="cannot be reached"):
+        uniform_plan(model, cost, 1e-4)
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(InputError, match="rising"):
+        SearchSettings((Stage(("block",), 0.5),))
+    with pytest.raises(InputError, match="tries"):
+        SearchSettings((Stage(("block",)),), tries=0)
+
+
+def test_random_plans_differ_by_seed_only(model) -> None:
+    cost = fraction(model.config)
+    assert random_plan(model, cost, 0.7, seed=1) == random_plan(model, cost, 0.7, seed=1)
+    assert random_plan(model, cost, 0.7, seed=1) != random_plan(model, cost, 0.7, seed=2)
+
+
+def test_uniform_plans_cut_all_blocks_alike(model) -> None:
+    after = uniform_plan(model, fraction(model.config), 0.7).applied_to(model.config)
+    assert after.block(0) == after.block(1)
+    assert after.block(0).attn_hidden_channels == after.force_block.attn_hidden_channels < 8
+
+
+def test_a_search_can_stop_at_something_measured(model, calibration) -> None:
+    def reached(plan: PruningPlan) -> bool:
+        return len(plan.force_head.heads or (0, 1)) == 1 or plan.force_head.mmax == 0
+
+    cost = fraction(model.config)
+    settings = SearchSettings((Stage(("order", "head")),), tries=3)
+    search_ = GreedySearch(
+        model, NORMALIZERS, calibration, cost, 0.05, settings, reached=reached, progress=False
+    )
+    assert reached(search_.run().plan)
+    assert cost(search_.state.plan) > 0.05
