@@ -18,7 +18,10 @@ FRAMES = ("all", "ends")
 
 @dataclass(frozen=True)
 class RelaxationSettings:
-    """How structures are relaxed; the defaults are those of the EquiformerV2 paper for IS2RE.
+    """How structures are relaxed.
+
+    The defaults of `fmax` and `steps` are the EquiformerV2 paper's for IS2RE, those of the optimiser are the
+    options of OC20's relaxations (fairchem-core 1.10, TRAIN.md, `relax_opt`).
 
     Args:
         fmax: converged when no force on a free atom reaches it, eV/Å.

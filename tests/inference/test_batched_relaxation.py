@@ -14,7 +14,7 @@ from ase.optimize import LBFGS
 from torch_geometric.data import Batch, Data
 
 from equiformer2.errors import InputError
-from equiformer2.inference import Predictor, atoms_to_data
+from equiformer2.inference import EquiformerV2Calculator, Predictor, atoms_to_data
 from equiformer2.inference.batched import RelaxationSettings, Relaxed, relax_batched
 from equiformer2.inference.batched_lbfgs import BatchedLBFGS
 
@@ -226,6 +226,15 @@ def test_with_a_network(checkpoint: Path, make_checkpoint: Callable[..., Path]) 
     for item in relaxed:
         out = predictor.predict(Batch.from_data_list([structures[item.index][1]]))
         assert item.frames[0].energy == pytest.approx(float(out["energy"][0]), abs=1e-5)
+        atoms = slab(*SYSTEMS[item.index])
+        atoms.calc = EquiformerV2Calculator(predictor.checkpoint)
+        LBFGS(atoms, logfile=None, maxstep=0.04, memory=50, alpha=70.0).run(fmax=0.02, steps=3)
+        np.testing.assert_allclose(
+            item.positions - item.frames[0].positions,
+            atoms.positions - slab(*SYSTEMS[item.index]).positions,
+            atol=2e-4,
+        )
+        assert np.abs(item.positions - item.frames[0].positions).max() > 0.02
     blind = Predictor(make_checkpoint("adsorption", regress_forces=False))
     with pytest.raises(InputError, match="predicts no forces"):
         list(relax_batched(blind.predict, structures))
