@@ -8,6 +8,7 @@ fractional coordinates of the reduced cell, and the edges are those of an ordina
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from ase.geometry import minkowski_reduce
 from torch import Tensor
@@ -38,7 +39,8 @@ class ActiveRegion(Router):
     - `supernode_per_element`: one atom per element. Train this way.
 
     A free atom with tag 0 is never removed: its force is wanted. Removed atoms get zero forces. A super-node
-    does not double with the cell: a supercell is not the same structure to the last two modes.
+    does not double with the cell, so a supercell is not the same structure to the last two modes; and where a
+    lattice has several sets of shortest vectors (hexagonal ones), its place depends on which are given.
 
     Args:
         mode: see above.
@@ -185,7 +187,7 @@ def _check_apart(nodes: list[Tensor], cell: Tensor, pbc: Tensor, index: int) -> 
 def _reduced(cell: Tensor, pbc: Tensor) -> Tensor:
     """`[3, 3]` float64 shortest vectors of the lattice; non-periodic axes are made orthogonal."""
     reduced, _ = minkowski_reduce(cell.detach().cpu().double().numpy(), pbc.cpu().numpy())
-    lattice = torch.as_tensor(reduced).to(cell.device)
+    lattice = torch.as_tensor(np.array(reduced)).to(cell.device)
     axes, rest = pbc.nonzero().flatten().tolist(), (~pbc).nonzero().flatten().tolist()
     if rest:
         basis = torch.eye(3, dtype=lattice.dtype, device=lattice.device)

@@ -78,9 +78,14 @@ class FTPRouter(ScoreRouter):
 
     def logits(self, system: System, state: BlockState, sparsity: float) -> Tensor:
         """`[N]` of the probability to keep."""
-        weight = next(self.mlp.parameters())
-        out = self.mlp(self.factors(system, state, sparsity).to(weight)).squeeze(1)
-        return out.to(state.x.dtype)
+        first, last = self.mlp[0], self.mlp[2]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
+        # In the precision of the features.
+        factors = self.factors(system, state, sparsity).to(state.x.dtype)
+        hidden = nn.functional.linear(factors, first.weight.to(factors), first.bias.to(factors))
+        hidden = nn.functional.silu(hidden)
+        return nn.functional.linear(hidden, last.weight.to(factors), last.bias.to(factors)).squeeze(1)
 
     def scores(self, system: System, state: BlockState, level: float) -> Tensor:
         """`[N]` probability to keep."""

@@ -62,7 +62,8 @@ def routers() -> dict[str, Router]:
 
 def local(router, model, calibration, mode):  # type: ignore[no-untyped-def]
     """With thresholds in place of budgets."""
-    found = with_thresholds(router, model, calibration, mode, width=0.1 if isinstance(router, EdgePruner) else 0.3)
+    width = 0.1 if isinstance(router, EdgePruner) else 0.3
+    found = with_thresholds(router, model, calibration, mode, width=width)
     if isinstance(found, FTPRouter):
         # The median probability of the untrained router.
         return type(found)(**found.settings() | {"cut": 0.62 if mode == "threshold" else 0.45})
