@@ -81,6 +81,13 @@ def gradient_importance(
     Raises:
         InputError: no structures, or one that the network cannot take.
     """
+    return gradient_importances(model, structures, objective)[method]
+
+
+def gradient_importances(
+    model: EquiformerV2, structures: Iterable[Data], objective: Objective
+) -> dict[str, Importance]:
+    """`gradient_importance` with both methods, `{"michel": …, "taylor": …}`, from the same passes."""
     device = model.sphere_embedding.weight.device
     total: list[dict[str, Tensor]] = []
     count = 0
@@ -96,20 +103,21 @@ def gradient_importance(
                 for p, g in zip(parameters, grads, strict=True)
             }
             found = [_sums(block, lambda p, table=products: table[id(p)]) for block in model.blocks]  # type: ignore[misc]
+            count += 1
             scores = [
-                {unit: (a if method == "michel" else a + b).abs() for unit, (a, b) in sums.items()}
+                {unit: torch.stack((read.abs(), (read + made).abs())) for unit, (read, made) in sums.items()}
                 for sums in found
             ]
-            count += 1
-            if not total:
-                total = scores
-                continue
+            total = total or [{unit: torch.zeros_like(v) for unit, v in block.items()} for block in scores]
             for known, new in zip(total, scores, strict=True):
                 for unit, value in new.items():
                     known[unit] += value
     if not count:
         raise InputError("there are no structures to measure importance on: give at least one")
-    return _collected([{unit: value / count for unit, value in block.items()} for block in total])
+    return {
+        method: _collected([{unit: value[row] / count for unit, value in block.items()} for block in total])
+        for row, method in enumerate(("michel", "taylor"))
+    }
 
 
 def magnitude_importance(model: EquiformerV2) -> Importance:
@@ -190,7 +198,8 @@ def _collected(blocks: list[dict[str, Tensor]]) -> Importance:
 
 def _sums(block: nn.Module, product: _Product) -> dict[str, _Pair]:
     """Per unit, `product` summed over the weights of its consumer and over its other weights."""
-    empty = product(next(block.parameters())).new_zeros(0)
+    some = next(block.parameters(), None)
+    empty = torch.zeros(0) if some is None else some.detach().new_zeros(0)
     found: dict[str, _Pair] = {unit: (empty, empty) for unit in UNITS}
     branches = empty.new_zeros(2)
     attention, feed_forward = getattr(block, "ga", None), getattr(block, "ffn", None)

@@ -47,14 +47,20 @@ def read_structures(
     return _spread(found, limit, rng)
 
 
-def labelled_energies(paths: str | Path | Sequence[str | Path], energy_kind: str) -> bool:
+def labelled_energies(
+    paths: str | Path | Sequence[str | Path], energy_kind: str, declared: str | None = None
+) -> bool:
     """Whether the energies stored in all `paths` are of the model's kind, so that they can be its labels.
+
+    `declared` is the kind of files that do not say theirs.
 
     Raises:
         datasets_oc20.DataError: a file is missing or damaged.
     """
     named = [paths] if isinstance(paths, str | Path) else list(paths)
-    return all(not raw_files(Path(path)) and OC20Lmdb(path).energy_kind == energy_kind for path in named)
+    return all(
+        not raw_files(Path(path)) and OC20Lmdb(path, declared).energy_kind == energy_kind for path in named
+    )
 
 
 def raw_files(path: Path) -> list[Path]:

@@ -33,15 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from equiformer2.checkpoint import load_checkpoint
+    from equiformer2.errors import InputError
     from equiformer2.inference import Predictor
     from equiformer2.inference.record import claim_folder
     from equiformer2.pruning.report import RECORD, make_report, write
     from equiformer2.pruning.report_tables import show
-    from equiformer2.pruning.structures import read_structures
+    from equiformer2.pruning.structures import labelled_energies, read_structures
 
     folder = claim_folder(options.out, RECORD, options.overwrite)
     checkpoint = load_checkpoint(options.checkpoint, options.weights, options.energy_kind)
     predictor = Predictor(checkpoint, options.device, precision=options.precision, backend=options.backend)
+    kind = checkpoint.energy_kind
+    if options.objective == "labels" and not labelled_energies(options.data, kind, options.energy_kind):
+        raise InputError(
+            f"not all of the data are labelled with {kind} energies: use --objective probe, "
+            "or name the kind of energy of data that do not say it with --energy-kind"
+        )
     structures = read_structures(options.data, options.structures, options.seed)
     report = make_report(
         predictor,
