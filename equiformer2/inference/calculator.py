@@ -1,6 +1,6 @@
 """ASE calculator."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,9 @@ class EquiformerV2Calculator(Calculator):
         energy_every: evaluate the energy beside the forces in every n-th call that asks for forces only. An
             energy that is asked for is always computed for the structure at hand, in a pass of its own where
             the forces came without it.
+        router: skips atoms or edges (see `equiformer2.pruning.routing`). One that chooses anew at every step
+            makes forces jump: give a `FrozenPlan` of it, or one in the mode `smooth`. Tags and held atoms
+            then enter the results.
 
     Raises:
         InputError: `energy_every` is not positive; not a usable checkpoint; at calculation, a structure
@@ -65,6 +68,7 @@ class EquiformerV2Calculator(Calculator):
         backend: str = "auto",
         forces_on_fixed: bool = True,
         energy_every: int = 1,
+        router: Callable[..., dict[str, torch.Tensor]] | None = None,
     ) -> None:
         super().__init__()
         if energy_every < 1:
@@ -72,7 +76,7 @@ class EquiformerV2Calculator(Calculator):
         self.forces_on_fixed, self.energy_every = forces_on_fixed, energy_every
         self._without_energy = energy_every  # calls since the last energy; the first call has one
         self._unread: np.ndarray | None = None  # atoms that the present forces leave out
-        self.predictor = Predictor(checkpoint, device, weights, energy_kind, precision, backend)
+        self.predictor = Predictor(checkpoint, device, weights, energy_kind, precision, backend, router)
         if not self.predictor.has_forces:
             self.implemented_properties = ["energy", "free_energy"]
         self._notified_tags = False
@@ -102,6 +106,11 @@ class EquiformerV2Calculator(Calculator):
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What has changed since the last calculation; constraints, too, where forces were left out."""
         changes: list[str] = super().check_state(atoms, tol)
+        if self.predictor.router is not None and self.atoms is not None and not changes:
+            if not np.array_equal(atoms.get_tags(), self.atoms.get_tags()):
+                return ["tags"]
+            if not np.array_equal(fixed_mask(atoms), fixed_mask(self.atoms)):
+                return ["constraints"]
         if not changes and self._unread is not None:
             held = self._held(atoms)
             if held is None or not np.array_equal(held, self._unread):

@@ -1,6 +1,8 @@
 """Energies and forces in physical units from a checkpoint."""
 
 import copy
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,6 +27,8 @@ class Predictor:
         precision: of the matrix products: `"float32"`, `"tf32"` (CUDA) or `"bf16"`.
         backend: `"auto"`, `"torch"`, `"cpp"`, `"compile"` (compiled at the first call) or `"triton"` (CUDA); see
             `kernels.backend`.
+        router: called as `router(model, batch, request=…)` in place of the network, to skip atoms or edges;
+            one of `equiformer2.pruning.routing`.
 
     Attributes:
         energy_kind: `"adsorption"` or `"total"`: what the energies are.
@@ -43,6 +47,7 @@ class Predictor:
         energy_kind: str | None = None,
         precision: str = "float32",
         backend: str = "auto",
+        router: Callable[..., dict[str, torch.Tensor]] | None = None,
     ) -> None:
         self.device = _device(device)
         check_precision(precision, self.device)
@@ -65,7 +70,8 @@ class Predictor:
             model = copy.deepcopy(checkpoint.model)  # a model in training stays in training
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.model.backend = backend
-        self.model.check_backend()
+        self.model.check_backend(routed=router is not None)
+        self.router = router
         self.model.fold_weights(torch.bfloat16 if precision == "bf16" else None)
         self.energy_kind: str = self.checkpoint.energy_kind
 
@@ -101,7 +107,8 @@ class Predictor:
             # Batch.to moves in place: a clone keeps the caller's batch where it is.
             with matmul_precision(self.precision, self.device):
                 wanted = None if force_atoms is None else force_atoms.to(self.device)
-                out = self.model(batch.clone().to(self.device), request=OutputRequest(energy, wanted))
+                run = self.model if self.router is None else functools.partial(self.router, self.model)
+                out = run(batch.clone().to(self.device), request=OutputRequest(energy, wanted))
         out = {key: value.float().cpu() for key, value in out.items()}
         if energy:
             # Total energies reach thousands of eV: float64 keeps the differences between them.

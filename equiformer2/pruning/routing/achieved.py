@@ -9,6 +9,7 @@ from torch_geometric.data import Batch, Data
 
 from equiformer2.graph import RadiusGraph
 from equiformer2.model import EquiformerV2, ModelConfig
+from equiformer2.model.requests import OutputRequest
 from equiformer2.model.routing import BlockState, Decision
 from equiformer2.pruning.macs import count_macs
 from equiformer2.pruning.routing.active_region import ActiveRegion
@@ -80,7 +81,11 @@ class Recorder(Router):
         return _Counting(self.router.start(batch, graph, num_blocks), graph, self._block)
 
     def __call__(
-        self, model: EquiformerV2, batch: Batch | Data, graph: RadiusGraph | None = None
+        self,
+        model: EquiformerV2,
+        batch: Batch | Data,
+        graph: RadiusGraph | None = None,
+        request: OutputRequest | None = None,
     ) -> dict[str, Tensor]:
         """See `Router`."""
         if isinstance(self.router, ActiveRegion) and self.router.mode != "context_only":
@@ -92,8 +97,8 @@ class Recorder(Router):
             self._heads += left
             for block in range(len(model.blocks)):
                 self._add(block, left)
-            return self.router(model, batch)
-        return model(batch, graph=graph, active=self)
+            return self.router(model, batch, request=request)
+        return super().__call__(model, batch, graph, request)
 
     def achieved(self, config: ModelConfig) -> Achieved:
         """Of all calls since `reset`, on a network of this configuration."""

@@ -17,6 +17,7 @@ from torch_geometric.data import Batch, Data
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph
 from equiformer2.model import EquiformerV2
+from equiformer2.model.requests import OutputRequest
 from equiformer2.model.routing import BlockState, Decision
 from equiformer2.pruning.routing.router import BaseRouting, Router, spread
 from equiformer2.pruning.routing.system import ADSORBATE, System
@@ -63,13 +64,20 @@ class ActiveRegion(Router):
         return _ContextOnly(System.of(batch, graph), spread(0.0, num_blocks, self.protect_ends))
 
     def __call__(
-        self, model: EquiformerV2, batch: Batch | Data, graph: RadiusGraph | None = None
+        self,
+        model: EquiformerV2,
+        batch: Batch | Data,
+        graph: RadiusGraph | None = None,
+        request: OutputRequest | None = None,
     ) -> dict[str, Tensor]:
         """See `Router`; a `graph` of the whole structure is of no use to the modes that change it."""
         if self.mode == "context_only":
-            return super().__call__(model, batch, graph)
+            return super().__call__(model, batch, graph, request)
         smaller, kept = self.reduce(batch)
-        out = model(smaller)
+        if request is not None and request.force_atoms is not None:
+            wanted = request.force_atoms[smaller.atom_of.clamp(min=0)] & (smaller.atom_of >= 0)
+            request = request._replace(force_atoms=wanted)
+        out = model(smaller, request=request)
         if "forces" in out:
             forces = out["forces"].new_zeros(len(batch.pos), 3)
             real = smaller.atom_of >= 0

@@ -10,6 +10,7 @@ from torch_geometric.data import Batch, Data
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph
 from equiformer2.model import EquiformerV2
+from equiformer2.model.requests import OutputRequest
 from equiformer2.model.routing import BlockState, Decision
 from equiformer2.pruning.routing.selection import check_mode, select
 from equiformer2.pruning.routing.system import System
@@ -30,10 +31,14 @@ class Router(ABC):
         """What makes this router again, as JSON can hold it (see `files`)."""
 
     def __call__(
-        self, model: EquiformerV2, batch: Batch | Data, graph: RadiusGraph | None = None
+        self,
+        model: EquiformerV2,
+        batch: Batch | Data,
+        graph: RadiusGraph | None = None,
+        request: OutputRequest | None = None,
     ) -> dict[str, Tensor]:
-        """`model`'s energies and forces with this routing."""
-        return model(batch, graph=graph, active=self)
+        """`model`'s energies and forces with this routing; arguments as of the network."""
+        return model(batch, graph=graph, active=self, request=request)
 
 
 class BaseRouting(ABC):

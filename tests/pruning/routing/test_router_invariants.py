@@ -125,9 +125,7 @@ def test_smooth_mode_has_no_jumps_and_no_kinks(name: str) -> None:
     assert found[-1] < 0.1 * max(found)
 
 
-@pytest.mark.parametrize(
-    "name", [f"{name} smooth" for name in SCORED if name not in ("edge pruner", "static")]
-)
+@pytest.mark.parametrize("name", [name for name in SCORED if name not in ("edge pruner", "static")])
 def test_gates_open_and_shut_on_the_way(name: str) -> None:
     direction = torch.randn(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     gates = []
