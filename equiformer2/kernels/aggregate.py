@@ -18,7 +18,6 @@ from equiformer2.kernels.so2 import (
     SO2Weights,
     flat_terms,
     gauss_inputs,
-    gauss_sum_backward,
     gemm_dtype,
     products_backward,
     so2_linear,
@@ -199,7 +198,7 @@ class _Attend(torch.autograd.Function):
         grad_hidden, grad_alpha = torch.empty_like(hidden), torch.empty_like(alpha)
         # Sums over all edges: collected in float32 also when the GEMMs run in bf16.
         grad_terms, grad_bias = [torch.zeros_like(widened(term)) for term in terms], widened(bias) * 0
-        for part in chunks(len(target), 2 * plan.bytes_per_edge, hidden.device):
+        for part in chunks(len(target), plan.bytes_per_edge, hidden.device):
             some = hidden[part].detach().requires_grad_()
             with torch.enable_grad():
                 activated, inputs = plan.inputs(some)
@@ -222,8 +221,13 @@ class _Attend(torch.autograd.Function):
 
 def _activation_gradient(grads: list[Tensor], activated: Tensor) -> Tensor:
     """Gradient of m-major `[e, R, C]` from those of the GEMM inputs; rows that no GEMM reads get zero."""
-    orders = range(len(grads) // 3 + 1)
-    parts = [part for m in orders for part in gauss_sum_backward(grads, m)]
-    rows = torch.cat(parts, dim=1)
-    missing = activated[0].numel() - rows.shape[1]
-    return torch.nn.functional.pad(rows, (0, missing)).view(activated.shape)
+    out = activated.new_empty(activated.shape)
+    columns = out.flatten(1)
+    start = grads[0].shape[1]
+    columns[:, :start] = grads[0]
+    for total, *signs in zip(grads[1::3], grads[2::3], grads[3::3], strict=True):
+        for grad in signs:
+            torch.add(total, grad, out=columns[:, start : start + grad.shape[1]])
+            start += grad.shape[1]
+    columns[:, start:] = 0
+    return out

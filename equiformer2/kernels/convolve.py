@@ -103,7 +103,7 @@ def _streamed(edges: Edges, weights: SO2Weights, extra: int, options: InputOptio
     bias, first = weights.bias.to(edges.hidden.dtype), len(weights.scalar) - extra
     scalars = edges.hidden.new_empty(len(edges.source), extra)
     out = edges.hidden.new_empty(len(edges.source), first + sum(len(weight) for weight in weights.orders))
-    for part in _parts(edges):
+    for part in _parts(edges, options):
         inputs = edge_inputs(edges.part(part), linear(edges.hidden[part], edges.radial_weight), options)
         result, *others = (linear(x, term) for x, term in zip(inputs, terms, strict=True))
         torch.add(result[:, :extra], bias[:extra], out=scalars[part])
@@ -140,7 +140,7 @@ class _ConvolveEdges(torch.autograd.Function):
         grad_radial_weight, grad_radial_bias = _zeros(edges.radial_weight), _zeros(edges.radial_bias)
         grad_terms = [_zeros(w) for w in terms]
         grad_bias = torch.cat([grad_scalars.sum(0), grad_out[:, : len(weights.bias) - ctx.extra].sum(0)])
-        for part in _parts(edges, 2):
+        for part in _parts(edges, options):
             some = edges.part(part)
             radial = linear(some.hidden, edges.radial_weight)
             inputs = edge_inputs(some, radial, options)
@@ -167,8 +167,9 @@ class _ConvolveEdges(torch.autograd.Function):
 
 def _product_gradients(grad_scalars: Tensor, grad_out: Tensor, terms: list[Tensor]) -> list[Tensor]:
     """Gradients of the products of all GEMMs from those of the outputs of some edges."""
-    grad = torch.cat((grad_scalars, grad_out), dim=1).to(terms[0].dtype)
-    return gauss_gradients(grad, [term.t() for term in terms])
+    dtype, first = terms[0].dtype, len(terms[0]) - grad_scalars.shape[1]
+    of_scalars = torch.cat((grad_scalars, grad_out[:, :first]), dim=1).to(dtype)
+    return [of_scalars, *gauss_gradients(grad_out[:, first:].to(dtype), [len(t) for t in terms[1:]])]
 
 
 def _prepared(edges: Edges, options: InputOptions) -> Edges:
@@ -183,9 +184,12 @@ def _prepared(edges: Edges, options: InputOptions) -> Edges:
     return edges._replace(**{name: getattr(edges, name).to(dtype) for name in ("x", "x_target", "packed")})
 
 
-def _parts(edges: Edges, factor: int = 1) -> Iterator[slice]:
-    per_edge = 4 * (3 * edges.x.shape[1] * 2 * edges.x.shape[2] + 2 * edges.radial_weight.shape[0])
-    return chunks(len(edges.source), factor * per_edge, edges.x.device)
+def _parts(edges: Edges, options: InputOptions) -> Iterator[slice]:
+    """As many edges as fill a chunk with their GEMM inputs and radial weights."""
+    lmax, mmax = options.degrees
+    rows = lmax + 1 + 3 * sum(lmax + 1 - m for m in range(1, mmax + 1))
+    numbers = rows * 2 * edges.x.shape[2] + len(edges.radial_weight)
+    return chunks(len(edges.source), edges.hidden.element_size() * numbers, edges.x.device)
 
 
 def _zeros(like: Tensor) -> Tensor:

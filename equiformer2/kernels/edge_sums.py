@@ -70,7 +70,8 @@ def messages_backward(
         product = _values(edges, grad.shape[2]).to(grad.dtype) * grad
         grad_alpha = product.unflatten(2, (edges.alpha.shape[1], -1)).sum((1, 3))
         grad = _by_head(grad, edges.alpha)
-    return gauss_gradients(grad.to(dtype).flatten(1), edges.products), grad_alpha
+    flat, widths = grad.to(dtype).flatten(1), [product.shape[1] for product in edges.products]
+    return [flat[:, : widths[0]], *gauss_gradients(flat[:, widths[0] :], widths[1:])], grad_alpha
 
 
 def _values(edges: Messages, channels: int) -> Tensor:

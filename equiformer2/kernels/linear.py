@@ -12,6 +12,8 @@ _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x [n, in] @ weight [out, in]^T`, differentiable any number of times."""
     if _onednn_takes(x, weight):
+        if not torch.is_grad_enabled():
+            return _onednn(x, weight)
         return _OneDnnLinear.apply(x, weight)
     return torch.nn.functional.linear(x, weight)
 
@@ -30,11 +32,16 @@ def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return out
+
+
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return _onednn(x, weight)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

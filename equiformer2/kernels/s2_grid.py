@@ -59,7 +59,7 @@ def grid_mlp(x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor) -> T
 class GridFactors(NamedTuple):
     """A latitude-longitude grid by its factors.
 
-    Coefficient r at a point is a function of r and the latitude times one of the order of r and the longitude.
+    Coefficient r at a point is a function of r and the latitude times one of its order and the longitude.
 
     Attributes:
         to_latitude, from_latitude: `[latitudes, R]`, of `to_grid` and of the transpose of `from_grid`.

@@ -106,11 +106,10 @@ def gauss_values(products: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     return torch.cat(outputs, dim=1)
 
 
-def gauss_gradients(grad: Tensor, products: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of products of the shapes of `products` from that of `gauss_values`."""
-    widths = [product.shape[1] for product in products]
-    out, start = [grad[:, : widths[0]]], widths[0]
-    for width in widths[1::3]:
+def gauss_gradients(grad: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """Gradients of the products of orders m > 0, which have these widths, from that of their values."""
+    out, start = [], 0
+    for width in widths[::3]:
         positive, negative = grad[:, start : start + width], grad[:, start + width : start + 2 * width]
         start += 2 * width
         out += [positive + negative, negative, -positive]

@@ -8,6 +8,7 @@ from torch_geometric.data import Batch
 
 from equiformer2 import EquiformerV2
 from equiformer2.errors import InputError
+from equiformer2.kernels.cpu import library
 
 SMALLEST = {"num_layers": 1, "grid_resolution": 6, "num_distance_basis": 8, "max_neighbors": 6}
 VARIANTS = [
@@ -31,15 +32,18 @@ def structures() -> Batch:
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-@pytest.mark.parametrize("backend", ["compile", "triton"])
+@pytest.mark.parametrize("backend", ["cpp", "compile", "triton"])
 def test_same_answers_and_gradients(
     changes: dict[str, object], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if backend == "triton":
         interpreter(monkeypatch)
+    elif backend == "cpp":
+        cpp_compiler()
     else:
         plain_compiler(monkeypatch)
     model, batch = random_model(small_config(**(SMALLEST | changes))), structures()
+    model.backend = "torch"
     expected = with_gradients(model, batch)
     model.backend = backend
     found = with_gradients(model, batch)
@@ -50,6 +54,11 @@ def test_same_answers_and_gradients(
         assert (found[name] - value).abs().max() <= 2e-5 * scale, name
     for name, value in inference.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def cpp_compiler() -> None:
+    if (reason := library.why_missing()) is not None:
+        pytest.skip(reason)
 
 
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +99,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     model, batch = random_model(), structures()
     model.backend = "fast"
-    with pytest.raises(InputError, match=r"'fast'.*torch, compile, triton"):
+    with pytest.raises(InputError, match=r"'fast'.*auto, torch, cpp, compile, triton"):
         model(batch)
     model.backend = "triton"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -100,3 +109,26 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     batch.pos.requires_grad_()
     with pytest.raises(InputError, match="edge frames"):
         model(batch)
+
+
+def test_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = random_model(), structures()
+    assert model.backend == "auto"
+    monkeypatch.setattr(library, "why_missing", lambda: None)
+    assert model.chosen_backend() == "cpp"
+    monkeypatch.setattr(library, "why_missing", lambda: "no C++ compiler was found")
+    assert model.chosen_backend() == "torch"
+    model(batch)
+    model.backend = "cpp"
+    with pytest.raises(InputError, match=r"'cpp' cannot be used: no C\+\+ compiler was found"):
+        model(batch)
+
+
+def test_checkpointed_blocks_run_the_same_kernels_again() -> None:
+    """Equal bits: the second forward pass of a checkpointed block must not take other kernels."""
+    cpp_compiler()
+    model, batch = random_model(small_config(**SMALLEST)), structures()
+    expected = with_gradients(model, batch)
+    model.activation_checkpointing = True
+    found = with_gradients(model, batch)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -71,7 +71,8 @@ def _library() -> ctypes.CDLL | str:
             _compile(path, openmp, target)
         return ctypes.CDLL(str(target))
     except subprocess.CalledProcessError as error:
-        return f"{path} could not compile the CPU kernels: {error.stderr.strip().splitlines()[-1:]}"
+        lines = (error.stderr or "").strip().splitlines() or [f"exit status {error.returncode}"]
+        return f"{path} could not compile the CPU kernels: {lines[-1]}"
     except OSError as error:
         return f"the CPU kernels could not be compiled or loaded: {error}"
 
