@@ -6,6 +6,7 @@ answers in the place of the labels.
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from torch import nn
+from torch.optim import Optimizer
 from torch_geometric.data import Batch
 
 from equiformer2.checkpoint import load_checkpoint
@@ -22,7 +24,7 @@ from equiformer2.inference import Predictor
 from equiformer2.model import EquiformerV2
 from equiformer2.pruning.baselines import magnitude_plan
 from equiformer2.pruning.calibration import Calibration
-from equiformer2.pruning.mask import masked
+from equiformer2.pruning.mask import masked, weight_masks
 from equiformer2.pruning.plan import PruningPlan
 from equiformer2.pruning.pruners import JOINT
 from equiformer2.pruning.search import GreedySearch, SearchSettings, Stage
@@ -145,7 +147,7 @@ class GradualPruning(Callback):
         if self.plan is None:
             self.plan = PruningPlan.keep_all(config)  # type: ignore[arg-type]
         task.export = self._export
-        self._mask(task)
+        self._mask(task, trainer.optimizers)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -158,7 +160,7 @@ class GradualPruning(Callback):
         text = self._next_plan(task).to_json() if trainer.is_global_zero else ""
         self.plan = PruningPlan.from_json(trainer.strategy.broadcast(text))
         self.done += 1
-        self._mask(task)
+        self._mask(task, trainer.optimizers)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, NativeCheckpoints):
                 callback.best_score = None  # a larger network's
@@ -207,9 +209,17 @@ class GradualPruning(Callback):
         )  # fmt: skip
         return search.run().plan
 
-    def _mask(self, task: S2EFTask) -> None:
+    def _mask(self, task: S2EFTask, optimizers: Sequence[Optimizer]) -> None:
         self._masks.close()
         assert self.plan is not None
+        masks = weight_masks(task.model, self.plan)  # type: ignore[arg-type]
+        parameters = dict(task.model.named_parameters())
+        for optimizer in optimizers:
+            for name, kept in masks.items():
+                # Momentum from before would move what is cut.
+                for value in optimizer.state.get(parameters[name], {}).values():
+                    if isinstance(value, torch.Tensor) and value.shape == kept.shape:
+                        value.masked_fill_(~kept, 0.0)
         for network in (task.model, task.averaged):
             if network is not None:
                 self._masks.enter_context(masked(network, self.plan))  # type: ignore[arg-type]

@@ -1,12 +1,16 @@
 """A tiny trained-looking network and tiny slabs, for tests of what searches and trains around plans."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from ase.build import add_adsorbate, fcc111
 from ase.constraints import FixAtoms
 from torch_geometric.data import Data
 
+from datasets_oc20 import LmdbWriter
 from equiformer2 import EquiformerV2, ModelConfig
-from equiformer2.checkpoint import Normalizer, Normalizers
+from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
 from equiformer2.inference.atoms import atoms_to_data
 
 TINY = {
@@ -52,3 +56,31 @@ def slab(sid: str, element: str = "Cu", height: float = 1.3, fixed: bool = True)
 def slabs() -> list[Data]:
     """Three systems, four structures."""
     return [slab("a"), slab("a", height=1.6), slab("b", "Pt"), slab("c", "Ni")]
+
+
+def save_tiny(path: Path, seed: int = 0, **options: object) -> Path:
+    """A native checkpoint of `tiny_model` with raw and (other) averaged weights."""
+    model = tiny_model(seed, **options)
+    save_checkpoint(
+        path,
+        model=model,
+        raw_state=tiny_model(seed + 100, **options).state_dict(),
+        averaged_state=model.state_dict(),
+        normalizers=NORMALIZERS,
+        energy_kind="adsorption",
+        provenance={},
+    )
+    return path
+
+
+def write_lmdb(path: Path, structures: Sequence[Data], labels: bool = True) -> Path:
+    """An LMDB of `structures`, with invented labels."""
+    with LmdbWriter(path, "adsorption" if labels else None) as writer:
+        for number, data in enumerate(structures):
+            data = data.clone()
+            if labels:
+                data.energy = torch.tensor([0.1 * number - 0.5])
+                data.forces = torch.sin(data.pos + number)
+            data.fid = number
+            writer.write(data)
+    return path

@@ -1,0 +1,180 @@
+"""Distillation, and pruning during training."""
+
+import json
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from search_helpers import NORMALIZERS, save_tiny, slab, tiny_model, write_lmdb
+from torch_geometric.data import Batch
+
+from datasets_oc20 import OC20Lmdb
+from equiformer2.checkpoint import load_checkpoint, save_checkpoint
+from equiformer2.errors import InputError
+from equiformer2.inference import Predictor
+from equiformer2.pruning.callbacks import PLAN_FILE, DenseTeacher, GradualPruning
+from equiformer2.pruning.distill import distill, label
+from equiformer2.pruning.make_plan import apply_plan
+from equiformer2.pruning.plan import PruningPlan
+from equiformer2.pruning.target import MacTarget
+from equiformer2.training.cli import parse
+from equiformer2.training.optim import OptimSettings
+from equiformer2.training.run import train
+from equiformer2.training.task import S2EFTask, TaskSettings
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "pruning"
+QUICK = [
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=2",
+    "--trainer.log_every_n_steps=1",
+    "--data.batch_size=2",
+    "--optim.lr=1e-3",
+]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    teacher = save_tiny(tmp_path / "teacher.pt")
+    plan = PruningPlan.keep_all(tiny_model().config).with_block(0, heads=(1,), mmax=1)
+    plan = plan.with_block(1, feed_forward=False)
+    student = tmp_path / "student.pt"
+    apply_plan(teacher, plan, student)
+    return {
+        "teacher": teacher,
+        "student": student,
+        "train": write_lmdb(tmp_path / "unlabelled.lmdb", [slab("a"), slab("b", "Pt")] * 2, labels=False),
+        "val": write_lmdb(tmp_path / "val_unlabelled.lmdb", [slab("c", "Ni")], labels=False),
+    }
+
+
+def test_labels_are_the_teachers_answers_and_are_made_once(files, tmp_path) -> None:
+    teacher = Predictor(files["teacher"])
+    path = label(teacher, files["train"], tmp_path / "labelled.lmdb", batch_size=3)
+    labelled = OC20Lmdb(path)
+    assert labelled.energy_kind == "adsorption"
+    expected = teacher.predict(Batch.from_data_list([labelled[1]]))
+    torch.testing.assert_close(labelled[1].energy.double(), expected["energy"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(labelled[1].forces, expected["forces"], rtol=1e-4, atol=1e-5)
+    written = path.stat().st_mtime_ns
+    label(teacher, files["train"], path)
+    assert path.stat().st_mtime_ns == written
+    with pytest.raises(InputError, match="another teacher"):
+        label(Predictor(files["student"]), files["train"], path)
+
+
+def test_a_pruned_network_learns_from_the_dense_one_without_labels(files, tmp_path) -> None:
+    out = tmp_path / "out"
+    run = distill(files["student"], files["teacher"], files["train"], files["val"], out, QUICK)
+    result = load_checkpoint(run / "checkpoints" / "last.pt")
+    start = load_checkpoint(files["student"])
+    assert result.config == start.config
+    assert result.normalizers.to_dict() == start.normalizers.to_dict()
+    changed = [
+        n for n, w in result.model.state_dict().items() if not torch.equal(w, start.model.state_dict()[n])
+    ]
+    assert changed
+    # Ended runs are continued by a longer one, from the same pruned network.
+    longer = [*QUICK, "--trainer.max_epochs=3"]
+    again = distill(files["student"], files["teacher"], files["train"], files["val"], out, longer)
+    steps = load_checkpoint(again / "checkpoints" / "last.pt").provenance["step"]
+    assert steps == 3 * result.provenance["step"] // 2
+
+
+def test_the_baseline_starts_from_random_weights(files, tmp_path) -> None:
+    data = (files["train"], files["val"])
+    run = distill(
+        files["student"], files["teacher"], *data, tmp_path / "out",
+        [*QUICK, "--optim.lr=1e-12"], from_scratch=True,
+    )  # fmt: skip
+    scratch = load_checkpoint(run / "checkpoints" / "last.pt").model.blocks[0].ga.proj.weight
+    assert not torch.allclose(
+        scratch, load_checkpoint(files["student"]).model.blocks[0].ga.proj.weight, atol=1e-3
+    )
+
+
+def test_teacher_and_student_predict_the_same_kind(files, tmp_path) -> None:
+    other = tmp_path / "total.pt"
+    model = tiny_model()
+    save_checkpoint(
+        other, model=model, raw_state=model.state_dict(), averaged_state=None, normalizers=NORMALIZERS,
+        energy_kind="total", provenance={},
+    )  # fmt: skip
+    with pytest.raises(InputError, match="of its own kind"):
+        distill(files["student"], other, files["train"], files["val"], tmp_path / "out", QUICK)
+
+
+def test_a_teacher_replaces_the_labels_of_batches(files) -> None:
+    task = S2EFTask(tiny_model(seed=3), NORMALIZERS, "adsorption", TaskSettings(), OptimSettings())
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, barebones=False)
+    callback = DenseTeacher(str(files["teacher"]), validation="labels")
+    callback.on_fit_start(trainer, task)
+    batch = Batch.from_data_list([slab("a"), slab("b", "Pt")])
+    batch.energy, batch.forces = torch.zeros(2), torch.zeros_like(batch.pos)
+    callback.on_validation_batch_start(trainer, task, batch, 0)
+    assert not batch.energy.any()
+    callback.on_train_batch_start(trainer, task, batch, 0)
+    expected = Predictor(files["teacher"]).predict(batch)
+    torch.testing.assert_close(batch.energy.double(), expected["energy"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(batch.forces, expected["forces"])
+    task.energy_kind = "total"
+    with pytest.raises(InputError, match="teacher of the same kind"):
+        callback.on_fit_start(trainer, task)
+
+
+def gradual(files, tmp_path, name: str, *extra: str) -> Path:
+    data = write_lmdb(tmp_path / "train.lmdb", [slab("a"), slab("b", "Pt")] * 4)
+    val = write_lmdb(tmp_path / "val.lmdb", [slab("c", "Ni")])
+    tiny = [f"--model.{key}={value}" for key, value in tiny_model().config.to_dict().items()]
+    config = parse(
+        [
+            "--config", str(CONFIGS / "gradual.yaml"), *tiny, *QUICK,
+            f"--init_from={files['teacher']}", f"--data.train={data}", f"--data.val={val}",
+            "--data.forces_only=null", "--data.energy_kind=adsorption", "--trainer.val_check_interval=null",
+            f"--runs_dir={tmp_path}", f"--name={name}",
+            f"--trainer.callbacks.data={data}", "--trainer.callbacks.every_n_steps=2",
+            "--trainer.callbacks.first_step=1", "--trainer.callbacks.cuts=2", "--trainer.callbacks.tries=2",
+            "--trainer.callbacks.structures=2", "--trainer.callbacks.keep=0.7", *extra,
+        ]
+    )  # fmt: skip
+    return train(config)
+
+
+def test_gradual_pruning_leaves_a_small_network(files, tmp_path) -> None:
+    run = gradual(files, tmp_path, "gradual")
+    plan = PruningPlan.load(run / PLAN_FILE)
+    dense = tiny_model().config
+    share = MacTarget(dense, 0.5, 8, 48).fraction_of(plan)
+    assert 0.6 < share <= 0.71
+    for name in ("last.pt", "best.pt"):
+        assert load_checkpoint(run / "checkpoints" / name).config.blocks == plan.applied_to(dense).blocks
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    saved = next(value for key, value in state["callbacks"].items() if key.startswith("GradualPruning"))
+    assert saved["done"] == 2
+    assert PruningPlan.from_dict(saved["plan"]) == plan
+    json.dumps(saved)
+
+
+def test_masked_weights_stay_zero_and_the_small_network_is_the_masked_one(files, tmp_path) -> None:
+    """Momentum from before a cut must not move what was cut."""
+    from equiformer2.pruning.mask import weight_masks
+    from equiformer2.pruning.shrink import shrink
+
+    run = gradual(files, tmp_path, "gradual", "--trainer.callbacks.method=magnitude")
+    plan = PruningPlan.load(run / PLAN_FILE)
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    model = tiny_model()
+    model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+    parameters = dict(model.named_parameters())
+    for name, mask in weight_masks(model, plan).items():
+        assert not parameters[name][~mask].any(), name
+    small = load_checkpoint(run / "checkpoints" / "last.pt", "raw").model
+    for name, weight in shrink(model, plan).state_dict().items():
+        torch.testing.assert_close(weight, small.state_dict()[name])
+
+
+def test_gradual_settings_are_checked() -> None:
+    with pytest.raises(InputError, match="keep"):
+        GradualPruning(keep=1.5, data="x")
+    with pytest.raises(InputError, match="cuts"):
+        GradualPruning(keep=0.5, data="x", cuts=0)
