@@ -1,5 +1,6 @@
 """Batched relaxation: the steps of ASE's LBFGS, places that are filled again, failures, memory."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def slab(metal: str, seed: int, adsorbate: str = "O") -> Atoms:
     return atoms
 
 
+LBFGS_EXPECTED = Path(__file__).parents[1] / "fixtures" / "inference" / "lbfgs_expected.json"
 SYSTEMS = [("Cu", 0), ("Ag", 1), ("Pt", 2), ("Ni", 3)]
 
 
@@ -85,6 +87,29 @@ def test_every_structure_takes_the_steps_of_ase_alone() -> None:
             taken[name] += 1
             np.testing.assert_allclose(atoms.positions, alone[name][taken[name]], atol=1e-10)
     assert taken == {0: 6, 1: 12, 2: 9}
+
+
+def test_the_path_of_the_reference() -> None:
+    """fairchem-core's own batched optimiser, on a Morse potential (tests/fixtures/inference)."""
+    content = json.loads(LBFGS_EXPECTED.read_text())
+    natoms, fixed = content["natoms"], torch.tensor(content["fixed"])
+    structure = torch.repeat_interleave(torch.arange(len(natoms)), torch.tensor(natoms))
+    start = positions = torch.tensor(content["start"], dtype=torch.float64)
+    optimizer = BatchedLBFGS(**content["settings"])
+    for _ in range(content["steps"]):
+        pulls = []
+        for atoms in positions.split(natoms):
+            apart = atoms[:, None] - atoms[None]
+            distance = apart.norm(dim=-1, keepdim=True) + torch.eye(len(atoms))[..., None]
+            decay = torch.exp(-1.5 * (distance - 2))
+            pulls.append((-3.0 * (1 - decay) * decay * apart / distance).sum(dim=1))
+        forces = torch.cat(pulls)
+        forces[fixed] = 0.0
+        positions = positions + optimizer.step(positions, forces, structure, len(natoms))
+    expected = torch.tensor(content["relaxed"], dtype=torch.float64)
+    assert (expected - start).abs().max() > 0.1
+    # The reference scales every step by x / (x + 1e-7).
+    torch.testing.assert_close(positions, expected, atol=1e-5, rtol=0.0)
 
 
 def relax_all(**options: object) -> tuple[list[Relaxed], list[int]]:

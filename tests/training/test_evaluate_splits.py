@@ -13,7 +13,7 @@ from tiny_checkpoint import write_tiny_checkpoint
 from torch_geometric.data import Batch, Data
 
 from datasets_oc20 import LmdbWriter, OC20Lmdb
-from equiformer2.training import evaluation
+from equiformer2.training import evaluation, wandb_report
 from equiformer2.training.breakdown import Breakdown, adsorbate_formula
 from equiformer2.training.folder import WandbSettings
 from equiformer2.training.wandb_report import log_results
@@ -59,7 +59,11 @@ def test_splits_their_average_and_going_on_after_a_stop(
     monkeypatch.setattr(evaluation, "evaluate", stops_at_the_second)
     assert run(monkeypatch, "evaluate", *arguments) == 130
     assert not out.exists()
-    assert run(monkeypatch, "evaluate", *arguments, "--figures", figures) == 0
+    logged = []
+    monkeypatch.setattr(wandb_report, "import_wandb", lambda: None)
+    monkeypatch.setattr(wandb_report, "log_results", lambda *given: logged.append(given))
+    more = ("--figures", figures, "--wandb-project", "project", "--wandb-offline")
+    assert run(monkeypatch, "evaluate", *arguments, *more) == 0
     # The first split was not evaluated again, and the result is as if nothing had happened.
     assert [Path(path).name for path in evaluated] == ["val_id", "val_ood_ads.lmdb", "val_ood_ads.lmdb"]
     assert "val_id: 3 structures of 1 systems (finished before" in capsys.readouterr().out
@@ -78,6 +82,12 @@ def test_splits_their_average_and_going_on_after_a_stop(
         assert row["structures"] == 3
         assert row["energy_mae"] == pytest.approx(split["metrics"]["energy_mae"])
         assert row["forces_mae"] == pytest.approx(split["metrics"]["forces_mae"], rel=1e-5)
+    ((settings, folder, _, _, metrics, tables, drawn),) = logged
+    assert settings == WandbSettings("project", offline=True)
+    assert folder == tmp_path
+    assert metrics["average"] == pytest.approx(report["average"]["metrics"])
+    assert set(tables) == {"adsorbates", "elements"}
+    assert all(path.exists() for path in drawn)
     names = {path.name for path in figures.iterdir()}
     assert {"errors_by_adsorbate.png", "errors_by_element.png", "parity_energy_0_val_id.png"} <= names
 
