@@ -155,7 +155,9 @@ class BlockPlan:
             if not getattr(self, branch):
                 given = [field for field in fields if getattr(other, field) is not None]
                 if given:
-                    raise InputError(f"{where}: {given[0]} is given for a {branch} branch dropped before")
+                    raise InputError(
+                        f"{where}: {given[0]} is given, but the {branch} branch was dropped before"
+                    )
             elif not getattr(other, branch):
                 changes |= {branch: False} | dict.fromkeys(fields)
         if changes.get("attention", self.attention):

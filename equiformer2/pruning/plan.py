@@ -166,11 +166,11 @@ class PruningPlan:
             for name in ("force_head", "energy_head")
             if name in values
         }
-        return cls(
-            tuple(BlockPlan.from_dict(block, f"{source}: block {i}") for i, block in enumerate(blocks)),
-            values.get("sphere_channels"),
-            **heads,
-        )
+        parts = tuple(BlockPlan.from_dict(block, f"{source}: block {i}") for i, block in enumerate(blocks))
+        try:
+            return cls(parts, values.get("sphere_channels"), **heads)
+        except InputError as error:
+            raise InputError(f"{source}: {str(error).removeprefix('pruning plan: ')}") from error
 
     def to_json(self) -> str:
         """Text of `to_dict`."""
