@@ -55,7 +55,9 @@ def rotation_matrices(
         `[e, R, K]`; its transpose goes back.
     """
     kept = kept or degrees
-    index = _entry_index(*degrees, *kept, packed.device)
+    # torch.compile makes a constant of what it traces, and sees through caches only with a warning.
+    entry_index = _entry_index.__wrapped__ if torch.compiler.is_compiling() else _entry_index
+    index = entry_index(*degrees, *kept, packed.device)
     columns = (kept[0] + 1) ** 2
     return packed.index_select(1, index).view(len(packed), len(index) // columns, columns)
 

@@ -1,8 +1,7 @@
 """EquiformerV2 (paper Figure 1)."""
 
 import contextvars
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +11,13 @@ from torch_geometric.data import Batch, Data
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph, radius_graph
 from equiformer2.graph.validation import locate_atom
+from equiformer2.kernels.aggregate import widened
 from equiformer2.kernels.backend import Neighbors, triton_kernels, use_cpp_kernels, why_not
 from equiformer2.kernels.chunks import chunks
+from equiformer2.kernels.rows import gather_rows
 from equiformer2.model.attention import SO2EquivariantGraphAttention, element_embedding
 from equiformer2.model.block import TransformerBlock
+from equiformer2.model.compiled import compiled_graphs, compiled_network
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.edges import EdgeContext
 from equiformer2.model.embedding import EdgeDegreeEmbedding
@@ -116,7 +118,7 @@ class EquiformerV2(nn.Module):
         request = request or OutputRequest()
         request.check(len(numbers), self.force_block is not None)
         if self.backend == "compile":
-            return request.cut(self._compiled(*tensors))
+            return request.cut(self._outputs(*compiled_network(self)(self, *tensors), structure, natoms))
         if self.backend == "triton":
             with triton_kernels(Neighbors.of(graph.edge_index, len(numbers))):
                 return request.cut(self._network(*tensors))
@@ -150,8 +152,7 @@ class EquiformerV2(nn.Module):
             len(numbers),
             self._bytes_per_edge,
         )
-        x = self.edge_degree_embedding(edges)
-        x = torch.cat((x[:, :1] + self.sphere_embedding(numbers).unsqueeze(1), x[:, 1:]), dim=1)
+        x = self.embed(numbers, edges)
         routed = None if routing is None else RoutedEdges(edges, routing)
         for number, block in enumerate(self.blocks):
             here, gates = (edges, None) if routed is None else routed.of_block(number, x)
@@ -167,22 +168,44 @@ class EquiformerV2(nn.Module):
                 routed.record(here)
         x = self.norm(x)
 
-        out = {}
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if request.energy:
-            atomic = self.energy_block.scalars(x)[:, 0].to(wide)
-            energy = atomic.new_zeros(len(natoms)).index_add(0, structure, atomic)
-            out["energy"] = energy / self.config.avg_num_nodes
+        forces = None
         if self.force_block is not None:
             here = edges if request.force_atoms is None else edges.restricted(request.force_atoms)
-            forces = self.force_block.vectors(x, here).squeeze(2).to(wide)
-            out["forces"] = here.put_targets(forces.new_zeros(len(x), 3), forces)
+            forces = self.atomic_forces(x, here)
+            forces = here.put_targets(forces.new_zeros(len(x), 3), forces)
+        atomic = self.atomic_energies(x) if request.energy else None
+        return self._outputs(atomic, forces, structure, natoms)
+
+    def embed(self, numbers: Tensor, edges: EdgeContext) -> Tensor:
+        """First features `[N, K, C]`: the elements of the atoms and their surroundings."""
+        x = self.edge_degree_embedding(edges)
+        elements = gather_rows(self.sphere_embedding.weight, numbers)
+        return torch.cat((x[:, :1] + elements.unsqueeze(1), x[:, 1:]), dim=1)
+
+    def atomic_energies(self, x: Tensor) -> Tensor:
+        """`[N]` from the normed features `[N, K, C]`, in float32 or wider."""
+        return widened(self.energy_block.scalars(x)[:, 0])
+
+    def atomic_forces(self, x: Tensor, edges: EdgeContext) -> Tensor:
+        """`[n, 3]` of the target atoms of `edges`, from the normed features, in float32 or wider."""
+        assert self.force_block is not None
+        return widened(self.force_block.vectors(x, edges).squeeze(2))
+
+    def _outputs(
+        self, atomic: Tensor | None, forces: Tensor | None, structure: Tensor, natoms: Tensor
+    ) -> dict[str, Tensor]:
+        out = {}
+        if atomic is not None:
+            energy = atomic.new_zeros(len(natoms)).index_add(0, structure, atomic)
+            out["energy"] = energy / self.config.avg_num_nodes
+        if forces is not None:
+            out["forces"] = forces
         return out
 
-    @functools.cached_property
-    def _compiled(self) -> Callable[..., dict[str, Tensor]]:
-        # Dynamic shapes: another number of atoms or edges is not compiled again.
-        return torch.compile(self._network, fullgraph=True, dynamic=True)
+    @property
+    def compiled_graphs(self) -> int:
+        """How many graphs the backend `compile` has compiled for this network so far."""
+        return compiled_graphs(self)
 
     def _routing(
         self, active: Sequence[Tensor | None] | Router | None, batch: Batch | Data, graph: RadiusGraph

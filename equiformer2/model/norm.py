@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from equiformer2.kernels.chunks import no_autocast
+from equiformer2.kernels.rows import gather_rows
 from equiformer2.model.so3 import DerivedConstants
 
 _EPS = 1e-5
@@ -45,7 +46,7 @@ class SeparableLayerNorm(_DegreeNorm):
     def forward(self, x: Tensor) -> Tensor:
         with no_autocast(x):
             tensors = x[:, 1:]
-            scaled = tensors * (self.balanced_scale(tensors) * self.affine_weight[self.degree])
+            scaled = tensors * (self.balanced_scale(tensors) * gather_rows(self.affine_weight, self.degree))
             return torch.cat((self.norm_l0(x[:, :1]), scaled), dim=1)
 
 
@@ -61,7 +62,7 @@ class RMSNorm(_DegreeNorm):
         with no_autocast(x):
             scalars = x[:, :1]
             x = torch.cat((scalars - scalars.mean(dim=2, keepdim=True), x[:, 1:]), dim=1)
-            x = x * (self.balanced_scale(x) * self.affine_weight[self.degree])
+            x = x * (self.balanced_scale(x) * gather_rows(self.affine_weight, self.degree))
             return torch.cat((x[:, :1] + self.affine_bias, x[:, 1:]), dim=1)
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from equiformer2.kernels.rows import gather_rows
 from equiformer2.model.so3 import DerivedConstants
 
 
@@ -72,9 +73,15 @@ class ElementPairs:
 
     def look_up_source(self, table: Tensor) -> Tensor:
         """Rows of `table [Z, D]` for the source atoms, `[E, D]`."""
-        # F.embedding has a faster backward pass than indexing when there are few rows.
-        return nn.functional.embedding(self.source, table)
+        return _look_up(table, self.source)
 
     def look_up_target(self, table: Tensor) -> Tensor:
         """Rows of `table [Z, D]` for the target atoms, `[E, D]`."""
-        return nn.functional.embedding(self.target, table)
+        return _look_up(table, self.target)
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return gather_rows(table, index)
+    # F.embedding has a faster backward pass than indexing when there are few rows.
+    return nn.functional.embedding(index, table)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from model_helpers import batch_of, cluster, lone_atom, loss_of, random_model, slab, small_config, water
+from model_helpers import batch_of, cluster, lone_atom, loss_of, random_model, small_config, water
 from torch import Tensor
 from torch_geometric.data import Batch
 
 from equiformer2 import EquiformerV2
 from equiformer2.errors import InputError
 from equiformer2.kernels.cpu import library
+from equiformer2.model import compiled
 
 SMALLEST = {"num_layers": 1, "grid_resolution": 6, "num_distance_basis": 8, "max_neighbors": 6}
 VARIANTS = [
@@ -69,20 +70,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plain_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace as for inductor, then run what was traced: no C++ compiler is needed."""
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="aot_eager", **options))
-    torch._dynamo.reset()
-
-
-def test_other_sizes_are_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain_compiler(monkeypatch)
-    model = random_model(small_config(**SMALLEST))
-    model.backend = "compile"
-    torch._dynamo.utils.counters.clear()
-    for batch in (batch_of(slab()), batch_of(slab(), cluster()), batch_of(cluster(), water(), slab())):
-        model(batch)
-    # One structure in a batch is a case of its own, and so is every other number of them.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    monkeypatch.setattr(compiled, "COMPILER", "aot_eager")
 
 
 def test_derivatives_with_respect_to_positions_under_compile(monkeypatch: pytest.MonkeyPatch) -> None:
