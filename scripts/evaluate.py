@@ -28,6 +28,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_atoms", type=int, help="most atoms in a batch")
     parser.add_argument("--num_workers", type=int, default=0)
+    parser.add_argument(
+        "--adsorbates",
+        type=Path,
+        help="names by system for the error table: a JSON object, or OC20's oc20_data_mapping.pkl",
+    )
     parser.add_argument("--wandb-project", help="log to this Weights & Biases project")
     parser.add_argument("--wandb-entity", help="user or team (default: W&B's)")
     parser.add_argument("--wandb-offline", action="store_true", help="send nothing; keep W&B's files")
@@ -39,8 +44,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    from datasets_oc20.adsorbate_names import read_adsorbate_names
     from datasets_oc20.splits import VALIDATION_SPLITS, find_splits
     from equiformer2.checkpoint import load_checkpoint
+    from equiformer2.checkpoint.files import sha256
     from equiformer2.files import check_target
     from equiformer2.inference import Predictor
     from equiformer2.training import evaluation, evaluation_parts, wandb_report
@@ -65,7 +72,9 @@ def main() -> None:
         name: evaluation.open_dataset(path, predictor, arguments.energy_kind) for name, path in paths.items()
     }
     print(f"{arguments.checkpoint}: {checkpoint.weights} weights, {checkpoint.energy_kind} energies")
+    names = None if arguments.adsorbates is None else read_adsorbate_names(arguments.adsorbates)
     settings = {
+        "adsorbates": None if arguments.adsorbates is None else sha256(arguments.adsorbates),
         "weights": checkpoint.weights,
         "precision": arguments.precision,
         "backend": arguments.backend,
@@ -82,7 +91,7 @@ def main() -> None:
         again = found is not None
         if found is None:
             found = evaluation.evaluate(
-                predictor, dataset, arguments.batch_size, arguments.max_atoms, arguments.num_workers
+                predictor, dataset, arguments.batch_size, arguments.max_atoms, arguments.num_workers, names
             )
             if part is not None:
                 evaluation_parts.save_part(part, found, evaluated)

@@ -10,6 +10,7 @@ from ase.formula import Formula
 from torch import Tensor
 from torch_geometric.data import Batch
 
+from datasets_oc20.adsorbate_names import adsorbate_of
 from equiformer2.training.metrics import ENERGY_THRESHOLD
 
 ADSORBATE = 2
@@ -40,11 +41,21 @@ def adsorbate_formula(atomic_numbers: np.ndarray, tags: np.ndarray) -> str:
 
 
 class Breakdown:
-    """Accumulates errors over batches; `adsorbates` and `elements` are sums per name, see `SUMS`."""
+    """Accumulates errors over batches.
+
+    Args:
+        adsorbates: sums per name to go on with, see `SUMS`.
+        elements: the same.
+        names: adsorbate by `sid`; a system without one goes by `adsorbate_formula`.
+    """
 
     def __init__(
-        self, adsorbates: Mapping[str, Any] | None = None, elements: Mapping[str, Any] | None = None
-    ):
+        self,
+        adsorbates: Mapping[str, Any] | None = None,
+        elements: Mapping[str, Any] | None = None,
+        names: dict[str, str] | None = None,
+    ) -> None:
+        self._names = names or {}
         self.adsorbates: Sums = {name: np.asarray(row, float) for name, row in (adsorbates or {}).items()}
         self.elements: Sums = {name: np.asarray(row, float) for name, row in (elements or {}).items()}
 
@@ -66,13 +77,16 @@ class Breakdown:
         starts = np.cumsum(natoms) - natoms
         for row, (start, count) in enumerate(zip(starts, natoms, strict=True)):
             part = slice(start, start + count)
-            name = adsorbate_formula(numbers[part], tags[part])
+            name = self._name(batch, row) or adsorbate_formula(numbers[part], tags[part])
             _add(self.adsorbates, name, np.concatenate([per_structure[row], atoms[row]]))
         for number in np.unique(numbers):
             mine = numbers == number
             with_it = np.unique(structure[mine])
             values = np.concatenate([per_structure[with_it].sum(axis=0), per_atom[mine].sum(axis=0)])
             _add(self.elements, chemical_symbols[number], values)
+
+    def _name(self, batch: Batch, row: int) -> str | None:
+        return adsorbate_of(str(batch.sid[row]), self._names) if self._names else None
 
     def merge(self, other: "Breakdown") -> None:
         """Add what another one has seen."""

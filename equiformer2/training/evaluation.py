@@ -108,8 +108,11 @@ def evaluate(
     batch_size: int = 8,
     max_atoms: int | None = None,
     num_workers: int = 0,
+    adsorbate_names: dict[str, str] | None = None,
 ) -> Evaluation:
     """Metrics and baselines of a checkpoint on a dataset of its kind of energy.
+
+    `adsorbate_names` has adsorbates by `sid`, for the errors by adsorbate.
 
     Raises:
         InputError: records without targets.
@@ -119,7 +122,7 @@ def evaluate(
     check_energies_match_kind(sample_targets(dataset, 200), str(dataset.energy_kind), dataset.path)
     normalizers = predictor.checkpoint.normalizers
     found, trivial = (S2EFMetrics(predictor.has_forces, sync_on_compute=False) for _ in range(2))
-    breakdown = Breakdown()
+    breakdown = Breakdown(names=adsorbate_names)
     targets, predictions, sids, force_pairs = [], [], [], []
     free_atoms = 0
     for batch in batches(dataset, batch_size, max_atoms, num_workers):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -115,6 +116,29 @@ def test_another_checkpoint_or_other_data_are_evaluated_again(
     next((tmp_path / "results.parts").iterdir()).write_bytes(b"not ours")
     assert run(monkeypatch, "evaluate", *arguments) == 0
     assert "finished before" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["json", "pkl"])
+def test_adsorbates_by_name(
+    checkpoint: Path,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ending: str,
+) -> None:
+    sid = OC20Lmdb(root / "val_id")[0].sid
+    names, out = tmp_path / f"names.{ending}", tmp_path / "results.json"
+    if ending == "json":
+        names.write_text(json.dumps({sid: "*COH"}))
+    else:
+        names.write_bytes(pickle.dumps({f"random{sid}": {"ads_symbols": "*COH", "miller_index": (1, 1, 1)}}))
+    arguments = ("--checkpoint", checkpoint, "--data", root / "val_id", "--out", out, "--adsorbates", names)
+    assert run(monkeypatch, "evaluate", *arguments) == 0
+    assert list(json.loads(out.read_text())["all_datasets"]["adsorbates"]) == ["*COH"]
+    names.write_bytes(pickle.dumps([os.system]) if ending == "pkl" else b"{}")
+    assert run(monkeypatch, "evaluate", *arguments) == 2
+    assert f"names.{ending}: the" in capsys.readouterr().err
 
 
 def test_missing_splits_are_named(
