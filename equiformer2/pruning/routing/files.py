@@ -53,7 +53,10 @@ def router_from_dict(record: Any) -> Router:
         raise InputError("this is not a router: it needs the keys kind and settings")
     if record["kind"] not in KINDS:
         raise InputError(f"the kind of router {record['kind']!r} is not known: {', '.join(KINDS)}")
-    settings = dict(record["settings"])
+    settings = record["settings"]
+    if not isinstance(settings, dict):
+        raise InputError("the settings of a router are names and values")
+    settings = dict(settings)
     if "router" in settings:
         settings["router"] = router_from_dict(settings["router"])
     try:

@@ -25,7 +25,7 @@ class RouterTraining:
 
     Attributes:
         steps: batches in all.
-        learning_rate: of AdamW.
+        learning_rate: of AdamW; it falls to 0 as a cosine.
         guide_weight: of the guide loss at the start; it falls linearly to 0 over `guide_steps`.
         guide_steps: None for half of `steps`.
         sparsity_weight: of (s - s_achieved)², summed over blocks.
@@ -37,11 +37,11 @@ class RouterTraining:
 
     steps: int = 200
     learning_rate: float = 1e-2
-    guide_weight: float = 1.0
+    guide_weight: float = 5.0
     guide_steps: int | None = None
-    sparsity_weight: float = 10.0
+    sparsity_weight: float = 5.0
     energy_weight: float = 1.0
-    force_weight: float = 10.0
+    force_weight: float = 1.0
     temperature: float = 0.0
     seed: int = 0
 
@@ -95,6 +95,7 @@ def train_router(
         raise InputError("the router needs at least one batch to train on")
     generator = torch.Generator().manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(router.mlp.parameters(), lr=settings.learning_rate)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     trained = [p for p in model.parameters() if p.requires_grad]
     was_training = model.training
     model.eval().requires_grad_(False)
@@ -106,6 +107,7 @@ def train_router(
             losses = _step(
                 model, router, batches[number], dense[number], settings, step, generator, optimizer
             )
+            decay.step()
             history.append(losses)
             if after_step is not None:
                 after_step(step, losses)

@@ -1,0 +1,110 @@
+"""Genetic search of the sparsity of every block, and what a router achieves."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from routing_helpers import as_data, exact_model, slab_atoms
+from torch_geometric.data import Batch
+
+from equiformer2.checkpoint import Normalizer, Normalizers
+from equiformer2.errors import InputError
+from equiformer2.pruning.calibration import Calibration
+from equiformer2.pruning.macs import count_macs
+from equiformer2.pruning.routing import (
+    ActiveRegion,
+    RandomRouter,
+    RoutedModel,
+    ScheduleObjective,
+    StaticRouter,
+    search_schedule,
+    with_levels,
+)
+
+WEIGHTS = (0.0, 5.0, 1.0, 0.2, 3.0, 0.0)
+
+
+def toy(levels: Sequence[float]) -> tuple[float, float]:
+    """Blocks cost the same; skipping hurts each by another amount, the more the more is skipped."""
+    loss = sum(weight * level**2 for weight, level in zip(WEIGHTS, levels, strict=True))
+    return loss, 1 - sum(levels) / len(levels)
+
+
+def test_the_search_finds_the_schedule_of_the_least_loss() -> None:
+    found = search_schedule(toy, 6, 0.8, generations=20, tolerance=0.01, seed=0)
+    assert found.macs == pytest.approx(0.8, abs=0.01)
+    assert found.levels[0] == found.levels[5] == 0.0
+    # Block 3 costs least, block 1 most.
+    assert found.levels[3] > found.levels[2] > found.levels[1]
+    uniform = toy([0, 0.3, 0.3, 0.3, 0.3, 0])[0]
+    assert found.loss < 0.6 * uniform
+    assert list(found.history) == sorted(found.history, reverse=True)
+    again = search_schedule(toy, 6, 0.8, generations=20, tolerance=0.01, seed=0)
+    assert again == found
+
+
+def test_search_refusals() -> None:
+    with pytest.raises(InputError, match="nothing to search"):
+        search_schedule(toy, 2, 0.8)
+    with pytest.raises(InputError, match="between 0 and 1"):
+        search_schedule(toy, 6, 1.0)
+    with pytest.raises(InputError, match="no schedule came within"):
+        search_schedule(toy, 6, 0.1, generations=1)
+
+
+def calibration(model) -> Calibration:  # type: ignore[no-untyped-def]
+    structures = []
+    for number, (rattle, adsorbate) in enumerate([(0.1, "OH"), (0.05, "CO"), (0.08, "O")]):
+        structures.append(as_data(slab_atoms(rattle, adsorbate), torch.float32))
+        structures[-1].sid, structures[-1].fid = f"system{number}", 0
+    one = Normalizer(0.0, 1.0)
+    return Calibration(model, Normalizers(energy=one, forces=one), structures, batch_size=2)
+
+
+def test_a_schedule_on_the_network() -> None:
+    model = exact_model(torch.float32, num_layers=5)
+    data = calibration(model)
+    objective = ScheduleObjective(model, data, StaticRouter)
+    found = search_schedule(objective, 5, 0.8, population=6, generations=2, tolerance=0.03)
+    assert found.macs == pytest.approx(0.8, abs=0.03)
+    assert found.loss == pytest.approx(objective(found.levels)[0])
+    router = with_levels(RandomRouter(0.1, seed=4), found.levels)
+    assert isinstance(router, RandomRouter)
+    assert (router.seed, router.levels) == (4, found.levels)
+
+
+def test_achieved_counts_what_is_computed() -> None:
+    model = exact_model(torch.float32)
+    batch = Batch.from_data_list(
+        [as_data(slab_atoms(0.1), torch.float32), as_data(slab_atoms(0.05), torch.float32)]
+    )
+    target = model.build_graph(batch).edge_index[1]
+    routed = RoutedModel(model, ActiveRegion())
+    with torch.no_grad():
+        routed(batch)
+        routed(batch)
+    active = ~((batch.tags == 0) & batch.fixed)
+    achieved = routed.achieved()
+    assert achieved.atoms == pytest.approx([float(active.double().mean())] * 4)
+    assert achieved.edges == pytest.approx([float(active[target].double().mean())] * 4)
+    assert achieved.token_sparsity == pytest.approx(1 - float(active.double().mean()))
+    atoms, edges = len(batch.pos), len(target)
+    dense = count_macs(model.config, atoms, edges)
+    skipped = count_macs(model.config, atoms - int(active.sum()), edges - int(active[target].sum()))
+    nothing = count_macs(model.config, 0, 0)
+    saved = sum(sum(block.values()) for block in skipped.blocks) - sum(
+        sum(b.values()) for b in nothing.blocks
+    )
+    assert achieved.macs == pytest.approx(1 - saved / (dense.total - nothing.total), rel=1e-6)
+    assert "% of the MACs left" in str(achieved)
+    assert achieved.to_dict()["edge_sparsity"] == achieved.edge_sparsity
+
+
+def test_removed_atoms_are_counted_in_the_heads_too() -> None:
+    model = exact_model(torch.float32)
+    batch = Batch.from_data_list([as_data(slab_atoms(0.1), torch.float32)])
+    removed, context = RoutedModel(model, ActiveRegion("remove_tag0")), RoutedModel(model, ActiveRegion())
+    with torch.no_grad():
+        removed(batch)
+        context(batch)
+    assert removed.achieved().macs < context.achieved().macs < 0.8
