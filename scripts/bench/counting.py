@@ -1,11 +1,12 @@
 """Floating-point operations and bytes of a forward, counted from the shapes of the network.
 
 Operations are those of matrix products (2 m k n each), in the cheapest arrangement known here: rotations by
-blocks of degrees with only the rows |m| <= mmax, complex products with three real ones, the outer layers of
-the grid network on coefficients. Bytes are float32 inputs and outputs of every part, each touched once,
+blocks of degrees with only the rows |m| <= mmax, complex products with three real ones, the S2 activation
+of edges by latitudes and orders, the outer layers of the grid network on coefficients. Bytes are float32 inputs and outputs of every part, each touched once,
 weights included: what no arrangement of the part alone can avoid.
 """
 
+import math
 from dataclasses import dataclass
 
 from equiformer2 import ModelConfig
@@ -57,7 +58,7 @@ def count(config: ModelConfig, atoms: int, edges: int) -> dict[str, Count]:
     """
     if config.grid_resolution is None:
         raise ValueError("the grid resolution must be given to count operations")
-    grid = _points(config.ffn_grid)
+    grid = math.prod(_resolution(config.ffn_grid))
     coefficients = (config.lmax + 1) ** 2
     channels, hidden = config.sphere_channels, config.ffn_hidden_channels
     scalars = atoms * 2 * channels * hidden if config.use_grid_mlp and config.use_sep_s2_act else 0
@@ -130,8 +131,10 @@ def _attention(config: ModelConfig, atoms: int, edges: int, out_lmax: int) -> di
     if not whole:
         kept = [(out_lmax + 1 - m) * values for m in range(min(mmax, out_lmax) + 1)]
         second = [(n, inner, outer) for (n, inner, _), outer in zip(second, kept, strict=False)]
-    grid = _points(config.attn_grid)
-    on_grid = 0 if config.use_gate_act else 2 * edges * grid * (rows + used_rows) * hidden
+    latitudes, longitudes = _resolution(config.attn_grid)
+    # Latitude by latitude: from coefficients to the orders there, from these to the longitudes, and back.
+    on_latitudes = latitudes * (rows + used_rows) + 2 * latitudes * longitudes * (2 * mmax + 1)
+    on_grid = 0 if config.use_gate_act else 2 * edges * on_latitudes * hidden
     heads, alpha = config.num_heads, config.num_heads * config.attn_alpha_channels
     out_channels = channels if whole else 1
     out_coefficients = (out_lmax + 1) ** 2
@@ -176,11 +179,11 @@ def _edge_degree(config: ModelConfig, atoms: int, edges: int) -> Count:
     )
 
 
-def _points(resolution: int | tuple[int, int] | None) -> int:
-    """Points of a grid; 0 where the implementation chooses it."""
+def _resolution(resolution: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Latitudes and longitudes of a grid; 0 where the implementation chooses it."""
     if resolution is None or isinstance(resolution, int):
-        return (resolution or 0) ** 2
-    return resolution[0] * resolution[1]
+        return (resolution or 0), (resolution or 0)
+    return resolution
 
 
 def _rows(l: int, mmax: int) -> int:

@@ -43,7 +43,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"in:(blocks\.\d+\.)?norm(_\d)?\b", counting.NORM),
     (r"so2_conv_2", counting.CONVOLVE_2),
     (r"softmax|attention_weights|\balpha_", counting.SOFTMAX),
-    (r"\.activation\b|grid_activation", counting.ACTIVATION),
+    (r"\.activation\b|grid_activation|separable_activation", counting.ACTIVATION),
     (r"aggregate|Aggregate|in:attend|SumMessages", counting.AGGREGATE),
     (r"\.ga\.proj\b", counting.PROJECT),
     (r"rad_func|radial|element_pairs|(source|target)_embedding", counting.RADIAL),

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 def package_digest(root: Path = ROOT) -> str:
     """SHA-256 (its first 16 digits) of the package's source: another digest, another measurement."""
     digest = hashlib.sha256()
-    for path in sorted((root / "equiformer2").rglob("*.py")):
+    files = (path for path in (root / "equiformer2").rglob("*") if path.suffix in (".py", ".cpp", ".h"))
+    for path in sorted(files):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

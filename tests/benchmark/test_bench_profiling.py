@@ -95,7 +95,8 @@ def test_counts_by_hand() -> None:
     assert parts[counting.AGGREGATE] == 2 * 10 * 7
     # Inputs of m = 0 and m = 1: 2 + 1 degrees of 4 channels.
     assert parts[counting.RADIAL] == 2 * (10 * 2 + 2 * 2 + 2 * 12)
-    assert parts[counting.ACTIVATION] == 2 * 2 * 16 * 4 * 3
+    # 4 latitudes of 4 longitudes, 4 coefficients of 3 orders; there and back.
+    assert parts[counting.ACTIVATION] == 2 * 2 * (4 * 4 + 16 * 3) * 3
     assert parts[counting.PROJECT] == 2 * 4 * 7 * 2
     on_coefficients, on_grid = 2 * 4 + 2 * 16 + 4 * 2, 2 * 4 * 4 + 16
     assert parts[counting.FEED_FORWARD] == 2 * 2 * 4 + 2 * 4 * on_coefficients + 2 * 16 * on_grid

@@ -45,7 +45,7 @@ def test_on_a_gpu_all_precisions_are_measured() -> None:
         (["--parts", "speed"], "known are memory"),
         (["--precisions", "bf16"], "needs float32"),
         (["--precisions", "float32,tf32"], "on a GPU only"),
-        (["--backends", "compile"], "--backends torch"),
+        (["--backends", "compile"], "--backends auto"),
         (["--device", "cuda", "--allocators", "no-mmap"], "--allocators"),
         (["--repeats", "0"], "at least 1"),
         (["--atoms", "10,many"], "whole numbers"),

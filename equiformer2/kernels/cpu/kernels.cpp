@@ -347,7 +347,7 @@ struct SphereActivation {
             if (backward) {
                 for (int64_t r = 0; r < grid.rows_out; ++r) grad[r] = load<A>(grad_out + r * channels + c, count);
                 if (gates) {
-                    const V<A> gate = load<A>(gates + c, count), s = sigmoid<A>(gate);
+                    const V<A> gate = load<A>(gates + c, count), s = sigmoid(gate);
                     store(grad_gates + c, grad[0] * s * (A(1) + gate * (A(1) - s)), count);
                     grad[0] = V<A>{};
                 }
@@ -366,7 +366,7 @@ struct SphereActivation {
                     const A* at = grid.longitude + a * orders;
                     V<A> value = {}, slope = {};
                     for (int i = 0; i < orders; ++i) value += at[i] * q[i];
-                    const V<A> s = sigmoid<A>(value);
+                    const V<A> s = sigmoid(value);
                     if (backward) {
                         for (int i = 0; i < orders; ++i) slope += at[i] * p[i];
                         value = slope * s * (A(1) + value * (A(1) - s));
@@ -388,7 +388,7 @@ struct SphereActivation {
             } else {
                 if (gates) {
                     const V<A> gate = load<A>(gates + c, count);
-                    store(out + c, gate * sigmoid<A>(gate), count);
+                    store(out + c, gate * sigmoid(gate), count);
                 }
                 for (int64_t r = first; r < grid.rows_out; ++r) store(out + r * channels + c, sum[r], count);
             }
