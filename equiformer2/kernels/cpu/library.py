@@ -125,7 +125,8 @@ def _cache_folder() -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-        if status.st_uid == getattr(os, "getuid", lambda: status.st_uid)() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
+        own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+        if own and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
             return folder
     except OSError:
         pass
