@@ -204,7 +204,9 @@ class _Attend(torch.autograd.Function):
                 activated, inputs = plan.inputs(some)
             products = [linear(x, term) for x, term in zip(inputs, terms, strict=True)]
             messages = Messages(products, bias, factors[part], packed[part], target[part])
-            grads, grad_alpha[part] = messages_backward(messages, grad_total, plan.options)
+            grads, of_alpha = messages_backward(messages, grad_total, plan.options)
+            assert of_alpha is not None
+            grad_alpha[part] = of_alpha
             grad_bias += grads[0].sum(0)
             grads = products_backward(inputs, grads, terms, grad_terms)
             grad_activated = _activation_gradient(grads, activated)

@@ -152,7 +152,7 @@ class _ConvolveEdges(torch.autograd.Function):
             grad_radial_bias += grad_radial.sum(0)
             grad_hidden[part] = linear(grad_radial, edges.radial_weight.t())
         scalar, *orders = SO2Weights.gradients(grad_terms)
-        grads = scalar, grad_bias, *orders
+        of_weights = scalar, grad_bias, *orders
         return (
             *(None, None),
             grad_x,
@@ -161,7 +161,7 @@ class _ConvolveEdges(torch.autograd.Function):
             grad_hidden,
             grad_radial_weight.to(edges.radial_weight.dtype),
             grad_radial_bias.to(edges.radial_bias.dtype),
-            *(grad.to(w.dtype) for grad, w in zip(grads, weights.flat, strict=True)),
+            *(grad.to(w.dtype) for grad, w in zip(of_weights, weights.flat, strict=True)),
         )
 
 

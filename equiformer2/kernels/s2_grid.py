@@ -111,7 +111,8 @@ class _SeparableFunction(torch.autograd.Function):
 def _in_arithmetic(factors: GridFactors, hidden: Tensor) -> GridFactors:
     """In the precision of the kernel: float32 or wider."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return GridFactors(*(t.to(dtype).contiguous() for t in factors[:3]), factors.row_starts)
+    to_latitude, from_latitude, longitude = (t.to(dtype).contiguous() for t in factors[:3])
+    return GridFactors(to_latitude, from_latitude, longitude, factors.row_starts)
 
 
 def _separable_expression(hidden: Tensor, factors: GridFactors, rows: int) -> Tensor:

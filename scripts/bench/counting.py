@@ -3,7 +3,7 @@
 Operations are those of matrix products (2 m k n each), in the cheapest arrangement known here: rotations by
 blocks of degrees with only the rows |m| <= mmax, complex products with three real ones, the S2 activation of
 edges by latitudes and orders, the outer layers of the grid network on coefficients. Bytes are float32 inputs
-and outputs of every part, each touched once, weights included: what no arrangement of the part alone can avoid.
+and outputs of every part, each touched once, weights included: what no arrangement can avoid.
 """
 
 import math
