@@ -147,12 +147,11 @@ class ModelConfig:
 
     def _check_blocks(self) -> None:
         if self.blocks is not None:
-            _require(
-                len(self.blocks) == self.num_layers,
-                "blocks",
-                f"{len(self.blocks)} blocks",
-                f"must be as many as num_layers ({self.num_layers})",
-            )
+            if len(self.blocks) != self.num_layers:
+                raise InputError(
+                    f"model.blocks has {len(self.blocks)} blocks: must be as many as num_layers "
+                    f"({self.num_layers})"
+                )
             for index, block in enumerate(self.blocks):
                 block.check(self, f"blocks[{index}]")
         for name, head in (("force_head", self.force_head), ("energy_head", self.energy_head)):

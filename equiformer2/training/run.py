@@ -3,18 +3,21 @@
 import logging
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import yaml
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers, load_checkpoint
+from equiformer2.checkpoint.checkpoint import read_contents
+from equiformer2.checkpoint.files import plain
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.training.callbacks import NativeCheckpoints, ParityFigures, ResumeCheckpoint, Summary
@@ -87,6 +90,7 @@ def train(config: RunConfig) -> Path:
         InputError, datasets_oc20.DataError: anything wrong with the settings, the data or a checkpoint.
         OSError: the folder cannot be written.
     """
+    config = _with_pruned_blocks(config)
     run = config.run
     folder = RunFolder(Path(run.runs_dir) / (run.name or "run"), run.ckpt_path)
     if folder.resume_from is not None:
@@ -98,6 +102,20 @@ def train(config: RunConfig) -> Path:
         task = _task(config, data)
         _run(config, task, data, folder)
     return folder.path
+
+
+def _with_pruned_blocks(config: RunConfig) -> RunConfig:
+    """Training goes on with the blocks of a pruned `init_from`, which nobody would want to copy by hand."""
+    if config.run.init_from is None or config.model.is_pruned:
+        return config
+    start = read_contents(config.run.init_from).config
+    if not start.is_pruned:
+        return config
+    parts = {name: getattr(start, name) for name in ("blocks", "force_head", "energy_head")}
+    model = replace(config.model, **parts)
+    values = yaml.safe_load(config.text)
+    values["model"] |= {name: value for name, value in plain(model.to_dict()).items() if name in parts}
+    return replace(config, model=model, text=yaml.safe_dump(values, sort_keys=False))
 
 
 def _check_forces(config: RunConfig, data: ResumableDataModule) -> None:
