@@ -79,28 +79,27 @@ def main() -> None:
         "precision": arguments.precision,
         "backend": arguments.backend,
     }
+    options = {
+        "batch_size": arguments.batch_size,
+        "max_atoms": arguments.max_atoms,
+        "num_workers": arguments.num_workers,
+        "adsorbate_names": names,
+    }
     results = {}
     for number, (name, dataset) in enumerate(datasets.items()):
-        found, part = None, None
-        evaluated = {}
-        if arguments.out is not None:
+        kept = False
+        if arguments.out is None:
+            results[name] = evaluation.evaluate(predictor, dataset, **options)
+        else:
             stem = name if arguments.data_root else f"{number}_{Path(name).stem}"
             part = evaluation_parts.parts_folder(arguments.out) / f"{stem}.npz"
             evaluated = evaluation_parts.what_is_evaluated(arguments.checkpoint, dataset, **settings)
-            found = evaluation_parts.load_part(part, evaluated)
-        again = found is not None
-        if found is None:
-            found = evaluation.evaluate(
-                predictor, dataset, arguments.batch_size, arguments.max_atoms, arguments.num_workers, names
+            results[name], kept = evaluation_parts.evaluate_once(
+                predictor, dataset, part, evaluated, **options
             )
-            if part is not None:
-                evaluation_parts.save_part(part, found, evaluated)
-        results[name] = found
-        print(
-            f"{name}: {found.structures} structures of {found.systems} systems"
-            + (f" (finished before, kept in {part})" if again else "")
-        )
-        print(evaluation.table(found))
+        counts = f"{results[name].structures} structures of {results[name].systems} systems"
+        print(f"{name}: {counts}{' (finished before)' if kept else ''}")
+        print(evaluation.table(results[name]))
     if len(results) > 1:
         print(f"average of {len(results)}")
         print(evaluation.table_of_average(list(results.values())))

@@ -38,36 +38,37 @@ class RelaxationFolder:
         asked: what the results depend on, plain values. A folder of something else is refused.
 
     Attributes:
-        rows: what is known of every finished structure, by its index in the dataset.
-
-    Raises:
-        InputError: the folder holds other relaxations, or its files cannot be read.
-        DataError: another process is relaxing into it.
+        rows: inside `open`, what is known of every finished structure, by its index in the dataset.
     """
 
     def __init__(self, path: Path, asked: Mapping[str, Any]) -> None:
         self.path = path
         self.log = path / "relaxed.jsonl"
         self.trajectories = path / "trajectories"
-        settings = path / "settings.json"
-        asked = json.loads(json.dumps(asked))
-        if settings.exists():
-            self._check_same(settings, asked)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise InputError(f"{path} holds something else than relaxations: give another folder")
-        self.trajectories.mkdir(parents=True, exist_ok=True)
-        write_json(settings, asked)
+        self._asked = json.loads(json.dumps(asked))
         self.rows: dict[int, Row] = {}
         self._sids: dict[str, int] = {}
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Inside, `add` works and no other process can write here; `rows` are those of earlier runs."""
+        """Inside, `add` works and no other process can write here; `rows` are those of earlier runs.
+
+        Raises:
+            InputError: the folder holds other relaxations or something else, or its files cannot be read.
+            DataError: another process is relaxing into it.
+        """
+        taken = self.path.exists() and not self.log.exists()
+        if taken and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise InputError(f"{self.path} holds something else than relaxations: give another folder")
+        self.path.mkdir(parents=True, exist_ok=True)
         with self.log.open("a+b") as file:
             lock(file, self.log)
-            end = self._read(file)
+            self.trajectories.mkdir(exist_ok=True)
+            if file.tell():  # relaxations of an earlier run
+                self._check_same(self.path / "settings.json")
+            write_json(self.path / "settings.json", self._asked)
             # What a killed run did not finish.
-            file.truncate(end)
+            file.truncate(self._read(file))
             for unfinished in self.trajectories.glob(".*.tmp"):
                 unfinished.unlink()
             self._file = file
@@ -108,7 +109,8 @@ class RelaxationFolder:
         self.rows[relaxed.index] = row
         return row
 
-    def _check_same(self, settings: Path, asked: Mapping[str, Any]) -> None:
+    def _check_same(self, settings: Path) -> None:
+        asked = self._asked
         try:
             before = json.loads(settings.read_text())
         except ValueError as error:

@@ -10,6 +10,8 @@ import numpy as np
 from datasets_oc20 import OC20Lmdb
 from equiformer2.checkpoint.files import sha256
 from equiformer2.files import write_bytes
+from equiformer2.inference import Predictor
+from equiformer2.training import evaluation as judging
 from equiformer2.training.breakdown import Breakdown
 from equiformer2.training.evaluation import Evaluation
 
@@ -20,6 +22,22 @@ _VERSION = 1
 def parts_folder(report: Path) -> Path:
     """Where the finished datasets of the evaluation `report` are kept."""
     return report.with_name(f"{report.stem}.parts")
+
+
+def evaluate_once(
+    predictor: Predictor, dataset: OC20Lmdb, part: Path, evaluated: dict[str, Any], **options: Any
+) -> tuple[Evaluation, bool]:
+    """`evaluate` with `options`, unless `part` keeps its result already.
+
+    Returns:
+        the result, and whether it was kept from an earlier run.
+    """
+    kept = load_part(part, evaluated)
+    if kept is not None:
+        return kept, True
+    found = judging.evaluate(predictor, dataset, **options)
+    save_part(part, found, evaluated)
+    return found, False
 
 
 def what_is_evaluated(checkpoint: Path, dataset: OC20Lmdb, **settings: Any) -> dict[str, Any]:

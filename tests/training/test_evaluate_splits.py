@@ -51,11 +51,11 @@ def test_splits_their_average_and_going_on_after_a_stop(
     evaluated = []
     judge = evaluation.evaluate
 
-    def stops_at_the_second(predictor: object, dataset: OC20Lmdb, *rest: object) -> object:
+    def stops_at_the_second(predictor: object, dataset: OC20Lmdb, **options: object) -> object:
         evaluated.append(dataset.path)
         if len(evaluated) == 2:
             raise KeyboardInterrupt
-        return judge(predictor, dataset, *rest)  # type: ignore[arg-type]
+        return judge(predictor, dataset, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(evaluation, "evaluate", stops_at_the_second)
     assert run(monkeypatch, "evaluate", *arguments) == 130

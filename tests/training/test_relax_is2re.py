@@ -1,11 +1,9 @@
 """relax_is2re.py: relaxations in a folder that a killed run comes back to, and their metrics."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +13,25 @@ from ase.io import read
 from run_script_file import SCRIPTS, run
 from tiny_checkpoint import write_tiny_checkpoint
 
-from datasets_oc20 import LmdbWriter, OC20Lmdb
+from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
+from equiformer2.inference.relaxation_folder import RelaxationFolder
 from equiformer2.training.relaxation_metrics import is2rs_metrics, position_errors
 
 SYSTEMS = 5
+#: Runs a script that is killed, as if from outside, when the second system is done.
+KILLED_AFTER_TWO = """
+import os, runpy, signal, sys
+from equiformer2.inference.relaxation_folder import RelaxationFolder
+
+add = RelaxationFolder.add
+def add_and_die(self, *arguments):
+    add(self, *arguments)
+    if len(self.rows) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+RelaxationFolder.add = add_and_die
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture
@@ -101,18 +114,14 @@ def test_a_killed_run_goes_on(
 ) -> None:
     data = write_is2re(tmp_path / "val_id.lmdb", lmdb_path)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    more = ("--batch-size", 1, "--steps", 20)
+    more = ("--batch-size", 2, "--steps", 6)
     assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, whole, *more)) == 0
     log = killed / "val_id" / "relaxed.jsonl"
-    command = [sys.executable, SCRIPTS / "relax_is2re.py", *arguments(checkpoint, data, killed, *more)]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
-    until = time.monotonic() + 300
-    while time.monotonic() < until and not (log.exists() and log.read_bytes().count(b"\n") >= 1):
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    done = log.read_bytes().count(b"\n")
-    assert 1 <= done < SYSTEMS
+    command = [sys.executable, "-c", KILLED_AFTER_TWO, SCRIPTS / "relax_is2re.py"]
+    command += arguments(checkpoint, data, killed, *more)
+    process = subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert log.read_bytes().count(b"\n") == 2
     assert not (killed / "val_id" / "is2re.json").exists()
     log.write_bytes(log.read_bytes() + b'{"index": 4, "sid"')  # and a line that was not finished
     (killed / "val_id" / "trajectories" / ".104.traj.1.tmp").write_bytes(b"half")
@@ -156,3 +165,16 @@ def test_what_cannot_be_mixed_is_refused(
     frames = write_is2re(tmp_path / "frames.lmdb", lmdb_path, sids=False)
     assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, frames, out)) == 2
     assert "structures 0 and 1 have the same sid" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_finished_system_is_free_and_a_busy_one_is_not(tmp_path: Path) -> None:
+    first = RelaxationFolder(tmp_path / "out", {"fmax": 0.1})
+    with first.open():
+        assert not first.rows
+        with (
+            pytest.raises(DataError, match="another process is writing here"),
+            RelaxationFolder(tmp_path / "out", {"fmax": 0.1}).open(),
+        ):
+            pass
+    with RelaxationFolder(tmp_path / "out", {"fmax": 0.2}).open():
+        assert json.loads((tmp_path / "out" / "settings.json").read_text()) == {"fmax": 0.2}
