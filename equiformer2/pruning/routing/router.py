@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
@@ -13,7 +14,9 @@ from equiformer2.model import EquiformerV2
 from equiformer2.model.requests import OutputRequest
 from equiformer2.model.routing import BlockState, Decision
 from equiformer2.pruning.routing.selection import check_mode, select
-from equiformer2.pruning.routing.system import System
+from equiformer2.pruning.routing.system import ADSORBATE, System
+
+_ABOVE_ALL = 1e6
 
 Levels = float | Sequence[float | None]
 """One level for every block that is not protected, or one per block (None: all atoms)."""
@@ -71,6 +74,8 @@ class ScoreRouter(Router):
         width: of the gates of `smooth`, in units of the score.
         hysteresis: bonus of atoms that were computed before, in units of the score (see `frozen`).
         protect_ends: compute all atoms in the first and in the last block when `levels` is one number.
+        keep_free: always compute free atoms and the adsorbate, whatever their scores; in the mode `topk` the
+            others share what is left of the budget.
     """
 
     observes_attention = False
@@ -82,12 +87,14 @@ class ScoreRouter(Router):
         width: float = 0.1,
         hysteresis: float = 0.0,
         protect_ends: bool = True,
+        keep_free: bool = False,
     ) -> None:
         check_mode(mode, width)
         self.levels: float | tuple[float | None, ...] = (
             float(levels) if isinstance(levels, int | float) else tuple(levels)
         )
         self.mode, self.width, self.hysteresis, self.protect_ends = mode, width, hysteresis, protect_ends
+        self.keep_free = keep_free
         for level in (self.levels,) if isinstance(self.levels, float) else self.levels:
             if mode == "topk" and level is not None and not 0 <= level <= 1:
                 raise InputError(f"a level is {level}: in the mode topk it is a fraction from 0 to 1")
@@ -114,7 +121,12 @@ class ScoreRouter(Router):
     def choose(self, scores: Tensor, system: System, level: float, before: Tensor | None = None) -> Tensor:
         """Mask or gates `[N]` by scores."""
         options = self.mode, level, self.width, before, self.hysteresis
-        return select(scores, system.structure, system.natoms, *options)
+        if not self.keep_free:
+            return select(scores, system.structure, system.natoms, *options)
+        kept = system.free | (system.tags == ADSORBATE)
+        first = torch.where(kept, torch.full_like(scores, _ABOVE_ALL), scores)
+        chosen = select(first, system.structure, system.natoms, *options)
+        return torch.where(kept, torch.ones_like(chosen), chosen)
 
     def settings(self) -> dict[str, Any]:
         """See `Router`."""
@@ -125,6 +137,7 @@ class ScoreRouter(Router):
             "width": self.width,
             "hysteresis": self.hysteresis,
             "protect_ends": self.protect_ends,
+            "keep_free": self.keep_free,
         }
 
 

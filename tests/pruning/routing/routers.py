@@ -52,6 +52,7 @@ def routers() -> dict[str, Router]:
         for mode in LOCAL_MODES:
             out[f"{name} {mode}"] = local(make(), model, calibration, mode)
     out["head filter"] = AtomPruner(0.4).with_head_filter(model, calibration)
+    out["keep free"] = AtomPruner(0.5, keep_free=True)
     out["context only"] = ActiveRegion("context_only")
     out["remove tag 0"] = ActiveRegion("remove_tag0")
     out["supernode"] = ActiveRegion("supernode")

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from ase.geometry import get_distances
-from routing_helpers import as_data, exact_model, molecule_data, slab_atoms
+from routing_helpers import as_data, exact_model, masks, molecule_data, slab_atoms
 from torch import Tensor
 from torch_geometric.data import Batch
 
 from equiformer2.errors import InputError
-from equiformer2.pruning.routing import DistanceRouter, StaticRouter, with_thresholds
+from equiformer2.pruning.routing import DegreeRouter, DistanceRouter, StaticRouter, with_thresholds
 from equiformer2.pruning.routing.selection import select, smoothstep
 from equiformer2.pruning.routing.static import static_priority
 from equiformer2.pruning.routing.system import FAR, System, tie_groups
@@ -133,6 +133,16 @@ def test_thresholds_from_budgets() -> None:
     assert (score > router.levels[1]).double().mean() == pytest.approx(0.5, abs=0.05)
     with pytest.raises(InputError, match="from budgets"):
         with_thresholds(router, model, [batch])
+
+
+def test_free_atoms_and_adsorbate_can_be_kept() -> None:
+    model, data = exact_model(), as_data(slab_atoms(0.1))
+    kept = ~data.fixed | (data.tags == 2)
+    for level in (0.4, 0.9):
+        for mask in masks(model, DegreeRouter(level, keep_free=True), data):
+            assert mask[kept].all()
+            assert int(mask.sum()) == max(int(kept.sum()), round((1 - level) * len(mask)))
+    assert not torch.stack(masks(model, DegreeRouter(0.4), data))[:, kept].all()
 
 
 def test_refusals() -> None:
