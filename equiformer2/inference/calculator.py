@@ -38,7 +38,7 @@ class EquiformerV2Calculator(Calculator):
         device: `"cpu"`, `"cuda"`, ….
         weights: `"raw"`, `"averaged"` or `None` (averaged where the file has them).
         energy_kind: only needed for a foreign file that does not say; must not contradict the checkpoint.
-        precision, backend: see `Predictor`.
+        precision, backend, cuda_graphs: see `Predictor`.
         forces_on_fixed: compute the forces on atoms that `FixAtoms` holds, too. Otherwise they are zero, as
             `atoms.get_forces()` gives them anyway; with `apply_constraint=False` the difference can be seen.
             Where a structure has constraints of another kind, which may read these forces, they are computed.
@@ -69,6 +69,7 @@ class EquiformerV2Calculator(Calculator):
         forces_on_fixed: bool = True,
         energy_every: int = 1,
         router: Callable[..., dict[str, torch.Tensor]] | None = None,
+        cuda_graphs: bool | None = None,
     ) -> None:
         super().__init__()
         if energy_every < 1:
@@ -76,7 +77,9 @@ class EquiformerV2Calculator(Calculator):
         self.forces_on_fixed, self.energy_every = forces_on_fixed, energy_every
         self._without_energy = energy_every  # calls since the last energy; the first call has one
         self._unread: np.ndarray | None = None  # atoms that the present forces leave out
-        self.predictor = Predictor(checkpoint, device, weights, energy_kind, precision, backend, router)
+        self.predictor = Predictor(
+            checkpoint, device, weights, energy_kind, precision, backend, router, cuda_graphs
+        )
         if not self.predictor.has_forces:
             self.implemented_properties = ["energy", "free_energy"]
         self._notified_tags = False

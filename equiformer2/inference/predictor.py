@@ -11,6 +11,7 @@ from torch_geometric.data import Batch, Data
 from equiformer2.checkpoint import Checkpoint, load_checkpoint
 from equiformer2.errors import InputError, naming_structures
 from equiformer2.inference.atoms import check_elements
+from equiformer2.inference.cuda_graph import GraphedNetwork, check_captured, why_not_captured
 from equiformer2.inference.precision import check_precision, matmul_precision
 from equiformer2.model.requests import OutputRequest
 
@@ -25,8 +26,11 @@ class Predictor:
         energy_kind: `"adsorption"` or `"total"`, only needed for a foreign file that does not say.
             For a loaded `Checkpoint`, `weights` and `energy_kind` must agree with what it holds.
         precision: of the matrix products: `"float32"`, `"tf32"` (CUDA) or `"bf16"`.
-        backend: `"auto"`, `"torch"`, `"cpp"`, `"compile"` (compiled at the first call) or `"triton"` (CUDA); see
-            `kernels.backend`.
+        backend: `"auto"`, `"torch"`, `"cpp"`, `"compile"` (compiled at the first call) or `"triton"` (CUDA);
+            see `kernels.backend`.
+        cuda_graphs: replay structures of a size that comes again as CUDA graphs (`inference.cuda_graph`).
+            None: where it is possible, on CUDA with the backends `auto`, `torch` and `triton`, without a
+            router.
         router: called as `router(model, batch, request=…)` in place of the network, to skip atoms or edges;
             one of `equiformer2.pruning.routing`.
 
@@ -36,7 +40,8 @@ class Predictor:
 
     Raises:
         InputError: not a checkpoint, weights it does not hold, an energy kind that is missing or contradicts
-            the checkpoint, a device that is not there, a precision or backend that it does not have.
+            the checkpoint, a device that is not there, a precision or backend that it does not have, CUDA
+            graphs that are asked for and cannot be used.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class Predictor:
         precision: str = "float32",
         backend: str = "auto",
         router: Callable[..., dict[str, torch.Tensor]] | None = None,
+        cuda_graphs: bool | None = None,
     ) -> None:
         self.device = _device(device)
         check_precision(precision, self.device)
@@ -73,6 +79,13 @@ class Predictor:
         self.model.check_backend(routed=router is not None)
         self.router = router
         self.model.fold_weights(torch.bfloat16 if precision == "bf16" else None)
+        self.graphed: GraphedNetwork | None = None
+        if cuda_graphs:
+            check_captured(self.device, backend, router is not None)
+        if cuda_graphs or (
+            cuda_graphs is None and why_not_captured(self.device, backend, router is not None) is None
+        ):
+            self.graphed = GraphedNetwork(self.model)
         self.energy_kind: str = self.checkpoint.energy_kind
 
     @property
@@ -104,16 +117,25 @@ class Predictor:
             batch = Batch.from_data_list([batch])
         with naming_structures(batch):
             check_elements(batch.atomic_numbers, self.checkpoint.config.max_num_elements, batch.natoms)
-            # Batch.to moves in place: a clone keeps the caller's batch where it is.
             with matmul_precision(self.precision, self.device):
                 wanted = None if force_atoms is None else force_atoms.to(self.device)
-                run = self.model if self.router is None else functools.partial(self.router, self.model)
-                out = run(batch.clone().to(self.device), request=OutputRequest(energy, wanted))
+                out = self._run(batch, OutputRequest(energy, wanted))
         out = {key: value.float().cpu() for key, value in out.items()}
         if energy:
             # Total energies reach thousands of eV: float64 keeps the differences between them.
             out["energy"] = out["energy"].double()
         return self.checkpoint.normalizers.denormalize(out, batch.clone().cpu())
+
+    def _run(self, batch: Batch, request: OutputRequest) -> dict[str, torch.Tensor]:
+        if self.graphed is not None and batch.pos.device.type == "cpu":
+            request.check(len(batch.pos), self.has_forces)
+            out = self.graphed(batch)
+            if out is not None:
+                return request.cut(out)
+        # Batch.to moves in place: a clone keeps the caller's batch where it is.
+        moved = batch.clone().to(self.device)
+        run = self.model if self.router is None else functools.partial(self.router, self.model)
+        return run(moved, request=request)
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -41,6 +41,7 @@ class EquiformerV2(nn.Module):
     Attributes:
         config: the hyper-parameters.
         activation_checkpointing: recompute blocks in the backward pass instead of storing their activations.
+        bytes_per_edge: what an attention layer holds per edge, at most.
         backend: `auto`, `torch`, `cpp`, `compile` or `triton` (see `kernels.backend`).
     """
 
@@ -77,7 +78,7 @@ class EquiformerV2(nn.Module):
             )
             self.force_block.so2_conv_2.so2_m_conv[1:].requires_grad_(False)
             self.force_block.proj.bias.requires_grad_(False)
-        self._bytes_per_edge = 4 * _floats_per_edge(config)
+        self.bytes_per_edge = 4 * _floats_per_edge(config)
         initialize_weights(self, config.weight_init)
 
     def forward(
@@ -150,7 +151,7 @@ class EquiformerV2(nn.Module):
             numbers[edge_index],
             shared,
             len(numbers),
-            self._bytes_per_edge,
+            self.bytes_per_edge,
         )
         x = self.embed(numbers, edges)
         routed = None if routing is None else RoutedEdges(edges, routing)
@@ -175,6 +176,32 @@ class EquiformerV2(nn.Module):
             forces = here.put_targets(forces.new_zeros(len(x), 3), forces)
         atomic = self.atomic_energies(x) if request.energy else None
         return self._outputs(atomic, forces, structure, natoms)
+
+    def from_edges(
+        self,
+        numbers: Tensor,
+        structure: Tensor,
+        natoms: Tensor,
+        edge_index: Tensor,
+        vectors: Tensor,
+        distances: Tensor,
+    ) -> dict[str, Tensor]:
+        """All outputs, from tensors on the network's device that have been checked; waits for nothing.
+
+        Without gradients and the backend `compile`, for as many edges as one chunk takes (`bytes_per_edge`).
+
+        Args:
+            numbers: `[N]` atomic numbers.
+            structure: `[N]` index of the structure of each atom.
+            natoms: `[B]`; only its size is read.
+            edge_index, vectors, distances: see `RadiusGraph`.
+        """
+        tensors = numbers, structure, natoms, edge_index, self._rotations(vectors, distances), distances
+        if self.backend == "triton":
+            with triton_kernels(Neighbors.of(edge_index, len(numbers))):
+                return self._network(*tensors)
+        with use_cpp_kernels(self.chosen_backend() == "cpp"):
+            return self._network(*tensors)
 
     def embed(self, numbers: Tensor, edges: EdgeContext) -> Tensor:
         """First features `[N, K, C]`: the elements of the atoms and their surroundings."""

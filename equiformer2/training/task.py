@@ -159,6 +159,10 @@ class S2EFTask(pl.LightningModule):
             # Each process holds its share of the global mean (see `losses`).
             values = self.trainer.strategy.reduce(values, reduce_op="mean")
         self.log("train/loss", values[0], prog_bar=True, batch_size=batch_size)
+        if self.settings.backend == "compile":
+            networks = [network for network in (self.model, self.averaged) if network is not None]
+            graphs = sum(network.compiled_graphs for network in networks)  # type: ignore[misc]
+            self.log("train/compiled_graphs", float(graphs), batch_size=batch_size)
         self.log_dict(dict(zip(names, values[1:].unbind(), strict=True)), batch_size=batch_size)
 
     def _forward_with_own_randomness(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

@@ -66,7 +66,9 @@ def assert_as_torch(model: EquiformerV2, batch: Batch) -> None:
     for name, value in expected.items():
         scale = value.abs().max().clamp(min=1e-3)
         assert torch.isfinite(found[name]).all(), name
-        assert (found[name] - value).abs().max() <= 1e-5 * scale, name
+        # Gradients of biases are small sums of large terms.
+        tolerance = 1e-5 if name in ("energy", "forces") else 3e-5
+        assert (found[name] - value).abs().max() <= tolerance * scale, name
         assert torch.equal(found[name], again[name]), name
     for name, value in inference.items():
         assert (value - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max().clamp(min=1e-3)

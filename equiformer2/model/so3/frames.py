@@ -8,6 +8,7 @@ it at random, here it is a fixed function of the direction, so equal input gives
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import torch
 from e3nn import o3
@@ -87,15 +88,14 @@ def _wigner_blocks(
     alpha_cos, alpha_sin = _multiples(*alpha, lmax)
     blocks = []
     for l in range(lmax + 1):
-        rows = [l] + [l + sign * m for m in range(1, min(l, mmax) + 1) for sign in (1, -1)]
-        to_x, cycle = (t.to(beta[0]) for t in _constant_rotations(l))
+        constants = _constants(l, mmax, beta[0].dtype, beta[0].device)
         # Z(gauge) mixes only the rows +m and -m, so the cut to |m| <= mmax can be made in front of it.
-        left = to_x[rows].expand(len(beta[0]), -1, -1)
-        left = _rotate_rows(left, gauge_cos, gauge_sin, rows, l)
+        left = constants.to_x_rows.expand(len(beta[0]), -1, -1)
+        left = _rotate_rows(left, gauge_cos, gauge_sin, constants)
         left = _rotate_columns(left, beta_cos, -beta_sin, l)
-        block = _rotate_columns(left @ to_x.t(), alpha_cos, -alpha_sin, l)
+        block = _rotate_columns(left @ constants.from_x, alpha_cos, -alpha_sin, l)
         if permuted is not None:
-            block = torch.where(permuted[:, None, None], block @ cycle, block)
+            block = torch.where(permuted[:, None, None], block @ constants.cycle, block)
         blocks.append(block)
     return blocks
 
@@ -129,12 +129,40 @@ def _rotate_columns(matrix: Tensor, cos: Tensor, sin: Tensor, l: int) -> Tensor:
     return matrix * cos + (matrix * -sin).flip(2)
 
 
-def _rotate_rows(matrix: Tensor, cos: Tensor, sin: Tensor, rows: list[int], l: int) -> Tensor:
+def _rotate_rows(matrix: Tensor, cos: Tensor, sin: Tensor, constants: "_Constants") -> Tensor:
     """Z(angle)[rows] @ matrix, for a matrix that has only `rows` (closed under m -> -m)."""
-    cos, sin = _signed(cos, sin, l)
+    cos, sin = _signed(cos, sin, (constants.from_x.shape[0] - 1) // 2)
+    cos, sin = cos[:, :, constants.rows].transpose(1, 2), sin[:, :, constants.rows].transpose(1, 2)
+    return matrix * cos + matrix[:, constants.partner] * -sin
+
+
+class _Constants(NamedTuple):
+    """What the blocks of one degree are made with.
+
+    Attributes:
+        to_x_rows: `[rows, 2l+1]` kept rows of D(Q).
+        from_x: `[2l+1, 2l+1]` D(Q) transposed.
+        cycle: `[2l+1, 2l+1]` D of the cyclic permutation of the axes.
+        rows: kept rows, m = 0, +1, -1, …; partner: where among them is the row of -m.
+    """
+
+    to_x_rows: Tensor
+    from_x: Tensor
+    cycle: Tensor
+    rows: Tensor
+    partner: Tensor
+
+
+@functools.cache
+def _constants(l: int, mmax: int, dtype: torch.dtype, device: torch.device) -> _Constants:
+    """On the device, once: a copy to a GPU waits for it, and CUDA graphs cannot hold one."""
+    rows = [l] + [l + sign * m for m in range(1, min(l, mmax) + 1) for sign in (1, -1)]
     partner = [rows.index(2 * l - row) for row in rows]
-    cos, sin = cos[:, :, rows].transpose(1, 2), sin[:, :, rows].transpose(1, 2)
-    return matrix * cos + matrix[:, partner] * -sin
+    # Made in inference mode, they would be of no use to a later derivative.
+    with torch.inference_mode(False):
+        to_x, cycle = (t.to(device, dtype) for t in _constant_rotations(l))
+        indices = [torch.tensor(each, device=device) for each in (rows, partner)]
+        return _Constants(to_x[rows], to_x.t(), cycle, *indices)
 
 
 @functools.cache
