@@ -84,7 +84,9 @@ class AtomPruner(ScoreRouter):
         return combine_heads(self.head_scores(system, state), kept)
 
     def decide(self, system: System, state: BlockState, level: float, before: Tensor | None) -> Decision:
-        """Both stages."""
+        """Both stages; all atoms in the first block, before which there is no attention."""
+        if state.block == 0:
+            return Decision()
         importance = self.scores(system, state, level)
         if self.mode == "topk":
             if self.similar > 0:
@@ -165,7 +167,9 @@ class EdgePruner(ScoreRouter):
         return alpha * degree[target]
 
     def decide(self, system: System, state: BlockState, level: float, before: Tensor | None) -> Decision:
-        """See the class; hysteresis is that of `frozen`."""
+        """All edges in the first block, before which there is no attention."""
+        if state.block == 0:
+            return Decision()
         target = system.graph.edge_index[1]
         scores = self.scores(system, state, level)
         structure = system.structure[target]

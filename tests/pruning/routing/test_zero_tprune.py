@@ -126,6 +126,14 @@ def test_edges_below_a_share_of_the_mean_are_dropped() -> None:
             assert torch.equal(target[decision.edges].unique(), target.unique())
 
 
+@pytest.mark.parametrize("router", [AtomPruner, EdgePruner])
+@pytest.mark.parametrize("mode", ["topk", "threshold", "smooth"])
+def test_the_first_block_computes_everything(router, mode: str) -> None:  # type: ignore[no-untyped-def]
+    first, second, *_ = decisions(exact_model(), router([0.9] * 4, mode=mode, width=0.05), molecule_data())
+    assert first == (None, None, False)
+    assert second != (None, None, False)
+
+
 def test_refusals() -> None:
     with pytest.raises(InputError, match="strongest edges of an atom would close"):
         EdgePruner(0.95, mode="smooth", width=0.1)
