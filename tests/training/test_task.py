@@ -4,6 +4,7 @@ import copy
 import csv
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,6 +164,21 @@ def test_without_an_average_validation_uses_the_raw_weights() -> None:
 def test_activation_checkpointing_is_passed_on() -> None:
     task = make_task(activation_checkpointing=True)
     assert task.model.activation_checkpointing is True
+
+
+@pytest.mark.parametrize(("backend", "logged"), [("compile", 6.0), ("torch", None)])
+def test_the_number_of_compiled_graphs_is_logged(
+    backend: str, logged: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(backend=backend)
+    for network in (task.model, task.averaged):
+        network.compiled_graphs = 3
+    values: dict[str, Any] = {}
+    monkeypatch.setattr(task, "_trainer", SimpleNamespace(world_size=1))
+    monkeypatch.setattr(task, "log", lambda name, value, **_: values.update({name: value}))
+    monkeypatch.setattr(task, "log_dict", lambda *_, **__: None)
+    task._log_training(torch.tensor(1.0), {"train/energy_mae": torch.tensor(1.0)}, 3)
+    assert values.get("train/compiled_graphs") == logged
 
 
 class StandInWithGraph(StandIn):
