@@ -26,7 +26,7 @@ def with_gradients(model: EquiformerV2) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in (out | dict(zip(trained, grads, strict=True))).items()}
 
 
-@pytest.mark.parametrize("backend", ["cpp", "compile", "triton"])
+@pytest.mark.parametrize("backend", ["cpp", "compile", pytest.param("triton", marks=pytest.mark.slow)])
 def test_same_answers_and_gradients(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
