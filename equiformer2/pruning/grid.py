@@ -55,7 +55,7 @@ class GridChoice:
 
     Attributes:
         resolution: the choice.
-        rows: all that was tried; the first is the network as it was, the last one is the choice.
+        rows: all that was tried, the network as it was first, and the choice once more at the end.
         tol: the tolerance, of `measure`.
     """
 
@@ -159,8 +159,7 @@ def tune_grid(
             if deviation(trial) < tol:
                 best = trial
                 break
-    rows = [row for row in trials.rows if row.resolution != best]
-    return GridChoice(best, (*rows, trials.measured(best)), tol, measure)
+    return GridChoice(best, (*trials.rows, trials.measured(best)), tol, measure)
 
 
 def _finer(resolution: GridResolution) -> GridResolution:
