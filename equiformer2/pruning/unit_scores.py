@@ -14,8 +14,8 @@ from equiformer2.pruning.importance import Importance, magnitude_importance
 #: A block's number, the force head or all of the network.
 Site = int | str
 FORCE_HEAD, NETWORK = "force_head", "network"
-#: (site, unit) -> one score per unit. Units are named as the fields of plans are; `branches` are the attention
-#: and the feed-forward branch.
+#: (site, unit) -> one score per unit. Units are named as the fields of plans are; `branches`
+#: are the attention and the feed-forward branch.
 UnitScores = dict[tuple[Site, str], np.ndarray]
 
 
