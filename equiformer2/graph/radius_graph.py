@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from equiformer2.graph import validation
+from equiformer2.graph.device_search import find_pairs_on_device
 from equiformer2.graph.search import find_pairs
 from equiformer2.graph.truncation import nearest_edges
 
@@ -40,7 +41,8 @@ def radius_graph(
     """Connect each atom of each structure to its nearest neighbours within a radius.
 
     The rule is that of the reference (fairchem-core 1.10.0, `radius_graph_pbc`); docs/graph.md lists what is
-    the same and what is not. The search runs in float64 on the CPU whatever the type and device of `pos`.
+    the same and what is not. The search runs in float64 whatever the type of `pos`; on a GPU for
+    positions that are there, but for structures so large that cell lists on the CPU are better.
 
     Args:
         pos: `[N, 3]` Å, wrapped into the cell or not.
@@ -65,24 +67,31 @@ def radius_graph(
     validation.check_positions(positions_array, natoms_array)
     validation.check_cells(cells_array, pbc_array, natoms_array)
 
-    pairs = find_pairs(
-        positions_array,
-        cells_array,
-        pbc_array,
-        natoms_array,
-        max_radius=max_radius,
-        max_neighbors=max_neighbors,
-    )
-    validation.check_distances(pairs.target, pairs.source, pairs.distance, natoms_array)
-    target, source, shifts = (torch.from_numpy(column) for column in pairs[:3])
-    structure = torch.repeat_interleave(torch.from_numpy(natoms_array))
+    pairs = None
+    if on_device(pos.device):
+        positions64, cells64 = pos.detach().double(), cell.detach().double()
+        limits = natoms_array.tolist(), max_radius
+        pairs = find_pairs_on_device(
+            positions64, cells64, torch.from_numpy(pbc_array).to(pos.device), *limits
+        )
+    if pairs is None:
+        positions64, cells64 = torch.from_numpy(positions_array), torch.from_numpy(cells_array)
+        arrays = positions_array, cells_array, pbc_array, natoms_array
+        found = find_pairs(*arrays, max_radius=max_radius, max_neighbors=max_neighbors)
+        target, source, shifts, distance = map(torch.from_numpy, found)
+    else:
+        target, source, shifts, distance = pairs
+    if (distance <= validation.MIN_DISTANCE).any():
+        columns = target.cpu().numpy(), source.cpu().numpy(), distance.cpu().numpy()
+        validation.check_distances(*columns, natoms_array)
+    structure = torch.repeat_interleave(torch.from_numpy(natoms_array)).to(target.device)
 
     def vectors_of(edges: Tensor) -> Tensor:
         return _edge_vectors(positions64, cells64, structure, source[edges], target[edges], shifts[edges])
 
     edges = nearest_edges(
         target,
-        torch.from_numpy(pairs.distance),
+        distance,
         vectors_of,
         len(pos),
         max_neighbors=max_neighbors,
@@ -92,6 +101,11 @@ def radius_graph(
     cell_offsets = shifts[edges].to(pos.device, torch.int64)
     vectors = _edge_vectors(pos, cell, structure.to(pos.device), edge_index[0], edge_index[1], cell_offsets)
     return RadiusGraph(edge_index, cell_offsets, vectors, torch.linalg.vector_norm(vectors, dim=-1))
+
+
+def on_device(device: torch.device) -> bool:
+    """Whether the search runs where the positions are."""
+    return device.type == "cuda"
 
 
 def _edge_vectors(

@@ -50,11 +50,11 @@ def nearest_edges(
     target, distance = target[order], distance[order]
     counts = torch.bincount(target, minlength=num_atoms)
     first = counts.cumsum(0) - counts
-    rank = torch.arange(len(order)) - first[target]
+    rank = torch.arange(len(order), device=order.device) - first[target]
     crowded = (counts > max_neighbors).nonzero().squeeze(1)
     if not len(crowded):
         return order
-    limit = torch.full((num_atoms,), torch.inf, dtype=distance.dtype)
+    limit = distance.new_full((num_atoms,), torch.inf)
     if not strict:
         limit[crowded] = distance[first[crowded] + max_neighbors].square() + DEGENERACY_TOLERANCE
         return order[distance.square() <= limit[target]]
@@ -62,7 +62,7 @@ def nearest_edges(
     if ((distance[first[crowded] + max_neighbors] - last_kept) <= TIE_TOLERANCE).any():
         limit[crowded] = last_kept
         tied = ((distance - limit[target]).abs() <= TIE_TOLERANCE).nonzero().squeeze(1)
-        projection = vectors_of(order[tied]) @ torch.tensor(_TIE_DIRECTION, dtype=distance.dtype)
+        projection = vectors_of(order[tied]) @ distance.new_tensor(_TIE_DIRECTION)
         # The tied edges of an atom stand together, so sorting them by atom first leaves the others in place.
         order[tied] = order[tied[torch.argsort(_sort_key(target[tied], projection), stable=True)]]
     return order[rank < max_neighbors]
