@@ -37,6 +37,7 @@ def scaled(x: Tensor, index: Any, factor: float) -> Tensor:
 
 def difference(model: EquiformerV2, structure: Any, hook: Callable[[float], list[Any]]) -> float:
     """Central difference of the objective with respect to what `hook(factor)` scales."""
+    model.backend = "torch"  # calls every module that a hook may be on
     values = []
     for factor in (1 + STEP, 1 - STEP):
         handles = hook(factor)
