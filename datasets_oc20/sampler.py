@@ -1,6 +1,8 @@
 """Batches limited by structures, atoms or edges, shared out equally between ranks."""
 
+import heapq
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
 
@@ -8,6 +10,31 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from datasets_oc20.errors import DataError
+
+#: Steps whose batches are balanced together. More give no visibly better balance.
+WINDOW = 16
+
+
+@dataclass(frozen=True)
+class Imbalance:
+    """How much more the most loaded rank has than the mean over ranks, as a share of the mean.
+
+    Attributes:
+        mean: over the steps of an epoch.
+        worst: in the worst step.
+        total: over whole epochs, the rank with the largest sum.
+    """
+
+    mean: float
+    worst: float
+    total: float
+
+    @classmethod
+    def of(cls, loads: np.ndarray) -> "Imbalance":
+        """From `loads` [steps, ranks]."""
+        share = loads.max(axis=1) / loads.mean(axis=1) - 1.0
+        sums = loads.sum(axis=0)
+        return cls(float(share.mean()), float(share.max()), float(sums.max() / sums.mean() - 1.0))
 
 
 class BalancedBatchSampler(Sampler[list[int]]):
@@ -19,23 +46,29 @@ class BalancedBatchSampler(Sampler[list[int]]):
     smallest are put into the gaps of the others (and in the rare case that there is none wait for the
     next epoch).
 
-    For several ranks, batches are formed globally, the structures of `world_size` neighbouring batches
-    are dealt out anew so that the ranks have nearly equal numbers of atoms (as OC20's
-    BalancedBatchSampler does), and every rank gets the same number of batches: a batch is split where
-    the number does not divide, and structures are repeated only when there are fewer than ranks.
+    For several ranks, batches are formed globally and every rank gets the same number of them: a batch is
+    split where the number does not divide, and structures are repeated only when there are fewer than ranks.
+    The structures of `WINDOW` neighbouring steps are then dealt out anew, so that the batches of a window
+    have nearly equal loads, and batches of the most similar load make up a step (OC20's BalancedBatchSampler
+    deals within a step, which leaves nothing to choose when batches are small).
+
+    An order is held as one array; batches are made while they are asked for.
 
     Args:
         length: number of structures.
         batch_size: most structures in a batch.
         natoms: `[length]` atoms per structure; needed for the two limits and for balancing.
+        edges: `[length]` edges per structure. Without them `max_neighbors` are counted for every atom, which
+            is the most that the model's graph can have.
         max_atoms: most atoms in a batch.
-        max_edges: most edges in a batch, counting `max_neighbors` for every atom, which is the most
-            that the model's graph can have.
-        max_neighbors: edges counted per atom.
+        max_edges: most edges in a batch.
+        max_neighbors: edges counted per atom where `edges` are not given.
         shuffle: a new order in every epoch.
         seed: start of the order.
         rank: this process.
         world_size: number of processes.
+
+    Ranks are balanced by edges where they are given, else by atoms.
 
     Raises:
         DataError: a limit is not positive, or a single structure is larger than a batch may be.
@@ -46,6 +79,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         length: int,
         batch_size: int,
         natoms: np.ndarray | None = None,
+        edges: np.ndarray | None = None,
         max_atoms: int | None = None,
         max_edges: int | None = None,
         max_neighbors: int = 20,
@@ -57,23 +91,15 @@ class BalancedBatchSampler(Sampler[list[int]]):
         for name, value in (("batch_size", batch_size), ("max_atoms", max_atoms), ("max_edges", max_edges)):
             if value is not None and value < 1:
                 raise DataError(f"{name} is {value}; it must be at least 1.")
-        limits = [
-            limit for limit in (max_atoms, max_edges and max_edges // max_neighbors) if limit is not None
-        ]
-        self.atom_limit = min(limits) if limits else None
-        if self.atom_limit is not None and natoms is None:
+        if natoms is None and (max_atoms is not None or max_edges is not None):
             raise DataError("max_atoms and max_edges need the number of atoms of every structure.")
-        self.natoms = np.ones(length, dtype=np.int64) if natoms is None else natoms.astype(np.int64)
-        if self.atom_limit is not None and self.natoms.max() > self.atom_limit:
-            largest = int(self.natoms.argmax())
-            raise DataError(
-                f"record {largest} has {self.natoms[largest]} atoms, more than the {self.atom_limit} that "
-                "max_atoms or max_edges allow in a batch; raise the limit."
-            )
+        self.natoms = np.ones(length, dtype=np.int32) if natoms is None else natoms
+        self.load = self.natoms if edges is None else edges
+        self._limits = _limits(self.natoms, edges, max_atoms, max_edges, max_neighbors)
         self.length, self.batch_size = length, batch_size
         self.shuffle, self.seed, self.rank, self.world_size = shuffle, seed, rank, world_size
         self.epoch = 0
-        self._cached: tuple[int, list[list[int]]] | None = None
+        self._cached: tuple[int, _Packed] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next pass."""
@@ -85,20 +111,48 @@ class BalancedBatchSampler(Sampler[list[int]]):
         return self
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches())
+        return self.batches_from(0)
 
     def __len__(self) -> int:
         """Number of batches of this rank, the same in every epoch."""
-        return len(self._batches())
+        return len(self._packed()) // self.world_size
 
-    def _batches(self) -> list[list[int]]:
+    def batches_from(self, first: int) -> Iterator[list[int]]:
+        """The batches of this rank from number `first` on; those before it cost nothing."""
+        packed = self._packed()
+        if self.world_size == 1:
+            for number in range(first, len(packed)):
+                yield packed[number].tolist()
+            return
+        for start in range(first - first % WINDOW, len(self), WINDOW):
+            for number, step in enumerate(self._window(packed, start), start):
+                if number >= first:
+                    yield step[self.rank].tolist()
+
+    def imbalance(self) -> Imbalance:
+        """Of the load that the balance is made for, in the chosen epoch."""
+        packed = self._packed()
+        return Imbalance.of(
+            np.array(
+                [
+                    [self.load[batch].sum(dtype=np.int64) for batch in step]
+                    for start in range(0, len(self), WINDOW)
+                    for step in self._window(packed, start)
+                ],
+                dtype=np.float64,
+            )
+        )
+
+    # ---- an epoch's order, cut into batches
+
+    def _packed(self) -> "_Packed":
         if self._cached is None or self._cached[0] != self.epoch:
-            batches = self._pack(self._order(self.epoch))
-            if self.shuffle and self.atom_limit is not None:
-                batches = self._with_count(batches, self._fixed_count)
+            packed = self._pack(self._order(self.epoch))
+            if self.shuffle and self._limits:
+                packed = self._with_count(packed, self._fixed_count)
             if self.world_size > 1:
-                batches = self._share_out(batches)
-            self._cached = (self.epoch, batches)
+                packed = _divisible(packed, self.world_size)
+            self._cached = (self.epoch, packed)
         return self._cached[1]
 
     @cached_property
@@ -111,71 +165,140 @@ class BalancedBatchSampler(Sampler[list[int]]):
             return np.arange(self.length)
         return np.random.default_rng([self.seed, epoch]).permutation(self.length)
 
-    def _pack(self, order: np.ndarray) -> list[list[int]]:
-        batches: list[list[int]] = []
-        atoms = 0
-        for index in order.tolist():
-            size = int(self.natoms[index])
-            full = bool(batches) and len(batches[-1]) == self.batch_size
-            if not batches or full or (self.atom_limit is not None and atoms + size > self.atom_limit):
-                batches.append([])
-                atoms = 0
-            batches[-1].append(index)
-            atoms += size
-        return batches
+    def _pack(self, order: np.ndarray) -> "_Packed":
+        sums = [np.concatenate([[0], np.cumsum(sizes[order], dtype=np.int64)]) for sizes, _ in self._limits]
+        caps = [cap for _, cap in self._limits]
+        ends, start = [0], 0
+        while start < len(order):
+            end = start + self.batch_size
+            for total, cap in zip(sums, caps, strict=True):
+                end = min(end, int(total.searchsorted(total[start] + cap, side="right")) - 1)
+            start = min(end, len(order))
+            ends.append(start)
+        return _Packed(order, np.array(ends))
 
-    def _with_count(self, batches: list[list[int]], count: int) -> list[list[int]]:
+    def _with_count(self, packed: "_Packed", count: int) -> "_Packed":
         """Exactly `count` batches."""
-        while len(batches) < count:
-            _split_largest(batches)
-        if len(batches) == count:
-            return batches
-        by_length = sorted(range(len(batches)), key=lambda number: (len(batches[number]), number))
-        surplus = set(by_length[: len(batches) - count])
-        homeless = [index for number in surplus for index in batches[number]]
-        kept = [batch for number, batch in enumerate(batches) if number not in surplus]
+        if len(packed) <= count:
+            return packed.split_to(count)
+        lengths = np.diff(packed.ends)
+        surplus = np.zeros(len(packed), dtype=bool)
+        surplus[np.argsort(lengths, kind="stable")[: len(packed) - count]] = True
+        homeless = np.concatenate([packed[number] for number in np.flatnonzero(surplus)])
+        kept = [packed[number] for number in np.flatnonzero(~surplus)]
+        sums = [np.array([sizes[batch].sum(dtype=np.int64) for batch in kept]) for sizes, _ in self._limits]
         atoms = np.array([self.natoms[batch].sum() for batch in kept], dtype=np.float64)
         atoms[[len(batch) == self.batch_size for batch in kept]] = np.inf
-        for index in sorted(homeless, key=lambda i: (-self.natoms[i], i)):
+        for index in homeless[np.lexsort((homeless, -self.natoms[homeless]))]:
             lightest = int(atoms.argmin())
-            if self.atom_limit is not None and atoms[lightest] + self.natoms[index] > self.atom_limit:
+            fits = all(
+                total[lightest] + sizes[index] <= cap
+                for total, (sizes, cap) in zip(sums, self._limits, strict=True)
+            )
+            if np.isinf(atoms[lightest]) or not fits:
                 continue
-            kept[lightest].append(index)
+            kept[lightest] = np.append(kept[lightest], index)
             full = len(kept[lightest]) == self.batch_size
             atoms[lightest] = np.inf if full else atoms[lightest] + self.natoms[index]
-        return kept
+            for total, (sizes, _) in zip(sums, self._limits, strict=True):
+                total[lightest] += sizes[index]
+        return _Packed(np.concatenate(kept), np.cumsum([0, *map(len, kept)]))
 
-    def _share_out(self, batches: list[list[int]]) -> list[list[int]]:
-        """The batches of this rank."""
-        repeated = 0
-        while len(batches) % self.world_size:
-            if not _split_largest(batches):
-                batches.append(batches[repeated])
-                repeated += 1
-        groups = [batches[i : i + self.world_size] for i in range(0, len(batches), self.world_size)]
-        return [self._balance(group)[self.rank] for group in groups]
+    # ---- several ranks
 
-    def _balance(self, group: list[list[int]]) -> list[list[int]]:
-        """Deal the structures of a group out again, largest first, each to the batch with fewest atoms."""
-        size = max(len(batch) for batch in group)
-        dealt: list[list[int]] = [[] for _ in group]
-        atoms = [0] * len(group)
-        pool = sorted((index for batch in group for index in batch), key=lambda i: (-self.natoms[i], i))
-        for index in pool:
-            open_batches = [number for number in range(len(group)) if len(dealt[number]) < size]
-            lightest = min(open_batches, key=lambda number: (atoms[number], number))
-            dealt[lightest].append(index)
-            atoms[lightest] += int(self.natoms[index])
-        if not all(dealt) or (self.atom_limit is not None and max(atoms) > self.atom_limit):
-            return group
-        return dealt
+    def _window(self, packed: "_Packed", start: int) -> list[list[np.ndarray]]:
+        """The batches of all ranks in up to `WINDOW` steps from step `start` on."""
+        numbers = range(start * self.world_size, min(start + WINDOW, len(self)) * self.world_size)
+        batches = [packed[number] for number in numbers]
+        dealt = self._dealt(batches)
+        loads = np.array([self.load[batch].sum(dtype=np.int64) for batch in dealt])
+        by_load = np.argsort(loads, kind="stable").reshape(-1, self.world_size)
+        by_load[1::2] = by_load[1::2, ::-1]  # no rank always has the largest of its step
+        if self.shuffle:
+            by_load = np.random.default_rng([self.seed, self.epoch, start]).permutation(by_load)
+        return [[dealt[number] for number in step] for step in by_load]
+
+    def _dealt(self, batches: list[np.ndarray]) -> list[np.ndarray]:
+        """The structures dealt out anew, largest first, in rounds: the largest of a round to the lightest batch.
+
+        The batches as they are, where that would exceed a limit or repeat or lose a structure.
+        """
+        pool = np.concatenate(batches)
+        count = len(batches)
+        pool = pool[np.lexsort((pool, -self.load[pool]))]
+        if len(np.unique(pool)) < len(pool) or -(-len(pool) // count) > self.batch_size:
+            return batches
+        loads = np.zeros(count, dtype=np.int64)
+        owner = np.empty(len(pool), dtype=np.int64)
+        for start in range(0, len(pool), count):
+            round_ = slice(start, min(start + count, len(pool)))
+            lightest = np.argsort(loads, kind="stable")[: round_.stop - start]
+            owner[round_] = lightest
+            loads[lightest] += self.load[pool[round_]]
+        for sizes, cap in self._limits:
+            if np.bincount(owner, weights=sizes[pool], minlength=count).max() > cap:
+                return batches
+        by_owner = pool[np.argsort(owner, kind="stable")]
+        return np.split(by_owner, np.cumsum(np.bincount(owner, minlength=count))[:-1])
 
 
-def _split_largest(batches: list[list[int]]) -> bool:
-    """Halve the batch with most structures; False when all have one."""
-    largest = max(range(len(batches)), key=lambda number: len(batches[number]))
-    batch = batches[largest]
-    if len(batch) == 1:
-        return False
-    batches[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-    return True
+class _Packed:
+    """Batches as one array of indices and the places where it is cut, `ends[0] = 0`."""
+
+    def __init__(self, order: np.ndarray, ends: np.ndarray) -> None:
+        self.order, self.ends = order, ends
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return self.order[self.ends[number] : self.ends[number + 1]]
+
+    def split_to(self, count: int) -> "_Packed":
+        """`count` batches, or as many as there are structures: the one with most structures is halved, …"""
+        lengths = np.diff(self.ends)
+        largest = list(zip((-lengths).tolist(), self.ends[:-1].tolist(), strict=True))
+        heapq.heapify(largest)
+        cuts = []
+        while len(self) + len(cuts) < count and -largest[0][0] > 1:
+            length, start = -largest[0][0], largest[0][1]
+            heapq.heapreplace(largest, (-(length // 2), start))
+            heapq.heappush(largest, (length // 2 - length, start + length // 2))
+            cuts.append(start + length // 2)
+        return _Packed(self.order, np.sort(np.concatenate([self.ends, np.array(cuts, dtype=np.int64)])))
+
+
+def _divisible(packed: _Packed, ranks: int) -> _Packed:
+    """A multiple of `ranks` batches: some are split; where all hold one structure the first are repeated."""
+    packed = packed.split_to(-(-len(packed) // ranks) * ranks)
+    missing = -len(packed) % ranks
+    if not missing:
+        return packed
+    repeated = np.resize(packed.order, missing)
+    ends = packed.ends[-1] + np.arange(1, missing + 1)
+    return _Packed(np.concatenate([packed.order, repeated]), np.concatenate([packed.ends, ends]))
+
+
+def _limits(
+    natoms: np.ndarray,
+    edges: np.ndarray | None,
+    max_atoms: int | None,
+    max_edges: int | None,
+    max_neighbors: int,
+) -> list[tuple[np.ndarray, int]]:
+    """(size of every structure, most of it in a batch), for each limit that is set."""
+    if edges is None and max_edges is not None:
+        by_edges = max_edges // max_neighbors
+        max_atoms, max_edges = by_edges if max_atoms is None else min(max_atoms, by_edges), None
+    limits = []
+    for sizes, cap, unit in ((natoms, max_atoms, "atoms"), (edges, max_edges, "edges")):
+        if cap is None or sizes is None:
+            continue
+        largest = int(sizes.argmax())
+        if sizes[largest] > cap:
+            raise DataError(
+                f"record {largest} has {sizes[largest]} {unit}, more than the {cap} that "
+                "max_atoms or max_edges allow in a batch; raise the limit."
+            )
+        limits.append((sizes, cap))
+    return limits
