@@ -166,6 +166,7 @@ def main() -> int:
     name = f"benchmark_{settings.device}"
     run = {"command": command(settings), "machine": describe_machine()}
     store = Store(given.output / f"{name}.json", run, given.force)
+    store.hold()
 
     def save() -> None:
         content = store.content

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from datasets_oc20.locking import lock
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
 
@@ -63,6 +64,17 @@ class Store:
                 return content
         # Files of the first format held one run and cannot be merged with others.
         return {"format": FORMAT, "runs": [], "units": {}}
+
+    def hold(self) -> None:
+        """Keep other runs from writing the file, until this process ends.
+
+        Raises:
+            DataError: another run holds it; the two would also disturb each other's times.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path.parent / ".benchmark.lock").open("ab")
+        lock(self._lock, self.path)
+        self.content = self._read()
 
     def find(self, name: str) -> dict[str, Any] | None:
         """The record of a unit, whenever it was measured."""

@@ -8,6 +8,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prune_commands.route import add_search_arguments
+
 if TYPE_CHECKING:
     from equiformer2.pruning.study import Recovery
 
@@ -27,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         nargs="+",
         default=["multi", "multi_staged", "block", "random", "magnitude", "uniform"],
-        help="default: all",
+        help="plans (default: all of prune.py plan) and routers: route_static, route_ftp, route_atom, "
+        "route_edge, route_context_only, route_distance, route_degree, route_random",
     )
     parser.add_argument(
         "--keep", nargs="+", type=float, default=[0.8, 0.7, 0.5], help="shares of the MACs that stay"
@@ -36,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--structures", type=int, default=32, help="calibration structures (default: 32)")
     parser.add_argument("--tries", type=int, default=8, help="cuts tried per step (default: 8)")
     parser.add_argument("--repeats", type=int, default=10, help="pairs of timed calls (default: 10)")
+    add_search_arguments(parser)
     parser.add_argument("--limit", type=int, help="most structures per held-out set")
     parser.add_argument("--distill-data", nargs="+", help="also distill every network, on these structures")
     parser.add_argument("--distill-val", nargs="+", help="validation structures of the distillation")
@@ -48,8 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from equiformer2.files import check_target
+    from equiformer2.pruning.routing import RoutingSettings
     from equiformer2.pruning.study import Study, StudySettings
-    from equiformer2.pruning.study_report import markdown, summarise, write_report
+    from equiformer2.pruning.study_report import markdown, missed, summarise, write_report
 
     check_target(options.out, is_folder=True)
     settings = StudySettings(
@@ -59,6 +64,13 @@ def run(options: argparse.Namespace) -> None:
         structures=options.structures,
         tries=options.tries,
         repeats=options.repeats,
+        routing=RoutingSettings(
+            protected=None if options.protect is None else tuple(options.protect),
+            population=options.population,
+            generations=options.generations,
+            tolerance=options.tolerance,
+            steps=options.router_steps,
+        ),
     )
     study = Study(
         options.checkpoint,
@@ -72,6 +84,7 @@ def run(options: argparse.Namespace) -> None:
     results = study.run()
     write_report(results, options.out)
     print(markdown(summarise(results)))
+    print(missed(results))
     print(f"wrote {options.out}/pareto.md, pareto.json and pareto.png")
 
 

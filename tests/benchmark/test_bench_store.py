@@ -8,6 +8,7 @@ import pytest
 
 from bench.measure import Benchmark
 from bench.store import Store, package_digest
+from datasets_oc20 import DataError, locking
 from equiformer2.errors import InputError
 from tests.benchmark.conftest import make_settings, make_store
 
@@ -16,6 +17,14 @@ KEY = {"repeats": 3}
 
 def run(store: Store, **changes: Any) -> None:
     Benchmark(make_settings(**changes), store, lambda: None, lambda line: None).run()
+
+
+def test_two_runs_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locking, "PATIENCE", 0.0)
+    first = make_store(tmp_path)
+    first.hold()
+    with pytest.raises(DataError, match="another process is writing here"):
+        make_store(tmp_path).hold()
 
 
 def test_what_is_complete_is_not_measured_again(tmp_path: Path, log: list[Any]) -> None:
