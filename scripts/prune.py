@@ -2,6 +2,7 @@
 
     python scripts/prune.py report --checkpoint model.pt --data slabs.lmdb
     python scripts/prune.py plan --checkpoint model.pt --data slabs.lmdb --target macs=0.5 --out plan.json
+    python scripts/prune.py route --checkpoint model.pt --data slabs.lmdb --target macs=0.7 --out router.json
     python scripts/prune.py apply --checkpoint model.pt --plan plan.json --out small.pt
 
 `prune.py COMMAND --help` says more about each.

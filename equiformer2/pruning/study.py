@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,16 @@ from equiformer2.pruning.held_out import HeldOut, check_unseen
 from equiformer2.pruning.latency import compare_latency
 from equiformer2.pruning.methods import METHODS, find_plan
 from equiformer2.pruning.plan import PruningPlan
+from equiformer2.pruning.routing import RoutingSettings
 from equiformer2.pruning.shrink import shrink
 from equiformer2.pruning.structures import read_structures
+from equiformer2.pruning.study_routing import NO_BUDGET, ROUTED, routed_result
 from equiformer2.pruning.target import MacTarget, ParameterTarget
 
 log = logging.getLogger("equiformer2")
 
 DENSE, SCRATCH = "dense", "scratch"
+STUDIED = (*METHODS, *ROUTED)
 _ANY = 0.5  # a target's fraction, where only its count is used
 
 
@@ -57,12 +60,13 @@ class StudySettings:
     """What to compare.
 
     Attributes:
-        methods: of `methods.METHODS`.
+        methods: of `methods.METHODS` and `study_routing.ROUTED`.
         keep: shares of the multiply-accumulates that stay.
         seeds: of the choice of calibration structures and of everything drawn.
         structures: calibration structures per seed.
         tries: cuts tried per step of a search.
         repeats: pairs of calls per measured latency.
+        routing: how routers are made.
     """
 
     methods: tuple[str, ...]
@@ -71,11 +75,12 @@ class StudySettings:
     structures: int = 32
     tries: int = 8
     repeats: int = 10
+    routing: RoutingSettings = field(default_factory=RoutingSettings)
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.methods if name not in METHODS]
+        unknown = [name for name in self.methods if name not in STUDIED]
         if unknown:
-            raise InputError(f"the method {unknown[0]!r} is not known: use some of {', '.join(METHODS)}")
+            raise InputError(f"the method {unknown[0]!r} is not known: use some of {', '.join(STUDIED)}")
         if not all(0 < share < 1 for share in self.keep):
             raise InputError(f"keep is {list(self.keep)}: give shares between 0 and 1")
 
@@ -125,7 +130,9 @@ class Study:
     def run(self, progress: bool = True) -> list[dict[str, Any]]:
         """Compute what is missing; all results in a fixed sequence."""
         jobs = [(DENSE, 1.0, 0)]
-        methods = list(self.settings.methods)
+        methods = [name for name in self.settings.methods if name != NO_BUDGET]
+        if NO_BUDGET in self.settings.methods:
+            jobs.append((NO_BUDGET, 1.0, self.settings.seeds[0]))
         if self.recovery is not None and self.recovery.scratch:
             methods.append(SCRATCH)
         for keep in self.settings.keep:
@@ -141,6 +148,18 @@ class Study:
     def _result(self, method: str, keep: float, seed: int) -> dict[str, Any]:
         name, found = result_name(method, keep, seed), dict[str, Any]()
         calibration = self._calibration(seed)
+        if method in ROUTED:
+            return routed_result(
+                method,
+                keep,
+                seed,
+                self.model,
+                calibration,
+                self.held_out,
+                self.settings.routing,
+                self.out / "searches" / f"{name}.pt",
+                self.settings.repeats,
+            )
         macs = MacTarget(self.model.config, _ANY, *calibration.size)
         if method == DENSE:
             plan = PruningPlan.keep_all(self.model.config)
@@ -232,7 +251,8 @@ class Study:
         options = asdict(self.settings)
         for name in ("methods", "keep", "seeds"):
             del options[name]  # a study may be extended
-        identity = {
+        routing = options.pop("routing")
+        identity: dict[str, Any] = {
             "model": fingerprint_of_weights(self.model),
             "calibration": _names(self.calibration_data),
             "held_out": {
@@ -241,15 +261,25 @@ class Study:
             "options": options,
             "recovery": None if self.recovery is None else asdict(self.recovery) | {"scratch": None},
         }
+        if any(name in ROUTED for name in self.settings.methods):
+            identity["routing"] = routing
         identity = json.loads(json.dumps(identity))
         path = self.out / "study.json"
         if path.exists():
             known = json.loads(path.read_text(encoding="utf-8"))
-            different = [key for key in identity if known.get(key) != identity[key]]
-            if different:
-                raise InputError(f"{self.out} holds a study with other {different[0]}: name another folder")
+            if "routing" in identity and "routing" not in known:
+                # The first routers of a study that had none.
+                known["routing"] = identity["routing"]
+                self._check_identity(identity, known)
+                write_json(path, known)
+            self._check_identity(identity, known)
             return
         write_json(path, identity, make_folder=True)
+
+    def _check_identity(self, identity: dict[str, Any], known: dict[str, Any]) -> None:
+        different = [key for key in identity if known.get(key) != identity[key]]
+        if different:
+            raise InputError(f"{self.out} holds a study with other {different[0]}: name another folder")
 
 
 def save_pruned(path: Path, dense: Checkpoint, small: EquiformerV2, provenance: dict[str, Any]) -> None:

@@ -15,16 +15,18 @@ from equiformer2.training.figures import save_figure
 #: What the errors are measured against: key of a result and its words.
 REFERENCES = {"to_dense": "the dense network", "to_labels": "labels"}
 _TRAINED = {"cut": "as cut", "distilled": "distilled"}
-_MARKERS = "osD^vP*X<>"
+_MARKERS = "osD^vP*X<>hpd"
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per method, budget and state of training: means over seeds, and standard deviations of errors.
 
-    Each row has `method`, `keep`, `trained` (`cut` or `distilled`), `seeds`, `macs`, `parameters`,
-    `latency`, and `errors[set][reference][metric]` with `mean` and `std` (0 for one seed).
+    Each row has `method`, `keep`, `trained` (`cut` or `distilled`), `seeds`, `macs`, `macs_on[set]` (of a
+    router they depend on the structures), `parameters`, `latency`, and `errors[set][reference][metric]` with
+    `mean` and `std` (0 for one seed). What missed its budget has no row, see `missed`.
     """
     rows = []
+    results = [result for result in results if "missed" not in result]
     groups = dict.fromkeys((result["method"], result["keep"]) for result in results)
     for method, keep in groups:
         same = [r for r in results if (r["method"], r["keep"]) == (method, keep)]
@@ -38,6 +40,10 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                         "trained": trained,
                         "seeds": [result["seed"] for result in having],
                         "macs": _mean([result["macs"] for result in having]),
+                        "macs_on": {
+                            name: _mean([_macs_on(result, name) for result in having])
+                            for name in having[0][trained]
+                        },
                         "parameters": _mean([result["parameters"] for result in having]),
                         "latency": _mean([result["latency"]["ratio"] for result in having]),
                         "errors": _errors([result[trained] for result in having]),
@@ -46,11 +52,21 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def missed(results: Sequence[dict[str, Any]]) -> str:
+    """A list of the results that do not exist, because no schedule comes near the budget; empty for none."""
+    lines = [
+        f"- {result['method']} at {result['keep']:.0%}, seed {result['seed']}: {result['missed']}"
+        for result in results
+        if "missed" in result
+    ]
+    return "\n".join(["## Not reached", "", *lines, ""]) if lines else ""
+
+
 def write_report(results: Sequence[dict[str, Any]], out: Path) -> None:
     """Write `pareto.json`, `pareto.md` and `pareto.png` to the folder `out`."""
     rows = summarise(results)
     write_json(out / "pareto.json", {"rows": rows, "results": list(results)}, make_folder=True)
-    write_bytes(out / "pareto.md", markdown(rows).encode())
+    write_bytes(out / "pareto.md", "\n".join((markdown(rows), missed(results))).encode())
     draw(rows, results, out / "pareto.png")
 
 
@@ -70,7 +86,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
                 continue
             parts.append(
                 f"| {row['method']} | {'' if row['method'] == DENSE else _TRAINED[row['trained']]} "
-                f"| {row['macs']:.1%} | {row['parameters']:.1%} | {row['latency']:.2f} x "
+                f"| {row['macs_on'][name]:.1%} | {row['parameters']:.1%} | {row['latency']:.2f} x "
                 f"| {_text(errors['force_mae'])} | {_text(errors['energy_per_atom'])} | {len(row['seeds'])} |"
             )
         parts.append("")
@@ -79,6 +95,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def draw(rows: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]], target: Path) -> None:
     """Force MAE against operations (left) and measured time (right), one row per set and reference."""
+    results = [result for result in results if "missed" not in result]
     panels = _panels(rows)
     figure = Figure(figsize=(11, 3.9 * len(panels)), layout="constrained")
     axes = np.atleast_2d(figure.subplots(len(panels), 2))
@@ -96,7 +113,8 @@ def draw(rows: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]], targ
             axis.set_ylabel("force MAE (eV/Å)")
             axis.set_title(f"{name}: against {REFERENCES[reference]}", fontsize=10)
             axis.grid(alpha=0.3)
-        pair[0].legend(fontsize=7, ncols=2)
+        if pair[0].get_legend_handles_labels()[0]:
+            pair[0].legend(fontsize=7, ncols=2)
     save_figure(figure, target)
 
 
@@ -113,7 +131,10 @@ def _line(
     (name, reference), (method, trained) = panel, kind
     own = [row for row in rows if (row["method"], row["trained"]) == kind]
     points = sorted(
-        (row[quantity], row["errors"][name][reference]["force_mae"]["mean"])
+        (
+            row["macs_on"][name] if quantity == "macs" else row["latency"],
+            row["errors"][name][reference]["force_mae"]["mean"],
+        )
         for row in own
         if row["errors"][name][reference] and row["errors"][name][reference]["force_mae"]
     )
@@ -127,9 +148,14 @@ def _line(
     for result in results:
         if result["method"] == method and result[trained] is not None:
             errors = result[trained][name][reference]
-            x = result["macs"] if quantity == "macs" else result["latency"]["ratio"]
+            x = _macs_on(result, name) if quantity == "macs" else result["latency"]["ratio"]
             if errors and errors["force_mae"] is not None:
                 axis.plot([x], [errors["force_mae"]], ".", color=color, markersize=3, alpha=0.6)
+
+
+def _macs_on(result: dict[str, Any], name: str) -> float:
+    """Share of the MACs on a held-out set; of a plan it is counted on the calibration structures."""
+    return float(result.get("macs_on", {}).get(name, result["macs"]))
 
 
 def _panels(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Training of FTP's router against the dense network; nothing else is trained and no labels are read."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from equiformer2.pruning.routing.router import BaseRouting, Router
 from equiformer2.pruning.routing.selection import select
 from equiformer2.pruning.routing.static import static_priority
 from equiformer2.pruning.routing.system import System
+
+_KEEP_EVERY = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,8 @@ def train_router(
     batches: Sequence[Batch],
     settings: RouterTraining | None = None,
     after_step: Callable[[int, RouterLosses], None] | None = None,
+    resume: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[RouterLosses]:
     """Train the router's MLP in place.
 
@@ -86,6 +90,8 @@ def train_router(
         batches: structures, labels are not read.
         settings: see `RouterTraining`.
         after_step: called with the number of the step and its losses.
+        resume: what `keep` was given earlier; training goes on from there as if it had not stopped.
+        keep: called with the state of the training after every 10 steps and at the end.
 
     Raises:
         InputError: no batches, or the network predicts no forces.
@@ -99,16 +105,32 @@ def train_router(
     trained = [p for p in model.parameters() if p.requires_grad]
     was_training = model.training
     model.eval().requires_grad_(False)
-    history = []
+    history: list[RouterLosses] = []
+    if resume is not None:
+        router.mlp.load_state_dict(resume["mlp"])
+        optimizer.load_state_dict(resume["optimizer"])
+        decay.load_state_dict(resume["decay"])
+        generator.set_state(resume["generator"])
+        history = [RouterLosses(*losses) for losses in resume["history"]]
     try:
-        dense = _dense_answers(model, batches)
-        for step in range(settings.steps):
+        dense = _dense_answers(model, batches) if len(history) < settings.steps else []
+        for step in range(len(history), settings.steps):
             number = int(torch.randint(len(batches), (), generator=generator))
             losses = _step(
                 model, router, batches[number], dense[number], settings, step, generator, optimizer
             )
             decay.step()
             history.append(losses)
+            if keep is not None and ((step + 1) % _KEEP_EVERY == 0 or step + 1 == settings.steps):
+                keep(
+                    {
+                        "mlp": router.mlp.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "decay": decay.state_dict(),
+                        "generator": generator.get_state(),
+                        "history": [dataclasses.astuple(losses) for losses in history],
+                    }
+                )
             if after_step is not None:
                 after_step(step, losses)
     finally:

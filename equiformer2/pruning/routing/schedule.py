@@ -12,6 +12,10 @@ Evaluate = Callable[[Sequence[float]], tuple[float, float]]
 _MOST = 0.95
 
 
+class TargetMissedError(InputError):
+    """No schedule comes near the wanted share of the MACs."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """The best schedule of a search.
@@ -42,6 +46,7 @@ def search_schedule(
     generations: int = 10,
     tolerance: float = 0.02,
     seed: int = 0,
+    after_try: Callable[[], None] | None = None,
 ) -> Schedule:
     """The schedule with the lowest loss at `target_macs`.
 
@@ -54,13 +59,16 @@ def search_schedule(
         num_blocks: L.
         target_macs: fraction of the dense network's MACs.
         start: schedules that are tried first, beside uniform, rising and falling ones.
-        protected: blocks that compute all atoms; None for the first and the last.
+        protected: blocks that compute all atoms; None for the first and the last, () for none.
         population, generations: size of the search.
         tolerance: in the fraction of MACs.
         seed: of all random choices.
+        after_try: called for every member of every generation, population * (generations + 1) times
+            or some more.
 
     Raises:
-        InputError: the settings leave nothing to search, or no schedule came within the tolerance.
+        InputError: the settings leave nothing to search.
+        TargetMissedError: no schedule came within the tolerance.
     """
     ends = (0, num_blocks - 1) if protected is None else tuple(protected)
     open_blocks = [block for block in range(num_blocks) if block not in ends]
@@ -70,7 +78,8 @@ def search_schedule(
         raise InputError(f"target_macs is {target_macs}: give a fraction between 0 and 1")
     if population < 4 or generations < 1:
         raise InputError("the search needs a population of at least 4 and at least 1 generation")
-    search = _Search(evaluate, num_blocks, open_blocks, target_macs, tolerance, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    search = _Search(evaluate, num_blocks, open_blocks, target_macs, tolerance, rng, after_try)
     people = search.first(start, population)
     history = [search.best(people).shown_loss]
     for _ in range(generations):
@@ -78,7 +87,7 @@ def search_schedule(
         history.append(search.best(people).shown_loss)
     best = search.best(people)
     if best.miss > tolerance:
-        raise InputError(
+        raise TargetMissedError(
             f"no schedule came within {tolerance} of {target_macs} of the MACs (nearest: {best.macs:.3f}): "
             "choose another target, protect fewer blocks or search longer"
         )
@@ -112,9 +121,10 @@ class _Search:
         target: float,
         tolerance: float,
         rng: np.random.Generator,
+        after_try: Callable[[], None] | None,
     ) -> None:
         self.evaluate, self.num_blocks, self.open = evaluate, num_blocks, open_blocks
-        self.target, self.tolerance, self.rng = target, tolerance, rng
+        self.target, self.tolerance, self.rng, self.after_try = target, tolerance, rng, after_try
         self.known: dict[tuple[float, ...], _Individual] = {}
 
     @property
@@ -162,6 +172,8 @@ class _Search:
                 shift = float(self.genes(found).mean()) * ((1 - self.target) / saved - 1)
             again = self.individual(self.genes(found) + shift)
             found = min(found, again, key=lambda person: person.rank)
+        if self.after_try is not None:
+            self.after_try()
         return found
 
     def individual(self, genes: np.ndarray) -> _Individual:

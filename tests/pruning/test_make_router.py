@@ -1,0 +1,203 @@
+"""Routers by name: targets, resuming, the command line, and as methods of a study."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from search_helpers import save_tiny, slab, write_lmdb
+from test_study import run_prune
+from torch_geometric.data import Data
+
+from equiformer2.errors import InputError
+from equiformer2.pruning.make_router import MadeRouter, RouteRequest, make_router
+from equiformer2.pruning.routing import (
+    ROUTING_METHODS,
+    FTPRouter,
+    RoutingSettings,
+    ScoreRouter,
+    find,
+    load_router,
+)
+from equiformer2.pruning.routing.files import router_to_dict
+from equiformer2.pruning.study import Study, StudySettings
+from equiformer2.pruning.study_report import markdown, missed, summarise, write_report
+
+QUICK = RoutingSettings(protected=(), population=4, generations=1, tolerance=0.1, steps=4)
+
+
+def rattled(sid: str, seed: int) -> Data:
+    """No two atoms are equivalent, so that budgets can be met."""
+    data = slab(sid)
+    data.pos = data.pos + 0.1 * torch.randn(data.pos.shape, generator=torch.Generator().manual_seed(seed))
+    return data
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("files")
+    structures = [rattled(sid, seed) for seed, sid in enumerate("abc")]
+    return {
+        "dense": save_tiny(folder / "dense.pt", num_layers=3),
+        "calibration": write_lmdb(folder / "calibration.lmdb", structures, labels=False),
+        "held_out": write_lmdb(folder / "held_out.lmdb", [rattled("x", 7), rattled("y", 8)]),
+    }
+
+
+def made(files: dict[str, Path], method: str, state: Path | None = None, **changes: object) -> MadeRouter:
+    settings = replace(QUICK, **changes)
+    target = None if method == "context_only" else "macs=0.7"
+    request = RouteRequest(str(files["dense"]), (str(files["calibration"]),), method, target, settings)
+    return make_router(request, state, progress=False)
+
+
+@pytest.mark.parametrize("method", ROUTING_METHODS)
+def test_every_method_comes_to_its_target(files, method) -> None:
+    found = made(files, method)
+    assert found.errors["loss"] > 0
+    if method == "context_only":
+        assert found.achieved.macs < 1
+    else:
+        assert found.achieved.macs == pytest.approx(0.7, abs=QUICK.tolerance)
+    if method in ("atom", "edge"):
+        assert found.router.levels[0] is None
+    assert "% of the MACs left" in str(found)
+
+
+def test_protected_blocks_compute_everything(files) -> None:
+    router = made(files, "static", protected=(1,)).router
+    assert isinstance(router, ScoreRouter)
+    assert router.levels[1] is None
+    assert router.levels[0] is not None or router.levels[2] is not None
+    with pytest.raises(InputError, match="block 3 cannot be protected: the network has blocks 0 to 2"):
+        made(files, "static", protected=(3,))
+
+
+@pytest.mark.parametrize("mode", ["threshold", "smooth"])
+def test_budgets_become_thresholds(files, mode) -> None:
+    router = made(files, "static", mode=mode, width=0.3).router
+    assert isinstance(router, ScoreRouter)
+    assert (router.mode, router.width) == (mode, 0.3)
+
+
+def test_what_was_killed_goes_on_to_the_same_router(files, tmp_path, monkeypatch) -> None:
+    steps = {"steps": 13}
+    whole = made(files, "ftp", **steps)
+    state = tmp_path / "state.pt"
+    train = find.train_router
+
+    def killed(*arguments: object, **options: object) -> object:
+        keep = options["keep"]
+
+        def keep_and_die(training: dict[str, object]) -> None:
+            keep(training)
+            raise KeyboardInterrupt
+
+        return train(*arguments, **(options | {"keep": keep_and_die}))
+
+    monkeypatch.setattr(find, "train_router", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made(files, "ftp", state, **steps)
+    steps_done: list[int] = []
+
+    def counted(*arguments: object, **options: object) -> object:
+        return train(*arguments, **(options | {"after_step": lambda step, _: steps_done.append(step)}))
+
+    monkeypatch.setattr(find, "train_router", counted)
+    again = made(files, "ftp", state, **steps)
+    assert steps_done == [10, 11, 12]
+    assert router_to_dict(again.router) == router_to_dict(whole.router)
+    evaluated: list[object] = []
+    objective = find.ScheduleObjective.__call__
+    monkeypatch.setattr(
+        find.ScheduleObjective,
+        "__call__",
+        lambda self, levels: evaluated.append(levels) or objective(self, levels),
+    )
+    made(files, "ftp", state, **steps)
+    assert not evaluated
+    with pytest.raises(InputError, match="the state of another router: settings was"):
+        made(files, "ftp", state, steps=14)
+    state.write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="is no state of a router"):
+        made(files, "ftp", state, **steps)
+
+
+def test_training_changes_the_router(files) -> None:
+    few, many = made(files, "ftp", steps=1).router, made(files, "ftp", steps=5).router
+    assert isinstance(few, FTPRouter)
+    assert few.settings()["weights"] != many.settings()["weights"]
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "message"),
+    [
+        ("static", "parameters=0.5", "not understood"),
+        ("static", "macs=2", "not understood"),
+        ("static", None, "needs a target"),
+        ("context_only", "macs=0.7", "has no budget"),
+        ("best", "macs=0.7", "not known"),
+    ],
+)
+def test_requests_that_say_nothing(files, method, target, message) -> None:
+    request = RouteRequest(str(files["dense"]), (str(files["calibration"]),), method, target, QUICK)
+    with pytest.raises(InputError, match=message):
+        make_router(request, progress=False)
+
+
+def test_route_on_the_command_line(files, tmp_path) -> None:
+    out = tmp_path / "router.json"
+    ran = run_prune(
+        "route", "--checkpoint", files["dense"], "--data", files["calibration"], "--out", out,
+        "--method", "ftp", "--target", "macs=0.7", "--population", 4, "--generations", 1,
+        "--tolerance", 0.1, "--router-steps", 2, "--protect",
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "% of the MACs left" in ran.stdout
+    assert "100%" in ran.stderr  # the progress bars
+    report = json.loads((tmp_path / "router.report.json").read_text())
+    assert report["achieved"]["macs"] == pytest.approx(0.7, abs=0.1)
+    assert report["errors"]["force_mae"] > 0
+    assert isinstance(load_router(out), FTPRouter)
+    assert (tmp_path / "router.state.pt").exists()
+
+
+def make_study(files: dict[str, Path], out: Path, methods: tuple[str, ...], keep: float = 0.7) -> Study:
+    settings = StudySettings(methods, (keep,), (0, 1), structures=3, tries=1, repeats=1, routing=QUICK)
+    return Study(files["dense"], files["calibration"], {"dft": files["held_out"]}, settings, out)
+
+
+def test_routers_in_a_study(files, tmp_path) -> None:
+    make_study(files, tmp_path, ("uniform",)).run(progress=False)
+    # A study of plans may be extended by routers.
+    study = make_study(files, tmp_path, ("uniform", "route_random", "route_context_only"))
+    results = study.run(progress=False)
+    assert [(r["method"], r["seed"]) for r in results] == [
+        ("dense", 0), ("route_context_only", 0), ("uniform", 0), ("uniform", 1),
+        ("route_random", 0), ("route_random", 1),
+    ]  # fmt: skip
+    for result in (r for r in results if r["method"].startswith("route")):
+        assert result["macs_on"]["dft"] == result["achieved"]["dft"]["macs"] < 1
+        assert result["cut"]["dft"]["to_dense"]["force_mae"] > 0
+        assert result["cut"]["dft"]["to_labels"]["force_mae"] > 0
+        assert result["latency"]["ratio"] > 0
+    assert results[4]["router"]["settings"]["seed"] == 0
+    assert results[5]["router"]["settings"]["seed"] == 1
+    rows = summarise(results)
+    random = next(row for row in rows if row["method"] == "route_random")
+    assert random["macs_on"]["dft"] == pytest.approx(sum(r["macs_on"]["dft"] for r in results[4:]) / 2)
+    assert f"| route_random | as cut | {random['macs_on']['dft']:.1%} | 100.0% |" in markdown(rows)
+    write_report(results, tmp_path)
+    other = replace(study.settings, routing=replace(QUICK, steps=9))
+    with pytest.raises(InputError, match="other routing"):
+        Study(files["dense"], files["calibration"], {"dft": files["held_out"]}, other, tmp_path)
+
+
+def test_a_budget_out_of_reach_is_told(files, tmp_path) -> None:
+    results = make_study(files, tmp_path, ("route_static",), keep=0.05).run(progress=False)
+    assert "missed" in results[1]
+    assert "route_static at 5%, seed 0: no schedule came within" in missed(results)
+    assert [row["method"] for row in summarise(results)] == ["dense"]
+    write_report(results, tmp_path)
+    assert "## Not reached" in (tmp_path / "pareto.md").read_text()
