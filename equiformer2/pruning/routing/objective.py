@@ -55,6 +55,6 @@ class ScheduleObjective:
         return loss, routed.achieved().macs
 
 
-def with_levels(router: Router, levels: Sequence[float], **changes: Any) -> Router:
+def with_levels(router: Router, levels: Sequence[float | None], **changes: Any) -> Router:
     """The same router with other levels."""
     return type(router)(**router.settings() | {"levels": list(levels)} | changes)
