@@ -183,6 +183,12 @@ class OC20DataModule(pl.LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
+        if shuffle and world_size > 1:
+            found = sampler.imbalance()
+            rank_zero_info(
+                f"Batches: {len(sampler)} steps on {world_size} processes; the most loaded has "
+                f"{100 * found.mean:.2f} % more atoms than the mean (worst step {100 * found.worst:.1f} %)"
+            )
         return DataLoader(
             dataset,
             batch_sampler=sampler,

@@ -95,7 +95,8 @@ class OC20Lmdb(Dataset[Data]):
         return f"{self.shards[shard]}, key {key}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+        # Workers read records and need no sizes: what they hold does not grow with the number of records.
+        return {**self.__dict__, "_files": {}, "_natoms": None}
 
     def _locate(self, index: int) -> tuple[int, int]:
         position = index + len(self) if index < 0 else index

@@ -184,8 +184,8 @@ class BalancedBatchSampler(Sampler[list[int]]):
         lengths = np.diff(packed.ends)
         surplus = np.zeros(len(packed), dtype=bool)
         surplus[np.argsort(lengths, kind="stable")[: len(packed) - count]] = True
-        homeless = np.concatenate([packed[number] for number in np.flatnonzero(surplus)])
-        kept = [packed[number] for number in np.flatnonzero(~surplus)]
+        homeless = np.concatenate([packed[number] for number in np.flatnonzero(surplus).tolist()])
+        kept = [packed[number] for number in np.flatnonzero(~surplus).tolist()]
         sums = [np.array([sizes[batch].sum(dtype=np.int64) for batch in kept]) for sizes, _ in self._limits]
         atoms = np.array([self.natoms[batch].sum() for batch in kept], dtype=np.float64)
         atoms[[len(batch) == self.batch_size for batch in kept]] = np.inf
@@ -219,7 +219,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         return [[dealt[number] for number in step] for step in by_load]
 
     def _dealt(self, batches: list[np.ndarray]) -> list[np.ndarray]:
-        """The structures dealt out anew, largest first, in rounds: the largest of a round to the lightest batch.
+        """The structures dealt out anew, largest first, in rounds: a round's largest to the lightest batch.
 
         The batches as they are, where that would exceed a limit or repeat or lose a structure.
         """
@@ -259,7 +259,7 @@ class _Packed:
         lengths = np.diff(self.ends)
         largest = list(zip((-lengths).tolist(), self.ends[:-1].tolist(), strict=True))
         heapq.heapify(largest)
-        cuts = []
+        cuts: list[int] = []
         while len(self) + len(cuts) < count and -largest[0][0] > 1:
             length, start = -largest[0][0], largest[0][1]
             heapq.heapreplace(largest, (-(length // 2), start))

@@ -3,8 +3,8 @@
     python scripts/measure_batches.py [--data LMDB] [--ranks 8] [--json FILE]
 
 Without `--data`, sizes are drawn from those of the bundled OC20 relaxations (one structure per system, each
-size changed at random by up to 15 %). Edges are counted as the graph's limit, 20 per atom, which structures of
-OC20 reach at the cutoff of 12 Å. The table in docs/data.md comes from this script.
+changed at random by up to 15 %). Edges are counted as the limit of the graph, 20 per atom, which structures
+of OC20 reach at the cutoff of 12 Å. The table in docs/data.md comes from this script.
 """
 
 import argparse

@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, Checkpoint
-from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from equiformer2.checkpoint import save_checkpoint
 from equiformer2.training.figures import draw_parity
-from equiformer2.training.loader import ResumableLoader
 from equiformer2.training.metrics import HIGHER_IS_BETTER
 from equiformer2.training.task import S2EFTask
 
@@ -28,47 +26,6 @@ def validation_values(trainer: pl.Trainer) -> dict[str, float]:
         for name, value in trainer.callback_metrics.items()
         if name.startswith("val/")
     }
-
-
-class ResumeCheckpoint(Checkpoint):
-    """`last.ckpt`, everything needed to continue, replaced atomically.
-
-    Written after each validation (after each epoch without a validation set), every `every_n_steps`
-    optimizer steps if given, and when a limit of time or steps ends the run in the middle of an epoch.
-    """
-
-    def __init__(self, path: Path, every_n_steps: int | None = None) -> None:
-        self.path = path
-        self.every_n_steps = every_n_steps
-        self._saved_step = 0
-
-    def _save(self, trainer: pl.Trainer) -> None:
-        trainer.save_checkpoint(self.path, weights_only=False)
-        self._saved_step = trainer.global_step
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning restores a loader's state while it sets the loader up, and `configure_optimizers` has it
-        # set up, to count steps, before the loops know their state; so the position is restored here.
-        loader = trainer.train_dataloader
-        if isinstance(loader, ResumableLoader):
-            loader.load_state_dict({"served": trainer.fit_loop.epoch_loop.batch_progress.current.ready})
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        due = self.every_n_steps is not None and step % self.every_n_steps == 0
-        ends = trainer.should_stop or step == trainer.max_steps
-        if step != self._saved_step and (due or ends):
-            self._save(trainer)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._save(trainer)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.enable_validation:
-            self._save(trainer)
 
 
 class NativeCheckpoints(Callback):
@@ -126,10 +83,11 @@ class NativeCheckpoints(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self.best_score}
+        return {"best_score": self.best_score, "validated_step": self.validated_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score = state_dict["best_score"]
+        self.validated_step = state_dict.get("validated_step")
 
 
 def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
@@ -212,6 +170,11 @@ class ParityFigures(Callback):
             pairs = _pairs(batch.forces[free].reshape(-1), outputs["forces"][free].reshape(-1))
             quota = max(1, int(self.limit / max(1, sum(trainer.num_val_batches))))
             self._forces.append(pairs[:: max(1, len(pairs) // quota)])
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no validation has been seen."""
+        return not self._energies
 
     def draw(self, folder: Path) -> list[Path]:
         """Write `parity_energy.png` and `parity_forces.png`; returns those written."""

@@ -1,6 +1,5 @@
 """The one folder that a run leaves: config, log, metrics, figures, checkpoints."""
 
-import csv
 import logging
 import uuid
 import warnings
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from pytorch_lightning.loggers import CSVLogger, Logger
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.rank_zero import rank_zero_module
@@ -20,6 +19,8 @@ from tqdm import tqdm
 from equiformer2.checkpoint.files import read_tensors, write_tensors
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes
+from equiformer2.training.metrics_file import MetricsFile, read_rows
+from equiformer2.training.resume import rows_until
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class RunFolder:
 
     Args:
         path: the folder.
-        resume: what to resume from: `last` for the folder's own last checkpoint, a path, or None.
+        resume: what to resume from: `last` for the folder's own last checkpoint, `auto` for that where it is
+            there, a path, or None.
 
     Raises:
         InputError: nothing there to resume from, or a run already there and not resumed. What a run leaves
@@ -55,7 +57,9 @@ class RunFolder:
         self.figures = path / "figures"
         self.metrics = path / "metrics.csv"
         self.last = self.checkpoints / "last.ckpt"
-        self.resume_from = self.last if resume == "last" else Path(resume) if resume else None
+        own = resume == "last" or (resume == "auto" and self.last.is_file())
+        self.resume_from = self.last if own else Path(resume) if resume and resume != "auto" else None
+        self._may_begin_again = resume == "auto"
         if self.resume_from is not None and not self.resume_from.is_file():
             raise InputError(f"ckpt_path: there is no checkpoint {self.resume_from} to resume from")
         # Other processes of a DDP run come here after the first one has made the folder.
@@ -79,8 +83,7 @@ class RunFolder:
         if not path.is_file() or inside.parts[0] == "wandb" or path.suffix == ".tmp":
             return False
         if path == self.metrics:
-            with path.open(newline="") as file:
-                return any(csv.DictReader(file))
+            return not self._may_begin_again and bool(read_rows(path))
         return str(inside) not in ("config.yaml", "log.txt", "wandb_id.txt")
 
     @rank_zero_only
@@ -137,23 +140,16 @@ class RunFolder:
         Raises:
             InputError: W&B is asked for and not installed.
         """
-        loggers: list[Logger] = [self._csv_logger()]
+        loggers: list[Logger] = [self._metrics_file()]
         if wandb.project is not None:
             loggers.append(self._wandb_logger(wandb))
         return loggers
 
-    def _csv_logger(self) -> CSVLogger:
-        rows: list[dict[str, str]] = []
-        if _is_first_process() and self.resume_from is not None and self.metrics.exists():
-            step = int(read_resume_state(self.resume_from)["global_step"])
-            with self.metrics.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
-        logger = CSVLogger(self.path, name="", version="", flush_logs_every_n_steps=50)
-        if rows:
-            # The logger begins with an empty file: put back the rows up to the checkpoint.
-            logger.experiment.metrics.extend(rows)
-            logger.save()
-        return logger
+    def _metrics_file(self) -> MetricsFile:
+        if not _is_first_process() or self.resume_from is None or not self.metrics.exists():
+            return MetricsFile(self.metrics)
+        state = read_resume_state(self.resume_from)
+        return MetricsFile(self.metrics, rows_until(state, read_rows(self.metrics)))
 
     def _wandb_logger(self, settings: WandbSettings) -> Logger:
         try:

@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Sampler
 from torch_geometric.data import Batch
 
 from datasets_oc20 import OC20DataModule
+from equiformer2.training.stopping import leave_signals_to_the_parent
 
 
 class _FromBatch(Sampler[list[int]]):
@@ -18,9 +20,7 @@ class _FromBatch(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         first, self.first = self.first, 0
-        for number, batch in enumerate(self.batches):
-            if number >= first:
-                yield batch
+        yield from self.batches.batches_from(first)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -33,7 +33,7 @@ class ResumableLoader:
     says everything; those are skipped without being read.
 
     Args:
-        loader: with a batch sampler that has `set_epoch`.
+        loader: with a `BalancedBatchSampler`.
     """
 
     def __init__(self, loader: DataLoader) -> None:
@@ -46,6 +46,9 @@ class ResumableLoader:
             num_workers=loader.num_workers,
             persistent_workers=loader.persistent_workers,
             pin_memory=loader.pin_memory,
+            worker_init_fn=leave_signals_to_the_parent,
+            # Of its own: a loader draws from the global generator whenever it is started.
+            generator=torch.Generator(),
         )
         self._first = self._served = 0
 
@@ -75,6 +78,13 @@ class ResumableDataModule(OC20DataModule):
     def train_dataloader(self) -> ResumableLoader:  # type: ignore[override]
         """Shuffled by (seed, epoch)."""
         return ResumableLoader(super().train_dataloader())
+
+    def val_dataloader(self) -> DataLoader:
+        """In stored order."""
+        loader = super().val_dataloader()
+        loader.worker_init_fn = leave_signals_to_the_parent
+        loader.generator = torch.Generator()
+        return loader
 
     @property
     def normalizers_are_given(self) -> bool:

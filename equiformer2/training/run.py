@@ -12,6 +12,7 @@ import torch
 import yaml
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -20,7 +21,7 @@ from equiformer2.checkpoint.checkpoint import read_contents
 from equiformer2.checkpoint.files import plain
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2, ModelConfig
-from equiformer2.training.callbacks import NativeCheckpoints, ParityFigures, ResumeCheckpoint, Summary
+from equiformer2.training.callbacks import NativeCheckpoints, ParityFigures, Summary
 from equiformer2.training.figures import draw_loss_curves
 from equiformer2.training.folder import (
     RunFolder,
@@ -31,6 +32,7 @@ from equiformer2.training.folder import (
 )
 from equiformer2.training.loader import ResumableDataModule
 from equiformer2.training.optim import OptimSettings
+from equiformer2.training.resume import ResumeCheckpoint
 from equiformer2.training.task import S2EFTask, TaskSettings
 
 log = logging.getLogger("equiformer2")
@@ -47,7 +49,8 @@ class RunSettings:
         name: the run's folder inside `runs_dir`; the name of the config file if not given.
         runs_dir: where run folders are made.
         seed: of the initial weights, the order of the data and dropout.
-        ckpt_path: resume exactly from this Lightning checkpoint; `last` is the run's own.
+        ckpt_path: resume exactly from this Lightning checkpoint; `last` is the run's own, and `auto` that one
+            where it is there and a new start where it is not, for jobs that are put back into the queue.
         init_from: start from the weights of this checkpoint (native, OCP or fairchem v1) as a new run.
         checkpoint_every_n_steps: also save `last.ckpt` every so many optimizer steps.
     """
@@ -60,7 +63,7 @@ class RunSettings:
     checkpoint_every_n_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.ckpt_path is not None and self.init_from is not None:
+        if self.ckpt_path not in (None, "auto") and self.init_from is not None:
             raise InputError("ckpt_path resumes a run and init_from starts a new one: give one of them")
         parts = Path(self.name or "run").parts
         if not parts or ".." in parts or Path(*parts).is_absolute():
@@ -154,9 +157,8 @@ def _run(config: RunConfig, task: S2EFTask, data: ResumableDataModule, folder: R
     folder.save_config(config.text)
     log.info(f"run folder {folder.path}; {count_parameters(task.model):,} trainable parameters")
     _fit(trainer, task, data, folder)
-    if native.validated_step != trainer.global_step and trainer.limit_val_batches != 0:
-        # A limit on the steps ended the run between two validations.
-        trainer.validate(task, datamodule=data, verbose=False)
+    if trainer.limit_val_batches != 0:
+        _complete_validation(trainer, task, data, native, parity)
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
@@ -168,6 +170,25 @@ def _run(config: RunConfig, task: S2EFTask, data: ResumableDataModule, folder: R
             for path in figures:
                 logger.log_image(path.stem, [str(path)])
             logger.experiment.finish()
+
+
+def _complete_validation(
+    trainer: pl.Trainer,
+    task: S2EFTask,
+    data: ResumableDataModule,
+    native: NativeCheckpoints,
+    parity: ParityFigures,
+) -> None:
+    """Validate where a limit on the steps ended the run between two validations.
+
+    A run that was killed after its last validation repeats it for the figures, without logging it again.
+    """
+    if native.validated_step != trainer.global_step:
+        trainer.validate(task, datamodule=data, verbose=False)
+    elif parity.is_empty and trainer.is_global_zero and trainer.world_size == 1:
+        loggers, trainer.loggers = trainer.loggers, []
+        trainer.validate(task, datamodule=data, verbose=False)
+        trainer.loggers = loggers
 
 
 def _fit(trainer: pl.Trainer, task: S2EFTask, data: ResumableDataModule, folder: RunFolder) -> None:
@@ -192,6 +213,9 @@ def _trainer(config: RunConfig, folder: RunFolder, callbacks: list[pl.Callback])
     plugins = settings["plugins"] or []
     settings["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles()]
     try:
+        if SLURMEnvironment.detect():
+            # Lightning would answer Slurm's signal with a checkpoint and a queue of its own.
+            settings["plugins"].append(SLURMEnvironment(auto_requeue=False))
         return pl.Trainer(
             **settings,
             logger=folder.loggers(config.wandb),

@@ -1,0 +1,75 @@
+"""Stopping on a signal: what a batch system sends before it takes the machine away."""
+
+import os
+import signal
+from types import FrameType
+
+import torch
+from torch import distributed
+
+#: SIGTERM: `kill`, Slurm, Kubernetes, spot instances; SIGUSR1: Slurm's `--signal=USR1@90`.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StoppedBySignal(SystemExit):
+    """The run has been saved and ends here, with the status that a shell gives a process ended by the signal.
+
+    Processes other than the first end with 0, so that a launcher does not take the first one down with them.
+    """
+
+    def __init__(self, number: int, first_process: bool) -> None:
+        super().__init__(128 + number if first_process else 0)
+
+
+class StopRequest:
+    """Remembers the first stop signal; all processes of a run learn of it at the same step.
+
+    Nothing waits for a GPU: what the processes tell each other at one call is read at the next.
+    """
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._owner = os.getpid()
+        self._shared: torch.Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    def listen(self) -> None:
+        """From now on the signals are noted instead of ending the process (in its main thread only)."""
+        self._received = 0
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:  # a forked loader process
+            return
+        self._received = self._received or number
+
+    def agreed(self, device: torch.device) -> int:
+        """The signal, 0 for none; called by all processes at the same places."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return self._received
+        known = self._read()
+        self._tell(device)
+        return known
+
+    def _read(self) -> int:
+        if self._shared is None:
+            return 0
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return int(self._shared)
+
+    def _tell(self, device: torch.device) -> None:
+        value = torch.tensor(self._received)
+        on_device = value.to(device, non_blocking=True)
+        distributed.all_reduce(on_device, op=distributed.ReduceOp.MAX)
+        self._shared = on_device.to("cpu", non_blocking=True)
+        if device.type == "cuda":
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+
+def leave_signals_to_the_parent(_: int) -> None:
+    """For loader processes, which get the signals of their group too: the step they load for must finish."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,110 @@
+"""Memory of a reading process and records per second at random, against the number of records.
+
+    python scripts/measure_reader.py [--keys 200000] [--shards 64] [--atoms 4] [--json FILE]
+
+Writes synthetic LMDB files (small records, so that many fit on a disk), reads at random in a process
+of its own, and removes them. `--atoms 75` gives records of OC20's size. Private memory is what the process
+holds for itself; mapped pages of the files belong to the system's cache, which takes them back when needed.
+"""
+
+import argparse
+import multiprocessing
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch_geometric.data import Data
+
+from datasets_oc20 import LmdbWriter, OC20Lmdb, records
+from equiformer2.files import write_json
+from equiformer2.script import run_script
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one dataset; memory in MiB before the dataset is opened, opened, and after reading at random."""
+
+    keys: int
+    shards: int
+    atoms: int
+    private_before: float
+    private_opened: float
+    private_after: float
+    reads: int
+    records_per_second: float
+
+
+def write_shards(folder: Path, keys: int, shards: int, atoms: int) -> None:
+    """`shards` files with `keys` records together."""
+    rng = np.random.default_rng(0)
+    data = Data(
+        pos=torch.from_numpy(rng.uniform(0.0, 10.0, (atoms, 3)).astype(np.float32)),
+        atomic_numbers=torch.full((atoms,), 29),
+        cell=10.0 * torch.eye(3)[None],
+        pbc=torch.ones(1, 3, dtype=torch.bool),
+        natoms=atoms,
+        tags=torch.ones(atoms, dtype=torch.long),
+        fixed=torch.zeros(atoms, dtype=torch.bool),
+        energy=torch.zeros(1),
+        forces=torch.zeros(atoms, 3),
+        sid="synthetic",
+        fid=0,
+    )
+    value = records.pack(data)
+    for shard in range(shards):
+        with LmdbWriter(folder / f"data.{shard:04d}.lmdb", "adsorption") as writer:
+            for _ in range(keys * shard // shards, keys * (shard + 1) // shards):
+                writer.write_packed(value, atoms)
+
+
+def private_mebibytes() -> float:
+    """Memory that this process does not share with files (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+def read_at_random(folder: str, atoms: int, reads: int) -> Measured:
+    """In a process of its own."""
+    torch.set_num_threads(1)
+    before = private_mebibytes()
+    data = OC20Lmdb(folder)
+    opened = private_mebibytes()
+    places = np.random.default_rng(1).integers(0, len(data), reads).tolist()
+    start = time.perf_counter()
+    for place in places:
+        data[place]
+    rate = reads / (time.perf_counter() - start)
+    shards, after = len(data.shards), private_mebibytes()
+    return Measured(len(data), shards, atoms, before, opened, after, reads, rate)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--keys", type=int, default=200_000)
+    parser.add_argument("--shards", type=int, default=64)
+    parser.add_argument("--atoms", type=int, default=4, help="atoms per record")
+    parser.add_argument("--reads", type=int, default=20_000)
+    parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    found = []
+    for keys in (options.keys // 10, options.keys):
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            write_shards(Path(folder), keys, options.shards, options.atoms)
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                one = pool.apply(read_at_random, (folder, options.atoms, options.reads))
+        found.append(one)
+        print(
+            f"{one.keys:,} records in {one.shards} files: private {one.private_before:.0f} MiB, opened "
+            f"{one.private_opened:.0f}, after {one.reads:,} reads {one.private_after:.0f}; "
+            f"{one.records_per_second:,.0f} records/s"
+        )
+    if options.json is not None:
+        write_json(options.json, {"datasets": [asdict(one) for one in found]}, make_folder=True)
+
+
+if __name__ == "__main__":
+    run_script(main)
