@@ -33,7 +33,7 @@ def test_results_tell_their_precision(checkpoint: Path) -> None:
     [
         ({"precision": "bfloat"}, "float32, tf32, bf16"),
         ({"precision": "tf32"}, "'tf32' needs a CUDA device, not cpu"),
-        ({"backend": "cuda"}, "'cuda' cannot be used: known are torch, compile, triton"),
+        ({"backend": "cuda"}, "'cuda' cannot be used: known are auto, torch, cpp, compile, triton"),
     ],
 )
 def test_refusals(options: dict[str, str], message: str, checkpoint: Path) -> None:
