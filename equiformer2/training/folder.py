@@ -146,7 +146,7 @@ class RunFolder:
         return loggers
 
     def _metrics_file(self) -> MetricsFile:
-        if not _is_first_process() or self.resume_from is None or not self.metrics.exists():
+        if not _is_first_process() or self.resume_from is None or not self._continues:
             return MetricsFile(self.metrics)
         state = read_resume_state(self.resume_from)
         return MetricsFile(self.metrics, rows_until(state, read_rows(self.metrics)))

@@ -114,8 +114,9 @@ class ResumeCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._before_validation:
-            _let_validation_begin_again(checkpoint["loops"]["fit_loop"][_VALIDATION_PROGRESS])
+        _set_validation_progress(
+            checkpoint["loops"]["fit_loop"][_VALIDATION_PROGRESS], self._before_validation
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -168,16 +169,23 @@ def _validation_follows(trainer: pl.Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
-def _let_validation_begin_again(progress: dict[str, Any]) -> None:
-    """Make Lightning's record of a validation that of one interrupted in its first batch.
+def _set_validation_progress(progress: dict[str, Any], begun: bool) -> None:
+    """Make Lightning's record of validation that of one interrupted in its first batch, or of none going on.
 
-    That it does again after a restart, with the step and epoch of the interrupted one; one interrupted
-    later it would continue, with the sums of the metrics missing.
+    The first it does again after a restart, with the step and epoch of the interrupted one; one interrupted
+    later it would continue, with the sums of the metrics missing. After a restart its own record keeps the
+    batch that was interrupted, so that every later restart would take a finished validation for interrupted.
     """
-    done = progress["total"]["completed"] - progress["current"]["completed"]
-    for counts, before in (("total", done), ("current", 0)):
-        progress[counts].update(ready=before + 1, started=before + 1, processed=before, completed=before)
-    progress["is_last_batch"] = False
+    done = progress["total"]["completed"]
+    if begun:
+        done -= progress["current"]["completed"]
+    current = 0 if begun else progress["current"]["completed"]
+    for counts, before in (("total", done), ("current", current)):
+        progress[counts].update(
+            ready=before + begun, started=before + begun, processed=before, completed=before
+        )
+    if begun:
+        progress["is_last_batch"] = False
 
 
 def _random_state() -> dict[str, Any]:
