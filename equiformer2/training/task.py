@@ -42,7 +42,7 @@ class TaskSettings:
         ema_warmup: let the decay grow from 2/11 in the first steps, so that short runs do not average
             over their initial weights. The reference does not.
         activation_checkpointing: recompute each block in the backward pass; less memory, more time.
-        backend: what runs the hot operations: `auto`, `torch`, `cpp`, `compile`, `triton` (`kernels.backend`).
+        backend: runs the hot operations: `auto`, `torch`, `cpp`, `compile`, `triton` (`kernels.backend`).
         monitor: validation metric that decides which weights are the best.
     """
 
