@@ -13,6 +13,8 @@ from datasets_oc20.errors import DataError
 
 #: Steps whose batches are balanced together. More give no visibly better balance.
 WINDOW = 16
+#: Imbalance, in the worst step, that needs no structures of other steps.
+CLOSE = 0.01
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,9 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
     For several ranks, batches are formed globally and every rank gets the same number of them: a batch is
     split where the number does not divide, and structures are repeated only when there are fewer than ranks.
-    The structures of `WINDOW` neighbouring steps are then dealt out anew, so that the batches of a window
-    have nearly equal loads, and batches of the most similar load make up a step (OC20's BalancedBatchSampler
-    deals within a step, which leaves nothing to choose when batches are small).
+    The structures of a step are then dealt out anew, so that its batches have nearly equal loads. Where that
+    is not enough (it leaves little to choose when batches are small), the structures of `WINDOW` neighbouring
+    steps are dealt out together, and batches of the most similar load make up a step.
 
     An order is held as one array; batches are made while they are asked for.
 
@@ -135,7 +137,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         return Imbalance.of(
             np.array(
                 [
-                    [self.load[batch].sum(dtype=np.int64) for batch in step]
+                    [self._sum(batch) for batch in step]
                     for start in range(0, len(self), WINDOW)
                     for step in self._window(packed, start)
                 ],
@@ -210,13 +212,20 @@ class BalancedBatchSampler(Sampler[list[int]]):
         """The batches of all ranks in up to `WINDOW` steps from step `start` on."""
         numbers = range(start * self.world_size, min(start + WINDOW, len(self)) * self.world_size)
         batches = [packed[number] for number in numbers]
+        ranks = self.world_size
+        steps = [self._dealt(batches[i : i + ranks]) for i in range(0, len(batches), ranks)]
+        if Imbalance.of(np.array([[self._sum(batch) for batch in step] for step in steps])).worst <= CLOSE:
+            return steps
         dealt = self._dealt(batches)
-        loads = np.array([self.load[batch].sum(dtype=np.int64) for batch in dealt])
+        loads = np.array([self._sum(batch) for batch in dealt])
         by_load = np.argsort(loads, kind="stable").reshape(-1, self.world_size)
         by_load[1::2] = by_load[1::2, ::-1]  # no rank always has the largest of its step
         if self.shuffle:
             by_load = np.random.default_rng([self.seed, self.epoch, start]).permutation(by_load)
         return [[dealt[number] for number in step] for step in by_load]
+
+    def _sum(self, batch: np.ndarray) -> int:
+        return int(self.load[batch].sum(dtype=np.int64))
 
     def _dealt(self, batches: list[np.ndarray]) -> list[np.ndarray]:
         """The structures dealt out anew, largest first, in rounds: a round's largest to the lightest batch.

@@ -108,3 +108,20 @@ def test_impossible_limits() -> None:
         BalancedBatchSampler(101, 0)
     with pytest.raises(DataError, match="need the number of atoms"):
         BalancedBatchSampler(101, 8, max_atoms=200)
+
+
+def test_small_batches_are_balanced_over_several_steps() -> None:
+    sizes = np.random.default_rng(1).integers(15, 200, 4000)
+    sampler = BalancedBatchSampler(4000, 4, sizes, shuffle=True, world_size=8)
+    found = sampler.imbalance()
+    assert found.mean < 0.03
+    assert found.total < 0.001
+    whole = list(sampler)
+    for first in (1, 15, 16, 40, len(whole)):
+        assert list(sampler.batches_from(first)) == whole[first:]
+
+
+def test_a_step_of_equal_structures_is_the_batch_of_one_process() -> None:
+    one = list(BalancedBatchSampler(96, 8, np.full(96, 33), shuffle=True))
+    two = [BalancedBatchSampler(96, 4, np.full(96, 33), shuffle=True, rank=r, world_size=2) for r in (0, 1)]
+    assert [sorted(left + right) for left, right in zip(*two, strict=True)] == [sorted(b) for b in one]
