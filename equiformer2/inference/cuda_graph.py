@@ -63,7 +63,7 @@ class GraphedNetwork:
         self.captures = self.replays = 0
 
     def __call__(self, batch: Batch) -> Outputs | None:
-        """All outputs for `batch` (on the CPU), on the device; None where the network should run as usual.
+        """All outputs for `batch`, on its device; None where the network should run as usual.
 
         Raises:
             InputError: what the graph refuses.
@@ -132,7 +132,7 @@ def record_cuda_graph(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
 
 
 class _Inputs(NamedTuple):
-    """What the network computes from, on the CPU."""
+    """What the network computes from, on its device."""
 
     numbers: Tensor
     structure: Tensor
@@ -142,7 +142,6 @@ class _Inputs(NamedTuple):
 
     @classmethod
     def of(cls, model: EquiformerV2, batch: Batch) -> "_Inputs":
-        # The search runs on the CPU: positions that are there already need not come back from the device.
         graph = model.build_graph(batch)
         return cls(batch.atomic_numbers.long(), batch.batch, graph.edge_index, graph.vectors, graph.distances)
 
@@ -177,7 +176,8 @@ class _Buffers:
         self.vectors[:edges].copy_(inputs.vectors)
         self.distances[:edges].copy_(inputs.distances)
         rest = self.capacity - edges
-        self.edge_index[:, edges:] = self._atoms + torch.arange(rest) * self._ghosts // max(rest, 1)
+        ghosts = torch.arange(rest, device=self.edge_index.device) * self._ghosts // max(rest, 1)
+        self.edge_index[:, edges:] = self._atoms + ghosts
         # Any direction and length that a frame can be computed of.
         self.vectors[edges:, 0], self.vectors[edges:, 1:] = 1.0, 0.0
         self.distances[edges:] = 1.0

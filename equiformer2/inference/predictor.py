@@ -127,13 +127,14 @@ class Predictor:
         return self.checkpoint.normalizers.denormalize(out, batch.clone().cpu())
 
     def _run(self, batch: Batch, request: OutputRequest) -> dict[str, torch.Tensor]:
-        if self.graphed is not None and batch.pos.device.type == "cpu":
-            request.check(len(batch.pos), self.has_forces)
-            out = self.graphed(batch)
+        # Batch.to moves in place: a clone keeps the caller's batch where it is. It is moved before anything
+        # else, so that neighbours are searched on the device and edges never travel.
+        moved = batch.clone().to(self.device)
+        if self.graphed is not None:
+            request.check(len(moved.pos), self.has_forces)
+            out = self.graphed(moved)
             if out is not None:
                 return request.cut(out)
-        # Batch.to moves in place: a clone keeps the caller's batch where it is.
-        moved = batch.clone().to(self.device)
         run = self.model if self.router is None else functools.partial(self.router, self.model)
         return run(moved, request=request)
 

@@ -1,5 +1,6 @@
 """Replaying fixed compositions. On a CPU a stand-in for CUDA graphs runs what was recorded once more."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch_geometric.data import Batch
 
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.errors import InputError
+from equiformer2.graph import radius_graph
 from equiformer2.inference import EquiformerV2Calculator, Predictor
 from equiformer2.inference.atoms import atoms_to_data
 from equiformer2.inference.cuda_graph import (
@@ -198,3 +200,22 @@ def test_calculator_is_switchable(checkpoint: Path) -> None:
     assert EquiformerV2Calculator(checkpoint, cuda_graphs=False).predictor.graphed is None
     with pytest.raises(InputError, match="CUDA graphs cannot be used"):
         EquiformerV2Calculator(checkpoint, cuda_graphs=True)
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+def test_neighbours_are_searched_where_the_network_is(
+    checkpoint: Path, oxygen_on_copper: Atoms, monkeypatch: pytest.MonkeyPatch, graphed: bool
+) -> None:
+    """A CPU that counts as a device with a search of its own: the search on the CPU is not called."""
+    module = sys.modules[radius_graph.__module__]
+    batches = [moved(oxygen_on_copper, step) for step in range(3)]
+    expected = [Predictor(checkpoint).predict(batch) for batch in batches]
+    predictor = replaying(checkpoint) if graphed else Predictor(checkpoint)
+
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the search on the CPU was called")
+
+    monkeypatch.setattr(module, "on_device", lambda device: True)
+    monkeypatch.setattr(module, "find_pairs", forbidden)
+    for batch, answer in zip(batches, expected, strict=True):
+        assert_equal(predictor.predict(batch), answer)
