@@ -1,4 +1,4 @@
-"""Batches limited by structures, atoms or edges, shared out equally between ranks."""
+"""Batches limited by structures and atoms (and so edges), shared out equally between ranks."""
 
 import heapq
 from collections.abc import Iterator
@@ -60,17 +60,17 @@ class BalancedBatchSampler(Sampler[list[int]]):
         length: number of structures.
         batch_size: most structures in a batch.
         natoms: `[length]` atoms per structure; needed for the two limits and for balancing.
-        edges: `[length]` edges per structure. Without them `max_neighbors` are counted for every atom, which
-            is the most that the model's graph can have.
         max_atoms: most atoms in a batch.
-        max_edges: most edges in a batch.
-        max_neighbors: edges counted per atom where `edges` are not given.
+        max_edges: most edges in a batch, counted as `max_neighbors` per atom: the most that the model's graph
+            can have, and what dense structures do have.
+        max_neighbors: edges counted per atom.
         shuffle: a new order in every epoch.
         seed: start of the order.
         rank: this process.
         world_size: number of processes.
 
-    Ranks are balanced by edges where they are given, else by atoms.
+    Ranks are balanced by atoms, and so by edges where every atom has `max_neighbors`
+    (`scripts/measure_batches.py` counts them).
 
     Raises:
         DataError: a limit is not positive, or a single structure is larger than a batch may be.
@@ -81,7 +81,6 @@ class BalancedBatchSampler(Sampler[list[int]]):
         length: int,
         batch_size: int,
         natoms: np.ndarray | None = None,
-        edges: np.ndarray | None = None,
         max_atoms: int | None = None,
         max_edges: int | None = None,
         max_neighbors: int = 20,
@@ -96,8 +95,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         if natoms is None and (max_atoms is not None or max_edges is not None):
             raise DataError("max_atoms and max_edges need the number of atoms of every structure.")
         self.natoms = np.ones(length, dtype=np.int32) if natoms is None else natoms
-        self.load = self.natoms if edges is None else edges
-        self._limits = _limits(self.natoms, edges, max_atoms, max_edges, max_neighbors)
+        self._max_atoms = _most_atoms(self.natoms, max_atoms, max_edges, max_neighbors)
         self.length, self.batch_size = length, batch_size
         self.shuffle, self.seed, self.rank, self.world_size = shuffle, seed, rank, world_size
         self.epoch = 0
@@ -150,7 +148,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
     def _packed(self) -> "_Packed":
         if self._cached is None or self._cached[0] != self.epoch:
             packed = self._pack(self._order(self.epoch))
-            if self.shuffle and self._limits:
+            if self.shuffle and self._max_atoms is not None:
                 packed = self._with_count(packed, self._fixed_count)
             if self.world_size > 1:
                 packed = _divisible(packed, self.world_size)
@@ -168,13 +166,12 @@ class BalancedBatchSampler(Sampler[list[int]]):
         return np.random.default_rng([self.seed, epoch]).permutation(self.length)
 
     def _pack(self, order: np.ndarray) -> "_Packed":
-        sums = [np.concatenate([[0], np.cumsum(sizes[order], dtype=np.int64)]) for sizes, _ in self._limits]
-        caps = [cap for _, cap in self._limits]
+        total = np.concatenate([[0], np.cumsum(self.natoms[order], dtype=np.int64)])
         ends, start = [0], 0
         while start < len(order):
             end = start + self.batch_size
-            for total, cap in zip(sums, caps, strict=True):
-                end = min(end, int(total.searchsorted(total[start] + cap, side="right")) - 1)
+            if self._max_atoms is not None:
+                end = min(end, int(total.searchsorted(total[start] + self._max_atoms, side="right")) - 1)
             start = min(end, len(order))
             ends.append(start)
         return _Packed(order, np.array(ends))
@@ -188,22 +185,15 @@ class BalancedBatchSampler(Sampler[list[int]]):
         surplus[np.argsort(lengths, kind="stable")[: len(packed) - count]] = True
         homeless = np.concatenate([packed[number] for number in np.flatnonzero(surplus).tolist()])
         kept = [packed[number] for number in np.flatnonzero(~surplus).tolist()]
-        sums = [np.array([sizes[batch].sum(dtype=np.int64) for batch in kept]) for sizes, _ in self._limits]
-        atoms = np.array([self.natoms[batch].sum() for batch in kept], dtype=np.float64)
+        atoms = np.array([self._sum(batch) for batch in kept], dtype=np.float64)
         atoms[[len(batch) == self.batch_size for batch in kept]] = np.inf
         for index in homeless[np.lexsort((homeless, -self.natoms[homeless]))]:
             lightest = int(atoms.argmin())
-            fits = all(
-                total[lightest] + sizes[index] <= cap
-                for total, (sizes, cap) in zip(sums, self._limits, strict=True)
-            )
-            if np.isinf(atoms[lightest]) or not fits:
+            if not atoms[lightest] + self.natoms[index] <= self._max_atoms:
                 continue
             kept[lightest] = np.append(kept[lightest], index)
             full = len(kept[lightest]) == self.batch_size
             atoms[lightest] = np.inf if full else atoms[lightest] + self.natoms[index]
-            for total, (sizes, _) in zip(sums, self._limits, strict=True):
-                total[lightest] += sizes[index]
         return _Packed(np.concatenate(kept), np.cumsum([0, *map(len, kept)]))
 
     # ---- several ranks
@@ -225,7 +215,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         return [[dealt[number] for number in step] for step in by_load]
 
     def _sum(self, batch: np.ndarray) -> int:
-        return int(self.load[batch].sum(dtype=np.int64))
+        return int(self.natoms[batch].sum(dtype=np.int64))
 
     def _dealt(self, batches: list[np.ndarray]) -> list[np.ndarray]:
         """The structures dealt out anew, largest first, in rounds: a round's largest to the lightest batch.
@@ -234,7 +224,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         """
         pool = np.concatenate(batches)
         count = len(batches)
-        pool = pool[np.lexsort((pool, -self.load[pool]))]
+        pool = pool[np.lexsort((pool, -self.natoms[pool]))]
         if len(np.unique(pool)) < len(pool) or -(-len(pool) // count) > self.batch_size:
             return batches
         loads = np.zeros(count, dtype=np.int64)
@@ -243,10 +233,9 @@ class BalancedBatchSampler(Sampler[list[int]]):
             round_ = slice(start, min(start + count, len(pool)))
             lightest = np.argsort(loads, kind="stable")[: round_.stop - start]
             owner[round_] = lightest
-            loads[lightest] += self.load[pool[round_]]
-        for sizes, cap in self._limits:
-            if np.bincount(owner, weights=sizes[pool], minlength=count).max() > cap:
-                return batches
+            loads[lightest] += self.natoms[pool[round_]]
+        if self._max_atoms is not None and loads.max() > self._max_atoms:
+            return batches
         by_owner = pool[np.argsort(owner, kind="stable")]
         return np.split(by_owner, np.cumsum(np.bincount(owner, minlength=count))[:-1])
 
@@ -288,26 +277,18 @@ def _divisible(packed: _Packed, ranks: int) -> _Packed:
     return _Packed(np.concatenate([packed.order, repeated]), np.concatenate([packed.ends, ends]))
 
 
-def _limits(
-    natoms: np.ndarray,
-    edges: np.ndarray | None,
-    max_atoms: int | None,
-    max_edges: int | None,
-    max_neighbors: int,
-) -> list[tuple[np.ndarray, int]]:
-    """(size of every structure, most of it in a batch), for each limit that is set."""
-    if edges is None and max_edges is not None:
-        by_edges = max_edges // max_neighbors
-        max_atoms, max_edges = by_edges if max_atoms is None else min(max_atoms, by_edges), None
-    limits = []
-    for sizes, cap, unit in ((natoms, max_atoms, "atoms"), (edges, max_edges, "edges")):
-        if cap is None or sizes is None:
-            continue
-        largest = int(sizes.argmax())
-        if sizes[largest] > cap:
-            raise DataError(
-                f"record {largest} has {sizes[largest]} {unit}, more than the {cap} that "
-                "max_atoms or max_edges allow in a batch; raise the limit."
-            )
-        limits.append((sizes, cap))
-    return limits
+def _most_atoms(
+    natoms: np.ndarray, max_atoms: int | None, max_edges: int | None, max_neighbors: int
+) -> int | None:
+    """Most atoms in a batch under both limits; None without a limit."""
+    limits = [] if max_atoms is None else [max_atoms]
+    limits += [] if max_edges is None else [max_edges // max_neighbors]
+    if not limits:
+        return None
+    cap, largest = min(limits), int(natoms.argmax())
+    if natoms[largest] > cap:
+        raise DataError(
+            f"record {largest} has {natoms[largest]} atoms, more than the {cap} that "
+            "max_atoms or max_edges allow in a batch; raise the limit."
+        )
+    return cap
