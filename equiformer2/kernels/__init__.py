@@ -14,6 +14,7 @@ from equiformer2.kernels.convolve import convolve_edges
 from equiformer2.kernels.linear import linear
 from equiformer2.kernels.rotation import pack_blocks
 from equiformer2.kernels.s2_grid import GridFactors, grid_activation, grid_mlp, separable_grid_activation
+from equiformer2.kernels.s2_product import grid_product
 from equiformer2.kernels.segments import segment_softmax
 from equiformer2.kernels.so2 import SO2Weights
 
@@ -24,6 +25,7 @@ __all__ = [
     "convolve_edges",
     "grid_activation",
     "grid_mlp",
+    "grid_product",
     "linear",
     "pack_blocks",
     "segment_softmax",

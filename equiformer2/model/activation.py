@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from equiformer2.kernels import GridFactors, grid_activation, separable_grid_activation
+from equiformer2.kernels import GridFactors, grid_activation, grid_product, separable_grid_activation
 from equiformer2.kernels.backend import cpp_kernels
 from equiformer2.model.so3 import S2Grid
 
@@ -22,14 +22,21 @@ class SmoothLeakyReLU(nn.Module):
 
 
 class EdgeActivation(nn.Module):
-    """Nonlinearity of hidden features whose gates are further scalars."""
+    """Nonlinearity of hidden features whose gates are further scalars.
+
+    Attributes:
+        num_gate_rows: how many scalars it takes per output channel.
+        inputs_per_channel: how many channels of coefficients it takes per output channel.
+    """
 
     num_gate_rows: int
+    inputs_per_channel = 1
 
     def of_columns(self, hidden: Tensor, channels: int, rows: int | None = None) -> Tensor:
-        """`hidden [B, (gates + R) C]`, gates first, to `[B, R, C]` or to the first `rows` coefficients."""
+        """`hidden [B, (gates + R inputs) C]`, gates first, to `[B, R, C]` or to the first `rows` of them."""
         gates = self.num_gate_rows * channels
-        out: Tensor = self(hidden[:, gates:].unflatten(1, (-1, channels)), hidden[:, :gates], rows)
+        coefficients = hidden[:, gates:].unflatten(1, (-1, self.inputs_per_channel * channels))
+        out: Tensor = self(coefficients, hidden[:, :gates], rows)
         return out
 
 
@@ -89,3 +96,34 @@ class GateActivation(EdgeActivation):
         gates = torch.sigmoid(gates).unflatten(1, (self.num_gate_rows, -1))
         out = torch.cat((nn.functional.silu(x[:, :1]), x[:, 1:] * gates[:, self._gate_of_row]), dim=1)
         return out[:, :rows]
+
+
+class SwiGLUS2Activation(EdgeActivation):
+    """SwiGLU-S2 (EquiformerV3, arXiv 2604.09130): gated product of two functions on the sphere.
+
+    Of two channels of coefficients, x1 and x2, and three scalars a, b and g the outputs are
+
+        y = FromSphere(ToSphere(x1) * ToSphere(x2)) * sigmoid(g), and y_{l=0} + SiLU(a) * b for the scalars.
+
+    A product of degrees up to L has degrees up to 2L and nothing beyond: with more than 3L latitudes and more
+    than 3M longitudes, M the highest order, its coefficients are exact and the whole is strictly equivariant,
+    which SiLU on the sphere is on no grid.
+    """
+
+    num_gate_rows = 3
+    inputs_per_channel = 2
+
+    def __init__(self, grid: S2Grid) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, x: Tensor, gates: Tensor, rows: int | None = None) -> Tensor:
+        """`x [B, R, 2 C]` (x1, then x2), `gates [B, 3 C]` (a, b, g) to `[B, R, C]` or to the first `rows`."""
+        a, b, g = gates.chunk(3, dim=1)
+        product = grid_product(x, self.grid.to_grid, self.grid.from_grid[:rows])
+        return add_to_scalars(product * torch.sigmoid(g).unsqueeze(1), nn.functional.silu(a) * b)
+
+
+def add_to_scalars(x: Tensor, scalars: Tensor) -> Tensor:
+    """`x [B, R, C]` with `scalars [B, C]` added to row 0."""
+    return torch.cat((x[:, :1] + scalars.unsqueeze(1).to(x.dtype), x[:, 1:]), dim=1)

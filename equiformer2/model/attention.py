@@ -6,15 +6,24 @@ from torch.utils.checkpoint import checkpoint
 
 from equiformer2.kernels import SO2Weights, attend, convolve_edges, segment_softmax
 from equiformer2.kernels.chunks import no_autocast
-from equiformer2.model.activation import GateActivation, S2Activation, SeparableS2Activation, SmoothLeakyReLU
+from equiformer2.model.activation import (
+    EdgeActivation,
+    GateActivation,
+    S2Activation,
+    SeparableS2Activation,
+    SmoothLeakyReLU,
+    SwiGLUS2Activation,
+)
 from equiformer2.model.block_config import ResolvedBlock
-from equiformer2.model.config import ModelConfig
+from equiformer2.model.config import Activation, ModelConfig
 from equiformer2.model.edges import EdgeContext, by_parts
 from equiformer2.model.radial import RadialFunction
 from equiformer2.model.so2_convolution import SO2Convolution
 from equiformer2.model.so3 import DerivedConstants, S2Grid
 from equiformer2.model.so3.grid import m_major_order, truncation_scales
 from equiformer2.model.so3_linear import SO3Linear
+
+_SMALLEST = 1e-30
 
 
 class SO2EquivariantGraphAttention(DerivedConstants):
@@ -26,12 +35,19 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         grid: S2 grid of the coefficients of the messages in m-major order.
         out_channels: channels of the output coefficients.
         alpha_drop: dropout rate of the attention weights.
+        activation: nonlinearity of the messages.
     """
 
     scale: Tensor
 
     def __init__(
-        self, config: ModelConfig, block: ResolvedBlock, grid: S2Grid, out_channels: int, alpha_drop: float
+        self,
+        config: ModelConfig,
+        block: ResolvedBlock,
+        grid: S2Grid,
+        out_channels: int,
+        alpha_drop: float,
+        activation: Activation,
     ) -> None:
         super().__init__()
         lmax, mmax, hidden = block.lmax, block.mmax, block.attn_hidden_channels
@@ -53,14 +69,15 @@ class SO2EquivariantGraphAttention(DerivedConstants):
             self.rad_func = RadialFunction(
                 radial_inputs, config.edge_channels, 2 * config.sphere_channels * (lmax + 1)
             )
-        activation = self._activation(config, block, grid)
+        self.hidden_channels = hidden
+        self.activation = _activation(activation, block, grid)
         alpha_channels = block.num_heads * config.attn_alpha_channels
         self.so2_conv_1 = SO2Convolution(
             2 * config.sphere_channels,
-            hidden,
+            self.activation.inputs_per_channel * hidden,
             lmax,
             mmax,
-            extra_m0_channels=alpha_channels + activation.num_gate_rows * hidden,
+            extra_m0_channels=alpha_channels + self.activation.num_gate_rows * hidden,
             radial_inputs=None if config.use_m_share_rad else radial_inputs,
             radial_hidden=config.edge_channels,
         )
@@ -69,18 +86,9 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         )
         self.alpha_act = SmoothLeakyReLU()
         self.alpha_dropout = nn.Dropout(alpha_drop)
-        self.activation = activation
         value_channels = block.num_heads * block.attn_value_channels
         self.so2_conv_2 = SO2Convolution(hidden, value_channels, lmax, mmax)
         self.proj = SO3Linear(value_channels, out_channels, lmax)
-
-    @staticmethod
-    def _activation(
-        config: ModelConfig, block: ResolvedBlock, grid: S2Grid
-    ) -> GateActivation | S2Activation | SeparableS2Activation:
-        if config.use_gate_act:
-            return GateActivation([int(k**0.5) for k in m_major_order(block.lmax, block.mmax)])
-        return SeparableS2Activation(grid) if config.use_sep_s2_act else S2Activation(grid)
 
     def forward(self, x: Tensor, edges: EdgeContext) -> Tensor:
         """`x [N, K, C]` to `[n, K, out_channels]` of the n target atoms."""
@@ -130,10 +138,9 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         `rows` of the activation's outputs are computed (None for all of them).
         """
         scalars, hidden = self._convolve(x, x_target, edges)
-        channels = self.so2_conv_1.out_channels
 
         def activate(hidden: Tensor) -> Tensor:
-            return self.activation.of_columns(hidden, channels, rows)
+            return self.activation.of_columns(hidden, self.hidden_channels, rows)
 
         return attend(
             hidden,
@@ -170,7 +177,11 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         )
 
     def _attention_weights(self, scalars: Tensor, edges: EdgeContext) -> Tensor:
-        """`[E, H * A]` scalars to `[E, H]` weights; renormalized before the nonlinearity (section 4.2)."""
+        """`[E, H * A]` scalars to `[E, H]` weights; renormalized before the nonlinearity (section 4.2).
+
+        With a smooth cutoff they are env * env exp(logit) / sum of env exp(logit) (EquiformerV3). The first
+        env is that of the values; without it the only edge of an atom would not fade.
+        """
         with no_autocast(scalars):
             # Cheap to compute again, and its intermediates would be half of what training stores per edge.
             if torch.compiler.is_compiling():
@@ -179,7 +190,14 @@ class SO2EquivariantGraphAttention(DerivedConstants):
                 logits = checkpoint(self._logits, scalars, use_reentrant=False, preserve_rng_state=False)
             if edges.gates is not None:
                 logits = logits + torch.log(edges.gates.to(logits.dtype)).unsqueeze(1)
+            envelope = edges.envelope()
+            if envelope is not None:
+                envelope = envelope.to(logits.dtype).unsqueeze(1)
+                # The logarithm of zero has no derivative; what is this small is cut by the factor below.
+                logits = logits + torch.log(envelope.clamp(min=_SMALLEST))
             weights = segment_softmax(logits, edges.edge_index[1], edges.num_atoms)
+            if envelope is not None:
+                weights = weights * envelope
             if edges.observed is not None:
                 edges.observed.append(weights)
             return self.alpha_dropout(weights)
@@ -187,6 +205,14 @@ class SO2EquivariantGraphAttention(DerivedConstants):
     def _logits(self, scalars: Tensor) -> Tensor:
         scalars = scalars.to(self.alpha_dot.dtype).unflatten(1, (self.num_heads, -1))
         return (self.alpha_act(self.alpha_norm(scalars)) * self.alpha_dot).sum(2)
+
+
+def _activation(name: Activation, block: ResolvedBlock, grid: S2Grid) -> EdgeActivation:
+    if name == "gate":
+        return GateActivation([int(k**0.5) for k in m_major_order(block.lmax, block.mmax)])
+    if name == "swiglu_s2":
+        return SwiGLUS2Activation(grid)
+    return SeparableS2Activation(grid) if name == "separable_s2" else S2Activation(grid)
 
 
 def radial_input_size(config: ModelConfig) -> int:

@@ -10,6 +10,7 @@ from equiformer2.model.feed_forward import FeedForwardNetwork
 from equiformer2.model.norm import make_norm
 from equiformer2.model.regularization import EquivariantDropout, GraphDropPath
 from equiformer2.model.so3 import S2Grid
+from equiformer2.model.swiglu_feed_forward import SwiGLUFeedForwardNetwork
 
 
 class TransformerBlock(nn.Module):
@@ -26,12 +27,15 @@ class TransformerBlock(nn.Module):
         self.norm_1, self.ga, self.norm_2, self.ffn = None, None, None, None
         if block.attention:
             self.norm_1 = make_norm(config.norm_type, config.lmax, channels)
-            self.ga = SO2EquivariantGraphAttention(config, block, edge_grid, channels, config.alpha_drop)
+            self.ga = SO2EquivariantGraphAttention(
+                config, block, edge_grid, channels, config.alpha_drop, config.attn_activation
+            )
         self.drop_path = GraphDropPath(config.drop_path_rate)
         self.proj_drop = EquivariantDropout(config.proj_drop)
         if block.feed_forward:
             self.norm_2 = make_norm(config.norm_type, config.lmax, channels)
-            self.ffn = FeedForwardNetwork(config, block, node_grid, channels)
+            network = SwiGLUFeedForwardNetwork if config.use_swiglu_s2_act else FeedForwardNetwork
+            self.ffn = network(config, block, node_grid, channels)
 
     def forward(
         self,

@@ -20,6 +20,7 @@ from torch._dynamo import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
 from equiformer2.model.edges import EdgeContext
+from equiformer2.model.radial import smooth_envelope
 
 if TYPE_CHECKING:
     from equiformer2.model.equiformer import EquiformerV2
@@ -78,10 +79,13 @@ class CompiledNetwork:
             numbers, structure, len(natoms), edge_index, rotations, distances
         )
         edge_index, rotations, distances = edges
-        tensors = (edge_index, rotations, distances, numbers[edge_index], model.distance_basis(distances))
+        basis = model.distance_basis(distances)
+        envelope = None if model.fades_at is None else smooth_envelope(distances, model.fades_at)
+        tensors = (edge_index, rotations, distances, numbers[edge_index], basis, envelope)
         structures = natoms.new_empty(len(natoms) + 1)  # only its size is read
-        for tensor in (numbers, structure, structures, rotations, distances, tensors[4]):
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        for tensor in (numbers, structure, structures, rotations, distances, basis, envelope):
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
         for tensor in (edge_index, tensors[3]):
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
         shared = model.source_embedding, model.target_embedding
@@ -135,8 +139,11 @@ def _with_ghosts(
     )
 
 
-def _context(shared: Any, tensors: tuple[Tensor, ...], num_atoms: int) -> EdgeContext:
-    edge_index, rotations, distances, elements, basis = tensors
+def _context(shared: Any, tensors: tuple[Any, ...], num_atoms: int) -> EdgeContext:
+    edge_index, rotations, distances, elements, basis, envelope = tensors
+    memory = {"basis": basis}
+    if envelope is not None:
+        memory["envelope"] = envelope
     return EdgeContext(
         edge_index,
         rotations,
@@ -146,7 +153,7 @@ def _context(shared: Any, tensors: tuple[Tensor, ...], num_atoms: int) -> EdgeCo
         None if shared[0] is None else shared,
         num_atoms,
         bytes_per_edge=0,  # nothing is cut into parts
-        _memory={"basis": basis},
+        _memory=memory,
     )
 
 
@@ -154,7 +161,7 @@ def _known(distances: Tensor) -> Tensor:
     raise AssertionError("the distance basis is given")
 
 
-def _embed(model: "EquiformerV2", shared: Any, numbers: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+def _embed(model: "EquiformerV2", shared: Any, numbers: Tensor, tensors: tuple[Any, ...]) -> Tensor:
     return model.embed(numbers, _context(shared, tensors, len(numbers)))
 
 
@@ -164,13 +171,13 @@ def _block(
     x: Tensor,
     structure: Tensor,
     structures: Tensor,
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Any, ...],
 ) -> Tensor:
     return block(x, _context(shared, tensors, len(x)), structure, len(structures))  # type: ignore[no-any-return]
 
 
 def _heads(
-    model: "EquiformerV2", shared: Any, x: Tensor, tensors: tuple[Tensor, ...]
+    model: "EquiformerV2", shared: Any, x: Tensor, tensors: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor | None]:
     x = model.norm(x)
     edges = _context(shared, tensors, len(x))

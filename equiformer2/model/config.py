@@ -14,6 +14,8 @@ from equiformer2.model.grid_resolution import GridResolution
 AVG_NUM_NODES = 77.81317
 AVG_DEGREE = 23.395238876342773
 
+Activation = Literal["gate", "s2", "separable_s2", "swiglu_s2"]
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -27,7 +29,8 @@ class ModelConfig:
         attn_alpha_channels: channels per head of the vector that attention weights are computed from.
         attn_value_channels: channels per head of the values.
         ffn_hidden_channels: hidden channels of the feed-forward networks.
-        norm_type: `layer_norm_sh` (separable layer norm, paper section 4.4), `rms_norm_sh` or `layer_norm`.
+        norm_type: `layer_norm_sh` (separable layer norm, paper section 4.4), `rms_norm_sh` (one norm of all
+            degrees: EquiformerV3's merged layer norm) or `layer_norm`.
         lmax: maximum degree L of the irreps.
         mmax: maximum order M of the SO(2) convolutions, at most lmax.
         grid_resolution: points along latitude and along longitude of the S2 grids; None for the
@@ -42,11 +45,15 @@ class ModelConfig:
         num_distance_basis: Gaussian basis functions of the distance.
         use_atom_edge_embedding: give the elements of both atoms to the radial functions.
         share_atom_edge_embedding: one such element embedding for all blocks.
-        use_m_share_rad: one radial weight for all orders m of a degree.
+        use_m_share_rad: one radial weight for all orders m of a degree (EquiformerV3's per-degree weights).
         use_attn_renorm: attention re-normalization (paper section 4.2).
         use_gate_act: gate activation instead of the S2 activation.
         use_grid_mlp: feed-forward network on the sphere grid.
         use_sep_s2_act: separable S2 activation (paper section 4.3); otherwise the plain one.
+        use_swiglu_s2_act: EquiformerV3's SwiGLU-S2 in place of the separable S2 activation, in attention and
+            feed-forward networks; the force head gets the gate activation.
+        smooth_cutoff: EquiformerV3's envelope: messages fade to zero at `max_radius`. The energy is smooth as
+            long as `max_neighbors` cuts nothing.
         alpha_drop: dropout rate of attention weights.
         drop_path_rate: probability that a residual branch is dropped for a structure.
         proj_drop: equivariant dropout rate on the output of each branch.
@@ -86,6 +93,8 @@ class ModelConfig:
     use_sep_s2_act: bool = True
     alpha_drop: float = 0.1
     drop_path_rate: float = 0.05
+    use_swiglu_s2_act: bool = False
+    smooth_cutoff: bool = False
     proj_drop: float = 0.0
     weight_init: Literal["normal", "uniform"] = "uniform"
     regress_forces: bool = True
@@ -146,12 +155,19 @@ class ModelConfig:
         self._check_blocks()
 
     def _check_blocks(self) -> None:
+        if self.use_swiglu_s2_act and (self.use_gate_act or not (self.use_sep_s2_act and self.use_grid_mlp)):
+            raise InputError(
+                "model.use_swiglu_s2_act takes the place of the other activations: leave model.use_gate_act "
+                "false, model.use_sep_s2_act and model.use_grid_mlp true"
+            )
         if self.blocks is not None:
             if len(self.blocks) != self.num_layers:
                 raise InputError(
                     f"model.blocks has {len(self.blocks)} blocks: must be as many as num_layers "
                     f"({self.num_layers})"
                 )
+        if self.is_pruned and self.use_swiglu_s2_act:
+            raise InputError("model.use_swiglu_s2_act: blocks of their own widths or degrees are not supported")
             for index, block in enumerate(self.blocks):
                 block.check(self, f"blocks[{index}]")
         for name, head in (("force_head", self.force_head), ("energy_head", self.energy_head)):
@@ -189,6 +205,31 @@ class ModelConfig:
         """Resolution of the grid in the feed-forward networks."""
         grid = self.grid_resolution
         return grid.ffn if isinstance(grid, GridResolution) else grid
+    @property
+    def attn_activation(self) -> Activation:
+        """Nonlinearity of the messages of the blocks."""
+        if self.use_swiglu_s2_act:
+            return "swiglu_s2"
+        return self.force_activation
+
+    @property
+    def force_activation(self) -> Activation:
+        """That of the messages of the force head."""
+        if self.use_gate_act or self.use_swiglu_s2_act:
+            return "gate"
+        return "separable_s2" if self.use_sep_s2_act else "s2"
+
+    @property
+    def v3_switches(self) -> list[str]:
+        """Keys of those switches that are on and that EquiformerV2 does not have."""
+        return [name for name in _V3_SWITCHES if getattr(self, name)]
+
+    def with_v3(self) -> "ModelConfig":
+        """The same sizes with everything of EquiformerV3 that there are switches for (docs/model.md)."""
+        return dataclasses.replace(
+            self, smooth_cutoff=True, norm_type="rms_norm_sh", use_swiglu_s2_act=True, use_m_share_rad=True
+        )
+
 
     @property
     def block_atom_edge_embedding(self) -> bool:
@@ -252,4 +293,5 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "31M": {"num_layers": 8, "lmax": 4, "mmax": 2, "drop_path_rate": 0.1},
     "83M": {"num_layers": 12, "lmax": 6, "mmax": 2, "drop_path_rate": 0.05},
     "153M": {"num_layers": 20, "lmax": 6, "mmax": 3, "drop_path_rate": 0.1},
+_V3_SWITCHES = ("smooth_cutoff", "use_swiglu_s2_act")
 }

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from equiformer2.kernels.backend import triton_neighbors
 from equiformer2.kernels.chunks import chunks
 from equiformer2.kernels.rotation import narrow_packed
-from equiformer2.model.radial import ElementPairs
+from equiformer2.model.radial import ElementPairs, smooth_envelope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,7 @@ class EdgeContext:
         shared_embedding: element embeddings (source, target) common to all blocks, or None.
         num_atoms: N, the number of target atoms.
         bytes_per_edge: what an attention layer holds per edge, at most.
+        fades_at: Å, where messages fade to zero (`radial.smooth_envelope`), None where they do not.
         targets: `[N]` which atoms are the targets, None for all atoms. `edge_index[1]` counts targets.
         kept: `[E]` which edges of the whole batch these are, None for all edges.
         gates: `[E]` positive factors of exp(logit) in the attention softmax, None for 1.
@@ -39,6 +40,7 @@ class EdgeContext:
     shared_embedding: tuple[nn.Embedding, nn.Embedding] | None
     num_atoms: int
     bytes_per_edge: int
+    fades_at: float | None = None
     targets: Tensor | None = None
     kept: Tensor | None = None
     gates: Tensor | None = None
@@ -50,6 +52,14 @@ class EdgeContext:
         if "basis" not in self._memory:
             self._memory["basis"] = self.distance_basis(self.distances)
         return self._memory["basis"]
+
+    def envelope(self) -> Tensor | None:
+        """`[E]` factors of the messages, None for 1."""
+        if "envelope" not in self._memory:
+            if self.fades_at is None:
+                return None
+            self._memory["envelope"] = smooth_envelope(self.distances, self.fades_at)
+        return self._memory["envelope"]
 
     def rotations_up_to(self, kept: tuple[int, int], degrees: tuple[int, int]) -> Tensor:
         """`rotations`, which are of `degrees` (highest degree and order), cut to those of `kept`."""

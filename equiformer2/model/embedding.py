@@ -37,6 +37,9 @@ class EdgeDegreeEmbedding(DerivedConstants):
         if self.source_embedding is not None and self.target_embedding is not None:
             own = (self.source_embedding, self.target_embedding)
         radial = self.rad_func.output(self.rad_func.hidden(edges.basis(), edges.element_pairs(own)))
+        envelope = edges.envelope()
+        if envelope is not None:
+            radial = radial * envelope.to(radial.dtype).unsqueeze(1)
         # Only m = 0 is non-zero in the edge frame.
         values = radial.unflatten(1, (self.degrees[0] + 1, -1))
         total = sum_rotated(values, edges.rotations, edges.edge_index[1], edges.num_atoms, self.degrees)

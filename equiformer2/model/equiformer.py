@@ -48,6 +48,7 @@ class EquiformerV2(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        fades_at: Å, where messages fade to zero; None without a smooth cutoff.
         self.activation_checkpointing = False
         self.backend = "auto"
         lmax = config.lmax
@@ -74,7 +75,7 @@ class EquiformerV2(nn.Module):
         if config.regress_forces:
             head = config.force_block
             self.force_block = SO2EquivariantGraphAttention(
-                config, head, edge_grids[head.lmax, head.mmax], 1, alpha_drop=0.0
+                config, head, edge_grids[head.lmax, head.mmax], 1, 0.0, config.force_activation
             )
             self.force_block.so2_conv_2.so2_m_conv[1:].requires_grad_(False)
             self.force_block.proj.bias.requires_grad_(False)
@@ -85,6 +86,7 @@ class EquiformerV2(nn.Module):
         self,
         batch: Batch | Data,
         graph: RadiusGraph | None = None,
+        self.fades_at = config.max_radius if config.smooth_cutoff else None
         frames: EdgeFrames | None = None,
         active: Sequence[Tensor | None] | Router | None = None,
         request: OutputRequest | None = None,
@@ -185,6 +187,7 @@ class EquiformerV2(nn.Module):
         edge_index: Tensor,
         vectors: Tensor,
         distances: Tensor,
+            self.fades_at,
     ) -> dict[str, Tensor]:
         """All outputs, from tensors on the network's device that have been checked; waits for nothing.
 
@@ -339,7 +342,8 @@ class EquiformerV2(nn.Module):
 def _floats_per_edge(config: ModelConfig) -> int:
     """What an attention layer keeps per edge: distance basis, radial function, first convolution."""
     rows = sum(2 * min(l, config.mmax) + 1 for l in range(config.lmax + 1))
-    outputs = (rows + config.lmax) * config.attn_hidden_channels
+    widths = 2 * rows + 3 if config.use_swiglu_s2_act else rows + config.lmax
+    outputs = widths * config.attn_hidden_channels
     outputs += config.num_heads * config.attn_alpha_channels
     degrees = (config.lmax + 1) * config.sphere_channels
     return config.num_distance_basis + 4 * config.edge_channels + 2 * outputs + degrees

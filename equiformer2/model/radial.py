@@ -22,6 +22,24 @@ class GaussianBasis(DerivedConstants):
         return torch.exp(self.coeff * (distances.unsqueeze(1) - self.offset) ** 2)
 
 
+def smooth_envelope(distances: Tensor, max_radius: float) -> Tensor:
+    """1 - 21 x^5 + 35 x^6 - 15 x^7 of x = distance / cutoff, and 0 beyond (EquiformerV3's smooth cutoff).
+
+    The envelope of DimeNet (Gasteiger et al., 2020) with p = 5, without its division by x. It and its first
+    two derivatives vanish at the cutoff. Written as a product, which does not round to negative values there.
+
+    Args:
+        distances: `[E]` Å.
+        max_radius: Å.
+
+    Returns:
+        `[E]`.
+    """
+    x = distances / max_radius
+    left = (1 - x).clamp(min=0)
+    return left**3 * (1 + x * (3 + x * (6 + x * (10 + x * 15))))
+
+
 class RadialFunction(nn.Module):
     """Two hidden layers of linear, layer norm and SiLU, then a linear layer (paper Figure 1b).
 
