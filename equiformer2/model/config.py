@@ -91,10 +91,10 @@ class ModelConfig:
     use_gate_act: bool = False
     use_grid_mlp: bool = True
     use_sep_s2_act: bool = True
-    alpha_drop: float = 0.1
-    drop_path_rate: float = 0.05
     use_swiglu_s2_act: bool = False
     smooth_cutoff: bool = False
+    alpha_drop: float = 0.1
+    drop_path_rate: float = 0.05
     proj_drop: float = 0.0
     weight_init: Literal["normal", "uniform"] = "uniform"
     regress_forces: bool = True
@@ -149,25 +149,25 @@ class ModelConfig:
             )
         if self.share_atom_edge_embedding and not self.use_atom_edge_embedding:
             raise InputError("model.share_atom_edge_embedding needs model.use_atom_edge_embedding")
+        if self.use_swiglu_s2_act and (self.use_gate_act or not (self.use_sep_s2_act and self.use_grid_mlp)):
+            raise InputError(
+                "model.use_swiglu_s2_act takes the place of the other activations: leave model.use_gate_act "
+                "false, model.use_sep_s2_act and model.use_grid_mlp true"
+            )
         for key in _PARTS:
             if getattr(self, key) is not None:
                 object.__setattr__(self, key, _read_part(key, getattr(self, key)))
         self._check_blocks()
 
     def _check_blocks(self) -> None:
-        if self.use_swiglu_s2_act and (self.use_gate_act or not (self.use_sep_s2_act and self.use_grid_mlp)):
-            raise InputError(
-                "model.use_swiglu_s2_act takes the place of the other activations: leave model.use_gate_act "
-                "false, model.use_sep_s2_act and model.use_grid_mlp true"
-            )
+        if self.is_pruned and self.use_swiglu_s2_act:
+            raise InputError("model.use_swiglu_s2_act: blocks of their own widths or degrees are not supported")
         if self.blocks is not None:
             if len(self.blocks) != self.num_layers:
                 raise InputError(
                     f"model.blocks has {len(self.blocks)} blocks: must be as many as num_layers "
                     f"({self.num_layers})"
                 )
-        if self.is_pruned and self.use_swiglu_s2_act:
-            raise InputError("model.use_swiglu_s2_act: blocks of their own widths or degrees are not supported")
             for index, block in enumerate(self.blocks):
                 block.check(self, f"blocks[{index}]")
         for name, head in (("force_head", self.force_head), ("energy_head", self.energy_head)):
@@ -195,17 +195,6 @@ class ModelConfig:
         return (self.energy_head or BlockConfig()).resolved(self)
 
     @property
-    def attn_grid(self) -> int | tuple[int, int] | None:
-        """Resolution of the grid in the attention, as `S2Grid` takes it."""
-        grid = self.grid_resolution
-        return grid.attn if isinstance(grid, GridResolution) else grid
-
-    @property
-    def ffn_grid(self) -> int | tuple[int, int] | None:
-        """Resolution of the grid in the feed-forward networks."""
-        grid = self.grid_resolution
-        return grid.ffn if isinstance(grid, GridResolution) else grid
-    @property
     def attn_activation(self) -> Activation:
         """Nonlinearity of the messages of the blocks."""
         if self.use_swiglu_s2_act:
@@ -230,6 +219,17 @@ class ModelConfig:
             self, smooth_cutoff=True, norm_type="rms_norm_sh", use_swiglu_s2_act=True, use_m_share_rad=True
         )
 
+    @property
+    def attn_grid(self) -> int | tuple[int, int] | None:
+        """Resolution of the grid in the attention, as `S2Grid` takes it."""
+        grid = self.grid_resolution
+        return grid.attn if isinstance(grid, GridResolution) else grid
+
+    @property
+    def ffn_grid(self) -> int | tuple[int, int] | None:
+        """Resolution of the grid in the feed-forward networks."""
+        grid = self.grid_resolution
+        return grid.ffn if isinstance(grid, GridResolution) else grid
 
     @property
     def block_atom_edge_embedding(self) -> bool:
@@ -265,6 +265,7 @@ class ModelConfig:
 
 
 _PARTS = ("blocks", "force_head", "energy_head")
+_V3_SWITCHES = ("smooth_cutoff", "use_swiglu_s2_act")
 
 
 def _read_part(key: str, value: Any) -> Any:
@@ -293,5 +294,4 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "31M": {"num_layers": 8, "lmax": 4, "mmax": 2, "drop_path_rate": 0.1},
     "83M": {"num_layers": 12, "lmax": 6, "mmax": 2, "drop_path_rate": 0.05},
     "153M": {"num_layers": 20, "lmax": 6, "mmax": 3, "drop_path_rate": 0.1},
-_V3_SWITCHES = ("smooth_cutoff", "use_swiglu_s2_act")
 }

@@ -42,13 +42,13 @@ class EquiformerV2(nn.Module):
         config: the hyper-parameters.
         activation_checkpointing: recompute blocks in the backward pass instead of storing their activations.
         bytes_per_edge: what an attention layer holds per edge, at most.
+        fades_at: Å, where messages fade to zero; None without a smooth cutoff.
         backend: `auto`, `torch`, `cpp`, `compile` or `triton` (see `kernels.backend`).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        fades_at: Å, where messages fade to zero; None without a smooth cutoff.
         self.activation_checkpointing = False
         self.backend = "auto"
         lmax = config.lmax
@@ -80,13 +80,13 @@ class EquiformerV2(nn.Module):
             self.force_block.so2_conv_2.so2_m_conv[1:].requires_grad_(False)
             self.force_block.proj.bias.requires_grad_(False)
         self.bytes_per_edge = 4 * _floats_per_edge(config)
+        self.fades_at = config.max_radius if config.smooth_cutoff else None
         initialize_weights(self, config.weight_init)
 
     def forward(
         self,
         batch: Batch | Data,
         graph: RadiusGraph | None = None,
-        self.fades_at = config.max_radius if config.smooth_cutoff else None
         frames: EdgeFrames | None = None,
         active: Sequence[Tensor | None] | Router | None = None,
         request: OutputRequest | None = None,
@@ -154,6 +154,7 @@ class EquiformerV2(nn.Module):
             shared,
             len(numbers),
             self.bytes_per_edge,
+            self.fades_at,
         )
         x = self.embed(numbers, edges)
         routed = None if routing is None else RoutedEdges(edges, routing)
@@ -187,7 +188,6 @@ class EquiformerV2(nn.Module):
         edge_index: Tensor,
         vectors: Tensor,
         distances: Tensor,
-            self.fades_at,
     ) -> dict[str, Tensor]:
         """All outputs, from tensors on the network's device that have been checked; waits for nothing.
 
