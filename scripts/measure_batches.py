@@ -4,8 +4,8 @@
 
 Without `--data`, sizes are drawn from those of the bundled OC20 relaxations (one structure per system, each
 changed at random by up to 15 %). Edges are counted as the limit of the graph, 20 per atom, which structures
-of OC20 reach at the cutoff of 12 Å: the first line says what the graphs of the bundled ones have. The table in
-docs/data.md comes from this script.
+of OC20 reach at the cutoff of 12 Å: the first line says what the graphs of the bundled ones have. The table
+in docs/data.md comes from this script.
 """
 
 import argparse

@@ -15,7 +15,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch_geometric.data import Batch
 
 from equiformer2.training.loader import ResumableLoader
-from equiformer2.training.stopping import StoppedBySignal, StopRequest
+from equiformer2.training.stopping import StoppedBySignal, StopRequest, leave_signals_to_stop_request
 
 log = logging.getLogger("equiformer2")
 
@@ -45,6 +45,20 @@ class ResumeCheckpoint(Checkpoint):
 
     # ---- when
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # The processes know each other by now. A signal before the first step is answered after it.
+        if trainer.state.fn == TrainerFn.FITTING:
+            leave_signals_to_stop_request(trainer)
+            self._stop.listen()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._stop.stop_listening()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._stop.stop_listening()
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning restores a loader's state while it sets the loader up, and `configure_optimizers` has it
         # set up, to count steps, before the loops know their state; so the position is restored here.
@@ -54,8 +68,6 @@ class ResumeCheckpoint(Checkpoint):
         self._saved_step = trainer.global_step
         if self._restored and trainer.is_global_zero:
             _restore_random_state(self._restored)
-        # Lightning's own handlers, which are in place by now, would leave without a checkpoint.
-        self._stop.listen()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int

@@ -13,7 +13,6 @@ import yaml
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
-from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers, load_checkpoint
@@ -32,6 +31,12 @@ from equiformer2.training.folder import (
 )
 from equiformer2.training.loader import ResumableDataModule
 from equiformer2.training.optim import OptimSettings
+from equiformer2.training.processes import (
+    SameRunEverywhere,
+    fingerprint,
+    settings_to_compare,
+    strategy_of,
+)
 from equiformer2.training.resume import ResumeCheckpoint
 from equiformer2.training.task import S2EFTask, TaskSettings
 
@@ -96,14 +101,15 @@ def train(config: RunConfig) -> Path:
     config = _with_pruned_blocks(config)
     run = config.run
     folder = RunFolder(Path(run.runs_dir) / (run.name or "run"), run.ckpt_path)
+    begin = "step 0"
     if folder.resume_from is not None:
-        read_resume_state(folder.resume_from)
+        begin = f"step {read_resume_state(folder.resume_from)['global_step']}"
     with folder.open():
         data = ResumableDataModule(**config.data)
         data.setup("fit")
         _check_forces(config, data)
         task = _task(config, data)
-        _run(config, task, data, folder)
+        _run(config, task, data, folder, begin)
     return folder.path
 
 
@@ -144,10 +150,11 @@ def _task(config: RunConfig, data: ResumableDataModule) -> S2EFTask:
     return S2EFTask(model, _normalizers(data, start), data.energy_kind, config.task, config.optim, run.seed)
 
 
-def _run(config: RunConfig, task: S2EFTask, data: ResumableDataModule, folder: RunFolder) -> None:
+def _run(config: RunConfig, task: S2EFTask, data: ResumableDataModule, folder: RunFolder, begin: str) -> None:
     parity = ParityFigures()
     native = NativeCheckpoints(folder.checkpoints, {"config": config.text, "init_from": config.run.init_from})
     callbacks = [
+        SameRunEverywhere(lambda: {**_facts(config, data), "ckpt_path": begin}),
         Summary(),
         parity,
         native,
@@ -209,7 +216,7 @@ def _trainer(config: RunConfig, folder: RunFolder, callbacks: list[pl.Callback])
         # Each refresh reads the loss from the device.
         callbacks = [TQDMProgressBar(refresh_rate=settings["log_every_n_steps"] or 50), *callbacks]
     settings["callbacks"] = [*(settings["callbacks"] or []), *callbacks]
-    settings["strategy"] = _strategy(settings)
+    settings["strategy"] = strategy_of(settings)
     plugins = settings["plugins"] or []
     settings["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeFiles()]
     try:
@@ -229,28 +236,24 @@ def _trainer(config: RunConfig, folder: RunFolder, callbacks: list[pl.Callback])
         raise InputError(f"trainer: {error}") from error
 
 
-def _strategy(settings: dict[str, Any]) -> Any:
-    """DDP for several processes, told that some parameters get no gradient (see `EquiformerV2`)."""
-    strategy, devices = settings["strategy"], settings["devices"]
-    if strategy not in ("auto", "ddp"):
-        return strategy
-    if devices in ("auto", -1, "-1"):
-        count = torch.cuda.device_count() if settings["accelerator"] in ("auto", "gpu", "cuda") else 1
-    elif isinstance(devices, str):
-        if not devices.replace(",", "").isdigit():
-            raise InputError(f"trainer.devices is {devices!r}: give a number, a list such as 0,1 or auto")
-        count = len(devices.split(",")) if "," in devices else int(devices)
-    else:
-        count = len(devices) if isinstance(devices, list) else int(devices)
-    if strategy == "auto" and count * settings["num_nodes"] <= 1:
-        return strategy
-    return DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False)
+def _facts(config: RunConfig, data: ResumableDataModule) -> dict[str, str]:
+    """What all processes of a run must agree on; files may lie elsewhere on every node."""
+    paths = {"train", "val", "forces_only"}
+    settings = {name: value for name, value in config.data.items() if name not in paths}
+    return {
+        **settings_to_compare(
+            model=config.model, task=config.task, optim=config.optim, data=settings, trainer=config.trainer
+        ),
+        **{f"data.{name}": fingerprint(dataset.natoms) for name, dataset in data.datasets.items()},
+    }
 
 
 def _normalizers(data: ResumableDataModule, start: Checkpoint | None) -> Normalizers:
     """Those of the data; those of the checkpoint when starting from one, unless the config gives some."""
     if start is not None and not data.normalizers_are_given:
-        return start.normalizers
+        found = start.normalizers
+        data.check_normalizers(found.energy.mean, found.energy.std, found.linear_references)
+        return found
     table = data.normalizers
     return Normalizers(
         energy=Normalizer(*table["energy"]),

@@ -3,7 +3,9 @@
 import os
 import signal
 from types import FrameType
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import distributed
 
@@ -29,6 +31,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._received = 0
+        self._previous: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
         self._shared: torch.Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
@@ -36,8 +39,13 @@ class StopRequest:
     def listen(self) -> None:
         """From now on the signals are noted instead of ending the process (in its main thread only)."""
         self._received = 0
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+        self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+
+    def stop_listening(self) -> None:
+        """From now on they do what they did before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:  # a forked loader process
@@ -67,6 +75,17 @@ class StopRequest:
         if device.type == "cuda":
             self._arrived = torch.cuda.Event()
             self._arrived.record()
+
+
+def leave_signals_to_stop_request(trainer: pl.Trainer) -> None:
+    """Switch off what Lightning does about SIGTERM.
+
+    It would end the run without a checkpoint. For that its processes ask each other at every micro-batch and
+    wait for the answer, and so for the GPU, and its handler waits for the other processes, which a signal to
+    one of them alone does not reach.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def leave_signals_to_the_parent(_: int) -> None:
