@@ -62,6 +62,9 @@ _WITHOUT_EFFECT = {
     "ffn_activation",
     "activation_checkpoint",
 }
+# What EquiformerV3 has beside it, by the names of its code and of `ModelConfig`.
+_V3_SWITCHES = ("smooth_cutoff", "use_swiglu_s2_act", "use_envelope", "use_rad_l_parametrization")
+_V3_VALUES = {"norm_type": "merge_", "attn_activation": "swiglu", "ffn_activation": "swiglu"}
 # Whether per-element energies are parameters; they become `Normalizers.linear_references`.
 _LINEAR_REFERENCES = {"use_energy_lin_ref", "load_energy_lin_ref"}
 _NUM_GAUSSIANS = 600
@@ -114,6 +117,12 @@ def config_from_reference(config: Mapping[str, Any], source: str = "the model co
         if key in config and config[key] not in _MODEL_NAMES:
             raise InputError(
                 f"{source} is for a model called {config[key]!r}; only EquiformerV2 can be loaded"
+            )
+    for key, value in attributes.items():
+        if (key in _V3_SWITCHES and value) or (key in _V3_VALUES and _V3_VALUES[key] in str(value)):
+            raise InputError(
+                f"{source} has {key}={value!r}, which is EquiformerV3's: only weights of EquiformerV2 can be "
+                "imported"
             )
     known = {*_SHARED, *_DEGREES, *_STATISTICS, *_REQUIRED, *_WITHOUT_EFFECT, *_LINEAR_REFERENCES}
     unknown = sorted(set(attributes) - known)

@@ -161,7 +161,7 @@ class ModelConfig:
 
     def _check_blocks(self) -> None:
         if self.is_pruned and self.use_swiglu_s2_act:
-            raise InputError("model.use_swiglu_s2_act: blocks of their own widths or degrees are not supported")
+            raise InputError("model.use_swiglu_s2_act: blocks cannot have widths or degrees of their own")
         if self.blocks is not None:
             if len(self.blocks) != self.num_layers:
                 raise InputError(

@@ -25,6 +25,7 @@ from equiformer2.errors import InputError, naming_structures
 from equiformer2.model import EquiformerV2
 from equiformer2.model.attention import SO2EquivariantGraphAttention
 from equiformer2.model.feed_forward import FeedForwardNetwork
+from equiformer2.model.swiglu_feed_forward import SwiGLUFeedForwardNetwork
 
 #: A scalar from the outputs (normalised units) for a batch.
 Objective = Callable[[dict[str, Tensor], Batch], Tensor]
@@ -206,7 +207,7 @@ def _sums(block: nn.Module, product: _Product) -> dict[str, _Pair]:
     if isinstance(attention, SO2EquivariantGraphAttention):
         found |= _attention_sums(attention, product)
         branches[0] = found["values"][0].sum() + product(attention.proj.bias).sum()
-    if isinstance(feed_forward, FeedForwardNetwork):
+    if isinstance(feed_forward, FeedForwardNetwork | SwiGLUFeedForwardNetwork):
         found["ffn_hidden"] = _feed_forward_sums(feed_forward, product)
         branches[1] = found["ffn_hidden"][0].sum() + product(feed_forward.so3_linear_2.bias).sum()
     return found | {"branches": (branches, torch.zeros_like(branches))}
@@ -240,10 +241,14 @@ def _attention_sums(attention: SO2EquivariantGraphAttention, product: _Product) 
     }
 
 
-def _feed_forward_sums(network: FeedForwardNetwork, product: _Product) -> _Pair:
+def _feed_forward_sums(network: FeedForwardNetwork | SwiGLUFeedForwardNetwork, product: _Product) -> _Pair:
     consumer = product(network.so3_linear_2.weight).sum((0, 1))
     maker = torch.zeros_like(consumer)
-    if network.use_grid_mlp:
+    scalars: nn.Module | None
+    if isinstance(network, SwiGLUFeedForwardNetwork):
+        maker = maker + product(network.grid_linear_2.weight).sum(1)
+        scalars = network.scalar_linear
+    elif network.use_grid_mlp:
         maker = maker + product(network.grid_mlp[4].weight).sum(1)  # type: ignore[arg-type]
         scalars = None if network.scalar_mlp is None else network.scalar_mlp[0]
     else:

@@ -168,17 +168,18 @@ def _unread_in_heads(config: ModelConfig, atoms: int, edges: int) -> dict[str, i
     executed = count_macs(config, atoms, edges)
     coefficients, channels = (config.lmax + 1) ** 2, config.sphere_channels
 
-    def as_block(head: BlockConfig | None) -> dict[str, int]:
+    def as_block(head: BlockConfig | None, gated: bool) -> dict[str, int]:
         # A head is a block's branch with one output channel instead of `sphere_channels`.
-        alone = dataclasses.replace(config, num_layers=1, blocks=(head or BlockConfig(),))
+        alone = dataclasses.replace(config, num_layers=1, use_swiglu_s2_act=False, use_gate_act=gated)
+        alone = dataclasses.replace(alone, blocks=(head or BlockConfig(),))
         return dict(count_macs(alone, atoms, edges).blocks[0])
 
     hidden = config.energy_block.ffn_hidden_channels
     last = atoms * coefficients * hidden
-    energy = as_block(config.energy_head)["feed_forward"] - last * (channels - 1)
+    energy = as_block(config.energy_head, config.use_gate_act)["feed_forward"] - last * (channels - 1)
     found = {"energy": energy - executed.energy_head, "force": 0}
     if config.regress_forces:
-        parts = as_block(config.force_head)
+        parts = as_block(config.force_head, config.force_activation == "gate")
         parts.pop("feed_forward")
         parts["projection"] //= channels
         found["force"] = sum(parts.values()) - sum(executed.force_head.values())

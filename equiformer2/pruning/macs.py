@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2
 from equiformer2.model.block_config import ResolvedBlock
-from equiformer2.model.config import ModelConfig
+from equiformer2.model.config import Activation, ModelConfig
 from equiformer2.model.so3.grid import smallest_resolution
-from equiformer2.pruning.parameters import count_parameters
+from equiformer2.pruning.parameters import count_parameters, num_gates
 from equiformer2.pruning.plan import PruningPlan
 
 #: Parts of a block; heads have some of them.
@@ -112,11 +112,13 @@ def _attention(
     channels = config.sphere_channels
     orders = _orders(degrees)
     second = sum(_real(m, products) * n * n for m, n in enumerate(orders)) * hidden * values
-    points = 0 if config.use_gate_act else 2 * _points(config, "attn") * _rows(degrees) * hidden
+    # Functions taken to the grid and back.
+    functions = {"gate": 0, "s2": 2, "separable_s2": 2, "swiglu_s2": 3}[config.attn_activation]
+    points = functions * _points(config, "attn") * _rows(degrees) * hidden
     return {
         "radial": _radial(config, edges, _radial_outputs(config, block)),
         "rotation": edges * _entries(degrees) * (2 * channels + values),
-        "convolution_1": edges * _first(config, block, products),
+        "convolution_1": edges * _first(config, block, products, config.attn_activation),
         "activation": edges * points,
         "convolution_2": edges * second,
         "projection": atoms * (block.lmax + 1) ** 2 * values * channels,
@@ -131,30 +133,29 @@ def _vectors(
     values = block.num_heads * block.attn_value_channels
     kept = 1, min(1, block.mmax)
     read_rows = (lmax + 1) + 2 * lmax * kept[1]
-    grid = 0 if config.use_gate_act else _points(config, "attn") * (_rows(degrees) + read_rows) * hidden
+    grid = _points(config, "attn") * (_rows(degrees) + read_rows) * hidden
+    if config.force_activation == "gate":
+        grid = 0
     second = (2 * (lmax + 1) + kept[1] * products * lmax) * hidden * values
     return {
         "radial": _radial(config, edges, _radial_outputs(config, block)),
         "rotation": edges * (_entries(degrees) * 2 * config.sphere_channels + _entries(kept) * values),
-        "convolution_1": edges * _first(config, block, products),
+        "convolution_1": edges * _first(config, block, products, config.force_activation),
         "activation": edges * grid,
         "convolution_2": edges * second,
         "projection": atoms * 3 * values,
     }
 
 
-def _first(config: ModelConfig, block: ResolvedBlock, products: int) -> int:
+def _first(config: ModelConfig, block: ResolvedBlock, products: int, activation: Activation) -> int:
     """First convolution, per edge: 2C channels to the hidden ones and, of m = 0, to alpha and gates."""
     inputs, hidden = 2 * config.sphere_channels, block.attn_hidden_channels
     orders = _orders((block.lmax, block.mmax))
     coefficients = sum(_real(m, products) * n * n for m, n in enumerate(orders)) * inputs * hidden
-    return coefficients + orders[0] * inputs * _extra_outputs(config, block)
-
-
-def _extra_outputs(config: ModelConfig, block: ResolvedBlock) -> int:
-    """Outputs of order m = 0 of the first convolution that are no coefficients: attention vector, gates."""
-    gates = block.lmax if config.use_gate_act else int(config.use_sep_s2_act)
-    return block.num_heads * config.attn_alpha_channels + gates * block.attn_hidden_channels
+    if activation == "swiglu_s2":
+        coefficients *= 2
+    extra = block.num_heads * config.attn_alpha_channels + num_gates(block, activation) * hidden
+    return coefficients + orders[0] * inputs * extra
 
 
 def _radial_outputs(config: ModelConfig, block: ResolvedBlock) -> int:
@@ -174,7 +175,17 @@ def _radial(config: ModelConfig, edges: int, outputs: int) -> int:
 def _feed_forward(config: ModelConfig, block: ResolvedBlock, atoms: int) -> int:
     coefficients = (config.lmax + 1) ** 2
     out = coefficients * block.ffn_hidden_channels * config.sphere_channels
+    if config.use_swiglu_s2_act:
+        return atoms * (_swiglu_hidden(config, block) + out)
     return _hidden(config, block, atoms) + atoms * out
+
+
+def _swiglu_hidden(config: ModelConfig, block: ResolvedBlock) -> int:
+    """A SwiGLU-S2 feed-forward network up to its last linear map, per atom."""
+    coefficients, channels = (config.lmax + 1) ** 2, config.sphere_channels
+    hidden = block.ffn_hidden_channels
+    on_coefficients = coefficients * (channels * hidden + 3 * hidden * hidden)
+    return on_coefficients + 3 * _points(config, "ffn") * coefficients * hidden + 3 * channels * hidden
 
 
 def _scalars(config: ModelConfig, block: ResolvedBlock, atoms: int) -> int:

@@ -20,6 +20,14 @@ _VERSION = 1
 _KEEP_ALL = BlockPlan()
 
 
+def check_prunable(config: ModelConfig) -> None:
+    """Raise `InputError` for networks that have parts without rules for pruning."""
+    if config.use_swiglu_s2_act:
+        raise InputError(
+            "a network with model.use_swiglu_s2_act cannot be pruned: train a smaller one, or one without it"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class PruningPlan:
     """What is kept of every block, of both heads, and of the channels common to all of them.
@@ -47,7 +55,12 @@ class PruningPlan:
 
     @classmethod
     def keep_all(cls, config: ModelConfig) -> PruningPlan:
-        """The plan that changes nothing: where to start from."""
+        """The plan that changes nothing: where to start from.
+
+        Raises:
+            InputError: networks of `config` cannot be pruned.
+        """
+        check_prunable(config)
         return cls((_KEEP_ALL,) * config.num_layers)
 
     def with_block(self, index: int, **changes: Any) -> PruningPlan:
@@ -63,6 +76,7 @@ class PruningPlan:
         Raises:
             InputError: the plan does not fit a network of `config`; block and field are named.
         """
+        check_prunable(config)
         if len(self.blocks) != config.num_layers:
             raise InputError(
                 f"pruning plan: it is for {len(self.blocks)} blocks, the network has {config.num_layers}"
