@@ -17,7 +17,9 @@ from datasets_oc20.reader import OC20Lmdb
 from datasets_oc20.sampler import BalancedBatchSampler
 from datasets_oc20.targets import (
     NUM_ELEMENTS,
+    TargetSample,
     check_energies_match_kind,
+    check_normalized_energies,
     fit_linear_references,
     fit_normalizers,
     sample_targets,
@@ -35,7 +37,8 @@ class NormalizerValues:
         energy_mean: eV.
         energy_std: eV.
         forces_std: eV/Å.
-        linear_references: `.npz` file whose array `coeff [100]` holds a reference per atomic number, eV.
+        linear_references: `.npz` file whose array `coeff [100]` holds a reference per atomic number, eV (as
+            `scripts/fit_references.py` writes), for total energies.
     """
 
     energy_mean: float
@@ -77,7 +80,8 @@ class OC20DataModule(pl.LightningDataModule):
 
     Raises:
         DataError: on `setup`, for wrong files, mixed or undeclared kinds of energy, energies that
-            cannot be of the declared kind, or records larger than a batch.
+            cannot be of the declared kind or are not those that the given normalizers are of, or records
+            larger than a batch.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class OC20DataModule(pl.LightningDataModule):
         self.max_neighbors, self.num_workers, self.seed = max_neighbors, num_workers, seed
         self._given_normalizers = normalizers
         self.datasets: dict[str, OC20Lmdb] = {}
+        self._samples: dict[str, TargetSample] = {}
         self.energy_kind: str = ""
         self.normalizers: NormalizerTable
 
@@ -114,16 +119,24 @@ class OC20DataModule(pl.LightningDataModule):
             name: OC20Lmdb(path, self._given_kind) for name, path in self._paths.items() if path is not None
         }
         self.energy_kind = _common_kind(datasets)
-        for name, dataset in datasets.items():
-            if name != "test" or "energy" in dataset[0]:
-                sample = sample_targets(dataset, _CHECKED_RECORDS)
-                check_energies_match_kind(sample, self.energy_kind, dataset.path)
+        self._samples = {
+            dataset.path: sample_targets(dataset, _CHECKED_RECORDS)
+            for name, dataset in datasets.items()
+            if name != "test" or "energy" in dataset[0]
+        }
+        for path, sample in self._samples.items():
+            check_energies_match_kind(sample, self.energy_kind, path)
         self.normalizers = self._normalizers(datasets["train"])
         self._training: OC20Lmdb | WithForcesOnly = datasets["train"]
         if self._forces_only is not None:
             self._training = WithForcesOnly(datasets["train"], OC20Lmdb(self._forces_only))
         self.datasets = datasets
         self._report()
+
+    def check_normalizers(self, mean: float, std: float, linear_references: torch.Tensor | None) -> None:
+        """Raise `DataError` for normalizers (eV), fitted elsewhere, that cannot be of these energies."""
+        for path, sample in self._samples.items():
+            check_normalized_energies(sample, mean, std, linear_references, path)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled by (seed, epoch)."""
@@ -144,10 +157,17 @@ class OC20DataModule(pl.LightningDataModule):
         if given is not None:
             if min(given.energy_std, given.forces_std) <= 0.0:
                 raise DataError("data.normalizers: the standard deviations must be positive.")
+            references = load_linear_references(given.linear_references)
+            if references is not None and self.energy_kind != "total":
+                raise DataError(
+                    f"data.normalizers.linear_references: {given.linear_references} holds per-element parts "
+                    "of total energies, and adsorption energies have none; leave it out."
+                )
+            self.check_normalizers(given.energy_mean, given.energy_std, references)
             return {
                 "energy": (given.energy_mean, given.energy_std),
                 "forces": (0.0, given.forces_std),
-                "linear_references": load_linear_references(given.linear_references),
+                "linear_references": references,
             }
         sample = sample_targets(train)
         references = fit_linear_references(sample) if self.energy_kind == "total" else None

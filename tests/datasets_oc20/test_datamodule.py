@@ -92,14 +92,20 @@ def test_total_energies_get_linear_references(tmp_path: Path) -> None:
     assert module.normalizers["energy"] == fit_normalizers(OC20Lmdb(train), references)["energy"]
 
 
-def test_given_normalizers_are_used(train: str, val: str, tmp_path: Path) -> None:
+def test_given_normalizers_are_used(tmp_path: Path, train: str) -> None:
     np.savez(tmp_path / "linref.npz", coeff=np.arange(100.0))
-    values = NormalizerValues(-0.75, 2.887, 2.5, str(tmp_path / "linref.npz"))
+    values = NormalizerValues(-0.75, 2887.0, 2.5, str(tmp_path / "linref.npz"))
+    adsorption, train = train, write(tmp_path / "total.lmdb", "total", scale=100.0)
+    val = train
     module = OC20DataModule(train=train, val=val, normalizers=values)
     module.setup()
-    assert module.normalizers["energy"] == (-0.75, 2.887)
+    assert module.normalizers["energy"] == (-0.75, 2887.0)
     assert module.normalizers["forces"] == (0.0, 2.5)
     assert module.normalizers["linear_references"].tolist() == list(range(100))
+    with pytest.raises(DataError, match=r"linref\.npz holds per-element parts of total energies"):
+        OC20DataModule(train=adsorption, val=adsorption, normalizers=values).setup()
+    with pytest.raises(DataError, match="standard deviations from the mean"):
+        OC20DataModule(train=train, val=val, normalizers=NormalizerValues(-0.755, 2.887, 2.5)).setup()
     for coefficients in (np.arange(50.0), np.full(100, np.nan)):
         np.savez(tmp_path / "linref.npz", coeff=coefficients)
         with pytest.raises(DataError, match=r"linref\.npz: 'coeff' must hold 100 finite"):

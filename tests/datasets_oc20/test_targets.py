@@ -12,6 +12,7 @@ from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
 from datasets_oc20.targets import (
     TargetSample,
     check_energies_match_kind,
+    check_normalized_energies,
     fit_linear_references,
     fit_normalizers,
     sample_targets,
@@ -78,14 +79,36 @@ def sample_of(energy: list[float], natoms: int) -> TargetSample:
 
 
 def test_energies_of_the_other_kind_are_refused(val_20: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.lmdb: declared as adsorption .* mean size is 300\.0 eV"):
+    with pytest.raises(
+        DataError, match=r"data\.lmdb: declared as adsorption .* mean size is 300 eV \(5 eV per"
+    ):
         check_energies_match_kind(sample_of([-200.0, -400.0], 60), "adsorption", "data.lmdb")
     with pytest.raises(DataError, match=r"data\.lmdb: declared as total energies"):
         check_energies_match_kind(sample_of([-1.0, 2.0], 60), "total", "data.lmdb")
     check_energies_match_kind(sample_of([-200.0, -400.0], 60), "total", "data.lmdb")
     check_energies_match_kind(sample_of([-1.0, 2.0], 60), "adsorption", "data.lmdb")
     check_energies_match_kind(sample_of([-6.7], 2), "total", "data.lmdb")  # H2 has a small total energy
+    with pytest.raises(DataError, match="declared as adsorption"):  # so have small cells of light metals
+        check_energies_match_kind(sample_of([-20.0, -30.0], 16), "adsorption", "data.lmdb")
+    # Twelve adsorbates on one slab: an adsorption energy of the cell that no single adsorbate could have.
+    check_energies_match_kind(sample_of([-20.0, -30.0], 90), "adsorption", "data.lmdb")
     check_energies_match_kind(sample_targets(OC20Lmdb(val_20)), "adsorption", "data.lmdb")
+
+
+def test_normalizers_of_other_data_are_refused() -> None:
+    """Raw energies under OC20's normalizers: the most common failed reproduction."""
+    totals = sample_of([-200.0, -400.0, -310.0], 60)
+    oc20 = (-0.7554450631141663, 2.887317180633545)
+    with pytest.raises(DataError, match=r"data: with the normalizers in use \(mean -0\.7554 eV, .* without"):
+        check_normalized_energies(totals, *oc20, None, "data")
+    references = torch.zeros(100, dtype=torch.float64)
+    references[29] = -300.0 / 60
+    with pytest.raises(DataError, match="after linear references"):
+        check_normalized_energies(totals, *oc20, references, "data")
+    check_normalized_energies(totals, 0.0, 100.0, references, "data")
+    # A table as short as the network's elements, as foreign checkpoints have.
+    check_normalized_energies(totals, 0.0, 100.0, references[:90], "data")
+    check_normalized_energies(sample_of([-9.9, 9.9], 60), *oc20, None, "data")
 
 
 def test_records_without_energy_or_with_unknown_elements(tmp_path: Path) -> None:
