@@ -12,8 +12,8 @@ from datasets_oc20.target_sums import NUM_ELEMENTS, TargetSums, read_targets
 
 # Means over a dataset that tell the kinds of energy apart. OC20's preprocessing keeps adsorption energies
 # within 10 eV of 0 (Chanussot et al. 2021), and its public configurations give S2EF-2M -0.76 ± 2.89 eV: with
-# 78 atoms on average, some 0.04 eV per atom. The per-element energies that fairchem publishes for OC20's total
-# energies are -0.2 eV (Cd) to -11.6 eV (W): hundreds of eV for a slab. Cells with several adsorbates may have
+# 78 atoms on average, some 0.04 eV per atom. The per-element energies that fairchem publishes for OC20 totals
+# are -0.2 eV (Cd) to -11.6 eV (W): hundreds of eV for a slab. Cells with several adsorbates may have
 # adsorption energies above 10 eV, and yet far below 0.5 eV per atom.
 _OC20_LARGEST, _LARGEST_ADSORPTION_MEAN = 10.0, 50.0
 _BETWEEN_PER_ATOM = 0.5
