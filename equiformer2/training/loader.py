@@ -1,6 +1,6 @@
 """A training loader that can start in the middle of an epoch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch_geometric.data import Batch
 
 from datasets_oc20 import OC20DataModule
+from equiformer2.training.accumulation import with_terms
 from equiformer2.training.stopping import leave_signals_to_the_parent
 
 
@@ -34,9 +35,11 @@ class ResumableLoader:
 
     Args:
         loader: with a `BalancedBatchSampler`.
+        plan: gives the micro-batches of an optimizer step and the batches of an epoch; asked in every epoch.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: DataLoader, plan: Callable[[], tuple[int, int]]) -> None:
+        self._plan = plan
         self.batch_sampler = loader.batch_sampler
         self._offset = _FromBatch(loader.batch_sampler)
         self._loader = DataLoader(
@@ -59,7 +62,9 @@ class ResumableLoader:
         # A generator: the sampler's epoch, set by Lightning after iter(), is read at the first batch.
         first, self._first = self._first, 0
         self._served = self._offset.first = first
-        for batch in self._loader:
+        together, last = self._plan()
+        batches = self._loader if together == 1 else with_terms(self._loader, first, together, last)
+        for batch in batches:
             self._served += 1
             yield batch
 
@@ -77,7 +82,11 @@ class ResumableDataModule(OC20DataModule):
 
     def train_dataloader(self) -> ResumableLoader:  # type: ignore[override]
         """Shuffled by (seed, epoch)."""
-        return ResumableLoader(super().train_dataloader())
+        return ResumableLoader(super().train_dataloader(), self._plan)
+
+    def _plan(self) -> tuple[int, int]:
+        assert self.trainer is not None
+        return self.trainer.accumulate_grad_batches, int(self.trainer.num_training_batches)
 
     def val_dataloader(self) -> DataLoader:
         """In stored order."""

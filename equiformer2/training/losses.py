@@ -17,31 +17,41 @@ def global_mean(total: Tensor, count: Tensor) -> Tensor:
     different numbers of atoms, so the mean of their means would weigh atoms unequally. Each returns
     `total * world_size / global count`: averaged over processes (which is what DDP does with the
     gradients), that is the mean over all terms. No terms at all give 0. Nothing waits for the device.
+
+    `count` is that of `accumulation.Terms` where gradients are accumulated.
     """
     world_size = 1
     if dist.is_available() and dist.is_initialized():
         world_size = dist.get_world_size()
         dist.all_reduce(count)
-    return total * world_size / count.clamp(min=1.0)
+    return total * world_size / count.clamp(min=1e-6)
 
 
-def energy_l1(prediction: Tensor, target: Tensor, known: Tensor | None = None) -> Tensor:
+def energy_l1(
+    prediction: Tensor, target: Tensor, known: Tensor | None = None, terms: float | None = None
+) -> Tensor:
     """Mean absolute error over the structures of the global batch; both [B], normalised units.
 
-    `known` [B] bool: structures whose energy is to be learned; all of them without it.
+    `known` [B] bool: structures whose energy is to be learned; all of them without it. `terms`: what to
+    divide by instead of their number.
     """
     error = (prediction.float() - target.float()).abs()
-    if known is None:
-        return global_mean(error.sum(), torch.full_like(error[0], error.numel()))
-    return global_mean(error.masked_fill(~known, 0.0).sum(), known.sum().float())
+    if known is not None:
+        error = error.masked_fill(~known, 0.0)
+    if known is None or terms is not None:
+        count = torch.full_like(error[0], error.numel() if terms is None else terms)
+    else:
+        count = known.sum().float()
+    return global_mean(error.sum(), count)
 
 
-def force_l2(prediction: Tensor, target: Tensor, free: Tensor) -> Tensor:
+def force_l2(prediction: Tensor, target: Tensor, free: Tensor, terms: float | None = None) -> Tensor:
     """Mean Euclidean norm of the force error over the free atoms of the global batch (`l2mae`).
 
     `prediction`, `target` [N, 3] in normalised units, `free` [N] bool: atoms that the relaxation may move.
-    Forces on fixed atoms are not part of OC20's task.
+    Forces on fixed atoms are not part of OC20's task. `terms`: what to divide by instead of their number.
     """
     # Masked, not indexed: an index would make the host wait for the device. A norm of 0 has gradient 0.
     error = (prediction.float() - target.float()).masked_fill(~free[:, None], 0.0)
-    return global_mean(torch.linalg.vector_norm(error, dim=-1).sum(), free.sum().float())
+    count = free.sum().float() if terms is None else torch.full_like(error[0, 0], terms)
+    return global_mean(torch.linalg.vector_norm(error, dim=-1).sum(), count)

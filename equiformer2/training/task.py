@@ -16,6 +16,7 @@ from torch_geometric.data import Batch
 
 from equiformer2.checkpoint import Normalizers
 from equiformer2.errors import InputError, naming_structures
+from equiformer2.training.accumulation import Terms
 from equiformer2.training.guard import FiniteGuard
 from equiformer2.training.losses import energy_l1, force_l2
 from equiformer2.training.metrics import S2EFMetrics
@@ -138,20 +139,36 @@ class S2EFTask(pl.LightningModule):
     # ---- one step
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The weighted loss of one micro-batch; averages over all processes (see `losses`)."""
+        """The weighted loss of one micro-batch; averages over all processes and accumulated batches.
+
+        See `losses` and `accumulation`.
+        """
+        terms = Terms.of(batch)
         out = self._forward_with_own_randomness(batch, batch_idx)
         target_energy = self.normalizers.normalize_energy(batch.energy, batch)
-        energy = energy_l1(out["energy"], target_energy, batch.get("has_energy"))
+        energy = energy_l1(
+            out["energy"], target_energy, batch.get("has_energy"), terms.energies if terms else None
+        )
         loss = self.settings.energy_coefficient * energy
         logged = {"train/energy_mae": energy.detach() * self.normalizers.energy.std}
         if self.has_forces:
             target = self.normalizers.normalize_forces(batch.forces)
-            forces = force_l2(out["forces"], target, ~batch.fixed.bool())
+            forces = force_l2(out["forces"], target, ~batch.fixed.bool(), terms.free_atoms if terms else None)
             loss = loss + self.settings.force_coefficient * forces
             logged["train/forces_l2"] = forces.detach() * self.normalizers.forces.std
         self.guard.watch(self.global_step, loss, batch, out)
-        self._log_training(loss.detach(), logged, batch.num_graphs)
+        values = self._of_step(torch.stack([loss.detach(), *logged.values()]), batch_idx)
+        self._log_training(values[0], dict(zip(logged, values[1:].unbind(), strict=True)), batch.num_graphs)
         return loss
+
+    def _of_step(self, values: Tensor, batch_idx: int) -> Tensor:
+        """The values of micro-batches, averaged over those of the optimizer step so far."""
+        together = self.trainer.accumulate_grad_batches
+        if together == 1:
+            return values
+        before = self._step_values if batch_idx % together else 0.0
+        self._step_values = before + values / together
+        return self._step_values
 
     def _log_training(self, loss: Tensor, errors: dict[str, Tensor], batch_size: int) -> None:
         names, values = list(errors), torch.stack([loss, *errors.values()])
