@@ -46,6 +46,7 @@ def distill(
     arguments: Sequence[str],
     from_scratch: bool = False,
     device: str = "cpu",
+    labels: Path | None = None,
 ) -> Path:
     """Train `student` on the answers of `teacher`; an interrupted call with the same `out` is continued.
 
@@ -54,11 +55,12 @@ def distill(
         teacher: checkpoint of the dense network.
         train_data: structures to learn on; labels in them are not read. As in `read_structures`.
         val_data: structures to validate on, best of other systems.
-        out: folder for `train.lmdb` and `val.lmdb` (the teacher's answers) and the run, `run/`.
+        out: folder of the run, `run/`, and of `train.lmdb` and `val.lmdb`, the teacher's answers.
         arguments: of `scripts/train.py`, such as `--config FILE` and `--optim.lr 1e-4`; model, data, name and
             starting point are decided here.
         from_scratch: start from random weights instead of the student's: the baseline of the same size.
         device: that the teacher answers on.
+        labels: folder of the teacher's answers, for several students of one teacher; None for `out`.
 
     Returns:
         The run's folder.
@@ -73,11 +75,13 @@ def distill(
             f"{student} predicts {small.energy_kind} energies and {teacher} {dense.energy_kind} energies: "
             "a network can only learn from one of its own kind"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    answers = out if labels is None else labels
+    for folder in (out, answers):
+        folder.mkdir(parents=True, exist_ok=True)
     predictor = Predictor(dense, device=device)
     files = {}
     for name, paths in (("train", train_data), ("val", val_data)):
-        files[name] = label(predictor, paths, out / f"{name}.lmdb")
+        files[name] = label(predictor, paths, answers / f"{name}.lmdb")
     config = _run_config(small, out, files, arguments)
     started = (out / RUN / "checkpoints" / "last.ckpt").exists()
     start = None if started or from_scratch else str(student)

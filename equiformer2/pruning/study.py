@@ -96,6 +96,7 @@ class Study:
         out: folder of the study.
         recovery: distill every network; None for the networks as they are cut.
         limit: most structures per held-out set.
+        searches: folder of the searches' states, where studies of one network share them; None for one in `out`.
 
     Raises:
         InputError: a system is on both sides, or `out` holds a study of something else.
@@ -110,10 +111,12 @@ class Study:
         out: Path,
         recovery: Recovery | None = None,
         limit: int | None = None,
+        searches: Path | None = None,
     ) -> None:
         self.path, self.checkpoint = path, load_checkpoint(path)
         self.model = self.checkpoint.model.eval()
         self.calibration_data, self.settings, self.out, self.recovery = calibration, settings, out, recovery
+        self.searches = out / "searches" if searches is None else searches
         self.held_out = [
             HeldOut.read(
                 name, data, self.model, self.checkpoint.normalizers, self.checkpoint.energy_kind, limit
@@ -157,7 +160,7 @@ class Study:
                 calibration,
                 self.held_out,
                 self.settings.routing,
-                self.out / "searches" / f"{name}.pt",
+                self.searches / f"{name}.pt",
                 self.settings.repeats,
             )
         macs = MacTarget(self.model.config, _ANY, *calibration.size)
@@ -175,7 +178,7 @@ class Study:
                 keep,
                 seed=seed,
                 tries=self.settings.tries,
-                state_path=self.out / "searches" / f"{name}.json",
+                state_path=self.searches / f"{name}.json",
                 progress=False,
             )
         small = shrink(self.model, plan)
@@ -242,6 +245,7 @@ class Study:
             self.out / "distilled" / name,
             [*self.recovery.arguments, f"--seed={seed}"],
             from_scratch=scratch,
+            labels=self.out / "labels",
         )
         assert run.name == RUN
         # The last weights, not the best: nothing is chosen by any error.

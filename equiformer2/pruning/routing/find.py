@@ -18,7 +18,7 @@ from equiformer2.pruning.routing.ftp import FTPRouter
 from equiformer2.pruning.routing.ftp_training import RouterLosses, RouterTraining, train_router
 from equiformer2.pruning.routing.objective import ScheduleObjective, with_levels
 from equiformer2.pruning.routing.router import Router, ScoreRouter
-from equiformer2.pruning.routing.schedule import Schedule, search_schedule
+from equiformer2.pruning.routing.schedule import Schedule, search_schedule, uniform_schedule
 from equiformer2.pruning.routing.selection import check_mode
 from equiformer2.pruning.routing.state import RoutingState
 from equiformer2.pruning.routing.static import DegreeRouter, DistanceRouter, RandomRouter, StaticRouter
@@ -27,7 +27,9 @@ from equiformer2.pruning.routing.zero_tprune import AtomPruner, EdgePruner
 log = logging.getLogger("equiformer2")
 
 CONTEXT_ONLY = "context_only"
-ROUTING_METHODS = ("static", "ftp", "atom", "edge", CONTEXT_ONLY, "distance", "degree", "random")
+UNIFORM = "uniform"
+"""FTP's fixed order of the atoms with the same level in every block: what a searched schedule has to beat."""
+ROUTING_METHODS = ("static", "ftp", "atom", "edge", CONTEXT_ONLY, UNIFORM, "distance", "degree", "random")
 _BY_ATTENTION = ("atom", "edge")
 """They compute all of the first block, before which there is no attention."""
 
@@ -135,7 +137,7 @@ class _Finder:
 
     def untrained(self, method: str) -> tuple[Router, dict[str, Any]]:
         make = self.maker(method)
-        found = self.search("schedule", make)
+        found = self.uniform(make) if method == UNIFORM else self.search("schedule", make)
         router = make(open_levels(found.levels))
         if self.settings.mode != "topk":
             changes = {"width": self.settings.width}
@@ -174,6 +176,7 @@ class _Finder:
         options: dict[str, Any] = {"keep_free": self.settings.keep_free}
         kinds: dict[str, type[ScoreRouter]] = {
             "static": StaticRouter,
+            UNIFORM: StaticRouter,
             "distance": DistanceRouter,
             "degree": DegreeRouter,
             "random": RandomRouter,
@@ -208,6 +211,16 @@ class _Finder:
                 seed=self.seed,
                 after_try=lambda: bar.update(),
             )
+
+    def uniform(self, make: MakeRouter) -> Schedule:
+        objective = ScheduleObjective(self.model, self.calibration, lambda levels: make(open_levels(levels)))
+        return uniform_schedule(
+            self.state.remembered("schedule", objective),
+            len(self.model.blocks),
+            self.target,
+            protected=self.protected,
+            tolerance=self.settings.tolerance,
+        )
 
     def train(self, router: FTPRouter) -> list[RouterLosses]:
         settings = RouterTraining(

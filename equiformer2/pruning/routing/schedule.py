@@ -10,6 +10,9 @@ from equiformer2.errors import InputError
 Evaluate = Callable[[Sequence[float]], tuple[float, float]]
 """Levels of all blocks to (loss, fraction of the dense MACs)."""
 _MOST = 0.95
+_BISECTIONS = 10
+_CLOSE = 10
+"""A bisection ends within this part of the tolerance."""
 
 
 class TargetMissedError(InputError):
@@ -70,12 +73,7 @@ def search_schedule(
         InputError: the settings leave nothing to search.
         TargetMissedError: no schedule came within the tolerance.
     """
-    ends = (0, num_blocks - 1) if protected is None else tuple(protected)
-    open_blocks = [block for block in range(num_blocks) if block not in ends]
-    if not open_blocks:
-        raise InputError(f"all of the {num_blocks} blocks are protected: there is nothing to search")
-    if not 0 < target_macs < 1:
-        raise InputError(f"target_macs is {target_macs}: give a fraction between 0 and 1")
+    open_blocks = _open_blocks(num_blocks, target_macs, protected)
     if population < 4 or generations < 1:
         raise InputError("the search needs a population of at least 4 and at least 1 generation")
     rng = np.random.default_rng(seed)
@@ -86,12 +84,56 @@ def search_schedule(
         people = search.next_generation(people, population)
         history.append(search.best(people).shown_loss)
     best = search.best(people)
-    if best.miss > tolerance:
+    _check_reached(best, target_macs)
+    return Schedule(best.levels, best.loss, best.macs, tuple(history), search.evaluations)
+
+
+def uniform_schedule(
+    evaluate: Evaluate,
+    num_blocks: int,
+    target_macs: float,
+    *,
+    protected: Sequence[int] | None = None,
+    tolerance: float = 0.02,
+) -> Schedule:
+    """The same level in every block that is not protected: the baseline of `search_schedule`.
+
+    Found by bisection, since the MACs fall with the level. Arguments and errors as there.
+    """
+    open_blocks = _open_blocks(num_blocks, target_macs, protected)
+    low, high, tried = 0.0, _MOST, dict[float, _Individual]()
+    for _ in range(_BISECTIONS):
+        level = round((low + high) / 2, 3)
+        levels = tuple(level if block in open_blocks else 0.0 for block in range(num_blocks))
+        loss, macs = evaluate(levels)
+        tried[level] = _Individual(levels, loss, macs, abs(macs - target_macs), tolerance)
+        if tried[level].miss < tolerance / _CLOSE:
+            break
+        if macs > target_macs:
+            low = level
+        else:
+            high = level
+    best = min(tried.values(), key=lambda person: person.miss)
+    _check_reached(best, target_macs)
+    return Schedule(best.levels, best.loss, best.macs, (best.loss,), len(tried))
+
+
+def _open_blocks(num_blocks: int, target_macs: float, protected: Sequence[int] | None) -> list[int]:
+    ends = (0, num_blocks - 1) if protected is None else tuple(protected)
+    open_blocks = [block for block in range(num_blocks) if block not in ends]
+    if not open_blocks:
+        raise InputError(f"all of the {num_blocks} blocks are protected: there is nothing to search")
+    if not 0 < target_macs < 1:
+        raise InputError(f"target_macs is {target_macs}: give a fraction between 0 and 1")
+    return open_blocks
+
+
+def _check_reached(best: "_Individual", target_macs: float) -> None:
+    if best.miss > best.tolerance:
         raise TargetMissedError(
-            f"no schedule came within {tolerance} of {target_macs} of the MACs (nearest: {best.macs:.3f}): "
+            f"no schedule came within {best.tolerance} of {target_macs} of the MACs (nearest: {best.macs:.3f}): "
             "choose another target, protect fewer blocks or search longer"
         )
-    return Schedule(best.levels, best.loss, best.macs, tuple(history), search.evaluations)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from equiformer2.pruning.routing import (
     search_schedule,
     with_levels,
 )
+from equiformer2.pruning.routing.schedule import uniform_schedule
 
 WEIGHTS = (0.0, 5.0, 1.0, 0.2, 3.0, 0.0)
 
@@ -41,6 +42,15 @@ def test_the_search_finds_the_schedule_of_the_least_loss() -> None:
     assert list(found.history) == sorted(found.history, reverse=True)
     again = search_schedule(toy, 6, 0.8, generations=20, tolerance=0.01, seed=0)
     assert again == found
+
+
+def test_the_uniform_schedule_reaches_the_target() -> None:
+    found = uniform_schedule(toy, 6, 0.8)
+    assert found.levels[1:5] == (found.levels[1],) * 4 and found.levels[0] == found.levels[5] == 0.0
+    assert found.macs == pytest.approx(0.8, abs=0.002)
+    assert uniform_schedule(toy, 6, 0.8, protected=()).levels == pytest.approx([0.2] * 6, abs=0.002)
+    with pytest.raises(InputError, match="no schedule came within"):
+        uniform_schedule(toy, 6, 0.2)
 
 
 def test_search_refusals() -> None:

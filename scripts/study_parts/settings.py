@@ -1,0 +1,139 @@
+"""The settings of a pruning study: what configs/pruning/study.yaml may say."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from equiformer2.errors import InputError
+from equiformer2.pruning.routing import RoutingSettings
+from equiformer2.pruning.study import Recovery, Study, StudySettings
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Optimizer steps after the cut, and whether the same network is trained from random weights, too."""
+
+    steps: int
+    scratch: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """One `Study`: methods at budgets, with or without distillation."""
+
+    model: str
+    methods: tuple[str, ...]
+    keep: tuple[float, ...]
+    distill: Distillation | None = None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Timing through the calculator.
+
+    Attributes:
+        random_weights: name -> preset of networks that are only timed.
+        keep: share of the MACs of the plans that are timed.
+        repeats: pairs of force calls.
+    """
+
+    random_weights: dict[str, str] = field(default_factory=dict)
+    keep: float = 0.5
+    repeats: int = 15
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """Everything in the file; `Study` explains what it shares with it."""
+
+    models: dict[str, str]
+    calibration: tuple[str, ...]
+    held_out: dict[str, str]
+    studies: dict[str, Part]
+    seeds: tuple[int, ...]
+    held_out_structures: int
+    structures: int
+    tries: int
+    router: dict[str, Any]
+    distill_config: str
+    distill_val: str
+    speed: Speed
+
+    def study(self, name: str, out: Path) -> Study:
+        """The study `name` in a folder of its own, sharing searches with those of the same network."""
+        part = self.studies[name]
+        recovery = None
+        if part.distill is not None:
+            length = f"--trainer.max_steps={part.distill.steps}"
+            arguments = ("--config", self.distill_config, "--trainer.max_epochs=-1", length)
+            recovery = Recovery(self.calibration, (self.distill_val,), arguments, part.distill.scratch)
+        return Study(
+            self.models[part.model],
+            list(self.calibration),
+            {title: [path] for title, path in self.held_out.items()},
+            StudySettings(
+                methods=part.methods,
+                keep=part.keep,
+                seeds=self.seeds,
+                structures=self.structures,
+                tries=self.tries,
+                routing=RoutingSettings(**self.router),
+            ),
+            out / name,
+            recovery,
+            self.held_out_structures,
+            searches=out / "searches" / part.model,
+        )
+
+
+def read_campaign(path: Path) -> Campaign:
+    """Read and check the file.
+
+    Raises:
+        InputError: it is missing, no YAML, or a key is unknown or absent; the key is named.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist: name the study's settings with --config") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is no YAML: {error}") from error
+    values = _only(Campaign, content, str(path))
+    values["studies"] = {name: _part(name, given, path) for name, given in values["studies"].items()}
+    values["speed"] = Speed(**_only(Speed, values["speed"], f"{path}, speed"))
+    router = _only(RoutingSettings, values["router"], f"{path}, router")
+    if router.get("protected") is not None:
+        router["protected"] = tuple(router["protected"])
+    values["router"] = router
+    for key in ("calibration", "seeds"):
+        values[key] = tuple(values[key])
+    missing = [item.name for item in fields(Campaign) if item.name not in values]
+    if missing:
+        raise InputError(f"{path} has no {missing[0]}: configs/pruning/study.yaml is an example")
+    campaign = Campaign(**values)
+    for name, part in campaign.studies.items():
+        if part.model not in campaign.models:
+            raise InputError(f"{path}, studies.{name}: the model {part.model!r} is not among the models")
+    return campaign
+
+
+def _part(name: str, given: Any, path: Path) -> Part:
+    values = _only(Part, given, f"{path}, studies.{name}")
+    for key in ("model", "methods", "keep"):
+        if key not in values:
+            raise InputError(f"{path}, studies.{name}: {key} is missing")
+    if values.get("distill") is not None:
+        values["distill"] = Distillation(**_only(Distillation, values["distill"], f"{path}, {name}.distill"))
+    return Part(**values | {"methods": tuple(values["methods"]), "keep": tuple(values["keep"])})
+
+
+def _only(kind: type, given: Any, where: str) -> dict[str, Any]:
+    known = [item.name for item in fields(kind)]
+    if not isinstance(given, dict):
+        raise InputError(f"{where}: give keys and values, of {', '.join(known)}")
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise InputError(f"{where}: the key {unknown[0]!r} is not known: use {', '.join(known)}")
+    return dict(given)
