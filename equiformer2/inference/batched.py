@@ -162,7 +162,7 @@ def relax_batched(
         if "forces" not in out:
             raise InputError(
                 "this model predicts no forces, so it cannot relax a structure: "
-                "use a checkpoint trained with forces (regress_forces)"
+                "use a checkpoint trained with forces (model.forces)"
             )
         yield from running.advance(out)
 

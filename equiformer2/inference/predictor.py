@@ -91,7 +91,7 @@ class Predictor:
     @property
     def has_forces(self) -> bool:
         """Whether the network predicts forces."""
-        return bool(self.checkpoint.config.regress_forces)
+        return self.checkpoint.config.forces != "none"
 
     @torch.no_grad()
     def predict(

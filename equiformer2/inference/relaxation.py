@@ -112,7 +112,7 @@ def relax(
     if "forces" not in calculator.implemented_properties:
         raise InputError(
             "this model predicts no forces, so it cannot relax a structure: "
-            "use a checkpoint trained with forces (regress_forces)"
+            "use a checkpoint trained with forces (model.forces)"
         )
     check_atoms(atoms)
     atoms = atoms.copy()

@@ -58,7 +58,10 @@ class ModelConfig:
         drop_path_rate: probability that a residual branch is dropped for a structure.
         proj_drop: equivariant dropout rate on the output of each branch.
         weight_init: `normal` or `uniform` initial linear weights.
-        regress_forces: build the force head.
+        forces: `direct`: a head predicts them; `gradient`: they are minus the derivative of the energy
+            (`model.conservative`); `none`.
+        stress: with `forces: gradient`, give the stress, too.
+        dens: build the parts for denoising (`model.dens`), which `task.dens` trains; needs `forces: direct`.
         avg_num_nodes: average number of atoms, divides the sum of atomic energies.
         avg_degree: average number of edges per atom, divides the edge-degree embedding.
         blocks: widths and degrees of every block where they differ from those above (a pruned network); None
@@ -97,7 +100,9 @@ class ModelConfig:
     drop_path_rate: float = 0.05
     proj_drop: float = 0.0
     weight_init: Literal["normal", "uniform"] = "uniform"
-    regress_forces: bool = True
+    forces: Literal["direct", "gradient", "none"] = "direct"
+    stress: bool = False
+    dens: bool = False
     avg_num_nodes: float = AVG_NUM_NODES
     avg_degree: float = AVG_DEGREE
     blocks: tuple[BlockConfig, ...] | None = None
@@ -131,6 +136,7 @@ class ModelConfig:
         for name, known in (
             ("norm_type", ("layer_norm", "layer_norm_sh", "rms_norm_sh")),
             ("weight_init", ("normal", "uniform")),
+            ("forces", ("direct", "gradient", "none")),
         ):
             _require(
                 getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}"
@@ -147,6 +153,10 @@ class ModelConfig:
                 self.grid_resolution,
                 f"must be null or an even number of at least 2 * (lmax + 1) = {smallest}",
             )
+        if self.stress and self.forces != "gradient":
+            raise InputError(f"model.stress needs model.forces: gradient, not {self.forces}")
+        if self.dens and self.forces != "direct":
+            raise InputError(f"model.dens needs model.forces: direct, not {self.forces}")
         if self.share_atom_edge_embedding and not self.use_atom_edge_embedding:
             raise InputError("model.share_atom_edge_embedding needs model.use_atom_edge_embedding")
         if self.use_swiglu_s2_act and (self.use_gate_act or not (self.use_sep_s2_act and self.use_grid_mlp)):
@@ -174,6 +184,11 @@ class ModelConfig:
             if head is not None:
                 head.check(self, name)
                 _require(head.attention and head.feed_forward, name, head, "a head has no branch to drop")
+
+    @property
+    def regress_forces(self) -> bool:
+        """Whether there is a force head; the reference's name for it."""
+        return self.forces == "direct"
 
     @property
     def is_pruned(self) -> bool:
@@ -249,6 +264,7 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """Inverse of `to_dict`; an unknown key is an `InputError` that names the nearest known one."""
         known = [field.name for field in dataclasses.fields(cls)]
+        values = with_present_keys(values)
         for key in values:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
@@ -262,6 +278,22 @@ class ModelConfig:
         if name not in _PRESETS:
             raise InputError(f"unknown preset '{name}'; known are {', '.join(_PRESETS)}")
         return cls(**_PRESETS[name])
+
+
+def with_present_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` of a model with `regress_forces`, which older files have, in the words of `forces`."""
+    found = {key: value for key, value in values.items() if key != "regress_forces"}
+    if values.get("regress_forces") is None:
+        return found
+    wanted, forces = bool(values["regress_forces"]), found.get("forces", "direct")
+    if not wanted and forces == "direct":
+        found["forces"] = "none"
+    elif wanted != (forces != "none"):
+        raise InputError(
+            f"model.regress_forces = {wanted} contradicts model.forces = {forces!r}: "
+            "leave out regress_forces, the older of the two keys"
+        )
+    return found
 
 
 _PARTS = ("blocks", "force_head", "energy_head")

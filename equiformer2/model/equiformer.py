@@ -19,6 +19,13 @@ from equiformer2.model.attention import SO2EquivariantGraphAttention, element_em
 from equiformer2.model.block import TransformerBlock
 from equiformer2.model.compiled import compiled_graphs, compiled_network
 from equiformer2.model.config import ModelConfig
+from equiformer2.model.conservative import (
+    check_config,
+    check_gradient,
+    outside_inference_mode,
+    with_derivatives,
+)
+from equiformer2.model.dens import Denoising, EncodedForces, check_encoded
 from equiformer2.model.edges import EdgeContext
 from equiformer2.model.embedding import EdgeDegreeEmbedding
 from equiformer2.model.feed_forward import FeedForwardNetwork
@@ -102,7 +109,9 @@ class EquiformerV2(nn.Module):
             request: which of the outputs are read; None for all of them.
 
         Returns:
-            `energy [B]` and, with `config.regress_forces`, `forces [N, 3]`; what `request` leaves of them.
+            dens: forces to encode, with `config.dens`; adds the output `noise [N, 3]` (see `model.dens`).
+            `energy [B]`, `forces [N, 3]` unless `config.forces` is none, and with `config.stress`
+            `stress [B, 3, 3]` (see `conservative.with_derivatives`); what `request` leaves of them.
 
         Raises:
             InputError: an element is not below `max_num_elements`, the structure is malformed, `request` does
@@ -110,6 +119,16 @@ class EquiformerV2(nn.Module):
         """
         numbers = self._checked_numbers(batch)
         natoms = torch.as_tensor(batch.natoms, device=numbers.device).reshape(-1)
+        request = request or OutputRequest()
+        if dens is not None:
+            check_encoded(dens, self, len(batch.pos))
+        if self.config.forces == "gradient":
+            self.check_backend(routed=active is not None)
+            if frames is not None:
+                raise InputError("gradient forces need the network's own edge frames: leave out frames")
+            further = torch.is_grad_enabled()
+            with torch.inference_mode(False):
+                return self._with_gradient(*outside_inference_mode(batch, graph), request, further)
         structure = torch.repeat_interleave(torch.arange(len(natoms), device=numbers.device), natoms)
         if graph is None:
             graph = self.build_graph(batch)
@@ -118,17 +137,35 @@ class EquiformerV2(nn.Module):
         rotations = self._rotations(vectors, distances) if frames is None else frames.packed()
         self.check_backend(torch.is_grad_enabled() and rotations.requires_grad, active is not None)
         tensors = (numbers, structure, natoms, graph.edge_index, rotations, distances)
-        request = request or OutputRequest()
         request.check(len(numbers), self.force_block is not None)
         if self.backend == "compile":
             return request.cut(self._outputs(*compiled_network(self)(self, *tensors), structure, natoms))
         if self.backend == "triton":
             with triton_kernels(Neighbors.of(graph.edge_index, len(numbers))):
-                return request.cut(self._network(*tensors))
+                return request.cut(self._network(*tensors, dens=dens))
         if active is None and not request.energy and request.force_atoms is not None:
             active = receptive_fields(graph.edge_index, request.force_atoms, len(self.blocks))
         with use_cpp_kernels(self.chosen_backend() == "cpp"):
-            return self._network(*tensors, self._routing(active, batch, graph), request)
+            return self._network(*tensors, self._routing(active, batch, graph), request, dens)
+
+    def _with_gradient(
+        self, batch: Data, graph: RadiusGraph | None, request: OutputRequest, further: bool
+    ) -> dict[str, Tensor]:
+        """`forward` with gradient forces; `further`: whether the outputs will be differentiated."""
+        numbers = self._checked_numbers(batch)
+        natoms = torch.as_tensor(batch.natoms, device=numbers.device).reshape(-1)
+        structure = torch.repeat_interleave(torch.arange(len(natoms), device=numbers.device), natoms)
+        request.check(len(numbers), True)
+        edges = self.build_graph(batch) if graph is None else graph
+
+        def energies(vectors: Tensor, distances: Tensor) -> Tensor:
+            rotations = self._rotations(vectors, distances)
+            return self._network(numbers, structure, natoms, edges.edge_index, rotations, distances)["energy"]
+
+        lattice = (batch.cell, batch.pbc) if self.config.stress else None
+        dtype = self.sphere_embedding.weight.dtype
+        out = with_derivatives(energies, edges, len(numbers), structure, dtype, lattice, further)
+        return request.cut(out)
 
     def _network(
         self,
@@ -178,7 +215,10 @@ class EquiformerV2(nn.Module):
             forces = self.atomic_forces(x, here)
             forces = here.put_targets(forces.new_zeros(len(x), 3), forces)
         atomic = self.atomic_energies(x) if request.energy else None
-        return self._outputs(atomic, forces, structure, natoms)
+        out = self._outputs(atomic, forces, structure, natoms)
+        if dens is not None and self.dens is not None:
+            out["noise"] = self.dens.noise(x, edges)
+        return out
 
     def from_edges(
         self,
@@ -204,6 +244,7 @@ class EquiformerV2(nn.Module):
             with triton_kernels(Neighbors.of(edge_index, len(numbers))):
                 return self._network(*tensors)
         with use_cpp_kernels(self.chosen_backend() == "cpp"):
+        check_config(self.config, "from_edges")
             return self._network(*tensors)
 
     def embed(self, numbers: Tensor, edges: EdgeContext) -> Tensor:
@@ -258,6 +299,8 @@ class EquiformerV2(nn.Module):
                 f"the backend {self.backend!r} updates all atoms in every block: "
                 "use the backend 'auto' to skip some"
             )
+        if self.config.forces == "gradient":
+            check_gradient(self.backend, routed)
         reason = self._why_not(self.backend, frames_need_grad)
         if reason is not None:
             raise InputError(f"the backend {self.backend!r} cannot be used: {reason}")
@@ -271,6 +314,8 @@ class EquiformerV2(nn.Module):
     def _why_not(self, backend: str, frames_need_grad: bool = False) -> str | None:
         weight, degrees = self.sphere_embedding.weight, (self.config.lmax, self.config.mmax)
         return why_not(backend, weight.device, weight.dtype, *degrees, frames_need_grad)
+        if self.config.forces == "gradient":
+            return "torch"
 
     def build_graph(self, batch: Batch | Data) -> RadiusGraph:
         """The edges that `forward` uses for these structures."""

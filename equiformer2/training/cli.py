@@ -16,6 +16,7 @@ from datasets_oc20 import OC20DataModule
 from datasets_oc20.datamodule import NormalizerValues
 from equiformer2.errors import InputError
 from equiformer2.model import ModelConfig
+from equiformer2.model.config import with_present_keys
 from equiformer2.training.folder import WandbSettings
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.run import RunConfig, RunSettings
@@ -52,6 +53,8 @@ def build_parser() -> ArgumentParser:
     parser.add_class_arguments(RunSettings, instantiate=False)
     for name, settings in _GROUPS.items():
         parser.add_class_arguments(settings, name, instantiate=False)
+    # The older word for `model.forces`, which configurations of earlier runs hold.
+    parser.add_argument("--model.regress_forces", type=bool | None, default=None, help=argparse.SUPPRESS)
     parser.add_class_arguments(OC20DataModule, "data", instantiate=False, skip={"seed", "test"})
     parser.add_class_arguments(pl.Trainer, "trainer", instantiate=False, skip=_OWN_TRAINER_KEYS)
     parser.set_defaults(
@@ -83,6 +86,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise InputError(f"configuration: {' '.join(str(error).split())}") from error
     _check_nothing_emptied(parsed)
+    parsed.model = Namespace(with_present_keys(vars(parsed.model)))
     groups = {name: settings(**_plain(parsed[name])) for name, settings in _GROUPS.items()}
     top = {name: parsed[name] for name in RunSettings.__dataclass_fields__}
     run = RunSettings(**top)

@@ -66,7 +66,7 @@ def relax_dataset(
     if not predictor.has_forces:
         raise InputError(
             f"{checkpoint} predicts no forces, so it cannot relax a structure: use a checkpoint trained with "
-            "forces (regress_forces)"
+            "forces (model.forces)"
         )
     if "energy" in dataset[0]:
         check_energies_match_kind(sample_targets(dataset, 200), str(dataset.energy_kind), dataset.path)

@@ -130,10 +130,10 @@ def _with_pruned_blocks(config: RunConfig) -> RunConfig:
 def _check_forces(config: RunConfig, data: ResumableDataModule) -> None:
     """Raise `InputError` for data without forces when the model is to learn them."""
     for dataset in data.datasets.values():
-        if config.model.regress_forces and "forces" not in dataset[0]:
+        if config.model.forces != "none" and "forces" not in dataset[0]:
             raise InputError(
                 f"{dataset.describe(0)}: the record has no forces to train on; "
-                "set model.regress_forces: false for a model of energies only"
+                "set model.forces: none for a model of energies only"
             )
 
 

@@ -118,7 +118,7 @@ class S2EFTask(pl.LightningModule):
     @property
     def has_forces(self) -> bool:
         """Whether the network predicts forces."""
-        return bool(self.model.config.regress_forces)  # type: ignore[union-attr]
+        return bool(self.model.config.forces != "none")  # type: ignore[union-attr]
 
     @property
     def best_weights(self) -> nn.Module:

@@ -83,7 +83,7 @@ def test_counts_by_hand() -> None:
         grid_resolution=4,
         edge_channels=2,
         num_distance_basis=10,
-        regress_forces=False,
+        forces="none",
     )
     parts = {name: counted.flops for name, counted in count(config, atoms=1, edges=1).items()}
     # m = 0: two degrees of 2 C = 4 inputs; outputs 2 x 3 hidden, 5 for the attention, 3 gates.

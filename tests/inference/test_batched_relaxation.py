@@ -260,6 +260,6 @@ def test_with_a_network(checkpoint: Path, make_checkpoint: Callable[..., Path]) 
             atol=2e-4,
         )
         assert np.abs(item.positions - item.frames[0].positions).max() > 0.02
-    blind = Predictor(make_checkpoint("adsorption", regress_forces=False))
+    blind = Predictor(make_checkpoint("adsorption", forces="none"))
     with pytest.raises(InputError, match="predicts no forces"):
         list(relax_batched(blind.predict, structures))

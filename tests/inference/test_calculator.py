@@ -160,7 +160,7 @@ def test_contradicting_energy_kind(checkpoint: Path) -> None:
 
 
 def test_model_without_forces(make_checkpoint: Callable[..., Path], oxygen_on_copper: Atoms) -> None:
-    calculator = EquiformerV2Calculator(make_checkpoint(regress_forces=False))
+    calculator = EquiformerV2Calculator(make_checkpoint(forces="none"))
     assert "forces" not in calculator.implemented_properties
     assert np.isfinite(calculator.get_potential_energy(oxygen_on_copper))
     with pytest.raises(PropertyNotImplementedError):

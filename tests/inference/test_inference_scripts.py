@@ -196,7 +196,7 @@ def test_energy_only_model_and_damaged_checkpoint(
     write("system.traj", oxygen_on_copper)
     Path("broken.pt").write_bytes(b"not a checkpoint")
     for path, message in (
-        (make_checkpoint(regress_forces=False), "predicts no forces"),
+        (make_checkpoint(forces="none"), "predicts no forces"),
         ("broken.pt", "broken.pt"),
     ):
         for script, option in (("relax", "--structure"), ("adsorption_energy", "--system")):

@@ -153,7 +153,7 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 
 
 def test_energy_only() -> None:
-    model = random_model(small_config(regress_forces=False))
+    model = random_model(small_config(forces="none"))
     assert set(model(slab())) == {"energy"}
     assert not [name for name, _ in model.named_parameters() if name.startswith("force_block")]
 

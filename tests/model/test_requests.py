@@ -116,7 +116,7 @@ def test_requests_that_do_not_fit(request_: OutputRequest, message: str) -> None
     with pytest.raises(InputError, match=message):
         random_model()(batch_of(slab()), request=request_)
     with pytest.raises(InputError, match="predicts no forces"):
-        random_model(small_config(regress_forces=False))(batch_of(slab()), request=OutputRequest(False))
+        random_model(small_config(forces="none"))(batch_of(slab()), request=OutputRequest(False))
 
 
 def test_other_backends_give_the_same() -> None:

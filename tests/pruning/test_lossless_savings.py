@@ -88,6 +88,6 @@ def test_all_atoms_fixed_or_no_force_head() -> None:
     assert [saving.force_deviation for saving in measure_savings(random_model(), batch, NORMALIZERS, 1)][
         2:
     ] == [*(0.0, 0.0, 0.0)]
-    model = random_model(small_config(regress_forces=False))
+    model = random_model(small_config(forces="none"))
     (only,) = measure_savings(model, batch, NORMALIZERS, repeats=1)
     assert only.force_deviation is None

@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grid MLP without scalar MLP": {"use_sep_s2_act": False},
     "shared radial weights": {"use_m_share_rad": True, "share_atom_edge_embedding": True},
     "smallest grid": {"grid_resolution": None, "use_atom_edge_embedding": False},
-    "energy alone": {"regress_forces": False, "mmax": 0},
+    "energy alone": {"forces": "none", "mmax": 0},
 }
 
 

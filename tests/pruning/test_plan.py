@@ -134,7 +134,7 @@ def test_cuts_that_the_network_cannot_have() -> None:
             {"use_grid_mlp": False},
             "block 0: ffn_input_channels is given, but the network has no grid MLP",
         ),
-        (PLANS["output heads"], {"regress_forces": False}, "force_head cuts a head"),
+        (PLANS["output heads"], {"forces": "none"}, "force_head cuts a head"),
         (KEEP, {"num_layers": 3}, "for 2 blocks, the network has 3"),
         (dataclasses.replace(KEEP, sphere_channels=(8,)), {}, "sphere_channels keeps 8"),
         (dataclasses.replace(KEEP, force_head=BlockPlan(attention=False)), {}, "a head cannot be dropped"),
