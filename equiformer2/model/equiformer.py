@@ -89,6 +89,7 @@ class EquiformerV2(nn.Module):
         self.bytes_per_edge = 4 * _floats_per_edge(config)
         self.fades_at = config.max_radius if config.smooth_cutoff else None
         initialize_weights(self, config.weight_init)
+        self.dens = Denoising(config, edge_grids) if config.dens else None
 
     def forward(
         self,
@@ -97,6 +98,7 @@ class EquiformerV2(nn.Module):
         frames: EdgeFrames | None = None,
         active: Sequence[Tensor | None] | Router | None = None,
         request: OutputRequest | None = None,
+        dens: EncodedForces | None = None,
     ) -> dict[str, Tensor]:
         """Energies and forces in normalised units.
 
@@ -107,9 +109,9 @@ class EquiformerV2(nn.Module):
             active: which atoms every block updates: one mask (bool `[N]`) or gate (`[N]`, in [0, 1]) or None
                 (all atoms) per block, or a router that decides before each block. See `model.routing`.
             request: which of the outputs are read; None for all of them.
+            dens: forces to encode, with `config.dens`; adds the output `noise [N, 3]` (see `model.dens`).
 
         Returns:
-            dens: forces to encode, with `config.dens`; adds the output `noise [N, 3]` (see `model.dens`).
             `energy [B]`, `forces [N, 3]` unless `config.forces` is none, and with `config.stress`
             `stress [B, 3, 3]` (see `conservative.with_derivatives`); what `request` leaves of them.
 
@@ -117,8 +119,6 @@ class EquiformerV2(nn.Module):
             InputError: an element is not below `max_num_elements`, the structure is malformed, `request` does
                 not fit, or the backend cannot do what is asked for.
         """
-        numbers = self._checked_numbers(batch)
-        natoms = torch.as_tensor(batch.natoms, device=numbers.device).reshape(-1)
         request = request or OutputRequest()
         if dens is not None:
             check_encoded(dens, self, len(batch.pos))
@@ -129,6 +129,8 @@ class EquiformerV2(nn.Module):
             further = torch.is_grad_enabled()
             with torch.inference_mode(False):
                 return self._with_gradient(*outside_inference_mode(batch, graph), request, further)
+        numbers = self._checked_numbers(batch)
+        natoms = torch.as_tensor(batch.natoms, device=numbers.device).reshape(-1)
         structure = torch.repeat_interleave(torch.arange(len(natoms), device=numbers.device), natoms)
         if graph is None:
             graph = self.build_graph(batch)
@@ -177,6 +179,7 @@ class EquiformerV2(nn.Module):
         distances: Tensor,
         routing: Routing | None = None,
         request: OutputRequest = OutputRequest(),  # noqa: B008  immutable
+        dens: EncodedForces | None = None,
     ) -> dict[str, Tensor]:
         """From edges to outputs: tensors in, tensors out."""
         shared = None
@@ -194,6 +197,8 @@ class EquiformerV2(nn.Module):
             self.fades_at,
         )
         x = self.embed(numbers, edges)
+        if dens is not None and self.dens is not None:
+            x = x + self.dens.force_embedding(dens)
         routed = None if routing is None else RoutedEdges(edges, routing)
         for number, block in enumerate(self.blocks):
             here, gates = (edges, None) if routed is None else routed.of_block(number, x)
@@ -239,12 +244,12 @@ class EquiformerV2(nn.Module):
             natoms: `[B]`; only its size is read.
             edge_index, vectors, distances: see `RadiusGraph`.
         """
+        check_config(self.config, "from_edges")
         tensors = numbers, structure, natoms, edge_index, self._rotations(vectors, distances), distances
         if self.backend == "triton":
             with triton_kernels(Neighbors.of(edge_index, len(numbers))):
                 return self._network(*tensors)
         with use_cpp_kernels(self.chosen_backend() == "cpp"):
-        check_config(self.config, "from_edges")
             return self._network(*tensors)
 
     def embed(self, numbers: Tensor, edges: EdgeContext) -> Tensor:
@@ -294,13 +299,13 @@ class EquiformerV2(nn.Module):
             frames_need_grad: derivatives with respect to positions are wanted.
             routed: blocks will update some of the atoms only (`active`).
         """
+        if self.config.forces == "gradient":
+            check_gradient(self.backend, routed)
         if routed and self.backend in ("compile", "triton"):
             raise InputError(
                 f"the backend {self.backend!r} updates all atoms in every block: "
                 "use the backend 'auto' to skip some"
             )
-        if self.config.forces == "gradient":
-            check_gradient(self.backend, routed)
         reason = self._why_not(self.backend, frames_need_grad)
         if reason is not None:
             raise InputError(f"the backend {self.backend!r} cannot be used: {reason}")
@@ -309,13 +314,13 @@ class EquiformerV2(nn.Module):
         """`backend`, or what `auto` stands for where the network is."""
         if self.backend != "auto":
             return self.backend
+        if self.config.forces == "gradient":
+            return "torch"
         return "torch" if self._why_not("cpp") else "cpp"
 
     def _why_not(self, backend: str, frames_need_grad: bool = False) -> str | None:
         weight, degrees = self.sphere_embedding.weight, (self.config.lmax, self.config.mmax)
         return why_not(backend, weight.device, weight.dtype, *degrees, frames_need_grad)
-        if self.config.forces == "gradient":
-            return "torch"
 
     def build_graph(self, batch: Batch | Data) -> RadiusGraph:
         """The edges that `forward` uses for these structures."""
