@@ -3,9 +3,9 @@
     python scripts/pruning_study.py --config configs/pruning/study.yaml
 
 Parts: `lossless` (what inference leaves out anyway), `studies` (methods, budgets, seeds; routers, cuts,
-distillation), `speed` (force calls through the ASE calculator), `report` (docs/results/pruning_study.*). Results
-that are there are not computed again: a call that was stopped goes on. Time `lossless` and `speed` when the
-machine does nothing else.
+distillation), `speed` (force calls through the ASE calculator), `report` (docs/results/pruning_study.*).
+Results that are there are not computed again: a call that was stopped goes on. Time `lossless` and `speed`
+when the machine does nothing else.
 """
 
 import argparse

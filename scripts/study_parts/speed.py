@@ -1,0 +1,163 @@
+"""Times of a pruning study: what inference leaves out, and force calls through the ASE calculator.
+
+Both are ratios of neighbouring calls in one process; what was measured is not measured again.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.constraints import FixAtoms
+from torch_geometric.data import Batch, Data
+
+from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers, load_checkpoint
+from equiformer2.files import write_json
+from equiformer2.inference import EquiformerV2Calculator, Predictor
+from equiformer2.model import EquiformerV2, ModelConfig
+from equiformer2.pruning.baselines import uniform_plan
+from equiformer2.pruning.latency import compare_latency
+from equiformer2.pruning.lossless import measure_savings
+from equiformer2.pruning.plan import PruningPlan
+from equiformer2.pruning.routing import FrozenPlan
+from equiformer2.pruning.routing.files import router_from_dict
+from equiformer2.pruning.shrink import shrink
+from equiformer2.pruning.structures import read_structures
+from equiformer2.pruning.target import MacTarget
+from study_parts.settings import Campaign
+
+_STRUCTURES = 3
+_STEP = 1e-3  # Å: every call is for a new structure, as in a relaxation
+
+
+def measure_lossless(campaign: Campaign, out: Path) -> None:
+    """Write one file per network: `measure_savings` on the first held-out structures."""
+    for name, checkpoint in campaign.models.items():
+        path = out / f"{name}.json"
+        if path.exists():
+            continue
+        predictor = Predictor(checkpoint)
+        batch = Batch.from_data_list(_held_out(campaign)[:_STRUCTURES])
+        normalizers = predictor.checkpoint.normalizers
+        savings = measure_savings(predictor.model, batch, normalizers, campaign.speed.repeats)
+        record = {"threads": torch.get_num_threads(), "savings": [saving.to_dict() for saving in savings]}
+        write_json(path, record, make_folder=True)
+        print(f"wrote {path}")
+
+
+def measure_calls(campaign: Campaign, studies: Path, out: Path) -> None:
+    """Write one file per network and way to make it cheaper: force calls beside the dense network's."""
+    atoms = _as_atoms(_held_out(campaign)[0])
+    for name, checkpoint in campaign.models.items():
+        dense = load_checkpoint(checkpoint)
+        for method, cheaper in _ways(campaign, studies, name, dense).items():
+            _measure(out / f"{name}_{method}.json", atoms, dense, cheaper, campaign.speed.repeats)
+    for name, preset in campaign.speed.random_weights.items():
+        torch.manual_seed(0)
+        dense = _random(preset)
+        plan = uniform_plan(dense.model, _cost(dense.model, atoms), campaign.speed.keep)
+        path = out / f"{name}_random_weights_uniform.json"
+        _measure(path, atoms, dense, _pruned(dense, plan), campaign.speed.repeats)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cheaper:
+    """A checkpoint, perhaps with a router, and its share of the MACs where it is known."""
+
+    checkpoint: Checkpoint
+    macs: float | None
+    router: Callable[..., dict[str, torch.Tensor]] | None = None
+
+
+def _ways(campaign: Campaign, studies: Path, model: str, dense: Checkpoint) -> dict[str, _Cheaper]:
+    """The plans of the first seed at the timed budget, and all routers of the first seed."""
+    found: dict[str, _Cheaper] = {}
+    seed = campaign.seeds[0]
+    for name, part in campaign.studies.items():
+        if part.model != model:
+            continue
+        for path in sorted((studies / name / "results").glob(f"*_{seed}.json")):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            method = record["method"]
+            if "plan" in record and method in part.methods and record["keep"] == campaign.speed.keep:
+                plan = PruningPlan.from_dict(record["plan"], str(path))
+                found[method] = _pruned(dense, plan, record["macs"])
+            elif "router" in record:
+                router = FrozenPlan(router_from_dict(record["router"]))
+                found[method] = _Cheaper(dense, record["macs"], router)
+    return found
+
+
+def _pruned(dense: Checkpoint, plan: PruningPlan, macs: float | None = None) -> _Cheaper:
+    small = shrink(dense.model, plan).eval()
+    return _Cheaper(dataclasses.replace(dense, config=small.config, model=small), macs)
+
+
+def _measure(path: Path, atoms: Atoms, dense: Checkpoint, cheaper: _Cheaper, repeats: int) -> None:
+    if path.exists():
+        return
+    calls = []
+    for checkpoint, router in ((cheaper.checkpoint, cheaper.router), (dense, None)):
+        own = atoms.copy()
+        own.calc = EquiformerV2Calculator(checkpoint, forces_on_fixed=False, router=router)
+        calls.append(_call(own))
+    latency = compare_latency(calls[0], calls[1], repeats)
+    record: dict[str, Any] = {
+        "atoms": len(atoms),
+        "threads": torch.get_num_threads(),
+        "macs": cheaper.macs,
+        "latency": latency.to_dict(),
+    }
+    write_json(path, record, make_folder=True)
+    print(f"{path.stem}: {1 / latency.ratio:.2f} times as fast")
+
+
+def _call(atoms: Atoms) -> Callable[[], object]:
+    random = np.random.default_rng(0)
+    start = atoms.positions.copy()
+
+    def call() -> object:
+        atoms.positions[:] = start + _STEP * random.standard_normal(start.shape)
+        return atoms.get_forces()
+
+    return call
+
+
+def _random(preset: str) -> Checkpoint:
+    model = EquiformerV2(ModelConfig.preset(preset)).eval()
+    one = Normalizer(0.0, 1.0)
+    return Checkpoint(
+        config=model.config,
+        model=model,
+        weights="raw",
+        available_weights=("raw",),
+        normalizers=Normalizers(energy=one, forces=one),
+        energy_kind="adsorption",
+        provenance={"random weights": preset},
+        source_format="equiformer2",
+    )
+
+
+def _cost(model: EquiformerV2, atoms: Atoms) -> Callable[[PruningPlan], float]:
+    edges = len(atoms) * model.config.max_neighbors
+    return MacTarget(model.config, 0.5, len(atoms), edges).fraction_of
+
+
+def _held_out(campaign: Campaign) -> list[Data]:
+    return read_structures(next(iter(campaign.held_out.values())), campaign.held_out_structures)
+
+
+def _as_atoms(data: Data) -> Atoms:
+    fixed = np.flatnonzero(data.fixed.numpy() > 0)
+    return Atoms(
+        numbers=data.atomic_numbers.long().numpy(),
+        positions=data.pos.numpy(),
+        cell=data.cell.view(3, 3).numpy(),
+        pbc=data.pbc.view(3).numpy(),
+        tags=data.tags.long().numpy(),
+        constraint=FixAtoms(fixed),
+    )
