@@ -17,10 +17,9 @@ Rows = list[dict[str, Any]]
 
 
 def draw(campaign: Campaign, tables: Mapping[str, Rows], target: Path) -> None:
-    """Left of each pair against the dense network's answers, right against labels (dotted: the dense network)."""
-    models = [
-        name for name in campaign.models if any(campaign.studies[study].model == name for study in tables)
-    ]
+    """Left of each pair against the dense network's answers, right against labels (dotted: the dense one)."""
+    studied = {campaign.studies[study].model for study in tables}
+    models = [name for name in campaign.models if name in studied]
     if not models:
         return
     methods = list(

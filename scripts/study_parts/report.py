@@ -129,7 +129,7 @@ def _router_verdicts(campaign: Campaign, name: str, rows: Rows) -> list[Verdict]
             ratio = _mae(ftp, held_out, "to_labels") / _mae(dense, held_out, "to_labels")
             verdicts.append(
                 Verdict(
-                    f"{name}, {held_out}: trained router at {keep:.0%} of the MACs, force MAE at most 5 % worse",
+                    f"{name}, {held_out}: router at {keep:.0%} of the MACs, force MAE at most 5 % worse",
                     f"{ratio - 1:+.1%} (MACs {ftp['macs_on'][held_out]:.1%})",
                     ratio <= _WORSE,
                 )
@@ -161,7 +161,7 @@ def _distilled_verdicts(campaign: Campaign, name: str, rows: Rows) -> list[Verdi
             ratio = own / _mae(dense, held_out, "to_labels")
             verdicts.append(
                 Verdict(
-                    f"{name}, {held_out}: {keep:.0%} of the MACs and distillation, force MAE at most 5 % worse",
+                    f"{name}, {held_out}: {keep:.0%} of the MACs, distilled, force MAE at most 5 % worse",
                     f"{ratio - 1:+.1%} (MACs {pruned['macs']:.1%})",
                     ratio <= _WORSE,
                 )
