@@ -113,7 +113,8 @@ class SO2EquivariantGraphAttention(DerivedConstants):
 
         def layer(part: EdgeContext, atoms: slice) -> Tensor:
             total = self._sum(x, x_target[atoms], part, rows, weights, (1, order))
-            return self.proj.degree(total[:, 1:4] * self.scale[1:4], 1)
+            with no_autocast(total):  # what leaves the network is not rounded
+                return self.proj.degree(total[:, 1:4] * self.scale[1:4], 1)
 
         return by_parts(layer, edges)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from equiformer2.kernels import grid_mlp
+from equiformer2.kernels.chunks import no_autocast
 from equiformer2.model.activation import GateActivation, S2Activation, SeparableS2Activation
 from equiformer2.model.block_config import ResolvedBlock
 from equiformer2.model.config import ModelConfig
@@ -66,7 +67,8 @@ class FeedForwardNetwork(nn.Module):
             hidden = nn.functional.silu(self.gating_linear(x[:, 0]))
         else:
             hidden = self._hidden(x)[:, 0]
-        return self.so3_linear_2.degree(hidden, 0)
+        with no_autocast(x):  # what leaves the network is not rounded
+            return self.so3_linear_2.degree(hidden.to(self.so3_linear_2.weight.dtype), 0)
 
     def freeze_unread(self) -> None:
         """Freeze what `scalars` never reads, for a network of which only the scalars are used."""

@@ -45,6 +45,9 @@ log = logging.getLogger("equiformer2")
 #: Keys of the model configuration that shape training, not the weights: a fine-tuning run may change them.
 _NOT_IN_WEIGHTS = {"alpha_drop", "drop_path_rate", "proj_drop", "weight_init"}
 
+#: All that Lightning's names of these three can be.
+_PRECISIONS = (None, "32-true", "32", 32, "bf16-mixed", "bf16", "64-true", "64", 64)
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -210,6 +213,11 @@ def _fit(trainer: pl.Trainer, task: S2EFTask, data: ResumableDataModule, folder:
 
 def _trainer(config: RunConfig, folder: RunFolder, callbacks: list[pl.Callback]) -> pl.Trainer:
     settings = dict(config.trainer)
+    if settings["precision"] not in _PRECISIONS:
+        raise InputError(
+            f"trainer.precision is {settings['precision']!r}; it is '32-true', 'bf16-mixed' or '64-true': "
+            "weights stay in float32, and fp16 would need scaled gradients"
+        )
     if settings["enable_progress_bar"] is None:
         settings["enable_progress_bar"] = sys.stdout.isatty()
     if settings["enable_progress_bar"]:

@@ -15,6 +15,7 @@ from e3nn import o3
 from torch import Tensor
 
 from equiformer2.kernels import pack_blocks
+from equiformer2.kernels.chunks import no_autocast
 
 # Directions closer to the polar axis than this (sine of the angle) use a second chart whose polar axis is x:
 # in either chart the frame is a smooth function of the direction, with bounded derivatives.
@@ -56,7 +57,8 @@ class EdgeFrames:
         sin_alpha = torch.where(pole, torch.zeros_like(x), x / safe)
         # Column image of the direction at (beta + 90°, alpha) is z in the frame without gauge.
         tilted = torch.stack((y * sin_alpha, -sin_beta, y * cos_alpha), dim=1)
-        image = (rotations @ tilted.unsqueeze(2)).squeeze(2)
+        with no_autocast(rotations):
+            image = (rotations @ tilted.unsqueeze(2)).squeeze(2)
         gauge = (image[:, 2], image[:, 0])
         return cls(_wigner_blocks(gauge, (y, sin_beta), (cos_alpha, sin_alpha), lmax, mmax, None))
 
@@ -87,16 +89,18 @@ def _wigner_blocks(
     beta_cos, beta_sin = _multiples(*beta, lmax)
     alpha_cos, alpha_sin = _multiples(*alpha, lmax)
     blocks = []
-    for l in range(lmax + 1):
-        constants = _constants(l, mmax, beta[0].dtype, beta[0].device)
-        # Z(gauge) mixes only the rows +m and -m, so the cut to |m| <= mmax can be made in front of it.
-        left = constants.to_x_rows.expand(len(beta[0]), -1, -1)
-        left = _rotate_rows(left, gauge_cos, gauge_sin, constants)
-        left = _rotate_columns(left, beta_cos, -beta_sin, l)
-        block = _rotate_columns(left @ constants.from_x, alpha_cos, -alpha_sin, l)
-        if permuted is not None:
-            block = torch.where(permuted[:, None, None], block @ constants.cycle, block)
-        blocks.append(block)
+    # Matrices rounded to bf16 would be no rotations: everything behind them would lose its symmetry.
+    with no_autocast(beta[0]):
+        for l in range(lmax + 1):
+            constants = _constants(l, mmax, beta[0].dtype, beta[0].device)
+            # Z(gauge) mixes only the rows +m and -m, so the cut to |m| <= mmax can be made in front of it.
+            left = constants.to_x_rows.expand(len(beta[0]), -1, -1)
+            left = _rotate_rows(left, gauge_cos, gauge_sin, constants)
+            left = _rotate_columns(left, beta_cos, -beta_sin, l)
+            block = _rotate_columns(left @ constants.from_x, alpha_cos, -alpha_sin, l)
+            if permuted is not None:
+                block = torch.where(permuted[:, None, None], block @ constants.cycle, block)
+            blocks.append(block)
     return blocks
 
 
