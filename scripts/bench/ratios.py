@@ -5,6 +5,7 @@ from typing import Any
 
 from bench.part_memory import peak_of
 
+GOAL_SIZES = ("31M", "83M")
 # Times faster than the reference, by device, operation and precision of ours. On a GPU both run in TF32.
 SPEED_GOALS: dict[tuple[str, str, str], float] = {
     ("cpu", "forward", "float32"): 2.2,
@@ -43,9 +44,16 @@ def speed_up(calls: list[dict[str, Any]], ours: dict[str, Any]) -> float | None:
     return None if found is None else median(found) / median(ours)
 
 
-def speed_goal(device: str, call: dict[str, Any]) -> float | None:
+def speed_goal(device: str, size: str, call: dict[str, Any]) -> float | None:
     """The promised speed-up of one of our calls, if there is a promise."""
+    if size not in GOAL_SIZES:
+        return None
     return SPEED_GOALS.get((device, call["operation"], call["precision"]))
+
+
+def memory_goal(device: str, size: str) -> float | None:
+    """The promised share of the reference's peak memory, if there is a promise."""
+    return MEMORY_GOALS[device] if size in GOAL_SIZES else None
 
 
 def memory_ratio(record: dict[str, Any], backend: str = "auto") -> float | None:

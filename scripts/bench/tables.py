@@ -5,7 +5,7 @@ from typing import Any
 
 from bench.part_atoms import fit_line
 from bench.part_memory import peak_of
-from bench.ratios import MEMORY_GOALS, baseline, median, memory_ratio, speed_goal, speed_up
+from bench.ratios import baseline, median, memory_goal, memory_ratio, speed_goal, speed_up
 from bench.settings import Variant
 
 EXTRAPOLATED_ATOMS = 100_000
@@ -63,7 +63,7 @@ def _timing_row(row: dict[str, Any], call: dict[str, Any], device: str) -> str:
     return (
         f"| {row['size']} | {row['batch']} | {OPERATION_NAMES[operation]} | {row['allocator']} | {label} |"
         f" {reference} | {spread(call['seconds'])} | {'' if factor is None else f'{factor:.2f}'} |"
-        f" {_goal(factor, speed_goal(device, call))} | {changed} |"
+        f" {_goal(factor, speed_goal(device, row['size'], call))} | {changed} |"
     )
 
 
@@ -118,8 +118,10 @@ def memory_table(rows: list[dict[str, Any]], device: str) -> list[str]:
         for peak in row["peaks"]:
             if peak["implementation"] == "ours":
                 ratio = memory_ratio(row, peak["backend"])
-                goal = MEMORY_GOALS[device]
-                verdict = "" if ratio is None else f"at most {goal:.2f}: {_met(ratio <= goal)}"
+                goal = memory_goal(device, row["size"])
+                verdict = ""
+                if ratio is not None and goal is not None:
+                    verdict = f"at most {goal:.2f}: {_met(ratio <= goal)}"
                 lines.append(
                     f"| {row['size']} | {row['batch']} | {peak['backend']} | {_gib(reference)} |"
                     f" {_gib(peak)} | {'' if ratio is None else f'{ratio:.2f}'} | {verdict} |"

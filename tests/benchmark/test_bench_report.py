@@ -43,9 +43,10 @@ def test_speed_up_is_against_the_fastest_reference_of_the_same_precision() -> No
 
 
 def test_goals_depend_on_the_device() -> None:
-    assert speed_goal("cpu", call("ours", "forward", "bf16", 1.0)) == 4.0
-    assert speed_goal("cuda", call("ours", "forward", "tf32", 1.0)) == 6.0
-    assert speed_goal("cuda", call("ours", "forward", "float32", 1.0)) is None
+    assert speed_goal("cpu", "31M", call("ours", "forward", "bf16", 1.0)) == 4.0
+    assert speed_goal("cuda", "83M", call("ours", "forward", "tf32", 1.0)) == 6.0
+    assert speed_goal("cuda", "83M", call("ours", "forward", "float32", 1.0)) is None
+    assert speed_goal("cpu", "small", call("ours", "forward", "bf16", 1.0)) is None
 
 
 def test_report_says_which_goals_hold(tmp_path: Path, log: Any) -> None:
