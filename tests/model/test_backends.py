@@ -15,6 +15,7 @@ SMALLEST = {"num_layers": 1, "grid_resolution": 6, "num_distance_basis": 8, "max
 VARIANTS = [
     {},
     {"use_sep_s2_act": False, "use_m_share_rad": True},
+    {"smooth_cutoff": True, "use_swiglu_s2_act": True, "norm_type": "rms_norm_sh", "use_m_share_rad": True},
     pytest.param({"use_gate_act": True}, marks=pytest.mark.slow),
     pytest.param({"use_grid_mlp": False, "share_atom_edge_embedding": True}, marks=pytest.mark.slow),
 ]

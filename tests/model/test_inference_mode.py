@@ -15,7 +15,13 @@ def slab_batch(dtype: torch.dtype) -> Batch:
     return batch_of(slab(dtype), lone_atom(dtype), cluster(dtype), lone_atom(dtype))
 
 
-VARIANTS = [{}, {"use_gate_act": True}, {"share_atom_edge_embedding": True}, {"use_m_share_rad": True}]
+VARIANTS = [
+    {},
+    {"use_gate_act": True},
+    {"share_atom_edge_embedding": True},
+    {"use_m_share_rad": True},
+    {"use_swiglu_s2_act": True, "smooth_cutoff": True},
+]
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)

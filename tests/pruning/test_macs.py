@@ -95,6 +95,16 @@ def test_parameters_are_those_of_the_network(variant: str) -> None:
         assert count_macs(config, 1, 0, plan).parameters == expected
 
 
+def test_swiglu_networks_are_counted() -> None:
+    """They cannot be pruned, but their operations and parameters are known."""
+    config = config_of(norm_type="layer_norm", use_swiglu_s2_act=True, smooth_cutoff=True)
+    model = random_model(config, torch.float64)
+    executed, edges = counted_by_torch(model)
+    count = count_macs(config, len(BATCH.pos), edges)
+    assert count.total == executed - edges * zeros_in_rectangles(config)
+    assert count.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
 def test_complex_products() -> None:
     """The paper's formula has four real products for every order m > 0, and is the same elsewhere."""
     config = config_of()

@@ -32,7 +32,7 @@ def _call(
     to_latitude, _, longitude, _ = factors
     channels, width = _channels(hidden, factors), hidden.shape[1]
     # Forward the rows of `out` are as long as it is; backward `out` is a part of the gradient of `hidden`.
-    rows, stride = (out.shape[1], out[0].numel()) if grad_out is None else (grad_out.shape[1], width)
+    rows, stride = (out.shape[1], out.shape[1] * channels) if grad_out is None else (grad_out.shape[1], width)
     sizes = len(to_latitude), len(longitude), to_latitude.shape[1], rows
     columns = hidden[:, channels:], hidden, width, grad_out, out, stride, grad_gates
     mmax = (longitude.shape[1] - 1) // 2
