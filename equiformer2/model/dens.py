@@ -109,5 +109,6 @@ def without_denoising(model: Network) -> Network:
         return model
     plain = copy.copy(model)
     plain._modules = {**model._modules, "dens": None}
-    plain.config = dataclasses.replace(model.config, dens=False)  # type: ignore[arg-type, assignment]
+    assert isinstance(model.config, ModelConfig)
+    plain.config = dataclasses.replace(model.config, dens=False)  # type: ignore[assignment]
     return plain
