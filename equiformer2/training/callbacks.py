@@ -66,12 +66,12 @@ class NativeCheckpoints(Callback):
         task.guard.check()
         if not trainer.is_global_zero:
             return
-        model = task.export(task.model)
+        model = task.exported(task.model)
         save_checkpoint(
             path,
             model=model,  # type: ignore[arg-type]  # tests train stand-ins
             raw_state=_on_cpu(model),
-            averaged_state=None if task.averaged is None else _on_cpu(task.export(task.averaged)),
+            averaged_state=None if task.averaged is None else _on_cpu(task.exported(task.averaged)),
             normalizers=task.normalizers,
             energy_kind=task.energy_kind,
             provenance={

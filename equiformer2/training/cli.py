@@ -17,6 +17,7 @@ from datasets_oc20.datamodule import NormalizerValues
 from equiformer2.errors import InputError
 from equiformer2.model import ModelConfig
 from equiformer2.model.config import with_present_keys
+from equiformer2.training.dens import DensSettings
 from equiformer2.training.folder import WandbSettings
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.run import RunConfig, RunSettings
@@ -37,7 +38,8 @@ _OWN_TRAINER_KEYS = {
     "model_registry",
 }
 _GROUPS = {"model": ModelConfig, "task": TaskSettings, "optim": OptimSettings, "wandb": WandbSettings}
-_NORMALIZERS = "data.normalizers"
+#: Keys that are null or hold keys of their own.
+_OPTIONAL_GROUPS = {"data.normalizers": NormalizerValues, "task.dens": DensSettings}
 
 
 def build_parser() -> ArgumentParser:
@@ -76,7 +78,9 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     """
     parser = build_parser()
     known = {action.dest for action in parser._actions if action.dest}
-    known |= {f"{_NORMALIZERS}.{field.name}" for field in fields(NormalizerValues)}
+    known |= {
+        f"{group}.{field.name}" for group, values in _OPTIONAL_GROUPS.items() for field in fields(values)
+    }
     for file, keys in _keys_of(arguments):
         for key in keys:
             _check_key(key, known, file)
@@ -153,8 +157,8 @@ def _check_key(key: str, known: set[str], where: str) -> None:
     parts = key.split(".")
     prefixes = {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
     # A known key with something below it is a value that jsonargparse checks itself (a callback, say);
-    # a group as a whole has no dot and stands for the keys inside it, as do the normalizers.
-    values = {name for name in known if "." in name and name != _NORMALIZERS}
+    # a group as a whole has no dot and stands for the keys inside it, as do optional groups.
+    values = {name for name in known if "." in name and name not in _OPTIONAL_GROUPS}
     if key in known | {"help", "print_config"} or prefixes & values:
         return
     own = key.removeprefix("trainer.")

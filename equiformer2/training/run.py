@@ -43,7 +43,7 @@ from equiformer2.training.task import S2EFTask, TaskSettings
 log = logging.getLogger("equiformer2")
 
 #: Keys of the model configuration that shape training, not the weights: a fine-tuning run may change them.
-_NOT_IN_WEIGHTS = {"alpha_drop", "drop_path_rate", "proj_drop", "weight_init"}
+_NOT_IN_WEIGHTS = {"alpha_drop", "drop_path_rate", "proj_drop", "weight_init", "dens"}
 
 #: All that Lightning's names of these three can be.
 _PRECISIONS = (None, "32-true", "32", 32, "bf16-mixed", "bf16", "64-true", "64", 64)
@@ -101,7 +101,7 @@ def train(config: RunConfig) -> Path:
         InputError, datasets_oc20.DataError: anything wrong with the settings, the data or a checkpoint.
         OSError: the folder cannot be written.
     """
-    config = _with_pruned_blocks(config)
+    config = _with_denoising(_with_pruned_blocks(config))
     run = config.run
     folder = RunFolder(Path(run.runs_dir) / (run.name or "run"), run.ckpt_path)
     begin = "step 0"
@@ -128,6 +128,18 @@ def _with_pruned_blocks(config: RunConfig) -> RunConfig:
     values = yaml.safe_load(config.text)
     values["model"] |= {name: value for name, value in plain(model.to_dict()).items() if name in parts}
     return replace(config, model=model, text=yaml.safe_dump(values, sort_keys=False))
+
+
+def _with_denoising(config: RunConfig) -> RunConfig:
+    """`task.dens` decides whether the network has the parts that it trains."""
+    if config.model.dens == (config.task.dens is not None):
+        return config
+    if config.model.dens:
+        raise InputError("model.dens is for task.dens, which is not set: set it, or leave model.dens out")
+    values = yaml.safe_load(config.text)
+    values["model"]["dens"] = True
+    text = yaml.safe_dump(values, sort_keys=False)
+    return replace(config, model=replace(config.model, dens=True), text=text)
 
 
 def _check_forces(config: RunConfig, data: ResumableDataModule) -> None:
@@ -285,5 +297,7 @@ def _start_from(model: EquiformerV2, start: Checkpoint, data: ResumableDataModul
             f"init_from: {path} predicts {start.energy_kind} energies and the training data hold "
             f"{data.energy_kind} energies: use data of the checkpoint's kind"
         )
-    model.load_state_dict(start.model.state_dict())
+    # Checkpoints have no parts for denoising; these start anew.
+    own = {} if model.dens is None else model.dens.state_dict(prefix="dens.")
+    model.load_state_dict({**own, **start.model.state_dict()})
     log.info(f"starting from the {start.weights} weights of {os.fspath(path)}")

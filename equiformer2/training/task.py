@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,9 @@ from torch_geometric.data import Batch
 
 from equiformer2.checkpoint import Normalizers
 from equiformer2.errors import InputError, naming_structures
+from equiformer2.model.dens import without_denoising
 from equiformer2.training.accumulation import Terms
+from equiformer2.training.dens import Corrupted, DensSettings, corrupt
 from equiformer2.training.guard import FiniteGuard
 from equiformer2.training.losses import energy_l1, force_l2
 from equiformer2.training.metrics import S2EFMetrics
@@ -45,6 +47,7 @@ class TaskSettings:
         activation_checkpointing: recompute each block in the backward pass; less memory, more time.
         backend: runs the hot operations: `auto`, `torch`, `cpp`, `compile`, `triton` (`kernels.backend`).
         monitor: validation metric that decides which weights are the best.
+        dens: denoising as an auxiliary task; null for none.
     """
 
     energy_coefficient: float = 2.0
@@ -56,8 +59,13 @@ class TaskSettings:
     monitor: Literal[
         "forces_mae", "energy_mae", "energy_forces_within_threshold", "forces_cosine_similarity"
     ] = "forces_mae"
+    dens: DensSettings | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.dens, Mapping):
+            object.__setattr__(self, "dens", DensSettings(**self.dens))
+        if self.dens is not None and self.backend == "compile":
+            raise InputError("task.backend: compile encodes no forces; use auto with task.dens")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"task.ema_decay must be at least 0 and below 1, not {self.ema_decay}")
         for name in ("energy_coefficient", "force_coefficient"):
@@ -125,6 +133,10 @@ class S2EFTask(pl.LightningModule):
         """The averaged network where there is one, else the raw one."""
         return self.averaged if self.averaged is not None else self.model
 
+    def exported(self, network: nn.Module) -> nn.Module:
+        """What native checkpoints hold of one of the networks: nothing that only training needs."""
+        return self.export(without_denoising(network))
+
     def train(self, mode: bool = True) -> "S2EFTask":
         """Training mode for the raw network only: the average never drops anything."""
         super().train(mode)
@@ -144,18 +156,28 @@ class S2EFTask(pl.LightningModule):
         See `losses` and `accumulation`.
         """
         terms = Terms.of(batch)
-        out = self._forward_with_own_randomness(batch, batch_idx)
+        noisy = self._corrupted(batch, batch_idx)
+        out = self._forward_with_own_randomness(batch, batch_idx, noisy)
         target_energy = self.normalizers.normalize_energy(batch.energy, batch)
         energy = energy_l1(
-            out["energy"], target_energy, batch.get("has_energy"), terms.energies if terms else None
+            out["energy"] if noisy is None else noisy.energy(out, target_energy),
+            target_energy,
+            batch.get("has_energy"),
+            terms.energies if terms else None,
         )
         loss = self.settings.energy_coefficient * energy
         logged = {"train/energy_mae": energy.detach() * self.normalizers.energy.std}
         if self.has_forces:
             target = self.normalizers.normalize_forces(batch.forces)
-            forces = force_l2(out["forces"], target, ~batch.fixed.bool(), terms.free_atoms if terms else None)
+            free, free_atoms = ~batch.fixed.bool(), terms.free_atoms if terms else None
+            predicted = out["forces"] if noisy is None else noisy.forces(out, target)
+            forces = force_l2(predicted, target, free, free_atoms)
             loss = loss + self.settings.force_coefficient * forces
             logged["train/forces_l2"] = forces.detach() * self.normalizers.forces.std
+            if noisy is not None:
+                noise = force_l2(noisy.noise(out), noisy.target, free, free_atoms)
+                loss = loss + noisy.settings.coefficient * noise
+                logged["train/denoising_l2"] = noise.detach() * noisy.settings.noise_std
         self.guard.watch(self.global_step, loss, batch, out)
         values = self._of_step(torch.stack([loss.detach(), *logged.values()]), batch_idx)
         self._log_training(values[0], dict(zip(logged, values[1:].unbind(), strict=True)), batch.num_graphs)
@@ -182,13 +204,21 @@ class S2EFTask(pl.LightningModule):
             self.log("train/compiled_graphs", float(graphs), batch_size=batch_size)
         self.log_dict(dict(zip(names, values[1:].unbind(), strict=True)), batch_size=batch_size)
 
-    def _forward_with_own_randomness(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        entropy = (self.seed, self.current_epoch, batch_idx, self.global_rank)
-        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+    def _seed(self, batch_idx: int, *purpose: int) -> int:
+        entropy = (self.seed, self.current_epoch, batch_idx, self.global_rank, *purpose)
+        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+
+    def _corrupted(self, batch: Batch, batch_idx: int) -> Corrupted | None:
+        settings = self.settings.dens
+        return None if settings is None else corrupt(batch, settings, self._seed(batch_idx, 1))
+
+    def _forward_with_own_randomness(
+        self, batch: Batch, batch_idx: int, noisy: Corrupted | None
+    ) -> dict[str, Tensor]:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), naming_structures(batch):
-            torch.manual_seed(seed)
-            out: dict[str, Tensor] = self.model(batch)
+            torch.manual_seed(self._seed(batch_idx))
+            out: dict[str, Tensor] = self.model(batch) if noisy is None else noisy.predict(self.model)
         return out
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
