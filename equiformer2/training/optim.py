@@ -12,6 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from equiformer2.errors import InputError
 
+#: Where torch 2.6 and later have a fused AdamW.
+_FUSED_DEVICES = {"cuda", "cpu", "xpu", "mps"}
+
 
 @dataclass(frozen=True)
 class OptimSettings:
@@ -49,7 +52,10 @@ class OptimSettings:
 
 
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> Optimizer:
-    """AdamW over the trainable parameters; those in `model.no_weight_decay()` (full names) do not decay."""
+    """AdamW over the trainable parameters; those in `model.no_weight_decay()` (full names) do not decay.
+
+    One fused kernel updates everything, where torch has one for the device.
+    """
     skip: set[str] = model.no_weight_decay()  # type: ignore[operator]
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
@@ -60,7 +66,7 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> Optimizer:
         [group for group in groups if group["params"]],
         lr=settings.lr,
         betas=settings.betas,
-        fused=all(p.device.type == "cuda" for _, p in named),
+        fused=all(p.device.type in _FUSED_DEVICES for _, p in named),
     )
 
 

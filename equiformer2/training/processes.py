@@ -46,6 +46,12 @@ def strategy_of(trainer: Mapping[str, Any]) -> Any:
     return DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
+def check_launched_as_told(trainer: pl.Trainer) -> None:
+    """Raise `ValueError` when Slurm was asked for other numbers of nodes or processes than the trainer."""
+    if isinstance(trainer.strategy, DDPStrategy) and trainer.strategy.cluster_environment is not None:
+        trainer.strategy.cluster_environment.validate_settings(trainer.num_devices, trainer.num_nodes)
+
+
 class SameRunEverywhere(pl.Callback):
     """Refuses to begin when the processes of a run were not given the same.
 

@@ -33,6 +33,7 @@ from equiformer2.training.loader import ResumableDataModule
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.processes import (
     SameRunEverywhere,
+    check_launched_as_told,
     fingerprint,
     settings_to_compare,
     strategy_of,
@@ -243,14 +244,15 @@ def _trainer(config: RunConfig, folder: RunFolder, callbacks: list[pl.Callback])
         if SLURMEnvironment.detect():
             # Lightning would answer Slurm's signal with a checkpoint and a queue of its own.
             settings["plugins"].append(SLURMEnvironment(auto_requeue=False))
-        return pl.Trainer(
+        trainer = pl.Trainer(
             **settings,
             logger=folder.loggers(config.wandb),
             default_root_dir=folder.path,
             # The batch sampler shares out the data between processes itself.
             use_distributed_sampler=False,
         )
-    except (MisconfigurationException, ValueError, TypeError) as error:
+        check_launched_as_told(trainer)
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"trainer: {error}") from error
@@ -262,6 +264,7 @@ def _facts(config: RunConfig, data: ResumableDataModule) -> dict[str, str]:
     settings = {name: value for name, value in config.data.items() if name not in paths}
     return {
         **settings_to_compare(
+    return trainer
             model=config.model, task=config.task, optim=config.optim, data=settings, trainer=config.trainer
         ),
         **{f"data.{name}": fingerprint(dataset.natoms) for name, dataset in data.datasets.items()},

@@ -128,6 +128,7 @@ class S2EFTask(pl.LightningModule):
         """Whether the network predicts forces."""
         return bool(self.model.config.forces != "none")  # type: ignore[union-attr]
 
+        self._step_values: Tensor | float = 0.0
     @property
     def best_weights(self) -> nn.Module:
         """The averaged network where there is one, else the raw one."""
@@ -201,7 +202,8 @@ class S2EFTask(pl.LightningModule):
         if self.settings.backend == "compile":
             networks = [network for network in (self.model, self.averaged) if network is not None]
             graphs = sum(network.compiled_graphs for network in networks)  # type: ignore[misc]
-            self.log("train/compiled_graphs", float(graphs), batch_size=batch_size)
+            # Made on the device: Lightning would copy a number there and wait.
+            self.log("train/compiled_graphs", loss.new_full((), float(graphs)), batch_size=batch_size)
         self.log_dict(dict(zip(names, values[1:].unbind(), strict=True)), batch_size=batch_size)
 
     def _seed(self, batch_idx: int, *purpose: int) -> int:

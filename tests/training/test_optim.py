@@ -43,6 +43,28 @@ def test_named_parameters_do_not_decay() -> None:
     assert kept["params"] == [model.linear.bias]
 
 
+def test_the_fused_step_equals_the_plain_one() -> None:
+    def after_20_steps(fused: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(7, 13), nn.SiLU(), nn.Linear(13, 3))
+        model.no_weight_decay = lambda: {"0.bias", "2.bias"}
+        optimizer = build_optimizer(model, OptimSettings(lr=1e-2, weight_decay=0.1))
+        assert all(group["fused"] for group in optimizer.param_groups)
+        if not fused:
+            groups = [{**group, "fused": False} for group in optimizer.param_groups]
+            optimizer = torch.optim.AdamW(groups)
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(torch.randn(5, 7)).square().mean().backward()
+            optimizer.step()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    fused = after_20_steps(True)
+    for value, again, plain in zip(fused, after_20_steps(True), after_20_steps(False), strict=True):
+        assert torch.equal(value, again)
+        torch.testing.assert_close(value, plain, rtol=1e-5, atol=1e-6)
+
+
 def test_schedule_equals_the_reference() -> None:
     optimizer = build_optimizer(Tiny(), OptimSettings(lr=1.0))
     schedule = build_schedule(optimizer, OptimSettings(lr=1.0), steps_per_epoch=40, total_steps=120)
