@@ -256,6 +256,7 @@ def _trainer(config: RunConfig, folder: RunFolder, callbacks: list[pl.Callback])
         if isinstance(error, InputError):
             raise
         raise InputError(f"trainer: {error}") from error
+    return trainer
 
 
 def _facts(config: RunConfig, data: ResumableDataModule) -> dict[str, str]:
@@ -264,7 +265,6 @@ def _facts(config: RunConfig, data: ResumableDataModule) -> dict[str, str]:
     settings = {name: value for name, value in config.data.items() if name not in paths}
     return {
         **settings_to_compare(
-    return trainer
             model=config.model, task=config.task, optim=config.optim, data=settings, trainer=config.trainer
         ),
         **{f"data.{name}": fingerprint(dataset.natoms) for name, dataset in data.datasets.items()},
