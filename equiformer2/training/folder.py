@@ -162,9 +162,11 @@ class RunFolder:
             ) from error
         # The id is kept with the run, so that a resumed run goes on in the same place.
         id_file = self.path / "wandb_id.txt"
-        if _is_first_process() and not (self.resume_from is not None and id_file.exists()):
-            write_bytes(id_file, uuid.uuid4().hex[:8].encode())
-        run_id = id_file.read_text().strip()
+        run_id = None
+        if _is_first_process():  # the others log nothing, and may come here before the file is written
+            if self.resume_from is None or not id_file.exists():
+                write_bytes(id_file, uuid.uuid4().hex[:8].encode())
+            run_id = id_file.read_text().strip()
         return WandbLogger(
             project=settings.project,
             entity=settings.entity,
