@@ -29,6 +29,16 @@ SMALL: dict[str, Any] = {
 }
 
 
+#: EquiformerV3's switches, each alone.
+V3_SWITCHES: dict[str, dict[str, Any]] = {
+    "smooth cutoff": {"smooth_cutoff": True},
+    "merged layer norm": {"norm_type": "rms_norm_sh"},
+    "SwiGLU-S2": {"use_swiglu_s2_act": True},
+    "per-degree radial weights": {"use_m_share_rad": True},
+}
+ALL_OF_V3 = {key: value for switch in V3_SWITCHES.values() for key, value in switch.items()}
+
+
 def small_config(**changes: Any) -> ModelConfig:
     return ModelConfig(**(SMALL | changes))
 
