@@ -8,6 +8,7 @@ well. That needs no further package; writing (ase_lmdb_writer.py) needs `ase-db-
     numbers, positions, cell, pbc, tags       the same; without pbc not periodic
     constraints: FixAtoms                     fixed; without constraints no atom is fixed
     energy, forces                            the same; forces as stored, those on fixed atoms too
+    stress                                    the same, all nine components
     data: sid, fid, y_init, y_relaxed, …      the same
     metadata: energy_kind, provenance         of the dataset
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+from ase.stress import voigt_6_to_full_3x3_stress
 
 from datasets_oc20 import records
 from datasets_oc20.errors import DataError
@@ -107,6 +109,7 @@ def _fields(row: dict[str, Any], where: str) -> dict[str, Any]:
             "fixed": _fixed(constraints, len(numbers), where),
             "energy": plain.get("energy"),
             "forces": plain.get("forces"),
+            "stress": _stress(plain.get("stress")),
             "sid": str(names.get("sid", "")),
             "fid": int(str(names.get("fid", 0)).removeprefix("frame")),
         }
@@ -114,6 +117,14 @@ def _fields(row: dict[str, Any], where: str) -> dict[str, Any]:
         raise DataError(f"{where}: not a row of an ASE database ({error}); write the file again.") from error
     fields |= {name: data[name] for name in EXTRA_FIELDS if name in data}
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _stress(stress: Any) -> np.ndarray | None:
+    """`[3, 3]`, also from ASE's six components."""
+    if stress is None:
+        return None
+    stress = np.asarray(stress, dtype=np.float64)
+    return voigt_6_to_full_3x3_stress(stress) if stress.size == 6 else stress.reshape(3, 3)
 
 
 def _fixed(constraints: list[dict[str, Any]], natoms: int, where: str) -> np.ndarray:

@@ -10,6 +10,7 @@ import lmdb
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
+from ase.stress import full_3x3_to_voigt_6_stress
 from torch_geometric.data import Data
 
 from datasets_oc20 import records
@@ -145,6 +146,8 @@ def _atoms(data: Data) -> Atoms:
         targets["energy"] = data.energy.item()
     if "forces" in data:
         targets["forces"] = data.forces.double().numpy()
+    if "stress" in data:
+        targets["stress"] = full_3x3_to_voigt_6_stress(data.stress[0].double().numpy())
     if targets:
         atoms.calc = SinglePointCalculator(atoms, **targets)
     return atoms

@@ -37,6 +37,7 @@ _REQUIRED: dict[str, tuple[np.dtype, np.dtype, tuple[Any, ...]]] = {
 _OPTIONAL: dict[str, tuple[np.dtype, np.dtype, tuple[Any, ...]]] = {
     "energy": (_FLOAT, _FLOAT, (1,)),
     "forces": (_FLOAT, _FLOAT, ("N", 3)),
+    "stress": (_FLOAT, _FLOAT, (1, 3, 3)),
     "y_init": (_FLOAT, _FLOAT, (1,)),
     "y_relaxed": (_FLOAT, _FLOAT, (1,)),
     "pos_relaxed": (_FLOAT, _FLOAT, ("N", 3)),
@@ -56,9 +57,9 @@ def make_data(fields: Mapping[str, Any], where: str) -> Data:
 
     Args:
         fields: `pos [N,3]` Å, `atomic_numbers [N]`, `cell [1,3,3]` Å, `pbc [1,3]`, `tags [N]`,
-            `fixed [N]`, `sid`, `fid`; optional `energy [1]` eV, `forces [N,3]` eV/Å and, for relaxed
-            targets, `y_init [1]`, `y_relaxed [1]` eV and `pos_relaxed [N,3]` Å. Arrays, tensors or
-            numbers that reshape to these shapes.
+            `fixed [N]`, `sid`, `fid`; optional `energy [1]` eV, `forces [N,3]` eV/Å, `stress [1,3,3]` eV/Å^3
+            (ASE's sign) and, for relaxed targets, `y_init [1]`, `y_relaxed [1]` eV and `pos_relaxed [N,3]` Å.
+            Arrays, tensors or numbers that reshape to these shapes.
         where: file and key, for the error message.
 
     Raises:

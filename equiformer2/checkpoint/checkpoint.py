@@ -130,6 +130,7 @@ def save_checkpoint(
         raise InputError(f"{path}: there are no weights to save")
     for kind, state in states.items():
         check_weights(model, state, f"{path} ({kind} weights)")
+    normalizers.check_model(model.config, str(path))
     contents = Contents(
         source=str(path),
         source_format="equiformer2",

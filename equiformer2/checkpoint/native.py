@@ -108,10 +108,12 @@ def read_native(file: Mapping[str, Any], source: str) -> Contents:
         normalizers = Normalizers.from_dict(file["normalizers"])
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+    config = config_from_values(file["model_config"], source)
+    normalizers.check_model(config, source)
     return Contents(
         source=source,
         source_format="equiformer2",
-        config=config_from_values(file["model_config"], source),
+        config=config,
         weights=_read_weights(file["weights"], source),
         normalizers=normalizers,
         energy_kind=check_energy_kind(file["energy_kind"], source),

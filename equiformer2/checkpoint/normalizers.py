@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from equiformer2.errors import InputError
+from equiformer2.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -76,20 +77,23 @@ class Normalizers:
         self.linear_references = linear_references
 
     def denormalize(self, out: Mapping[str, Tensor], batch: Any) -> dict[str, Tensor]:
-        """The network's output in eV and eV/Å.
+        """The network's output in eV, eV/Å and eV/Å^3.
 
         Args:
-            out: `energy` `[B]` and `forces` `[N, 3]`, or one of them; normalised units.
+            out: `energy` `[B]`, `forces` `[N, 3]`, `stress` `[B, 3, 3]`, or some of them; normalised units.
             batch: the structures; `atomic_numbers` and `batch` are read when there are linear references.
 
         Returns:
-            The same keys: `energy` `[B]` eV, `forces` `[N, 3]` eV/Å; float32 or better.
+            The same keys: `energy` `[B]` eV, `forces` `[N, 3]` eV/Å, `stress` `[B, 3, 3]` eV/Å^3; float32 or
+            better.
         """
         physical = {}
         if "energy" in out:
             physical["energy"] = self._shift(self.energy.denormalize(out["energy"]), batch, +1.0)
         if "forces" in out:
             physical["forces"] = self.forces.denormalize(out["forces"])
+        if "stress" in out:
+            physical["stress"] = _at_least_float32(out["stress"]) * self.energy.std
         return physical
 
     def normalize_energy(self, energy: Tensor, batch: Any) -> Tensor:
@@ -99,6 +103,22 @@ class Normalizers:
     def normalize_forces(self, forces: Tensor) -> Tensor:
         """Forces `[N, 3]` in eV/Å to the network's units, `[N, 3]`."""
         return self.forces.normalize(forces)
+
+    def normalize_stress(self, stress: Tensor) -> Tensor:
+        """Stress `[B, 3, 3]` in eV/Å^3 to the network's units, `[B, 3, 3]`."""
+        return _at_least_float32(stress) / self.energy.std
+
+    def for_gradient(self) -> Normalizers:
+        """The same with the energy's std for the forces, which then are the gradient of the energy."""
+        return Normalizers(self.energy, Normalizer(0.0, self.energy.std), self.linear_references)
+
+    def check_model(self, config: ModelConfig, source: str) -> None:
+        """Raise `InputError`, naming `source`, if gradient forces would not be those of the energy."""
+        if config.forces == "gradient" and self.forces.std != self.energy.std:
+            raise InputError(
+                f"{source}: the forces of this model are the gradient of its energy, so their std must be "
+                f"that of the energy, {self.energy.std:g}, not {self.forces.std:g}"
+            )
 
     def reference_energy(self, batch: Any, num_structures: int) -> Tensor:
         """Sum of the linear references per structure, `[B]` float64 eV; zeros without references."""

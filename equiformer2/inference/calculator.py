@@ -10,6 +10,7 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.constraints import FixAtoms
+from ase.stress import full_3x3_to_voigt_6_stress
 
 from equiformer2.checkpoint import Checkpoint
 from equiformer2.errors import InputError
@@ -27,8 +28,10 @@ class EquiformerV2Calculator(Calculator):
     * `"total"`: the DFT total energy of the cell.
 
     Results: `energy` and `free_energy` (the same number, eV), `forces` (eV/Å, `[N, 3]`, only if the network
-    predicts them). The forces are a direct output, not the gradient of the energy: good for
-    relaxations, not for energy-conserving dynamics.
+    predicts them), `stress` (eV/Å^3, ASE's order and sign, only if the network has it and the structure is
+    periodic in all three directions). Forces are a direct output, not the gradient of the energy, good for
+    relaxations and not for energy-conserving dynamics, unless the network was trained with
+    `ModelConfig.forces: gradient`.
 
     Results are kept until positions, numbers, cell or pbc change. Tags and constraints do not enter the
     network; those of the atoms are left as they are (see `equiformer2.inference.atoms.oc20_tags`).
@@ -82,6 +85,8 @@ class EquiformerV2Calculator(Calculator):
         )
         if not self.predictor.has_forces:
             self.implemented_properties = ["energy", "free_energy"]
+        if self.predictor.has_stress:
+            self.implemented_properties = [*self.implemented_properties, "stress"]
         self._notified_tags = False
         # What ASE stores beside results in trajectories and databases.
         self.parameters.update(
@@ -139,11 +144,17 @@ class EquiformerV2Calculator(Calculator):
         if self.atoms is None:
             raise InputError("the calculator has no atoms: pass atoms or attach it with atoms.calc")
         config = self.predictor.checkpoint.config
+        if "stress" in properties and not self.atoms.pbc.all():
+            raise InputError(
+                "the stress is defined for structures that are periodic in all three directions: "
+                f"this one has pbc {self.atoms.pbc.tolist()}"
+            )
         data = atoms_to_data(
             self.atoms, max_num_elements=config.max_num_elements, notify=not self._notified_tags
         )
         self._notified_tags = True
-        asked = set(properties) != {"forces"}
+        # Forces that are the gradient of the energy come with it.
+        asked = set(properties) != {"forces"} or config.forces == "gradient"
         with_energy = asked or self._without_energy + 1 >= self.energy_every
         held = self._held(self.atoms) if self.predictor.has_forces else None
         out = self.predictor.predict(
@@ -156,4 +167,6 @@ class EquiformerV2Calculator(Calculator):
             results["energy"] = results["free_energy"] = float(out["energy"][0])
         if "forces" in out:
             results["forces"] = out["forces"].double().numpy()
+        if "stress" in out and self.atoms.pbc.all():
+            results["stress"] = full_3x3_to_voigt_6_stress(out["stress"][0].double().numpy())
         self.results = results

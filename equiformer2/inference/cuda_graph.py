@@ -29,7 +29,7 @@ _EDGES_PER_GHOST = 32
 _WARM_UP_RUNS = 2
 
 
-def why_not_captured(device: torch.device, backend: str, routed: bool) -> str | None:
+def why_not_captured(device: torch.device, backend: str, routed: bool, gradient: bool) -> str | None:
     """Why CUDA graphs cannot be used, as half a sentence, or None if they can."""
     if device.type != "cuda":
         return f"they need a CUDA device, not {device.type}"
@@ -37,6 +37,8 @@ def why_not_captured(device: torch.device, backend: str, routed: bool) -> str | 
         return f"the backend {backend!r} is not captured: use one of {', '.join(CAPTURED_BACKENDS)}"
     if routed:
         return "a router chooses other atoms at every step"
+    if gradient:
+        return "forces as the gradient of the energy take a backward pass, which is not captured"
     return None
 
 
@@ -197,8 +199,8 @@ def _in_one_part(model: EquiformerV2, num_edges: int) -> bool:
     return len(list(chunks(num_edges, model.bytes_per_edge, device))) <= 1
 
 
-def check_captured(device: torch.device, backend: str, routed: bool) -> None:
+def check_captured(device: torch.device, backend: str, routed: bool, gradient: bool) -> None:
     """Raise `InputError` where CUDA graphs were asked for and cannot be used."""
-    reason = why_not_captured(device, backend, routed)
+    reason = why_not_captured(device, backend, routed, gradient)
     if reason is not None:
         raise InputError(f"CUDA graphs cannot be used: {reason}")

@@ -17,7 +17,7 @@ from equiformer2.model.requests import OutputRequest
 
 
 class Predictor:
-    """A trained network with its normalizers: eval mode, frozen, no gradients.
+    """A trained network with its normalizers: eval mode, frozen, no gradients of its weights.
 
     Args:
         checkpoint: a path (native, OCP or fairchem v1 file) or a loaded `Checkpoint`, which is not changed.
@@ -30,7 +30,7 @@ class Predictor:
             see `kernels.backend`.
         cuda_graphs: replay structures of a size that comes again as CUDA graphs (`inference.cuda_graph`).
             None: where it is possible, on CUDA with the backends `auto`, `torch` and `triton`, without a
-            router.
+            router and without gradient forces.
         router: called as `router(model, batch, request=…)` in place of the network, to skip atoms or edges;
             one of `equiformer2.pruning.routing`.
 
@@ -80,11 +80,10 @@ class Predictor:
         self.router = router
         self.model.fold_weights(torch.bfloat16 if precision == "bf16" else None)
         self.graphed: GraphedNetwork | None = None
+        use = self.device, backend, router is not None, self.model.config.forces == "gradient"
         if cuda_graphs:
-            check_captured(self.device, backend, router is not None)
-        if cuda_graphs or (
-            cuda_graphs is None and why_not_captured(self.device, backend, router is not None) is None
-        ):
+            check_captured(*use)
+        if cuda_graphs or (cuda_graphs is None and why_not_captured(*use) is None):
             self.graphed = GraphedNetwork(self.model)
         self.energy_kind: str = self.checkpoint.energy_kind
 
@@ -93,15 +92,22 @@ class Predictor:
         """Whether the network predicts forces."""
         return self.checkpoint.config.forces != "none"
 
+    @property
+    def has_stress(self) -> bool:
+        """Whether it gives the stress of structures that are periodic in all three directions."""
+        return self.checkpoint.config.stress
+
     @torch.no_grad()
     def predict(
         self, batch: Batch | Data, *, energy: bool = True, force_atoms: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """`{"energy": [B] float64 eV, "forces": [N, 3] float32 eV/Å}` on the CPU.
 
-        "forces" is there only if the network predicts them.
-        Forces are a direct output of the network, not the gradient of the energy, and they are predicted
-        for held atoms too (where training has never looked at them).
+        "forces" is there only if the network predicts them, for held atoms too (where training has never
+        looked at them). They are a direct output of the network, or with `ModelConfig.forces: gradient` minus
+        the derivative of the energy. With `ModelConfig.stress` there is "stress" `[B, 3, 3]` float32 eV/Å^3,
+        the derivative of the energy by strain over the volume (positive where the structure would shrink); it
+        is NaN for structures that are not periodic in all three directions.
 
         Args:
             batch: the structures.

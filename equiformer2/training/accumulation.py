@@ -9,7 +9,7 @@ from torch_geometric.data import Batch
 
 @dataclass(frozen=True)
 class Terms:
-    """How many energies and free atoms the losses of one micro-batch are divided by.
+    """How many energies, free atoms and stresses the losses of one micro-batch are divided by.
 
     With accumulation that is the mean over the micro-batches of the optimizer step: Lightning divides each
     micro-batch's loss by their number, so that in the sum every term has the same weight.
@@ -17,6 +17,7 @@ class Terms:
 
     energies: float
     free_atoms: float
+    stresses: float = 0.0
 
     @classmethod
     def of(cls, batch: Batch) -> "Terms | None":
@@ -43,7 +44,8 @@ def with_terms(batches: Iterable[Batch], first: int, together: int, last: int) -
         length = _length(first, together, last)
         energies = sum(int(b.has_energy.sum()) if "has_energy" in b else b.num_graphs for b in step)
         free_atoms = sum(int((~b.fixed.bool()).sum()) for b in step)
-        terms = Terms(energies / together, free_atoms / together)
+        stresses = sum(int(b.pbc.all(dim=1).sum()) for b in step)
+        terms = Terms(energies / together, free_atoms / together, stresses / together)
         following: list[Batch] = []
         for batch in step:
             batch.terms_of_step = terms

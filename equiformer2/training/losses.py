@@ -1,4 +1,4 @@
-"""The S2EF training loss: energy L1 plus force L2, both on normalised targets.
+"""The S2EF training loss: energy L1 plus force L2, on normalised targets; on request, stress L1.
 
 EquiformerV2 paper, appendix D; the averages are those of the reference trainer (`mae` and `l2mae` of
 fairchem-core 1.10): energies over every structure of the global batch, forces over every free atom of the
@@ -55,3 +55,15 @@ def force_l2(prediction: Tensor, target: Tensor, free: Tensor, terms: float | No
     error = (prediction.float() - target.float()).masked_fill(~free[:, None], 0.0)
     count = free.sum().float() if terms is None else torch.full_like(error[0, 0], terms)
     return global_mean(torch.linalg.vector_norm(error, dim=-1).sum(), count)
+
+
+def stress_l1(prediction: Tensor, target: Tensor, periodic: Tensor, terms: float | None = None) -> Tensor:
+    """Mean absolute error of the nine components over the structures of the global batch that have a stress.
+
+    `prediction`, `target` [B, 3, 3] in normalised units, `periodic` [B] bool: structures periodic in all
+    directions; the others are left out, whatever their values. `terms`: what to divide by instead of their
+    number.
+    """
+    error = (prediction.float() - target.float()).masked_fill(~periodic[:, None, None], 0.0)
+    count = periodic.sum().float() if terms is None else torch.full_like(error[0, 0, 0], terms)
+    return global_mean(error.abs().mean((1, 2)).sum(), count)

@@ -44,7 +44,7 @@ from equiformer2.training.task import S2EFTask, TaskSettings
 log = logging.getLogger("equiformer2")
 
 #: Keys of the model configuration that shape training, not the weights: a fine-tuning run may change them.
-_NOT_IN_WEIGHTS = {"alpha_drop", "drop_path_rate", "proj_drop", "weight_init", "dens"}
+_NOT_IN_WEIGHTS = {"alpha_drop", "drop_path_rate", "proj_drop", "weight_init", "dens", "stress"}
 
 #: All that Lightning's names of these three can be.
 _PRECISIONS = (None, "32-true", "32", 32, "bf16-mixed", "bf16", "64-true", "64", 64)
@@ -151,6 +151,11 @@ def _check_forces(config: RunConfig, data: ResumableDataModule) -> None:
                 f"{dataset.describe(0)}: the record has no forces to train on; "
                 "set model.forces: none for a model of energies only"
             )
+    if config.task.stress_coefficient > 0 and "stress" not in data.datasets["train"][0]:
+        raise InputError(
+            f"{data.datasets['train'].describe(0)}: the record has no stress to train on; "
+            "set task.stress_coefficient: 0"
+        )
 
 
 def _task(config: RunConfig, data: ResumableDataModule) -> S2EFTask:
@@ -163,7 +168,10 @@ def _task(config: RunConfig, data: ResumableDataModule) -> S2EFTask:
         model = EquiformerV2(config.model)
     if start is not None:
         _start_from(model, start, data, str(run.init_from))
-    return S2EFTask(model, _normalizers(data, start), data.energy_kind, config.task, config.optim, run.seed)
+    normalizers = _normalizers(data, start)
+    if config.model.forces == "gradient" and not data.normalizers_are_given:
+        normalizers = normalizers.for_gradient()
+    return S2EFTask(model, normalizers, data.energy_kind, config.task, config.optim, run.seed)
 
 
 def _run(config: RunConfig, task: S2EFTask, data: ResumableDataModule, folder: RunFolder, begin: str) -> None:
@@ -286,8 +294,14 @@ def _normalizers(data: ResumableDataModule, start: Checkpoint | None) -> Normali
 
 
 def _start_from(model: EquiformerV2, start: Checkpoint, data: ResumableDataModule, path: str) -> None:
-    """Load the checkpoint's weights; refuse another architecture or another kind of energy."""
-    mine, theirs = vars(model.config), vars(start.config)
+    """Load the checkpoint's weights; refuse another architecture or another kind of energy.
+
+    Gradient forces need the weights of the energy alone: those of a force head are left behind.
+    """
+    mine, theirs, state = vars(model.config), vars(start.config), start.model.state_dict()
+    if model.config.forces == "gradient":
+        theirs = theirs | {"forces": "gradient"}
+        state = {name: value for name, value in state.items() if not name.startswith("force_block.")}
     different = [
         f"model.{field.name} is {theirs[field.name]!r} there and {mine[field.name]!r} here"
         for field in fields(ModelConfig)
@@ -302,5 +316,5 @@ def _start_from(model: EquiformerV2, start: Checkpoint, data: ResumableDataModul
         )
     # Checkpoints have no parts for denoising; these start anew.
     own = {} if model.dens is None else model.dens.state_dict(prefix="dens.")
-    model.load_state_dict({**own, **start.model.state_dict()})
+    model.load_state_dict({**own, **state})
     log.info(f"starting from the {start.weights} weights of {os.fspath(path)}")

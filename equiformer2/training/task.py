@@ -20,7 +20,7 @@ from equiformer2.model.dens import without_denoising
 from equiformer2.training.accumulation import Terms
 from equiformer2.training.dens import Corrupted, DensSettings, corrupt
 from equiformer2.training.guard import FiniteGuard
-from equiformer2.training.losses import energy_l1, force_l2
+from equiformer2.training.losses import energy_l1, force_l2, stress_l1
 from equiformer2.training.metrics import S2EFMetrics
 from equiformer2.training.optim import (
     OptimSettings,
@@ -41,6 +41,7 @@ class TaskSettings:
     Args:
         energy_coefficient: weight of the energy's mean absolute error (the paper's λ_E).
         force_coefficient: weight of the mean norm of the force error (λ_F).
+        stress_coefficient: weight of the stress' mean absolute error; needs `model.stress` and data with it.
         ema_decay: decay of the exponential moving average of the weights per step; 0 keeps none.
         ema_warmup: let the decay grow from 2/11 in the first steps, so that short runs do not average
             over their initial weights. The reference does not.
@@ -52,6 +53,7 @@ class TaskSettings:
 
     energy_coefficient: float = 2.0
     force_coefficient: float = 100.0
+    stress_coefficient: float = 0.0
     ema_decay: float = 0.999
     ema_warmup: bool = True
     activation_checkpointing: bool = False
@@ -68,7 +70,7 @@ class TaskSettings:
             raise InputError("task.backend: compile encodes no forces; use auto with task.dens")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"task.ema_decay must be at least 0 and below 1, not {self.ema_decay}")
-        for name in ("energy_coefficient", "force_coefficient"):
+        for name in ("energy_coefficient", "force_coefficient", "stress_coefficient"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"task.{name} must not be negative, it is {getattr(self, name)}")
 
@@ -77,8 +79,9 @@ class S2EFTask(pl.LightningModule):
     """Structure to energy and forces.
 
     Args:
-        model: the network; takes a batch, gives `energy` [B] and `forces` [N, 3] in normalised units, and
-            has `config`, `no_weight_decay()`, `activation_checkpointing`, `backend` and `check_backend()`.
+        model: the network; takes a batch, gives `energy` [B], `forces` [N, 3] and, with `config.stress`,
+            `stress` [B, 3, 3] in normalised units, and has `config`, `no_weight_decay()`,
+            `activation_checkpointing`, `backend` and `check_backend()`.
         normalizers: between eV and the network's units.
         energy_kind: `adsorption` or `total`, the kind of the training data.
         settings, optim: see their classes.
@@ -105,6 +108,9 @@ class S2EFTask(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        normalizers.check_model(model.config, "data.normalizers")  # type: ignore[arg-type]
+        if settings.stress_coefficient > 0 and not model.config.stress:  # type: ignore[union-attr]
+            raise InputError("task.stress_coefficient needs model.stress: true, with model.forces: gradient")
         self.model = model
         self.normalizers = normalizers
         self.energy_kind = energy_kind
@@ -122,13 +128,13 @@ class S2EFTask(pl.LightningModule):
             model.activation_checkpointing = True  # type: ignore[assignment]
         self.val_metrics = S2EFMetrics(forces=self.has_forces)
         self.guard = FiniteGuard()
+        self._step_values: Tensor | float = 0.0
 
     @property
     def has_forces(self) -> bool:
         """Whether the network predicts forces."""
         return bool(self.model.config.forces != "none")  # type: ignore[union-attr]
 
-        self._step_values: Tensor | float = 0.0
     @property
     def best_weights(self) -> nn.Module:
         """The averaged network where there is one, else the raw one."""
@@ -179,6 +185,13 @@ class S2EFTask(pl.LightningModule):
                 noise = force_l2(noisy.noise(out), noisy.target, free, free_atoms)
                 loss = loss + noisy.settings.coefficient * noise
                 logged["train/denoising_l2"] = noise.detach() * noisy.settings.noise_std
+        # Structures without a volume have none; no error of theirs.
+        stress = out.pop("stress", None)
+        if stress is not None and self.settings.stress_coefficient > 0:
+            target = self.normalizers.normalize_stress(batch.stress)
+            error = stress_l1(stress, target, batch.pbc.all(dim=1), terms.stresses if terms else None)
+            loss = loss + self.settings.stress_coefficient * error
+            logged["train/stress_mae"] = error.detach() * self.normalizers.energy.std
         self.guard.watch(self.global_step, loss, batch, out)
         values = self._of_step(torch.stack([loss.detach(), *logged.values()]), batch_idx)
         self._log_training(values[0], dict(zip(logged, values[1:].unbind(), strict=True)), batch.num_graphs)

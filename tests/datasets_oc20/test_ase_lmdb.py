@@ -51,10 +51,13 @@ def ours(tmp_path: Path) -> Path:
         pos_relaxed=torch.rand(4, 3),
     )
     del relaxed.forces
+    strained = structure(natoms=2, seed=9)
+    half = torch.rand(1, 3, 3)
+    strained.stress = half + half.transpose(1, 2)
     with LmdbWriter(
         tmp_path / "ours.lmdb", "adsorption", {"source": "a test", "options": {"x": [1, 2]}}
     ) as writer:
-        for data in [*structures, bare, relaxed]:
+        for data in [*structures, bare, relaxed, strained]:
             writer.write(data)
     return tmp_path / "ours.lmdb"
 
