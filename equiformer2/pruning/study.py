@@ -96,7 +96,7 @@ class Study:
         out: folder of the study.
         recovery: distill every network; None for the networks as they are cut.
         limit: most structures per held-out set.
-        searches: folder of the searches' states, where studies of one network share them; None for one in `out`.
+        searches: folder of the searches' states that studies of one network share; None for one in `out`.
 
     Raises:
         InputError: a system is on both sides, or `out` holds a study of something else.

@@ -21,12 +21,18 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Part:
-    """One `Study`: methods at budgets, with or without distillation."""
+    """One `Study`: methods at budgets, with or without distillation.
+
+    Attributes:
+        structures, tries: None for those of the whole file.
+    """
 
     model: str
     methods: tuple[str, ...]
     keep: tuple[float, ...]
     distill: Distillation | None = None
+    structures: int | None = None
+    tries: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,8 +83,8 @@ class Campaign:
                 methods=part.methods,
                 keep=part.keep,
                 seeds=self.seeds,
-                structures=self.structures,
-                tries=self.tries,
+                structures=part.structures or self.structures,
+                tries=part.tries or self.tries,
                 routing=RoutingSettings(**self.router),
             ),
             out / name,

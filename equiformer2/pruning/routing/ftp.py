@@ -9,18 +9,21 @@ from equiformer2.errors import InputError
 from equiformer2.model.routing import BlockState, Decision
 from equiformer2.pruning.routing.attention import received_attention
 from equiformer2.pruning.routing.router import Levels, ScoreRouter
+from equiformer2.pruning.routing.static import MOST_STATIC, static_priority
 from equiformer2.pruning.routing.system import ADSORBATE, FAR, System
 
-NUM_FACTORS, HIDDEN = 6, 64
+NUM_FACTORS, HIDDEN = 7, 64
 _RANK_WIDTH = 0.2
 
 
 class FTPRouter(ScoreRouter):
-    """Keep or skip by an MLP (6 -> 64 -> 1), shared by all blocks.
+    """Keep or skip by an MLP (7 -> 64 -> 1), shared by all blocks.
 
     Factors of an atom in block l, all invariant:
 
-    1. position: tag 1, tag 2 (tag 0 is neither), distance to the nearest adsorbate atom;
+    1. position: tag 1, tag 2 (tag 0 is neither), distance to the nearest adsorbate atom, and the place in the
+       order of the static router, which is what a token's position is to the original: its rank in the
+       structure (`topk`) or `static_priority` itself (`threshold`, `smooth`);
     2. a_j, the attention that the atom received in the last block that was computed;
     3. the rank of a_j: in the structure, ties averaged (`topk`); among the atoms that attend to it or
        that it attends to (`threshold`, `smooth`), which is local and smooth;
@@ -50,7 +53,11 @@ class FTPRouter(ScoreRouter):
     ) -> None:
         super().__init__(levels, **options)
         self.cut = cut
-        self.mlp = nn.Sequential(nn.Linear(NUM_FACTORS, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, 1))
+        # Without torch's own initialization, which would draw from the global generator.
+        first, last = (
+            nn.utils.skip_init(nn.Linear, *sizes) for sizes in ((NUM_FACTORS, HIDDEN), (HIDDEN, 1))
+        )
+        self.mlp = nn.Sequential(first, nn.SiLU(), last)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.mlp.parameters():
@@ -60,16 +67,18 @@ class FTPRouter(ScoreRouter):
             self._load(weights)
 
     def factors(self, system: System, state: BlockState, sparsity: float) -> Tensor:
-        """`[N, 6]`, about from 0 to 1."""
+        """`[N, 7]`, about from 0 to 1."""
         assert state.attention is not None
         source, target = system.graph.edge_index
         received = received_attention(state.attention.detach(), source, len(system.pos))
         in_structure = self.mode == "topk"
         rank = system.rank(received) if in_structure else _local_rank(received, source, target)
+        priority = static_priority(system)
         columns = (
             system.tags == 1,
             system.tags == ADSORBATE,
             system.to_adsorbate / FAR,
+            system.rank(priority) if in_structure else priority / MOST_STATIC,
             received / (1 + received),
             rank,
             torch.full_like(received, sparsity),
@@ -110,7 +119,7 @@ class FTPRouter(ScoreRouter):
         expected = self.mlp.state_dict()
         found = {name: torch.tensor(value, dtype=torch.float32) for name, value in weights.items()}
         if {n: v.shape for n, v in found.items()} != {n: v.shape for n, v in expected.items()}:
-            raise InputError("the router's weights have other names or shapes than an MLP 6 -> 64 -> 1")
+            raise InputError("the router's weights have other names or shapes than an MLP 7 -> 64 -> 1")
         self.mlp.load_state_dict(found)
 
 

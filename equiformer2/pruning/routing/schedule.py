@@ -131,8 +131,8 @@ def _open_blocks(num_blocks: int, target_macs: float, protected: Sequence[int] |
 def _check_reached(best: "_Individual", target_macs: float) -> None:
     if best.miss > best.tolerance:
         raise TargetMissedError(
-            f"no schedule came within {best.tolerance} of {target_macs} of the MACs (nearest: {best.macs:.3f}): "
-            "choose another target, protect fewer blocks or search longer"
+            f"no schedule came within {best.tolerance} of {target_macs} of the MACs (nearest: "
+            f"{best.macs:.3f}): choose another target, protect fewer blocks or search longer"
         )
 
 

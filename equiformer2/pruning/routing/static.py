@@ -11,6 +11,8 @@ from equiformer2.pruning.routing.router import Levels, ScoreRouter
 from equiformer2.pruning.routing.system import ADSORBATE, FAR, System
 
 _CYCLES = 30.0
+MOST_STATIC = 4.0
+"""The highest `static_priority`, that of the adsorbate."""
 
 
 def static_priority(system: System) -> Tensor:
@@ -23,7 +25,7 @@ def static_priority(system: System) -> Tensor:
     score = 1 + (1 - system.to_free / FAR)
     score = torch.where(system.tags == 1, 2 + near_adsorbate, score)
     score = torch.where(system.free, 3 + near_adsorbate, score)
-    return torch.where(system.tags == ADSORBATE, torch.full_like(score, 4.0), score)
+    return torch.where(system.tags == ADSORBATE, torch.full_like(score, MOST_STATIC), score)
 
 
 class StaticRouter(ScoreRouter):

@@ -35,7 +35,7 @@ LOCAL_MODES = ("threshold", "smooth")
 def ftp(**options: object) -> FTPRouter:
     """Untrained, with weights that keep some atoms and skip others."""
     router = FTPRouter(0.4, **options)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in router.mlp.parameters():
             parameter.copy_(0.8 * torch.randn(parameter.shape, generator=generator))

@@ -11,6 +11,7 @@ from torch_geometric.data import Batch
 from equiformer2.errors import InputError
 from equiformer2.model.routing import BlockState
 from equiformer2.pruning.routing import FTPRouter, Recorder, RouterTraining, train_router
+from equiformer2.pruning.routing.static import static_priority
 from equiformer2.pruning.routing.system import System
 
 
@@ -26,20 +27,24 @@ def test_the_four_factors() -> None:
     attention = torch.rand(len(graph.distances), 2, generator=torch.Generator().manual_seed(0)).double()
     state = BlockState(1, torch.zeros(len(batch.pos), 9, 8, dtype=torch.float64), attention)
     found = ftp().factors(system, state, 0.3)
-    assert found.shape == (len(batch.pos), 6)
+    assert found.shape == (len(batch.pos), 7)
     assert torch.equal(found[:, 0] == 1, batch.tags == 1)
     assert torch.equal(found[:, 1] == 1, batch.tags == 2)
     assert not found[batch.tags == 2, 2].any()
+    order, place = static_priority(system), found[:, 3]
+    for part, rank in zip(order.split([9, 14]), place.split([9, 14]), strict=True):
+        assert (rank[part > part.median()] > rank[part <= part.median()].max()).all()
     received = (
         attention.mean(1).new_zeros(len(batch.pos)).index_add(0, graph.edge_index[0], attention.mean(1))
     )
-    for part, rank in zip(received.split([9, 14]), found[:, 4].split([9, 14]), strict=True):
+    for part, rank in zip(received.split([9, 14]), found[:, 5].split([9, 14]), strict=True):
         assert torch.equal(part.argsort(), rank.argsort())
         assert rank.mean() == pytest.approx(0.5)
-    assert torch.equal(found[:, 3].argsort(), received.argsort())
-    assert (found[:, 5] == 0.3).all()
-    local = ftp(mode="threshold").factors(system, state, 0.3)[:, 4]
-    assert ((local > 0) & (local < 1)).all()
+    assert torch.equal(found[:, 4].argsort(), received.argsort())
+    assert (found[:, 6] == 0.3).all()
+    local = ftp(mode="threshold").factors(system, state, 0.3)
+    assert ((local[:, 5] > 0) & (local[:, 5] < 1)).all()
+    assert torch.equal(local[:, 3], order / 4)
 
 
 def test_training_lowers_the_discrepancy_and_meets_the_sparsity() -> None:

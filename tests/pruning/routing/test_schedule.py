@@ -46,7 +46,8 @@ def test_the_search_finds_the_schedule_of_the_least_loss() -> None:
 
 def test_the_uniform_schedule_reaches_the_target() -> None:
     found = uniform_schedule(toy, 6, 0.8)
-    assert found.levels[1:5] == (found.levels[1],) * 4 and found.levels[0] == found.levels[5] == 0.0
+    assert found.levels[1:5] == (found.levels[1],) * 4
+    assert found.levels[0] == found.levels[5] == 0.0
     assert found.macs == pytest.approx(0.8, abs=0.002)
     assert uniform_schedule(toy, 6, 0.8, protected=()).levels == pytest.approx([0.2] * 6, abs=0.002)
     with pytest.raises(InputError, match="no schedule came within"):
