@@ -23,23 +23,24 @@ def test_only_a_run_that_was_stopped_for_time_is_put_back(
         "NOTES": str(tmp_path / "notes"),
         "SLURM_JOB_ID": "77",
         "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": "8",
         "SLURM_NTASKS_PER_NODE": "8",
     }
     arguments = ["configs/a b.yaml", "--optim.lr", "1e-4"]
     done = subprocess.run(["bash", str(SCRIPT), *arguments], env=environment, check=False)
     assert done.returncode == status
     noted = (tmp_path / "notes").read_text().splitlines()
-    assert noted[:6] == ["srun", "--kill-on-bad-exit", "1", "python", "scripts/train.py", "--config"]
-    assert noted[6] == "configs/a b.yaml"
-    told = dict(zip(noted[7:15:2], noted[8:16:2], strict=True))
+    assert noted[:5] == ["srun", "--wait=600", "python", "scripts/train.py", "--config"]
+    assert noted[5] == "configs/a b.yaml"
+    told = dict(zip(noted[6:14:2], noted[7:15:2], strict=True))
     assert told == {
         "--trainer.devices": "8",
         "--trainer.num_nodes": "2",
         "--checkpoint_every_n_steps": "1000",
         "--ckpt_path": "auto",
     }
-    assert noted[15:17] == ["--optim.lr", "1e-4"]
-    assert noted[17:] == (["scontrol", "requeue", "77"] if requeued else [])
+    assert noted[14:16] == ["--optim.lr", "1e-4"]
+    assert noted[16:] == (["scontrol", "requeue", "77"] if requeued else [])
 
 
 def test_without_a_configuration_nothing_starts(tmp_path: Path) -> None:
