@@ -13,6 +13,7 @@ from equiformer2.errors import InputError
 from equiformer2.files import write_json
 from equiformer2.model.block_config import BlockConfig
 from equiformer2.model.config import ModelConfig
+from equiformer2.model.conservative import check_config
 from equiformer2.pruning.block_plan import BlockPlan, check_indices, compose_indices, without_full
 
 _FORMAT = "equiformer2.pruning_plan"
@@ -26,6 +27,7 @@ def check_prunable(config: ModelConfig) -> None:
         raise InputError(
             "a network with model.use_swiglu_s2_act cannot be pruned: train a smaller one, or one without it"
         )
+    check_config(config, "pruning")
 
 
 @dataclasses.dataclass(frozen=True)
