@@ -6,6 +6,7 @@ buffers for a few more edges than there are, and the rest goes between ghost ato
 own, which send nothing to other atoms and which nothing reads.
 """
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
@@ -47,7 +48,7 @@ class GraphedNetwork:
 
     A size (atoms and structures) that comes for the first time is computed as usual; the second time it is
     captured, and replayed from then on until there are more edges than there is room for. Then it is captured
-    once more.
+    once more. If a capture fails, there is a warning and everything is computed as usual from then on.
 
     Args:
         model: in evaluation mode, on its device.
@@ -62,6 +63,8 @@ class GraphedNetwork:
         self.model, self.max_graphs = model, max_graphs
         self._record = record or record_cuda_graph
         self._recordings: OrderedDict[tuple[int, int], _Recording | None] = OrderedDict()
+        self._too_large: set[tuple[int, int]] = set()
+        self._failed = False
         self.captures = self.replays = 0
 
     def __call__(self, batch: Batch) -> Outputs | None:
@@ -71,6 +74,8 @@ class GraphedNetwork:
             InputError: what the graph refuses.
         """
         size = len(batch.pos), batch.num_graphs
+        if self._failed or size in self._too_large:
+            return None
         if size not in self._recordings:
             self._keep(size, None)
             return None
@@ -79,9 +84,16 @@ class GraphedNetwork:
         if recording is None or recording.buffers.capacity < len(inputs.distances):
             capacity = edge_capacity(self.model, len(inputs.distances), size[0])
             if not _in_one_part(self.model, capacity):
+                self._too_large.add(size)
                 return None
             self._keep(size, None)  # its memory is free before the next capture
-            recording = self._capture(inputs, capacity, size)
+            try:
+                recording = self._capture(inputs, capacity, size)
+            except RuntimeError as error:
+                self._failed = True
+                first = next(iter(str(error).splitlines()), type(error).__name__)
+                warnings.warn(f"no CUDA graph could be captured ({first}): running without", stacklevel=2)
+                return None
         self._keep(size, recording)
         recording.buffers.fill(inputs)
         self.replays += 1

@@ -10,6 +10,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,17 @@ def why_not(
         return f"known are {', '.join(BACKENDS)}"
     if backend == "cpp":
         return library.why_not(device, dtype, lmax)
+    if backend == "compile":
+        return _why_not_compiled(device)
     if backend == "triton":
         return gpu.supports(device, dtype, lmax, mmax, frames_need_grad, second_derivatives=False)
+    return None
+
+
+def _why_not_compiled(device: torch.device) -> str | None:
+    """Inductor writes C++ for a CPU and Triton for a GPU."""
+    if device.type == "cpu" and library.compiler() is None:
+        return library.NO_COMPILER
+    if device.type == "cuda" and find_spec("triton") is None:
+        return "Triton is not installed"
     return None

@@ -8,6 +8,7 @@ from torch import Tensor
 from equiformer2.kernels.chunks import take_rows
 from equiformer2.kernels.cpu import edges as cpu
 from equiformer2.kernels.rotation import m_major_starts, order_rows, rotation_matrices
+from equiformer2.kernels.rows import add_rows_
 from equiformer2.kernels.so2 import gauss_sum_backward, gauss_triple
 
 
@@ -91,8 +92,8 @@ def edge_inputs_backward(
         factors = radial, grad_radial
         _products_backward(pairs, grad_pairs, *factors, grad, lmax, m, options.shared_orders)
     back = matrices.transpose(1, 2)
-    grad_x.index_add_(0, edges.source, torch.bmm(back, grad_pairs[0]).to(grad_x.dtype))
-    grad_x_target.index_add_(0, edges.target, torch.bmm(back, grad_pairs[1]).to(grad_x.dtype))
+    add_rows_(grad_x, edges.source, torch.bmm(back, grad_pairs[0]).to(grad_x.dtype))
+    add_rows_(grad_x_target, edges.target, torch.bmm(back, grad_pairs[1]).to(grad_x.dtype))
     return grad_radial
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from equiformer2.kernels.chunks import take_rows
 from equiformer2.kernels.cpu import edges as cpu
 from equiformer2.kernels.rotation import rotation_matrices
+from equiformer2.kernels.rows import add_rows_
 from equiformer2.kernels.so2 import gauss_gradients, gauss_values
 
 
@@ -53,7 +54,7 @@ def add_messages(edges: Messages, out: Tensor, options: SumOptions) -> None:
     if edges.alpha is not None:
         values = _by_head(values, edges.alpha)
     matrices = rotation_matrices(edges.packed, degrees, kept).to(values.dtype)
-    out.index_add_(0, edges.target, torch.bmm(matrices.transpose(1, 2), values).to(out.dtype))
+    add_rows_(out, edges.target, torch.bmm(matrices.transpose(1, 2), values).to(out.dtype))
 
 
 def messages_backward(
@@ -63,7 +64,7 @@ def messages_backward(
     degrees, kept, cpp = options
     dtype = edges.products[0].dtype
     if cpp:
-        return cpu.rotate_sum_backward(grad_out, *edges, degrees, kept, dtype)
+        return cpu.rotate_sum_backward(grad_out, *edges, degrees, kept)
     matrices = rotation_matrices(edges.packed, degrees, kept).to(grad_out.dtype)
     grad, grad_alpha = torch.bmm(matrices, take_rows(grad_out, edges.target)), None
     if edges.alpha is not None:

@@ -1,8 +1,11 @@
 """Gathering rows and summing them, each the other's derivative, with one order of additions.
 
 `torch.compile` turns the derivative of a gather, and a sum over edges, into atomic additions, whose order
-changes from run to run. What it compiles therefore calls the operators below, which it does not look into.
+changes from run to run, and on a GPU torch's own operators add so. Both therefore take the operators below,
+which a compiler does not look into.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -10,14 +13,26 @@ from torch import Tensor
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """`x[index]` for `x [N, …]` and `index [E]`: `[E, …]`."""
-    return _gather(x, index) if torch.compiler.is_compiling() else x[index]
+    return _gather(x, index) if _own_operators(x) else x[index]
 
 
 def sum_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
     """Sums `[size, …]` of the `rows [E, …]` with the same `index [E]`; zero where there are none."""
-    if torch.compiler.is_compiling():
+    if _own_operators(rows):
         return _sum(rows, index, size)
     return rows.new_zeros(size, *rows.shape[1:]).index_add(0, index, rows)
+
+
+def add_rows_(out: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Adds the `rows [E, …]` with the same `index [E]` to `out [size, …]`, in place; without derivatives."""
+    if out.device.type == "cpu":
+        out.index_add_(0, index, rows)
+    else:
+        out.add_(sum_sorted_rows(rows, index, out.shape[0]))
+
+
+def _own_operators(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or x.device.type != "cpu"
 
 
 @torch.library.custom_op("equiformer2::gather_rows", mutates_args=())
@@ -47,7 +62,7 @@ def sum_sorted_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
     """`sum_rows` by sorting: no atomic additions, which is what `index_add` takes on a GPU."""
     index, order = torch.sort(index, stable=True)
     starts = torch.searchsorted(index, torch.arange(size + 1, device=index.device))
-    flat = rows.index_select(0, order).flatten(1)
+    flat = rows.index_select(0, order).view(len(rows), math.prod(rows.shape[1:]))
     # `unsafe`: the check that the segments cover all rows would wait for the device.
     sums = torch.segment_reduce(flat, "sum", offsets=starts, axis=0, unsafe=True, initial=0)
     return sums.view(size, *rows.shape[1:])

@@ -9,12 +9,12 @@ from torch.utils.checkpoint import checkpoint
 from torch_geometric.data import Batch, Data
 
 from equiformer2.errors import InputError
-from equiformer2.graph import RadiusGraph, radius_graph
+from equiformer2.graph import RadiusGraph, checked_graph, radius_graph
 from equiformer2.graph.validation import locate_atom
 from equiformer2.kernels.aggregate import widened
 from equiformer2.kernels.backend import Neighbors, triton_kernels, use_cpp_kernels, why_not
 from equiformer2.kernels.chunks import chunks
-from equiformer2.kernels.rows import gather_rows
+from equiformer2.kernels.rows import gather_rows, sum_rows
 from equiformer2.model.attention import SO2EquivariantGraphAttention, element_embedding
 from equiformer2.model.block import TransformerBlock
 from equiformer2.model.compiled import compiled_graphs, compiled_network
@@ -116,8 +116,8 @@ class EquiformerV2(nn.Module):
             `stress [B, 3, 3]` (see `conservative.with_derivatives`); what `request` leaves of them.
 
         Raises:
-            InputError: an element is not below `max_num_elements`, the structure is malformed, `request` does
-                not fit, or the backend cannot do what is asked for.
+            InputError: an element is not below `max_num_elements`, the structure or `graph` is malformed,
+                `request` does not fit, or the backend cannot do what is asked for.
         """
         request = request or OutputRequest()
         if dens is not None:
@@ -132,8 +132,7 @@ class EquiformerV2(nn.Module):
         numbers = self._checked_numbers(batch)
         natoms = torch.as_tensor(batch.natoms, device=numbers.device).reshape(-1)
         structure = torch.repeat_interleave(torch.arange(len(natoms), device=numbers.device), natoms)
-        if graph is None:
-            graph = self.build_graph(batch)
+        graph = self.build_graph(batch) if graph is None else checked_graph(graph, len(numbers))
         dtype = self.sphere_embedding.weight.dtype
         vectors, distances = graph.vectors.to(dtype), graph.distances.to(dtype)
         rotations = self._rotations(vectors, distances) if frames is None else frames.packed()
@@ -158,7 +157,7 @@ class EquiformerV2(nn.Module):
         natoms = torch.as_tensor(batch.natoms, device=numbers.device).reshape(-1)
         structure = torch.repeat_interleave(torch.arange(len(natoms), device=numbers.device), natoms)
         request.check(len(numbers), True)
-        edges = self.build_graph(batch) if graph is None else graph
+        edges = self.build_graph(batch) if graph is None else checked_graph(graph, len(numbers))
 
         def energies(vectors: Tensor, distances: Tensor) -> Tensor:
             rotations = self._rotations(vectors, distances)
@@ -272,7 +271,7 @@ class EquiformerV2(nn.Module):
     ) -> dict[str, Tensor]:
         out = {}
         if atomic is not None:
-            energy = atomic.new_zeros(len(natoms)).index_add(0, structure, atomic)
+            energy = sum_rows(atomic, structure, len(natoms))
             out["energy"] = energy / self.config.avg_num_nodes
         if forces is not None:
             out["forces"] = forces

@@ -61,8 +61,8 @@ def edges(model: EquiformerV2, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return graph.edge_index, graph.vectors
 
 
-def calculator(model: EquiformerV2, backend: str, device: str) -> "EquiformerV2Calculator":
-    """The package's ASE calculator, from a checkpoint file with the model's parameters."""
+def calculator(model: EquiformerV2, precision: str, backend: str, device: str) -> "EquiformerV2Calculator":
+    """The package's ASE calculator as a user makes it, from a checkpoint file with the model's parameters."""
     # Only here: what it imports should not count as memory of a training step.
     from equiformer2.inference import EquiformerV2Calculator
 
@@ -78,6 +78,4 @@ def calculator(model: EquiformerV2, backend: str, device: str) -> "EquiformerV2C
             energy_kind="adsorption",
             provenance={},
         )
-        made = EquiformerV2Calculator(path, device=device)
-    select_backend(made.predictor.model, backend)
-    return made
+        return EquiformerV2Calculator(path, device=device, precision=precision, backend=backend)

@@ -80,6 +80,6 @@ class ReferenceCalculator(Calculator):
         }
 
 
-def calculator(model: EquiformerV2, backend: str, device: str) -> Calculator:
+def calculator(model: EquiformerV2, precision: str, backend: str, device: str) -> Calculator:
     """An ASE calculator around the network."""
     return ReferenceCalculator(model, device)

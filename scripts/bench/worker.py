@@ -154,7 +154,7 @@ class Worker:
         """Attach a calculator to the first slab; save the energy and forces of the start structure."""
         from bench.relaxing import Relaxation
 
-        calculator = self.implementation.calculator(self.model, backend, self.device)
+        calculator = self.implementation.calculator(self.model, precision, backend, self.device)
         relaxation = Relaxation(calculator, precision, self.device)
         torch.save({"draws": relaxation.first_answers(draws)}, path)
         self.relaxations[precision, backend] = relaxation

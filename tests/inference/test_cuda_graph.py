@@ -1,6 +1,7 @@
 """Replaying fixed compositions. On a CPU a stand-in for CUDA graphs runs what was recorded once more."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +76,18 @@ def test_answers_of_a_trajectory(
     assert strict or len(edges) > 1
 
 
+def test_networks_with_the_switches_of_v3(
+    make_checkpoint: Callable[..., Path], oxygen_on_copper: Atoms
+) -> None:
+    switches = {"smooth_cutoff": True, "use_swiglu_s2_act": True, "use_m_share_rad": True}
+    path = make_checkpoint("adsorption", max_radius=4.0, norm_type="rms_norm_sh", **switches)
+    plain, graphed = Predictor(path), replaying(path)
+    for step in range(3):
+        batch = moved(oxygen_on_copper, step)
+        assert_equal(graphed.predict(batch), plain.predict(batch))
+    assert (graphed.graphed.captures, graphed.graphed.replays) == (1, 2)
+
+
 def test_captured_again_when_there_are_more_edges(
     make_checkpoint: Callable[..., Path], oxygen_on_copper: Atoms
 ) -> None:
@@ -139,6 +152,21 @@ def test_large_systems_run_as_usual(
     assert predictor.graphed.captures == 0
 
 
+def test_a_failed_capture_is_told_once(checkpoint: Path, oxygen_on_copper: Atoms) -> None:
+    def fail(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    plain, predictor = Predictor(checkpoint), Predictor(checkpoint)
+    predictor.graphed = GraphedNetwork(predictor.model, fail)
+    predictor.predict(moved(oxygen_on_copper, 0))
+    batch = moved(oxygen_on_copper, 1)
+    with pytest.warns(UserWarning, match=r"captured \(operation not permitted when stream is capturing\)"):
+        assert_equal(predictor.predict(batch), plain.predict(batch))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_equal(predictor.predict(batch), plain.predict(batch))
+
+
 def test_capacity() -> None:
     class Model:
         class config:  # noqa: N801
@@ -157,9 +185,9 @@ def test_refusals(checkpoint: Path) -> None:
         Predictor(checkpoint, cuda_graphs=True)
     assert Predictor(checkpoint).graphed is None
     gpu = torch.device("cuda")
-    assert why_not_captured(gpu, "triton", False) is None
-    assert "'compile' is not captured" in why_not_captured(gpu, "compile", False)
-    assert "router" in why_not_captured(gpu, "torch", True)
+    assert why_not_captured(gpu, "triton", False, False) is None
+    assert "'compile' is not captured" in why_not_captured(gpu, "compile", False, False)
+    assert "router" in why_not_captured(gpu, "torch", True, False)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

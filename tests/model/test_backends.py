@@ -100,6 +100,32 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         model(batch)
 
 
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    model.backend = "compile"
+    monkeypatch.setattr(library, "compiler", lambda: None)
+    with pytest.raises(InputError, match=r"'compile' cannot be used: no C\+\+ compiler was found"):
+        model.check_backend()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_equal_bits_on_a_gpu(backend: str) -> None:
+    """Nothing is added atomically, neither forwards nor backwards."""
+    model, batch = random_model().cuda(), structures().to("cuda")
+    model.backend = backend
+
+    def answer() -> list[torch.Tensor]:
+        model.zero_grad()
+        out = model(batch)
+        (out["energy"].square().sum() + out["forces"].square().sum()).backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return [out["energy"].detach(), out["forces"].detach(), *grads]
+
+    for first, second in zip(answer(), answer(), strict=True):
+        assert torch.equal(first, second)
+
+
 def test_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = random_model(), structures()
     assert model.backend == "auto"

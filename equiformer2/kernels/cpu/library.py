@@ -6,12 +6,16 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
+
+from equiformer2.kernels.cpu.cache import cache_folder, mark_used, remove_unused
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +27,19 @@ DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "b
 #: Highest degree that the kernels are made for (`max_degree` in common.h).
 LMAX = 8
 
+NO_COMPILER = "no C++ compiler was found (install g++ or clang++, or set CXX)"
 
-def compiler() -> str | None:
-    """Path of the C++ compiler: that of the environment variable CXX, else g++ or clang++."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    return next((path for path in map(shutil.which, names) if path), None)
+
+def compiler() -> list[str] | None:
+    """The C++ compiler and its first arguments: what the variable CXX says, else g++ or clang++."""
+    try:
+        given = shlex.split(os.environ.get("CXX", ""))
+    except ValueError:  # a quotation mark too many
+        return None
+    for name, *arguments in [given] if given else [["g++"], ["clang++"]]:
+        if path := shutil.which(name):
+            return [path, *arguments]
+    return None
 
 
 def why_not(device: torch.device, dtype: torch.dtype, lmax: int) -> str | None:
@@ -58,26 +70,46 @@ def function(name: str, dtype: torch.dtype) -> "ctypes._NamedFuncPointer":
 
 @functools.cache
 def _library() -> ctypes.CDLL | str:
-    """The library, or why there is none. Compiled once per source, compiler and processor."""
-    path = compiler()
-    if path is None:
-        return "no C++ compiler was found (install g++ or clang++, or set CXX)"
+    """The library, or why there is none, which a warning says once: without it a CPU is slower."""
+    found = _made_or_found()
+    if isinstance(found, str):
+        warnings.warn(
+            f"the C++ kernels cannot be used, so that the backend 'auto' is the slower 'torch': {found}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def _made_or_found() -> ctypes.CDLL | str:
+    """Compiled once per source, compiler and processor."""
+    command = compiler()
+    if command is None:
+        return NO_COMPILER
+    name = shlex.join(command)
     try:
         openmp = _openmp()
-        folder = _cache_folder()
-        target = folder / f"kernels-{_key(path, openmp)}.so"
-        if not target.exists():
-            logger.info("compiling the CPU kernels with %s (once per machine, some seconds)", path)
-            _compile(path, openmp, target)
+        target = cache_folder() / f"kernels-{_key(command, openmp)}.so"
+        if target.exists():
+            try:
+                library = ctypes.CDLL(str(target))
+                mark_used(target)
+                return library
+            except OSError as error:
+                logger.warning("%s is damaged (%s): compiling it again", target, error)
+        logger.info("compiling the CPU kernels with %s (once per machine, some seconds)", name)
+        _compile(command, openmp, target)
+        remove_unused(target.parent)
         return ctypes.CDLL(str(target))
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines() or [f"exit status {error.returncode}"]
-        return f"{path} could not compile the CPU kernels: {lines[-1]}"
+        return f"{name} could not compile the CPU kernels: {lines[-1]}"
     except OSError as error:
         return f"the CPU kernels could not be compiled or loaded: {error}"
 
 
-def _compile(path: str, openmp: Path | None, target: Path) -> None:
+def _compile(command: list[str], openmp: Path | None, target: Path) -> None:
+    """Write `target`, whole or not at all; several processes may do so at once."""
     here = Path(__file__).parent
     handle, name = tempfile.mkstemp(dir=target.parent, suffix=".so.part")
     os.close(handle)
@@ -85,11 +117,14 @@ def _compile(path: str, openmp: Path | None, target: Path) -> None:
     threads = ["-fopenmp", *([str(openmp)] if openmp else [])]
     try:
         subprocess.run(
-            [path, *FLAGS, str(here / SOURCES[0]), *threads, "-o", name],
+            [*command, *FLAGS, str(here / SOURCES[0]), *threads, "-o", name],
             check=True,
             capture_output=True,
             text=True,
+            errors="replace",
         )
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(name, target)
     finally:
         Path(name).unlink(missing_ok=True)
@@ -102,9 +137,9 @@ def _openmp() -> Path | None:
     return next((p for folder in folders for p in sorted(folder.glob("lib*omp*.so*"))), None)
 
 
-def _key(path: str, openmp: Path | None) -> str:
-    version = subprocess.run([path, "--version"], check=True, capture_output=True, text=True).stdout
-    parts = [version, *FLAGS, str(openmp), _processor()]
+def _key(command: list[str], openmp: Path | None) -> str:
+    version = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True).stdout
+    parts = [*command, version, *FLAGS, str(openmp), _processor()]
     parts += [(Path(__file__).parent / name).read_text() for name in SOURCES]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
@@ -116,18 +151,3 @@ def _processor() -> str:
         return next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         return f"{platform.machine()} {platform.processor()} {platform.node()}"
-
-
-def _cache_folder() -> Path:
-    """A folder that only this user can write to: what lies there is loaded as code."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "equiformer2"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-        own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
-        if own and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="equiformer2-"))
