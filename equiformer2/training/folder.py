@@ -19,6 +19,8 @@ from tqdm import tqdm
 from equiformer2.checkpoint.files import read_tensors, write_tensors
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes
+from equiformer2.training.batch_dump import DUMP_PREFIX
+from equiformer2.training.kept import latest
 from equiformer2.training.metrics_file import MetricsFile, read_rows
 from equiformer2.training.resume import rows_until
 
@@ -75,12 +77,16 @@ class RunFolder:
 
     @property
     def _continues(self) -> bool:
-        return self.resume_from is not None and self.resume_from.resolve() == self.last.resolve()
+        return (
+            self.resume_from is not None and self.resume_from.resolve().parent == self.checkpoints.resolve()
+        )
 
     def _worth_keeping(self, path: Path) -> bool:
         """Whether it is more than a run leaves that ended before its first logged step."""
         inside = path.relative_to(self.path)
         if not path.is_file() or inside.parts[0] == "wandb" or path.suffix == ".tmp":
+            return False
+        if path.name.startswith(DUMP_PREFIX):
             return False
         if path == self.metrics:
             return not self._may_begin_again and bool(read_rows(path))
@@ -108,6 +114,9 @@ class RunFolder:
             raise InputError(f"{self.path} holds a run that is still going on: choose another name")
         if not self._continues:
             stream.truncate(0)
+        # Of a process that was killed while it wrote a checkpoint: this one alone is here now.
+        for unfinished in self.checkpoints.glob(".*.tmp"):
+            unfinished.unlink(missing_ok=True)
         file, console = logging.StreamHandler(stream), _Console()
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         ours = logging.getLogger("equiformer2")
@@ -238,7 +247,13 @@ def _is_first_process() -> bool:
 
 def read_resume_state(path: Path) -> dict[str, Any]:
     """The content of a Lightning checkpoint of ours; `InputError` for any other file."""
-    state = read_tensors(path)
+    try:
+        state = read_tensors(path)
+    except InputError as error:
+        before = latest(path.parent)
+        if before is None or before == path:
+            raise
+        raise InputError(f"{error}; to go on from the one before it give --ckpt_path {before}") from error
     if "global_step" not in state or "equiformer2" not in state:
         raise InputError(
             f"ckpt_path: {path} is not a checkpoint to resume from (checkpoints/last.ckpt of a run); "

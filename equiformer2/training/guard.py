@@ -1,71 +1,140 @@
-"""Stop at the first loss that is not a number, and say which structures made it so."""
+"""Steps whose loss or gradient is not finite never reach the weights: they stop the run, or are left out."""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.optim import Optimizer
 from torch_geometric.data import Batch
 
 from equiformer2.errors import InputError
-from equiformer2.training.metrics import structure_index
+from equiformer2.training.batch_dump import DUMP_PREFIX, suspects, write_dump
+
+log = logging.getLogger("equiformer2")
+
+
+class MicroBatch(NamedTuple):
+    """What would explain a step that went wrong; outputs in normalised units."""
+
+    step: int
+    loss: Tensor
+    batch: Batch
+    out: dict[str, Tensor]
 
 
 class FiniteGuard:
-    """Watches the losses of a run without making the host wait for a GPU.
+    """Judges every optimizer step by the norm of its gradient, without making the host wait for a GPU.
 
-    On a GPU the verdict on a step is read during the next step (or before a checkpoint is written), when
-    it has long arrived; on a CPU at once.
+    A step that is not finite changes neither weights nor optimizer. On a GPU the verdict is read during the
+    next step (or before a checkpoint is written), when it has long arrived; on a CPU at once. All processes
+    of a run have the same gradient, so that all come to the same verdict.
+
+    Args:
+        allowed: how many such steps may follow each other before the run stops.
+
+    Attributes:
+        folder: where the batch of the step that stopped the run is written; None for nowhere.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allowed: int = 0) -> None:
+        self.allowed = allowed
+        self.folder: Path | None = None
+        self._counts = torch.zeros(2)  # skipped in all, skipped one after the other
+        self._running: list[MicroBatch] = []
+        self._judged: list[MicroBatch] = []
         self._verdict: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
-        self._evidence: tuple[int, Batch, dict[str, Tensor]] | None = None
-        self._sizes: tuple[int, int] | None = None
+
+    @property
+    def skipped(self) -> Tensor:
+        """How many steps have been left out so far (scalar)."""
+        return self._counts[0]
 
     def watch(self, step: int, loss: Tensor, batch: Batch, out: dict[str, Tensor]) -> None:
-        """Judge the previous loss, then take on this one (a scalar) with what would explain it."""
+        """Take on a micro-batch of the step that is going on; read the verdict on the step before."""
         self.check()
-        self._sizes = (batch.num_graphs, batch.pos.shape[0])
-        self._verdict = torch.isfinite(loss.detach()).to("cpu", non_blocking=True)
-        self._evidence = (step, batch, {name: value.detach() for name, value in out.items()})
-        if loss.is_cuda:
+        if self._running and self._running[0].step != step:
+            self._running = []
+        out = {name: value.detach() for name, value in out.items()}
+        self._running.append(MicroBatch(step, loss.detach(), batch, out))
+
+    def judge(self, optimizer: Optimizer, norm: Tensor) -> None:
+        """Judge the step by the norm of its gradient (scalar), before `optimizer` takes it.
+
+        Raises:
+            InputError: on a CPU, as `check`.
+        """
+        bad = (~torch.isfinite(norm.detach())).float()
+        # What a fused optimizer looks at, where the gradients are, to leave out a step.
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.found_inf = bad  # type: ignore[attr-defined]
+        total, row = self._counts.to(bad.device, non_blocking=True)
+        self._counts = torch.stack((total + bad, (row + 1) * bad))
+        self._judged, self._running = self._running, []
+        self._verdict = self._counts[1].to("cpu", non_blocking=True)
+        if bad.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
         else:
             self.check()
 
     def check(self) -> None:
-        """Raise `InputError` if the last loss watched was not finite."""
-        if self._verdict is None or self._evidence is None:
+        """Read the verdict on the last step judged; log it if the step was left out.
+
+        Raises:
+            InputError: more than `allowed` steps one after the other were not finite.
+        """
+        if self._verdict is None:
             return
         if self._arrived is not None:
             self._arrived.synchronize()
-        finite, (step, batch, out) = bool(self._verdict), self._evidence
-        self._verdict = self._evidence = self._arrived = None
-        if not finite:
-            names = ", ".join(_suspects(batch, out))
-            raise InputError(
-                f"the loss is not finite at step {step}; look at these structures (sid/fid): {names}; "
-                "if their data are sound, lower optim.lr or use trainer.precision: 32-true"
-            )
+        row, judged = int(self._verdict), self._judged
+        self._verdict, self._arrived, self._judged = None, None, []
+        if row == 0:
+            return
+        what, names, step = self._explain(judged)
+        if row <= self.allowed:
+            log.warning(f"step {step} left out: the {what} is not finite; structures (sid/fid): {names}")
+            return
+        often = "" if row == 1 else f", {row} times in a row"
+        raise InputError(
+            f"the {what} is not finite at step {step}{often}; look at these structures (sid/fid): {names}; "
+            f"{self._dump(judged, what)}if their data are sound, lower optim.lr or use "
+            "trainer.precision: 32-true"
+        )
 
-    def last_batch(self) -> str:
-        """The size of the last batch watched, for messages; empty before the first."""
-        if self._sizes is None:
+    def _explain(self, judged: list[MicroBatch]) -> tuple[str, str, int]:
+        """Loss or gradient, the structures of all processes that stand out (all when none does), the step."""
+        found = [name for each in judged for name in suspects(each.batch, each.out)]
+        everything = [name for each in judged for name in suspects(each.batch, each.out, all_of_them=True)]
+        bad_loss = any(not bool(torch.isfinite(each.loss)) for each in judged)
+        step = judged[0].step if judged else 0
+        shares = [(bad_loss, found, everything)]
+        if distributed.is_available() and distributed.is_initialized():
+            shares = [shares[0]] * distributed.get_world_size()
+            distributed.all_gather_object(shares, (bad_loss, found, everything))
+        names = [name for share in shares for name in share[1]] or [n for share in shares for n in share[2]]
+        what = "loss" if any(share[0] for share in shares) else "gradient"
+        return what, ", ".join(names[:8] + ["…"] * (len(names) > 8)), step
+
+    def _dump(self, judged: list[MicroBatch], what: str) -> str:
+        """Write the batch; half a sentence that says where it is."""
+        if self.folder is None or not judged:
             return ""
-        return f" (the last batch had {self._sizes[0]} structures, {self._sizes[1]} atoms)"
+        process = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+        path = self.folder / f"{DUMP_PREFIX}step{judged[0].step}_process{process}.pt"
+        try:
+            write_dump(path, judged, what)
+        except OSError as error:
+            return f"the batch could not be written ({error}); "
+        return f"the batch is in {path}; "
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """The counts, for a checkpoint."""
+        return {"counts": self._counts.tolist()}
 
-def _suspects(batch: Batch, out: dict[str, Tensor], at_most: int = 8) -> list[str]:
-    """Structures with a non-finite input, target or output; all of the batch when none stands out."""
-    bad = torch.zeros(batch.num_graphs, dtype=torch.bool, device=batch.pos.device)
-    index = structure_index(batch)
-    for values in (batch.energy, batch.forces, batch.pos, *out.values()):
-        wrong = ~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)
-        if len(wrong) == len(bad):
-            bad |= wrong
-        if len(wrong) == len(index):
-            bad[index[wrong]] = True
-    chosen = bad.nonzero().flatten().tolist() or list(range(batch.num_graphs))
-    fids = torch.as_tensor(batch.fid).tolist()
-    names = [f"{batch.sid[i]}/{fids[i]}" for i in chosen[:at_most]]
-    return names + ["…"] * (len(chosen) > at_most)
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Go on counting from `state`."""
+        self._counts = torch.tensor(state["counts"])

@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from torch_geometric.data import Batch
 
+from equiformer2.training.kept import keep_under_step, remove_older
 from equiformer2.training.loader import ResumableLoader
 from equiformer2.training.stopping import StoppedBySignal, StopRequest, leave_signals_to_stop_request
 
@@ -32,11 +33,17 @@ class ResumeCheckpoint(Checkpoint):
 
     Kept besides what Lightning keeps: the state of the global random generators (of the first process) and
     the metrics of the last step, which Lightning gives to the loggers only after its callbacks.
+
+    Args:
+        path: of `last.ckpt`.
+        every_n_steps: see above.
+        keep_last: how many checkpoints are kept; those before the last are `step_N.ckpt` beside it.
     """
 
-    def __init__(self, path: Path, every_n_steps: int | None = None) -> None:
+    def __init__(self, path: Path, every_n_steps: int | None = None, keep_last: int = 1) -> None:
         self.path = path
         self.every_n_steps = every_n_steps
+        self.keep_last = keep_last
         self._stop = StopRequest()
         self._saved_step = 0
         self._before_validation = False
@@ -120,7 +127,11 @@ class ResumeCheckpoint(Checkpoint):
     # ---- what
 
     def _save(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero and self._saved_step != trainer.global_step:
+            keep_under_step(self.path, self._saved_step, self.keep_last - 1)
         trainer.save_checkpoint(self.path, weights_only=False)
+        if trainer.is_global_zero:
+            remove_older(self.path, self.keep_last - 1)
         self._saved_step = trainer.global_step
 
     def on_save_checkpoint(

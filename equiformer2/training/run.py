@@ -31,6 +31,7 @@ from equiformer2.training.folder import (
 )
 from equiformer2.training.loader import ResumableDataModule
 from equiformer2.training.optim import OptimSettings
+from equiformer2.training.out_of_memory import BatchAtWork
 from equiformer2.training.processes import (
     SameRunEverywhere,
     check_launched_as_told,
@@ -62,6 +63,7 @@ class RunSettings:
             where it is there and a new start where it is not, for jobs that are put back into the queue.
         init_from: start from the weights of this checkpoint (native, OCP or fairchem v1) as a new run.
         checkpoint_every_n_steps: also save `last.ckpt` every so many optimizer steps.
+        keep_last: how many checkpoints to resume from are kept: `last.ckpt` and those before it.
     """
 
     name: str | None = None
@@ -70,6 +72,7 @@ class RunSettings:
     ckpt_path: str | None = None
     init_from: str | None = None
     checkpoint_every_n_steps: int | None = None
+    keep_last: int = 2
 
     def __post_init__(self) -> None:
         if self.ckpt_path not in (None, "auto") and self.init_from is not None:
@@ -79,6 +82,8 @@ class RunSettings:
             raise InputError(f"name is {self.name!r}; it must be a folder inside runs_dir")
         if self.checkpoint_every_n_steps is not None and self.checkpoint_every_n_steps < 1:
             raise InputError("checkpoint_every_n_steps must be at least 1")
+        if self.keep_last < 1:
+            raise InputError(f"keep_last must be at least 1, not {self.keep_last}")
 
 
 @dataclass(frozen=True)
@@ -177,19 +182,23 @@ def _task(config: RunConfig, data: ResumableDataModule) -> S2EFTask:
 def _run(config: RunConfig, task: S2EFTask, data: ResumableDataModule, folder: RunFolder, begin: str) -> None:
     parity = ParityFigures()
     native = NativeCheckpoints(folder.checkpoints, {"config": config.text, "init_from": config.run.init_from})
+    task.guard.folder = folder.path
+    work = BatchAtWork()
     callbacks = [
         SameRunEverywhere(lambda: {**_facts(config, data), "ckpt_path": begin}),
         Summary(),
         parity,
         native,
-        ResumeCheckpoint(folder.last, config.run.checkpoint_every_n_steps),
+        ResumeCheckpoint(folder.last, config.run.checkpoint_every_n_steps, config.run.keep_last),
+        work,
     ]
     trainer = _trainer(config, folder, callbacks)
     folder.save_config(config.text)
     log.info(f"run folder {folder.path}; {count_parameters(task.model):,} trainable parameters")
-    _fit(trainer, task, data, folder)
-    if trainer.limit_val_batches != 0:
-        _complete_validation(trainer, task, data, native, parity)
+    with work.named(task):
+        trainer.fit(task, datamodule=data, ckpt_path=folder.resume_from, weights_only=True)
+        if trainer.limit_val_batches != 0:
+            _complete_validation(trainer, task, data, native, parity)
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:
@@ -220,16 +229,6 @@ def _complete_validation(
         loggers, trainer.loggers = trainer.loggers, []
         trainer.validate(task, datamodule=data, verbose=False)
         trainer.loggers = loggers
-
-
-def _fit(trainer: pl.Trainer, task: S2EFTask, data: ResumableDataModule, folder: RunFolder) -> None:
-    try:
-        trainer.fit(task, datamodule=data, ckpt_path=folder.resume_from, weights_only=True)
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"the device is out of memory{task.guard.last_batch()}: lower data.batch_size or data.max_atoms, "
-            "or use task.activation_checkpointing: true or trainer.precision: bf16-mixed"
-        ) from error
 
 
 def _trainer(config: RunConfig, folder: RunFolder, callbacks: list[pl.Callback]) -> pl.Trainer:

@@ -49,6 +49,9 @@ class TaskSettings:
         backend: runs the hot operations: `auto`, `torch`, `cpp`, `compile`, `triton` (`kernels.backend`).
         monitor: validation metric that decides which weights are the best.
         dens: denoising as an auxiliary task; null for none.
+        non_finite: what to do with a step whose loss or gradient is not finite: `stop` the run and write its
+            batch into the run's folder, or `skip` the step, which leaves weights and optimizer as they are.
+        max_skipped_steps: with `skip`, the run stops when more steps than this follow each other.
     """
 
     energy_coefficient: float = 2.0
@@ -61,6 +64,8 @@ class TaskSettings:
     monitor: Literal[
         "forces_mae", "energy_mae", "energy_forces_within_threshold", "forces_cosine_similarity"
     ] = "forces_mae"
+    non_finite: Literal["stop", "skip"] = "stop"
+    max_skipped_steps: int = 10
     dens: DensSettings | None = None
 
     def __post_init__(self) -> None:
@@ -70,6 +75,8 @@ class TaskSettings:
             raise InputError("task.backend: compile encodes no forces; use auto with task.dens")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"task.ema_decay must be at least 0 and below 1, not {self.ema_decay}")
+        if self.max_skipped_steps < 1:
+            raise InputError(f"task.max_skipped_steps must be at least 1, not {self.max_skipped_steps}")
         for name in ("energy_coefficient", "force_coefficient", "stress_coefficient"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"task.{name} must not be negative, it is {getattr(self, name)}")
@@ -127,7 +134,7 @@ class S2EFTask(pl.LightningModule):
         if settings.activation_checkpointing:
             model.activation_checkpointing = True  # type: ignore[assignment]
         self.val_metrics = S2EFMetrics(forces=self.has_forces)
-        self.guard = FiniteGuard()
+        self.guard = FiniteGuard(settings.max_skipped_steps if settings.non_finite == "skip" else 0)
         self._step_values: Tensor | float = 0.0
 
     @property
@@ -275,15 +282,23 @@ class S2EFTask(pl.LightningModule):
         fraction = min(1.0, elapsed / (elapsed + remaining))
         return float(self.trainer.strategy.broadcast(fraction))
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Spoil the gradients of a loss that is not finite, which may be finite, for all processes to see."""
+        sound = torch.isfinite(loss.detach())
+        super().backward(loss * torch.where(sound, 1.0, math.nan), *args, **kwargs)
+
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by global norm and log the norm before clipping."""
+        """Clip by global norm and log the norm before clipping; refuse a gradient that is not finite."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_grad_norm)
         self.log("train/grad_norm", norm)
+        self.guard.judge(optimizer, norm)
+        if self.settings.non_finite == "skip":
+            self.log("train/skipped_steps", self.guard.skipped)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """One optimizer step, then one step of the moving average."""
@@ -296,12 +311,13 @@ class S2EFTask(pl.LightningModule):
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a resumed run must agree on; refuse to save weights that a bad loss has touched."""
+        """Add what a resumed run must agree on; none is written behind a step that stops the run."""
         self.guard.check()
         checkpoint[STATE_KEY] = {
             "normalizers": self.normalizers.to_dict(),
             "energy_kind": self.energy_kind,
             "seed": self.seed,
+            "guard": self.guard.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -319,6 +335,8 @@ class S2EFTask(pl.LightningModule):
                 raise InputError(
                     f"the run to resume had {name} {state[name]!r}, this one has {getattr(self, name)!r}"
                 )
+        if "guard" in state:
+            self.guard.load_state_dict(state["guard"])
 
     def _check_same_model(self, theirs: dict[str, Tensor]) -> None:
         mine = self.state_dict()

@@ -202,14 +202,3 @@ def test_a_structure_without_a_graph_is_named(batch: Batch, step: str) -> None:
     message = rf"structure {name} \(sid/fid\): atoms 2 and 5 of structure 1 of the batch are 0 Å apart"
     with pytest.raises(InputError, match=message):
         training_loss(task, spoiled) if step == "training" else task.validation_step(spoiled, 0)
-
-
-@pytest.mark.parametrize("field", ["energy", "forces", "pos"])
-def test_a_loss_that_is_not_finite_stops_and_names_the_structure(batch: Batch, field: str) -> None:
-    spoiled = copy.deepcopy(batch)
-    spoiled[field][-1] = float("nan")  # the last structure's
-    spoiled.fixed[-1] = False
-    with pytest.raises(InputError, match=r"not finite at step 0.*: 1981709/\d+;") as error:
-        training_loss(make_task(), spoiled)
-    assert f"{batch.sid[2]}/{int(batch.fid[2])};" in str(error.value)
-    assert f"/{int(batch.fid[0])}" not in str(error.value)
