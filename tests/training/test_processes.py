@@ -27,7 +27,7 @@ def trainer_keys(**changed: Any) -> dict[str, Any]:
 def test_untested_strategies_are_refused(strategy: Any) -> None:
     with pytest.raises(
         InputError, match=r"trainer\.strategy is .*; only 'auto' and 'ddp' are supported"
-    ) as e:
+    ) as error:
         strategy_of(trainer_keys(strategy=strategy))
     assert str(error.value).count("\n") == 0
 
