@@ -85,7 +85,7 @@ def test_networks_with_the_switches_of_v3(
     for step in range(3):
         batch = moved(oxygen_on_copper, step)
         assert_equal(graphed.predict(batch), plain.predict(batch))
-    assert (graphed.graphed.captures, graphed.graphed.replays) == (1, 2)
+    assert graphed.graphed.replays == 2
 
 
 def test_captured_again_when_there_are_more_edges(
