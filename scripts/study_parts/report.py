@@ -1,5 +1,6 @@
 """Table, figure and verdicts of a pruning study: docs/results/pruning_study.*."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,32 +120,35 @@ def _lossless_verdicts(lossless: dict[str, Any]) -> list[Verdict]:
 
 
 def _router_verdicts(campaign: Campaign, name: str, rows: Rows) -> list[Verdict]:
+    """Of FTP's trained router, and of the static one at a searched schedule, which is its first stage."""
     dense = _row(rows, DENSE, 1.0, "cut")
     verdicts = []
-    for keep in campaign.studies[name].keep:
-        ftp = _row(rows, "route_ftp", keep, "cut")
-        if dense is None or ftp is None:
+    for keep, method, held_out in itertools.product(
+        campaign.studies[name].keep, ("route_ftp", "route_static"), campaign.held_out
+    ):
+        row = _row(rows, method, keep, "cut")
+        if dense is None or row is None:
             continue
-        for held_out in campaign.held_out:
-            ratio = _mae(ftp, held_out, "to_labels") / _mae(dense, held_out, "to_labels")
-            verdicts.append(
-                Verdict(
-                    f"{name}, {held_out}: router at {keep:.0%} of the MACs, force MAE at most 5 % worse",
-                    f"{ratio - 1:+.1%} (MACs {ftp['macs_on'][held_out]:.1%})",
-                    ratio <= _WORSE,
-                )
+        title = f"{name}, {held_out}, {method}"
+        ratio = _mae(row, held_out, "to_labels") / _mae(dense, held_out, "to_labels")
+        verdicts.append(
+            Verdict(
+                f"{title}: {keep:.0%} of the MACs, force MAE at most 5 % worse",
+                f"{ratio - 1:+.1%} (MACs {row['macs_on'][held_out]:.1%})",
+                ratio <= _WORSE,
             )
-            own = _mae(ftp, held_out, "to_dense")
-            others = {m: _row(rows, m, keep, "cut") for m in _BASELINES}
-            errors = {m: _mae(row, held_out, "to_dense") for m, row in others.items() if row is not None}
-            told = ", ".join(f"{m.removeprefix('route_')} {value:.4f}" for m, value in errors.items())
-            verdicts.append(
-                Verdict(
-                    f"{name}, {held_out}: nearer to the dense network than random, uniform and distance",
-                    f"{own:.4f} eV/Å against {told}",
-                    bool(errors) and own < min(errors.values()),
-                )
+        )
+        own = _mae(row, held_out, "to_dense")
+        others = {m: _row(rows, m, keep, "cut") for m in _BASELINES}
+        errors = {m: _mae(other, held_out, "to_dense") for m, other in others.items() if other is not None}
+        told = ", ".join(f"{m.removeprefix('route_')} {value:.4f}" for m, value in errors.items())
+        verdicts.append(
+            Verdict(
+                f"{title}: nearer to the dense network than random, uniform and distance",
+                f"{own:.4f} eV/Å against {told}",
+                bool(errors) and own < min(errors.values()),
             )
+        )
     return verdicts
 
 
