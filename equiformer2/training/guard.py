@@ -131,10 +131,10 @@ class FiniteGuard:
             return f"the batch could not be written ({error}); "
         return f"the batch is in {path}; "
 
-    def state_dict(self) -> dict[str, list[float]]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The counts, for a checkpoint."""
-        return {"counts": self._counts.tolist()}
+        return {"counts": self._counts}
 
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on counting from `state`."""
-        self._counts = torch.tensor(state["counts"])
+        self._counts = state["counts"].clone()
