@@ -1,7 +1,9 @@
 """Training of FTP's router against the dense network; nothing else is trained and no labels are read."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,10 +22,13 @@ from equiformer2.pruning.routing.system import System
 
 _KEEP_EVERY = 10
 
+DenseAnswer = tuple[RadiusGraph, dict[str, Tensor]]
+"""Edges and outputs in normalised units."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RouterTraining:
-    """Settings of `train_router`.
+    """Settings of `RouterTrainer`.
 
     Attributes:
         steps: batches in all.
@@ -69,6 +74,94 @@ class RouterLosses:
     forces: float
 
 
+class RouterTrainer:
+    """The training of a router's MLP, one step at a time.
+
+    In the forward pass an atom is kept or skipped as later in use (keep where the probability is above 1/2);
+    derivatives go through the probability (straight-through), for which the branches of skipped atoms
+    are computed too.
+
+    Args:
+        router: its levels are the sparsities to learn; its MLP is trained in place.
+        settings: see `RouterTraining`.
+    """
+
+    def __init__(self, router: FTPRouter, settings: RouterTraining) -> None:
+        self.router, self.settings = router, settings
+        self._optimizer = torch.optim.AdamW(router.mlp.parameters(), lr=settings.learning_rate)
+        self._decay = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, settings.steps)
+
+    @property
+    def done(self) -> int:
+        """Steps that were taken."""
+        return self._decay.last_epoch
+
+    def step(
+        self,
+        model: EquiformerV2,
+        batch: Batch,
+        dense: DenseAnswer,
+        generator: torch.Generator,
+        average: Callable[[Tensor], Tensor] = lambda value: value,
+    ) -> RouterLosses:
+        """One step of the optimizer.
+
+        Args:
+            model: the network, `frozen`.
+            batch: structures, labels are not read.
+            dense: `dense_answer(model, batch)`.
+            generator: of the Gumbel noise.
+            average: of gradients and losses over the processes that take this step together.
+        """
+        graph, expected = dense
+        settings = self.settings
+        training = _StraightThrough(self.router, settings.temperature, generator)
+        with torch.enable_grad():
+            out = model(batch, graph=graph, active=training)
+            energy = (out["energy"] - expected["energy"]).abs().mean()
+            system = training.system
+            assert system is not None
+            error = (out["forces"] - expected["forces"])[system.free]
+            forces = (error.square().sum(dim=1) + 1e-12).sqrt().sum() / max(1, len(error))
+            guide_steps = settings.guide_steps or max(1, settings.steps // 2)
+            fading = max(0.0, 1 - self.done / guide_steps)
+            loss = settings.energy_weight * energy + settings.force_weight * forces
+            loss = (
+                loss
+                + settings.sparsity_weight * training.sparsity
+                + settings.guide_weight * fading * training.guide
+            )
+        self._optimizer.zero_grad()
+        loss.backward()
+        for parameter in self.router.mlp.parameters():
+            if parameter.grad is not None:
+                parameter.grad = average(parameter.grad)
+        self._optimizer.step()
+        self._decay.step()
+        parts = torch.stack((training.guide, training.sparsity, energy, forces)).detach()
+        return RouterLosses(*average(parts).tolist())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on as if nothing had stopped; readable with `weights_only`."""
+        return {
+            "mlp": self.router.mlp.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "decay": self._decay.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`; the learning rate falls to 0 over the steps of the present settings."""
+        self.router.mlp.load_state_dict(state["mlp"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._decay.load_state_dict(state["decay"])
+        settings = self.settings
+        if self._decay.T_max != settings.steps:
+            self._decay.T_max = settings.steps
+            share = (1 + math.cos(math.pi * min(1.0, self.done / settings.steps))) / 2
+            for group in self._optimizer.param_groups:
+                group["lr"] = settings.learning_rate * share
+
+
 def train_router(
     model: EquiformerV2,
     router: FTPRouter,
@@ -78,11 +171,7 @@ def train_router(
     resume: Mapping[str, Any] | None = None,
     keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[RouterLosses]:
-    """Train the router's MLP in place.
-
-    In the forward pass an atom is kept or skipped as later in use (keep where the probability is above 1/2);
-    derivatives go through the probability (straight-through), for which the branches of skipped atoms
-    are computed too.
+    """Train the router's MLP in place (see `RouterTrainer`), on batches in random order.
 
     Args:
         model: the network; its weights and mode are left as they are.
@@ -100,89 +189,64 @@ def train_router(
     if not batches:
         raise InputError("the router needs at least one batch to train on")
     generator = torch.Generator().manual_seed(settings.seed)
-    optimizer = torch.optim.AdamW(router.mlp.parameters(), lr=settings.learning_rate)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+    trainer = RouterTrainer(router, settings)
+    history: list[RouterLosses] = []
+    if resume is not None:
+        trainer.load_state_dict(resume)
+        generator.set_state(resume["generator"])
+        history = [RouterLosses(*losses) for losses in resume["history"]]
+    with frozen(model):
+        todo = range(trainer.done, settings.steps)
+        dense = [dense_answer(model, batch) for batch in batches] if todo else []
+        for step in todo:
+            number = int(torch.randint(len(batches), (), generator=generator))
+            losses = trainer.step(model, batches[number], dense[number], generator)
+            history.append(losses)
+            if keep is not None and ((step + 1) % _KEEP_EVERY == 0 or step + 1 == settings.steps):
+                told = [dataclasses.astuple(losses) for losses in history]
+                keep({**trainer.state_dict(), "generator": generator.get_state(), "history": told})
+            if after_step is not None:
+                after_step(step, losses)
+    return history
+
+
+@contextmanager
+def frozen(model: EquiformerV2) -> Iterator[None]:
+    """Evaluation mode and no derivatives by the network's weights; afterwards as it was before."""
     trained = [p for p in model.parameters() if p.requires_grad]
     was_training = model.training
     model.eval().requires_grad_(False)
-    history: list[RouterLosses] = []
-    if resume is not None:
-        router.mlp.load_state_dict(resume["mlp"])
-        optimizer.load_state_dict(resume["optimizer"])
-        decay.load_state_dict(resume["decay"])
-        generator.set_state(resume["generator"])
-        history = [RouterLosses(*losses) for losses in resume["history"]]
     try:
-        dense = _dense_answers(model, batches) if len(history) < settings.steps else []
-        for step in range(len(history), settings.steps):
-            number = int(torch.randint(len(batches), (), generator=generator))
-            losses = _step(
-                model, router, batches[number], dense[number], settings, step, generator, optimizer
-            )
-            decay.step()
-            history.append(losses)
-            if keep is not None and ((step + 1) % _KEEP_EVERY == 0 or step + 1 == settings.steps):
-                keep(
-                    {
-                        "mlp": router.mlp.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "decay": decay.state_dict(),
-                        "generator": generator.get_state(),
-                        "history": [dataclasses.astuple(losses) for losses in history],
-                    }
-                )
-            if after_step is not None:
-                after_step(step, losses)
+        yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
         model.train(was_training)
-    return history
-
-
-_Answer = tuple[RadiusGraph, dict[str, Tensor]]
 
 
 @torch.no_grad()
-def _dense_answers(model: EquiformerV2, batches: Sequence[Batch]) -> list[_Answer]:
+def dense_answer(model: EquiformerV2, batch: Batch) -> DenseAnswer:
+    """What the router is compared with: edges and outputs of the whole network.
+
+    Raises:
+        InputError: the network predicts no forces.
+    """
     if model.force_block is None:
         raise InputError("the router is trained on forces, too: the network predicts none")
-    graphs = [model.build_graph(batch) for batch in batches]
-    return [(graph, model(batch, graph=graph)) for batch, graph in zip(batches, graphs, strict=True)]
+    graph = model.build_graph(batch)
+    return graph, model(batch, graph=graph)
 
 
-def _step(
-    model: EquiformerV2,
-    router: FTPRouter,
-    batch: Batch,
-    dense: _Answer,
-    settings: RouterTraining,
-    step: int,
-    generator: torch.Generator,
-    optimizer: torch.optim.Optimizer,
-) -> RouterLosses:
-    graph, expected = dense
-    training = _StraightThrough(router, settings.temperature, generator)
-    with torch.enable_grad():
-        out = model(batch, graph=graph, active=training)
-        energy = (out["energy"] - expected["energy"]).abs().mean()
-        system = training.system
-        assert system is not None
-        error = (out["forces"] - expected["forces"])[system.free]
-        forces = (error.square().sum(dim=1) + 1e-12).sqrt().sum() / max(1, len(error))
-        guide_steps = settings.guide_steps or max(1, settings.steps // 2)
-        decay = max(0.0, 1 - step / guide_steps)
-        loss = settings.energy_weight * energy + settings.force_weight * forces
-        loss = (
-            loss
-            + settings.sparsity_weight * training.sparsity
-            + settings.guide_weight * decay * training.guide
-        )
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    parts = (training.guide, training.sparsity, energy, forces)
-    return RouterLosses(*(float(part.detach()) for part in parts))
+def routed_levels(router: FTPRouter, num_blocks: int) -> tuple[float | None, ...]:
+    """Level of every block (None: all atoms), of which there is something to train.
+
+    Raises:
+        InputError: there are levels for another number of blocks, or no block has one.
+    """
+    levels = router.of_blocks(num_blocks)
+    if all(level is None for level in levels):
+        raise InputError("no block is routed: give levels, or a network of more than two blocks")
+    return levels
 
 
 class _StraightThrough(Router):
@@ -195,11 +259,7 @@ class _StraightThrough(Router):
 
     def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> BaseRouting:
         self.system = System.of(batch, graph)
-        levels = self.router.of_blocks(num_blocks)
-        routed = sum(level is not None for level in levels)
-        if routed == 0:
-            raise InputError("no block is routed: give levels, or a network of more than two blocks")
-        return _Training(self, self.system, levels, routed)
+        return _Training(self, self.system, routed_levels(self.router, num_blocks))
 
     def settings(self) -> dict[str, Any]:
         return self.router.settings()
@@ -208,10 +268,9 @@ class _StraightThrough(Router):
 class _Training(BaseRouting):
     observes_attention = True
 
-    def __init__(
-        self, owner: _StraightThrough, system: System, levels: tuple[float | None, ...], routed: int
-    ) -> None:
-        self.owner, self.system, self.levels, self.routed = owner, system, levels, routed
+    def __init__(self, owner: _StraightThrough, system: System, levels: tuple[float | None, ...]) -> None:
+        self.owner, self.system, self.levels = owner, system, levels
+        self.routed = sum(level is not None for level in levels)
         self.priority = static_priority(system).detach()
 
     def decide(self, state: BlockState) -> Decision:
