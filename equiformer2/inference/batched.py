@@ -12,6 +12,7 @@ from torch_geometric.data import Batch, Data
 
 from equiformer2.errors import InputError
 from equiformer2.inference.batched_lbfgs import BatchedLBFGS
+from equiformer2.inference.predictor import Predictor
 
 FRAMES = ("all", "ends")
 
@@ -57,7 +58,7 @@ class RelaxationSettings:
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame: `positions` and raw `forces` `[N, 3]` float32, Å and eV/Å; `energy` eV."""
+    """One frame: `positions` and `forces` `[N, 3]` float32 as the model gives them, Å, eV/Å; `energy` eV."""
 
     positions: np.ndarray
     forces: np.ndarray
@@ -105,6 +106,20 @@ class Relaxed:
 Predict = Callable[[Batch], dict[str, Tensor]]
 
 
+def free_forces(predictor: Predictor) -> Predict:
+    """`predictor.predict` for relaxations, which read no forces on held atoms: these are given as zero.
+
+    Less is computed; the structures move as they would with all forces.
+    """
+    if not predictor.has_forces:
+        return predictor.predict
+
+    def predict(batch: Batch) -> dict[str, Tensor]:
+        return predictor.predict(batch, force_atoms=~batch.fixed.bool())
+
+    return predict
+
+
 def relax_batched(
     predict: Predict,
     structures: Iterable[tuple[int, Data]],
@@ -121,7 +136,7 @@ def relax_batched(
     and does not disturb the others. When the device runs out of memory, half of the batch waits.
 
     Args:
-        predict: `Predictor.predict`, of a network with forces.
+        predict: `free_forces(predictor)` or `Predictor.predict`, of a network with forces.
         structures: (number, structure) in the order in which they start; read as places become free.
         settings: of the relaxation.
         batch_size: most structures at once.

@@ -16,7 +16,7 @@ from torch_geometric.data import Batch, Data
 
 from equiformer2.errors import InputError
 from equiformer2.inference import EquiformerV2Calculator, Predictor, atoms_to_data
-from equiformer2.inference.batched import RelaxationSettings, Relaxed, relax_batched
+from equiformer2.inference.batched import RelaxationSettings, Relaxed, free_forces, relax_batched
 from equiformer2.inference.batched_lbfgs import BatchedLBFGS
 
 
@@ -263,3 +263,25 @@ def test_with_a_network(checkpoint: Path, make_checkpoint: Callable[..., Path]) 
     blind = Predictor(make_checkpoint("adsorption", forces="none"))
     with pytest.raises(InputError, match="predicts no forces"):
         list(relax_batched(blind.predict, structures))
+    with pytest.raises(InputError, match="predicts no forces"):
+        list(relax_batched(free_forces(blind), structures))
+
+
+def test_forces_on_held_atoms_are_left_out_and_nothing_else_changes(checkpoint: Path) -> None:
+    predictor, settings = Predictor(checkpoint), RelaxationSettings(steps=4)
+    structures = [(index, data(slab(*system), system[0])) for index, system in enumerate(SYSTEMS[:3])]
+    everything, free = (
+        {item.index: item for item in relax_batched(predict, structures, settings, batch_size=2)}
+        for predict in (predictor.predict, free_forces(predictor))
+    )
+    for index, start in structures:
+        held = start.fixed.numpy()
+        for left, right in zip(everything[index].frames, free[index].frames, strict=True):
+            np.testing.assert_allclose(left.positions, right.positions, rtol=0, atol=1e-6)
+            np.testing.assert_allclose(left.forces[~held], right.forces[~held], rtol=1e-5, atol=1e-5)
+            assert left.energy == pytest.approx(right.energy, abs=1e-5)
+            assert left.forces[held].any()
+            assert not right.forces[held].any()
+        moved = free[index].positions - start.pos.numpy()
+        assert np.abs(moved[~held]).max() > 0.02
+        assert not moved[held].any()
