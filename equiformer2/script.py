@@ -59,6 +59,15 @@ def add_model_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
     )
 
 
+def add_router_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """`--router`."""
+    parser.add_argument(
+        "--router",
+        metavar="FILE",
+        help="skip atoms or edges: a router of `prune.py route` or of training (backends auto, torch, cpp)",
+    )
+
+
 def _one_line(error: Exception) -> str:
     """The sentence of an error; from a loader process it comes inside a traceback, of which it is the end."""
     text = str(error)

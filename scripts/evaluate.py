@@ -9,7 +9,7 @@ datasets are kept beside it, and the same command goes on after a stop.
 import argparse
 from pathlib import Path
 
-from equiformer2.script import add_model_arguments, run_script
+from equiformer2.script import add_model_arguments, add_router_argument, run_script
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -17,6 +17,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add_model_arguments(parser)
+    add_router_argument(parser)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--data", nargs="+", help="LMDB files or folders of shards")
     data.add_argument("--data-root", type=Path, help="folder that holds a folder or file for each split")
@@ -50,6 +51,7 @@ def main() -> None:
     from equiformer2.checkpoint.files import sha256
     from equiformer2.files import check_target
     from equiformer2.inference import Predictor
+    from equiformer2.pruning.routing.use import for_evaluation
     from equiformer2.training import evaluation, evaluation_parts, wandb_report
     from equiformer2.training.folder import WandbSettings
 
@@ -66,7 +68,11 @@ def main() -> None:
         paths = find_splits(arguments.data_root, arguments.splits or VALIDATION_SPLITS)
     checkpoint = load_checkpoint(arguments.checkpoint, arguments.weights, arguments.energy_kind)
     predictor = Predictor(
-        checkpoint, arguments.device, precision=arguments.precision, backend=arguments.backend
+        checkpoint,
+        arguments.device,
+        precision=arguments.precision,
+        backend=arguments.backend,
+        router=for_evaluation(arguments.router),
     )
     datasets = {
         name: evaluation.open_dataset(path, predictor, arguments.energy_kind) for name, path in paths.items()
@@ -79,6 +85,8 @@ def main() -> None:
         "precision": arguments.precision,
         "backend": arguments.backend,
     }
+    if arguments.router is not None:
+        settings["router"] = sha256(arguments.router)
     options = {
         "batch_size": arguments.batch_size,
         "max_atoms": arguments.max_atoms,

@@ -18,13 +18,16 @@ from equiformer2.inference.record import (
     write_relaxation_record,
 )
 from equiformer2.inference.relaxation import OPTIMIZERS
-from equiformer2.script import add_model_arguments, run_script, show_log
+from equiformer2.pruning.routing import FrozenPlan
+from equiformer2.pruning.routing.use import for_relaxation
+from equiformer2.script import add_model_arguments, add_router_argument, run_script, show_log
 
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     show_log()
     structure = read_structure(options.structure, options.index)
+    router = for_relaxation(options.router, options.replan_every)
     calculator = EquiformerV2Calculator(
         options.checkpoint,
         device=options.device,
@@ -32,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         energy_kind=options.energy_kind,
         precision=options.precision,
         backend=options.backend,
+        router=router,
     )
     folder = claim_folder(options.out, RELAXATION_RECORD, options.overwrite)
     result = relax(
@@ -46,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         energy_every=options.energy_every,
     )
     model = model_record(calculator.predictor, options.checkpoint)
+    if router is not None:
+        model["router"] = options.router
+        model["replan_every"] = router.replan_every if isinstance(router, FrozenPlan) else None
     write_relaxation_record(folder, structure, result, model)
     print(f"{result.atoms.get_chemical_formula()}: {relaxation_report(result)}")
     print(f"{calculator.energy_kind} energy: {result.energy:.4f} eV")
@@ -58,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add_model_arguments(parser)
+    add_router_argument(parser)
+    parser.add_argument(
+        "--replan-every",
+        type=int,
+        metavar="N",
+        help="steps for which a router that jumps keeps its choice (default: what its file says, or 10)",
+    )
     parser.add_argument("--structure", required=True, help="any structure file ASE reads")
     parser.add_argument("--index", type=int, default=-1, help="frame of the file (default: -1, the last)")
     parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="LBFGS")

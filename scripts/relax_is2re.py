@@ -9,7 +9,7 @@ Each dataset has a folder in --out with one trajectory per system. The same comm
 import argparse
 from pathlib import Path
 
-from equiformer2.script import add_model_arguments, run_script
+from equiformer2.script import add_model_arguments, add_router_argument, run_script
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -17,6 +17,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add_model_arguments(parser)
+    add_router_argument(parser)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--data", help="LMDB file or folder of shards, one structure per system")
     data.add_argument("--data-root", type=Path, help="folder that holds a folder or file for each split")
@@ -43,6 +44,7 @@ def main() -> None:
     from equiformer2.files import check_target, write_json
     from equiformer2.inference import Predictor
     from equiformer2.inference.batched import RelaxationSettings
+    from equiformer2.pruning.routing.use import for_batched_relaxation
     from equiformer2.training.evaluation import open_dataset
     from equiformer2.training.relaxation_run import (
         average_over,
@@ -66,6 +68,7 @@ def main() -> None:
         arguments.energy_kind,
         arguments.precision,
         arguments.backend,
+        for_batched_relaxation(arguments.router),
     )
     datasets = {name: open_dataset(path, predictor, arguments.energy_kind) for name, path in paths.items()}
     reports = {}
@@ -79,6 +82,7 @@ def main() -> None:
             settings,
             arguments.batch_size,
             arguments.max_atoms,
+            arguments.router,
         )
         print(f"{name}: {folder}")
         print(relaxation_table(reports[name]))

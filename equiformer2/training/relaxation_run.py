@@ -16,7 +16,7 @@ from equiformer2.checkpoint.files import sha256
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes, write_json
 from equiformer2.inference import Predictor
-from equiformer2.inference.batched import RelaxationSettings, Relaxed, relax_batched
+from equiformer2.inference.batched import RelaxationSettings, Relaxed, free_forces, relax_batched
 from equiformer2.inference.relaxation_folder import RelaxationFolder, Row
 from equiformer2.training.relaxation_metrics import (
     NEEDS_DFT,
@@ -44,6 +44,7 @@ def relax_dataset(
     settings: RelaxationSettings,
     batch_size: int = 32,
     max_atoms: int | None = None,
+    router: str | None = None,
 ) -> dict[str, Any]:
     """Relax every structure of a dataset into a folder; goes on with a folder that is not finished.
 
@@ -58,6 +59,7 @@ def relax_dataset(
         folder: output.
         settings: of the relaxations.
         batch_size, max_atoms: limits of a batch.
+        router: the file of the predictor's router, if it has one.
 
     Raises:
         InputError: no forces, a folder with other relaxations, several structures with one `sid`, a start
@@ -79,6 +81,8 @@ def relax_dataset(
         "structures": len(dataset),
         **dataclasses.asdict(settings),
     }
+    if router is not None:
+        asked["router"] = sha256(router)
     relaxations = RelaxationFolder(folder, asked)
     with relaxations.open():
         progress = tqdm(
@@ -91,7 +95,7 @@ def relax_dataset(
         )
         with progress:
             for relaxed in relax_batched(
-                predictor.predict,
+                free_forces(predictor),
                 _missing(dataset, relaxations),
                 settings,
                 batch_size=batch_size,

@@ -1,0 +1,167 @@
+"""`--router` of the scripts: what is computed is what the router in the file chooses."""
+
+import json
+import logging
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import add_adsorbate, fcc111
+from ase.constraints import FixAtoms
+from ase.io import read, write
+from search_helpers import save_tiny, slab, write_lmdb
+
+from datasets_oc20 import OC20Lmdb
+from equiformer2.errors import InputError
+from equiformer2.inference import EquiformerV2Calculator, Predictor, relax
+from equiformer2.pruning.routing import (
+    ActiveRegion,
+    EdgePruner,
+    FrozenPlan,
+    FTPRouter,
+    StaticRouter,
+    load_router,
+    save_router,
+)
+from equiformer2.pruning.routing.use import for_batched_relaxation, for_evaluation, for_relaxation, jumps
+from equiformer2.training.evaluation import evaluate
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("files")
+    write(folder / "slab.traj", oxygen_on_copper())
+    return {
+        "model": save_tiny(folder / "model.pt", num_layers=3),
+        "data": write_lmdb(folder / "data.lmdb", [slab("a"), slab("b", "Pt")]),
+        "structure": folder / "slab.traj",
+        "static": save_router(folder / "static.json", StaticRouter(0.5)),
+        "smooth": save_router(folder / "smooth.json", FTPRouter(0.4, mode="smooth")),
+        "context": save_router(folder / "context.json", ActiveRegion("context_only")),
+        "plan": save_router(folder / "plan.json", FrozenPlan(StaticRouter(0.5), 3, 0.2)),
+    }
+
+
+def oxygen_on_copper() -> Atoms:
+    atoms = fcc111("Cu", (1, 2, 3), vacuum=6.0, periodic=True)
+    add_adsorbate(atoms, "O", 1.3, "fcc")
+    layers = atoms.get_tags()
+    atoms.set_constraint(FixAtoms(mask=layers >= 2))
+    atoms.set_tags([{0: 2, 1: 1, 2: 0, 3: 0}[layer] for layer in layers])
+    atoms.positions += np.random.default_rng(0).normal(0, 0.05, atoms.positions.shape)
+    return atoms
+
+
+def call(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: object) -> int:
+    """Exit status of a script, run in this process."""
+    monkeypatch.setattr("sys.argv", [script, *map(str, arguments)])
+    logger = logging.getLogger("equiformer2")
+    level, handlers = logger.level, logging.getLogger().handlers[:]
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
+    finally:
+        logger.setLevel(level)
+        logging.getLogger().handlers[:] = handlers
+    return int(stopped.value.code or 0)
+
+
+def test_relax(files, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    options = ("--checkpoint", files["model"], "--structure", files["structure"], "--steps", 4)
+    routed = (*options, "--router", files["static"], "--replan-every", 2, "--out", out)
+    assert call(monkeypatch, "relax", *routed) == 0
+    plan = FrozenPlan(StaticRouter(0.5), replan_every=2)
+    expected = relax(read(files["structure"]), EquiformerV2Calculator(files["model"], router=plan), steps=4)
+    dense = relax(read(files["structure"]), EquiformerV2Calculator(files["model"]), steps=4)
+    record = json.loads((out / "relaxation.json").read_text())
+    assert record["energy_eV"] == pytest.approx(expected.energy, abs=1e-6)
+    assert abs(dense.energy - expected.energy) > 1e-4
+    assert plan.plans == 3  # steps 0, 2, 4
+    assert record["model"]["router"] == str(files["static"])
+    assert record["model"]["replan_every"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--router", "static", "--backend", "compile"), "the backend 'compile' updates all atoms"),
+        (("--router", "smooth", "--replan-every", 2), "does not jump along a relaxation"),
+        (("--router", "static", "--replan-every", 0), "replan_every is 0: give 1 or more"),
+        (("--replan-every", 2), "is for a router: give --router, too"),
+        (("--router", "model"), "model.pt: "),
+    ],
+)
+def test_what_cannot_be_relaxed_is_one_sentence(
+    files, tmp_path, monkeypatch, capsys, arguments, message
+) -> None:
+    options = ("--checkpoint", files["model"], "--structure", files["structure"], "--out", tmp_path / "out")
+    given = [files.get(value, value) for value in arguments]
+    assert call(monkeypatch, "relax", *options, *given) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluate(files, tmp_path, monkeypatch, capsys) -> None:
+    out = tmp_path / "report.json"
+
+    def metrics(router: str | None) -> dict[str, Any]:
+        options = () if router is None else ("--router", files[router])
+        arguments = ("--checkpoint", files["model"], "--data", files["data"], "--out", out)
+        assert call(monkeypatch, "evaluate", *arguments, *options) == 0
+        return dict(json.loads(out.read_text())["average"]["metrics"])
+
+    dense, routed = metrics(None), metrics("plan")
+    assert "finished before" not in capsys.readouterr().out
+    predictor = Predictor(files["model"], router=StaticRouter(0.5))
+    expected = evaluate(predictor, OC20Lmdb(files["data"]))
+    assert routed == pytest.approx(expected.metrics, rel=1e-5, abs=1e-7)
+    assert routed["forces_mae"] != pytest.approx(dense["forces_mae"], rel=1e-4)
+    assert metrics("plan") == routed
+    assert "finished before" in capsys.readouterr().out
+    arguments = ("--checkpoint", files["model"], "--data", files["data"], "--router", files["static"])
+    assert call(monkeypatch, "evaluate", *arguments, "--backend", "compile") == 2
+    assert "the backend 'compile' updates all atoms" in capsys.readouterr().err
+
+
+def test_relax_is2re(files, tmp_path, monkeypatch, capsys) -> None:
+    arguments = (
+        "--checkpoint", files["model"], "--data", files["data"], "--out", tmp_path / "out", "--steps", 2,
+    )  # fmt: skip
+    assert call(monkeypatch, "relax_is2re", *arguments, "--router", files["context"]) == 0
+    frames = read(tmp_path / "out" / "data" / "trajectories" / "a.traj", ":")
+    predictor = Predictor(files["model"], router=ActiveRegion("context_only"))
+    start = OC20Lmdb(files["data"])[0]
+    found = float(predictor.predict(start)["energy"][0])
+    assert frames[0].get_potential_energy() == pytest.approx(found, abs=1e-5)
+    assert abs(found - float(Predictor(files["model"]).predict(start)["energy"][0])) > 1e-4
+    assert call(monkeypatch, "relax_is2re", *arguments) == 2
+    assert "holds relaxations with router" in capsys.readouterr().err
+    assert call(monkeypatch, "relax_is2re", *arguments, "--router", files["static"]) == 2
+    assert "batches keep no plan" in capsys.readouterr().err
+
+
+def test_the_plan_of_a_file_and_of_the_command_line(files) -> None:
+    stored = for_relaxation(str(files["plan"]))
+    assert isinstance(stored, FrozenPlan)
+    assert (stored.replan_every, stored.max_move) == (3, 0.2)
+    again = for_relaxation(str(files["plan"]), 5)
+    assert isinstance(again, FrozenPlan)
+    assert (again.replan_every, again.max_move) == (5, 0.2)
+    default = for_relaxation(str(files["static"]))
+    assert isinstance(default, FrozenPlan)
+    assert default.replan_every == 10
+    for name in ("smooth", "context"):
+        for use in (for_relaxation, for_batched_relaxation, for_evaluation):
+            assert type(use(str(files[name]))) is type(load_router(files[name]))
+    assert isinstance(for_evaluation(str(files["plan"])), StaticRouter)
+    with pytest.raises(InputError, match="batches keep no plan"):
+        for_batched_relaxation(str(files["plan"]))
+    assert for_relaxation(None) is for_batched_relaxation(None) is for_evaluation(None) is None
+    assert jumps(EdgePruner(0.1, mode="threshold"))
+    assert not jumps(EdgePruner(0.1, mode="smooth"))
