@@ -133,7 +133,9 @@ class _ConvolveEdges(torch.autograd.Function):
         grad_x = torch.zeros_like(edges.x, memory_format=torch.contiguous_format)
         # Where all atoms are targets both sides share one sum.
         same = edges.x.shape == edges.x_target.shape and edges.x.data_ptr() == edges.x_target.data_ptr()
-        grad_x_target = grad_x if same else torch.zeros_like(edges.x_target)
+        grad_x_target = grad_x
+        if not same:
+            grad_x_target = torch.zeros_like(edges.x_target, memory_format=torch.contiguous_format)
         edges = _prepared(edges, options)
         grad_hidden = torch.empty_like(edges.hidden)
         # Weight gradients are sums over all edges: collected in float32 also when the GEMMs run in bf16.

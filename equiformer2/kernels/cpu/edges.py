@@ -1,11 +1,13 @@
-"""Calls of the C++ kernels for edges."""
+"""Calls of the C++ kernels for edges.
 
-import ctypes
+Arguments that a kernel cannot take raise `ValueError`. That indices name atoms, and that targets are
+sorted, is checked once per graph (`graph.checked_graph`), not in every call.
+"""
 
 import torch
 from torch import Tensor
 
-from equiformer2.kernels.cpu.library import function
+from equiformer2.kernels.cpu.calls import arithmetic, call, check, check_per_order, empty_per_order
 
 
 def gather_rotate(
@@ -20,6 +22,7 @@ def gather_rotate(
     shared: bool,
 ) -> list[Tensor]:
     """GEMM inputs of every order: `kernels.edge_inputs.edge_inputs`, with `radial` before its bias."""
+    _check_inputs(x, x_target, source, target, packed, radial, bias, degrees, shared)
     out = empty_per_order(radial, degrees, 2 * x.shape[2])
     arguments = (x, x_target, source, target, packed, packed.shape[1], radial, bias, radial.shape[1])
     call("gather_rotate", radial.dtype, *arguments, out, len(source), x.shape[2], *degrees, shared)
@@ -41,6 +44,10 @@ def gather_rotate_backward(
     shared: bool,
 ) -> Tensor:
     """Adds to the gradients of the features; returns that of the radial weights."""
+    _check_inputs(x, x_target, source, target, packed, radial, bias, degrees, shared)
+    check_per_order("grads", grads, radial.dtype, len(source), degrees, 2 * x.shape[2])
+    check("grad_x", grad_x, x.dtype, *x.shape)
+    check("grad_x_target", grad_x_target, x.dtype, *x_target.shape)
     grad_radial = torch.empty_like(radial)
     arguments = (x, x_target, source, target, packed, packed.shape[1], radial, bias, radial.shape[1])
     totals = grad_x, grad_x_target, grad_radial
@@ -60,6 +67,8 @@ def rotate_sum(
     kept: tuple[int, int],
 ) -> None:
     """Adds the messages of some edges to `out`: `kernels.edge_sums.add_messages`."""
+    target = target.contiguous()
+    _check_messages(values, bias, alpha, packed, target, out, degrees, kept)
     heads = 1 if alpha is None else alpha.shape[1]
     sizes = len(target), out.shape[2], *degrees, *kept
     arguments = (values, bias, alpha, heads, packed, packed.shape[1], target, out)
@@ -68,40 +77,79 @@ def rotate_sum(
 
 def rotate_sum_backward(
     grad: Tensor,
-    values: list[Tensor] | None,
+    values: list[Tensor],
     bias: Tensor | None,
     alpha: Tensor | None,
     packed: Tensor,
     target: Tensor,
     degrees: tuple[int, int],
     kept: tuple[int, int],
-    dtype: torch.dtype,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Gradients of the products and of the attention weights: `kernels.edge_sums.messages_backward`."""
-    grads = empty_per_order(grad.new_empty(len(target), 0, dtype=dtype), kept, grad.shape[2])
+    """Gradients of the products and of the attention weights: `kernels.edge_sums.messages_backward`.
+
+    Without attention weights nothing of `values` is read but their type.
+    """
+    dtype, edges, channels = values[0].dtype, len(target), grad.shape[2]
+    target = target.contiguous()
+    _check_messages(values, bias, alpha, packed, target, grad, degrees, kept)
+    if alpha is not None and bias is None:
+        raise ValueError("attention weights need a bias: the gradient of the weights reads it")
+    grads = empty_per_order(grad.new_empty(edges, 0, dtype=dtype), kept, channels)
     grad_alpha = None if alpha is None else torch.empty_like(alpha)
     heads = 1 if alpha is None else alpha.shape[1]
     arguments = (grad, values, bias, alpha, heads, packed, packed.shape[1], target, grads, grad_alpha)
-    call("rotate_sum_backward", dtype, *arguments, len(target), grad.shape[2], *degrees, *kept)
+    call("rotate_sum_backward", dtype, *arguments, edges, channels, *degrees, *kept)
     return grads, grad_alpha
 
 
-def empty_per_order(like: Tensor, degrees: tuple[int, int], channels: int) -> list[Tensor]:
-    """Operands `[e, (L+1-m) channels]` of the GEMMs, one for m = 0 and three else; e rows as in `like`."""
+def _check_inputs(
+    x: Tensor,
+    x_target: Tensor,
+    source: Tensor,
+    target: Tensor,
+    packed: Tensor,
+    radial: Tensor,
+    bias: Tensor,
+    degrees: tuple[int, int],
+    shared: bool,
+) -> None:
     lmax, mmax = degrees
-    orders = [0, *(m for m in range(1, mmax + 1) for _ in range(3))]
-    return [like.new_empty(len(like), (lmax + 1 - m) * channels) for m in orders]
+    wide, edges, channels = arithmetic(radial.dtype), len(source), x.shape[-1]
+    groups = lmax + 1 if shared else sum(lmax + 1 - m for m in range(mmax + 1))
+    check("x", x, wide, len(x), (lmax + 1) ** 2, channels)
+    check("x_target", x_target, wide, len(x_target), (lmax + 1) ** 2, channels)
+    check("source", source, torch.int64, edges)
+    check("target", target, torch.int64, edges)
+    check("packed", packed, wide, edges, _packed_width(degrees))
+    check("radial", radial, radial.dtype, edges, groups * 2 * channels)
+    check("bias", bias, radial.dtype, groups * 2 * channels)
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Tensor | list[Tensor] | int | None) -> None:
-    """Kernel `name` for GEMM operands of `dtype`, on torch's number of threads."""
-    function(name, dtype)(*map(_argument, arguments), _argument(torch.get_num_threads()))
+def _check_messages(
+    values: list[Tensor],
+    bias: Tensor | None,
+    alpha: Tensor | None,
+    packed: Tensor,
+    target: Tensor,
+    total: Tensor,
+    degrees: tuple[int, int],
+    kept: tuple[int, int],
+) -> None:
+    dtype, edges, channels, rows = values[0].dtype, len(target), total.shape[-1], kept[0] + 1
+    wide = arithmetic(dtype)
+    check("target", target, torch.int64, edges)
+    check("packed", packed, wide, edges, _packed_width(degrees))
+    check("the sum over edges", total, wide, len(total), rows**2, channels)
+    check_per_order("values", values, dtype, edges, kept, channels)
+    if bias is not None:
+        check("bias", bias, dtype, rows * channels)
+    if alpha is not None:
+        check("alpha", alpha, wide, edges, alpha.shape[-1])
+        if channels % alpha.shape[1]:
+            raise ValueError(f"{channels} channels cannot be shared by {alpha.shape[1]} heads")
 
 
-def _argument(value: Tensor | list[Tensor] | int | None) -> object:
-    if isinstance(value, Tensor):
-        assert value[:1].is_contiguous(), value.stride()
-        return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, list):
-        return (ctypes.c_void_p * len(value))(*(tensor.data_ptr() for tensor in value))
-    return None if value is None else ctypes.c_int64(value)
+def _packed_width(degrees: tuple[int, int]) -> int:
+    """Entries of `packed` per edge, and its zero."""
+    lmax, mmax = degrees
+    return sum((2 * min(l, mmax) + 1) * (2 * l + 1) for l in range(lmax + 1)) + 1
