@@ -44,7 +44,7 @@ def with_terms(batches: Iterable[Batch], first: int, together: int, last: int) -
         length = _length(first, together, last)
         energies = sum(int(b.has_energy.sum()) if "has_energy" in b else b.num_graphs for b in step)
         free_atoms = sum(int((~b.fixed.bool()).sum()) for b in step)
-        stresses = sum(int(b.pbc.all(dim=1).sum()) for b in step)
+        stresses = sum(int(b.pbc.all(dim=1).sum()) for b in step if "stress" in b)
         terms = Terms(energies / together, free_atoms / together, stresses / together)
         following: list[Batch] = []
         for batch in step:

@@ -51,13 +51,10 @@ def ours(tmp_path: Path) -> Path:
         pos_relaxed=torch.rand(4, 3),
     )
     del relaxed.forces
-    strained = structure(natoms=2, seed=9)
-    half = torch.rand(1, 3, 3)
-    strained.stress = half + half.transpose(1, 2)
     with LmdbWriter(
         tmp_path / "ours.lmdb", "adsorption", {"source": "a test", "options": {"x": [1, 2]}}
     ) as writer:
-        for data in [*structures, bare, relaxed, strained]:
+        for data in [*structures, bare, relaxed]:
             writer.write(data)
     return tmp_path / "ours.lmdb"
 
@@ -82,6 +79,18 @@ def test_there_and_back_without_loss(ours: Path, tmp_path: Path) -> None:
         "ours.lmdb",
         "there.aselmdb",
     ]
+
+
+def test_the_stress_there_and_back(tmp_path: Path) -> None:
+    data, half = structure(natoms=2, seed=9), torch.rand(1, 3, 3)
+    data.stress = half + half.transpose(1, 2)
+    with LmdbWriter(tmp_path / "ours.lmdb", "total") as writer:
+        writer.write(data)
+    convert(tmp_path / "ours.lmdb", tmp_path / "theirs.aselmdb", "ase")
+    with ase.db.connect(tmp_path / "theirs.aselmdb", type="aselmdb", readonly=True) as database:
+        (row,) = database.select()
+    assert row.stress[3] == data.stress[0, 1, 2]
+    assert torch.equal(OC20Lmdb(str(tmp_path / "theirs.aselmdb"))[0].stress, data.stress)
 
 
 @pytest.mark.parametrize("fields", [s2ef_fields, is2re_fields])

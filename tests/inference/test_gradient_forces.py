@@ -19,6 +19,7 @@ from equiformer2.inference.batched import RelaxationSettings, relax_batched
 from equiformer2.inference.cuda_graph import why_not_captured
 from equiformer2.inference.relaxation import relax
 from equiformer2.model import EquiformerV2, ModelConfig
+from equiformer2.pruning import PruningPlan
 
 STD = 2.0
 SIZES = {
@@ -153,6 +154,8 @@ def test_what_gradient_forces_do_not_take(gradient_checkpoint: Path) -> None:
     reason = why_not_captured(torch.device("cuda"), "auto", False, gradient=True)
     assert reason == "forces as the gradient of the energy take a backward pass, which is not captured"
     assert why_not_captured(torch.device("cuda"), "auto", False, gradient=False) is None
+    with pytest.raises(InputError, match="pruning needs a network with direct forces or none"):
+        PruningPlan.keep_all(load_checkpoint(gradient_checkpoint).config)
 
 
 def test_bf16_gives_nearby_forces(gradient_checkpoint: Path, crystal: Atoms) -> None:
