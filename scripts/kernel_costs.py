@@ -153,7 +153,7 @@ def markdown(presets: list[str], structures: int) -> str:
         f"{TERAFLOPS['bf16']:.0f} TFLOP/s in bf16 and {TERAFLOPS['TF32']:.0f} in TF32;",
         f"{TERAFLOPS['float32']:.0f} TFLOP/s of float32 arithmetic, which rotations and the softmax take.",
         "A time below is the least that a perfect kernel could take. Exponentials, for which no peak is",
-        "published, are not counted: S2 activations take longer than their roofline. In the precision",
+        "published, are not counted: the true bound of the S2 activations may be higher. In the precision",
         "float32 without TF32 the products on the grids are three in TF32. Plain torch stores and reads back",
         "every intermediate.",
     ]
