@@ -185,7 +185,7 @@ def _distilled_verdicts(campaign: Campaign, name: str, rows: Rows) -> list[Verdi
 def _speed_verdicts(campaign: Campaign, speed: dict[str, Any]) -> list[Verdict]:
     verdicts = []
     for name, record in speed.items():
-        if not name.endswith(("_multi", "_uniform")):
+        if not name.endswith(("_multi", "_random_weights_uniform", "_random_weights_blocks")):
             continue
         faster = 1 / record["latency"]["ratio"]
         verdicts.append(

@@ -32,6 +32,8 @@ from study_parts.settings import Campaign
 
 _STRUCTURES = 3
 _STEP = 1e-3  # Å: every call is for a new structure, as in a relaxation
+_NEAR = 0.03  # of the dense cost: blocks are large steps
+_ALSO_LARGE = ("multi", "route_static", "route_ftp", "route_context_only")
 
 
 def measure_lossless(campaign: Campaign, out: Path) -> None:
@@ -52,16 +54,24 @@ def measure_lossless(campaign: Campaign, out: Path) -> None:
 def measure_calls(campaign: Campaign, studies: Path, out: Path) -> None:
     """Write one file per network and way to make it cheaper: force calls beside the dense network's."""
     atoms = _as_atoms(_held_out(campaign)[0])
+    large = atoms.repeat((2, 2, 1))
     for name, checkpoint in campaign.models.items():
         dense = load_checkpoint(checkpoint)
         for method, cheaper in _ways(campaign, studies, name, dense).items():
             _measure(out / f"{name}_{method}.json", atoms, dense, cheaper, campaign.speed.repeats)
+            if method in _ALSO_LARGE:
+                _measure(out / f"{name}_2x2_{method}.json", large, dense, cheaper, campaign.speed.repeats)
     for name, preset in campaign.speed.random_weights.items():
         torch.manual_seed(0)
         dense = _random(preset)
-        plan = uniform_plan(dense.model, _cost(dense.model, atoms), campaign.speed.keep)
-        path = out / f"{name}_random_weights_uniform.json"
-        _measure(path, atoms, dense, _pruned(dense, plan), campaign.speed.repeats)
+        cost = _cost(dense.model, atoms)
+        plans = {
+            "uniform": uniform_plan(dense.model, cost, campaign.speed.keep),
+            "blocks": _without_blocks(dense.model, cost, campaign.speed.keep),
+        }
+        for kind, plan in plans.items():
+            path = out / f"{name}_random_weights_{kind}.json"
+            _measure(path, atoms, dense, _pruned(dense, plan, cost(plan)), campaign.speed.repeats)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +155,17 @@ def _random(preset: str) -> Checkpoint:
 def _cost(model: EquiformerV2, atoms: Atoms) -> Callable[[PruningPlan], float]:
     edges = len(atoms) * model.config.max_neighbors
     return MacTarget(model.config, 0.5, len(atoms), edges).fraction_of
+
+
+def _without_blocks(model: EquiformerV2, cost: Callable[[PruningPlan], float], target: float) -> PruningPlan:
+    """Whole blocks go from the last but one towards the first, as long as the cost stays above the target."""
+    plan = PruningPlan.keep_all(model.config)
+    for index in reversed(range(model.config.num_layers - 1)):
+        smaller = plan.with_block(index, attention=False, feed_forward=False)
+        if cost(smaller) < target - _NEAR:
+            break
+        plan = smaller
+    return plan
 
 
 def _held_out(campaign: Campaign) -> list[Data]:

@@ -145,14 +145,14 @@ def test_a_stopped_run_goes_on_exactly(files, whole, tmp_path, frozen) -> None:
     killed = tmp_path / "killed"
     assert last(killed)["global_step"] == 3
     assert (killed / ROUTER_FILE).exists()
-    given = [a for a in arguments(files, tmp_path, "killed", *more) if not a.startswith("--init_from")]
-    train(parse([*given, "--checkpoint_every_n_steps=1", "--ckpt_path=last"]))
+    given = arguments(files, tmp_path, "killed", *more)
+    train(parse([*given, "--checkpoint_every_n_steps=1", "--ckpt_path=auto"]))
     assert_same(callback_state(killed), callback_state(expected))
     assert (killed / ROUTER_FILE).read_text() == (expected / ROUTER_FILE).read_text()
     assert_same(last(killed)["state_dict"], last(expected)["state_dict"])
     assert callback_state(killed)["training"]["decay"]["last_epoch"] == 3
     with pytest.raises(InputError, match=r"trained a router with levels 0\.4, this one has 0\.5"):
-        train(parse([*given, "--ckpt_path=last", "--trainer.callbacks.levels=0.5"]))
+        train(parse([*given, "--ckpt_path=auto", "--trainer.callbacks.levels=0.5"]))
 
 
 def test_a_frozen_network_stays_as_it_is(files, tmp_path) -> None:
