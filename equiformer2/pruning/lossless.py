@@ -170,8 +170,13 @@ def _unread_in_heads(config: ModelConfig, atoms: int, edges: int) -> dict[str, i
 
     def as_block(head: BlockConfig | None, gated: bool) -> dict[str, int]:
         # A head is a block's branch with one output channel instead of `sphere_channels`.
-        alone = dataclasses.replace(config, num_layers=1, use_swiglu_s2_act=False, use_gate_act=gated)
-        alone = dataclasses.replace(alone, blocks=(head or BlockConfig(),))
+        alone = dataclasses.replace(
+            config,
+            num_layers=1,
+            blocks=(head or BlockConfig(),),
+            use_swiglu_s2_act=False,
+            use_gate_act=gated,
+        )
         return dict(count_macs(alone, atoms, edges).blocks[0])
 
     hidden = config.energy_block.ffn_hidden_channels

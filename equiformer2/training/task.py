@@ -328,8 +328,8 @@ class S2EFTask(pl.LightningModule):
         self._check_same_model(checkpoint["state_dict"])
         if Normalizers.from_dict(state["normalizers"]) != self.normalizers:
             raise InputError(
-                "the run to resume used other normalizers: give it the same data and data settings, and if it "
-                "began with init_from, the same init_from with ckpt_path: auto"
+                "the run to resume used other normalizers: give it the same data and data settings, and if "
+                "it began with init_from, the same init_from with ckpt_path: auto"
             )
         for name in ("energy_kind", "seed"):
             if state[name] != getattr(self, name):
