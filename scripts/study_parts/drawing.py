@@ -18,7 +18,11 @@ Rows = list[dict[str, Any]]
 
 def draw(campaign: Campaign, tables: Mapping[str, Rows], target: Path) -> None:
     """Left of each pair against the dense network's answers, right against labels (dotted: the dense one)."""
-    studied = {campaign.studies[study].model for study in tables}
+    studied = {
+        campaign.studies[study].model
+        for study, rows in tables.items()
+        if any(row["method"] != DENSE for row in rows)
+    }
     models = [name for name in campaign.models if name in studied]
     if not models:
         return
