@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
@@ -33,7 +34,7 @@ class Target(Protocol):
         """Whether `plan` leaves no more than `fraction`."""
 
 
-class _Counted:
+class _Counted(ABC):
     """Base of targets that are counted from the configuration."""
 
     def __init__(self, config: ModelConfig, fraction: float) -> None:
@@ -41,8 +42,9 @@ class _Counted:
         self._config = config
         self._dense = self._count(config)
 
+    @abstractmethod
     def _count(self, config: ModelConfig) -> int:
-        raise NotImplementedError
+        """Of the whole network."""
 
     def fraction_of(self, plan: PruningPlan) -> float:
         """What `plan` leaves; 1 for a plan that keeps everything."""
