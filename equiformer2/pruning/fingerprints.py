@@ -6,12 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch_geometric.data import Data
 
-from equiformer2.model import EquiformerV2
+from equiformer2.model import EquiformerV2, ModelConfig
 
 
 def fingerprint_of_weights(model: EquiformerV2) -> str:
-    """Changes with any weight and with the configuration."""
-    digest = hashlib.sha256(repr(sorted(model.config.to_dict().items())).encode())
+    """Changes with any weight and with the configuration; an option that a later version adds changes nothing."""
+    default = ModelConfig().to_dict()
+    chosen = {name: value for name, value in model.config.to_dict().items() if value != default[name]}
+    digest = hashlib.sha256(repr(sorted(chosen.items())).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(
             name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
