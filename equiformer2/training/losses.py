@@ -3,6 +3,8 @@
 EquiformerV2 paper, appendix D; the averages are those of the reference trainer (`mae` and `l2mae` of
 fairchem-core 1.10): energies over every structure of the global batch, forces over every free atom of the
 global batch, whichever process holds it.
+
+Errors and their sums are float32, and float64 for float64 predictions.
 """
 
 import torch
@@ -35,13 +37,13 @@ def energy_l1(
     `known` [B] bool: structures whose energy is to be learned; all of them without it. `terms`: what to
     divide by instead of their number.
     """
-    error = (prediction.float() - target.float()).abs()
+    error = _difference(prediction, target).abs()
     if known is not None:
         error = error.masked_fill(~known, 0.0)
     if known is None or terms is not None:
         count = torch.full_like(error[0], error.numel() if terms is None else terms)
     else:
-        count = known.sum().float()
+        count = known.sum().to(error.dtype)
     return global_mean(error.sum(), count)
 
 
@@ -52,8 +54,8 @@ def force_l2(prediction: Tensor, target: Tensor, free: Tensor, terms: float | No
     Forces on fixed atoms are not part of OC20's task. `terms`: what to divide by instead of their number.
     """
     # Masked, not indexed: an index would make the host wait for the device. A norm of 0 has gradient 0.
-    error = (prediction.float() - target.float()).masked_fill(~free[:, None], 0.0)
-    count = free.sum().float() if terms is None else torch.full_like(error[0, 0], terms)
+    error = _difference(prediction, target).masked_fill(~free[:, None], 0.0)
+    count = free.sum().to(error.dtype) if terms is None else torch.full_like(error[0, 0], terms)
     return global_mean(torch.linalg.vector_norm(error, dim=-1).sum(), count)
 
 
@@ -64,6 +66,11 @@ def stress_l1(prediction: Tensor, target: Tensor, periodic: Tensor, terms: float
     directions; the others are left out, whatever their values. `terms`: what to divide by instead of their
     number.
     """
-    error = (prediction.float() - target.float()).masked_fill(~periodic[:, None, None], 0.0)
-    count = periodic.sum().float() if terms is None else torch.full_like(error[0, 0, 0], terms)
+    error = _difference(prediction, target).masked_fill(~periodic[:, None, None], 0.0)
+    count = periodic.sum().to(error.dtype) if terms is None else torch.full_like(error[0, 0, 0], terms)
     return global_mean(error.abs().mean((1, 2)).sum(), count)
+
+
+def _difference(prediction: Tensor, target: Tensor) -> Tensor:
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    return prediction.to(dtype) - target.to(dtype)

@@ -1,8 +1,12 @@
 """The S2EF losses average over the global batch."""
 
-import torch
+from collections.abc import Callable
 
-from equiformer2.training.losses import energy_l1, force_l2
+import pytest
+import torch
+from torch import Tensor
+
+from equiformer2.training.losses import energy_l1, force_l2, stress_l1
 
 
 def test_energy_l1_is_the_mean_absolute_error() -> None:
@@ -38,6 +42,18 @@ def test_no_free_atoms_gives_zero_with_zero_gradient() -> None:
 def test_bfloat16_outputs_are_compared_in_float32() -> None:
     target = torch.full((4,), 1.0 + 2.0**-12)
     assert energy_l1(torch.ones(4, dtype=torch.bfloat16), target).item() == 2.0**-12
+
+
+@pytest.mark.parametrize("loss", [energy_l1, force_l2, stress_l1])
+def test_in_float64_accumulated_gradients_are_those_of_the_batch(loss: Callable[..., Tensor]) -> None:
+    shape = {energy_l1: (7,), force_l2: (7, 3), stress_l1: (7, 3, 3)}[loss]
+    prediction = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    target, counted = torch.randn(shape), torch.ones(7, dtype=torch.bool)
+    (whole,) = torch.autograd.grad(loss(prediction, target, counted), prediction)
+    # Seven thirds are no float32.
+    parts = [loss(prediction[i : i + 3], target[i : i + 3], counted[i : i + 3], 7 / 3) for i in (0, 3, 6)]
+    (found,) = torch.autograd.grad(sum(parts) / 3, prediction)
+    torch.testing.assert_close(found, whole, rtol=1e-14, atol=0)
 
 
 def test_fixed_atoms_get_no_gradient() -> None:
