@@ -29,6 +29,9 @@ LONGEST_LATTICE_VECTOR = 1e4
 COINCIDENT = 0.1
 """Å; no bond of any two elements is that short, so closer atoms are a mistake in the input."""
 
+_SEARCHED = 2.0
+"""Å; a cell of 10 x 10 x 30 Å has 750 boxes of this size and 3 million of `COINCIDENT`."""
+
 
 def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: bool = True) -> Data:
     """One structure as the data object of `docs/architecture.md`; `atoms` is not changed.
@@ -177,11 +180,14 @@ def _check_cell(atoms: Atoms) -> None:
 
 
 def _check_distances(atoms: Atoms, symbols: list[str]) -> None:
-    search = NeighborList(cutoff=COINCIDENT, full_list=True, n_threads=1)
-    pairs, distance = search.compute(atoms.positions, atoms.cell.complete().array, atoms.pbc, "Pd")
-    if len(pairs):
-        a, b = sorted(pairs[0].tolist())
-        where = f"{distance[0]:.3g} Å apart"
+    # Much farther than needed: the search divides the cell into boxes of that size.
+    search = NeighborList(cutoff=_SEARCHED, full_list=True, n_threads=1)
+    cell = atoms.cell.complete().array
+    pairs, distance = search.compute(atoms.positions, cell, atoms.pbc, "Pd", copy=False)
+    near = np.flatnonzero(distance <= COINCIDENT)
+    if len(near):
+        a, b = sorted(pairs[near[0]].tolist())
+        where = f"{distance[near[0]]:.3g} Å apart"
         if a == b:
             raise InputError(f"atom {a} ({symbols[a]}) and its periodic image are {where}: correct the cell")
         raise InputError(

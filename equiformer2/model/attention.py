@@ -185,7 +185,7 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         """
         with no_autocast(scalars):
             # Cheap to compute again, and its intermediates would be half of what training stores per edge.
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 logits = self._logits(scalars)
             else:
                 logits = checkpoint(self._logits, scalars, use_reentrant=False, preserve_rng_state=False)
