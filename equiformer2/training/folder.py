@@ -66,17 +66,17 @@ class RunFolder:
             raise InputError(f"ckpt_path: there is no checkpoint {self.resume_from} to resume from")
         # Other processes of a DDP run come here after the first one has made the folder.
         if _is_first_process() and self._is_taken():
-            raise InputError(
-                f"{path} holds a run already: choose another name, or continue it with --ckpt_path last"
-            )
+            or_else = ", or continue it with --ckpt_path auto" if self.last.is_file() else ""
+            raise InputError(f"{path} holds a run already: choose another name{or_else}")
 
     def _is_taken(self) -> bool:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file: choose another name for the run")
-        return not self._continues and any(map(self._worth_keeping, self.path.rglob("*")))
+        return not self.continues and any(map(self._worth_keeping, self.path.rglob("*")))
 
     @property
-    def _continues(self) -> bool:
+    def continues(self) -> bool:
+        """Whether what is resumed is the folder's own run."""
         return (
             self.resume_from is not None and self.resume_from.resolve().parent == self.checkpoints.resolve()
         )
@@ -112,7 +112,7 @@ class RunFolder:
         if not _lock(stream):
             stream.close()
             raise InputError(f"{self.path} holds a run that is still going on: choose another name")
-        if not self._continues:
+        if not self.continues:
             stream.truncate(0)
         # Of a process that was killed while it wrote a checkpoint: this one alone is here now.
         for unfinished in self.checkpoints.glob(".*.tmp"):
@@ -155,7 +155,7 @@ class RunFolder:
         return loggers
 
     def _metrics_file(self) -> MetricsFile:
-        if not _is_first_process() or self.resume_from is None or not self._continues:
+        if not _is_first_process() or self.resume_from is None or not self.continues:
             return MetricsFile(self.metrics)
         state = read_resume_state(self.resume_from)
         return MetricsFile(self.metrics, rows_until(state, read_rows(self.metrics)))

@@ -90,6 +90,9 @@ class ResumeCheckpoint(Checkpoint):
         if stop or due or trainer.should_stop or step == trainer.max_steps:
             self._row = _logged_row(trainer)
             self._save(trainer)
+            if stop:
+                # The process ends before Lightning gives the step to the loggers.
+                _log(trainer, self._row)
             self._row = {}
         self._end(trainer, stop)
 
@@ -121,7 +124,7 @@ class ResumeCheckpoint(Checkpoint):
     def _end(self, trainer: pl.Trainer, stop: int) -> None:
         if stop:
             name = signal.Signals(stop).name
-            log.info(f"stopped by {name} at step {trainer.global_step}; --ckpt_path last goes on from here")
+            log.info(f"stopped by {name} at step {trainer.global_step}; --ckpt_path auto goes on from here")
             raise StoppedBySignal(stop, trainer.is_global_zero)
 
     # ---- what
@@ -181,6 +184,12 @@ def _logged_row(trainer: pl.Trainer) -> dict[str, float]:
     return {**row, "epoch": trainer.current_epoch, "step": trainer.global_step - 1}
 
 
+def _log(trainer: pl.Trainer, row: Mapping[str, float]) -> None:
+    metrics = {name: value for name, value in row.items() if name != "step"}
+    for logger in trainer.loggers if metrics else ():
+        logger.log_metrics(metrics, step=int(row["step"]))
+
+
 def _accumulates(trainer: pl.Trainer) -> bool:
     """Whether the next micro-batch adds to the gradients at hand, which no checkpoint holds."""
     return trainer.fit_loop._should_accumulate()
@@ -209,6 +218,17 @@ def _set_validation_progress(progress: dict[str, Any], begun: bool) -> None:
         )
     if begun:
         progress["is_last_batch"] = False
+
+
+def seed_generators(seed: int, process: int, step: int) -> None:
+    """Seed the global generators: what draws from them is a function of these three, too.
+
+    The network does not, and neither does the order of the data.
+    """
+    first, second, *words = np.random.SeedSequence((seed, process, step)).generate_state(6).tolist()
+    torch.manual_seed(first << 32 | second)
+    np.random.seed(words)
+    random.seed(first << 32 | second)
 
 
 def _random_state() -> dict[str, Any]:

@@ -39,7 +39,7 @@ from equiformer2.training.processes import (
     settings_to_compare,
     strategy_of,
 )
-from equiformer2.training.resume import ResumeCheckpoint
+from equiformer2.training.resume import ResumeCheckpoint, seed_generators
 from equiformer2.training.task import S2EFTask, TaskSettings
 
 log = logging.getLogger("equiformer2")
@@ -58,10 +58,11 @@ class RunSettings:
     Args:
         name: the run's folder inside `runs_dir`; the name of the config file if not given.
         runs_dir: where run folders are made.
-        seed: of the initial weights, the order of the data and dropout.
+        seed: of the initial weights, the order of the data, dropout and the global random generators.
         ckpt_path: resume exactly from this Lightning checkpoint; `last` is the run's own, and `auto` that one
             where it is there and a new start where it is not, for jobs that are put back into the queue.
-        init_from: start from the weights of this checkpoint (native, OCP or fairchem v1) as a new run.
+        init_from: start from the weights of this checkpoint (native, OCP or fairchem v1) as a new run; a run
+            that began so is resumed with the same.
         checkpoint_every_n_steps: also save `last.ckpt` every so many optimizer steps.
         keep_last: how many checkpoints to resume from are kept: `last.ckpt` and those before it.
     """
@@ -75,8 +76,6 @@ class RunSettings:
     keep_last: int = 2
 
     def __post_init__(self) -> None:
-        if self.ckpt_path not in (None, "auto") and self.init_from is not None:
-            raise InputError("ckpt_path resumes a run and init_from starts a new one: give one of them")
         parts = Path(self.name or "run").parts
         if not parts or ".." in parts or Path(*parts).is_absolute():
             raise InputError(f"name is {self.name!r}; it must be a folder inside runs_dir")
@@ -110,9 +109,14 @@ def train(config: RunConfig) -> Path:
     config = _with_denoising(_with_pruned_blocks(config))
     run = config.run
     folder = RunFolder(Path(run.runs_dir) / (run.name or "run"), run.ckpt_path)
-    begin = "step 0"
+    if run.init_from is not None and folder.resume_from is not None and not folder.continues:
+        raise InputError(
+            f"ckpt_path resumes the run of {folder.resume_from} and init_from starts a new one: "
+            "give one of them"
+        )
+    begin = 0
     if folder.resume_from is not None:
-        begin = f"step {read_resume_state(folder.resume_from)['global_step']}"
+        begin = int(read_resume_state(folder.resume_from)["global_step"])
     with folder.open():
         data = ResumableDataModule(**config.data)
         data.setup("fit")
@@ -179,13 +183,13 @@ def _task(config: RunConfig, data: ResumableDataModule) -> S2EFTask:
     return S2EFTask(model, normalizers, data.energy_kind, config.task, config.optim, run.seed)
 
 
-def _run(config: RunConfig, task: S2EFTask, data: ResumableDataModule, folder: RunFolder, begin: str) -> None:
+def _run(config: RunConfig, task: S2EFTask, data: ResumableDataModule, folder: RunFolder, begin: int) -> None:
     parity = ParityFigures()
     native = NativeCheckpoints(folder.checkpoints, {"config": config.text, "init_from": config.run.init_from})
     task.guard.folder = folder.path
     work = BatchAtWork()
     callbacks = [
-        SameRunEverywhere(lambda: {**_facts(config, data), "ckpt_path": begin}),
+        SameRunEverywhere(lambda: {**_facts(config, data), "ckpt_path": f"step {begin}"}),
         Summary(),
         parity,
         native,
@@ -194,6 +198,7 @@ def _run(config: RunConfig, task: S2EFTask, data: ResumableDataModule, folder: R
     ]
     trainer = _trainer(config, folder, callbacks)
     folder.save_config(config.text)
+    seed_generators(config.run.seed, trainer.global_rank, begin)
     log.info(f"run folder {folder.path}; {count_parameters(task.model):,} trainable parameters")
     with work.named(task):
         trainer.fit(task, datamodule=data, ckpt_path=folder.resume_from, weights_only=True)

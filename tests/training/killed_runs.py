@@ -86,8 +86,7 @@ def state(folder: Path, name: str) -> dict[str, Any]:
     progress = last["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
     native = {file: torch.load(checkpoints / file, weights_only=True)["weights"] for file in NATIVE}
     kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
-    generators = {key: value for key, value in last["callbacks"]["ResumeCheckpoint"]["random"].items()}
-    generators.pop("python")  # seeded by the system in every new process
+    generators = last["callbacks"]["ResumeCheckpoint"]["random"]
     best = last["callbacks"]["NativeCheckpoints"]
     found = {key: last[key] for key in kept}
     return {**found, "progress": progress, "native": native, "generators": generators, "best": best}

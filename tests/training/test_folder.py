@@ -33,7 +33,8 @@ def test_a_run_that_never_began_is_replaced(stub: Path) -> None:
 def test_anything_else_is_kept(stub: Path, name: str) -> None:
     (stub / name).parent.mkdir(exist_ok=True)
     (stub / name).write_bytes(b"x")
-    with pytest.raises(InputError, match="run holds a run already: choose another name"):
+    hint = ", or continue it with --ckpt_path auto" if name == "checkpoints/last.ckpt" else ""
+    with pytest.raises(InputError, match=f"run holds a run already: choose another name{hint}$"):
         RunFolder(stub, None)
 
 

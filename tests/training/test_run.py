@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +31,7 @@ from equiformer2.training.folder import WholeFiles
 from equiformer2.training.metrics import ENERGY_METRICS
 from equiformer2.training.prediction import predict_dataset, write_predictions
 from equiformer2.training.run import train
+from equiformer2.training.task import S2EFTask
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +219,42 @@ def test_fine_tuning_starts_from_the_weights_and_units(
     assert after.normalizers == start.normalizers
     for name, value in start.model.state_dict().items():
         torch.testing.assert_close(after.model.state_dict()[name], value, atol=1e-6, rtol=0)
+
+
+def test_a_stopped_fine_tuning_says_how_it_goes_on(
+    first_run: Path, tiny_arguments: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        S2EFTask, "on_train_batch_start", lambda *_: os.kill(os.getpid(), signal.SIGTERM), False
+    )
+    start = f"--init_from={first_run / 'checkpoints/last.pt'}"
+    arguments = [*tiny_arguments, f"--runs_dir={runs}", "--name=stopped", "--trainer.max_epochs=1", start]
+    folder = runs / "stopped"
+    with pytest.raises(SystemExit):
+        train(parse([*arguments]))
+    assert list(train_losses(folder)) == [0]
+    hint = re.findall(r"step 1; (--\w+ \w+) goes on", (folder / "log.txt").read_text())[0]
+    with pytest.raises(InputError, match=f"continue it with {hint}"):
+        train(parse(arguments))
+    # Stopped again at the next step, so that there is a checkpoint before the last one.
+    with pytest.raises(SystemExit):
+        train(parse([*arguments, *hint.split()]))
+    last = folder / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(InputError, match="give --ckpt_path ") as damaged:
+        train(parse([*arguments, *hint.split()]))
+    monkeypatch.undo()
+    train(parse([*arguments, *str(damaged.value).partition("give ")[2].split()]))
+    assert list(train_losses(folder)) == [0, 1, 2, 3]
+
+
+def test_another_run_is_not_resumed_from_other_weights(
+    first_run: Path, tiny_arguments: list[str], runs: Path
+) -> None:
+    both = [f"--init_from={first_run}/checkpoints/last.pt", f"--ckpt_path={first_run}/checkpoints/last.ckpt"]
+    with pytest.raises(InputError, match="give one of them"):
+        train(parse([*tiny_arguments, f"--runs_dir={runs}", "--name=both", *both]))
+    assert not (runs / "both").exists()
 
 
 def test_fine_tuning_refuses_another_model(first_run: Path, tiny_arguments: list[str], runs: Path) -> None:
