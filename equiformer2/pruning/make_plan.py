@@ -1,5 +1,6 @@
 """From a checkpoint and data to a plan, and from a plan to a checkpoint: what `scripts/prune.py` calls."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ from equiformer2.checkpoint import load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.pruning.calibration import FORCE_WEIGHT, Calibration
 from equiformer2.pruning.mask import masked
-from equiformer2.pruning.methods import find_plan, find_plan_for_latency
+from equiformer2.pruning.methods import find_plan
 from equiformer2.pruning.parameters import count_parameters
 from equiformer2.pruning.plan import PruningPlan
 from equiformer2.pruning.shrink import shrink
 from equiformer2.pruning.structures import read_structures
-from equiformer2.pruning.target import LatencyTarget, MacTarget, ParameterTarget
+from equiformer2.pruning.target import LatencyTarget, MacTarget, ParameterTarget, Target, Together
 
 _ANY = 0.5
 
@@ -27,7 +28,7 @@ class PlanRequest:
     Attributes:
         checkpoint: of the dense network.
         data: structures to calibrate on, as in `read_structures`.
-        target: `macs=F`, `parameters=F` or `latency=F` with the share F that stays.
+        targets: `macs=F`, `parameters=F` or `latency=F` with the share F that stays; all are to be reached.
         method: of `methods.METHODS`.
         weights: `raw` or `averaged`; None for the averaged ones where there are any.
         structures: how many to calibrate on.
@@ -41,7 +42,7 @@ class PlanRequest:
 
     checkpoint: str
     data: tuple[str, ...]
-    target: str
+    targets: tuple[str, ...]
     method: str = "multi"
     weights: str | None = None
     structures: int = 32
@@ -60,7 +61,7 @@ class MadePlan:
     Attributes:
         plan: the plan.
         macs, parameters: shares that stay.
-        latency: measured share of the time where that was the target.
+        latency: measured share of the time where that was a target.
         errors: against the dense network on the calibration structures (`Discrepancy.averages`).
         found: how a search went.
     """
@@ -76,39 +77,45 @@ class MadePlan:
 def make_plan(request: PlanRequest, state_path: Path | None = None, progress: bool = True) -> MadePlan:
     """Find the plan; a search continues from `state_path` where there is one.
 
+    The times of a target of latency are kept beside it, as `NAME.times.json`.
+
     Raises:
         InputError: a target that is not understood or cannot be reached, an unknown method.
         datasets_oc20.DataError: data that cannot be read.
     """
-    quantity, share = _parse_target(request.target)
+    wanted = _parse_targets(request.targets)
     checkpoint = load_checkpoint(request.checkpoint, request.weights, device=request.device)
     model = checkpoint.model.eval()
     structures = read_structures(request.data, request.structures, request.seed)
     calibration = Calibration(
         model, checkpoint.normalizers, structures, request.batch_size, request.force_weight
     )
-    macs = MacTarget(model.config, _ANY, *calibration.size)
-    parameters = ParameterTarget(model.config, _ANY)
-    options: dict[str, Any] = {
-        "seed": request.seed,
-        "tries": request.tries,
-        "sphere": request.sphere,
-        "state_path": state_path,
-        "progress": progress,
-    }
-    known = (request.method, model, checkpoint.normalizers, calibration)
+    macs = MacTarget(model.config, wanted.get("macs", _ANY), *calibration.size)
+    parameters = ParameterTarget(model.config, wanted.get("parameters", _ANY))
+    targets: dict[str, Target] = {"macs": macs, "parameters": parameters}
     latency = None
-    if quantity == "latency":
+    if "latency" in wanted:
         first = Batch.from_data_list(calibration.structures[:1]).to(request.device)
-        measured = LatencyTarget(model, first, share)
-        plan, found = find_plan_for_latency(*known, macs.fraction_of, measured, **options)
-        latency = measured.fraction_of(plan)
-    else:
-        cost = macs.fraction_of if quantity == "macs" else parameters.fraction_of
-        plan, found = find_plan(*known, cost, share, **options)
+        times = None if state_path is None else state_path.with_suffix(".times.json")
+        latency = targets["latency"] = LatencyTarget(model, first, wanted["latency"], times)
+    together = Together([targets[quantity] for quantity in wanted])
+    plan, found = find_plan(
+        request.method,
+        model,
+        checkpoint.normalizers,
+        calibration,
+        together.cost,
+        together.target,
+        seed=request.seed,
+        tries=request.tries,
+        sphere=request.sphere,
+        state_path=state_path,
+        progress=progress,
+    )
     with masked(model, plan):
         errors = calibration.discrepancy(model).averages()
-    return MadePlan(plan, macs.fraction_of(plan), parameters.fraction_of(plan), latency, errors, found)
+    time = None if latency is None else latency.measured(plan)
+    return MadePlan(plan, macs.fraction_of(plan), parameters.fraction_of(plan), time, errors, found)
 
 
 def summary(made: MadePlan) -> str:
@@ -154,14 +161,19 @@ def apply_plan(checkpoint: str | Path, plan: PruningPlan, out: Path) -> tuple[in
     return count_parameters(loaded.config), count_parameters(small.config)
 
 
-def _parse_target(text: str) -> tuple[str, float]:
-    quantity, _, number = text.partition("=")
-    try:
-        share = float(number)
-    except ValueError:
-        share = float("nan")
-    if quantity not in ("macs", "parameters", "latency") or not 0 < share < 1:
-        raise InputError(
-            f"the target {text!r} is not understood: give macs=0.5, parameters=0.5 or latency=0.6"
-        )
-    return quantity, share
+def _parse_targets(texts: Sequence[str]) -> dict[str, float]:
+    """Quantity -> share that stays."""
+    wanted: dict[str, float] = {}
+    for text in texts:
+        quantity, _, number = text.partition("=")
+        try:
+            share = float(number)
+        except ValueError:
+            share = float("nan")
+        if quantity not in ("macs", "parameters", "latency") or not 0 < share < 1 or quantity in wanted:
+            raise InputError(
+                f"the target {text!r} is not understood: give macs=0.5, parameters=0.5 or latency=0.6, "
+                "each at most once"
+            )
+        wanted[quantity] = share
+    return wanted

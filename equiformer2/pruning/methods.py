@@ -11,11 +11,9 @@ from equiformer2.pruning.calibration import Calibration
 from equiformer2.pruning.plan import PruningPlan
 from equiformer2.pruning.pruners import SEARCHES, search_settings
 from equiformer2.pruning.search import Cost, GreedySearch
-from equiformer2.pruning.target import Target
 
 BASELINES = ("random", "magnitude", "uniform")
 METHODS = (*SEARCHES, *BASELINES)
-_LEAST = 0.02  # of the cost: a search for time that comes down to this has failed
 
 
 def find_plan(
@@ -59,46 +57,6 @@ def find_plan(
     settings = search_settings(method, tries, seed, sphere)
     search = GreedySearch(
         model, normalizers, calibration, cost, target, settings, state_path, progress=progress
-    )
-    state = search.run()
-    found = {"cuts": len(state.steps), "tried": sum(step.tried for step in state.steps)}
-    return state.plan.checked(model.config), found
-
-
-def find_plan_for_latency(
-    method: str,
-    model: EquiformerV2,
-    normalizers: Normalizers,
-    calibration: Calibration,
-    cost: Cost,
-    target: Target,
-    *,
-    seed: int = 0,
-    tries: int = 8,
-    sphere: bool = False,
-    state_path: Path | None = None,
-    progress: bool = True,
-) -> tuple[PruningPlan, dict[str, Any]]:
-    """As `find_plan`, until the measured `target` is reached; `cost` weighs the cuts on the way.
-
-    Time is measured once per cut that is made, not for every cut that could be.
-
-    Raises:
-        InputError: as `find_plan`, and for a method that goes to a given cost without steps.
-    """
-    if method not in ("multi", "block"):
-        raise InputError(f"a target of latency works with the methods multi and block, not {method!r}")
-    settings = search_settings(method, tries, seed, sphere)
-    search = GreedySearch(
-        model,
-        normalizers,
-        calibration,
-        cost,
-        _LEAST,
-        settings,
-        state_path,
-        reached=target.reached,
-        progress=progress,
     )
     state = search.run()
     found = {"cuts": len(state.steps), "tried": sum(step.tried for step in state.steps)}

@@ -106,8 +106,6 @@ class GreedySearch:
         settings: see there.
         state_path: where the state is kept; continued from when it exists. None keeps none.
         start: what is cut already; `calibration` holds the answers of the network cut so.
-        reached: whether a plan is small enough, where that is not a matter of `cost` (measured time);
-            `target` is then where to give up.
         progress: show a progress bar.
 
     Raises:
@@ -124,12 +122,11 @@ class GreedySearch:
         settings: SearchSettings,
         state_path: Path | None = None,
         start: PruningPlan | None = None,
-        reached: Callable[[PruningPlan], bool] | None = None,
         progress: bool = True,
     ) -> None:
         self.model, self.normalizers, self.calibration = model, normalizers, calibration
         self.settings, self.state_path, self.progress = settings, state_path, progress
-        self._cost, self._costs, self._reached = cost, dict[PruningPlan, float](), reached
+        self._cost, self._costs = cost, dict[PruningPlan, float]()
         dense = PruningPlan.keep_all(model.config)
         self.dense_cost, self.start_cost = self.cost(dense), self.cost(start or dense)
         removed = self.start_cost - target
@@ -159,10 +156,7 @@ class GreedySearch:
     def _step(self) -> None:
         state, stage = self.state, self.settings.stages[self.state.stage]
         budget, last = self._budgets[state.stage], state.stage == len(self._budgets) - 1
-        if self._reached is not None and self._reached(state.plan):
-            state.done = True
-            return
-        if self._reached is None and self.cost(state.plan) <= budget:
+        if self.cost(state.plan) <= budget:
             state.stage, state.done = (state.stage, True) if last else (state.stage + 1, False)
             return
         cuts = self._affordable(

@@ -30,12 +30,15 @@ from equiformer2.pruning.routing import RoutingSettings
 from equiformer2.pruning.shrink import shrink
 from equiformer2.pruning.structures import read_structures
 from equiformer2.pruning.study_routing import NO_BUDGET, ROUTED, routed_result
-from equiformer2.pruning.target import MacTarget, ParameterTarget
+from equiformer2.pruning.target import LatencyTarget, MacTarget, ParameterTarget, Target, Together
 
 log = logging.getLogger("equiformer2")
 
 DENSE, SCRATCH = "dense", "scratch"
-STUDIED = (*METHODS, *ROUTED)
+TIMED = "multi_time"
+"""`multi` with a second target beside the operations: `StudySettings.latency`."""
+
+STUDIED = (*METHODS, TIMED, *ROUTED)
 _ANY = 0.5  # a target's fraction, where only its count is used
 
 
@@ -60,13 +63,15 @@ class StudySettings:
     """What to compare.
 
     Attributes:
-        methods: of `methods.METHODS` and `study_routing.ROUTED`.
+        methods: of `methods.METHODS`, `TIMED` and `study_routing.ROUTED`.
         keep: shares of the multiply-accumulates that stay.
         seeds: of the choice of calibration structures and of everything drawn.
         structures: calibration structures per seed.
         tries: cuts tried per step of a search.
         repeats: pairs of calls per measured latency.
         routing: how routers are made.
+        latency: share of the time of a force call that `multi_time` leaves.
+        threads: with which its times are measured; None for those that torch has.
     """
 
     methods: tuple[str, ...]
@@ -76,6 +81,8 @@ class StudySettings:
     tries: int = 8
     repeats: int = 10
     routing: RoutingSettings = field(default_factory=RoutingSettings)
+    latency: float = 0.6
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.methods if name not in STUDIED]
@@ -169,13 +176,17 @@ class Study:
         elif method == SCRATCH:
             plan = self._plan_of("multi", keep, seed)
         else:
+            targets: list[Target] = [MacTarget(self.model.config, keep, *calibration.size)]
+            if method == TIMED:
+                targets.append(self._latency_target())
+            together = Together(targets)
             plan, found = find_plan(
-                method,
+                "multi" if method == TIMED else method,
                 self.model,
                 self.checkpoint.normalizers,
                 calibration,
-                macs.fraction_of,
-                keep,
+                together.cost,
+                together.target,
                 seed=seed,
                 tries=self.settings.tries,
                 state_path=self.searches / f"{name}.json",
@@ -221,6 +232,12 @@ class Study:
             }
         return self._calibrations[seed]
 
+    def _latency_target(self) -> LatencyTarget:
+        """Times for the first held-out structure, in a file that all seeds share."""
+        batch = Batch.from_data_list(self.held_out[0].calibration.structures[:1])
+        path, settings = self.searches / "times.json", self.settings
+        return LatencyTarget(self.model, batch, settings.latency, path, settings.threads)
+
     def _latency(self, small: EquiformerV2) -> dict[str, Any]:
         """Of one forward pass for the first held-out structure, prepared as for inference."""
         batch = Batch.from_data_list(self.held_out[0].calibration.structures[:1])
@@ -255,7 +272,8 @@ class Study:
         options = asdict(self.settings)
         for name in ("methods", "keep", "seeds"):
             del options[name]  # a study may be extended
-        routing = options.pop("routing")
+        later = {"routing": options.pop("routing")}
+        later["timing"] = {name: options.pop(name) for name in ("latency", "threads")}
         identity: dict[str, Any] = {
             "model": fingerprint_of_weights(self.model),
             "calibration": _names(self.calibration_data),
@@ -265,18 +283,18 @@ class Study:
             "options": options,
             "recovery": None if self.recovery is None else asdict(self.recovery) | {"scratch": None},
         }
-        if any(name in ROUTED for name in self.settings.methods):
-            identity["routing"] = routing
+        methods = self.settings.methods
+        used = {"routing": any(name in ROUTED for name in methods), "timing": TIMED in methods}
+        identity |= {name: later[name] for name in later if used[name]}
         identity = json.loads(json.dumps(identity))
         path = self.out / "study.json"
         if path.exists():
             known = json.loads(path.read_text(encoding="utf-8"))
-            if "routing" in identity and "routing" not in known:
-                # The first routers of a study that had none.
-                known["routing"] = identity["routing"]
-                self._check_identity(identity, known)
-                write_json(path, known)
-            self._check_identity(identity, known)
+            # The first routers, or plans for time, of a study that had none.
+            added = {name: identity[name] for name in later if name in identity and name not in known}
+            self._check_identity(identity, known | added)
+            if added:
+                write_json(path, known | added)
             return
         write_json(path, identity, make_folder=True)
 

@@ -1,12 +1,10 @@
 """How far a plan reduces a network: in operations, parameters or measured time."""
 
-import statistics
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch_geometric.data import Batch, Data
 
 from equiformer2.errors import InputError
@@ -16,6 +14,7 @@ from equiformer2.pruning.macs import count_macs
 from equiformer2.pruning.parameters import count_parameters
 from equiformer2.pruning.plan import PruningPlan
 from equiformer2.pruning.shrink import shrink
+from equiformer2.pruning.time_table import PartTimer, TimeTable
 
 
 class Target(Protocol):
@@ -76,17 +75,19 @@ class ParameterTarget(_Counted):
 
 
 class LatencyTarget:
-    """Time of a forward pass without gradients, measured where and as the network is.
-
-    The pruned and the unpruned network run in turn, so that a slow moment of the machine meets both; what
-    counts is the median of the ratios of neighbouring runs. A plan is measured once.
+    """Time of a force call without gradients, added up from measured parts (see `time_table`).
 
     Args:
-        model: the network; it is copied.
+        model: the network; it is left as it is.
         batch: what it runs on, on the device of the model.
         fraction: of the time of `model`.
-        repeats: pairs of runs.
+        path: where the table of times is kept, and read from if it exists; None keeps it in memory.
+        threads: of torch while measuring; None for those it has.
+        repeats: pairs of runs per measurement.
         warm_up: runs of both before.
+
+    Raises:
+        InputError: `path` holds times of something else.
     """
 
     def __init__(
@@ -94,54 +95,52 @@ class LatencyTarget:
         model: EquiformerV2,
         batch: Batch | Data,
         fraction: float,
+        path: Path | None = None,
+        threads: int | None = None,
         repeats: int = 15,
         warm_up: int = 2,
     ) -> None:
-        self.fraction = _checked(fraction)
-        if repeats < 1 or warm_up < 0:
-            raise InputError("latency needs at least one repeat, and no negative warm_up")
-        self._model, self._batch = model, batch
-        self._repeats, self._warm_up = repeats, warm_up
-        self._graph = model.build_graph(batch)
-        self._measured: dict[PruningPlan, float] = {}
+        self.fraction, self._model = _checked(fraction), model
+        self._timer = PartTimer(model, batch, threads, repeats, warm_up)
+        self._table = TimeTable(model.config, self._timer, path, self._timer.facts)
 
     def fraction_of(self, plan: PruningPlan) -> float:
-        """Median ratio of times, `plan`'s network to the unpruned one."""
-        plan = plan.checked(self._model.config)
-        if plan not in self._measured:
-            self._measured[plan] = self._measure(plan)
-        return self._measured[plan]
+        """What the parts that `plan` leaves take, and the rest of the network."""
+        return self._table.fraction_of(plan)
 
     def reached(self, plan: PruningPlan) -> bool:
-        """Whether the pruned network takes no more than `fraction` of the time."""
+        """Whether `plan` leaves no more than `fraction`."""
         return self.fraction_of(plan) <= self.fraction
 
-    def _measure(self, plan: PruningPlan) -> float:
-        dense, small = (self._runner(each) for each in (PruningPlan.keep_all(self._model.config), plan))
-        for _ in range(self._warm_up):
-            dense(), small()
-        return statistics.median(small() / dense() for _ in range(self._repeats))
-
-    def _runner(self, plan: PruningPlan) -> Callable[[], float]:
-        """A function that runs the network of `plan` once, prepared as for inference; it returns seconds."""
-        network = shrink(self._model, plan)
-        network.fold_weights()
-        device = network.sphere_embedding.weight.device
-
-        def run() -> float:
-            with torch.no_grad():
-                _wait(device)
-                start = time.perf_counter()
-                network(self._batch, graph=self._graph)
-                _wait(device)
-                return time.perf_counter() - start
-
-        return run
+    def measured(self, plan: PruningPlan) -> float:
+        """Time of the whole pruned network over that of the unpruned one: median ratio of runs in turn."""
+        plans = plan, PruningPlan.keep_all(self._model.config)
+        small, dense = (self._timer.whole(shrink(self._model, each)) for each in plans)
+        return self._timer.compare(small, dense)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class Together:
+    """Several targets as one cost: the sum of what is left, each counted down to its target.
+
+    A cut is worth what it saves of the targets that are not reached yet. With one target the cost is its
+    share.
+
+    Attributes:
+        target: the cost at which all are reached.
+    """
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        if not targets:
+            raise InputError("there is no target: give at least one")
+        self._targets = targets
+        self.target = sum(target.fraction for target in targets)
+
+    def cost(self, plan: PruningPlan) -> float:
+        """Above `target` as long as one is missed; below it by what the nearest one is passed by."""
+        shares = [(target.fraction_of(plan), target.fraction) for target in self._targets]
+        if any(left > wanted for left, wanted in shares):
+            return sum(max(left, wanted) for left, wanted in shares)
+        return self.target + max(left - wanted for left, wanted in shares)
 
 
 def _checked(fraction: float) -> float:

@@ -1,7 +1,7 @@
 """Find which heads, channels, orders and branches to keep for a target, without training.
 
-A search continues where it was killed. The target counts multiply-accumulates (macs=0.5), parameters
-(parameters=0.5) or measured time (latency=0.6): the share that stays.
+A search continues where it was killed. Targets are shares that stay of the multiply-accumulates (macs=0.5),
+the parameters (parameters=0.5) or the time (latency=0.6). Of several, all are reached.
 """
 
 import argparse
@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", required=True, nargs="+", help="calibration structures: LMDB files or folders of extxyz"
     )
     parser.add_argument("--out", required=True, type=Path, help="plan to write (JSON)")
-    parser.add_argument("--target", required=True, help="macs=0.5, parameters=0.5 or latency=0.6")
+    parser.add_argument(
+        "--target", required=True, nargs="+", help="macs=0.5, parameters=0.5, latency=0.6 or several of them"
+    )
     parser.add_argument(
         "--method",
         default="multi",
@@ -41,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     request = PlanRequest(
         checkpoint=options.checkpoint,
         data=tuple(options.data),
-        target=options.target,
+        targets=tuple(options.target),
         method=options.method,
         weights=options.weights,
         structures=options.structures,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from equiformer2.files import write_bytes, write_json
-from equiformer2.pruning.study import DENSE, SCRATCH
+from equiformer2.pruning.study import DENSE, SCRATCH, TIMED
 from equiformer2.pruning.study_report import markdown, missed, summarise
 from study_parts.drawing import draw
 from study_parts.published import PUBLISHED
@@ -160,9 +160,10 @@ def _router_verdicts(campaign: Campaign, name: str, rows: Rows) -> list[Verdict]
 def _distilled_verdicts(campaign: Campaign, name: str, rows: Rows) -> list[Verdict]:
     dense = _row(rows, DENSE, 1.0, "cut")
     verdicts = []
-    for keep in campaign.studies[name].keep:
-        pruned = _row(rows, "multi", keep, "distilled")
-        scratch = _row(rows, SCRATCH, keep, "distilled")
+    for keep, method in itertools.product(campaign.studies[name].keep, ("multi", TIMED)):
+        pruned = _row(rows, method, keep, "distilled")
+        # The plans that are trained from scratch are those of `multi`.
+        scratch = _row(rows, SCRATCH, keep, "distilled") if method == "multi" else None
         if dense is None or pruned is None:
             continue
         for held_out in campaign.held_out:
@@ -170,7 +171,8 @@ def _distilled_verdicts(campaign: Campaign, name: str, rows: Rows) -> list[Verdi
             ratio = own / _mae(dense, held_out, "to_labels")
             verdicts.append(
                 Verdict(
-                    f"{name}, {held_out}: {keep:.0%} of the MACs, distilled, force MAE at most 5 % worse",
+                    f"{name}, {held_out}, {method}: {keep:.0%} of the MACs, distilled, "
+                    "force MAE at most 5 % worse",
                     f"{ratio - 1:+.1%} (MACs {pruned['macs']:.1%})",
                     ratio <= _WORSE,
                 )
@@ -190,7 +192,7 @@ def _distilled_verdicts(campaign: Campaign, name: str, rows: Rows) -> list[Verdi
 def _speed_verdicts(campaign: Campaign, speed: dict[str, Any]) -> list[Verdict]:
     verdicts = []
     for name, record in speed.items():
-        if not name.endswith(("_multi", "_random_weights_uniform", "_random_weights_blocks")):
+        if not name.endswith(("_multi", f"_{TIMED}", "_random_weights_uniform", "_random_weights_blocks")):
             continue
         faster = 1 / record["latency"]["ratio"]
         verdicts.append(

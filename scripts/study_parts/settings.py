@@ -43,11 +43,15 @@ class Speed:
         random_weights: name -> preset of networks that are only timed.
         keep: share of the MACs of the plans that are timed.
         repeats: pairs of force calls.
+        latency: share of the time that the plans of `multi_time` leave.
+        threads: with which the times that `multi_time` chooses by are measured; None for those of torch.
     """
 
     random_weights: dict[str, str] = field(default_factory=dict)
     keep: float = 0.5
     repeats: int = 15
+    latency: float = 0.6
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Campaign:
                 structures=part.structures or self.structures,
                 tries=part.tries or self.tries,
                 routing=RoutingSettings(**self.router),
+                latency=self.speed.latency,
+                threads=self.speed.threads,
             ),
             out / name,
             recovery,

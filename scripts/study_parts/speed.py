@@ -27,13 +27,14 @@ from equiformer2.pruning.routing import FrozenPlan
 from equiformer2.pruning.routing.files import router_from_dict
 from equiformer2.pruning.shrink import shrink
 from equiformer2.pruning.structures import read_structures
+from equiformer2.pruning.study import TIMED
 from equiformer2.pruning.target import MacTarget
 from study_parts.settings import Campaign
 
 _STRUCTURES = 3
 _STEP = 1e-3  # Å: every call is for a new structure, as in a relaxation
 _NEAR = 0.03  # of the dense cost: blocks are large steps
-_ALSO_LARGE = ("multi", "route_static", "route_ftp", "route_context_only")
+_ALSO_LARGE = ("multi", TIMED, "route_static", "route_ftp", "route_context_only")
 
 
 def measure_lossless(campaign: Campaign, out: Path) -> None:

@@ -177,16 +177,3 @@ def test_uniform_plans_cut_all_blocks_alike(model) -> None:
     after = uniform_plan(model, fraction(model.config), 0.7).applied_to(model.config)
     assert after.block(0) == after.block(1)
     assert after.block(0).attn_hidden_channels == after.force_block.attn_hidden_channels < 8
-
-
-def test_a_search_can_stop_at_something_measured(model, calibration) -> None:
-    def reached(plan: PruningPlan) -> bool:
-        return len(plan.force_head.heads or (0, 1)) == 1 or plan.force_head.mmax == 0
-
-    cost = fraction(model.config)
-    settings = SearchSettings((Stage(("order", "head")),), tries=3)
-    search_ = GreedySearch(
-        model, NORMALIZERS, calibration, cost, 0.05, settings, reached=reached, progress=False
-    )
-    assert reached(search_.run().plan)
-    assert cost(search_.state.plan) > 0.05

@@ -91,6 +91,22 @@ def test_a_study_goes_on_where_it_stopped(files, tmp_path, monkeypatch) -> None:
         make_study(files, tmp_path, held_out={"dft": files["dft"]})
 
 
+def test_plans_for_time_join_a_study_that_had_none(files, tmp_path, monkeypatch) -> None:
+    config = tiny_model().config
+    # All that takes time: half a call is the attention of block 0, in proportion to its heads.
+    heads = lambda self, plan: 0.5 + 0.25 * plan.applied_to(config).block(0).num_heads  # noqa: E731
+    monkeypatch.setattr(LatencyTarget, "fraction_of", heads)
+    make_study(files, tmp_path, methods=("random",)).run(progress=False)
+    options = {"methods": ("random", study_module.TIMED), "seeds": (0,), "latency": 0.8}
+    made = make_study(files, tmp_path, **options).run(progress=False)
+    assert [result["method"] for result in made] == ["dense", "random", "multi_time"]
+    assert len(made[2]["plan"]["blocks"][0]["heads"]) == 1
+    assert made[2]["macs"] <= 0.7
+    with pytest.raises(InputError, match="other timing"):
+        make_study(files, tmp_path, **options | {"latency": 0.7})
+    make_study(files, tmp_path, methods=("random",))
+
+
 def test_held_out_systems_are_really_held_out(files, tmp_path) -> None:
     with pytest.raises(InputError, match="the system a is in the calibration data and in the held-out set t"):
         make_study(files, tmp_path, held_out={"t": files["calibration"]})
@@ -140,24 +156,33 @@ def test_latency_is_measured_in_turns() -> None:
     assert sorted(calls[2:4]) == sorted(calls[4:6]) == ["dense", "small"]
 
 
-@pytest.mark.parametrize("target", ["macs=0.8", "parameters=0.9", "latency=0.98"])
-def test_every_kind_of_target(files, target, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "targets", [["macs=0.8"], ["parameters=0.9"], ["latency=0.9"], ["macs=0.9", "latency=0.8"]]
+)
+def test_every_kind_of_target(files, targets, monkeypatch) -> None:
     # Time of a tiny network is noise: operations stand in for it.
-    config = tiny_model().config
-    stand_in = MacTarget(config, 0.5, 8, 48)
-    monkeypatch.setattr(LatencyTarget, "_measure", lambda self, plan: stand_in.fraction_of(plan))
+    stand_in = MacTarget(tiny_model().config, 0.5, 8, 48)
+    monkeypatch.setattr(LatencyTarget, "fraction_of", lambda self, plan: stand_in.fraction_of(plan))
+    monkeypatch.setattr(LatencyTarget, "measured", lambda self, plan: stand_in.fraction_of(plan))
     data = (str(files["calibration"]),)
-    made = make_plan(PlanRequest(str(files["dense"]), data, target, tries=1, structures=2), progress=False)
+    request = PlanRequest(str(files["dense"]), data, tuple(targets), tries=1, structures=2)
+    made = make_plan(request, progress=False)
     found = {"macs": made.macs, "parameters": made.parameters, "latency": made.latency}
-    quantity, share = target.split("=")
-    assert found[quantity] <= float(share)
+    for target in targets:
+        quantity, share = target.split("=")
+        assert found[quantity] <= float(share)
+    assert (made.latency is None) == (not any(target.startswith("latency") for target in targets))
     assert made.errors["loss"] > 0
 
 
-@pytest.mark.parametrize("target", ["macs", "macs=2", "flops=0.5", "macs=x"])
-def test_targets_that_say_nothing(files, target) -> None:
+@pytest.mark.parametrize(
+    "targets", [["macs"], ["macs=2"], ["flops=0.5"], ["macs=x"], ["macs=0.5", "macs=0.6"]]
+)
+def test_targets_that_say_nothing(files, targets) -> None:
     with pytest.raises(InputError, match="not understood"):
-        make_plan(PlanRequest(str(files["dense"]), (str(files["calibration"]),), target), progress=False)
+        make_plan(
+            PlanRequest(str(files["dense"]), (str(files["calibration"]),), tuple(targets)), progress=False
+        )
 
 
 def run_prune(*arguments: object) -> subprocess.CompletedProcess[str]:
