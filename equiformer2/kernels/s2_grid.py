@@ -30,30 +30,8 @@ def grid_activation(x: Tensor, to_grid: Tensor, from_grid: Tensor) -> Tensor:
         if triton_neighbors() is not None:
             return gpu.separable_s2_activation(x, None, *matrices)
         if plain_expressions(False):
-            return _plain(x, *matrices, None)
-        return _GridFunction.apply(x, *matrices, None)
-
-
-def grid_mlp(x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor) -> Tensor:
-    """Feed-forward network on the sphere: grid points of SiLU(weight @ SiLU(x)), back to coefficients.
-
-    The first and the last linear layer of the network act on channels only and commute with the
-    transformation between coefficients and grid, so the caller applies them to the K coefficients instead of
-    the G > K grid points.
-
-    Args:
-        x: `[B, K, C]`; to_grid: `[G, K]`; from_grid: `[K, G]`; weight: `[D, C]`.
-
-    Returns:
-        `[B, K, D]`.
-    """
-    x, to_grid, from_grid, weight = cast_to_autocast(x, to_grid, from_grid, weight)
-    with no_autocast(x):
-        if triton_neighbors() is not None:
-            return gpu.grid_mlp(x, to_grid, from_grid, weight)
-        if plain_expressions(False):
-            return _plain(x, to_grid, from_grid, weight)
-        return _GridFunction.apply(x, to_grid, from_grid, weight)
+            return plain(x, *matrices, None)
+        return GridFunction.apply(x, *matrices, None)
 
 
 class GridFactors(NamedTuple):
@@ -65,12 +43,15 @@ class GridFactors(NamedTuple):
         to_latitude, from_latitude: `[latitudes, R]`, of `to_grid` and of the transpose of `from_grid`.
         longitude: `[longitudes, 2M + 1]` for orders 0, +1, -1, …, of both.
         row_starts: `[2M + 2]` first coefficient of every order, and R.
+        row_of: `[R]` where a tensor has the coefficients that `to_latitude` and `from_latitude` have order by
+            order; the sequence itself where tensors have them so, too.
     """
 
     to_latitude: Tensor
     from_latitude: Tensor
     longitude: Tensor
     row_starts: Tensor
+    row_of: Tensor
 
 
 def separable_grid_activation(hidden: Tensor, factors: GridFactors, rows: int) -> Tensor:
@@ -79,7 +60,7 @@ def separable_grid_activation(hidden: Tensor, factors: GridFactors, rows: int) -
     Every point is made, activated and summed in registers.
 
     Args:
-        hidden: `[B, (1 + R) C]`: C gates of the scalars, then R coefficients.
+        hidden: `[B, (1 + R) C]`: C gates of the scalars, then R coefficients, order by order.
         factors: of the grid.
         rows: how many coefficients are wanted.
 
@@ -94,7 +75,7 @@ class _SeparableFunction(torch.autograd.Function):
     def forward(ctx, hidden, factors, rows):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(hidden, *factors)
         ctx.rows = rows
-        return cpu.separable_activation(hidden, _in_arithmetic(factors, hidden), rows)
+        return cpu.separable_activation(hidden, in_arithmetic(factors, hidden), rows)
 
     @staticmethod
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
@@ -104,15 +85,15 @@ class _SeparableFunction(torch.autograd.Function):
             # A second derivative is wanted: differentiate the plain expression instead.
             out = _separable_expression(hidden, factors, ctx.rows)
             return *torch.autograd.grad(out, hidden, grad_out, create_graph=True), None, None
-        factors = _in_arithmetic(factors, hidden)
+        factors = in_arithmetic(factors, hidden)
         return cpu.separable_activation_backward(hidden, factors, grad_out.contiguous()), None, None
 
 
-def _in_arithmetic(factors: GridFactors, hidden: Tensor) -> GridFactors:
-    """In the precision of the kernel: float32 or wider."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
+def in_arithmetic(factors: GridFactors, x: Tensor) -> GridFactors:
+    """In the precision of the kernels for `x`: float32 or wider."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
     to_latitude, from_latitude, longitude = (t.to(dtype).contiguous() for t in factors[:3])
-    return GridFactors(to_latitude, from_latitude, longitude, factors.row_starts)
+    return GridFactors(to_latitude, from_latitude, longitude, factors.row_starts, factors.row_of)
 
 
 def _separable_expression(hidden: Tensor, factors: GridFactors, rows: int) -> Tensor:
@@ -123,17 +104,19 @@ def _separable_expression(hidden: Tensor, factors: GridFactors, rows: int) -> Te
         for latitude in (factors.to_latitude, factors.from_latitude)
     )
     x = hidden.unflatten(1, (1 + to_grid.shape[1], -1))
-    tensors = _plain(x[:, 1:], to_grid, from_grid.t()[:rows], None)
+    tensors = plain(x[:, 1:], to_grid, from_grid.t()[:rows], None)
     return torch.cat((silu(x[:, :1]), tensors[:, 1:]), dim=1)
 
 
-class _GridFunction(torch.autograd.Function):
+class GridFunction(torch.autograd.Function):
+    """SiLU at grid points, with a weight the network of `grid_mlp`, without storing all points."""
+
     @staticmethod
     def forward(ctx, x, to_grid, from_grid, weight):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, to_grid, from_grid, weight)
         width = x.shape[2] if weight is None else weight.shape[0]
         out = x.new_empty(len(x), len(from_grid), width)
-        for part in point_chunks(len(x), _bytes_per_row(x, to_grid), x.device):
+        for part in point_chunks(len(x), bytes_per_row(x, to_grid), x.device):
             grid = silu(_apply(to_grid, x[part]), inplace=True)
             if weight is not None:
                 hidden = silu(linear(grid.flatten(0, 1), weight), inplace=True)
@@ -145,25 +128,29 @@ class _GridFunction(torch.autograd.Function):
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         x, to_grid, from_grid, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # A second derivative is wanted: differentiate the plain expression instead.
-            wanted = [i for i in (0, 3) if ctx.needs_input_grad[i]]
-            out = _plain(x, to_grid, from_grid, weight)
-            grads: list[Tensor | None] = [None] * 4
-            for i, grad in zip(
-                wanted,
-                torch.autograd.grad(out, [(x, weight)[i // 3] for i in wanted], grad_out, create_graph=True),
-                strict=True,
-            ):
-                grads[i] = grad
-            return tuple(grads)
+            return differentiated_again(ctx, grad_out)
         return _backward(x, to_grid, from_grid, weight, grad_out)
 
 
-def _plain(x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor | None) -> Tensor:
+def plain(x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor | None) -> Tensor:
+    """What `GridFunction` computes, as an expression."""
     grid = silu(_apply(to_grid, x))
     if weight is not None:
         grid = silu(grid @ weight.t())
     return _apply(from_grid, grid)
+
+
+def differentiated_again(ctx, grad_out):  # type: ignore[no-untyped-def]
+    """Gradients of the plain expression, for those who want second derivatives."""
+    x, to_grid, from_grid, weight = ctx.saved_tensors[:4]
+    inputs = {0: x, 3: weight}
+    wanted = [i for i in inputs if ctx.needs_input_grad[i]]
+    out = plain(x, to_grid, from_grid, weight)
+    found = torch.autograd.grad(out, [inputs[i] for i in wanted], grad_out, create_graph=True)
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for i, grad in zip(wanted, found, strict=True):
+        grads[i] = grad
+    return tuple(grads)
 
 
 def _backward(x, to_grid, from_grid, weight, grad_out):  # type: ignore[no-untyped-def]
@@ -171,7 +158,7 @@ def _backward(x, to_grid, from_grid, weight, grad_out):  # type: ignore[no-untyp
     grad_weight = None
     if weight is not None:
         grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-    for part in point_chunks(len(x), 2 * _bytes_per_row(x, to_grid), x.device):
+    for part in point_chunks(len(x), 2 * bytes_per_row(x, to_grid), x.device):
         grid = _apply(to_grid, x[part])
         grad_grid = _apply(from_grid.t(), grad_out[part])
         if weight is not None and grad_weight is not None:
@@ -190,5 +177,6 @@ def _apply(matrix: Tensor, x: Tensor) -> Tensor:
     return torch.bmm(matrix.expand(len(x), -1, -1), x)
 
 
-def _bytes_per_row(x: Tensor, to_grid: Tensor) -> int:
+def bytes_per_row(x: Tensor, to_grid: Tensor) -> int:
+    """Of the grid points of one edge or atom, with the channels of `x`."""
     return x.element_size() * to_grid.shape[0] * x.shape[2]

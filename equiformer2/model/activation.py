@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from equiformer2.kernels import GridFactors, grid_activation, grid_product, separable_grid_activation
+from equiformer2.kernels import grid_activation, grid_product, separable_grid_activation
 from equiformer2.kernels.backend import cpp_kernels
 from equiformer2.model.so3 import S2Grid
 
@@ -72,10 +72,9 @@ class SeparableS2Activation(EdgeActivation):
     def of_columns(self, hidden: Tensor, channels: int, rows: int | None = None) -> Tensor:
         """As that of the base class; the C++ kernel reads the columns where they are."""
         grid = self.s2_act.grid
-        if grid.row_starts is None or not cpp_kernels(hidden.dtype):
+        if not grid.order_by_order or not cpp_kernels(hidden.dtype):
             return super().of_columns(hidden, channels, rows)
-        factors = GridFactors(grid.to_latitude, grid.from_latitude, grid.longitude, grid.row_starts)
-        return separable_grid_activation(hidden, factors, rows or grid.to_latitude.shape[1])
+        return separable_grid_activation(hidden, grid.factors, rows or len(grid.row_of))
 
 
 class GateActivation(EdgeActivation):

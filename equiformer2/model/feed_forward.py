@@ -91,7 +91,8 @@ class FeedForwardNetwork(nn.Module):
         first, second, third = self.grid_mlp[0], self.grid_mlp[2], self.grid_mlp[4]
         assert isinstance(second, nn.Linear)
         # The first and the last layer act on channels only: K coefficients cost less than G points.
-        hidden = third(grid_mlp(first(hidden), self.grid.to_grid, self.grid.from_grid, second.weight))
+        grid = self.grid
+        hidden = third(grid_mlp(first(hidden), grid.to_grid, grid.from_grid, second.weight, grid.factors))
         if self.scalar_mlp is None:
             return hidden
         return _replace_scalars(hidden, self.scalar_mlp(x[:, 0]))

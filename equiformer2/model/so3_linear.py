@@ -26,4 +26,7 @@ class SO3Linear(nn.Module):
 
     def degree(self, x: Tensor, l: int) -> Tensor:
         """The map of degree l alone, on `[N, 2l+1, C_in]`."""
-        return nn.functional.linear(x, self.weight[l], self.bias if l == 0 else None)
+        # A slice of the coefficients as one matrix: copying it costs less than a product per atom.
+        rows = x.reshape(-1, self.in_features)
+        out = nn.functional.linear(rows, self.weight[l], self.bias if l == 0 else None)
+        return out.unflatten(0, x.shape[:-1])

@@ -10,7 +10,7 @@ from equiformer2.model import EquiformerV2, ModelConfig
 
 
 def fingerprint_of_weights(model: EquiformerV2) -> str:
-    """Changes with any weight and with the configuration; an option that a later version adds changes nothing."""
+    """Changes with any weight and any option, but not with options that a later version adds."""
     default = ModelConfig().to_dict()
     chosen = {name: value for name, value in model.config.to_dict().items() if value != default[name]}
     digest = hashlib.sha256(repr(sorted(chosen.items())).encode())

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from equiformer2.kernels import GridFactors
+
 
 def m_major(lmax: int, mmax: int) -> list[tuple[int, int]]:
     """(l, m) of every coefficient in the layout of the SO(2) convolutions."""
@@ -160,3 +162,21 @@ def gradients(outputs: list[Tensor], inputs: list[Tensor], seed: int = 1) -> lis
     total = sum((out * random(*out.shape).to(out.dtype)).sum() for out in outputs)
     assert isinstance(total, Tensor)
     return list(torch.autograd.grad(total, inputs))
+
+
+def sphere_factors(lmax: int, mmax: int) -> GridFactors:
+    """Of any functions: the kernel does not rely on their being harmonics. Few latitudes and longitudes."""
+    random, counts = Random(), [lmax + 1 - abs(m) for m in orders(mmax)]
+    latitudes = random(5, sum(counts)) / sum(counts) ** 0.5, random(5, sum(counts)) / 5**0.5
+    starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
+    return GridFactors(
+        *latitudes, random(7, len(counts)) / 7**0.5, torch.tensor(starts), torch.arange(sum(counts))
+    )
+
+
+def orders(mmax: int) -> list[int]:
+    return [0, *(sign * m for m in range(1, mmax + 1) for sign in (1, -1))]
+
+
+def factors_in(factors: GridFactors, dtype: torch.dtype) -> GridFactors:
+    return GridFactors(*(tensor.to(dtype) for tensor in factors[:3]), *factors[3:])

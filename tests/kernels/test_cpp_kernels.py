@@ -5,16 +5,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from kernel_twins import Random, gradients, leaves
+from kernel_twins import Random, factors_in, gradients, leaves, sphere_factors
 from torch import Tensor
 
 from equiformer2.kernels import (
-    GridFactors,
     SO2Weights,
     attend,
     convolve_edges,
     pack_blocks,
-    separable_grid_activation,
     sum_rotated,
 )
 from equiformer2.kernels.backend import use_cpp_kernels
@@ -115,65 +113,6 @@ def test_embedding(lmax: int, mmax: int, channels: int, heads: int) -> None:
         assert_close(call, [random(5, lmax + 1, channels)], dtype)
 
 
-def sphere_factors(lmax: int, mmax: int) -> GridFactors:
-    """Of any functions: the kernel does not rely on their being harmonics. Few latitudes and longitudes."""
-    random, counts = Random(), [lmax + 1 - abs(m) for m in orders(mmax)]
-    latitudes = random(5, sum(counts)) / sum(counts) ** 0.5, random(5, sum(counts)) / 5**0.5
-    starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
-    return GridFactors(*latitudes, random(7, len(counts)) / 7**0.5, torch.tensor(starts))
-
-
-def orders(mmax: int) -> list[int]:
-    return [0, *(sign * m for m in range(1, mmax + 1) for sign in (1, -1))]
-
-
-def in_type(factors: GridFactors, dtype: torch.dtype) -> GridFactors:
-    return GridFactors(*(tensor.to(dtype) for tensor in factors[:3]), factors.row_starts)
-
-
-spheres = pytest.mark.parametrize(("lmax", "mmax", "channels"), [(4, 2, 5), (6, 3, 33), (8, 8, 17)])
-
-
-@spheres
-@pytest.mark.parametrize("kept", [4, None])
-def test_activation_on_the_sphere(lmax: int, mmax: int, channels: int, kept: int | None) -> None:
-    """Values, gradients and second derivatives against all points of the grid at once."""
-    factors = sphere_factors(lmax, mmax)
-    of_row = [i for i, m in enumerate(orders(mmax)) for _ in range(lmax + 1 - abs(m))]
-    rows, longitude = len(of_row), factors.longitude[:, of_row]
-    to_grid, from_grid = (torch.einsum("br,ar->bar", t, longitude).flatten(0, 1) for t in factors[:2])
-    random, results = Random(1), []
-    hidden, weights = random(3, (1 + rows) * channels), random(3, kept or rows, channels)
-
-    def plain(x: Tensor) -> Tensor:
-        x = x.unflatten(1, (1 + rows, channels))
-        points = torch.nn.functional.silu(torch.einsum("gr,brc->bgc", to_grid, x[:, 1:]))
-        tensors = torch.einsum("gr,bgc->brc", from_grid[:, :kept], points)
-        return torch.cat((torch.nn.functional.silu(x[:, :1]), tensors[:, 1:]), dim=1)
-
-    for dtype in (None, torch.float64, torch.float32):
-        x = hidden.to(dtype or torch.float64).requires_grad_()
-        given = in_type(factors, x.dtype)
-        out = plain(x) if dtype is None else separable_grid_activation(x, given, kept or rows)
-        (grad,) = torch.autograd.grad((out * weights.to(x.dtype)).sum(), x, retain_graph=True)
-        (slope,) = torch.autograd.grad((out * weights.to(x.dtype)).sum(), x, create_graph=True)
-        (second,) = torch.autograd.grad(slope.square().sum(), x)
-        results.append([tensor.double() for tensor in (out, grad, slope, second)])
-    theirs, *ours = results
-    for found, precision in zip(ours, (1e-12, 1e-5), strict=True):
-        for a, b in zip(found, theirs, strict=True):
-            assert (a - b).norm() <= precision * b.norm()
-
-
-def test_gates_of_any_size() -> None:
-    factors = in_type(sphere_factors(1, 1), torch.float32)
-    gates = torch.tensor([-200.0, -88.5, -20.0, -1e-8, 0.0, 3.0, 90.0, 1e30, float("nan")])
-    hidden = torch.cat((gates, torch.zeros(4 * len(gates)))).unsqueeze(0)
-    found = separable_grid_activation(hidden, factors, 4)[0, 0]
-    expected = torch.nn.functional.silu(gates)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-30, equal_nan=True)
-
-
 class Arguments:
     """Of every kernel: 41 edges of 7 atoms, most of them into one; bits that they write."""
 
@@ -188,8 +127,9 @@ class Arguments:
         self.grads = [random(41, n * 2 * channels) for n in counts]
         self.values, self.alpha = [random(41, n * channels) for n in counts], random(41, 1)
         self.value_bias = random(4 * channels)
-        self.factors = in_type(sphere_factors(3, 2), torch.float32)
+        self.factors = factors_in(sphere_factors(3, 2), torch.float32)
         self.hidden, self.grad_out = random(41, 15 * channels), random(41, 14, channels)
+        self.points = random(41, 35, channels)
 
     def bits(self) -> list[Tensor]:
         edges = self.x, self.x_target, self.source, self.target, self.packed, self.radial, self.bias
@@ -205,7 +145,10 @@ class Arguments:
         assert grad_alpha is not None
         found += [out, *grads, grad_alpha, sphere.separable_activation(self.hidden, self.factors, 14)]
         found.append(sphere.separable_activation_backward(self.hidden, self.factors, self.grad_out))
-        return found
+        latitude, coefficients = self.factors.to_latitude, torch.empty_like(self.grad_out)
+        sphere.from_points(self.points, self.factors, latitude, coefficients, inputs=self.points)
+        points = sphere.to_points(self.grad_out, self.factors, latitude, inputs=self.points)
+        return [*found, coefficients, points]
 
 
 @pytest.mark.parametrize("channels", [5, 40])
@@ -247,6 +190,9 @@ def change(arguments: Arguments, name: str, value: object) -> Arguments:
         ("grad_out", lambda t: t[:40], "grad_out must be"),
         ("factors", lambda t: t._replace(row_starts=t.row_starts.int()), "row_starts must be"),
         ("factors", lambda t: t._replace(longitude=t.longitude.double()), "longitude must be"),
+        ("factors", lambda t: t._replace(row_of=t.row_of[1:]), "row_of must be"),
+        ("points", lambda t: t[:, :34], "inputs must be"),
+        ("points", lambda t: t.double(), "points must be|inputs must be|longitude must be|latitude must be"),
     ],
 )
 def test_what_a_kernel_cannot_take_is_refused(

@@ -26,7 +26,7 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
 @pytest.mark.parametrize("kept", [2, 9])
 def test_grid_activation(budget: int | None, rows: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if budget is not None:
-        monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", budget)
+        monkeypatch.setattr(chunks, "CPU_POINT_BYTES", budget)
     random = Random()
     x, to_grid, from_grid = random(rows, 9, 3).requires_grad_(), random(20, 9), random(9, 20)[:kept]
     ours, theirs = grid_activation(x, to_grid, from_grid), twins.activate_on_grid(x, to_grid, from_grid)
@@ -39,7 +39,7 @@ def test_grid_activation(budget: int | None, rows: int, kept: int, monkeypatch: 
 @pytest.mark.parametrize("width", [2, 3, 5])
 def test_grid_mlp(budget: int | None, rows: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if budget is not None:
-        monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", budget)
+        monkeypatch.setattr(chunks, "CPU_POINT_BYTES", budget)
     random = Random()
     x, weight = random(rows, 9, 3).requires_grad_(), random(width, 3).requires_grad_()
     to_grid, from_grid = random(20, 9), random(9, 20)

@@ -66,8 +66,7 @@ static inline void store(A* to, V<A> v, int64_t count) {
 // Rounds to the nearest, ties to even; NaN stays NaN.
 static inline void store(bf16* to, V<float> v, int64_t count) {
 #ifdef __AVX512BF16__
-    const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
-    std::memcpy(to, &half, (count >= 16 ? 16 : count) * sizeof(bf16));
+    const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
 #else
     typedef uint16_t Half __attribute__((vector_size(32)));
     typedef uint32_t Word __attribute__((vector_size(64)));
@@ -76,21 +75,35 @@ static inline void store(bf16* to, V<float> v, int64_t count) {
     Word rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
     Word nan = (w >> 16) | 0x40;
     w = (w & 0x7fffffff) > 0x7f800000 ? nan : rounded;
-    Half h = __builtin_convertvector(w, Half);
-    std::memcpy(to, &h, (count >= 16 ? 16 : count) * sizeof(bf16));
+    const Half h = __builtin_convertvector(w, Half);
 #endif
+    // A copy of known size is one instruction, of unknown size a call.
+    if (count >= 16)
+        std::memcpy(to, &h, sizeof h);
+    else
+        std::memcpy(to, &h, count * sizeof(bf16));
 }
 
 // Relative error below 3e-7 where the result is neither 0 nor infinite; NaN stays NaN.
 static inline V<float> exponential(V<float> x) {
+    const float log2e = 1.44269504088896341f;
+    const V<float> high = V<float>{} + 88.0f;
+    // exp(x) = 2^n 2^f, |f| <= 1/2.
+#ifdef __AVX512F__
+    // Of a pair with NaN the second is returned.
+    const __m512 t = _mm512_min_ps((__m512)high, (__m512)x) * _mm512_set1_ps(log2e);
+    const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const V<float> f = (V<float>)(t - n);
+#else
     typedef Vector<float>::integers Bits;
-    const V<float> low = V<float>{} - 87.0f, high = V<float>{} + 88.0f;
+    const V<float> low = V<float>{} - 87.0f;
     x = x < low ? low : x;
     x = x > high ? high : x;
-    // exp(x) = 2^n 2^f, |f| <= 1/2; adding 1.5 * 2^23 rounds to an integer in the low bits.
-    const float magic = 12582912.0f, log2e = 1.44269504088896341f;
+    // Adding 1.5 * 2^23 rounds to an integer in the low bits.
+    const float magic = 12582912.0f;
     const V<float> shifted = x * log2e + magic;
     const V<float> f = x * log2e - (shifted - magic);
+#endif
     // Least largest relative error for degree 6 (2e-9).
     V<float> p = f * 1.5345812e-4f + 1.3399931e-3f;
     p = p * f + 9.6184891e-3f;
@@ -98,12 +111,16 @@ static inline V<float> exponential(V<float> x) {
     p = p * f + 0.24022646f;
     p = p * f + 0.69314718f;
     p = p * f + 1.0f;
+#ifdef __AVX512F__
+    return (V<float>)_mm512_scalef_ps((__m512)p, n);
+#else
     Bits bits;
     std::memcpy(&bits, &shifted, sizeof bits);
     const Bits power = (bits << 23) + 0x3f800000;
     V<float> scale;
     std::memcpy(&scale, &power, sizeof scale);
     return p * scale;
+#endif
 }
 
 static inline V<double> exponential(V<double> x) {

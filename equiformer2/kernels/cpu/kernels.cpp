@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common.h"
+#include "sphere.h"
 
 static inline int64_t order_of_degree(int64_t l, int64_t mmax) { return l < mmax ? l : mmax; }
 
@@ -317,100 +318,6 @@ static void rotate_sum_backward(const A* grad, const T* const* values, const T* 
     }
 }
 
-// A grid is latitudes times longitudes: coefficient (l, m) at a point is a function of the latitude times one of
-// (m, longitude). Rows of equal m stand together: those of the i-th order are row_starts[i] … row_starts[i + 1].
-template <class A>
-struct Grid {
-    const A *to_latitude, *from_latitude, *longitude;
-    const int64_t* row_starts;
-    int64_t latitudes, longitudes, rows, rows_out;
-};
-
-template <class A, class T>
-struct SphereActivation {
-    const Grid<A>& grid;
-    const T *x, *gates, *grad_out;
-    T *out, *grad_gates;
-    int64_t channels;
-    bool backward;
-
-    template <int orders>
-    void run() {
-        constexpr int64_t most = (max_degree + 1) * (max_degree + 1);
-        const int64_t* starts = grid.row_starts;
-        const int64_t first = gates ? 1 : 0;
-        for (int64_t c = 0; c < channels; c += Vector<A>::width) {
-            const int64_t count = channels - c;
-            V<A> in[most], grad[most], sum[most];
-            for (int64_t r = 0; r < grid.rows; ++r) in[r] = load<A>(x + r * channels + c, count);
-            for (int64_t r = 0; r < (backward ? grid.rows : grid.rows_out); ++r) sum[r] = V<A>{};
-            if (backward) {
-                for (int64_t r = 0; r < grid.rows_out; ++r) grad[r] = load<A>(grad_out + r * channels + c, count);
-                if (gates) {
-                    const V<A> gate = load<A>(gates + c, count), s = sigmoid(gate);
-                    store(grad_gates + c, grad[0] * s * (A(1) + gate * (A(1) - s)), count);
-                    grad[0] = V<A>{};
-                }
-            }
-            for (int64_t b = 0; b < grid.latitudes; ++b) {
-                const A *to = grid.to_latitude + b * grid.rows, *from = grid.from_latitude + b * grid.rows;
-                V<A> q[orders], p[orders], z[orders];
-                for (int i = 0; i < orders; ++i) {
-                    q[i] = p[i] = z[i] = V<A>{};
-                    for (int64_t r = starts[i]; r < starts[i + 1]; ++r) q[i] += to[r] * in[r];
-                    if (backward)
-                        for (int64_t r = starts[i]; r < std::min(starts[i + 1], grid.rows_out); ++r)
-                            p[i] += from[r] * grad[r];
-                }
-                for (int64_t a = 0; a < grid.longitudes; ++a) {
-                    const A* at = grid.longitude + a * orders;
-                    V<A> value = {}, slope = {};
-                    for (int i = 0; i < orders; ++i) value += at[i] * q[i];
-                    const V<A> s = sigmoid(value);
-                    if (backward) {
-                        for (int i = 0; i < orders; ++i) slope += at[i] * p[i];
-                        value = slope * s * (A(1) + value * (A(1) - s));
-                    } else {
-                        value *= s;
-                    }
-                    for (int i = 0; i < orders; ++i) z[i] += at[i] * value;
-                }
-                for (int i = 0; i < orders; ++i) {
-                    if (backward)
-                        for (int64_t r = starts[i]; r < starts[i + 1]; ++r) sum[r] += to[r] * z[i];
-                    else
-                        for (int64_t r = starts[i]; r < std::min(starts[i + 1], grid.rows_out); ++r)
-                            sum[r] += from[r] * z[i];
-                }
-            }
-            if (backward) {
-                for (int64_t r = 0; r < grid.rows; ++r) store(out + r * channels + c, sum[r], count);
-            } else {
-                if (gates) {
-                    const V<A> gate = load<A>(gates + c, count);
-                    store(out + c, gate * sigmoid(gate), count);
-                }
-                for (int64_t r = first; r < grid.rows_out; ++r) store(out + r * channels + c, sum[r], count);
-            }
-        }
-    }
-};
-
-// `x` and `gates` may be columns of a wider tensor; without gates the scalars are activated like the rest.
-// With `grad_out` the derivative: `out` is that of `x` and has its stride.
-template <class A, class T>
-static void sphere_activation(const Grid<A>& grid, const T* x, const T* gates, int64_t stride, const T* grad_out,
-                              T* out, int64_t out_stride, T* grad_gates, int64_t count, int64_t channels,
-                              int64_t mmax, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < count; ++i)
-        with_rows(mmax, SphereActivation<A, T>{grid, x + i * stride, gates ? gates + i * stride : nullptr,
-                                               grad_out ? grad_out + i * grid.rows_out * channels : nullptr,
-                                               out + i * out_stride,
-                                               grad_gates ? grad_gates + i * out_stride : nullptr, channels,
-                                               grad_out != nullptr});
-}
-
 #define EXPORT(suffix, A, T)                                                                                        \
     extern "C" void gather_rotate_##suffix(const A* x, const A* xt, const int64_t* s, const int64_t* t, const A* d, \
                                            int64_t dw, const T* radial, const T* bias, int64_t rw, T* const* out,   \
@@ -441,6 +348,18 @@ static void sphere_activation(const Grid<A>& grid, const T* x, const T* gates, i
         T* grad_gates, int64_t n, int64_t c, int64_t m, int64_t threads) {                                              \
         sphere_activation<A, T>(Grid<A>{tl, fl, lon, starts, nlat, nlon, rows, rows_out}, x, gates, stride, grad,   \
                                 out, out_stride, grad_gates, n, c, m, threads);                                     \
+    }                                                                                                               \
+    extern "C" void to_points_##suffix(const A* lat, const A* lon, const int64_t* starts, const int64_t* row_of,    \
+                                       int64_t nlat, int64_t nlon, int64_t rows, const T* x, const T* inputs,       \
+                                       int64_t activate, T* out, int64_t n, int64_t c, int64_t m, int64_t threads) {    \
+        to_points<A, T>(HalfGrid<A>{lat, lon, starts, row_of, nlat, nlon, rows}, x, inputs, activate, out, n, c, m, \
+                        threads);                                                                                   \
+    }                                                                                                               \
+    extern "C" void from_points_##suffix(const A* lat, const A* lon, const int64_t* starts, const int64_t* row_of,  \
+                                         int64_t nlat, int64_t nlon, int64_t rows, const T* points, const T* inputs,\
+                                         int64_t activate, T* out, int64_t n, int64_t c, int64_t m, int64_t threads) {  \
+        from_points<A, T>(HalfGrid<A>{lat, lon, starts, row_of, nlat, nlon, rows}, points, inputs, activate, out, n, \
+                          c, m, threads);                                                                           \
     }
 
 EXPORT(float32, float, float)

@@ -19,7 +19,7 @@ from equiformer2.kernels.cpu.cache import cache_folder, mark_used, remove_unused
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("kernels.cpp", "common.h")
+SOURCES = ("kernels.cpp", "common.h", "sphere.h")
 # The machine's own instructions: the library is made where it runs, and its name says for which processor.
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 #: What the operands of the GEMMs may be.

@@ -6,6 +6,7 @@ import torch
 from e3nn.o3 import ToS2Grid
 from torch import Tensor
 
+from equiformer2.kernels import GridFactors
 from equiformer2.kernels.rotation import m_major_orders
 from equiformer2.model.so3.constants import DerivedConstants
 
@@ -21,10 +22,8 @@ class S2Grid(DerivedConstants):
 
     Attributes:
         to_grid: `[G, R]`; from_grid: `[R, G]`. G counts latitudes, then longitudes.
-        to_latitude, from_latitude: `[latitudes, R]`; longitude: `[longitudes, 2 mmax + 1]`, for orders
-            m = 0, +1, -1, …: the factors of both matrices.
-        row_starts: `[2 mmax + 2]` first coefficient of each of these orders, and R at the end; None where
-            the coefficients of an order do not stand together.
+        factors: of both matrices, see `GridFactors`.
+        order_by_order: whether the coefficients, too, stand order by order (m = 0, +1, -1, …).
     """
 
     to_grid: Tensor
@@ -32,7 +31,8 @@ class S2Grid(DerivedConstants):
     to_latitude: Tensor
     from_latitude: Tensor
     longitude: Tensor
-    row_starts: Tensor | None
+    row_starts: Tensor
+    row_of: Tensor
 
     def __init__(
         self, lmax: int, mmax: int, resolution: int | tuple[int, int] | None, order: list[int]
@@ -41,17 +41,22 @@ class S2Grid(DerivedConstants):
         to_grid, from_grid = grid_matrices(lmax, mmax, resolution)
         self.add_constant("to_grid", to_grid[:, :, order].flatten(0, 1))
         self.add_constant("from_grid", from_grid[:, :, order].flatten(0, 1).t().contiguous())
-        to_latitude, from_latitude, longitude = grid_factors(lmax, mmax, resolution)
-        self.add_constant("to_latitude", to_latitude[:, order])
-        self.add_constant("from_latitude", from_latitude[:, order])
         columns = [0, *(sign * m for m in range(1, mmax + 1) for sign in (1, -1))]
-        self.add_constant("longitude", longitude[:, [lmax + m for m in columns]])
         orders = [i - math.isqrt(i) ** 2 - math.isqrt(i) for i in order]
-        starts = [orders.index(m) for m in columns]
-        grouped = orders == [m for m in columns for _ in range(orders.count(m))]
-        self.register_buffer(
-            "row_starts", torch.tensor([*starts, len(orders)]) if grouped else None, persistent=False
-        )
+        row_of = [row for m in columns for row in range(len(order)) if orders[row] == m]
+        to_latitude, from_latitude, longitude = grid_factors(lmax, mmax, resolution)
+        self.add_constant("to_latitude", to_latitude[:, [order[row] for row in row_of]])
+        self.add_constant("from_latitude", from_latitude[:, [order[row] for row in row_of]])
+        self.add_constant("longitude", longitude[:, [lmax + m for m in columns]])
+        ends = torch.tensor([orders.count(m) for m in columns]).cumsum(0)
+        self.register_buffer("row_starts", torch.cat((ends.new_zeros(1), ends)), persistent=False)
+        self.register_buffer("row_of", torch.tensor(row_of), persistent=False)
+        self.order_by_order = row_of == sorted(row_of)
+
+    @property
+    def factors(self) -> GridFactors:
+        """Without the grid points of all coefficients: see there."""
+        return GridFactors(self.to_latitude, self.from_latitude, self.longitude, self.row_starts, self.row_of)
 
 
 def grid_matrices(lmax: int, mmax: int, resolution: int | tuple[int, int] | None) -> tuple[Tensor, Tensor]:
