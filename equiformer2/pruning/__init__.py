@@ -9,7 +9,7 @@ from equiformer2.pruning.macs import MacCount, count_macs
 from equiformer2.pruning.mask import masked
 from equiformer2.pruning.plan import PruningPlan
 from equiformer2.pruning.shrink import shrink
-from equiformer2.pruning.target import LatencyTarget, MacTarget, ParameterTarget, Target
+from equiformer2.pruning.target import LatencyTarget, MacTarget, ParameterTarget, Target, Together
 
 __all__ = [
     "BlockPlan",
@@ -19,6 +19,7 @@ __all__ = [
     "ParameterTarget",
     "PruningPlan",
     "Target",
+    "Together",
     "count_macs",
     "masked",
     "shrink",
