@@ -11,8 +11,9 @@ from torch.utils.data import Sampler
 
 from datasets_oc20.errors import DataError
 
-#: Steps whose batches are balanced together. More give no visibly better balance.
-WINDOW = 16
+#: Steps whose batches are balanced together. What is left falls with their number: where batches hold one
+#: structure, 16 steps leave four times as much as 64.
+WINDOW = 64
 #: Imbalance, in the worst step, that needs no structures of other steps.
 CLOSE = 0.01
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from datasets_oc20 import DataError
-from datasets_oc20.sampler import BalancedBatchSampler
+from datasets_oc20.sampler import WINDOW, BalancedBatchSampler
 
 NATOMS = np.random.default_rng(0).integers(10, 90, 101)
 
@@ -110,14 +110,15 @@ def test_impossible_limits() -> None:
         BalancedBatchSampler(101, 8, max_atoms=200)
 
 
-def test_small_batches_are_balanced_over_several_steps() -> None:
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_small_batches_are_balanced_over_several_steps(batch_size: int) -> None:
     sizes = np.random.default_rng(1).integers(15, 200, 4000)
-    sampler = BalancedBatchSampler(4000, 4, sizes, shuffle=True, world_size=8)
+    sampler = BalancedBatchSampler(4000, batch_size, sizes, shuffle=True, world_size=8)
     found = sampler.imbalance()
     assert found.mean < 0.03
     assert found.total < 0.001
     whole = list(sampler)
-    for first in (1, 15, 16, 40, len(whole)):
+    for first in (1, WINDOW - 1, WINDOW, WINDOW + 20, len(whole)):
         assert list(sampler.batches_from(first)) == whole[first:]
 
 
