@@ -7,6 +7,8 @@ from torch import Tensor
 
 # On a CPU the working set of a chunk should stay in the last-level cache; on a GPU chunks only bound memory.
 CPU_CHUNK_BYTES = 48 * 2**20
+# What is made and read at once should stay in a part of it.
+CPU_CACHED_BYTES = 8 * 2**20
 # Grid points are made, changed and read once: they should stay in the cores' own caches.
 CPU_POINT_BYTES = 2 * 2**20
 GPU_CHUNK_BYTES = 2**30
@@ -15,6 +17,11 @@ GPU_CHUNK_BYTES = 2**30
 def chunks(rows: int, bytes_per_row: int, device: torch.device) -> Iterator[slice]:
     """Consecutive slices that cover `range(rows)`, each with a working set near the device's budget."""
     yield from _slices(rows, bytes_per_row, CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES)
+
+
+def cached_chunks(rows: int, bytes_per_row: int, device: torch.device) -> Iterator[slice]:
+    """The same for what is made and read at once."""
+    yield from _slices(rows, bytes_per_row, CPU_CACHED_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES)
 
 
 def point_chunks(rows: int, bytes_per_row: int, device: torch.device) -> Iterator[slice]:

@@ -104,7 +104,7 @@ def _streamed(edges: Edges, weights: SO2Weights, extra: int, options: InputOptio
     scalars = edges.hidden.new_empty(len(edges.source), extra)
     out = edges.hidden.new_empty(len(edges.source), first + sum(len(weight) for weight in weights.orders))
     for part in _parts(edges, options):
-        inputs = edge_inputs(edges.part(part), linear(edges.hidden[part], edges.radial_weight), options)
+        inputs = edge_inputs(edges.part(part), options)
         result, *others = (linear(x, term) for x, term in zip(inputs, terms, strict=True))
         torch.add(result[:, :extra], bias[:extra], out=scalars[part])
         torch.add(result[:, extra:], bias[extra:], out=out[part, :first])
@@ -144,11 +144,11 @@ class _ConvolveEdges(torch.autograd.Function):
         grad_bias = torch.cat([grad_scalars.sum(0), grad_out[:, : len(weights.bias) - ctx.extra].sum(0)])
         for part in _parts(edges, options):
             some = edges.part(part)
-            radial = linear(some.hidden, edges.radial_weight)
-            inputs = edge_inputs(some, radial, options)
+            inputs = edge_inputs(some, options)
             grads = _product_gradients(grad_scalars[part], grad_out[part], terms)
             grads = products_backward(inputs, grads, terms, grad_terms)
             del inputs
+            radial = linear(some.hidden, edges.radial_weight)
             grad_radial = edge_inputs_backward(some, radial, grads, grad_x, grad_x_target, options)
             accumulate(grad_radial_weight, grad_radial.t(), some.hidden)
             grad_radial_bias += grad_radial.sum(0)

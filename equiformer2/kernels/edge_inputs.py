@@ -5,10 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from equiformer2.kernels.chunks import take_rows
+from equiformer2.kernels.chunks import cached_chunks, take_rows
 from equiformer2.kernels.cpu import edges as cpu
+from equiformer2.kernels.cpu.calls import widths_per_order
+from equiformer2.kernels.linear import linear
 from equiformer2.kernels.rotation import m_major_starts, order_rows, rotation_matrices
 from equiformer2.kernels.rows import add_rows_
+from equiformer2.kernels.scratch import scratch
 from equiformer2.kernels.so2 import gauss_sum_backward, gauss_triple
 
 
@@ -48,25 +51,33 @@ class InputOptions(NamedTuple):
     cpp: bool
 
 
-def edge_inputs(edges: Edges, radial: Tensor, options: InputOptions) -> list[Tensor]:
+def edge_inputs(edges: Edges, options: InputOptions) -> list[Tensor]:
     """GEMM inputs (see `so2.gauss_triple`) `radial_m * rotate([x_source, x_target])_m` of some edges.
 
-    Args:
-        edges: the edges.
-        radial: `[e, P]` radial weights before their bias is added.
-        options: how.
+    Those of the C++ kernels are valid until the next call in this thread.
     """
-    lmax, mmax = options.degrees
     if options.cpp:
-        return cpu.gather_rotate(
-            *edges[:2], *edges[3:5], edges.packed, radial, edges.radial_bias, *options[:2]
-        )
+        return _written_inputs(edges, options)
+    lmax, mmax = options.degrees
+    radial = linear(edges.hidden, edges.radial_weight)
     pairs, _ = _rotated_pairs(edges, options.degrees)
     radial = radial + edges.radial_bias
     out = []
     for m in range(mmax + 1):
         inputs = _products(pairs, radial, lmax, m, options.shared_orders)
         out += [inputs[:, 0]] if m == 0 else gauss_triple(inputs[:, 0], inputs[:, 1])
+    return out
+
+
+def _written_inputs(edges: Edges, options: InputOptions) -> list[Tensor]:
+    """By the C++ kernel, from radial weights that are still in the processor's cache."""
+    widths = widths_per_order(options.degrees, 2 * edges.x.shape[2])
+    out = scratch("edge inputs", len(edges.source), widths, edges.hidden.dtype)
+    bytes_per_edge = edges.hidden.element_size() * len(edges.radial_weight)
+    for part in cached_chunks(len(edges.source), bytes_per_edge, edges.x.device):
+        some = edges.part(part)
+        radial = linear(some.hidden, edges.radial_weight)
+        cpu.gather_rotate(*_tensors(some), radial, edges.radial_bias, *options[:2], [t[part] for t in out])
     return out
 
 
@@ -78,11 +89,16 @@ def edge_inputs_backward(
     grad_x_target: Tensor,
     options: InputOptions,
 ) -> Tensor:
-    """Adds to the gradients of the features of sources and targets; returns that of the radial weights."""
+    """Adds to the gradients of the features of sources and targets; returns that of the radial weights.
+
+    That of the C++ kernels is valid until the next call in this thread.
+    """
     lmax, mmax = options.degrees
     if options.cpp:
         arguments = *_tensors(edges), radial, edges.radial_bias
-        return cpu.gather_rotate_backward(*arguments, grads, grad_x, grad_x_target, *options[:2])
+        (grad_radial,) = scratch("radial gradient", len(radial), [radial.shape[1]], radial.dtype)
+        totals = grad_x, grad_x_target
+        return cpu.gather_rotate_backward(*arguments, grads, *totals, *options[:2], grad_radial)
     pairs, matrices = _rotated_pairs(edges, options.degrees)
     radial = radial + edges.radial_bias
     grad_radial = torch.zeros_like(radial)

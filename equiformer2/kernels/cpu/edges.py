@@ -20,10 +20,16 @@ def gather_rotate(
     bias: Tensor,
     degrees: tuple[int, int],
     shared: bool,
+    out: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """GEMM inputs of every order: `kernels.edge_inputs.edge_inputs`, with `radial` before its bias."""
+    """GEMM inputs of every order: `kernels.edge_inputs.edge_inputs`, with `radial` before its bias.
+
+    They are written to `out` where it is given.
+    """
     _check_inputs(x, x_target, source, target, packed, radial, bias, degrees, shared)
-    out = empty_per_order(radial, degrees, 2 * x.shape[2])
+    if out is None:
+        out = empty_per_order(radial, degrees, 2 * x.shape[2])
+    check_per_order("out", out, radial.dtype, len(source), degrees, 2 * x.shape[2])
     arguments = (x, x_target, source, target, packed, packed.shape[1], radial, bias, radial.shape[1])
     call("gather_rotate", radial.dtype, *arguments, out, len(source), x.shape[2], *degrees, shared)
     return out
@@ -42,13 +48,16 @@ def gather_rotate_backward(
     grad_x_target: Tensor,
     degrees: tuple[int, int],
     shared: bool,
+    grad_radial: Tensor | None = None,
 ) -> Tensor:
-    """Adds to the gradients of the features; returns that of the radial weights."""
+    """Adds to the gradients of the features; returns that of the radial weights (`grad_radial` if given)."""
     _check_inputs(x, x_target, source, target, packed, radial, bias, degrees, shared)
     check_per_order("grads", grads, radial.dtype, len(source), degrees, 2 * x.shape[2])
     check("grad_x", grad_x, x.dtype, *x.shape)
     check("grad_x_target", grad_x_target, x.dtype, *x_target.shape)
-    grad_radial = torch.empty_like(radial)
+    if grad_radial is None:
+        grad_radial = torch.empty_like(radial)
+    check("grad_radial", grad_radial, radial.dtype, *radial.shape)
     arguments = (x, x_target, source, target, packed, packed.shape[1], radial, bias, radial.shape[1])
     totals = grad_x, grad_x_target, grad_radial
     sizes = len(source), x.shape[2], *degrees

@@ -1,0 +1,50 @@
+"""Memory that chunked loops use again and again.
+
+The C library returns large blocks to the operating system when they are freed, and to get fresh pages costs
+about as much time as to fill them. What lives for one chunk only is therefore kept.
+"""
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Larger requests are not kept: a chunk should not be so large (`chunks.CPU_CHUNK_BYTES`).
+MOST_BYTES = 64 * 2**20
+
+
+class _Kept(threading.local):
+    """One buffer per purpose, for each thread its own."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+
+_kept = _Kept()
+
+
+def scratch(purpose: str, rows: int, widths: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    """Uninitialised contiguous tensors `[rows, width]` on the CPU.
+
+    They are valid until the next call for the same purpose in the same thread, so nothing that outlives a
+    chunk may be put there.
+    """
+    numbers = rows * sum(widths)
+    if numbers * dtype.itemsize > MOST_BYTES:
+        flat = torch.empty(numbers, dtype=dtype)
+    else:
+        flat = _buffer(purpose, numbers * dtype.itemsize).view(dtype)[:numbers]
+    return [
+        part.view(rows, width)
+        for part, width in zip(flat.split([rows * w for w in widths]), widths, strict=True)
+    ]
+
+
+def _buffer(purpose: str, size: int) -> Tensor:
+    buffer = _kept.buffers.get(purpose)
+    if buffer is None or len(buffer) < size:
+        # A multiple of the widest number, so that the bytes can be read as any type.
+        with torch.inference_mode(False):
+            buffer = _kept.buffers[purpose] = torch.empty(-(-size // 64) * 64, dtype=torch.uint8)
+    return buffer

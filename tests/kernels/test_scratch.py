@@ -1,0 +1,61 @@
+"""Memory that chunked loops use again."""
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from equiformer2.kernels import scratch as module
+from equiformer2.kernels.scratch import scratch
+
+
+def addresses(tensors: list[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def test_memory_is_used_again_for_one_purpose() -> None:
+    first, second = scratch("a", 7, [3, 5], torch.float32)
+    assert (first.shape, second.shape) == ((7, 3), (7, 5))
+    assert first.is_contiguous()
+    assert second.is_contiguous()
+    first.fill_(1.0)
+    second.fill_(2.0)
+    assert (first == 1.0).all()
+    assert addresses(scratch("a", 4, [6], torch.bfloat16)) == addresses([first])
+    assert addresses(scratch("b", 7, [3], torch.float32)) != addresses([first])
+    larger = scratch("a", 100, [30], torch.float64)
+    assert addresses(scratch("a", 7, [3], torch.float32)) == addresses(larger)
+
+
+def test_no_rows() -> None:
+    assert [t.shape for t in scratch("none", 0, [3, 5], torch.float32)] == [(0, 3), (0, 5)]
+
+
+def test_what_is_too_large_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_BYTES", 100)
+    kept, large = scratch("c", 5, [5], torch.float32), scratch("c", 5, [6], torch.float32)
+    assert addresses(kept) != addresses(large)
+    assert addresses(scratch("c", 5, [5], torch.float32)) == addresses(kept)
+
+
+def test_every_thread_has_its_own() -> None:
+    found: list[list[Tensor]] = []
+
+    def ask() -> None:
+        found.append(scratch("d", 5, [5], torch.float32))
+
+    ask()
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({tensors[0].data_ptr() for tensors in found}) == 3
+
+
+def test_after_inference_mode_it_can_be_used_in_training() -> None:
+    with torch.inference_mode():
+        scratch("e", 5, [5], torch.float32)
+    (again,) = scratch("e", 5, [5], torch.float32)
+    assert (again.fill_(2.0) * torch.ones(5, requires_grad=True)).requires_grad
