@@ -4,8 +4,9 @@
 
 as the lookup tables of hardware-aware architecture search (FBNet, arXiv 1812.03443). A part is the attention
 or the feed-forward branch of a block, or the force head; only its shapes matter, so each distinct one is
-measured once, alone. The rest (graph, frames, embedding, energy head) is what the whole call takes beyond its
-parts. It is the same for all plans, also for those that cut the channels of the atoms' features.
+measured once, alone, beside the dense one; what the dense one takes of a whole call is what a call without it
+saves. The rest (graph, frames, embedding, energy head) is the same for all plans, also for those that cut the
+channels of the atoms' features.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from equiformer2.model.config import ModelConfig
 from equiformer2.model.requests import OutputRequest
 from equiformer2.pruning.latency import compare_latency
 from equiformer2.pruning.plan import PruningPlan
+from equiformer2.pruning.shrink import shrink
 
 _FORMAT = "equiformer2.time_table"
 _VERSION = 1
@@ -59,21 +61,23 @@ class Part:
         return f"{self.kind} {self.channels}: {' '.join(map(str, self.shape))}"
 
 
-#: Time of a part over that of another one, or over that of the whole network (None).
+#: Time of a part over that of another one, or (None) what it takes of the time of the whole network.
 Measure = Callable[[Part, Part | None], float]
 
 
 def parts_of(config: ModelConfig) -> list[Part]:
     """All parts of a network of `config`, block by block."""
+    parts = [part for index in range(config.num_layers) for part in _parts_of_block(config, index)]
+    return [*parts, _part(config, "force_head", config.force_block)] if config.regress_forces else parts
 
-    def part(kind: str, block: ResolvedBlock) -> Part:
-        return Part(kind, config.sphere_channels, tuple(getattr(block, name) for name in _SHAPES[kind]))
 
-    parts = []
-    for block in map(config.block, range(config.num_layers)):
-        parts += [part("attention", block)] if block.attention else []
-        parts += [part("feed_forward", block)] if block.feed_forward else []
-    return [*parts, part("force_head", config.force_block)] if config.regress_forces else parts
+def _parts_of_block(config: ModelConfig, index: int) -> list[Part]:
+    block = config.block(index)
+    return [_part(config, kind, block) for kind in ("attention", "feed_forward") if getattr(block, kind)]
+
+
+def _part(config: ModelConfig, kind: str, block: ResolvedBlock) -> Part:
+    return Part(kind, config.sphere_channels, tuple(getattr(block, name) for name in _SHAPES[kind]))
 
 
 class TimeTable:
@@ -81,7 +85,7 @@ class TimeTable:
 
     Args:
         config: of the dense network.
-        measure: the time of a part over that of another one.
+        measure: see `Measure`.
         path: where the table is kept, and read from if it exists; None keeps it in memory.
         facts: what the times depend on beside the shapes; a table of other facts is refused.
 
@@ -172,12 +176,21 @@ class PartTimer:
             self._request = OutputRequest(force_atoms=~batch.fixed.bool())
 
     def __call__(self, part: Part, reference: Part | None) -> float:
-        """Median of the ratios of neighbouring calls."""
+        """Median of the ratios of neighbouring calls; of a whole call, what it saves to leave a part out."""
         if reference not in self._references:
             self._references[reference] = (
                 self.whole(deepcopy(self._model)) if reference is None else self._alone(reference)
             )
-        return self.compare(self._alone(part), self._references[reference])
+        other = self._references[reference]
+        if reference is not None or part.kind == "force_head":
+            return self.compare(self._alone(part), other)
+        # All blocks that have it at once: a single one would be lost in the noise.
+        config = self._model.config
+        without, count = PruningPlan.keep_all(config), 0
+        for index in range(config.num_layers):
+            if part in _parts_of_block(config, index):
+                without, count = without.with_block(index, **{part.kind: False}), count + 1
+        return (1 - self.compare(self.whole(shrink(self._model, without)), other)) / count
 
     def compare(self, one: Callable[[], object], other: Callable[[], object]) -> float:
         """Median of the ratios of neighbouring calls, with the number of threads of this timer."""
