@@ -1,6 +1,7 @@
 """Routers by name: targets, resuming, the command line, and as methods of a study."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from equiformer2.pruning.routing import (
     load_router,
 )
 from equiformer2.pruning.routing.files import router_to_dict
+from equiformer2.pruning.routing.schedule import Schedule
 from equiformer2.pruning.study import Study, StudySettings
 from equiformer2.pruning.study_report import markdown, missed, summarise, write_report
 
@@ -124,10 +126,35 @@ def test_what_was_killed_goes_on_to_the_same_router(files, tmp_path, monkeypatch
         made(files, "ftp", state, **steps)
 
 
-def test_training_changes_the_router(files) -> None:
-    few, many = made(files, "ftp", steps=1).router, made(files, "ftp", steps=5).router
-    assert isinstance(few, FTPRouter)
-    assert few.settings()["weights"] != many.settings()["weights"]
+@pytest.fixture
+def trained_loss(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets what schedules of the trained router lose, so that training is or is not worth it."""
+    search = find._Finder.search
+
+    def fake(loss: float) -> None:
+        def found(finder: find._Finder, stage: str, make: object, start: object = ()) -> Schedule:
+            schedule = search(finder, stage, make, start)
+            return schedule if stage == "static schedule" else replace(schedule, loss=loss)
+
+        monkeypatch.setattr(find._Finder, "search", found)
+
+    return fake
+
+
+def test_training_changes_the_router(files, trained_loss) -> None:
+    trained_loss(0.0)
+    few, many = made(files, "ftp", steps=1), made(files, "ftp", steps=5)
+    assert isinstance(few.router, FTPRouter)
+    assert few.router.settings()["weights"] != many.router.settings()["weights"]
+    assert many.found["kept"] == "trained"
+
+
+def test_a_training_that_makes_it_worse_is_not_kept(files, trained_loss, caplog) -> None:
+    trained_loss(1e9)
+    found, static = made(files, "ftp"), made(files, "static")
+    assert found.found["kept"] == "static"
+    assert router_to_dict(found.router) == router_to_dict(static.router)
+    assert "the static one is kept" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -138,15 +138,22 @@ class _Finder:
     def untrained(self, method: str) -> tuple[Router, dict[str, Any]]:
         make = self.maker(method)
         found = self.uniform(make) if method == UNIFORM else self.search("schedule", make)
+        return self.chosen(make, found), {"schedule": _told(found)}
+
+    def chosen(self, make: MakeRouter, found: Schedule) -> Router:
+        """The router of a schedule, in the mode that was asked for."""
         router = make(open_levels(found.levels))
         if self.settings.mode != "topk":
             changes = {"width": self.settings.width}
             batches = self.calibration.batches
             router = with_thresholds(router, self.model, batches, self.settings.mode, **changes)
-        return router, {"schedule": _told(found)}
+        return router
 
     def ftp(self) -> tuple[Router, dict[str, Any]]:
-        """FTP's three stages: schedule of the static router, training at it, schedule of the trained one."""
+        """FTP's three stages: schedule of the static router, training at it, schedule of the trained one.
+
+        A training that ends further from the dense network than the static router was gives that router.
+        """
         settings = self.settings
         first = self.search("static schedule", self.maker("static"))
         router = FTPRouter(
@@ -168,7 +175,14 @@ class _Finder:
             "static_schedule": _told(first),
             "training": [dataclasses.asdict(losses[step]) for step in (0, -1)],
             "schedule": _told(found),
+            "kept": "trained" if found.loss <= first.loss else "static",
         }
+        if found.loss > first.loss:
+            log.warning(
+                f"the trained router (loss {found.loss:.4f}) is worse than the static one it began with "
+                f"({first.loss:.4f}): the static one is kept; train for more steps or on more structures"
+            )
+            return self.chosen(self.maker("static"), first), told
         return make(open_levels(found.levels)), told
 
     def maker(self, method: str) -> MakeRouter:
