@@ -57,7 +57,9 @@ def find_pairs_on_device(
             image, target, source = near.nonzero(as_tuple=True)
             # For the positions as given: what wrapping moved comes back.
             moved = (cell_of_atom[target] - cell_of_atom[source]).to(torch.int32)
-            found.append((target + first, source + first, some[image] + moved, distance[near]))
+            found.append(
+                (target + first, source + first, some[image] + moved, distance[image, target, source])
+            )
         first += atoms
     if not found:
         index = torch.zeros(0, dtype=torch.int64, device=positions.device)

@@ -1,8 +1,10 @@
 """The graph that the network sees: atoms as nodes, neighbours within a radius as edges."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from equiformer2.graph import validation
@@ -59,10 +61,8 @@ def radius_graph(
             lattice vector, linearly dependent lattice vectors, positions not in Å, wrong shapes.
     """
     validation.check_parameters(max_radius, max_neighbors)
-    positions64 = pos.detach().to("cpu", torch.float64).contiguous()
-    cells64 = cell.detach().to("cpu", torch.float64).contiguous()
-    pbc_array, natoms_array = pbc.cpu().numpy().astype(bool), natoms.cpu().numpy().astype("int64")
-    positions_array, cells_array = positions64.numpy(), cells64.numpy()
+    positions_array, cells_array, pbc_array, natoms_array = _on_host(pos, cell, pbc, natoms)
+    pbc_array, natoms_array = pbc_array.astype(bool), natoms_array.astype("int64")
     validation.check_shapes(positions_array, cells_array, pbc_array, natoms_array)
     validation.check_positions(positions_array, natoms_array)
     validation.check_cells(cells_array, pbc_array, natoms_array)
@@ -101,6 +101,17 @@ def radius_graph(
     cell_offsets = shifts[edges].to(pos.device, torch.int64)
     vectors = _edge_vectors(pos, cell, structure.to(pos.device), edge_index[0], edge_index[1], cell_offsets)
     return RadiusGraph(edge_index, cell_offsets, vectors, torch.linalg.vector_norm(vectors, dim=-1))
+
+
+def _on_host(pos: Tensor, *others: Tensor) -> list[NDArray[Any]]:
+    """The tensors as float64 arrays; the host waits for the device once, not for each of them."""
+    tensors = [tensor.detach().to(pos.device, torch.float64) for tensor in (pos, *others)]
+    if on_device(pos.device):
+        parts = (
+            torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu().split([t.numel() for t in tensors])
+        )
+        tensors = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    return [tensor.cpu().contiguous().numpy() for tensor in tensors]
 
 
 def on_device(device: torch.device) -> bool:

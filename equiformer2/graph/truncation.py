@@ -48,8 +48,10 @@ def nearest_edges(
     """
     order = torch.argsort(_sort_key(target, distance), stable=True)
     target, distance = target[order], distance[order]
-    counts = torch.bincount(target, minlength=num_atoms)
-    first = counts.cumsum(0) - counts
+    # Not counted by bins, whose number a GPU would have to tell the host.
+    atoms = torch.arange(num_atoms, device=target.device)
+    first = torch.searchsorted(target, atoms)
+    counts = torch.searchsorted(target, atoms, right=True) - first
     rank = torch.arange(len(order), device=order.device) - first[target]
     crowded = (counts > max_neighbors).nonzero().squeeze(1)
     if not len(crowded):
