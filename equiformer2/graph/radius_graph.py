@@ -105,13 +105,12 @@ def radius_graph(
 
 def _on_host(pos: Tensor, *others: Tensor) -> list[NDArray[Any]]:
     """The tensors as float64 arrays; the host waits for the device once, not for each of them."""
-    tensors = [tensor.detach().to(pos.device, torch.float64) for tensor in (pos, *others)]
+    tensors = [tensor.detach() for tensor in (pos, *others)]
     if on_device(pos.device):
-        parts = (
-            torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu().split([t.numel() for t in tensors])
-        )
+        together = torch.cat([tensor.to(pos.device, torch.float64).reshape(-1) for tensor in tensors]).cpu()
+        parts = together.split([tensor.numel() for tensor in tensors])
         tensors = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-    return [tensor.cpu().contiguous().numpy() for tensor in tensors]
+    return [tensor.cpu().to(torch.float64).contiguous().numpy() for tensor in tensors]
 
 
 def on_device(device: torch.device) -> bool:

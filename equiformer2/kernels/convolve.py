@@ -144,11 +144,11 @@ class _ConvolveEdges(torch.autograd.Function):
         grad_bias = torch.cat([grad_scalars.sum(0), grad_out[:, : len(weights.bias) - ctx.extra].sum(0)])
         for part in _parts(edges, options):
             some = edges.part(part)
-            inputs = edge_inputs(some, options)
+            radial = linear(some.hidden, edges.radial_weight)
+            inputs = edge_inputs(some, options, radial)
             grads = _product_gradients(grad_scalars[part], grad_out[part], terms)
             grads = products_backward(inputs, grads, terms, grad_terms)
             del inputs
-            radial = linear(some.hidden, edges.radial_weight)
             grad_radial = edge_inputs_backward(some, radial, grads, grad_x, grad_x_target, options)
             accumulate(grad_radial_weight, grad_radial.t(), some.hidden)
             grad_radial_bias += grad_radial.sum(0)

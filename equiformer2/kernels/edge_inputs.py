@@ -51,15 +51,21 @@ class InputOptions(NamedTuple):
     cpp: bool
 
 
-def edge_inputs(edges: Edges, options: InputOptions) -> list[Tensor]:
+def edge_inputs(edges: Edges, options: InputOptions, radial: Tensor | None = None) -> list[Tensor]:
     """GEMM inputs (see `so2.gauss_triple`) `radial_m * rotate([x_source, x_target])_m` of some edges.
 
     Those of the C++ kernels are valid until the next call in this thread.
+
+    Args:
+        edges: the edges.
+        options: how.
+        radial: `[e, P]` radial weights before their bias is added, where the caller needs them, too.
     """
     if options.cpp:
-        return _written_inputs(edges, options)
+        return _written_inputs(edges, options, radial)
     lmax, mmax = options.degrees
-    radial = linear(edges.hidden, edges.radial_weight)
+    if radial is None:
+        radial = linear(edges.hidden, edges.radial_weight)
     pairs, _ = _rotated_pairs(edges, options.degrees)
     radial = radial + edges.radial_bias
     out = []
@@ -69,15 +75,15 @@ def edge_inputs(edges: Edges, options: InputOptions) -> list[Tensor]:
     return out
 
 
-def _written_inputs(edges: Edges, options: InputOptions) -> list[Tensor]:
-    """By the C++ kernel, from radial weights that are still in the processor's cache."""
+def _written_inputs(edges: Edges, options: InputOptions, radial: Tensor | None) -> list[Tensor]:
+    """By the C++ kernel; radial weights that nobody else needs are read while they are in the cache."""
     widths = widths_per_order(options.degrees, 2 * edges.x.shape[2])
     out = scratch("edge inputs", len(edges.source), widths, edges.hidden.dtype)
     bytes_per_edge = edges.hidden.element_size() * len(edges.radial_weight)
     for part in cached_chunks(len(edges.source), bytes_per_edge, edges.x.device):
         some = edges.part(part)
-        radial = linear(some.hidden, edges.radial_weight)
-        cpu.gather_rotate(*_tensors(some), radial, edges.radial_bias, *options[:2], [t[part] for t in out])
+        weights = linear(some.hidden, edges.radial_weight) if radial is None else radial[part]
+        cpu.gather_rotate(*_tensors(some), weights, edges.radial_bias, *options[:2], [t[part] for t in out])
     return out
 
 

@@ -126,9 +126,9 @@ class GridFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
-        x, to_grid, from_grid, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
             return differentiated_again(ctx, grad_out)
+        x, to_grid, from_grid, weight = ctx.saved_tensors
         return _backward(x, to_grid, from_grid, weight, grad_out)
 
 

@@ -32,7 +32,7 @@ def scratch(purpose: str, rows: int, widths: Sequence[int], dtype: torch.dtype) 
     """
     numbers = rows * sum(widths)
     if numbers * dtype.itemsize > MOST_BYTES:
-        flat = torch.empty(numbers, dtype=dtype)
+        flat = torch.empty(numbers, dtype=dtype, device="cpu")
     else:
         flat = _buffer(purpose, numbers * dtype.itemsize).view(dtype)[:numbers]
     return [
@@ -46,5 +46,7 @@ def _buffer(purpose: str, size: int) -> Tensor:
     if buffer is None or len(buffer) < size:
         # A multiple of the widest number, so that the bytes can be read as any type.
         with torch.inference_mode(False):
-            buffer = _kept.buffers[purpose] = torch.empty(-(-size // 64) * 64, dtype=torch.uint8)
+            buffer = _kept.buffers[purpose] = torch.empty(
+                -(-size // 64) * 64, dtype=torch.uint8, device="cpu"
+            )
     return buffer

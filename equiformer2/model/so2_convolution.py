@@ -91,4 +91,7 @@ class SO2Convolution(nn.Module):
         wide, one = 2 * self.out_channels, self.out_channels
         orders = self.weights().orders[:1]
         first = tuple(weight.unflatten(0, (2, -1))[:, :one].flatten(0, 1) for weight in orders)
-        return SO2Weights(self.fc_m0.weight[:wide], self.fc_m0.bias[:wide], first)
+        folded = None
+        if self._folded is not None:
+            folded = (self._folded[0][:wide], *(terms[:, :one] for terms in self._folded[1:2]))
+        return SO2Weights(self.fc_m0.weight[:wide], self.fc_m0.bias[:wide], first, folded)

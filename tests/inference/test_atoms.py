@@ -125,6 +125,8 @@ def _infinite_cell() -> Atoms:
         (_nan(), r"atom 1 \(H\) has a non-finite position"),
         (Atoms("OCC", [[0, 0, 0], [1, 0, 0], [1, 0, 0.02]]), r"atoms 1 \(C\) and 2 \(C\) are 0.02 Å apart"),
         (_coincident_across_the_boundary(), r"atoms 0 \(Cu\) and 1 \(Ag\)"),
+        # A cell in the wrong unit: every atom has millions of images within a few Å.
+        (Atoms("Cu", cell=[0.01] * 3, pbc=True), "atom 0 .* and its periodic image are"),
         (Atoms("Cu", cell=[0.05, 5, 5], pbc=True), "its periodic image"),
         (Atoms("Cu", pbc=True), "periodic along a and b and c but has no lattice vector"),
         (Atoms("Cu", cell=[5, 5, 0], pbc=True), "periodic along c but has no lattice vector"),
