@@ -11,7 +11,7 @@ from equiformer2.pruning.study import DENSE
 from equiformer2.training.figures import save_figure
 from study_parts.settings import Campaign
 
-_MARKERS = "osD^vP*X<>hpd8H"
+_MARKERS = "osD^vP*X<>dp"
 
 Rows = list[dict[str, Any]]
 
