@@ -12,7 +12,7 @@ from equiformer2.model import EquiformerV2, ModelConfig
 def fingerprint_of_weights(model: EquiformerV2) -> str:
     """Changes with any weight and any option, but not with options that a later version adds."""
     default = ModelConfig().to_dict()
-    chosen = {name: value for name, value in model.config.to_dict().items() if value != default[name]}
+    chosen = {name: value for name, value in model.config.to_dict().items() if value != default.get(name)}
     digest = hashlib.sha256(repr(sorted(chosen.items())).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(

@@ -192,7 +192,7 @@ def change(arguments: Arguments, name: str, value: object) -> Arguments:
         ("factors", lambda t: t._replace(longitude=t.longitude.double()), "longitude must be"),
         ("factors", lambda t: t._replace(row_of=t.row_of[1:]), "row_of must be"),
         ("points", lambda t: t[:, :34], "inputs must be"),
-        ("points", lambda t: t.double(), "longitude must be"),
+        ("points", lambda t: t.double(), "latitude must be"),
     ],
 )
 def test_what_a_kernel_cannot_take_is_refused(

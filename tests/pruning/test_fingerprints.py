@@ -7,6 +7,8 @@ import torch
 
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.pruning.fingerprints import fingerprint_of_weights
+from equiformer2.pruning.plan import PruningPlan
+from equiformer2.pruning.shrink import shrink
 
 TINY = ModelConfig(num_layers=1, sphere_channels=8, lmax=1, mmax=1, grid_resolution=4)
 
@@ -24,6 +26,12 @@ def test_weights_and_options_count() -> None:
     with torch.no_grad():
         next(changed.parameters()).view(-1)[0] += 1e-6
     assert fingerprint_of_weights(changed) != first
+
+
+def test_a_pruned_network_has_its_own() -> None:
+    model = network()
+    plan = PruningPlan.keep_all(TINY).with_block(0, mmax=0)
+    assert fingerprint_of_weights(shrink(model, plan)) != fingerprint_of_weights(model)
 
 
 def test_an_option_that_a_later_version_adds_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

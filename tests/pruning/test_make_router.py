@@ -18,6 +18,7 @@ from equiformer2.pruning.routing import (
     FTPRouter,
     RoutingSettings,
     ScoreRouter,
+    StaticRouter,
     find,
     load_router,
 )
@@ -186,7 +187,8 @@ def test_route_on_the_command_line(files, tmp_path) -> None:
     report = json.loads((tmp_path / "router.report.json").read_text())
     assert report["achieved"]["macs"] == pytest.approx(0.7, abs=0.1)
     assert report["errors"]["force_mae"] > 0
-    assert isinstance(load_router(out), FTPRouter)
+    kept = {"trained": FTPRouter, "static": StaticRouter}[report["found"]["kept"]]
+    assert type(load_router(out)) is kept
     assert (tmp_path / "router.state.pt").exists()
 
 
