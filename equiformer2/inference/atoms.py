@@ -30,8 +30,9 @@ COINCIDENT = 0.1
 """Å; no bond of any two elements is that short, so closer atoms are a mistake in the input."""
 
 _SEARCHED = 2.0
-_NEIGHBOURS = 50
 """Å; a cell of 10 x 10 x 30 Å has 750 boxes of this size and 3 million of `COINCIDENT`."""
+_NEIGHBOURS = 50
+"""Of an atom, within the searched distance, at most."""
 
 
 def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: bool = True) -> Data:
@@ -184,8 +185,8 @@ def _check_distances(atoms: Atoms, symbols: list[str]) -> None:
     cell = atoms.cell.complete().array
     # Farther than needed, since the search divides the cell into boxes of that size, but not to more than
     # some ten neighbours per atom: a cell in the wrong unit may be of any size.
-    density = len(atoms) / abs(np.linalg.det(cell))
-    radius = max(COINCIDENT, min(_SEARCHED, (_NEIGHBOURS / (4.2 * density)) ** (1 / 3)))
+    volume = abs(np.linalg.det(cell)) / len(atoms)
+    radius = max(COINCIDENT, min(_SEARCHED, (_NEIGHBOURS * volume / 4.2) ** (1 / 3)))
     search = NeighborList(cutoff=radius, full_list=True, n_threads=1)
     pairs, distance = search.compute(atoms.positions, cell, atoms.pbc, "Pd", copy=False)
     near = np.flatnonzero(distance <= COINCIDENT)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch_geometric.data import Data
@@ -9,11 +10,15 @@ from torch_geometric.data import Data
 from equiformer2.model import EquiformerV2, ModelConfig
 
 
+def chosen_options(config: ModelConfig) -> dict[str, Any]:
+    """The options of `config` that differ from the defaults; some are named by pruned networks only."""
+    default = ModelConfig().to_dict()
+    return {name: value for name, value in config.to_dict().items() if value != default.get(name)}
+
+
 def fingerprint_of_weights(model: EquiformerV2) -> str:
     """Changes with any weight and any option, but not with options that a later version adds."""
-    default = ModelConfig().to_dict()
-    chosen = {name: value for name, value in model.config.to_dict().items() if value != default.get(name)}
-    digest = hashlib.sha256(repr(sorted(chosen.items())).encode())
+    digest = hashlib.sha256(repr(sorted(chosen_options(model.config).items())).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(
             name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

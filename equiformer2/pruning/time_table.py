@@ -27,6 +27,7 @@ from equiformer2.model import EquiformerV2
 from equiformer2.model.block_config import GRID_MLP_WIDTHS, BlockConfig, ResolvedBlock
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.requests import OutputRequest
+from equiformer2.pruning.fingerprints import chosen_options
 from equiformer2.pruning.latency import compare_latency
 from equiformer2.pruning.plan import PruningPlan
 from equiformer2.pruning.shrink import shrink
@@ -101,9 +102,7 @@ class TimeTable:
         facts: dict[str, Any] | None = None,
     ) -> None:
         self._config, self._measure, self._path = config, measure, path
-        default = ModelConfig().to_dict()
-        network = {name: value for name, value in config.to_dict().items() if value != default[name]}
-        self._facts = json.loads(json.dumps({"network": network, **(facts or {})}))
+        self._facts = json.loads(json.dumps({"network": chosen_options(config), **(facts or {})}))
         self._dense = parts_of(config)
         self._shares: dict[str, float] = {}
         if path is not None and path.exists():

@@ -52,6 +52,16 @@ def test_times_are_added_up() -> None:
     assert table.fraction_of(KEEP.with_block(0, **nothing).with_block(1, **nothing)) == pytest.approx(0.3)
 
 
+def test_a_pruned_network_can_be_pruned_further(tmp_path: Path) -> None:
+    """Its configuration names options that a dense one has not; a dense one's table is not its own."""
+    pruned, path = KEEP.with_block(0, heads=(0,)).applied_to(CONFIG), tmp_path / "times.json"
+    assert TimeTable(pruned, FakeTimer(), path).fraction_of(PruningPlan.keep_all(pruned)) == pytest.approx(
+        1.0
+    )
+    with pytest.raises(InputError, match="another network"):
+        TimeTable(CONFIG, FakeTimer(), path)
+
+
 def test_a_shape_is_measured_once() -> None:
     timer = FakeTimer()
     table = TimeTable(CONFIG, timer)
