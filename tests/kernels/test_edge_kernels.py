@@ -37,8 +37,8 @@ def set_budget(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     def set_to(budget: int | None) -> None:
         if budget is not None:
             monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", budget)
-            # Two edges a part of the smallest chunks that have several.
-            monkeypatch.setattr(chunks, "CPU_CACHED_BYTES", budget // 2)
+        # Every edge is a part of a chunk's inputs.
+        monkeypatch.setattr(chunks, "CPU_CACHED_BYTES", 1)
 
     return set_to
 
