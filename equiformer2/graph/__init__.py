@@ -2,5 +2,6 @@
 
 from equiformer2.graph.given import checked_graph
 from equiformer2.graph.radius_graph import RadiusGraph, radius_graph
+from equiformer2.graph.structures import structure_index
 
-__all__ = ["RadiusGraph", "checked_graph", "radius_graph"]
+__all__ = ["RadiusGraph", "checked_graph", "radius_graph", "structure_index"]

@@ -16,7 +16,6 @@ from equiformer2.kernels.rotation import rotation_matrices
 from equiformer2.kernels.rows import sum_rows
 from equiformer2.kernels.so2 import (
     SO2Weights,
-    flat_terms,
     gauss_inputs,
     gemm_dtype,
     products_backward,
@@ -160,7 +159,7 @@ class _Plan(NamedTuple):
 
 def _streamed(plan, hidden, alpha, packed, target, weights):  # type: ignore[no-untyped-def]
     """Chunk by chunk, without derivatives."""
-    terms, bias = flat_terms(weights.terms(plan.dtype)), weights.bias.to(plan.dtype)
+    terms, bias = weights.terms(plan.dtype), weights.bias.to(plan.dtype)
     packed, alpha = _prepared(plan, packed, alpha)
     rows = (plan.options.kept[0] + 1) ** 2
     total = packed.new_zeros(plan.num_targets, rows, len(bias) // (plan.options.kept[0] + 1))
@@ -193,7 +192,7 @@ class _Attend(torch.autograd.Function):
         hidden, alpha, packed, target, *flat = ctx.saved_tensors
         plan: _Plan = ctx.plan
         weights, grad_total = SO2Weights.from_flat(flat), grad_total.contiguous()
-        terms, bias = flat_terms(weights.terms(plan.dtype)), weights.bias.to(plan.dtype)
+        terms, bias = weights.terms(plan.dtype), weights.bias.to(plan.dtype)
         packed, factors = _prepared(plan, packed, alpha)
         grad_hidden, grad_alpha = torch.empty_like(hidden), torch.empty_like(alpha)
         # Sums over all edges: collected in float32 also when the GEMMs run in bf16.

@@ -24,7 +24,6 @@ from equiformer2.kernels.so2 import (
     SO2Weights,
     accumulate,
     complex_linear,
-    flat_terms,
     gauss_gradients,
     products_backward,
 )
@@ -85,21 +84,22 @@ def _plain(edges: Edges, weights: SO2Weights, extra: int, lmax: int, shared: boo
     rotated = torch.cat([torch.bmm(matrices, gather_rows(x, index)) for x, index in sides], dim=2)
     radial = torch.nn.functional.linear(edges.hidden, edges.radial_weight, edges.radial_bias)
     outputs = []
-    for m, weight in enumerate(weights.terms(radial.dtype)):
+    terms = weights.terms(radial.dtype)
+    for m in range(len(weights.orders) + 1):
         product = order_of(rotated, lmax, m) * radial_of(radial, rotated.shape[2], lmax, m, shared)
-        inputs = product.flatten(2).to(weight.dtype)
+        inputs = product.flatten(2).to(radial.dtype)
         if m == 0:
-            scalars = linear(inputs[:, 0], weight) + weights.bias.to(weight.dtype)
+            scalars = linear(inputs[:, 0], terms[0]) + weights.bias.to(radial.dtype)
             outputs.append(scalars[:, extra:])
         else:
-            outputs.append(complex_linear(inputs[:, 0], inputs[:, 1], weight))
+            outputs.append(complex_linear(inputs[:, 0], inputs[:, 1], terms[3 * m - 2 : 3 * m + 1]))
     return scalars[:, :extra], torch.cat(outputs, dim=1)
 
 
 def _streamed(edges: Edges, weights: SO2Weights, extra: int, options: InputOptions) -> tuple[Tensor, Tensor]:
     """The same chunk by chunk, without derivatives."""
     edges = _prepared(edges, options)
-    terms = flat_terms(weights.terms(edges.hidden.dtype))
+    terms = weights.terms(edges.hidden.dtype)
     bias, first = weights.bias.to(edges.hidden.dtype), len(weights.scalar) - extra
     scalars = edges.hidden.new_empty(len(edges.source), extra)
     out = edges.hidden.new_empty(len(edges.source), first + sum(len(weight) for weight in weights.orders))
@@ -129,7 +129,7 @@ class _ConvolveEdges(torch.autograd.Function):
     def backward(ctx, grad_scalars, grad_out):  # type: ignore[no-untyped-def]
         tensors, options = ctx.saved_tensors, ctx.options
         edges, weights = Edges(*tensors[:8]), SO2Weights.from_flat(tensors[8:])
-        terms = flat_terms(weights.terms(edges.hidden.dtype))
+        terms = weights.terms(edges.hidden.dtype)
         grad_x = torch.zeros_like(edges.x, memory_format=torch.contiguous_format)
         # Where all atoms are targets both sides share one sum.
         same = edges.x.shape == edges.x_target.shape and edges.x.data_ptr() == edges.x_target.data_ptr()

@@ -7,15 +7,29 @@ from torch import Tensor
 # BLAS behind torch.mm where we measured it (an AMD EPYC).
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
+_CAN_PACK = _HAS_ONEDNN and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x [n, in] @ weight [out, in]^T`, differentiable any number of times."""
+    """`x [n, in] @ weight [out, in]^T`, differentiable any number of times unless `weight` is packed."""
+    if weight.is_mkldnn:
+        return _onednn(x.contiguous(), weight) if len(x) else x.new_empty(0, len(weight))
     if _onednn_takes(x, weight):
         if not torch.is_grad_enabled():
             return _onednn(x, weight)
         return _OneDnnLinear.apply(x, weight)
     return torch.nn.functional.linear(x, weight)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """`weight [out, in]` in the layout in which oneDNN multiplies, for `linear` without gradients.
+
+    What it gives has shape and dtype, but nothing except `linear` can read it. Without oneDNN it is `weight`.
+    """
+    if not (_CAN_PACK and weight.device.type == "cpu" and weight.dtype in _ONEDNN_DTYPES and weight.numel()):
+        return weight
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return packed
 
 
 def _onednn_takes(x: Tensor, weight: Tensor) -> bool:

@@ -7,8 +7,20 @@ import torch
 from torch import Tensor
 
 from equiformer2.kernels.chunks import cast_to_autocast
-from equiformer2.kernels.linear import linear
+from equiformer2.kernels.linear import linear, pack
 from equiformer2.kernels.rotation import order_rows
+
+
+class Folded(NamedTuple):
+    """The matrices of the GEMMs, computed once for weights that do not change any more.
+
+    Attributes:
+        terms: as `SO2Weights.terms` gives them.
+        packed: whether they are in the layout of `linear.pack`, which nothing but `linear` can read.
+    """
+
+    terms: tuple[Tensor, ...]
+    packed: bool
 
 
 class SO2Weights(NamedTuple):
@@ -18,13 +30,13 @@ class SO2Weights(NamedTuple):
         scalar: `[out_0, (L+1) C]`, order m = 0.
         bias: `[out_0]`.
         orders: for every m >= 1 `[2 out_m, (L+1-m) C]`: W_r above W_i (paper Equation 2).
-        folded: `terms`, computed once for weights that do not change any more.
+        folded: `terms`, where they are known.
     """
 
     scalar: Tensor
     bias: Tensor
     orders: tuple[Tensor, ...]
-    folded: tuple[Tensor, ...] | None = None
+    folded: Folded | None = None
 
     @classmethod
     def from_flat(cls, flat: Sequence[Tensor]) -> "SO2Weights":
@@ -39,12 +51,23 @@ class SO2Weights(NamedTuple):
     def terms(self, dtype: torch.dtype) -> list[Tensor]:
         """The matrices of the GEMMs: that of m = 0, then `gauss_terms` of the others, rounded at the end."""
         if self.folded is not None and not torch.is_grad_enabled():
-            return [term.to(dtype) for term in self.folded]
-        return [self.scalar.to(dtype), *(gauss_terms(weight).to(dtype) for weight in self.orders)]
+            terms, packed = self.folded
+            if not packed:
+                return [term.to(dtype) for term in terms]
+            if terms[0].dtype == dtype and not torch.compiler.is_compiling():
+                return list(terms)
+        orders = (term.to(dtype) for weight in self.orders for term in gauss_terms(weight))
+        return [self.scalar.to(dtype), *orders]
+
+    def fold(self, dtype: torch.dtype, packed: bool) -> Folded:
+        """`terms` for inference with these weights."""
+        with torch.no_grad():
+            terms = self._replace(folded=None).terms(dtype)
+            return Folded(tuple(pack(term) if packed else term for term in terms), packed)
 
     @staticmethod
     def gradients(grad_terms: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients of `(scalar, *orders)` from those of `flat_terms`."""
+        """Gradients of `(scalar, *orders)` from those of `terms`."""
         orders = [
             torch.cat((first - second + third, second + third))
             for first, second, third in zip(grad_terms[1::3], grad_terms[2::3], grad_terms[3::3], strict=True)
@@ -52,10 +75,10 @@ class SO2Weights(NamedTuple):
         return [grad_terms[0], *orders]
 
 
-def gauss_terms(weight: Tensor) -> Tensor:
-    """`weight [2 out, in]` (real part above imaginary part) as `[3, out, in]`: W_r, W_i - W_r, W_r + W_i."""
+def gauss_terms(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W_r, W_i - W_r and W_r + W_i, each `[out, in]`, of `weight [2 out, in]` (W_r above W_i)."""
     real, imaginary = weight.unflatten(0, (2, -1))
-    return torch.stack((real, imaginary - real, real + imaginary))
+    return real, imaginary - real, real + imaginary
 
 
 def gemm_dtype(x: Tensor, weights: SO2Weights) -> torch.dtype:
@@ -63,16 +86,11 @@ def gemm_dtype(x: Tensor, weights: SO2Weights) -> torch.dtype:
     return cast_to_autocast(x, weights.bias)[1].dtype
 
 
-def flat_terms(terms: Sequence[Tensor]) -> list[Tensor]:
-    """The matrix of m = 0, then the three of every other order."""
-    return [terms[0], *(matrix for term in terms[1:] for matrix in term)]
-
-
 def gauss_triple(positive: Tensor, negative: Tensor) -> list[Tensor]:
     """The three GEMM inputs of an order m > 0: the sum of the coefficients of +m and -m, and both of them.
 
     "GEMM inputs" are one tensor `[E, n]` for m = 0, then three for every other order; multiplied by
-    `flat_terms` they give the "products" k1, k2 and k3 of `complex_linear`.
+    `SO2Weights.terms` they give the "products" k1, k2 and k3 of `complex_linear`.
     """
     return [positive + negative, positive, negative]
 
@@ -133,7 +151,7 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(torch.mm(left, right))
 
 
-def complex_linear(positive: Tensor, negative: Tensor, terms: Tensor) -> Tensor:
+def complex_linear(positive: Tensor, negative: Tensor, terms: Sequence[Tensor]) -> Tensor:
     """SO(2) linear map of the coefficients of +m and -m (paper Equation 2).
 
     out_+m = W_r x_+m - W_i x_-m and out_-m = W_i x_+m + W_r x_-m. With k1 = W_r (x_+m + x_-m),
@@ -141,7 +159,7 @@ def complex_linear(positive: Tensor, negative: Tensor, terms: Tensor) -> Tensor:
 
     Args:
         positive, negative: `[E, in]`.
-        terms: `[3, out, in]` of `gauss_terms`.
+        terms: `gauss_terms`.
 
     Returns:
         `[E, 2 out]`: +m, then -m.
@@ -165,9 +183,10 @@ def so2_linear(x: Tensor, terms: Sequence[Tensor], bias: Tensor, lmax: int) -> T
     """
     start = lmax + 1
     outputs = [linear(x[:, :start].flatten(1), terms[0]) + bias.to(x.dtype)]
-    for m, order in enumerate(terms[1:], start=1):
+    for m in range(1, len(terms) // 3 + 1):
         components, degrees = order_rows(lmax, m)
         pair = x[:, start : start + components * degrees]
         start += components * degrees
-        outputs.append(complex_linear(pair[:, :degrees].flatten(1), pair[:, degrees:].flatten(1), order))
+        sides = pair[:, :degrees].flatten(1), pair[:, degrees:].flatten(1)
+        outputs.append(complex_linear(*sides, terms[3 * m - 2 : 3 * m + 1]))
     return torch.cat(outputs, dim=1)

@@ -81,7 +81,7 @@ def _multiply(inputs: Tensor, terms: Any, lmax: int, mmax: int, width: int) -> T
     for m in range(1, mmax + 1):
         pair = inputs[:, starts[m] * width : starts[m + 1] * width]
         positive, negative = pair.chunk(2, dim=1)
-        first, second, third = terms[m]
+        first, second, third = terms[3 * m - 2 : 3 * m + 1]
         common = linear(positive + negative, first)
         outputs += [common - linear(negative, third), common + linear(positive, second)]
     return torch.cat(outputs, dim=1)

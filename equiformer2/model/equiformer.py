@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from torch_geometric.data import Batch, Data
 
 from equiformer2.errors import InputError
-from equiformer2.graph import RadiusGraph, checked_graph, radius_graph
+from equiformer2.graph import RadiusGraph, checked_graph, radius_graph, structure_index
 from equiformer2.graph.validation import locate_atom
 from equiformer2.kernels.aggregate import widened
 from equiformer2.kernels.backend import Neighbors, triton_kernels, use_cpp_kernels, why_not
@@ -131,8 +131,8 @@ class EquiformerV2(nn.Module):
                 return self._with_gradient(*outside_inference_mode(batch, graph), request, further)
         numbers = self._checked_numbers(batch)
         natoms = torch.as_tensor(batch.natoms, device=numbers.device).reshape(-1)
-        structure = torch.repeat_interleave(torch.arange(len(natoms), device=numbers.device), natoms)
         graph = self.build_graph(batch) if graph is None else checked_graph(graph, len(numbers))
+        structure = structure_index(natoms, len(numbers))
         dtype = self.sphere_embedding.weight.dtype
         vectors, distances = graph.vectors.to(dtype), graph.distances.to(dtype)
         rotations = self._rotations(vectors, distances) if frames is None else frames.packed()
@@ -155,9 +155,9 @@ class EquiformerV2(nn.Module):
         """`forward` with gradient forces; `further`: whether the outputs will be differentiated."""
         numbers = self._checked_numbers(batch)
         natoms = torch.as_tensor(batch.natoms, device=numbers.device).reshape(-1)
-        structure = torch.repeat_interleave(torch.arange(len(natoms), device=numbers.device), natoms)
         request.check(len(numbers), True)
         edges = self.build_graph(batch) if graph is None else checked_graph(graph, len(numbers))
+        structure = structure_index(natoms, len(numbers))
 
         def energies(vectors: Tensor, distances: Tensor) -> Tensor:
             rotations = self._rotations(vectors, distances)
@@ -337,8 +337,9 @@ class EquiformerV2(nn.Module):
     def fold_weights(self, dtype: torch.dtype | None = None) -> None:
         """Prepare for inference with the present weights: compute what follows from them once.
 
-        Half as much memory again as the SO(2) weights. `train()` undoes it. Weights that are changed in place
-        afterwards, in evaluation mode, are not seen.
+        Takes up to one and a half times the memory of the SO(2) weights in addition. `train()` undoes it, and
+        copies of the network do not have it. Weights that are changed in place afterwards, in evaluation
+        mode, may not be seen.
 
         Args:
             dtype: of the GEMMs, if not that of the weights.
@@ -346,7 +347,7 @@ class EquiformerV2(nn.Module):
         self.eval()
         for module in self.modules():
             if isinstance(module, SO2Convolution):
-                module.fold(dtype or module.fc_m0.weight.dtype)
+                module.fold(dtype or module.fc_m0.weight.dtype, packed=self.backend != "compile")
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay: biases of linear maps and everything in a norm."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from equiformer2.kernels import SO2Weights
+from equiformer2.kernels.so2 import Folded
 from equiformer2.model.radial import RadialFunction
 
 
@@ -49,7 +50,8 @@ class SO2Convolution(nn.Module):
         degrees = [lmax + 1 - m for m in range(mmax + 1)]
         self.fc_m0 = nn.Linear(degrees[0] * in_channels, degrees[0] * out_channels + extra_m0_channels)
         self.so2_m_conv = nn.ModuleList(SO2MConvolution(n, in_channels, out_channels) for n in degrees[1:])
-        self._folded: tuple[Tensor, ...] | None = None
+        self._folded: Folded | None = None
+        self._folded_vectors: Folded | None = None
         self.rad_func: RadialFunction | None = None
         if radial_inputs is not None:
             self.rad_func = RadialFunction(radial_inputs, radial_hidden, sum(degrees) * in_channels)
@@ -59,39 +61,46 @@ class SO2Convolution(nn.Module):
         orders = tuple(conv.fc.weight for conv in self.so2_m_conv)  # type: ignore[union-attr,misc]
         return SO2Weights(self.fc_m0.weight, self.fc_m0.bias, orders, self._folded)  # type: ignore[arg-type]
 
-    def fold(self, dtype: torch.dtype) -> None:
-        """Compute the sums of the complex products once, for inference with these weights.
+    def fold(self, dtype: torch.dtype, packed: bool) -> None:
+        """Compute the matrices of the GEMMs once, for inference with these weights.
 
-        Forgotten by `train()` and by moving or loading weights.
+        Forgotten by `train()`, by moving or loading weights and in copies of this module.
+
+        Args:
+            dtype: of the GEMMs.
+            packed: whether in the layout of `kernels.linear.pack`.
         """
-        self._folded = None
-        with torch.no_grad():
-            self._folded = tuple(self.weights().terms(dtype))
+        self._folded = self.weights().fold(dtype, packed)
+        self._folded_vectors = None
 
     def unfold(self) -> None:
         """Forget what `fold` has computed: the weights have changed."""
-        self._folded = None
+        self._folded = self._folded_vectors = None
 
     def train(self, mode: bool = True) -> "SO2Convolution":
         """Weights of a network in training change."""
         if mode:
-            self._folded = None
+            self.unfold()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SO2Convolution":
-        self._folded = None
+        self.unfold()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._folded = None
+        self.unfold()
         super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Packed matrices can be neither copied nor pickled.
+        return {**self.__dict__, "_folded": None, "_folded_vectors": None}
 
     def weights_of_vectors(self) -> SO2Weights:
         """Those that the coefficients of degrees 0 and 1 come from; the force head reads nothing else."""
         wide, one = 2 * self.out_channels, self.out_channels
         orders = self.weights().orders[:1]
         first = tuple(weight.unflatten(0, (2, -1))[:, :one].flatten(0, 1) for weight in orders)
-        folded = None
-        if self._folded is not None:
-            folded = (self._folded[0][:wide], *(terms[:, :one] for terms in self._folded[1:2]))
-        return SO2Weights(self.fc_m0.weight[:wide], self.fc_m0.bias[:wide], first, folded)
+        weights = SO2Weights(self.fc_m0.weight[:wide], self.fc_m0.bias[:wide], first)
+        if self._folded is not None and self._folded_vectors is None:
+            self._folded_vectors = weights.fold(self._folded.terms[0].dtype, self._folded.packed)
+        return weights._replace(folded=self._folded_vectors)

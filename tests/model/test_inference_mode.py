@@ -1,6 +1,7 @@
 """The network without gradients: in parts, with folded weights, in lower precision."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -80,6 +81,26 @@ def test_folded_weights_are_forgotten_when_the_weights_may_change() -> None:
         double = copy.deepcopy(loaded)
         double.fold_weights()
         assert double.double()(slab_batch(torch.float64))["forces"].dtype == torch.float64
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_folded_weights_are_packed_for_onednn_where_operators_run_one_by_one() -> None:
+    model, batch = random_model(), slab_batch(torch.float32)
+    convolution = model.force_block.so2_conv_2
+    with torch.no_grad():
+        expected = model(batch)
+        model.fold_weights()
+        assert all(term.is_mkldnn for term in convolution.weights().folded.terms)
+        # Neither copies nor another precision can read them.
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            answer = other(batch)
+            assert all(torch.equal(answer[name], expected[name]) for name in expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            folded, plain = model(batch), copy.deepcopy(model)(batch)
+        assert all(torch.equal(folded[name], plain[name]) for name in expected)
+        model.backend = "compile"
+        model.fold_weights()
+        assert not any(term.is_mkldnn for term in convolution.weights().folded.terms)
 
 
 def test_folding_in_bfloat16() -> None:

@@ -98,9 +98,7 @@ class _Plan:
         """Largest displacement, Å; whole lattice vectors along periodic axes do not count."""
         cell, pbc = batch.cell.view(-1, 3, 3).double(), batch.pbc.view(-1, 3)
         lattice = torch.where(pbc[:, :, None], cell, torch.eye(3, dtype=cell.dtype, device=cell.device) * 1e4)
-        structure = torch.repeat_interleave(
-            torch.arange(len(cell), device=cell.device), self.natoms.to(cell.device)
-        )
+        structure = structure_index(self.natoms.to(cell.device), len(self.pos))
         moved = (batch.pos.detach() - self.pos).double().unsqueeze(1)
         images = torch.round(moved @ torch.linalg.inv(lattice)[structure])
         return (moved - images @ lattice[structure]).norm(dim=2).max()

@@ -64,7 +64,7 @@ class System:
             batch.atomic_numbers.long(),
             batch.tags.long(),
             ~fixed.bool(),
-            torch.repeat_interleave(torch.arange(len(natoms), device=pos.device), natoms),
+            structure_index(natoms, len(pos)),
             natoms,
             graph,
         )
