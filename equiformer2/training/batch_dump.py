@@ -9,7 +9,7 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from equiformer2.checkpoint.files import write_tensors
-from equiformer2.training.metrics import structure_index
+from equiformer2.graph import structure_index
 
 if TYPE_CHECKING:
     from equiformer2.training.guard import MicroBatch
@@ -30,7 +30,7 @@ def suspects(batch: Batch, out: dict[str, Tensor], all_of_them: bool = False) ->
 def _not_finite(batch: Batch, out: dict[str, Tensor]) -> Tensor:
     """`[B]` bool."""
     bad = torch.zeros(batch.num_graphs, dtype=torch.bool, device=batch.pos.device)
-    index = structure_index(batch)
+    index = structure_index(batch.natoms.view(-1), len(batch.pos))
     for values in (batch.energy, batch.get("forces"), batch.pos, *out.values()):
         if values is None:
             continue

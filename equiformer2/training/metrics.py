@@ -12,6 +12,8 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torchmetrics import Metric
 
+from equiformer2.graph import structure_index
+
 #: A structure counts as solved in energy below this absolute error, eV.
 ENERGY_THRESHOLD = 0.02
 #: ... and in forces when no component of any free atom is off by this much, eV/Å.
@@ -89,16 +91,18 @@ class S2EFMetrics(Metric):
             self._update_forces(prediction["forces"], batch, solved)
 
     def _update_forces(self, forces: Tensor, batch: Data, energy_solved: Tensor) -> None:
-        free = ~batch.fixed.bool()
-        predicted, target = forces[free].float(), batch.forces[free].float()
+        # Masked, not indexed: an index would make the host wait for the device. Zeros change no sum.
+        held = batch.fixed.bool()[:, None]
+        predicted, target = (f.float().masked_fill(held, 0.0) for f in (forces, batch.forces))
         error = (predicted - target).abs()
-        self.free_atoms += free.sum()
+        self.free_atoms += (~held).sum()
         self.forces_abs += error.double().sum(dim=0)
         self.forces_sq += error.double().square().sum(dim=0)
         self.cosine += torch.cosine_similarity(predicted, target).double().sum()
         self.magnitude += (predicted.norm(dim=-1) - target.norm(dim=-1)).abs().double().sum()
         worst = error.new_zeros(energy_solved.numel())
-        worst.scatter_reduce_(0, structure_index(batch)[free], error.amax(dim=-1), reduce="amax")
+        structure = structure_index(batch.natoms.view(-1), len(error))
+        worst.scatter_reduce_(0, structure, error.amax(dim=-1), reduce="amax")
         self.solved += (energy_solved & (worst < FORCE_THRESHOLD)).sum()
 
     def compute(self) -> dict[str, Tensor]:
@@ -121,14 +125,6 @@ class S2EFMetrics(Metric):
                 "energy_forces_within_threshold": self.solved / self.structures,
             }
         return values
-
-
-def structure_index(batch: Data) -> Tensor:
-    """The structure that each atom belongs to, [N] int64."""
-    natoms = batch.natoms.view(-1)
-    return torch.repeat_interleave(
-        torch.arange(natoms.numel(), device=natoms.device), natoms, output_size=batch.pos.shape[0]
-    )
 
 
 def energy_metrics(target: np.ndarray, predicted: np.ndarray) -> dict[str, float]:

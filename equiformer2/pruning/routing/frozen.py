@@ -7,7 +7,7 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 
 from equiformer2.errors import InputError
-from equiformer2.graph import RadiusGraph
+from equiformer2.graph import RadiusGraph, structure_index
 from equiformer2.model.routing import BlockState, Decision
 from equiformer2.pruning.routing.router import BaseRouting, Router
 

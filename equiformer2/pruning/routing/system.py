@@ -8,7 +8,7 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 
 from equiformer2.errors import InputError
-from equiformer2.graph import RadiusGraph
+from equiformer2.graph import RadiusGraph, structure_index
 
 ADSORBATE = 2
 FAR = 10.0
