@@ -10,6 +10,7 @@ Leaderboard") takes one `.npz` with these keys for each of its splits `id`, `ood
 """
 
 import io
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,8 +42,8 @@ def read_arrays(path: Path) -> Arrays:
         raise InputError(f"{path} is a folder: name a .npz file")
     try:
         file = np.load(path)
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path} is not a .npz file") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise InputError(f"{path} is not a .npz file, or not a whole one") from error
     if not isinstance(file, np.lib.npyio.NpzFile):
         raise InputError(f"{path} holds a single array: save the keys with numpy.savez_compressed")
     arrays = {}
@@ -101,8 +102,16 @@ def _read_s2ef(path: Path, atoms: str) -> Arrays:
             raise InputError(
                 f"{path}: key {key} is missing: make the file with predict.py and a model with forces"
             )
-    natoms, forces, fixed = found["natoms"], found["forces"], found["fixed"].astype(bool)
-    if natoms.sum() != len(forces) or len(fixed) != len(forces):
+    natoms, fid = found["natoms"], found["fid"]
+    for key in ("natoms", "fid"):
+        if found[key].dtype.kind not in "iu":
+            raise InputError(f"{path}: key {key} is {found[key].dtype}, not whole numbers")
+    structures = (found["sid"], fid, natoms, found["energy"])
+    if natoms.ndim != 1 or any(array.shape != natoms.shape for array in structures):
+        raise InputError(f"{path}: sid, fid, natoms and energy are not of the same structures")
+    forces, fixed = found["forces"], found["fixed"].astype(bool)
+    atoms_of_all = int(natoms.sum()) if (natoms >= 0).all() else None
+    if forces.shape != (atoms_of_all, 3) or fixed.shape != (atoms_of_all,):
         raise InputError(f"{path}: natoms, fixed and forces are not of the same atoms: make the file again")
     counts = natoms
     if atoms == "free":
@@ -110,7 +119,7 @@ def _read_s2ef(path: Path, atoms: str) -> Arrays:
         counts = np.bincount(structure[~fixed], minlength=len(natoms))
         forces = forces[~fixed]
     return {
-        "ids": np.array([f"{sid}_{fid}" for sid, fid in zip(found["sid"], found["fid"], strict=True)]),
+        "ids": np.array([f"{sid}_{fid}" for sid, fid in zip(found["sid"], fid, strict=True)]),
         "energy": found["energy"],
         "forces": forces,
         "chunk_idx": np.cumsum(counts)[:-1].astype(np.int64),

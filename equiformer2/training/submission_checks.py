@@ -42,11 +42,12 @@ def submission_problems(path: Path, task: str | None = None) -> list[str]:
 
 def _problems_of_split(arrays: Arrays, split: str, fields: tuple[str, ...]) -> list[str]:
     ids = arrays.get(f"{split}_ids")
+    listed = ids if ids is not None and ids.ndim == 1 else None
     problems = [
         f"key {split}_{field} {problem}"
         for field in fields
         if f"{split}_{field}" in arrays
-        for problem in _CHECKS[field](arrays[f"{split}_{field}"], ids)
+        for problem in _CHECKS[field](arrays[f"{split}_{field}"], ids if field == "ids" else listed)
     ]
     forces, chunks = arrays.get(f"{split}_forces"), arrays.get(f"{split}_chunk_idx")
     if not problems and forces is not None and chunks is not None and chunks.size:
@@ -131,7 +132,7 @@ def _numbers(array: np.ndarray, shape: str) -> list[str]:
         return [f"has the shape {list(array.shape)}, not [{shape}]"]
     if array.dtype.kind != "f":
         return [f"is {array.dtype}, not floating-point numbers"]
-    bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=tuple(range(1, array.ndim))))
     return [f"has {len(bad)} values that are not finite, the first in row {bad[0]}"] if bad.size else []
 
 

@@ -10,6 +10,7 @@ from run_script_file import run
 from tiny_checkpoint import write_tiny_checkpoint
 
 from datasets_oc20 import LmdbWriter, OC20Lmdb
+from equiformer2.errors import InputError
 from equiformer2.training.prediction import predict_dataset, write_predictions
 from equiformer2.training.submission import SPLITS, make_submission, read_arrays, write_submission
 from equiformer2.training.submission_checks import problems_beside_data, submission_problems
@@ -120,12 +121,15 @@ def test_scripts_from_predictions_to_a_file(
         ("challenge_ids", np.arange(3), "key challenge_ids is not a key of s2ef"),
         ("id_ids", np.array(["a", "b", "a"]), "key id_ids has 1 ids more than once, such as a"),
         ("id_ids", np.array([1.0, 2.0, 3.0]), "key id_ids is float64: save ids as text"),
+        ("id_ids", np.array("a"), r"key id_ids has the shape \[\], not \[n\]"),
+        ("id_energy", np.zeros(0), "key id_energy has 0 energies for 3 ids"),
         ("id_energy", np.zeros((3, 1)), r"key id_energy has the shape \[3, 1\], not \[n\]"),
         ("id_energy", np.zeros(4), "key id_energy has 4 energies for 3 ids"),
         ("id_energy", np.array([1, 2, 3]), "key id_energy is int64, not floating-point"),
         ("id_energy", np.array([0.0, np.nan, 1.0]), "key id_energy has 1 values that are not finite.* row 1"),
         ("id_energy", np.full(3, -400.0), "key id_energy has a mean size of 400 eV, as of total energies"),
         ("id_forces", np.zeros((9, 2)), r"key id_forces has the shape \[9, 2\], not \[m, 3\]"),
+        ("id_forces", np.zeros((0, 3)), "key id_chunk_idx ends at .*, but id_forces has 0 rows"),
         ("id_forces", np.zeros((1, 3)), "key id_chunk_idx ends at .*, but id_forces has 1 rows"),
         ("id_chunk_idx", np.array([9, 2]), "key id_chunk_idx does not rise"),
         ("id_chunk_idx", np.array([2, 4, 6]), "key id_chunk_idx has as many entries as there are ids"),
@@ -146,6 +150,24 @@ def test_the_validator_names_the_key(
     assert not others
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("fid", np.zeros(2, dtype=int), "sid, fid, natoms and energy are not of the same structures"),
+        ("fid", np.zeros(3), "key fid is float64, not whole numbers"),
+        ("natoms", np.array([1, 2, -1]), "natoms, fixed and forces are not of the same atoms"),
+        ("energy", np.zeros(4), "sid, fid, natoms and energy are not of the same structures"),
+        ("forces", np.zeros(9), "natoms, fixed and forces are not of the same atoms"),
+    ],
+)
+def test_predictions_that_do_not_fit_together(
+    predictions: dict[str, Path], key: str, value: np.ndarray, message: str
+) -> None:
+    write_submission(predictions["id"], read_arrays(predictions["id"]) | {key: value})
+    with pytest.raises(InputError, match=message):
+        make_submission("s2ef", predictions)
+
+
 def test_every_problem_is_told(predictions: dict[str, Path], tmp_path: Path) -> None:
     arrays = make_submission("s2ef", predictions)
     del arrays["id_ids"]
@@ -163,10 +185,13 @@ def test_files_that_are_not_read(
     np.savez(tmp_path / "objects.npz", id_ids=np.array(["a", 1], dtype=object))
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "text.npz").write_text("no archive")
+    np.savez(tmp_path / "whole.npz", id_energy=np.zeros(100))
+    (tmp_path / "truncated.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:300])
     for name, message in (
         ("objects.npz", "key id_ids holds Python objects"),
         ("array.npy", "holds a single array"),
         ("text.npz", "is not a .npz file"),
+        ("truncated.npz", "is not a .npz file, or not a whole one"),
         ("absent.npz", "No such file"),
     ):
         assert run(monkeypatch, "make_submission", "--validate", tmp_path / name) == 2
