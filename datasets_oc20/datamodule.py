@@ -1,7 +1,6 @@
 """`OC20DataModule`: the Lightning data module. It only loads."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch_geometric.data import Batch, Data
 
 from datasets_oc20.errors import DataError
 from datasets_oc20.forces_only import WithForcesOnly
+from datasets_oc20.npz_file import read_npz
 from datasets_oc20.reader import OC20Lmdb
 from datasets_oc20.sampler import BalancedBatchSampler
 from datasets_oc20.targets import (
@@ -237,14 +237,11 @@ def load_linear_references(path: str | None) -> torch.Tensor | None:
     """The array `coeff [100]` (eV per atomic number) of an `.npz` file; None for None."""
     if path is None:
         return None
-    try:
-        with np.load(Path(path), allow_pickle=False) as file:
-            coefficients = np.asarray(file["coeff"], dtype=np.float64)
-    except (ValueError, KeyError) as error:
-        raise DataError(f"{path}: not an .npz file with an array 'coeff'.") from error
-    if coefficients.shape != (NUM_ELEMENTS,) or not np.isfinite(coefficients).all():
+    (coefficients,) = read_npz(path, ["coeff"])
+    numbers = coefficients.dtype.kind in "iuf" and coefficients.shape == (NUM_ELEMENTS,)
+    if not numbers or not np.isfinite(coefficients).all():
         raise DataError(f"{path}: 'coeff' must hold {NUM_ELEMENTS} finite numbers, one per atomic number.")
-    return torch.from_numpy(coefficients)
+    return torch.from_numpy(coefficients.astype(np.float64))
 
 
 def _common_kind(datasets: dict[str, OC20Lmdb]) -> str:

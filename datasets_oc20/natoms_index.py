@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import zipfile
 from collections.abc import Iterable
 
 import numpy as np
@@ -12,6 +11,7 @@ from datasets_oc20 import foreign, records
 from datasets_oc20.atomic import write_bytes
 from datasets_oc20.errors import DataError
 from datasets_oc20.lmdb_file import LmdbFile
+from datasets_oc20.npz_file import read_npz
 
 
 def natoms_of_shard(file: LmdbFile, length: int) -> np.ndarray:
@@ -24,9 +24,10 @@ def natoms_of_shard(file: LmdbFile, length: int) -> np.ndarray:
     cache = file.path.with_name(file.path.name + ".natoms.npz")
     status = file.path.stat()
     identity = np.array([status.st_size, status.st_mtime_ns, length], dtype=np.int64)
-    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(cache) as known:
-        if np.array_equal(known["identity"], identity):
-            return known["natoms"].astype(np.int32)
+    with contextlib.suppress(OSError, DataError):  # missing or damaged: counted again
+        known, natoms = read_npz(cache, ("identity", "natoms"))
+        if np.array_equal(known, identity) and natoms.shape == (length,):
+            return natoms.astype(np.int32)
     natoms = np.array([_natoms(file, key) for key in _progress(length, file)], dtype=np.int32)
     buffer = io.BytesIO()
     np.savez(buffer, natoms=natoms, identity=identity)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from datasets_oc20 import OC20Lmdb
+from datasets_oc20.npz_file import read_npz
 from equiformer2.checkpoint.files import sha256
 from equiformer2.files import write_bytes
 from equiformer2.inference import Predictor
@@ -83,11 +84,12 @@ def load_part(path: Path, evaluated: dict[str, Any]) -> Evaluation | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path) as file:
-            numbers = json.loads(str(file["numbers"]))
-            pairs = {name: file[name] for name in ("energy_pairs", "force_pairs")}
+        names = ("energy_pairs", "force_pairs")
+        stored, *pairs = read_npz(path, ("numbers", *names))
+        numbers = json.loads(str(stored))
         if numbers.pop("evaluated") != evaluated:
             return None
-        return Evaluation(**numbers | pairs | {"breakdown": Breakdown(**numbers["breakdown"])})
-    except (ValueError, KeyError, TypeError, OSError, EOFError):
+        numbers["breakdown"] = Breakdown(**numbers["breakdown"])
+        return Evaluation(**numbers, **dict(zip(names, pairs, strict=True)))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return None  # not ours, or of another version: evaluating again is always right

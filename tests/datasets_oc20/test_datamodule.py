@@ -111,7 +111,7 @@ def test_given_normalizers_are_used(tmp_path: Path, train: str) -> None:
         with pytest.raises(DataError, match=r"linref\.npz: 'coeff' must hold 100 finite"):
             OC20DataModule(train=train, val=val, normalizers=values).setup()
     (tmp_path / "linref.npz").write_text("no")
-    with pytest.raises(DataError, match=r"linref\.npz: not an \.npz"):
+    with pytest.raises(DataError, match=r"linref\.npz: not a whole \.npz"):
         OC20DataModule(train=train, val=val, normalizers=values).setup()
     with pytest.raises(DataError, match="must be positive"):
         OC20DataModule(train=train, val=val, normalizers=NormalizerValues(0.0, 0.0, 1.0)).setup()

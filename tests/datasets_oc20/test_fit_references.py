@@ -97,3 +97,20 @@ def test_the_file_holds_coefficients_and_where_they_come_from(tmp_path: Path) ->
     assert provenance["data"] == str(tmp_path / "data.lmdb")
     assert (provenance["frames"], provenance["energy_kind"]) == (20, "total")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.lmdb", "references.npz"]
+
+
+def test_reference_files_that_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "references.npz"
+    np.savez(path, coeff=np.zeros(100))
+    whole = path.read_bytes()
+    for damaged in (b"", b"text", whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"not a whole \.npz file with an array 'coeff'"):
+            load_linear_references(str(path))
+    np.save(tmp_path / "references.npy", np.zeros(100))
+    with pytest.raises(DataError, match=r"not a whole \.npz file"):
+        load_linear_references(str(tmp_path / "references.npy"))
+    for wrong in (np.zeros(3), np.full(100, np.nan), np.array(["a"] * 100)):
+        np.savez(path, coeff=wrong)
+        with pytest.raises(DataError, match="'coeff' must hold 100 finite numbers"):
+            load_linear_references(str(path))

@@ -148,10 +148,14 @@ def test_natoms_index_is_kept_and_noticed_when_stale(tmp_path: Path) -> None:
     identity = np.load(index)["identity"]
     np.savez(index, natoms=[7, 7], identity=identity)
     assert OC20Lmdb(path).natoms.tolist() == [7, 7]  # it is the index that is read
-    np.savez(index, natoms=[7, 7], identity=identity + 1)
-    assert OC20Lmdb(path).natoms.tolist() == [3, 5]
-    index.write_bytes(b"damaged")
-    assert OC20Lmdb(path).natoms.tolist() == [3, 5]
+    for stale in ({"natoms": [7, 7], "identity": identity + 1}, {"natoms": [7], "identity": identity}):
+        np.savez(index, **stale)
+        assert OC20Lmdb(path).natoms.tolist() == [3, 5]
+    whole = index.read_bytes()
+    for damaged in (b"damaged", b"", whole[:50], whole[: len(whole) // 2]):
+        index.write_bytes(damaged)
+        assert OC20Lmdb(path).natoms.tolist() == [3, 5]
+        assert index.read_bytes() == whole
 
 
 def test_energy_kind_is_declared_or_given_never_contradicted(tmp_path: Path, val_20: Path) -> None:
