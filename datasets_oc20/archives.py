@@ -7,7 +7,7 @@ import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -33,12 +33,13 @@ class Unpacked:
     data_folders: list[Path]
 
 
-def unpack(archive: Path, folder: Path, show_progress: bool = True) -> Unpacked:
+def unpack(archive: Path, folder: Path, show_progress: bool = True, later: Sequence[Need] = ()) -> Unpacked:
     """Write the files of a tar archive (plain, gz, bz2 or xz) below `folder`.
 
     All names are read and checked before anything is written. Every file appears whole or not at all, so
     unpacking can be stopped and started again: files of the right size are not written again. Permissions,
-    owners and times in the archive are ignored.
+    owners and times in the archive are ignored. Room for what is missing, and for what will be written
+    `later`, is asked for first.
 
     Raises:
         DataError: the archive is damaged; a member would be outside `folder`, is a link or a device, or
@@ -47,7 +48,8 @@ def unpack(archive: Path, folder: Path, show_progress: bool = True) -> Unpacked:
     members = _read_names(archive, folder)
     size = sum(members.values())
     there = {path for path, length in members.items() if _is_there(path, length, archive)}
-    require_space([Need("unpacked files", folder, size - sum(members[path] for path in there))])
+    missing = size - sum(members[path] for path in there)
+    require_space([Need("unpacked files", folder, missing), *later])
     with (
         _damage_is_named(archive),
         tarfile.open(archive, "r:*") as tar,

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,20 +43,32 @@ def chosen_archive(arguments: argparse.Namespace) -> tuple[Archive, str]:
     name = arguments.url.rpartition("/")[2]
     if not name or "?" in name:
         raise DataError(f"{arguments.url}: the address does not end in the name of a file.")
+    md5 = None if arguments.md5 is None else arguments.md5.strip().lower()
+    if md5 is not None and not re.fullmatch("[0-9a-f]{32}", md5):
+        raise DataError(f"--md5 {arguments.md5}: an MD5 sum has 32 hexadecimal digits.")
     size = remote_size(arguments.url) or 0
-    return Archive(name, size, size, arguments.md5), arguments.url
+    return Archive(name, size, size, md5), arguments.url
 
 
 def space_needs(archive: Archive, arguments: argparse.Namespace) -> list[Need]:
-    """What is still to be written, and where."""
+    """What is still to be written, and where.
+
+    What is missing of the files of an archive that is there already, `unpack` finds out.
+    """
     target = arguments.out / archive.file
     part = target.with_name(target.name + ".part")
     have = next((path.stat().st_size for path in (target, part) if path.is_file()), 0)
+    unpacked = arguments.no_unpack or target.is_file()
     return [
         Need("archive", arguments.out, 0 if target.is_file() else max(archive.size - have, 0)),
-        Need("unpacked files", arguments.out, 0 if arguments.no_unpack else archive.unpacked),
-        Need("LMDB files", arguments.lmdb_out or arguments.out, archive.lmdb_bytes),
+        Need("unpacked files", arguments.out, 0 if unpacked else archive.unpacked),
+        lmdb_need(archive, arguments),
     ]
+
+
+def lmdb_need(archive: Archive, arguments: argparse.Namespace) -> Need:
+    """What preprocessing will write."""
+    return Need("LMDB files", arguments.lmdb_out or arguments.out, archive.lmdb_bytes)
 
 
 def next_step(archive: Archive, unpacked: Unpacked, lmdb_folder: Path) -> str:
@@ -85,7 +98,7 @@ def main() -> None:
     print(f"{done.path}: {human(done.size)}, {human(done.fetched)} downloaded now{rate}")
     report: dict[str, Any] = {"url": url, **asdict(done), "path": str(done.path)}
     if not arguments.no_unpack:
-        unpacked = unpack(target, arguments.out)
+        unpacked = unpack(target, arguments.out, later=[lmdb_need(archive, arguments)])
         print(f"{unpacked.files} files, {human(unpacked.size)}; {unpacked.already_there} were there already")
         print(next_step(archive, unpacked, arguments.lmdb_out or arguments.out))
         folders = [str(folder) for folder in unpacked.data_folders]

@@ -268,7 +268,7 @@ def test_script_from_address_to_files(
     archive = make_tar(tmp_path / "file.tar", *GOOD).read_bytes()
     out, md5 = tmp_path / "oc20", hashlib.md5(archive).hexdigest()
     with Server(archive, ["no ranges"]) as server:
-        run(monkeypatch, "--url", server.url, "--md5", md5, "--out", out)
+        run(monkeypatch, "--url", server.url, "--md5", md5.upper(), "--out", out)
     printed = capsys.readouterr()
     assert "file.tar: 100%" in printed.err
     assert "3 files, 16 B; 0 were there already" in printed.out
@@ -296,6 +296,24 @@ def test_script_checks_the_space_before_it_asks_the_net(
     assert not (tmp_path / "new").exists()
 
 
+def test_going_on_needs_no_room_for_what_is_there(
+    tmp_path: Path, free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, sizes = tmp_path / "oc20", {"size": 10_000, "unpacked": 1 << 20}
+    out.mkdir()
+    content = make_tar(out / "file.tar", *GOOD).read_bytes()
+    archive = catalogue.Archive("file.tar", md5=hashlib.md5(content).hexdigest(), frames=1, **sizes)
+    monkeypatch.setattr(download_oc20, "find_archive", lambda task, split: archive)
+    arguments = ["--task", "s2ef", "--split", "2M", "--out", out]
+    free(archive.lmdb_bytes + 15)  # the files have 16 bytes
+    with pytest.raises(DataError, match=r"unpacked files 16 B, LMDB files 4\.6 KiB"):
+        run(monkeypatch, *arguments)
+    free(archive.lmdb_bytes + 16)
+    run(monkeypatch, *arguments)
+    free(archive.lmdb_bytes)
+    run(monkeypatch, *arguments)
+
+
 def test_script_refuses_options_that_do_not_belong_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +323,7 @@ def test_script_refuses_options_that_do_not_belong_together(
         ["--task", "s2ef", "--split", "2M", "--md5", SUM],
         ["--url", "http://127.0.0.1:9/x.tar", "--split", "2M"],
         ["--url", "http://127.0.0.1:9/"],
+        ["--url", "http://127.0.0.1:9/x.tar", "--md5", SUM[:-1]],
     ):
         with pytest.raises(DataError):
             run(monkeypatch, *wrong, "--out", tmp_path)
