@@ -84,6 +84,8 @@ def read_frames(path: Path) -> Iterator[RawFrame]:
         start, index = stop, index + 1
     if index == 0:
         raise DataError(f"{path}: the file holds no frame.")
+    if any(line.strip() for line in lines[start:]):
+        raise DataError(f"{path}, frame {index}: there is an empty line before it; remove it.")
 
 
 def _parse_frame(comment: str, rows: list[str], index: int, where: str) -> RawFrame:

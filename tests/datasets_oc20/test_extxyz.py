@@ -44,6 +44,11 @@ def test_columns_in_another_order_and_more_of_them(tmp_path: Path) -> None:
     assert not frame.fixed.any()
 
 
+def test_empty_lines_at_the_end_are_no_frames(tmp_path: Path) -> None:
+    (tmp_path / "a.extxyz").write_text(frame_text() + "\n \n")
+    assert len(list(read_frames(tmp_path / "a.extxyz"))) == 1
+
+
 def test_largest_force_is_that_of_the_free_atoms(tmp_path: Path) -> None:
     (tmp_path / "a.extxyz").write_text(frame_text(force=-0.3))
     (frame,) = read_frames(tmp_path / "a.extxyz")
@@ -60,6 +65,7 @@ GOOD = frame_text()
         ("", "holds no frame"),
         ("4 atoms\n", "frame 0: '4 atoms' is not a number of atoms"),
         (GOOD + GOOD[: len(GOOD) // 2], "frame 1: (the file ends inside|atom . does not have)"),
+        (GOOD + "\n" + GOOD, "frame 1: there is an empty line before it"),
         (GOOD + GOOD.rsplit("\n", 2)[0] + "\n", "frame 1: the file ends inside the frame"),
         (GOOD + GOOD.replace("tags:I:1", "labels:I:1"), "frame 1: the frame has no column tags; tags tell"),
         (GOOD.replace("move_mask:L:1", "mask:L:1"), "no column move_mask"),
