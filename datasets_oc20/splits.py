@@ -16,11 +16,14 @@ def find_splits(root: Path, names: Sequence[str]) -> dict[str, Path]:
     Names of archives count too: `val_id` is also found as `root/s2ef_val_id`.
 
     Raises:
-        DataError: `root` is no folder, a name is given twice, or splits are missing or there twice; all of
-            them are named.
+        DataError: `root` is no folder, a name is not plain or given twice, or splits are missing (all of them
+            are named) or there twice.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give the folder that holds a folder for each split.")
+    for name in names:
+        if not name or Path(name).name != name or name == "..":
+            raise DataError(f"the split {name!r} is not a plain name; give the names of folders in {root}.")
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:
         raise DataError(f"the split {twice[0]} is given twice; name it once.")

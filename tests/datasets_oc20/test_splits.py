@@ -37,5 +37,8 @@ def test_what_cannot_be_decided_is_refused(root: Path) -> None:
         find_splits(root, ["val_id"])
     with pytest.raises(DataError, match="val_ood_cat is given twice"):
         find_splits(root, ["val_ood_cat", "val_ood_cat"])
+    for outside in ("../val_id", "..", str(root / "val_id"), ""):
+        with pytest.raises(DataError, match="is not a plain name"):
+            find_splits(root, [outside])
     with pytest.raises(DataError, match="no such folder"):
         find_splits(root / "absent", ["val_id"])
