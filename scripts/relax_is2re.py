@@ -58,7 +58,7 @@ def main() -> None:
         arguments.fmax, arguments.steps, arguments.max_step, arguments.memory, frames=arguments.frames
     )
     if arguments.data_root is None:
-        paths = {Path(arguments.data).stem: Path(arguments.data)}
+        paths = {Path(arguments.data).resolve().stem: Path(arguments.data)}
     else:
         paths = find_splits(arguments.data_root, arguments.splits or VALIDATION_SPLITS)
     predictor = Predictor(

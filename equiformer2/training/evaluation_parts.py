@@ -84,12 +84,11 @@ def load_part(path: Path, evaluated: dict[str, Any]) -> Evaluation | None:
     if not path.is_file():
         return None
     try:
-        names = ("energy_pairs", "force_pairs")
-        stored, *pairs = read_npz(path, ("numbers", *names))
+        stored, energy_pairs, force_pairs = read_npz(path, ("numbers", "energy_pairs", "force_pairs"))
         numbers = json.loads(str(stored))
         if numbers.pop("evaluated") != evaluated:
             return None
         numbers["breakdown"] = Breakdown(**numbers["breakdown"])
-        return Evaluation(**numbers, **dict(zip(names, pairs, strict=True)))
+        return Evaluation(energy_pairs=energy_pairs, force_pairs=force_pairs, **numbers)
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return None  # not ours, or of another version: evaluating again is always right

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from ase.geometry import complete_cell
 
 from equiformer2.training.metrics import ENERGY_METRICS, energy_metrics
 
@@ -48,10 +49,11 @@ def position_errors(
     Args:
         positions: `[n, 3]` Å, relaxed by the model.
         target: `[n, 3]` Å, relaxed by DFT.
-        cell: `[3, 3]` Å, rows are lattice vectors.
+        cell: `[3, 3]` Å, rows are lattice vectors; those of non-periodic directions may be zero.
         pbc: `[3]` periodic directions.
     """
     error = positions - target
+    cell = complete_cell(cell)
     fractional = np.linalg.solve(cell.T, error.T).T
     fractional = np.where(pbc, fractional - np.ceil(fractional - 0.5), fractional)
     distances = np.linalg.norm(fractional @ cell, axis=1)
@@ -69,12 +71,14 @@ def is2re_metrics(target: np.ndarray, predicted: np.ndarray) -> dict[str, float]
 
 
 def is2rs_metrics(errors: Sequence[PositionErrors]) -> dict[str, float]:
-    """`positions_mae` Å, `positions_mse` Å² and ADwT over systems.
+    """`positions_mae` Å, `positions_mse` Å² and ADwT over systems; nothing where no atom is free.
 
     Average distance within threshold: the share of systems whose mean distance lies below a threshold,
     averaged over thresholds from 0.01 to 0.5 Å.
     """
     components = sum(error.components for error in errors)
+    if not components:
+        return {}
     distances = np.array([error.distance for error in errors])
     return {
         "positions_mae": sum(error.absolute for error in errors) / components,

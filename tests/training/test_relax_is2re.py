@@ -150,6 +150,12 @@ def test_what_cannot_be_mixed_is_refused(
     report = json.loads((out / "val_id" / "is2re.json").read_text())
     assert report["metrics"] == {}
     assert report["structures"] == SYSTEMS
+    (tmp_path / "here").mkdir()
+    data.rename(tmp_path / "here" / data.name)
+    monkeypatch.chdir(tmp_path / "here")  # the folder without a name of its own
+    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, Path(), out)) == 0
+    assert json.loads((out / "here" / "is2re.json").read_text())["structures"] == SYSTEMS
+    (tmp_path / "here" / data.name).rename(data)
     assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out, "--fmax", 0.5)) == 2
     assert "holds relaxations with fmax 0.0001, not 0.5: give another folder" in capsys.readouterr().err
     taken = tmp_path / "taken"

@@ -47,11 +47,15 @@ def test_distances_are_to_the_nearest_image_along_periodic_directions() -> None:
     assert error.absolute == pytest.approx(3.8)
     slab = position_errors(moved, target, cell, np.array([False, True, True]))
     assert slab.distance == pytest.approx(3.8)
+    for thin, pbc in ((cell * [[1], [1], [0]], [True, True, False]), (0 * cell, [False] * 3)):
+        error = position_errors(moved, target, thin, np.array(pbc))
+        assert error.distance == pytest.approx(0.2 if pbc[0] else 3.8)
 
 
 def test_a_system_without_free_atoms_is_where_it_should_be() -> None:
     nothing = position_errors(np.zeros((0, 3)), np.zeros((0, 3)), np.eye(3), PERIODIC)
     one = position_errors(np.ones((1, 3)), np.zeros((1, 3)), 9 * np.eye(3), PERIODIC)
+    assert is2rs_metrics([nothing, nothing]) == {}
     found = is2rs_metrics([nothing, one])
     assert found["positions_mae"] == 1.0
     assert found["positions_average_distance_within_threshold"] == 0.5
