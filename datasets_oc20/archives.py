@@ -16,6 +16,7 @@ from datasets_oc20.disk_space import Need, require_space
 from datasets_oc20.errors import DataError
 from datasets_oc20.progress import byte_bar
 
+_CHUNK = 1 << 20
 _DATA = (".extxyz", ".extxyz.xz", ".lmdb", ".aselmdb")
 
 
@@ -74,6 +75,9 @@ def _read_names(archive: Path, folder: Path) -> dict[Path, int]:
                 raise DataError(f"{archive}: holds {member.name!r} twice; nothing was unpacked.")
             if path is not None:
                 members[path] = member.size
+        # To the end, where a compressed stream has its sum: tar stops before it.
+        while tar.fileobj is not None and tar.fileobj.read(_CHUNK):
+            pass
     if not members:
         raise DataError(f"{archive}: the archive holds no file.")
     return members
@@ -113,7 +117,7 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
     source = tar.extractfile(member)
     assert source is not None  # only folders and links have no content
     with source, whole_file(path) as target:
-        shutil.copyfileobj(source, target, 1 << 20)
+        shutil.copyfileobj(source, target, _CHUNK)
 
 
 @contextlib.contextmanager

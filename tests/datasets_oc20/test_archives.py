@@ -94,6 +94,16 @@ def test_damaged_archives(tmp_path: Path, name: str) -> None:
         unpack(tmp_path / "absent", tmp_path / "out")
 
 
+def test_a_wrong_byte_in_a_compressed_archive_is_found_before_anything_is_written(tmp_path: Path) -> None:
+    archive = make_tar(tmp_path / "x.tar.gz", ("a", CONTENT), ("b", CONTENT))
+    damaged = bytearray(archive.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    archive.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"x\.tar\.gz: the archive is truncated or damaged"):
+        unpack(archive, tmp_path / "out", show_progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_space_is_added_up_by_disk(tmp_path: Path, free: Callable[[int], None]) -> None:
     needs = [
         Need("archive", tmp_path / "not" / "there", 3 << 30),
