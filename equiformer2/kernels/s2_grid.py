@@ -41,7 +41,8 @@ class GridFactors(NamedTuple):
 
     Attributes:
         to_latitude, from_latitude: `[latitudes, R]`, of `to_grid` and of the transpose of `from_grid`.
-        longitude: `[longitudes, 2M + 1]` for orders 0, +1, -1, …, of both.
+        longitude: `[longitudes, 2M + 1]` for orders 0, +1, -1, …, of both. The longitudes may have any order;
+            the kernels need fewer operations for opposite ones that stand next to each other, at the end.
         row_starts: `[2M + 2]` first coefficient of every order, and R.
         row_of: `[R]` where a tensor has the coefficients that `to_latitude` and `from_latitude` have order by
             order; the sequence itself where tensors have them so, too.

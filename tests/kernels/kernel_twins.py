@@ -164,14 +164,17 @@ def gradients(outputs: list[Tensor], inputs: list[Tensor], seed: int = 1) -> lis
     return list(torch.autograd.grad(total, inputs))
 
 
-def sphere_factors(lmax: int, mmax: int) -> GridFactors:
-    """Of any functions: the kernel does not rely on their being harmonics. Few latitudes and longitudes."""
+def sphere_factors(lmax: int, mmax: int, pairs: int = 0) -> GridFactors:
+    """Of any functions: the kernel does not rely on their being harmonics. Few latitudes and longitudes.
+
+    `pairs` of the longitudes are opposite.
+    """
     random, counts = Random(), [lmax + 1 - abs(m) for m in orders(mmax)]
+    longitude = random(7 + 2 * pairs, len(counts)) / 7**0.5
+    longitude[8::2] = longitude[7::2] * torch.tensor([-1.0 if m < 0 else 1.0 for m in orders(mmax)])
     latitudes = random(5, sum(counts)) / sum(counts) ** 0.5, random(5, sum(counts)) / 5**0.5
     starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
-    return GridFactors(
-        *latitudes, random(7, len(counts)) / 7**0.5, torch.tensor(starts), torch.arange(sum(counts))
-    )
+    return GridFactors(*latitudes, longitude, torch.tensor(starts), torch.arange(sum(counts)))
 
 
 def orders(mmax: int) -> list[int]:

@@ -16,14 +16,17 @@ def library() -> None:
         pytest.skip(reason)
 
 
-spheres = pytest.mark.parametrize(("lmax", "mmax", "channels"), [(4, 2, 5), (6, 3, 33), (8, 8, 17)])
+spheres = pytest.mark.parametrize(
+    ("lmax", "mmax", "channels", "pairs"),
+    [(4, 2, 5, 0), (4, 2, 5, 3), (6, 3, 33, 0), (6, 6, 20, 8), (8, 8, 17, 5)],
+)
 
 
 @spheres
 @pytest.mark.parametrize("kept", [4, None])
-def test_activation_on_the_sphere(lmax: int, mmax: int, channels: int, kept: int | None) -> None:
+def test_activation_on_the_sphere(lmax: int, mmax: int, channels: int, pairs: int, kept: int | None) -> None:
     """Values, gradients and second derivatives against all points of the grid at once."""
-    factors = sphere_factors(lmax, mmax)
+    factors = sphere_factors(lmax, mmax, pairs)
     of_row = [i for i, m in enumerate(orders(mmax)) for _ in range(lmax + 1 - abs(m))]
     rows, longitude = len(of_row), factors.longitude[:, of_row]
     to_grid, from_grid = (torch.einsum("br,ar->bar", t, longitude).flatten(0, 1) for t in factors[:2])
@@ -36,27 +39,28 @@ def test_activation_on_the_sphere(lmax: int, mmax: int, channels: int, kept: int
         tensors = torch.einsum("gr,bgc->brc", from_grid[:, :kept], points)
         return torch.cat((torch.nn.functional.silu(x[:, :1]), tensors[:, 1:]), dim=1)
 
-    for dtype in (None, torch.float64, torch.float32):
+    for dtype in (None, torch.float64, torch.float32, torch.bfloat16):
         x = hidden.to(dtype or torch.float64).requires_grad_()
-        given = factors_in(factors, x.dtype)
+        given = factors_in(factors, torch.promote_types(x.dtype, torch.float32))
         out = plain(x) if dtype is None else separable_grid_activation(x, given, kept or rows)
         (grad,) = torch.autograd.grad((out * weights.to(x.dtype)).sum(), x, retain_graph=True)
         (slope,) = torch.autograd.grad((out * weights.to(x.dtype)).sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(slope.square().sum(), x)
         results.append([tensor.double() for tensor in (out, grad, slope, second)])
     theirs, *ours = results
-    for found, precision in zip(ours, (1e-12, 1e-5), strict=True):
+    for found, precision in zip(ours, (1e-12, 1e-5, 0.02), strict=True):
         for a, b in zip(found, theirs, strict=True):
             assert (a - b).norm() <= precision * b.norm()
 
 
-def test_gates_of_any_size() -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)], ids=str)
+def test_gates_of_any_size(dtype: torch.dtype, tolerance: float) -> None:
     factors = factors_in(sphere_factors(1, 1), torch.float32)
-    gates = torch.tensor([-200.0, -88.5, -20.0, -1e-8, 0.0, 3.0, 90.0, 1e30, float("nan")])
-    hidden = torch.cat((gates, torch.zeros(4 * len(gates)))).unsqueeze(0)
+    gates = torch.tensor([-200.0, -88.5, -20.0, -3.0, -0.7, -1e-8, 0.0, 0.4, 3.0, 90.0, 1e30, float("nan")])
+    hidden = torch.cat((gates, torch.zeros(4 * len(gates)))).unsqueeze(0).to(dtype)
     found = separable_grid_activation(hidden, factors, 4)[0, 0]
-    expected = torch.nn.functional.silu(gates)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-30, equal_nan=True)
+    expected = torch.nn.functional.silu(gates.to(dtype))
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=1e-30, equal_nan=True)
 
 
 def anywhere(factors: GridFactors) -> tuple[GridFactors, Tensor, Tensor]:
@@ -71,12 +75,12 @@ def anywhere(factors: GridFactors) -> tuple[GridFactors, Tensor, Tensor]:
 @spheres
 @pytest.mark.parametrize("budget", [None, 1])
 def test_network_on_the_sphere(
-    lmax: int, mmax: int, channels: int, budget: int | None, monkeypatch: pytest.MonkeyPatch
+    lmax: int, mmax: int, channels: int, pairs: int, budget: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values, gradients and second derivatives; coefficients in any sequence."""
     if budget is not None:
         monkeypatch.setattr(chunks, "CPU_POINT_BYTES", budget)
-    factors, to_grid, from_grid = anywhere(sphere_factors(lmax, mmax))
+    factors, to_grid, from_grid = anywhere(sphere_factors(lmax, mmax, pairs))
     random, results = Random(1), []
     given = random(3, to_grid.shape[1], channels), random(channels + 2, channels) / channels**0.5
     for dtype in (None, torch.float64, torch.float32, torch.bfloat16):

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -84,7 +85,12 @@ static inline void store(bf16* to, V<float> v, int64_t count) {
         std::memcpy(to, &h, count * sizeof(bf16));
 }
 
-// Relative error below 4e-6 for |x| <= 87, below 3e-7 for small x; constant beyond 88; NaN stays NaN.
+// Whether results are rounded to so few digits that an error of 2e-4 does not show.
+template <class T>
+static constexpr bool rough = std::is_same<T, bf16>::value;
+
+// Relative error below 4e-6 for |x| <= 87, below 3e-7 for small x, in rough 2e-4; constant beyond 88; NaN stays NaN.
+template <bool few_digits>
 static inline V<float> exponential(V<float> x) {
     const float log2e = 1.44269504088896341f;
     const V<float> high = V<float>{} + 88.0f;
@@ -104,13 +110,21 @@ static inline V<float> exponential(V<float> x) {
     const V<float> shifted = x * log2e + magic;
     const V<float> f = x * log2e - (shifted - magic);
 #endif
-    // Least largest relative error for degree 6 (2e-9).
-    V<float> p = f * 1.5345812e-4f + 1.3399931e-3f;
-    p = p * f + 9.6184891e-3f;
-    p = p * f + 5.5503286e-2f;
-    p = p * f + 0.24022646f;
-    p = p * f + 0.69314718f;
-    p = p * f + 1.0f;
+    V<float> p;
+    if constexpr (few_digits) {
+        // Least largest relative error for degree 3 (7e-05).
+        p = f * 0.055171669f + 0.24261112f;
+        p = p * f + 0.69326099f;
+        p = p * f + 0.99992807f;
+    } else {
+        // The same for degree 6 (2e-9).
+        p = f * 1.5345812e-4f + 1.3399931e-3f;
+        p = p * f + 9.6184891e-3f;
+        p = p * f + 5.5503286e-2f;
+        p = p * f + 0.24022646f;
+        p = p * f + 0.69314718f;
+        p = p * f + 1.0f;
+    }
 #ifdef __AVX512F__
     return (V<float>)_mm512_scalef_ps((__m512)p, n);
 #else
@@ -123,18 +137,20 @@ static inline V<float> exponential(V<float> x) {
 #endif
 }
 
-static inline V<double> exponential(V<double> x) {
-    for (int i = 0; i < 8; ++i) x[i] = std::exp(x[i]);
+// For results that are stored as T.
+template <class T>
+static inline V<double> sigmoid(V<double> x) {
+    for (int i = 0; i < 8; ++i) x[i] = 1.0 / (1.0 + std::exp(-x[i]));
     return x;
 }
 
-static inline V<double> sigmoid(V<double> x) { return 1.0 / (1.0 + exponential(-x)); }
-
+template <class T>
 static inline V<float> sigmoid(V<float> x) {
-    const V<float> denominator = 1.0f + exponential(-x);
+    const V<float> denominator = 1.0f + exponential<rough<T>>(-x);
 #ifdef __AVX512F__
     // An approximation (2^-14) and one step of Newton cost a third of a division.
     const V<float> guess = (V<float>)_mm512_rcp14_ps((__m512)denominator);
+    if constexpr (rough<T>) return guess;
     return guess * (2.0f - denominator * guess);
 #else
     return 1.0f / denominator;

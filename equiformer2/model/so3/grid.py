@@ -47,7 +47,7 @@ class S2Grid(DerivedConstants):
         to_latitude, from_latitude, longitude = grid_factors(lmax, mmax, resolution)
         self.add_constant("to_latitude", to_latitude[:, [order[row] for row in row_of]])
         self.add_constant("from_latitude", from_latitude[:, [order[row] for row in row_of]])
-        self.add_constant("longitude", longitude[:, [lmax + m for m in columns]])
+        self.add_constant("longitude", opposite_pairs(longitude[:, [lmax + m for m in columns]]))
         ends = torch.tensor([orders.count(m) for m in columns]).cumsum(0)
         self.register_buffer("row_starts", torch.cat((ends.new_zeros(1), ends)), persistent=False)
         self.register_buffer("row_of", torch.tensor(row_of), persistent=False)
@@ -89,6 +89,20 @@ def grid_factors(
     norm = torch.tensor([(2 * l + 1) * (lmax + 1) for l in degrees], dtype=torch.float64)
     weights = quadrature_weights(latitudes) / longitudes
     return to_latitude, to_latitude * weights[:, None] * norm, to_s2.sha
+
+
+def opposite_pairs(longitude: Tensor) -> Tensor:
+    """The rows `[longitudes, 2M + 1]` (orders 0, +1, -1, …) with those of opposite angles next to each other.
+
+    Angles are 2 pi a / longitudes. Those that are their own opposites (0 and pi) come first. At opposite
+    angles the factors of m < 0, which are sines, differ in sign, here to the last bit.
+    """
+    count, columns = longitude.shape
+    signs = torch.tensor([-1.0 if i and i % 2 == 0 else 1.0 for i in range(columns)], dtype=longitude.dtype)
+    rows = [longitude[0]] if count % 2 else [longitude[0], longitude[count // 2]]
+    for a in range(1, (count + 1) // 2):
+        rows += [longitude[a], longitude[a] * signs]
+    return torch.stack(rows)
 
 
 def smallest_resolution(lmax: int, mmax: int) -> tuple[int, int]:
