@@ -103,6 +103,8 @@ def inspect_dataset(
         max_frames: None for all.
         num_workers: processes; None takes one per core.
     """
+    if max_frames is not None and max_frames < 1:
+        raise DataError(f"max_frames is {max_frames}; it must be at least 1.")
     count = len(dataset)
     indices = np.unique(np.linspace(0, count - 1, min(max_frames or count, count)).astype(np.int64))
     chunks = [chunk.tolist() for chunk in np.array_split(indices, -(-len(indices) // _CHUNK))]

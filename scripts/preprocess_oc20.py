@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_oc20.errors import DataError
+from datasets_oc20.extxyz import read_text
 from datasets_oc20.preprocess import PreprocessOptions, preprocess
 from datasets_oc20.shards import preprocess_shards
 from equiformer2.files import write_json
@@ -57,11 +58,17 @@ def parse() -> argparse.Namespace:
 
 def chosen_systems(arguments: argparse.Namespace) -> list[str] | None:
     """The systems of `--systems` and `--systems-file`, or None for all."""
-    if arguments.systems and arguments.systems_file:
+    if arguments.systems is not None and arguments.systems_file is not None:
         raise DataError("give --systems or --systems-file, not both.")
-    if arguments.systems_file:
-        return [line.strip() for line in arguments.systems_file.read_text().splitlines() if line.strip()]
-    return names(arguments.systems) or None
+    if arguments.systems_file is not None:
+        chosen = [line.strip() for line in read_text(arguments.systems_file).splitlines() if line.strip()]
+    elif arguments.systems is not None:
+        chosen = names(arguments.systems)
+    else:
+        return None
+    if not chosen:
+        raise DataError("--systems and --systems-file must name a system; leave them away for all.")
+    return chosen
 
 
 def names(text: str | None) -> list[str]:

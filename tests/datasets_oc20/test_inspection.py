@@ -179,6 +179,8 @@ def test_a_sample_and_several_processes(tmp_path: Path) -> None:
     part = inspect_dataset(dataset, max_frames=8)
     assert part.energy == pytest.approx(np.arange(0, 700, 699 / 7).astype(int) * 0.001, abs=1e-6)
     assert "700 frames, 8 of them inspected, evenly spread" in to_text(to_record(part, dataset))
+    with pytest.raises(DataError, match="max_frames is -1; it must be at least 1"):
+        inspect_dataset(dataset, max_frames=-1)
 
 
 def test_the_figure(tmp_path: Path) -> None:

@@ -225,3 +225,21 @@ def test_script(
     assert f"96 of 96 frames of 12 files to {out}" in capsys.readouterr().out
     assert json.loads((out / "report.json").read_text())["written"] == 96
     assert len(OC20Lmdb(out)) == 96
+
+
+def test_script_with_a_list_of_systems_that_names_none(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xde\xc0")
+    for options, message in (
+        (["--systems", ""], "must name a system"),
+        (["--systems-file", str(tmp_path / "empty.txt")], "must name a system"),
+        (["--systems-file", str(tmp_path / "binary.txt")], "not a text file"),
+        (["--systems-file", str(tmp_path / "empty.txt"), "--systems", "a"], "not both"),
+    ):
+        given = ["preprocess_oc20.py", "--data", str(release), "--out", str(tmp_path / "x.lmdb"), *options]
+        monkeypatch.setattr(sys, "argv", given)
+        with pytest.raises(DataError, match=message):
+            preprocess_oc20.main()
+    assert not list(tmp_path.glob("*.lmdb"))
