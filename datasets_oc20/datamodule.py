@@ -1,6 +1,7 @@
 """`OC20DataModule`: the Lightning data module. It only loads."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TypedDict
 
 import numpy as np
@@ -212,20 +213,25 @@ class OC20DataModule(pl.LightningDataModule):
         return DataLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=collate,
+            collate_fn=partial(collate, like=dataset[0]),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 
 
-def collate(structures: list[Data]) -> Batch:
-    """One batch of structures; raises `DataError` when only some of them have a field, such as forces."""
-    fields = set(structures[0].keys())
-    for data in structures[1:]:
+def collate(structures: list[Data], like: Data | None = None) -> Batch:
+    """One batch of structures.
+
+    Raises:
+        DataError: only some of them, or of them and `like`, have a field, such as forces.
+    """
+    first = structures[0] if like is None else like
+    fields = set(first.keys())
+    for data in structures:
         different = sorted(fields ^ set(data.keys()))
         if different:
-            names = [f"{item.sid}/{item.fid}" for item in (structures[0], data)]
+            names = [f"{item.sid}/{item.fid}" for item in (first, data)]
             raise DataError(
                 f"of the records {' and '.join(names)} (sid/fid) only one has {', '.join(different)}; "
                 "keep records with other fields in a dataset of their own."

@@ -112,8 +112,8 @@ class RelaxationFolder:
     def _check_same(self, settings: Path) -> None:
         asked = self._asked
         try:
-            before = json.loads(settings.read_text())
-        except ValueError as error:
+            before = dict(json.loads(settings.read_text()))
+        except (ValueError, TypeError) as error:
             raise InputError(f"{settings} cannot be read: give another folder") from error
         differing = sorted(name for name in {*before, *asked} if before.get(name) != asked.get(name))
         if differing:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from torch_geometric.data import Batch
+from torch_geometric.data import Batch, Data
 from tqdm import tqdm
 
 from datasets_oc20 import OC20Lmdb
@@ -117,8 +117,7 @@ def evaluate(
     Raises:
         InputError: records without targets.
     """
-    if "energy" not in dataset[0] or (predictor.has_forces and "forces" not in dataset[0]):
-        raise InputError(f"{dataset.path} holds no targets to compare with: use predict.py")
+    _check_targets(dataset[0], predictor.has_forces, dataset.path)
     check_energies_match_kind(sample_targets(dataset, 200), str(dataset.energy_kind), dataset.path)
     normalizers = predictor.checkpoint.normalizers
     found, trivial = (S2EFMetrics(predictor.has_forces, sync_on_compute=False) for _ in range(2))
@@ -126,6 +125,7 @@ def evaluate(
     targets, predictions, sids, force_pairs = [], [], [], []
     free_atoms = 0
     for batch in batches(dataset, batch_size, max_atoms, num_workers):
+        _check_targets(batch, predictor.has_forces, dataset.path)
         out = predictor.predict(batch)
         nothing = normalizers.denormalize(
             {name: torch.zeros_like(value) for name, value in out.items()}, batch
@@ -168,6 +168,16 @@ def evaluate(
         force_pairs=np.concatenate(force_pairs) if force_pairs else np.zeros((0, 2)),
         breakdown=breakdown,
     )
+
+
+def _check_targets(data: Data, forces: bool, path: str) -> None:
+    """Raise `InputError` for a structure, or a batch, without what is to be compared."""
+    missing = [name for name in ("energy", "forces")[: 1 + forces] if name not in data]
+    if missing:
+        name = data.sid[0] if isinstance(data.sid, list) else data.sid
+        raise InputError(
+            f"{path} holds no targets to compare with (structure {name} has no {missing[0]}): use predict.py"
+        )
 
 
 def average(evaluations: Sequence[Evaluation]) -> dict[str, Any]:

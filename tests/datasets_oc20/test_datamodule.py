@@ -174,3 +174,6 @@ def test_records_with_different_fields_are_not_collated() -> None:
     for pair in ([whole, bare], [bare, whole]):
         with pytest.raises(DataError, match="only one has forces"):
             collate(pair)
+        collate(pair[1:])
+        with pytest.raises(DataError, match="only one has forces"):
+            collate(pair[1:], like=pair[0])

@@ -120,6 +120,25 @@ def test_another_checkpoint_or_other_data_are_evaluated_again(
         assert "finished before" not in capsys.readouterr().out
 
 
+def test_a_batch_without_targets_is_named(
+    checkpoint: Path,
+    lmdb_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = tmp_path / "half.lmdb"
+    with LmdbWriter(data, "adsorption") as writer:
+        for index in range(4):
+            record = OC20Lmdb(lmdb_path)[index]
+            record.sid = f"system{index}"
+            if index > 1:
+                del record.forces
+            writer.write(record)
+    assert run(monkeypatch, "evaluate", "--checkpoint", checkpoint, "--data", data, "--batch_size", 2) == 2
+    assert "(structure system2 has no forces)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("ending", ["json", "pkl"])
 def test_adsorbates_by_name(
     checkpoint: Path,

@@ -168,6 +168,10 @@ def test_what_cannot_be_mixed_is_refused(
     assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out)) == 2
     assert "relaxed.jsonl, line 1 is damaged" in capsys.readouterr().err
 
+    (out / "val_id" / "settings.json").write_text("[]")
+    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out)) == 2
+    assert "not 0.0001: give another folder" in capsys.readouterr().err
+
     frames = write_is2re(tmp_path / "frames.lmdb", lmdb_path, sids=False)
     assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, frames, out)) == 2
     assert "structures 0 and 1 have the same sid" in capsys.readouterr().err
