@@ -170,7 +170,7 @@ def test_what_cannot_be_mixed_is_refused(
 
     (out / "val_id" / "settings.json").write_text("[]")
     assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out)) == 2
-    assert "holds relaxations with checkpoint None, not" in capsys.readouterr().err
+    assert "holds relaxations with alpha None, not" in capsys.readouterr().err
 
     frames = write_is2re(tmp_path / "frames.lmdb", lmdb_path, sids=False)
     assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, frames, out)) == 2
