@@ -106,7 +106,11 @@ def markdown(table: Summary, results: Sequence[Mapping[str, Any]], figure: str) 
             cells += [row["steps"], "–" if row["cpu_seconds"] is None else f"{row['cpu_seconds']:.0f}"]
             cells += [_number(row["metrics"][name]) for name in LABELS]
             lines.append(f"| {' | '.join(map(str, cells))} |")
-        lines += ["", *(_verdict(name, row) for name, row in settings.items() if "difference" in row), ""]
+        lines += [
+            "",
+            *(_verdict(name, settings, baselines) for name in settings if "difference" in settings[name]),
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -115,23 +119,29 @@ def _number(value: Mapping[str, float | None]) -> str:
     return f"{value['mean']:.4f}{spread}"
 
 
-def _verdict(setting: str, row: Mapping[str, Any]) -> str:
-    parts = []
+def _verdict(setting: str, rows: Mapping[str, Mapping[str, Any]], baselines: Mapping[str, float]) -> str:
+    parts, row = [], rows[setting]
     for name, label in LABELS.items():
         mean, error = (row["difference"][name][key] for key in ("mean", "standard_error"))
-        if error is None:
-            parts.append(f"{label} {mean:+.4f} (one seed)")
-            continue
         better = (mean > 0) == (name == "forces_cosine_similarity")
-        word = ("better" if better else "worse") if abs(mean) > CLEAR * error else "no clear difference"
-        parts.append(f"{label} {mean:+.4f} ± {error:.4f} ({word})")
+        if error is None:
+            words = ["one seed"]
+        elif abs(mean) > CLEAR * error:
+            words = ["better" if better else "worse"]
+        else:
+            words = ["no clear difference"]
+        weakest = max(rows[which]["metrics"][name]["mean"] for which in ("v2", setting))
+        if name in baselines and weakest >= baselines[name]:
+            words.append("not both beat the baseline")
+        spread = "" if error is None else f" ± {error:.4f}"
+        parts.append(f"{label} {mean:+.4f}{spread} ({', '.join(words)})")
     return f"- {setting} − v2, ± standard error: {'; '.join(parts)}."
 
 
 def draw(
     results: Sequence[Mapping[str, Any]], settings: Sequence[str], metrics: Sequence[str], target: Path
 ) -> None:
-    """Every seed as a point, means as bars; one row per data set, one column per metric."""
+    """Every seed as a point, means as bars, baselines as lines; a row per data set, a column per metric."""
     sources = sorted({str(result["data"]) for result in results})
     present = [name for name in settings if any(result["setting"] == name for result in results)]
     figure = Figure(figsize=(4 * len(metrics), 3.2 * len(sources)), layout="constrained")
@@ -144,6 +154,11 @@ def draw(
                 if values:
                     axis.bar(place, np.mean(values), color="0.85")
                     axis.plot([place] * len(values), values, "o", color="C0", markersize=4)
+            baseline = next(r["baselines"] for r in results if r["data"] == data).get(metric)
+            if baseline is not None:
+                name = "zero forces" if metric == "forces_mae" else "mean of the training energies"
+                axis.axhline(baseline, color="C3", linestyle="--", linewidth=1, label=name)
+                axis.legend(loc="lower right", fontsize="small")
             axis.set_xticks(range(len(present)), present, rotation=30, ha="right")
             axis.set(title=f"{data}: {LABELS[metric]}")
             axis.grid(axis="y", alpha=0.3)
