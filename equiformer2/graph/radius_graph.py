@@ -121,7 +121,8 @@ def on_device(device: torch.device) -> bool:
 def _edge_vectors(
     pos: Tensor, cell: Tensor, structure: Tensor, source: Tensor, target: Tensor, shifts: Tensor
 ) -> Tensor:
-    """`pos[source] - pos[target] + shifts @ cell`, `[E, 3]` Å in the type of `pos`."""
+    """`pos[source] - pos[target] + shifts @ cell`, `[E, 3]` Å in the type of `pos`, float32 at least."""
+    pos = pos.to(torch.promote_types(pos.dtype, torch.float32))
     lattice = cell.to(pos.dtype)[structure[target]]
     # Under autocast the product would be rounded to bf16: by 0.03 Å in a cell of 10 Å.
     with torch.autocast(pos.device.type, enabled=False):

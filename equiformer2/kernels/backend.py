@@ -20,6 +20,7 @@ from equiformer2.kernels import gpu
 from equiformer2.kernels.cpu import library
 
 BACKENDS = ("auto", "torch", "cpp", "compile", "triton")
+PARAMETER_DTYPES = (torch.float32, torch.float64)
 
 
 class Neighbors(NamedTuple):
@@ -86,9 +87,22 @@ def plain_expressions(differentiated_frames: bool) -> bool:
 def why_not(
     backend: str, device: torch.device, dtype: torch.dtype, lmax: int, mmax: int, frames_need_grad: bool
 ) -> str | None:
-    """Why `backend` cannot be used, as half a sentence, or None if it can."""
+    """Why `backend` cannot be used, as half a sentence, or None if it can.
+
+    Args:
+        backend: one of `BACKENDS`.
+        device, dtype: of the parameters.
+        lmax, mmax: L and M.
+        frames_need_grad: gradients flow to positions through the edge frames.
+    """
     if backend not in BACKENDS:
         return f"known are {', '.join(BACKENDS)}"
+    if dtype not in PARAMETER_DTYPES:
+        # Distances would be off by hundredths of an Å, and the steps of an optimizer lost in rounding.
+        return (
+            f"the parameters are {str(dtype).removeprefix('torch.')}, and geometry, norms and sums need "
+            "float32 or float64: keep them so and round the matrix products alone, with torch.autocast"
+        )
     if backend == "cpp":
         return library.why_not(device, dtype, lmax)
     if backend == "compile":
