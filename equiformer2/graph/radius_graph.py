@@ -10,6 +10,7 @@ from torch import Tensor
 from equiformer2.graph import validation
 from equiformer2.graph.device_search import find_pairs_on_device
 from equiformer2.graph.search import find_pairs
+from equiformer2.graph.structures import structure_index
 from equiformer2.graph.truncation import nearest_edges
 
 
@@ -84,7 +85,7 @@ def radius_graph(
     if (distance <= validation.MIN_DISTANCE).any():
         columns = target.cpu().numpy(), source.cpu().numpy(), distance.cpu().numpy()
         validation.check_distances(*columns, natoms_array)
-    structure = torch.repeat_interleave(torch.from_numpy(natoms_array)).to(target.device)
+    structure = structure_index(torch.from_numpy(natoms_array), len(pos)).to(target.device)
 
     def vectors_of(edges: Tensor) -> Tensor:
         return _edge_vectors(positions64, cells64, structure, source[edges], target[edges], shifts[edges])
