@@ -1,4 +1,4 @@
-"""Where the time of ours goes, beside what the machine's matrix products allow."""
+"""Where the time of ours goes, beside what the machine's matrix products and memory allow."""
 
 import statistics
 from typing import Any
@@ -32,6 +32,8 @@ def _measure(bench: Benchmark, size: str, batch: str) -> dict[str, Any]:
             rate = session.ask("gemm_rate", precision=precision, repeats=bench.settings.repeats)
             record["rates"][precision] = rate
             bench.say(f"{size} {batch} {precision} matrix products: {rate['rate'] / 1e9:.0f} GFLOP/s")
+        record["bandwidth"] = session.ask("bandwidth", repeats=bench.settings.repeats)
+        bench.say(f"{size} {batch} memory: {record['bandwidth']['rate'] / 1e9:.1f} GB/s")
         for operation in OPERATIONS:
             for precision in precisions:
                 if operation == "training_step" and precision == "bf16" and bench.settings.device == "cpu":

@@ -183,6 +183,12 @@ class Worker:
         shapes = gemm_shapes(self._config(), edges)
         return measure_rate(shapes, precision, self.device, repeats)
 
+    def bandwidth(self, repeats: int) -> dict[str, Any]:
+        """Measured rate of the memory; see `bandwidth`."""
+        from bench.bandwidth import measure_bandwidth
+
+        return measure_bandwidth(self.device, repeats)
+
     def _config(self) -> Any:
         return self.model.config
 

@@ -92,6 +92,9 @@ class FakeSession:
     def _gemm_rate(self, precision: str, repeats: int) -> dict[str, Any]:
         return {"rate": 4e9 if precision == "bf16" else 2e9, "best": 5e9, "shapes": [[1, 2, 3]]}
 
+    def _bandwidth(self, repeats: int) -> dict[str, Any]:
+        return {"copy": 4e8, "triad": 5e8, "rate": 5e8, "array_bytes": 2**28}
+
     def _breakdown(self, operation: str, precision: str) -> dict[str, Any]:
         backward = 1.5 if operation == "training_step" else 0.0
         return {"parts": {"SO(2) GEMMs 1": [1.0, backward], "norm": [0.25, 0.0]}, "total": 1.25 + backward}

@@ -9,6 +9,7 @@ from bench.figures import atoms_figure, figure
 from bench.ratios import baseline, memory_ratio, speed_goal, speed_up
 from bench.report import markdown
 from bench.store import records
+from bench.tables_breakdown import breakdown_tables
 from tests.benchmark.conftest import measured
 
 ALL = ("memory", "timings", "precision", "relaxation", "breakdown", "atoms")
@@ -77,7 +78,7 @@ def test_memory_is_extrapolated_and_labelled(tmp_path: Path, log: Any) -> None:
     assert "extrapolated, not measured" in text
 
 
-def test_breakdown_says_how_far_the_floor_is(tmp_path: Path, log: Any) -> None:
+def test_breakdown_says_how_far_the_floors_are(tmp_path: Path, log: Any) -> None:
     content = measured(tmp_path, parts=("breakdown",), batches=("B1",))
     text = markdown(content, "benchmark_cpu", [])
     # 1 GFLOP at 2 GFLOP/s in a forward of 1.4 s; three times as many in a training step of 8 s.
@@ -89,8 +90,34 @@ def test_breakdown_says_how_far_the_floor_is(tmp_path: Path, log: Any) -> None:
         in text
     )
     rows = [line for line in text.splitlines() if line.startswith("| SO(2) GEMMs 1 |")]
-    assert rows[0] == "| SO(2) GEMMs 1 | 1.000 | 0.000 | 80% | 1 | 0.1 | 0.5 | 50% |"
-    assert rows[1] == "| SO(2) GEMMs 1 | 1.000 | 1.500 | 91% | 3 | 0.1 | 1.5 | 60% |"
+    assert rows[0] == "| SO(2) GEMMs 1 | 1.000 | 0.000 | 80% | 1 | 0.1 | 0.5 | 0.2 | products | 50% |"
+    assert rows[1] == "| SO(2) GEMMs 1 | 1.000 | 1.500 | 91% | 3 | 0.1 | 1.5 | 0.4 | products | 60% |"
+    # 10 MB at 0.5 GB/s, twice in a training step; no products at all.
+    rows = [line for line in text.splitlines() if line.startswith("| norm |")]
+    assert rows[0] == "| norm | 0.250 | 0.000 | 20% |  | 0.01 |  | 0.02 | memory |  |"
+    assert rows[1] == "| norm | 0.250 | 0.000 | 9% |  | 0.01 |  | 0.04 | memory |  |"
+    assert "Of memory: 0.5 GB/s (copy 0.4, triad 0.5)." in text
+    # 0.5 s of products and 0.02 s of the norm's memory.
+    assert "the longer floor of every part 0.52 s (37%)." in text
+
+
+def test_breakdown_in_bf16_moves_half_the_bytes(tmp_path: Path, log: Any) -> None:
+    text = markdown(
+        measured(tmp_path, parts=("breakdown",), batches=("B1",), precisions=("bf16",)), "benchmark_cpu", []
+    )
+    assert "| 1 | 0.1 | 0.25 | 0.1 | products | 25% |" in text
+
+
+def test_breakdown_without_a_rate_of_the_memory(tmp_path: Path, log: Any) -> None:
+    """Results that are older than its measurement, alone and beside newer ones."""
+    content = measured(tmp_path, parts=("breakdown",), batches=("B1", "B4"))
+    old, new = (unit["record"] for unit in content["units"].values())
+    del old["bandwidth"]
+    text = markdown(content, "benchmark_cpu", [])
+    assert "\n| SO(2) GEMMs 1 | 1.000 | 0.000 | 80% | 1 | 0.1 | 0.5 | 50% |\n" in text
+    assert "\n| SO(2) GEMMs 1 | 1.000 | 0.000 | 80% | 1 | 0.1 | 0.5 | 0.2 | products | 50% |\n" in text
+    del new["bandwidth"]
+    assert "emory: " not in "".join(breakdown_tables([old, new]))
 
 
 def test_every_part_has_its_table_and_an_empty_store_none(tmp_path: Path, log: Any) -> None:

@@ -47,6 +47,7 @@ def test_worker_relaxes_counts_and_breaks_down(tmp_path: Path) -> None:
         assert session.ask("run", operation="relaxation_step", **variant)["value"] != first
         assert session.ask("count")["edges"] == 1460
         assert session.ask("gemm_rate", precision="float32", repeats=1)["rate"] > 0
+        assert session.ask("bandwidth", repeats=1)["rate"] > 0
         session.ask("answers", path=str(tmp_path / "answers.pt"), draws=1, gradients=False)
     # The calculator and the plain network give the same answers.
     kept = [
