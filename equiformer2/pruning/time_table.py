@@ -193,7 +193,7 @@ class PartTimer:
 
     def compare(self, one: Callable[[], object], other: Callable[[], object]) -> float:
         """Median of the ratios of neighbouring calls, with the number of threads of this timer."""
-        with _with_threads(self._threads):
+        with with_threads(self._threads):
             return compare_latency(one, other, self._repeats, self._warm_up).ratio
 
     @property
@@ -257,7 +257,8 @@ class PartTimer:
 
 
 @contextmanager
-def _with_threads(threads: int | None) -> Iterator[None]:
+def with_threads(threads: int | None) -> Iterator[None]:
+    """Context in which torch has this many threads; None leaves them."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

@@ -44,7 +44,7 @@ class Speed:
         keep: share of the MACs of the plans that are timed.
         repeats: pairs of force calls.
         latency: share of the time that the plans of `multi_time` leave.
-        threads: with which the times that `multi_time` chooses by are measured; None for those of torch.
+        threads: with which everything is timed, also what `multi_time` chooses by; None for those of torch.
     """
 
     random_weights: dict[str, str] = field(default_factory=dict)

@@ -1,6 +1,7 @@
 """Times of a pruning study: what inference leaves out, and force calls through the ASE calculator.
 
-Both are ratios of neighbouring calls in one process; what was measured is not measured again.
+Both are ratios of neighbouring calls in one process. What was measured is not measured again, unless its file
+is broken or tells of other settings.
 """
 
 import dataclasses
@@ -29,7 +30,8 @@ from equiformer2.pruning.shrink import shrink
 from equiformer2.pruning.structures import read_structures
 from equiformer2.pruning.study import TIMED
 from equiformer2.pruning.target import MacTarget
-from study_parts.settings import Campaign
+from equiformer2.pruning.time_table import with_threads
+from study_parts.settings import Campaign, Speed
 
 _STRUCTURES = 3
 _STEP = 1e-3  # Å: every call is for a new structure, as in a relaxation
@@ -41,13 +43,16 @@ def measure_lossless(campaign: Campaign, out: Path) -> None:
     """Write one file per network: `measure_savings` on the first held-out structures."""
     for name, checkpoint in campaign.models.items():
         path = out / f"{name}.json"
-        if path.exists():
+        threads, repeats = campaign.speed.threads or torch.get_num_threads(), campaign.speed.repeats
+        wanted = {"threads": threads, "repeats": {repeats}}
+        if _measured(path, wanted, _settings_of_savings):
             continue
         predictor = Predictor(checkpoint)
         batch = Batch.from_data_list(_held_out(campaign)[:_STRUCTURES])
         normalizers = predictor.checkpoint.normalizers
-        savings = measure_savings(predictor.model, batch, normalizers, campaign.speed.repeats)
-        record = {"threads": torch.get_num_threads(), "savings": [saving.to_dict() for saving in savings]}
+        with with_threads(threads):
+            savings = measure_savings(predictor.model, batch, normalizers, repeats)
+        record = {"threads": threads, "savings": [saving.to_dict() for saving in savings]}
         write_json(path, record, make_folder=True)
         print(f"wrote {path}")
 
@@ -59,9 +64,9 @@ def measure_calls(campaign: Campaign, studies: Path, out: Path) -> None:
     for name, checkpoint in campaign.models.items():
         dense = load_checkpoint(checkpoint)
         for method, cheaper in _ways(campaign, studies, name, dense).items():
-            _measure(out / f"{name}_{method}.json", atoms, dense, cheaper, campaign.speed.repeats)
+            _measure(out / f"{name}_{method}.json", atoms, dense, cheaper, campaign.speed)
             if method in _ALSO_LARGE:
-                _measure(out / f"{name}_2x2_{method}.json", large, dense, cheaper, campaign.speed.repeats)
+                _measure(out / f"{name}_2x2_{method}.json", large, dense, cheaper, campaign.speed)
     for name, preset in campaign.speed.random_weights.items():
         torch.manual_seed(0)
         dense = _random(preset)
@@ -72,7 +77,7 @@ def measure_calls(campaign: Campaign, studies: Path, out: Path) -> None:
         }
         for kind, plan in plans.items():
             path = out / f"{name}_random_weights_{kind}.json"
-            _measure(path, atoms, dense, _pruned(dense, plan, cost(plan)), campaign.speed.repeats)
+            _measure(path, atoms, dense, _pruned(dense, plan, cost(plan)), campaign.speed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,23 +113,50 @@ def _pruned(dense: Checkpoint, plan: PruningPlan, macs: float | None = None) -> 
     return _Cheaper(dataclasses.replace(dense, config=small.config, model=small), macs)
 
 
-def _measure(path: Path, atoms: Atoms, dense: Checkpoint, cheaper: _Cheaper, repeats: int) -> None:
-    if path.exists():
+def _measure(path: Path, atoms: Atoms, dense: Checkpoint, cheaper: _Cheaper, speed: Speed) -> None:
+    settings = {
+        "atoms": len(atoms),
+        "threads": speed.threads or torch.get_num_threads(),
+        "macs": cheaper.macs,
+    }
+    if _measured(path, settings | {"repeats": speed.repeats}, _settings_of_calls):
         return
     calls = []
     for checkpoint, router in ((cheaper.checkpoint, cheaper.router), (dense, None)):
         own = atoms.copy()
         own.calc = EquiformerV2Calculator(checkpoint, forces_on_fixed=False, router=router)
         calls.append(_call(own))
-    latency = compare_latency(calls[0], calls[1], repeats)
-    record: dict[str, Any] = {
-        "atoms": len(atoms),
-        "threads": torch.get_num_threads(),
-        "macs": cheaper.macs,
-        "latency": latency.to_dict(),
-    }
-    write_json(path, record, make_folder=True)
+    with with_threads(speed.threads):
+        latency = compare_latency(calls[0], calls[1], speed.repeats)
+    write_json(path, settings | {"latency": latency.to_dict()}, make_folder=True)
     print(f"{path.stem}: {1 / latency.ratio:.2f} times as fast")
+
+
+def _measured(path: Path, wanted: dict[str, Any], settings: Callable[[Any], dict[str, Any]]) -> bool:
+    """Whether `path` has what was measured with the `wanted` settings; says why not."""
+    if not path.exists():
+        return False
+    try:
+        found = settings(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError):
+        print(f"{path} is broken: measuring again")
+        return False
+    if found != wanted:
+        print(f"{path} was measured with other settings: measuring again")
+    return found == wanted
+
+
+def _settings_of_calls(record: Any) -> dict[str, Any]:
+    latency = record["latency"]
+    # What the report reads has to be there, too.
+    for key in ("seconds", "dense_seconds", "ratio", "low", "high"):
+        float(latency[key])
+    return {key: record[key] for key in ("atoms", "threads", "macs")} | {"repeats": latency["repeats"]}
+
+
+def _settings_of_savings(record: Any) -> dict[str, Any]:
+    repeats = {saving["latency"]["repeats"] for saving in record["savings"]}
+    return {"threads": record["threads"], "repeats": repeats}
 
 
 def _call(atoms: Atoms) -> Callable[[], object]:
