@@ -119,6 +119,7 @@ def atoms_figure(content: dict[str, Any]) -> Figure | None:
         axis.set_xlabel("atoms")
         axis.set_ylabel(title)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
+    # One for both: among the lines of the other there is no room.
+    memory_axis.legend(frameon=False)
     memory_axis.set_title("thin lines: extrapolated, not measured", fontsize=9)
     return plot
