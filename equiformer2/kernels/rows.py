@@ -13,7 +13,8 @@ from torch import Tensor
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """`x[index]` for `x [N, …]` and `index [E]`: `[E, …]`."""
-    return _gather(x, index) if _own_operators(x) else x[index]
+    # Not `x[index]`: its derivative adds atomically as soon as several threads share it.
+    return _gather(x, index) if _own_operators(x) else x.index_select(0, index)
 
 
 def sum_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
