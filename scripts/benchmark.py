@@ -46,8 +46,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         f"{', '.join(PARTS_WITHOUT_REFERENCE)} run without one",
     )
     add("--parts", default="memory,timings", help=f"of {', '.join(PARTS)} (default: %(default)s)")
-    add("--sizes", default="31M,83M", help=f"of {', '.join(SIZES)} (default: %(default)s)")
-    add("--batches", default="B1,B4", help=f"of {', '.join(BATCHES)} (default: %(default)s)")
+    add("--sizes", help=f"of {', '.join(SIZES)} (default: 31M,83M; with --quick: 31M)")
+    add("--batches", help=f"of {', '.join(BATCHES)} (default: B1,B4; with --quick: B1)")
     add("--allocators", default="default", help=f"of {', '.join(ALLOCATORS)} (default: %(default)s)")
     add("--device", default="cpu", choices=DEVICES, help="default: %(default)s")
     add(
@@ -55,7 +55,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"of {', '.join(PRECISIONS)} (default: float32; with --device cuda all three)",
     )
     add("--backends", default="auto", help=f"of {', '.join(BACKENDS)} (default: %(default)s)")
-    add("--repeats", type=int, default=5, help="timed calls of each (default: %(default)s)")
+    add("--repeats", type=int, help="timed calls of each (default: 5; with --quick: 1)")
     add("--threads", type=int, default=2, help="default: %(default)s")
     add(
         "--atoms",
@@ -70,10 +70,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--force", action="store_true", help="measure again what is complete")
     add("--output", type=Path, help="folder (default: docs/results; with --quick: runs/benchmark)")
-    add("--quick", action="store_true", help="one call each of the 31M network on one structure")
+    add(
+        "--quick",
+        action="store_true",
+        help="other defaults: one call each of the 31M network on one structure",
+    )
     given = parser.parse_args(arguments)
-    if given.quick:
-        given.sizes, given.batches, given.repeats = "31M", "B1", 1
+    defaults = ("31M", "B1", 1) if given.quick else ("31M,83M", "B1,B4", 5)
+    for name, default in zip(("sizes", "batches", "repeats"), defaults, strict=True):
+        if getattr(given, name) is None:
+            setattr(given, name, default)
     if given.output is None:
         given.output = Path("runs/benchmark" if given.quick else "docs/results")
     if given.precisions is None:

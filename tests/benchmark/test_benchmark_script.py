@@ -26,6 +26,12 @@ def test_the_default_is_what_make_benchmark_measures() -> None:
     assert default.variants() == [Variant("float32", "auto")]
 
 
+def test_quick_changes_only_what_is_not_asked_for() -> None:
+    quick, chosen = settings("--quick"), settings("--quick", "--sizes", "small")
+    assert (quick.sizes, quick.batches, quick.repeats) == (("31M",), ("B1",), 1)
+    assert (chosen.sizes, chosen.batches, chosen.repeats) == (("small",), ("B1",), 1)
+
+
 def test_the_command_of_the_report_asks_for_the_same() -> None:
     asked = settings("--parts", "atoms,timings", "--precisions", "float32,bf16", "--atoms", "16,32")
     again = benchmark.command(asked).split()
