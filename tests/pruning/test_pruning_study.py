@@ -45,7 +45,10 @@ def row(method: str, trained: str, keep: float, error: float) -> dict[str, Any]:
 @pytest.mark.parametrize(("error", "holds"), [(0.104, [True, True]), (0.106, [False, False])])
 def test_verdicts(error: float, holds: list[bool]) -> None:
     campaign, dense = read_campaign(FILE), row("dense", "cut", 1.0, 0.1)
-    routers = [dense, row("route_ftp", "cut", 0.7, error), row("route_random", "cut", 0.7, 0.105)]
+    others = [("route_random", 0.2), ("route_uniform", 0.105), ("route_distance", 0.2)]
+    routers = [dense, row("route_ftp", "cut", 0.7, error), *(row(name, "cut", 0.7, e) for name, e in others)]
     assert [v.holds for v in _router_verdicts(campaign, "small_routers", routers)] == holds * 2
+    # Nothing is said of what has not been computed.
+    assert [v.holds for v in _router_verdicts(campaign, "small_routers", routers[:-1])] == holds[:1] * 2
     trained = [dense, row("multi", "distilled", 0.5, error), row("scratch", "distilled", 0.5, 0.105)]
     assert [v.holds for v in _distilled_verdicts(campaign, "small_distilled", trained)] == holds * 2
