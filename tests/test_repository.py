@@ -105,3 +105,9 @@ def test_constraints_pin_every_direct_dependency() -> None:
     assert names <= {normalise(name) for name in pins}
     # A local version (+cpu, +cu…) exists only on some machines.
     assert not [version for version in pins.values() if "+" in version]
+
+
+def test_every_test_file_has_a_name_of_its_own() -> None:
+    """The folders are no packages: of two files with one name pytest collects the first only."""
+    names = [path.name for path in sources("tests") if path.name.startswith("test_")]
+    assert sorted(names) == sorted(set(names))
