@@ -10,13 +10,14 @@ from torch.autograd.function import once_differentiable
 from equiformer2.kernels import triton_path
 from equiformer2.kernels.backend import cpp_kernels, plain_expressions, triton_neighbors, use_cpp_kernels
 from equiformer2.kernels.chunks import chunks, no_autocast
-from equiformer2.kernels.edge_sums import Messages, SumOptions, add_messages, messages_backward
+from equiformer2.kernels.edge_sums import Messages, Sent, SumOptions, add_messages, messages_backward
 from equiformer2.kernels.linear import linear
 from equiformer2.kernels.rotation import rotation_matrices
 from equiformer2.kernels.rows import sum_rows
 from equiformer2.kernels.so2 import (
     SO2Weights,
     gauss_inputs,
+    gauss_values,
     gemm_dtype,
     products_backward,
     so2_linear,
@@ -39,7 +40,8 @@ def attend(
 ) -> Tensor:
     """Sum over incoming edges of attention weight times second convolution of the activated hidden features.
 
-    Nothing of the size of the edges is stored but the arguments.
+    Nothing of the size of the edges is stored but the arguments and, for the derivatives, the values
+    (`[E, R, channels]`, m-major).
 
     Args:
         hidden: `[E, W]` what the first convolution gave.
@@ -134,10 +136,9 @@ class _SumRotated(torch.autograd.Function):
         channels = grad_total.shape[2]
         grad = grad_total.new_empty(len(target), options.kept[0] + 1, channels, dtype=ctx.dtype)
         for part in chunks(len(target), 4 * grad_total[:1].numel(), grad.device):
-            like = grad_total.new_empty(len(target[part]), (options.kept[0] + 1) * channels)
-            edges = Messages([like], None, None, packed[part], target[part])
-            (grad_values,), _ = messages_backward(edges, grad_total, options)
-            grad[part] = grad_values.view(len(like), -1, channels)
+            edges = Sent(None, None, packed[part], target[part])
+            (grad_values,), _ = messages_backward(edges, grad_total, options, grad_total.dtype)
+            grad[part] = grad_values.unflatten(1, (-1, channels))
         return grad, None, None, None, None
 
 
@@ -157,8 +158,8 @@ class _Plan(NamedTuple):
         return activated, gauss_inputs(activated.detach(), self.options.degrees[0], self.options.kept[1])
 
 
-def _streamed(plan, hidden, alpha, packed, target, weights):  # type: ignore[no-untyped-def]
-    """Chunk by chunk, without derivatives."""
+def _streamed(plan, hidden, alpha, packed, target, weights, values=None):  # type: ignore[no-untyped-def]
+    """Chunk by chunk, without derivatives; `values [E, R C]` are kept where there is a place for them."""
     terms, bias = weights.terms(plan.dtype), weights.bias.to(plan.dtype)
     packed, alpha = _prepared(plan, packed, alpha)
     rows = (plan.options.kept[0] + 1) ** 2
@@ -168,6 +169,8 @@ def _streamed(plan, hidden, alpha, packed, target, weights):  # type: ignore[no-
         products = [linear(x, term) for x, term in zip(inputs, terms, strict=True)]
         messages = Messages(products, bias, alpha[part], packed[part], target[part])
         add_messages(messages, total, plan.options)
+        if values is not None:
+            gauss_values(products, bias, values[part])
     return total
 
 
@@ -178,32 +181,38 @@ def _prepared(plan, packed, alpha):  # type: ignore[no-untyped-def]
 
 
 class _Attend(torch.autograd.Function):
-    """Chunk by chunk; the backward pass computes the values of a chunk once more."""
+    """Chunk by chunk; the backward pass activates the hidden features of a chunk once more.
+
+    The values of the edges are kept: they are smaller than what comes before them, and the GEMMs that make
+    them take longer than reading them.
+    """
 
     @staticmethod
     def forward(ctx, plan, hidden, alpha, packed, target, *flat):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(hidden, alpha, packed, target, *flat)
+        weights = SO2Weights.from_flat(flat)
+        columns = len(weights.bias) + sum(len(weight) for weight in weights.orders)
+        values = hidden.new_empty(len(target), columns, dtype=plan.dtype)
+        ctx.save_for_backward(hidden, alpha, packed, target, values, *flat)
         ctx.plan = plan
-        return _streamed(plan, hidden, alpha, packed, target, SO2Weights.from_flat(flat))
+        return _streamed(plan, hidden, alpha, packed, target, weights, values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total):  # type: ignore[no-untyped-def]
-        hidden, alpha, packed, target, *flat = ctx.saved_tensors
+        hidden, alpha, packed, target, values, *flat = ctx.saved_tensors
         plan: _Plan = ctx.plan
         weights, grad_total = SO2Weights.from_flat(flat), grad_total.contiguous()
-        terms, bias = weights.terms(plan.dtype), weights.bias.to(plan.dtype)
+        terms = weights.terms(plan.dtype)
         packed, factors = _prepared(plan, packed, alpha)
         grad_hidden, grad_alpha = torch.empty_like(hidden), torch.empty_like(alpha)
         # Sums over all edges: collected in float32 also when the GEMMs run in bf16.
-        grad_terms, grad_bias = [torch.zeros_like(widened(term)) for term in terms], widened(bias) * 0
+        grad_terms, grad_bias = [torch.zeros_like(widened(term)) for term in terms], widened(weights.bias) * 0
         for part in chunks(len(target), plan.bytes_per_edge, hidden.device):
             some = hidden[part].detach().requires_grad_()
             with torch.enable_grad():
                 activated, inputs = plan.inputs(some)
-            products = [linear(x, term) for x, term in zip(inputs, terms, strict=True)]
-            messages = Messages(products, bias, factors[part], packed[part], target[part])
-            grads, of_alpha = messages_backward(messages, grad_total, plan.options)
+            sent = Sent(values[part], factors[part], packed[part], target[part])
+            grads, of_alpha = messages_backward(sent, grad_total, plan.options, plan.dtype)
             assert of_alpha is not None
             grad_alpha[part] = of_alpha
             grad_bias += grads[0].sum(0)

@@ -25,6 +25,7 @@ from equiformer2.kernels.so2 import (
     accumulate,
     complex_linear,
     gauss_gradients,
+    gauss_values,
     products_backward,
 )
 
@@ -107,13 +108,7 @@ def _streamed(edges: Edges, weights: SO2Weights, extra: int, options: InputOptio
         inputs = edge_inputs(edges.part(part), options)
         result, *others = (linear(x, term) for x, term in zip(inputs, terms, strict=True))
         torch.add(result[:, :extra], bias[:extra], out=scalars[part])
-        torch.add(result[:, extra:], bias[extra:], out=out[part, :first])
-        column = first
-        for common, plus, minus in zip(others[::3], others[1::3], others[2::3], strict=True):
-            width = common.shape[1]
-            torch.sub(common, minus, out=out[part, column : column + width])
-            torch.add(common, plus, out=out[part, column + width : column + 2 * width])
-            column += 2 * width
+        gauss_values([result[:, extra:], *others], bias[extra:], out[part])
     return scalars, out
 
 

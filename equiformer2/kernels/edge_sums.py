@@ -7,6 +7,7 @@ from torch import Tensor
 
 from equiformer2.kernels.chunks import take_rows
 from equiformer2.kernels.cpu import edges as cpu
+from equiformer2.kernels.cpu.calls import widths_per_order
 from equiformer2.kernels.rotation import rotation_matrices
 from equiformer2.kernels.rows import add_rows_
 from equiformer2.kernels.so2 import gauss_gradients, gauss_values
@@ -50,34 +51,43 @@ def add_messages(edges: Messages, out: Tensor, options: SumOptions) -> None:
     if cpp:
         cpu.rotate_sum(*edges, out, degrees, kept)
         return
-    values = _values(edges, out.shape[2])
+    values = gauss_values(edges.products, edges.bias).unflatten(1, (-1, out.shape[2]))
     if edges.alpha is not None:
         values = _by_head(values, edges.alpha)
     matrices = rotation_matrices(edges.packed, degrees, kept).to(values.dtype)
     add_rows_(out, edges.target, torch.bmm(matrices.transpose(1, 2), values).to(out.dtype))
 
 
+class Sent(NamedTuple):
+    """Some edges after their messages have been added.
+
+    Attributes:
+        values: `[e, R C]` what `so2.gauss_values` makes of the products; None without attention weights.
+        alpha, packed, target: as in `Messages`.
+    """
+
+    values: Tensor | None
+    alpha: Tensor | None
+    packed: Tensor
+    target: Tensor
+
+
 def messages_backward(
-    edges: Messages, grad_out: Tensor, options: SumOptions
+    edges: Sent, grad_out: Tensor, options: SumOptions, dtype: torch.dtype
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Gradients of the products and of the attention weights."""
+    """Gradients of the products, in `dtype`, and of the attention weights."""
     degrees, kept, cpp = options
-    dtype = edges.products[0].dtype
     if cpp:
-        return cpu.rotate_sum_backward(grad_out, *edges, degrees, kept)
+        return cpu.rotate_sum_backward(grad_out, *edges, degrees, kept, dtype)
     matrices = rotation_matrices(edges.packed, degrees, kept).to(grad_out.dtype)
     grad, grad_alpha = torch.bmm(matrices, take_rows(grad_out, edges.target)), None
     if edges.alpha is not None:
-        product = _values(edges, grad.shape[2]).to(grad.dtype) * grad
+        assert edges.values is not None
+        product = edges.values.view(grad.shape).to(grad.dtype) * grad
         grad_alpha = product.unflatten(2, (edges.alpha.shape[1], -1)).sum((1, 3))
         grad = _by_head(grad, edges.alpha)
-    flat, widths = grad.to(dtype).flatten(1), [product.shape[1] for product in edges.products]
-    return [flat[:, : widths[0]], *gauss_gradients(flat[:, widths[0] :], widths[1:])], grad_alpha
-
-
-def _values(edges: Messages, channels: int) -> Tensor:
-    """m-major `[e, R, C]`."""
-    return gauss_values(edges.products, edges.bias).unflatten(1, (-1, channels))
+    flat, (first, *widths) = grad.to(dtype).flatten(1), widths_per_order(kept, grad.shape[2])
+    return [flat[:, :first], *gauss_gradients(flat[:, first:], widths)], grad_alpha
 
 
 def _by_head(values: Tensor, alpha: Tensor) -> Tensor:

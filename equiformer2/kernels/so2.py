@@ -115,13 +115,26 @@ def gauss_sum_backward(grads: Sequence[Tensor], m: int) -> list[Tensor]:
     return [total + positive, total + negative]
 
 
-def gauss_values(products: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """The outputs of all orders side by side, m-major, from the products of the GEMMs."""
-    outputs = [products[0] if bias is None else products[0] + bias]
-    for m in range(1, len(products) // 3 + 1):
-        common, plus, minus = products[3 * m - 2 : 3 * m + 1]
-        outputs += [common - minus, common + plus]
-    return torch.cat(outputs, dim=1)
+def gauss_values(products: Sequence[Tensor], bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """The outputs of all orders side by side, m-major, from the products of the GEMMs.
+
+    They are written to `out` where it is given.
+    """
+    pairs = [products[i : i + 3] for i in range(1, len(products), 3)]
+    start = products[0].shape[1]
+    if out is None:
+        columns = start + 2 * sum(common.shape[1] for common, _, _ in pairs)
+        out = products[0].new_empty(len(products[0]), columns)
+    if bias is None:
+        out[:, :start] = products[0]
+    else:
+        torch.add(products[0], bias, out=out[:, :start])
+    for common, plus, minus in pairs:
+        width = common.shape[1]
+        torch.sub(common, minus, out=out[:, start : start + width])
+        torch.add(common, plus, out=out[:, start + width : start + 2 * width])
+        start += 2 * width
+    return out
 
 
 def gauss_gradients(grad: Tensor, widths: Sequence[int]) -> list[Tensor]:

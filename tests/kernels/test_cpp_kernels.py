@@ -19,6 +19,7 @@ from equiformer2.kernels.backend import use_cpp_kernels
 from equiformer2.kernels.cpu import edges as cpu
 from equiformer2.kernels.cpu import sphere
 from equiformer2.kernels.cpu.library import why_missing
+from equiformer2.kernels.so2 import gauss_values
 
 # A vector holds 16 float32 or 8 float64: one whole, whole and tail, several with and without tail.
 sizes = pytest.mark.parametrize(
@@ -125,7 +126,8 @@ class Arguments:
         self.radial, self.bias = random(41, 9 * 2 * channels), random(9 * 2 * channels)
         counts = [4, 3, 3, 3, 2, 2, 2]
         self.grads = [random(41, n * 2 * channels) for n in counts]
-        self.values, self.alpha = [random(41, n * channels) for n in counts], random(41, 1)
+        self.products, self.alpha = [random(41, n * channels) for n in counts], random(41, 1)
+        self.values = gauss_values(self.products, None)
         self.value_bias = random(4 * channels)
         self.factors = factors_in(sphere_factors(3, 2), torch.float32)
         self.hidden, self.grad_out = random(41, 15 * channels), random(41, 14, channels)
@@ -139,9 +141,10 @@ class Arguments:
             totals = grad_x, grad_x if same else other
             found += [cpu.gather_rotate_backward(*edges, self.grads, *totals, self.degrees, False), *totals]
         out, both = torch.zeros_like(self.x), (self.degrees, self.degrees)
-        messages = self.values, self.value_bias, self.alpha, self.packed, self.target
-        cpu.rotate_sum(*messages, out, *both)
-        grads, grad_alpha = cpu.rotate_sum_backward(self.x, *messages, *both)
+        messages = self.alpha, self.packed, self.target
+        cpu.rotate_sum(self.products, self.value_bias, *messages, out, *both)
+        sent = self.values, *messages
+        grads, grad_alpha = cpu.rotate_sum_backward(self.x, *sent, *both, torch.float32)
         assert grad_alpha is not None
         found += [out, *grads, grad_alpha, sphere.separable_activation(self.hidden, self.factors, 14)]
         found.append(sphere.separable_activation_backward(self.hidden, self.factors, self.grad_out))
@@ -183,9 +186,11 @@ def change(arguments: Arguments, name: str, value: object) -> Arguments:
         ("bias", lambda t: t.bfloat16(), "bias must be"),
         ("grads", lambda t: t[:4], "grads must be 7 tensors, not 4"),
         ("grads", lambda t: [t[0][:, 1:], *t[1:]], "grads must be a contiguous"),
-        ("values", lambda t: [t[0].double(), *t[1:]], "must be a contiguous torch.float64"),
+        ("products", lambda t: [t[0].double(), *t[1:]], "must be a contiguous torch.float64"),
+        ("values", lambda t: t[:, 1:], "values must be a contiguous"),
         ("alpha", lambda t: t.expand(-1, 2).contiguous(), "5 channels cannot be shared by 2 heads"),
-        ("value_bias", lambda t: None, "attention weights need a bias"),
+        ("values", lambda t: None, "attention weights need values"),
+        ("value_bias", lambda t: t[1:], "bias must be"),
         ("hidden", lambda t: t[:, 1:].contiguous(), "hidden must be"),
         ("grad_out", lambda t: t[:40], "grad_out must be"),
         ("factors", lambda t: t._replace(row_starts=t.row_starts.int()), "row_starts must be"),

@@ -66,7 +66,7 @@ def gather_rotate_backward(
 
 
 def rotate_sum(
-    values: list[Tensor],
+    products: list[Tensor],
     bias: Tensor | None,
     alpha: Tensor | None,
     packed: Tensor,
@@ -76,38 +76,42 @@ def rotate_sum(
     kept: tuple[int, int],
 ) -> None:
     """Adds the messages of some edges to `out`: `kernels.edge_sums.add_messages`."""
-    target = target.contiguous()
-    _check_messages(values, bias, alpha, packed, target, out, degrees, kept)
+    target, dtype = target.contiguous(), products[0].dtype
+    _check_sum(alpha, packed, target, out, degrees, kept, arithmetic(dtype))
+    check_per_order("products", products, dtype, len(target), kept, out.shape[2])
+    if bias is not None:
+        check("bias", bias, dtype, (kept[0] + 1) * out.shape[2])
     heads = 1 if alpha is None else alpha.shape[1]
     sizes = len(target), out.shape[2], *degrees, *kept
-    arguments = (values, bias, alpha, heads, packed, packed.shape[1], target, out)
-    call("rotate_sum", values[0].dtype, *arguments, *sizes)
+    arguments = (products, bias, alpha, heads, packed, packed.shape[1], target, out)
+    call("rotate_sum", dtype, *arguments, *sizes)
 
 
 def rotate_sum_backward(
     grad: Tensor,
-    values: list[Tensor],
-    bias: Tensor | None,
+    values: Tensor | None,
     alpha: Tensor | None,
     packed: Tensor,
     target: Tensor,
     degrees: tuple[int, int],
     kept: tuple[int, int],
+    dtype: torch.dtype,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Gradients of the products and of the attention weights: `kernels.edge_sums.messages_backward`.
-
-    Without attention weights nothing of `values` is read but their type.
-    """
-    dtype, edges, channels = values[0].dtype, len(target), grad.shape[2]
+    """Gradients of the products and of the attention weights: `kernels.edge_sums.messages_backward`."""
+    edges, channels = len(target), grad.shape[2]
     target = target.contiguous()
-    _check_messages(values, bias, alpha, packed, target, grad, degrees, kept)
-    if alpha is not None and bias is None:
-        raise ValueError("attention weights need a bias: the gradient of the weights reads it")
+    _check_sum(alpha, packed, target, grad, degrees, kept, arithmetic(dtype))
+    rows = sum(2 * min(l, kept[1]) + 1 for l in range(kept[0] + 1))
+    grad_alpha = None
+    if alpha is not None:
+        if values is None:
+            raise ValueError("attention weights need values: the gradient of the weights reads them")
+        check("values", values, dtype, edges, rows * channels)
+        grad_alpha = torch.empty_like(alpha)
     grads = empty_per_order(grad.new_empty(edges, 0, dtype=dtype), kept, channels)
-    grad_alpha = None if alpha is None else torch.empty_like(alpha)
     heads = 1 if alpha is None else alpha.shape[1]
-    arguments = (grad, values, bias, alpha, heads, packed, packed.shape[1], target, grads, grad_alpha)
-    call("rotate_sum_backward", dtype, *arguments, edges, channels, *degrees, *kept)
+    messages = values, rows * channels, alpha, heads, packed, packed.shape[1], target
+    call("rotate_sum_backward", dtype, grad, *messages, grads, grad_alpha, edges, channels, *degrees, *kept)
     return grads, grad_alpha
 
 
@@ -134,24 +138,19 @@ def _check_inputs(
     check("bias", bias, radial.dtype, groups * 2 * channels)
 
 
-def _check_messages(
-    values: list[Tensor],
-    bias: Tensor | None,
+def _check_sum(
     alpha: Tensor | None,
     packed: Tensor,
     target: Tensor,
     total: Tensor,
     degrees: tuple[int, int],
     kept: tuple[int, int],
+    wide: torch.dtype,
 ) -> None:
-    dtype, edges, channels, rows = values[0].dtype, len(target), total.shape[-1], kept[0] + 1
-    wide = arithmetic(dtype)
+    edges, channels = len(target), total.shape[-1]
     check("target", target, torch.int64, edges)
     check("packed", packed, wide, edges, _packed_width(degrees))
-    check("the sum over edges", total, wide, len(total), rows**2, channels)
-    check_per_order("values", values, dtype, edges, kept, channels)
-    if bias is not None:
-        check("bias", bias, dtype, rows * channels)
+    check("the sum over edges", total, wide, len(total), (kept[0] + 1) ** 2, channels)
     if alpha is not None:
         check("alpha", alpha, wide, edges, alpha.shape[-1])
         if channels % alpha.shape[1]:

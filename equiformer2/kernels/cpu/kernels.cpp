@@ -172,14 +172,6 @@ static inline int64_t share_start(const int64_t* target, int64_t edges, int thre
     return e;
 }
 
-// Values of order m of an edge from the products of its GEMMs.
-template <class A, class T>
-static inline void combine(const T* const* from, int64_t at, int64_t count, V<A>& plus, V<A>& minus) {
-    const V<A> common = load<A>(from[0] + at, count);
-    plus = common - load<A>(from[2] + at, count);
-    minus = common + load<A>(from[1] + at, count);
-}
-
 template <class A, class T>
 struct RotateSum {
     const T* const* values;
@@ -198,7 +190,10 @@ struct RotateSum {
             if (bias) v[0] += load<A>(bias + l * channels + c, count);
             for (int m = 1; 2 * m < rows; ++m) {
                 const int64_t at = (e * (lmax + 1 - m) + l - m) * channels + c;
-                combine<A, T>(of_order(values, m), at, count, v[2 * m - 1], v[2 * m]);
+                const T* const* from = of_order(values, m);
+                const V<A> common = load<A>(from[0] + at, count);
+                v[2 * m - 1] = common - load<A>(from[2] + at, count);
+                v[2 * m] = common + load<A>(from[1] + at, count);
             }
             if (alpha) {
                 const V<A> weight = load<A>(alpha + c, count);
@@ -244,8 +239,7 @@ static void rotate_sum(const T* const* values, const T* bias, const A* alpha, in
 template <class A, class T>
 struct RotateSumBackward {
     const A* grad;
-    const T* const* values;
-    const T* bias;
+    const T* values;
     const A *alpha, *blocks;
     T* const* grad_values;
     A* grad_alpha;
@@ -265,12 +259,15 @@ struct RotateSumBackward {
             V<A> weight = V<A>{} + A(1);
             if (alpha) {
                 weight = load<A>(alpha + c, count);
-                V<A> product = (load<A>(values[0] + row, count) + load<A>(bias + l * channels + c, count)) * g[0];
+                const T* value = values + l * channels + c;
+                V<A> product = load<A>(value, count) * g[0];
                 for (int m = 1; 2 * m < rows; ++m) {
-                    const int64_t at = (e * (lmax + 1 - m) + l - m) * channels + c;
-                    V<A> plus, minus;
-                    combine<A, T>(of_order(values, m), at, count, plus, minus);
-                    product += plus * g[2 * m - 1] + minus * g[2 * m];
+                    // From row l of order m - 1 to row l of +m, and on to that of -m.
+                    const int64_t degrees = lmax + 1 - m;
+                    value += degrees * channels;
+                    product += load<A>(value, count) * g[2 * m - 1];
+                    value += degrees * channels;
+                    product += load<A>(value, count) * g[2 * m];
                 }
                 store(grad_alpha + c, load<A>(grad_alpha + c, count) + product, count);
             }
@@ -288,7 +285,7 @@ struct RotateSumBackward {
 };
 
 template <class A, class T>
-static void rotate_sum_backward(const A* grad, const T* const* values, const T* bias, const A* alpha, int64_t heads,
+static void rotate_sum_backward(const A* grad, const T* values, int64_t values_width, const A* alpha, int64_t heads,
                                 const A* packed, int64_t packed_width, const int64_t* target,
                                 T* const* grad_values, A* grad_alpha, int64_t edges, int64_t channels, int64_t lmax,
                                 int64_t mmax, int64_t kept_lmax, int64_t kept_mmax, int threads) {
@@ -305,7 +302,7 @@ static void rotate_sum_backward(const A* grad, const T* const* values, const T* 
             }
             for (int64_t l = 0; l <= kept_lmax; ++l)
                 with_rows(order_of_degree(l, kept_mmax),
-                          RotateSumBackward<A, T>{grad + target[e] * row, values, bias,
+                          RotateSumBackward<A, T>{grad + target[e] * row, values + e * values_width,
                                                   alpha ? per_channel.data() : nullptr,
                                                   packed + e * packed_width + starts.of[l], grad_values,
                                                   grad_per_channel.data(), e, channels, l, kept_lmax});
@@ -336,11 +333,11 @@ static void rotate_sum_backward(const A* grad, const T* const* values, const T* 
                                         int64_t l, int64_t m, int64_t kl, int64_t km, int64_t threads) {                \
         rotate_sum<A, T>(v, bias, alpha, heads, d, dw, t, out, e, c, l, m, kl, km, threads);                        \
     }                                                                                                               \
-    extern "C" void rotate_sum_backward_##suffix(const A* grad, const T* const* v, const T* bias, const A* alpha,   \
+    extern "C" void rotate_sum_backward_##suffix(const A* grad, const T* v, int64_t vw, const A* alpha,             \
                                                  int64_t heads, const A* d, int64_t dw, const int64_t* t,           \
                                                  T* const* gv, A* ga, int64_t e, int64_t c, int64_t l, int64_t m,   \
                                                  int64_t kl, int64_t km, int64_t threads) {                             \
-        rotate_sum_backward<A, T>(grad, v, bias, alpha, heads, d, dw, t, gv, ga, e, c, l, m, kl, km, threads);      \
+        rotate_sum_backward<A, T>(grad, v, vw, alpha, heads, d, dw, t, gv, ga, e, c, l, m, kl, km, threads);      \
     }                                                                                                               \
     extern "C" void sphere_activation_##suffix(                                                                     \
         const A* tl, const A* fl, const A* lon, const int64_t* starts, int64_t nlat, int64_t nlon, int64_t rows,    \
