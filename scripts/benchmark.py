@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.figures import atoms_figure, figure
+from bench.figures import ATOMS_AXIS, atoms_figure, figure
 from bench.machine import describe_machine
 from bench.measure import Benchmark
 from bench.numerics import PRECISIONS
@@ -60,13 +60,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--atoms",
         default="16,75,150,300,600,1200,2500,5000,10000",
-        help="part atoms: about how many atoms (default: %(default)s)",
+        help="parts atoms and training_atoms: about how many atoms (default: %(default)s)",
     )
     add(
         "--max-seconds",
         type=float,
         default=120.0,
-        help="part atoms: no larger structure once a call would take longer (default: %(default)s)",
+        help="the same parts: no larger structure once a call would take longer (default: %(default)s)",
     )
     add("--force", action="store_true", help="measure again what is complete")
     add("--output", type=Path, help="folder (default: docs/results; with --quick: runs/benchmark)")
@@ -160,7 +160,7 @@ def command(settings: Settings) -> str:
         "repeats": settings.repeats,
         "threads": settings.threads,
     }
-    if "atoms" in settings.parts:
+    if {"atoms", "training_atoms"} & set(settings.parts):
         options |= {"atoms": ",".join(map(str, settings.atoms)), "max-seconds": f"{settings.max_seconds:g}"}
     return " ".join(["python scripts/benchmark.py", *(f"--{key} {value}" for key, value in options.items())])
 
@@ -176,7 +176,8 @@ def main() -> int:
 
     def save() -> None:
         content = store.content
-        pictures = {name: figure(content), f"{name}_atoms": atoms_figure(content)}
+        pictures = {name: figure(content)}
+        pictures |= {f"{name}_{part}": atoms_figure(content, part) for part in ATOMS_AXIS}
         drawn = {title: plot for title, plot in pictures.items() if plot is not None}
         for title, plot in drawn.items():
             image = io.BytesIO()

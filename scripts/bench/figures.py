@@ -16,6 +16,8 @@ GREY, BLUE = "#9aa5b1", "#1f77b4"
 COLORS = {"reference": GREY, "ours": BLUE}
 NAMES = {"reference": "fairchem-core", "ours": "equiformer2"}
 LINES = ("-", "--", ":", "-.")
+# The parts that measure against the number of atoms, and what a call of theirs is.
+ATOMS_AXIS = {"atoms": "seconds per inference", "training_atoms": "seconds per training step"}
 
 
 def figure(content: dict[str, Any]) -> Figure | None:
@@ -82,9 +84,12 @@ def _memory_bars(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.set_title("Memory of a training step")
 
 
-def atoms_figure(content: dict[str, Any]) -> Figure | None:
-    """Seconds and peak memory against atoms, both logarithmic, with the fitted memory beyond the points."""
-    measured = [row for row in records(content, "atoms") if "seconds" in row]
+def atoms_figure(content: dict[str, Any], part: str = "atoms") -> Figure | None:
+    """Seconds and peak memory against atoms, both logarithmic, with the fitted memory beyond the points.
+
+    Of inference, or of training steps for the part "training_atoms".
+    """
+    measured = [row for row in records(content, part) if "seconds" in row]
     if not measured:
         return None
     plot = Figure(figsize=(11, 4.5), layout="constrained")
@@ -113,7 +118,7 @@ def atoms_figure(content: dict[str, Any]) -> Figure | None:
                 beyond = [atoms[-1] * (EXTRAPOLATED_ATOMS / atoms[-1]) ** (step / 20) for step in range(21)]
                 fitted = [(intercept + slope * x) / 2**30 for x in beyond]
                 memory_axis.plot(beyond, fitted, color=COLORS[name], linewidth=0.8, alpha=0.5)
-    for axis, title in ((time_axis, "seconds per inference"), (memory_axis, "peak memory, GiB")):
+    for axis, title in ((time_axis, ATOMS_AXIS[part]), (memory_axis, "peak memory, GiB")):
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel("atoms")

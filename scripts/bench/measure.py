@@ -42,20 +42,21 @@ class Benchmark:
         )
 
         # Memory comes before the timings: it tells what fits into this machine.
-        modules = {
-            "memory": part_memory,
-            "timings": part_timings,
-            "precision": part_precision,
-            "relaxation": part_relaxation,
-            "breakdown": part_breakdown,
-            "atoms": part_atoms,
+        parts = {
+            "memory": part_memory.measure,
+            "timings": part_timings.measure,
+            "precision": part_precision.measure,
+            "relaxation": part_relaxation.measure,
+            "breakdown": part_breakdown.measure,
+            "atoms": part_atoms.measure,
+            "training_atoms": part_atoms.measure_training,
         }
         with tempfile.TemporaryDirectory() as name:
             self.folder = Path(name)
             for size in self.settings.sizes:
-                for part, module in modules.items():
+                for part, measure in parts.items():
                     if part in self.settings.parts:
-                        module.measure(self, size)
+                        measure(self, size)
 
     def unit(
         self, name: str, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]

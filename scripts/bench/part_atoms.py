@@ -1,4 +1,4 @@
-"""Time and peak memory of inference against the number of atoms, every point in a process of its own."""
+"""Time and peak memory against the number of atoms, every point in a process of its own."""
 
 import math
 import statistics
@@ -14,6 +14,21 @@ ONCE_FROM_SECONDS = 30.0
 
 
 def measure(bench: Benchmark, size: str) -> None:
+    """Inference, and whether the smallest structure's answers agree."""
+    wanted = _measure_all(bench, size, "atoms", "forward")
+    if bench.settings.reference_python is not None and wanted:
+        bench.unit(
+            f"answers/atoms/{size}", bench.settings.of_unit(), lambda: _compare(bench, size, wanted[0])
+        )
+
+
+def measure_training(bench: Benchmark, size: str) -> None:
+    """Training steps."""
+    _measure_all(bench, size, "training_atoms", "training_step")
+
+
+def _measure_all(bench: Benchmark, size: str, part: str, operation: str) -> list[int]:
+    """Returns the numbers of atoms."""
     settings = bench.settings
     wanted = sorted({supercell_atoms(atoms) for atoms in settings.atoms})
     implementations = ["ours"] if settings.reference_python is None else ["reference", "ours"]
@@ -24,22 +39,26 @@ def measure(bench: Benchmark, size: str) -> None:
             def fresh(
                 atoms: int = atoms, name: str = implementation, smaller: list[dict[str, Any]] = points
             ) -> dict[str, Any]:
-                return _measure(bench, size, name, atoms, smaller)
+                return _measure(bench, size, name, operation, atoms, smaller)
 
             key = settings.of_unit("repeats", "max_seconds")
-            point = bench.unit(f"atoms/{size}/{implementation}/{atoms}", key, fresh)
+            point = bench.unit(f"{part}/{size}/{implementation}/{atoms}", key, fresh)
             if "seconds" not in point:
                 break  # larger ones would not fit either
             points.append(point)
-    if len(implementations) == 2 and wanted:
-        bench.unit(f"answers/atoms/{size}", settings.of_unit(), lambda: _compare(bench, size, wanted[0]))
+    return wanted
 
 
 def _measure(
-    bench: Benchmark, size: str, implementation: str, atoms: int, smaller: list[dict[str, Any]]
+    bench: Benchmark,
+    size: str,
+    implementation: str,
+    operation: str,
+    atoms: int,
+    smaller: list[dict[str, Any]],
 ) -> dict[str, Any]:
     record: dict[str, Any] = {"size": size, "implementation": implementation, "atoms": atoms}
-    label = f"{size} {implementation} {atoms} atoms"
+    label = f"{size} {implementation} {operation} {atoms} atoms"
     limit = bench.settings.max_seconds
     expected = extrapolate([(point["atoms"], min(point["seconds"])) for point in smaller], atoms)
     if expected > limit:
@@ -52,9 +71,9 @@ def _measure(
         with bench.settings.session(implementation, "default", memory_limit) as session:
             record["implementations"] = {implementation: session.ask("describe")}
             built = bench.build(session, size, f"atoms-{atoms}")
-            warm_up = session.ask("run", operation="forward")["seconds"]
+            warm_up = session.ask("run", operation=operation)["seconds"]
             repeats = 1 if warm_up > ONCE_FROM_SECONDS else bench.settings.repeats
-            seconds = [session.ask("run", operation="forward")["seconds"] for _ in range(repeats)]
+            seconds = [session.ask("run", operation=operation)["seconds"] for _ in range(repeats)]
             record |= session.ask("memory") | {"built": built["peak"], "seconds": seconds}
     except BenchmarkError as error:
         bench.leave_out(record, f"{label}: {error}")

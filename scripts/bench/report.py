@@ -11,6 +11,7 @@ from bench.tables import (
     relaxation_table,
     throughput_table,
     timing_table,
+    training_atoms_table,
 )
 from bench.tables_breakdown import breakdown_tables
 
@@ -39,6 +40,7 @@ def markdown(content: dict[str, Any], name: str, figures: list[str]) -> str:
         *relaxation_table(records(content, "relaxation")),
         *breakdown_tables(records(content, "breakdown")),
         *atoms_table(records(content, "atoms")),
+        *training_atoms_table(records(content, "training_atoms")),
         *precision_table(records(content, "precision")),
         *answer_table(units),
         *_left_out(units),

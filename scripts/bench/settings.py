@@ -5,9 +5,9 @@ from typing import Any
 
 from bench.session import Session
 
-PARTS = ("memory", "timings", "precision", "relaxation", "breakdown", "atoms")
+PARTS = ("memory", "timings", "precision", "relaxation", "breakdown", "atoms", "training_atoms")
 # What these parts tell is about equiformer2 alone, so they run without the reference's environment.
-PARTS_WITHOUT_REFERENCE = ("precision", "breakdown", "atoms")
+PARTS_WITHOUT_REFERENCE = ("precision", "breakdown", "atoms", "training_atoms")
 DEVICES = ("cpu", "cuda")
 BACKENDS = ("auto", "torch", "cpp", "compile", "triton")
 
@@ -53,7 +53,7 @@ class Settings:
     """One benchmark: which Pythons, what to measure and how often.
 
     `reference_python` is None where there is no environment of the reference. `atoms` are the wanted numbers
-    of atoms of the part of that name, `max_seconds` the longest call that it makes on purpose.
+    of atoms of the parts of that name, `max_seconds` the longest call that it makes on purpose.
     """
 
     ours_python: str

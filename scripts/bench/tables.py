@@ -161,16 +161,28 @@ def relaxation_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def atoms_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Time and memory against atoms, and the fitted memory per atom."""
+    """Time and memory of inference against atoms, and the fitted memory per atom."""
+    about = (
+        "Inference (float32, `no_grad`) of one structure: supercells of the first slab without its adsorbate."
+    )
+    return _against_atoms(rows, "Against the number of atoms", about)
+
+
+def training_atoms_table(rows: list[dict[str, Any]]) -> list[str]:
+    """The same of training steps."""
+    about = "Training steps (float32) with the same structures, each a batch of its own."
+    return _against_atoms(rows, "Training against the number of atoms", about)
+
+
+def _against_atoms(rows: list[dict[str, Any]], title: str, about: str) -> list[str]:
     measured = [row for row in rows if "seconds" in row]
     if not measured:
         return []
     lines = [
-        "## Against the number of atoms",
+        f"## {title}",
         "",
-        "Inference (float32, `no_grad`) of one structure: supercells of the first slab without its adsorbate."
-        " Seconds as above; peak GiB of a fresh process per point, in brackets without what it took before it"
-        " built the network.",
+        f"{about} Seconds as above; peak GiB of a fresh process per point, in brackets without what it took"
+        " before it built the network.",
         "",
         "| size | atoms | implementation | seconds | peak GiB |",
         "|---|---|---|---|---|",

@@ -126,6 +126,14 @@ def test_every_point_of_atoms_has_a_process_of_its_own(tmp_path: Path, log: Log)
     assert built == ["atoms-16", "atoms-144", "atoms-1152", "atoms-16"]  # the last one compares answers
 
 
+def test_training_against_atoms_takes_training_steps(tmp_path: Path, log: Log) -> None:
+    content = measured(tmp_path, parts=("training_atoms",), atoms=(16, 150))
+    run = {request["operation"] for _, request in log if request["command"] == "run"}
+    assert run == {"training_step"}
+    assert [row["atoms"] for row in records(content, "training_atoms")] == 2 * [16, 144]
+    assert not records(content, "atoms")
+
+
 def test_a_process_that_dies_ends_its_series_only(tmp_path: Path, log: Log) -> None:
     content = measured(tmp_path, parts=("atoms",), atoms=(16, 1200, 2500))
     points = {(row["implementation"], row["atoms"]): row for row in records(content, "atoms")}

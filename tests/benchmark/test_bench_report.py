@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from bench.figures import atoms_figure, figure
+from bench.figures import ATOMS_AXIS, atoms_figure, figure
 from bench.ratios import baseline, memory_ratio, speed_goal, speed_up
 from bench.report import markdown
 from bench.store import records
 from bench.tables_breakdown import breakdown_tables
 from tests.benchmark.conftest import measured
 
-ALL = ("memory", "timings", "precision", "relaxation", "breakdown", "atoms")
+ALL = ("memory", "timings", "precision", "relaxation", "breakdown", "atoms", "training_atoms")
 
 
 def call(implementation: str, operation: str, precision: str, seconds: float) -> dict[str, Any]:
@@ -130,6 +130,7 @@ def test_every_part_has_its_table_and_an_empty_store_none(tmp_path: Path, log: A
         "Relaxation step through the calculator",
         "Where our time goes",
         "Against the number of atoms",
+        "Training against the number of atoms",
         "Deviations on real structures",
         "Runs",
     ):
@@ -146,10 +147,11 @@ def test_figures_show_every_measurement(tmp_path: Path, log: Any) -> None:
     time_axis, memory_axis = plot.axes
     # Both forwards in two precisions and one training step, each beside the reference; three measured peaks.
     assert [len(axis.patches) for axis in (time_axis, memory_axis)] == [2 * 5, 3]
-    against_atoms = atoms_figure(content)
-    assert against_atoms is not None
-    against_atoms.savefig(tmp_path / "atoms.png")
-    points = [len(line.get_xdata()) for line in against_atoms.axes[0].lines]
-    assert points == [2, 3]
+    for part, axis in ATOMS_AXIS.items():
+        against_atoms = atoms_figure(content, part)
+        assert against_atoms is not None
+        against_atoms.savefig(tmp_path / "atoms.png")
+        assert [len(line.get_xdata()) for line in against_atoms.axes[0].lines] == [2, 3]
+        assert against_atoms.axes[0].get_ylabel() == axis
     assert figure({"units": {}}) is None
     assert atoms_figure({"units": {}}) is None
