@@ -169,7 +169,7 @@ class SO2EquivariantGraphAttention(DerivedConstants):
             edges.edge_index[0],
             edges.edge_index[1],
             radial.hidden(edges.basis(), edges.element_pairs(own)),
-            radial.output.weight,
+            radial.output_weight(),
             radial.output.bias,
             self.so2_conv_1.weights(),
             self.alpha_dot.numel(),

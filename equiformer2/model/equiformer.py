@@ -29,12 +29,12 @@ from equiformer2.model.dens import Denoising, EncodedForces, check_encoded
 from equiformer2.model.edges import EdgeContext
 from equiformer2.model.embedding import EdgeDegreeEmbedding
 from equiformer2.model.feed_forward import FeedForwardNetwork
+from equiformer2.model.folding import Folding
 from equiformer2.model.initialization import initialize_weights
 from equiformer2.model.norm import make_norm
 from equiformer2.model.radial import GaussianBasis
 from equiformer2.model.requests import OutputRequest, receptive_fields
 from equiformer2.model.routing import FixedRouting, RoutedEdges, Router, Routing
-from equiformer2.model.so2_convolution import SO2Convolution
 from equiformer2.model.so3 import EdgeFrames, S2Grid
 from equiformer2.model.so3.grid import m_major_order, smallest_resolution
 
@@ -337,17 +337,17 @@ class EquiformerV2(nn.Module):
     def fold_weights(self, dtype: torch.dtype | None = None) -> None:
         """Prepare for inference with the present weights: compute what follows from them once.
 
-        Takes up to one and a half times the memory of the SO(2) weights in addition. `train()` undoes it, and
-        copies of the network do not have it. Weights that are changed in place afterwards, in evaluation
-        mode, may not be seen.
+        Takes up to one and a half times the memory of the weights of the attention in addition. `train()`
+        undoes it, and copies of the network do not have it. Weights that are changed in place afterwards, in
+        evaluation mode, may not be seen.
 
         Args:
             dtype: of the GEMMs, if not that of the weights.
         """
         self.eval()
         for module in self.modules():
-            if isinstance(module, SO2Convolution):
-                module.fold(dtype or module.fc_m0.weight.dtype, packed=self.backend != "compile")
+            if isinstance(module, Folding):
+                module.fold(dtype, packed=self.backend != "compile")
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay: biases of linear maps and everything in a norm."""

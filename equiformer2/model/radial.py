@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from equiformer2.kernels.chunks import cast_to_autocast
+from equiformer2.kernels.linear import pack
 from equiformer2.kernels.rows import gather_rows
+from equiformer2.model.folding import Folding
 from equiformer2.model.so3 import DerivedConstants
 
 
@@ -40,12 +43,14 @@ def smooth_envelope(distances: Tensor, max_radius: float) -> Tensor:
     return left**3 * (1 + x * (3 + x * (6 + x * (10 + x * 15))))
 
 
-class RadialFunction(nn.Module):
+class RadialFunction(Folding):
     """Two hidden layers of linear, layer norm and SiLU, then a linear layer (paper Figure 1b).
 
     The input is the distance basis, followed by the embeddings of both elements when there are any. The last
     layer is left to the caller (`output`), because the fused convolution applies it where its result is used.
     """
+
+    _folded: Tensor | None
 
     def __init__(self, num_inputs: int, hidden: int, num_outputs: int) -> None:
         super().__init__()
@@ -64,6 +69,23 @@ class RadialFunction(nn.Module):
         layer = self.net[6]
         assert isinstance(layer, nn.Linear)
         return layer
+
+    def output_weight(self) -> Tensor:
+        """`[outputs, D]` of `output`, or what `fold` has made of it, where GEMMs run in its precision."""
+        weight, folded = self.output.weight, self._folded
+        if folded is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return weight
+        return folded if folded.dtype == cast_to_autocast(weight[:0])[0].dtype else weight
+
+    def fold(self, dtype: torch.dtype | None, packed: bool) -> None:
+        """Round the last layer's weights once."""
+        weight = self.output.weight.detach()
+        weight = weight.to(dtype or weight.dtype)
+        self._folded = pack(weight) if packed else weight
+
+    def unfold(self) -> None:
+        """Forget them."""
+        self._folded = None
 
     def hidden(self, basis: Tensor, elements: "ElementPairs | None") -> Tensor:
         """Last hidden layer `[E, D]` from the distance basis `[E, B]` and the embeddings of both elements."""

@@ -1,14 +1,13 @@
 """SO(2) convolution: the linear maps of an SO(3) convolution in the edge frame (paper section 3.2)."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from equiformer2.kernels import SO2Weights
 from equiformer2.kernels.so2 import Folded
+from equiformer2.model.folding import Folding
 from equiformer2.model.radial import RadialFunction
 
 
@@ -22,7 +21,7 @@ class SO2MConvolution(nn.Module):
         self.fc.weight.data.mul_(1 / math.sqrt(2))
 
 
-class SO2Convolution(nn.Module):
+class SO2Convolution(Folding):
     """Weights of all orders of an SO(2) convolution.
 
     Args:
@@ -32,6 +31,9 @@ class SO2Convolution(nn.Module):
             vector and gates).
         radial_inputs, radial_hidden: sizes of a radial function of its own, or None to have none.
     """
+
+    _folded: Folded | None
+    _folded_vectors: Folded | None
 
     def __init__(
         self,
@@ -50,8 +52,6 @@ class SO2Convolution(nn.Module):
         degrees = [lmax + 1 - m for m in range(mmax + 1)]
         self.fc_m0 = nn.Linear(degrees[0] * in_channels, degrees[0] * out_channels + extra_m0_channels)
         self.so2_m_conv = nn.ModuleList(SO2MConvolution(n, in_channels, out_channels) for n in degrees[1:])
-        self._folded: Folded | None = None
-        self._folded_vectors: Folded | None = None
         self.rad_func: RadialFunction | None = None
         if radial_inputs is not None:
             self.rad_func = RadialFunction(radial_inputs, radial_hidden, sum(degrees) * in_channels)
@@ -61,39 +61,14 @@ class SO2Convolution(nn.Module):
         orders = tuple(conv.fc.weight for conv in self.so2_m_conv)  # type: ignore[union-attr,misc]
         return SO2Weights(self.fc_m0.weight, self.fc_m0.bias, orders, self._folded)  # type: ignore[arg-type]
 
-    def fold(self, dtype: torch.dtype, packed: bool) -> None:
-        """Compute the matrices of the GEMMs once, for inference with these weights.
-
-        Forgotten by `train()`, by moving or loading weights and in copies of this module.
-
-        Args:
-            dtype: of the GEMMs.
-            packed: whether in the layout of `kernels.linear.pack`.
-        """
-        self._folded = self.weights().fold(dtype, packed)
+    def fold(self, dtype: torch.dtype | None, packed: bool) -> None:
+        """Compute the matrices of the GEMMs once."""
+        self._folded = self.weights().fold(dtype or self.fc_m0.weight.dtype, packed)
         self._folded_vectors = None
 
     def unfold(self) -> None:
-        """Forget what `fold` has computed: the weights have changed."""
+        """Forget them."""
         self._folded = self._folded_vectors = None
-
-    def train(self, mode: bool = True) -> "SO2Convolution":
-        """Weights of a network in training change."""
-        if mode:
-            self.unfold()
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SO2Convolution":
-        self.unfold()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self.unfold()
-        super()._load_from_state_dict(*args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Packed matrices can be neither copied nor pickled.
-        return {**self.__dict__, "_folded": None, "_folded_vectors": None}
 
     def weights_of_vectors(self) -> SO2Weights:
         """Those that the coefficients of degrees 0 and 1 come from; the force head reads nothing else."""

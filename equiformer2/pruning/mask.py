@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2
+from equiformer2.model.folding import Folding
 from equiformer2.model.norm import make_norm
-from equiformer2.model.so2_convolution import SO2Convolution
 from equiformer2.pruning.index_maps import IndexMaps
 from equiformer2.pruning.plan import PruningPlan
 
@@ -89,7 +89,7 @@ def _restore(
 
 def _forget_folded(model: EquiformerV2) -> None:
     for module in model.modules():
-        if isinstance(module, SO2Convolution):
+        if isinstance(module, Folding):
             module.unfold()
 
 

@@ -91,6 +91,7 @@ def test_folded_weights_are_packed_for_onednn_where_operators_run_one_by_one() -
         expected = model(batch)
         model.fold_weights()
         assert all(term.is_mkldnn for term in convolution.weights().folded.terms)
+        assert model.force_block.so2_conv_1.rad_func.output_weight().is_mkldnn
         # Neither copies nor another precision can read them.
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             answer = other(batch)
@@ -101,6 +102,7 @@ def test_folded_weights_are_packed_for_onednn_where_operators_run_one_by_one() -
         model.backend = "compile"
         model.fold_weights()
         assert not any(term.is_mkldnn for term in convolution.weights().folded.terms)
+        assert not model.force_block.so2_conv_1.rad_func.output_weight().is_mkldnn
 
 
 def test_folding_in_bfloat16() -> None:
