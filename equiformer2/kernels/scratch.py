@@ -10,8 +10,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# glibc maps blocks from a threshold on anew for each request. The threshold follows the largest such block
+# that has been freed, but never beyond 32 MiB, and what it keeps of freed memory is twice that.
+_LARGEST_KEPT = 2**25 - 2**16
+
 #: Larger requests are not kept: a chunk should not be so large (`chunks.CPU_CHUNK_BYTES`).
 MOST_BYTES = 64 * 2**20
+
+
+def keep_freed_memory() -> None:
+    """Let the C library of Linux keep up to 64 MiB of freed memory, in this process and from now on.
+
+    By itself it comes to do so by chance, when blocks of the right size happen to be freed. Elsewhere, or if
+    its `MALLOC_` variables are set, this changes nothing.
+    """
+    torch.empty(_LARGEST_KEPT, dtype=torch.uint8, device="cpu")
 
 
 class _Kept(threading.local):

@@ -15,6 +15,7 @@ from equiformer2.kernels.aggregate import widened
 from equiformer2.kernels.backend import Neighbors, triton_kernels, use_cpp_kernels, why_not
 from equiformer2.kernels.chunks import chunks
 from equiformer2.kernels.rows import gather_rows, sum_rows
+from equiformer2.kernels.scratch import keep_freed_memory
 from equiformer2.model.attention import SO2EquivariantGraphAttention, element_embedding
 from equiformer2.model.block import TransformerBlock
 from equiformer2.model.compiled import compiled_graphs, compiled_network
@@ -338,13 +339,13 @@ class EquiformerV2(nn.Module):
         """Prepare for inference with the present weights: compute what follows from them once.
 
         Takes up to one and a half times the memory of the weights of the attention in addition. `train()`
-        undoes it, and copies of the network do not have it. Weights that are changed in place afterwards, in
-        evaluation mode, may not be seen.
+        undoes it, copies do not have it, and weights changed in place in evaluation mode may not be seen.
 
         Args:
             dtype: of the GEMMs, if not that of the weights.
         """
         self.eval()
+        keep_freed_memory()
         for module in self.modules():
             if isinstance(module, Folding):
                 module.fold(dtype, packed=self.backend != "compile")

@@ -1,5 +1,8 @@
 """Memory that chunked loops use again."""
 
+import platform
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -59,3 +62,33 @@ def test_after_inference_mode_it_can_be_used_in_training() -> None:
         scratch("e", 5, [5], torch.float32)
     (again,) = scratch("e", 5, [5], torch.float32)
     assert (again.fill_(2.0) * torch.ones(5, requires_grad=True)).requires_grad
+
+
+FAULTS = """
+import resource, sys, torch
+from equiformer2.kernels.scratch import keep_freed_memory
+if sys.argv[1:]:
+    keep_freed_memory()
+def work():
+    blocks = [torch.empty(2**23, dtype=torch.uint8).fill_(1) for _ in range(3)]
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+work()
+before = faults()
+for _ in range(10):
+    work()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about the allocator of glibc")
+def test_freed_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "LD_PRELOAD"):
+        monkeypatch.delenv(name, raising=False)
+
+    def faults(*arguments: str) -> int:
+        command = [sys.executable, "-c", FAULTS, *arguments]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    # 24 MiB are freed at a time: by itself glibc gives them back and maps their pages again.
+    assert faults("keep") < 100 < faults()
