@@ -80,9 +80,9 @@ class OC20DataModule(pl.LightningDataModule):
         normalizers: values to use instead of those of the training data.
 
     Raises:
-        DataError: on `setup`, for wrong files, mixed or undeclared kinds of energy, energies that
-            cannot be of the declared kind or are not those that the given normalizers are of, or records
-            larger than a batch.
+        DataError: for numbers out of range; on `setup`, for wrong files, mixed or undeclared kinds of energy,
+            energies that cannot be of the declared kind or are not those that the given normalizers are of, or
+            records larger than a batch.
     """
 
     def __init__(
@@ -101,6 +101,10 @@ class OC20DataModule(pl.LightningDataModule):
         normalizers: NormalizerValues | None = None,
     ) -> None:
         super().__init__()
+        if max_neighbors < 1:
+            raise DataError(f"data.max_neighbors is {max_neighbors}; it must be at least 1.")
+        if num_workers < 0:
+            raise DataError(f"data.num_workers is {num_workers}; it must be 0 (none) or more.")
         self._paths = {"train": train, "val": val, "test": test}
         self._forces_only = forces_only
         self._given_kind = energy_kind

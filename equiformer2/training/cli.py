@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -88,8 +89,9 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         parsed = parser.parse_args(list(arguments))
         instantiated = parser.instantiate(parsed)
     except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise InputError(f"configuration: {' '.join(str(error).split())}") from error
+        raise InputError(f"configuration: {_reason(str(error))}") from error
     _check_nothing_emptied(parsed)
+    _check_trainer(parsed.trainer)
     parsed.model = Namespace(with_present_keys(vars(parsed.model)))
     groups = {name: settings(**_plain(parsed[name])) for name, settings in _GROUPS.items()}
     top = {name: parsed[name] for name in RunSettings.__dataclass_fields__}
@@ -151,6 +153,35 @@ def _check_nothing_emptied(parsed: Namespace) -> None:
         for field in fields(settings):
             if parsed[group][field.name] is None and "None" not in str(field.type):
                 raise InputError(f"configuration: {group}.{field.name} is null; it needs a value")
+
+
+def _check_trainer(trainer: Namespace) -> None:
+    """Raise `InputError` for numbers that Lightning takes and that would fail in the first step."""
+    for name in ("accumulate_grad_batches", "log_every_n_steps"):
+        if trainer[name] is not None and trainer[name] < 1:
+            raise InputError(f"trainer.{name} must be at least 1, not {trainer[name]}")
+    interval = trainer.val_check_interval
+    if isinstance(interval, int | float) and interval == 0:
+        raise InputError(
+            "trainer.val_check_interval is 0; to validate never, set trainer.limit_val_batches: 0"
+        )
+
+
+def _reason(message: str) -> str:
+    """jsonargparse's message in one line; of a key that may be null, why its value is nothing else."""
+    line = " ".join(message.split())
+    found = re.match(r'(?:Parser key "(\S+)": )?Does not validate against any .*? Errors: (.*)', line)
+    if found is None:
+        return line
+    reasons, _, given = found[2].partition(" Given value type: ")
+    told = []
+    for reason in re.split(r"(?:^| )- ", reasons.rstrip(".")):
+        if reason and "NoneType" not in reason:
+            reason = re.sub(r"Problem with given class_path '\S+': ", "", reason)
+            told.append("Expected keys and values" if "dot import path" in reason else reason)
+    if given.startswith("<class 'str'>"):
+        told.append(f"got {given.partition('Given value: ')[2]}")
+    return (f"{found[1]}: " if found[1] else "") + "; ".join(told)
 
 
 def _check_key(key: str, known: set[str], where: str) -> None:

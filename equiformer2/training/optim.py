@@ -44,9 +44,16 @@ class OptimSettings:
         for name in ("lr", "clip_grad_norm"):
             if not getattr(self, name) > 0:
                 raise InputError(f"optim.{name} must be above 0, not {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_epochs", "warmup_factor", "lr_min_factor"):
+        for name in ("weight_decay", "warmup_epochs"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"optim.{name} must not be negative, it is {getattr(self, name)}")
+        for name in ("warmup_factor", "lr_min_factor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(
+                    f"optim.{name} is a share of optim.lr from 0 to 1, not {getattr(self, name)}"
+                )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"optim.betas must be at least 0 and below 1, not {list(self.betas)}")
         if self.schedule not in ("cosine", "constant"):
             raise InputError(f"optim.schedule is 'cosine' or 'constant', not '{self.schedule}'")
 

@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,8 @@ class RunSettings:
         parts = Path(self.name or "run").parts
         if not parts or ".." in parts or Path(*parts).is_absolute():
             raise InputError(f"name is {self.name!r}; it must be a folder inside runs_dir")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be at least 0 and below 2**63, not {self.seed}")
         if self.checkpoint_every_n_steps is not None and self.checkpoint_every_n_steps < 1:
             raise InputError("checkpoint_every_n_steps must be at least 1")
         if self.keep_last < 1:
@@ -200,7 +204,7 @@ def _run(config: RunConfig, task: S2EFTask, data: ResumableDataModule, folder: R
     folder.save_config(config.text)
     seed_generators(config.run.seed, trainer.global_rank, begin)
     log.info(f"run folder {folder.path}; {count_parameters(task.model):,} trainable parameters")
-    with work.named(task):
+    with work.named(task), _settings_that_do_not_fit_the_data():
         trainer.fit(task, datamodule=data, ckpt_path=folder.resume_from, weights_only=True)
         if trainer.limit_val_batches != 0:
             _complete_validation(trainer, task, data, native, parity)
@@ -215,6 +219,19 @@ def _run(config: RunConfig, task: S2EFTask, data: ResumableDataModule, folder: R
             for path in figures:
                 logger.log_image(path.stem, [str(path)])
             logger.experiment.finish()
+
+
+@contextmanager
+def _settings_that_do_not_fit_the_data() -> Iterator[None]:
+    """Lightning's errors about limits and intervals, which it can judge only with the data, as `InputError`."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise InputError(f"trainer: {error}") from error
+    except ValueError as error:
+        if isinstance(error, InputError) or "val_check_interval" not in str(error):
+            raise
+        raise InputError(f"trainer: {error}") from error
 
 
 def _complete_validation(

@@ -154,6 +154,12 @@ def test_wrongly_declared_energies_are_refused(tmp_path: Path) -> None:
         OC20DataModule(train=path, val=path).setup()
 
 
+@pytest.mark.parametrize("wrong", [{"max_neighbors": 0}, {"num_workers": -1}])
+def test_numbers_out_of_range_are_named(train: str, val: str, wrong: dict) -> None:
+    with pytest.raises(DataError, match=f"data.{next(iter(wrong))}"):
+        OC20DataModule(train=train, val=val, **wrong)
+
+
 def test_no_test_data(train: str, val: str) -> None:
     module = OC20DataModule(train=train, val=val)
     module.setup()

@@ -63,6 +63,11 @@ def test_the_resolved_config_is_complete_and_stable(tmp_path: Path) -> None:
         ("--task.ema_decay=1", "task.ema_decay"),
         ("--trainer.gradient_clip_val=1", "decided by this program"),
         ("--config=missing.yaml", "no config file missing.yaml"),
+        ("--trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches must be at least 1, not 0"),
+        ("--trainer.log_every_n_steps=0", "trainer.log_every_n_steps must be at least 1, not 0"),
+        ("--trainer.val_check_interval=0", "trainer.val_check_interval is 0"),
+        ("--seed=-1", "seed must be at least 0"),
+        ("--optim.betas=[0.9,1.5]", "optim.betas must be at least 0 and below 1, not [0.9, 1.5]"),
         ("--name=../x", "name is '../x'; it must be a folder inside runs_dir"),
         ("--name=/tmp/x", "inside runs_dir"),
         ("--name=.", "inside runs_dir"),
@@ -73,6 +78,27 @@ def test_mistakes_are_one_sentence_about_the_key(argument: str, message: str) ->
         parse([*DATA, argument])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        (
+            "--task.dens.probability=2",
+            "configuration: task.dens.probability is 2.0; it must be above 0 and at most 1 (leave task.dens "
+            "out to train without denoising)",
+        ),
+        ("--data.max_atoms=x", "configuration: data.max_atoms: Expected a <class 'int'>; got x"),
+        (
+            "--data.normalizers.energy_mean=1",
+            "configuration: data.normalizers: the following arguments are required: energy_std, forces_std",
+        ),
+    ],
+)
+def test_keys_that_may_be_null_say_what_else_they_may_be(argument: str, sentence: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse([*DATA, argument])
+    assert str(error.value) == sentence
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,17 @@ def test_cosine_needs_an_end() -> None:
         build_schedule(optimizer, OptimSettings(), 10, math.inf)
 
 
-@pytest.mark.parametrize("wrong", [{"lr": 0.0}, {"weight_decay": -1.0}, {"schedule": "linear"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lr": 0.0},
+        {"weight_decay": -1.0},
+        {"schedule": "linear"},
+        {"betas": (0.9, 1.5)},
+        {"warmup_factor": 7.0},
+        {"lr_min_factor": -0.1},
+    ],
+)
 def test_settings_name_the_wrong_key(wrong: dict) -> None:
     with pytest.raises(InputError, match=f"optim.{next(iter(wrong))}"):
         OptimSettings(**wrong)

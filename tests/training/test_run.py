@@ -201,6 +201,14 @@ def test_a_run_that_fails_at_its_first_step_names_the_structure_and_leaves_its_n
         train(parse(arguments))
 
 
+@pytest.mark.parametrize("setting", ["val_check_interval=100", "limit_train_batches=0.01"])
+def test_intervals_and_limits_that_do_not_fit_the_data_are_one_sentence(
+    setting: str, tiny_arguments: list[str], runs: Path
+) -> None:
+    with pytest.raises(InputError, match=f"trainer: .*{setting.split('=')[0]}"):
+        train(parse([*tiny_arguments, f"--runs_dir={runs}", "--name=misfit", f"--trainer.{setting}"]))
+
+
 def test_no_run_overwrites_another(first_run: Path, tiny_arguments: list[str], runs: Path) -> None:
     before = (first_run / "metrics.csv").read_bytes()
     with pytest.raises(InputError, match="holds a run already"):
