@@ -1,6 +1,7 @@
 """What happens around the training steps: checkpoints, the printed summary, throughput, parity data."""
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,10 @@ class NativeCheckpoints(Callback):
         values = validation_values(trainer)
         monitor = pl_module.settings.monitor if pl_module.has_forces else "energy_mae"
         score = values.get(monitor)
+        # A NaN is better than nothing, and worse than every number.
         better = score is not None and (
             self.best_score is None
+            or math.isnan(self.best_score)
             or (score > self.best_score if monitor in HIGHER_IS_BETTER else score < self.best_score)
         )
         if better:
