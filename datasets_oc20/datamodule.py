@@ -81,8 +81,8 @@ class OC20DataModule(pl.LightningDataModule):
 
     Raises:
         DataError: for numbers out of range; on `setup`, for wrong files, mixed or undeclared kinds of energy,
-            energies that cannot be of the declared kind or are not those that the given normalizers are of, or
-            records larger than a batch.
+            energies that cannot be of the declared kind or are not those that the given normalizers are of,
+            or records larger than a batch.
     """
 
     def __init__(

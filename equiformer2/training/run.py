@@ -223,7 +223,7 @@ def _run(config: RunConfig, task: S2EFTask, data: ResumableDataModule, folder: R
 
 @contextmanager
 def _settings_that_do_not_fit_the_data() -> Iterator[None]:
-    """Lightning's errors about limits and intervals, which it can judge only with the data, as `InputError`."""
+    """Lightning's errors about limits and intervals, which only the data can tell it, as `InputError`."""
     try:
         yield
     except MisconfigurationException as error:
