@@ -8,11 +8,12 @@ from equiformer2.kernels.chunks import no_autocast
 from equiformer2.model.activation import GateActivation, S2Activation, SeparableS2Activation
 from equiformer2.model.block_config import ResolvedBlock
 from equiformer2.model.config import ModelConfig
+from equiformer2.model.folding import Folding, usable
 from equiformer2.model.so3 import S2Grid
-from equiformer2.model.so3_linear import SO3Linear
+from equiformer2.model.so3_linear import SO3Linear, linear_of_degree, linear_per_degree, rounded
 
 
-class FeedForwardNetwork(nn.Module):
+class FeedForwardNetwork(Folding):
     """Linear, nonlinearity on the sphere or gate, linear.
 
     Args:
@@ -21,6 +22,10 @@ class FeedForwardNetwork(nn.Module):
         grid: S2 grid of all K coefficients.
         out_channels: channels of the output coefficients.
     """
+
+    _folded_in: list[Tensor] | None
+    _folded_out: list[Tensor] | None
+    _folded_bias: Tensor | None
 
     def __init__(self, config: ModelConfig, block: ResolvedBlock, grid: S2Grid, out_channels: int) -> None:
         super().__init__()
@@ -54,7 +59,23 @@ class FeedForwardNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[N, K, C]` to `[N, K, out_channels]`."""
+        if self._folded_in is not None and usable(self._folded_in, self.so3_linear_1.weight):
+            return self._merged(x)
         return self.so3_linear_2(self._hidden(x))
+
+    def fold(self, dtype: torch.dtype | None, packed: bool) -> None:
+        """Merge the linear maps in front of the grid, and those behind it."""
+        if not self.use_grid_mlp:
+            return
+        first, _, third = (x.weight.detach() for x in self.grid_mlp if isinstance(x, nn.Linear))
+        dtype = dtype or first.dtype
+        self._folded_in = rounded(first @ self.so3_linear_1.weight.detach(), dtype, packed)
+        self._folded_bias = first @ self.so3_linear_1.bias.detach()
+        self._folded_out = rounded(self.so3_linear_2.weight.detach() @ third, dtype, packed)
+
+    def unfold(self) -> None:
+        """Forget the merged maps."""
+        self._folded_in = self._folded_out = self._folded_bias = None
 
     def scalars(self, x: Tensor) -> Tensor:
         """The l = 0 output alone, `[N, out_channels]`; with separate scalar inputs it needs no grid."""
@@ -80,6 +101,29 @@ class FeedForwardNetwork(nn.Module):
         elif isinstance(self.activation, GateActivation):
             assert self.gating_linear is not None
             self.gating_linear.requires_grad_(False)
+
+    def _merged(self, x: Tensor) -> Tensor:
+        """`forward` with the merged maps."""
+        assert self._folded_in is not None
+        assert self._folded_out is not None
+        assert self._folded_bias is not None
+        second, grid, out = self.grid_mlp[2], self.grid, self.so3_linear_2
+        assert isinstance(second, nn.Linear)
+        hidden = linear_per_degree(x, self._folded_in, self._folded_bias)
+        hidden = grid_mlp(hidden, grid.to_grid, grid.from_grid, second.weight, grid.factors)
+        if self.scalar_mlp is None:
+            return linear_per_degree(hidden, self._folded_out, out.bias)
+        return torch.cat(
+            [
+                out.degree(self.scalar_mlp(x[:, 0]).unsqueeze(1), 0),
+                *(
+                    linear_of_degree(hidden[:, l * l : (l + 1) ** 2], weight, None)
+                    for l, weight in enumerate(self._folded_out)
+                    if l > 0
+                ),
+            ],
+            dim=1,
+        )
 
     def _hidden(self, x: Tensor) -> Tensor:
         """`[N, K, hidden]` before the last linear map."""

@@ -1,10 +1,12 @@
 """What follows from weights, computed once for inference and forgotten when they may change."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from equiformer2.kernels.chunks import cast_to_autocast
 
 
 class Folding(nn.Module):
@@ -47,3 +49,10 @@ class Folding(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Packed matrices can be neither copied nor pickled.
         return {name: None if name.startswith("_folded") else value for name, value in self.__dict__.items()}
+
+
+def usable(folded: Sequence[Tensor] | None, weight: Tensor) -> bool:
+    """Whether what has been folded may stand in for `weight`: no gradients, and GEMMs in its precision."""
+    if folded is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return folded[0].dtype == cast_to_autocast(weight[:0])[0].dtype

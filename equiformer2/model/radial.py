@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from equiformer2.kernels.chunks import cast_to_autocast
 from equiformer2.kernels.linear import pack
 from equiformer2.kernels.rows import gather_rows
-from equiformer2.model.folding import Folding
+from equiformer2.model.folding import Folding, usable
 from equiformer2.model.so3 import DerivedConstants
 
 
@@ -73,9 +72,7 @@ class RadialFunction(Folding):
     def output_weight(self) -> Tensor:
         """`[outputs, D]` of `output`, or what `fold` has made of it, where GEMMs run in its precision."""
         weight, folded = self.output.weight, self._folded
-        if folded is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return weight
-        return folded if folded.dtype == cast_to_autocast(weight[:0])[0].dtype else weight
+        return weight if folded is None or not usable([folded], weight) else folded
 
     def fold(self, dtype: torch.dtype | None, packed: bool) -> None:
         """Round the last layer's weights once."""

@@ -125,7 +125,7 @@ def test_folded_weights_do_not_hide_the_mask() -> None:
     before = model(batch)
     with masked(model, PLANS["heads"]):
         assert relative(model(batch), expected) < 1e-5
-    assert relative(model(batch), before) < 1e-6
+    assert relative(model(batch), before) < 1e-5
 
 
 def test_sphere_channels_are_masked_once() -> None:
