@@ -9,7 +9,8 @@ header, the header, and the raw little-endian bytes of the arrays in the order t
 
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,9 @@ def make_data(fields: Mapping[str, Any], where: str) -> Data:
     Raises:
         DataError: a field is missing, has another size, or holds NaN, infinite or impossible values.
     """
-    return _to_data(_checked_arrays(fields, where), str(fields.get("sid", "")), int(fields.get("fid", 0)))
+    sid, fid = str(fields.get("sid", "")), int(fields.get("fid", 0))
+    with _naming_system(sid):
+        return _to_data(_checked_arrays(fields, where), sid, fid)
 
 
 def pack(data: Data | Mapping[str, Any], where: str = "record to write") -> bytes:
@@ -119,7 +122,8 @@ def unpack(value: bytes, where: str) -> Data:
             arrays[name] = array.reshape(shape)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{where}: the record is damaged ({error}); write the dataset again.") from error
-    return _to_data(_checked_arrays(arrays, where), header["sid"], int(header["fid"]))
+    with _naming_system(header["sid"]):
+        return _to_data(_checked_arrays(arrays, where), header["sid"], int(header["fid"]))
 
 
 def packed_natoms(value: bytes, where: str) -> int:
@@ -129,6 +133,16 @@ def packed_natoms(value: bytes, where: str) -> int:
         if name == "pos":
             return int(shape[0])
     raise DataError(f"{where}: the record has no positions; write the dataset again.")
+
+
+@contextmanager
+def _naming_system(sid: str) -> Iterator[None]:
+    """Inside, a `DataError` gets the `sid` of the system, if it has one."""
+    try:
+        yield
+    except DataError as error:
+        error.sid = sid or None
+        raise
 
 
 def _checked_arrays(fields: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:

@@ -41,21 +41,31 @@ class TargetSample:
     forces_rms: float | None
 
 
-def sample_targets(dataset: OC20Lmdb, limit: int = 50_000) -> TargetSample:
+def sample_targets(dataset: OC20Lmdb, limit: int = 50_000, leave_out_unusable: bool = False) -> TargetSample:
     """Read the targets of at most `limit` records, evenly spaced over the dataset.
 
+    Args:
+        dataset: frames or systems with energies.
+        limit: most records.
+        leave_out_unusable: take the others where a record would raise; the sample may then be empty.
+
     Raises:
-        DataError: a record has no energy, or an element above 99.
+        DataError: a record cannot be read, has no energy, or an element above 99.
     """
     indices = np.unique(np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).astype(np.int64))
     composition = np.zeros((len(indices), NUM_ELEMENTS))
     energy = np.zeros(len(indices))
-    squares, components = 0.0, 0
-    for row, index in enumerate(indices.tolist()):
-        composition[row], energy[row], square, count = read_targets(dataset, index)
-        squares, components = squares + square, components + count
+    rows, squares, components = 0, 0.0, 0
+    for index in indices.tolist():
+        try:
+            composition[rows], energy[rows], square, count = read_targets(dataset, index)
+        except DataError:
+            if not leave_out_unusable:
+                raise
+            continue
+        rows, squares, components = rows + 1, squares + square, components + count
     rms = float(np.sqrt(squares / components)) if components else None
-    return TargetSample(composition, energy, rms)
+    return TargetSample(composition[:rows], energy[:rows], rms)
 
 
 def check_energies_match_kind(sample: TargetSample, kind: str, name: str) -> None:

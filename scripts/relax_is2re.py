@@ -4,6 +4,7 @@
         --energy-kind adsorption --device cuda --out runs/is2re
 
 Each dataset has a folder in --out with one trajectory per system. The same command goes on after a stop.
+Structures that cannot be relaxed are skipped and named.
 """
 
 import argparse
@@ -48,6 +49,7 @@ def main() -> None:
     from equiformer2.training.evaluation import open_dataset
     from equiformer2.training.relaxation_run import (
         average_over,
+        coverage,
         metric_lines,
         relax_dataset,
         relaxation_table,
@@ -89,7 +91,10 @@ def main() -> None:
     average = average_over(reports)
     if len(reports) > 1:
         print("\n".join([f"average of {len(reports)}", *metric_lines(average)]))
-    write_json(arguments.out / "is2re.json", {"datasets": reports, "average": average})
+        if any(report["skipped"] for report in reports.values()):
+            print(f"  All of this is of {coverage(reports.values())}: the others were skipped")
+    counts = {key: sum(report[key] for report in reports.values()) for key in ("structures", "relaxed")}
+    write_json(arguments.out / "is2re.json", {"datasets": reports, **counts, "average": average})
 
 
 if __name__ == "__main__":

@@ -72,11 +72,12 @@ class Relaxed:
     Attributes:
         index: its number in the input.
         start: the structure as it was given.
-        frames: of its relaxation, the last one included. Positions are not wrapped into the cell.
+        frames: of its relaxation, the last one included; none if the start cannot be relaxed at all.
+            Positions are not wrapped into the cell.
         steps: steps taken.
         max_force: largest force on a free atom of the last frame, eV/Å.
         converged: whether that is below fmax.
-        failure: why the relaxation ended early; the last frame is then the last good one.
+        failure: why the relaxation ended early, or never began; the last frame is then the last good one.
     """
 
     index: int
@@ -96,6 +97,12 @@ class Relaxed:
     def positions(self) -> np.ndarray:
         """Of the last frame, `[N, 3]` float32 Å."""
         return self.frames[-1].positions
+
+    def fail(self, reason: str) -> None:
+        """The step that was under way, if one was, leads nowhere."""
+        self.failure = reason
+        if self.frames:
+            self.steps -= 1
 
     @property
     def name(self) -> str:
@@ -132,8 +139,9 @@ def relax_batched(
     """Relax structures and give each as soon as it is done.
 
     A structure leaves the batch when it has converged or has taken all its steps, and the next one that waits
-    takes its place. One that fails on the way (a force that is not finite) leaves with its last good frame
-    and does not disturb the others. When the device runs out of memory, half of the batch waits.
+    takes its place. One that fails on the way (a force that is not finite) leaves with its last good frame,
+    and one whose start has no meaningful energy (an unknown element, no cell) without a frame; neither
+    disturbs the others. When the device runs out of memory, half of the batch waits.
 
     Args:
         predict: `free_forces(predictor)` or `Predictor.predict`, of a network with forces.
@@ -144,8 +152,8 @@ def relax_batched(
         device: where the optimiser's state lives.
 
     Raises:
-        InputError: a start structure without a meaningful energy (it is named), or one that alone does not
-            fit into the device's memory.
+        InputError: a structure that alone does not fit into the device's memory, or something that is not
+            about one structure, such as a network without forces.
     """
     for name, value in (("batch_size", batch_size), ("max_atoms", max_atoms)):
         if value is not None and value < 1:
@@ -169,7 +177,9 @@ def relax_batched(
             max_atoms = running.atoms
             continue
         except InputError as error:
-            at = 0 if len(running.relaxing) == 1 else error.structure
+            at, first = error.structure, running.relaxing[0]
+            if at is None and len(running.relaxing) == 1 and first.frames:
+                at = 0  # it has been predicted before: the error is about where it went
             if at is None:
                 raise
             yield running.fail(at, str(error))
@@ -249,10 +259,7 @@ class _Running:
     def fail(self, at: int, reason: str) -> Relaxed:
         """Take out the structure `at`, which cannot go on."""
         failed = self.relaxing[at]
-        if not failed.frames:
-            raise InputError(f"{failed.name} cannot be relaxed: {reason}")
-        failed.failure = reason
-        failed.steps -= 1
+        failed.fail(reason)
         self._keep(torch.arange(len(self.relaxing)) != at)
         return failed
 
@@ -271,13 +278,7 @@ class _Running:
         for at, ((positions, part), force) in enumerate(zip(parts, largest.tolist(), strict=True)):
             relaxing = self.relaxing[at]
             if not good[at]:
-                reason = f"the model gives a non-finite energy or force at step {relaxing.steps}"
-                if not relaxing.frames:
-                    raise InputError(
-                        f"{relaxing.name} cannot be relaxed: {reason}; check it and the checkpoint"
-                    )
-                relaxing.failure = reason
-                relaxing.steps -= 1
+                relaxing.fail(f"the model gives a non-finite energy or force at step {relaxing.steps}")
                 done.append(at)
                 continue
             frame = Frame(positions.numpy().copy(), part.float().numpy().copy(), float(energies[at]))

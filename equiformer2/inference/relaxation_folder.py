@@ -2,12 +2,14 @@
 
     settings.json             what is relaxed, with what and how
     relaxed.jsonl             one line for every finished structure, in the order in which they finished
+    skipped.jsonl             one line for every structure that the last run could not relax, with the reason
     trajectories/SID.traj     its frames (ASE)
 
 A line is written after its trajectory, so whatever has a line is complete. What was under way when a run
-was stopped starts again.
+was stopped starts again, and what could not be relaxed is tried again.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -28,6 +30,9 @@ from equiformer2.files import write_json
 from equiformer2.inference.batched import Frame, Relaxed
 
 Row = dict[str, Any]
+SKIPPED = "skipped.jsonl"
+#: What a relaxation and its errors depend on, besides the network and the settings.
+_USED = ("pos", "atomic_numbers", "cell", "pbc", "tags", "fixed", "y_relaxed", "pos_relaxed")
 
 
 class RelaxationFolder:
@@ -39,6 +44,7 @@ class RelaxationFolder:
 
     Attributes:
         rows: inside `open`, what is known of every finished structure, by its index in the dataset.
+        skipped: name and reason of every structure that this run cannot relax, likewise.
     """
 
     def __init__(self, path: Path, asked: Mapping[str, Any]) -> None:
@@ -47,6 +53,7 @@ class RelaxationFolder:
         self.trajectories = path / "trajectories"
         self._asked = json.loads(json.dumps(asked))
         self.rows: dict[int, Row] = {}
+        self.skipped: dict[int, Row] = {}
         self._sids: dict[str, int] = {}
 
     @contextmanager
@@ -72,7 +79,8 @@ class RelaxationFolder:
             for unfinished in self.trajectories.glob(".*.tmp"):
                 unfinished.unlink()
             self._file = file
-            yield
+            with (self.path / SKIPPED).open("wb") as self._skipped_file:
+                yield
 
     def check_name(self, index: int, sid: str) -> None:
         """Raise `InputError` when the structure `index` cannot be told from another by its `sid`."""
@@ -94,6 +102,7 @@ class RelaxationFolder:
         row: Row = {
             "index": relaxed.index,
             "sid": sid,
+            "start": fingerprint_of_start(relaxed.start),
             "natoms": int(relaxed.start.pos.shape[0]),
             "energy": relaxed.energy,
             "initial_energy": relaxed.frames[0].energy,
@@ -103,11 +112,24 @@ class RelaxationFolder:
             "failure": relaxed.failure,
             **more,
         }
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        _append(self._file, row)
         self.rows[relaxed.index] = row
         return row
+
+    def skip(self, index: int, name: str, reason: str) -> None:
+        """Write down that the structure `index` cannot be relaxed."""
+        self.skipped[index] = {"index": index, "name": name, "reason": reason}
+        _append(self._skipped_file, self.skipped[index])
+
+    def check_start(self, index: int, start: Data) -> None:
+        """Raise `InputError` unless the finished structure `index` was relaxed from `start`."""
+        row = self.rows[index]
+        if row.get("start") != fingerprint_of_start(start):
+            raise InputError(
+                f"{self.path} holds a relaxation of the system {row['sid']} from another start structure, or "
+                f"beside other targets, than structure {index} of the data has now: give another folder, or "
+                "the data as they were"
+            )
 
     def _check_same(self, settings: Path) -> None:
         asked = self._asked
@@ -141,6 +163,21 @@ class RelaxationFolder:
                 ) from error
             end += len(line)
         return end
+
+
+def fingerprint_of_start(start: Data) -> str:
+    """Changes with any number that a relaxation of `start` or its errors depend on, and with its name."""
+    digest = hashlib.sha256(str(start.sid).encode())
+    for name in _USED:
+        if name in start:
+            digest.update(name.encode() + start[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _append(file: IO[bytes], row: Row) -> None:
+    file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def to_atoms(start: Data, frame: Frame) -> Atoms:

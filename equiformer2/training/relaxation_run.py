@@ -1,8 +1,12 @@
-"""IS2RE and IS2RS by relaxation: a dataset relaxed with a checkpoint, and how far from DFT that ends."""
+"""IS2RE and IS2RS by relaxation: a dataset relaxed with a checkpoint, and how far from DFT that ends.
+
+A structure that cannot be relaxed (its record is damaged or holds NaN, the network does not know an element,
+it has no cell, …) is skipped and named with the reason; every number is then said to be of N of M structures.
+"""
 
 import dataclasses
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +14,14 @@ import numpy as np
 from torch_geometric.data import Data
 from tqdm import tqdm
 
-from datasets_oc20 import OC20Lmdb
+from datasets_oc20 import DataError, OC20Lmdb
 from datasets_oc20.targets import check_energies_match_kind, sample_targets
 from equiformer2.checkpoint.files import sha256
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes, write_json
 from equiformer2.inference import Predictor
 from equiformer2.inference.batched import RelaxationSettings, Relaxed, free_forces, relax_batched
-from equiformer2.inference.relaxation_folder import RelaxationFolder, Row
+from equiformer2.inference.relaxation_folder import SKIPPED, RelaxationFolder, Row
 from equiformer2.training.relaxation_metrics import (
     NEEDS_DFT,
     PositionErrors,
@@ -34,6 +38,7 @@ UNITS = {
     "positions_mae": "Å",
     "positions_mse": "Å^2",
 }
+_MOST_NAMED = 20
 
 
 def relax_dataset(
@@ -49,8 +54,9 @@ def relax_dataset(
     """Relax every structure of a dataset into a folder; goes on with a folder that is not finished.
 
     The folder holds what `RelaxationFolder` says and, once everything is relaxed, `relaxed.npz` (arrays over
-    the structures in the dataset's order: `sid`, `energy` eV, `max_force` eV/Å, `steps`, `converged`) and
-    `is2re.json`, which is also returned. Structures in flight when a run was killed start again.
+    the relaxed structures in the dataset's order: `sid`, `energy` eV, `max_force` eV/Å, `steps`, `converged`;
+    and `skipped`, the names of the others) and `is2re.json`, which is also returned. Structures in flight
+    when a run was killed start again.
 
     Args:
         predictor: with forces; its kind of energy is the dataset's (`evaluation.open_dataset`).
@@ -62,22 +68,22 @@ def relax_dataset(
         router: the file of the predictor's router, if it has one.
 
     Raises:
-        InputError: no forces, a folder with other relaxations, several structures with one `sid`, a start
-            structure without a meaningful energy.
+        InputError: no forces, a folder with other relaxations or of other start structures, several
+            structures with one `sid`, not one structure that can be relaxed.
     """
     if not predictor.has_forces:
         raise InputError(
             f"{checkpoint} predicts no forces, so it cannot relax a structure: use a checkpoint trained with "
             "forces (model.forces)"
         )
-    if "energy" in dataset[0]:
-        check_energies_match_kind(sample_targets(dataset, 200), str(dataset.energy_kind), dataset.path)
+    sample = sample_targets(dataset, 200, leave_out_unusable=True)
+    if len(sample.energy):
+        check_energies_match_kind(sample, str(dataset.energy_kind), dataset.path)
     asked = {
         "checkpoint": sha256(checkpoint),
         "weights": predictor.checkpoint.weights,
         "precision": predictor.precision,
         "energy_kind": predictor.energy_kind,
-        "data": [[shard.name, shard.stat().st_size] for shard in dataset.shards],
         "structures": len(dataset),
         **dataclasses.asdict(settings),
     }
@@ -85,6 +91,7 @@ def relax_dataset(
         asked["router"] = sha256(router)
     relaxations = RelaxationFolder(folder, asked)
     with relaxations.open():
+        _check_starts(dataset, relaxations)
         progress = tqdm(
             total=len(dataset),
             initial=len(relaxations.rows),
@@ -96,29 +103,46 @@ def relax_dataset(
         with progress:
             for relaxed in relax_batched(
                 free_forces(predictor),
-                _missing(dataset, relaxations),
+                _missing(dataset, relaxations, progress),
                 settings,
                 batch_size=batch_size,
                 max_atoms=max_atoms,
                 device=predictor.device,
             ):
-                relaxations.add(relaxed, _targets(relaxed))
+                if relaxed.frames:
+                    relaxations.add(relaxed, _targets(relaxed))
+                else:
+                    relaxations.skip(relaxed.index, str(relaxed.start.sid), str(relaxed.failure))
                 progress.update()
-        rows = [relaxations.rows[index] for index in range(len(dataset))]
-        _write_relaxed(folder / RELAXED, rows)
-        report = {"energy_kind": predictor.energy_kind, "settings": asked, "units": UNITS, **judge(rows)}
+        skipped = [relaxations.skipped[index] for index in sorted(relaxations.skipped)]
+        if not relaxations.rows:
+            raise InputError(
+                f"{dataset.path}: none of its {len(dataset)} structures can be relaxed, "
+                f"{skipped[0]['name']} for instance: {skipped[0]['reason']} (all are in {folder / SKIPPED})"
+            )
+        rows = [relaxations.rows[index] for index in sorted(relaxations.rows)]
+        _write_relaxed(folder / RELAXED, rows, skipped)
+        report = {
+            "energy_kind": predictor.energy_kind,
+            "settings": asked,
+            "units": UNITS,
+            **judge(rows, skipped),
+        }
         write_json(folder / REPORT, report)
     return report
 
 
-def judge(rows: Sequence[Row]) -> dict[str, Any]:
+def judge(rows: Sequence[Row], skipped: Sequence[Row] = ()) -> dict[str, Any]:
     """Metrics of finished relaxations that have targets, beside those of not relaxing at all.
 
     `metrics` has the names of fairchem's evaluator. `not_relaxed` has the same of the start structures and
-    of the model's energies of them. Either is without what has no target.
+    of the model's energies of them. Either is without what has no target. All numbers are of the `relaxed` of
+    all `structures`; `skipped` names the others.
     """
     report: dict[str, Any] = {
-        "structures": len(rows),
+        "structures": len(rows) + len(skipped),
+        "relaxed": len(rows),
+        "skipped": list(skipped),
         "converged": sum(bool(row["converged"]) for row in rows),
         "failed": {row["sid"]: row["failure"] for row in rows if row["failure"] is not None},
         "mean_steps": float(np.mean([row["steps"] for row in rows])),
@@ -145,12 +169,28 @@ def average_over(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def relaxation_table(report: Mapping[str, Any]) -> str:
-    """The main numbers as text, each beside that of the start structures."""
+    """The main numbers as text, each beside that of the start structures, and what they leave out."""
     lines = [
-        f"  {report['converged']} of {report['structures']} converged, {report['mean_steps']:.1f} steps each"
+        f"  {report['converged']} of {report['relaxed']} converged, {report['mean_steps']:.1f} steps each"
         + (f", {len(report['failed'])} ended early" if report["failed"] else "")
     ]
-    return "\n".join(lines + metric_lines(report["metrics"], report["not_relaxed"]))
+    lines += metric_lines(report["metrics"], report["not_relaxed"])
+    skipped = report["skipped"]
+    if skipped:
+        lines.append(
+            f"  All of this is of {coverage([report])}: {len(skipped)} cannot be relaxed and were skipped"
+        )
+        lines += [f"    {row['name']}: {row['reason']}" for row in skipped[:_MOST_NAMED]]
+        if len(skipped) > _MOST_NAMED:
+            lines.append(f"    and {len(skipped) - _MOST_NAMED} more, see {SKIPPED}")
+    return "\n".join(lines)
+
+
+def coverage(reports: Iterable[Mapping[str, Any]]) -> str:
+    """Of how many structures the numbers of `reports` are: "97 of 100 structures"."""
+    counts = [(report["relaxed"], report["structures"]) for report in reports]
+    relaxed, structures = (sum(column) for column in zip(*counts, strict=True))
+    return f"{relaxed} of {structures} structures"
 
 
 def metric_lines(metrics: Mapping[str, float], not_relaxed: Mapping[str, float] | None = None) -> list[str]:
@@ -169,12 +209,35 @@ def metric_lines(metrics: Mapping[str, float], not_relaxed: Mapping[str, float] 
     return lines
 
 
-def _missing(dataset: OC20Lmdb, relaxations: RelaxationFolder) -> Iterator[tuple[int, Data]]:
-    for index in range(len(dataset)):
-        if index not in relaxations.rows:
+def _check_starts(dataset: OC20Lmdb, relaxations: RelaxationFolder) -> None:
+    """Raise `InputError` unless what is finished was relaxed from these structures."""
+    for index in tqdm(sorted(relaxations.rows), desc="comparing", unit="systems", disable=None, leave=False):
+        try:
             start = dataset[index]
-            relaxations.check_name(index, str(start.sid))
-            yield index, start
+        except DataError as error:
+            sid = relaxations.rows[index]["sid"]
+            raise InputError(
+                f"{relaxations.path} holds a relaxation of the system {sid}, whose record cannot be used now: "
+                f"give another folder or the data as they were ({error})"
+            ) from error
+        relaxations.check_start(index, start)
+
+
+def _missing(
+    dataset: OC20Lmdb, relaxations: RelaxationFolder, progress: "tqdm[Any]"
+) -> Iterator[tuple[int, Data]]:
+    """What is not finished; records that cannot be used are skipped."""
+    for index in range(len(dataset)):
+        if index in relaxations.rows:
+            continue
+        try:
+            start = dataset[index]
+        except DataError as error:
+            relaxations.skip(index, error.sid or f"structure {index}", str(error))
+            progress.update()
+            continue
+        relaxations.check_name(index, str(start.sid))
+        yield index, start
 
 
 def _targets(relaxed: Relaxed) -> dict[str, Any]:
@@ -191,8 +254,10 @@ def _targets(relaxed: Relaxed) -> dict[str, Any]:
     return found
 
 
-def _write_relaxed(target: Path, rows: Sequence[Row]) -> None:
+def _write_relaxed(target: Path, rows: Sequence[Row], skipped: Sequence[Row]) -> None:
     buffer = io.BytesIO()
     names = ("sid", "energy", "max_force", "steps", "converged")
-    np.savez_compressed(buffer, **{name: np.array([row[name] for row in rows]) for name in names})  # type: ignore[arg-type]
+    arrays = {name: np.array([row[name] for row in rows]) for name in names}
+    arrays["skipped"] = np.array([row["name"] for row in skipped], dtype=str)
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     write_bytes(target, buffer.getvalue())

@@ -26,6 +26,7 @@ FIELDS = {
     "is2re": ("ids", "energy"),
 }
 ATOMS = ("free", "all")
+_MOST_NAMED = 20
 DTYPES = ("float32", "float16")
 
 Arrays = dict[str, np.ndarray]
@@ -74,7 +75,8 @@ def make_submission(
         dtype: of energies and forces.
 
     Raises:
-        InputError: a split is missing, or a file does not hold what the task needs; split and key are named.
+        InputError: a split is missing, a file does not hold what the task needs (split and key are named), or
+            systems of a split were not relaxed (they are named).
     """
     missing = [split for split in SPLITS if split not in predictions]
     if missing:
@@ -139,5 +141,14 @@ def _read_is2re(path: Path) -> Arrays:
         raise InputError(
             f"{path} holds energies of structures that were not relaxed, from a model with forces: relax "
             "them with relax_is2re.py and give its folder"
+        )
+    skipped = found.get("skipped", np.zeros(0, dtype=str)).astype(str).tolist()
+    if skipped:
+        more = f" and {len(skipped) - _MOST_NAMED} more" if len(skipped) > _MOST_NAMED else ""
+        systems = len(found["sid"]) + len(skipped)
+        raise InputError(
+            f"{path} lacks {len(skipped)} of {systems} systems, which relax_is2re.py could not relax: "
+            f"{', '.join(skipped[:_MOST_NAMED])}{more}; the leaderboard needs all, so repair these in "
+            "the data (skipped.jsonl beside it has the reasons) and give the same command again"
         )
     return {"ids": found["sid"].astype(str), "energy": found["energy"]}

@@ -199,12 +199,35 @@ def test_a_structure_that_fails_leaves_with_its_last_good_frame() -> None:
         assert np.isfinite(by_index[index].frames[-1].forces).all()
 
 
-def test_a_start_without_an_energy_is_named() -> None:
-    def no_number(batch: Batch) -> dict[str, torch.Tensor]:
-        return {"energy": torch.tensor([torch.nan]), "forces": torch.zeros(batch.num_nodes, 3)}
+def test_a_start_without_an_energy_leaves_without_a_frame() -> None:
+    def picky(batch: Batch) -> dict[str, torch.Tensor]:
+        if "Ag" in batch.sid:
+            raise InputError("silver is not known", batch.sid.index("Ag"))
+        out = emt(batch)
+        if "Pt" in batch.sid:
+            out["energy"][batch.sid.index("Pt")] = torch.nan
+        return out
 
-    with pytest.raises(InputError, match="structure Cu cannot be relaxed: the model gives a non-finite"):
-        list(relax_batched(no_number, [(0, data(slab("Cu", 0), "Cu"))]))
+    structures = [(index, data(slab(*system), system[0])) for index, system in enumerate(SYSTEMS)]
+    relaxed = list(relax_batched(picky, structures, RelaxationSettings(fmax=0.05), batch_size=3))
+    assert sorted(item.index for item in relaxed) == [0, 1, 2, 3]
+    by_name = {item.start.sid: item for item in relaxed}
+    reasons = {"Ag": "silver is not known", "Pt": "the model gives a non-finite energy or force at step 0"}
+    for name, reason in reasons.items():
+        assert (by_name[name].failure, by_name[name].frames, by_name[name].steps) == (reason, [], 0)
+    alone, _ = relax_all(batch_size=1)
+    for index, name in ((0, "Cu"), (3, "Ni")):
+        assert by_name[name].converged
+        assert by_name[name].steps == alone[index].steps
+        np.testing.assert_allclose(by_name[name].positions, alone[index].positions, atol=1e-5)
+
+
+def test_an_error_that_is_not_about_a_structure_ends_everything() -> None:
+    def broken(batch: Batch) -> dict[str, torch.Tensor]:
+        raise InputError("the backend is gone")
+
+    with pytest.raises(InputError, match="the backend is gone"):
+        list(relax_batched(broken, [(0, data(slab("Cu", 0), "Cu"))]))
 
 
 def test_half_of_the_batch_waits_when_memory_ends() -> None:

@@ -13,7 +13,7 @@ from ase.io import read
 from run_script_file import SCRIPTS, run
 from tiny_checkpoint import write_tiny_checkpoint
 
-from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
+from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb, records
 from equiformer2.inference.relaxation_folder import RelaxationFolder
 from equiformer2.training.relaxation_metrics import is2rs_metrics, position_errors
 
@@ -51,6 +51,34 @@ def write_is2re(path: Path, lmdb_path: Path, targets: bool = True, sids: bool = 
             if targets:
                 record.energy = record.y_relaxed = torch.tensor([-1.0 - 0.01 * index])
                 record.pos_relaxed = frames[19].pos
+            writer.write(record)
+    return path
+
+
+#: What is wrong with some systems of `write_with_unusable`, and the words of the reason.
+UNUSABLE = {
+    "101": "pos holds NaN or infinite values (atom 4)",
+    "102": "(Hs, Z = 108) is outside the network's element table",
+    "104": "is periodic along axis 0 but its lattice vector there is",
+}
+
+
+def write_with_unusable(path: Path, lmdb_path: Path, monkeypatch: pytest.MonkeyPatch, sids: set[str]) -> Path:
+    """As `write_is2re`, with what `UNUSABLE` says of the systems `sids`."""
+    good = OC20Lmdb(write_is2re(path.with_name("good.lmdb"), lmdb_path))
+    with monkeypatch.context() as patch, LmdbWriter(path, "adsorption") as writer:
+        patch.setattr(records, "_check_values", lambda *_: None)  # other programs check less
+        for record in (good[index] for index in range(SYSTEMS)):
+            if record.sid in sids:
+                if record.sid == "101":
+                    record.pos[4, 1] = torch.nan
+                elif record.sid == "102":
+                    record.atomic_numbers[0] = 108
+                elif record.sid == "104":
+                    record.cell[0, 0] = 0.0
+                    record.pbc[0, 2] = False
+                else:
+                    record.pos[1] = record.pos[0]
             writer.write(record)
     return path
 
@@ -175,6 +203,67 @@ def test_what_cannot_be_mixed_is_refused(
     frames = write_is2re(tmp_path / "frames.lmdb", lmdb_path, sids=False)
     assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, frames, out)) == 2
     assert "structures 0 and 1 have the same sid" in capsys.readouterr().err
+
+
+def test_unusable_systems_are_skipped_and_named(
+    checkpoint: Path,
+    lmdb_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = write_with_unusable(tmp_path / "val_id.lmdb", lmdb_path, monkeypatch, set(UNUSABLE))
+    out = tmp_path / "out"
+    folder = out / "val_id"
+    for _ in range(2):  # and when the same command comes again
+        assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out)) == 0
+        report, lines = json.loads((folder / "is2re.json").read_text()), capsys.readouterr().out
+        assert (report["structures"], report["relaxed"]) == (SYSTEMS, 2)
+        written = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+        assert sorted(written, key=lambda row: row["index"]) == report["skipped"]
+        assert [row["name"] for row in report["skipped"]] == list(UNUSABLE)
+        for row, reason in zip(report["skipped"], UNUSABLE.values(), strict=True):
+            assert reason in row["reason"]
+            assert f"    {row['name']}: {row['reason']}" in lines
+        assert "All of this is of 2 of 5 structures" in lines
+    with np.load(folder / "relaxed.npz") as relaxed:
+        assert relaxed["sid"].tolist() == ["100", "103"]
+        assert relaxed["skipped"].tolist() == list(UNUSABLE)
+        target = np.array([-1.0, -1.03])
+        assert report["metrics"]["energy_mae"] == pytest.approx(np.abs(relaxed["energy"] - target).mean())
+    whole = json.loads((out / "is2re.json").read_text())
+    assert (whole["structures"], whole["relaxed"]) == (SYSTEMS, 2)
+
+    splits = [item for split in ("id", "ood-ads", "ood-cat", "ood-both") for item in (f"--{split}", folder)]
+    wanted = tmp_path / "is2re.npz"
+    assert run(monkeypatch, "make_submission", "--task", "is2re", *splits, "--out", wanted) == 2
+    error = capsys.readouterr().err
+    assert "lacks 3 of 5 systems, which relax_is2re.py could not relax: 101, 102, 104;" in error
+    assert not wanted.exists()
+
+    # Repaired, the same command relaxes what is missing.
+    data.unlink()
+    write_is2re(data, lmdb_path)
+    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out)) == 0
+    assert "skipped" not in capsys.readouterr().out
+    assert (folder / "skipped.jsonl").read_text() == ""
+    assert run(monkeypatch, "make_submission", "--task", "is2re", *splits, "--out", wanted) == 0
+
+
+def test_nothing_to_relax_is_an_error(
+    checkpoint: Path,
+    lmdb_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    everything = {str(100 + index) for index in range(SYSTEMS)}
+    data = write_with_unusable(tmp_path / "val_id.lmdb", lmdb_path, monkeypatch, everything)
+    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert "none of its 5 structures can be relaxed, 100 for instance: " in error
+    assert len((tmp_path / "out" / "val_id" / "skipped.jsonl").read_text().splitlines()) == SYSTEMS
+    assert not (tmp_path / "out" / "val_id" / "is2re.json").exists()
 
 
 def test_a_folder_without_a_finished_system_is_free_and_a_busy_one_is_not(tmp_path: Path) -> None:
