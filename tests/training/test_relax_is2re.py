@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from ase.io import read
 from run_script_file import SCRIPTS, run
 from tiny_checkpoint import write_tiny_checkpoint
+from torch_geometric.data import Data
 
 from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb, records
 from equiformer2.inference.relaxation_folder import RelaxationFolder
@@ -248,6 +250,42 @@ def test_unusable_systems_are_skipped_and_named(
     assert "skipped" not in capsys.readouterr().out
     assert (folder / "skipped.jsonl").read_text() == ""
     assert run(monkeypatch, "make_submission", "--task", "is2re", *splits, "--out", wanted) == 0
+
+
+@pytest.mark.parametrize(
+    ("sid", "change"),
+    [
+        ("103", lambda record: record.pos[0].add_(torch.tensor([0.0, 0.0, 1e-5]))),
+        ("100", lambda record: record.fixed.fill_(False)),
+        ("102", lambda record: record.pos_relaxed.add_(0.01)),
+    ],
+    ids=["position", "held atoms", "target"],
+)
+def test_other_start_structures_are_noticed(
+    checkpoint: Path,
+    lmdb_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    sid: str,
+    change: Callable[[Data], object],
+) -> None:
+    data, out = write_is2re(tmp_path / "val_id.lmdb", lmdb_path), tmp_path / "out"
+    more = ("--steps", 0)
+    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out, *more)) == 0
+    good, size = [OC20Lmdb(data)[index] for index in range(SYSTEMS)], data.stat().st_size
+    data.unlink()
+    with LmdbWriter(data, "adsorption") as writer:
+        for record in good:
+            if record.sid == sid:
+                change(record)
+            writer.write(record)
+    assert data.stat().st_size == size
+    capsys.readouterr()
+    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out, *more)) == 2
+    error = capsys.readouterr().err
+    assert f"holds a relaxation of the system {sid} from another start structure" in error
+    assert "give another folder, or the data as they were" in error
 
 
 def test_nothing_to_relax_is_an_error(
