@@ -217,7 +217,7 @@ def _check_starts(dataset: OC20Lmdb, relaxations: RelaxationFolder) -> None:
         except DataError as error:
             sid = relaxations.rows[index]["sid"]
             raise InputError(
-                f"{relaxations.path} holds a relaxation of the system {sid}, whose record cannot be used now: "
+                f"{relaxations.path} holds a relaxation of system {sid}, whose record cannot be used now: "
                 f"give another folder or the data as they were ({error})"
             ) from error
         relaxations.check_start(index, start)
