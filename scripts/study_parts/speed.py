@@ -1,7 +1,7 @@
 """Times of a pruning study: what inference leaves out, and force calls through the ASE calculator.
 
 Both are ratios of neighbouring calls in one process. What was measured is not measured again, unless its file
-is broken or tells of other settings.
+is broken or tells of other settings or another network (by `fingerprint_of_weights`).
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from equiformer2.files import write_json
 from equiformer2.inference import EquiformerV2Calculator, Predictor
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.pruning.baselines import uniform_plan
+from equiformer2.pruning.fingerprints import fingerprint_of_weights
 from equiformer2.pruning.latency import compare_latency
 from equiformer2.pruning.lossless import measure_savings
 from equiformer2.pruning.plan import PruningPlan
@@ -44,15 +45,16 @@ def measure_lossless(campaign: Campaign, out: Path) -> None:
     for name, checkpoint in campaign.models.items():
         path = out / f"{name}.json"
         threads, repeats = campaign.speed.threads or torch.get_num_threads(), campaign.speed.repeats
-        wanted = {"threads": threads, "repeats": {repeats}}
-        if _measured(path, wanted, _settings_of_savings):
+        loaded = load_checkpoint(checkpoint)
+        same = {"model": fingerprint_of_weights(loaded.model), "threads": threads}
+        if _measured(path, same | {"repeats": {repeats}}, _settings_of_savings):
             continue
-        predictor = Predictor(checkpoint)
+        predictor = Predictor(loaded)
         batch = Batch.from_data_list(_held_out(campaign)[:_STRUCTURES])
         normalizers = predictor.checkpoint.normalizers
         with with_threads(threads):
             savings = measure_savings(predictor.model, batch, normalizers, repeats)
-        record = {"threads": threads, "savings": [saving.to_dict() for saving in savings]}
+        record = same | {"savings": [saving.to_dict() for saving in savings]}
         write_json(path, record, make_folder=True)
         print(f"wrote {path}")
 
@@ -62,22 +64,35 @@ def measure_calls(campaign: Campaign, studies: Path, out: Path) -> None:
     atoms = _as_atoms(_held_out(campaign)[0])
     large = atoms.repeat((2, 2, 1))
     for name, checkpoint in campaign.models.items():
-        dense = load_checkpoint(checkpoint)
-        for method, cheaper in _ways(campaign, studies, name, dense).items():
+        dense = _Dense.of(load_checkpoint(checkpoint))
+        for method, cheaper in _ways(campaign, studies, name, dense.checkpoint).items():
             _measure(out / f"{name}_{method}.json", atoms, dense, cheaper, campaign.speed)
             if method in _ALSO_LARGE:
                 _measure(out / f"{name}_2x2_{method}.json", large, dense, cheaper, campaign.speed)
     for name, preset in campaign.speed.random_weights.items():
         torch.manual_seed(0)
-        dense = _random(preset)
-        cost = _cost(dense.model, atoms)
+        dense = _Dense.of(_random(preset))
+        model = dense.checkpoint.model
+        cost = _cost(model, atoms)
         plans = {
-            "uniform": uniform_plan(dense.model, cost, campaign.speed.keep),
-            "blocks": _without_blocks(dense.model, cost, campaign.speed.keep),
+            "uniform": uniform_plan(model, cost, campaign.speed.keep),
+            "blocks": _without_blocks(model, cost, campaign.speed.keep),
         }
         for kind, plan in plans.items():
             path = out / f"{name}_random_weights_{kind}.json"
-            _measure(path, atoms, dense, _pruned(dense, plan, cost(plan)), campaign.speed)
+            _measure(path, atoms, dense, _pruned(dense.checkpoint, plan, cost(plan)), campaign.speed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dense:
+    """A network beside which cheaper ones are timed, and its fingerprint."""
+
+    checkpoint: Checkpoint
+    fingerprint: str
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "_Dense":
+        return cls(checkpoint, fingerprint_of_weights(checkpoint.model))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +128,9 @@ def _pruned(dense: Checkpoint, plan: PruningPlan, macs: float | None = None) -> 
     return _Cheaper(dataclasses.replace(dense, config=small.config, model=small), macs)
 
 
-def _measure(path: Path, atoms: Atoms, dense: Checkpoint, cheaper: _Cheaper, speed: Speed) -> None:
+def _measure(path: Path, atoms: Atoms, dense: _Dense, cheaper: _Cheaper, speed: Speed) -> None:
     settings = {
+        "model": dense.fingerprint,
         "atoms": len(atoms),
         "threads": speed.threads or torch.get_num_threads(),
         "macs": cheaper.macs,
@@ -122,7 +138,7 @@ def _measure(path: Path, atoms: Atoms, dense: Checkpoint, cheaper: _Cheaper, spe
     if _measured(path, settings | {"repeats": speed.repeats}, _settings_of_calls):
         return
     calls = []
-    for checkpoint, router in ((cheaper.checkpoint, cheaper.router), (dense, None)):
+    for checkpoint, router in ((cheaper.checkpoint, cheaper.router), (dense.checkpoint, None)):
         own = atoms.copy()
         own.calc = EquiformerV2Calculator(checkpoint, forces_on_fixed=False, router=router)
         calls.append(_call(own))
@@ -142,7 +158,8 @@ def _measured(path: Path, wanted: dict[str, Any], settings: Callable[[Any], dict
         print(f"{path} is broken: measuring again")
         return False
     if found != wanted:
-        print(f"{path} was measured with other settings: measuring again")
+        other = "settings" if found["model"] == wanted["model"] else "weights"
+        print(f"{path} was measured with other {other}: measuring again")
     return found == wanted
 
 
@@ -151,12 +168,14 @@ def _settings_of_calls(record: Any) -> dict[str, Any]:
     # What the report reads has to be there, too.
     for key in ("seconds", "dense_seconds", "ratio", "low", "high"):
         float(latency[key])
-    return {key: record[key] for key in ("atoms", "threads", "macs")} | {"repeats": latency["repeats"]}
+    same = {key: record[key] for key in ("atoms", "threads", "macs")}
+    # Files of an earlier version do not say of which weights they are.
+    return same | {"model": record.get("model"), "repeats": latency["repeats"]}
 
 
 def _settings_of_savings(record: Any) -> dict[str, Any]:
     repeats = {saving["latency"]["repeats"] for saving in record["savings"]}
-    return {"threads": record["threads"], "repeats": repeats}
+    return {"model": record.get("model"), "threads": record["threads"], "repeats": repeats}
 
 
 def _call(atoms: Atoms) -> Callable[[], object]:

@@ -10,6 +10,7 @@ import torch
 from search_helpers import save_tiny, slabs, tiny_model, write_lmdb
 
 import equiformer2.pruning.latency as latency_module
+from equiformer2.pruning.fingerprints import fingerprint_of_weights
 from equiformer2.pruning.plan import PruningPlan
 from study_parts import speed
 from study_parts.settings import Campaign, Part, Speed
@@ -81,7 +82,8 @@ def test_dense_and_pruned_take_turns(campaign: Campaign, calls: list[Any], tmp_p
     assert found["dense_seconds"] == 10.5
     assert found["ratio"] == pytest.approx((1 / 10 + 1 / 11) / 2)
     assert found["repeats"] == REPEATS
-    assert record == {"atoms": 4, "threads": 1, "macs": 0.51}
+    model = fingerprint_of_weights(tiny_model())
+    assert record == {"model": model, "atoms": 4, "threads": 1, "macs": 0.51}
 
 
 def test_threads_are_those_asked_for_and_given_back(
@@ -113,6 +115,18 @@ def test_other_settings_are_measured_again(
     assert "tiny_block.json was measured with other settings: measuring again" in capsys.readouterr().out
 
 
+def test_other_weights_at_the_same_path_are_measured_again(
+    campaign: Campaign, calls: list[Any], tmp_path: Path, capsys: Any
+) -> None:
+    measure(campaign, tmp_path)
+    made = len(calls)
+    save_tiny(Path(campaign.models["tiny"]), seed=1)
+    capsys.readouterr()
+    assert measure(campaign, tmp_path)["model"] == fingerprint_of_weights(tiny_model(1))
+    assert len(calls) == 2 * made
+    assert "tiny_block.json was measured with other weights: measuring again" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text", ["", '{"atoms": 4, "thr', "[]", "null", '{"atoms": 4}', "\x00\x00"])
 def test_broken_files_are_measured_again(
     text: str, campaign: Campaign, calls: list[Any], tmp_path: Path, capsys: Any
@@ -134,6 +148,10 @@ def test_savings_are_kept_too(campaign: Campaign, tmp_path: Path, capsys: Any) -
     capsys.readouterr()
     speed.measure_lossless(few, tmp_path)
     assert capsys.readouterr().out == ""
+    save_tiny(Path(campaign.models["tiny"]), seed=1)
+    speed.measure_lossless(few, tmp_path)
+    assert "tiny.json was measured with other weights: measuring again" in capsys.readouterr().out
+    assert json.loads(path.read_text())["model"] != first["model"]
     path.write_text("{")
     speed.measure_lossless(few, tmp_path)
     assert "tiny.json is broken: measuring again" in capsys.readouterr().out
