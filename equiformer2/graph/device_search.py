@@ -1,9 +1,18 @@
-"""The neighbour search where the positions are: plain torch, for the small structures of a GPU's batch."""
+"""The neighbour search where the positions are: plain torch, for the small structures of a GPU's batch.
+
+All structures of a batch are looked at together, so that the host waits for the device once and not for each.
+"""
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from equiformer2.graph.nonblocking import numbers_of, to_device
 
 MAX_CANDIDATES = 2 * 10**8
 """Pairs of atoms and images to look at in one structure; beyond, cell lists (`search`) are better."""
@@ -11,61 +20,149 @@ MAX_CANDIDATES = 2 * 10**8
 _CANDIDATES_AT_A_TIME = 2 * 10**7
 
 
+class DevicePairs(NamedTuple):
+    """P ordered pairs of atoms on the device, as `search.Pairs`."""
+
+    target: Tensor
+    """`[P]` int64 atom i in the batch."""
+    source: Tensor
+    """`[P]` int64 atom j in the batch."""
+    shifts: Tensor
+    """`[P, 3]` int32 lattice vectors to add to `pos[source] - pos[target]`."""
+    distance: Tensor
+    """`[P]` Å, float64."""
+    closest: float
+    """The smallest distance, Å, known to the host; infinite without pairs."""
+
+
+class _Piece(NamedTuple):
+    """Some images of one structure, each with all pairs of atoms."""
+
+    structure: int
+    first_atom: int
+    atoms: int
+    first_image: int  # in the table of all structures
+    images: int
+    home: int  # which of them is no image but the structure itself; may be none of them
+
+    @property
+    def candidates(self) -> int:
+        return self.images * self.atoms**2
+
+
 def find_pairs_on_device(
-    positions: Tensor, cells: Tensor, pbc: Tensor, natoms: list[int], max_radius: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    positions: Tensor,
+    structure: Tensor,
+    cells: NDArray[np.float64],
+    pbc: NDArray[np.bool_],
+    natoms: list[int],
+    max_radius: float,
+) -> DevicePairs | None:
     """Every pair within `max_radius`, as `search.find_pairs` finds them.
 
-    All images in reach are tried, so the work grows with the square of the number of atoms.
+    All images in reach are tried, so the work grows with the square of the number of atoms. The host waits
+    for the device once for every 2e7 candidates, so mostly once.
 
     Args:
-        positions: `[N, 3]` Å, float64.
-        cells: `[B, 3, 3]` Å, float64, rows are lattice vectors; rows of non-periodic axes are not used.
-        pbc: `[B, 3]` bool.
+        positions: `[N, 3]` Å, float64, on the device.
+        structure: `[N]` structure of each atom, on the device.
+        cells: `[B, 3, 3]` Å, rows are lattice vectors; rows of non-periodic axes are not used.
+        pbc: `[B, 3]`.
         natoms: atoms of every structure.
         max_radius: Å, inclusive.
 
     Returns:
-        target `[P]`, source `[P]`, shifts `[P, 3]` int32 and distances `[P]` (Å), or None if a structure has
-        more than `MAX_CANDIDATES`.
+        The pairs, or None if a structure has more than `MAX_CANDIDATES`.
     """
-    lattices = cells * pbc.unsqueeze(2)
+    device = positions.device
+    own_lattices = cells * pbc[:, :, None]
     # Coordinates along the periodic lattice vectors; across them nothing wraps.
-    inverses = torch.linalg.pinv(lattices)
-    heights = torch.linalg.vector_norm(inverses, dim=1).reciprocal()
-    reach = torch.where(pbc, torch.ceil(max_radius / heights), torch.zeros_like(heights)).long().tolist()
-    if any(
-        n * n * math.prod(2 * r + 1 for r in images) > MAX_CANDIDATES
-        for n, images in zip(natoms, reach, strict=True)
-    ):
+    own_inverses = np.linalg.pinv(own_lattices)
+    per_height = np.linalg.norm(own_inverses, axis=1)
+    reach = np.where(pbc, np.ceil(max_radius * per_height), 0.0).astype(np.int64).tolist()
+    images = [math.prod(2 * r + 1 for r in along) for along in reach]
+    if any(n * n * count > MAX_CANDIDATES for n, count in zip(natoms, images, strict=True)):
         return None
-    found, first = [], 0
-    for number, (atoms, images) in enumerate(zip(natoms, reach, strict=True)):
-        own = positions[first : first + atoms]
-        cell_of_atom = torch.floor(own @ inverses[number])
-        wrapped = own - cell_of_atom @ lattices[number]
-        shifts = _shifts(images, positions.device)
-        vectors = wrapped.unsqueeze(0) - wrapped.unsqueeze(1)
-        size = max(1, _CANDIDATES_AT_A_TIME // max(1, atoms * atoms))
-        for some in shifts.split(size):
-            offsets = (some.to(vectors.dtype) @ lattices[number])[:, None, None]
-            distance = torch.linalg.vector_norm(vectors + offsets, dim=-1)
-            near = distance <= max_radius
-            near &= (some != 0).any(1)[:, None, None] | ~torch.eye(
-                atoms, dtype=torch.bool, device=positions.device
-            )
-            image, target, source = near.nonzero(as_tuple=True)
-            # For the positions as given: what wrapping moved comes back.
-            moved = (cell_of_atom[target] - cell_of_atom[source]).to(torch.int32)
-            found.append(
-                (target + first, source + first, some[image] + moved, distance[image, target, source])
-            )
-        first += atoms
+    lattices, inverses = to_device(torch.from_numpy(np.stack((own_lattices, own_inverses))), device)
+    cell_of_atom = torch.floor(torch.bmm(positions.unsqueeze(1), inverses[structure])).squeeze(1)
+    wrapped = positions - torch.bmm(cell_of_atom.unsqueeze(1), lattices[structure]).squeeze(1)
+    shifts = torch.cat([_shifts(along, device) for along in reach]) if reach else _shifts([0, 0, 0], device)
+    found = [
+        _pairs_of(pieces, wrapped, cell_of_atom, lattices, shifts, max_radius)
+        for pieces in _together(_pieces(natoms, images))
+    ]
     if not found:
-        index = torch.zeros(0, dtype=torch.int64, device=positions.device)
-        return index, index, index.new_zeros(0, 3, dtype=torch.int32), positions.new_zeros(0)
-    target, source, shift, distance = (torch.cat(column) for column in zip(*found, strict=True))
-    return target, source, shift, distance
+        index = torch.zeros(0, dtype=torch.int64, device=device)
+        none = index.new_zeros(0, 3, dtype=torch.int32)
+        return DevicePairs(index, index, none, positions.new_zeros(0), math.inf)
+    if len(found) == 1:
+        return found[0]
+    target, source, shift, distance = (torch.cat(column) for column in list(zip(*found, strict=True))[:4])
+    return DevicePairs(target, source, shift, distance, min(pairs.closest for pairs in found))
+
+
+def _pairs_of(
+    pieces: list[_Piece],
+    wrapped: Tensor,
+    cell_of_atom: Tensor,
+    lattices: Tensor,
+    shifts: Tensor,
+    max_radius: float,
+) -> DevicePairs:
+    distance = wrapped.new_empty(sum(piece.candidates for piece in pieces))
+    parts = distance.split([piece.candidates for piece in pieces])
+    for piece, part in zip(pieces, parts, strict=True):
+        own = wrapped[piece.first_atom : piece.first_atom + piece.atoms]
+        some = shifts[piece.first_image : piece.first_image + piece.images]
+        offsets = (some.to(own.dtype) @ lattices[piece.structure])[:, None, None]
+        vectors = own.unsqueeze(0) - own.unsqueeze(1)
+        part = part.view(piece.images, piece.atoms, piece.atoms)
+        torch.linalg.vector_norm(vectors + offsets, dim=-1, out=part)
+        if 0 <= piece.home < piece.images:
+            part[piece.home].fill_diagonal_(torch.inf)
+    near = distance <= max_radius
+    # The only time the host waits: for how many there are and, for the check of the input, the smallest.
+    count, closest = torch.stack((near.sum().double(), distance.min())).tolist()
+    candidate = numbers_of(near, int(count))
+    sizes = [(p.candidates, p.first_atom, p.atoms, p.first_image) for p in pieces]
+    candidates, first_atom, atoms, first_image = to_device(torch.tensor(sizes).T.contiguous(), near.device)
+    end = candidates.cumsum(0)
+    piece_of = torch.searchsorted(end, candidate, right=True)
+    within, atoms = candidate - (end - candidates)[piece_of], atoms[piece_of]
+    source = within % atoms
+    target = within // atoms % atoms
+    image = within // (atoms * atoms) + first_image[piece_of]
+    source, target = source + first_atom[piece_of], target + first_atom[piece_of]
+    # For the positions as given: what wrapping moved comes back.
+    moved = (cell_of_atom[target] - cell_of_atom[source]).to(torch.int32)
+    return DevicePairs(target, source, shifts[image] + moved, distance[candidate], closest)
+
+
+def _pieces(natoms: list[int], images: list[int]) -> Iterator[_Piece]:
+    """All candidates, in pieces of at most `_CANDIDATES_AT_A_TIME` or a single image."""
+    first_atom = first_image = 0
+    for structure, (atoms, count) in enumerate(zip(natoms, images, strict=True)):
+        if atoms:
+            size = max(1, _CANDIDATES_AT_A_TIME // (atoms * atoms))
+            for start in range(0, count, size):
+                # The images are symmetric about the one in the middle.
+                some, home = min(size, count - start), count // 2 - start
+                yield _Piece(structure, first_atom, atoms, first_image + start, some, home)
+        first_atom, first_image = first_atom + atoms, first_image + count
+
+
+def _together(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
+    """Neighbouring pieces that have at most `_CANDIDATES_AT_A_TIME` in all."""
+    some: list[_Piece] = []
+    candidates = 0
+    for piece in pieces:
+        if some and candidates + piece.candidates > _CANDIDATES_AT_A_TIME:
+            yield some
+            some, candidates = [], 0
+        some.append(piece)
+        candidates += piece.candidates
+    if some:
+        yield some
 
 
 def _shifts(reach: list[int], device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
 """The graph that the network sees: atoms as nodes, neighbours within a radius as edges."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from equiformer2.graph import validation
 from equiformer2.graph.device_search import find_pairs_on_device
+from equiformer2.graph.nonblocking import to_device
 from equiformer2.graph.search import find_pairs
 from equiformer2.graph.structures import structure_index
 from equiformer2.graph.truncation import nearest_edges
@@ -68,24 +70,31 @@ def radius_graph(
     validation.check_positions(positions_array, natoms_array)
     validation.check_cells(cells_array, pbc_array, natoms_array)
 
+    structure = structure_index(torch.from_numpy(natoms_array), len(pos))
     pairs = None
     if on_device(pos.device):
         positions64, cells64 = pos.detach().double(), cell.detach().double()
-        limits = natoms_array.tolist(), max_radius
-        pairs = find_pairs_on_device(
-            positions64, cells64, torch.from_numpy(pbc_array).to(pos.device), *limits
-        )
-    if pairs is None:
-        positions64, cells64 = torch.from_numpy(positions_array), torch.from_numpy(cells_array)
-        arrays = positions_array, cells_array, pbc_array, natoms_array
-        found = find_pairs(*arrays, max_radius=max_radius, max_neighbors=max_neighbors)
-        target, source, shifts, distance = map(torch.from_numpy, found)
+        there = to_device(structure, pos.device)
+        arrays = cells_array, pbc_array, natoms_array.tolist()
+        pairs = find_pairs_on_device(positions64, there, *arrays, max_radius)
+    if pairs is not None:
+        structure = there
+        target, source, shifts, distance, closest = pairs
     else:
-        target, source, shifts, distance = pairs
-    if (distance <= validation.MIN_DISTANCE).any():
+        positions64, cells64 = torch.from_numpy(positions_array), torch.from_numpy(cells_array)
+        found = find_pairs(
+            positions_array,
+            cells_array,
+            pbc_array,
+            natoms_array,
+            max_radius=max_radius,
+            max_neighbors=max_neighbors,
+        )
+        target, source, shifts, distance = map(torch.from_numpy, found)
+        closest = found.distance.min(initial=math.inf)
+    if closest <= validation.MIN_DISTANCE:
         columns = target.cpu().numpy(), source.cpu().numpy(), distance.cpu().numpy()
         validation.check_distances(*columns, natoms_array)
-    structure = structure_index(torch.from_numpy(natoms_array), len(pos)).to(target.device)
 
     def vectors_of(edges: Tensor) -> Tensor:
         return _edge_vectors(positions64, cells64, structure, source[edges], target[edges], shifts[edges])

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from equiformer2.graph.nonblocking import numbers_of, to_device
+
 DEGENERACY_TOLERANCE = 0.01
 """Å^2, added to the squared distance of neighbour k + 1 by the non-strict rule (the reference's constant)."""
 
@@ -47,27 +49,35 @@ def nearest_edges(
         `[E]` numbers of the candidates that stay.
     """
     order = torch.argsort(_sort_key(target, distance), stable=True)
+    if not len(order):
+        return order
     target, distance = target[order], distance[order]
     # Not counted by bins, whose number a GPU would have to tell the host.
     atoms = torch.arange(num_atoms, device=target.device)
     first = torch.searchsorted(target, atoms)
     counts = torch.searchsorted(target, atoms, right=True) - first
     rank = torch.arange(len(order), device=order.device) - first[target]
-    crowded = (counts > max_neighbors).nonzero().squeeze(1)
-    if not len(crowded):
-        return order
-    limit = distance.new_full((num_atoms,), torch.inf)
+    crowded = counts > max_neighbors
+    # Distances of neighbours k and k + 1; for an atom that is not crowded some other's, which is not used.
+    last_kept, first_left = (
+        distance[(first + k).clamp(max=len(order) - 1)] for k in (max_neighbors - 1, max_neighbors)
+    )
     if not strict:
-        limit[crowded] = distance[first[crowded] + max_neighbors].square() + DEGENERACY_TOLERANCE
-        return order[distance.square() <= limit[target]]
-    last_kept = distance[first[crowded] + max_neighbors - 1]
-    if ((distance[first[crowded] + max_neighbors] - last_kept) <= TIE_TOLERANCE).any():
-        limit[crowded] = last_kept
-        tied = ((distance - limit[target]).abs() <= TIE_TOLERANCE).nonzero().squeeze(1)
-        projection = vectors_of(order[tied]) @ distance.new_tensor(_TIE_DIRECTION)
+        limit = torch.where(crowded, first_left.square() + DEGENERACY_TOLERANCE, torch.inf)
+        stays = distance.square() <= limit[target]
+        return order[numbers_of(stays, int(stays.sum()))]
+    any_tie = (crowded & (first_left - last_kept <= TIE_TOLERANCE)).any()
+    limit = torch.where(crowded & any_tie, last_kept, torch.inf)
+    ties, stays = (distance - limit[target]).abs() <= TIE_TOLERANCE, rank < max_neighbors
+    # The only time the host waits for the device.
+    num_tied, num_staying = torch.stack((ties.sum(), stays.sum())).tolist()
+    if num_tied:
+        tied = numbers_of(ties, num_tied)
+        direction = to_device(torch.tensor(_TIE_DIRECTION, dtype=distance.dtype), distance.device)
+        projection = vectors_of(order[tied]) @ direction
         # The tied edges of an atom stand together, so sorting them by atom first leaves the others in place.
         order[tied] = order[tied[torch.argsort(_sort_key(target[tied], projection), stable=True)]]
-    return order[rank < max_neighbors]
+    return order[numbers_of(stays, num_staying)]
 
 
 def _sort_key(target: Tensor, value: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from test_radius_graph import random_structure
 
 from equiformer2.errors import InputError
 from equiformer2.graph import device_search, radius_graph
+from equiformer2.graph.nonblocking import numbers_of
 
 slab = fcc111("Cu", size=(2, 2, 3), vacuum=8.0)
 slab.rattle(0.05, seed=1)
@@ -38,6 +39,14 @@ def test_a_batch_with_a_neighbour_limit(strict: bool, monkeypatch: pytest.Monkey
     expected, found = both(s, monkeypatch, strict=strict)
     for ours, theirs in zip(environments(found), environments(expected), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "mask", [[], [False], [True], [True, False, True, True, False], [False, False, True]]
+)
+def test_numbers_of_a_mask(mask: list[bool]) -> None:
+    entries = torch.tensor(mask, dtype=torch.bool)
+    assert torch.equal(numbers_of(entries, sum(mask)), entries.nonzero().squeeze(1))
 
 
 def test_large_structures_go_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,20 +233,25 @@ def test_the_network_reads_nothing_from_the_device(
     assert task.val_metrics.compute()["energy_mae"] > 0
 
 
-def test_the_search_of_edges_waits_once_per_structure(
-    lmdb_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_search_of_edges_waits_three_times(
+    lmdb_path: Path, monkeypatch: pytest.MonkeyPatch, strict: bool
 ) -> None:
     module = sys.modules["equiformer2.graph.radius_graph"]  # the function of this name hides it
     monkeypatch.setattr(module, "on_device", lambda _: True)  # as on a GPU
-    monkeypatch.setattr(module, "_on_host", may_wait(module._on_host))  # once
-    model = network(max_neighbors=5)
+    input_read = []
+    on_host = may_wait(module._on_host)
+    monkeypatch.setattr(module, "_on_host", lambda *tensors: input_read.append(1) or on_host(*tensors))
+    model = network(max_neighbors=5, enforce_max_neighbors_strictly=strict)
     for numbers in ([0], [0, 7], [0, 7, 13, 19]):
         seen: list[str] = []
+        input_read.clear()
         batch = some_batch(lmdb_path, *numbers)
         with telling(seen.append):
-            model.build_graph(batch)
-        # Images in reach, too close atoms, crowded atoms, whether and which edges are tied, those that stay.
-        assert len(seen) == len(numbers) + 6, seen
+            graph = model.build_graph(batch)
+        assert len(graph.distances) > 4 * len(batch.pos)
+        # The input for its checks; how many pairs there are; how many edges are tied and stay.
+        assert len(input_read) + len(seen) == 3, seen
 
 
 @pytest.mark.parametrize(
