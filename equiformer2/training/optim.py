@@ -128,6 +128,22 @@ def build_schedule(
     return LambdaLR(optimizer, factor)
 
 
+def apply_settings(
+    optimizer: Optimizer, schedule: LambdaLR, model: nn.Module, settings: OptimSettings
+) -> None:
+    """Give an optimizer and a schedule, restored from a checkpoint, what `settings` say.
+
+    Where these are the checkpoint's own nothing changes.
+    """
+    fresh = build_optimizer(model, settings).param_groups
+    for group, new, factor in zip(optimizer.param_groups, fresh, schedule.lr_lambdas, strict=True):
+        group["betas"], group["weight_decay"] = new["betas"], new["weight_decay"]
+        if group["initial_lr"] != new["lr"]:
+            group["initial_lr"] = new["lr"]
+            group["lr"] = new["lr"] * factor(schedule.last_epoch)
+    schedule.base_lrs = [new["lr"] for new in fresh]
+
+
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """One step of the exponential moving average: `average = decay * average + (1 - decay) * model`."""

@@ -42,12 +42,9 @@ from equiformer2.training.processes import (
     strategy_of,
 )
 from equiformer2.training.resume import ResumeCheckpoint, seed_generators
-from equiformer2.training.task import S2EFTask, TaskSettings
+from equiformer2.training.task import NOT_IN_WEIGHTS, S2EFTask, TaskSettings
 
 log = logging.getLogger("equiformer2")
-
-#: Keys of the model configuration that shape training, not the weights: a fine-tuning run may change them.
-_NOT_IN_WEIGHTS = {"alpha_drop", "drop_path_rate", "proj_drop", "weight_init", "dens", "stress"}
 
 #: All that Lightning's names of these three can be.
 _PRECISIONS = (None, "32-true", "32", 32, "bf16-mixed", "bf16", "64-true", "64", 64)
@@ -326,7 +323,7 @@ def _start_from(model: EquiformerV2, start: Checkpoint, data: ResumableDataModul
     different = [
         f"model.{field.name} is {theirs[field.name]!r} there and {mine[field.name]!r} here"
         for field in fields(ModelConfig)
-        if field.name not in _NOT_IN_WEIGHTS and mine[field.name] != theirs[field.name]
+        if field.name not in NOT_IN_WEIGHTS and mine[field.name] != theirs[field.name]
     ]
     if different:
         raise InputError(f"init_from: {path} holds another model: {'; '.join(different)}")

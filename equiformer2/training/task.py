@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from torch_geometric.data import Batch
 
 from equiformer2.checkpoint import Normalizers
+from equiformer2.checkpoint.files import plain
 from equiformer2.errors import InputError, naming_structures
+from equiformer2.model import ModelConfig
 from equiformer2.model.dens import without_denoising
 from equiformer2.training.accumulation import Terms
 from equiformer2.training.dens import Corrupted, DensSettings, corrupt
@@ -24,6 +26,7 @@ from equiformer2.training.losses import energy_l1, force_l2, stress_l1
 from equiformer2.training.metrics import S2EFMetrics
 from equiformer2.training.optim import (
     OptimSettings,
+    apply_settings,
     average_decay,
     build_optimizer,
     build_schedule,
@@ -32,6 +35,9 @@ from equiformer2.training.optim import (
 
 #: Key of everything in a Lightning checkpoint that Lightning does not know about.
 STATE_KEY = "equiformer2"
+
+#: Keys of the model configuration that shape training, not what the weights mean: they may change.
+NOT_IN_WEIGHTS = {"alpha_drop", "drop_path_rate", "proj_drop", "weight_init", "dens", "stress"}
 
 
 @dataclass(frozen=True)
@@ -260,6 +266,11 @@ class S2EFTask(pl.LightningModule):
 
     # ---- optimisation
 
+    def on_train_start(self) -> None:
+        """A resumed run goes on with the settings that it is given, not with those of its checkpoint."""
+        schedule = self.trainer.lr_scheduler_configs[0].scheduler
+        apply_settings(self.trainer.optimizers[0], schedule, self.model, self.optim)  # type: ignore[arg-type]
+
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """AdamW, and the learning rate of every optimizer step."""
         optimizer = build_optimizer(self.model, self.optim)
@@ -318,6 +329,7 @@ class S2EFTask(pl.LightningModule):
             "energy_kind": self.energy_kind,
             "seed": self.seed,
             "guard": self.guard.state_dict(),
+            "model": self._model_settings(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -325,7 +337,7 @@ class S2EFTask(pl.LightningModule):
         state = checkpoint.get(STATE_KEY)
         if state is None:
             raise InputError("the file to resume from was not written by this program's training")
-        self._check_same_model(checkpoint["state_dict"])
+        self._check_same_model(checkpoint["state_dict"], state.get("model", {}))
         if Normalizers.from_dict(state["normalizers"]) != self.normalizers:
             raise InputError(
                 "the run to resume used other normalizers: give it the same data and data settings, and if "
@@ -339,8 +351,26 @@ class S2EFTask(pl.LightningModule):
         if "guard" in state:
             self.guard.load_state_dict(state["guard"])
 
-    def _check_same_model(self, theirs: dict[str, Tensor]) -> None:
-        mine = self.state_dict()
+    def _model_settings(self) -> dict[str, Any]:
+        """Those that the weights belong to; some, such as cutoffs and grids, show in no tensor."""
+        config = self.model.config
+        if not isinstance(config, ModelConfig):  # tests train stand-ins
+            return {}
+        settings = plain(config.to_dict())
+        return {name: value for name, value in settings.items() if name not in NOT_IN_WEIGHTS}
+
+    def _check_same_model(self, theirs: dict[str, Tensor], settings: dict[str, Any]) -> None:
+        mine, own = self.state_dict(), self._model_settings()
+        changed = [
+            f"model.{name} was {settings[name]!r} and is now {value!r}"
+            for name, value in own.items()
+            if name in settings and settings[name] != value
+        ]
+        if changed:
+            raise InputError(
+                f"the run to resume trains another model: {'; '.join(changed)}; "
+                "resume with the run's own config.yaml"
+            )
         different = [
             name
             for name in sorted({*mine, *theirs})

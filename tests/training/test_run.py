@@ -265,6 +265,21 @@ def test_another_run_is_not_resumed_from_other_weights(
     assert not (runs / "both").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("smooth_cutoff=true", "model.smooth_cutoff was False and is now True"),
+        ("max_radius=4.5", "model.max_radius was 3.5 and is now 4.5"),
+    ],
+)
+def test_settings_that_show_in_no_tensor_do_not_change_on_resuming(
+    setting: str, message: str, first_run: Path, tiny_arguments: list[str], runs: Path
+) -> None:
+    resumed = [f"--runs_dir={runs}", "--name=first", "--ckpt_path=last", "--trainer.max_epochs=3"]
+    with pytest.raises(InputError, match=f"trains another model: {message}; .*config.yaml"):
+        train(parse([*tiny_arguments, *resumed, f"--model.{setting}"]))
+
+
 def test_fine_tuning_refuses_another_model(first_run: Path, tiny_arguments: list[str], runs: Path) -> None:
     arguments = [*tiny_arguments, f"--runs_dir={runs}", "--name=other", "--model.num_layers=1"]
     with pytest.raises(InputError, match=r"model\.num_layers is 2 there and 1 here"):

@@ -3,9 +3,10 @@
 import copy
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import pytorch_lightning as pl
@@ -54,7 +55,10 @@ def fit(folder: Path, lmdb_path: Path, resume: Path | None = None, **trainer_set
     trainer = pl.Trainer(
         max_epochs=trainer_settings.pop("max_epochs", 3),
         accelerator="cpu",
-        callbacks=[KeepEvery(folder / "last.ckpt", every_n_steps=2)],
+        callbacks=[
+            KeepEvery(folder / "last.ckpt", every_n_steps=2),
+            *trainer_settings.pop("more_callbacks", []),
+        ],
         logger=CSVLogger(folder, name="", version=""),
         log_every_n_steps=1,
         num_sanity_val_steps=0,
@@ -202,3 +206,35 @@ def test_a_structure_without_a_graph_is_named(batch: Batch, step: str) -> None:
     message = rf"structure {name} \(sid/fid\): atoms 2 and 5 of structure 1 of the batch are 0 Å apart"
     with pytest.raises(InputError, match=message):
         training_loss(task, spoiled) if step == "training" else task.validation_step(spoiled, 0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_has_the_optimizer_settings_that_it_is_given(tmp_path: Path, lmdb_path: Path) -> None:
+    class Slower(pl.Callback):
+        """What a user changes after a run has diverged."""
+
+        def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+            assert isinstance(pl_module, S2EFTask)
+            pl_module.optim = replace(pl_module.optim, lr=1e-4, weight_decay=0.5, betas=(0.8, 0.9))
+
+    class Seen(pl.Callback):
+        """What the optimizer has in every step."""
+
+        groups: ClassVar[list[list[dict[str, Any]]]] = []
+
+        def on_before_optimizer_step(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+        ) -> None:
+            names = ("lr", "initial_lr", "weight_decay", "betas")
+            self.groups.append([{name: g[name] for name in names} for g in optimizer.param_groups])
+
+    fit(tmp_path / "whole", lmdb_path, limit_train_batches=4)
+    last = tmp_path / "whole" / "batch2.ckpt"
+    old = torch.load(last, weights_only=True)["optimizer_states"][0]["param_groups"]
+    fit(tmp_path / "slower", lmdb_path, last, limit_train_batches=4, more_callbacks=[Slower(), Seen()])
+    decayed, other = Seen.groups[0]
+    assert decayed["initial_lr"] == other["initial_lr"] == 1e-4
+    assert decayed["lr"] == pytest.approx(old[0]["lr"] * 1e-2, rel=1e-9)
+    assert (decayed["weight_decay"], other["weight_decay"]) == (0.5, 0.0)
+    assert decayed["betas"] == (0.8, 0.9)
+    assert all(groups[0]["lr"] <= 1e-4 for groups in Seen.groups)
