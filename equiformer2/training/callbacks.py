@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 from torch_geometric.data import Batch
@@ -144,17 +145,18 @@ class Summary(Callback):
 class ParityFigures(Callback):
     """Keeps what the last validation predicted and draws it against the targets.
 
-    Of a large validation set an even sample of about `limit` force components is kept; with several
-    processes, what the first one saw.
+    Of a large validation set an even sample of about `limit` energies and as many force components is kept;
+    with several processes, of what the first one saw. It stays on the device until the end of the epoch: no
+    batch makes the host wait.
     """
 
     def __init__(self, limit: int = 50_000) -> None:
         self.limit = limit
-        self._energies: list[np.ndarray] = []
-        self._forces: list[np.ndarray] = []
+        self._samples: dict[str, list[Tensor]] = {}
+        self._pairs: dict[str, np.ndarray] = {}
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._energies, self._forces = [], []
+        self._samples, self._pairs = {"energy": [], "forces": []}, {}
 
     def on_validation_batch_end(
         self,
@@ -167,27 +169,35 @@ class ParityFigures(Callback):
     ) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        self._energies.append(_pairs(batch.energy.view(-1), outputs["energy"]))
+        quota = max(1, int(self.limit / max(1, sum(trainer.num_val_batches))))
+        every = torch.ones_like(batch.natoms, dtype=torch.bool)
+        self._samples["energy"].append(_sample(batch.energy, outputs["energy"], every, quota))
         if "forces" in outputs:
-            free = ~batch.fixed.bool()
-            pairs = _pairs(batch.forces[free].reshape(-1), outputs["forces"][free].reshape(-1))
-            quota = max(1, int(self.limit / max(1, sum(trainer.num_val_batches))))
-            self._forces.append(pairs[:: max(1, len(pairs) // quota)])
+            free = ~batch.fixed.bool()[:, None].expand(-1, 3)
+            self._samples["forces"].append(_sample(batch.forces, outputs["forces"], free, quota))
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        energies, forces = self._samples["energy"], self._samples["forces"]
+        if energies:
+            # The one time that the host waits.
+            samples = torch.cat([*energies, *forces]).cpu().numpy()
+            parts = np.split(samples, [sum(map(len, energies))])
+            self._pairs = {
+                name: part[part[:, 2] > 0, :2] for name, part in zip(("energy", "forces"), parts, strict=True)
+            }
+        self._samples = {}
 
     @property
     def is_empty(self) -> bool:
         """Whether no validation has been seen."""
-        return not self._energies
+        return not self._pairs
 
     def draw(self, folder: Path) -> list[Path]:
         """Write `parity_energy.png` and `parity_forces.png`; returns those written."""
         written = []
-        for name, label, unit, kept in (
-            ("energy", "energy", "eV", self._energies),
-            ("forces", "force component", "eV/Å", self._forces),
-        ):
-            if kept:
-                pairs = np.concatenate(kept)
+        for name, label, unit in (("energy", "energy", "eV"), ("forces", "force component", "eV/Å")):
+            pairs = self._pairs.get(name, np.zeros((0, 2)))
+            if len(pairs):
                 mae = np.abs(pairs[:, 0] - pairs[:, 1]).mean()
                 note = f"validation, MAE {mae:.4f} {unit}, n = {len(pairs)}"
                 written.append(folder / f"parity_{name}.png")
@@ -195,5 +205,20 @@ class ParityFigures(Callback):
         return written
 
 
-def _pairs(target: Tensor, predicted: Tensor) -> np.ndarray:
-    return np.stack([target.float().cpu().numpy(), predicted.float().cpu().numpy()], axis=1)
+def _sample(target: Tensor, predicted: Tensor, chosen: Tensor, most: int) -> Tensor:
+    """An even sample of the chosen values, whose number the host does not know.
+
+    Args:
+        target, predicted: n values each, of one shape.
+        chosen: bool, n values: which may be in the sample.
+        most: largest size of the sample.
+
+    Returns:
+        `[m, 3]` float32 with m = min(n, most): target, predicted, and 1, or 0 where fewer than m are chosen.
+    """
+    target, predicted, chosen = target.reshape(-1), predicted.reshape(-1), chosen.reshape(-1)
+    first_chosen = torch.argsort(~chosen, stable=True)
+    size, count = min(most, len(chosen)), chosen.sum()
+    place = torch.arange(size, device=chosen.device)
+    rows = first_chosen[torch.where(count <= size, place, place * count // size)]
+    return torch.stack((target[rows].float(), predicted[rows].float(), (place < count).float()), dim=1)
