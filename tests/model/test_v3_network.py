@@ -18,7 +18,7 @@ from equiformer2.kernels import chunks
 from equiformer2.model.requests import OutputRequest
 from equiformer2.model.routing import BlockState, Decision
 from equiformer2.pruning import PruningPlan
-from equiformer2.training.run import _NOT_IN_WEIGHTS
+from equiformer2.training.task import NOT_IN_WEIGHTS
 
 F64 = torch.float64
 
@@ -179,5 +179,5 @@ def test_imports_with_a_switch_are_refused(changes: dict[str, Any], message: str
 
 def test_training_from_other_switches_is_refused() -> None:
     """`init_from` compares every field but these."""
-    assert not {"smooth_cutoff", "use_swiglu_s2_act", "norm_type", "use_m_share_rad"} & _NOT_IN_WEIGHTS
+    assert not {"smooth_cutoff", "use_swiglu_s2_act", "norm_type", "use_m_share_rad"} & NOT_IN_WEIGHTS
     assert {"smooth_cutoff", "use_swiglu_s2_act"} < {field.name for field in dataclasses.fields(ModelConfig)}
