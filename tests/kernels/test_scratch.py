@@ -73,7 +73,8 @@ def work():
     blocks = [torch.empty(2**23, dtype=torch.uint8).fill_(1) for _ in range(3)]
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-work()
+for _ in range(5):
+    work()
 before = faults()
 for _ in range(10):
     work()
@@ -90,5 +91,6 @@ def test_freed_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         command = [sys.executable, "-c", FAULTS, *arguments]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    # 24 MiB are freed at a time: by itself glibc gives them back and maps their pages again.
-    assert faults("keep") < 100 < faults()
+    # 24 MiB are freed at a time: by itself glibc gives them back and maps their pages again. A small block
+    # that came to lie in a hole costs the kept memory a few pages as well.
+    assert 5 * faults("keep") < faults()
