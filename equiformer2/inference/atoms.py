@@ -96,7 +96,7 @@ def oc20_tags(atoms: Atoms) -> tuple[np.ndarray, str | None]:
             f"{int((tags == 0).sum())} untagged atoms above the slab as adsorbate (2), "
             "held layer atoms as 0, free layer atoms as 1"
         )
-    if tags.any() and np.isin(tags, (SUBSURFACE, SURFACE, ADSORBATE)).all():
+    if tags.any() and tags.min() >= SUBSURFACE and tags.max() <= ADSORBATE:
         return tags, None
     reason = f"the tags have values other than 0, 1, 2 ({_some(tags)})" if tags.any() else "no tags are set"
     return np.where(fixed, SUBSURFACE, SURFACE), (
@@ -205,10 +205,12 @@ def _are_ase_layers(atoms: Atoms, tags: np.ndarray, fixed: np.ndarray) -> bool:
     layers = np.unique(tags[tags > 0])
     if len(layers) < 2 or tags.min() < 0 or not np.array_equal(layers, np.arange(1, len(layers) + 1)):
         return False
+    untagged = tags == 0
+    if fixed[untagged].any():
+        return False
     height = surface_height(atoms)
     means = np.array([height[tags == layer].mean() for layer in layers])
-    untagged = tags == 0
-    on_top = not untagged.any() or (not fixed[untagged].any() and height[untagged].mean() > means[0])
+    on_top = not untagged.any() or height[untagged].mean() > means[0]
     return bool((np.diff(means) < 0).all() and on_top)
 
 

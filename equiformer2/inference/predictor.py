@@ -120,7 +120,7 @@ class Predictor:
                 named by its `sid` and `fid` where the batch has them.
         """
         if not isinstance(batch, Batch):
-            batch = Batch.from_data_list([batch])
+            batch = batch_of_one(batch)
         with naming_structures(batch):
             check_elements(batch.atomic_numbers, self.checkpoint.config.max_num_elements, batch.natoms)
             with matmul_precision(self.precision, self.device):
@@ -130,12 +130,12 @@ class Predictor:
         if energy:
             # Total energies reach thousands of eV: float64 keeps the differences between them.
             out["energy"] = out["energy"].double()
-        return self.checkpoint.normalizers.denormalize(out, batch.clone().cpu())
+        return self.checkpoint.normalizers.denormalize(out, copy.copy(batch).cpu())
 
     def _run(self, batch: Batch, request: OutputRequest) -> dict[str, torch.Tensor]:
-        # Batch.to moves in place: a clone keeps the caller's batch where it is. It is moved before anything
+        # Batch.to moves in place: a copy keeps the caller's batch where it is. It is moved before anything
         # else, so that neighbours are searched on the device and edges never travel.
-        moved = batch.clone().to(self.device)
+        moved = copy.copy(batch).to(self.device)
         if self.graphed is not None:
             request.check(len(moved.pos), self.has_forces)
             out = self.graphed(moved)
@@ -143,6 +143,18 @@ class Predictor:
                 return request.cut(out)
         run = self.model if self.router is None else functools.partial(self.router, self.model)
         return run(moved, request=request)
+
+
+def batch_of_one(data: Data) -> Batch:
+    """A batch of one structure, as `Batch.from_data_list` makes it, which takes a millisecond."""
+    fields = data.to_dict()
+    for key, value in fields.items():
+        if not isinstance(value, torch.Tensor):
+            fields[key] = torch.tensor([value]) if isinstance(value, bool | int | float) else [value]
+        elif value.dim() == 0:
+            fields[key] = value.unsqueeze(0)
+    atoms = len(data.pos)
+    return Batch(batch=data.pos.new_zeros(atoms, dtype=torch.long), ptr=torch.tensor([0, atoms]), **fields)
 
 
 def _device(device: str | torch.device) -> torch.device:

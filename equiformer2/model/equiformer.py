@@ -136,7 +136,7 @@ class EquiformerV2(nn.Module):
         structure = structure_index(natoms, len(numbers))
         dtype = self.sphere_embedding.weight.dtype
         vectors, distances = graph.vectors.to(dtype), graph.distances.to(dtype)
-        rotations = self._rotations(vectors, distances) if frames is None else frames.packed()
+        rotations = self._rotations(vectors, distances) if frames is None else frames.entries
         self.check_backend(torch.is_grad_enabled() and rotations.requires_grad, active is not None)
         tensors = (numbers, structure, natoms, graph.edge_index, rotations, distances)
         request.check(len(numbers), self.force_block is not None)
@@ -368,12 +368,12 @@ class EquiformerV2(nn.Module):
     def _rotations(self, vectors: Tensor, distances: Tensor) -> Tensor:
         """Packed Wigner-D entries of the deterministic frames."""
         lmax, mmax = self.config.lmax, self.config.mmax
-        # Intermediates of the recursion over l: several matrices of the largest degree.
+        # Products of cosines and sines of two angles, in two charts, beside the entries.
         bytes_per_edge = 32 * (2 * lmax + 1) ** 2
         parts = list(chunks(len(distances), bytes_per_edge, distances.device))
         if torch.is_grad_enabled() or len(parts) <= 1:
             parts = [slice(None)]
-        packed = [EdgeFrames.from_vectors(vectors[p], distances[p], lmax, mmax).packed() for p in parts]
+        packed = [EdgeFrames.from_vectors(vectors[p], distances[p], lmax, mmax).entries for p in parts]
         return packed[0] if len(packed) == 1 else torch.cat(packed)
 
     def _checked_numbers(self, batch: Batch | Data) -> Tensor:

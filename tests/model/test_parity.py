@@ -131,7 +131,7 @@ def test_the_polar_edge_in_the_references_arithmetic() -> None:
         out = model(
             reference.structure(stored, torch.float64),
             graph=reference.edges(stored, torch.float64),
-            frames=EdgeFrames(blocks),
+            frames=EdgeFrames.from_blocks(blocks, 1),
         )
     expected = reference.load(name)["answers"][system]
     assert reference.relative(out["energy"], expected["energy_f64_seed0"]) <= 1e-12
@@ -178,7 +178,7 @@ def test_parameter_gradients(name: str, route: str) -> None:
     frames = reference.frames(stored, model)
     if route == "plain":
         # Frames that need gradients take the kernels' plain path.
-        frames = EdgeFrames([block.requires_grad_() for block in frames.blocks])
+        frames.entries.requires_grad_()
     graph: RadiusGraph = reference.edges(stored, torch.float64)
     out = model(reference.structure(stored, torch.float64), graph=graph, frames=frames)
     loss = reference_loss(out, stored["fixed"] == 0)

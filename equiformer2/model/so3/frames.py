@@ -8,7 +8,6 @@ it at random, here it is a fixed function of the direction, so equal input gives
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import torch
 from e3nn import o3
@@ -27,10 +26,20 @@ class EdgeFrames:
     """Wigner-D matrices of E edges.
 
     Attributes:
-        blocks: for l = 0..lmax `[E, min(2l, 2 mmax) + 1, 2l + 1]`; rows m = 0, +1, -1, +2, -2, … up to mmax.
+        entries: `[E, P + 1]`, the blocks side by side and a zero, as the kernels take them
+            (`kernels.rotation`).
+        lmax: highest degree.
+        mmax: highest order of the rows.
     """
 
-    blocks: list[Tensor]
+    entries: Tensor
+    lmax: int
+    mmax: int
+
+    @classmethod
+    def from_blocks(cls, blocks: list[Tensor], mmax: int) -> "EdgeFrames":
+        """Frames given as `blocks`, for l = 0..lmax."""
+        return cls(pack_blocks(blocks), len(blocks) - 1, mmax)
 
     @classmethod
     def from_vectors(cls, vectors: Tensor, distances: Tensor, lmax: int, mmax: int) -> "EdgeFrames":
@@ -41,9 +50,8 @@ class EdgeFrames:
         # Cyclic permutation (x, y, z) -> (z, x, y) is a proper rotation that moves the polar axis away.
         x, y, z = torch.where(polar, z, x), torch.where(polar, x, y), torch.where(polar, y, z)
         sin_beta = torch.sqrt(x * x + z * z)
-        cos_alpha, sin_alpha = z / sin_beta, x / sin_beta
-        one, zero = torch.ones_like(y), torch.zeros_like(y)
-        return cls(_wigner_blocks((one, zero), (y, sin_beta), (cos_alpha, sin_alpha), lmax, mmax, polar))
+        cosines, sines = torch.stack((y, z / sin_beta)), torch.stack((sin_beta, x / sin_beta))
+        return cls(_wigner_entries(cosines, sines, lmax, mmax, polar), lmax, mmax)
 
     @classmethod
     def from_rotations(cls, rotations: Tensor, lmax: int, mmax: int) -> "EdgeFrames":
@@ -59,114 +67,95 @@ class EdgeFrames:
         tilted = torch.stack((y * sin_alpha, -sin_beta, y * cos_alpha), dim=1)
         with no_autocast(rotations):
             image = (rotations @ tilted.unsqueeze(2)).squeeze(2)
-        gauge = (image[:, 2], image[:, 0])
-        return cls(_wigner_blocks(gauge, (y, sin_beta), (cos_alpha, sin_alpha), lmax, mmax, None))
-
-    def packed(self) -> Tensor:
-        """The entries of all blocks side by side, as the kernels take them (`kernels.rotation`)."""
-        return pack_blocks(self.blocks)
+        cosines, sines = torch.stack((y, cos_alpha)), torch.stack((sin_beta, sin_alpha))
+        entries = _wigner_entries(cosines, sines, lmax, mmax, torch.zeros_like(pole))
+        gauge = _multiples(image[:, 2], image[:, 0], lmax)
+        blocks = [_turn_rows(block, *gauge) for block in cls(entries, lmax, mmax).blocks]
+        return cls.from_blocks(blocks, mmax)
 
     @property
-    def requires_grad(self) -> bool:
-        return any(block.requires_grad for block in self.blocks)
+    def blocks(self) -> list[Tensor]:
+        """For l = 0..lmax `[E, min(2l, 2 mmax) + 1, 2l + 1]`; rows m = 0, +1, -1, +2, -2, … up to mmax."""
+        shapes = [(2 * min(l, self.mmax) + 1, 2 * l + 1) for l in range(self.lmax + 1)]
+        parts = self.entries[:, :-1].split([rows * columns for rows, columns in shapes], dim=1)
+        return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _wigner_blocks(
-    gauge: tuple[Tensor, Tensor],
-    beta: tuple[Tensor, Tensor],
-    alpha: tuple[Tensor, Tensor],
-    lmax: int,
-    mmax: int,
-    permuted: Tensor | None,
-) -> list[Tensor]:
-    """Rows |m| <= mmax of D(Ry(gauge) Rx(-beta) Ry(-alpha)), angles given as (cosine, sine) `[E]`.
+def _wigner_entries(cosines: Tensor, sines: Tensor, lmax: int, mmax: int, permuted: Tensor) -> Tensor:
+    """Rows |m| <= mmax of D(Rx(-beta) Ry(-alpha)) for l = 0..lmax and a zero, `[E, P + 1]`.
 
-    A rotation about x is a rotation about y between two constant rotations Q, so every angle enters only
-    through cos(m angle) and sin(m angle), and no trigonometric function is evaluated. For edges where
-    `permuted` is set the rotation acts on cyclically permuted axes.
+    A rotation about x is a rotation about y between two constant rotations, so every entry is a linear
+    combination of products of cos(m angle) and sin(m angle) of both angles: one GEMM makes all of them, and
+    no trigonometric function is evaluated.
+
+    Args:
+        cosines: `[2, E]` of beta and alpha; sines: the same.
+        permuted: `[E]`, edges for which the rotation acts on cyclically permuted axes.
     """
-    gauge_cos, gauge_sin = _multiples(*gauge, lmax)
-    beta_cos, beta_sin = _multiples(*beta, lmax)
-    alpha_cos, alpha_sin = _multiples(*alpha, lmax)
-    blocks = []
+    cosines, sines = _multiples(cosines, sines, lmax)
+    multiples = torch.cat((cosines, sines[..., 1:]), dim=2)
+    beta = torch.stack((~permuted, permuted), dim=1).unsqueeze(2) * multiples[0].unsqueeze(1)
+    products = beta.unsqueeze(3) * multiples[1][:, None, None]
     # Matrices rounded to bf16 would be no rotations: everything behind them would lose its symmetry.
-    with no_autocast(beta[0]):
-        for l in range(lmax + 1):
-            constants = _constants(l, mmax, beta[0].dtype, beta[0].device)
-            # Z(gauge) mixes only the rows +m and -m, so the cut to |m| <= mmax can be made in front of it.
-            left = constants.to_x_rows.expand(len(beta[0]), -1, -1)
-            left = _rotate_rows(left, gauge_cos, gauge_sin, constants)
-            left = _rotate_columns(left, beta_cos, -beta_sin, l)
-            block = _rotate_columns(left @ constants.from_x, alpha_cos, -alpha_sin, l)
-            if permuted is not None:
-                block = torch.where(permuted[:, None, None], block @ constants.cycle, block)
-            blocks.append(block)
-    return blocks
+    with no_autocast(products):
+        return products.flatten(1) @ _entry_map(lmax, mmax, products.dtype, products.device)
 
 
 def _multiples(cos: Tensor, sin: Tensor, lmax: int) -> tuple[Tensor, Tensor]:
-    """cos(m angle) and sin(m angle) for m = 0..lmax: two `[E, lmax+1]`."""
+    """cos(m angle) and sin(m angle) for m = 0..lmax: two `[..., lmax+1]`."""
     cosines, sines = [torch.ones_like(cos)], [torch.zeros_like(sin)]
     for _ in range(lmax):
         cosines, sines = (
             [*cosines, cosines[-1] * cos - sines[-1] * sin],
             [*sines, sines[-1] * cos + cosines[-1] * sin],
         )
-    return torch.stack(cosines, dim=1), torch.stack(sines, dim=1)
+    return torch.stack(cosines, dim=-1), torch.stack(sines, dim=-1)
 
 
-def _signed(cos: Tensor, sin: Tensor, l: int) -> tuple[Tensor, Tensor]:
-    """cos(m angle) and sin(m angle) for m = -l..l as `[E, 1, 2l+1]`."""
-    cos, sin = cos[:, : l + 1], sin[:, : l + 1]
-    return (
-        torch.cat((cos[:, 1:].flip(1), cos), dim=1).unsqueeze(1),
-        torch.cat((-sin[:, 1:].flip(1), sin), dim=1).unsqueeze(1),
-    )
+def _turn_rows(block: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """D(Ry(angle)) @ block, from cos(m angle) and sin(m angle) `[E, lmax+1]`.
 
-
-def _rotate_columns(matrix: Tensor, cos: Tensor, sin: Tensor, l: int) -> Tensor:
-    """matrix @ Z(angle), with Z = D(Ry(angle)): cos(m angle) on the diagonal, sin on the anti-diagonal.
-
-    Z[m, m] = cos(m angle) and Z[m, -m] = -sin(m angle) = Z(angle)[-m, m] with the sign of m (e3nn).
+    D(Ry(angle))[m, m] = cos(m angle) and D(Ry(angle))[m, -m] = -sin(m angle) (e3nn).
     """
-    cos, sin = _signed(cos, sin, l)
-    return matrix * cos + (matrix * -sin).flip(2)
-
-
-def _rotate_rows(matrix: Tensor, cos: Tensor, sin: Tensor, constants: "_Constants") -> Tensor:
-    """Z(angle)[rows] @ matrix, for a matrix that has only `rows` (closed under m -> -m)."""
-    cos, sin = _signed(cos, sin, (constants.from_x.shape[0] - 1) // 2)
-    cos, sin = cos[:, :, constants.rows].transpose(1, 2), sin[:, :, constants.rows].transpose(1, 2)
-    return matrix * cos + matrix[:, constants.partner] * -sin
-
-
-class _Constants(NamedTuple):
-    """What the blocks of one degree are made with.
-
-    Attributes:
-        to_x_rows: `[rows, 2l+1]` kept rows of D(Q).
-        from_x: `[2l+1, 2l+1]` D(Q) transposed.
-        cycle: `[2l+1, 2l+1]` D of the cyclic permutation of the axes.
-        rows: kept rows, m = 0, +1, -1, …; partner: where among them is the row of -m.
-    """
-
-    to_x_rows: Tensor
-    from_x: Tensor
-    cycle: Tensor
-    rows: Tensor
-    partner: Tensor
+    orders = (block.shape[1] - 1) // 2
+    turned = [block[:, :1]]
+    for m in range(1, orders + 1):
+        plus, minus = block[:, 2 * m - 1 : 2 * m], block[:, 2 * m : 2 * m + 1]
+        c, s = cos[:, m, None, None], sin[:, m, None, None]
+        turned += [c * plus - s * minus, c * minus + s * plus]
+    return torch.cat(turned, dim=1)
 
 
 @functools.cache
-def _constants(l: int, mmax: int, dtype: torch.dtype, device: torch.device) -> _Constants:
-    """On the device, once: a copy to a GPU waits for it, and CUDA graphs cannot hold one."""
-    rows = [l] + [l + sign * m for m in range(1, min(l, mmax) + 1) for sign in (1, -1)]
-    partner = [rows.index(2 * l - row) for row in rows]
-    # Made in inference mode, they would be of no use to a later derivative.
+def _entry_map(lmax: int, mmax: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What makes the entries of products of cosines and sines, `[2 (2 lmax + 1)^2, P + 1]`.
+
+    Rows: axes as they are or permuted; then for beta, and within it for alpha, cos(m angle) for m = 0..lmax
+    and sin(m angle) for m = 1..lmax. On the device, once: a copy to a GPU waits for it, and CUDA graphs can
+    hold none.
+    """
+    # Made in inference mode, it would be of no use to a later derivative.
     with torch.inference_mode(False):
-        to_x, cycle = (t.to(device, dtype) for t in _constant_rotations(l))
-        indices = [torch.tensor(each, device=device) for each in (rows, partner)]
-        return _Constants(to_x[rows], to_x.t(), cycle, *indices)
+        columns = []
+        for l in range(lmax + 1):
+            rows = [l] + [l + sign * m for m in range(1, min(l, mmax) + 1) for sign in (1, -1)]
+            to_x, cycle = _constant_rotations(l)
+            turns = _turns_back(l, lmax)
+            about_x = to_x[rows] @ turns @ to_x.t()
+            entries = torch.einsum("brk,akc->barc", about_x, turns)
+            columns.append(torch.stack((entries, entries @ cycle)).flatten(0, 2).flatten(1))
+        columns.append(columns[0].new_zeros(len(columns[0]), 1))
+        return torch.cat(columns, dim=1).to(device, dtype)
+
+
+def _turns_back(l: int, lmax: int) -> Tensor:
+    """D^l(Ry(-angle)) as coefficients of its cosines and sines, `[2 lmax + 1, 2l + 1, 2l + 1]`, float64."""
+    turns = torch.zeros(2 * lmax + 1, 2 * l + 1, 2 * l + 1, dtype=torch.float64)
+    turns[0, l, l] = 1
+    for m in range(1, l + 1):
+        turns[m, l + m, l + m] = turns[m, l - m, l - m] = 1
+        turns[lmax + m, l + m, l - m], turns[lmax + m, l - m, l + m] = 1, -1
+    return turns
 
 
 @functools.cache
