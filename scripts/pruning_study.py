@@ -29,24 +29,29 @@ def main() -> None:
     options = parser.parse_args()
 
     from study_parts.settings import read_campaign
+    from study_parts.stopwatch import Stopwatch
 
     campaign = read_campaign(options.config)
     parts = _names("parts", options.parts, PARTS)
     names = _names("studies", options.studies or ",".join(campaign.studies), tuple(campaign.studies))
+    watch = Stopwatch(options.out)
     if "lossless" in parts:
         from study_parts.speed import measure_lossless
 
-        measure_lossless(campaign, options.out / "lossless")
+        with watch.part("lossless"):
+            measure_lossless(campaign, options.out / "lossless")
     if "studies" in parts:
         from equiformer2.pruning.study_report import write_report
 
         for name in names:
             print(f"study {name}")
-            write_report(campaign.study(name, options.out).run(), options.out / name)
+            with watch.part(name):
+                write_report(campaign.study(name, options.out).run(), options.out / name)
     if "speed" in parts:
         from study_parts.speed import measure_calls
 
-        measure_calls(campaign, options.out, options.out / "speed")
+        with watch.part("speed"):
+            measure_calls(campaign, options.out, options.out / "speed")
     if "report" in parts:
         from study_parts.report import write_study
 

@@ -15,6 +15,7 @@ from equiformer2.pruning.study_report import markdown, missed, summarise
 from study_parts.drawing import draw
 from study_parts.published import PUBLISHED
 from study_parts.settings import Campaign
+from study_parts.stopwatch import in_words, read_seconds
 
 NAME = "pruning_study"
 _READING = (
@@ -50,6 +51,7 @@ def write_study(campaign: Campaign, out: Path, results: Path) -> list[Path]:
         *_speed_verdicts(campaign, speed),
     ]
     text = [f"![study]({NAME}.png)", "", "Written by `python scripts/pruning_study.py`.", *_READING, ""]
+    text += [in_words(seconds), ""] if (seconds := read_seconds(out)) else []
     text += _verdict_table(verdicts)
     for name, rows in tables.items():
         part = campaign.studies[name]
@@ -69,6 +71,7 @@ def write_study(campaign: Campaign, out: Path, results: Path) -> list[Path]:
         "studies": tables,
         "speed": speed,
         "lossless": lossless,
+        "seconds": seconds,
     }
     write_json(results / f"{NAME}.json", content, make_folder=True)
     write_bytes(results / f"{NAME}.md", "\n".join(text).encode())
