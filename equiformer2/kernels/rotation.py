@@ -11,6 +11,7 @@ L+1-m coefficients of +m and those of -m.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def narrow_packed(packed: Tensor, degrees: tuple[int, int], kept: tuple[int, int
 
     `degrees`: highest degree and order of `packed`.
     """
-    return packed.index_select(1, _narrow_index(*degrees, *kept, packed.device))
+    return packed.index_select(1, _traceable(_narrow_index)(*degrees, *kept, packed.device))
 
 
 @functools.cache
@@ -55,9 +56,7 @@ def rotation_matrices(
         `[e, R, K]`; its transpose goes back.
     """
     kept = kept or degrees
-    # torch.compile makes a constant of what it traces, and sees through caches only with a warning.
-    entry_index = _entry_index.__wrapped__ if torch.compiler.is_compiling() else _entry_index
-    index = entry_index(*degrees, *kept, packed.device)
+    index = _traceable(_entry_index)(*degrees, *kept, packed.device)
     columns = (kept[0] + 1) ** 2
     return packed.index_select(1, index).view(len(packed), len(index) // columns, columns)
 
@@ -76,6 +75,11 @@ def _entry_index(lmax: int, mmax: int, to_lmax: int, to_mmax: int, device: torch
         row[l * l : (l + 1) ** 2] = range(first, first + 2 * l + 1)
         index += row
     return torch.tensor(index, device=device)
+
+
+def _traceable(cached: "functools._lru_cache_wrapper[Tensor]") -> Callable[..., Tensor]:
+    """torch.compile makes a constant of what it traces, and sees through caches only with a warning."""
+    return cached.__wrapped__ if torch.compiler.is_compiling() else cached
 
 
 def m_major_orders(lmax: int, mmax: int) -> list[tuple[int, int]]:
