@@ -35,8 +35,8 @@ class OC20Lmdb(Dataset[Data]):
             it must be given by whoever knows. Giving another kind than the file declares is an error.
 
     Raises:
-        DataError: missing, empty, truncated or damaged file, value that is not an OC20 record, pickle
-            that would run code, NaN in a field; the message names the file and the key.
+        DataError: missing, empty, truncated or damaged file, file that is named twice, value that is not an
+            OC20 record, pickle that would run code, NaN in a field; the message names the file and the key.
     """
 
     def __init__(self, path: AnyPath | Sequence[AnyPath], energy_kind: str | None = None) -> None:
@@ -45,6 +45,7 @@ class OC20Lmdb(Dataset[Data]):
         self.shards = [shard for item in paths for shard in _find_shards(Path(item))]
         if not self.shards:
             raise DataError("no dataset is named; give an LMDB file or a folder of them.")
+        _check_named_once(self.shards)
         lengths, kinds = [], set()
         for shard in self.shards:
             file = open_shard(shard)
@@ -131,6 +132,14 @@ def _find_shards(path: Path) -> list[Path]:
             raise DataError(f"{path}: the folder holds no *.lmdb file.")
         return ours or ase
     return [path]
+
+
+def _check_named_once(shards: Sequence[Path]) -> None:
+    seen: dict[Path, Path] = {}
+    for shard in shards:
+        same = seen.setdefault(shard.resolve(), shard)
+        if same is not shard:
+            raise DataError(f"{shard}: the file is named twice, its records would count twice; name it once.")
 
 
 def _read_metadata(file: LmdbFile) -> dict[str, Any]:

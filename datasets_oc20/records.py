@@ -22,6 +22,10 @@ from datasets_oc20.errors import DataError
 
 MAGIC = b"EOC1"
 MAX_ATOMIC_NUMBER = 118
+LARGEST_ENERGY = 1e9
+"""eV; all electrons of thousands of heavy atoms have less. One larger label would spoil a mean and spread."""
+LARGEST_FORCE = 1e4
+"""eV/Å; OC20 keeps frames below 50, and nuclei would have to be some 0.1 Å apart."""
 ENERGY_KINDS = ("adsorption", "total")
 
 _PREFIX, _LENGTH = struct.Struct("<4sI"), struct.Struct("<I")
@@ -186,6 +190,17 @@ def _check_values(arrays: Mapping[str, np.ndarray], natoms: int, where: str) -> 
             first = int(np.flatnonzero(~np.isfinite(array.reshape(array.shape[0], -1)).all(axis=1))[0])
             place = f" (atom {first})" if name in ("pos", "forces", "pos_relaxed") else ""
             raise DataError(f"{where}: {name} holds NaN or infinite values{place}; remove the record.")
+    for name in ("energy", "y_init", "y_relaxed"):
+        if name in arrays and abs(arrays[name][0]) > LARGEST_ENERGY:
+            raise DataError(
+                f"{where}: {name} is {arrays[name][0]:.4g} eV, which no structure has; remove the record."
+            )
+    if "forces" in arrays and np.abs(arrays["forces"]).max() > LARGEST_FORCE:
+        atom = int(np.flatnonzero((np.abs(arrays["forces"]) > LARGEST_FORCE).any(axis=1))[0])
+        raise DataError(
+            f"{where}: the force on atom {atom} is {arrays['forces'][atom].tolist()} eV/Å, which no usable "
+            "frame has; remove the record."
+        )
     numbers = arrays["atomic_numbers"]
     if numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
         atom = int(np.flatnonzero((numbers < 1) | (numbers > MAX_ATOMIC_NUMBER))[0])

@@ -10,6 +10,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import TypeVar
 
+from datasets_oc20.errors import DataError
+
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 _POLL_SECONDS = 0.5
@@ -27,6 +29,7 @@ def in_order(
         num_workers: processes; None takes one per core, 1 works in this process.
 
     Raises:
+        DataError: fewer than one process.
         OSError: a process was killed.
     """
     if _workers(jobs, num_workers) < 2:
@@ -50,6 +53,8 @@ def as_they_finish(
 
 
 def _workers(jobs: Sequence[_Job], num_workers: int | None) -> int:
+    if num_workers is not None and num_workers < 1:
+        raise DataError(f"num_workers is {num_workers}; it must be at least 1, or left out for one per core.")
     return min(num_workers or os.cpu_count() or 1, len(jobs))
 
 

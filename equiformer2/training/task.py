@@ -86,6 +86,11 @@ class TaskSettings:
         for name in ("energy_coefficient", "force_coefficient", "stress_coefficient"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"task.{name} must not be negative, it is {getattr(self, name)}")
+        if not (self.energy_coefficient or self.force_coefficient or self.stress_coefficient or self.dens):
+            raise InputError(
+                "task.energy_coefficient and task.force_coefficient are both 0, so that nothing would be "
+                "learned: give at least one of them"
+            )
 
 
 class S2EFTask(pl.LightningModule):

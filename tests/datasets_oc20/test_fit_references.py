@@ -85,6 +85,13 @@ def test_what_is_no_total_energy_is_refused(tmp_path: Path) -> None:
         fit_references(OC20Lmdb(tmp_path / "wrong.lmdb"))
 
 
+@pytest.mark.parametrize("workers", [0, -1])
+def test_fewer_than_one_process(workers: int, tmp_path: Path) -> None:
+    dataset = OC20Lmdb(write(tmp_path / "a.lmdb", mixed(5)))
+    with pytest.raises(DataError, match=f"num_workers is {workers}; it must be at least 1"):
+        fit_references(dataset, workers)
+
+
 def test_the_file_holds_coefficients_and_where_they_come_from(tmp_path: Path) -> None:
     fit = fit_references(OC20Lmdb(write(tmp_path / "data.lmdb", mixed(20), noise=0.1)))
     write_references(fit, tmp_path / "references.npz")

@@ -224,6 +224,12 @@ def test_values_that_are_not_records(tmp_path: Path, value: bytes, message: str)
         ({"pos": torch.full((5, 3), float("nan"))}, r"pos holds NaN or infinite values \(atom 0\)"),
         ({"force": torch.full((5, 3), float("inf"))}, "forces holds NaN"),
         ({"y": float("nan")}, "energy holds NaN"),
+        ({"y": -2e9}, "energy is -2e\\+09 eV, which no structure has"),
+        ({"y": 3e30}, "energy is 3e\\+30 eV, which no structure has"),
+        (
+            {"force": torch.eye(5, 3) * torch.tensor([1.0, 1.0, -2e4])},
+            "the force on atom 2 is .*-20000.0] eV/Å",
+        ),
         ({"atomic_numbers": torch.tensor([1.0, 2, 3, 0, 5])}, "atom 3 has atomic number 0"),
         ({"atomic_numbers": torch.tensor([1.0, 2, 300, 4, 5])}, "atom 2 has atomic number 300"),
         ({"tags": torch.tensor([0, 1, 2, 3, 0])}, "atom 3 has tag 3"),
@@ -239,6 +245,25 @@ def test_impossible_records(tmp_path: Path, changes: dict, message: str) -> None
     path = write_lmdb(tmp_path / "a.lmdb", [dumps_pyg1({**s2ef_fields(), **changes})])
     with pytest.raises(DataError, match=rf"a\.lmdb, key 0: .*{message}"):
         OC20Lmdb(path)[0]
+
+
+def test_large_values_that_calculations_give(tmp_path: Path) -> None:
+    # All electrons of 200 atoms of gold; nuclei on top of each other in a rattled frame.
+    changes = {"y": -1.1e8, "force": torch.full((5, 3), 900.0)}
+    data = OC20Lmdb(write_lmdb(tmp_path / "a.lmdb", [dumps_pyg1({**s2ef_fields(), **changes})]))[0]
+    assert data.energy.item() == pytest.approx(-1.1e8)
+    assert (data.forces == 900.0).all()
+
+
+def test_a_file_named_twice(tmp_path: Path) -> None:
+    names = [write_lmdb(tmp_path / name, [dumps_pyg1(s2ef_fields())]) for name in ("a.lmdb", "b.lmdb")]
+    (tmp_path / "link.lmdb").symlink_to("a.lmdb")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.lmdb").write_bytes(Path(names[0]).read_bytes())
+    for paths in ([names[0], names[1], names[0]], [tmp_path], [tmp_path / "link.lmdb", tmp_path / "a.lmdb"]):
+        with pytest.raises(DataError, match=r"(a|link)\.lmdb: the file is named twice, .*; name it once"):
+            OC20Lmdb(paths)
+    assert len(OC20Lmdb([names[0], tmp_path / "elsewhere"])) == 2
 
 
 def test_missing_key(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def test_the_resolved_config_is_complete_and_stable(tmp_path: Path) -> None:
         ("--task.energy_coefficient=null", "task.energy_coefficient"),
         ("--model=5", "model"),
         ("--task.ema_decay=1", "task.ema_decay"),
+        ("--task.energy_coefficient=0 --task.force_coefficient=0", "so that nothing would be learned"),
         ("--trainer.gradient_clip_val=1", "decided by this program"),
         ("--config=missing.yaml", "no config file missing.yaml"),
         ("--trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches must be at least 1, not 0"),
@@ -75,7 +76,7 @@ def test_the_resolved_config_is_complete_and_stable(tmp_path: Path) -> None:
 )
 def test_mistakes_are_one_sentence_about_the_key(argument: str, message: str) -> None:
     with pytest.raises(InputError) as error:
-        parse([*DATA, argument])
+        parse([*DATA, *argument.split()])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
