@@ -31,7 +31,7 @@ aselmdb = pytest.importorskip("ase_db_backends.aselmdb")
 def ours(tmp_path: Path) -> Path:
     """A file of ours with structures of every kind: no fixed atoms, no targets, not periodic, odd numbers."""
     molecule = {"cell": torch.zeros(1, 3, 3), "pbc": torch.zeros(1, 3, dtype=torch.bool)}
-    extreme = torch.tensor([[1e-38, -1e30, 0.1], [-0.0, 1 / 3, 16777217.0]])
+    extreme = torch.tensor([[1e-38, -9999.999, 0.1], [-0.0, 1 / 3, 8192.0009765625]])
     structures = [
         structure(natoms=7, seed=1),
         structure(natoms=3, seed=2, fixed=torch.zeros(3, dtype=torch.bool)),
