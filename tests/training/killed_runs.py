@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import TINY_RUN
+from tiny_run import TINY_RUN
 from torch_geometric.data import Batch
 
 from equiformer2.training.cli import parse

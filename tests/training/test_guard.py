@@ -195,7 +195,7 @@ import torch
 from datasets_oc20 import OC20Lmdb
 from torch_geometric.data import Batch
 from test_guard import fit, make_task, name_of, spoiled
-from conftest import LMDB
+from tiny_run import LMDB
 from equiformer2.errors import InputError
 
 rank, folder = int(sys.argv[2]), Path(sys.argv[3])
