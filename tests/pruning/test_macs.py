@@ -43,7 +43,7 @@ def counted_by_torch(model: EquiformerV2) -> tuple[int, int]:
     graph = model.build_graph(BATCH)
     frames = EdgeFrames.from_vectors(graph.vectors, graph.distances, model.config.lmax, model.config.mmax)
     # Frames that need gradients are what asks for plain expressions.
-    frames = EdgeFrames([block.requires_grad_() for block in frames.blocks])
+    frames.entries.requires_grad_()
     with FlopCounterMode(display=False) as counter:
         model(BATCH, graph=graph, frames=frames)
     return counter.get_total_flops() // 2, graph.edge_index.shape[1]
