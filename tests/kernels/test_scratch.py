@@ -92,8 +92,8 @@ def test_freed_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     kept = faults("keep")
-    # Without it glibc gives the 24 MiB back that are freed at a time and maps their pages again, unless some
-    # small block happens to lie above them; with a low threshold it always does. A small block that came to lie
-    # in a hole costs the kept memory a few pages as well.
+    # Without it glibc gives the 24 MiB back that are freed at a time and maps their pages again, unless
+    # some small block happens to lie above them; with a low threshold it always does. A small block
+    # that came to lie in a hole costs the kept memory a few pages as well.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     assert 5 * kept < faults()
