@@ -3,7 +3,8 @@
     python scripts/pruning_study.py --config configs/pruning/study.yaml
 
 Parts: `lossless` (what inference leaves out anyway), `studies` (methods, budgets, seeds; routers, cuts,
-distillation), `speed` (force calls through the ASE calculator), `report` (docs/results/pruning_study.*).
+distillation; `jobs` of them at a time), `speed` (force calls through the ASE calculator), `report`
+(docs/results/pruning_study.*).
 Results that are there are not computed again: a call that was stopped goes on. Time `lossless` and `speed`
 when the machine does nothing else.
 """
@@ -41,12 +42,16 @@ def main() -> None:
         with watch.part("lossless"):
             measure_lossless(campaign, options.out / "lossless")
     if "studies" in parts:
-        from equiformer2.pruning.study_report import write_report
+        from equiformer2.pruning.study import TIMED
+        from study_parts.at_once import run_studies
 
-        for name in names:
-            print(f"study {name}")
-            with watch.part(name):
-                write_report(campaign.study(name, options.out).run(), options.out / name)
+        with watch.part("plans for time"):
+            # Alone, before the others begin: what they choose by is measured.
+            for name in names:
+                if TIMED in campaign.studies[name].methods:
+                    campaign.study(name, options.out).search_for_time()
+        with watch.part("studies"):
+            run_studies(campaign, options.config, names, options.out)
     if "speed" in parts:
         from study_parts.speed import measure_calls
 

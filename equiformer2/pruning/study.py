@@ -6,6 +6,7 @@ the dense network and against labels are kept apart, and so are held-out sets of
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -139,21 +140,21 @@ class Study:
 
     def run(self, progress: bool = True) -> list[dict[str, Any]]:
         """Compute what is missing; all results in a fixed sequence."""
-        jobs = [(DENSE, 1.0, 0)]
-        methods = [name for name in self.settings.methods if name != NO_BUDGET]
-        if NO_BUDGET in self.settings.methods:
-            jobs.append((NO_BUDGET, 1.0, self.settings.seeds[0]))
-        if self.recovery is not None and self.recovery.scratch:
-            methods.append(SCRATCH)
-        for keep in self.settings.keep:
-            jobs += [(method, keep, seed) for method in methods for seed in self.settings.seeds]
+        planned = planned_results(self.settings, self.recovery is not None and self.recovery.scratch)
         results = []
-        for method, keep, seed in tqdm(jobs, desc="study", unit="results", disable=not progress):
-            path = self.out / "results" / f"{result_name(method, keep, seed)}.json"
+        for name, job in tqdm(planned.items(), desc="study", unit="results", disable=not progress):
+            path = self.out / "results" / f"{name}.json"
             if not path.exists():
-                write_json(path, self._result(method, keep, seed), make_folder=True)
+                write_json(path, _checked(self._result(*job)), make_folder=True)
             results.append(json.loads(path.read_text(encoding="utf-8")))
         return results
+
+    def search_for_time(self, progress: bool = True) -> None:
+        """Make the plans of `TIMED`, and nothing else: when the machine does nothing else, before `run`."""
+        jobs = [(keep, seed) for keep in self.settings.keep for seed in self.settings.seeds]
+        for keep, seed in tqdm(jobs, desc="plans for time", unit="plans", disable=not progress):
+            if not (self.out / "results" / f"{result_name(TIMED, keep, seed)}.json").exists():
+                self._search(TIMED, keep, seed)
 
     def _result(self, method: str, keep: float, seed: int) -> dict[str, Any]:
         name, found = result_name(method, keep, seed), dict[str, Any]()
@@ -176,22 +177,7 @@ class Study:
         elif method == SCRATCH:
             plan = self._plan_of("multi", keep, seed)
         else:
-            targets: list[Target] = [MacTarget(self.model.config, keep, *calibration.size)]
-            if method == TIMED:
-                targets.append(self._latency_target())
-            together = Together(targets)
-            plan, found = find_plan(
-                "multi" if method == TIMED else method,
-                self.model,
-                self.checkpoint.normalizers,
-                calibration,
-                together.cost,
-                together.target,
-                seed=seed,
-                tries=self.settings.tries,
-                state_path=self.searches / f"{name}.json",
-                progress=False,
-            )
+            plan, found = self._search(method, keep, seed)
         small = shrink(self.model, plan)
         record: dict[str, Any] = {
             "method": method,
@@ -211,6 +197,26 @@ class Study:
         if self.recovery is not None and method != DENSE:
             record["distilled"] = self._errors(self._distilled(name, small, method == SCRATCH, seed))
         return record
+
+    def _search(self, method: str, keep: float, seed: int) -> tuple[PruningPlan, dict[str, Any]]:
+        """The plan of a method and what `find_plan` tells of it; a search that was stopped goes on."""
+        calibration = self._calibration(seed)
+        targets: list[Target] = [MacTarget(self.model.config, keep, *calibration.size)]
+        if method == TIMED:
+            targets.append(self._latency_target())
+        together = Together(targets)
+        return find_plan(
+            "multi" if method == TIMED else method,
+            self.model,
+            self.checkpoint.normalizers,
+            calibration,
+            together.cost,
+            together.target,
+            seed=seed,
+            tries=self.settings.tries,
+            state_path=self.searches / f"{result_name(method, keep, seed)}.json",
+            progress=False,
+        )
 
     def _plan_of(self, method: str, keep: float, seed: int) -> PruningPlan:
         path = self.out / "results" / f"{result_name(method, keep, seed)}.json"
@@ -320,9 +326,43 @@ def save_pruned(path: Path, dense: Checkpoint, small: EquiformerV2, provenance: 
     )
 
 
+def planned_results(settings: StudySettings, scratch: bool) -> dict[str, tuple[str, float, int]]:
+    """Names of the results of a study, each with its method, share of the operations and seed.
+
+    Args:
+        settings: of the study.
+        scratch: whether it also trains from random weights.
+    """
+    jobs = [(DENSE, 1.0, 0)]
+    methods = [name for name in settings.methods if name != NO_BUDGET]
+    if NO_BUDGET in settings.methods:
+        jobs.append((NO_BUDGET, 1.0, settings.seeds[0]))
+    if scratch:
+        methods.append(SCRATCH)
+    for keep in settings.keep:
+        jobs += [(method, keep, seed) for method in methods for seed in settings.seeds]
+    return {result_name(*job): job for job in jobs}
+
+
 def result_name(method: str, keep: float, seed: int) -> str:
     """Name of the file of a result, without ending."""
     return DENSE if method == DENSE else f"{method}_{keep:g}_{seed}"
+
+
+def _checked(record: dict[str, Any]) -> dict[str, Any]:
+    """The record; of a network whose answers are not finite only that, as of a missed budget."""
+    if _is_finite(record):
+        return record
+    reason = "the network breaks down: its answers are not finite"
+    return {name: record[name] for name in ("method", "keep", "seed")} | {"missed": reason}
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _names(paths: Paths) -> list[str]:

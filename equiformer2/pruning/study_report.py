@@ -70,15 +70,21 @@ def write_report(results: Sequence[dict[str, Any]], out: Path) -> None:
     draw(rows, results, out / "pareto.png")
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """One table per held-out set and reference: force MAE and energy error per atom (mean ± std)."""
+def markdown(rows: Sequence[dict[str, Any]], times: bool = True) -> str:
+    """One table per held-out set and reference: force MAE and energy error per atom (mean ± std).
+
+    Args:
+        rows: of `summarise`.
+        times: with a column of the measured times; without where the machine did something else beside.
+    """
     parts = []
+    time, line = (" time |", "---|") if times else ("", "")
     for name, reference in _panels(rows):
         parts += [
             f"## {name}: errors against {REFERENCES[reference]}",
             "",
-            "| method | training | MACs | parameters | time | force MAE (eV/Å) | energy (eV/atom) | seeds |",
-            "|---|---|---|---|---|---|---|---|",
+            f"| method | training | MACs | parameters |{time} force MAE (eV/Å) | energy (eV/atom) | seeds |",
+            f"|---|---|---|---|{line}---|---|---|",
         ]
         for row in rows:
             errors = row["errors"][name][reference]
@@ -86,8 +92,10 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
                 continue
             parts.append(
                 f"| {row['method']} | {'' if row['method'] == DENSE else _TRAINED[row['trained']]} "
-                f"| {row['macs_on'][name]:.1%} | {row['parameters']:.1%} | {row['latency']:.2f} x "
-                f"| {_text(errors['force_mae'])} | {_text(errors['energy_per_atom'])} | {len(row['seeds'])} |"
+                f"| {row['macs_on'][name]:.1%} | {row['parameters']:.1%} "
+                + (f"| {row['latency']:.2f} x " if times else "")
+                + f"| {_text(errors['force_mae'])} | {_text(errors['energy_per_atom'])} "
+                + f"| {len(row['seeds'])} |"
             )
         parts.append("")
     return "\n".join(parts)

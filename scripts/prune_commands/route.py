@@ -51,7 +51,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--population", type=int, default=16, help="of the schedule search (default: 16)")
     parser.add_argument("--generations", type=int, default=10, help="of the schedule search (default: 10)")
     parser.add_argument(
-        "--tolerance", type=float, default=0.02, help="of a router's share of the MACs (default: 0.02)"
+        "--tolerance", type=float, default=0.02, help="share of the MACs below the target (default: 0.02)"
     )
     parser.add_argument("--router-steps", type=int, default=200, help="of ftp's training (default: 200)")
 

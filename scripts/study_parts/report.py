@@ -1,42 +1,29 @@
 """Table, figure and verdicts of a pruning study: docs/results/pruning_study.*."""
 
-import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from equiformer2.files import write_bytes, write_json
-from equiformer2.pruning.study import DENSE, SCRATCH, TIMED
+from equiformer2.pruning.study import DENSE, planned_results
 from equiformer2.pruning.study_report import markdown, missed, summarise
-from study_parts.drawing import draw
+from equiformer2.pruning.study_routing import NO_BUDGET
+from study_parts.drawing import draw, draw_times
 from study_parts.published import PUBLISHED
 from study_parts.settings import Campaign
 from study_parts.stopwatch import in_words, read_seconds
+from study_parts.verdicts import Rows, Verdict, mae_of, row_of, verdicts
 
 NAME = "pruning_study"
+_TIMES = f"{NAME}_time"
 _READING = (
-    "The column *time* is of single forward passes between other work; the times to go by are those of",
-    "[force calls](#force-calls-through-the-calculator). In the figure open marks are as cut, filled ones",
-    "are trained afterwards, bars are standard deviations over seeds.",
+    "Figures: errors against operations, and against the measured time of a",
+    "[force call](#force-calls-through-the-calculator). Open marks are as cut, filled ones are trained",
+    "afterwards, bars are standard deviations over seeds.",
 )
-_WORSE = 1.05
-_FASTER = 1.6
-_BASELINES = ("route_random", "route_uniform", "route_distance")
-
-Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One thing that was to be shown: the question, what was measured and whether it holds."""
-
-    question: str
-    measured: str
-    holds: bool
 
 
 def write_study(campaign: Campaign, out: Path, results: Path) -> list[Path]:
@@ -44,30 +31,26 @@ def write_study(campaign: Campaign, out: Path, results: Path) -> list[Path]:
     found = {name: _results(out / name) for name in campaign.studies}
     tables = {name: summarise(items) for name, items in found.items() if items}
     speed, lossless = _records(out / "speed"), _records(out / "lossless")
-    verdicts = [
-        *_lossless_verdicts(lossless),
-        *[v for name, rows in tables.items() for v in _router_verdicts(campaign, name, rows)],
-        *[v for name, rows in tables.items() for v in _distilled_verdicts(campaign, name, rows)],
-        *_speed_verdicts(campaign, speed),
-    ]
-    text = [f"![study]({NAME}.png)", "", "Written by `python scripts/pruning_study.py`.", *_READING, ""]
+    found_verdicts = verdicts(campaign, tables, lossless, speed)
+    text = [f"![errors against operations]({NAME}.png)", f"![errors against time]({_TIMES}.png)", ""]
+    text += ["Written by `python scripts/pruning_study.py`.", *_READING, ""]
     text += [in_words(seconds), ""] if (seconds := read_seconds(out)) else []
-    text += _verdict_table(verdicts)
+    text += _verdict_table(found_verdicts)
     for name, rows in tables.items():
         part = campaign.studies[name]
         text += [
             f"# {name} (network {part.model})",
             "",
             _to_labels(rows),
-            markdown(rows),
+            markdown(rows, times=False),
             missed(found[name]),
         ]
         unfinished = _unfinished(campaign, name, found[name])
         if unfinished:
             text += [f"Not computed: {', '.join(unfinished)}.", ""]
-    text += _lossless_table(lossless) + _speed_table(speed) + _published_table()
+    text += _lossless_table(lossless) + _speed_table(speed) + _published_table(campaign, tables, speed)
     content = {
-        "verdicts": [vars(verdict) for verdict in verdicts],
+        "verdicts": [vars(verdict) for verdict in found_verdicts],
         "studies": tables,
         "speed": speed,
         "lossless": lossless,
@@ -76,7 +59,10 @@ def write_study(campaign: Campaign, out: Path, results: Path) -> list[Path]:
     write_json(results / f"{NAME}.json", content, make_folder=True)
     write_bytes(results / f"{NAME}.md", "\n".join(text).encode())
     draw(campaign, tables, results / f"{NAME}.png")
-    return [results / f"{NAME}.{ending}" for ending in ("md", "json", "png")]
+    written = [results / f"{NAME}.{ending}" for ending in ("md", "json", "png")]
+    if draw_times(campaign, tables, speed, results / f"{_TIMES}.png"):
+        written.append(results / f"{_TIMES}.png")
+    return written
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
@@ -89,139 +75,26 @@ def _records(folder: Path) -> dict[str, Any]:
 
 
 def _unfinished(campaign: Campaign, name: str, found: Sequence[dict[str, Any]]) -> list[str]:
-    part = campaign.studies[name]
-    methods = list(part.methods) + ([SCRATCH] if part.distill is not None and part.distill.scratch else [])
+    planned = planned_results(campaign.settings(name), campaign.trains_from_scratch(name))
     done = {(item["method"], item["keep"], item["seed"]) for item in found}
     return [
         f"{method} at {keep:.0%}, seed {seed}"
-        for method in methods
-        for keep in part.keep
-        for seed in campaign.seeds
-        if (method, keep, seed) not in done and method != "route_context_only"
+        for method, keep, seed in planned.values()
+        if (method, keep, seed) not in done
     ]
 
 
-def _row(rows: Rows, method: str, keep: float, trained: str) -> dict[str, Any] | None:
-    for row in rows:
-        if (row["method"], row["keep"], row["trained"]) == (method, keep, trained):
-            return row
-    return None
-
-
-def _mae(row: dict[str, Any], held_out: str, reference: str) -> float:
-    return float(row["errors"][held_out][reference]["force_mae"]["mean"])
-
-
-def _lossless_verdicts(lossless: dict[str, Any]) -> list[Verdict]:
-    verdicts = []
-    for name, record in lossless.items():
-        last = record["savings"][-1]
-        ratio, deviation = last["latency"]["ratio"], last["force_deviation"]
-        verdicts.append(
-            Verdict(
-                f"{name}: lossless tier, identical forces and time saved",
-                f"time {ratio:.2f} of the whole, largest force difference {deviation:.1e} eV/Å",
-                ratio < 1 and deviation < 1e-5,
-            )
-        )
-    return verdicts
-
-
-def _router_verdicts(campaign: Campaign, name: str, rows: Rows) -> list[Verdict]:
-    """Of FTP's trained router, and of the static one at a searched schedule, which is its first stage."""
-    dense = _row(rows, DENSE, 1.0, "cut")
-    verdicts = []
-    for keep, method, held_out in itertools.product(
-        campaign.studies[name].keep, ("route_ftp", "route_static"), campaign.held_out
-    ):
-        row = _row(rows, method, keep, "cut")
-        if dense is None or row is None:
-            continue
-        title = f"{name}, {held_out}, {method}"
-        ratio = _mae(row, held_out, "to_labels") / _mae(dense, held_out, "to_labels")
-        verdicts.append(
-            Verdict(
-                f"{title}: {keep:.0%} of the MACs, force MAE at most 5 % worse",
-                f"{ratio - 1:+.1%} (MACs {row['macs_on'][held_out]:.1%})",
-                ratio <= _WORSE,
-            )
-        )
-        own = _mae(row, held_out, "to_dense")
-        others = {m: _row(rows, m, keep, "cut") for m in _BASELINES}
-        errors = {m: _mae(other, held_out, "to_dense") for m, other in others.items() if other is not None}
-        if len(errors) < len(_BASELINES):
-            continue  # the page lists what has not been computed
-        told = ", ".join(f"{m.removeprefix('route_')} {value:.4f}" for m, value in errors.items())
-        verdicts.append(
-            Verdict(
-                f"{title}: nearer to the dense network than random, uniform and distance",
-                f"{own:.4f} eV/Å against {told}",
-                own < min(errors.values()),
-            )
-        )
-    return verdicts
-
-
-def _distilled_verdicts(campaign: Campaign, name: str, rows: Rows) -> list[Verdict]:
-    dense = _row(rows, DENSE, 1.0, "cut")
-    verdicts = []
-    for keep, method in itertools.product(campaign.studies[name].keep, ("multi", TIMED)):
-        pruned = _row(rows, method, keep, "distilled")
-        # The plans that are trained from scratch are those of `multi`.
-        scratch = _row(rows, SCRATCH, keep, "distilled") if method == "multi" else None
-        if dense is None or pruned is None:
-            continue
-        for held_out in campaign.held_out:
-            own = _mae(pruned, held_out, "to_labels")
-            ratio = own / _mae(dense, held_out, "to_labels")
-            verdicts.append(
-                Verdict(
-                    f"{name}, {held_out}, {method}: {keep:.0%} of the MACs, distilled, "
-                    "force MAE at most 5 % worse",
-                    f"{ratio - 1:+.1%} (MACs {pruned['macs']:.1%})",
-                    ratio <= _WORSE,
-                )
-            )
-            if scratch is not None:
-                other = _mae(scratch, held_out, "to_labels")
-                verdicts.append(
-                    Verdict(
-                        f"{name}, {held_out}: better than the same size from scratch, equally long",
-                        f"{own:.4f} against {other:.4f} eV/Å",
-                        own < other,
-                    )
-                )
-    return verdicts
-
-
-def _speed_verdicts(campaign: Campaign, speed: dict[str, Any]) -> list[Verdict]:
-    verdicts = []
-    for name, record in speed.items():
-        if not name.endswith(("_multi", f"_{TIMED}", "_random_weights_uniform", "_random_weights_blocks")):
-            continue
-        faster = 1 / record["latency"]["ratio"]
-        verdicts.append(
-            Verdict(
-                f"{name}: force call through the calculator at {campaign.speed.keep:.0%} of the MACs, "
-                f"{_FASTER} times as fast",
-                f"{faster:.2f} times",
-                faster >= _FASTER,
-            )
-        )
-    return verdicts
-
-
-def _verdict_table(verdicts: Sequence[Verdict]) -> list[str]:
-    rows = [f"| {v.question} | {v.measured} | {'yes' if v.holds else '**no**'} |" for v in verdicts]
+def _verdict_table(found: Sequence[Verdict]) -> list[str]:
+    rows = [f"| {v.question} | {v.measured} | {'yes' if v.holds else '**no**'} |" for v in found]
     return ["| to be shown | measured | holds |", "|---|---|---|", *rows, ""]
 
 
 def _to_labels(rows: Rows) -> str:
-    dense = _row(rows, DENSE, 1.0, "cut")
+    dense = row_of(rows, DENSE, 1.0, "cut")
     if dense is None:
         return ""
     told = [
-        f"{name}: {_mae(dense, name, 'to_labels'):.4f} eV/Å"
+        f"{name}: {mae_of(dense, name, 'to_labels'):.4f} eV/Å"
         for name, errors in dense["errors"].items()
         if errors["to_labels"] is not None
     ]
@@ -251,26 +124,57 @@ def _speed_table(speed: dict[str, Any]) -> list[str]:
     lines = ["# Force calls through the calculator", ""]
     lines += ["Interleaved with the dense network's; every call is for slightly other positions.", ""]
     lines += [
-        "| network and way | atoms | threads | MACs | dense (s) | cheaper (s) | times as fast (quartiles) |"
+        "| network and way | atoms | threads | MACs | dense (s) | cheaper (s) | times as fast (quartiles) "
+        "| peak memory / dense |"
     ]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     for name, record in speed.items():
         time = record["latency"]
         macs = "" if record["macs"] is None else f"{record['macs']:.1%}"
         fast = np.reciprocal([time["ratio"], time["high"], time["low"]])
         lines.append(
             f"| {name} | {record['atoms']} | {record['threads']} | {macs} | {time['dense_seconds']:.3f} "
-            f"| {time['seconds']:.3f} | {fast[0]:.2f} ({fast[1]:.2f} to {fast[2]:.2f}) |"
+            f"| {time['seconds']:.3f} | {fast[0]:.2f} ({fast[1]:.2f} to {fast[2]:.2f}) "
+            f"| {record['peak_bytes'] / 2**20:.1f} / {record['dense_peak_bytes'] / 2**20:.1f} MiB |"
         )
     return [*lines, ""]
 
 
-def _published_table() -> list[str]:
+def _published_table(campaign: Campaign, tables: dict[str, Rows], speed: dict[str, Any]) -> list[str]:
     lines = ["# Beside the published figures", ""]
     lines += [
-        "The papers prune language and vision models: other networks, data and scores. Read them as such.",
+        "The papers prune other networks (language, vision and, where said, atoms), on other data and by",
+        "other scores; ours are of small networks on OC20. Read them as such.",
         "",
     ]
-    lines += ["| method | domain | published | source |", "|---|---|---|---|"]
-    lines += [f"| {p.method} | {p.domain} | {p.figures} | {p.source} |" for p in PUBLISHED]
+    lines += ["| method | domain | published | source | ours |", "|---|---|---|---|---|"]
+    for p in PUBLISHED:
+        ours = "; ".join(told for kind in p.ours for told in _ours(campaign, tables, speed, *kind))
+        lines.append(f"| {p.method} | {p.domain} | {p.figures} | {p.source} | {ours or 'not computed'} |")
     return [*lines, ""]
+
+
+def _ours(
+    campaign: Campaign, tables: dict[str, Rows], speed: dict[str, Any], method: str, trained: str
+) -> list[str]:
+    """A phrase per study with the method: MACs, force MAE beside the dense network's, time of a call."""
+    told = []
+    for name, rows in tables.items():
+        dense = row_of(rows, DENSE, 1.0, "cut")
+        model = campaign.studies[name].model
+        for keep in campaign.studies[name].keep:
+            row = row_of(rows, method, 1.0 if method == NO_BUDGET else keep, trained)
+            if dense is None or row is None:
+                continue
+            worse = " / ".join(
+                f"{mae_of(row, part, 'to_labels') / mae_of(dense, part, 'to_labels') - 1:+.1%} {part}"
+                for part in campaign.held_out
+            )
+            words = f"{method} ({model}{', distilled' if trained == 'distilled' else ''}): "
+            words += f"{row['macs']:.0%} of the MACs, force MAE {worse}"
+            call = speed.get(f"{model}_{method}")
+            if call is not None and (keep == campaign.speed.keep or call["macs"] == row["macs"]):
+                words += f", a force call {1 / call['latency']['ratio']:.2f} times as fast"
+            if words not in told:
+                told.append(words)
+    return told

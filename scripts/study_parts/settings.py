@@ -1,6 +1,6 @@
 """The settings of a pruning study: what configs/pruning/study.yaml may say."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,11 @@ class Speed:
 
 @dataclass(frozen=True)
 class Campaign:
-    """Everything in the file; `Study` explains what it shares with it."""
+    """Everything in the file; `Study` explains what it shares with it.
+
+    Attributes:
+        jobs: studies at the same time, each with its share of the cores.
+    """
 
     models: dict[str, str]
     calibration: tuple[str, ...]
@@ -70,6 +74,26 @@ class Campaign:
     distill_config: str
     distill_val: str
     speed: Speed
+    jobs: int = 1
+
+    def settings(self, name: str) -> StudySettings:
+        """Of the study `name`."""
+        part = self.studies[name]
+        return StudySettings(
+            methods=part.methods,
+            keep=part.keep,
+            seeds=self.seeds,
+            structures=part.structures or self.structures,
+            tries=part.tries or self.tries,
+            routing=RoutingSettings(**self.router),
+            latency=self.speed.latency,
+            threads=self.speed.threads,
+        )
+
+    def trains_from_scratch(self, name: str) -> bool:
+        """Whether the study `name` trains its plans from random weights, too."""
+        distill = self.studies[name].distill
+        return distill is not None and distill.scratch
 
     def study(self, name: str, out: Path) -> Study:
         """The study `name` in a folder of its own, sharing searches with those of the same network."""
@@ -83,16 +107,7 @@ class Campaign:
             self.models[part.model],
             list(self.calibration),
             {title: [path] for title, path in self.held_out.items()},
-            StudySettings(
-                methods=part.methods,
-                keep=part.keep,
-                seeds=self.seeds,
-                structures=part.structures or self.structures,
-                tries=part.tries or self.tries,
-                routing=RoutingSettings(**self.router),
-                latency=self.speed.latency,
-                threads=self.speed.threads,
-            ),
+            self.settings(name),
             out / name,
             recovery,
             self.held_out_structures,
@@ -113,18 +128,27 @@ def read_campaign(path: Path) -> Campaign:
     except yaml.YAMLError as error:
         raise InputError(f"{path} is no YAML: {error}") from error
     values = _only(Campaign, content, str(path))
+    missing = [f.name for f in fields(Campaign) if f.default is MISSING and f.name not in values]
+    if missing:
+        raise InputError(f"{path} has no {missing[0]}: configs/pruning/study.yaml is an example")
+    for key in ("models", "held_out", "studies"):
+        if not isinstance(values[key], dict) or not values[key]:
+            raise InputError(f"{path}: {key} is {values[key]!r}: give names and what they stand for")
+    for key in ("calibration", "seeds"):
+        if not isinstance(values[key], list) or not values[key]:
+            raise InputError(f"{path}: {key} is {values[key]!r}: give a list, such as [0, 1, 2] for seeds")
+        values[key] = tuple(values[key])
     values["studies"] = {name: _part(name, given, path) for name, given in values["studies"].items()}
     values["speed"] = Speed(**_only(Speed, values["speed"], f"{path}, speed"))
     router = _only(RoutingSettings, values["router"], f"{path}, router")
     if router.get("protected") is not None:
         router["protected"] = tuple(router["protected"])
     values["router"] = router
-    for key in ("calibration", "seeds"):
-        values[key] = tuple(values[key])
-    missing = [item.name for item in fields(Campaign) if item.name not in values]
-    if missing:
-        raise InputError(f"{path} has no {missing[0]}: configs/pruning/study.yaml is an example")
     campaign = Campaign(**values)
+    if type(campaign.jobs) is not int or campaign.jobs < 1:
+        raise InputError(
+            f"{path}: jobs is {campaign.jobs!r}: give the number of studies at a time, at least 1"
+        )
     for name, part in campaign.studies.items():
         if part.model not in campaign.models:
             raise InputError(f"{path}, studies.{name}: the model {part.model!r} is not among the models")
@@ -137,7 +161,10 @@ def _part(name: str, given: Any, path: Path) -> Part:
         if key not in values:
             raise InputError(f"{path}, studies.{name}: {key} is missing")
     if values.get("distill") is not None:
-        values["distill"] = Distillation(**_only(Distillation, values["distill"], f"{path}, {name}.distill"))
+        distill = _only(Distillation, values["distill"], f"{path}, studies.{name}.distill")
+        if "steps" not in distill:
+            raise InputError(f"{path}, studies.{name}.distill: steps is missing")
+        values["distill"] = Distillation(**distill)
     return Part(**values | {"methods": tuple(values["methods"]), "keep": tuple(values["keep"])})
 
 

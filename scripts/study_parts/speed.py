@@ -24,6 +24,7 @@ from equiformer2.pruning.baselines import uniform_plan
 from equiformer2.pruning.fingerprints import fingerprint_of_weights
 from equiformer2.pruning.latency import compare_latency
 from equiformer2.pruning.lossless import measure_savings
+from equiformer2.pruning.peak_memory import peak_allocated
 from equiformer2.pruning.plan import PruningPlan
 from equiformer2.pruning.routing import FrozenPlan
 from equiformer2.pruning.routing.files import router_from_dict
@@ -38,6 +39,8 @@ _STRUCTURES = 3
 _STEP = 1e-3  # Å: every call is for a new structure, as in a relaxation
 _NEAR = 0.03  # of the dense cost: blocks are large steps
 _ALSO_LARGE = ("multi", TIMED, "route_static", "route_ftp", "route_context_only")
+OF_ALL_SEEDS = ("multi", TIMED)
+"""Methods whose plans of every seed are timed: a goal is in what they say."""
 
 
 def measure_lossless(campaign: Campaign, out: Path) -> None:
@@ -67,7 +70,7 @@ def measure_calls(campaign: Campaign, studies: Path, out: Path) -> None:
         dense = _Dense.of(load_checkpoint(checkpoint))
         for method, cheaper in _ways(campaign, studies, name, dense.checkpoint).items():
             _measure(out / f"{name}_{method}.json", atoms, dense, cheaper, campaign.speed)
-            if method in _ALSO_LARGE:
+            if method.partition("_seed")[0] in _ALSO_LARGE:
                 _measure(out / f"{name}_2x2_{method}.json", large, dense, cheaper, campaign.speed)
     for name, preset in campaign.speed.random_weights.items():
         torch.manual_seed(0)
@@ -105,22 +108,29 @@ class _Cheaper:
 
 
 def _ways(campaign: Campaign, studies: Path, model: str, dense: Checkpoint) -> dict[str, _Cheaper]:
-    """The plans of the first seed at the timed budget, and all routers of the first seed."""
+    """Plans at the timed budget and routers, of the first seed; those of `OF_ALL_SEEDS` of every seed."""
     found: dict[str, _Cheaper] = {}
-    seed = campaign.seeds[0]
     for name, part in campaign.studies.items():
         if part.model != model:
             continue
-        for path in sorted((studies / name / "results").glob(f"*_{seed}.json")):
+        for path in sorted((studies / name / "results").glob("*.json")):
             record = json.loads(path.read_text(encoding="utf-8"))
-            method = record["method"]
+            method, seed = record["method"], record["seed"]
+            if seed != campaign.seeds[0] and method not in OF_ALL_SEEDS:
+                continue
+            way = way_of(campaign, method, seed)
             if "plan" in record and method in part.methods and record["keep"] == campaign.speed.keep:
                 plan = PruningPlan.from_dict(record["plan"], str(path))
-                found[method] = _pruned(dense, plan, record["macs"])
+                found[way] = _pruned(dense, plan, record["macs"])
             elif "router" in record:
                 router = FrozenPlan(router_from_dict(record["router"]))
-                found[method] = _Cheaper(dense, record["macs"], router)
+                found[way] = _Cheaper(dense, record["macs"], router)
     return found
+
+
+def way_of(campaign: Campaign, method: str, seed: int) -> str:
+    """The name of a method's plan of one seed among the timed ones."""
+    return method if seed == campaign.seeds[0] else f"{method}_seed{seed}"
 
 
 def _pruned(dense: Checkpoint, plan: PruningPlan, macs: float | None = None) -> _Cheaper:
@@ -144,7 +154,9 @@ def _measure(path: Path, atoms: Atoms, dense: _Dense, cheaper: _Cheaper, speed: 
         calls.append(_call(own))
     with with_threads(speed.threads):
         latency = compare_latency(calls[0], calls[1], speed.repeats)
-    write_json(path, settings | {"latency": latency.to_dict()}, make_folder=True)
+        peaks = [peak_allocated(call) for call in calls]
+    record = settings | {"latency": latency.to_dict(), "peak_bytes": peaks[0], "dense_peak_bytes": peaks[1]}
+    write_json(path, record, make_folder=True)
     print(f"{path.stem}: {1 / latency.ratio:.2f} times as fast")
 
 
@@ -168,6 +180,8 @@ def _settings_of_calls(record: Any) -> dict[str, Any]:
     # What the report reads has to be there, too.
     for key in ("seconds", "dense_seconds", "ratio", "low", "high"):
         float(latency[key])
+    for key in ("peak_bytes", "dense_peak_bytes"):
+        int(record[key])
     same = {key: record[key] for key in ("atoms", "threads", "macs")}
     # Files of an earlier version do not say of which weights they are.
     return same | {"model": record.get("model"), "repeats": latency["repeats"]}

@@ -62,7 +62,7 @@ def test_every_method_comes_to_its_target(files, method) -> None:
     if method == "context_only":
         assert found.achieved.macs < 1
     else:
-        assert found.achieved.macs == pytest.approx(0.7, abs=QUICK.tolerance)
+        assert 0.7 - QUICK.tolerance <= found.achieved.macs <= 0.7
     if method in ("atom", "edge"):
         assert found.router.levels[0] is None
     assert "% of the MACs left" in str(found)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from search_helpers import save_tiny, slab, slabs, tiny_model, write_lmdb
 
 from datasets_oc20 import OC20Lmdb
@@ -89,6 +90,25 @@ def test_a_study_goes_on_where_it_stopped(files, tmp_path, monkeypatch) -> None:
         make_study(files, tmp_path, structures=2)
     with pytest.raises(InputError, match="other held_out"):
         make_study(files, tmp_path, held_out={"dft": files["dft"]})
+
+
+def test_a_network_that_breaks_down_does_not_stop_a_study(files, tmp_path, monkeypatch) -> None:
+    shrink = study_module.shrink
+
+    def broken(model, plan):
+        small = shrink(model, plan)
+        if plan != PruningPlan.keep_all(model.config):
+            torch.nn.init.constant_(small.energy_block.so3_linear_2.weight, float("nan"))
+        return small
+
+    monkeypatch.setattr(study_module, "shrink", broken)
+    results = make_study(files, tmp_path, methods=("uniform",), seeds=(0,)).run(progress=False)
+    assert "cut" in results[0]
+    reason = "the network breaks down: its answers are not finite"
+    assert results[1] == {"method": "uniform", "keep": 0.7, "seed": 0, "missed": reason}
+    assert make_study(files, tmp_path, methods=("uniform",), seeds=(0,)).run(progress=False) == results
+    write_report(results, tmp_path)
+    assert reason in (tmp_path / "pareto.md").read_text()
 
 
 def test_plans_for_time_join_a_study_that_had_none(files, tmp_path, monkeypatch) -> None:

@@ -25,7 +25,7 @@ def campaign(tmp_path: Path) -> Campaign:
     plan = PruningPlan.keep_all(model.config).with_block(1, attention=False, feed_forward=False)
     results = tmp_path / "cuts" / "results"
     results.mkdir(parents=True)
-    record = {"method": "block", "plan": plan.to_dict(), "keep": 0.5, "macs": 0.51}
+    record = {"method": "block", "plan": plan.to_dict(), "keep": 0.5, "macs": 0.51, "seed": 0}
     (results / "block_0.json").write_text(json.dumps(record))
     return Campaign(
         models={"tiny": str(save_tiny(tmp_path / "tiny.pt"))},
@@ -75,7 +75,8 @@ def test_dense_and_pruned_take_turns(campaign: Campaign, calls: list[Any], tmp_p
     record = measure(campaign, tmp_path)
     names = [name for name, _ in calls]
     assert names[:4] == ["pruned", "dense"] * 2
-    assert names[4:] == ["dense", "pruned", "pruned", "dense"] * 2
+    assert names[4:12] == ["dense", "pruned", "pruned", "dense"] * 2
+    assert names[12:] == ["pruned", "dense"]  # what they hold at their peaks
     # Dense calls are numbers 5, 8, 9 and 12: of 7, 10, 11 and 14 s, beside 1 s of the pruned network.
     found = record.pop("latency")
     assert found["seconds"] == 1.0
@@ -83,6 +84,7 @@ def test_dense_and_pruned_take_turns(campaign: Campaign, calls: list[Any], tmp_p
     assert found["ratio"] == pytest.approx((1 / 10 + 1 / 11) / 2)
     assert found["repeats"] == REPEATS
     model = fingerprint_of_weights(tiny_model())
+    assert 0 < record.pop("peak_bytes") <= record.pop("dense_peak_bytes")
     assert record == {"model": model, "atoms": 4, "threads": 1, "macs": 0.51}
 
 

@@ -11,8 +11,9 @@ Evaluate = Callable[[Sequence[float]], tuple[float, float]]
 """Levels of all blocks to (loss, fraction of the dense MACs)."""
 _MOST = 0.95
 _BISECTIONS = 10
-_CLOSE = 10
+_CLOSE = 5
 """A bisection ends within this part of the tolerance."""
+_SHIFTS = 3
 
 
 class TargetMissedError(InputError):
@@ -27,7 +28,7 @@ class Schedule:
         levels: fraction of the atoms to skip in every block.
         loss: its loss.
         macs: the fraction of the dense MACs that it reaches.
-        history: best loss after every generation, among those within the tolerance.
+        history: best loss after every generation, among those that reach the target.
         evaluations: schedules that were tried.
     """
 
@@ -54,8 +55,8 @@ def search_schedule(
     """The schedule with the lowest loss at `target_macs`.
 
     Tournaments, crossover between two parents, Gaussian mutation; the best ones are always kept. A child that
-    misses the target is moved towards it once. Those within the tolerance are ranked by their loss, the
-    others after them by their distance to the target.
+    misses the target is moved towards it. Those that reach it are ranked by their loss, the others after them
+    by their distance. The target is an upper bound: more operations would make a schedule look better.
 
     Args:
         evaluate: for instance `ScheduleObjective`.
@@ -64,14 +65,14 @@ def search_schedule(
         start: schedules that are tried first, beside uniform, rising and falling ones.
         protected: blocks that compute all atoms; None for the first and the last, () for none.
         population, generations: size of the search.
-        tolerance: in the fraction of MACs.
+        tolerance: a schedule reaches the target with `target_macs - tolerance` to `target_macs`.
         seed: of all random choices.
         after_try: called for every member of every generation, population * (generations + 1) times
             or some more.
 
     Raises:
         InputError: the settings leave nothing to search.
-        TargetMissedError: no schedule came within the tolerance.
+        TargetMissedError: no schedule reached the target.
     """
     open_blocks = _open_blocks(num_blocks, target_macs, protected)
     if population < 4 or generations < 1:
@@ -84,7 +85,7 @@ def search_schedule(
         people = search.next_generation(people, population)
         history.append(search.best(people).shown_loss)
     best = search.best(people)
-    _check_reached(best, target_macs)
+    _check_reached(best, target_macs, tolerance)
     return Schedule(best.levels, best.loss, best.macs, tuple(history), search.evaluations)
 
 
@@ -106,15 +107,15 @@ def uniform_schedule(
         level = round((low + high) / 2, 3)
         levels = tuple(level if block in open_blocks else 0.0 for block in range(num_blocks))
         loss, macs = evaluate(levels)
-        tried[level] = _Individual(levels, loss, macs, abs(macs - target_macs), tolerance)
-        if tried[level].miss < tolerance / _CLOSE:
+        tried[level] = _Individual(levels, loss, macs, _miss(macs, target_macs, tolerance))
+        if 0 <= target_macs - macs < tolerance / _CLOSE:
             break
         if macs > target_macs:
             low = level
         else:
             high = level
-    best = min(tried.values(), key=lambda person: person.miss)
-    _check_reached(best, target_macs)
+    best = min(tried.values(), key=lambda person: (person.miss, target_macs - person.macs))
+    _check_reached(best, target_macs, tolerance)
     return Schedule(best.levels, best.loss, best.macs, (best.loss,), len(tried))
 
 
@@ -128,11 +129,17 @@ def _open_blocks(num_blocks: int, target_macs: float, protected: Sequence[int] |
     return open_blocks
 
 
-def _check_reached(best: "_Individual", target_macs: float) -> None:
-    if best.miss > best.tolerance:
+def _miss(macs: float, target_macs: float, tolerance: float) -> float:
+    """How far from the allowed range."""
+    return max(macs - target_macs, target_macs - tolerance - macs, 0.0)
+
+
+def _check_reached(best: "_Individual", target_macs: float, tolerance: float) -> None:
+    if best.miss > 0:
         raise TargetMissedError(
-            f"no schedule came within {best.tolerance} of {target_macs} of the MACs (nearest: "
-            f"{best.macs:.3f}): choose another target, protect fewer blocks or search longer"
+            f"no schedule came within {target_macs - tolerance:.3g} to {target_macs:.3g} of the MACs "
+            f"(nearest: {best.macs:.3f}): choose another target or a larger tolerance, protect fewer blocks "
+            "or search longer"
         )
 
 
@@ -142,16 +149,15 @@ class _Individual:
     loss: float
     macs: float
     miss: float
-    tolerance: float
 
     @property
     def rank(self) -> tuple[float, float]:
         """Lower is better."""
-        return (0.0, self.loss) if self.miss <= self.tolerance else (self.miss, self.loss)
+        return self.miss, self.loss
 
     @property
     def shown_loss(self) -> float:
-        return self.loss if self.miss <= self.tolerance else float("inf")
+        return self.loss if self.miss == 0 else float("inf")
 
 
 class _Search:
@@ -204,16 +210,21 @@ class _Search:
         return np.array([person.levels[block] for block in self.open])
 
     def try_near(self, genes: np.ndarray) -> _Individual:
-        """Evaluate, and once more after a shift towards the target (MACs fall nearly linearly)."""
+        """Evaluate, and again after shifts towards the middle of the range (MACs fall nearly linearly)."""
+        aim = self.target - self.tolerance / 2
         found = self.individual(genes)
-        if found.miss > self.tolerance:
+        for _ in range(_SHIFTS):
+            if found.miss == 0:
+                break
             # Each level removes about its share of the MACs of one block.
             saved = 1 - found.macs
-            shift = (found.macs - self.target) * self.num_blocks / len(self.open)
+            shift = (found.macs - aim) * self.num_blocks / len(self.open)
             if saved > 0.02:
-                shift = float(self.genes(found).mean()) * ((1 - self.target) / saved - 1)
+                shift = float(self.genes(found).mean()) * ((1 - aim) / saved - 1)
             again = self.individual(self.genes(found) + shift)
-            found = min(found, again, key=lambda person: person.rank)
+            if again.miss >= found.miss:
+                break
+            found = again
         if self.after_try is not None:
             self.after_try()
         return found
@@ -226,5 +237,5 @@ class _Search:
         if key not in self.known:
             loss, macs = self.evaluate(key)
             loss = loss if np.isfinite(loss) else float("inf")
-            self.known[key] = _Individual(key, loss, macs, abs(macs - self.target), self.tolerance)
+            self.known[key] = _Individual(key, loss, macs, _miss(macs, self.target, self.tolerance))
         return self.known[key]

@@ -33,7 +33,7 @@ def toy(levels: Sequence[float]) -> tuple[float, float]:
 
 def test_the_search_finds_the_schedule_of_the_least_loss() -> None:
     found = search_schedule(toy, 6, 0.8, generations=20, tolerance=0.01, seed=0)
-    assert found.macs == pytest.approx(0.8, abs=0.01)
+    assert 0.79 <= found.macs <= 0.8
     assert found.levels[0] == found.levels[5] == 0.0
     # Block 3 costs least, block 1 most.
     assert found.levels[3] > found.levels[2] > found.levels[1]
@@ -44,12 +44,23 @@ def test_the_search_finds_the_schedule_of_the_least_loss() -> None:
     assert again == found
 
 
+def test_operations_are_no_way_to_a_better_schedule() -> None:
+    """All blocks alike: nothing but more operations could lower the loss."""
+
+    def alike(levels: Sequence[float]) -> tuple[float, float]:
+        return sum(levels), 1 - sum(levels) / len(levels)
+
+    for seed in range(3):
+        found = search_schedule(alike, 6, 0.8, tolerance=0.02, seed=seed)
+        assert 0.78 <= found.macs <= 0.8
+
+
 def test_the_uniform_schedule_reaches_the_target() -> None:
     found = uniform_schedule(toy, 6, 0.8)
     assert found.levels[1:5] == (found.levels[1],) * 4
     assert found.levels[0] == found.levels[5] == 0.0
-    assert found.macs == pytest.approx(0.8, abs=0.002)
-    assert uniform_schedule(toy, 6, 0.8, protected=()).levels == pytest.approx([0.2] * 6, abs=0.002)
+    assert 0.796 <= found.macs <= 0.8
+    assert uniform_schedule(toy, 6, 0.8, protected=()).levels == pytest.approx([0.2] * 6, abs=0.005)
     with pytest.raises(InputError, match="no schedule came within"):
         uniform_schedule(toy, 6, 0.2)
 
@@ -77,7 +88,7 @@ def test_a_schedule_on_the_network() -> None:
     data = calibration(model)
     objective = ScheduleObjective(model, data, StaticRouter)
     found = search_schedule(objective, 5, 0.8, population=6, generations=2, tolerance=0.03)
-    assert found.macs == pytest.approx(0.8, abs=0.03)
+    assert 0.77 <= found.macs <= 0.8
     assert found.loss == pytest.approx(objective(found.levels)[0])
     router = with_levels(RandomRouter(0.1, seed=4), found.levels)
     assert isinstance(router, RandomRouter)
