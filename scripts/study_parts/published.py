@@ -57,8 +57,8 @@ PUBLISHED = (
     Published(
         "Structural pruning of channels and orders (Compact SO(3) models)",
         "atomistic: MACE-MP and MACE-OFF, trained on after the cut",
-        "better than the official small model, trained from scratch, in 7 of 9 metrics of Matbench Discovery; 1.5 to "
-        "4 times fewer parameters, 2.5 to 4 times less compute than pre-training the small one",
+        "better than the official small model (from scratch) in 7 of 9 metrics of Matbench Discovery; "
+        "1.5 to 4 times fewer parameters, 2.5 to 4 times less compute than pre-training the small one",
         "abstract of arXiv 2605.08885",
         (("multi", "distilled"), ("multi_time", "distilled")),
     ),
