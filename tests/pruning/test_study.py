@@ -127,6 +127,27 @@ def test_plans_for_time_join_a_study_that_had_none(files, tmp_path, monkeypatch)
     make_study(files, tmp_path, methods=("random",))
 
 
+def test_plans_for_time_can_be_searched_before(files, tmp_path, monkeypatch) -> None:
+    stand_in = MacTarget(tiny_model().config, 0.5, 8, 48)
+    asked = []
+    monkeypatch.setattr(
+        LatencyTarget, "fraction_of", lambda self, plan: asked.append(plan) or stand_in.fraction_of(plan)
+    )
+    options = {"methods": ("uniform", study_module.TIMED), "seeds": (0,), "latency": 0.8}
+    study = make_study(files, tmp_path, **options)
+    study.search_for_time(progress=False)
+    assert not (tmp_path / "results").exists()
+    searched = len(asked)
+    assert searched > 5
+    result = study.run(progress=False)[-1]
+    assert result["method"] == "multi_time"
+    assert result["macs"] <= 0.7
+    assert len(asked) - searched < searched / 2  # the search is not made again
+    asked.clear()
+    study.search_for_time(progress=False)
+    assert asked == []
+
+
 def test_held_out_systems_are_really_held_out(files, tmp_path) -> None:
     with pytest.raises(InputError, match="the system a is in the calibration data and in the held-out set t"):
         make_study(files, tmp_path, held_out={"t": files["calibration"]})
