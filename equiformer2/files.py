@@ -9,7 +9,7 @@ from typing import Any
 from datasets_oc20.atomic import whole_file, write_bytes
 from equiformer2.errors import InputError
 
-__all__ = ["check_target", "whole_file", "write_bytes", "write_json"]
+__all__ = ["check_target", "read_json", "whole_file", "write_bytes", "write_json"]
 
 
 def check_target(path: str | os.PathLike[str], is_folder: bool = False) -> None:
@@ -48,3 +48,21 @@ def write_json(path: str | os.PathLike[str], record: Mapping[str, Any], make_fol
     except ValueError as error:
         raise InputError(f"{path} was not written, because a number in it is not finite") from error
     return write_bytes(path, (text + "\n").encode(), make_folder)
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    Raises:
+        InputError: it is something else.
+        OSError: the file is missing or unreadable.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(
+            f"{path} is broken ({error}): remove it, and what it told is computed again"
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is broken (no JSON object): remove it, and what it told is computed again")
+    return content

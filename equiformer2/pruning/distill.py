@@ -5,7 +5,6 @@ ordinary dataset, and training on that dataset is an ordinary run: energies of a
 free atoms only (`training.losses`), the run folder, resuming and all settings of `scripts/train.py`.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from datasets_oc20.datamodule import NormalizerValues
 from datasets_oc20.targets import NUM_ELEMENTS
 from equiformer2.checkpoint import Checkpoint, Normalizers, load_checkpoint
 from equiformer2.errors import InputError
-from equiformer2.files import whole_file, write_json
+from equiformer2.files import read_json, whole_file, write_json
 from equiformer2.inference import Predictor
 from equiformer2.pruning.calibration import unlabelled
 from equiformer2.pruning.fingerprints import fingerprint_of_weights
@@ -35,6 +34,9 @@ log = logging.getLogger("equiformer2")
 Paths = str | Path | Sequence[str | Path]
 RUN = "run"
 """Name of the run's folder inside the folder of a distillation."""
+_RECORD = "distill.json"
+_EVERY = 100
+"""Optimizer steps between checkpoints: a killed distillation, often of one epoch, loses no more."""
 
 
 def distill(
@@ -66,7 +68,8 @@ def distill(
         The run's folder.
 
     Raises:
-        InputError: student and teacher predict different kinds of energy; wrong `arguments`.
+        InputError: student and teacher predict different kinds of energy; wrong `arguments`; `out` holds a
+            distillation of another student, from another teacher or another start.
         datasets_oc20.DataError: data that cannot be read.
     """
     small, dense = load_checkpoint(student), load_checkpoint(teacher)
@@ -75,6 +78,7 @@ def distill(
             f"{student} predicts {small.energy_kind} energies and {teacher} {dense.energy_kind} energies: "
             "a network can only learn from one of its own kind"
         )
+    _check_same_distillation(out / _RECORD, small, dense, from_scratch)
     answers = out if labels is None else labels
     for folder in (out, answers):
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,10 +87,27 @@ def distill(
     for name, paths in (("train", train_data), ("val", val_data)):
         files[name] = label(predictor, paths, answers / f"{name}.lmdb")
     config = _run_config(small, out, files, arguments)
-    started = (out / RUN / "checkpoints" / "last.ckpt").exists()
-    start = None if started or from_scratch else str(student)
-    run = replace(config.run, init_from=start, ckpt_path="last" if started else None)
+    # Begins again what was killed before its first checkpoint, else goes on.
+    run = replace(config.run, init_from=None if from_scratch else str(student), ckpt_path="auto")
     return train(replace(config, run=run))
+
+
+def _check_same_distillation(path: Path, small: Checkpoint, dense: Checkpoint, from_scratch: bool) -> None:
+    identity = {
+        "student": fingerprint_of_weights(small.model),
+        "teacher": fingerprint_of_weights(dense.model),
+        "from_scratch": from_scratch,
+    }
+    if not path.exists():
+        write_json(path, identity, make_folder=True)
+        return
+    known = read_json(path)
+    for name, value in identity.items():
+        if known.get(name) != value:
+            raise InputError(
+                f"{path.parent} holds a distillation with another {name} ({known.get(name)}, now {value}): "
+                "name another folder"
+            )
 
 
 def label(teacher: Predictor, paths: Paths, target: Path, batch_size: int = 8) -> Path:
@@ -106,7 +127,7 @@ def label(teacher: Predictor, paths: Paths, target: Path, batch_size: int = 8) -
     }
     record = target.with_name(f"{target.name}.json")
     if target.exists() and record.exists():
-        if json.loads(record.read_text(encoding="utf-8")) != origin:
+        if read_json(record) != origin:
             raise InputError(
                 f"{target} holds the answers of another teacher or to other structures: remove it or name "
                 "another folder"
@@ -150,7 +171,7 @@ def _run_config(
 ) -> RunConfig:
     own = [f"--data.{name}={path}" for name, path in files.items()]
     own += [f"--data.energy_kind={student.energy_kind}", f"--runs_dir={out}", f"--name={RUN}"]
-    config = parse([*arguments, *own])
+    config = parse([f"--checkpoint_every_n_steps={_EVERY}", *arguments, *own])
     values = yaml.safe_load(config.text) | {"model": student.config.to_dict()}
     text = yaml.safe_dump(_plain(values), sort_keys=False)
     data = config.data | {"normalizers": _normalizer_values(student.normalizers, out)}

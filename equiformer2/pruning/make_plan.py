@@ -106,6 +106,7 @@ def make_plan(request: PlanRequest, state_path: Path | None = None, progress: bo
         calibration,
         together.cost,
         together.target,
+        wanted=together.wanted,
         seed=request.seed,
         tries=request.tries,
         sphere=request.sphere,

@@ -1,5 +1,6 @@
 """Every way to a structured plan by its name."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def find_plan(
     cost: Cost,
     target: float,
     *,
+    wanted: Mapping[str, float] | None = None,
     seed: int = 0,
     tries: int = 8,
     sphere: bool = False,
@@ -37,6 +39,7 @@ def find_plan(
         model, normalizers, calibration: the dense network and structures with its answers.
         cost: of a plan, in the unit of `target`.
         target: to come down to.
+        wanted: what the cost is made of (`Together.wanted`): a search of something else is not continued.
         seed: of everything drawn.
         tries: cuts tried per step of a search.
         sphere: let a search cut channels of the atoms' features, too.
@@ -56,7 +59,7 @@ def find_plan(
         return uniform_plan(model, cost, target), {}
     settings = search_settings(method, tries, seed, sphere)
     search = GreedySearch(
-        model, normalizers, calibration, cost, target, settings, state_path, progress=progress
+        model, normalizers, calibration, cost, target, settings, state_path, progress=progress, wanted=wanted
     )
     state = search.run()
     found = {"cuts": len(state.steps), "tried": sum(step.tried for step in state.steps)}

@@ -13,7 +13,7 @@ orders) are tried at once.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,7 @@ class GreedySearch:
         state_path: where the state is kept; continued from when it exists. None keeps none.
         start: what is cut already; `calibration` holds the answers of the network cut so.
         progress: show a progress bar.
+        wanted: what `cost` counts and the share of each; part of what a state belongs to.
 
     Raises:
         InputError: a state of another search, or a target that the dimensions cannot reach.
@@ -123,10 +124,12 @@ class GreedySearch:
         state_path: Path | None = None,
         start: PruningPlan | None = None,
         progress: bool = True,
+        wanted: Mapping[str, float] | None = None,
     ) -> None:
         self.model, self.normalizers, self.calibration = model, normalizers, calibration
         self.settings, self.state_path, self.progress = settings, state_path, progress
         self._cost, self._costs = cost, dict[PruningPlan, float]()
+        self._wanted = dict(wanted or {})
         dense = PruningPlan.keep_all(model.config)
         self.dense_cost, self.start_cost = self.cost(dense), self.cost(start or dense)
         removed = self.start_cost - target
@@ -255,6 +258,7 @@ class GreedySearch:
     def _fingerprint(self, target: float, start: PruningPlan) -> dict[str, Any]:
         return {
             "target": target,
+            "wanted": self._wanted,
             "start": start.to_dict(),
             "dense_cost": self.dense_cost,
             "settings": asdict(self.settings),

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from equiformer2.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
-from equiformer2.files import write_json
+from equiformer2.files import read_json, write_json
 from equiformer2.model import EquiformerV2
 from equiformer2.pruning.calibration import Calibration
 from equiformer2.pruning.distill import RUN, Paths, distill
@@ -146,7 +146,7 @@ class Study:
             path = self.out / "results" / f"{name}.json"
             if not path.exists():
                 write_json(path, _checked(self._result(*job)), make_folder=True)
-            results.append(json.loads(path.read_text(encoding="utf-8")))
+            results.append(read_json(path))
         return results
 
     def search_for_time(self, progress: bool = True) -> None:
@@ -212,6 +212,7 @@ class Study:
             calibration,
             together.cost,
             together.target,
+            wanted=together.wanted,
             seed=seed,
             tries=self.settings.tries,
             state_path=self.searches / f"{result_name(method, keep, seed)}.json",
@@ -222,7 +223,7 @@ class Study:
         path = self.out / "results" / f"{result_name(method, keep, seed)}.json"
         if not path.exists():
             raise InputError(f"training from scratch takes the plans of {method!r}: add it to the methods")
-        return PruningPlan.from_dict(json.loads(path.read_text(encoding="utf-8"))["plan"], str(path))
+        return PruningPlan.from_dict(read_json(path)["plan"], str(path))
 
     def _errors(self, network: EquiformerV2) -> dict[str, Any]:
         return {part.name: part.errors(network) for part in self.held_out}
@@ -295,7 +296,7 @@ class Study:
         identity = json.loads(json.dumps(identity))
         path = self.out / "study.json"
         if path.exists():
-            known = json.loads(path.read_text(encoding="utf-8"))
+            known = read_json(path)
             # The first routers, or plans for time, of a study that had none.
             added = {name: identity[name] for name in later if name in identity and name not in known}
             self._check_identity(identity, known | added)

@@ -21,9 +21,11 @@ class Target(Protocol):
     """What a search for a plan works towards; all fractions are of the network that it starts from.
 
     Attributes:
+        quantity: its name on the command line.
         fraction: what is wanted, above 0 and below 1.
     """
 
+    quantity: str
     fraction: float
 
     def fraction_of(self, plan: PruningPlan) -> float:
@@ -57,6 +59,8 @@ class _Counted(ABC):
 class MacTarget(_Counted):
     """Multiply-accumulate operations on a graph of `atoms` atoms and `edges` edges (see `macs`)."""
 
+    quantity = "macs"
+
     def __init__(self, config: ModelConfig, fraction: float, atoms: int, edges: int) -> None:
         if atoms < 1 or edges < 0:
             raise InputError(f"a graph cannot have {atoms} atoms and {edges} edges")
@@ -69,6 +73,8 @@ class MacTarget(_Counted):
 
 class ParameterTarget(_Counted):
     """Parameters."""
+
+    quantity = "parameters"
 
     def _count(self, config: ModelConfig) -> int:
         return count_parameters(config)
@@ -89,6 +95,8 @@ class LatencyTarget:
     Raises:
         InputError: `path` holds times of something else.
     """
+
+    quantity = "latency"
 
     def __init__(
         self,
@@ -127,6 +135,7 @@ class Together:
 
     Attributes:
         target: the cost at which all are reached.
+        wanted: quantity -> share; what tells this target from others of the same cost.
     """
 
     def __init__(self, targets: Sequence[Target]) -> None:
@@ -134,6 +143,7 @@ class Together:
             raise InputError("there is no target: give at least one")
         self._targets = targets
         self.target = sum(target.fraction for target in targets)
+        self.wanted = {target.quantity: target.fraction for target in targets}
 
     def cost(self, plan: PruningPlan) -> float:
         """Above `target` as long as one is missed; below it by what the nearest one is passed by."""

@@ -1,13 +1,12 @@
 """Table, figure and verdicts of a pruning study: docs/results/pruning_study.*."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from equiformer2.files import write_bytes, write_json
+from equiformer2.files import read_json, write_bytes, write_json
 from equiformer2.pruning.study import DENSE, planned_results
 from equiformer2.pruning.study_report import markdown, missed, summarise
 from equiformer2.pruning.study_routing import NO_BUDGET
@@ -67,11 +66,11 @@ def write_study(campaign: Campaign, out: Path, results: Path) -> list[Path]:
 
 def _results(folder: Path) -> list[dict[str, Any]]:
     paths = sorted((folder / "results").glob("*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [read_json(path) for path in paths]
 
 
 def _records(folder: Path) -> dict[str, Any]:
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
 
 
 def _unfinished(campaign: Campaign, name: str, found: Sequence[dict[str, Any]]) -> list[str]:

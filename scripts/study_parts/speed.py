@@ -17,7 +17,7 @@ from ase.constraints import FixAtoms
 from torch_geometric.data import Batch, Data
 
 from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers, load_checkpoint
-from equiformer2.files import write_json
+from equiformer2.files import read_json, write_json
 from equiformer2.inference import EquiformerV2Calculator, Predictor
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.pruning.baselines import uniform_plan
@@ -114,7 +114,7 @@ def _ways(campaign: Campaign, studies: Path, model: str, dense: Checkpoint) -> d
         if part.model != model:
             continue
         for path in sorted((studies / name / "results").glob("*.json")):
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(path)
             method, seed = record["method"], record["seed"]
             if seed != campaign.seeds[0] and method not in OF_ALL_SEEDS:
                 continue

@@ -1,6 +1,9 @@
 """Distillation, and pruning during training."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,6 +94,50 @@ def test_the_baseline_starts_from_random_weights(files, tmp_path) -> None:
     assert not torch.allclose(
         scratch, load_checkpoint(files["student"]).model.blocks[0].ga.proj.weight, atol=1e-3
     )
+
+
+def test_a_folder_belongs_to_one_distillation(files, tmp_path) -> None:
+    data, out = (files["train"], files["val"]), tmp_path / "out"
+    distill(files["student"], files["teacher"], *data, out, [*QUICK, "--trainer.max_epochs=1"])
+    with pytest.raises(
+        InputError, match=r"out holds a distillation with another from_scratch \(False, now True"
+    ):
+        distill(files["student"], files["teacher"], *data, out, QUICK, from_scratch=True)
+    with pytest.raises(InputError, match="out holds a distillation with another student"):
+        distill(files["teacher"], files["teacher"], *data, out, QUICK)
+    (out / "distill.json").write_text('{"student": ')
+    with pytest.raises(InputError, match=r"distill\.json is broken"):
+        distill(files["student"], files["teacher"], *data, out, QUICK)
+
+
+_DISTILL = """
+import sys
+from pathlib import Path
+from equiformer2.pruning.distill import distill
+student, teacher, train, val, out, *arguments = sys.argv[1:]
+distill(student, teacher, train, val, Path(out), arguments)
+"""
+
+
+@pytest.mark.parametrize("every", [100, 10], ids=["before-the-first-checkpoint", "after-some"])
+def test_a_killed_distillation_ends_as_one_that_was_not(files, tmp_path, every: int) -> None:
+    many = write_lmdb(tmp_path / "many.lmdb", [slab("a"), slab("b", "Pt")] * 60, labels=False)
+    arguments = [*QUICK, "--trainer.max_epochs=1", f"--checkpoint_every_n_steps={every}"]
+    same = (files["student"], files["teacher"], many, files["val"])
+    whole = distill(*same, tmp_path / "whole", arguments)
+    out = tmp_path / "killed"
+    command = [sys.executable, "-c", _DISTILL, *map(str, (*same, out)), *arguments]
+    metrics = out / "run" / "metrics.csv"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 20:
+            assert running.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        running.kill()
+    assert (out / "run" / "checkpoints" / "last.ckpt").exists() == (every == 10)
+    assert not (out / "run" / "checkpoints" / "last.pt").exists()
+    again = distill(*same, out, arguments)
+    ends = [load_checkpoint(run / "checkpoints" / "last.pt").model.state_dict() for run in (whole, again)]
+    assert all(torch.equal(ends[1][name], weights) for name, weights in ends[0].items())
 
 
 def test_teacher_and_student_predict_the_same_kind(files, tmp_path) -> None:
