@@ -97,6 +97,8 @@ class Calibration:
     ) -> None:
         if not structures:
             raise InputError("there are no structures to calibrate on: give at least one")
+        if batch_size < 1:
+            raise InputError(f"the batch size is {batch_size}: give at least 1 structure")
         if not force_weight >= 0:
             raise InputError(f"the force weight is {force_weight}: give 0 or more (Å)")
         self.energy_std, self.force_std = normalizers.energy.std, normalizers.forces.std

@@ -27,10 +27,10 @@ def fingerprint_of_weights(model: EquiformerV2) -> str:
 
 
 def fingerprint_of_structures(structures: Sequence[Data]) -> str:
-    """Changes with any position, element or held atom, and with the sequence of the structures."""
+    """Changes with any position, element, tag or held atom, and with the sequence of the structures."""
     digest = hashlib.sha256()
     for structure in structures:
         digest.update(str(structure.sid).encode())
-        for name in ("pos", "atomic_numbers", "cell", "pbc", "fixed"):
+        for name in ("pos", "atomic_numbers", "cell", "pbc", "fixed", "tags"):
             digest.update(structure[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

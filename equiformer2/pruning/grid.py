@@ -127,6 +127,8 @@ def tune_grid(
         raise InputError("there are no structures to tune the grids on: give at least one")
     if not tol > 0:
         raise InputError(f"tol is {tol}: give a positive deviation")
+    if batch_size < 1:
+        raise InputError(f"the batch size is {batch_size}: give at least 1 structure")
     trials = _Trials(model, structures, batch_size, seed, progress)
     start = present_grids(model)
     trials.measured(start)

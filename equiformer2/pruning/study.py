@@ -89,6 +89,9 @@ class StudySettings:
         unknown = [name for name in self.methods if name not in STUDIED]
         if unknown:
             raise InputError(f"the method {unknown[0]!r} is not known: use some of {', '.join(STUDIED)}")
+        for name in ("structures", "tries", "repeats"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}: give at least 1")
         if not all(0 < share < 1 for share in self.keep):
             raise InputError(f"keep is {list(self.keep)}: give shares between 0 and 1")
 

@@ -56,11 +56,27 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--router-steps", type=int, default=200, help="of ftp's training (default: 200)")
 
 
+def _check_unused(options: argparse.Namespace) -> None:
+    """`context_only` has nothing to choose: what it would ignore is refused."""
+    from equiformer2.errors import InputError
+
+    given = {
+        "--mode": options.mode != "topk",
+        "--keep-free": options.keep_free,
+        "--protect": options.protect is not None,
+    }
+    for name, used in given.items():
+        if used:
+            raise InputError(f"{name} has no meaning for context_only, which asks the tags: leave it out")
+
+
 def run(options: argparse.Namespace) -> None:
     from equiformer2.files import check_target, write_json
     from equiformer2.pruning.make_router import RouteRequest, make_router
     from equiformer2.pruning.routing import RoutingSettings, save_router
 
+    if options.method == "context_only":
+        _check_unused(options)
     report = options.out.with_name(f"{options.out.stem}.report.json")
     state = options.state or options.out.with_name(f"{options.out.stem}.state.pt")
     for path in (options.out, report, state):

@@ -117,3 +117,9 @@ def test_lmdb_files_are_read() -> None:
     structures = read_structures(LMDB, limit=3)
     assert [data.sid for data in structures] == ["1981709"] * 3
     assert len({int(data.fid) for data in structures}) == 3
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batches_hold_something(batch_size: int) -> None:
+    with pytest.raises(InputError, match=f"batch size is {batch_size}: give at least 1"):
+        Calibration(tiny_model(), NORMALIZERS, slabs(), batch_size=batch_size)

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from search_helpers import slab
 
 from equiformer2.model import EquiformerV2, ModelConfig
-from equiformer2.pruning.fingerprints import fingerprint_of_weights
+from equiformer2.pruning.fingerprints import fingerprint_of_structures, fingerprint_of_weights
 from equiformer2.pruning.plan import PruningPlan
 from equiformer2.pruning.shrink import shrink
 
@@ -32,6 +33,16 @@ def test_a_pruned_network_has_its_own() -> None:
     model = network()
     plan = PruningPlan.keep_all(TINY).with_block(0, mmax=0)
     assert fingerprint_of_weights(shrink(model, plan)) != fingerprint_of_weights(model)
+
+
+@pytest.mark.parametrize("name", ["pos", "atomic_numbers", "cell", "fixed", "tags"])
+def test_all_that_a_network_or_a_router_reads_counts(name: str) -> None:
+    first, changed = slab("a"), slab("a")
+    assert fingerprint_of_structures([first]) == fingerprint_of_structures([changed])
+    values = changed[name].clone()
+    values.view(-1)[0] = ~values.view(-1)[0] if values.dtype == torch.bool else values.view(-1)[0] + 1
+    changed[name] = values
+    assert fingerprint_of_structures([first]) != fingerprint_of_structures([changed])
 
 
 def test_an_option_that_a_later_version_adds_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

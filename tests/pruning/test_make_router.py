@@ -192,6 +192,16 @@ def test_route_on_the_command_line(files, tmp_path) -> None:
     assert (tmp_path / "router.state.pt").exists()
 
 
+@pytest.mark.parametrize("option", [("--mode", "smooth"), ("--keep-free",), ("--protect", "0")], ids=str)
+def test_options_that_context_only_would_ignore(files, tmp_path, option) -> None:
+    ran = run_prune(
+        "route", "--checkpoint", files["dense"], "--data", files["calibration"],
+        "--out", tmp_path / "router.json", "--method", "context_only", *option,
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert f"error: {option[0]} has no meaning for context_only" in ran.stderr
+
+
 def make_study(files: dict[str, Path], out: Path, methods: tuple[str, ...], keep: float = 0.7) -> Study:
     settings = StudySettings(methods, (keep,), (0, 1), structures=3, tries=1, repeats=1, routing=QUICK)
     return Study(files["dense"], files["calibration"], {"dft": files["held_out"]}, settings, out)

@@ -117,7 +117,10 @@ class FTPRouter(ScoreRouter):
 
     def _load(self, weights: dict[str, Any]) -> None:
         expected = self.mlp.state_dict()
-        found = {name: torch.tensor(value, dtype=torch.float32) for name, value in weights.items()}
+        try:
+            found = {name: torch.tensor(value, dtype=torch.float32) for name, value in weights.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InputError(f"the router's weights are no numbers: {error}") from error
         if {n: v.shape for n, v in found.items()} != {n: v.shape for n, v in expected.items()}:
             raise InputError("the router's weights have other names or shapes than an MLP 7 -> 64 -> 1")
         self.mlp.load_state_dict(found)

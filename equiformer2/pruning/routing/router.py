@@ -1,7 +1,9 @@
 """What all routers have in common: scores of atoms, block by block, and a level to cut them at."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -90,12 +92,16 @@ class ScoreRouter(Router):
         keep_free: bool = False,
     ) -> None:
         check_mode(mode, width)
+        if not isinstance(levels, Real | list | tuple):
+            raise InputError(f"the levels are {levels!r}: give a number, or a number or null per block")
         self.levels: float | tuple[float | None, ...] = (
-            float(levels) if isinstance(levels, int | float) else tuple(levels)
+            float(levels) if isinstance(levels, Real) else tuple(levels)
         )
         self.mode, self.width, self.hysteresis, self.protect_ends = mode, width, hysteresis, protect_ends
         self.keep_free = keep_free
         for level in (self.levels,) if isinstance(self.levels, float) else self.levels:
+            if level is not None and not (isinstance(level, Real) and math.isfinite(level)):
+                raise InputError(f"a level is {level!r}: give a finite number, or null to compute all atoms")
             if mode == "topk" and level is not None and not 0 <= level <= 1:
                 raise InputError(f"a level is {level}: in the mode topk it is a fraction from 0 to 1")
 

@@ -110,6 +110,8 @@ def tie_groups(scores: Tensor, structure: Tensor, tolerance: float = 1e-4) -> Te
 
     Groups are numbered by structure and, within, from the highest score down.
     """
+    if not len(scores):
+        return structure.new_zeros(0)
     scores = scores.detach()
     order = torch.argsort(scores, descending=True, stable=True)
     order = order[torch.argsort(structure[order], stable=True)]

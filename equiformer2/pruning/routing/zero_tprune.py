@@ -80,6 +80,10 @@ class AtomPruner(ScoreRouter):
         """`[N]` importance; 1 on average."""
         kept = None
         if self.heads is not None and state.block > 0:
+            if state.block > len(self.heads):
+                raise InputError(
+                    f"the router has the heads of {len(self.heads)} blocks: make it for this network again"
+                )
             kept = torch.tensor(self.heads[state.block - 1], device=system.pos.device)
         return combine_heads(self.head_scores(system, state), kept)
 
@@ -143,13 +147,16 @@ class EdgePruner(ScoreRouter):
 
     Args:
         levels: fraction of the edges to drop (`topk`), or the score τ below which edges are dropped.
-        options: see `ScoreRouter`.
+        options: see `ScoreRouter`; `hysteresis` and `keep_free` are about atoms and refused.
     """
 
     observes_attention = True
 
     def __init__(self, levels: Levels, **options: Any) -> None:
         super().__init__(levels, **options)
+        for name in ("hysteresis", "keep_free"):
+            if getattr(self, name):
+                raise InputError(f"{name} is about atoms, and edges are dropped here: leave it out")
         given = (self.levels,) if isinstance(self.levels, float) else self.levels
         highest = max((level for level in given if level is not None), default=0.0)
         if self.mode == "smooth" and highest + self.width > 1:

@@ -177,6 +177,8 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "router.json"
     for content in ("{", "[]", json.dumps({"kind": "os", "settings": {}}),
                     json.dumps({"kind": "StaticRouter", "settings": {"levels": 0.1, "speed": 2}}),
+                    json.dumps({"kind": "StaticRouter", "settings": {"levels": None}}),
+                    json.dumps({"kind": "FTPRouter", "settings": {"levels": 0.1, "weights": {"x": "abc"}}}),
                     json.dumps({"kind": "StaticRouter", "settings": [1]})):  # fmt: skip
         path.write_text(content)
         with pytest.raises(InputError, match=r"router\.json: "):

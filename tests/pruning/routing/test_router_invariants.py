@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 from routers import LOCAL_MODES, SCORED, local, routers
 from routing_helpers import as_data, exact_model, masks, molecule_data, slab_atoms
 from torch_geometric.data import Batch, Data
@@ -52,22 +53,27 @@ def test_something_is_skipped_and_something_is_not(name: str, model) -> None:  #
     assert (out["forces"] - dense["forces"]).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("name", [n for n in ROUTERS if n.split()[0] not in ("remove", "supernode", "edge")])
-def test_equivalent_atoms_stay_together(name: str, model) -> None:  # type: ignore[no-untyped-def]
-    # O on top of one of four atoms per layer: atoms of a layer are equivalent at equal distance from it.
-    atoms = slab_atoms(0.0, "O")
+def orbits(atoms: Atoms) -> list[list[int]]:
+    """O on top of one of four atoms per layer: those of a layer are equivalent at equal distance from it."""
     lateral = atoms.copy()
     lateral.positions[:, 2] = 0
     distance = lateral.get_all_distances(mic=True)[-1]
-    orbit = {}
+    found: dict[tuple[float, float], list[int]] = {}
     for atom, key in enumerate(zip(atoms.positions[:, 2].round(6), distance.round(6), strict=True)):
-        orbit.setdefault(key, []).append(atom)
-    assert len(orbit) < len(atoms)
+        found.setdefault(key, []).append(atom)
+    assert len(found) < len(atoms)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("name", [n for n in ROUTERS if n.split()[0] not in ("remove", "supernode", "edge")])
+def test_equivalent_atoms_stay_together(name: str, model) -> None:  # type: ignore[no-untyped-def]
+    atoms = slab_atoms(0.0, "O")
+    equivalent = orbits(atoms)
     # Noise below the tolerance does not part them.
     for noise in (0.0, 1e-7):
         atoms.positions += noise * np.random.default_rng(1).standard_normal(atoms.positions.shape)
         for mask in masks(model, ROUTERS[name], as_data(atoms)):
-            for members in orbit.values():
+            for members in equivalent:
                 assert torch.allclose(mask[members].double(), mask[members[0]].double(), atol=1e-4)
 
 
@@ -156,3 +162,28 @@ def test_free_atoms_and_adsorbate_are_read_out(name: str, model) -> None:  # typ
             _, kept = router.reduce(Batch.from_data_list([data]))
             assert torch.equal(kept, wanted.nonzero().squeeze(1))
             assert not out["forces"][~wanted].any()
+
+
+@every
+def test_equivalent_atoms_feel_equal_forces(name: str, model) -> None:  # type: ignore[no-untyped-def]
+    """Also of routers that choose edges or put one node for many: forces of an orbit are turned, no more."""
+    atoms = slab_atoms(0.0, "O")
+    with torch.no_grad():
+        forces = ROUTERS[name](model, Batch.from_data_list([as_data(atoms)]))["forces"].norm(dim=1)
+    sizes = []
+    for orbit in orbits(atoms):
+        assert forces[orbit].max() - forces[orbit].min() < 1e-9
+        sizes.append(len(orbit))
+    assert max(sizes) > 1
+
+
+@every
+@pytest.mark.parametrize("held", [False, True], ids=["one atom", "all held"])
+def test_structures_with_little_in_them(name: str, held: bool, model) -> None:  # type: ignore[no-untyped-def]
+    atoms = slab_atoms(0.1) if held else Atoms("O", cell=[20.0, 20.0, 20.0], pbc=True)
+    data = as_data(atoms)
+    data.fixed = torch.full_like(data.fixed, held)
+    with torch.no_grad():
+        out = ROUTERS[name](model, Batch.from_data_list([data]))
+    assert torch.isfinite(out["energy"]).all()
+    assert torch.isfinite(out["forces"]).all()

@@ -9,7 +9,14 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from equiformer2.errors import InputError
-from equiformer2.pruning.routing import DegreeRouter, DistanceRouter, StaticRouter, with_thresholds
+from equiformer2.pruning.routing import (
+    AtomPruner,
+    DegreeRouter,
+    DistanceRouter,
+    EdgePruner,
+    StaticRouter,
+    with_thresholds,
+)
 from equiformer2.pruning.routing.selection import select, smoothstep
 from equiformer2.pruning.routing.static import static_priority
 from equiformer2.pruning.routing.system import FAR, System, tie_groups
@@ -152,7 +159,19 @@ def test_refusals() -> None:
         DistanceRouter(1.5)
     with pytest.raises(InputError, match="width of the gates is 0"):
         StaticRouter(0.5, mode="smooth", width=0)
+    with pytest.raises(InputError, match="a level is nan"):
+        StaticRouter(float("nan"), mode="threshold")
+    with pytest.raises(InputError, match="the levels are None"):
+        StaticRouter(None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="a level is 'much'"):
+        StaticRouter(["much"])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="keep_free is about atoms"):
+        EdgePruner(0.5, keep_free=True)
+    with pytest.raises(InputError, match="hysteresis is about atoms"):
+        EdgePruner(0.5, hysteresis=0.1)
     model, data = exact_model(), molecule_data()
+    with pytest.raises(InputError, match="the heads of 1 blocks"):
+        AtomPruner(0.5, heads=[[True]])(model, Batch.from_data_list([data]))
     with pytest.raises(InputError, match="levels for 2 blocks but the network has 4"):
         StaticRouter([0.1, 0.2])(model, Batch.from_data_list([data]))
     del data.tags
