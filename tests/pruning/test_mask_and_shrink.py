@@ -166,9 +166,11 @@ def test_plans_after_one_another() -> None:
     assert both.force_head.attn_hidden_channels == (1, 4)
 
 
-def test_a_pruned_network_keeps_the_symmetries() -> None:
-    config = config_of(enforce_max_neighbors_strictly=False, grid_resolution=18)
-    small = shrink(random_model(config, torch.float64), MANY)
+@pytest.mark.parametrize("name", [*PLANS, *GRID_PLANS, "many"])
+def test_a_pruned_network_keeps_the_symmetries(name: str) -> None:
+    config = config_of(enforce_max_neighbors_strictly=False, grid_resolution=30)
+    plan = {**PLANS, **GRID_PLANS, "many": MANY}[name]
+    small = shrink(random_model(config, torch.float64), plan)
     # A rotation changes the network itself by what its grids alias.
     tolerance = dict.fromkeys(SYMMETRIES, 1e-9) | {"rotation": 1e-4, "supercell": 1e-8}
     with torch.no_grad():
