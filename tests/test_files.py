@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from equiformer2.errors import InputError
-from equiformer2.files import check_target, whole_file, write_bytes, write_json
+from equiformer2.files import check_target, read_json, whole_file, write_bytes, write_json
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,3 +77,13 @@ def test_a_target_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(InputError, match=r"out\.json cannot be written, because .* is not writable"):
         check_target(tmp_path / "out.json")
+
+
+@pytest.mark.parametrize("content", ["", '{"a": ', "[1]", "null", "\x00"])
+def test_a_broken_file_is_named(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"record\.json is broken .*: remove it"):
+        read_json(path)
+    write_json(path, {"a": [1.5, None]})
+    assert read_json(path) == {"a": [1.5, None]}

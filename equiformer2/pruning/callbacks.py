@@ -222,6 +222,11 @@ class GradualPruning(Callback):
                         value.masked_fill_(~kept, 0.0)
         for network in (task.model, task.averaged):
             if network is not None:
+                # For good: a resumed run does not know what they were, and the next cut must be the same.
+                weights = dict(network.named_parameters())
+                with torch.no_grad():
+                    for name, kept in masks.items():
+                        weights[name].masked_fill_(~kept, 0.0)
                 self._masks.enter_context(masked(network, self.plan))  # type: ignore[arg-type]
 
     def _export(self, network: nn.Module) -> nn.Module:

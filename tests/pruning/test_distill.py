@@ -220,6 +220,29 @@ def test_masked_weights_stay_zero_and_the_small_network_is_the_masked_one(files,
         torch.testing.assert_close(weight, small.state_dict()[name])
 
 
+@pytest.mark.parametrize("method", ["magnitude", "search"])
+def test_a_stopped_gradual_pruning_ends_as_one_that_was_not(files, tmp_path, monkeypatch, method) -> None:
+    extra = (f"--trainer.callbacks.method={method}", "--checkpoint_every_n_steps=1")
+    whole = gradual(files, tmp_path, "whole", *extra)
+
+    def stopping(self, batch, index):
+        if self.trainer.global_step == 2:  # between the two cuts
+            raise RuntimeError("stopped here")
+        return step(self, batch, index)
+
+    step = S2EFTask.training_step
+    monkeypatch.setattr(S2EFTask, "training_step", stopping)
+    with pytest.raises(RuntimeError, match="stopped here"):
+        gradual(files, tmp_path, "stopped", *extra)
+    monkeypatch.undo()
+    first = PruningPlan.load(tmp_path / "stopped" / PLAN_FILE)
+    again = gradual(files, tmp_path, "stopped", *extra, "--ckpt_path=auto")
+    plans = [PruningPlan.load(run / PLAN_FILE) for run in (whole, again)]
+    assert plans[0] == plans[1] != first
+    ends = [load_checkpoint(run / "checkpoints" / "last.pt").model.state_dict() for run in (whole, again)]
+    assert all(torch.equal(ends[1][name], weights) for name, weights in ends[0].items())
+
+
 def test_gradual_settings_are_checked() -> None:
     with pytest.raises(InputError, match="keep"):
         GradualPruning(keep=1.5, data="x")
