@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch_geometric.data import Batch
 
@@ -34,6 +34,7 @@ class PlanRequest:
         structures: how many to calibrate on.
         tries: cuts tried per step of a search.
         sphere: let a search cut the channels of the atoms' features.
+        importance: by which a search ranks units before it tries cuts: `michel` or `taylor`.
         force_weight: λ of the loss, Å.
         batch_size: structures per forward pass.
         device: to compute on.
@@ -48,6 +49,7 @@ class PlanRequest:
     structures: int = 32
     tries: int = 8
     sphere: bool = False
+    importance: Literal["michel", "taylor"] = "michel"
     force_weight: float = FORCE_WEIGHT
     batch_size: int = 8
     device: str = "cpu"
@@ -110,6 +112,7 @@ def make_plan(request: PlanRequest, state_path: Path | None = None, progress: bo
         seed=request.seed,
         tries=request.tries,
         sphere=request.sphere,
+        importance=request.importance,
         state_path=state_path,
         progress=progress,
     )

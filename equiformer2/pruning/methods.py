@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from equiformer2.checkpoint import Normalizers
 from equiformer2.errors import InputError
@@ -29,6 +29,7 @@ def find_plan(
     seed: int = 0,
     tries: int = 8,
     sphere: bool = False,
+    importance: Literal["michel", "taylor"] = "michel",
     state_path: Path | None = None,
     progress: bool = True,
 ) -> tuple[PruningPlan, dict[str, Any]]:
@@ -43,6 +44,7 @@ def find_plan(
         seed: of everything drawn.
         tries: cuts tried per step of a search.
         sphere: let a search cut channels of the atoms' features, too.
+        importance: by which a search ranks units before it tries cuts (see `importance`).
         state_path: where a search keeps its state, from which it continues.
         progress: show a progress bar.
 
@@ -57,7 +59,7 @@ def find_plan(
         return magnitude_plan(model, cost, target).checked(model.config), {}
     if method == "uniform":
         return uniform_plan(model, cost, target), {}
-    settings = search_settings(method, tries, seed, sphere)
+    settings = search_settings(method, tries, seed, sphere, importance)
     search = GreedySearch(
         model, normalizers, calibration, cost, target, settings, state_path, progress=progress, wanted=wanted
     )

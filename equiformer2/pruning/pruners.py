@@ -7,6 +7,8 @@ compete in every step instead. BlockPruner (arXiv 2406.10594) removes residual b
 whose removal hurts least, whatever it saves.
 """
 
+from typing import Any, Literal
+
 from equiformer2.errors import InputError
 from equiformer2.pruning.search import SearchSettings, Stage
 
@@ -18,7 +20,13 @@ _LAST = ("attn_hidden", "head", "value", "ffn")
 SEARCHES = ("multi", "multi_staged", "block")
 
 
-def search_settings(method: str, tries: int = 8, seed: int = 0, sphere: bool = False) -> SearchSettings:
+def search_settings(
+    method: str,
+    tries: int = 8,
+    seed: int = 0,
+    sphere: bool = False,
+    importance: Literal["michel", "taylor"] = "michel",
+) -> SearchSettings:
     """How `method` searches.
 
     Args:
@@ -27,17 +35,19 @@ def search_settings(method: str, tries: int = 8, seed: int = 0, sphere: bool = F
         tries: cuts tried per step.
         seed: of the draws.
         sphere: also cut channels of the atoms' features; recover by training afterwards.
+        importance: by which units are ranked before any cut is tried.
 
     Raises:
         InputError: an unknown method.
     """
     if method not in SEARCHES:
         raise InputError(f"the search {method!r} is not known: use one of {', '.join(SEARCHES)}")
+    common: dict[str, Any] = {"tries": tries, "seed": seed, "importance": importance}
     if method == "block":
-        return SearchSettings((Stage(("block",)),), tries=tries, per_cost=False, seed=seed)
+        return SearchSettings((Stage(("block",)),), per_cost=False, **common)
     if method == "multi":
-        return SearchSettings((Stage((*JOINT, "sphere") if sphere else JOINT),), tries=tries, seed=seed)
+        return SearchSettings((Stage((*JOINT, "sphere") if sphere else JOINT),), **common)
     stages = [Stage((dimension,), share) for dimension, share in _STAGED]
     # Feed-forward widths alone cost too little to close the gap.
     stages.append(Stage((*_LAST, "sphere") if sphere else _LAST))
-    return SearchSettings(tuple(stages), tries=tries, seed=seed)
+    return SearchSettings(tuple(stages), **common)

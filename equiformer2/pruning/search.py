@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -36,6 +36,7 @@ from equiformer2.pruning.unit_scores import UnitScores, gradient_scores
 log = logging.getLogger("equiformer2")
 
 Cost = Callable[[PruningPlan], float]
+IMPORTANCES = ("michel", "taylor")
 _KEPT_RATIOS = 20
 _WORST = 1e30  # JSON holds no infinity
 
@@ -63,6 +64,8 @@ class SearchSettings:
         per_cost: choose by damage per saved cost; else by the loss alone.
         tolerance: share of the dense cost by which a plan may end below the target, as long as some cut does
             not go further.
+        importance: of units, by which cuts are ranked before any is tried: `michel` or `taylor` (see
+            `importance`).
         importance_structures: structures that gradients are taken on, drawn anew for every step.
         seed: of that draw and of the gradients' random directions.
     """
@@ -71,6 +74,7 @@ class SearchSettings:
     tries: int = 8
     per_cost: bool = True
     tolerance: float = 0.01
+    importance: Literal["michel", "taylor"] = "michel"
     importance_structures: int = 8
     seed: int = 0
 
@@ -78,6 +82,10 @@ class SearchSettings:
         shares = [stage.share for stage in self.stages]
         if not shares or shares != sorted(shares) or shares[-1] != 1.0 or not shares[0] > 0:
             raise InputError(f"the stages of a search end at shares {shares}: give rising ones up to 1")
+        if self.importance not in IMPORTANCES:
+            raise InputError(
+                f"the importance {self.importance!r} is not known: use one of {', '.join(IMPORTANCES)}"
+            )
         for name in ("tries", "importance_structures"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: give at least 1")
@@ -187,7 +195,7 @@ class GreedySearch:
         return [cut for cut in cuts if self.cost(cut.plan) < now]
 
     def _scores(self) -> UnitScores:
-        """Importance of all units in the network as it is cut now."""
+        """Importance of all units: by gradients in the network as it is cut now, else by weights."""
         settings, step = self.settings, len(self.state.steps)
         rng = np.random.default_rng((settings.seed, step))
         count = min(settings.importance_structures, len(self.calibration.structures))
@@ -195,7 +203,10 @@ class GreedySearch:
         objective = probe(self.normalizers, self.calibration.force_weight, int(rng.integers(2**31)))
         with masked(self.model, self.state.plan):
             importance = gradient_importance(
-                self.model, [self.calibration.structures[i] for i in sorted(chosen.tolist())], objective
+                self.model,
+                [self.calibration.structures[i] for i in sorted(chosen.tolist())],
+                objective,
+                settings.importance,
             )
         return gradient_scores(self.model, importance)
 

@@ -25,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--structures", type=int, default=32, help="calibration structures (default: 32)")
     parser.add_argument("--tries", type=int, default=8, help="cuts tried per step (default: 8)")
+    parser.add_argument(
+        "--importance",
+        default="michel",
+        choices=("michel", "taylor"),
+        help="by which a search ranks heads and channels before it tries cuts (default: %(default)s)",
+    )
     parser.add_argument("--sphere", action="store_true", help="also cut the channels of the atoms' features")
     parser.add_argument(
         "--force-weight", type=float, default=1.0, help="of forces in the loss, Å (default: 1)"
@@ -49,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
         structures=options.structures,
         tries=options.tries,
         sphere=options.sphere,
+        importance=options.importance,
         force_weight=options.force_weight,
         batch_size=options.batch_size,
         device=options.device,

@@ -9,7 +9,7 @@ import numpy as np
 from equiformer2.files import read_json, write_bytes, write_json
 from equiformer2.pruning.study import DENSE, planned_results
 from equiformer2.pruning.study_report import markdown, missed, summarise
-from equiformer2.pruning.study_routing import NO_BUDGET
+from equiformer2.pruning.study_routing import NO_BUDGET, PREFIX
 from study_parts.drawing import draw, draw_times
 from study_parts.published import PUBLISHED
 from study_parts.settings import Campaign
@@ -172,7 +172,7 @@ def _ours(
             words = f"{method} ({model}{', distilled' if trained == 'distilled' else ''}): "
             words += f"{row['macs']:.0%} of the MACs, force MAE {worse}"
             call = speed.get(f"{model}_{method}")
-            if call is not None and (keep == campaign.speed.keep or call["macs"] == row["macs"]):
+            if call is not None and (keep == campaign.speed.keep or method.startswith(PREFIX)):
                 words += f", a force call {1 / call['latency']['ratio']:.2f} times as fast"
             if words not in told:
                 told.append(words)

@@ -12,6 +12,7 @@ from equiformer2.model import ModelConfig
 from equiformer2.pruning.baselines import magnitude_plan, random_plan, uniform_plan
 from equiformer2.pruning.calibration import Calibration
 from equiformer2.pruning.cuts import DIMENSIONS, possible_cuts, without_least
+from equiformer2.pruning.importance import gradient_importances, probe
 from equiformer2.pruning.mask import masked
 from equiformer2.pruning.plan import PruningPlan
 from equiformer2.pruning.pruners import search_settings
@@ -39,7 +40,8 @@ def fraction(config: ModelConfig):
 
 
 def search(model, calibration, target=0.7, method="multi", **options) -> GreedySearch:
-    settings = search_settings(method, tries=3, seed=options.pop("seed", 0))
+    importance = options.pop("importance", "michel")
+    settings = search_settings(method, tries=3, seed=options.pop("seed", 0), importance=importance)
     return GreedySearch(
         model, NORMALIZERS, calibration, fraction(model.config), target, settings, progress=False, **options
     )
@@ -144,6 +146,37 @@ def test_another_search_does_not_continue_a_state(model, calibration, tmp_path: 
     path.write_text("{}")
     with pytest.raises(InputError, match="is no state"):
         search(model, calibration, target=0.95, state_path=path)
+
+
+@pytest.mark.parametrize("importance", ["michel", "taylor"])
+def test_units_are_ranked_by_what_was_asked_for(importance, model, calibration) -> None:
+    looking = search(model, calibration, importance=importance)
+    scores = looking._scores()
+    chosen = [calibration.structures[i] for i in range(len(calibration.structures))]
+    objective = probe(NORMALIZERS, calibration.force_weight, int(_after_choice(len(chosen))))
+    expected = gradient_importances(model, chosen, objective)[importance]
+    assert np.allclose(scores[0, "heads"], expected.heads[0].double().numpy())
+    assert np.allclose(scores[0, "attn_hidden_channels"], expected.attn_hidden[0].double().numpy())
+    plan = looking.run().plan
+    assert fraction(model.config)(plan) <= 0.7
+
+
+def _after_choice(count: int) -> int:
+    """The seed of the random directions of a search's first step."""
+    rng = np.random.default_rng((0, 0))
+    rng.choice(count, count, replace=False)
+    return int(rng.integers(2**31))
+
+
+def test_the_two_rankings_are_two(model, calibration, tmp_path: Path) -> None:
+    scores = [search(model, calibration, importance=name)._scores() for name in ("michel", "taylor")]
+    assert not np.allclose(scores[0][0, "attn_hidden_channels"], scores[1][0, "attn_hidden_channels"])
+    path = tmp_path / "state.json"
+    search(model, calibration, target=0.95, state_path=path).run()
+    with pytest.raises(InputError, match="settings was"):
+        search(model, calibration, target=0.95, state_path=path, importance="taylor")
+    with pytest.raises(InputError, match="the importance 'best' is not known"):
+        search(model, calibration, importance="best")
 
 
 def test_a_search_can_go_on_from_a_plan(model, calibration) -> None:
