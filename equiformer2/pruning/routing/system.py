@@ -15,6 +15,8 @@ FAR = 10.0
 """Å. Distances are cut off here: nothing farther is told apart, and nothing farther is searched."""
 _SOFTNESS = 0.2
 """Å. Width of the smooth minimum: with it distances are differentiable where the nearest atom changes."""
+_BEND = 0.5
+"""Å. On either side of `FAR`, where distances bend to it."""
 _CHUNK = 4_000_000
 
 
@@ -151,7 +153,7 @@ def _distances(pos: Tensor, others: Tensor, cell: Tensor, pbc: Tensor) -> Tensor
         fractional = vectors.detach() @ _inverse(cell, pbc)
         vectors = vectors - torch.round(torch.where(pbc, fractional, 0.0)) @ lattice
     near = _images(torch.where(pbc, 1, 0), lattice)
-    reach = (vectors.detach()[:, :, None] + near).norm(dim=3).amin(dim=(1, 2)).amax().clamp(max=FAR)
+    reach = (vectors.detach()[:, :, None] + near).norm(dim=3).amin(dim=(1, 2)).amax().clamp(max=FAR + _BEND)
     count = torch.where(pbc, torch.ceil((reach + 20 * _SOFTNESS) / heights + 0.5), 0.0).long()
     total = None
     images = _images(count, lattice)
@@ -160,7 +162,13 @@ def _distances(pos: Tensor, others: Tensor, cell: Tensor, pbc: Tensor) -> Tensor
         here = torch.logsumexp(-distance.flatten(1) / _SOFTNESS, dim=1)
         total = here if total is None else torch.logaddexp(total, here)
     assert total is not None
-    return (-_SOFTNESS * total).clamp(0.0, FAR)
+    return _at_most_far(-_SOFTNESS * total)
+
+
+def _at_most_far(distance: Tensor) -> Tensor:
+    """`distance` up to `FAR` - `_BEND`, `FAR` from `FAR` + `_BEND` on, once continuously differentiable."""
+    bend = ((distance - FAR) / (2 * _BEND) + 0.5).clamp(0.0, 1.0)
+    return distance.clamp(0.0, FAR - _BEND) + 2 * _BEND * (bend - 0.5 * bend * bend)
 
 
 def _images(count: Tensor, lattice: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 from ase.geometry import get_distances
 from routing_helpers import as_data, exact_model, masks, molecule_data, slab_atoms
 from torch import Tensor
@@ -100,6 +101,21 @@ def test_distances_to_the_adsorbate_are_periodic() -> None:
     difference = exact[near & ~members] - found.numpy()[near & ~members]
     assert (difference > -1e-9).all()
     assert (difference < 0.4).all()
+
+
+def test_distances_have_no_kink_where_they_end() -> None:
+    model, step = exact_model(), 0.02
+    found = []
+    for apart in np.arange(8.5, 11.5, step):
+        atoms = Atoms("CuO", [[0, 0, 0], [0, 0, apart]], cell=[30, 30, 40], pbc=True, tags=[0, 2])
+        batch = Batch.from_data_list([as_data(atoms)])
+        found.append(float(System.of(batch, model.build_graph(batch)).to_adsorbate[0]))
+    slopes = np.diff(found) / step
+    assert slopes[0] == pytest.approx(1.0, abs=1e-9)
+    assert slopes[-1] == 0.0
+    assert found[-1] == FAR
+    # A kink would be a change by 1.
+    assert np.abs(np.diff(slopes)).max() < 0.05
 
 
 def test_distances_without_an_adsorbate_and_without_cell() -> None:
