@@ -103,6 +103,7 @@ def search(calibration: Calibration, timer: FakeTimer, folder: Path | None = Non
     table = TimeTable(CONFIG, timer, None if folder is None else folder / "times.json")
 
     class Timed:
+        quantity = "latency"
         fraction = 0.75
         fraction_of = staticmethod(table.fraction_of)
 
@@ -156,6 +157,8 @@ def test_time_changes_what_is_cut() -> None:
 
 def test_several_targets_as_one_cost() -> None:
     class Share:
+        quantity = "share"
+
         def __init__(self, fraction: float, left: float) -> None:
             self.fraction, self.left = fraction, left
 
