@@ -35,7 +35,7 @@ def test_a_pruned_network_has_its_own() -> None:
     assert fingerprint_of_weights(shrink(model, plan)) != fingerprint_of_weights(model)
 
 
-@pytest.mark.parametrize("name", ["pos", "atomic_numbers", "cell", "fixed", "tags"])
+@pytest.mark.parametrize("name", ["pos", "atomic_numbers", "cell", "pbc", "fixed", "tags"])
 def test_all_that_a_network_or_a_router_reads_counts(name: str) -> None:
     first, changed = slab("a"), slab("a")
     assert fingerprint_of_structures([first]) == fingerprint_of_structures([changed])

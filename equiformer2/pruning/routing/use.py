@@ -62,6 +62,6 @@ def for_batched_relaxation(path: str | None) -> Router | None:
     if router is not None and jumps(router):
         raise InputError(
             f"what {path} skips jumps along a relaxation, and batches keep no plan: use a router of the mode "
-            "smooth or context_only, or relax one structure with relax.py"
+            "smooth or one that asks the tags alone (context_only), or relax one structure with relax.py"
         )
     return router
