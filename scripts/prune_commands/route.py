@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         default="ftp",
-        help="static, ftp, uniform, atom, edge, context_only, distance, degree or random (default: %(default)s)",
+        help="static, ftp, uniform, atom, edge, context_only, distance, degree or random "
+        "(default: %(default)s)",
     )
     parser.add_argument("--target", help="macs=0.7: the share that stays; not for context_only")
     parser.add_argument(
