@@ -94,6 +94,8 @@ def _own(arguments: Sequence[str], runs: Path, name: str) -> list[str]:
 def _popen(command: list[str], runs: Path, environment: dict[str, str] | None = None) -> Process:
     runs.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
+    # A test that logged to W&B leaves its service here; to that one a killed run would be in use for ever.
+    environment.pop("WANDB_SERVICE", None)
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=runs,
