@@ -115,7 +115,9 @@ def blocks(page: Path) -> list[Block]:
             markers = {}
         elif token.map is not None and markers:
             # A marker is for the block below it, not for one that comes after some text.
-            raise ValueError(f"{name_of(page)}:{token.map[0] + 1}: a marker must stand right above a code block")
+            raise ValueError(
+                f"{name_of(page)}:{token.map[0] + 1}: a marker must stand right above a code block"
+            )
     if markers:
         raise ValueError(f"{name_of(page)}: a marker at the end belongs to no code block")
     return found

@@ -71,7 +71,11 @@ def _run_python(block: Block, namespace: dict[str, Any]) -> None:
         with contextlib.redirect_stdout(output):
             exec(compile(code, block.page, "exec"), namespace)
     except BaseException as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == block.page]
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == block.page
+        ]
         at = lines[-1] if lines else getattr(error, "lineno", None) or block.line
         raise BlockError(f"{block.page}:{at}: {type(error).__name__}: {error}") from error
 
@@ -84,7 +88,9 @@ def _run_command(place: str, words: list[str]) -> None:
     elif words[0] == "python" and len(words) > 1 and words[1].startswith("scripts/"):
         status, output = run_script_file(words[1], words[2:])
     else:
-        raise BlockError(f"{told}\nis no command that the tests run: mark the block `<!-- not run: reason -->`")
+        raise BlockError(
+            f"{told}\nis no command that the tests run: mark the block `<!-- not run: reason -->`"
+        )
     if status != 0:
         raise BlockError(f"{told}\nends with status {status}:\n{output[-_TAIL:]}")
 
@@ -144,7 +150,9 @@ def _check_imports(block: Block) -> None:
             module = importlib.import_module(node.module)
             missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
             if missing:
-                raise BlockError(f"{block.page}:{block.line + node.lineno - 1}: {node.module} has no {missing}")
+                raise BlockError(
+                    f"{block.page}:{block.line + node.lineno - 1}: {node.module} has no {missing}"
+                )
 
 
 def _check_options(place: str, words: list[str], seen: dict[str, str]) -> None:
@@ -167,7 +175,9 @@ def _own_process_state(folder: Path) -> Iterator[None]:
     place, environment = Path.cwd(), dict(os.environ)
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     exact = torch.are_deterministic_algorithms_enabled()
-    loggers = [logging.getLogger(name) for name in (None, "equiformer2", "datasets_oc20", "pytorch_lightning")]
+    loggers = [
+        logging.getLogger(name) for name in (None, "equiformer2", "datasets_oc20", "pytorch_lightning")
+    ]
     logs = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     os.chdir(folder)

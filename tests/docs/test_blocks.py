@@ -74,7 +74,11 @@ CASES = [
     ("no language", "```\nx = 1\n```\n", "page.md:2: language ''"),
     ("unknown language", "```perl\nx = 1\n```\n", "page.md:2: language 'perl'"),
     ("indented", "Text\n\n    x = 1\n", "page.md:3: indented code"),
-    ("no reason", "<!-- not run -->\n```python\nx = 1\n```\n", "page.md:3: the marker 'not run' needs a reason"),
+    (
+        "no reason",
+        "<!-- not run -->\n```python\nx = 1\n```\n",
+        "page.md:3: the marker 'not run' needs a reason",
+    ),
     ("slow without a reason", "<!-- slow: -->\n```python\nx\n```\n", "the marker 'slow' needs a reason"),
     ("disguised", "```text\npython scripts/train.py\n```\n", "page.md:2: code that is called text"),
     ("in a list", "- a\n\n  ```\n  x\n  ```\n", "page.md:4: language ''"),
@@ -90,15 +94,25 @@ def test_wrong_blocks_are_found(tmp_path: Path, text: str, fault: str) -> None:
 
 FAILURES = [
     ("python", "```python\nx = 1\n\ny = z\n```\n", "page.md:4: NameError"),
-    ("later block", "```python\nx = 1\n```\n\n```python\nassert x == 1\nassert x == 2\n```\n", "page.md:7: Assert"),
-    ("script", "```bash\npython scripts/relax.py --checkpoint none.pt --structure a\n```\n", "page.md:2: python"),
+    (
+        "later block",
+        "```python\nx = 1\n```\n\n```python\nassert x == 1\nassert x == 2\n```\n",
+        "page.md:7: Assert",
+    ),
+    (
+        "script",
+        "```bash\npython scripts/relax.py --checkpoint none.pt --structure a\n```\n",
+        "page.md:2: python",
+    ),
     ("joined lines", "```bash\nmkdir a\nmkdir \\\n  a\n```\n", "page.md:3: mkdir a"),
     ("other program", "```bash\ncurl example.org\n```\n", "page.md:2: curl"),
     ("yaml key", "```yaml\noptim:\n  lrr: 1\n```\n", "page.md:2: .*lrr"),
 ]
 
 
-@pytest.mark.parametrize(("text", "told"), [case[1:] for case in FAILURES], ids=[case[0] for case in FAILURES])
+@pytest.mark.parametrize(
+    ("text", "told"), [case[1:] for case in FAILURES], ids=[case[0] for case in FAILURES]
+)
 def test_failures_name_page_and_line(tmp_path: Path, text: str, told: str) -> None:
     page = tmp_path / "page.md"
     page.write_text(text)
