@@ -23,7 +23,7 @@ from markdown_it.token import Token
 ROOT = Path(__file__).parents[2]
 LANGUAGES = ("python", "bash", "yaml", "text")
 _COMMENT = re.compile(r"<!--[ \t]*(.*?)[ \t]*\n?-->", flags=re.DOTALL)
-_KINDS = ("not run", "slow", "hidden", "figures", "given")
+_KINDS = ("not run", "slow", "hidden", "figures", "given", "table")
 
 
 def pages() -> list[Path]:
@@ -140,7 +140,7 @@ def parts(page: Path) -> list[Part]:
             found.append(Part(first + 1, "\n".join(lines[first:end])))
         elif token.type == "html_block":
             for comment in comments(token):
-                if comment.kind in ("figures", "given"):
+                if comment.kind in ("figures", "given", "table"):
                     if not found:
                         raise ValueError(f"{name_of(page)}:{comment.line}: figures of nothing")
                     found[-1].figures.append(comment)
