@@ -40,21 +40,23 @@ def origin() -> dict[str, str]:
     return {"command": shlex.join(["python", name, *sys.argv[1:]]), "commit": commit()}
 
 
-def commit(root: Path = Path(__file__).parents[1]) -> str:
+def commit() -> str:
     """The commit of the package, with `+` when its files differ from it; outside git its version."""
 
     def git(*arguments: str) -> str:
         try:
-            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+            )
         except OSError:
             return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     # Installed into an environment inside somebody else's checkout, the commit would be of that one.
-    name = git("rev-parse", "--short=10", "HEAD") if git("ls-files", "--", "equiformer2/script.py") else ""
+    name = git("rev-parse", "--short=10", "HEAD") if git("ls-files", "--", "script.py") else ""
     if not name:
         return f"version {version('equiformer2')}"
-    return name + "+" if git("status", "--porcelain", "--", "equiformer2", "datasets_oc20") else name
+    return name + "+" if git("status", "--porcelain", "--", ".", "../datasets_oc20") else name
 
 
 def show_log() -> None:

@@ -264,9 +264,7 @@ def main() -> None:
     command = f"python scripts/measure_equivariance.py --seeds {args.seeds} --trials {args.trials}"
     with torch.no_grad():
         rows = sweep(args.seeds, args.trials)
-    write_json(
-        args.output / "equivariance.json", {**origin(), "rows": rows}, make_folder=True
-    )
+    write_json(args.output / "equivariance.json", {**origin(), "rows": rows}, make_folder=True)
     write_bytes(args.output / "equivariance.png", draw(rows))
     write_bytes(args.output / "equivariance.md", markdown(rows, command, args.seeds, args.trials).encode())
 

@@ -25,7 +25,9 @@ from results import TABLES, names
 
 #: 4,720 · -0.76 · 2.4e-7; no part of a name, a version, a size such as 31M or 18 x 18's neighbours.
 _ALONE = r"(?<![\w./,^-])(?<!SO\()[-−]?"
-NUMBER = re.compile(rf"{_ALONE}\d{{1,3}}(?:,\d{{3}})+(?!\w)|{_ALONE}\d+(?:\.\d+)?(?:e[-+]?\d+)?(?![\w^]|\.\d)")
+NUMBER = re.compile(
+    rf"{_ALONE}\d{{1,3}}(?:,\d{{3}})+(?!\w)|{_ALONE}\d+(?:\.\d+)?(?:e[-+]?\d+)?(?![\w^]|\.\d)"
+)
 _CODE = re.compile(r"`[^`]*`")
 _LINK = re.compile(r"\]\([^)]*\)")
 _CACHE: dict[str, Any] = {}
@@ -130,7 +132,9 @@ def compare(quote: Quote, known: dict[str, Any]) -> list[str]:
 
 def is_quoting(part: Part) -> bool:
     """A part that links to a results file and has numbers."""
-    return bool(re.search(r"\]\([^)]*results/[\w.]+(?:#[\w-]+)?\)", part.text)) and bool(numbers(plain(part.text)))
+    return bool(re.search(r"\]\([^)]*results/[\w.]+(?:#[\w-]+)?\)", part.text)) and bool(
+        numbers(plain(part.text))
+    )
 
 
 def page_parts(page: Path) -> list[Part]:

@@ -89,7 +89,9 @@ def _study(data: dict[str, Any]) -> dict[str, Any]:
     def row(study: str, method: str, keep: float, trained: str = "cut") -> dict[str, Any]:
         return one(data["studies"][study], method=method, keep=keep, trained=trained)
 
-    def mae(study: str, method: str, keep: float, trained: str = "cut", on: str = "teacher", to: str = "to_dense") -> float:
+    def mae(
+        study: str, method: str, keep: float, trained: str = "cut", on: str = "teacher", to: str = "to_dense"
+    ) -> float:
         return row(study, method, keep, trained)["errors"][on][to]["force_mae"]["mean"]
 
     def worse(study: str, method: str, keep: float, trained: str = "cut", on: str = "teacher") -> float:
@@ -106,7 +108,9 @@ def _study(data: dict[str, Any]) -> dict[str, Any]:
         return statistics.fmean(fast_by_seed(name))
 
     def fast_by_seed(name: str) -> list[float]:
-        found = [data["speed"][key] for key in (name, f"{name}_seed1", f"{name}_seed2") if key in data["speed"]]
+        found = [
+            data["speed"][key] for key in (name, f"{name}_seed1", f"{name}_seed2") if key in data["speed"]
+        ]
         return [1 / record["latency"]["ratio"] for record in found]
 
     def five(study: str, method: str, keep: float, trained: str = "cut") -> tuple[float, ...]:
@@ -151,7 +155,9 @@ def _small(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _equivariance(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    def rotation(lmax: int, grid: list[int], varied: str, weights: str = "random", dtype: str = "float64") -> float:
+    def rotation(
+        lmax: int, grid: list[int], varied: str, weights: str = "random", dtype: str = "float64"
+    ) -> float:
         row = one(rows, lmax=lmax, grid=grid, varied=varied, weights=weights)
         return statistics.median(row["rotation_forces"][dtype])
 

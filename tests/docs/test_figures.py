@@ -66,17 +66,36 @@ def test_numbers_are_told_from_names() -> None:
 
 
 WRONG = [
-    ("stale number", "7.62 % above.", "figures FILE\n7.62 % = 100 * data['mean']", "7.62 in '7.62 %' is 1.84"),
+    (
+        "stale number",
+        "7.62 % above.",
+        "figures FILE\n7.62 % = 100 * data['mean']",
+        "7.62 in '7.62 %' is 1.84",
+    ),
     ("no such key", "1.84 % above.", "figures FILE\n1.84 % = data['gone']", "KeyError"),
-    ("other words", "1.84 % above.", "figures FILE\n1.84 % below = 100 * data['mean']", "does not stand above"),
-    ("one without a source", "1.84 % and 3 files.", "figures FILE\n1.84 % = 100 * data['mean']", "no source for 3"),
+    (
+        "other words",
+        "1.84 % above.",
+        "figures FILE\n1.84 % below = 100 * data['mean']",
+        "does not stand above",
+    ),
+    (
+        "one without a source",
+        "1.84 % and 3 files.",
+        "figures FILE\n1.84 % = 100 * data['mean']",
+        "no source for 3",
+    ),
     ("count of values", "1.84 % above.", "figures FILE\n1.84 % = (1.84, 2)", "has 1 numbers"),
     ("table", "| a | b |\n|---|---|\n| 1 | 3 |", "table FILE: pair", "| 1 | 2 |"),
     ("table too short", "| a | b |\n|---|---|", "table FILE: pair", "| 1 | 2 |"),
 ]
 RIGHT = [
     ("number", "1.84 % above.", "figures FILE\n1.84 % = 100 * data['mean']"),
-    ("given", "31M on 3 files: 1.84 %.", "figures FILE\n1.84 % = 100 * data['mean']\n-->\n\n<!-- given 3: files"),
+    (
+        "given",
+        "31M on 3 files: 1.84 %.",
+        "figures FILE\n1.84 % = 100 * data['mean']\n-->\n\n<!-- given 3: files",
+    ),
     ("table", "| a | b |\n|---|---|\n| 1 | 2 |", "table FILE: pair"),
 ]
 
