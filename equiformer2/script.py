@@ -31,7 +31,7 @@ def run_script(main: Callable[[], int | None]) -> None:
 
 
 def origin() -> dict[str, str]:
-    """What made a results file: `command`, as it was typed, and `commit` of the code.
+    """Command that makes a results file, as it was typed, and commit of the code.
 
     Outside a checkout the commit is the version of the package.
     """

@@ -19,11 +19,11 @@ from equiformer2.training.submission_checks import submission_problems
 ROOT = Path(__file__).parents[1]
 TRAJECTORIES = ROOT / "data/oc20_trajs"
 #: Machinery that only the packages themselves call, with paths that they have made.
-INTERNAL = (
-    "callbacks cli batch_dump evaluation_parts folder guard kept resume resume_state wandb_report "
-    "relaxation_folder files cache library search_state state study_routing "
-    "locking disk_space atomic shards convert"
-).split()
+INTERNAL = {
+    *("batch_dump", "callbacks", "cli", "evaluation_parts", "folder", "guard", "kept", "relaxation_folder"),
+    *("resume", "resume_state", "wandb_report", "search_state", "state", "study_routing"),
+    *("cache", "files", "library", "atomic", "convert", "disk_space", "locking", "shards"),
+}
 
 CALLS: list[tuple[str, Callable[[Any], Any], str]] = [
     ("references", read_references, "data/oc20_trajs"),
@@ -43,7 +43,7 @@ CALLS: list[tuple[str, Callable[[Any], Any], str]] = [
 
 
 def answer(function: Callable[[Any], Any], path: Any) -> Any:
-    """What comes back, or the sentence of a refusal."""
+    """Result of a call, or the sentence of a refusal."""
     try:
         return function(path)
     except ValueError as error:

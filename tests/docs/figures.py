@@ -9,9 +9,9 @@ Below a paragraph, list or table stand comments like
     <!-- given 31M 73: what else is a number there and not measured -->
     <!-- table docs/results/batches.json: batches -->
 
-Left of ` = ` stand words of the page, right a Python expression of the file's content, `data`, and of the functions in
-results.py: a value for every number of these words, in order. A page's number must be the value rounded to
-as many digits as it has. A table must be what the function of that name makes of the file.
+Left of ` = ` stand words of the page, right a Python expression of the file's content, `data`, and of the
+functions in results.py: a value for every number of these words, in order. A page's number must be the value
+rounded to as many digits as it has. A table must be what the function of that name makes of the file.
 """
 
 import json

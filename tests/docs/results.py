@@ -1,4 +1,4 @@
-"""What the results files in docs/results say: names for the expressions of `figures`, and rows of tables."""
+"""Values and tables of the results files in docs/results, by the names that comments on pages use."""
 
 import statistics
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ def one(rows: Iterable[dict[str, Any]], **keys: Any) -> dict[str, Any]:
 
 
 def names(data: Any) -> dict[str, Any]:
-    """What an expression may use: the file's content, and functions of it by the kind of file."""
+    """Names that an expression may use: the file's content, and functions of it by the kind of file."""
     known = {"data": data, "one": one, "GIB": GIB, "median": statistics.median, "mean": statistics.fmean}
     known |= {"min": min, "max": max, "sum": sum, "len": len, "abs": abs}
     if "units" in data:
@@ -184,7 +184,8 @@ def _lossless(data: dict[str, Any]) -> list[str]:
     for saving in data["lossless"]["oc20_small"]["savings"]:
         time, force = saving["latency"], saving["force_deviation"]
         rows.append(
-            f"| {saving['name'].replace('orders |m| > 1', 'orders beyond ±1')} | {saving['macs'] / saving['macs_without_cut']:.3f} "
+            f"| {saving['name'].replace('orders |m| > 1', 'orders beyond ±1')} "
+            f"| {saving['macs'] / saving['macs_without_cut']:.3f} "
             f"| {time['ratio']:.2f} ({time['low']:.2f} to {time['high']:.2f}) "
             f"| {'none' if not force else f'{force:.1e} eV/Å'} |"
         )
