@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from equiformer2.graph.nonblocking import numbers_of, to_device
@@ -11,7 +13,8 @@ DEGENERACY_TOLERANCE = 0.01
 """Å^2, added to the squared distance of neighbour k + 1 by the non-strict rule (the reference's constant)."""
 
 TIE_TOLERANCE = 1e-5
-"""Å. Distances of symmetric neighbours scatter by about 1e-6 Å in float32 positions of a usual slab."""
+"""Å. Distances of symmetric neighbours scatter by about 1e-6 Å in float32 positions of a usual slab, by 1e-14 Å
+in float64. Positions in float32 far from the origin have a larger tolerance (`radius_graph`)."""
 
 # No symmetric pair of lattice vectors has equal projections on a direction without rational relations.
 _TIE_DIRECTION = (2.0**0.5 / 10.0**0.5, 3.0**0.5 / 10.0**0.5, 5.0**0.5 / 10.0**0.5)
@@ -28,10 +31,11 @@ def nearest_edges(
     *,
     max_neighbors: int,
     strict: bool,
+    tie_tolerance: float | NDArray[np.float64] = TIE_TOLERANCE,
 ) -> Tensor:
     """Choose the edges that each atom keeps, sorted by target and then by distance.
 
-    Strict: the `max_neighbors` nearest. Edges within `TIE_TOLERANCE` of the last one kept are tied with
+    Strict: the `max_neighbors` nearest. Edges within `tie_tolerance` of the last one kept are tied with
     it; of those, the ones with the smallest projection on a fixed direction stay, so that the choice does not
     change with the numbering of the atoms, the origin or the periodic images chosen.
 
@@ -44,6 +48,7 @@ def nearest_edges(
         distance: `[P]` float64, Å.
         vectors_of: gives the vectors `[T, 3]` (float64, Å) of the candidates with the numbers `[T]`.
         num_atoms: N.
+        tie_tolerance: Å, one number or one per receiving atom `[N]`.
 
     Returns:
         `[E]` numbers of the candidates that stay.
@@ -66,9 +71,14 @@ def nearest_edges(
         limit = torch.where(crowded, first_left.square() + DEGENERACY_TOLERANCE, torch.inf)
         stays = distance.square() <= limit[target]
         return order[numbers_of(stays, int(stays.sum()))]
-    any_tie = (crowded & (first_left - last_kept <= TIE_TOLERANCE)).any()
+    if isinstance(tie_tolerance, float):
+        near = near_edge = tie_tolerance
+    else:
+        near = to_device(torch.from_numpy(tie_tolerance), distance.device)
+        near_edge = near[target]
+    any_tie = (crowded & (first_left - last_kept <= near)).any()
     limit = torch.where(crowded & any_tie, last_kept, torch.inf)
-    ties, stays = (distance - limit[target]).abs() <= TIE_TOLERANCE, rank < max_neighbors
+    ties, stays = (distance - limit[target]).abs() <= near_edge, rank < max_neighbors
     # The only time the host waits for the device.
     num_tied, num_staying = torch.stack((ties.sum(), stays.sum())).tolist()
     if num_tied:
