@@ -1,7 +1,7 @@
 """The graph that the network sees: atoms as nodes, neighbours within a radius as edges."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,15 @@ from equiformer2.graph.device_search import find_pairs_on_device
 from equiformer2.graph.nonblocking import to_device
 from equiformer2.graph.search import find_pairs, wrap
 from equiformer2.graph.structures import structure_index
-from equiformer2.graph.truncation import TIE_TOLERANCE, nearest_edges
+from equiformer2.graph.truncation import GRID, TIE_TOLERANCE, nearest_edges, sorted_edges
 
 
 @dataclass(frozen=True)
 class RadiusGraph:
     """E directed edges j -> i between the atoms of a batch.
 
-    Edges are sorted by target i, then by distance. Two calls on the same input give the same bits.
+    Edges are sorted by target i, then by distance in steps of `GRID`, then by their projection on a fixed
+    direction. Two calls on the same input give the same bits.
     """
 
     edge_index: Tensor
@@ -32,6 +33,23 @@ class RadiusGraph:
     """`[E, 3]` Å, `pos[j] - pos[i] + cell_offsets @ cell`; differentiable in `pos` and `cell`."""
     distances: Tensor
     """`[E]` Å, the lengths of `vectors`."""
+
+    def in_precision(self, dtype: torch.dtype) -> "RadiusGraph":
+        """The same edges with vectors and distances in `dtype`, that of a network.
+
+        From float64 they are rounded to multiples of `GRID` first: rounding errors of 1e-14 Å, which depend on
+        the origin and the periodic image of an atom, then leave no trace in float32. A network at a site of
+        high symmetry, whose tensors are nothing but rounding errors, would enlarge them (docs/model.md).
+        """
+        if self.vectors.dtype == dtype:
+            return self
+        vectors, distances = self.vectors, self.distances
+        if vectors.dtype == torch.float64:
+            snapped = torch.round(vectors.detach() / GRID) * GRID
+            # The derivative is that of the exact vectors.
+            vectors = vectors + (snapped - vectors.detach()) if vectors.requires_grad else snapped
+            distances = torch.linalg.vector_norm(vectors, dim=-1)
+        return replace(self, vectors=vectors.to(dtype), distances=distances.to(dtype))
 
 
 def radius_graph(
@@ -116,6 +134,7 @@ def radius_graph(
         strict=strict,
         tie_tolerance=_tie_tolerance(pos.dtype, positions_array, natoms_array),
     )
+    edges = sorted_edges(edges, target, distance, vectors_of)
     edge_index = torch.stack((source[edges], target[edges])).to(pos.device)
     cell_offsets = shifts[edges].to(pos.device, torch.int64)
     vectors = _edge_vectors(

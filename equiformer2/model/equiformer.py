@@ -1,7 +1,6 @@
 """EquiformerV2 (paper Figure 1)."""
 
 import contextvars
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -136,8 +135,7 @@ class EquiformerV2(nn.Module):
         graph = self.build_graph(batch) if graph is None else checked_graph(graph, len(numbers))
         structure = structure_index(natoms, len(numbers))
         dtype = self.sphere_embedding.weight.dtype
-        # Positions may be in float64, so that the vectors between them are exact before they are rounded.
-        graph = dataclasses.replace(graph, vectors=graph.vectors.to(dtype), distances=graph.distances.to(dtype))
+        graph = graph.in_precision(dtype)
         rotations = self._rotations(graph.vectors, graph.distances) if frames is None else frames.entries
         self.check_backend(torch.is_grad_enabled() and rotations.requires_grad, active is not None)
         tensors = (numbers, structure, natoms, graph.edge_index, rotations, graph.distances)

@@ -15,7 +15,7 @@ from equiformer2.errors import InputError
 def test_positions_that_are_not_numbers(value: float) -> None:
     one, batch = structures(molecule("H2O")), structures(molecule("CO"), molecule("H2O"))
     one.pos[1, 2] = value
-    with pytest.raises(InputError, match=r"atom 1 of the structure has the position .*from the origin"):
+    with pytest.raises(InputError, match=r"atom 1 of the structure has the position .*; repair"):
         graph_of(one)
     batch.pos[4, 0] = value
     with pytest.raises(InputError, match="atom 2 of structure 1 of the batch") as error:
