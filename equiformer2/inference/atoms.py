@@ -56,9 +56,9 @@ def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: 
         logger.warning(notice)
     positions = wrap_positions(atoms.get_positions(), atoms.cell, atoms.pbc, eps=0)
     return Data(
-        pos=torch.as_tensor(positions, dtype=torch.float64),
+        pos=torch.tensor(positions, dtype=torch.float64),
         atomic_numbers=torch.as_tensor(atoms.get_atomic_numbers(), dtype=torch.long),
-        cell=torch.as_tensor(atoms.cell.array, dtype=torch.float64).view(1, 3, 3),
+        cell=torch.tensor(atoms.cell.array, dtype=torch.float64).view(1, 3, 3),
         pbc=torch.as_tensor(atoms.pbc, dtype=torch.bool).view(1, 3),
         natoms=len(atoms),
         tags=torch.as_tensor(tags, dtype=torch.long),

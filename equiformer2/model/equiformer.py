@@ -242,7 +242,7 @@ class EquiformerV2(nn.Module):
             numbers: `[N]` atomic numbers.
             structure: `[N]` index of the structure of each atom.
             natoms: `[B]`; only its size is read.
-            edge_index, vectors, distances: see `RadiusGraph`.
+            edge_index, vectors, distances: see `RadiusGraph`; in the network's precision.
         """
         check_config(self.config, "from_edges")
         tensors = numbers, structure, natoms, edge_index, self._rotations(vectors, distances), distances
