@@ -5,6 +5,9 @@ header, the header, and the raw little-endian bytes of the arrays in the order t
 
     b"EOC1" | uint32 CRC-32 | uint32 header length | header | bytes
     header = {"sid", "fid", "arrays": [[name, dtype, shape], ...]}
+
+Positions, cells and energies are float64, in memory and on disk: a total energy of 5e5 eV has steps of 31 meV
+in float32. Files from before hold them in float32 and are read as well.
 """
 
 import struct
@@ -29,25 +32,34 @@ LARGEST_FORCE = 1e4
 ENERGY_KINDS = ("adsorption", "total")
 
 _PREFIX, _LENGTH = struct.Struct("<4sI"), struct.Struct("<I")
-_FLOAT, _INT, _BOOL = np.dtype("<f4"), np.dtype("<i8"), np.dtype("?")
+_DOUBLE, _FLOAT = np.dtype("<f8"), np.dtype("<f4")
+_INT, _BOOL = np.dtype("<i8"), np.dtype("?")
 # name -> (dtype in the data object, dtype on disk, shape with N for the number of atoms)
 _REQUIRED: dict[str, tuple[np.dtype, np.dtype, tuple[Any, ...]]] = {
-    "pos": (_FLOAT, _FLOAT, ("N", 3)),
+    "pos": (_DOUBLE, _DOUBLE, ("N", 3)),
     "atomic_numbers": (_INT, np.dtype("u1"), ("N",)),
-    "cell": (_FLOAT, _FLOAT, (1, 3, 3)),
+    "cell": (_DOUBLE, _DOUBLE, (1, 3, 3)),
     "pbc": (_BOOL, _BOOL, (1, 3)),
     "tags": (_INT, np.dtype("u1"), ("N",)),
     "fixed": (_BOOL, _BOOL, ("N",)),
 }
 _OPTIONAL: dict[str, tuple[np.dtype, np.dtype, tuple[Any, ...]]] = {
-    "energy": (_FLOAT, _FLOAT, (1,)),
+    "energy": (_DOUBLE, _DOUBLE, (1,)),
     "forces": (_FLOAT, _FLOAT, ("N", 3)),
     "stress": (_FLOAT, _FLOAT, (1, 3, 3)),
-    "y_init": (_FLOAT, _FLOAT, (1,)),
-    "y_relaxed": (_FLOAT, _FLOAT, (1,)),
-    "pos_relaxed": (_FLOAT, _FLOAT, ("N", 3)),
+    "y_init": (_DOUBLE, _DOUBLE, (1,)),
+    "y_relaxed": (_DOUBLE, _DOUBLE, (1,)),
+    "pos_relaxed": (_DOUBLE, _DOUBLE, ("N", 3)),
 }
 _FIELDS = {**_REQUIRED, **_OPTIONAL}
+
+
+def _stored_as(name: str, dtype: Any) -> np.dtype:
+    """The dtype of a stored field; raises `ValueError` for one that no version has written."""
+    stored, now = np.dtype(dtype), _FIELDS[name][1]
+    if stored != now and (stored, now) != (_FLOAT, _DOUBLE):
+        raise ValueError(f"field {name} is stored as {dtype}")
+    return stored
 
 
 def check_energy_kind(kind: str | None) -> str | None:
@@ -64,7 +76,8 @@ def make_data(fields: Mapping[str, Any], where: str) -> Data:
         fields: `pos [N,3]` Å, `atomic_numbers [N]`, `cell [1,3,3]` Å, `pbc [1,3]`, `tags [N]`,
             `fixed [N]`, `sid`, `fid`; optional `energy [1]` eV, `forces [N,3]` eV/Å, `stress [1,3,3]` eV/Å^3
             (ASE's sign) and, for relaxed targets, `y_init [1]`, `y_relaxed [1]` eV and `pos_relaxed [N,3]` Å.
-            Arrays, tensors or numbers that reshape to these shapes.
+            Arrays, tensors or numbers that reshape to these shapes. Forces and stress become float32, the
+            other lengths and energies float64.
         where: file and key, for the error message.
 
     Raises:
@@ -118,10 +131,8 @@ def unpack(value: bytes, where: str) -> Data:
     arrays: dict[str, np.ndarray] = {}
     try:
         for name, dtype, shape in header["arrays"]:
-            if np.dtype(dtype) != _FIELDS[name][1]:
-                raise ValueError(f"field {name} is stored as {dtype}")
-            count = int(np.prod(shape))
-            array = np.frombuffer(value, dtype=_FIELDS[name][1], count=count, offset=offset)
+            stored, count = _stored_as(name, dtype), int(np.prod(shape))
+            array = np.frombuffer(value, dtype=stored, count=count, offset=offset)
             offset += array.nbytes
             arrays[name] = array.reshape(shape)
     except (ValueError, KeyError, TypeError) as error:
@@ -186,7 +197,7 @@ def _check_values(arrays: Mapping[str, np.ndarray], natoms: int, where: str) -> 
     if natoms == 0:
         raise DataError(f"{where}: the record has no atoms.")
     for name, array in arrays.items():
-        if array.dtype == _FLOAT and not np.isfinite(array).all():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
             first = int(np.flatnonzero(~np.isfinite(array.reshape(array.shape[0], -1)).all(axis=1))[0])
             place = f" (atom {first})" if name in ("pos", "forces", "pos_relaxed") else ""
             raise DataError(f"{where}: {name} holds NaN or infinite values{place}; remove the record.")
@@ -209,7 +220,7 @@ def _check_values(arrays: Mapping[str, np.ndarray], natoms: int, where: str) -> 
     if tags.min() < 0 or tags.max() > 2:
         atom = int(np.flatnonzero((tags < 0) | (tags > 2))[0])
         raise DataError(f"{where}: atom {atom} has tag {tags[atom]}; tags are 0, 1 or 2.")
-    if arrays["pbc"].all() and abs(np.linalg.det(arrays["cell"][0].astype(np.float64))) < 1e-6:
+    if arrays["pbc"].all() and abs(np.linalg.det(arrays["cell"][0])) < 1e-6:
         raise DataError(f"{where}: the structure is periodic but its cell has no volume.")
 
 

@@ -21,7 +21,8 @@ from datasets_oc20.atomic import publish, temporary_beside
 from datasets_oc20.errors import DataError
 
 FORMAT = "equiformer2-oc20"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: positions, cells and energies in float64."""
 SPECIAL_KEYS = (b"length", b"metadata", b"natoms")
 UNITS = {"pos": "Å", "cell": "Å", "energy": "eV", "forces": "eV/Å"}
 

@@ -117,13 +117,13 @@ def test_ase_reads_the_same(ours: Path, tmp_path: Path) -> None:
     assert len(rows) == len(dataset)
     for row, data in zip(rows, dataset, strict=True):
         atoms = row.toatoms()
-        assert np.array_equal(atoms.positions.astype("f4"), data.pos.numpy())
+        assert np.array_equal(atoms.positions, data.pos.numpy())
         assert np.array_equal(atoms.get_tags(), data.tags.numpy())
         fixed = [index for constraint in atoms.constraints for index in constraint.index]
         assert sorted(fixed) == data.fixed.nonzero().flatten().tolist()
         assert (row.data["sid"], row.data["fid"]) == (data.sid, data.fid)
         if "energy" in data:
-            assert np.float32(atoms.get_potential_energy()) == data.energy.item()
+            assert atoms.get_potential_energy() == data.energy.item()
         if "forces" in data:
             forces = atoms.get_forces(apply_constraint=False)
             assert np.array_equal(forces.astype("f4"), data.forces.numpy())
