@@ -31,7 +31,7 @@ class TargetSums:
     The residual of a frame is its energy less its atoms' `guess`.
 
     Attributes:
-        guess: `[100]` eV per atomic number. What follows from the sums does not depend on it but for rounding.
+        guess: `[100]` eV per atomic number. The results depend on it by rounding only.
         frames: how many.
         atoms: `[100]` atoms per element (index = atomic number).
         gram: `[100, 100]` sum of the products of element counts.

@@ -77,7 +77,9 @@ class LmdbWriter:
 
     def write(self, data: Data) -> None:
         """Append one structure."""
-        self.write_packed(records.pack(data, f"{self.path}, record {self.count}"), int(data["natoms"]))
+        where = f"{self.path}, record {self.count}"
+        value = records.pack(data, where)
+        self.write_packed(value, records.packed_natoms(value, where))
 
     def write_packed(self, value: bytes, natoms: int) -> None:
         """Append a record that `records.pack` has made, e.g. in another process."""

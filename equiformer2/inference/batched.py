@@ -58,7 +58,7 @@ class RelaxationSettings:
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame: `positions` `[N, 3]` float64 Å; `forces` `[N, 3]` eV/Å and `energy` eV as the model gives them."""
+    """One frame: `positions` `[N, 3]` float64 Å; `forces` `[N, 3]` eV/Å and `energy` eV are the model's."""
 
     positions: np.ndarray
     forces: np.ndarray
