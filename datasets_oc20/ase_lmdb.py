@@ -27,7 +27,7 @@ from datasets_oc20 import records
 from datasets_oc20.errors import DataError
 from datasets_oc20.lmdb_file import LmdbFile, open_lmdb
 from datasets_oc20.schema import LARGEST_ATOMS, as_array
-from datasets_oc20.untrusted import inflate, load_json
+from datasets_oc20.untrusted import AnyPath, inflate, load_json
 
 EXTRA_FIELDS = ("y_init", "y_relaxed", "pos_relaxed")
 _MOST_ROWS = 2**40
@@ -104,8 +104,9 @@ class AseLmdbFile(LmdbFile):
             raise DataError(f"{where}: not of an ASE database ({said}); write the file again.") from error
 
 
-def open_shard(path: Path) -> LmdbFile:
+def open_shard(path: AnyPath) -> LmdbFile:
     """The open file for `path`, be it OC20's, ours or an ASE-LMDB."""
+    path = Path(path)
     file = open_lmdb(path)
     return file if file.get(b"nextid") is None else AseLmdbFile(file)
 

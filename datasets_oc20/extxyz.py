@@ -1,7 +1,7 @@
 """The raw files of OC20: extended XYZ frames, read in whole columns.
 
-ASE reads the same files, atom by atom; `tests/datasets_oc20/test_extxyz.py` compares the two. ASE itself parses
-the comment line, so that keys like `pbe/energy` and text in quotes are what they are there.
+ASE reads the same files, atom by atom; `tests/datasets_oc20/test_extxyz.py` compares the two. ASE itself
+parses the comment line, so that keys like `pbe/energy` and text in quotes are what they are there.
 """
 
 import re
@@ -15,7 +15,7 @@ from ase.data import atomic_numbers as ATOMIC_NUMBERS
 from ase.io.extxyz import key_val_str_to_dict
 
 from datasets_oc20.errors import DataError
-from datasets_oc20.untrusted import open_compressed
+from datasets_oc20.untrusted import AnyPath, open_compressed
 
 _USED_KEYS = re.compile(r"(?<![^\s])(?:energy|Lattice|Properties|pbc)\s*=")
 _MOVABLE = {"T": True, "F": False, "True": True, "False": False}
@@ -55,8 +55,9 @@ class RawFrame:
         return float(np.sqrt((free * free).sum(axis=1).max())) if len(free) else 0.0
 
 
-def read_text(path: Path) -> str:
+def read_text(path: AnyPath) -> str:
     """The text of a plain or `.xz` file; raises `DataError` when it is missing, damaged or truncated."""
+    path = Path(path)
     try:
         with open_compressed(path, _LARGEST_FILE) as handle:
             return handle.read().decode("utf-8-sig")
@@ -66,13 +67,14 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: not a text file.") from error
 
 
-def read_frames(path: Path) -> Iterator[RawFrame]:
+def read_frames(path: AnyPath) -> Iterator[RawFrame]:
     """The frames of an `.extxyz` or `.extxyz.xz` file, in order.
 
     Raises:
         DataError: a frame is incomplete, or a column, the cell or the energy is missing or not a
             number; the message names the file and the frame.
     """
+    path = Path(path)
     lines = read_text(path).splitlines()
     start = index = 0
     while start < len(lines) and lines[start].strip():

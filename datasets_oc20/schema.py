@@ -101,7 +101,7 @@ _NAMES = {"atomic_numbers": "atomic number", "tags": "tag", "fixed": "fixed", "p
 
 
 def stored_dtypes(name: str) -> tuple[np.dtype, ...]:
-    """The dtypes in which a field may lie in a file: float32 for what is float64 now, in files from before."""
+    """The dtypes in which a field may lie in a file: float32 for what is float64 now, in old files."""
     stored = FIELDS[name].stored
     return (stored, _FLOAT) if stored == _DOUBLE else (stored,)
 
