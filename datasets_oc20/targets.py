@@ -1,5 +1,6 @@
 """Targets of a dataset: the kind of its energies, per-element references, mean and spread."""
 
+import logging
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -10,6 +11,8 @@ from datasets_oc20.errors import DataError
 from datasets_oc20.reader import OC20Lmdb
 from datasets_oc20.target_sums import NUM_ELEMENTS, TargetSums, read_targets
 
+_LOG = logging.getLogger(__name__)
+
 # Means over a dataset that tell the kinds of energy apart. OC20's preprocessing keeps adsorption energies
 # within 10 eV of 0 (Chanussot et al. 2021), and its public configurations give S2EF-2M -0.76 ± 2.89 eV: with
 # 78 atoms on average, some 0.04 eV per atom. The per-element energies that fairchem publishes for OC20 totals
@@ -19,6 +22,7 @@ _OC20_LARGEST, _LARGEST_ADSORPTION_MEAN = 10.0, 50.0
 _BETWEEN_PER_ATOM = 0.5
 # In units of the spread that the network is told to expect; OC20's filter leaves no target above 4.
 _LARGEST_NORMALIZED_MEAN = 10.0
+_SMALLEST_SPREAD = 1e-6
 
 
 class NormalizerStatistics(TypedDict):
@@ -129,18 +133,30 @@ def fit_normalizers(
     """Mean and standard deviation of the energy (less the references), and rms of the forces.
 
     The mean force is 0, as in OC20. The public OC20 configurations take the energy's standard deviation
-    for the forces too; here the forces have their own, the rms over the free atoms' components. A
-    spread of zero (one record, or equal energies) becomes 1.
+    for the forces too; here the forces have their own, the rms over the free atoms' components. For a
+    spread of zero see `known_spread`.
     """
     sample = data if isinstance(data, TargetSample) else sample_targets(data)
     energy = sample.energy
     if linear_references is not None:
         energy = energy - sample.composition @ linear_references.double().numpy()
     return {
-        "energy": (float(energy.mean()), _positive(float(energy.std()))),
-        "forces": (0.0, _positive(sample.forces_rms)),
+        "energy": (float(energy.mean()), known_spread(float(energy.std()), "energies", "eV")),
+        "forces": (0.0, known_spread(sample.forces_rms, "forces", "eV/Å")),
     }
 
 
-def _positive(spread: float | None) -> float:
-    return spread if spread is not None and spread > 1e-6 else 1.0
+def known_spread(spread: float | None, targets: str, unit: str) -> float:
+    """`spread`, or 1 where it is None (no such targets), or zero, which the log says.
+
+    Zero is below 1e-6: one record, equal energies, or as many elements as records after linear references.
+    """
+    if spread is not None and spread > _SMALLEST_SPREAD:
+        return spread
+    if spread is not None:
+        _LOG.warning(
+            "The %s of the training data have no spread (%.1e %s): 1 %s is used as their standard deviation; "
+            "with one record, or the same value in all, nothing can be learned of them.",
+            targets, spread, unit, unit,
+        )  # fmt: skip
+    return 1.0

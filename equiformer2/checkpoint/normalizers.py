@@ -16,7 +16,7 @@ from equiformer2.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Normalizer:
-    """`normalised = (value - mean) / std`, in float32 or better whatever the network's precision.
+    """`normalised = (value - mean) / std`, in the type of the value, at least float32.
 
     `mean` and `std` carry the unit of the value (eV, or eV/Å for forces).
 
@@ -79,17 +79,19 @@ class Normalizers:
     def denormalize(self, out: Mapping[str, Tensor], batch: Any) -> dict[str, Tensor]:
         """The network's output in eV, eV/Å and eV/Å^3.
 
+        Energies are computed in float64: a total energy of 5e5 eV has steps of 31 meV in float32.
+
         Args:
             out: `energy` `[B]`, `forces` `[N, 3]`, `stress` `[B, 3, 3]`, or some of them; normalised units.
             batch: the structures; `atomic_numbers` and `batch` are read when there are linear references.
 
         Returns:
-            The same keys: `energy` `[B]` eV, `forces` `[N, 3]` eV/Å, `stress` `[B, 3, 3]` eV/Å^3; float32 or
-            better.
+            The same keys: `energy` `[B]` float64 eV, `forces` `[N, 3]` eV/Å and `stress` `[B, 3, 3]` eV/Å^3,
+            float32 or better.
         """
         physical = {}
         if "energy" in out:
-            physical["energy"] = self._shift(self.energy.denormalize(out["energy"]), batch, +1.0)
+            physical["energy"] = self._shift(self.energy.denormalize(out["energy"].double()), batch, +1.0)
         if "forces" in out:
             physical["forces"] = self.forces.denormalize(out["forces"])
         if "stress" in out:
@@ -97,8 +99,12 @@ class Normalizers:
         return physical
 
     def normalize_energy(self, energy: Tensor, batch: Any) -> Tensor:
-        """Energies `[B]` in eV to the network's units, `[B]`."""
-        return self.energy.normalize(self._shift(energy, batch, -1.0))
+        """Energies `[B]` in eV to the network's units, `[B]` float64.
+
+        References and mean are subtracted in float64. What is left has few digits before the point, and
+        whoever compares it with the network's output may round it to that type (`training.losses` does).
+        """
+        return self.energy.normalize(self._shift(energy.double(), batch, -1.0))
 
     def normalize_forces(self, forces: Tensor) -> Tensor:
         """Forces `[N, 3]` in eV/Å to the network's units, `[N, 3]`."""
@@ -139,8 +145,7 @@ class Normalizers:
     def _shift(self, energy: Tensor, batch: Any, sign: float) -> Tensor:
         if self.linear_references is None:
             return energy
-        shifted = energy.double() + sign * self.reference_energy(batch, energy.numel()).view_as(energy)
-        return shifted.to(_at_least_float32(energy).dtype)
+        return energy + sign * self.reference_energy(batch, energy.numel()).view_as(energy)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain floats and at most one tensor, for a checkpoint."""

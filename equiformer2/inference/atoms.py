@@ -4,6 +4,7 @@ The network reads positions, atomic numbers, cell and pbc only. `tags` and `fixe
 (which atoms are the adsorbate, which are held in place) and never change an energy or a force.
 """
 
+import functools
 import logging
 
 import numpy as np
@@ -15,6 +16,7 @@ from ase.geometry import wrap_positions
 from torch_geometric.data import Data
 from vesin import NeighborList
 
+from datasets_oc20.periodicity import unused_cell
 from equiformer2.errors import InputError
 from equiformer2.graph.validation import MAX_COORDINATE, MAX_EXTENT, check_extents, locate_atom
 
@@ -54,6 +56,8 @@ def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: 
     tags, notice = oc20_tags(atoms)
     if notice and notify:
         logger.warning(notice)
+    if notify and unused_cell(atoms.cell.array, atoms.pbc):
+        _say_not_periodic(atoms.get_chemical_formula())
     positions = wrap_positions(atoms.get_positions(), atoms.cell, atoms.pbc, eps=0)
     return Data(
         pos=torch.tensor(positions, dtype=torch.float64),
@@ -65,6 +69,15 @@ def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: 
         fixed=torch.as_tensor(fixed_mask(atoms)),
         sid=str(atoms.info.get("sid", "")),
         fid=0,
+    )
+
+
+@functools.cache
+def _say_not_periodic(formula: str) -> None:
+    """Once per composition."""
+    logger.warning(
+        f"{formula}: has a whole cell but pbc F F F, so nothing is seen across its boundary; "
+        "set atoms.pbc if it is a slab or a bulk"
     )
 
 
