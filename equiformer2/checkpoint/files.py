@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from datasets_oc20.errors import DataError
 from datasets_oc20.untrusted import open_regular
 from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
-from equiformer2.files import whole_file
+from equiformer2.files import as_input_error, whole_file
 from equiformer2.values import check_size, shown
 
 # Metrics of old OCP files are numpy scalars. The pickles name the function by the module of the numpy
@@ -49,13 +48,10 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
             tensors and plain values, claims more than it holds, or holds something other than a dictionary.
     """
     path = Path(path)
-    try:
-        with open_regular(path) as file:
-            if not file.read(1):
-                raise InputError(f"{path} is empty: it is not a checkpoint")
-            size = os.fstat(file.fileno()).st_size
-    except DataError as error:
-        raise InputError(str(error)) from error
+    with as_input_error(), open_regular(path) as file:
+        if not file.read(1):
+            raise InputError(f"{path} is empty: it is not a checkpoint")
+        size = os.fstat(file.fileno()).st_size
     try:
         _check_archive(path, size)
         with (

@@ -130,7 +130,8 @@ def _read_weights(weights: Mapping[str, Any], source: str) -> dict[WeightsKind, 
         for name, value in mapping(state, f"{source}: the {kind} weights").items():
             if not isinstance(value, Tensor):
                 raise InputError(
-                    f"{source}: the {kind} weights hold {shown_name(name)}, which is not a tensor"
+                    f"{source}: the {kind} weights are not a dictionary of tensors: {shown_name(name)} is a "
+                    f"{type(value).__name__}"
                 )
         found[kind] = state  # type: ignore[index]
     if not found:
