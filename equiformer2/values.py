@@ -19,7 +19,7 @@ from equiformer2.errors import InputError
 
 MAX_DEPTH = 64
 """Most nested lists and dictionaries of a value from a file."""
-MAX_VALUES = 2_000_000
+MAX_VALUES = 500_000
 """Most values of a file, each counted as often as it is referred to."""
 _SHOWN = 80
 _CONTAINERS = (Mapping, list, tuple, set, frozenset)

@@ -100,9 +100,10 @@ def read_native(file: Mapping[str, Any], source: str) -> Contents:
         raise InputError(
             f"{source} is not a valid checkpoint: missing parts {missing}, unknown parts {unknown[:5]}"
         )
-    for part in ("model_config", "weights", "normalizers", "units", "provenance"):
+    for part in ("model_config", "weights", "normalizers"):
         mapping(file[part], f"{source}: {part}")
-    units = plain(file["units"])
+    # What is only recorded becomes plain values, with text for keys.
+    units, provenance = (mapping(plain(file[part]), f"{source}: {part}") for part in ("units", "provenance"))
     if units != UNITS:
         raise InputError(f"{source} is in units {shown(units)}; only {UNITS} are read")
     try:
@@ -118,7 +119,7 @@ def read_native(file: Mapping[str, Any], source: str) -> Contents:
         weights=_read_weights(file["weights"], source),
         normalizers=normalizers,
         energy_kind=check_energy_kind(file["energy_kind"], source),
-        provenance=plain(file["provenance"]),
+        provenance=dict(provenance),
     )
 
 

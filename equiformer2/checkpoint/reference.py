@@ -18,7 +18,7 @@ from equiformer2.checkpoint.weights import build_model, config_from_values
 from equiformer2.errors import InputError
 from equiformer2.model.config import AVG_DEGREE, AVG_NUM_NODES, ModelConfig
 from equiformer2.model.equiformer import EquiformerV2
-from equiformer2.values import mapping, shown
+from equiformer2.values import mapping, shown, shown_name
 
 # Keys that mean the same here, with the reference's defaults: old configurations leave keys out.
 _SHARED: dict[str, Any] = {
@@ -201,7 +201,7 @@ def split_state(config: ModelConfig, state_dict: Mapping[str, Tensor], source: s
     constants: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
         if not isinstance(tensor, torch.Tensor):
-            raise InputError(f"{source}: {shown(key)} is not a tensor")
+            raise InputError(f"{source}: {shown_name(key)} is not a tensor")
         name = strip_prefix(str(key))
         target = constants if is_derived_constant(name) else parameters
         if name in target:

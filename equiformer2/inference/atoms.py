@@ -15,6 +15,7 @@ from ase.geometry import wrap_positions
 from torch_geometric.data import Data
 from vesin import NeighborList
 
+from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
 from equiformer2.graph.validation import locate_atom
 
@@ -35,6 +36,7 @@ _NEIGHBOURS = 50
 """Of an atom, within the searched distance, at most."""
 
 
+@own_defaults()
 def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: bool = True) -> Data:
     """One structure as the data object of `docs/architecture.md`; `atoms` is not changed.
 
@@ -115,6 +117,7 @@ def surface_height(atoms: Atoms) -> np.ndarray:
     return atoms.positions @ (normal if normal @ atoms.cell[2] >= 0 else -normal)
 
 
+@own_defaults()
 def check_atoms(atoms: Atoms, max_num_elements: int | None = None) -> None:
     """Raise `InputError` for a structure that has no meaningful energy; see `atoms_to_data`."""
     if len(atoms) == 0:
