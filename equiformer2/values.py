@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +21,8 @@ MAX_DEPTH = 64
 MAX_VALUES = 500_000
 """Most values of a file, each counted as often as it is referred to."""
 _SHOWN = 80
+_WHOLE = (int, np.integer)
+_REAL = (int, float, np.integer, np.floating)
 _CONTAINERS = (Mapping, list, tuple, set, frozenset)
 
 
@@ -45,7 +46,7 @@ class Whole:
 
     def read(self, value: Any, name: str) -> int:
         """See `Rule`."""
-        if not isinstance(value, Integral) or isinstance(value, bool):
+        if not isinstance(value, _WHOLE) or isinstance(value, bool):
             exact = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
             hint = f" (write {int(value)})" if exact else ""
             raise InputError(f"{name} = {shown(value)}: must be a whole number{hint}")
@@ -66,7 +67,7 @@ class Number:
 
     def read(self, value: Any, name: str) -> float:
         """See `Rule`."""
-        if not isinstance(value, Real) or isinstance(value, bool):
+        if not isinstance(value, _REAL) or isinstance(value, bool):
             raise InputError(f"{name} = {shown(value)}: must be a number")
         if value != value:
             raise InputError(f"{name} = {shown(value)}: must be a finite number")
@@ -176,8 +177,8 @@ def shown(value: Any) -> str:
         parts = value.values() if isinstance(value, Mapping) else value
         if len(value) > 8 or any(isinstance(part, _CONTAINERS) for part in parts):
             return f"a {type(value).__name__} of {len(value)} values"
-    if isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) >= 10**30:
-        return f"a whole number of {int(math.log10(abs(int(value)))) + 1} digits"
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return f"a whole number of {int(math.log10(abs(value))) + 1} digits"
     try:
         text = " ".join(repr(value[:_SHOWN] if isinstance(value, str | bytes) else value).split())
     except Exception:
