@@ -15,6 +15,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch_geometric.data import Data
 
 from equiformer2.checkpoint import Checkpoint
+from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import atoms_to_data, fixed_mask
 from equiformer2.inference.predictor import Predictor
@@ -150,6 +151,7 @@ class EquiformerV2Calculator(Calculator):
         held = fixed_mask(atoms)
         return held if held.any() else None
 
+    @own_defaults()
     def calculate(
         self,
         atoms: Atoms | None = None,

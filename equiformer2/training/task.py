@@ -129,7 +129,8 @@ class S2EFTask(pl.LightningModule):
         normalizers.check_model(model.config, "data.normalizers")  # type: ignore[arg-type]
         if settings.stress_coefficient > 0 and not model.config.stress:  # type: ignore[union-attr]
             raise InputError("task.stress_coefficient needs model.stress: true, with model.forces: gradient")
-        self.model = model
+        # Networks come in evaluation mode, and Lightning trains in the mode that it finds.
+        self.model = model.train()
         self.normalizers = normalizers
         self.energy_kind = energy_kind
         self.settings = settings
