@@ -74,6 +74,17 @@ class OC20Lmdb(Dataset[Data]):
             return records.unpack(value, where)
         return records.make_data(foreign.read_fields(value, where), where)
 
+    def fields(self, index: int) -> frozenset[str]:
+        """Names of the arrays of structure `index`; of records of ours from their headers alone."""
+        shard, key = self._locate(index)
+        value = self._file(shard).get(str(key).encode("ascii"))
+        where = f"{self.shards[shard]}, key {key}"
+        if value is None:
+            raise DataError(f"{where}: the file has no such record; it is incomplete, write it again.")
+        if records.is_packed(value):
+            return records.packed_fields(value, where)
+        return records.known_fields(foreign.read_fields(value, where))
+
     @property
     def natoms(self) -> np.ndarray:
         """Number of atoms of every structure, `[len]` int32.

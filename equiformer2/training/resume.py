@@ -56,7 +56,8 @@ class ResumeCheckpoint(Checkpoint):
         # The processes know each other by now. A signal before the first step is answered after it.
         if trainer.state.fn == TrainerFn.FITTING:
             leave_signals_to_stop_request(trainer)
-            self._stop.listen()
+            if not self._stop.listen(trainer.is_global_zero):
+                log.info("not in the main thread, so no signal writes last.ckpt; stop the program as it says")
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException

@@ -172,7 +172,7 @@ def test_data_without_free_atoms_have_no_force_metrics(
     predictor = Predictor(first_run / "checkpoints/last.pt")
     found = evaluate(predictor, open_dataset(held, predictor, None))
     assert set(found.metrics) == set(ENERGY_METRICS)
-    assert set(found.baselines) == {"mean_energy", "system_mean_energy"}
+    assert set(found.baselines) == {"mean_energy", "data_mean_energy", "system_mean_energy"}
     assert "forces are not judged, because every atom of these data is fixed" in table(found)
     free = evaluate(predictor, open_dataset(lmdb_path, predictor, "adsorption"))
     assert "not judged" not in table(free)
@@ -295,7 +295,7 @@ def test_records_without_forces_are_named(
             del record["forces"]
 
     path = rewrite(lmdb_path, tmp_path / "part.lmdb", strip)
-    message = "has no forces to train on" if without == "forces of all" else "only one has forces"
+    message = "has no forces to train on" if without == "forces of all" else "key 2: the record has no forces"
     with pytest.raises((InputError, DataError), match=message):
         train(parse([*tiny_arguments, f"--runs_dir={runs}", f"--name={without}", f"--data.train={path}"]))
 
