@@ -267,8 +267,8 @@ def check_same_fields(dataset: OC20Lmdb, expected: frozenset[str], needs_energy:
             told = f"has no {' and no '.join(missing)}" if missing else f"has {' and '.join(further)}"
             others = "which the first one has" if missing else "which the first one has not"
             raise DataError(
-                f"{dataset.describe(index)}: the record {told}, {others}; keep records with other fields in a "
-                "dataset of their own."
+                f"{dataset.describe(index)}: the record {told}, {others}; keep records with other fields in "
+                "a dataset of their own."
             )
 
 

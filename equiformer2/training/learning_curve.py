@@ -33,9 +33,9 @@ class SystemErrors:
 
     Attributes:
         frames: how many.
-        energy_mae, mean_energy_mae: of the model, and of one mean energy for all systems: of the training data
-            where the checkpoint knows it, else of this dataset; with the linear references of a total-energy
-            model; eV.
+        energy_mae, mean_energy_mae: of the model, and of one mean energy for all systems: of the training
+            data where the checkpoint knows it, else of this dataset; with the linear references of a
+            total-energy model; eV.
         energy_spread: mean absolute deviation of the energy error from its median over the frames, eV: what
             is left when only differences within the system count; `own_spread`: of the energies. Both are
             nothing to judge by where there is one frame.

@@ -1,7 +1,6 @@
 """One training run, from settings to a folder."""
 
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,9 +69,9 @@ class RunSettings:
             where it is there and a new start where it is not, for jobs that are put back into the queue.
         init_from: start from the weights of this checkpoint (native, OCP or fairchem v1) as a new run; a run
             that began so is resumed with the same.
-        refit_normalizers: with `init_from`, take mean, spread and per-element references of the training data
-            instead of the checkpoint's; its heads are rescaled, so that its forces stay what they are. The kind
-            of energy may then differ.
+        refit_normalizers: with `init_from`, take mean, spread and per-element references of the training
+            data instead of the checkpoint's; its heads are rescaled, so that its forces stay what they are. The
+            kind of energy may then differ.
         checkpoint_every_n_steps: also save `last.ckpt` every so many optimizer steps.
         keep_last: how many checkpoints to resume from are kept: `last.ckpt` and those before it.
     """

@@ -21,8 +21,9 @@ from equiformer2.training.task import NOT_IN_WEIGHTS
 
 log = logging.getLogger("equiformer2")
 
-# Spreads that differ by more than this factor, and means that differ by more standard deviations than this, are
-# worth a warning: the loss then weighs energies, or forces, several times more or less than its coefficients say.
+# Spreads that differ by more than this factor, and means that differ by more standard deviations than this,
+# are worth a warning: the loss then weighs energies, or forces, several times more or less than its coefficients
+# say.
 _FACTOR, _DEVIATIONS = 3.0, 2.0
 _REFIT = "--refit_normalizers true takes those of the training data"
 
@@ -67,8 +68,8 @@ def read_start(path: str, data: ResumableDataModule, refit: bool) -> Checkpoint:
     if start.energy_kind != data.energy_kind and not refit and not data.normalizers_are_given:
         raise InputError(
             f"init_from: {path} predicts {start.energy_kind} energies and the training data hold "
-            f"{data.energy_kind} energies: {_REFIT} and the checkpoint's weights (forces are the same in both "
-            "kinds, energies are learned anew); or use data of the checkpoint's kind"
+            f"{data.energy_kind} energies: {_REFIT} and the checkpoint's weights (forces are the same in "
+            "both kinds, energies are learned anew); or use data of the checkpoint's kind"
         )
     return start
 
@@ -187,6 +188,6 @@ def _apart(one: float, other: float) -> bool:
 
 
 def describe_targets(data: ResumableDataModule, references: Tensor | None) -> dict[str, float]:
-    """What a checkpoint remembers of the targets that it was trained on, for the baselines of an evaluation."""
+    """The training targets as a checkpoint remembers them, for the baselines of an evaluation."""
     found = data.training_targets(references)
     return {"energy_mean_eV": found["energy"][0], "energy_std_eV": found["energy"][1]}
