@@ -19,13 +19,15 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.training.callbacks import NativeCheckpoints, ParityFigures, Summary
+from equiformer2.training.config_values import ignored_settings
 from equiformer2.training.figures import draw_loss_curves
 from equiformer2.training.folder import (
     RunFolder,
     WandbSettings,
     WholeFiles,
     count_parameters,
-    read_resume_state,
+    import_wandb,
+    wandb_errors_told,
 )
 from equiformer2.training.loader import ResumableDataModule
 from equiformer2.training.optim import OptimSettings
@@ -38,6 +40,7 @@ from equiformer2.training.processes import (
     strategy_of,
 )
 from equiformer2.training.resume import ResumeCheckpoint, seed_generators
+from equiformer2.training.resume_state import read_resume_state, tell_what_does_not_fit
 from equiformer2.training.start import (
     choose_normalizers,
     describe_targets,
@@ -70,8 +73,8 @@ class RunSettings:
         init_from: start from the weights of this checkpoint (native, OCP or fairchem v1) as a new run; a run
             that began so is resumed with the same.
         refit_normalizers: with `init_from`, take mean, spread and per-element references of the training
-            data instead of the checkpoint's; its heads are rescaled, so that its forces stay what they are. The
-            kind of energy may then differ.
+            data instead of the checkpoint's; its heads are rescaled, so that its forces stay what they are.
+            The kind of energy may then differ.
         checkpoint_every_n_steps: also save `last.ckpt` every so many optimizer steps.
         keep_last: how many checkpoints to resume from are kept: `last.ckpt` and those before it.
     """
@@ -141,10 +144,14 @@ def train(config: RunConfig) -> Path:
             f"ckpt_path resumes the run of {folder.resume_from} and init_from starts a new one: "
             "give one of them"
         )
+    if config.wandb.project is not None:
+        import_wandb("wandb.project")
     begin = 0
     if folder.resume_from is not None:
         begin = int(read_resume_state(folder.resume_from)["global_step"])
     with folder.open():
+        for sentence in ignored_settings(config):
+            log.warning(sentence)
         data = ResumableDataModule(**config.data)
         data.setup("fit")
         _check_forces(config, data)
@@ -167,11 +174,14 @@ def _with_denoising(config: RunConfig) -> RunConfig:
 
 def _check_forces(config: RunConfig, data: ResumableDataModule) -> None:
     """Raise `InputError` for data without forces when the model is to learn them."""
+    if config.model.forces == "none" and config.data.get("forces_only") is not None:
+        raise InputError("data.forces_only is for models with forces, and model.forces is none: leave it out")
     for dataset in data.datasets.values():
         if config.model.forces != "none" and "forces" not in dataset[0]:
             raise InputError(
                 f"{dataset.describe(0)}: the record has no forces to train on; "
-                "set model.forces: none for a model of energies only"
+                "set model.forces: none for a model of energies only (with init_from, too: its force head is "
+                "left behind)"
             )
     if config.task.stress_coefficient > 0 and "stress" not in data.datasets["train"][0]:
         raise InputError(
@@ -213,15 +223,26 @@ def _run(config: RunConfig, task: S2EFTask, data: ResumableDataModule, folder: R
         work,
     ]
     trainer = _trainer(config, folder, callbacks)
+    if folder.resume_from is not None:
+        tell_what_does_not_fit(trainer, folder.resume_from)
     folder.save_config(config.text)
     seed_generators(config.run.seed, trainer.global_rank, begin)
     log.info(f"run folder {folder.path}; {count_parameters(task.model):,} trainable parameters")
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            with wandb_errors_told():
+                logger.experiment  # noqa: B018  # logs in now, and not when the first row comes
     with interrupts_kept(), work.named(task), _settings_that_do_not_fit_the_data():
         trainer.fit(task, datamodule=data, ckpt_path=folder.resume_from, weights_only=True)
         if trainer.limit_val_batches != 0:
             _complete_validation(trainer, task, data, native, parity)
     if not trainer.is_global_zero:
         return
+    if trainer.global_step == begin:
+        log.warning(
+            f"no step was trained: the run ended at step {begin}, as far as trainer.max_epochs, max_steps or "
+            "max_time go; raise them to train on"
+        )
     for logger in trainer.loggers:
         logger.save()
     draw_loss_curves(folder.metrics, folder.figures / "loss.png")

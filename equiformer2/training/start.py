@@ -22,8 +22,8 @@ from equiformer2.training.task import NOT_IN_WEIGHTS
 log = logging.getLogger("equiformer2")
 
 # Spreads that differ by more than this factor, and means that differ by more standard deviations than this,
-# are worth a warning: the loss then weighs energies, or forces, several times more or less than its coefficients
-# say.
+# are worth a warning: the loss then weighs energies, or forces, several times more or less than its
+# coefficients say.
 _FACTOR, _DEVIATIONS = 3.0, 2.0
 _REFIT = "--refit_normalizers true takes those of the training data"
 

@@ -30,8 +30,8 @@ class StoppedBySignal(SystemExit):
 class StopRequest:
     """Remembers the first stop signal; all processes of a run learn of it at the same step.
 
-    A second Ctrl-C does not wait for the end of the step. Nothing waits for a GPU: what the processes tell each
-    other at one call is read at the next.
+    A second Ctrl-C does not wait for the end of the step. Nothing waits for a GPU: what the processes tell
+    each other at one call is read at the next.
     """
 
     def __init__(self) -> None:

@@ -201,8 +201,8 @@ def test_a_run_that_fails_at_its_first_step_names_the_structure_and_leaves_its_n
         train(parse(arguments))
 
 
-@pytest.mark.parametrize("setting", ["val_check_interval=100", "limit_train_batches=0.01"])
-def test_intervals_and_limits_that_do_not_fit_the_data_are_one_sentence(
+@pytest.mark.parametrize("setting", ["limit_train_batches=0.01"])
+def test_limits_that_do_not_fit_the_data_are_one_sentence(
     setting: str, tiny_arguments: list[str], runs: Path
 ) -> None:
     with pytest.raises(InputError, match=f"trainer: .*{setting.split('=')[0]}"):
