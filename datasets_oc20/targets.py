@@ -72,8 +72,8 @@ def sample_targets(dataset: OC20Lmdb, limit: int = 50_000, leave_out_unusable: b
 def check_energies_match_kind(sample: TargetSample, kind: str, name: str) -> None:
     """Raise `DataError` when the energies cannot be of the declared kind; warn when they are unlikely to be.
 
-    Total energies may be as small as adsorption energies (EMT's are some 0.2 eV per atom), so they are taken as
-    declared.
+    Total energies may be as small as adsorption energies (EMT's are some 0.2 eV per atom), so they are taken
+    as declared.
     """
     found = unlikely_size(sample, kind)
     if found is None:
@@ -92,7 +92,7 @@ def check_energies_match_kind(sample: TargetSample, kind: str, name: str) -> Non
 
 
 def unlikely_size(sample: TargetSample, kind: str) -> str | None:
-    """Half a sentence about the size of energies that are hardly of this kind; None where they may well be."""
+    """Half a sentence about the size of energies that are hardly of this kind; None where they may be."""
     mean = float(np.abs(sample.energy).mean())
     per_atom = float((np.abs(sample.energy) / sample.composition.sum(axis=1)).mean())
     if kind == "adsorption":

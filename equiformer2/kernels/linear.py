@@ -6,7 +6,9 @@ from torch import Tensor
 # What torch.compile emits for a linear layer on a CPU: oneDNN, up to a quarter faster in float32 than the
 # BLAS behind torch.mm where we measured it (an AMD EPYC).
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
+# oneDNN has bf16 products only where the processor has AVX-512; elsewhere it raises.
+_HAS_BF16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_ONEDNN_DTYPES = (torch.float32, torch.bfloat16) if _HAS_BF16 else (torch.float32,)
 _CAN_PACK = _HAS_ONEDNN and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 

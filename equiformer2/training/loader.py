@@ -99,8 +99,8 @@ class ResumableDataModule(OC20DataModule):
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         if type(interval) is int and interval > batches > 0:
             rank_zero_info(
-                f"trainer.val_check_interval is {interval} and an epoch has {batches} batches: validating after "
-                "every epoch"
+                f"trainer.val_check_interval is {interval} and an epoch has {batches} batches: validating "
+                "after every epoch"
             )
             trainer.val_check_interval = batches
 

@@ -99,7 +99,7 @@ def _is_mapping(value: Any, key: str) -> bool:
 def tell_what_does_not_fit(trainer: pl.Trainer, path: Path) -> None:
     """Let what fails while `trainer` restores itself from `path` be an `InputError`.
 
-    What would not fail is compared. Lightning's loops take any content, and fail, or count wrongly, steps later.
+    What would not fail is compared: Lightning's loops take any content, and fail, or count wrongly, later.
     """
     connector = trainer._checkpoint_connector
     restore_modules, restore_training = (
