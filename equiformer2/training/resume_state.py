@@ -73,8 +73,10 @@ def _problem(state: Mapping[str, Any]) -> str | None:
     for key in ("energy_kind", "seed"):
         if key not in own:
             return f"it has no equiformer2.{key}"
-    row = state["callbacks"].get("ResumeCheckpoint", {})
-    row = row.get("row", {}) if isinstance(row, dict) else None
+    resumed = state["callbacks"].get("ResumeCheckpoint")
+    if not isinstance(resumed, dict) or not isinstance(resumed.get("random"), dict):
+        return "callbacks.ResumeCheckpoint has no state of the random generators"
+    row = resumed.get("row", {})
     if not isinstance(row, dict) or not all(isinstance(k, str) and _is_number(v) for k, v in row.items()):
         return "the row of its last step is not made of numbers"
     if row and not _is_count(row.get("step")):
@@ -108,11 +110,11 @@ def tell_what_does_not_fit(trainer: pl.Trainer, path: Path) -> None:
     )
 
     def modules(*args: Any, **kwargs: Any) -> None:
-        with _restoring(path):
+        with restoring(path):
             restore_modules(*args, **kwargs)
 
     def training() -> None:
-        with _restoring(path):
+        with restoring(path):
             state = connector._loaded_checkpoint
             _check_form(trainer.fit_loop.state_dict(), state["loops"]["fit_loop"], "loops")
             schedule = trainer.lr_scheduler_configs[0].scheduler
@@ -125,7 +127,8 @@ def tell_what_does_not_fit(trainer: pl.Trainer, path: Path) -> None:
 
 
 @contextmanager
-def _restoring(path: Path) -> Iterator[None]:
+def restoring(path: Path | str | None) -> Iterator[None]:
+    """Inside, whatever fails is an `InputError` about the checkpoint `path`; errors that tell more stay."""
     try:
         yield
     except (InputError, DataError, OSError, MisconfigurationException):
@@ -134,7 +137,7 @@ def _restoring(path: Path) -> Iterator[None]:
         first = " ".join(str(error).split())[:200]
         raise InputError(
             f"ckpt_path: {path} was edited or is damaged, and cannot be resumed from "
-            f"({type(error).__name__}: {first}){_way_out(path)}"
+            f"({type(error).__name__}: {first}){_way_out(Path(path or '.'))}"
         ) from error
 
 
