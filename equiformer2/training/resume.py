@@ -59,8 +59,8 @@ class ResumeCheckpoint(Checkpoint):
             leave_signals_to_stop_request(trainer)
             if not self._stop.listen(trainer.is_global_zero):
                 log.info(
-                    "not in the main thread, where no signal can be heard: last.ckpt is written after validations and "
-                    "every checkpoint_every_n_steps"
+                    "not in the main thread, which alone hears signals: last.ckpt is written after "
+                    "validations and every checkpoint_every_n_steps"
                 )
 
     def on_exception(

@@ -116,6 +116,8 @@ def tell_what_does_not_fit(trainer: pl.Trainer, path: Path) -> None:
     def training() -> None:
         with restoring(path):
             state = connector._loaded_checkpoint
+            if not state:  # a last validation restores nothing
+                return
             _check_form(trainer.fit_loop.state_dict(), state["loops"]["fit_loop"], "loops")
             schedule = trainer.lr_scheduler_configs[0].scheduler
             _check_form(schedule.state_dict(), state["lr_schedulers"][0], "lr_schedulers")

@@ -125,7 +125,7 @@ def choose_normalizers(
         try:
             data.check_normalizers(used.energy.mean, used.energy.std, used.linear_references)
         except DataError as error:
-            raise InputError(f"init_from: {path}: {error} Or {_REFIT}.") from error
+            raise DataError(f"init_from: {path}: {error} Or {_REFIT}.") from error
     else:
         source = "given in data.normalizers" if data.normalizers_are_given else "of the training data"
         table = data.normalizers

@@ -32,9 +32,9 @@ from equiformer2.training.task import S2EFTask
 ROOT = Path(__file__).parents[2]
 LMDB = ROOT / "tests" / "fixtures" / "datasets_oc20" / "s2ef_val_20.lmdb"
 MODEL = {
-    "num_layers": 1, "sphere_channels": 8, "attn_hidden_channels": 8, "num_heads": 1, "attn_alpha_channels": 4,
-    "attn_value_channels": 4, "ffn_hidden_channels": 8, "lmax": 1, "mmax": 1, "grid_resolution": 6,
-    "edge_channels": 8, "num_distance_basis": 8, "max_radius": 3.5, "max_neighbors": 6,
+    "num_layers": 1, "sphere_channels": 8, "attn_hidden_channels": 8, "num_heads": 1,
+    "attn_alpha_channels": 4, "attn_value_channels": 4, "ffn_hidden_channels": 8, "lmax": 1, "mmax": 1,
+    "grid_resolution": 6, "edge_channels": 8, "num_distance_basis": 8, "max_radius": 3.5, "max_neighbors": 6,
 }  # fmt: skip
 FILES = ["--data.train=a.lmdb", "--data.val=b.lmdb"]
 SMALL = [
@@ -338,6 +338,10 @@ def _no_moments(state: dict[str, Any]) -> None:
         moments["exp_avg"] = torch.zeros(2)
 
 
+def as_meta(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to("meta") for name, tensor in tensors.items()}
+
+
 EDITS: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("step as text", lambda state: state.update(global_step="two"), "global_step"),
     ("negative step", lambda state: state.update(global_step=-2), "global_step"),
@@ -362,7 +366,7 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("guard of text", lambda state: state["equiformer2"].update(guard="x"), "damaged"),
     ("no seed", lambda state: state["equiformer2"].pop("seed"), "seed"),
     ("weights as lists", lambda s: s.update(state_dict={n: [1.0] for n in s["state_dict"]}), "state_dict"),
-    ("meta tensors", lambda s: [s["state_dict"].update({k: v.to("meta")}) for k, v in s["state_dict"].items()], "damaged"),
+    ("meta tensors", lambda s: s.update(state_dict=as_meta(s["state_dict"])), "damaged"),
     ("no version", lambda state: state.pop("pytorch-lightning_version"), "version"),
     ("odd version", lambda state: state.update({"pytorch-lightning_version": "x.y"}), "damaged"),
 ]  # fmt: skip
