@@ -160,7 +160,7 @@ def _part(name: str, given: Any, path: Path) -> Part:
         if key not in values:
             raise InputError(f"{path}, studies.{name}: {key} is missing")
     for key in ("methods", "keep"):
-        if not isinstance(values[key], list) or not values[key]:
+        if not isinstance(values[key], list):
             raise InputError(f"{path}, studies.{name}: {key} is {values[key]!r}: give a list")
     if values.get("distill") is not None:
         distill = _only(Distillation, values["distill"], f"{path}, studies.{name}.distill")
