@@ -40,6 +40,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.splits is not None and arguments.data_root is None:
         parser.error("--splits are names of folders in --data-root: give it too")
+    if arguments.wandb_project is None and (arguments.wandb_entity or arguments.wandb_offline):
+        parser.error("--wandb-entity and --wandb-offline are for --wandb-project: give it too")
     return arguments
 
 

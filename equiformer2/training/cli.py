@@ -54,6 +54,8 @@ _TEXT_TRAINER_KEYS: dict[str, tuple[str | None, str]] = {
     "profiler": (None, "simple, advanced or pytorch"),
 }
 _GROUPS = {"model": ModelConfig, "task": TaskSettings, "optim": OptimSettings, "wandb": WandbSettings}
+#: Keys of a pruned network's parts, each of which holds keys of its own; `[]` stands for the items of a list.
+_BLOCKS = ("model.blocks[]", "model.force_head", "model.energy_head")
 #: Keys that are null or hold keys of their own.
 _OPTIONAL_GROUPS = {"data.normalizers": NormalizerValues, "task.dens": DensSettings}
 
@@ -105,7 +107,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     given = list(_options(arguments))
     for key, _ in given:
         _check_key(key.removesuffix("+"), known, "command line")
-    holders = {*_GROUPS, "data", "trainer", *_OPTIONAL_GROUPS}
+    holders = {*_GROUPS, "data", "trainer", *_OPTIONAL_GROUPS, *_BLOCKS}
     for file in _config_files(arguments):
         content = _read_yaml(file)
         for key in _flatten(content):

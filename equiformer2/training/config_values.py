@@ -10,6 +10,7 @@ from equiformer2.errors import InputError
 
 _LIGHTNING = "pytorch_lightning.callbacks"
 #: Classes that `trainer.callbacks` may name: to name a class imports its module, which runs what is in it.
+#: None of them takes a function or an object, which would be named, and imported, in the same way.
 CALLBACKS = (
     "equiformer2.pruning.callbacks.DenseTeacher",
     "equiformer2.pruning.callbacks.GradualPruning",
@@ -19,8 +20,6 @@ CALLBACKS = (
     f"{_LIGHTNING}.LearningRateMonitor",
     f"{_LIGHTNING}.ModelSummary",
     f"{_LIGHTNING}.RichModelSummary",
-    f"{_LIGHTNING}.RichProgressBar",
-    f"{_LIGHTNING}.ThroughputMonitor",
     f"{_LIGHTNING}.Timer",
     f"{_LIGHTNING}.TQDMProgressBar",
 )
@@ -114,6 +113,8 @@ def check_no_imports(key: str, value: Any, groups: set[str], where: str) -> None
         groups: keys that hold keys of their own and are no classes to choose from.
         where: the file, or the command line.
     """
+    if f"{key}[]" in groups and value is not None and not isinstance(value, list | tuple):
+        raise InputError(f"{where}: {key} is {value!r}; it must be a list of keys and values")
     if key in groups and value is not None and not isinstance(value, Mapping):
         file = "; for a file use --config" if where == "command line" else ""
         raise InputError(f"{where}: {key} is {value!r}; it must hold keys and values{file}")
@@ -217,7 +218,7 @@ def check_arguments(arguments: list[tuple[str, str | None]], groups: set[str]) -
     """
     for key, text in arguments:
         told = key.removesuffix("+")
-        holds_more = told in groups or told.startswith("trainer.callbacks")
+        holds_more = {told, f"{told}[]"} & groups or told.startswith("trainer.callbacks")
         if text is None or not (holds_more or "class_path" in text):
             continue
         try:

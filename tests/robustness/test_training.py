@@ -1,5 +1,6 @@
 """Hostile and mistaken input to training: configurations, data, checkpoints, signals, threads."""
 
+import importlib
 import logging
 import os
 import re
@@ -7,8 +8,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint, sav
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
 from equiformer2.training.cli import parse
+from equiformer2.training.config_values import CALLBACKS
 from equiformer2.training.evaluation import evaluate, open_dataset, table
 from equiformer2.training.folder import WandbSettings
 from equiformer2.training.learning_curve import errors_by_system
@@ -153,6 +156,12 @@ IMPORTS = [
     ("a plugin", "trainer: {plugins: [EVIL.Cb]}", []),
     ("normalizers", "data: {normalizers: EVIL.Cb}", []),
     ("a group", "wandb: EVIL.Cb", []),
+    ("a block", "model: {blocks: [EVIL.Cb]}", []),
+    ("blocks", "model: {blocks: EVIL.Cb}", []),
+    ("a head", "model: {force_head: EVIL.Cb}", []),
+    ("a head on the command line", "seed: 1", ["--model.energy_head=EVIL.Cb"]),
+    ("blocks on the command line", "seed: 1", ["--model.blocks=[EVIL.Cb]"]),
+    ("appended blocks", "seed: 1", ["--model.blocks+=EVIL.Cb"]),
     ("a time", "trainer: {max_time: {class_path: EVIL.Cb}}", []),
     (
         "inside an allowed one",
@@ -190,6 +199,23 @@ def test_no_configuration_imports_a_module(
             parse([*FILES, f"--config={config}", *(part.replace("EVIL", name) for part in more)])
     assert not trace.exists()
     assert name not in sys.modules
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_allowed_callbacks_take_plain_values_only(name: str) -> None:
+    """A function or an object would be named, and so imported, as a class is."""
+    module, _, kind = name.rpartition(".")
+    hints = get_type_hints(getattr(importlib.import_module(module), kind).__init__)
+    plain = {str, int, float, bool, type(None), timedelta, Any}
+    found, known = list(hints.values()), set()
+    while found:
+        hint = found.pop()
+        if get_origin(hint) is Literal:
+            continue
+        found.extend(get_args(hint))
+        if not get_args(hint):
+            known.add(hint)
+    assert known <= plain, known - plain
 
 
 def test_allowed_callbacks_are_made() -> None:
