@@ -76,7 +76,7 @@ def import_wandb(key: str) -> Any:
         from pytorch_lightning.loggers import WandbLogger  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f"{key} is set but wandb is not installed: pip install 'equiformer2[wandb]', or leave {key} out"
+            f"{key} is set but wandb is not installed: pip install '.[wandb]', or leave {key} out"
         ) from error
     return wandb
 
