@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -15,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning import Callback
 from torch_geometric.data import Data
 
 from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
@@ -354,9 +356,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_rest_of_an_epoch_is_trained_after_a_limit_on_steps(run: Path, tmp_path: Path) -> None:
-    last = run / "checkpoints" / "last.ckpt"
-    folder = train(parse([*SMALL, f"--runs_dir={tmp_path}", "--name=rest", f"--ckpt_path={last}"]))
+    class Mine(Callback):
+        """One that only Python can give."""
+
+        steps = 0
+
+        def on_train_batch_end(self, *_: object) -> None:
+            self.steps += 1
+
+    last, mine = run / "checkpoints" / "last.ckpt", Mine()
+    config = parse([*SMALL, f"--runs_dir={tmp_path}", "--name=rest", f"--ckpt_path={last}"])
+    folder = train(replace(config, trainer=config.trainer | {"callbacks": [mine]}))
     assert read_resume_state(folder / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert mine.steps == 2
 
 
 def _no_moments(state: dict[str, Any]) -> None:
