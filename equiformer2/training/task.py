@@ -20,6 +20,7 @@ from equiformer2.errors import InputError, naming_structures
 from equiformer2.model import ModelConfig
 from equiformer2.model.dens import without_denoising
 from equiformer2.training.accumulation import Terms
+from equiformer2.training.config_values import check_finite
 from equiformer2.training.dens import Corrupted, DensSettings, corrupt
 from equiformer2.training.guard import FiniteGuard
 from equiformer2.training.losses import energy_l1, force_l2, stress_l1
@@ -76,7 +77,9 @@ class TaskSettings:
 
     def __post_init__(self) -> None:
         if isinstance(self.dens, Mapping):
+            check_finite(self.dens, "task.dens")
             object.__setattr__(self, "dens", DensSettings(**self.dens))
+        check_finite({**vars(self), "dens": None}, "task")
         if self.dens is not None and self.backend == "compile":
             raise InputError("task.backend: compile encodes no forces; use auto with task.dens")
         if not 0 <= self.ema_decay < 1:
