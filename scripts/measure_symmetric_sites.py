@@ -1,10 +1,10 @@
 """Measure what forces and energies do at sites of high symmetry, where neighbours tie and tensors vanish.
 
-    python scripts/measure_symmetric_sites.py [--reference-python .bench-venv/bin/python] [--output docs/results]
+    python scripts/measure_symmetric_sites.py [--reference-python .bench-venv/bin/python] [--output FOLDER]
 
 Perfect crystals and clean slabs, through `models/oc20_small.pt`, and through a network of random weights that
-fairchem-core 1.10.0 takes as well (`make benchmark` makes its environment). Per structure: the force on atoms that
-have none by symmetry, and the changes of forces and energy under changes that should make none.
+fairchem-core 1.10.0 takes as well (`make benchmark` makes its environment). Per structure: the force on atoms
+that have none by symmetry, and the changes of forces and energy under changes that should make none.
 """
 
 import argparse
@@ -173,7 +173,9 @@ def main() -> None:
     from equiformer2.files import write_json
     from equiformer2.script import origin
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--reference-python", metavar="FILE", help="Python of the reference's environment")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder of the results")
     parser.add_argument("--answer", help=argparse.SUPPRESS)

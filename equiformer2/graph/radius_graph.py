@@ -37,9 +37,9 @@ class RadiusGraph:
     def in_precision(self, dtype: torch.dtype) -> "RadiusGraph":
         """The same edges with vectors and distances in `dtype`, that of a network.
 
-        From float64 they are rounded to multiples of `GRID` first: rounding errors of 1e-14 Å, which depend on
-        the origin and the periodic image of an atom, then leave no trace in float32. A network at a site of
-        high symmetry, whose tensors are nothing but rounding errors, would enlarge them (docs/model.md).
+        From float64 they are rounded to multiples of `GRID` first: rounding errors of 1e-14 Å, which depend
+        on the origin and the periodic image of an atom, then leave no trace in float32. A network at a site
+        of high symmetry, whose tensors are nothing but rounding errors, would enlarge them (docs/model.md).
         """
         if self.vectors.dtype == dtype:
             return self
@@ -147,10 +147,10 @@ def radius_graph(
 
 def _tie_tolerance(
     dtype: torch.dtype, positions: NDArray[np.float64], natoms: NDArray[np.int64]
-) -> float | NDArray[np.float64]:
-    """Å, `[N]` or one number: how far rounding may have moved apart distances that are equal by symmetry."""
+) -> NDArray[np.float64] | None:
+    """How far rounding may have moved apart equal distances of each atom, `[N]` Å; None for the usual."""
     if dtype == torch.float64 or not len(positions):
-        return TIE_TOLERANCE
+        return None
     # Positions in float32 have the fewer digits behind the point, the farther they are from the origin.
     ends = np.cumsum(natoms)
     starts = (ends - natoms)[natoms > 0]

@@ -13,8 +13,8 @@ DEGENERACY_TOLERANCE = 0.01
 """Å^2, added to the squared distance of neighbour k + 1 by the non-strict rule (the reference's constant)."""
 
 TIE_TOLERANCE = 1e-5
-"""Å. Distances of symmetric neighbours scatter by about 1e-6 Å in float32 positions of a usual slab, by 1e-14 Å
-in float64. Positions in float32 far from the origin have a larger tolerance (`radius_graph`)."""
+"""Å. Distances of symmetric neighbours scatter by about 1e-6 Å in float32 positions of a usual slab, by
+1e-14 Å in float64. Positions in float32 far from the origin have a larger tolerance (`radius_graph`)."""
 
 # No symmetric pair of lattice vectors has equal projections on a direction without rational relations.
 _TIE_DIRECTION = (2.0**0.5 / 10.0**0.5, 3.0**0.5 / 10.0**0.5, 5.0**0.5 / 10.0**0.5)
@@ -33,7 +33,7 @@ def nearest_edges(
     *,
     max_neighbors: int,
     strict: bool,
-    tie_tolerance: float | NDArray[np.float64] = TIE_TOLERANCE,
+    tie_tolerance: NDArray[np.float64] | None = None,
 ) -> Tensor:
     """Choose the edges that each atom keeps, sorted by target.
 
@@ -50,7 +50,7 @@ def nearest_edges(
         distance: `[P]` float64, Å.
         vectors_of: gives the vectors `[T, 3]` (float64, Å) of the candidates with the numbers `[T]`.
         num_atoms: N.
-        tie_tolerance: Å, one number or one per receiving atom `[N]`.
+        tie_tolerance: `[N]` Å, of each receiving atom; None for `TIE_TOLERANCE`.
 
     Returns:
         `[E]` numbers of the candidates that stay.
@@ -73,9 +73,9 @@ def nearest_edges(
         limit = torch.where(crowded, first_left.square() + DEGENERACY_TOLERANCE, torch.inf)
         stays = distance.square() <= limit[target]
         return order[numbers_of(stays, int(stays.sum()))]
-    if isinstance(tie_tolerance, float):
-        near = near_edge = tie_tolerance
-    else:
+    near: float | Tensor = TIE_TOLERANCE
+    near_edge: float | Tensor = TIE_TOLERANCE
+    if tie_tolerance is not None:
         near = to_device(torch.from_numpy(tie_tolerance), distance.device)
         near_edge = near[target]
     any_tie = (crowded & (first_left - last_kept <= near)).any()
@@ -100,7 +100,8 @@ def sorted_edges(
     `nearest_edges`.
 
     Returns:
-        `[E]`, sorted by target, then by distance, then by projection on a fixed direction, in steps of `GRID`.
+        `[E]`, sorted by target, then by distance, then by projection on a fixed direction; values count in
+        steps of `GRID`.
     """
     projection = vectors_of(edges) @ _tie_direction(distance)
     edges = edges[torch.argsort(_sort_key(target[edges], projection), stable=True)]

@@ -63,7 +63,7 @@ def check_shapes(
 def check_positions(
     positions: NDArray[np.float64], natoms: NDArray[np.int64], limit: float = MAX_COORDINATE
 ) -> None:
-    """Raise `InputError` naming the first atom with a NaN or infinite coordinate, or one beyond `limit` (Å)."""
+    """Raise `InputError` naming the first atom with a coordinate that is not finite or beyond `limit` (Å)."""
     sound = np.abs(positions) <= limit  # False for NaN
     if sound.all():
         return
@@ -92,14 +92,15 @@ def check_extents(
         pbc: `[B, 3]`.
         natoms: `[B]`.
     """
-    if pbc.all() or not len(positions):
+    if bool(pbc.all()) or not len(positions):
         return
     filled = np.flatnonzero(natoms)
     starts = (np.cumsum(natoms) - natoms)[filled]
     span = np.maximum.reduceat(positions, starts) - np.minimum.reduceat(positions, starts)
     # A wrapped atom is anywhere in its cell: along periodic directions the cell spans that much.
     own = (np.abs(cells) * pbc[:, :, None]).sum(axis=1)[filled]
-    far = ((span - own > MAX_EXTENT) & ~pbc[filled].all(axis=1)[:, None]).any(axis=1)
+    open_ones = np.logical_not(pbc[filled].all(axis=1, keepdims=True))
+    far = ((span - own > MAX_EXTENT) & open_ones).any(axis=1)
     if not far.any():
         return
     structure = int(filled[np.flatnonzero(far)[0]])
@@ -108,9 +109,9 @@ def check_extents(
     axis = int(np.argmax(np.ptp(here, axis=0)))
     atom = int(np.argmax(np.abs(here[:, axis] - np.median(here[:, axis]))))
     raise InputError(
-        f"{_name_structure(structure, natoms)} spans {np.ptp(here[:, axis]):.3g} Å along {'xyz'[axis]}, where at "
-        f"most {MAX_EXTENT:.0f} Å make sense; atom {atom} is farthest out, at {here[atom].tolist()} Å: remove "
-        "it or give positions in Å",
+        f"{_name_structure(structure, natoms)} spans {np.ptp(here[:, axis]):.3g} Å along {'xyz'[axis]}, "
+        f"where at most {MAX_EXTENT:.0f} Å make sense; atom {atom} is farthest out, at {here[atom].tolist()} Å: "
+        "remove it or give positions in Å",
         structure,
     )
 

@@ -145,8 +145,8 @@ def check_atoms(atoms: Atoms, max_num_elements: int | None = None) -> None:
     far = np.flatnonzero((np.abs(atoms.positions) > MAX_COORDINATE).any(axis=1))
     if len(far):
         raise InputError(
-            f"atom {far[0]} ({symbols[far[0]]}) has the position {atoms.positions[far[0]].tolist()}, more than "
-            f"{MAX_COORDINATE:.0f} Å from the origin: give positions in Å and move the structure to the origin"
+            f"atom {far[0]} ({symbols[far[0]]}) has the position {atoms.positions[far[0]].tolist()}, more "
+            f"than {MAX_COORDINATE:.0f} Å from the origin: give positions in Å and move the structure there"
         )
     _check_elements(atoms, max_num_elements)
     _check_cell(atoms)

@@ -1,8 +1,8 @@
 """Sites of high symmetry, at which a network with a neighbour limit and layer norms gives odd forces.
 
-Two things happen there (docs/model.md, "Perfect crystals"): the neighbour limit keeps some of several neighbours at
-the same distance, which breaks the symmetry of the site, and where symmetry makes an atom's tensors vanish, the
-layer norms enlarge what rounding has left of them.
+Two things happen there (docs/model.md, "Perfect crystals"): the neighbour limit keeps some of several
+neighbours at the same distance, which breaks the symmetry of the site, and where symmetry makes an atom's
+tensors vanish, the layer norms enlarge what rounding has left of them.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ TIED_A = 1e-4
 """Å. Neighbours nearer to each other in distance than this may change places by a touch."""
 
 VANISHING = 1e-3
-"""Sum of spherical harmonics over the neighbours, over their number, below which symmetry must have made it."""
+"""Sum of spherical harmonics over the neighbours, over their number; symmetry must have made smaller ones."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,16 @@ class SymmetricSites:
         """
         reasons = []
         if 2 * self.tied > self.atoms:
-            reasons.append(f"{self.tied} of {self.atoms} atoms have equally far neighbours at the neighbour limit")
+            reasons.append(
+                f"{self.tied} of {self.atoms} atoms have equally far neighbours at the neighbour limit"
+            )
         if 2 * self.vanishing > self.atoms:
             reasons.append(f"the neighbours of {self.vanishing} of {self.atoms} atoms cancel by symmetry")
         if not reasons:
             return None
         return (
-            f"perfect crystal: {' and '.join(reasons)}; forces that symmetry makes zero may come out as tenths of "
-            "an eV/Å and energies jump by tens of meV between nearly equal structures: displace the atoms "
+            f"perfect crystal: {' and '.join(reasons)}; forces that symmetry makes zero may come out as "
+            "tenths of an eV/Å and energies jump by tens of meV between nearly equal structures: displace the atoms "
             "by 0.01 Å (atoms.rattle(0.01)) and compare structures with the same displacements"
         )
 

@@ -1,4 +1,4 @@
-"""Answers that depend on the structure alone, not on where or how it is written down; and bounds on structures."""
+"""Answers depend on the structure alone, not on where or how it is written down; bounds on structures."""
 
 import time
 from pathlib import Path
@@ -163,7 +163,11 @@ TOO_FAR = [
         Atoms("CuH", [[0, 0, 0], [0, 9e4, 9e4]], cell=[3, 0, 0], pbc=[1, 0, 0]),
         "spans 9e.04 Å",
     ),
-    ("periodic slab at 1e12", Atoms("Cu", [[1e12, 0, 0]], cell=[3, 3, 3], pbc=True), "atom 0.*from the origin"),
+    (
+        "periodic slab at 1e12",
+        Atoms("Cu", [[1e12, 0, 0]], cell=[3, 3, 3], pbc=True),
+        "atom 0.*from the origin",
+    ),
     ("gas at 1e19", Atoms("Ar2", [[0, 0, 0], [1e19, 0, 0]]), "atom 1.*from the origin"),
     ("periodic cell of 1e6 Å", Atoms("Cu", cell=[1e6, 3, 3], pbc=True), "lattice vector"),
 ]
@@ -203,7 +207,7 @@ def test_within_the_bounds_the_search_is_quick(calculator: EquiformerV2Calculato
 def test_float32_positions_without_digits_are_refused(dtype: torch.dtype) -> None:
     pos = torch.tensor([[2e4, 0.0, 0.0], [2e4, 0.0, 2e2]], dtype=dtype)
     arguments = torch.zeros(1, 3, 3), torch.zeros(1, 3, dtype=torch.bool), torch.tensor([2])
-    with pytest.raises(InputError, match="atom 0.*float64"):
+    with pytest.raises(InputError, match=r"atom 0.*float64"):
         radius_graph(pos, *arguments, max_radius=6.0, max_neighbors=10, strict=True)
     graph = radius_graph(pos.double(), *arguments, max_radius=6.0, max_neighbors=10, strict=True)
     assert graph.edge_index.shape[1] == 0
@@ -246,7 +250,11 @@ def test_the_calculator_warns_once(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("crystal", ["fcc", "rocksalt"])
 def test_the_remedy_for_perfect_crystals(crystal: str, calculator: EquiformerV2Calculator) -> None:
-    atoms = bulk("Cu", "fcc", a=3.6, cubic=True) if crystal == "fcc" else bulk("MgO", "rocksalt", a=4.2, cubic=True)
+    atoms = (
+        bulk("Cu", "fcc", a=3.6, cubic=True)
+        if crystal == "fcc"
+        else bulk("MgO", "rocksalt", a=4.2, cubic=True)
+    )
     atoms.rattle(0.01, seed=0)
     energies = []
     for step in (0.0, 1e-4):
