@@ -23,7 +23,7 @@ NEVER_HOLD = frozenset(
         "FixLinearTriatomic", "FixSubsetCom", "FixSymmetry", "Hookean", "MirrorForce", "MirrorTorque",
     }
 )  # fmt: skip
-"""Constraints of ASE that relate atoms to each other or add forces; none of them keeps an atom where it is."""
+"""Constraints of ASE that relate atoms to each other or add forces; none of them holds an atom."""
 
 _HOLDING = {
     constraint.__name__: constraint
@@ -36,8 +36,8 @@ _INDEPENDENT = 1e-8
 def held_atoms(atoms: Atoms, constraints: Sequence[Any] | None = None) -> np.ndarray:
     """`[N]` bool: atoms that cannot move in any direction.
 
-    Several constraints hold an atom together (`FixedLine` and `FixedPlane` along it, `FixCartesian` of x and of
-    y and z). An atom that can move in some direction is not held.
+    Several constraints can hold an atom together (`FixedLine` and a `FixedPlane` across it, `FixCartesian` of
+    x and of y and z). An atom that can move in some direction is not held.
 
     Args:
         atoms: the structure; not changed.
@@ -123,8 +123,8 @@ def _indices(constraint: Any, natoms: int) -> np.ndarray:
     outside = index[(index < -natoms) | (index >= natoms)]
     if len(outside):
         raise DataError(
-            f"the constraint {type(constraint).__name__} is of atom {outside[0]}, but there are {natoms} atoms "
-            f"(0 to {natoms - 1}); correct its indices."
+            f"the constraint {type(constraint).__name__} is of atom {outside[0]}, but there are {natoms} "
+            f"atoms (0 to {natoms - 1}); correct its indices."
         )
     return index
 

@@ -29,8 +29,8 @@ LONGEST_LATTICE_VECTOR = 1e4
 """Å; longer cells are in other units or broken (the graph has the same limit)."""
 
 _DOUBTFUL = (
-    "the tags are read as OC20's (0 subsurface, 1 surface, 2 adsorbate); if they are layer numbers of ASE's slab "
-    "builders, set them: 2 for the adsorbate, 0 for held and 1 for free atoms of the slab"
+    "the tags are read as OC20's (0 subsurface, 1 surface, 2 adsorbate); if they are layer numbers of ASE's "
+    "slab builders, set them: 2 for the adsorbate, 0 for held and 1 for free atoms of the slab"
 )
 
 COINCIDENT = 0.1
@@ -93,9 +93,9 @@ def fixed_mask(atoms: Atoms) -> np.ndarray:
 def oc20_tags(atoms: Atoms) -> tuple[np.ndarray, str | None]:
     """Tags in OC20's meaning (0 held, 1 free slab, 2 adsorbate) and, where they can mislead, a notice.
 
-    1. Tags within {0, 1, 2} that are not all 0 are OC20's and kept, wherever the atoms lie. ASE's layer numbers
-       of a slab of two layers are within them, too: what looks like that is kept and noticed, unless a tag of 2
-       on a held atom shows that it is no adsorbate.
+    1. Tags within {0, 1, 2} that are not all 0 are OC20's and kept, wherever the atoms lie. ASE's layer
+       numbers of a slab of two layers are within them, too: what looks like that is kept and noticed, unless
+       a tag of 2 on a held atom shows that it is no adsorbate.
     2. ASE's slab builders number layers from the top (1, 2, 3, …) and leave adsorbates at 0. Tags above 2
        are recognised by their order (heights fall from layer to layer, untagged atoms are free and above the
        slab) and translated: untagged atoms become 2, held layer atoms 0, free layer atoms 1.
@@ -173,8 +173,8 @@ def check_elements(
         if not 0 < number < known:
             what = "X, a dummy atom, " if number == 0 else ""
             raise InputError(
-                f"{name} ({what}Z = {number}) is no element: atomic numbers are 1 to {known - 1}; remove the atom or "
-                "correct its number",
+                f"{name} ({what}Z = {number}) is no element: atomic numbers are 1 to {known - 1}; "
+                "remove the atom or correct its number",
                 structure,
             )
         raise InputError(
@@ -188,14 +188,13 @@ def _check_occupancies(atoms: Atoms) -> None:
     """Raise `InputError` where a file says that an atom is there in part, or is one of several elements."""
     sites = atoms.info.get("occupancy")  # of ASE's CIF reader: number of the site -> {element: occupancy}
     for site, species in sites.items() if isinstance(sites, Mapping) else ():
-        parts = {} if not isinstance(species, Mapping) else {
-            symbol: float(part) for symbol, part in species.items() if isinstance(part, int | float) and part > 0
-        }  # fmt: skip
+        known = species.items() if isinstance(species, Mapping) else ()
+        parts = {symbol: part for symbol, part in known if isinstance(part, int | float) and part > 0}
         if len(parts) > 1 or any(part < _WHOLE for part in parts.values()):
             told = ", ".join(f"{symbol} {part:g}" for symbol, part in parts.items())
             raise InputError(
-                f"site {site} of the structure is partly occupied ({told}), which a relaxation cannot keep: choose an "
-                "element or a vacancy for every atom of a cell that is large enough, and remove "
+                f"site {site} of the structure is partly occupied ({told}), which nothing here can keep: "
+                "choose an element or a vacancy for every atom of a cell that is large enough, and remove "
                 'atoms.info["occupancy"]'
             )
     for name in ("occupancy", "occupancies"):  # of PDB and of microscopy files
@@ -206,8 +205,8 @@ def _check_occupancies(atoms: Atoms) -> None:
         partial = np.flatnonzero((values > 0) & (values < _WHOLE))
         if len(partial):
             raise InputError(
-                f"atom {partial[0]} has the occupancy {values[partial[0]]:g}: keep whole atoms only, and remove "
-                f'atoms.arrays["{name}"]'
+                f"atom {partial[0]} has the occupancy {values[partial[0]]:g}: keep whole atoms only, and "
+                f'remove atoms.arrays["{name}"]'
             )
 
 
