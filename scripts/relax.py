@@ -1,8 +1,8 @@
 """Relax a structure with a trained EquiformerV2.
 
 Free atoms move until no force exceeds --fmax; constraints stored in the file hold. What the energy means
-(adsorption or total) depends on the checkpoint and is printed. A relaxation that is not converged after all its
-steps is written all the same; the last line says so, and the exit status is 3.
+(adsorption or total) depends on the checkpoint and is printed. A relaxation that has not converged after all
+its steps is written all the same; the last line says so, and the exit status is 3.
 
     python scripts/relax.py --checkpoint model.pt --structure slab.traj --out runs/relax
 """
