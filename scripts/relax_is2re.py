@@ -10,7 +10,13 @@ Structures that cannot be relaxed are skipped and named.
 import argparse
 from pathlib import Path
 
-from equiformer2.script import add_model_arguments, add_router_argument, run_script, show_log
+from equiformer2.script import (
+    add_model_arguments,
+    add_router_argument,
+    parse_checked,
+    run_script,
+    show_log,
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,10 +46,7 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="exit with status 3 unless every system was relaxed and has converged",
     )
-    arguments = parser.parse_args()
-    if arguments.splits is not None and arguments.data_root is None:
-        parser.error("--splits are names of folders in --data-root: give it too")
-    return arguments
+    return parse_checked(parser, needs=[("--splits", "--data-root")])
 
 
 def main() -> int:

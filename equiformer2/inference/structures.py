@@ -64,8 +64,8 @@ def build_slab(
     elements = re.findall("[A-Z][a-z]?", name) if several else []
     if len(elements) > 1 and set(elements) <= set(chemical_symbols[1:]):
         raise InputError(
-            f"the slab {name!r} has several elements ({', '.join(elements)}), and only slabs of one element, such "
-            "as Pt111, are built by name: cut it from its bulk with ase.build.surface and give a structure file"
+            f"the slab {name!r} has several elements ({', '.join(elements)}), and only slabs of one element, "
+            "such as Pt111, are built by name: cut it from its bulk with ase.build.surface and give a file"
         )
     if not match or match[1] not in atomic_numbers:
         raise InputError(

@@ -89,8 +89,8 @@ def check_symmetries(
         seed: of these transformations.
         energy_per_structure: the part of an energy that every structure has once, whatever its size, such as
             the mean of a normalizer, in the model's unit. It is subtracted before energies are compared,
-            since two cells have it once and not twice. None: the attribute `energy_per_structure` of what `predict`
-            is a method of (`Predictor` has it), else 0.
+            since two cells have it once and not twice. None: the attribute `energy_per_structure` of what
+            `predict` is a method of (`Predictor` has it), else 0.
     """
     if energy_per_structure is None:
         energy_per_structure = float(getattr(_owner(predict), "energy_per_structure", 0.0))

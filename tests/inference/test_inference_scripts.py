@@ -134,7 +134,7 @@ def test_relax(
     write("system.extxyz", oxygen_on_copper)
     status = call(
         "relax", "--checkpoint", checkpoint, "--structure", "system.extxyz",
-        "--steps", "2", "--optimizer", "FIRE", "--out", "result",
+        "--steps", "2", "--optimizer", "FIRE", "--fmax", "1e-4", "--out", "result",
     )  # fmt: skip
     assert status == 3
     lines = capsys.readouterr().out.splitlines()
