@@ -100,8 +100,8 @@ def _cast(array: np.ndarray, dtype: str, where: str) -> np.ndarray:
     if len(wrong):
         value = array[tuple(wrong[0])]
         raise InputError(
-            f"{where} holds {value} in row {wrong[0][0]}, which is not a finite number of {dtype}: predict that "
-            "structure again" + (", or take --dtype float32" if np.isfinite(value) else "")
+            f"{where} holds {value} in row {wrong[0][0]}, which is not a finite number of {dtype}: predict "
+            "that structure again" + (", or take --dtype float32" if np.isfinite(value) else "")
         )
     return cast
 

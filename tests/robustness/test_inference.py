@@ -36,7 +36,7 @@ from datasets_oc20.errors import DataError
 from equiformer2 import EquiformerV2, EquiformerV2Calculator, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
 from equiformer2.errors import InputError
-from equiformer2.inference import Predictor, atoms_to_data, relax
+from equiformer2.inference import Predictor, atoms_to_data, pictures, relax
 from equiformer2.inference.atoms import check_atoms, fixed_mask, oc20_tags
 from equiformer2.inference.extras import extras, plain, simple_info
 from equiformer2.inference.files import read_structure
@@ -51,7 +51,8 @@ from equiformer2.training.submission import SPLITS, make_submission
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SMALL = {
     "num_layers": 1, "sphere_channels": 8, "attn_hidden_channels": 8, "num_heads": 2,
-    "attn_alpha_channels": 4, "attn_value_channels": 4, "ffn_hidden_channels": 8, "lmax": 2, "mmax": 1, "grid_resolution": 8,
+    "attn_alpha_channels": 4, "attn_value_channels": 4, "ffn_hidden_channels": 8, "lmax": 2,
+    "mmax": 1, "grid_resolution": 8,
     "edge_channels": 8, "num_distance_basis": 16, "max_radius": 5.0,
 }  # fmt: skip
 
@@ -83,6 +84,12 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="module")
 def model(make_model: Callable[..., Path]) -> Path:
     return make_model()
+
+
+@pytest.fixture
+def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made and not drawn, which takes seconds."""
+    monkeypatch.setattr(pictures, "_png", lambda figure: b"PNG")
 
 
 def slab(layers: int = 3, *, adsorbate: bool = True, oc20: bool = True, held: bool = True) -> Atoms:
@@ -445,7 +452,7 @@ ODD_INFO: list[tuple[str, dict[Any, Any], dict[str, Any]]] = [
     ("info", "arrays"), [case[1:] for case in ODD_INFO], ids=[case[0] for case in ODD_INFO]
 )
 def test_records_of_odd_structures(
-    tmp_path: Path, info: dict[Any, Any], arrays: dict[str, np.ndarray]
+    quick_pictures: None, tmp_path: Path, info: dict[Any, Any], arrays: dict[str, np.ndarray]
 ) -> None:
     atoms = slab()
     atoms.info.update({"sid": "random7", **info})
@@ -471,12 +478,22 @@ def test_records_of_odd_structures(
     "constraint",
     [FixCartesian(LOWER), FixScaled(LOWER), [FixedLine(LOWER, (0, 0, 1)), FixedPlane(LOWER, (0, 0, 1))]],
 )
-def test_relaxed_files_keep_what_is_held(tmp_path: Path, constraint: Any) -> None:
+def test_relaxed_files_keep_what_is_held(quick_pictures: None, tmp_path: Path, constraint: Any) -> None:
     atoms = slab()
     atoms.set_constraint(constraint)
     result = relax(atoms, EMT(), steps=1)
     write_relaxation_record(tmp_path, atoms, result, {"energy_kind": "total"})
     assert fixed_mask(read(tmp_path / "relaxed.extxyz")).tolist() == [True, True, False, False]
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pictures, "_png", lambda figure: 1 / 0)
+    atoms = slab()
+    written = write_relaxation_record(tmp_path, atoms, relax(atoms, EMT()), {"energy_kind": "total"})
+    assert [path.name for path in written] == ["relaxed.extxyz", "relaxation.json"]
+    assert "structure.png could not be drawn" in caplog.text
 
 
 def test_plain_values_and_names() -> None:
@@ -506,7 +523,8 @@ def test_no_convergence_is_told_and_not_raised(caplog: pytest.LogCaptureFixture)
     ],
 )
 def test_relax_script(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    quick_pictures: None, model: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     name: str, fmax: float, status: int, last: str,
 ) -> None:  # fmt: skip
     atoms = slab(adsorbate=name != "clean")
