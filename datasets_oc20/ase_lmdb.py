@@ -27,6 +27,7 @@ from datasets_oc20 import records
 from datasets_oc20.constraints import constraints_from_records, held_atoms
 from datasets_oc20.errors import DataError
 from datasets_oc20.lmdb_file import LmdbFile, open_lmdb
+from datasets_oc20.untrusted import AnyPath
 
 EXTRA_FIELDS = ("y_init", "y_relaxed", "pos_relaxed")
 
@@ -86,8 +87,9 @@ class AseLmdbFile(LmdbFile):
             ) from error
 
 
-def open_shard(path: Path) -> LmdbFile:
+def open_shard(path: AnyPath) -> LmdbFile:
     """The open file for `path`, be it OC20's, ours or an ASE-LMDB."""
+    path = Path(path)
     file = open_lmdb(path)
     return file if file.get(b"nextid") is None else AseLmdbFile(file)
 
