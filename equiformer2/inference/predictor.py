@@ -5,6 +5,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from ase import Atoms
@@ -22,7 +23,7 @@ from equiformer2.model.requests import OutputRequest
 
 logger = logging.getLogger(__name__)
 
-Structures = Batch | Data | Atoms | Sequence[Data] | Sequence[Atoms]
+Structures: TypeAlias = Batch | Data | Atoms | Sequence[Data] | Sequence[Atoms]
 """What `Predictor.predict` takes."""
 
 

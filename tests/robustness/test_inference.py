@@ -36,7 +36,7 @@ from datasets_oc20.errors import DataError
 from equiformer2 import EquiformerV2, EquiformerV2Calculator, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
 from equiformer2.errors import InputError
-from equiformer2.inference import Predictor, atoms_to_data, pictures, relax
+from equiformer2.inference import Predictor, atoms_to_data, pictures, record, relax
 from equiformer2.inference.atoms import check_atoms, fixed_mask, oc20_tags
 from equiformer2.inference.extras import extras, plain, simple_info
 from equiformer2.inference.files import read_structure
@@ -88,8 +88,9 @@ def model(make_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are made and not drawn, which takes seconds."""
-    monkeypatch.setattr(pictures, "_png", lambda figure: b"PNG")
+    """Nothing is drawn, which takes seconds, where files are looked at."""
+    for name in ("structure_picture", "relaxation_picture"):
+        monkeypatch.setattr(record, name, lambda *_: b"PNG")
 
 
 def slab(layers: int = 3, *, adsorbate: bool = True, oc20: bool = True, held: bool = True) -> Atoms:
@@ -167,7 +168,7 @@ def test_held_atoms_of_a_database_row(constraint: Any, held: list[bool]) -> None
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("row", "message"),
     [
         ({"name": "FixAtoms", "kwargs": {"indices": [99]}}, "FixAtoms is of atom 99, but there are 4"),
         ({"name": "FixCartesian", "kwargs": {"a": [-7]}}, "FixCartesian is of atom -7"),
@@ -178,9 +179,9 @@ def test_held_atoms_of_a_database_row(constraint: Any, held: list[bool]) -> None
         (["FixAtoms"], "None does not say which atoms"),
     ],
 )
-def test_wrong_constraints_of_a_row_are_one_sentence(record: Any, message: str) -> None:
+def test_wrong_constraints_of_a_row_are_one_sentence(row: Any, message: str) -> None:
     with pytest.raises(DataError, match=message) as error:
-        constraints.held_atoms(slab(), constraints.constraints_from_records([record], "x.aselmdb, row 1"))
+        constraints.held_atoms(slab(), constraints.constraints_from_records([row], "x.aselmdb, row 1"))
     assert "not a row of an ASE database" not in str(error.value)
 
 
@@ -387,7 +388,7 @@ def test_structures_without_an_adsorption_energy(
         calculator.get_potential_energy(atoms)
         atoms = atoms.copy()
         atoms.positions[0] += 0.01
-    told = [record for record in caplog.records if "means nothing" in record.getMessage()]
+    told = [entry for entry in caplog.records if "means nothing" in entry.getMessage()]
     assert len(told) == (what is not None)
 
 
@@ -403,7 +404,7 @@ def test_several_adsorbates_warn_once(model: Path, caplog: pytest.LogCaptureFixt
     predictor = Predictor(model)
     predictor.predict(_two_adsorbates())
     predictor.predict([_two_adsorbates(), slab()])
-    told = [record.getMessage() for record in caplog.records if "adsorbates" in record.getMessage()]
+    told = [entry.getMessage() for entry in caplog.records if "adsorbates" in entry.getMessage()]
     assert len(told) == 1
     assert "one per structure" in told[0]
 
@@ -461,16 +462,16 @@ def test_records_of_odd_structures(
     calculator = EMT()
     result = relax(atoms, calculator, steps=1, fmax=1e-6, trajectory=tmp_path / "relaxation.traj")
     write_relaxation_record(tmp_path, atoms, result, {"energy_kind": "total"})
-    record = json.loads((tmp_path / "relaxation.json").read_text())
+    stored = json.loads((tmp_path / "relaxation.json").read_text())
     back = read(tmp_path / "relaxed.extxyz")
-    assert record["energy_eV"] == pytest.approx(back.get_potential_energy(), abs=1e-6)
+    assert stored["energy_eV"] == pytest.approx(back.get_potential_energy(), abs=1e-6)
     forces = result.atoms.calc.results["forces"]
     assert np.allclose(back.get_forces(apply_constraint=False), forces, atol=1e-7)
     assert back.info["sid"] == "random7"
     assert back.get_tags().tolist() == atoms.get_tags().tolist()
     assert fixed_mask(back).tolist() == fixed_mask(atoms).tolist()
-    assert set(record["extras"]["info"]) == {str(name) for name in atoms.info}
-    assert set(record["extras"].get("arrays", {})) == set(arrays)
+    assert set(stored["extras"]["info"]) == {str(name) for name in atoms.info}
+    assert set(stored["extras"].get("arrays", {})) == set(arrays)
     assert len(read(tmp_path / "relaxation.traj", ":")) == 2
 
 
@@ -535,11 +536,11 @@ def test_relax_script(
     assert call(monkeypatch, "relax", *arguments, "--steps", 1, "--fmax", fmax) == status
     lines = capsys.readouterr().out.splitlines()
     assert last in lines[-1]
-    record = json.loads((out / "relaxation.json").read_text())
-    assert record["converged"] == (status == 0)
-    assert record["max_force_eV_A"] >= 0
+    stored = json.loads((out / "relaxation.json").read_text())
+    assert stored["converged"] == (status == 0)
+    assert stored["max_force_eV_A"] >= 0
     assert any(line.startswith("adsorption energy:") for line in lines) == (name != "clean")
-    assert any("slab without an adsorbate" in warning for warning in record["warnings"]) == (name == "clean")
+    assert any("slab without an adsorbate" in warning for warning in stored["warnings"]) == (name == "clean")
 
 
 def _dataset(path: Path, *, energies: bool = False) -> Path:
