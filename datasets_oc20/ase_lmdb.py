@@ -7,8 +7,7 @@ well. That needs no further package; writing (ase_lmdb_writer.py) needs `ase-db-
     row                                       data object
     numbers, positions, cell, pbc, tags       the same; without pbc not periodic. Tags that are all 0 are none
                                               in files of others: then fixed atoms get 0, others 1
-    constraints: FixAtoms, or FixCartesian    fixed; without constraints no atom is fixed
-    and FixScaled that hold all directions
+    constraints                               fixed: atoms that they hold in every direction
     energy, forces                            the same; forces as stored, those on fixed atoms too
     stress                                    the same, all nine components
     data: sid, fid, y_init, y_relaxed, …      the same; without sid it is the id of the row
@@ -21,9 +20,11 @@ from typing import Any
 
 import numpy as np
 import orjson
+from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from datasets_oc20 import records
+from datasets_oc20.constraints import NEVER_HOLD, constraints_from_records, held_atoms
 from datasets_oc20.errors import DataError
 from datasets_oc20.lmdb_file import LmdbFile, open_lmdb
 from datasets_oc20.schema import LARGEST_ATOMS, as_array
@@ -124,7 +125,7 @@ def _fields(row: Any, row_id: str, where: str, ours: bool) -> dict[str, Any]:
         if isinstance(constraints, str):  # as ASE's SQL backends keep them
             constraints = load_json(constraints, where)
         names = {**plain.get("key_value_pairs", {}), **data}
-        fixed = _fixed(constraints, natoms, where)
+        fixed = _fixed(constraints, natoms, plain.get("cell"), where)
         fields = {
             "pos": plain["positions"],
             "atomic_numbers": plain["numbers"],
@@ -172,25 +173,29 @@ def _tags(tags: Any, fixed: np.ndarray, where: str, keep: bool) -> Any:
     return np.where(fixed, 0, 1)
 
 
-def _fixed(constraints: Any, natoms: int, where: str) -> np.ndarray:
-    """`[N]` bool: atoms that the constraints of a row hold in all directions."""
-    fixed = np.zeros(natoms, dtype=bool)
-    for constraint in constraints:
-        name, kwargs = str(constraint.get("name"))[:40], constraint.get("kwargs", {})
-        if name == "FixAtoms":
-            fixed[_indices(kwargs["indices"], natoms, f"{where}: the constraint FixAtoms")] = True
-        elif name in ("FixCartesian", "FixScaled"):
-            what = f"{where}: the constraint {name}"
-            if not as_array(_plain(kwargs.get("mask", (True, True, True))), "mask", what).all():
-                raise DataError(
-                    f"{what} holds atoms in some directions only, which records cannot say; use FixAtoms."
-                )
-            fixed[_indices(kwargs["a"], natoms, what)] = True
-        else:
-            raise DataError(
-                f"{where}: the constraint {name} does not say which atoms are fixed; use FixAtoms."
-            )
-    return fixed
+def _fixed(constraints: Any, natoms: int, cell: Any, where: str) -> np.ndarray:
+    """`[N]` bool: atoms that the constraints of a row hold in every direction."""
+    if not constraints:
+        return np.zeros(natoms, dtype=bool)
+    found = constraints_from_records([_checked(item, natoms, where) for item in constraints], where)
+    try:
+        return held_atoms(Atoms(f"X{natoms}", cell=cell), found)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _checked(constraint: Any, natoms: int, where: str) -> Any:
+    """The record of a constraint with arrays for lists and indices of atoms that exist."""
+    kwargs = constraint.get("kwargs") if isinstance(constraint, dict) else None
+    if not isinstance(kwargs, dict):
+        return constraint
+    kwargs = {name: _plain(value) for name, value in kwargs.items()}
+    if constraint.get("name") not in NEVER_HOLD:
+        what = f"{where}: the constraint {str(constraint.get('name'))[:40]}"
+        kwargs |= {
+            name: _indices(kwargs[name], natoms, what) for name in ("indices", "a", "index") if name in kwargs
+        }
+    return {**constraint, "kwargs": kwargs}
 
 
 def _indices(given: Any, natoms: int, what: str) -> np.ndarray:

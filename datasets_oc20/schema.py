@@ -76,6 +76,7 @@ def _lengths(*shape: Any, required: bool = False) -> Field:
     return Field("real", _DOUBLE, _DOUBLE, shape, -limit, limit, "Å", remedy, required)
 
 
+_TAGS = "tags are 0 (held), 1 (free slab atom) or 2 (adsorbate); set these in place of ASE layer numbers"
 FIELDS: dict[str, Field] = {
     "pos": _lengths("N", 3, required=True),
     "atomic_numbers": Field(
@@ -83,7 +84,7 @@ FIELDS: dict[str, Field] = {
     ),
     "cell": _lengths(1, 3, 3, required=True),
     "pbc": Field("flag", _BOOL, _BOOL, (1, 3), 0, 1, remedy="flags are 0 or 1", required=True),
-    "tags": Field("whole", _INT, _BYTE, ("N",), 0, 2, remedy="tags are 0, 1 or 2", required=True),
+    "tags": Field("whole", _INT, _BYTE, ("N",), 0, 2, remedy=_TAGS, required=True),
     "fixed": Field("flag", _BOOL, _BOOL, ("N",), 0, 1, remedy="flags are 0 or 1", required=True),
     "energy": _energy(),
     "forces": Field(

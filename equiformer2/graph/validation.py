@@ -110,8 +110,8 @@ def check_extents(
     atom = int(np.argmax(np.abs(here[:, axis] - np.median(here[:, axis]))))
     raise InputError(
         f"{_name_structure(structure, natoms)} spans {np.ptp(here[:, axis]):.3g} Å along {'xyz'[axis]}, "
-        f"where at most {MAX_EXTENT:.0f} Å make sense; atom {atom} is farthest out, at {here[atom].tolist()} Å: "
-        "remove it or give positions in Å",
+        f"where at most {MAX_EXTENT:.0f} Å make sense; atom {atom} is farthest out, at {here[atom].tolist()} "
+        "Å: remove it or give positions in Å",
         structure,
     )
 

@@ -18,6 +18,7 @@ from equiformer2.checkpoint import Checkpoint
 from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import atoms_to_data, fixed_mask
+from equiformer2.inference.old_names import answering_old_names
 from equiformer2.inference.predictor import Predictor
 from equiformer2.inference.symmetric_sites import find_symmetric_sites
 
@@ -70,6 +71,7 @@ class EquiformerV2Calculator(Calculator):
     implemented_properties = ["energy", "free_energy", "forces"]  # noqa: RUF012
     ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
 
+    @answering_old_names
     def __init__(
         self,
         checkpoint: Checkpoint | str | Path,
@@ -173,6 +175,8 @@ class EquiformerV2Calculator(Calculator):
             self.atoms, max_num_elements=config.max_num_elements, notify=not self._notified_tags
         )
         self._notified_tags = True
+        if set(system_changes) != {"positions"}:  # else it is the structure of the call before, moved
+            self.predictor.warn_of(self.atoms)
         self._warn_of_symmetry(data)
         # Forces that are the gradient of the energy come with it.
         asked = set(properties) != {"forces"} or config.forces == "gradient"

@@ -53,8 +53,8 @@ class SymmetricSites:
             return None
         return (
             f"perfect crystal: {' and '.join(reasons)}; forces that symmetry makes zero may come out as "
-            "tenths of an eV/Å and energies jump by tens of meV between nearly equal structures: displace the atoms "
-            "by 0.01 Å (atoms.rattle(0.01)) and compare structures with the same displacements"
+            "tenths of an eV/Å and energies jump by tens of meV between nearly equal structures: displace "
+            "the atoms by 0.01 Å (atoms.rattle(0.01)) and compare structures with the same displacements"
         )
 
 
