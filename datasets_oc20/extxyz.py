@@ -7,6 +7,7 @@ parses the comment line, so that keys like `pbe/energy` and text in quotes are w
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from datasets_oc20.errors import DataError
 from datasets_oc20.untrusted import AnyPath, open_compressed
 
 _USED_KEYS = re.compile(r"(?<![^\s])(?:energy|Lattice|Properties|pbc)\s*=")
+_USED = {"energy", "Lattice", "Properties", "pbc"}
+# Lines without escapes, brackets and odd keys: there these pairs are those that ASE finds, letter
+# by letter. Most frames of a relaxation share all values but the energy.
+_PAIR = re.compile(r'([A-Za-z_]\w*)=("[^"\\]*"|[^\s"\'{}\[\]\\=]+)')
+_SIMPLE = re.compile(rf"\s*(?:{_PAIR.pattern}(?:\s+|$))+")
 _MOVABLE = {"T": True, "F": False, "True": True, "False": False}
 _COUNT = re.compile(r"[0-9]{1,8}")
 _LARGEST_FILE = 4 << 30
@@ -146,6 +152,10 @@ def _parse_comment(comment: str, where: str) -> dict[str, Any]:
     """
     if len(comment) > _LARGEST_COMMENT:
         raise DataError(f"{where}: the comment line has {len(comment)} characters, more than can be.")
+    if _SIMPLE.fullmatch(comment):
+        pairs = [(key, value) for key, value in _PAIR.findall(comment) if key in _USED]
+        if len({key for key, _ in pairs}) == len(pairs):
+            return {key: _value(key, value, where) for key, value in pairs}
     header = _by_ase(comment, where)
     found = [match.start() for match in _USED_KEYS.finditer(comment)]
     if len({comment[start:].split("=", 1)[0].strip() for start in found}) < len(found):
@@ -159,6 +169,18 @@ def _parse_comment(comment: str, where: str) -> dict[str, Any]:
             if key in before and not np.array_equal(before[key], header.get(key)):
                 raise DataError(f"{where}: the key {key} is there twice with different values; remove one.")
     return header
+
+
+def _value(key: str, value: str, where: str) -> Any:
+    try:
+        return _cached(key, value)
+    except (ValueError, IndexError):
+        return _by_ase(f"{key}={value}", where)[key]  # raises the same with a sentence
+
+
+@lru_cache(maxsize=256)
+def _cached(key: str, value: str) -> Any:
+    return key_val_str_to_dict(f"{key}={value}")[key]
 
 
 def _by_ase(comment: str, where: str) -> dict[str, Any]:
