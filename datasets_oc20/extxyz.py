@@ -119,10 +119,11 @@ def _parse_frame(comment: str, rows: list[str], index: int, where: str) -> RawFr
             raise DataError(f"{where}: column {name} holds something that is not a number.") from error
         return flat
 
-    symbols = [symbol.capitalize() for symbol in by_column[columns["species"]]]
-    unknown = next((number for number, symbol in enumerate(symbols) if symbol not in ATOMIC_NUMBERS), None)
-    if unknown is not None:
-        raise DataError(f"{where}: atom {unknown} is {symbols[unknown]!r}, which is not an element.")
+    species = by_column[columns["species"]]
+    elements = {symbol: ATOMIC_NUMBERS.get(symbol.capitalize()) for symbol in set(species)}
+    if None in elements.values():
+        atom = next(number for number, symbol in enumerate(species) if elements[symbol] is None)
+        raise DataError(f"{where}: atom {atom} is {species[atom]!r}, which is not an element.")
     movable = by_column[columns["move_mask"]]
     if not set(movable) <= _MOVABLE.keys():
         raise DataError(f"{where}: column move_mask holds something other than T and F.")
@@ -131,7 +132,7 @@ def _parse_frame(comment: str, rows: list[str], index: int, where: str) -> RawFr
     if len(broken):
         raise DataError(f"{where}: atom {broken[0]} has tag {tags[broken[0]]:g}, not a whole number.")
     return RawFrame(
-        atomic_numbers=np.array([ATOMIC_NUMBERS[symbol] for symbol in symbols]),
+        atomic_numbers=np.array([elements[symbol] for symbol in species]),
         pos=numbers("pos", 3),
         cell=_floats(header, "Lattice", 9, where).reshape(3, 3),
         pbc=_periodic(header, where),
@@ -226,6 +227,6 @@ def _periodic(header: dict[str, Any], where: str) -> np.ndarray:
     """`pbc`, or True in all directions where it is not written, as the extended XYZ format has it."""
     given = header.get("pbc", True)
     flags = np.asarray(given) if isinstance(given, bool | list | np.ndarray | np.generic) else np.array("")
-    if flags.dtype.kind not in "bi" or flags.size not in (1, 3) or not np.isin(flags, (0, 1)).all():
+    if flags.dtype.kind not in "bi" or flags.size not in (1, 3) or not ((flags == 0) | (flags == 1)).all():
         raise DataError(f"{where}: pbc is {str(given)[:40]!r}, not three of T and F.")
     return np.array(np.broadcast_to(flags.astype(bool).reshape(-1), 3))
