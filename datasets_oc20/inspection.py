@@ -14,7 +14,7 @@ from torch_geometric.data import Data
 from datasets_oc20.errors import DataError
 from datasets_oc20.periodicity import unused_cell
 from datasets_oc20.reader import OC20Lmdb
-from datasets_oc20.targets import TargetSample, check_energies_match_kind
+from datasets_oc20.targets import TargetSample, unlikely_size
 from datasets_oc20.workers import as_they_finish
 
 # OC20's own rules for the frames of S2EF: adsorption energy, and force on a free atom.
@@ -171,19 +171,12 @@ def _repeated(facts: list[FrameFacts], keys: Sequence[object]) -> list[FrameFact
 
 
 def _possible_kinds(natoms: np.ndarray, energy: np.ndarray) -> list[str]:
-    """The kinds that training on these energies would not refuse (targets.py)."""
+    """The kinds that these energies may well be of (targets.py)."""
     there = ~np.isnan(energy)
     if not there.any():
         return []
     sample = TargetSample(natoms[there, None].astype(float), energy[there], None)
-    kinds = []
-    for kind in ("adsorption", "total"):
-        try:
-            check_energies_match_kind(sample, kind, "")
-        except DataError:
-            continue
-        kinds.append(kind)
-    return kinds
+    return [kind for kind in ("adsorption", "total") if unlikely_size(sample, kind) is None]
 
 
 def _inspect_frames(dataset: OC20Lmdb, indices: Sequence[int]) -> list[FrameFacts]:

@@ -86,6 +86,17 @@ class OC20Lmdb(Dataset[Data]):
             self._periodicity.add(data.cell[0].numpy(), data.pbc[0].numpy(), name)
             self._periodicity.say(self.path)
 
+    def fields(self, index: int) -> frozenset[str]:
+        """Names of the arrays of structure `index`; of records of ours from their headers alone."""
+        shard, key = self._locate(index)
+        value = self._file(shard).get(str(key).encode("ascii"))
+        where = f"{self.shards[shard]}, key {key}"
+        if value is None:
+            raise DataError(f"{where}: the file has no such record; it is incomplete, write it again.")
+        if records.is_packed(value):
+            return records.packed_fields(value, where)
+        return records.known_fields(foreign.read_fields(value, where))
+
     @property
     def natoms(self) -> np.ndarray:
         """Number of atoms of every structure, `[len]` int32.

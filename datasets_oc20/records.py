@@ -152,6 +152,17 @@ def packed_natoms(value: bytes, where: str) -> int:
     return sizes["pos"][0]
 
 
+def packed_fields(value: bytes, where: str) -> frozenset[str]:
+    """The names of the arrays of a packed record, from its header alone."""
+    header, _ = _read_header(value, where)
+    return frozenset(str(name) for name, *_ in header["arrays"])
+
+
+def known_fields(fields: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the arrays that `make_data` takes from `fields`."""
+    return frozenset(name for name in _FIELDS if fields.get(name) is not None)
+
+
 @contextmanager
 def _naming_system(sid: str) -> Iterator[None]:
     """Inside, a `DataError` gets the `sid` of the system, if it has one."""

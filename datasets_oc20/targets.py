@@ -1,6 +1,7 @@
 """Targets of a dataset: the kind of its energies, per-element references, mean and spread."""
 
 import logging
+import warnings
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -73,22 +74,36 @@ def sample_targets(dataset: OC20Lmdb, limit: int = 50_000, leave_out_unusable: b
 
 
 def check_energies_match_kind(sample: TargetSample, kind: str, name: str) -> None:
-    """Raise `DataError` when the energies cannot be of the declared kind."""
-    mean = float(np.abs(sample.energy).mean())
-    per_atom = float((np.abs(sample.energy) / sample.composition.sum(axis=1)).mean())
-    found = f"their mean size is {mean:.4g} eV ({per_atom:.2g} eV per atom)"
-    if kind == "adsorption" and (
-        mean > _LARGEST_ADSORPTION_MEAN or (mean > _OC20_LARGEST and per_atom > _BETWEEN_PER_ATOM)
-    ):
+    """Raise `DataError` when the energies cannot be of the declared kind; warn when they are unlikely to be.
+
+    Total energies may be as small as adsorption energies (EMT's are some 0.2 eV per atom), so they are taken
+    as declared.
+    """
+    found = unlikely_size(sample, kind)
+    if found is None:
+        return
+    if kind == "adsorption":
         raise DataError(
             f"{name}: declared as adsorption energies, but {found}, as of total energies (OC20's adsorption "
             "energies are below 10 eV); declare energy_kind total, or preprocess with the reference energies."
         )
-    if kind == "total" and mean < _OC20_LARGEST and per_atom < _BETWEEN_PER_ATOM:
-        raise DataError(
-            f"{name}: declared as total energies, but {found}, as of adsorption energies (total energies are "
-            "eV per atom, hundreds of eV for a slab); declare energy_kind adsorption."
-        )
+    warnings.warn(
+        f"{name}: taken as total energies, as declared, but {found}, as of adsorption energies (those of DFT "
+        "are eV per atom, hundreds of eV for a slab); if they are adsorption energies, declare energy_kind "
+        "adsorption.",
+        stacklevel=2,
+    )
+
+
+def unlikely_size(sample: TargetSample, kind: str) -> str | None:
+    """Half a sentence about the size of energies that are hardly of this kind; None where they may be."""
+    mean = float(np.abs(sample.energy).mean())
+    per_atom = float((np.abs(sample.energy) / sample.composition.sum(axis=1)).mean())
+    if kind == "adsorption":
+        unlikely = mean > _LARGEST_ADSORPTION_MEAN or (mean > _OC20_LARGEST and per_atom > _BETWEEN_PER_ATOM)
+    else:
+        unlikely = kind == "total" and mean < _OC20_LARGEST and per_atom < _BETWEEN_PER_ATOM
+    return f"their mean size is {mean:.4g} eV ({per_atom:.2g} eV per atom)" if unlikely else None
 
 
 def check_normalized_energies(

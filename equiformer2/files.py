@@ -2,14 +2,17 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from datasets_oc20 import untrusted
 from datasets_oc20.atomic import whole_file, write_bytes
+from datasets_oc20.errors import DataError
 from equiformer2.errors import InputError
 
-__all__ = ["check_target", "read_json", "whole_file", "write_bytes", "write_json"]
+__all__ = ["as_input_error", "check_target", "read_json", "whole_file", "write_bytes", "write_json"]
 
 
 def check_target(path: str | os.PathLike[str], is_folder: bool = False) -> None:
@@ -50,6 +53,15 @@ def write_json(path: str | os.PathLike[str], record: Mapping[str, Any], make_fol
     return write_bytes(path, (text + "\n").encode(), make_folder)
 
 
+@contextmanager
+def as_input_error() -> Iterator[None]:
+    """Inside, what `datasets_oc20` says of a file is an `InputError`, as all else about it."""
+    try:
+        yield
+    except DataError as error:
+        raise InputError(str(error)) from error
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `write_json` wrote.
 
@@ -58,8 +70,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: the file is missing or unreadable.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = untrusted.read_json(path)
+    except DataError as error:
         raise InputError(
             f"{path} is broken ({error}): remove it, and what it told is computed again"
         ) from error

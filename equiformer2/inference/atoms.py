@@ -17,6 +17,7 @@ from torch_geometric.data import Data
 from vesin import NeighborList
 
 from datasets_oc20.periodicity import unused_cell
+from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
 from equiformer2.graph.validation import MAX_COORDINATE, MAX_EXTENT, check_extents, locate_atom
 
@@ -36,6 +37,7 @@ _MOST_BOXES = 1000
 """Along the longest direction of a structure; the search takes time and memory for empty ones too."""
 
 
+@own_defaults()
 def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: bool = True) -> Data:
     """One structure as the data object of `docs/architecture.md`; `atoms` is not changed.
 
@@ -128,6 +130,7 @@ def surface_height(atoms: Atoms) -> np.ndarray:
     return atoms.positions @ (normal if normal @ atoms.cell[2] >= 0 else -normal)
 
 
+@own_defaults()
 def check_atoms(atoms: Atoms, max_num_elements: int | None = None) -> None:
     """Raise `InputError` for a structure that has no meaningful energy; see `atoms_to_data`."""
     if len(atoms) == 0:
