@@ -160,7 +160,7 @@ def packed_fields(value: bytes, where: str) -> frozenset[str]:
 
 def known_fields(fields: Mapping[str, Any]) -> frozenset[str]:
     """Names of the arrays that `make_data` takes from `fields`."""
-    return frozenset(name for name in _FIELDS if fields.get(name) is not None)
+    return frozenset(name for name in FIELDS if fields.get(name) is not None)
 
 
 @contextmanager
