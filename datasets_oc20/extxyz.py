@@ -167,7 +167,7 @@ def _parse_comment(comment: str, where: str) -> dict[str, Any]:
                 before = key_val_str_to_dict(comment[:start])
             except (ValueError, IndexError, RecursionError):
                 continue
-            if key in before and not np.array_equal(before[key], header[key]):
+            if key in before and key in header and not np.array_equal(before[key], header[key]):
                 raise DataError(f"{where}: the key {key} is there twice with different values; remove one.")
     return header
 
