@@ -7,6 +7,7 @@ parses the comment line, so that keys like `pbe/energy` and text in quotes are w
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from datasets_oc20.errors import DataError
 from datasets_oc20.untrusted import AnyPath, open_compressed
 
 _USED_KEYS = re.compile(r"(?<![^\s])(?:energy|Lattice|Properties|pbc)\s*=")
+_USED = {"energy", "Lattice", "Properties", "pbc"}
+# Lines without escapes, brackets and odd keys: there these pairs are those that ASE finds, letter
+# by letter. Most frames of a relaxation share all values but the energy.
+_PAIR = re.compile(r'([A-Za-z_]\w*)=("[^"\\]*"|[^\s"\'{}\[\]\\=]+)')
+_SIMPLE = re.compile(rf"\s*(?:{_PAIR.pattern}(?:\s+|$))+")
 _MOVABLE = {"T": True, "F": False, "True": True, "False": False}
 _COUNT = re.compile(r"[0-9]{1,8}")
 _LARGEST_FILE = 4 << 30
@@ -113,10 +119,11 @@ def _parse_frame(comment: str, rows: list[str], index: int, where: str) -> RawFr
             raise DataError(f"{where}: column {name} holds something that is not a number.") from error
         return flat
 
-    symbols = [symbol.capitalize() for symbol in by_column[columns["species"]]]
-    unknown = next((number for number, symbol in enumerate(symbols) if symbol not in ATOMIC_NUMBERS), None)
-    if unknown is not None:
-        raise DataError(f"{where}: atom {unknown} is {symbols[unknown]!r}, which is not an element.")
+    species = by_column[columns["species"]]
+    elements = {symbol: ATOMIC_NUMBERS.get(symbol.capitalize()) for symbol in set(species)}
+    if None in elements.values():
+        atom = next(number for number, symbol in enumerate(species) if elements[symbol] is None)
+        raise DataError(f"{where}: atom {atom} is {species[atom]!r}, which is not an element.")
     movable = by_column[columns["move_mask"]]
     if not set(movable) <= _MOVABLE.keys():
         raise DataError(f"{where}: column move_mask holds something other than T and F.")
@@ -125,7 +132,7 @@ def _parse_frame(comment: str, rows: list[str], index: int, where: str) -> RawFr
     if len(broken):
         raise DataError(f"{where}: atom {broken[0]} has tag {tags[broken[0]]:g}, not a whole number.")
     return RawFrame(
-        atomic_numbers=np.array([ATOMIC_NUMBERS[symbol] for symbol in symbols]),
+        atomic_numbers=np.array([elements[symbol] for symbol in species]),
         pos=numbers("pos", 3),
         cell=_floats(header, "Lattice", 9, where).reshape(3, 3),
         pbc=_periodic(header, where),
@@ -146,6 +153,10 @@ def _parse_comment(comment: str, where: str) -> dict[str, Any]:
     """
     if len(comment) > _LARGEST_COMMENT:
         raise DataError(f"{where}: the comment line has {len(comment)} characters, more than can be.")
+    if _SIMPLE.fullmatch(comment):
+        pairs = [(key, value) for key, value in _PAIR.findall(comment) if key in _USED]
+        if len({key for key, _ in pairs}) == len(pairs):
+            return {key: _value(key, value, where) for key, value in pairs}
     header = _by_ase(comment, where)
     found = [match.start() for match in _USED_KEYS.finditer(comment)]
     if len({comment[start:].split("=", 1)[0].strip() for start in found}) < len(found):
@@ -156,9 +167,21 @@ def _parse_comment(comment: str, where: str) -> dict[str, Any]:
                 before = key_val_str_to_dict(comment[:start])
             except (ValueError, IndexError, RecursionError):
                 continue
-            if key in before and not np.array_equal(before[key], header[key]):
+            if key in before and key in header and not np.array_equal(before[key], header[key]):
                 raise DataError(f"{where}: the key {key} is there twice with different values; remove one.")
     return header
+
+
+def _value(key: str, value: str, where: str) -> Any:
+    try:
+        return _cached(key, value)
+    except (ValueError, IndexError):
+        return _by_ase(f"{key}={value}", where)[key]  # raises the same with a sentence
+
+
+@lru_cache(maxsize=256)
+def _cached(key: str, value: str) -> Any:
+    return key_val_str_to_dict(f"{key}={value}")[key]
 
 
 def _by_ase(comment: str, where: str) -> dict[str, Any]:
@@ -204,6 +227,6 @@ def _periodic(header: dict[str, Any], where: str) -> np.ndarray:
     """`pbc`, or True in all directions where it is not written, as the extended XYZ format has it."""
     given = header.get("pbc", True)
     flags = np.asarray(given) if isinstance(given, bool | list | np.ndarray | np.generic) else np.array("")
-    if flags.dtype.kind not in "bi" or flags.size not in (1, 3) or not np.isin(flags, (0, 1)).all():
+    if flags.dtype.kind not in "bi" or flags.size not in (1, 3) or not ((flags == 0) | (flags == 1)).all():
         raise DataError(f"{where}: pbc is {str(given)[:40]!r}, not three of T and F.")
     return np.array(np.broadcast_to(flags.astype(bool).reshape(-1), 3))

@@ -23,7 +23,7 @@ import torch
 from torch_geometric.data import Data
 
 from datasets_oc20.errors import DataError
-from datasets_oc20.schema import FIELDS, checked_arrays, checked_fid, checked_sid, stored_dtypes
+from datasets_oc20.schema import FIELDS, STORED, checked_arrays, checked_fid, checked_sid
 
 MAGIC = b"EOC1"
 ENERGY_KINDS = ("adsorption", "total")
@@ -121,7 +121,7 @@ def _places(listed: Any, offset: int, size: int) -> list[tuple[str, np.dtype, li
         name, dtype, shape = entry
         if name not in FIELDS or any(name == other for other, *_ in found):
             raise ValueError(f"its header has an unknown or repeated field {name[:40]!r}")
-        stored = next((one for one in stored_dtypes(name) if one.str == dtype), None)
+        stored = STORED[name].get(dtype) if isinstance(dtype, str) else None
         if stored is None:
             raise ValueError(f"field {name} is stored as {str(dtype)[:40]}")
         if not isinstance(shape, list) or len(shape) > 3 or not all(type(n) is int and n >= 0 for n in shape):

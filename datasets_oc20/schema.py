@@ -98,13 +98,15 @@ FIELDS: dict[str, Field] = {
 }  # fmt: skip
 REQUIRED = tuple(name for name, field in FIELDS.items() if field.required)
 
+STORED = {
+    name: {
+        dtype.str: dtype for dtype in ((field.stored, _FLOAT) if field.stored == _DOUBLE else (field.stored,))
+    }
+    for name, field in FIELDS.items()
+}
+"""The dtypes in which a field may lie in a file, by name: old files have float32 for what is float64 now."""
+
 _NAMES = {"atomic_numbers": "atomic number", "tags": "tag", "fixed": "fixed", "pbc": "pbc"}
-
-
-def stored_dtypes(name: str) -> tuple[np.dtype, ...]:
-    """The dtypes in which a field may lie in a file: float32 for what is float64 now, in old files."""
-    stored = FIELDS[name].stored
-    return (stored, _FLOAT) if stored == _DOUBLE else (stored,)
 
 
 def checked_arrays(fields: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
@@ -181,22 +183,22 @@ def _checked(name: str, array: np.ndarray, natoms: int, where: str) -> np.ndarra
     wanted = tuple(natoms if size == "N" else size for size in field.shape)
     squeezed = [size for size in wanted if size != 1]
     flat = array.ndim == 1 and array.size == prod(wanted)
-    if not flat and [size for size in array.shape if size != 1] != squeezed:
+    if array.shape != wanted and not flat and [n for n in array.shape if n != 1] != squeezed:
         raise DataError(
             f"{where}: {name} has shape {list(array.shape)}, expected {list(wanted)} for {natoms} atoms."
         )
     array = array.reshape(wanted)
     if array.dtype.kind == "b" and field.kind != "flag":
         raise DataError(f"{where}: {name} holds true and false, not numbers.")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        _raise(name, ~np.isfinite(array), "holds NaN or infinite values{place}; remove the record", where)
+    # NaN is neither below nor above, and so goes the long way, too.
+    if not (array.min() >= field.lowest and array.max() <= field.largest):
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            _raise(name, ~np.isfinite(array), "holds NaN or infinite values{place}; remove the record", where)
+        _raise_outside(name, array, (array < field.lowest) | (array > field.largest), where)
     if field.kind != "real" and array.dtype.kind == "f":
         fractional = array != np.floor(array)
         if fractional.any():
             _raise(name, fractional, "holds {value}{place}; it must be a whole number", where, array)
-    outside = (array < field.lowest) | (array > field.largest)
-    if outside.any():
-        _raise_outside(name, array, outside, where)
     return array.astype(field.dtype)
 
 
