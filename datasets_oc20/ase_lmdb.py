@@ -33,7 +33,7 @@ class AseLmdbFile(LmdbFile):
     """An ASE-LMDB file under the keys of ours (writer.py): `0` … `n-1`, `length`, `metadata`."""
 
     def __init__(self, file: LmdbFile) -> None:
-        self.path, self.environment = file.path, file.environment
+        self.path = file.path
         self._file = file
         next_id, deleted = self._json(b"nextid"), self._json(b"deleted_ids") or []
         if not isinstance(next_id, int) or not isinstance(deleted, list):
