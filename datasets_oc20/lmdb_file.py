@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from datasets_oc20.errors import DataError
-from datasets_oc20.untrusted import open_regular, regular_file
+from datasets_oc20.untrusted import AnyPath, open_regular, regular_file
 
 _MAGIC = 0xBEEFC0DE
 _NO_PAGE = (1 << 64) - 1
@@ -46,7 +46,7 @@ class _Header:
     root: int
 
 
-def check_lmdb_file(path: Path) -> None:
+def check_lmdb_file(path: AnyPath) -> None:
     """Raise `DataError` unless `path` is a whole LMDB data file by its header and size."""
     LmdbFile(path).close()
 
@@ -61,8 +61,8 @@ class LmdbFile:
         DataError: missing, empty, truncated or damaged file, or one of another kind; `path` is named.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: AnyPath) -> None:
+        self.path = path = Path(path)
         try:
             self._file = open_regular(path)
         except FileNotFoundError as error:
@@ -257,8 +257,9 @@ def _with_hint(error: DataError, path: Path) -> DataError:
 _open_files: "weakref.WeakValueDictionary[tuple[int, ...], LmdbFile]" = weakref.WeakValueDictionary()
 
 
-def open_lmdb(path: Path) -> LmdbFile:
+def open_lmdb(path: AnyPath) -> LmdbFile:
     """The open file of this process for `path`, opened when nobody holds it yet or it has changed."""
+    path = Path(path)
     try:
         status = regular_file(path).stat()
     except FileNotFoundError as error:
