@@ -144,6 +144,13 @@ def add_model_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
     )
 
 
+def add_overwrite_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """`--overwrite`."""
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what an earlier call wrote to --out"
+    )
+
+
 def add_router_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """`--router`."""
     parser.add_argument(

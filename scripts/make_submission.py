@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from equiformer2.script import run_script
+from equiformer2.script import add_overwrite_argument, run_script
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,6 +36,7 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         help="also compare with the test sets in this folder: test_id, test_ood_ads, …",
     )
+    add_overwrite_argument(parser)
     arguments = parser.parse_args()
     if arguments.validate is None and (arguments.task is None or arguments.out is None):
         parser.error("give --task, the four predictions and --out, or --validate FILE")
@@ -59,9 +60,9 @@ def main() -> int:
         file = arguments.out
         if file.suffix != ".npz":
             raise InputError(f"{file}: the leaderboard takes .npz files, give this ending")
-        check_target(file)
         given = {split: getattr(arguments, split) for split in SPLITS}
         predictions = {split: path for split, path in given.items() if path is not None}
+        check_target(file, inputs=predictions.values(), overwrite=arguments.overwrite)
         write_submission(file, make_submission(arguments.task, predictions, arguments.atoms, arguments.dtype))
         print(f"{file}: {arguments.task} for {', '.join(SPLITS)}")
     problems = submission_problems(file, arguments.task)
