@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from datasets_oc20 import untrusted
 from datasets_oc20.atomic import whole_file, write_bytes
 from equiformer2.errors import InputError
 
@@ -85,7 +86,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: the file is missing or unreadable.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = untrusted.read_json(path)
     except ValueError as error:
         raise InputError(
             f"{path} is broken ({error}): remove it, and what it told is computed again"

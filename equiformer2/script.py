@@ -95,7 +95,6 @@ def commit() -> str:
                 ["git", *arguments],
                 cwd=Path(__file__).parent,
                 capture_output=True,
-                text=True,
                 encoding="utf-8",
                 errors="replace",
                 check=False,

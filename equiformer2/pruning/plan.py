@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets_oc20.errors import DataError
+from datasets_oc20.untrusted import load_json, read_text
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
 from equiformer2.model.block_config import BlockConfig
@@ -200,8 +202,8 @@ class PruningPlan:
             InputError: as `from_dict`, and if the text is not JSON.
         """
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = load_json(text, source)
+        except DataError as error:
             raise InputError(f"{source} is not valid JSON: {error}") from error
         return cls.from_dict(values, source)
 
@@ -218,7 +220,7 @@ class PruningPlan:
             InputError: as `from_json`, naming the file.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is no pruning plan: it is not text") from error
+            text = read_text(path)
+        except DataError as error:
+            raise InputError(f"{path} is no pruning plan: {error}") from error
         return cls.from_json(text, str(path))

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets_oc20.untrusted import read_json
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
 from equiformer2.pruning.plan import PruningPlan
@@ -78,7 +79,7 @@ class SearchState:
             InputError: the file is no such state, or one of another search; the difference is named.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             if values["format"] != _FORMAT or values["version"] != _VERSION:
                 raise KeyError("format")
             state = cls(

@@ -128,7 +128,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise InputError(f"there is no config file {path}")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, Mapping):

@@ -1,10 +1,10 @@
 """Routers in JSON files."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from datasets_oc20.untrusted import read_json
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
 from equiformer2.pruning.routing.active_region import ActiveRegion
@@ -78,6 +78,6 @@ def load_router(path: str | os.PathLike[str]) -> Router:
         OSError: it cannot be read.
     """
     try:
-        return router_from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return router_from_dict(read_json(path))
     except (InputError, ValueError) as error:
         raise InputError(f"{path}: {error}") from error
