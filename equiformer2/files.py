@@ -35,6 +35,8 @@ def check_target(
             folder is not writable, `path` is an input, or a file is there already and not to be replaced.
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise InputError(f"{str(path)!r} is not a possible file name: choose another")
     if path.is_dir() and not is_folder:
         raise InputError(f"{path} is a folder: name a file to write")
     folder = path if is_folder else path.parent
@@ -58,10 +60,15 @@ def check_target(
 def _is_input(path: Path, given: Path) -> bool:
     """Whether both are one file, or `path` is a file of data in the folder `given`."""
     if given.is_dir():
-        return path.exists() and path.name.endswith(_DATA) and given.resolve() in path.resolve().parents
+        return path.exists() and path.name.endswith(_DATA) and Path(_real(given)) in Path(_real(path)).parents
     if path.exists() and given.exists():
         return path.samefile(given)
-    return path.resolve() == given.resolve()
+    return _real(path) == _real(given)
+
+
+def _real(path: Path) -> str:
+    """The name behind links, also where they lead in a circle."""
+    return str(path) if "\0" in str(path) else os.path.realpath(path)
 
 
 def write_json(path: str | os.PathLike[str], record: Mapping[str, Any], make_folder: bool = False) -> Path:
