@@ -59,9 +59,7 @@ def check_npz(handle: IO[bytes], path: str | os.PathLike[str]) -> None:
         with zipfile.ZipFile(handle) as archive:
             members = archive.infolist()
             if sum(member.file_size for member in members) > MAX_BYTES:
-                raise DataError(
-                    f"{path}: unpacks to more than {MAX_BYTES >> 30} GiB, which is not believable."
-                )
+                raise DataError(f"{path}: unpacks to more than {MAX_BYTES >> 30} GiB; is it an .npz file?")
             for member in members:
                 if member.flag_bits & 1:
                     raise DataError(f"{path}: {member.filename} is encrypted; save it without a password.")
@@ -84,7 +82,9 @@ def _check_shape(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: str | 
         count = 1
         for size in shape:
             count *= size  # Python's numbers do not overflow
-        if not dtype.hasobject and (min(shape, default=1) < 0 or count * dtype.itemsize > member.file_size):
+        if not dtype.hasobject and (
+            min(shape, default=1) < 0 or count * dtype.itemsize > member.file_size - file.tell()
+        ):
             raise DataError(
                 f"{path}: {member.filename} claims the shape {list(shape)}, for which it has too few bytes."
             )
