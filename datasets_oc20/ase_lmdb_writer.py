@@ -131,7 +131,7 @@ def _backend() -> Any:
 
 
 def _atoms(data: Data) -> Atoms:
-    """The structure with its targets; float32 numbers are exact in ASE's float64."""
+    """The structure with its targets."""
     atoms = Atoms(
         numbers=data.atomic_numbers.numpy(),
         positions=data.pos.double().numpy(),

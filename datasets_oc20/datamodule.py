@@ -1,5 +1,6 @@
 """`OC20DataModule`: the Lightning data module. It only loads."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TypedDict
@@ -18,6 +19,7 @@ from datasets_oc20.reader import OC20Lmdb
 from datasets_oc20.sampler import BalancedBatchSampler
 from datasets_oc20.targets import (
     NUM_ELEMENTS,
+    NormalizerStatistics,
     TargetSample,
     check_energies_match_kind,
     check_normalized_energies,
@@ -28,6 +30,7 @@ from datasets_oc20.targets import (
 
 Paths = str | list[str]
 _CHECKED_RECORDS = 200
+_MOST_LOOKED_AT = 50_000
 
 
 @dataclass
@@ -46,6 +49,11 @@ class NormalizerValues:
     energy_std: float
     forces_std: float
     linear_references: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("energy_mean", "energy_std", "forces_std"):
+            if not math.isfinite(getattr(self, name)):
+                raise DataError(f"data.normalizers.{name} is {getattr(self, name)}; give a finite number.")
 
 
 class NormalizerTable(TypedDict):
@@ -113,6 +121,7 @@ class OC20DataModule(pl.LightningDataModule):
         self._given_normalizers = normalizers
         self.datasets: dict[str, OC20Lmdb] = {}
         self._samples: dict[str, TargetSample] = {}
+        self._training_sample: TargetSample
         self.energy_kind: str = ""
         self.normalizers: NormalizerTable
 
@@ -124,6 +133,9 @@ class OC20DataModule(pl.LightningDataModule):
             name: OC20Lmdb(path, self._given_kind) for name, path in self._paths.items() if path is not None
         }
         self.energy_kind = _common_kind(datasets)
+        more = None if self._forces_only is None else OC20Lmdb(self._forces_only)
+        for name, dataset in datasets.items():
+            check_same_fields(dataset, dataset.fields(0), needs_energy=name != "test")
         self._samples = {
             dataset.path: sample_targets(dataset, _CHECKED_RECORDS)
             for name, dataset in datasets.items()
@@ -133,8 +145,9 @@ class OC20DataModule(pl.LightningDataModule):
             check_energies_match_kind(sample, self.energy_kind, path)
         self.normalizers = self._normalizers(datasets["train"])
         self._training: OC20Lmdb | WithForcesOnly = datasets["train"]
-        if self._forces_only is not None:
-            self._training = WithForcesOnly(datasets["train"], OC20Lmdb(self._forces_only))
+        if more is not None:
+            self._training = WithForcesOnly(datasets["train"], more)
+            check_same_fields(more, datasets["train"].fields(0))
         self.datasets = datasets
         self._report()
 
@@ -142,6 +155,13 @@ class OC20DataModule(pl.LightningDataModule):
         """Raise `DataError` for normalizers (eV), fitted elsewhere, that cannot be of these energies."""
         for path, sample in self._samples.items():
             check_normalized_energies(sample, mean, std, linear_references, path)
+
+    def training_targets(self, linear_references: torch.Tensor | None) -> NormalizerStatistics:
+        """Mean and spread of the training energies less the references (eV), and of the forces (eV/Å).
+
+        Of the frames that the normalizers were fitted to, or of 200 where they are given.
+        """
+        return fit_normalizers(self._training_sample, linear_references)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled by (seed, epoch)."""
@@ -159,6 +179,7 @@ class OC20DataModule(pl.LightningDataModule):
 
     def _normalizers(self, train: OC20Lmdb) -> NormalizerTable:
         given = self._given_normalizers
+        self._training_sample = self._samples[train.path] if given else sample_targets(train)
         if given is not None:
             if min(given.energy_std, given.forces_std) <= 0.0:
                 raise DataError("data.normalizers: the standard deviations must be positive.")
@@ -174,7 +195,7 @@ class OC20DataModule(pl.LightningDataModule):
                 "forces": (0.0, given.forces_std),
                 "linear_references": references,
             }
-        sample = sample_targets(train)
+        sample = self._training_sample
         references = fit_linear_references(sample) if self.energy_kind == "total" else None
         fitted = fit_normalizers(sample, references)
         return {"energy": fitted["energy"], "forces": fitted["forces"], "linear_references": references}
@@ -183,12 +204,15 @@ class OC20DataModule(pl.LightningDataModule):
         sizes = ", ".join(f"{name} {len(dataset)}" for name, dataset in self.datasets.items())
         if self._forces_only is not None:
             sizes += f", forces only {len(self._training) - len(self.datasets['train'])}"
-        mean, std = self.normalizers["energy"]
-        source = "given" if self._given_normalizers is not None else "from the training data"
-        references = "" if self.normalizers["linear_references"] is None else " after linear references"
+        references = self.normalizers["linear_references"]
+        targets = self.training_targets(references)
+        mean, std = targets["energy"]
+        after = "" if references is None else " after linear references"
+        has_forces = self._training_sample.forces_rms is not None
+        forces = f"forces ± {targets['forces'][1]:.4f} eV/Å" if has_forces else "no forces"
         rank_zero_info(
-            f"Data: {sizes} records, {self.energy_kind} energies; normalizers {source}: energy "
-            f"{mean:.4f} ± {std:.4f} eV{references}, forces ± {self.normalizers['forces'][1]:.4f} eV/Å"
+            f"Data: {sizes} records, {self.energy_kind} energies; training targets: energy "
+            f"{mean:.4f} ± {std:.4f} eV{after}, {forces}"
         )
 
     def _loader(self, name: str, shuffle: bool) -> DataLoader:
@@ -222,6 +246,30 @@ class OC20DataModule(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def check_same_fields(dataset: OC20Lmdb, expected: frozenset[str], needs_energy: bool = False) -> None:
+    """Find records without the fields of the others at once, and not when their batch comes.
+
+    All records of a dataset of at most 50,000 are looked at, of a larger one as many, evenly spread.
+
+    Raises:
+        DataError: a record has not the fields `expected`, or no energy; file, key and field are named.
+    """
+    for index in np.unique(
+        np.linspace(0, len(dataset) - 1, min(_MOST_LOOKED_AT, len(dataset))).astype(np.int64)
+    ).tolist():
+        found = dataset.fields(index)
+        if needs_energy and "energy" not in found:
+            raise DataError(f"{dataset.describe(index)}: the record has no energy to train on.")
+        if found != expected:
+            missing, further = sorted(expected - found), sorted(found - expected)
+            told = f"has no {' and no '.join(missing)}" if missing else f"has {' and '.join(further)}"
+            others = "which the first one has" if missing else "which the first one has not"
+            raise DataError(
+                f"{dataset.describe(index)}: the record {told}, {others}; keep records with other fields in "
+                "a dataset of their own."
+            )
 
 
 def collate(structures: list[Data], like: Data | None = None) -> Batch:

@@ -1,21 +1,27 @@
 """The raw files of OC20: extended XYZ frames, read in whole columns.
 
-ASE reads the same files, atom by atom; `tests/datasets_oc20/test_extxyz.py` compares the two.
+ASE reads the same files, atom by atom; `tests/datasets_oc20/test_extxyz.py` compares the two. ASE itself
+parses the comment line, so that keys like `pbe/energy` and text in quotes are what they are there.
 """
 
-import lzma
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ase.data import atomic_numbers as ATOMIC_NUMBERS
+from ase.io.extxyz import key_val_str_to_dict
 
 from datasets_oc20.errors import DataError
-from datasets_oc20.untrusted import AnyPath
+from datasets_oc20.untrusted import AnyPath, open_compressed
 
-_PAIR = re.compile(r'([\w-]+)=("[^"]*"|\S+)')
+_USED_KEYS = re.compile(r"(?<![^\s])(?:energy|Lattice|Properties|pbc)\s*=")
+_MOVABLE = {"T": True, "F": False, "True": True, "False": False}
+_COUNT = re.compile(r"[0-9]{1,8}")
+_LARGEST_FILE = 4 << 30
+_LARGEST_COMMENT = 1 << 20
 _NEEDED_COLUMNS = {"species": 1, "pos": 3, "move_mask": 1, "tags": 1, "forces": 3}
 _HINTS = {
     "tags": "tags tell slab from adsorbate and are kept apart from the frames in some releases: "
@@ -53,14 +59,10 @@ def read_text(path: AnyPath) -> str:
     """The text of a plain or `.xz` file; raises `DataError` when it is missing, damaged or truncated."""
     path = Path(path)
     try:
-        if path.suffix == ".xz":
-            with lzma.open(path, "rt", encoding="utf-8") as handle:
-                return handle.read()
-        return path.read_text(encoding="utf-8")
+        with open_compressed(path, _LARGEST_FILE) as handle:
+            return handle.read().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file.") from error
-    except (lzma.LZMAError, EOFError) as error:
-        raise DataError(f"{path}: the file is truncated or damaged; download it again.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a text file.") from error
 
@@ -78,7 +80,7 @@ def read_frames(path: AnyPath) -> Iterator[RawFrame]:
     while start < len(lines) and lines[start].strip():
         where = f"{path}, frame {index}"
         count = lines[start].strip()
-        if not count.isdigit() or int(count) == 0:
+        if not _COUNT.fullmatch(count) or int(count) == 0:
             raise DataError(f"{where}: {count[:40]!r} is not a number of atoms.")
         stop = start + 2 + int(count)
         if stop > len(lines):
@@ -92,7 +94,7 @@ def read_frames(path: AnyPath) -> Iterator[RawFrame]:
 
 
 def _parse_frame(comment: str, rows: list[str], index: int, where: str) -> RawFrame:
-    header = {key: value.strip('"') for key, value in _PAIR.findall(comment)}
+    header = _parse_comment(comment, where)
     columns = _column_starts(header, where)
     width = columns["total"]
     table = [row.split() for row in rows]
@@ -111,34 +113,71 @@ def _parse_frame(comment: str, rows: list[str], index: int, where: str) -> RawFr
             raise DataError(f"{where}: column {name} holds something that is not a number.") from error
         return flat
 
-    symbols = by_column[columns["species"]]
+    symbols = [symbol.capitalize() for symbol in by_column[columns["species"]]]
     unknown = next((number for number, symbol in enumerate(symbols) if symbol not in ATOMIC_NUMBERS), None)
     if unknown is not None:
         raise DataError(f"{where}: atom {unknown} is {symbols[unknown]!r}, which is not an element.")
     movable = by_column[columns["move_mask"]]
-    if not set(movable) <= {"T", "F"}:
+    if not set(movable) <= _MOVABLE.keys():
         raise DataError(f"{where}: column move_mask holds something other than T and F.")
+    tags = numbers("tags", 1)[:, 0]
+    broken = np.flatnonzero(tags != np.round(tags))
+    if len(broken):
+        raise DataError(f"{where}: atom {broken[0]} has tag {tags[broken[0]]:g}, not a whole number.")
     return RawFrame(
         atomic_numbers=np.array([ATOMIC_NUMBERS[symbol] for symbol in symbols]),
         pos=numbers("pos", 3),
         cell=_floats(header, "Lattice", 9, where).reshape(3, 3),
         pbc=_periodic(header, where),
-        fixed=np.array([flag == "F" for flag in movable]),
-        tags=numbers("tags", 1)[:, 0].astype(np.int64),
+        fixed=np.array([not _MOVABLE[flag] for flag in movable]),
+        tags=tags.astype(np.int64),
         forces=numbers("forces", 3),
         energy=float(_floats(header, "energy", 1, where)[0]),
         index=index,
     )
 
 
-def _column_starts(header: dict[str, str], where: str) -> dict[str, int]:
+def _parse_comment(comment: str, where: str) -> dict[str, Any]:
+    """The keys of a comment line and their values, as ASE reads them.
+
+    Raises:
+        DataError: not readable, or a key of ours is there twice with different values, of which ASE takes the
+            last.
+    """
+    if len(comment) > _LARGEST_COMMENT:
+        raise DataError(f"{where}: the comment line has {len(comment)} characters, more than can be.")
+    header = _by_ase(comment, where)
+    found = [match.start() for match in _USED_KEYS.finditer(comment)]
+    if len({comment[start:].split("=", 1)[0].strip() for start in found}) < len(found):
+        for start in found[1:]:
+            key = comment[start:].split("=", 1)[0].strip()
+            # Text in quotes before `start` is open there and swallows nothing that was read before.
+            try:
+                before = key_val_str_to_dict(comment[:start])
+            except (ValueError, IndexError, RecursionError):
+                continue
+            if key in before and not np.array_equal(before[key], header.get(key)):
+                raise DataError(f"{where}: the key {key} is there twice with different values; remove one.")
+    return header
+
+
+def _by_ase(comment: str, where: str) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = key_val_str_to_dict(comment)
+    except (ValueError, IndexError, RecursionError) as error:
+        hint = "; Lattice must hold 9 numbers" if "Lattice" in str(error) else ""
+        raise DataError(f"{where}: the comment line is not readable as extended XYZ{hint}.") from error
+    return values
+
+
+def _column_starts(header: dict[str, Any], where: str) -> dict[str, int]:
     """First column of every property, and the number of columns as "total"."""
-    parts = header.get("Properties", "").split(":")
+    parts = str(header.get("Properties", "")).split(":")
     starts: dict[str, int] = {}
     sizes: dict[str, int] = {}
     total = 0
     for name, size in zip(parts[0::3], parts[2::3], strict=False):
-        if not size.isdigit():
+        if not _COUNT.fullmatch(size):
             raise DataError(f"{where}: the Properties of the frame are not readable.")
         starts[name], sizes[name] = total, int(size)
         total += int(size)
@@ -149,21 +188,22 @@ def _column_starts(header: dict[str, str], where: str) -> dict[str, int]:
     return {**starts, "total": total}
 
 
-def _floats(header: dict[str, str], key: str, count: int, where: str) -> np.ndarray:
-    try:
-        values = np.array(header[key].split(), dtype=np.float64)
-    except KeyError as error:
-        raise DataError(f"{where}: the frame has no {key}.") from error
-    except ValueError as error:
-        raise DataError(f"{where}: {key} holds something that is not a number.") from error
-    if values.shape != (count,):
+def _floats(header: dict[str, Any], key: str, count: int, where: str) -> np.ndarray:
+    if key not in header:
+        raise DataError(f"{where}: the frame has no {key}.")
+    values = np.asarray(header[key]) if not isinstance(header[key], str) else np.array(header[key])
+    if values.dtype.kind not in "iuf":
+        raise DataError(f"{where}: {key} holds something that is not a number.")
+    if values.size != count:
         raise DataError(f"{where}: {key} holds {values.size} numbers instead of {count}.")
-    return values
+    # ASE has 3 by 3 values in the order of Fortran.
+    return values.astype(np.float64).reshape(-1, order="F")
 
 
-def _periodic(header: dict[str, str], where: str) -> np.ndarray:
+def _periodic(header: dict[str, Any], where: str) -> np.ndarray:
     """`pbc`, or True in all directions where it is not written, as the extended XYZ format has it."""
-    flags = header.get("pbc", "T T T").split()
-    if len(flags) != 3 or not set(flags) <= {"T", "F"}:
-        raise DataError(f"{where}: pbc is {header.get('pbc')!r}, not three of T and F.")
-    return np.array([flag == "T" for flag in flags])
+    given = header.get("pbc", True)
+    flags = np.asarray(given) if isinstance(given, bool | list | np.ndarray | np.generic) else np.array("")
+    if flags.dtype.kind not in "bi" or flags.size not in (1, 3) or not np.isin(flags, (0, 1)).all():
+        raise DataError(f"{where}: pbc is {str(given)[:40]!r}, not three of T and F.")
+    return np.array(np.broadcast_to(flags.astype(bool).reshape(-1), 3))

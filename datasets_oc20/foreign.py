@@ -5,10 +5,10 @@ What differs between the ages: PyG 1 keeps the fields in the object's `__dict__`
 `pos_relaxed` (with `pos` the initial structure).
 """
 
+import math
 from typing import Any
 
 import numpy as np
-import torch
 
 from datasets_oc20.errors import DataError
 from datasets_oc20.safe_pickle import (
@@ -18,11 +18,13 @@ from datasets_oc20.safe_pickle import (
     RefusedPickleError,
     load_inert,
 )
+from datasets_oc20.schema import LARGEST_ATOMS, as_array
 
 # A newer name, where both are there, wins over the older one.
 _OLD_NAMES = {"force": "forces", "y": "energy"}
 _COPIED = (
     "pos", "atomic_numbers", "cell", "pbc", "tags", "fixed", "y_init", "y_relaxed", "pos_relaxed",
+    "natoms",
 )  # fmt: skip
 
 
@@ -62,20 +64,23 @@ def read_fields(value: bytes, where: str) -> dict[str, Any]:
         fields["energy"] = fields["y_relaxed"]
         fields.pop("forces", None)
     fields.setdefault("pbc", np.ones((1, 3), dtype=bool))
-    fields["sid"] = str(_scalar(_plain(stored.get("sid", ""), where)))
-    fields["fid"] = _frame_number(_scalar(_plain(stored.get("fid", 0), where)), where)
-    return fields
+    return fields | {"sid": _plain(stored.get("sid", ""), where), "fid": _plain(stored.get("fid", 0), where)}
 
 
 def read_natoms(value: bytes, where: str) -> int:
     """The number of atoms of a pickled OC20 record, without building its tensors."""
     stored = _stored(value, where)
     numbers = stored.get("atomic_numbers")
-    if isinstance(numbers, PickledTensor):
-        return int(np.prod(numbers.size))
     if numbers is None:
         raise DataError(f"{where}: the record has no atomic_numbers; it is not an OC20 record.")
-    return int(np.size(_plain(numbers, where)))
+    if isinstance(numbers, PickledTensor):
+        sizes = numbers.size
+        natoms = math.prod(sizes) if all(type(n) is int and n > 0 for n in sizes) else 0
+    else:
+        natoms = as_array(_plain(numbers, where), "atomic_numbers", where).size
+    if not 0 < natoms <= LARGEST_ATOMS:
+        raise DataError(f"{where}: atomic_numbers has an impossible size; write the dataset again.")
+    return natoms
 
 
 def _stored(value: bytes, where: str) -> dict[str, Any]:
@@ -105,17 +110,3 @@ def _plain(value: Any, where: str) -> Any:
     except RefusedPickleError as error:
         raise DataError(f"{where}: the pickle is refused, {error}.") from error
     return value
-
-
-def _scalar(value: Any) -> Any:
-    if isinstance(value, torch.Tensor | np.ndarray | np.generic) and value.reshape(-1).shape[0] == 1:
-        return value.reshape(-1)[0].item()
-    return value
-
-
-def _frame_number(fid: Any, where: str) -> int:
-    """OC20 stores frames as numbers, and in a few releases as "frame17"."""
-    text = str(fid).removeprefix("frame")
-    if not text.lstrip("-").isdigit():
-        raise DataError(f"{where}: fid is {fid!r}, not a frame number.")
-    return int(text)

@@ -12,8 +12,9 @@ from ase.geometry import complete_cell
 from torch_geometric.data import Data
 
 from datasets_oc20.errors import DataError
+from datasets_oc20.periodicity import unused_cell
 from datasets_oc20.reader import OC20Lmdb
-from datasets_oc20.targets import TargetSample, check_energies_match_kind
+from datasets_oc20.targets import TargetSample, unlikely_size
 from datasets_oc20.workers import as_they_finish
 
 # OC20's own rules for the frames of S2EF: adsorption energy, and force on a free atom.
@@ -33,6 +34,8 @@ PROBLEMS = {
     "all fixed": "no free atom: no force to learn from",
     "no adsorbate": "no atom with tag 2 (adsorbate)",
     "tags and fixed differ": "tag 0 and fixed are not the same atoms, which in OC20 they are",
+    "not periodic": "a whole cell, but pbc F F F: nothing is seen across its boundary",
+    "other pbc": "other periodic directions than most frames",
     "close atoms": f"atoms closer than {MIN_DISTANCE:g} Å",
     "same structure": "the same structure as another frame",
     "same name": "the same system and frame number as another frame",
@@ -64,6 +67,7 @@ class FrameFacts:
     elements: dict[int, int] = field(default_factory=dict)
     tags: dict[int, int] = field(default_factory=dict)
     structure: bytes = b""
+    pbc: tuple[bool, ...] = ()
 
 
 @dataclass
@@ -129,6 +133,10 @@ def _gather(facts: list[FrameFacts], dataset: OC20Lmdb) -> Inspection:
     problems["same structure"] = _repeated(readable, [one.structure for one in readable])
     named = [one for one in readable if one.sid]
     problems["same name"] = _repeated(named, [(one.sid, one.fid) for one in named])
+    pbcs = Counter(one.pbc for one in readable)
+    if len(pbcs) > 1:
+        most = pbcs.most_common(1)[0][0]
+        problems["other pbc"] = [one for one in readable if one.pbc != most]
     components = sum(one.components for one in readable)
     natoms = np.array([one.natoms for one in readable], dtype=np.int64)
     energy = np.array([one.energy for one in readable])
@@ -163,19 +171,12 @@ def _repeated(facts: list[FrameFacts], keys: Sequence[object]) -> list[FrameFact
 
 
 def _possible_kinds(natoms: np.ndarray, energy: np.ndarray) -> list[str]:
-    """The kinds that training on these energies would not refuse (targets.py)."""
+    """The kinds that these energies may well be of (targets.py)."""
     there = ~np.isnan(energy)
     if not there.any():
         return []
     sample = TargetSample(natoms[there, None].astype(float), energy[there], None)
-    kinds = []
-    for kind in ("adsorption", "total"):
-        try:
-            check_energies_match_kind(sample, kind, "")
-        except DataError:
-            continue
-        kinds.append(kind)
-    return kinds
+    return [kind for kind in ("adsorption", "total") if unlikely_size(sample, kind) is None]
 
 
 def _inspect_frames(dataset: OC20Lmdb, indices: Sequence[int]) -> list[FrameFacts]:
@@ -207,9 +208,10 @@ def _facts(index: int, data: Data, kind: str | None) -> FrameFacts:
         "all fixed": bool(fixed.all()),
         "no adsorbate": not (tags == 2).any(),
         "tags and fixed differ": not np.array_equal(tags == 0, fixed),
+        "not periodic": unused_cell(cell, pbc),
         "close atoms": _shortest_distance(pos, cell, pbc) < MIN_DISTANCE,
     }
-    content = numbers.tobytes() + pos.tobytes() + cell.tobytes()
+    content = numbers.tobytes() + pos.tobytes() + cell.tobytes() + pbc.tobytes()
     return FrameFacts(
         index,
         [name for name, wrong in found.items() if wrong],
@@ -224,6 +226,7 @@ def _facts(index: int, data: Data, kind: str | None) -> FrameFacts:
         elements=dict(Counter(numbers.tolist())),
         tags=dict(Counter(tags.tolist())),
         structure=blake2b(content, digest_size=16).digest(),
+        pbc=tuple(pbc.tolist()),
     )
 
 

@@ -12,6 +12,7 @@ from datasets_oc20.atomic import write_bytes
 from datasets_oc20.errors import DataError
 from datasets_oc20.lmdb_file import LmdbFile
 from datasets_oc20.npz_file import read_npz
+from datasets_oc20.schema import LARGEST_ATOMS
 
 
 def natoms_of_shard(file: LmdbFile, length: int) -> np.ndarray:
@@ -20,13 +21,16 @@ def natoms_of_shard(file: LmdbFile, length: int) -> np.ndarray:
     if stored is not None:
         if len(stored) != 4 * length:
             raise DataError(f"{file.path}, key natoms: not {length} numbers; write the dataset again.")
-        return np.frombuffer(stored, dtype="<i4").astype(np.int32)
+        counts = np.frombuffer(stored, dtype="<i4").astype(np.int32)
+        if length and not _possible(counts):
+            raise DataError(f"{file.path}, key natoms: not numbers of atoms; write the dataset again.")
+        return counts
     cache = file.path.with_name(file.path.name + ".natoms.npz")
     status = file.path.stat()
     identity = np.array([status.st_size, status.st_mtime_ns, length], dtype=np.int64)
     with contextlib.suppress(OSError, DataError):  # missing or damaged: counted again
         known, natoms = read_npz(cache, ("identity", "natoms"))
-        if np.array_equal(known, identity) and natoms.shape == (length,):
+        if np.array_equal(known, identity) and natoms.shape == (length,) and _possible(natoms):
             return natoms.astype(np.int32)
     natoms = np.array([_natoms(file, key) for key in _progress(length, file)], dtype=np.int32)
     buffer = io.BytesIO()
@@ -34,6 +38,11 @@ def natoms_of_shard(file: LmdbFile, length: int) -> np.ndarray:
     with contextlib.suppress(OSError):  # a read-only folder: counted again next time
         write_bytes(cache, buffer.getvalue())
     return natoms
+
+
+def _possible(natoms: np.ndarray) -> bool:
+    """Whether these are numbers of atoms."""
+    return bool(natoms.dtype.kind in "iu" and (natoms > 0).all() and (natoms <= LARGEST_ATOMS).all())
 
 
 def _progress(length: int, file: LmdbFile) -> Iterable[int]:

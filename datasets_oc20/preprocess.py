@@ -16,6 +16,7 @@ from rich.progress import track
 from datasets_oc20 import records
 from datasets_oc20.errors import DataError
 from datasets_oc20.extxyz import RawFrame, read_frames
+from datasets_oc20.periodicity import Periodicity
 from datasets_oc20.raw_release import RawFile, list_raw_files, read_index
 from datasets_oc20.selection import informative_frames, split_later_frames, spread_frames
 from datasets_oc20.untrusted import AnyPath
@@ -103,11 +104,12 @@ class PreprocessReport:
 
 @dataclass
 class FileResult:
-    """The packed records of one raw file, with their numbers of atoms."""
+    """The packed records of one raw file, with their numbers of atoms, and what is periodic in it."""
 
     report: PreprocessReport
     kept: list[tuple[bytes, int]] = field(default_factory=list)
     later: list[tuple[bytes, int]] = field(default_factory=list)
+    periodicity: Periodicity = field(default_factory=Periodicity)
 
 
 def preprocess(
@@ -147,7 +149,7 @@ def preprocess(
     files = list_raw_files(source, options.energy_kind == "adsorption", systems, exclude)
     options.check_choice(source, files, systems, exclude)
     described = provenance(source, options)
-    report = PreprocessReport()
+    report, periodicity = PreprocessReport(), Periodicity()
     started = time.monotonic()
     with ExitStack() as stack:
         results = stack.enter_context(in_order(partial(read_raw_file, options=options), files, num_workers))
@@ -157,11 +159,13 @@ def preprocess(
             later = stack.enter_context(LmdbWriter(later_out, options.energy_kind, described))
         for result in track(results, total=len(files), description=f"Reading {source.name}"):
             report.add(result.report)
+            periodicity.merge(result.periodicity)
             for value, natoms in result.kept:
                 writer.write_packed(value, natoms)
             if later is not None:
                 for value, natoms in result.later:
                     later.write_packed(value, natoms)
+    periodicity.say(source.name, _LOG)
     _LOG.info("%d frames read, %.0f frames/s", report.read, report.read / (time.monotonic() - started))
     return report
 
@@ -179,6 +183,7 @@ def read_raw_file(file: RawFile, options: PreprocessOptions) -> FileResult:
     result = FileResult(PreprocessReport(files=1, read=len(frames)))
     good: list[tuple[RawFrame, str, int, float]] = []
     for frame, (system, fid, reference) in zip(frames, labels, strict=True):
+        result.periodicity.add(frame.cell, frame.pbc, f"{file.path.name}, frame {frame.index}")
         energy = frame.energy - (reference if options.energy_kind == "adsorption" else 0.0)
         if options.energy_kind == "adsorption" and _exceeds(energy, options.max_energy):
             result.report.removed_energy += 1

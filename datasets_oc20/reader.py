@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import orjson
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from torch_geometric.data import Data
 
 from datasets_oc20 import foreign, records
@@ -18,6 +18,7 @@ from datasets_oc20.ase_lmdb import open_shard
 from datasets_oc20.errors import DataError
 from datasets_oc20.lmdb_file import LmdbFile
 from datasets_oc20.natoms_index import natoms_of_shard
+from datasets_oc20.periodicity import Periodicity
 from datasets_oc20.untrusted import regular_file
 from datasets_oc20.writer import FORMAT_VERSION, SPECIAL_KEYS
 
@@ -32,7 +33,8 @@ class OC20Lmdb(Dataset[Data]):
     per process, so the dataset can be sent to forked and spawned workers; keys are computed, never listed.
 
     Args:
-        path: an LMDB file or a folder of shards, or a list of them to read one after the other.
+        path: an LMDB file, a folder of shards or an LMDB environment (a folder with `data.mdb`), or a list
+            of them to read one after the other.
         energy_kind: "adsorption" or "total". Our files declare it; for OC20's own files, which do not,
             it must be given by whoever knows. Giving another kind than the file declares is an error.
 
@@ -61,6 +63,7 @@ class OC20Lmdb(Dataset[Data]):
         self._files: dict[int, LmdbFile] = {}
         self._pid = os.getpid()
         self._natoms: np.ndarray | None = None
+        self._periodicity: Periodicity | None = Periodicity()
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -73,8 +76,28 @@ class OC20Lmdb(Dataset[Data]):
         if value is None:
             raise DataError(f"{where}: the file has no such record; it is incomplete, write it again.")
         if records.is_packed(value):
-            return records.unpack(value, where)
-        return records.make_data(foreign.read_fields(value, where), where)
+            data = records.unpack(value, where)
+        else:
+            data = records.make_data(foreign.read_fields(value, where), where)
+        self._watch(data, f"key {key} (sid {data.sid!r})")
+        return data
+
+    def _watch(self, data: Data, name: str) -> None:
+        """Say once when periodic directions look wrong; copies in other processes are silent."""
+        if self._periodicity is not None and get_worker_info() is None:
+            self._periodicity.add(data.cell[0].numpy(), data.pbc[0].numpy(), name)
+            self._periodicity.say(self.path)
+
+    def fields(self, index: int) -> frozenset[str]:
+        """Names of the arrays of structure `index`; of records of ours from their headers alone."""
+        shard, key = self._locate(index)
+        value = self._file(shard).get(str(key).encode("ascii"))
+        where = f"{self.shards[shard]}, key {key}"
+        if value is None:
+            raise DataError(f"{where}: the file has no such record; it is incomplete, write it again.")
+        if records.is_packed(value):
+            return records.packed_fields(value, where)
+        return records.known_fields(foreign.read_fields(value, where))
 
     @property
     def natoms(self) -> np.ndarray:
@@ -99,7 +122,7 @@ class OC20Lmdb(Dataset[Data]):
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers read records and need no sizes: what they hold does not grow with the number of records.
-        return {**self.__dict__, "_files": {}, "_natoms": None}
+        return {**self.__dict__, "_files": {}, "_natoms": None, "_periodicity": None}
 
     def _locate(self, index: int) -> tuple[int, int]:
         position = index + len(self) if index < 0 else index
@@ -131,7 +154,10 @@ def _find_shards(path: Path) -> list[Path]:
         if ours and ase:
             raise DataError(f"{path}: holds *.lmdb and *.aselmdb files, perhaps of the same data; name them.")
         if not ours and not ase:
-            raise DataError(f"{path}: the folder holds no *.lmdb file.")
+            environment = path / "data.mdb"  # LMDB's own name, where a folder is one environment
+            if environment.is_file():
+                return [environment]
+            raise DataError(f"{path}: the folder holds no *.lmdb, *.aselmdb or data.mdb file.")
         return ours or ase
     with contextlib.suppress(OSError):  # a missing file is told when it is opened
         regular_file(path)

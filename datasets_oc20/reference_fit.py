@@ -14,7 +14,12 @@ from datasets_oc20.atomic import whole_file
 from datasets_oc20.errors import DataError
 from datasets_oc20.reader import OC20Lmdb
 from datasets_oc20.target_sums import TargetSums, sum_targets
-from datasets_oc20.targets import check_energies_match_kind, sample_targets
+from datasets_oc20.targets import (
+    check_energies_match_kind,
+    fit_linear_references,
+    known_spread,
+    sample_targets,
+)
 
 _CHECKED_RECORDS = 200
 
@@ -87,8 +92,9 @@ def fit_references(dataset: OC20Lmdb, num_workers: int | None = None, progress: 
             "slab and of the adsorbate's reference molecules; what elements contribute cancels in them, so "
             "they need no linear references; fit to total energies (preprocess_oc20.py --energy total)."
         )
-    check_energies_match_kind(sample_targets(dataset, _CHECKED_RECORDS), "total", dataset.path)
-    sums = sum_targets(dataset, num_workers, progress)
+    sample = sample_targets(dataset, _CHECKED_RECORDS)
+    check_energies_match_kind(sample, "total", dataset.path)
+    sums = sum_targets(dataset, num_workers, progress, fit_linear_references(sample).numpy())
     coefficients = sums.references()
     mean, std = sums.energy_statistics()
     residual_mean, residual_std = sums.energy_statistics(coefficients)
@@ -138,8 +144,8 @@ def to_text(fit: ReferenceFit, out: str) -> str:
         "data:",
         "  normalizers:",
         f"    energy_mean: {fit.residual_mean:.6g}",
-        f"    energy_std: {fit.residual_std:.6g}",
-        f"    forces_std: {1.0 if forces is None else forces:.6g}",
+        f"    energy_std: {known_spread(fit.residual_std, 'energies', 'eV'):.6g}",
+        f"    forces_std: {known_spread(forces, 'forces', 'eV/Å'):.6g}",
         f"    linear_references: {out}",
     ]
     return "\n".join(lines)

@@ -22,6 +22,7 @@ from datasets_oc20.atomic import write_bytes
 from datasets_oc20.errors import DataError
 from datasets_oc20.lmdb_file import check_lmdb_file
 from datasets_oc20.locking import lock
+from datasets_oc20.periodicity import Periodicity
 from datasets_oc20.preprocess import PreprocessOptions, PreprocessReport, provenance, read_raw_file
 from datasets_oc20.raw_release import RawFile, list_raw_files
 from datasets_oc20.untrusted import read_json
@@ -201,17 +202,19 @@ def _write(shards: list[_Shard], num_workers: int | None) -> PreprocessReport:
 def _write_shard(shard: _Shard) -> tuple[str, PreprocessReport, float]:
     """In a worker: the name of the shard, its counts, and the seconds it took."""
     started = time.monotonic()
-    report = PreprocessReport()
+    report, periodicity = PreprocessReport(), Periodicity()
     writer = LmdbWriter(shard.path, shard.options.energy_kind, provenance(shard.source, shard.options))
     try:
         for file in shard.files:
             result = read_raw_file(file, shard.options)
             report.add(result.report)
+            periodicity.merge(result.periodicity)
             for value, natoms in result.kept:
                 writer.write_packed(value, natoms)
     except BaseException:
         writer.abort()
         raise
+    periodicity.say(shard.path.name)
     if report.written:
         writer.close()
     else:  # the filters left nothing, which only matters when it is so for all shards

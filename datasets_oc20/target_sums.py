@@ -1,4 +1,8 @@
-"""Per-element reference energies by least squares over any number of frames, in constant memory."""
+"""Per-element reference energies by least squares over any number of frames, in constant memory.
+
+Everything is summed in float64, and energies less a first guess of the references: the spread of energies of
+-6e6 eV is some eV, and the difference of two sums of their squares would leave no digit of it.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,38 +28,44 @@ _EMPTY = 1e-10
 class TargetSums:
     """Sums over frames from which references, mean and spread of their targets follow.
 
+    The residual of a frame is its energy less its atoms' `guess`.
+
     Attributes:
+        guess: `[100]` eV per atomic number. The results depend on it by rounding only.
         frames: how many.
         atoms: `[100]` atoms per element (index = atomic number).
         gram: `[100, 100]` sum of the products of element counts.
-        moment: `[100]` sum of element counts times energy, eV.
-        energy, energy_squares: sums of the energy (eV) and its square.
+        moment: `[100]` sum of element counts times residual, eV.
+        residual, residual_squares: sums of the residual (eV) and its square.
         force_squares, force_components: sum of the squared force components (eV²/Å²) of the free atoms, and
             their number.
     """
 
+    guess: np.ndarray = field(default_factory=lambda: np.zeros(NUM_ELEMENTS))
     frames: int = 0
     atoms: np.ndarray = field(default_factory=lambda: np.zeros(NUM_ELEMENTS))
     gram: np.ndarray = field(default_factory=lambda: np.zeros((NUM_ELEMENTS, NUM_ELEMENTS)))
     moment: np.ndarray = field(default_factory=lambda: np.zeros(NUM_ELEMENTS))
-    energy: float = 0.0
-    energy_squares: float = 0.0
+    residual: float = 0.0
+    residual_squares: float = 0.0
     force_squares: float = 0.0
     force_components: int = 0
 
     def add(self, composition: np.ndarray, energy: np.ndarray) -> None:
         """Take in frames: atoms per element `[n, 100]` and energies `[n]` in eV."""
+        residual = energy - composition @ self.guess
         self.frames += len(energy)
         self.atoms += composition.sum(axis=0)
         self.gram += composition.T @ composition
-        self.moment += composition.T @ energy
-        self.energy += float(energy.sum())
-        self.energy_squares += float(energy @ energy)
+        self.moment += composition.T @ residual
+        self.residual += float(residual.sum())
+        self.residual_squares += float(residual @ residual)
 
     def merge(self, other: "TargetSums") -> None:
-        """Take in the frames of `other`."""
+        """Take in the frames of `other`, which has the same guess."""
         for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+            if name != "guess":
+                setattr(self, name, getattr(self, name) + value)
 
     def references(self) -> np.ndarray:
         """Energies `[100]` in eV per atomic number.
@@ -64,9 +74,10 @@ class TargetSums:
         to the mean energy per atom. So an element that is not in the data gets that mean, and elements whose
         counts depend linearly on each other (`undetermined`) share their sum evenly.
         """
-        per_atom = self.energy / self.atoms.sum()
-        residual = self.moment - per_atom * self.gram.sum(axis=1)
-        return per_atom + np.linalg.solve(self.gram + _RIDGE * np.eye(NUM_ELEMENTS), residual)
+        per_atom = (self.residual + self.atoms @ self.guess) / self.atoms.sum()
+        pull = per_atom - self.guess
+        ridge = _RIDGE * np.eye(NUM_ELEMENTS)
+        return self.guess + np.linalg.solve(self.gram + ridge, self.moment + _RIDGE * pull)
 
     def undetermined(self) -> list[int]:
         """Elements in the data whose reference alone the data do not determine, only sums with others."""
@@ -78,10 +89,14 @@ class TargetSums:
 
     def energy_statistics(self, references: np.ndarray | None = None) -> tuple[float, float]:
         """Mean and standard deviation in eV of the energy less the references."""
-        shift = np.zeros(NUM_ELEMENTS) if references is None else references
-        mean = (self.energy - self.atoms @ shift) / self.frames
-        squares = self.energy_squares - 2 * self.moment @ shift + shift @ self.gram @ shift
-        return float(mean), float(np.sqrt(max(squares / self.frames - mean * mean, 0.0)))
+        shift = (0.0 if references is None else references) - self.guess
+        mean = (self.residual - self.atoms @ shift) / self.frames
+        # Of the deviations from the means: counts of atoms are whole numbers, whose products are exact.
+        gram = self.gram - np.outer(self.atoms, self.atoms) / self.frames
+        moment = self.moment - self.atoms * (self.residual / self.frames)
+        squares = self.residual_squares - self.residual**2 / self.frames
+        variance = (squares - 2 * moment @ shift + shift @ gram @ shift) / self.frames
+        return float(mean), float(np.sqrt(max(variance, 0.0)))
 
     @property
     def forces_rms(self) -> float | None:
@@ -89,22 +104,28 @@ class TargetSums:
         return float(np.sqrt(self.force_squares / self.force_components)) if self.force_components else None
 
 
-def sum_targets(dataset: OC20Lmdb, num_workers: int | None = None, progress: bool = False) -> TargetSums:
+def sum_targets(
+    dataset: OC20Lmdb,
+    num_workers: int | None = None,
+    progress: bool = False,
+    guess: np.ndarray | None = None,
+) -> TargetSums:
     """The sums over all frames of a dataset; only one chunk of frames per process is held in memory.
 
     Args:
         dataset: frames with energies.
         num_workers: processes; None takes one per core.
         progress: show a bar on a terminal.
+        guess: see `TargetSums`; zeros by default.
 
     Raises:
         DataError: a record has no energy, or an element above 99.
     """
     chunks = [range(first, min(first + _CHUNK, len(dataset))) for first in range(0, len(dataset), _CHUNK)]
-    total = TargetSums()
+    total = TargetSums() if guess is None else TargetSums(guess)
     with (
         tqdm(total=len(dataset), desc=dataset.path, unit="frames", disable=None if progress else True) as bar,
-        in_order(partial(_sum_chunk, dataset), chunks, num_workers) as parts,
+        in_order(partial(_sum_chunk, dataset, total.guess), chunks, num_workers) as parts,
     ):
         for part in parts:
             total.merge(part)
@@ -112,8 +133,8 @@ def sum_targets(dataset: OC20Lmdb, num_workers: int | None = None, progress: boo
     return total
 
 
-def _sum_chunk(dataset: OC20Lmdb, indices: Sequence[int]) -> TargetSums:
-    sums = TargetSums()
+def _sum_chunk(dataset: OC20Lmdb, guess: np.ndarray, indices: Sequence[int]) -> TargetSums:
+    sums = TargetSums(guess)
     composition, energy = np.zeros((len(indices), NUM_ELEMENTS)), np.zeros(len(indices))
     for row, index in enumerate(indices):
         composition[row], energy[row], squares, components = read_targets(dataset, index)

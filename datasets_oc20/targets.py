@@ -1,5 +1,7 @@
 """Targets of a dataset: the kind of its energies, per-element references, mean and spread."""
 
+import logging
+import warnings
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -10,6 +12,8 @@ from datasets_oc20.errors import DataError
 from datasets_oc20.reader import OC20Lmdb
 from datasets_oc20.target_sums import NUM_ELEMENTS, TargetSums, read_targets
 
+_LOG = logging.getLogger(__name__)
+
 # Means over a dataset that tell the kinds of energy apart. OC20's preprocessing keeps adsorption energies
 # within 10 eV of 0 (Chanussot et al. 2021), and its public configurations give S2EF-2M -0.76 ± 2.89 eV: with
 # 78 atoms on average, some 0.04 eV per atom. The per-element energies that fairchem publishes for OC20 totals
@@ -19,6 +23,7 @@ _OC20_LARGEST, _LARGEST_ADSORPTION_MEAN = 10.0, 50.0
 _BETWEEN_PER_ATOM = 0.5
 # In units of the spread that the network is told to expect; OC20's filter leaves no target above 4.
 _LARGEST_NORMALIZED_MEAN = 10.0
+_SMALLEST_SPREAD = 1e-6
 
 
 class NormalizerStatistics(TypedDict):
@@ -69,22 +74,36 @@ def sample_targets(dataset: OC20Lmdb, limit: int = 50_000, leave_out_unusable: b
 
 
 def check_energies_match_kind(sample: TargetSample, kind: str, name: str) -> None:
-    """Raise `DataError` when the energies cannot be of the declared kind."""
-    mean = float(np.abs(sample.energy).mean())
-    per_atom = float((np.abs(sample.energy) / sample.composition.sum(axis=1)).mean())
-    found = f"their mean size is {mean:.4g} eV ({per_atom:.2g} eV per atom)"
-    if kind == "adsorption" and (
-        mean > _LARGEST_ADSORPTION_MEAN or (mean > _OC20_LARGEST and per_atom > _BETWEEN_PER_ATOM)
-    ):
+    """Raise `DataError` when the energies cannot be of the declared kind; warn when they are unlikely to be.
+
+    Total energies may be as small as adsorption energies (EMT's are some 0.2 eV per atom), so they are taken
+    as declared.
+    """
+    found = unlikely_size(sample, kind)
+    if found is None:
+        return
+    if kind == "adsorption":
         raise DataError(
             f"{name}: declared as adsorption energies, but {found}, as of total energies (OC20's adsorption "
             "energies are below 10 eV); declare energy_kind total, or preprocess with the reference energies."
         )
-    if kind == "total" and mean < _OC20_LARGEST and per_atom < _BETWEEN_PER_ATOM:
-        raise DataError(
-            f"{name}: declared as total energies, but {found}, as of adsorption energies (total energies are "
-            "eV per atom, hundreds of eV for a slab); declare energy_kind adsorption."
-        )
+    warnings.warn(
+        f"{name}: taken as total energies, as declared, but {found}, as of adsorption energies (those of DFT "
+        "are eV per atom, hundreds of eV for a slab); if they are adsorption energies, declare energy_kind "
+        "adsorption.",
+        stacklevel=2,
+    )
+
+
+def unlikely_size(sample: TargetSample, kind: str) -> str | None:
+    """Half a sentence about the size of energies that are hardly of this kind; None where they may be."""
+    mean = float(np.abs(sample.energy).mean())
+    per_atom = float((np.abs(sample.energy) / sample.composition.sum(axis=1)).mean())
+    if kind == "adsorption":
+        unlikely = mean > _LARGEST_ADSORPTION_MEAN or (mean > _OC20_LARGEST and per_atom > _BETWEEN_PER_ATOM)
+    else:
+        unlikely = kind == "total" and mean < _OC20_LARGEST and per_atom < _BETWEEN_PER_ATOM
+    return f"their mean size is {mean:.4g} eV ({per_atom:.2g} eV per atom)" if unlikely else None
 
 
 def check_normalized_energies(
@@ -129,18 +148,30 @@ def fit_normalizers(
     """Mean and standard deviation of the energy (less the references), and rms of the forces.
 
     The mean force is 0, as in OC20. The public OC20 configurations take the energy's standard deviation
-    for the forces too; here the forces have their own, the rms over the free atoms' components. A
-    spread of zero (one record, or equal energies) becomes 1.
+    for the forces too; here the forces have their own, the rms over the free atoms' components. For a
+    spread of zero see `known_spread`.
     """
     sample = data if isinstance(data, TargetSample) else sample_targets(data)
     energy = sample.energy
     if linear_references is not None:
         energy = energy - sample.composition @ linear_references.double().numpy()
     return {
-        "energy": (float(energy.mean()), _positive(float(energy.std()))),
-        "forces": (0.0, _positive(sample.forces_rms)),
+        "energy": (float(energy.mean()), known_spread(float(energy.std()), "energies", "eV")),
+        "forces": (0.0, known_spread(sample.forces_rms, "forces", "eV/Å")),
     }
 
 
-def _positive(spread: float | None) -> float:
-    return spread if spread is not None and spread > 1e-6 else 1.0
+def known_spread(spread: float | None, targets: str, unit: str) -> float:
+    """`spread`, or 1 where it is None (no such targets), or zero, which the log says.
+
+    Zero is below 1e-6: one record, equal energies, or as many elements as records after linear references.
+    """
+    if spread is not None and spread > _SMALLEST_SPREAD:
+        return spread
+    if spread is not None:
+        _LOG.warning(
+            "The %s of the training data have no spread (%.1e %s): 1 %s is used as their standard deviation; "
+            "with one record, or the same value in all, nothing can be learned of them.",
+            targets, spread, unit, unit,
+        )  # fmt: skip
+    return 1.0

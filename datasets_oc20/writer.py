@@ -21,7 +21,8 @@ from datasets_oc20.atomic import publish, remove_stale, temporary_beside
 from datasets_oc20.errors import DataError
 
 FORMAT = "equiformer2-oc20"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: positions, cells and energies in float64."""
 SPECIAL_KEYS = (b"length", b"metadata", b"natoms")
 UNITS = {"pos": "Å", "cell": "Å", "energy": "eV", "forces": "eV/Å"}
 
@@ -77,7 +78,9 @@ class LmdbWriter:
 
     def write(self, data: Data) -> None:
         """Append one structure."""
-        self.write_packed(records.pack(data, f"{self.path}, record {self.count}"), int(data["natoms"]))
+        where = f"{self.path}, record {self.count}"
+        value = records.pack(data, where)
+        self.write_packed(value, records.packed_natoms(value, where))
 
     def write_packed(self, value: bytes, natoms: int) -> None:
         """Append a record that `records.pack` has made, e.g. in another process."""

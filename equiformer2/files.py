@@ -2,15 +2,17 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasets_oc20 import untrusted
 from datasets_oc20.atomic import whole_file, write_bytes
+from datasets_oc20.errors import DataError
 from equiformer2.errors import InputError
 
-__all__ = ["check_target", "read_json", "whole_file", "write_bytes", "write_json"]
+__all__ = ["as_input_error", "check_target", "read_json", "whole_file", "write_bytes", "write_json"]
 
 _DATA = (".lmdb", ".aselmdb", ".mdb", ".extxyz", ".xz", ".txt", ".db", ".traj", ".pt", ".ckpt", ".npz")
 
@@ -85,6 +87,15 @@ def write_json(path: str | os.PathLike[str], record: Mapping[str, Any], make_fol
     return write_bytes(path, (text + "\n").encode(), make_folder)
 
 
+@contextmanager
+def as_input_error() -> Iterator[None]:
+    """Inside, what `datasets_oc20` says of a file is an `InputError`, as all else about it."""
+    try:
+        yield
+    except DataError as error:
+        raise InputError(str(error)) from error
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `write_json` wrote.
 
@@ -94,7 +105,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         content = untrusted.read_json(path)
-    except ValueError as error:
+    except DataError as error:
         raise InputError(
             f"{path} is broken ({error}): remove it, and what it told is computed again"
         ) from error

@@ -39,7 +39,7 @@ def losses(arguments: argparse.Namespace, plain: bool) -> list[float]:
     data.setup()
     (mean, std), (_, force_std) = data.normalizers["energy"], data.normalizers["forces"]
     torch.manual_seed(0)
-    model = EquiformerV2(small_config(ModelConfig))
+    model = EquiformerV2(small_config(ModelConfig)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     batches: list[Any] = []
     while len(batches) < arguments.steps:

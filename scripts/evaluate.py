@@ -40,6 +40,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.splits is not None and arguments.data_root is None:
         parser.error("--splits are names of folders in --data-root: give it too")
+    if arguments.wandb_project is None and (arguments.wandb_entity or arguments.wandb_offline):
+        parser.error("--wandb-entity and --wandb-offline are for --wandb-project: give it too")
     return arguments
 
 
@@ -53,15 +55,16 @@ def main() -> None:
     from equiformer2.inference import Predictor
     from equiformer2.pruning.routing.use import for_evaluation
     from equiformer2.training import evaluation, evaluation_parts, wandb_report
-    from equiformer2.training.folder import WandbSettings
+    from equiformer2.training.folder import WandbSettings, import_wandb
 
     if arguments.out is not None:
         check_target(arguments.out)
         check_target(evaluation_parts.parts_folder(arguments.out), is_folder=True)
     if arguments.figures is not None:
         check_target(arguments.figures, is_folder=True)
-    if arguments.wandb_project is not None:
-        wandb_report.import_wandb()
+    wandb = WandbSettings(arguments.wandb_project, arguments.wandb_entity, arguments.wandb_offline)
+    if wandb.project is not None:
+        import_wandb("--wandb-project")
     if arguments.data_root is None:
         paths = {path: Path(path) for path in arguments.data}
     else:
@@ -118,10 +121,10 @@ def main() -> None:
     if arguments.figures is not None:
         figures = evaluation.draw_figures(arguments.figures, results)
         print(f"figures: {arguments.figures}")
-    if arguments.wandb_project is not None:
+    if wandb.project is not None:
         averaged = evaluation.average(list(results.values()))["metrics"]
         wandb_report.log_results(
-            WandbSettings(arguments.wandb_project, arguments.wandb_entity, arguments.wandb_offline),
+            wandb,
             arguments.out.parent if arguments.out is not None else Path(),
             Path(arguments.checkpoint).stem,
             {"checkpoint": arguments.checkpoint, "energy_kind": checkpoint.energy_kind, **settings},

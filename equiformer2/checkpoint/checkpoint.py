@@ -19,9 +19,11 @@ from equiformer2.checkpoint.foreign import is_foreign, read_foreign
 from equiformer2.checkpoint.native import is_native, read_native, write_native
 from equiformer2.checkpoint.normalizers import Normalizers
 from equiformer2.checkpoint.weights import build_model, check_weights
+from equiformer2.devices import own_defaults, usable_device
 from equiformer2.errors import InputError
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.equiformer import EquiformerV2
+from equiformer2.values import shown_name
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +75,9 @@ def load_checkpoint(
         FileNotFoundError: if there is no such file.
         InputError: if the file is damaged, of an unknown or newer format, or of another model; if it does not
             hold `weights`; if it does not state its kind of energy and `energy_kind` is None, or states
-            another one. One sentence names the file and lists the keys.
+            another one; if there is no such device. One sentence names the file and lists the keys.
     """
+    device = usable_device(device)
     contents = _with_energy_kind(read_contents(path), energy_kind)
     if contents.energy_kind is None:
         raise InputError(
@@ -196,6 +199,11 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
         InputError: as `load_checkpoint`.
     """
     file = read_tensors(path)
+    with own_defaults():
+        return _interpreted(file, path)
+
+
+def _interpreted(file: dict[str, Any], path: str | os.PathLike[str]) -> Contents:
     if is_native(file):
         return read_native(file, str(path))
     if is_foreign(file):
@@ -205,7 +213,7 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
             f"{path} is the state of a training run, for resuming it: "
             "give the checkpoint that the run wrote beside it"
         )
-    found = ", ".join(sorted(map(str, file))[:8]) or "nothing"
+    found = ", ".join(sorted(map(shown_name, file))[:8]) or "nothing"
     raise InputError(f"{path} is no equiformer2, OCP or fairchem v1 checkpoint: it holds {found}")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from equiformer2.checkpoint.normalizers import Normalizers
 from equiformer2.errors import InputError
 from equiformer2.model.config import ModelConfig
+from equiformer2.values import shown
 
 EnergyKind = Literal["adsorption", "total"]
 WeightsKind = Literal["raw", "averaged"]
@@ -50,8 +51,8 @@ class Contents:
         Raises:
             InputError: if `asked` is no kind of weights, or not in the file.
         """
-        if asked is not None and asked not in get_args(WeightsKind):
-            raise InputError(f"weights must be 'raw' or 'averaged', not {asked!r}")
+        if asked is not None and (not isinstance(asked, str) or asked not in get_args(WeightsKind)):
+            raise InputError(f"weights must be 'raw' or 'averaged', not {shown(asked)}")
         for kind in (asked,) if asked else ("averaged", "raw"):
             if kind in self.weights:
                 return kind  # type: ignore[return-value]
@@ -66,6 +67,6 @@ def check_energy_kind(value: object, source: str) -> EnergyKind:
     Raises:
         InputError: naming `source`.
     """
-    if value not in get_args(EnergyKind):
-        raise InputError(f"{source}: energy_kind must be 'adsorption' or 'total', not {value!r}")
+    if not isinstance(value, str) or value not in get_args(EnergyKind):
+        raise InputError(f"{source}: energy_kind must be 'adsorption' or 'total', not {shown(value)}")
     return value  # type: ignore[return-value]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import pickle
 import re
-import struct
 import warnings
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from datasets_oc20.untrusted import open_regular
+from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
-from equiformer2.files import whole_file
+from equiformer2.files import as_input_error, whole_file
+from equiformer2.values import check_size, shown
 
 # Metrics of old OCP files are numpy scalars. The pickles name the function by the module of the numpy
 # that wrote them, so each name is allowed for exactly this one function.
@@ -31,55 +33,123 @@ _ALLOWED: list[Any] = [
 ]
 
 
+_MAX_PICKLE = 16 << 20
+"""Most bytes of the part of a file that says what its tensors are called; 2 MB in the largest public one."""
+
+
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The dictionary stored in a `torch.save` file, on the CPU; nothing in the file is executed.
+
+    All tensors in it are ordinary ones: dense, with numbers, none with more numbers than the file has.
 
     Raises:
         FileNotFoundError: if there is no such file.
         InputError: if the file is not one of `torch.save`, is truncated, needs an object other than
-            tensors and plain values, or holds something other than a dictionary.
+            tensors and plain values, claims more than it holds, or holds something other than a dictionary.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, not a checkpoint file")
-    with path.open("rb") as file:
+    with as_input_error(), open_regular(path) as file:
         if not file.read(1):
             raise InputError(f"{path} is empty: it is not a checkpoint")
+        size = os.fstat(file.fileno()).st_size
     try:
-        _check_sums(path)
-        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
-            # Only a remark about files that another pickle protocol wrote; what matters is raised.
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+        _check_archive(path, size)
+        with (
+            own_defaults(),
+            torch.serialization.safe_globals(_ALLOWED),
+            warnings.catch_warnings(),
+        ):
+            # Remarks about files that another pickle protocol wrote, and about kinds of tensors that are
+            # refused below; what matters is raised.
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         raise InputError(_why_refused(path, str(error))) from None
-    except (
-        zipfile.BadZipFile,
-        OSError,
-        struct.error,
-        zlib.error,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        AssertionError,
-    ) as error:
-        # The readers of torch's two file formats raise any of these on broken bytes.
+    except Exception as error:  # on broken bytes the readers of torch's two file formats raise anything
         raise InputError(f"{path} is truncated, damaged or not a checkpoint, and cannot be read") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    check_size(content, str(path))
+    _check_tensors(content, path, size)
     return content
 
 
-def _check_sums(path: Path) -> None:
-    """Compare the CRC-32 of every record: torch.load does not, and a flipped bit is a wrong number."""
-    if zipfile.is_zipfile(path):  # torch's old format has no sums
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                raise zipfile.BadZipFile
+def _check_archive(path: Path, size: int) -> None:
+    """Check what torch.load does not, before it reads: that records are no larger than the file, and whole.
+
+    torch.save compresses nothing, so records that unpack to more than the file are a bomb; and a flipped bit,
+    which the CRC-32 of its record shows, is a wrong number.
+    """
+    if not zipfile.is_zipfile(path):  # torch's old format has no records and no sums
+        return
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if len({record.filename for record in records}) != len(records):
+            raise InputError(f"{path} holds two records of one name, which torch.save does not write")
+        if (
+            any(record.compress_type != zipfile.ZIP_STORED for record in records)
+            or sum(record.file_size for record in records) > size
+        ):
+            raise InputError(
+                f"{path} is compressed, which torch.save does not do: unpack it, or load it with torch and "
+                "save it again"
+            )
+        if any(r.filename.endswith("data.pkl") and r.file_size > _MAX_PICKLE for r in records):
+            raise InputError(
+                f"{path} has more than {_MAX_PICKLE} bytes beside its tensors, which no checkpoint has"
+            )
+        if archive.testzip() is not None:
+            raise zipfile.BadZipFile
+
+
+def _check_tensors(content: Any, path: Path, size: int) -> None:
+    """Refuse tensors that are not what their numbers in the file make them.
+
+    Raises:
+        InputError: naming the place of the tensor.
+    """
+    held: dict[int, int] = {}
+    left = [(content, "")]
+    while left:
+        item, place = left.pop()
+        if isinstance(item, torch.Tensor):
+            kind = _unusual(item)
+            if kind is not None:
+                raise InputError(
+                    f"{path}: {place} is {kind}; only dense tensors that hold their numbers are read"
+                )
+            storage = item.untyped_storage()
+            if item.numel() * item.element_size() > storage.nbytes():
+                raise InputError(
+                    f"{path}: {place} repeats {storage.nbytes()} bytes to the shape "
+                    f"{shown(tuple(item.shape))}; only dense tensors that hold their numbers are read"
+                )
+            held[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, Mapping):
+            left += [
+                (value, f"{place}[{shown(key)}]" if place else shown(key)) for key, value in item.items()
+            ]
+        elif isinstance(item, list | tuple | set | frozenset):
+            left += [(value, f"{place}[{index}]") for index, value in enumerate(item)]
+    if sum(held.values()) > size:
+        raise InputError(f"{path}: its tensors are larger than the file: it is no checkpoint")
+
+
+def _unusual(tensor: torch.Tensor) -> str | None:
+    """The kind of a tensor that is not an ordinary one."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    if tensor.is_meta:
+        return "a meta tensor, which has a shape and no numbers"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout != torch.strided:
+        return f"a sparse tensor ({str(tensor.layout).removeprefix('torch.')})"
+    if tensor.is_quantized:
+        return f"quantised ({str(tensor.dtype).removeprefix('torch.')})"
+    return None
 
 
 def _why_refused(path: Path, message: str) -> str:
@@ -115,16 +185,24 @@ def sha256(path: str | os.PathLike[str]) -> str:
 def plain(value: Any) -> Any:
     """A copy made of dict, list, str, int, float, bool and None alone; anything else as its text.
 
-    Recorded configurations go through this, so that a native file holds nothing but plain values.
+    Recorded configurations go through this, so that a native file holds nothing but plain values, which JSON
+    can hold, too: numbers that are not finite, whole numbers beyond 64 bits and text that is no Unicode
+    become text.
     """
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, int):
+        return value if abs(value) < 2**63 else shown(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, np.generic):
         return plain(value.item())
     if isinstance(value, torch.Tensor):
         return plain(value.tolist()) if value.numel() <= 16 else f"tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(plain(key)): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(item) for item in value]
-    return str(value)
+    return plain(str(value))

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equiformer2.checkpoint.constants import is_derived_constant
+from equiformer2.checkpoint.constants import is_derived_constant, shorten
 from equiformer2.checkpoint.contents import Contents, EnergyKind, WeightsKind
 from equiformer2.checkpoint.files import plain
 from equiformer2.checkpoint.normalizers import Normalizer, Normalizers
 from equiformer2.checkpoint.reference import config_from_reference, split_state, strip_prefix
 from equiformer2.errors import InputError
+from equiformer2.values import Number, Optional, Switch, mapping, shown_name
 
 _TRAINING_STATE = ("epoch", "step", "optimizer", "scheduler", "ema")
 _KEYS = {
@@ -53,27 +54,27 @@ def read_foreign(file: Mapping[str, Any], source: str) -> Contents:
     Raises:
         InputError: naming what is missing, unknown or not supported; see `model_from_reference`.
     """
-    unknown = sorted(str(key) for key in file if key not in _KEYS)
+    unknown = [shown_name(key) for key in file if not isinstance(key, str) or key not in _KEYS]
     if unknown:
-        raise InputError(
-            f"{source} has parts that no OCP or fairchem v1 checkpoint has: {', '.join(unknown)}"
-        )
-    source_format, model_block = _layout(file["config"], source)
+        raise InputError(f"{source} has parts that no OCP or fairchem v1 checkpoint has: {shorten(unknown)}")
+    # Plain values from here on: a tensor in a configuration would be compared number by number.
+    recorded = mapping(plain(file["config"]), f"{source}: config")
+    source_format, model_block = _layout(recorded, source)
     config = config_from_reference(model_block, f"{source}: the model config")
     state = split_state(config, file["state_dict"], source)
     normalizers = _normalizers(file, state.energy_lin_ref, source)
-    energy_kind, reason = _energy_kind(file["config"], normalizers)
+    energy_kind, reason = _energy_kind(recorded, normalizers)
     return Contents(
         source=source,
         source_format=source_format,
         config=config,
-        weights=_weights(file, state.parameters, bool(model_block.get("freeze_backbone")), source),
+        weights=_weights(file, recorded, state.parameters, _frozen(model_block, source), source),
         normalizers=normalizers,
         energy_kind=energy_kind,
         provenance={
             "source_format": source_format,
             "energy_kind_from": reason,
-            "training_config": plain({key: value for key, value in file["config"].items() if key != "slurm"}),
+            "training_config": {key: value for key, value in recorded.items() if key != "slurm"},
             **{
                 key: plain(file[key]) for key in ("epoch", "step", "val_metrics") if file.get(key) is not None
             },
@@ -94,14 +95,25 @@ def _layout(config: Mapping[str, Any], source: str) -> tuple[str, Mapping[str, A
     return ("fairchem-v1-hydra" if "backbone" in model else "fairchem-v1-flat"), model
 
 
+def _frozen(model_block: Mapping[str, Any], source: str) -> bool:
+    """Whether the backbone was not trained."""
+    frozen = model_block.get("freeze_backbone")
+    return bool(Optional(Switch()).read(frozen, f"{source}: the model config: freeze_backbone"))
+
+
 def _weights(
-    file: Mapping[str, Any], parameters: dict[str, Tensor], frozen_backbone: bool, source: str
+    file: Mapping[str, Any],
+    recorded: Mapping[str, Any],
+    parameters: dict[str, Tensor],
+    frozen_backbone: bool,
+    source: str,
 ) -> dict[WeightsKind, dict[str, Tensor]]:
     ema = file.get("ema")
     if ema is None:
         # The trainer copies the average into the network for the files that it writes without training state.
-        optim = file["config"].get("optim") or {}
-        averaged = bool(optim.get("ema_decay")) and not any(key in file for key in _TRAINING_STATE)
+        optim = mapping(recorded.get("optim") or {}, f"{source}: config['optim']")
+        decay = Optional(Number(0.0, 1.0)).read(optim.get("ema_decay"), f"{source}: ema_decay")
+        averaged = bool(decay) and not any(key in file for key in _TRAINING_STATE)
         return {"averaged" if averaged else "raw": parameters}
 
     shadow = ema.get("shadow_params") if isinstance(ema, Mapping) else None
@@ -131,14 +143,16 @@ def _normalizers(file: Mapping[str, Any], energy_lin_ref: Tensor | None, source:
     found = {"energy": Normalizer(0.0, 1.0), "forces": Normalizer(0.0, 1.0)}
     seen: set[str] = set()
     for key, values in file["normalizers"].items():
-        name = _NORMALIZER_NAMES.get(key)
+        name = _NORMALIZER_NAMES.get(key) if isinstance(key, str) else None
         if name is None or name in seen:
-            raise InputError(f"{source} has a normalizer that is not supported: {key}")
+            raise InputError(f"{source} has a normalizer that is not supported: {shown_name(key)}")
         seen.add(name)
-        std = values.get("rmsd", values.get("std")) if isinstance(values, Mapping) else None
+        numbers = mapping(values, f"{source}: the normalizer {key}")
         try:
-            found[name] = Normalizer(float(values["mean"]), float(std))  # type: ignore[arg-type]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            found[name] = Normalizer(
+                _one_number(numbers.get("mean")), _one_number(numbers.get("rmsd", numbers.get("std")))
+            )
+        except InputError as error:
             raise InputError(f"{source}: the normalizer {key} needs one mean and one std: {error}") from error
     references = _element_references(file, source)
     if energy_lin_ref is not None and bool(energy_lin_ref.any()):
@@ -152,14 +166,22 @@ def _normalizers(file: Mapping[str, Any], energy_lin_ref: Tensor | None, source:
         raise InputError(f"{source}: {error}") from error
 
 
+def _one_number(value: Any) -> Any:
+    """The number of a tensor of one, in which OCP keeps it; anything else as it is."""
+    if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+        return float(value)
+    return value
+
+
 def _element_references(file: Mapping[str, Any], source: str) -> Tensor | None:
-    references = file.get("elementrefs") or {}
+    found = file.get("elementrefs")
+    references = mapping({} if found is None else found, f"{source}: elementrefs")
     unknown = sorted(set(references) - {"energy"})
     if unknown:
-        raise InputError(f"{source} has per-element references that are not supported: {', '.join(unknown)}")
+        raise InputError(f"{source} has per-element references that are not supported: {shorten(unknown)}")
     if "energy" not in references:
         return None
-    table = references["energy"].get("element_references")
+    table = mapping(references["energy"], f"{source}: elementrefs['energy']").get("element_references")
     if not isinstance(table, torch.Tensor):
         raise InputError(f"{source}: elementrefs['energy'] has no tensor element_references")
     return table

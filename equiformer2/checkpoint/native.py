@@ -28,6 +28,7 @@ from equiformer2.checkpoint.files import plain, write_tensors
 from equiformer2.checkpoint.normalizers import Normalizers
 from equiformer2.checkpoint.weights import config_from_values
 from equiformer2.errors import InputError
+from equiformer2.values import mapping, shown, shown_name
 
 FORMAT = "equiformer2.checkpoint"
 FORMAT_VERSION = 1
@@ -88,22 +89,23 @@ def read_native(file: Mapping[str, Any], source: str) -> Contents:
     """
     file_version = file.get("format_version")
     if not isinstance(file_version, int) or isinstance(file_version, bool) or file_version < 1:
-        raise InputError(f"{source} states no valid format_version: {file_version!r}")
+        raise InputError(f"{source} states no valid format_version: {shown(file_version)}")
     if file_version > FORMAT_VERSION:
         raise InputError(
-            f"{source} is of checkpoint format version {file_version}, newer than the {FORMAT_VERSION} that "
-            f"equiformer2 {version('equiformer2')} reads: update equiformer2"
+            f"{source} is of checkpoint format version {shown(file_version)}, newer than the "
+            f"{FORMAT_VERSION} that equiformer2 {version('equiformer2')} reads: update equiformer2"
         )
     if set(file) != _KEYS:
-        missing, unknown = sorted(_KEYS - set(file)), sorted(map(str, set(file) - _KEYS))
+        missing, unknown = sorted(_KEYS - set(file)), [shown_name(key) for key in file if key not in _KEYS]
         raise InputError(
-            f"{source} is not a valid checkpoint: missing parts {missing}, unknown parts {unknown}"
+            f"{source} is not a valid checkpoint: missing parts {missing}, unknown parts {unknown[:5]}"
         )
-    for part in ("model_config", "weights", "normalizers", "units", "provenance"):
-        if not isinstance(file[part], dict):
-            raise InputError(f"{source}: {part} must be a dictionary, not {type(file[part]).__name__}")
-    if file["units"] != UNITS:
-        raise InputError(f"{source} is in units {file['units']}; only {UNITS} are read")
+    for part in ("model_config", "weights", "normalizers"):
+        mapping(file[part], f"{source}: {part}")
+    # What is only recorded becomes plain values, with text for keys.
+    units, provenance = (mapping(plain(file[part]), f"{source}: {part}") for part in ("units", "provenance"))
+    if units != UNITS:
+        raise InputError(f"{source} is in units {shown(units)}; only {UNITS} are read")
     try:
         normalizers = Normalizers.from_dict(file["normalizers"])
     except InputError as error:
@@ -117,7 +119,7 @@ def read_native(file: Mapping[str, Any], source: str) -> Contents:
         weights=_read_weights(file["weights"], source),
         normalizers=normalizers,
         energy_kind=check_energy_kind(file["energy_kind"], source),
-        provenance=file["provenance"],
+        provenance=dict(provenance),
     )
 
 
@@ -125,9 +127,13 @@ def _read_weights(weights: Mapping[str, Any], source: str) -> dict[WeightsKind, 
     found: dict[WeightsKind, dict[str, Tensor]] = {}
     for kind, state in weights.items():
         if kind not in ("raw", "averaged"):
-            raise InputError(f"{source} holds weights of an unknown kind: {kind!r}")
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise InputError(f"{source}: the {kind} weights are not a dictionary of tensors")
+            raise InputError(f"{source} holds weights of an unknown kind: {shown(kind)}")
+        for name, value in mapping(state, f"{source}: the {kind} weights").items():
+            if not isinstance(value, Tensor):
+                raise InputError(
+                    f"{source}: the {kind} weights are not a dictionary of tensors: {shown_name(name)} is a "
+                    f"{type(value).__name__}"
+                )
         found[kind] = state  # type: ignore[index]
     if not found:
         raise InputError(f"{source} holds no weights")

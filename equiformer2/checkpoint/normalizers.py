@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from equiformer2.errors import InputError
 from equiformer2.model.config import ModelConfig
+from equiformer2.values import Items, Number, mapping, shown
 
 
 @dataclass(frozen=True)
 class Normalizer:
-    """`normalised = (value - mean) / std`, in float32 or better whatever the network's precision.
+    """`normalised = (value - mean) / std`, in the type of the value, at least float32.
 
     `mean` and `std` carry the unit of the value (eV, or eV/Å for forces).
 
     Raises:
-        InputError: if a number is not finite or `std` is not positive.
+        InputError: if one is not a number, not finite or beyond float32, or `std` is not positive.
     """
 
     mean: float
     std: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
-            raise InputError(
-                "a normalizer needs a finite mean and a finite std above 0, "
-                f"not mean={self.mean}, std={self.std}"
-            )
+        for name, rule in (("mean", Number()), ("std", Number(least=1e-30))):
+            try:
+                object.__setattr__(self, name, rule.read(getattr(self, name), name))
+            except InputError as error:
+                raise InputError(
+                    f"a normalizer needs a finite mean and a finite std above 0; {error}"
+                ) from error
 
     def normalize(self, value: Tensor) -> Tensor:
         """Physical to normalised units, any shape; half precision comes back as float32."""
@@ -66,12 +69,7 @@ class Normalizers:
         if forces.mean != 0.0:
             raise InputError(f"the forces' normalizer must have mean 0, not {forces.mean}")
         if linear_references is not None:
-            linear_references = torch.as_tensor(linear_references).detach().to("cpu", torch.float64)
-            if linear_references.dim() != 1 or not bool(torch.isfinite(linear_references).all()):
-                raise InputError(
-                    "linear_references must be one finite energy per atomic number, "
-                    f"not a tensor of shape {tuple(linear_references.shape)}"
-                )
+            linear_references = _references(linear_references)
         self.energy = energy
         self.forces = forces
         self.linear_references = linear_references
@@ -79,17 +77,19 @@ class Normalizers:
     def denormalize(self, out: Mapping[str, Tensor], batch: Any) -> dict[str, Tensor]:
         """The network's output in eV, eV/Å and eV/Å^3.
 
+        Energies are computed in float64: a total energy of 5e5 eV has steps of 31 meV in float32.
+
         Args:
             out: `energy` `[B]`, `forces` `[N, 3]`, `stress` `[B, 3, 3]`, or some of them; normalised units.
             batch: the structures; `atomic_numbers` and `batch` are read when there are linear references.
 
         Returns:
-            The same keys: `energy` `[B]` eV, `forces` `[N, 3]` eV/Å, `stress` `[B, 3, 3]` eV/Å^3; float32 or
-            better.
+            The same keys: `energy` `[B]` float64 eV, `forces` `[N, 3]` eV/Å and `stress` `[B, 3, 3]` eV/Å^3,
+            float32 or better.
         """
         physical = {}
         if "energy" in out:
-            physical["energy"] = self._shift(self.energy.denormalize(out["energy"]), batch, +1.0)
+            physical["energy"] = self._shift(self.energy.denormalize(out["energy"].double()), batch, +1.0)
         if "forces" in out:
             physical["forces"] = self.forces.denormalize(out["forces"])
         if "stress" in out:
@@ -97,8 +97,12 @@ class Normalizers:
         return physical
 
     def normalize_energy(self, energy: Tensor, batch: Any) -> Tensor:
-        """Energies `[B]` in eV to the network's units, `[B]`."""
-        return self.energy.normalize(self._shift(energy, batch, -1.0))
+        """Energies `[B]` in eV to the network's units, `[B]` float64.
+
+        References and mean are subtracted in float64. What is left has few digits before the point, and
+        whoever compares it with the network's output may round it to that type (`training.losses` does).
+        """
+        return self.energy.normalize(self._shift(energy.double(), batch, -1.0))
 
     def normalize_forces(self, forces: Tensor) -> Tensor:
         """Forces `[N, 3]` in eV/Å to the network's units, `[N, 3]`."""
@@ -139,8 +143,7 @@ class Normalizers:
     def _shift(self, energy: Tensor, batch: Any, sign: float) -> Tensor:
         if self.linear_references is None:
             return energy
-        shifted = energy.double() + sign * self.reference_energy(batch, energy.numel()).view_as(energy)
-        return shifted.to(_at_least_float32(energy).dtype)
+        return energy + sign * self.reference_energy(batch, energy.numel()).view_as(energy)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain floats and at most one tensor, for a checkpoint."""
@@ -158,18 +161,23 @@ class Normalizers:
             InputError: if a key is missing or unknown, or a value is not a number.
         """
         expected = {"energy", "forces", "linear_references"}
-        if set(values) != expected:
-            raise InputError(f"normalizers must hold {sorted(expected)}, not {sorted(values)}")
-        try:
-            energy, forces = (
-                Normalizer(float(values[name]["mean"]), float(values[name]["std"]))
-                for name in ("energy", "forces")
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError("each normalizer must hold the numbers 'mean' and 'std'") from error
-        return cls(energy, forces, values["linear_references"])
+        if set(mapping(values, "normalizers")) != expected:
+            raise InputError(f"normalizers must hold {sorted(expected)}, not {shown(sorted(values))}")
+        found = {}
+        for name in ("energy", "forces"):
+            numbers = mapping(values[name], f"normalizers.{name}")
+            if set(numbers) != {"mean", "std"}:
+                raise InputError(
+                    f"normalizers.{name}: each normalizer must hold the numbers 'mean' and 'std', "
+                    f"not {shown(sorted(numbers))}"
+                )
+            try:
+                found[name] = Normalizer(numbers["mean"], numbers["std"])
+            except InputError as error:
+                raise InputError(
+                    f"normalizers.{name} must hold the numbers 'mean' and 'std': {error}"
+                ) from error
+        return cls(found["energy"], found["forces"], values["linear_references"])
 
     def __repr__(self) -> str:
         references = "None" if self.linear_references is None else f"[{len(self.linear_references)}]"
@@ -185,6 +193,33 @@ class Normalizers:
         return same and self.energy == other.energy and self.forces == other.forces
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _references(values: Any) -> Tensor:
+    """A table of energies, eV, as float64 on the CPU: from a tensor, an array or a list of numbers."""
+    if isinstance(values, list | tuple):
+        values = torch.tensor(Items(Number(), _MOST_ELEMENTS).read(values, "linear_references"), dtype=_F64)
+    elif isinstance(values, np.ndarray) and values.dtype.kind == "f":
+        values = torch.from_numpy(values.astype(np.float64))
+    if not isinstance(values, Tensor) or values.dtype not in (_F64, torch.float32):
+        kind = str(values.dtype) if isinstance(values, Tensor | np.ndarray) else shown(values)
+        raise InputError(
+            "linear_references must be one finite energy per atomic number, in float32 or float64, not "
+            f"{kind.removeprefix('torch.')}"
+        )
+    values = values.detach().to("cpu", _F64)
+    finite = values.dim() == 1 and bool(torch.isfinite(values).all())
+    if not finite or not 2 <= len(values) <= _MOST_ELEMENTS:
+        raise InputError(
+            f"linear_references must be one finite energy per atomic number (2 to {_MOST_ELEMENTS} of them, "
+            f"from the unused 0 on), not a tensor of shape {tuple(values.shape)}"
+            f"{'' if finite or values.dim() != 1 else ' with numbers that are not finite'}"
+        )
+    return values
+
+
+_F64 = torch.float64
+_MOST_ELEMENTS = 256
 
 
 def _at_least_float32(value: Tensor) -> Tensor:

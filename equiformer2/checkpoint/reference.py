@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from equiformer2.checkpoint.constants import is_derived_constant, shorten, verify_constants
+from equiformer2.checkpoint.files import plain
 from equiformer2.checkpoint.weights import build_model, config_from_values
 from equiformer2.errors import InputError
 from equiformer2.model.config import AVG_DEGREE, AVG_NUM_NODES, ModelConfig
 from equiformer2.model.equiformer import EquiformerV2
+from equiformer2.values import mapping, shown, shown_name
 
 # Keys that mean the same here, with the reference's defaults: old configurations leave keys out.
 _SHARED: dict[str, Any] = {
@@ -110,19 +112,19 @@ def config_from_reference(config: Mapping[str, Any], source: str = "the model co
         InputError: listing the keys that are unknown or have a value this network does not have.
     """
     forces: bool | None = None
+    config = mapping(plain(config), source)
     if "backbone" in config or "heads" in config:
         config, forces = _flatten_hydra(config, source)
     attributes = {key: value for key, value in config.items() if key not in ("name", "model")}
     for key in ("name", "model"):
-        if key in config and config[key] not in _MODEL_NAMES:
-            raise InputError(
-                f"{source} is for a model called {config[key]!r}; only EquiformerV2 can be loaded"
-            )
+        name = config.get(key, "equiformer_v2")
+        if not isinstance(name, str) or name not in _MODEL_NAMES:
+            raise InputError(f"{source} is for a model called {shown(name)}; only EquiformerV2 can be loaded")
     for key, value in attributes.items():
         if (key in _V3_SWITCHES and value) or (key in _V3_VALUES and _V3_VALUES[key] in str(value)):
             raise InputError(
-                f"{source} has {key}={value!r}, which is EquiformerV3's: only weights of EquiformerV2 can be "
-                "imported"
+                f"{source} has {key}={shown(value)}, which is EquiformerV3's: only weights of "
+                "EquiformerV2 can be imported"
             )
     known = {*_SHARED, *_DEGREES, *_STATISTICS, *_REQUIRED, *_WITHOUT_EFFECT, *_LINEAR_REFERENCES}
     unknown = sorted(set(attributes) - known)
@@ -130,13 +132,15 @@ def config_from_reference(config: Mapping[str, Any], source: str = "the model co
         raise InputError(f"{source} has keys that EquiformerV2 does not know: {shorten(unknown)}")
     for key, required in _REQUIRED.items():
         if attributes.get(key, required) != required:
-            raise InputError(f"{source} has {key}={attributes[key]!r}; only {required!r} is supported")
+            raise InputError(f"{source} has {key}={shown(attributes[key])}; only {required!r} is supported")
 
     values = {key: attributes.get(key, default) for key, default in _SHARED.items()}
     for key, default in _DEGREES.items():
         degrees = attributes.get(key) or default
         if not isinstance(degrees, list | tuple) or len(degrees) != 1:
-            raise InputError(f"{source} has {key}={degrees!r}; one resolution, such as [4], is supported")
+            raise InputError(
+                f"{source} has {key}={shown(degrees)}; one resolution, such as [4], is supported"
+            )
         values[key.removesuffix("_list")] = degrees[0]
     # The reference writes `avg_num_nodes or default`.
     values |= {key: attributes.get(key) or default for key, default in _STATISTICS.items()}
@@ -156,10 +160,12 @@ def _flatten_hydra(config: Mapping[str, Any], source: str) -> tuple[Mapping[str,
         raise InputError(f"{source} must state both its backbone and its heads")
     found = []
     for name, head in heads.items():
+        head = mapping(head, f"{source}: the head {shown(name)}")
         kind = _HEADS.get(str(head.get("module")))
         if kind is None:
             raise InputError(
-                f"{source} has a head {name!r} of type {head.get('module')!r}, which is not supported"
+                f"{source} has a head {shown(name)} of type {shown(head.get('module'))}, which is not "
+                "supported"
             )
         expected = {"module": head["module"], "output_name": kind} | (
             {"reduce": "sum"} if kind == "energy" else {}
@@ -167,12 +173,12 @@ def _flatten_hydra(config: Mapping[str, Any], source: str) -> tuple[Mapping[str,
         wrong = sorted(key for key, value in head.items() if key not in expected or expected[key] != value)
         if wrong:
             raise InputError(
-                f"{source} has a head {name!r} with options that are not supported: {shorten(wrong)}"
+                f"{source} has a head {shown(name)} with options that are not supported: {shorten(wrong)}"
             )
         found.append(kind)
     if sorted(found) not in (["energy"], ["energy", "forces"]):
         raise InputError(
-            f"{source} must have one energy head and at most one force head, not {sorted(heads)}"
+            f"{source} must have one energy head and at most one force head, not {sorted(heads)[:5]}"
         )
     return backbone, "forces" in found
 
@@ -195,7 +201,7 @@ def split_state(config: ModelConfig, state_dict: Mapping[str, Tensor], source: s
     constants: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
         if not isinstance(tensor, torch.Tensor):
-            raise InputError(f"{source}: {key} is not a tensor")
+            raise InputError(f"{source}: {shown_name(key)} is not a tensor")
         name = strip_prefix(str(key))
         target = constants if is_derived_constant(name) else parameters
         if name in target:

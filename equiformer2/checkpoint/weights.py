@@ -12,6 +12,8 @@ from equiformer2.checkpoint.constants import shorten
 from equiformer2.errors import InputError
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.equiformer import EquiformerV2
+from equiformer2.model.parameters import count_parameters
+from equiformer2.values import shown_name
 
 
 def config_from_values(values: Mapping[str, Any], source: str) -> ModelConfig:
@@ -22,7 +24,7 @@ def config_from_values(values: Mapping[str, Any], source: str) -> ModelConfig:
     """
     try:
         return ModelConfig.from_dict(dict(values))
-    except (InputError, TypeError) as error:
+    except InputError as error:
         raise InputError(f"{source}: the model configuration is not valid: {error}") from error
 
 
@@ -32,13 +34,46 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], source: str)
     The random number generator is left as it was: loading must not change what comes after.
 
     Raises:
-        InputError: as `check_weights`.
+        InputError: as `check_weights`; at once where the network would be far from the weights in size.
     """
+    _check_extent(config, weights, source)
     with torch.random.fork_rng(devices=[]):
         model = EquiformerV2(config)
     check_weights(model, weights, source)
     model.load_state_dict(weights)
-    return model.eval()
+    return model
+
+
+def _check_extent(config: ModelConfig, weights: Mapping[str, Tensor], source: str) -> None:
+    """Compare what the time and the memory of building depend on, before anything is built."""
+    claimed, held = count_parameters(config), sum(tensor.numel() for tensor in weights.values())
+    layers = {name.split(".")[1] for name in weights if name.startswith("blocks.") and name.count(".") > 1}
+    # The scalars of the separable norm have a norm of their own.
+    degrees = config.lmax + (config.norm_type != "layer_norm_sh")
+    found = [
+        ("num_layers", config.num_layers, len(layers)),
+        ("number of degrees in the norm", degrees, _length(weights, "norm.affine_weight", 0)),
+    ]
+    for key, of_config, of_weights in found:
+        # Empty blocks of a pruned network have no weights.
+        if key == "num_layers" and config.blocks is not None and (of_weights or 0) <= of_config:
+            continue
+        if of_weights is not None and of_config != of_weights:
+            raise InputError(
+                f"{source}: the weights do not fit the model configuration; {key} is {of_config} there, and "
+                f"the weights are those of {of_weights}"
+            )
+    if claimed > 2 * held + 1_000_000:
+        raise InputError(
+            f"{source}: the weights do not fit the model configuration; it describes a network of "
+            f"{claimed:,} parameters, and the weights are {held:,} numbers"
+        )
+
+
+def _length(weights: Mapping[str, Tensor], name: str, dimension: int) -> int | None:
+    """Length of a tensor along `dimension`; None where there is no such tensor."""
+    tensor = weights.get(name)
+    return None if tensor is None or tensor.dim() <= dimension else tensor.shape[dimension]
 
 
 def check_weights(model: EquiformerV2, weights: Mapping[str, Tensor], source: str) -> None:
@@ -51,15 +86,27 @@ def check_weights(model: EquiformerV2, weights: Mapping[str, Tensor], source: st
     shared = [name for name in expected if name in weights]
     findings = {
         "missing": [name for name in expected if name not in weights],
-        "unknown": [name for name in weights if name not in expected],
+        "unknown": [shown_name(name) for name in weights if name not in expected],
         "of another shape": [
             f"{name} {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
             for name in shared
             if weights[name].shape != expected[name].shape
         ],
         "not floating point": [name for name in shared if not weights[name].is_floating_point()],
-        "not finite": [name for name in shared if not bool(torch.isfinite(weights[name]).all())],
+        "in a precision that is not read (float16, bfloat16, float32 and float64 are)": [
+            f"{name} {str(weights[name].dtype).removeprefix('torch.')}"
+            for name in shared
+            if weights[name].is_floating_point() and weights[name].dtype not in _DTYPES
+        ],
+        "not finite": [
+            name
+            for name in shared
+            if weights[name].dtype in _DTYPES and not bool(torch.isfinite(weights[name].float()).all())
+        ],
     }
     problems = [f"{len(names)} {what}: {shorten(names)}" for what, names in findings.items() if names]
     if problems:
         raise InputError(f"{source}: the weights do not fit the model configuration; {'; '.join(problems)}")
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

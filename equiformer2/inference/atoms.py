@@ -4,6 +4,7 @@ The network reads positions, atomic numbers, cell and pbc only. `tags` and `fixe
 (which atoms are the adsorbate, which are held in place) and never change an energy or a force.
 """
 
+import functools
 import logging
 
 import numpy as np
@@ -15,6 +16,8 @@ from ase.geometry import wrap_positions
 from torch_geometric.data import Data
 from vesin import NeighborList
 
+from datasets_oc20.periodicity import unused_cell
+from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
 from equiformer2.graph.validation import MAX_COORDINATE, MAX_EXTENT, check_extents, locate_atom
 
@@ -34,6 +37,7 @@ _MOST_BOXES = 1000
 """Along the longest direction of a structure; the search takes time and memory for empty ones too."""
 
 
+@own_defaults()
 def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: bool = True) -> Data:
     """One structure as the data object of `docs/architecture.md`; `atoms` is not changed.
 
@@ -54,6 +58,8 @@ def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: 
     tags, notice = oc20_tags(atoms)
     if notice and notify:
         logger.warning(notice)
+    if notify and unused_cell(atoms.cell.array, atoms.pbc):
+        _say_not_periodic(atoms.get_chemical_formula())
     positions = wrap_positions(atoms.get_positions(), atoms.cell, atoms.pbc, eps=0)
     return Data(
         pos=torch.tensor(positions, dtype=torch.float64),
@@ -65,6 +71,15 @@ def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: 
         fixed=torch.as_tensor(fixed_mask(atoms)),
         sid=str(atoms.info.get("sid", "")),
         fid=0,
+    )
+
+
+@functools.cache
+def _say_not_periodic(formula: str) -> None:
+    """Once per composition."""
+    logger.warning(
+        f"{formula}: has a whole cell but pbc F F F, so nothing is seen across its boundary; "
+        "set atoms.pbc if it is a slab or a bulk"
     )
 
 
@@ -115,6 +130,7 @@ def surface_height(atoms: Atoms) -> np.ndarray:
     return atoms.positions @ (normal if normal @ atoms.cell[2] >= 0 else -normal)
 
 
+@own_defaults()
 def check_atoms(atoms: Atoms, max_num_elements: int | None = None) -> None:
     """Raise `InputError` for a structure that has no meaningful energy; see `atoms_to_data`."""
     if len(atoms) == 0:

@@ -58,7 +58,7 @@ class RelaxationSettings:
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame: `positions` and `forces` `[N, 3]` float32 as the model gives them, Å, eV/Å; `energy` eV."""
+    """One frame: `positions` `[N, 3]` float64 Å; `forces` `[N, 3]` eV/Å and `energy` eV are the model's."""
 
     positions: np.ndarray
     forces: np.ndarray
@@ -95,7 +95,7 @@ class Relaxed:
 
     @property
     def positions(self) -> np.ndarray:
-        """Of the last frame, `[N, 3]` float32 Å."""
+        """Of the last frame, `[N, 3]` float64 Å."""
         return self.frames[-1].positions
 
     def fail(self, reason: str) -> None:

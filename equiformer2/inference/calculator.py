@@ -1,5 +1,6 @@
 """ASE calculator."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,16 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.constraints import FixAtoms
 from ase.stress import full_3x3_to_voigt_6_stress
+from torch_geometric.data import Data
 
 from equiformer2.checkpoint import Checkpoint
+from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import atoms_to_data, fixed_mask
 from equiformer2.inference.predictor import Predictor
+from equiformer2.inference.symmetric_sites import find_symmetric_sites
+
+logger = logging.getLogger(__name__)
 
 
 class EquiformerV2Calculator(Calculator):
@@ -32,6 +38,9 @@ class EquiformerV2Calculator(Calculator):
     periodic in all three directions). Forces are a direct output, not the gradient of the energy, good for
     relaxations and not for energy-conserving dynamics, unless the network was trained with
     `ModelConfig.forces: gradient`.
+
+    At sites of high symmetry, as in perfect crystals, forces and energies are less certain (docs/model.md,
+    "Perfect crystals"): the first call for a composition logs a warning where that matters.
 
     Results are kept until positions, numbers, cell or pbc change. Tags and constraints do not enter the
     network; those of the atoms are left as they are (see `equiformer2.inference.atoms.oc20_tags`).
@@ -88,6 +97,7 @@ class EquiformerV2Calculator(Calculator):
         if self.predictor.has_stress:
             self.implemented_properties = [*self.implemented_properties, "stress"]
         self._notified_tags = False
+        self._looked_at = b""  # atomic numbers of the structure last looked at for sites of high symmetry
         # What ASE stores beside results in trajectories and databases.
         self.parameters.update(
             energy_kind=self.energy_kind, weights=self.predictor.checkpoint.weights, precision=precision
@@ -125,6 +135,15 @@ class EquiformerV2Calculator(Calculator):
                 return ["constraints"]
         return changes
 
+    def _warn_of_symmetry(self, data: Data) -> None:
+        """Log once per composition that a perfect crystal has less certain forces."""
+        numbers = data.atomic_numbers.numpy().tobytes()
+        if numbers != self._looked_at:
+            self._looked_at = numbers
+            notice = find_symmetric_sites(data, self.predictor.checkpoint.config).notice
+            if notice is not None:
+                logger.warning(notice)
+
     def _held(self, atoms: Atoms) -> np.ndarray | None:
         """`[N]` bool: atoms whose forces are not wanted, or None if all are."""
         if self.forces_on_fixed or not all(isinstance(c, FixAtoms) for c in atoms.constraints):
@@ -132,6 +151,7 @@ class EquiformerV2Calculator(Calculator):
         held = fixed_mask(atoms)
         return held if held.any() else None
 
+    @own_defaults()
     def calculate(
         self,
         atoms: Atoms | None = None,
@@ -153,6 +173,7 @@ class EquiformerV2Calculator(Calculator):
             self.atoms, max_num_elements=config.max_num_elements, notify=not self._notified_tags
         )
         self._notified_tags = True
+        self._warn_of_symmetry(data)
         # Forces that are the gradient of the energy come with it.
         asked = set(properties) != {"forces"} or config.forces == "gradient"
         with_energy = asked or self._without_energy + 1 >= self.energy_every

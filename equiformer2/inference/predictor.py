@@ -9,6 +9,7 @@ import torch
 from torch_geometric.data import Batch, Data
 
 from equiformer2.checkpoint import Checkpoint, load_checkpoint
+from equiformer2.devices import own_defaults, usable_device
 from equiformer2.errors import InputError, naming_structures
 from equiformer2.inference.atoms import check_elements
 from equiformer2.inference.cuda_graph import GraphedNetwork, check_captured, why_not_captured
@@ -44,6 +45,7 @@ class Predictor:
             graphs that are asked for and cannot be used.
     """
 
+    @own_defaults()
     def __init__(
         self,
         checkpoint: Checkpoint | str | Path,
@@ -55,7 +57,7 @@ class Predictor:
         router: Callable[..., dict[str, torch.Tensor]] | None = None,
         cuda_graphs: bool | None = None,
     ) -> None:
-        self.device = _device(device)
+        self.device = usable_device(device)
         check_precision(precision, self.device)
         self.precision = precision
         if isinstance(checkpoint, str | Path):
@@ -98,6 +100,7 @@ class Predictor:
         return self.checkpoint.config.stress
 
     @torch.no_grad()
+    @own_defaults()
     def predict(
         self, batch: Batch | Data, *, energy: bool = True, force_atoms: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
@@ -155,15 +158,3 @@ def batch_of_one(data: Data) -> Batch:
             fields[key] = value.unsqueeze(0)
     atoms = len(data.pos)
     return Batch(batch=data.pos.new_zeros(atoms, dtype=torch.long), ptr=torch.tensor([0, atoms]), **fields)
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises AssertionError
-        raise InputError(
-            f"the device {str(device)!r} cannot be used on this machine ({str(error).splitlines()[0]}): "
-            'use "cpu", or "cuda" where torch finds a GPU'
-        ) from error
-    return chosen

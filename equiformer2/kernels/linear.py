@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 
-
 def _takes_bfloat16() -> bool:
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return supported is not None and bool(supported())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from equiformer2.errors import InputError
+from equiformer2.values import Optional, Rule, Switch, Whole, mapping, shown
 
 if TYPE_CHECKING:
     from equiformer2.model.config import ModelConfig
@@ -60,41 +60,42 @@ class BlockConfig:
 
     def check(self, config: ModelConfig, name: str) -> None:
         """Raise `InputError`, naming the key below `name`, for a value that the model cannot have."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("attention", "feed_forward"):
-                if not isinstance(value, bool):
-                    raise InputError(f"model.{name}.{field.name} = {value!r}: must be true or false")
-                continue
-            if value is None:
-                continue
-            least = 0 if field.name == "mmax" else 1
-            most = getattr(config, field.name) if field.name in ("lmax", "mmax") else None
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InputError(
-                    f"model.{name}.{field.name} = {value!r}: must be a whole number of at least {least}"
-                )
-            if most is not None and value > most:
-                raise InputError(
-                    f"model.{name}.{field.name} = {value!r}: must be at most the model's, which is {most}"
-                )
+        for key in ("lmax", "mmax"):
+            value, most = getattr(self, key), getattr(config, key)
+            if value is not None and value > most:
+                raise InputError(f"{name}.{key} = {value!r}: must be at most the model's, which is {most}")
         grid = [key for key in GRID_MLP_WIDTHS if getattr(self, key) is not None]
         if grid and not config.use_grid_mlp:
-            raise InputError(f"model.{name}.{grid[0]} needs model.use_grid_mlp")
+            raise InputError(f"{name}.{grid[0]} needs model.use_grid_mlp")
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], name: str) -> BlockConfig:
-        """Of a dictionary of the fields; for an unknown key an `InputError` that names the nearest one."""
+    def read(cls, value: Any, name: str) -> BlockConfig:
+        """One whose fields have been checked, from another one or from a dictionary of its fields.
+
+        Raises:
+            InputError: naming the key below `name` that is unknown (with the nearest one) or out of range.
+        """
+        values = value if isinstance(value, BlockConfig) else mapping(value, name)
+        if isinstance(values, BlockConfig):
+            values = {field.name: getattr(values, field.name) for field in dataclasses.fields(cls)}
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
+                near = difflib.get_close_matches(key[:100], known, n=1)
                 hint = f"; did you mean '{near[0]}'?" if near else ""
-                raise InputError(f"model.{name}: unknown key '{key}'{hint}")
-        return cls(**values)
+                raise InputError(f"{name}: unknown key {shown(key)}{hint}")
+        return cls(**{key: _RULES[key].read(value, f"{name}.{key}") for key, value in values.items()})
 
 
 GRID_MLP_WIDTHS = ("ffn_input_channels", "ffn_grid_channels_1", "ffn_grid_channels_2")
+WIDTH = Whole(1, 2**14)
+"""Channels and heads, of the model and of a block."""
+_OWN: dict[str, Rule] = {
+    "attention": Switch(),
+    "feed_forward": Switch(),
+    "mmax": Optional(Whole(0, WIDTH.most)),
+}
+_RULES = {field.name: _OWN.get(field.name, Optional(WIDTH)) for field in dataclasses.fields(BlockConfig)}
 
 
 @dataclasses.dataclass(frozen=True)

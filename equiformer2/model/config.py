@@ -3,11 +3,12 @@
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from equiformer2.errors import InputError
-from equiformer2.model.block_config import BlockConfig, ResolvedBlock
-from equiformer2.model.grid_resolution import GridResolution
+from equiformer2.model.block_config import WIDTH, BlockConfig, ResolvedBlock
+from equiformer2.model.grid_resolution import GridResolution, Grids
+from equiformer2.values import Items, Number, OneOf, Optional, Rule, Switch, Whole, shown
 
 # Statistics of the first 100,000 structures of OC20 IS2RE (cutoff 5 Å, at most 100 neighbours), constants of
 # the reference implementation that every public checkpoint was trained with.
@@ -15,11 +16,19 @@ AVG_NUM_NODES = 77.81317
 AVG_DEGREE = 23.395238876342773
 
 Activation = Literal["gate", "s2", "separable_s2", "swiglu_s2"]
+NormType = Literal["layer_norm", "layer_norm_sh", "rms_norm_sh"]
+WeightInit = Literal["normal", "uniform"]
+Forces = Literal["direct", "gradient", "none"]
+
+MAX_DEGREE = 11
+"""Highest degree and order: there the rotation tables of the reference (e3nn's) end."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Hyper-parameters of EquiformerV2 (paper Table 7; names as in the reference implementation).
+
+    Every field is checked, type and range, wherever the values come from; numpy's scalars become Python's.
 
     Args:
         num_layers: Transformer blocks N.
@@ -77,7 +86,7 @@ class ModelConfig:
     attn_alpha_channels: int = 64
     attn_value_channels: int = 16
     ffn_hidden_channels: int = 128
-    norm_type: Literal["layer_norm", "layer_norm_sh", "rms_norm_sh"] = "layer_norm_sh"
+    norm_type: NormType = "layer_norm_sh"
     lmax: int = 6
     mmax: int = 2
     grid_resolution: int | GridResolution | None = 18
@@ -99,8 +108,8 @@ class ModelConfig:
     alpha_drop: float = 0.1
     drop_path_rate: float = 0.05
     proj_drop: float = 0.0
-    weight_init: Literal["normal", "uniform"] = "uniform"
-    forces: Literal["direct", "gradient", "none"] = "direct"
+    weight_init: WeightInit = "uniform"
+    forces: Forces = "direct"
     stress: bool = False
     dens: bool = False
     avg_num_nodes: float = AVG_NUM_NODES
@@ -110,49 +119,11 @@ class ModelConfig:
     energy_head: BlockConfig | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_layers",
-            "sphere_channels",
-            "attn_hidden_channels",
-            "num_heads",
-            "attn_alpha_channels",
-            "attn_value_channels",
-            "ffn_hidden_channels",
-            "edge_channels",
-            "max_num_elements",
-            "max_neighbors",
-            "lmax",
-        ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        _require(0 <= self.mmax <= self.lmax, "mmax", self.mmax, f"must be between 0 and lmax ({self.lmax})")
-        _require(
-            self.num_distance_basis >= 2, "num_distance_basis", self.num_distance_basis, "must be at least 2"
-        )
-        _require(self.max_radius > 0, "max_radius", self.max_radius, "must be positive")
-        _require(self.avg_num_nodes > 0, "avg_num_nodes", self.avg_num_nodes, "must be positive")
-        _require(self.avg_degree > 0, "avg_degree", self.avg_degree, "must be positive")
-        for name in ("alpha_drop", "drop_path_rate", "proj_drop"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
-        for name, known in (
-            ("norm_type", ("layer_norm", "layer_norm_sh", "rms_norm_sh")),
-            ("weight_init", ("normal", "uniform")),
-            ("forces", ("direct", "gradient", "none")),
-        ):
-            _require(
-                getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}"
-            )
-        if isinstance(self.grid_resolution, Mapping):
-            object.__setattr__(self, "grid_resolution", GridResolution.read(self.grid_resolution))
-        if isinstance(self.grid_resolution, GridResolution):
-            self.grid_resolution.check(self.lmax, self.mmax)
-        elif self.grid_resolution is not None:
-            smallest = 2 * (self.lmax + 1)
-            _require(
-                self.grid_resolution >= smallest and self.grid_resolution % 2 == 0,
-                "grid_resolution",
-                self.grid_resolution,
-                f"must be null or an even number of at least 2 * (lmax + 1) = {smallest}",
-            )
+        for name, rule in _RULES.items():
+            object.__setattr__(self, name, rule.read(getattr(self, name), f"model.{name}"))
+        if self.mmax > self.lmax:
+            raise InputError(f"model.mmax = {self.mmax}: must be at most lmax ({self.lmax})")
+        self._check_grid()
         if self.stress and self.forces != "gradient":
             raise InputError(f"model.stress needs model.forces: gradient, not {self.forces}")
         if self.dens and self.forces != "direct":
@@ -164,10 +135,18 @@ class ModelConfig:
                 "model.use_swiglu_s2_act takes the place of the other activations: leave model.use_gate_act "
                 "false, model.use_sep_s2_act and model.use_grid_mlp true"
             )
-        for key in _PARTS:
-            if getattr(self, key) is not None:
-                object.__setattr__(self, key, _read_part(key, getattr(self, key)))
         self._check_blocks()
+
+    def _check_grid(self) -> None:
+        if isinstance(self.grid_resolution, GridResolution):
+            self.grid_resolution.check(self.lmax, self.mmax)
+        elif self.grid_resolution is not None:
+            smallest = 2 * (self.lmax + 1)
+            if self.grid_resolution < smallest or self.grid_resolution % 2:
+                raise InputError(
+                    f"model.grid_resolution = {self.grid_resolution}: must be null or an even number of at "
+                    f"least 2 * (lmax + 1) = {smallest}"
+                )
 
     def _check_blocks(self) -> None:
         if self.is_pruned and self.use_swiglu_s2_act:
@@ -179,11 +158,12 @@ class ModelConfig:
                     f"({self.num_layers})"
                 )
             for index, block in enumerate(self.blocks):
-                block.check(self, f"blocks[{index}]")
+                block.check(self, f"model.blocks[{index}]")
         for name, head in (("force_head", self.force_head), ("energy_head", self.energy_head)):
             if head is not None:
-                head.check(self, name)
-                _require(head.attention and head.feed_forward, name, head, "a head has no branch to drop")
+                head.check(self, f"model.{name}")
+                if not (head.attention and head.feed_forward):
+                    raise InputError(f"model.{name} = {head!r}: a head has no branch to drop")
 
     @property
     def regress_forces(self) -> bool:
@@ -267,16 +247,16 @@ class ModelConfig:
         values = with_present_keys(values)
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
+                near = difflib.get_close_matches(str(key)[:100], known, n=1)
                 hint = f"; did you mean '{near[0]}'?" if near else ""
-                raise InputError(f"unknown model key '{key}'{hint}")
+                raise InputError(f"unknown model key {shown(key)}{hint}")
         return cls(**values)
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
         """The paper's models: `83M` (Table 1, S2EF-2M), `31M` and `153M` (Table 2, S2EF-All+MD)."""
-        if name not in _PRESETS:
-            raise InputError(f"unknown preset '{name}'; known are {', '.join(_PRESETS)}")
+        if not isinstance(name, str) or name not in _PRESETS:
+            raise InputError(f"unknown preset {shown(name)}; known are {', '.join(_PRESETS)}")
         return cls(**_PRESETS[name])
 
 
@@ -285,7 +265,8 @@ def with_present_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: value for key, value in values.items() if key != "regress_forces"}
     if values.get("regress_forces") is None:
         return found
-    wanted, forces = bool(values["regress_forces"]), found.get("forces", "direct")
+    wanted = Switch().read(values["regress_forces"], "model.regress_forces")
+    forces = OneOf(*get_args(Forces)).read(found.get("forces", "direct"), "model.forces")
     if not wanted and forces == "direct":
         found["forces"] = "none"
     elif wanted != (forces != "none"):
@@ -300,26 +281,65 @@ _PARTS = ("blocks", "force_head", "energy_head")
 _V3_SWITCHES = ("smooth_cutoff", "use_swiglu_s2_act")
 
 
-def _read_part(key: str, value: Any) -> Any:
-    if key == "blocks":
-        if not isinstance(value, list | tuple):
-            raise InputError(f"model.blocks must be a list of blocks, not {type(value).__name__}")
-        return tuple(_read_block(f"blocks[{index}]", block) for index, block in enumerate(value))
-    return _read_block(key, value)
+class _Block:
+    """Rule of a head: widths and degrees of its own, as `BlockConfig` or as a dictionary of its fields."""
+
+    def read(self, value: Any, name: str) -> BlockConfig:
+        """See `values.Rule`."""
+        return BlockConfig.read(value, name)
 
 
-def _read_block(name: str, value: Any) -> BlockConfig:
-    if isinstance(value, BlockConfig):
-        return value
-    if not isinstance(value, Mapping):
-        raise InputError(f"model.{name} must be a mapping of keys to values, not {type(value).__name__}")
-    return BlockConfig.from_dict(value, name)
+class _Blocks:
+    """Rule of the blocks: a list of what `_Block` says."""
+
+    def read(self, value: Any, name: str) -> tuple[BlockConfig, ...]:
+        """See `values.Rule`."""
+        return tuple(Items(_Block(), most=256).read(value, name))
 
 
-def _require(condition: bool, name: str, value: object, rule: str) -> None:
-    if not condition:
-        raise InputError(f"model.{name} = {value!r}: {rule}")
-
+_RATE = Number(0.0, 1.0, below=True)
+_AVERAGE = Number(1e-3, 1e9)
+#: What every field must be, in the order of the fields.
+_RULES: dict[str, Rule] = {
+    "num_layers": Whole(1, 256),
+    "sphere_channels": WIDTH,
+    "attn_hidden_channels": WIDTH,
+    "num_heads": WIDTH,
+    "attn_alpha_channels": WIDTH,
+    "attn_value_channels": WIDTH,
+    "ffn_hidden_channels": WIDTH,
+    "norm_type": OneOf(*get_args(NormType)),
+    "lmax": Whole(1, MAX_DEGREE),
+    "mmax": Whole(0, MAX_DEGREE),
+    "grid_resolution": Grids(),
+    "edge_channels": WIDTH,
+    "max_num_elements": Whole(1, 256),
+    "max_neighbors": Whole(1, 2**31 - 1),
+    "max_radius": Number(0.1, 100.0),
+    "enforce_max_neighbors_strictly": Switch(),
+    "num_distance_basis": Whole(2, WIDTH.most),
+    "use_atom_edge_embedding": Switch(),
+    "share_atom_edge_embedding": Switch(),
+    "use_m_share_rad": Switch(),
+    "use_attn_renorm": Switch(),
+    "use_gate_act": Switch(),
+    "use_grid_mlp": Switch(),
+    "use_sep_s2_act": Switch(),
+    "use_swiglu_s2_act": Switch(),
+    "smooth_cutoff": Switch(),
+    "alpha_drop": _RATE,
+    "drop_path_rate": _RATE,
+    "proj_drop": _RATE,
+    "weight_init": OneOf(*get_args(WeightInit)),
+    "forces": OneOf(*get_args(Forces)),
+    "stress": Switch(),
+    "dens": Switch(),
+    "avg_num_nodes": _AVERAGE,
+    "avg_degree": _AVERAGE,
+    "blocks": Optional(_Blocks()),
+    "force_head": Optional(_Block()),
+    "energy_head": Optional(_Block()),
+}
 
 # Paper Table 7: L, M, N and drop path per model; everything else is shared and the default of ModelConfig.
 _PRESETS: dict[str, dict[str, Any]] = {

@@ -1,6 +1,7 @@
 """EquiformerV2 (paper Figure 1)."""
 
 import contextvars
+import os
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch_geometric.data import Batch, Data
 
+from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph, checked_graph, radius_graph, structure_index
 from equiformer2.graph.validation import locate_atom
@@ -33,6 +35,7 @@ from equiformer2.model.feed_forward import FeedForwardNetwork
 from equiformer2.model.folding import Folding
 from equiformer2.model.initialization import initialize_weights
 from equiformer2.model.norm import make_norm
+from equiformer2.model.parameters import count_parameters
 from equiformer2.model.radial import GaussianBasis
 from equiformer2.model.requests import OutputRequest, receptive_fields
 from equiformer2.model.routing import FixedRouting, RoutedEdges, Router, Routing
@@ -46,6 +49,16 @@ class EquiformerV2(nn.Module):
     Parameters have the names and shapes of the reference implementation. Those that cannot influence any
     output (parts of the two heads) exist for that compatibility, with `requires_grad` off.
 
+    A new network is float32 and in evaluation mode, as one of `load_checkpoint` is: call `train()` to train
+    it. torch's default precision and default device play no part.
+
+    Args:
+        config: the hyper-parameters.
+        device: where its parameters are made; `meta` for shapes without numbers.
+
+    Raises:
+        InputError: its parameters would not fit into the memory of this machine.
+
     Attributes:
         config: the hyper-parameters.
         activation_checkpointing: recompute blocks in the backward pass instead of storing their activations.
@@ -54,9 +67,16 @@ class EquiformerV2(nn.Module):
         backend: `auto`, `torch`, `cpp`, `compile` or `triton` (see `kernels.backend`).
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, device: str | torch.device = "cpu") -> None:
         super().__init__()
+        if torch.device(device).type != "meta":
+            _check_memory(config)
         self.config = config
+        with own_defaults(device):
+            self._build(config)
+        self.eval()
+
+    def _build(self, config: ModelConfig) -> None:
         self.activation_checkpointing = False
         self.backend = "auto"
         lmax = config.lmax
@@ -120,6 +140,18 @@ class EquiformerV2(nn.Module):
             InputError: an element is not below `max_num_elements`, the structure or `graph` is malformed,
                 `request` does not fit, or the backend cannot do what is asked for.
         """
+        with own_defaults():
+            return self._forward(batch, graph, frames, active, request, dens)
+
+    def _forward(
+        self,
+        batch: Batch | Data,
+        graph: RadiusGraph | None,
+        frames: EdgeFrames | None,
+        active: Sequence[Tensor | None] | Router | None,
+        request: OutputRequest | None,
+        dens: EncodedForces | None,
+    ) -> dict[str, Tensor]:
         request = request or OutputRequest()
         if dens is not None:
             check_encoded(dens, self, len(batch.pos))
@@ -388,6 +420,18 @@ class EquiformerV2(nn.Module):
                 structure,
             )
         return numbers
+
+
+def _check_memory(config: ModelConfig) -> None:
+    """Raise `InputError` before memory is asked for that the machine does not have."""
+    needed = 4 * count_parameters(config)
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        raise InputError(
+            f"a network of this configuration has {needed // 4:,} parameters, which take "
+            f"{needed / 2**30:,.0f} GiB, and this machine has {available / 2**30:,.0f} GiB of "
+            "memory: give fewer layers or channels"
+        )
 
 
 def _floats_per_edge(config: ModelConfig) -> int:

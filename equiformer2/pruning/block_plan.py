@@ -11,9 +11,11 @@ from typing import Any
 from equiformer2.errors import InputError
 from equiformer2.model.block_config import GRID_MLP_WIDTHS, BlockConfig, ResolvedBlock
 from equiformer2.model.config import ModelConfig
+from equiformer2.values import shown
 
 Indices = tuple[int, ...]
 
+_MOST_INDEX = 2**20
 # Each list of kept indices and the width of `BlockConfig` that it cuts.
 _WIDTHS = {
     "heads": "num_heads",
@@ -63,9 +65,9 @@ class BlockPlan:
                 object.__setattr__(self, name, check_indices(getattr(self, name), f"pruning plan: {name}"))
         if self.value_channels is not None:
             where = "pruning plan: value_channels"
-            if not isinstance(self.value_channels, Iterable):
+            if isinstance(self.value_channels, str) or not isinstance(self.value_channels, Iterable):
                 raise InputError(
-                    f"{where} is {self.value_channels!r}; it must hold a list for every kept head"
+                    f"{where} is {shown(self.value_channels)}; it must hold a list for every kept head"
                 )
             lists = tuple(check_indices(kept, where) for kept in self.value_channels)
             if len({len(kept) for kept in lists}) != 1:
@@ -73,12 +75,14 @@ class BlockPlan:
             object.__setattr__(self, "value_channels", lists)
         for name in ("attention", "feed_forward"):
             if not isinstance(getattr(self, name), bool):
-                raise InputError(f"pruning plan: {name} is {getattr(self, name)!r}; it must be true or false")
+                raise InputError(
+                    f"pruning plan: {name} is {shown(getattr(self, name))}; it must be true or false"
+                )
         for name, least in (("lmax", 1), ("mmax", 0)):
             value = getattr(self, name)
             if value is not None and (not _is_index(value) or value < least):
                 raise InputError(
-                    f"pruning plan: {name} is {value!r}; it must be a whole number of at least {least}"
+                    f"pruning plan: {name} is {shown(value)}; it must be a whole number of at least {least}"
                 )
 
     def checked(self, block: ResolvedBlock, config: ModelConfig, name: str) -> BlockPlan:
@@ -210,9 +214,9 @@ class BlockPlan:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
+                near = difflib.get_close_matches(str(key)[:100], known, n=1)
                 hint = f"; did you mean '{near[0]}'?" if near else ""
-                raise InputError(f"{source}: unknown key '{key}'{hint}")
+                raise InputError(f"{source}: unknown key {shown(key)}{hint}")
         try:
             return cls(**values)
         except InputError as error:
@@ -222,11 +226,11 @@ class BlockPlan:
 def check_indices(values: Any, where: str) -> Indices:
     """Kept indices as a tuple; `InputError` unless they are whole numbers, at least one, and ascend."""
     if isinstance(values, str) or not isinstance(values, Iterable):
-        raise InputError(f"{where} is {values!r}; it must be a list of the indices that are kept")
+        raise InputError(f"{where} is {shown(values)}; it must be a list of the indices that are kept")
     kept = tuple(values)
     for index in kept:
         if not _is_index(index):
-            raise InputError(f"{where} holds {index!r}, which is no index")
+            raise InputError(f"{where} holds {shown(index)}, which is no index")
     if not kept:
         raise InputError(f"{where} keeps nothing: a whole branch is dropped with attention or feed_forward")
     if any(later <= index for index, later in itertools.pairwise(kept)):
@@ -255,7 +259,7 @@ def compose_indices(first: Indices | None, second: Indices | None, where: str) -
 
 
 def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_INDEX
 
 
 def _as_lists(value: Any) -> Any:

@@ -86,7 +86,7 @@ class DenseTeacher(Callback):
         if self._teacher is None:  # validation without a fit
             return
         answer = self._teacher.predict(batch)
-        batch.energy = answer["energy"].float().to(batch.pos.device)
+        batch.energy = answer["energy"].to(batch.pos.device)
         if "forces" in answer:
             batch.forces = answer["forces"].to(batch.pos.device)
         if "has_energy" in batch:

@@ -166,7 +166,7 @@ def _write(writer: LmdbWriter, teacher: Predictor, structures: list[Data]) -> No
     out = teacher.predict(batch)
     forces = out["forces"].split([int(structure.natoms) for structure in structures])
     for structure, energy, force in zip(structures, out["energy"], forces, strict=True):
-        structure.energy, structure.forces = energy.float().view(1), force
+        structure.energy, structure.forces = energy.view(1), force
         writer.write(structure)
 
 

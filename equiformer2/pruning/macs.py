@@ -16,8 +16,8 @@ from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2
 from equiformer2.model.block_config import ResolvedBlock
 from equiformer2.model.config import Activation, ModelConfig
+from equiformer2.model.parameters import count_parameters, num_gates
 from equiformer2.model.so3.grid import smallest_resolution
-from equiformer2.pruning.parameters import count_parameters, num_gates
 from equiformer2.pruning.plan import PruningPlan
 
 #: Parts of a block; heads have some of them.

@@ -10,10 +10,10 @@ from torch_geometric.data import Batch
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
+from equiformer2.model.parameters import count_parameters
 from equiformer2.pruning.calibration import FORCE_WEIGHT, Calibration
 from equiformer2.pruning.mask import masked
 from equiformer2.pruning.methods import find_plan
-from equiformer2.pruning.parameters import count_parameters
 from equiformer2.pruning.plan import PruningPlan
 from equiformer2.pruning.shrink import shrink
 from equiformer2.pruning.structures import read_structures

@@ -5,21 +5,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets_oc20.errors import DataError
 from datasets_oc20.untrusted import load_json, read_text
 from equiformer2.errors import InputError
-from equiformer2.files import write_json
+from equiformer2.files import as_input_error, write_json
 from equiformer2.model.block_config import BlockConfig
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.conservative import check_config
 from equiformer2.pruning.block_plan import BlockPlan, check_indices, compose_indices, without_full
+from equiformer2.values import shown
 
 _FORMAT = "equiformer2.pruning_plan"
 _VERSION = 1
+_MOST_BYTES = 16 << 20
 _KEEP_ALL = BlockPlan()
 
 
@@ -168,16 +169,17 @@ class PruningPlan:
         """
         if not isinstance(values, Mapping) or values.get("format") != _FORMAT:
             raise InputError(f"{source} is no pruning plan: its key 'format' must be '{_FORMAT}'")
-        if values.get("version") != _VERSION:
-            raise InputError(f"{source} is of version {values.get('version')!r}; only {_VERSION} is read")
+        version = values.get("version")
+        if isinstance(version, bool) or version != _VERSION:
+            raise InputError(f"{source} is of version {shown(version)}; only {_VERSION} is read")
         known = ["format", "version", *(field.name for field in dataclasses.fields(cls))]
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
+                near = difflib.get_close_matches(str(key)[:100], known, n=1)
                 hint = f"; did you mean '{near[0]}'?" if near else ""
-                raise InputError(f"{source}: unknown key '{key}'{hint}")
+                raise InputError(f"{source}: unknown key {shown(key)}{hint}")
         blocks = values.get("blocks")
-        if not isinstance(blocks, Sequence) or isinstance(blocks, str):
+        if not isinstance(blocks, list | tuple):
             raise InputError(f"{source}: blocks must be a list with one entry per block")
         heads = {
             name: BlockPlan.from_dict(values[name], f"{source}: {name}")
@@ -201,10 +203,8 @@ class PruningPlan:
         Raises:
             InputError: as `from_dict`, and if the text is not JSON.
         """
-        try:
-            values = load_json(text, source)
-        except DataError as error:
-            raise InputError(f"{source} is not valid JSON: {error}") from error
+        with as_input_error():
+            values = load_json(text, source, _MOST_BYTES)
         return cls.from_dict(values, source)
 
     def save(self, path: str | Path) -> None:
@@ -219,8 +219,6 @@ class PruningPlan:
             FileNotFoundError: if there is no such file.
             InputError: as `from_json`, naming the file.
         """
-        try:
-            text = read_text(path)
-        except DataError as error:
-            raise InputError(f"{path} is no pruning plan: {error}") from error
+        with as_input_error():
+            text = read_text(path, _MOST_BYTES)
         return cls.from_json(text, str(path))

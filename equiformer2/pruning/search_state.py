@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets_oc20.untrusted import read_json
 from equiformer2.errors import InputError
-from equiformer2.files import write_json
+from equiformer2.files import read_json, write_json
 from equiformer2.pruning.plan import PruningPlan
+from equiformer2.values import Items, Number, Optional, Rule, Switch, Whole, mapping
 
 _FORMAT = "equiformer2.pruning_search"
 _VERSION = 1
@@ -80,23 +80,21 @@ class SearchState:
         """
         try:
             values = read_json(path)
-            if values["format"] != _FORMAT or values["version"] != _VERSION:
-                raise KeyError("format")
+            if values.get("format") != _FORMAT or values.get("version") != _VERSION:
+                raise InputError("its format is another one")
             state = cls(
-                fingerprint=values["fingerprint"],
-                plan=PruningPlan.from_dict(values["plan"], str(path)),
-                loss=float(values["loss"]),
-                steps=[Step(**step) for step in values["steps"]],
-                damages=dict(values["damages"]),
-                ratios={name: list(ratios) for name, ratios in values["ratios"].items()},
-                stage=int(values["stage"]),
-                done=bool(values["done"]),
+                fingerprint=dict(mapping(values.get("fingerprint"), "fingerprint")),
+                plan=PruningPlan.from_dict(values.get("plan"), "plan"),
+                loss=_NUMBER.read(values.get("loss"), "loss"),
+                steps=Items(_Step()).read(values.get("steps"), "steps"),
+                damages=_named(values.get("damages"), _NUMBER, "damages"),
+                ratios=_named(values.get("ratios"), Items(_NUMBER), "ratios"),
+                stage=Whole(0, 1000).read(values.get("stage"), "stage"),
+                done=Switch().read(values.get("done"), "done"),
             )
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
+        except InputError as error:
             raise InputError(
-                f"{path} is no state of a pruning search: give another file or remove it"
+                f"{path} is no state of a pruning search ({error}): give another file or remove it"
             ) from error
         # Through JSON, because tuples come back as lists.
         wanted = json.loads(json.dumps(fingerprint))
@@ -107,3 +105,25 @@ class SearchState:
                     f"{wanted.get(key)!r} now; give another file or remove it"
                 )
         return state
+
+
+_NUMBER = Number(-1e300, 1e300)
+
+
+class _Step:
+    """Rule of a step."""
+
+    def read(self, value: Any, name: str) -> Step:
+        """See `values.Rule`."""
+        if set(mapping(value, name)) != {"cut", "cost", "loss", "tried"} or not isinstance(value["cut"], str):
+            raise InputError(f"{name} must hold cut (a text), cost, loss and tried")
+        return Step(
+            value["cut"],
+            _NUMBER.read(value["cost"], f"{name}.cost"),
+            Optional(_NUMBER).read(value["loss"], f"{name}.loss"),
+            Whole(0, 2**31).read(value["tried"], f"{name}.tried"),
+        )
+
+
+def _named(values: Any, rule: Rule, name: str) -> dict[str, Any]:
+    return {key: rule.read(value, f"{name}.{key}") for key, value in mapping(values, name).items()}

@@ -11,8 +11,8 @@ from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2
 from equiformer2.model.config import ModelConfig
+from equiformer2.model.parameters import count_parameters
 from equiformer2.pruning.macs import count_macs
-from equiformer2.pruning.parameters import count_parameters
 from equiformer2.pruning.plan import PruningPlan
 from equiformer2.pruning.shrink import shrink
 from equiformer2.pruning.time_table import PartTimer, TimeTable

@@ -22,7 +22,7 @@ from torch_geometric.data import Batch, Data
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
-from equiformer2.files import write_json
+from equiformer2.files import read_json, write_json
 from equiformer2.kernels.backend import use_cpp_kernels
 from equiformer2.model import EquiformerV2
 from equiformer2.model.block_config import GRID_MLP_WIDTHS, BlockConfig, ResolvedBlock
@@ -32,9 +32,12 @@ from equiformer2.pruning.fingerprints import chosen_options
 from equiformer2.pruning.latency import compare_latency
 from equiformer2.pruning.plan import PruningPlan
 from equiformer2.pruning.shrink import shrink
+from equiformer2.values import Number, mapping, shown
 
 _FORMAT = "equiformer2.time_table"
 _VERSION = 1
+_MOST_SHARE = 1e3
+"""No part takes that many times as long as the whole network; noise makes shares below 0."""
 _MESSAGES = ("lmax", "mmax", "num_heads", "attn_hidden_channels", "attn_value_channels")
 _SHAPES = {
     "attention": _MESSAGES,
@@ -133,15 +136,25 @@ class TimeTable:
 
     def _read(self, path: Path) -> dict[str, float]:
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            if known["format"] != _FORMAT or known["version"] != _VERSION:
-                raise KeyError("format")
-            facts, shares = dict(known["facts"]), {n: float(share) for n, share in known["shares"].items()}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is no table of times: give another file or remove it") from error
+            known = read_json(path)
+            if known.get("format") != _FORMAT or known.get("version") != _VERSION:
+                raise InputError("its format is another one")
+            facts = mapping(known.get("facts"), "facts")
+            shares = {
+                name: Number(-_MOST_SHARE, _MOST_SHARE).read(share, f"shares.{name}")
+                for name, share in mapping(known.get("shares"), "shares").items()
+            }
+        except InputError as error:
+            raise InputError(
+                f"{path} is no table of times ({error}): give another file or remove it"
+            ) from error
         for key in sorted({*facts, *self._facts}):
             if facts.get(key) != self._facts.get(key):
-                was = "" if key == "network" else f" ({facts.get(key)!r}, now {self._facts.get(key)!r})"
+                was = (
+                    ""
+                    if key == "network"
+                    else f" ({shown(facts.get(key))}, now {shown(self._facts.get(key))})"
+                )
                 raise InputError(
                     f"the times in {path} were measured with another {key}{was}: measure as before, or "
                     "remove the file and the state of the search"

@@ -214,11 +214,11 @@ def _sample(target: Tensor, predicted: Tensor, chosen: Tensor, most: int) -> Ten
         most: largest size of the sample.
 
     Returns:
-        `[m, 3]` float32 with m = min(n, most): target, predicted, and 1, or 0 where fewer than m are chosen.
+        `[m, 3]` float64 with m = min(n, most): target, predicted, and 1, or 0 where fewer than m are chosen.
     """
     target, predicted, chosen = target.reshape(-1), predicted.reshape(-1), chosen.reshape(-1)
     first_chosen = torch.argsort(~chosen, stable=True)
     size, count = min(most, len(chosen)), chosen.sum()
     place = torch.arange(size, device=chosen.device)
     rows = first_chosen[torch.where(count <= size, place, place * count // size)]
-    return torch.stack((target[rows].float(), predicted[rows].float(), (place < count).float()), dim=1)
+    return torch.stack((target[rows].double(), predicted[rows].double(), (place < count).double()), dim=1)

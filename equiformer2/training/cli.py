@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,18 @@ import pytorch_lightning as pl
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
-from datasets_oc20 import OC20DataModule
+from datasets_oc20 import DataError, OC20DataModule
 from datasets_oc20.datamodule import NormalizerValues
+from datasets_oc20.untrusted import read_yaml
 from equiformer2.errors import InputError
 from equiformer2.model import ModelConfig
 from equiformer2.model.config import with_present_keys
+from equiformer2.training.config_values import (
+    check_arguments,
+    check_finite,
+    check_no_imports,
+    foreign_key_hint,
+)
 from equiformer2.training.dens import DensSettings
 from equiformer2.training.folder import WandbSettings
 from equiformer2.training.optim import OptimSettings
@@ -37,8 +45,17 @@ _OWN_TRAINER_KEYS = {
     "fast_dev_run",
     "inference_mode",
     "model_registry",
+    "plugins",
+}
+#: Those for which Lightning takes objects, too: default and help. As text, nothing is imported for them.
+_TEXT_TRAINER_KEYS: dict[str, tuple[str | None, str]] = {
+    "accelerator": ("auto", "cpu, gpu, cuda, mps, … or auto for what is there"),
+    "strategy": ("auto", "auto, or ddp for several processes"),
+    "profiler": (None, "simple, advanced or pytorch"),
 }
 _GROUPS = {"model": ModelConfig, "task": TaskSettings, "optim": OptimSettings, "wandb": WandbSettings}
+#: Keys of a pruned network's parts, each of which holds keys of its own; `[]` stands for the items of a list.
+_BLOCKS = ("model.blocks[]", "model.force_head", "model.energy_head")
 #: Keys that are null or hold keys of their own.
 _OPTIONAL_GROUPS = {"data.normalizers": NormalizerValues, "task.dens": DensSettings}
 
@@ -59,7 +76,12 @@ def build_parser() -> ArgumentParser:
     # The older word for `model.forces`, which configurations of earlier runs hold.
     parser.add_argument("--model.regress_forces", type=bool | None, default=None, help=argparse.SUPPRESS)
     parser.add_class_arguments(OC20DataModule, "data", instantiate=False, skip={"seed", "test"})
-    parser.add_class_arguments(pl.Trainer, "trainer", instantiate=False, skip=_OWN_TRAINER_KEYS)
+    own = _OWN_TRAINER_KEYS | set(_TEXT_TRAINER_KEYS)
+    parser.add_class_arguments(pl.Trainer, "trainer", instantiate=False, skip=own)
+    for name, (default, text) in _TEXT_TRAINER_KEYS.items():
+        parser.add_argument(f"--trainer.{name}", type=str | None, default=default, help=text)
+    # Configurations of earlier runs hold it, as null.
+    parser.add_argument("--trainer.plugins", type=str | None, default=None, help=argparse.SUPPRESS)
     parser.set_defaults(
         {
             "trainer.log_every_n_steps": 20,
@@ -82,13 +104,23 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     known |= {
         f"{group}.{field.name}" for group, values in _OPTIONAL_GROUPS.items() for field in fields(values)
     }
-    for file, keys in _keys_of(arguments):
-        for key in keys:
-            _check_key(key, known, file)
+    given = list(_options(arguments))
+    for key, _ in given:
+        _check_key(key.removesuffix("+"), known, "command line")
+    holders = {*_GROUPS, "data", "trainer", *_OPTIONAL_GROUPS, *_BLOCKS}
+    for file in _config_files(arguments):
+        content = _read_yaml(file)
+        for key in _flatten(content):
+            _check_key(key, known, str(file))
+        check_no_imports("", content, holders, str(file))
+    check_arguments(given, holders)
     try:
         parsed = parser.parse_args(list(arguments))
+        check_finite({name: value for name, value in parsed.as_dict().items() if name != "config"}, "")
         instantiated = parser.instantiate(parsed)
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
+    except (argparse.ArgumentError, TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"configuration: {_reason(str(error))}") from error
     _check_nothing_emptied(parsed)
     _check_trainer(parsed.trainer)
@@ -110,27 +142,26 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     )
 
 
-def _keys_of(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """(where, dotted keys) of the command line and of every config file that it names."""
-    names = [argument[2:].split("=", 1)[0] for argument in arguments if argument.startswith("--")]
-    yield "command line", [name.removesuffix("+") for name in names]
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """(key, text of its value) of the command line, in order."""
     for position, argument in enumerate(arguments):
-        value = None
-        if argument == "--config" and position + 1 < len(arguments):
-            value = arguments[position + 1]
-        elif argument.startswith("--config="):
-            value = argument.removeprefix("--config=")
-        if value is not None:
-            yield value, list(_flatten(_read_yaml(Path(value))))
+        if argument.startswith("--"):
+            name, is_joined, value = argument[2:].partition("=")
+            following = arguments[position + 1] if position + 1 < len(arguments) else None
+            yield name, value if is_joined else following
+
+
+def _config_files(arguments: Sequence[str]) -> list[Path]:
+    return [Path(value) for name, value in _options(arguments) if name == "config" and value is not None]
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise InputError(f"there is no config file {path}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from error
+        content = read_yaml(path)
+    except FileNotFoundError as error:
+        raise InputError(f"there is no config file {path}") from error
+    except DataError as error:
+        raise InputError(f"{error}") from error
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds no configuration: it must be a mapping of keys to values")
     return content
@@ -157,14 +188,40 @@ def _check_nothing_emptied(parsed: Namespace) -> None:
 
 def _check_trainer(trainer: Namespace) -> None:
     """Raise `InputError` for numbers that Lightning takes and that would fail in the first step."""
+    if trainer.plugins is not None:
+        raise InputError("trainer.plugins is decided by this program and cannot be set")
     for name in ("accumulate_grad_batches", "log_every_n_steps"):
         if trainer[name] is not None and trainer[name] < 1:
             raise InputError(f"trainer.{name} must be at least 1, not {trainer[name]}")
+    for name in ("max_epochs", "max_steps", "limit_train_batches", "max_time"):
+        value = trainer[name]
+        if _is_nothing(value):
+            raise InputError(
+                f"trainer.{name} is {value!r}, so that nothing would be trained; to judge a checkpoint use "
+                "scripts/evaluate.py"
+            )
+        if isinstance(value, int | float) and value < 0 and (value != -1 or name == "limit_train_batches"):
+            raise InputError(f"trainer.{name} must not be negative, it is {value}")
+    for name in ("limit_val_batches", "overfit_batches"):
+        if isinstance(trainer[name], int | float) and trainer[name] < 0:
+            raise InputError(f"trainer.{name} must not be negative, it is {trainer[name]}")
     interval = trainer.val_check_interval
     if isinstance(interval, int | float) and interval == 0:
         raise InputError(
             "trainer.val_check_interval is 0; to validate never, set trainer.limit_val_batches: 0"
         )
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a length of training is zero: a number, a time such as 00:00:00:00, or its parts by name."""
+    if isinstance(value, Mapping | Namespace):
+        value = list(dict(value if isinstance(value, Mapping) else vars(value)).values())
+        return bool(value) and not any(value)
+    if isinstance(value, timedelta):
+        return value <= timedelta(0)
+    if isinstance(value, str):
+        return bool(value.strip()) and not value.strip(" 0:")
+    return value is not None and value == 0
 
 
 def _reason(message: str) -> str:
@@ -195,17 +252,22 @@ def _check_key(key: str, known: set[str], where: str) -> None:
     own = key.removeprefix("trainer.")
     if key.startswith("trainer.") and own in _OWN_TRAINER_KEYS:
         raise InputError(f"{where}: '{key}' is decided by this program and cannot be set")
+    foreign = foreign_key_hint(key)
+    if foreign is not None:
+        raise InputError(f"{where}: unknown key '{key}'; {foreign}")
     hint = _nearest(key, known)
     raise InputError(f"{where}: unknown key '{key}'" + (f"; did you mean '{hint}'?" if hint else ""))
 
 
 def _nearest(key: str, known: set[str]) -> str | None:
-    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
-    if near:
-        return near[0]
     # the right name in the wrong group, or without its group
     last = key.rsplit(".", 1)[-1]
     by_name = {name.rsplit(".", 1)[-1]: name for name in sorted(known)}
+    if last in by_name:
+        return by_name[last]
+    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
+    if near:
+        return near[0]
     near = difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.6)
     return by_name[near[0]] if near else None
 

@@ -57,7 +57,7 @@ class Corrupted:
 
     Attributes:
         batch: the structures with their new positions; cells and targets are those of the original.
-        target: `[N, 3]` displacements in units of the noise, zero where nothing was displaced.
+        target: `[N, 3]` float32 displacements in units of the noise, zero where nothing was displaced.
         encoded: forces in the original and which atoms are displaced.
         structures: bool `[B]`: with displaced atoms.
         nowhere: whether no structure was chosen, so that nothing has to be encoded.
@@ -79,9 +79,10 @@ class Corrupted:
 
     def energy(self, out: dict[str, Tensor], target: Tensor) -> Tensor:
         """Predicted energies `[B]`, or `target` where they are not learned."""
+        energy = out["energy"]
         if self.settings.original_targets:
-            return out["energy"]
-        return torch.where(self.structures, target, out["energy"])
+            return energy
+        return torch.where(self.structures, target.to(energy.dtype), energy)
 
     def forces(self, out: dict[str, Tensor], target: Tensor) -> Tensor:
         """Predicted forces `[N, 3]`, or `target` where they are not learned."""
@@ -109,12 +110,12 @@ def corrupt(batch: Batch, settings: DensSettings, seed: int) -> Corrupted:
     device, pos = batch.pos.device, batch.pos
     chosen = torch.rand(batch.num_graphs, generator=generator) < settings.probability
     drawn = torch.rand(len(pos), generator=generator) < settings.corrupted_fraction
-    noise = torch.randn(pos.shape, generator=generator).to(device, pos.dtype, non_blocking=True)
+    noise = torch.randn(pos.shape, generator=generator).to(device, non_blocking=True)
     in_chosen = chosen.to(device, non_blocking=True)[batch.batch]
     atoms = in_chosen & drawn.to(device, non_blocking=True) & ~batch.fixed.bool()
     noise = torch.where(atoms[:, None], noise, 0.0)
     corrupted = copy.copy(batch)
-    corrupted.pos = pos + settings.noise_std * noise
+    corrupted.pos = pos + settings.noise_std * noise.to(pos.dtype)
     displaced = torch.zeros(batch.num_graphs, device=device).index_add(0, batch.batch, atoms.float())
     return Corrupted(
         batch=corrupted,

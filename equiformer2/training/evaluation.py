@@ -1,5 +1,6 @@
 """A checkpoint against datasets: OC20's metrics beside trivial baselines."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +36,12 @@ class Evaluation:
 
     Attributes:
         metrics: OC20's S2EF metrics, eV and eV/Å.
-        baselines: `mean_energy` (the mean of the training normalizers, with the linear references of a
-            total-energy model), `system_mean_energy` (every system's own mean over this dataset: knows the
-            answers, so only differences within a system are left) and `zero_force`.
+        baselines: `mean_energy` (of the training data, where the checkpoint knows it, else of these data),
+            `data_mean_energy` (of these data), both with the linear references of a total-energy model;
+            `system_mean_energy` (every system's own mean over this dataset: knows the answers, so only
+            differences within a system are left; absent where systems have fewer than two structures on
+            average); and `zero_force`.
+        mean_energy_of: `training data` or `these data`: which mean `mean_energy` takes.
         structures, systems, free_atoms: how many were evaluated; without a free atom there are no force
             metrics.
         energy_pairs: `[n, 2]` target and predicted energy, eV.
@@ -52,6 +56,7 @@ class Evaluation:
     free_atoms: int
     energy_pairs: np.ndarray
     force_pairs: np.ndarray
+    mean_energy_of: str = "these data"
     breakdown: Breakdown = field(default_factory=Breakdown)
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,6 +67,7 @@ class Evaluation:
             "free_atoms": self.free_atoms,
             "metrics": self.metrics,
             "baselines": self.baselines,
+            "mean_energy_of": self.mean_energy_of,
             "adsorbates": self.breakdown.adsorbate_rows(),
             "elements": self.breakdown.element_rows(),
         }
@@ -118,21 +124,19 @@ def evaluate(
     Raises:
         InputError: records without targets.
     """
-    _check_targets(dataset[0], predictor.has_forces, dataset.path)
+    check_targets(dataset[0], predictor.has_forces, dataset.path)
     check_energies_match_kind(sample_targets(dataset, 200), str(dataset.energy_kind), dataset.path)
     normalizers = predictor.checkpoint.normalizers
     found, trivial = (S2EFMetrics(predictor.has_forces, sync_on_compute=False) for _ in range(2))
     breakdown = Breakdown(names=adsorbate_names)
-    targets, predictions, sids, force_pairs = [], [], [], []
+    targets, predictions, sids, force_pairs, references = [], [], [], [], []
     free_atoms = 0
     for batch in batches(dataset, batch_size, max_atoms, num_workers):
-        _check_targets(batch, predictor.has_forces, dataset.path)
+        check_targets(batch, predictor.has_forces, dataset.path)
         out = predictor.predict(batch)
-        nothing = normalizers.denormalize(
-            {name: torch.zeros_like(value) for name, value in out.items()}, batch
-        )
         found.update(out, batch)
-        trivial.update(nothing, batch)
+        trivial.update({name: torch.zeros_like(value) for name, value in out.items()}, batch)
+        references.append(normalizers.reference_energy(batch, batch.num_graphs).numpy())
         breakdown.update(out, batch)
         targets.append(batch.energy.view(-1).double().numpy())
         predictions.append(out["energy"].view(-1).double().numpy())
@@ -152,10 +156,17 @@ def evaluate(
     )
     target = np.concatenate(targets)
     system_mean, systems = _system_means(target, sids)
+    reference = np.concatenate(references)
+    training_mean = training_mean_energy(predictor)
+    own_mean = float((target - reference).mean())
     baselines = {
-        "mean_energy": {name: value for name, value in zero.items() if name not in FORCE_METRICS},
-        "system_mean_energy": energy_metrics(target, system_mean),
+        "mean_energy": energy_metrics(
+            target, reference + (own_mean if training_mean is None else training_mean)
+        ),
+        "data_mean_energy": energy_metrics(target, reference + own_mean),
     }
+    if len(target) >= 2 * systems:
+        baselines["system_mean_energy"] = energy_metrics(target, system_mean)
     if predictor.has_forces and free_atoms:
         judged_with_energy = "energy_forces_within_threshold"
         baselines["zero_force"] = {name: zero[name] for name in FORCE_METRICS if name != judged_with_energy}
@@ -167,11 +178,22 @@ def evaluate(
         free_atoms=free_atoms,
         energy_pairs=np.stack([target, np.concatenate(predictions)], axis=1),
         force_pairs=np.concatenate(force_pairs) if force_pairs else np.zeros((0, 2)),
+        mean_energy_of="these data" if training_mean is None else "training data",
         breakdown=breakdown,
     )
 
 
-def _check_targets(data: Data, forces: bool, path: str) -> None:
+def training_mean_energy(predictor: Predictor) -> float | None:
+    """Mean of the energies that the checkpoint was trained on, less its references, in eV; None if unknown.
+
+    The mean of its normalizer says nothing of them: it may come from the checkpoint that a run started from.
+    """
+    known = predictor.checkpoint.provenance.get("training_data")
+    mean = known.get("energy_mean_eV") if isinstance(known, dict) else None
+    return float(mean) if isinstance(mean, int | float) and math.isfinite(mean) else None
+
+
+def check_targets(data: Data, forces: bool, path: str) -> None:
     """Raise `InputError` for a structure, or a batch, without what is to be compared."""
     missing = [name for name in ("energy", "forces")[: 1 + forces] if name not in data]
     if missing:
@@ -247,12 +269,16 @@ def pooled(evaluations: dict[str, Evaluation]) -> dict[str, Rows]:
 def table(evaluation: Evaluation) -> str:
     """The main numbers, each beside its trivial baselines, as text."""
     metrics, baselines = evaluation.metrics, evaluation.baselines
+    means = {f"mean energy of the {evaluation.mean_energy_of}": baselines["mean_energy"]}
+    means["mean energy of these data"] = baselines["data_mean_energy"]
+    means = {name.replace("the these", "these"): values for name, values in means.items()}
+    trivial = [f"{name} {values['energy_mae']:.4f}" for name, values in means.items()]
+    if "system_mean_energy" in baselines:
+        trivial.append(f"per-system mean {baselines['system_mean_energy']['energy_mae']:.4f}")
+    within = [f"{name} {100 * values['energy_within_threshold']:.2f}" for name, values in means.items()]
     lines = [
-        f"  energy MAE    {metrics['energy_mae']:8.4f} eV     "
-        f"(mean energy {baselines['mean_energy']['energy_mae']:.4f}, "
-        f"per-system mean {baselines['system_mean_energy']['energy_mae']:.4f})",
-        f"  EwT           {100 * metrics['energy_within_threshold']:8.2f} %      "
-        f"(mean energy {100 * baselines['mean_energy']['energy_within_threshold']:.2f})",
+        f"  energy MAE    {metrics['energy_mae']:8.4f} eV     ({', '.join(trivial)})",
+        f"  EwT           {100 * metrics['energy_within_threshold']:8.2f} %      ({', '.join(within)})",
     ]
     if "forces_mae" in metrics:
         lines += [

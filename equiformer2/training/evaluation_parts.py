@@ -17,7 +17,7 @@ from equiformer2.training.breakdown import Breakdown
 from equiformer2.training.evaluation import Evaluation
 
 #: Rises when the stored numbers change their meaning.
-_VERSION = 1
+_VERSION = 2
 
 
 def parts_folder(report: Path) -> Path:
@@ -64,6 +64,7 @@ def save_part(path: Path, evaluation: Evaluation, evaluated: dict[str, Any]) -> 
         "evaluated": evaluated,
         "metrics": evaluation.metrics,
         "baselines": evaluation.baselines,
+        "mean_energy_of": evaluation.mean_energy_of,
         "structures": evaluation.structures,
         "systems": evaluation.systems,
         "free_atoms": evaluation.free_atoms,

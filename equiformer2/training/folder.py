@@ -1,6 +1,7 @@
 """The one folder that a run leaves: config, log, metrics, figures, checkpoints."""
 
 import logging
+import re
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -16,13 +17,16 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.rank_zero import rank_zero_module
 from tqdm import tqdm
 
-from equiformer2.checkpoint.files import read_tensors, write_tensors
+from equiformer2.checkpoint.files import write_tensors
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes
 from equiformer2.training.batch_dump import DUMP_PREFIX
-from equiformer2.training.kept import latest
 from equiformer2.training.metrics_file import MetricsFile, read_rows
 from equiformer2.training.resume import rows_until
+from equiformer2.training.resume_state import read_resume_state
+
+# Rules of W&B's `Settings.validate_project`.
+_LONGEST_WANDB_NAME, _NOT_IN_WANDB_NAMES = 128, "/\\#?%:"
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,57 @@ class WandbSettings:
     project: str | None = None
     entity: str | None = None
     offline: bool = False
+
+    def __post_init__(self) -> None:
+        if self.project is None:
+            for name in ("entity", "offline"):
+                if getattr(self, name):
+                    raise InputError(f"wandb.{name} is set without wandb.project: give one, or leave it out")
+            return
+        for name in ("project", "entity"):
+            _check_wandb_name(f"wandb.{name}", getattr(self, name))
+
+
+def _check_wandb_name(key: str, value: str | None) -> None:
+    """Raise `InputError` for a name that W&B refuses, which it would do only after the data are read."""
+    if value is None:
+        return
+    if not value.strip() or not value.isprintable() or len(value) > _LONGEST_WANDB_NAME:
+        raise InputError(f"{key} is {value[:40]!r}; give a name of 1 to {_LONGEST_WANDB_NAME} characters")
+    wrong = sorted(set(value) & set(_NOT_IN_WANDB_NAMES))
+    if wrong:
+        hint = "; the part before / is wandb.entity" if key == "wandb.project" and "/" in wrong else ""
+        raise InputError(f"{key} is {value!r}, and W&B takes no {' or '.join(wrong)} in it{hint}")
+
+
+def import_wandb(key: str) -> Any:
+    """The module `wandb`.
+
+    Raises:
+        InputError: it is not installed; `key` is what asks for it.
+    """
+    try:
+        import wandb
+        from pytorch_lightning.loggers import WandbLogger  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"{key} is set but wandb is not installed: pip install '.[wandb]', or leave {key} out"
+        ) from error
+    return wandb
+
+
+@contextmanager
+def wandb_errors_told() -> Iterator[None]:
+    """Inside, what W&B refuses (a name, a missing login, settings in its environment) is an `InputError`."""
+    import wandb
+
+    try:
+        yield
+    except (wandb.errors.Error, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        first = " ".join(str(error).split())[:300]
+        raise InputError(f"W&B refuses the run: {first}; or train without it: leave wandb out") from error
 
 
 class RunFolder:
@@ -63,16 +118,26 @@ class RunFolder:
         self.resume_from = self.last if own else Path(resume) if resume and resume != "auto" else None
         self._may_begin_again = resume == "auto"
         if self.resume_from is not None and not self.resume_from.is_file():
-            raise InputError(f"ckpt_path: there is no checkpoint {self.resume_from} to resume from")
+            begin = "; --ckpt_path auto begins anew where there is none" if resume == "last" else ""
+            raise InputError(f"ckpt_path: there is no checkpoint {self.resume_from} to resume from{begin}")
         # Other processes of a DDP run come here after the first one has made the folder.
         if _is_first_process() and self._is_taken():
-            or_else = ", or continue it with --ckpt_path auto" if self.last.is_file() else ""
+            or_else = ""
+            if self.last.is_file():
+                or_else = ", or continue it with --ckpt_path auto"
+            elif self._is_only_begun():
+                or_else = ", or begin it again with --ckpt_path auto (it ended before its first checkpoint)"
             raise InputError(f"{path} holds a run already: choose another name{or_else}")
 
     def _is_taken(self) -> bool:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file: choose another name for the run")
         return not self.continues and any(map(self._worth_keeping, self.path.rglob("*")))
+
+    def _is_only_begun(self) -> bool:
+        """Whether the folder's run wrote rows of metrics and nothing else that is worth keeping."""
+        kept = [path for path in self.path.rglob("*") if self._worth_keeping(path)]
+        return kept == [self.metrics]
 
     @property
     def continues(self) -> bool:
@@ -161,25 +226,24 @@ class RunFolder:
         return MetricsFile(self.metrics, rows_until(state, read_rows(self.metrics)))
 
     def _wandb_logger(self, settings: WandbSettings) -> Logger:
-        try:
-            import wandb  # noqa: F401
-            from pytorch_lightning.loggers import WandbLogger
-        except ImportError as error:
-            raise InputError(
-                "wandb.project is set but wandb is not installed: pip install '.[wandb]', "
-                "or leave wandb.project out"
-            ) from error
+        import_wandb("wandb.project")
+        from pytorch_lightning.loggers import WandbLogger
+
         # The id is kept with the run, so that a resumed run goes on in the same place.
         id_file = self.path / "wandb_id.txt"
         run_id = None
         if _is_first_process():  # the others log nothing, and may come here before the file is written
             if self.resume_from is None or not id_file.exists():
                 write_bytes(id_file, uuid.uuid4().hex[:8].encode())
-            run_id = id_file.read_text().strip()
+            run_id = id_file.read_text(encoding="utf-8", errors="replace").strip()
+            if not re.fullmatch(r"[\w-]{1,128}", run_id, re.ASCII):
+                raise InputError(
+                    f"{id_file} holds no id of a W&B run: remove it, and the run goes on under a new one"
+                )
         return WandbLogger(
             project=settings.project,
             entity=settings.entity,
-            name=self.path.name,
+            name=self.path.name[:_LONGEST_WANDB_NAME],
             id=run_id,
             resume="allow",
             save_dir=self.path,
@@ -243,23 +307,6 @@ def _lock(file: IO[str]) -> bool:
 def _is_first_process() -> bool:
     # Set by Lightning from the launcher's environment variables, before any process group exists.
     return getattr(rank_zero_only, "rank", 0) == 0
-
-
-def read_resume_state(path: Path) -> dict[str, Any]:
-    """The content of a Lightning checkpoint of ours; `InputError` for any other file."""
-    try:
-        state = read_tensors(path)
-    except InputError as error:
-        before = latest(path.parent)
-        if before is None or before == path:
-            raise
-        raise InputError(f"{error}; to go on from the one before it give --ckpt_path {before}") from error
-    if "global_step" not in state or "equiformer2" not in state:
-        raise InputError(
-            f"ckpt_path: {path} is not a checkpoint to resume from (checkpoints/last.ckpt of a run); "
-            "to start from the weights of a native checkpoint use init_from"
-        )
-    return state
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -13,6 +13,7 @@ from datasets_oc20 import OC20Lmdb
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
+from equiformer2.training.evaluation import check_targets, training_mean_energy
 from equiformer2.training.figures import save_figure
 
 _VALIDATION_LINE = re.compile(r"step (\d+)  (\d+) s  .*val energy MAE")
@@ -33,9 +34,12 @@ class SystemErrors:
 
     Attributes:
         frames: how many.
-        energy_mae, mean_energy_mae: of the model and of the training normalizer's mean, eV.
+        energy_mae, mean_energy_mae: of the model, and of one mean energy for all systems: of the training
+            data where the checkpoint knows it, else of this dataset; with the linear references of a
+            total-energy model; eV.
         energy_spread: mean absolute deviation of the energy error from its median over the frames, eV: what
-            is left when only differences within the system count; `own_spread`: of the energies.
+            is left when only differences within the system count; `own_spread`: of the energies. Both are
+            nothing to judge by where there is one frame.
         forces_mae, zero_force_mae: of the model and of zero forces on free atoms, eV/Å.
         force_cosine: mean cosine of predicted and true force on free atoms.
     """
@@ -80,20 +84,32 @@ def read_validations(run: AnyPath) -> list[Validation]:
 
 
 def errors_by_system(predictor: Predictor, dataset: OC20Lmdb, batch_size: int = 8) -> dict[str, SystemErrors]:
-    """Errors of a checkpoint on every system of a dataset of its kind of energy."""
-    mean = predictor.checkpoint.normalizers.energy.mean
-    energies: dict[str, list[tuple[float, float]]] = {}
+    """Errors of a checkpoint on every system of a dataset of its kind of energy.
+
+    Raises:
+        InputError: the model predicts no forces, or the records have no energies or forces.
+    """
+    if not predictor.has_forces:
+        raise InputError("the model predicts no forces: errors by system are of both, use evaluate.py")
+    check_targets(dataset[0], True, dataset.path)
+    energies: dict[str, list[tuple[float, float, float]]] = {}
     forces: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(dataset), batch_size):
         records = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
         batch = Batch.from_data_list(records)
         out = predictor.predict(batch)
+        references = predictor.checkpoint.normalizers.reference_energy(batch, batch.num_graphs)
         for i, record in enumerate(records):
             free = ~record.fixed.bool()
             predicted = out["forces"][batch.ptr[i] : batch.ptr[i + 1]][free].numpy()
             sid = str(record.sid)
-            energies.setdefault(sid, []).append((float(record.energy), float(out["energy"][i])))
+            energies.setdefault(sid, []).append(
+                (float(record.energy), float(out["energy"][i]), float(references[i]))
+            )
             forces.setdefault(sid, []).append(np.stack([record.forces[free].numpy(), predicted]))
+    mean = training_mean_energy(predictor)
+    if mean is None:
+        mean = float(np.mean([target - part for found in energies.values() for target, _, part in found]))
     return {
         sid: _summarize(np.array(energies[sid]), np.concatenate(forces[sid], axis=1), mean)
         for sid in energies
@@ -101,7 +117,7 @@ def errors_by_system(predictor: Predictor, dataset: OC20Lmdb, batch_size: int = 
 
 
 def _summarize(energy: np.ndarray, force: np.ndarray, mean: float) -> SystemErrors:
-    target, predicted = energy.T
+    target, predicted, references = energy.T
     true, found = force
     error = predicted - target
     norms = np.linalg.norm(true, axis=1) * np.linalg.norm(found, axis=1)
@@ -109,7 +125,7 @@ def _summarize(energy: np.ndarray, force: np.ndarray, mean: float) -> SystemErro
     return SystemErrors(
         frames=len(energy),
         energy_mae=float(np.abs(error).mean()),
-        mean_energy_mae=float(np.abs(target - mean).mean()),
+        mean_energy_mae=float(np.abs(target - references - mean).mean()),
         energy_spread=float(np.abs(error - np.median(error)).mean()),
         own_spread=float(np.abs(target - np.median(target)).mean()),
         forces_mae=float(np.abs(true - found).mean()),
@@ -161,16 +177,22 @@ def markdown(
         lines.append("")
     for data, found in systems.items():
         lines += [
-            f"Errors by system on `{data}`; in brackets what trivial answers reach: the training mean, the "
-            "system's own median, zero force.",
+            f"Errors by system on `{data}`; in brackets what trivial answers reach: one mean energy for all "
+            "(of the training data, where the checkpoint knows it), the system's own median, zero force.",
             "",
         ]
-        about = "energy about its median (eV)"
-        lines += _table("system", "frames", "energy MAE (eV)", about, "force MAE (eV/Å)", "force cosine")
+        lines += _table(
+            "system",
+            "frames",
+            "energy MAE (eV)",
+            "energy about its median (eV)",
+            "force MAE (eV/Å)",
+            "force cosine",
+        )
         for sid, s in found.items():
+            about = f"{s.energy_spread:.3f} ({s.own_spread:.3f})" if s.frames > 1 else "one frame"
             lines.append(
-                f"| {sid} | {s.frames} | {s.energy_mae:.3f} ({s.mean_energy_mae:.3f}) "
-                f"| {s.energy_spread:.3f} ({s.own_spread:.3f}) "
+                f"| {sid} | {s.frames} | {s.energy_mae:.3f} ({s.mean_energy_mae:.3f}) | {about} "
                 f"| {s.forces_mae:.4f} ({s.zero_force_mae:.4f}) | {s.force_cosine:.3f} |"
             )
         lines.append("")

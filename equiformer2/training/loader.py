@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Sampler
 from torch_geometric.data import Batch
 
@@ -82,7 +83,26 @@ class ResumableDataModule(OC20DataModule):
 
     def train_dataloader(self) -> ResumableLoader:  # type: ignore[override]
         """Shuffled by (seed, epoch)."""
-        return ResumableLoader(super().train_dataloader(), self._plan)
+        loader = ResumableLoader(super().train_dataloader(), self._plan)
+        self._validate_within(len(loader))
+        return loader
+
+    def _validate_within(self, batches: int) -> None:
+        """Validate once an epoch where the interval is longer, which Lightning would refuse.
+
+        So configurations made for millions of structures begin on a hundred.
+        """
+        trainer = self.trainer
+        if trainer is None or trainer.check_val_every_n_epoch is None:
+            return
+        interval, limit = trainer.val_check_interval, trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        if type(interval) is int and interval > batches > 0:
+            rank_zero_info(
+                f"trainer.val_check_interval is {interval} and an epoch has {batches} batches: validating "
+                "after every epoch"
+            )
+            trainer.val_check_interval = batches
 
     def _plan(self) -> tuple[int, int]:
         assert self.trainer is not None

@@ -4,7 +4,8 @@ EquiformerV2 paper, appendix D; the averages are those of the reference trainer 
 fairchem-core 1.10): energies over every structure of the global batch, forces over every free atom of the
 global batch, whichever process holds it.
 
-Errors and their sums are float32, and float64 for float64 predictions.
+Targets are normalised in float64 (`Normalizers.normalize_energy`) and rounded here to the type of the
+prediction, at least float32: errors and their sums are float32, and float64 for float64 predictions.
 """
 
 import torch
@@ -72,5 +73,6 @@ def stress_l1(prediction: Tensor, target: Tensor, periodic: Tensor, terms: float
 
 
 def _difference(prediction: Tensor, target: Tensor) -> Tensor:
+    # The boundary between the data's float64 and the network's type.
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     return prediction.to(dtype) - target.to(dtype)

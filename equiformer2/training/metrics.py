@@ -81,11 +81,12 @@ class S2EFMetrics(Metric):
 
     def update(self, prediction: dict[str, Tensor], batch: Data) -> None:
         """Add one batch."""
-        energy_error = (prediction["energy"].view(-1) - batch.energy.view(-1)).abs()
+        # In float64 before the difference: both may be total energies of thousands of eV.
+        energy_error = (prediction["energy"].view(-1).double() - batch.energy.view(-1).double()).abs()
         solved = energy_error < ENERGY_THRESHOLD
         self.structures += energy_error.numel()
-        self.energy_abs += energy_error.double().sum()
-        self.energy_sq += energy_error.double().square().sum()
+        self.energy_abs += energy_error.sum()
+        self.energy_sq += energy_error.square().sum()
         self.energy_solved += solved.sum()
         if self.forces:
             self._update_forces(prediction["forces"], batch, solved)

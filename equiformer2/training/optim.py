@@ -11,6 +11,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from equiformer2.errors import InputError
+from equiformer2.training.config_values import check_finite
 
 #: Where torch 2.6 and later have a fused AdamW.
 _FUSED_DEVICES = {"cuda", "cpu", "xpu", "mps"}
@@ -41,6 +42,7 @@ class OptimSettings:
     clip_grad_norm: float = 100.0
 
     def __post_init__(self) -> None:
+        check_finite(vars(self), "optim")
         for name in ("lr", "clip_grad_norm"):
             if not getattr(self, name) > 0:
                 raise InputError(f"optim.{name} must be above 0, not {getattr(self, name)}")

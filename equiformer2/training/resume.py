@@ -16,6 +16,7 @@ from torch_geometric.data import Batch
 
 from equiformer2.training.kept import keep_under_step, remove_older
 from equiformer2.training.loader import ResumableLoader
+from equiformer2.training.resume_state import restoring
 from equiformer2.training.stopping import StoppedBySignal, StopRequest, leave_signals_to_stop_request
 
 log = logging.getLogger("equiformer2")
@@ -56,7 +57,11 @@ class ResumeCheckpoint(Checkpoint):
         # The processes know each other by now. A signal before the first step is answered after it.
         if trainer.state.fn == TrainerFn.FITTING:
             leave_signals_to_stop_request(trainer)
-            self._stop.listen()
+            if not self._stop.listen(trainer.is_global_zero):
+                log.info(
+                    "not in the main thread, which alone hears signals: last.ckpt is written after "
+                    "validations and every checkpoint_every_n_steps"
+                )
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -74,7 +79,8 @@ class ResumeCheckpoint(Checkpoint):
             loader.load_state_dict({"served": trainer.fit_loop.epoch_loop.batch_progress.current.ready})
         self._saved_step = trainer.global_step
         if self._restored and trainer.is_global_zero:
-            _restore_random_state(self._restored)
+            with restoring(trainer.ckpt_path):
+                _restore_random_state(self._restored)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -118,7 +124,9 @@ class ResumeCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.enable_validation:
+        # A limit of steps or time ends the epoch early; saved again now, the rest of it would count as done.
+        is_whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if not trainer.enable_validation and (is_whole or self._saved_step != trainer.global_step):
             self._save(trainer)
 
     def _end(self, trainer: pl.Trainer, stop: int) -> None:

@@ -1,11 +1,10 @@
 """One training run, from settings to a folder."""
 
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,18 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers, load_checkpoint
-from equiformer2.checkpoint.checkpoint import read_contents
-from equiformer2.checkpoint.files import plain
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.training.callbacks import NativeCheckpoints, ParityFigures, Summary
+from equiformer2.training.config_values import ignored_settings
 from equiformer2.training.figures import draw_loss_curves
 from equiformer2.training.folder import (
     RunFolder,
     WandbSettings,
     WholeFiles,
     count_parameters,
-    read_resume_state,
+    import_wandb,
+    wandb_errors_told,
 )
 from equiformer2.training.loader import ResumableDataModule
 from equiformer2.training.optim import OptimSettings
@@ -42,10 +40,22 @@ from equiformer2.training.processes import (
     strategy_of,
 )
 from equiformer2.training.resume import ResumeCheckpoint, seed_generators
-from equiformer2.training.task import NOT_IN_WEIGHTS, S2EFTask, TaskSettings
+from equiformer2.training.resume_state import read_resume_state, tell_what_does_not_fit
+from equiformer2.training.start import (
+    choose_normalizers,
+    describe_targets,
+    keep_predictions,
+    load_start,
+    read_start,
+    with_pruned_blocks,
+)
+from equiformer2.training.stopping import interrupts_kept
+from equiformer2.training.task import S2EFTask, TaskSettings
 
 log = logging.getLogger("equiformer2")
 
+# File systems take 255 bytes for a name.
+_LONGEST_NAME = 200
 #: All that Lightning's names of these three can be.
 _PRECISIONS = (None, "32-true", "32", 32, "bf16-mixed", "bf16", "64-true", "64", 64)
 
@@ -62,6 +72,9 @@ class RunSettings:
             where it is there and a new start where it is not, for jobs that are put back into the queue.
         init_from: start from the weights of this checkpoint (native, OCP or fairchem v1) as a new run; a run
             that began so is resumed with the same.
+        refit_normalizers: with `init_from`, take mean, spread and per-element references of the training
+            data instead of the checkpoint's; its heads are rescaled, so that its forces stay what they are.
+            The kind of energy may then differ.
         checkpoint_every_n_steps: also save `last.ckpt` every so many optimizer steps.
         keep_last: how many checkpoints to resume from are kept: `last.ckpt` and those before it.
     """
@@ -71,19 +84,34 @@ class RunSettings:
     seed: int = 0
     ckpt_path: str | None = None
     init_from: str | None = None
+    refit_normalizers: bool = False
     checkpoint_every_n_steps: int | None = None
     keep_last: int = 2
 
     def __post_init__(self) -> None:
-        parts = Path(self.name or "run").parts
-        if not parts or ".." in parts or Path(*parts).is_absolute():
-            raise InputError(f"name is {self.name!r}; it must be a folder inside runs_dir")
+        _check_name(self.name)
+        if not self.runs_dir.strip():
+            raise InputError("runs_dir is empty: name a folder, '.' for this one")
+        if self.refit_normalizers and self.init_from is None:
+            raise InputError("refit_normalizers is for init_from, which is not set: leave it out")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed must be at least 0 and below 2**63, not {self.seed}")
         if self.checkpoint_every_n_steps is not None and self.checkpoint_every_n_steps < 1:
             raise InputError("checkpoint_every_n_steps must be at least 1")
         if self.keep_last < 1:
             raise InputError(f"keep_last must be at least 1, not {self.keep_last}")
+
+
+def _check_name(name: str | None) -> None:
+    if name is None:
+        return
+    parts = Path(name).parts
+    if not name.strip() or not parts or ".." in parts or Path(*parts).is_absolute():
+        raise InputError(f"name is {name!r}; it must be a folder inside runs_dir")
+    if not name.isprintable():
+        raise InputError(f"name is {name!r}; it must hold no line breaks or other control characters")
+    if max(len(part.encode()) for part in parts) > _LONGEST_NAME or len(name.encode()) > 4 * _LONGEST_NAME:
+        raise InputError(f"name is {name[:40]!r}…, which is too long: give at most {_LONGEST_NAME} bytes")
 
 
 @dataclass(frozen=True)
@@ -107,7 +135,8 @@ def train(config: RunConfig) -> Path:
         InputError, datasets_oc20.DataError: anything wrong with the settings, the data or a checkpoint.
         OSError: the folder cannot be written.
     """
-    config = _with_denoising(_with_pruned_blocks(config))
+    model, text = with_pruned_blocks(config.model, config.run.init_from, config.text)
+    config = _with_denoising(replace(config, model=model, text=text))
     run = config.run
     folder = RunFolder(Path(run.runs_dir) / (run.name or "run"), run.ckpt_path)
     if run.init_from is not None and folder.resume_from is not None and not folder.continues:
@@ -115,30 +144,20 @@ def train(config: RunConfig) -> Path:
             f"ckpt_path resumes the run of {folder.resume_from} and init_from starts a new one: "
             "give one of them"
         )
+    if config.wandb.project is not None:
+        import_wandb("wandb.project")
     begin = 0
     if folder.resume_from is not None:
         begin = int(read_resume_state(folder.resume_from)["global_step"])
     with folder.open():
+        for sentence in ignored_settings(config):
+            log.warning(sentence)
         data = ResumableDataModule(**config.data)
         data.setup("fit")
         _check_forces(config, data)
         task = _task(config, data)
         _run(config, task, data, folder, begin)
     return folder.path
-
-
-def _with_pruned_blocks(config: RunConfig) -> RunConfig:
-    """Training goes on with the blocks of a pruned `init_from`, which nobody would want to copy by hand."""
-    if config.run.init_from is None or config.model.is_pruned:
-        return config
-    start = read_contents(config.run.init_from).config
-    if not start.is_pruned:
-        return config
-    parts = {name: getattr(start, name) for name in ("blocks", "force_head", "energy_head")}
-    model = replace(config.model, **parts)
-    values = yaml.safe_load(config.text)
-    values["model"] |= {name: value for name, value in plain(model.to_dict()).items() if name in parts}
-    return replace(config, model=model, text=yaml.safe_dump(values, sort_keys=False))
 
 
 def _with_denoising(config: RunConfig) -> RunConfig:
@@ -155,11 +174,14 @@ def _with_denoising(config: RunConfig) -> RunConfig:
 
 def _check_forces(config: RunConfig, data: ResumableDataModule) -> None:
     """Raise `InputError` for data without forces when the model is to learn them."""
+    if config.model.forces == "none" and config.data.get("forces_only") is not None:
+        raise InputError("data.forces_only is for models with forces, and model.forces is none: leave it out")
     for dataset in data.datasets.values():
         if config.model.forces != "none" and "forces" not in dataset[0]:
             raise InputError(
                 f"{dataset.describe(0)}: the record has no forces to train on; "
-                "set model.forces: none for a model of energies only"
+                "set model.forces: none for a model of energies only (with init_from, too: its force head is "
+                "left behind)"
             )
     if config.task.stress_coefficient > 0 and "stress" not in data.datasets["train"][0]:
         raise InputError(
@@ -170,23 +192,26 @@ def _check_forces(config: RunConfig, data: ResumableDataModule) -> None:
 
 def _task(config: RunConfig, data: ResumableDataModule) -> S2EFTask:
     run = config.run
-    start = None
-    if run.init_from is not None:
-        start = load_checkpoint(run.init_from, energy_kind=config.data["energy_kind"])
+    path = run.init_from
+    start = None if path is None else read_start(path, data, run.refit_normalizers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         model = EquiformerV2(config.model)
+    normalizers = choose_normalizers(data, start, path, run.refit_normalizers, config.model.forces)
     if start is not None:
-        _start_from(model, start, data, str(run.init_from))
-    normalizers = _normalizers(data, start)
-    if config.model.forces == "gradient" and not data.normalizers_are_given:
-        normalizers = normalizers.for_gradient()
+        load_start(model, start, str(path))
+        keep_predictions(model, start.normalizers, normalizers)
     return S2EFTask(model, normalizers, data.energy_kind, config.task, config.optim, run.seed)
 
 
 def _run(config: RunConfig, task: S2EFTask, data: ResumableDataModule, folder: RunFolder, begin: int) -> None:
     parity = ParityFigures()
-    native = NativeCheckpoints(folder.checkpoints, {"config": config.text, "init_from": config.run.init_from})
+    origin = {
+        "config": config.text,
+        "init_from": config.run.init_from,
+        "training_data": describe_targets(data, task.normalizers.linear_references),
+    }
+    native = NativeCheckpoints(folder.checkpoints, origin)
     task.guard.folder = folder.path
     work = BatchAtWork()
     callbacks = [
@@ -198,15 +223,26 @@ def _run(config: RunConfig, task: S2EFTask, data: ResumableDataModule, folder: R
         work,
     ]
     trainer = _trainer(config, folder, callbacks)
+    if folder.resume_from is not None:
+        tell_what_does_not_fit(trainer, folder.resume_from)
     folder.save_config(config.text)
     seed_generators(config.run.seed, trainer.global_rank, begin)
     log.info(f"run folder {folder.path}; {count_parameters(task.model):,} trainable parameters")
-    with work.named(task), _settings_that_do_not_fit_the_data():
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            with wandb_errors_told():
+                logger.experiment  # noqa: B018  # logs in now, and not when the first row comes
+    with interrupts_kept(), work.named(task), _settings_that_do_not_fit_the_data():
         trainer.fit(task, datamodule=data, ckpt_path=folder.resume_from, weights_only=True)
         if trainer.limit_val_batches != 0:
             _complete_validation(trainer, task, data, native, parity)
     if not trainer.is_global_zero:
         return
+    if trainer.global_step == begin:
+        log.warning(
+            f"no step was trained: the run ended at step {begin}, as far as trainer.max_epochs, max_steps or "
+            "max_time go; raise them to train on"
+        )
     for logger in trainer.loggers:
         logger.save()
     draw_loss_curves(folder.metrics, folder.figures / "loss.png")
@@ -295,44 +331,3 @@ def _facts(config: RunConfig, data: ResumableDataModule) -> dict[str, str]:
         ),
         **{f"data.{name}": fingerprint(dataset.natoms) for name, dataset in data.datasets.items()},
     }
-
-
-def _normalizers(data: ResumableDataModule, start: Checkpoint | None) -> Normalizers:
-    """Those of the data; those of the checkpoint when starting from one, unless the config gives some."""
-    if start is not None and not data.normalizers_are_given:
-        found = start.normalizers
-        data.check_normalizers(found.energy.mean, found.energy.std, found.linear_references)
-        return found
-    table = data.normalizers
-    return Normalizers(
-        energy=Normalizer(*table["energy"]),
-        forces=Normalizer(*table["forces"]),
-        linear_references=table["linear_references"],
-    )
-
-
-def _start_from(model: EquiformerV2, start: Checkpoint, data: ResumableDataModule, path: str) -> None:
-    """Load the checkpoint's weights; refuse another architecture or another kind of energy.
-
-    Gradient forces need the weights of the energy alone: those of a force head are left behind.
-    """
-    mine, theirs, state = vars(model.config), vars(start.config), start.model.state_dict()
-    if model.config.forces == "gradient":
-        theirs = theirs | {"forces": "gradient"}
-        state = {name: value for name, value in state.items() if not name.startswith("force_block.")}
-    different = [
-        f"model.{field.name} is {theirs[field.name]!r} there and {mine[field.name]!r} here"
-        for field in fields(ModelConfig)
-        if field.name not in NOT_IN_WEIGHTS and mine[field.name] != theirs[field.name]
-    ]
-    if different:
-        raise InputError(f"init_from: {path} holds another model: {'; '.join(different)}")
-    if start.energy_kind is not None and start.energy_kind != data.energy_kind:
-        raise InputError(
-            f"init_from: {path} predicts {start.energy_kind} energies and the training data hold "
-            f"{data.energy_kind} energies: use data of the checkpoint's kind"
-        )
-    # Checkpoints have no parts for denoising; these start anew.
-    own = {} if model.dens is None else model.dens.state_dict(prefix="dens.")
-    model.load_state_dict({**own, **state})
-    log.info(f"starting from the {start.weights} weights of {os.fspath(path)}")

@@ -1,7 +1,10 @@
-"""Stopping on a signal: what a batch system sends before it takes the machine away."""
+"""Stopping on a signal: Ctrl-C, and what a batch system sends before it takes the machine away."""
 
 import os
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -9,8 +12,9 @@ import pytorch_lightning as pl
 import torch
 from torch import distributed
 
-#: SIGTERM: `kill`, Slurm, Kubernetes, spot instances; SIGUSR1: Slurm's `--signal=USR1@90`.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+#: SIGTERM: `kill`, Slurm, Kubernetes, spot instances; SIGUSR1: Slurm's `--signal=USR1@90`; SIGINT: Ctrl-C;
+#: SIGHUP: the terminal or the connection is gone.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class StoppedBySignal(SystemExit):
@@ -26,30 +30,45 @@ class StoppedBySignal(SystemExit):
 class StopRequest:
     """Remembers the first stop signal; all processes of a run learn of it at the same step.
 
-    Nothing waits for a GPU: what the processes tell each other at one call is read at the next.
+    A second Ctrl-C does not wait for the end of the step. Nothing waits for a GPU: what the processes tell
+    each other at one call is read at the next.
     """
 
     def __init__(self) -> None:
         self._received = 0
+        self._is_first_process = True
         self._previous: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
         self._shared: torch.Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
 
-    def listen(self) -> None:
-        """From now on the signals are noted instead of ending the process (in its main thread only)."""
-        self._received = 0
-        self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+    def listen(self, is_first_process: bool = True) -> bool:
+        """From now on the signals are noted instead of ending the process.
+
+        Signals that are ignored, as SIGHUP is under `nohup`, stay so.
+
+        Returns:
+            False in another thread than the main one, where Python can set no handlers: nothing changes.
+        """
+        self._received, self._is_first_process = 0, is_first_process
+        if threading.current_thread() is not threading.main_thread():
+            return False
+        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._note) for number in heard}
+        return True
 
     def stop_listening(self) -> None:
         """From now on they do what they did before."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # None is a handler that was not set from Python, which Python cannot set again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:  # a forked loader process
             return
+        if number == self._received == signal.SIGINT:
+            raise StoppedBySignal(number, self._is_first_process)
         self._received = self._received or number
 
     def agreed(self, device: torch.device) -> int:
@@ -75,6 +94,28 @@ class StopRequest:
         if device.type == "cuda":
             self._arrived = torch.cuda.Event()
             self._arrived.record()
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Inside, a Ctrl-C that Lightning answers, before the first step or in a last validation, stays one.
+
+    Lightning would end the process with status 1 and ignore every Ctrl-C after it.
+
+    Raises:
+        KeyboardInterrupt: in place of Lightning's exit.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if is_main and before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 def leave_signals_to_stop_request(trainer: pl.Trainer) -> None:

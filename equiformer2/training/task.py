@@ -20,6 +20,7 @@ from equiformer2.errors import InputError, naming_structures
 from equiformer2.model import ModelConfig
 from equiformer2.model.dens import without_denoising
 from equiformer2.training.accumulation import Terms
+from equiformer2.training.config_values import check_finite
 from equiformer2.training.dens import Corrupted, DensSettings, corrupt
 from equiformer2.training.guard import FiniteGuard
 from equiformer2.training.losses import energy_l1, force_l2, stress_l1
@@ -76,7 +77,9 @@ class TaskSettings:
 
     def __post_init__(self) -> None:
         if isinstance(self.dens, Mapping):
+            check_finite(self.dens, "task.dens")
             object.__setattr__(self, "dens", DensSettings(**self.dens))
+        check_finite({**vars(self), "dens": None}, "task")
         if self.dens is not None and self.backend == "compile":
             raise InputError("task.backend: compile encodes no forces; use auto with task.dens")
         if not 0 <= self.ema_decay < 1:
@@ -129,7 +132,8 @@ class S2EFTask(pl.LightningModule):
         normalizers.check_model(model.config, "data.normalizers")  # type: ignore[arg-type]
         if settings.stress_coefficient > 0 and not model.config.stress:  # type: ignore[union-attr]
             raise InputError("task.stress_coefficient needs model.stress: true, with model.forces: gradient")
-        self.model = model
+        # Networks come in evaluation mode, and Lightning trains in the mode that it finds.
+        self.model = model.train()
         self.normalizers = normalizers
         self.energy_kind = energy_kind
         self.settings = settings

@@ -4,23 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from equiformer2.errors import InputError
-from equiformer2.training.folder import WandbSettings
-
-
-def import_wandb() -> Any:
-    """The module `wandb`.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    try:
-        import wandb
-    except ImportError as error:
-        raise InputError(
-            "--wandb-project is given but wandb is not installed: pip install '.[wandb]', or leave it out"
-        ) from error
-    return wandb
+from equiformer2.training.folder import WandbSettings, import_wandb, wandb_errors_told
 
 
 def log_results(
@@ -43,17 +27,18 @@ def log_results(
         tables: title to rows by name.
         figures: PNG files.
     """
-    wandb = import_wandb()
+    wandb = import_wandb("--wandb-project")
     folder.mkdir(parents=True, exist_ok=True)
-    run = wandb.init(
-        project=settings.project,
-        entity=settings.entity,
-        name=name,
-        job_type="evaluation",
-        dir=str(folder),
-        config=dict(config),
-        mode="offline" if settings.offline else None,
-    )
+    with wandb_errors_told():
+        run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            name=name[:128],
+            job_type="evaluation",
+            dir=str(folder),
+            config=dict(config),
+            mode="offline" if settings.offline else None,
+        )
     try:
         for dataset, values in metrics.items():
             run.summary.update({f"{dataset}/{metric}": value for metric, value in values.items()})

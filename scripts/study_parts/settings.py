@@ -4,11 +4,11 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from datasets_oc20.untrusted import read_yaml
 from equiformer2.errors import InputError
 from equiformer2.pruning.routing import RoutingSettings
 from equiformer2.pruning.study import Recovery, Study, StudySettings
+from equiformer2.training.config_values import check_finite
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,10 @@ def read_campaign(path: Path) -> Campaign:
         InputError: it is missing, no YAML, or a key is unknown or absent; the key is named.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist: name the study's settings with --config") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is no YAML: {error}") from error
+    check_finite(content, str(path))
     values = _only(Campaign, content, str(path))
     missing = [f.name for f in fields(Campaign) if f.default is MISSING and f.name not in values]
     if missing:
@@ -160,6 +159,9 @@ def _part(name: str, given: Any, path: Path) -> Part:
     for key in ("model", "methods", "keep"):
         if key not in values:
             raise InputError(f"{path}, studies.{name}: {key} is missing")
+    for key in ("methods", "keep"):
+        if not isinstance(values[key], list):
+            raise InputError(f"{path}, studies.{name}: {key} is {values[key]!r}: give a list")
     if values.get("distill") is not None:
         distill = _only(Distillation, values["distill"], f"{path}, studies.{name}.distill")
         if "steps" not in distill:

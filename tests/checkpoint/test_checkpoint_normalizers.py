@@ -39,9 +39,8 @@ def test_energy_only_output_has_no_forces() -> None:
 
 def test_linear_references_are_added_per_structure() -> None:
     physical = with_references().denormalize({"energy": torch.tensor([1.0, 2.0])}, two_structures())
-    expected = torch.tensor([2.5 - 2 * 3.477 - 7.204, 4.5 - 54321.123456 - 7.204])
+    expected = torch.tensor([2.5 - 2 * 3.477 - 7.204, 4.5 - 54321.123456 - 7.204], dtype=torch.float64)
     torch.testing.assert_close(physical["energy"], expected)
-    assert physical["energy"].dtype == torch.float32
 
 
 def test_a_single_structure_needs_no_batch_index() -> None:
@@ -81,7 +80,10 @@ def test_normalize_is_the_inverse(normalizers: Normalizers) -> None:
 def test_half_precision_ends_here(normalizers: Normalizers) -> None:
     out = {"energy": torch.zeros(2, dtype=torch.bfloat16), "forces": torch.zeros(5, 3, dtype=torch.bfloat16)}
     physical = normalizers.denormalize(out, two_structures())
-    assert {value.dtype for value in physical.values()} == {torch.float32}
+    assert {name: value.dtype for name, value in physical.items()} == {
+        "energy": torch.float64,
+        "forces": torch.float32,
+    }
 
 
 def test_element_without_reference_is_named() -> None:

@@ -72,13 +72,13 @@ def structure(natoms: int = 4, energy: float = 0.5, seed: int = 0, **changes: An
     """A structure of the data object."""
     random = np.random.default_rng(seed)
     fields = {
-        "pos": torch.from_numpy(random.uniform(0, 6, (natoms, 3)).astype("f4")),
+        "pos": torch.from_numpy(random.uniform(0, 6, (natoms, 3))),
         "atomic_numbers": torch.from_numpy(random.integers(1, 80, natoms)),
-        "cell": torch.eye(3)[None] * 7,
+        "cell": torch.eye(3, dtype=torch.float64)[None] * 7,
         "pbc": torch.ones(1, 3, dtype=torch.bool),
         "tags": torch.from_numpy(random.integers(0, 3, natoms)),
         "fixed": torch.from_numpy(random.integers(0, 2, natoms).astype(bool)),
-        "energy": torch.tensor([energy]),
+        "energy": torch.tensor([energy], dtype=torch.float64),
         "forces": torch.from_numpy(random.normal(size=(natoms, 3)).astype("f4")),
         "natoms": natoms,
         "sid": f"system{seed}",

@@ -120,7 +120,7 @@ def test_given_normalizers_are_used(tmp_path: Path, train: str) -> None:
 def test_what_was_found_is_said(train: str, val: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         OC20DataModule(train=train, val=val).setup()
-    assert "train 10, val 5 records, adsorption energies; normalizers from the training data" in caplog.text
+    assert "train 10, val 5 records, adsorption energies; training targets: energy " in caplog.text
 
 
 def test_several_training_files(train: str, val: str) -> None:

@@ -73,7 +73,7 @@ GOOD = frame_text()
         (GOOD.replace(" energy=-20.0", ""), "frame 0: the frame has no energy"),
         (GOOD.replace(" energy=-20.0", " energy=low"), "energy holds something that is not a number"),
         (GOOD.replace("Lattice", "Box"), "no Lattice"),
-        (GOOD.replace('"8.0 0.0', '"8.0'), "Lattice holds 8 numbers instead of 9"),
+        (GOOD.replace('"8.0 0.0', '"8.0'), "Lattice must hold 9 numbers"),
         (GOOD.replace('"T T T"', '"T T"'), "pbc is"),
         (GOOD.replace("\nO ", "\nXx "), "atom 3 is 'Xx', which is not an element"),
         (GOOD.replace(" 2 0.1 0.0 0.0", " 2 0.1 0.0"), "atom 3 does not have the 9 columns"),

@@ -112,7 +112,8 @@ def test_distances_in_cells_of_every_kind(tmp_path: Path) -> None:
     frames = [good(0, **apart), good(1, **molecule), good(2, **skewed), good(3, **image)]
     found = inspect_frames(tmp_path / "x.lmdb", frames)
     assert {name: [one.index for one in ones] for name, ones in found.problems.items()} == {
-        "close atoms": [3]
+        "other pbc": [0, 1],
+        "close atoms": [3],
     }
 
 

@@ -1,6 +1,7 @@
 """OC20's files of every age, and what is refused."""
 
 import gc
+import json
 import os
 import pickle
 import struct
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from oc20_files import (
+    FIXTURES,
     assert_same,
     dumps_pyg1,
     is2re_fields,
@@ -297,3 +299,30 @@ def test_a_length_beyond_the_records_is_refused(tmp_path: Path) -> None:
     path = write_lmdb(tmp_path / "a.lmdb", values, pickle.dumps(10**30, protocol=2))
     with pytest.raises(DataError, match=r"a\.lmdb: the key length says 10+ records but only 1 are there"):
         OC20Lmdb(path)
+
+
+def test_files_of_float32_records_are_read() -> None:
+    """A file that the version before float64 has written, and what that version read from it."""
+    dataset = OC20Lmdb(FIXTURES / "float32_records.lmdb")
+    expected = json.loads((FIXTURES / "float32_records.json").read_text())
+    assert (dataset.energy_kind, len(dataset)) == ("total", len(expected))
+    for data, known in zip(dataset, expected, strict=True):
+        assert set(data.keys()) == set(known)
+        for name, value in data.to_dict().items():
+            assert (value.tolist() if torch.is_tensor(value) else value) == known[name], name
+        assert data.pos.dtype == data.cell.dtype == data.energy.dtype == torch.float64
+    assert dataset[0].forces.dtype == dataset[0].stress.dtype == torch.float32
+
+
+@pytest.mark.parametrize("energy", [-523456.789012345, -6e6 - 1e-6, 1e-12])
+def test_energies_positions_and_cells_keep_their_digits(tmp_path: Path, energy: float) -> None:
+    pos = np.array([[1e4 + 1e-9, 0.1, 0.2], [1 / 3, 2 / 3, 4.0]])
+    fields = structure(natoms=2).to_dict() | {"pos": pos, "cell": np.eye(3)[None] * (20 + 1e-13)}
+    fields |= {"energy": energy, "y_init": energy, "y_relaxed": energy, "pos_relaxed": pos + 1e-9}
+    with LmdbWriter(tmp_path / "a.lmdb", "total") as writer:
+        writer.write(Data(**fields))
+    data = OC20Lmdb(tmp_path / "a.lmdb")[0]
+    assert data.energy.item() == data.y_init.item() == data.y_relaxed.item() == energy
+    assert np.array_equal(data.pos.numpy(), pos)
+    assert np.array_equal(data.pos_relaxed.numpy(), pos + 1e-9)
+    assert np.array_equal(data.cell.numpy(), fields["cell"])

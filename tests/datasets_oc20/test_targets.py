@@ -83,7 +83,7 @@ def test_energies_of_the_other_kind_are_refused(val_20: Path) -> None:
         DataError, match=r"data\.lmdb: declared as adsorption .* mean size is 300 eV \(5 eV per"
     ):
         check_energies_match_kind(sample_of([-200.0, -400.0], 60), "adsorption", "data.lmdb")
-    with pytest.raises(DataError, match=r"data\.lmdb: declared as total energies"):
+    with pytest.warns(UserWarning, match=r"data\.lmdb: taken as total energies, as declared"):
         check_energies_match_kind(sample_of([-1.0, 2.0], 60), "total", "data.lmdb")
     check_energies_match_kind(sample_of([-200.0, -400.0], 60), "total", "data.lmdb")
     check_energies_match_kind(sample_of([-1.0, 2.0], 60), "adsorption", "data.lmdb")

@@ -19,7 +19,7 @@ def frames(folder: str) -> dict[str, list[int]]:
     """Numbers of atoms of the frames of every bundled system."""
     found = {}
     for path in sorted((ROOT / "data" / folder).glob("*.extxyz.xz")):
-        lines = lzma.open(path, "rt").read().splitlines()
+        lines = lzma.decompress(path.read_bytes()).decode().splitlines()
         at, sizes = 0, []
         while at < len(lines):
             sizes.append(int(lines[at]))
@@ -55,7 +55,9 @@ def network() -> tuple[float, ...]:
 
 
 def reference_file() -> tuple[int, ...]:
-    layout = json.loads(gzip.open(ROOT / "tests/fixtures/checkpoint/eqv2_31M_layout.json.gz", "rt").read())
+    layout = json.loads(
+        gzip.decompress((ROOT / "tests/fixtures/checkpoint/eqv2_31M_layout.json.gz").read_bytes())
+    )
     names = next(value for value in layout.values() if isinstance(value, dict | list) and len(value) > 1000)
     return (len(names),)
 

@@ -64,9 +64,9 @@ def test_command_line(text: str, expected: Any) -> None:
     [
         ({"attn": (6, 7)}, "keys attn and ffn"),
         ({"attention": (6, 7), "ffn": (8, 9)}, "keys attn and ffn"),
-        ({"attn": (6, 7, 8), "ffn": (8, 9)}, "grid_resolution.attn .*two whole numbers"),
-        ({"attn": 8, "ffn": (8, 9)}, "grid_resolution.attn .*two whole numbers"),
-        ({"attn": (6.5, 7), "ffn": (8, 9)}, "grid_resolution.attn .*two whole numbers"),
+        ({"attn": (6, 7, 8), "ffn": (8, 9)}, "grid_resolution.attn .*whole number"),
+        ({"attn": 8, "ffn": (8, 9)}, "grid_resolution.attn .*whole number"),
+        ({"attn": (6.5, 7), "ffn": (8, 9)}, "grid_resolution.attn .*whole number"),
         ({"attn": (6, 2), "ffn": (8, 9)}, "at least 6 latitudes and at least 3 longitudes"),
         ({"attn": (7, 7), "ffn": (8, 9)}, "grid_resolution.attn .*even"),
         ({"attn": (6, 7), "ffn": (6, 4)}, "grid_resolution.ffn .*at least 5 longitudes"),

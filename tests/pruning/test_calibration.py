@@ -74,16 +74,19 @@ def test_a_system_without_free_atoms_has_an_energy_only() -> None:
     assert found.by_system[1] == pytest.approx(found.energy[1])
 
 
-def test_a_network_that_answers_nan_is_infinitely_wrong() -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("broken", [("energy", "forces"), ("energy",), ("forces",)], ids="+".join)
+def test_a_network_that_answers_no_number_is_infinitely_wrong(broken: tuple[str, ...], value: float) -> None:
     calibration = Calibration(tiny_model(), NORMALIZERS, slabs())
-
-    def broken(batch: Batch, graph: object) -> dict[str, torch.Tensor]:
-        return {
-            "energy": torch.full((batch.num_graphs,), float("nan")),
-            "forces": torch.full_like(batch.pos, float("nan")),
-        }
-
-    assert calibration.loss(broken) == float("inf")
+    answers = [dict(out) for out in calibration.dense]
+    for name in broken:
+        answers[0][name] = answers[0][name].clone()
+        answers[0][name][-1] = value  # the last atom of a slab is free
+    found = calibration.compare(answers)
+    assert found.loss == float("inf")
+    assert np.isinf(found.forces).any() == ("forces" in broken)
+    assert np.isinf(found.energy).any() == ("energy" in broken)
+    assert calibration.loss(lambda batch, graph: answers[0]) == float("inf")
 
 
 def test_a_training_network_is_compared_in_evaluation_mode() -> None:

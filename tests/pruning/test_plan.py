@@ -189,6 +189,6 @@ def test_files_that_are_no_plans(change: dict[str, Any], message: str, tmp_path:
 def test_files_that_are_not_json(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("{")
     (tmp_path / "b").write_bytes(b"\xff\xfe\xff")
-    for name, message in (("a", "not valid JSON"), ("b", "not text")):
+    for name, message in (("a", "not readable as JSON"), ("b", "not text")):
         with pytest.raises(InputError, match=message):
             PruningPlan.load(tmp_path / name)

@@ -77,7 +77,7 @@ def test_configuration_and_back() -> None:
     ("changes", "message"),
     [
         ({"blocks": (BlockConfig(),)}, r"model\.blocks has 1 blocks: must be as many as num_layers"),
-        ({"blocks": 3}, r"model\.blocks must be a list"),
+        ({"blocks": 3}, r"model\.blocks = 3: must be a list"),
         (
             {"blocks": [{}, {"num_head": 2}]},
             r"model\.blocks\[1\]: unknown key 'num_head'; did you mean 'num_heads'",
@@ -87,7 +87,7 @@ def test_configuration_and_back() -> None:
         ({"blocks": [{"lmax": 0}, {}]}, r"model\.blocks\[0\]\.lmax = 0"),
         ({"blocks": [{"attention": None}, {}]}, r"model\.blocks\[0\]\.attention = None"),
         ({"force_head": {"attention": False}}, r"model\.force_head .*no branch to drop"),
-        ({"force_head": 1}, r"model\.force_head must be a mapping"),
+        ({"force_head": 1}, r"model\.force_head must be a dictionary"),
         (
             {"energy_head": {"ffn_input_channels": 2}, "use_grid_mlp": False},
             r"model\.energy_head\.ffn_input_channels needs model\.use_grid_mlp",

@@ -27,4 +27,4 @@ class StandIn(nn.Module):
     def forward(self, batch: object) -> dict[str, Tensor]:
         atoms = self.energy(self.drop(self.per_element(batch.atomic_numbers))).squeeze(-1)
         energy = torch.zeros(batch.num_graphs).index_add(0, batch.batch, atoms.float()) / 50
-        return {"energy": energy, "forces": self.forces(self.drop(batch.pos / 10))}
+        return {"energy": energy, "forces": self.forces(self.drop(batch.pos.float() / 10))}

@@ -107,7 +107,7 @@ def test_keys_that_may_be_null_say_what_else_they_may_be(argument: str, sentence
     [
         ("model: {lmaxx: 4}", "unknown key 'model.lmaxx'; did you mean 'model.lmax'?"),
         ("modl: {lmax: 4}", "unknown key 'modl.lmax'; did you mean 'model.lmax'?"),
-        ("model: [", "not valid YAML"),
+        ("model: [", "not readable as YAML"),
         ("- 1", "must be a mapping"),
         ("model: 5", "model is 5; it must hold keys and values"),
         ("task: {energy_coefficient: null}", "task.energy_coefficient is null; it needs a value"),

@@ -61,7 +61,7 @@ def test_splits_their_average_and_going_on_after_a_stop(
     assert run(monkeypatch, "evaluate", *arguments) == 130
     assert not out.exists()
     logged = []
-    monkeypatch.setattr(wandb_report, "import_wandb", lambda: None)
+    monkeypatch.setattr("equiformer2.training.folder.import_wandb", lambda _: None)
     monkeypatch.setattr(wandb_report, "log_results", lambda *given: logged.append(given))
     more = ("--figures", figures, "--wandb-project", "project", "--wandb-offline")
     assert run(monkeypatch, "evaluate", *arguments, *more) == 0

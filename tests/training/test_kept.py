@@ -14,8 +14,9 @@ import torch
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes
 from equiformer2.training.cli import parse
-from equiformer2.training.folder import RunFolder, read_resume_state
+from equiformer2.training.folder import RunFolder
 from equiformer2.training.kept import keep_under_step, latest, remove_older
+from equiformer2.training.resume_state import read_resume_state
 from equiformer2.training.run import train
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,19 @@ def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     save(last, 9, 11, 2)
     save(last, 11, 13, 2)
     assert contents(tmp_path) == {"last.ckpt": "13", "step_11.ckpt": "11", "step_10.ckpt": "10"}
+
+
+def test_time_decides_not_the_step(tmp_path: Path) -> None:
+    """A run that went back to step 3 and on from there has written 5 after 20, 30 and 40."""
+    for seconds, step in enumerate((20, 30, 40, 5)):
+        path = tmp_path / f"step_{step}.ckpt"
+        path.write_text(str(step))
+        os.utime(path, (1000 + seconds, 1000 + seconds))
+    assert latest(tmp_path) == tmp_path / "step_5.ckpt"
+    remove_older(tmp_path / "last.ckpt", 2)
+    assert contents(tmp_path) == {"step_40.ckpt": "40", "step_5.ckpt": "5"}
+    remove_older(tmp_path / "last.ckpt", 1)
+    assert contents(tmp_path) == {"step_5.ckpt": "5"}
 
 
 def test_one_is_enough_for_who_says_so(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ STOPS = (
     ("srun", signal.SIGUSR1, (0, 1), 128 + signal.SIGUSR1),
     ("srun", signal.SIGTERM, (1,), 128 + signal.SIGTERM),
     ("srun", signal.SIGTERM, (0,), 128 + signal.SIGTERM),
-    ("lightning", signal.SIGTERM, (0,), 128 + signal.SIGTERM),
+    ("lightning", signal.SIGINT, (0,), 128 + signal.SIGINT),
     ("srun", signal.SIGKILL, (1,), 1),
 )
 STEPS = 80  # of 2 x 1 structures in 8 epochs

@@ -21,6 +21,7 @@ from equiformer2.model.requests import OutputRequest
 from equiformer2.model.routing import BlockState, Decision
 from equiformer2.pruning.routing.router import BaseRouting, Router, spread
 from equiformer2.pruning.routing.system import ADSORBATE, System
+from equiformer2.values import Switch, shown
 
 MODES = ("context_only", "remove_tag0", "supernode", "supernode_per_element")
 _APART = 0.5
@@ -50,8 +51,8 @@ class ActiveRegion(Router):
 
     def __init__(self, mode: str = "context_only", protect_ends: bool = False) -> None:
         if mode not in MODES:
-            raise InputError(f"the mode {mode!r} is not known: use one of {', '.join(MODES)}")
-        self.mode, self.protect_ends = mode, protect_ends
+            raise InputError(f"the mode {shown(mode)} is not known: use one of {', '.join(MODES)}")
+        self.mode, self.protect_ends = mode, Switch().read(protect_ends, "protect_ends")
 
     def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> BaseRouting:
         """See `Router`.

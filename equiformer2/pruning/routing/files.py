@@ -6,14 +6,16 @@ from typing import Any
 
 from datasets_oc20.untrusted import read_json
 from equiformer2.errors import InputError
-from equiformer2.files import write_json
+from equiformer2.files import as_input_error, write_json
 from equiformer2.pruning.routing.active_region import ActiveRegion
 from equiformer2.pruning.routing.frozen import FrozenPlan
 from equiformer2.pruning.routing.ftp import FTPRouter
 from equiformer2.pruning.routing.router import Router
 from equiformer2.pruning.routing.static import DegreeRouter, DistanceRouter, RandomRouter, StaticRouter
 from equiformer2.pruning.routing.zero_tprune import AtomPruner, EdgePruner
+from equiformer2.values import mapping, shown
 
+_MOST_BYTES = 16 << 20
 _KINDS: tuple[type[Router], ...] = (
     ActiveRegion,
     AtomPruner,
@@ -51,12 +53,9 @@ def router_from_dict(record: Any) -> Router:
     """
     if not isinstance(record, dict) or set(record) != {"kind", "settings"}:
         raise InputError("this is not a router: it needs the keys kind and settings")
-    if record["kind"] not in KINDS:
-        raise InputError(f"the kind of router {record['kind']!r} is not known: {', '.join(KINDS)}")
-    settings = record["settings"]
-    if not isinstance(settings, dict):
-        raise InputError("the settings of a router are names and values")
-    settings = dict(settings)
+    if not isinstance(record["kind"], str) or record["kind"] not in KINDS:
+        raise InputError(f"the kind of router {shown(record['kind'])} is not known: {', '.join(KINDS)}")
+    settings = dict(mapping(record["settings"], "the settings of a router"))
     if "router" in settings:
         settings["router"] = router_from_dict(settings["router"])
     try:
@@ -77,7 +76,9 @@ def load_router(path: str | os.PathLike[str]) -> Router:
         InputError: the file holds no router; it is named.
         OSError: it cannot be read.
     """
+    with as_input_error():
+        record = read_json(path, _MOST_BYTES)
     try:
-        return router_from_dict(read_json(path))
-    except (InputError, ValueError) as error:
+        return router_from_dict(record)
+    except InputError as error:
         raise InputError(f"{path}: {error}") from error

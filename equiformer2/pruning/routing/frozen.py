@@ -10,6 +10,7 @@ from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph, structure_index
 from equiformer2.model.routing import BlockState, Decision
 from equiformer2.pruning.routing.router import BaseRouting, Router
+from equiformer2.values import Number, Whole, shown
 
 _STEP = 2**11
 """Periodic images of an atom are told apart up to ±1024 cells."""
@@ -35,11 +36,11 @@ class FrozenPlan(Router):
     """
 
     def __init__(self, router: Router, replan_every: int = 10, max_move: float = 0.5) -> None:
-        if replan_every < 1:
-            raise InputError(f"replan_every is {replan_every}: give 1 or more")
-        if not max_move > 0:
-            raise InputError(f"max_move is {max_move}: give a positive length in Å")
-        self.router, self.replan_every, self.max_move = router, replan_every, max_move
+        if not isinstance(router, Router) or isinstance(router, FrozenPlan):
+            raise InputError(f"router is {shown(router)}: give the router that decides, which keeps no plan")
+        self.router = router
+        self.replan_every = Whole(1, 2**31).read(replan_every, "replan_every")
+        self.max_move = Number(0.0, above=True).read(max_move, "max_move (Å)")
         self.plans = 0
         self._plan: _Plan | None = None
 

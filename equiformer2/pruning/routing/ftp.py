@@ -11,6 +11,7 @@ from equiformer2.pruning.routing.attention import received_attention
 from equiformer2.pruning.routing.router import Levels, ScoreRouter
 from equiformer2.pruning.routing.static import MOST_STATIC, static_priority
 from equiformer2.pruning.routing.system import ADSORBATE, FAR, System
+from equiformer2.values import Number, Whole, check_size, mapping
 
 NUM_FACTORS, HIDDEN = 7, 64
 _RANK_WIDTH = 0.2
@@ -52,13 +53,13 @@ class FTPRouter(ScoreRouter):
         **options: Any,
     ) -> None:
         super().__init__(levels, **options)
-        self.cut = cut
+        self.cut = Number(0.0, 1.0).read(cut, "cut")
         # Without torch's own initialization, which would draw from the global generator.
         first, last = (
             nn.utils.skip_init(nn.Linear, *sizes) for sizes in ((NUM_FACTORS, HIDDEN), (HIDDEN, 1))
         )
         self.mlp = nn.Sequential(first, nn.SiLU(), last)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(Whole(0, 2**62).read(seed, "seed"))
         with torch.no_grad():
             for parameter in self.mlp.parameters():
                 bound = parameter.shape[-1] ** -0.5
@@ -117,10 +118,16 @@ class FTPRouter(ScoreRouter):
 
     def _load(self, weights: dict[str, Any]) -> None:
         expected = self.mlp.state_dict()
+        check_size(weights, "the router's weights")
         try:
-            found = {name: torch.tensor(value, dtype=torch.float32) for name, value in weights.items()}
-        except (AttributeError, TypeError, ValueError) as error:
+            found = {
+                name: torch.tensor(value, dtype=torch.float32)
+                for name, value in mapping(weights, "the router's weights").items()
+            }
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise InputError(f"the router's weights are no numbers: {error}") from error
+        if not all(bool(torch.isfinite(value).all()) for value in found.values()):
+            raise InputError("the router's weights hold numbers that are not finite")
         if {n: v.shape for n, v in found.items()} != {n: v.shape for n, v in expected.items()}:
             raise InputError("the router's weights have other names or shapes than an MLP 7 -> 64 -> 1")
         self.mlp.load_state_dict(found)

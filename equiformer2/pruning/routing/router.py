@@ -1,6 +1,5 @@
 """What all routers have in common: scores of atoms, block by block, and a level to cut them at."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from numbers import Real
@@ -17,8 +16,10 @@ from equiformer2.model.requests import OutputRequest
 from equiformer2.model.routing import BlockState, Decision
 from equiformer2.pruning.routing.selection import check_mode, select
 from equiformer2.pruning.routing.system import ADSORBATE, System
+from equiformer2.values import Number, Switch, shown
 
 _ABOVE_ALL = 1e6
+_MOST_LEVEL = 1e30
 
 Levels = float | Sequence[float | None]
 """One level for every block that is not protected, or one per block (None: all atoms)."""
@@ -92,16 +93,26 @@ class ScoreRouter(Router):
         keep_free: bool = False,
     ) -> None:
         check_mode(mode, width)
-        if not isinstance(levels, Real | list | tuple):
-            raise InputError(f"the levels are {levels!r}: give a number, or a number or null per block")
+        if not isinstance(levels, Real | list | tuple) or isinstance(levels, bool):
+            raise InputError(f"the levels are {shown(levels)}: give a number, or a number or null per block")
         self.levels: float | tuple[float | None, ...] = (
-            float(levels) if isinstance(levels, Real) else tuple(levels)
+            levels
+            if isinstance(levels, float)
+            else float(Number().read(levels, "levels"))
+            if isinstance(levels, Real)
+            else tuple(levels)
         )
-        self.mode, self.width, self.hysteresis, self.protect_ends = mode, width, hysteresis, protect_ends
-        self.keep_free = keep_free
+        self.mode, self.width = mode, float(width)
+        self.hysteresis = Number(0.0).read(hysteresis, "hysteresis")
+        self.protect_ends = Switch().read(protect_ends, "protect_ends")
+        self.keep_free = Switch().read(keep_free, "keep_free")
         for level in (self.levels,) if isinstance(self.levels, float) else self.levels:
-            if level is not None and not (isinstance(level, Real) and math.isfinite(level)):
-                raise InputError(f"a level is {level!r}: give a finite number, or null to compute all atoms")
+            if level is not None and (
+                not isinstance(level, Real) or isinstance(level, bool) or not abs(level) < _MOST_LEVEL
+            ):
+                raise InputError(
+                    f"a level is {shown(level)}: give a finite number, or null to compute all atoms"
+                )
             if mode == "topk" and level is not None and not 0 <= level <= 1:
                 raise InputError(f"a level is {level}: in the mode topk it is a fraction from 0 to 1")
 

@@ -11,10 +11,13 @@ Scores within a relative tolerance of 1e-4 are one group and are never cut apart
 stay together.
 """
 
+from numbers import Real
+
 from torch import Tensor
 
 from equiformer2.errors import InputError
 from equiformer2.pruning.routing.system import group_means, group_places, tie_groups
+from equiformer2.values import shown
 
 MODES = ("topk", "threshold", "smooth")
 
@@ -28,9 +31,9 @@ def smoothstep(x: Tensor) -> Tensor:
 def check_mode(mode: str, width: float) -> None:
     """Raise `InputError` for an unknown mode or a width that is not positive."""
     if mode not in MODES:
-        raise InputError(f"the mode {mode!r} is not known: use one of {', '.join(MODES)}")
-    if not width > 0:
-        raise InputError(f"the width of the gates is {width}: give a positive number")
+        raise InputError(f"the mode {shown(mode)} is not known: use one of {', '.join(MODES)}")
+    if not isinstance(width, Real) or isinstance(width, bool) or not 0 < width < float("inf"):
+        raise InputError(f"the width of the gates is {shown(width)}: give a positive number")
 
 
 def select(

@@ -2,15 +2,16 @@
 
 import io
 import json
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from equiformer2.checkpoint.files import read_tensors
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes
+from equiformer2.values import Items, Number, mapping, shown
 
 _FORMAT = "equiformer2.routing_state/1"
 
@@ -74,16 +75,30 @@ class RoutingState:
 
     def _load(self, path: Path) -> None:
         try:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-            if stored["format"] != _FORMAT:
-                raise KeyError("format")
-            known, tried, self.training = stored["fingerprint"], stored["tried"], stored["training"]
-            self.tried = {stage: dict(items) for stage, items in tried.items()}
-        except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            raise InputError(f"{path} is no state of a router: give another file or remove it") from error
+            stored = read_tensors(path)
+            if stored.get("format") != _FORMAT:
+                raise InputError("its format is another one")
+            known = mapping(stored.get("fingerprint"), "fingerprint")
+            tried = mapping(stored.get("tried"), "tried")
+            self.tried = {stage: dict(map(_attempt, items)) for stage, items in tried.items()}
+            training = stored.get("training")
+            self.training = None if training is None else dict(mapping(training, "training"))
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{path} is no state of a router ({error}): give another file or remove it"
+            ) from error
         for key in sorted({*known, *self.fingerprint}):
             if known.get(key) != self.fingerprint.get(key):
                 raise InputError(
-                    f"{path} is the state of another router: {key} was {known.get(key)!r} and is "
-                    f"{self.fingerprint.get(key)!r} now; give another file or remove it"
+                    f"{path} is the state of another router: {key} was {shown(known.get(key))} and is "
+                    f"{shown(self.fingerprint.get(key))} now; give another file or remove it"
                 )
+
+
+def _attempt(item: Any) -> tuple[tuple[float, ...], tuple[float, float]]:
+    """The levels of all blocks, and the loss (infinite where the network broke down) and share of MACs."""
+    levels, (loss, macs) = item
+    levels = Items(Number(), 256).read(levels, "levels")
+    if not isinstance(loss, float) or loss != loss:
+        raise InputError(f"a loss is {shown(loss)}")
+    return tuple(levels), (loss, Number(0.0, 100.0).read(macs, "macs"))

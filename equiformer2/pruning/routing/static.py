@@ -9,6 +9,7 @@ from torch import Tensor
 from equiformer2.model.routing import BlockState
 from equiformer2.pruning.routing.router import Levels, ScoreRouter
 from equiformer2.pruning.routing.system import ADSORBATE, FAR, System
+from equiformer2.values import Whole
 
 _CYCLES = 30.0
 MOST_STATIC = 4.0
@@ -70,7 +71,7 @@ class RandomRouter(ScoreRouter):
 
     def __init__(self, levels: Levels, seed: int = 0, **options: Any) -> None:
         super().__init__(levels, **options)
-        self.seed = seed
+        self.seed = Whole(0, 2**40).read(seed, "seed")
 
     def scores(self, system: System, state: BlockState, level: float) -> Tensor:
         """See the class."""

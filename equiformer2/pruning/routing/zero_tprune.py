@@ -21,6 +21,7 @@ from equiformer2.pruning.routing.attention import (
 from equiformer2.pruning.routing.router import Levels, ScoreRouter
 from equiformer2.pruning.routing.selection import select, smoothstep
 from equiformer2.pruning.routing.system import System
+from equiformer2.values import Items, Number, Optional, Switch, Whole
 
 #: Softness of the maximum over neighbours of their cosine similarity.
 _SOFTNESS = 0.02
@@ -62,11 +63,12 @@ class AtomPruner(ScoreRouter):
         **options: Any,
     ) -> None:
         super().__init__(levels, **options)
-        if not 0 <= similar <= 1:
-            raise InputError(f"similar is {similar}: give a fraction from 0 to 1")
-        self.similar, self.max_similarity, self.similarity_width = similar, max_similarity, similarity_width
-        self.heads = None if heads is None else [[bool(kept) for kept in row] for row in heads]
-        self.damping, self.iterations = damping, iterations
+        self.similar = Number(0.0, 1.0).read(similar, "similar")
+        self.max_similarity = Optional(Number()).read(max_similarity, "max_similarity")
+        self.similarity_width = Number(0.0, above=True).read(similarity_width, "similarity_width")
+        self.heads = Optional(Items(Items(Switch()), 256)).read(heads, "heads")
+        self.damping = Number(0.0, 1.0, below=True).read(damping, "damping")
+        self.iterations = Whole(1, 1000).read(iterations, "iterations")
 
     def head_scores(self, system: System, state: BlockState) -> Tensor:
         """`[N, H]` PageRank per head of the block before."""

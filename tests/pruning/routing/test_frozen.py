@@ -186,7 +186,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(InputError, match="replan_every is 0"):
+    with pytest.raises(InputError, match="replan_every = 0"):
         FrozenPlan(StaticRouter(0.5), replan_every=0)
-    with pytest.raises(InputError, match="max_move is 0"):
+    with pytest.raises(InputError, match=r"max_move .* = 0"):
         FrozenPlan(StaticRouter(0.5), max_move=0)

@@ -1,0 +1,281 @@
+"""The schema of a record: type, range, unit and shape of every field, checked when one is read or written.
+
+All formats (ours, OC20's pickles, ASE-LMDB, raw frames) come through `checked_arrays`, `checked_sid` and
+`checked_fid`, so that nothing is cast unseen: a tag of 1.5 would become 1 and a NaN among flags True. The
+validator is our own: pydantic and msgspec check the types of Python values, and of an array they can say that
+it is one, not what it holds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from datasets_oc20.errors import DataError
+
+MAX_ATOMIC_NUMBER = 118
+LARGEST_ENERGY = 1e9
+"""eV; all electrons of thousands of heavy atoms have less. One larger label would spoil a mean and spread."""
+LARGEST_FORCE = 1e4
+"""eV/Å; OC20 keeps frames below 50, and nuclei would have to be some 0.1 Å apart."""
+LARGEST_COORDINATE = 1e6
+"""Å; what the search for neighbours takes."""
+LARGEST_ATOMS = 10_000_000
+LARGEST_SID = 1000
+"""Characters of a system id."""
+LARGEST_FID = 2**53
+
+_DOUBLE, _FLOAT = np.dtype("<f8"), np.dtype("<f4")
+_INT, _BYTE, _BOOL = np.dtype("<i8"), np.dtype("u1"), np.dtype("?")
+
+
+@dataclass(frozen=True)
+class Field:
+    """What one field of a record must be.
+
+    Attributes:
+        kind: real numbers; whole numbers, of any type; flags, which are booleans or the numbers 0 and 1.
+        dtype: in the data object.
+        stored: on disk.
+        shape: with "N" for the number of atoms.
+        lowest, largest: what a value may be; both belong to it.
+        unit: for messages.
+        remedy: what is wrong with a value outside, for messages.
+        required: whether every record has it.
+    """
+
+    kind: Literal["real", "whole", "flag"]
+    dtype: np.dtype
+    stored: np.dtype
+    shape: tuple[Any, ...]
+    lowest: float
+    largest: float
+    unit: str = ""
+    remedy: str = "remove the record"
+    required: bool = False
+
+    @property
+    def per_atom(self) -> bool:
+        """Whether the first axis counts atoms."""
+        return self.shape[0] == "N"
+
+
+def _energy() -> Field:
+    limit = LARGEST_ENERGY
+    return Field(
+        "real", _DOUBLE, _DOUBLE, (1,), -limit, limit, "eV", "which no structure has; remove the record"
+    )
+
+
+def _lengths(*shape: Any, required: bool = False) -> Field:
+    limit = LARGEST_COORDINATE
+    remedy = "which is too far out; move the structure to the origin, or remove the record"
+    return Field("real", _DOUBLE, _DOUBLE, shape, -limit, limit, "Å", remedy, required)
+
+
+FIELDS: dict[str, Field] = {
+    "pos": _lengths("N", 3, required=True),
+    "atomic_numbers": Field(
+        "whole", _INT, _BYTE, ("N",), 1, MAX_ATOMIC_NUMBER, remedy="which no element has", required=True
+    ),
+    "cell": _lengths(1, 3, 3, required=True),
+    "pbc": Field("flag", _BOOL, _BOOL, (1, 3), 0, 1, remedy="flags are 0 or 1", required=True),
+    "tags": Field("whole", _INT, _BYTE, ("N",), 0, 2, remedy="tags are 0, 1 or 2", required=True),
+    "fixed": Field("flag", _BOOL, _BOOL, ("N",), 0, 1, remedy="flags are 0 or 1", required=True),
+    "energy": _energy(),
+    "forces": Field(
+        "real", _FLOAT, _FLOAT, ("N", 3), -LARGEST_FORCE, LARGEST_FORCE, "eV/Å",
+        "which no usable frame has; remove the record",
+    ),
+    "stress": Field("real", _FLOAT, _FLOAT, (1, 3, 3), -LARGEST_FORCE, LARGEST_FORCE, "eV/Å^3"),
+    "y_init": _energy(),
+    "y_relaxed": _energy(),
+    "pos_relaxed": _lengths("N", 3),
+}  # fmt: skip
+REQUIRED = tuple(name for name, field in FIELDS.items() if field.required)
+
+_NAMES = {"atomic_numbers": "atomic number", "tags": "tag", "fixed": "fixed", "pbc": "pbc"}
+
+
+def stored_dtypes(name: str) -> tuple[np.dtype, ...]:
+    """The dtypes in which a field may lie in a file: float32 for what is float64 now, in old files."""
+    stored = FIELDS[name].stored
+    return (stored, _FLOAT) if stored == _DOUBLE else (stored,)
+
+
+def checked_arrays(fields: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
+    """The arrays of a record in the types of the data object.
+
+    Args:
+        fields: by the names of `FIELDS`; others but `natoms` are not looked at. Arrays, tensors, lists or
+            numbers of these shapes, flat or with further or fewer axes of length 1.
+        where: file and key, for the error message.
+
+    Raises:
+        DataError: a field is missing, has another shape, or holds something else than `FIELDS` says.
+    """
+    missing = [name for name in REQUIRED if fields.get(name) is None]
+    if missing:
+        raise DataError(
+            f"{where}: the record has no {' and no '.join(missing)}; it is not an OC20 record, or one from "
+            "before these fields existed: preprocess the raw files again."
+        )
+    given = {name: as_array(fields[name], name, where) for name in FIELDS if fields.get(name) is not None}
+    natoms = given["atomic_numbers"].size
+    if natoms == 0:
+        raise DataError(f"{where}: the record has no atoms.")
+    if natoms > LARGEST_ATOMS:
+        raise DataError(f"{where}: the record has {natoms} atoms, more than can be.")
+    check_natoms(fields.get("natoms"), natoms, where)
+    arrays = {name: _checked(name, array, natoms, where) for name, array in given.items()}
+    if arrays["pbc"].all() and abs(np.linalg.det(arrays["cell"][0])) < 1e-6:
+        raise DataError(f"{where}: the structure is periodic but its cell has no volume.")
+    return arrays
+
+
+def as_array(value: Any, name: str, where: str) -> np.ndarray:
+    """The array of plain numbers or booleans that `value` is; raises `DataError` where it is none."""
+    try:
+        if isinstance(value, torch.Tensor):
+            array = value.detach().cpu().numpy()
+        else:
+            if isinstance(value, list | tuple):
+                _check_size(value)
+            array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, OverflowError) as error:
+        kind = "values of unequal length" if isinstance(value, list | tuple) else type(value).__name__
+        raise DataError(f"{where}: {name} holds {kind}, not an array of numbers.") from error
+    if array.dtype.kind not in "biuf":
+        raise DataError(f"{where}: {name} holds {array.dtype}, not numbers.")
+    return array
+
+
+def _check_size(values: list[Any] | tuple[Any, ...]) -> None:
+    """Raise `ValueError` for lists that are nested too deep, or repeat each other, to be of a record."""
+    open_lists: list[tuple[Any, int]] = [(values, 1)]
+    left = 10 * LARGEST_ATOMS
+    while open_lists:
+        inner, depth = open_lists.pop()
+        left -= 1 + len(inner)
+        if depth > 4 or left < 0:
+            raise ValueError("nested too deep, or too many values")
+        open_lists += [(item, depth + 1) for item in inner if isinstance(item, list | tuple)]
+
+
+def check_natoms(stated: Any, natoms: int, where: str) -> None:
+    """Raise `DataError` where a record states another number of atoms than it has."""
+    if stated is None:
+        return
+    array = as_array(stated, "natoms", where)
+    if array.size != 1 or array.dtype.kind == "b" or array.reshape(-1)[0] != natoms:
+        said = array.reshape(-1)[0].item() if array.size == 1 else f"{array.size} numbers"
+        raise DataError(f"{where}: natoms is {said}, but the record has {natoms} atoms; write it again.")
+
+
+def _checked(name: str, array: np.ndarray, natoms: int, where: str) -> np.ndarray:
+    field = FIELDS[name]
+    wanted = tuple(natoms if size == "N" else size for size in field.shape)
+    squeezed = [size for size in wanted if size != 1]
+    flat = array.ndim == 1 and array.size == prod(wanted)
+    if not flat and [size for size in array.shape if size != 1] != squeezed:
+        raise DataError(
+            f"{where}: {name} has shape {list(array.shape)}, expected {list(wanted)} for {natoms} atoms."
+        )
+    array = array.reshape(wanted)
+    if array.dtype.kind == "b" and field.kind != "flag":
+        raise DataError(f"{where}: {name} holds true and false, not numbers.")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        _raise(name, ~np.isfinite(array), "holds NaN or infinite values{place}; remove the record", where)
+    if field.kind != "real" and array.dtype.kind == "f":
+        fractional = array != np.floor(array)
+        if fractional.any():
+            _raise(name, fractional, "holds {value}{place}; it must be a whole number", where, array)
+    outside = (array < field.lowest) | (array > field.largest)
+    if outside.any():
+        _raise_outside(name, array, outside, where)
+    return array.astype(field.dtype)
+
+
+def _raise_outside(name: str, array: np.ndarray, outside: np.ndarray, where: str) -> None:
+    field = FIELDS[name]
+    row = int(np.flatnonzero(outside.reshape(len(outside), -1).any(axis=1))[0])
+    unit = f" {field.unit}" if field.unit else ""
+    if name == "forces":
+        raise DataError(f"{where}: the force on atom {row} is {array[row].tolist()} eV/Å, {field.remedy}.")
+    if field.per_atom and field.kind == "whole":
+        joint = "," if name == "atomic_numbers" else ";"
+        raise DataError(f"{where}: atom {row} has {_NAMES[name]} {array[row]:g}{joint} {field.remedy}.")
+    value = f"is {{value}}{unit}{{place}}"
+    joint = "; " if field.remedy.startswith(("remove", "flags")) else ", "
+    _raise(name, outside, f"{value}{joint}{field.remedy}", where, array)
+
+
+def _raise(name: str, wrong: np.ndarray, what: str, where: str, array: np.ndarray | None = None) -> None:
+    """Raise `DataError` for the first value that is wrong."""
+    first = int(np.flatnonzero(wrong.reshape(-1))[0])
+    row = first // max(1, wrong[0].size)
+    place = f" (atom {row})" if FIELDS[name].per_atom else ""
+    value = "" if array is None else f"{float(array.reshape(-1)[first]):.6g}"
+    raise DataError(f"{where}: {name} {what.format(value=value, place=place)}.")
+
+
+def scalar(value: Any) -> Any:
+    """The Python number in a tensor or array of one element; everything else as it is."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, torch.Tensor | np.ndarray):
+        try:
+            return value.reshape(-1)[0].item() if value.reshape(-1).shape[0] == 1 else value
+        except (RuntimeError, NotImplementedError, TypeError):
+            return value
+    return value
+
+
+def checked_sid(value: Any, where: str) -> str:
+    """The system id as text; None stands for none.
+
+    Raises:
+        DataError: neither text nor a whole number, longer than LARGEST_SID characters, or text that is not
+            Unicode.
+    """
+    value = scalar(value)
+    if value is None:
+        return ""
+    if isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST_FID:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(f"{where}: sid is a {type(value).__name__}; it must be text or a whole number.")
+    if isinstance(value, int):
+        if abs(value) >= 2**63:
+            raise DataError(f"{where}: sid is a number of more than 64 bits; write it as text.")
+        return str(value)
+    if len(value) > LARGEST_SID:
+        raise DataError(f"{where}: sid has {len(value)} characters; it may have {LARGEST_SID}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: sid is not text in Unicode; give the system another name.") from error
+    return value
+
+
+def checked_fid(value: Any, where: str) -> int:
+    """The frame number; also of OC20's "frame17".
+
+    Raises:
+        DataError: not a whole number, or one beyond LARGEST_FID.
+    """
+    given = value = scalar(value)
+    if isinstance(value, str):
+        digits = value.removeprefix("frame")
+        sign = digits.removeprefix("-")
+        value = int(digits) if sign.isascii() and sign.isdigit() and len(sign) <= 16 else None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > LARGEST_FID:
+        said = repr(given) if isinstance(given, str | int | float | None) else f"a {type(given).__name__}"
+        said = said if len(said) <= 40 else f"{said[:40]}…"
+        raise DataError(f"{where}: fid is {said}, not a frame number; give whole numbers from 0.")
+    return value
