@@ -15,7 +15,7 @@ from datasets_oc20.atomic import whole_file
 from datasets_oc20.disk_space import Need, require_space
 from datasets_oc20.errors import DataError
 from datasets_oc20.progress import byte_bar
-from datasets_oc20.untrusted import AnyPath
+from datasets_oc20.untrusted import AnyPath, regular_file
 
 _CHUNK = 1 << 20
 _DATA = (".extxyz", ".extxyz.xz", ".lmdb", ".aselmdb")
@@ -49,7 +49,7 @@ def unpack(
         DataError: the archive is damaged; a member would be outside `folder`, is a link or a device, or
             differs from a file that is there; there is no room.
     """
-    archive, folder = Path(archive), Path(folder)
+    archive, folder = _regular(archive), Path(folder)
     members = _read_names(archive, folder)
     size = sum(members.values())
     there = {path for path, length in members.items() if _is_there(path, length, archive)}
@@ -122,6 +122,13 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
     assert source is not None  # only folders and links have no content
     with source, whole_file(path) as target:
         shutil.copyfileobj(source, target, _CHUNK)
+
+
+def _regular(archive: AnyPath) -> Path:
+    try:
+        return regular_file(archive)
+    except FileNotFoundError as error:
+        raise DataError(f"{archive}: no such file.") from error
 
 
 @contextlib.contextmanager

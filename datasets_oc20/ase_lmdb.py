@@ -47,7 +47,7 @@ class AseLmdbFile(LmdbFile):
     """An ASE-LMDB file under the keys of ours (writer.py): `0` … `n-1`, `length`, `metadata`."""
 
     def __init__(self, file: LmdbFile) -> None:
-        self.path, self.environment = file.path, file.environment
+        self.path = file.path
         self._file = file
         next_id, deleted = self._json(b"nextid"), self._json(b"deleted_ids") or []
         if type(next_id) is not int or next_id < 1 or not isinstance(deleted, list):

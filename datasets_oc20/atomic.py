@@ -1,15 +1,40 @@
 """Files that appear whole or not at all: a temporary file in the same folder, fsync, rename."""
 
 import contextlib
+import glob
 import os
+import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+# Another machine that writes to the same folder has other processes under the same numbers.
+_HOST = re.sub(r"[^\w]", "", socket.gethostname())[:16] or "host"
+
 
 def temporary_beside(path: Path) -> Path:
     """A name in the folder of `path` for a file that will be renamed to it."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
+
+
+def remove_stale(path: Path) -> None:
+    """Remove what killed processes of this machine left of `path`; those that live keep theirs."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.{_HOST}-*.tmp"):
+        process = stale.name.removesuffix(".tmp").rpartition("-")[2]
+        if process.isdigit() and not _lives(int(process)):
+            with contextlib.suppress(OSError):
+                stale.unlink()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is of another user
+        return True
+    return True
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -35,6 +60,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         OSError: the folder is missing or not writable, or the disk is full; `path` is named.
     """
     path = Path(path)
+    remove_stale(path)
     temporary = temporary_beside(path)
     with _errors_name(path, temporary):
         try:

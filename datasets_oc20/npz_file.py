@@ -1,28 +1,90 @@
-"""Reading `.npz` files, which may be truncated, damaged or something else."""
+"""Reading `.npz` files, which may be truncated, damaged, hostile or something else."""
 
 import os
 import zipfile
 import zlib
 from collections.abc import Sequence
+from typing import IO
 
 import numpy as np
 
 from datasets_oc20.errors import DataError
+from datasets_oc20.untrusted import open_regular
+
+MAX_BYTES = 16 << 30
+"""Most bytes of the arrays of one file."""
 
 
 def read_npz(path: str | os.PathLike[str], names: Sequence[str]) -> list[np.ndarray]:
     """The arrays with these names; nothing in the file is run.
 
     Raises:
-        DataError: not an `.npz` file, not a whole one, or one without such an array.
+        DataError: not an `.npz` file, not a whole one, one without such an array, or one that claims what it
+            does not hold.
         OSError: the file is missing or unreadable.
     """
+    with open_regular(path) as handle:
+        check_npz(handle, path)
+        try:
+            file = np.load(handle, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds a single array")
+            with file:
+                return [file[name] for name in names]
+        except (
+            ValueError,
+            KeyError,
+            EOFError,
+            OSError,
+            NotImplementedError,
+            MemoryError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
+            wanted = " and ".join(repr(name) for name in names)
+            raise DataError(f"{path}: not a whole .npz file with an array {wanted}.") from error
+
+
+def check_npz(handle: IO[bytes], path: str | os.PathLike[str]) -> None:
+    """Compare what every member claims with what is there, before memory is asked for it.
+
+    Files that are no zip archives pass; reading them says what they are.
+
+    Raises:
+        DataError: an encrypted member, a shape that is not that of the bytes, or more than MAX_BYTES.
+    """
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("it holds a single array")
-        with file:
-            return [file[name] for name in names]
-    except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        wanted = " and ".join(repr(name) for name in names)
-        raise DataError(f"{path}: not a whole .npz file with an array {wanted}.") from error
+        if not zipfile.is_zipfile(handle):
+            return
+        with zipfile.ZipFile(handle) as archive:
+            members = archive.infolist()
+            if sum(member.file_size for member in members) > MAX_BYTES:
+                raise DataError(f"{path}: unpacks to more than {MAX_BYTES >> 30} GiB; is it an .npz file?")
+            for member in members:
+                if member.flag_bits & 1:
+                    raise DataError(f"{path}: {member.filename} is encrypted; save it without a password.")
+                _check_shape(archive, member, path)
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, ValueError, RuntimeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: not a whole .npz file ({error}).") from error
+    finally:
+        handle.seek(0)
+
+
+def _check_shape(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: str | os.PathLike[str]) -> None:
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(file)
+        count = 1
+        for size in shape:
+            count *= size  # Python's numbers do not overflow
+        if not dtype.hasobject and (
+            min(shape, default=1) < 0 or count * dtype.itemsize > member.file_size - file.tell()
+        ):
+            raise DataError(
+                f"{path}: {member.filename} claims the shape {list(shape)}, for which it has too few bytes."
+            )

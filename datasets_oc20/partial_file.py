@@ -15,7 +15,7 @@ from datasets_oc20.atomic import publish, write_bytes
 from datasets_oc20.errors import DataError
 from datasets_oc20.locking import lock
 from datasets_oc20.progress import byte_bar
-from datasets_oc20.untrusted import AnyPath
+from datasets_oc20.untrusted import AnyPath, read_json
 
 _CHUNK = 1 << 20
 
@@ -118,10 +118,10 @@ class PartialFile:
 
     def _read_note(self) -> dict[str, Any] | None:
         try:
-            known = orjson.loads(self._note.read_bytes())
+            known = read_json(self._note)
         except FileNotFoundError:
             return None
-        except orjson.JSONDecodeError as error:
+        except DataError as error:
             raise DataError(f"{self._note}: is not readable; move it and {self.path.name} away.") from error
         if not isinstance(known, dict) or not {"url", "total", "validator"} <= known.keys():
             raise DataError(f"{self._note}: was not made by this program; move it and {self.path.name} away.")

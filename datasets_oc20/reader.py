@@ -1,6 +1,7 @@
 """`OC20Lmdb`: OC20's LMDB files, ours and ASE-LMDB, one file or a folder of shards, as a torch dataset."""
 
 import bisect
+import contextlib
 import os
 from collections.abc import Sequence
 from itertools import accumulate
@@ -18,6 +19,7 @@ from datasets_oc20.errors import DataError
 from datasets_oc20.lmdb_file import LmdbFile
 from datasets_oc20.natoms_index import natoms_of_shard
 from datasets_oc20.periodicity import Periodicity
+from datasets_oc20.untrusted import regular_file
 from datasets_oc20.writer import FORMAT_VERSION, SPECIAL_KEYS
 
 AnyPath = str | os.PathLike[str]
@@ -157,6 +159,8 @@ def _find_shards(path: Path) -> list[Path]:
                 return [environment]
             raise DataError(f"{path}: the folder holds no *.lmdb, *.aselmdb or data.mdb file.")
         return ours or ase
+    with contextlib.suppress(OSError):  # a missing file is told when it is opened
+        regular_file(path)
     return [path]
 
 

@@ -10,6 +10,7 @@ asked for, from bytes whose bounds have been checked.
 import codecs
 import collections
 import io
+import math
 import pickle
 import re
 import warnings
@@ -19,6 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
+
+MAX_BYTES = 1 << 30
+MAX_VALUES = 5_000_000
+"""Most values of a pickle, those that it repeats counted as often as they are."""
+MAX_DEPTH = 64
+# A tuple of what was there already, made again and again: hashing such a key takes twice as long each time.
+_DOUBLING = re.compile(rb"(?:h.|j.{4}|g\d+\n|2)[\x85-\x87t]", re.DOTALL)
+_MAX_DOUBLINGS = 24
+_EXPANDED = 1 << 20
 
 
 class RefusedPickleError(ValueError):
@@ -77,6 +87,8 @@ class PickledTensor:
         if len(self.size) != len(self.stride) or not all(type(n) is int and n >= 0 for n in numbers):
             raise RefusedPickleError("a tensor has an impossible shape")
         last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+        if math.prod(self.size) > max(flat.numel(), _EXPANDED):
+            raise RefusedPickleError("a tensor repeats its storage too often")
         if 0 not in self.size and last >= flat.numel():
             raise RefusedPickleError("a tensor is larger than its storage")
         return torch.as_strided(flat, self.size, self.stride, self.offset).clone()
@@ -183,14 +195,44 @@ class _AllowListUnpickler(pickle.Unpickler):
         raise RefusedPickleError("it refers to something outside the record")
 
 
+def _check_extent(value: Any) -> None:
+    """Refuse what is nested too deep, or would be too large if its repeated parts were written out."""
+    left = MAX_VALUES
+    waiting: list[tuple[Any, int]] = [(value, 0)]
+    while waiting:
+        found, depth = waiting.pop()
+        if isinstance(found, PickledObject | PickledArray):
+            children: Any = (found.state,)
+        elif isinstance(found, PickledTensor):
+            children = (found.storage, found.size, found.stride)
+        elif isinstance(found, dict):
+            children = (*found.keys(), *found.values())
+        elif isinstance(found, list | tuple | set | frozenset):
+            children = found
+        else:
+            continue
+        left -= len(children)
+        if depth >= MAX_DEPTH or left < 0:
+            raise RefusedPickleError(
+                "it is nested too deep" if depth >= MAX_DEPTH else "it repeats its parts too often"
+            )
+        waiting.extend((child, depth + 1) for child in children)
+
+
 def load_inert(content: bytes) -> Any:
     """Unpickle `content` to plain Python values and the stand-ins of this module.
 
     Raises:
         RefusedPickleError: `content` is not a pickle, or names anything outside the allow-list.
     """
+    if len(content) > MAX_BYTES:
+        raise RefusedPickleError(f"it has more than {MAX_BYTES >> 20} MiB")
+    if len(_DOUBLING.findall(content)) > _MAX_DOUBLINGS:
+        raise RefusedPickleError("it repeats its parts too often")
     try:
-        return _AllowListUnpickler(io.BytesIO(content)).load()
+        value = _AllowListUnpickler(io.BytesIO(content)).load()
+        _check_extent(value)
+        return value
     except RefusedPickleError:
         raise
     except Exception as error:

@@ -25,6 +25,7 @@ from datasets_oc20.locking import lock
 from datasets_oc20.periodicity import Periodicity
 from datasets_oc20.preprocess import PreprocessOptions, PreprocessReport, provenance, read_raw_file
 from datasets_oc20.raw_release import RawFile, list_raw_files
+from datasets_oc20.untrusted import read_json
 from datasets_oc20.workers import as_they_finish
 from datasets_oc20.writer import LmdbWriter
 
@@ -226,8 +227,8 @@ def _write_shard(shard: _Shard) -> tuple[str, PreprocessReport, float]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = orjson.loads(path.read_bytes())
-    except orjson.JSONDecodeError as error:
+        value = read_json(path)
+    except DataError as error:
         raise DataError(f"{path}: is not readable; remove it and run again.") from error
     if not isinstance(value, dict):
         raise DataError(f"{path}: was not made by this command; name a new folder.")

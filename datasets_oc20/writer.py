@@ -17,7 +17,7 @@ import orjson
 from torch_geometric.data import Data
 
 from datasets_oc20 import records
-from datasets_oc20.atomic import publish, temporary_beside
+from datasets_oc20.atomic import publish, remove_stale, temporary_beside
 from datasets_oc20.errors import DataError
 
 FORMAT = "equiformer2-oc20"
@@ -61,6 +61,7 @@ class LmdbWriter:
             raise DataError(f"{self.path.parent}: no such folder; make it first.")
         if self.path.is_dir():
             raise DataError(f"{self.path}: is a folder; name a file.")
+        remove_stale(self.path)
         self._temporary = temporary_beside(self.path)
         try:
             self._environment = lmdb.open(

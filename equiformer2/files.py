@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,31 @@ from equiformer2.errors import InputError
 
 __all__ = ["as_input_error", "check_target", "read_json", "whole_file", "write_bytes", "write_json"]
 
+_DATA = (".lmdb", ".aselmdb", ".mdb", ".extxyz", ".xz", ".txt", ".db", ".traj", ".pt", ".ckpt", ".npz")
 
-def check_target(path: str | os.PathLike[str], is_folder: bool = False) -> None:
+
+def check_target(
+    path: str | os.PathLike[str],
+    is_folder: bool = False,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+    overwrite: bool = True,
+) -> None:
     """Say before long work what would keep its result from being written to `path`.
 
     Missing folders on the way are not made yet.
 
     Args:
         path: of a file, or of a folder for several files if `is_folder`.
+        inputs: files and folders that are read, which no result replaces, under whatever name or link.
+        overwrite: replace an earlier result; False for a command that neither continues it nor was told to.
 
     Raises:
-        InputError: `path` is a folder where it must be a file, something on the way to it is no folder, or
-            the folder is not writable.
+        InputError: `path` is a folder where it must be a file, something on the way to it is no folder, the
+            folder is not writable, `path` is an input, or a file is there already and not to be replaced.
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise InputError(f"{str(path)!r} is not a possible file name: choose another")
     if path.is_dir() and not is_folder:
         raise InputError(f"{path} is a folder: name a file to write")
     folder = path if is_folder else path.parent
@@ -37,6 +48,29 @@ def check_target(path: str | os.PathLike[str], is_folder: bool = False) -> None:
         raise InputError(f"{path} cannot be written, because {folder} is no folder: choose another place")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{path} cannot be written, because {folder} is not writable: choose another place")
+    if is_folder:
+        return
+    same = next((given for given in inputs if _is_input(path, Path(given))), None)
+    if same is not None:
+        raise InputError(
+            f"{path} is read as input ({same}) and would be replaced: give another name to --out"
+        )
+    if not overwrite and os.path.lexists(path):
+        raise InputError(f"{path} exists already: give another name, or --overwrite to replace it")
+
+
+def _is_input(path: Path, given: Path) -> bool:
+    """Whether both are one file, or `path` is a file of data in the folder `given`."""
+    if given.is_dir():
+        return path.exists() and path.name.endswith(_DATA) and Path(_real(given)) in Path(_real(path)).parents
+    if path.exists() and given.exists():
+        return path.samefile(given)
+    return _real(path) == _real(given)
+
+
+def _real(path: Path) -> str:
+    """The name behind links, also where they lead in a circle."""
+    return str(path) if "\0" in str(path) else os.path.realpath(path)
 
 
 def write_json(path: str | os.PathLike[str], record: Mapping[str, Any], make_folder: bool = False) -> Path:

@@ -2,33 +2,79 @@
 
 import argparse
 import copy
+import io
 import logging
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 
 from datasets_oc20.errors import DataError
 from equiformer2.errors import InputError
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run `main` and leave the process with its status.
+    """Run `main` and leave the process with its status; nothing that is printed can fail for its letters.
 
-    `InputError`, `DataError` and `OSError` (missing file, full disk, no permission) are printed as
-    one `error: …` line and give status 2; any other exception is a bug and keeps its traceback.
+    Status 2 and one `error: …` line for what is wrong with the input: `InputError`, `DataError`, `OSError`
+    (missing file, full disk, no permission) and too little memory. Status 1 and one line for any other
+    exception, which is a bug; with `--debug` on the command line its traceback is shown, and that of errors
+    in the input, too. Status 130 after Ctrl-C, 128 + n after SIGTERM and SIGHUP, on which the
+    process leaves its blocks and so removes its unfinished files; `main` may handle these itself.
     """
+    debug = "--debug" in sys.argv[1:]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal in ASCII prints Å as \\xc5
+            stream.reconfigure(errors="backslashreplace")
+    _end_blocks_on_signals()
     try:
         status = main()
-    except (InputError, DataError, OSError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `… | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, InputError | DataError | OSError):
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+            sys.exit(2)
+        if isinstance(error, MemoryError):
+            print("error: there is too little memory: use smaller batches or structures", file=sys.stderr)
+            sys.exit(2)
+        name = type(error).__name__
+        print(f"error: this is a bug ({name}: {_one_line(error)[:300]})", end="", file=sys.stderr)
+        print("; report it with the command and its traceback", end="", file=sys.stderr)
+        print("" if debug else ", which --debug shows", file=sys.stderr)
+        sys.exit(1)
     sys.exit(status or 0)
+
+
+def _end_blocks_on_signals() -> None:
+    """Let signals that would kill the process at once end it like an exception does."""
+    owner = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        if os.getpid() != owner:  # a forked worker has nothing to remove
+            os.kill(os.getpid(), number)
+        sys.exit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, end)
 
 
 def origin() -> dict[str, str]:
@@ -47,7 +93,12 @@ def commit() -> str:
     def git(*arguments: str) -> str:
         try:
             done = subprocess.run(
-                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+                ["git", *arguments],
+                cwd=Path(__file__).parent,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                check=False,
             )
         except OSError:
             return ""
@@ -90,6 +141,13 @@ def add_model_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
         default="auto",
         choices=("auto", "torch", "cpp", "compile", "triton"),
         help="what runs the hot operations (default: %(default)s)",
+    )
+
+
+def add_overwrite_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """`--overwrite`."""
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what an earlier call wrote to --out"
     )
 
 

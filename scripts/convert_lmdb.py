@@ -5,7 +5,8 @@ import logging
 from pathlib import Path
 
 from datasets_oc20.convert import WRITERS, convert
-from equiformer2.script import run_script, show_log
+from equiformer2.files import check_target
+from equiformer2.script import add_overwrite_argument, run_script, show_log
 
 
 def parse() -> argparse.Namespace:
@@ -18,6 +19,7 @@ def parse() -> argparse.Namespace:
         "--energy-kind", choices=("adsorption", "total"), help="for data that does not declare it"
     )
     parser.add_argument("--num-workers", type=int, help="processes, one shard each (default: one per core)")
+    add_overwrite_argument(parser)
     return parser.parse_args()
 
 
@@ -26,6 +28,7 @@ def main() -> None:
     show_log()
     logging.getLogger("datasets_oc20").setLevel(logging.INFO)
     if not arguments.data.is_dir():
+        check_target(arguments.out, inputs=[arguments.data], overwrite=arguments.overwrite)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     count = convert(arguments.data, arguments.out, arguments.to, arguments.energy_kind, arguments.num_workers)
     print(f"{count} records in {arguments.out}")

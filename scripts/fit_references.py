@@ -6,7 +6,7 @@ from pathlib import Path
 from datasets_oc20.reader import OC20Lmdb
 from datasets_oc20.reference_fit import fit_references, to_text, write_references
 from equiformer2.files import check_target, write_json
-from equiformer2.script import run_script
+from equiformer2.script import add_overwrite_argument, run_script
 
 
 def parse() -> argparse.Namespace:
@@ -20,6 +20,7 @@ def parse() -> argparse.Namespace:
         "--energy-kind", choices=("adsorption", "total"), help="for data that does not say it"
     )
     parser.add_argument("--num-workers", type=int, help="processes (default: one per core)")
+    add_overwrite_argument(parser)
     arguments = parser.parse_args()
     if arguments.out.suffix != ".npz":
         parser.error(f"--out {arguments.out}: give a name that ends with .npz")
@@ -28,7 +29,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    check_target(arguments.out)
+    for path in (arguments.out, arguments.out.with_suffix(".json")):
+        check_target(path, inputs=arguments.data, overwrite=arguments.overwrite)
     dataset = OC20Lmdb(arguments.data, arguments.energy_kind)
     fit = fit_references(dataset, arguments.num_workers, progress=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,13 +9,15 @@ recorded training configuration. A summary is written beside it as JSON. See doc
 import argparse
 
 from equiformer2.checkpoint import import_checkpoint
-from equiformer2.files import write_json
-from equiformer2.script import run_script, show_log
+from equiformer2.files import check_target, write_json
+from equiformer2.script import add_overwrite_argument, run_script, show_log
 
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     show_log()
+    for path in (options.out, f"{options.out}.json"):
+        check_target(path, inputs=[options.checkpoint], overwrite=options.overwrite)
     summary = import_checkpoint(options.checkpoint, options.out, options.energy_kind)
     write_json(f"{options.out}.json", summary)
     print(
@@ -37,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("adsorption", "total"),
         help="what the model predicts; needed when the file does not state it",
     )
+    add_overwrite_argument(parser)
     return parser
 
 

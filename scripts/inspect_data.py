@@ -8,7 +8,7 @@ from datasets_oc20.inspection_figure import draw_inspection
 from datasets_oc20.inspection_report import to_record, to_text
 from datasets_oc20.reader import OC20Lmdb
 from equiformer2.files import check_target, write_json
-from equiformer2.script import run_script
+from equiformer2.script import add_overwrite_argument, run_script
 
 
 def parse() -> argparse.Namespace:
@@ -28,12 +28,15 @@ def parse() -> argparse.Namespace:
         help="inspect so many, evenly spread (default 50000; 0: all)",
     )
     parser.add_argument("--num-workers", type=int, help="processes (default: one per core)")
+    add_overwrite_argument(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse()
     check_target(arguments.out, is_folder=True)
+    for name in ("inspection.json", "inspection.png"):
+        check_target(arguments.out / name, inputs=arguments.data, overwrite=arguments.overwrite)
     dataset = OC20Lmdb(arguments.data, arguments.energy_kind)
     found = inspect_dataset(dataset, arguments.max_frames or None, arguments.num_workers)
     record = to_record(found, dataset)

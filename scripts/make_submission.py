@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from equiformer2.script import parse_checked, run_script
+from equiformer2.script import add_overwrite_argument, parse_checked, run_script
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,6 +36,7 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         help="also compare with the test sets in this folder: test_id, test_ood_ads, …",
     )
+    add_overwrite_argument(parser)
     making = ("--id", "--ood-ads", "--ood-cat", "--ood-both", "--out", "--atoms", "--dtype")
     arguments = parse_checked(
         parser,
@@ -63,9 +64,9 @@ def main() -> int:
         file = arguments.out
         if file.suffix != ".npz":
             raise InputError(f"{file}: the leaderboard takes .npz files, give this ending")
-        check_target(file)
         given = {split: getattr(arguments, split) for split in SPLITS}
         predictions = {split: path for split, path in given.items() if path is not None}
+        check_target(file, inputs=predictions.values(), overwrite=arguments.overwrite)
         write_submission(file, make_submission(arguments.task, predictions, arguments.atoms, arguments.dtype))
         print(f"{file}: {arguments.task} for {', '.join(SPLITS)}")
     problems = submission_problems(file, arguments.task)

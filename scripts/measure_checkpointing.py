@@ -45,14 +45,16 @@ WAYS = (*MEANINGS, "checkpointed")
 def held() -> int:
     """Bytes that this process holds now."""
     line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")
+        line
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        if line.startswith("VmRSS")
     )
     return int(line.split()[1]) * 1024
 
 
 def free_memory() -> int:
     """Bytes that this machine has left."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
 
 

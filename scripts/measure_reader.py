@@ -73,7 +73,7 @@ def write_shards(folder: Path, keys: int, shards: int, atoms: int) -> None:
 
 def private_mebibytes() -> float:
     """Memory that this process does not share with files (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 

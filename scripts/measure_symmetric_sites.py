@@ -123,7 +123,7 @@ def reference(python: str, parameters: Path) -> Answers:
             path = Path(folder) / "structures.traj"
             write(path, made)
             command = [python, __file__, "--answer", str(path), "--parameters", str(parameters)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8")
+            done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8")
         rows = json.loads(done.stdout.splitlines()[-1])
         return [(energy, np.array(forces)) for energy, forces in rows]
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from equiformer2.script import add_model_arguments, run_script
+from equiformer2.script import add_model_arguments, add_overwrite_argument, run_script
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -14,6 +14,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_atoms", type=int, help="most atoms in a batch")
     parser.add_argument("--num_workers", type=int, default=0)
+    add_overwrite_argument(parser)
     return parser.parse_args()
 
 
@@ -21,10 +22,12 @@ def main() -> None:
     arguments = parse_arguments()
     from datasets_oc20 import OC20Lmdb
     from equiformer2.checkpoint import load_checkpoint
+    from equiformer2.files import check_target
     from equiformer2.inference import Predictor
     from equiformer2.training.prediction import check_output, predict_dataset, write_predictions
 
     check_output(arguments.out)
+    check_target(arguments.out, inputs=[arguments.checkpoint, arguments.data], overwrite=arguments.overwrite)
     checkpoint = load_checkpoint(arguments.checkpoint, arguments.weights, arguments.energy_kind)
     predictor = Predictor(
         checkpoint, arguments.device, precision=arguments.precision, backend=arguments.backend

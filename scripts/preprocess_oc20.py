@@ -10,8 +10,8 @@ from datasets_oc20.errors import DataError
 from datasets_oc20.extxyz import read_text
 from datasets_oc20.preprocess import PreprocessOptions, preprocess
 from datasets_oc20.shards import preprocess_shards
-from equiformer2.files import write_json
-from equiformer2.script import parse_checked, run_script, show_log
+from equiformer2.files import check_target, write_json
+from equiformer2.script import add_overwrite_argument, parse_checked, run_script, show_log
 
 
 def parse() -> argparse.Namespace:
@@ -53,6 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--later-frames", type=int, help="most frames per system in --later-out, spread evenly"
     )
+    add_overwrite_argument(parser)
     later = ("--later-fraction", "--later-gap", "--later-tail", "--later-frames")
     return parse_checked(
         parser,
@@ -85,6 +86,21 @@ def names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Refuse names under which a result would replace another one, an input, or what is there."""
+    if arguments.shards is not None:  # a stopped run goes on; its folder says of what
+        check_target(arguments.out, is_folder=True)
+        return
+    report = arguments.out.with_suffix(".json")
+    for path in (arguments.out, arguments.later_out):
+        if path is not None and path.resolve() == report.resolve():
+            raise DataError(f"{path}: is the name of the report on --out; name the LMDB file *.lmdb.")
+    inputs = [path for path in (arguments.data, arguments.systems_file) if path is not None]
+    for path in (arguments.out, arguments.later_out, report):
+        if path is not None:
+            check_target(path, inputs=inputs, overwrite=arguments.overwrite)
+
+
 def main() -> None:
     arguments = parse()
     options = PreprocessOptions(
@@ -100,6 +116,7 @@ def main() -> None:
     )
     show_log()
     logging.getLogger("datasets_oc20").setLevel(logging.INFO)
+    _check_outputs(arguments)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     choice: dict[str, Any] = {
         "options": options,

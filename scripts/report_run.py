@@ -4,7 +4,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from equiformer2.script import origin, run_script
+from equiformer2.script import add_overwrite_argument, origin, run_script
 
 
 def main() -> None:
@@ -17,8 +17,9 @@ def main() -> None:
     parser.add_argument(
         "--out", required=True, type=Path, help="path without ending for the .md, .json and .png"
     )
+    add_overwrite_argument(parser)
     arguments = parser.parse_args()
-    from equiformer2.files import write_bytes, write_json
+    from equiformer2.files import check_target, write_bytes, write_json
     from equiformer2.inference import Predictor
     from equiformer2.training.evaluation import open_dataset
     from equiformer2.training.learning_curve import (
@@ -28,6 +29,9 @@ def main() -> None:
         read_validations,
     )
 
+    for ending in (".md", ".json", ".png"):
+        target = arguments.out.with_suffix(ending)
+        check_target(target, inputs=[arguments.checkpoint, *arguments.data], overwrite=arguments.overwrite)
     predictor = Predictor(arguments.checkpoint)
     runs = {run.name: read_validations(run) for run in arguments.runs}
     systems = {

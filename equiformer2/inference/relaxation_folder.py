@@ -134,7 +134,7 @@ class RelaxationFolder:
     def _check_same(self, settings: Path) -> None:
         asked = self._asked
         try:
-            before = dict(json.loads(settings.read_text()))
+            before = dict(json.loads(settings.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise InputError(f"{settings} cannot be read: give another folder") from error
         differing = sorted(name for name in {*before, *asked} if before.get(name) != asked.get(name))

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets_oc20.untrusted import AnyPath
+from datasets_oc20.errors import DataError
+from datasets_oc20.npz_file import check_npz
+from datasets_oc20.untrusted import AnyPath, open_regular
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes
 from equiformer2.training.relaxation_run import RELAXED
@@ -44,7 +46,11 @@ def read_arrays(path: AnyPath) -> Arrays:
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a .npz file")
     try:
+        with open_regular(path) as handle:
+            check_npz(handle, path)
         file = np.load(path)
+    except DataError as error:
+        raise InputError(str(error)) from error
     except (ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
         raise InputError(f"{path} is not a .npz file, or not a whole one") from error
     if not isinstance(file, np.lib.npyio.NpzFile):

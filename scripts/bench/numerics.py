@@ -40,7 +40,9 @@ def peak_memory(device: str) -> int:
     status = Path("/proc/self/status")
     if status.exists():
         # On Linux ru_maxrss starts at the parent's peak; VmHWM is this program's own.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        line = next(
+            line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
+        )
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

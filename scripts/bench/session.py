@@ -50,7 +50,7 @@ class Session:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            text=True,
+            encoding="utf-8",
         )
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:

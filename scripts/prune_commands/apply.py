@@ -3,11 +3,14 @@
 import argparse
 from pathlib import Path
 
+from equiformer2.script import add_overwrite_argument
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="of the network that the plan was made for")
     parser.add_argument("--plan", required=True, type=Path, help="of prune.py plan")
     parser.add_argument("--out", required=True, type=Path, help="checkpoint to write")
+    add_overwrite_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -15,7 +18,7 @@ def run(options: argparse.Namespace) -> None:
     from equiformer2.pruning.make_plan import apply_plan
     from equiformer2.pruning.plan import PruningPlan
 
-    check_target(options.out)
+    check_target(options.out, inputs=[options.checkpoint, options.plan], overwrite=options.overwrite)
     before, after = apply_plan(options.checkpoint, PruningPlan.load(options.plan), options.out)
     print(f"{before:,} parameters became {after:,}")
     print(f"wrote {options.out}")

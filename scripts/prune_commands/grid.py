@@ -7,7 +7,7 @@ Evaluate the new checkpoint before you use it.
 import argparse
 from pathlib import Path
 
-from equiformer2.script import add_model_arguments, origin
+from equiformer2.script import add_model_arguments, add_overwrite_argument, origin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--structures", type=int, default=8, help="most structures (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, help="structures at once (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of structures and rotations")
+    add_overwrite_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
 
     record = options.out.with_suffix(".json")
     for path in (options.out, record):
-        check_target(path)
+        check_target(path, inputs=[options.checkpoint, *options.data], overwrite=options.overwrite)
     checkpoint = load_checkpoint(options.checkpoint, options.weights, options.energy_kind)
     predictor = Predictor(checkpoint, options.device, precision=options.precision, backend=options.backend)
     structures = read_structures(options.data, options.structures, options.seed)

@@ -7,6 +7,8 @@ the parameters (parameters=0.5) or the time (latency=0.6). Of several, all are r
 import argparse
 from pathlib import Path
 
+from equiformer2.script import add_overwrite_argument
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="of the dense network")
@@ -39,13 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
     parser.add_argument("--state", type=Path, help="where a search keeps its state (default: beside --out)")
+    add_overwrite_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     from equiformer2.files import check_target
     from equiformer2.pruning.make_plan import PlanRequest, make_plan, summary
 
-    check_target(options.out)
+    inputs = [options.checkpoint, *options.data]
+    state = options.state or options.out.with_name(f"{options.out.stem}.state.json")
+    check_target(options.out, inputs=inputs, overwrite=options.overwrite)
+    check_target(state, inputs=[*inputs, options.out])
     request = PlanRequest(
         checkpoint=options.checkpoint,
         data=tuple(options.data),
@@ -61,7 +67,6 @@ def run(options: argparse.Namespace) -> None:
         device=options.device,
         seed=options.seed,
     )
-    state = options.state or options.out.with_name(f"{options.out.stem}.state.json")
     made = make_plan(request, state)
     made.plan.save(options.out)
     print(summary(made))

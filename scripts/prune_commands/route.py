@@ -8,6 +8,8 @@ what the router leaves and how far the answers move on the calibration structure
 import argparse
 from pathlib import Path
 
+from equiformer2.script import add_overwrite_argument
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="of the network")
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
     parser.add_argument("--state", type=Path, help="where the work is kept (default: beside --out)")
+    add_overwrite_argument(parser)
 
 
 def add_search_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,8 +88,10 @@ def run(options: argparse.Namespace) -> None:
     _check_unused(options)
     report = options.out.with_name(f"{options.out.stem}.report.json")
     state = options.state or options.out.with_name(f"{options.out.stem}.state.pt")
-    for path in (options.out, report, state):
-        check_target(path)
+    inputs = [options.checkpoint, *options.data]
+    for path in (options.out, report):
+        check_target(path, inputs=inputs, overwrite=options.overwrite)
+    check_target(state, inputs=[*inputs, options.out])
     request = RouteRequest(
         checkpoint=options.checkpoint,
         data=tuple(options.data),

@@ -21,7 +21,6 @@ from torch_geometric.data import Batch
 
 import convert_lmdb
 from datasets_oc20 import DataError, LmdbWriter, OC20DataModule, OC20Lmdb
-from datasets_oc20.ase_lmdb import open_shard
 from datasets_oc20.convert import convert
 
 aselmdb = pytest.importorskip("ase_db_backends.aselmdb")
@@ -215,8 +214,7 @@ def test_files_that_are_damaged(tmp_path: Path) -> None:
 
 
 def _items(path: Path) -> list[tuple[bytes, bytes]]:
-    file = open_shard(path)
-    with file.environment.begin() as transaction:
+    with lmdb.open(str(path), subdir=False, lock=False, readonly=True) as file, file.begin() as transaction:
         return [(bytes(key), bytes(value)) for key, value in transaction.cursor()]
 
 

@@ -217,6 +217,6 @@ def test_script_on_bundled_data(
     assert sorted(path.name for path in out.iterdir()) == ["inspection.json", "inspection.png"]
     record = json.loads((out / "inspection.json").read_text())
     assert (record["frames"], record["systems"], record["energy_kind"]) == (47, 1, "adsorption")
-    monkeypatch.setattr(sys, "argv", ["inspect_data.py", "--data", "absent", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["x", "--data", "absent", "--out", str(out), "--overwrite"])
     with pytest.raises(DataError, match="absent: no such file"):
         inspect_data.main()

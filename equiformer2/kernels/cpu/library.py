@@ -120,7 +120,7 @@ def _compile(command: list[str], openmp: Path | None, target: Path) -> None:
             [*command, *FLAGS, str(here / SOURCES[0]), *threads, "-o", name],
             check=True,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             errors="replace",
         )
         with open(name, "rb") as file:
@@ -138,16 +138,19 @@ def _openmp() -> Path | None:
 
 
 def _key(command: list[str], openmp: Path | None) -> str:
-    version = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True).stdout
+    asked = [*command, "--version"]
+    version = subprocess.run(
+        asked, check=True, capture_output=True, encoding="utf-8", errors="replace"
+    ).stdout
     parts = [*command, version, *FLAGS, str(openmp), _processor()]
-    parts += [(Path(__file__).parent / name).read_text() for name in SOURCES]
+    parts += [(Path(__file__).parent / name).read_text(encoding="utf-8") for name in SOURCES]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def _processor() -> str:
     """What the processor can do: a home folder may be shared by different machines."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         return f"{platform.machine()} {platform.processor()} {platform.node()}"
