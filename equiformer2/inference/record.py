@@ -1,10 +1,12 @@
 """What a relaxation or an adsorption calculation leaves in its output folder."""
 
+import logging
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from ase import Atoms
+from ase.constraints import FixAtoms, FixCartesian
 from ase.io import write
 
 from equiformer2.errors import InputError
@@ -14,6 +16,8 @@ from equiformer2.inference.atoms import ADSORBATE
 from equiformer2.inference.pictures import relaxation_picture, structure_picture
 from equiformer2.inference.predictor import Predictor
 from equiformer2.inference.relaxation import RelaxationResult
+
+logger = logging.getLogger(__name__)
 
 ADSORPTION_RECORD = "adsorption_energy.json"
 RELAXATION_RECORD = "relaxation.json"
@@ -119,8 +123,19 @@ def adsorption_report(result: AdsorptionResult) -> str:
     for name, relaxation in (("slab + adsorbate", system), ("clean slab", result.slab)):
         if relaxation is not None:
             lines.append(f"{name}: {relaxation_report(relaxation)}")
-    lines += [f"WARNING: {anomaly}" for anomaly in result.anomalies]
+    lines += anomaly_lines(result)
     return "\n".join(lines)
+
+
+def anomaly_lines(result: AdsorptionResult) -> list[str]:
+    """A WARNING per anomaly with its margin, and a note where an absent one is only just absent."""
+    lines = []
+    for verdict in result.anomaly_checks:
+        if verdict.present:
+            lines.append(f"WARNING: {verdict} [{verdict.name}, margin {verdict.margin:.3f} Å]")
+        elif verdict.borderline:
+            lines.append(f"note: {verdict} [not {verdict.name}, margin {verdict.margin:.3f} Å]")
+    return lines
 
 
 def relaxation_report(result: RelaxationResult) -> str:
@@ -142,5 +157,18 @@ def _write_structure(path: Path, atoms: Atoms) -> Path:
     plain = atoms.copy()
     plain.calc = atoms.calc
     plain.info.pop("adsorbate_info", None)  # ASE's note on sites, which extxyz cannot hold
+    _name_lost_constraints(path, atoms)
     write(text, plain, format="extxyz")
     return write_bytes(path, text.getvalue().encode())
+
+
+def _name_lost_constraints(path: Path, atoms: Atoms) -> None:
+    """Warn which constraints `path` cannot hold: extxyz has a column for held atoms and directions alone."""
+    lost = [c for c in atoms.constraints if not isinstance(c, FixAtoms | FixCartesian)]
+    if not lost:
+        return
+    # ASE's trajectory keeps the constraints only if every one of them can describe itself.
+    kept = all(hasattr(constraint, "todict") for constraint in atoms.constraints)
+    where = "relaxation.traj keeps them" if kept else "relaxation.traj cannot keep them either: set them again"
+    names = ", ".join(sorted({type(constraint).__name__ for constraint in lost}))
+    logger.warning(f"{path.name} holds fixed atoms only and not the constraints {names}; {where}")
