@@ -20,7 +20,7 @@ help:
 	@echo "make setup       install everything into $(VENV) (the other targets do it themselves)"
 	@echo "make demo        the main job on bundled OC20 data; DEMO_ARGS=\"--short\" for a quick run"
 	@echo "make test        fast tests            make test-slow   the longer ones too"
-	@echo "make lint        ruff and mypy         make docs        check the links of the documentation"
+	@echo "make lint        ruff and mypy         make docs        the pages: links, code, numbers"
 	@echo "make benchmark   speed and memory against fairchem-core; BENCHMARK_ARGS=\"--quick\" for a smoke run"
 
 setup: $(VENV)/.setup-complete
@@ -52,7 +52,7 @@ lint: setup
 	$(BIN)/mypy
 
 docs: setup
-	$(BIN)/python -m pytest tests/test_docs.py
+	$(BIN)/python -m pytest tests/test_docs.py tests/docs
 
 # The reference implementation lives in an environment of its own: it needs older NumPy and SciPy.
 $(BENCH_VENV)/.complete: scripts/bench/setup_reference.sh scripts/bench/reference-constraints.txt

@@ -7,9 +7,10 @@ import orjson
 
 from datasets_oc20.errors import DataError
 from datasets_oc20.safe_pickle import RefusedPickleError, load_inert
+from datasets_oc20.untrusted import AnyPath
 
 
-def read_adsorbate_names(path: Path) -> dict[str, str]:
+def read_adsorbate_names(path: AnyPath) -> dict[str, str]:
     """Adsorbate by `sid`, as in `{"random1447590": "*CH2*O"}`.
 
     Args:
@@ -20,6 +21,7 @@ def read_adsorbate_names(path: Path) -> dict[str, str]:
         DataError: another file.
         OSError: missing or unreadable.
     """
+    path = Path(path)
     content = path.read_bytes()
     try:
         table: Any = load_inert(content) if path.suffix == ".pkl" else orjson.loads(content)

@@ -15,6 +15,7 @@ from datasets_oc20.atomic import whole_file
 from datasets_oc20.disk_space import Need, require_space
 from datasets_oc20.errors import DataError
 from datasets_oc20.progress import byte_bar
+from datasets_oc20.untrusted import AnyPath
 
 _CHUNK = 1 << 20
 _DATA = (".extxyz", ".extxyz.xz", ".lmdb", ".aselmdb")
@@ -34,7 +35,9 @@ class Unpacked:
     data_folders: list[Path]
 
 
-def unpack(archive: Path, folder: Path, show_progress: bool = True, later: Sequence[Need] = ()) -> Unpacked:
+def unpack(
+    archive: AnyPath, folder: AnyPath, show_progress: bool = True, later: Sequence[Need] = ()
+) -> Unpacked:
     """Write the files of a tar archive (plain, gz, bz2 or xz) below `folder`.
 
     All names are read and checked before anything is written. Every file appears whole or not at all, so
@@ -46,6 +49,7 @@ def unpack(archive: Path, folder: Path, show_progress: bool = True, later: Seque
         DataError: the archive is damaged; a member would be outside `folder`, is a link or a device, or
             differs from a file that is there; there is no room.
     """
+    archive, folder = Path(archive), Path(folder)
     members = _read_names(archive, folder)
     size = sum(members.values())
     there = {path for path, length in members.items() if _is_there(path, length, archive)}

@@ -25,6 +25,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from datasets_oc20 import records
 from datasets_oc20.errors import DataError
 from datasets_oc20.lmdb_file import LmdbFile, open_lmdb
+from datasets_oc20.untrusted import AnyPath
 
 EXTRA_FIELDS = ("y_init", "y_relaxed", "pos_relaxed")
 
@@ -84,8 +85,9 @@ class AseLmdbFile(LmdbFile):
             ) from error
 
 
-def open_shard(path: Path) -> LmdbFile:
+def open_shard(path: AnyPath) -> LmdbFile:
     """The open file for `path`, be it OC20's, ours or an ASE-LMDB."""
+    path = Path(path)
     file = open_lmdb(path)
     return file if file.get(b"nextid") is None else AseLmdbFile(file)
 

@@ -125,7 +125,7 @@ def _backend() -> Any:
     except ImportError as error:
         raise DataError(
             "writing ASE-LMDB files needs the package ase-db-backends; install it with "
-            "pip install 'equiformer2[ase-lmdb]'."
+            "pip install '.[ase-lmdb]'."
         ) from error
     return LMDBDatabase
 

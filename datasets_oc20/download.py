@@ -20,6 +20,7 @@ from datasets_oc20.disk_space import human
 from datasets_oc20.errors import DataError
 from datasets_oc20.partial_file import PartialFile, is_complete, md5_sum
 from datasets_oc20.progress import byte_bar
+from datasets_oc20.untrusted import AnyPath
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 1 << 20
@@ -81,7 +82,7 @@ def remote_size(url: str, timeout: float = 30.0) -> int | None:
 
 def fetch(
     url: str,
-    target: Path,
+    target: AnyPath,
     md5: str | None = None,
     retry: Retry | None = None,
     timeout: float = 60.0,
@@ -104,6 +105,7 @@ def fetch(
         DataError: the server refuses, all tries failed (what has arrived is kept), or the sum is wrong.
         OSError: the disk is full or the folder not writable.
     """
+    target = Path(target)
     retry = retry or Retry()
     started = time.monotonic()
     if md5 is None:

@@ -13,6 +13,7 @@ import numpy as np
 from ase.data import atomic_numbers as ATOMIC_NUMBERS
 
 from datasets_oc20.errors import DataError
+from datasets_oc20.untrusted import AnyPath
 
 _PAIR = re.compile(r'([\w-]+)=("[^"]*"|\S+)')
 _NEEDED_COLUMNS = {"species": 1, "pos": 3, "move_mask": 1, "tags": 1, "forces": 3}
@@ -48,8 +49,9 @@ class RawFrame:
         return float(np.sqrt((free * free).sum(axis=1).max())) if len(free) else 0.0
 
 
-def read_text(path: Path) -> str:
+def read_text(path: AnyPath) -> str:
     """The text of a plain or `.xz` file; raises `DataError` when it is missing, damaged or truncated."""
+    path = Path(path)
     try:
         if path.suffix == ".xz":
             with lzma.open(path, "rt", encoding="utf-8") as handle:
@@ -63,13 +65,14 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: not a text file.") from error
 
 
-def read_frames(path: Path) -> Iterator[RawFrame]:
+def read_frames(path: AnyPath) -> Iterator[RawFrame]:
     """The frames of an `.extxyz` or `.extxyz.xz` file, in order.
 
     Raises:
         DataError: a frame is incomplete, or a column, the cell or the energy is missing or not a
             number; the message names the file and the frame.
     """
+    path = Path(path)
     lines = read_text(path).splitlines()
     start = index = 0
     while start < len(lines) and lines[start].strip():

@@ -17,12 +17,14 @@ from matplotlib.patches import Rectangle
 from datasets_oc20.atomic import write_bytes
 from datasets_oc20.inspection import MAX_ENERGY, MAX_FORCE, Inspection
 from datasets_oc20.inspection_report import suspicious
+from datasets_oc20.untrusted import AnyPath
 
 _PERIOD_ENDS = (0, 2, 10, 18, 36, 54, 86, 118)
 
 
-def draw_inspection(found: Inspection, name: str, path: Path) -> None:
+def draw_inspection(found: Inspection, name: str, path: AnyPath) -> None:
     """Write the figure as PNG to `path`; `name` stands in its title."""
+    path = Path(path)
     figure = Figure(figsize=(13.5, 8.2), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     figure.suptitle(f"{name}: {found.inspected:,} of {found.frames:,} frames, {len(found.systems):,} systems")
     axes = figure.subplots(2, 3, width_ratios=(1, 1, 1.35))

@@ -8,6 +8,7 @@ from pathlib import Path
 import lmdb
 
 from datasets_oc20.errors import DataError
+from datasets_oc20.untrusted import AnyPath
 
 _MAGIC = 0xBEEFC0DE
 # Offsets inside an LMDB meta page, after the page header (lmdb.h 0.9, struct MDB_meta): magic, version,
@@ -16,12 +17,13 @@ _PAGE_SIZE, _LAST_PAGE, _META_BYTES = 24, 24 + 2 * 48, 24 + 2 * 48 + 16
 _PAGE_HEADERS = (16, 24)  # LMDB 0.9 and 1.0
 
 
-def check_lmdb_file(path: Path) -> None:
+def check_lmdb_file(path: AnyPath) -> None:
     """Raise `DataError` unless `path` is a whole LMDB data file.
 
     LMDB maps the file into memory, and touching a page beyond its end kills the process with SIGBUS
     instead of raising; so the size that the header promises is compared with the size on disk first.
     """
+    path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file.")
     if not path.is_file():
@@ -75,7 +77,8 @@ class LmdbFile:
     must not open one file twice.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
+        path = Path(path)
         check_lmdb_file(path)
         self.path = path
         try:
@@ -107,8 +110,9 @@ class LmdbFile:
 _open_files: "weakref.WeakValueDictionary[tuple[int, int], LmdbFile]" = weakref.WeakValueDictionary()
 
 
-def open_lmdb(path: Path) -> LmdbFile:
+def open_lmdb(path: AnyPath) -> LmdbFile:
     """The open file of this process for `path`, opened when nobody holds it yet."""
+    path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file.")
     status = path.stat()

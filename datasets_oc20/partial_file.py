@@ -15,12 +15,14 @@ from datasets_oc20.atomic import publish, write_bytes
 from datasets_oc20.errors import DataError
 from datasets_oc20.locking import lock
 from datasets_oc20.progress import byte_bar
+from datasets_oc20.untrusted import AnyPath
 
 _CHUNK = 1 << 20
 
 
-def md5_sum(path: Path, show_progress: bool = False) -> str:
+def md5_sum(path: AnyPath, show_progress: bool = False) -> str:
     """The MD5 sum of a file, hexadecimal."""
+    path = Path(path)
     digest = hashlib.md5(usedforsecurity=False)
     with (
         path.open("rb") as file,
@@ -42,7 +44,8 @@ class PartialFile:
         DataError: a `.part` that was not made here, or one that another process is writing.
     """
 
-    def __init__(self, target: Path, url: str) -> None:
+    def __init__(self, target: AnyPath, url: str) -> None:
+        target = Path(target)
         self.target = target
         self.path = target.with_name(target.name + ".part")
         self.url = url
@@ -129,12 +132,13 @@ class PartialFile:
         write_bytes(self._note, orjson.dumps(note))
 
 
-def is_complete(target: Path, md5: str | None, show_progress: bool) -> bool:
+def is_complete(target: AnyPath, md5: str | None, show_progress: bool) -> bool:
     """Whether `target` is there already, as it should be.
 
     Raises:
         DataError: it is there with another sum. It is left alone: the user may have put it there.
     """
+    target = Path(target)
     if not os.path.lexists(target):
         return False
     if not target.is_file():

@@ -18,6 +18,7 @@ from datasets_oc20.errors import DataError
 from datasets_oc20.extxyz import RawFrame, read_frames
 from datasets_oc20.raw_release import RawFile, list_raw_files, read_index
 from datasets_oc20.selection import informative_frames, split_later_frames, spread_frames
+from datasets_oc20.untrusted import AnyPath
 from datasets_oc20.workers import in_order
 from datasets_oc20.writer import LmdbWriter
 
@@ -70,9 +71,10 @@ class PreprocessOptions:
         return self.frames is not None or self.later_fraction > 0
 
     def check_choice(
-        self, source: Path, files: list[RawFile], systems: Collection[str] | None, exclude: Collection[str]
+        self, source: AnyPath, files: list[RawFile], systems: Collection[str] | None, exclude: Collection[str]
     ) -> None:
         """Raise `DataError` when systems or frames are to be chosen from files that mix systems."""
+        source = Path(source)
         chooses = self.chooses_frames or systems is not None or bool(exclude)
         if chooses and any(file.system is None for file in files):
             raise DataError(
@@ -164,8 +166,9 @@ def preprocess(
     return report
 
 
-def provenance(source: Path, options: PreprocessOptions) -> dict[str, Any]:
+def provenance(source: AnyPath, options: PreprocessOptions) -> dict[str, Any]:
     """What the LMDB says of where its records come from."""
+    source = Path(source)
     return {"source": source.resolve().name, "options": asdict(options)}
 
 

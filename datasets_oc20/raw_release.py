@@ -11,6 +11,7 @@ from pathlib import Path
 
 from datasets_oc20.errors import DataError
 from datasets_oc20.extxyz import read_text
+from datasets_oc20.untrusted import AnyPath
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class RawFile:
     index_file: Path | None = None
 
 
-def read_references(folder: Path) -> dict[str, float]:
+def read_references(folder: AnyPath) -> dict[str, float]:
     """The reference energy (eV) of every system in `folder/system.txt`."""
+    folder = Path(folder)
     path = folder / "system.txt"
     references = {}
     for number, line in enumerate(read_text(path).splitlines(), start=1):
@@ -39,8 +41,9 @@ def read_references(folder: Path) -> dict[str, float]:
     return references
 
 
-def read_index(path: Path) -> list[tuple[str, int, float]]:
+def read_index(path: AnyPath) -> list[tuple[str, int, float]]:
     """(system, frame, reference energy in eV) for every frame of a chunk."""
+    path = Path(path)
     entries = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         parts = [part.strip() for part in line.split(",")]
@@ -52,7 +55,7 @@ def read_index(path: Path) -> list[tuple[str, int, float]]:
 
 
 def list_raw_files(
-    folder: Path, need_references: bool, systems: Collection[str] | None, exclude: Collection[str]
+    folder: AnyPath, need_references: bool, systems: Collection[str] | None, exclude: Collection[str]
 ) -> list[RawFile]:
     """The files of `folder` that hold the wanted systems, sorted.
 
@@ -61,6 +64,7 @@ def list_raw_files(
     Raises:
         DataError: missing folder or frames, a wanted system without a file, a file without its reference.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder.")
     inner = [] if _frames_in(folder) else [path for path in folder.iterdir() if _frames_in(path)]

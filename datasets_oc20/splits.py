@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets_oc20.errors import DataError
+from datasets_oc20.untrusted import AnyPath
 
 #: The validation splits of OC20, over which papers report the average.
 VALIDATION_SPLITS = ("val_id", "val_ood_ads", "val_ood_cat", "val_ood_both")
 _ENDINGS = (".lmdb", ".aselmdb")
 
 
-def find_splits(root: Path, names: Sequence[str]) -> dict[str, Path]:
+def find_splits(root: AnyPath, names: Sequence[str]) -> dict[str, Path]:
     """The dataset of every split: the folder `root/NAME`, or the file `root/NAME.lmdb` or `.aselmdb`.
 
     Names of archives count too: `val_id` is also found as `root/s2ef_val_id`.
@@ -19,6 +20,7 @@ def find_splits(root: Path, names: Sequence[str]) -> dict[str, Path]:
         DataError: `root` is no folder, a name is not plain or given twice, or splits are missing (all of them
             are named) or there twice.
     """
+    root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give the folder that holds a folder for each split.")
     for name in names:

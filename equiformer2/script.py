@@ -2,8 +2,12 @@
 
 import argparse
 import logging
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 
 from datasets_oc20.errors import DataError
 from equiformer2.errors import InputError
@@ -24,6 +28,35 @@ def run_script(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(status or 0)
+
+
+def origin() -> dict[str, str]:
+    """Command that makes a results file, as it was typed, and commit of the code.
+
+    Outside a checkout the commit is the version of the package.
+    """
+    script = Path(sys.argv[0])
+    name = script.name if script.parent.name != "scripts" else f"scripts/{script.name}"
+    return {"command": shlex.join(["python", name, *sys.argv[1:]]), "commit": commit()}
+
+
+def commit() -> str:
+    """The commit of the package, with `+` when its files differ from it; outside git its version."""
+
+    def git(*arguments: str) -> str:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+            )
+        except OSError:
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    # Installed into an environment inside somebody else's checkout, the commit would be of that one.
+    name = git("rev-parse", "--short=10", "HEAD") if git("ls-files", "--", "script.py") else ""
+    if not name:
+        return f"version {version('equiformer2')}"
+    return name + "+" if git("status", "--porcelain", "--", ".", "../datasets_oc20") else name
 
 
 def show_log() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from equiformer2.script import run_script
+from equiformer2.script import origin, run_script
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -103,7 +103,7 @@ def main() -> None:
     figure.tight_layout()
     figure.savefig(figure_path, dpi=150)
     record = {"steps": arguments.steps, "kernels": kernels, "plain": plain, "worst": max(differences)}
-    write_json(arguments.out.with_suffix(".json"), record)
+    write_json(arguments.out.with_suffix(".json"), {**origin(), **record})
     print(f"largest relative difference of the losses in {arguments.steps} steps: {max(differences):.1e}")
     print(f"figure: {figure_path}")
 

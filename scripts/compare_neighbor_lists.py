@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from equiformer2.files import write_json
 from equiformer2.graph import radius_graph, search, truncation
-from equiformer2.script import run_script
+from equiformer2.script import origin, run_script
 
 Array = NDArray[np.float64]
 Search = Callable[[Array, Array, NDArray[np.bool_], float], tuple[Array, Array]]
@@ -229,7 +229,7 @@ def main() -> None:
         results["ties at 20 neighbours"] = count_ties(args.cutoff, 20)
     print(json.dumps(results, indent=2, ensure_ascii=False))
     if args.json:
-        write_json(args.json, results)
+        write_json(args.json, {**origin(), **results})
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from equiformer2.graph import radius_graph
 from equiformer2.inference import Predictor
 from equiformer2.model import ModelConfig
 from equiformer2.pruning import count_macs
-from equiformer2.script import run_script
+from equiformer2.script import origin, run_script
 from equiformer2.training.cli import parse
 from equiformer2.training.evaluation import evaluate
 from equiformer2.training.run import train
@@ -198,7 +198,7 @@ def _run(data: str, setting: str, seed: int, v2_steps: int, means: tuple[float, 
 def _report(results: list[dict[str, Any]], stem: Path) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
     table = summary(results, list(SETTINGS), METRICS)
-    write_json(stem.with_suffix(".json"), {"runs": results, "summary": table})
+    write_json(stem.with_suffix(".json"), {**origin(), "runs": results, "summary": table})
     draw(results, list(SETTINGS), METRICS, stem.with_suffix(".png"))
     text = markdown(table, results, stem.with_suffix(".png").name)
     stem.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -19,7 +19,7 @@ from datasets_oc20.extxyz import read_frames
 from datasets_oc20.sampler import BalancedBatchSampler, Imbalance
 from equiformer2.files import write_json
 from equiformer2.graph import radius_graph
-from equiformer2.script import run_script
+from equiformer2.script import origin, run_script
 
 BUNDLED = Path(__file__).resolve().parent.parent / "data" / "oc20_trajs"
 EDGES_PER_ATOM = 20
@@ -96,7 +96,7 @@ def main() -> None:
         rows.append({"limit": limit, "random": vars(chance), "balanced": vars(ours)})
     if options.json is not None:
         setting = {"structures": len(sizes), "mean_atoms": float(sizes.mean()), "ranks": options.ranks}
-        write_json(options.json, {**setting, "rows": rows}, make_folder=True)
+        write_json(options.json, {**origin(), **setting, "rows": rows}, make_folder=True)
 
 
 def _percent(found: Imbalance) -> str:

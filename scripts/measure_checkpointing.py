@@ -30,12 +30,12 @@ from bench.machine import describe_machine
 from bench.numerics import limit_memory, peak_memory
 from bench.ours import build
 from bench.sizes import SIZES
-from bench.store import commit, package_digest
+from bench.store import package_digest
 from bench.structures import BATCHES, load_batch
 from bench.worker import LEARNING_RATE, WEIGHT_DECAY, loss
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
-from equiformer2.script import run_script
+from equiformer2.script import origin, run_script
 
 #: The ways without checkpointing.
 MEANINGS = {"stored": "every intermediate stored", "kernels": "default kernels"}
@@ -190,9 +190,9 @@ def main() -> None:
             shown = ", ".join(f"{name} {value:.2f} GiB" for name, value in gib.items())
             print(f"{size} {batch} {way}: {shown}", flush=True)
         if given.json is not None:
-            origin = {"commit": commit(), "package": package_digest(), "machine": describe_machine()}
+            made = {**origin(), "package": package_digest(), "machine": describe_machine()}
             measured = {"measured": records, "shares": compared(records), "left_out": left_out}
-            write_json(given.json, {**origin, "threads": given.threads, **measured})
+            write_json(given.json, {**made, "threads": given.threads, **measured})
     for row in compared(records):
         print("\n".join(sentences(row)))
 

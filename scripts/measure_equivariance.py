@@ -27,7 +27,7 @@ from equiformer2.model.activation import S2Activation
 from equiformer2.model.feed_forward import FeedForwardNetwork
 from equiformer2.model.so3 import EdgeFrames, S2Grid
 from equiformer2.model.so3.grid import m_major_order
-from equiformer2.script import run_script
+from equiformer2.script import origin, run_script
 from equiformer2.symmetry import check_symmetries
 
 FINE = (40, 41)
@@ -264,7 +264,7 @@ def main() -> None:
     command = f"python scripts/measure_equivariance.py --seeds {args.seeds} --trials {args.trials}"
     with torch.no_grad():
         rows = sweep(args.seeds, args.trials)
-    write_json(args.output / "equivariance.json", {"command": command, "rows": rows}, make_folder=True)
+    write_json(args.output / "equivariance.json", {**origin(), "rows": rows}, make_folder=True)
     write_bytes(args.output / "equivariance.png", draw(rows))
     write_bytes(args.output / "equivariance.md", markdown(rows, command, args.seeds, args.trials).encode())
 

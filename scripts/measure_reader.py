@@ -25,7 +25,7 @@ from torch_geometric.data import Data
 from datasets_oc20 import LmdbWriter, OC20Lmdb, records
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
-from equiformer2.script import run_script
+from equiformer2.script import origin, run_script
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def main() -> None:
             f"{one.batch_size} from {one.workers} workers"
         )
     if options.json is not None:
-        write_json(options.json, {"datasets": [asdict(one) for one in found]}, make_folder=True)
+        write_json(options.json, {**origin(), "datasets": [asdict(one) for one in found]}, make_folder=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from equiformer2.script import run_script
+from equiformer2.script import origin, run_script
 
 
 def main() -> None:
@@ -40,6 +40,7 @@ def main() -> None:
     zero = sum(item.zero_force_mae * item.frames for item in first.values()) / frames
     draw_learning_curve(runs, zero, arguments.out.with_suffix(".png"))
     record = {
+        **origin(),
         "runs": {name: [asdict(v) for v in validations] for name, validations in runs.items()},
         "systems": {
             data: {sid: asdict(item) for sid, item in found.items()} for data, found in systems.items()

@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.demo import steps
 from equiformer2.demo.plan import RELAXED_SYSTEM, UNSEEN_SYSTEMS, DemoPlan
 from equiformer2.demo.report import error_lines, report_html
@@ -13,7 +14,7 @@ from equiformer2.inference.record import adsorption_report, model_record, write_
 from equiformer2.training.evaluation import draw_figures
 
 
-def run_demo(root: Path, out: Path, plan: DemoPlan) -> Path:
+def run_demo(root: AnyPath, out: AnyPath, plan: DemoPlan) -> Path:
     """Preprocess, train, evaluate, relax, report; returns the report's path.
 
     Args:
@@ -24,6 +25,7 @@ def run_demo(root: Path, out: Path, plan: DemoPlan) -> Path:
     Raises:
         InputError: `out` exists, or the bundled data are missing.
     """
+    root, out = Path(root), Path(out)
     raw = root / "data"
     if out.exists():
         raise InputError(f"{out} exists already: give another folder with --out, or remove it")

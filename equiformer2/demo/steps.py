@@ -8,6 +8,7 @@ import numpy as np
 from datasets_oc20 import OC20Lmdb
 from datasets_oc20.preprocess import PreprocessOptions, preprocess
 from datasets_oc20.raw_release import read_references
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.demo.plan import LARGE_SYSTEMS, UNSEEN_SYSTEMS, UNSEEN_TEACHER_SYSTEMS, DemoPlan
 from equiformer2.inference import EquiformerV2Calculator, Predictor
 from equiformer2.inference.adsorption import AdsorptionResult, adsorption_energy
@@ -55,8 +56,9 @@ class Relaxed:
     dft_relaxed: float
 
 
-def prepare(raw: Path, folder: Path, plan: DemoPlan) -> DemoData:
+def prepare(raw: AnyPath, folder: AnyPath, plan: DemoPlan) -> DemoData:
     """Raw relaxations to LMDB files."""
+    raw, folder = Path(raw), Path(folder)
     data = DemoData(
         *(folder / f"{name}.lmdb" for name in ("teacher", "teacher_unseen", "train", "later", "unseen"))
     )
@@ -83,8 +85,9 @@ def prepare(raw: Path, folder: Path, plan: DemoPlan) -> DemoData:
     return data
 
 
-def train_model(config: Path, data: DemoData, folder: Path, plan: DemoPlan) -> tuple[Path, Path]:
+def train_model(config: AnyPath, data: DemoData, folder: AnyPath, plan: DemoPlan) -> tuple[Path, Path]:
     """Train on the teacher's labels, then on DFT frames; returns both run folders."""
+    config, folder = Path(config), Path(folder)
     first = _train(config, folder, "teacher", data.teacher, data.teacher_unseen, plan.teacher_time, [])
     # The energies of a handful of slabs differ by much more than the energies along one relaxation.
     more = ["--init_from", str(first / "checkpoints" / "last.pt"), "--task.energy_coefficient", "60"]
@@ -122,9 +125,10 @@ def judge(predictor: Predictor, data: DemoData) -> dict[str, Judged]:
 
 
 def relax_with_model(
-    predictor: Predictor, raw: Path, folder: Path, plan: DemoPlan, systems: tuple[str, ...]
+    predictor: Predictor, raw: AnyPath, folder: AnyPath, plan: DemoPlan, systems: tuple[str, ...]
 ) -> list[Relaxed]:
     """Relax the first frame of DFT relaxations with the model."""
+    raw, folder = Path(raw), Path(folder)
     references = read_references(raw / "oc20_trajs")
     relaxed = []
     for system in systems:

@@ -28,8 +28,39 @@ class Pairs(NamedTuple):
     """`[P]` Å."""
 
 
-def find_pairs(
+class Wrapped(NamedTuple):
+    """Positions of N atoms moved into the cells of their structures."""
+
+    positions: NDArray[np.float64]
+    """`[N, 3]` Å, `given - cell_of_atom @ cell`."""
+    cell_of_atom: NDArray[np.int32]
+    """`[N, 3]` lattice vectors between this and the position as given; 0 along axes that are not periodic."""
+
+
+def wrap(
     positions: NDArray[np.float64],
+    cells: NDArray[np.float64],
+    pbc: NDArray[np.bool_],
+    structure: NDArray[np.int64],
+) -> Wrapped:
+    """Positions moved into the cell along its periodic directions.
+
+    Args:
+        positions: `[N, 3]` Å.
+        cells: `[B, 3, 3]` Å, rows are lattice vectors; rows of non-periodic axes are not used.
+        pbc: `[B, 3]`.
+        structure: `[N]` index of the structure of each atom.
+    """
+    lattices = cells * pbc[:, :, None]
+    # Coordinates along the periodic lattice vectors; across them nothing wraps.
+    fractional = np.einsum("nx,nxa->na", positions, np.linalg.pinv(lattices)[structure])
+    cell_of_atom = np.floor(fractional)
+    moved = np.einsum("na,nax->nx", cell_of_atom, lattices[structure])
+    return Wrapped(positions - moved, cell_of_atom.astype(np.int32))
+
+
+def find_pairs(
+    wrapped: Wrapped,
     cells: NDArray[np.float64],
     pbc: NDArray[np.bool_],
     natoms: NDArray[np.int64],
@@ -40,13 +71,14 @@ def find_pairs(
     """Every pair within `max_radius`, or fewer where no other can pass the rule of `max_neighbors`.
 
     Args:
-        positions: `[N, 3]` Å, wrapped into the cell or not.
+        wrapped: the positions, see `wrap`. Shifts are for the positions before they were wrapped.
         cells: `[B, 3, 3]` Å, rows are lattice vectors; rows of non-periodic axes are not used.
         pbc: `[B, 3]`.
         natoms: `[B]`.
         max_radius: cutoff in Å, inclusive.
         max_neighbors: the nearest neighbours of each atom that will be kept.
     """
+    positions, cell_of_atom = wrapped
     parts = []
     first = 0
     for cell, periodic, atoms in zip(cells, pbc, natoms.tolist(), strict=True):
@@ -54,11 +86,15 @@ def find_pairs(
             pairs = _search(positions[first : first + atoms], cell, periodic, max_radius, max_neighbors)
             parts.append(Pairs(pairs.target + first, pairs.source + first, pairs.shifts, pairs.distance))
         first += atoms
-    if len(parts) == 1:
-        return parts[0]
     if not parts:
         return _no_pairs()
-    return Pairs(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    pairs = (
+        parts[0]
+        if len(parts) == 1
+        else Pairs(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    )
+    moved = cell_of_atom[pairs.target] - cell_of_atom[pairs.source]
+    return pairs._replace(shifts=pairs.shifts + moved)
 
 
 def _search(

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from equiformer2.graph.nonblocking import numbers_of, to_device
@@ -11,13 +13,16 @@ DEGENERACY_TOLERANCE = 0.01
 """Å^2, added to the squared distance of neighbour k + 1 by the non-strict rule (the reference's constant)."""
 
 TIE_TOLERANCE = 1e-5
-"""Å. Distances of symmetric neighbours scatter by about 1e-6 Å in float32 positions of a usual slab."""
+"""Å. Distances of symmetric neighbours scatter by about 1e-6 Å in float32 positions of a usual slab, by 1e-14 Å
+in float64. Positions in float32 far from the origin have a larger tolerance (`radius_graph`)."""
 
 # No symmetric pair of lattice vectors has equal projections on a direction without rational relations.
 _TIE_DIRECTION = (2.0**0.5 / 10.0**0.5, 3.0**0.5 / 10.0**0.5, 5.0**0.5 / 10.0**0.5)
 
+GRID = 2.0**-30
+"""Å, 1e-9: differences below it are rounding errors of positions in float64."""
+
 _KEY_BITS = 40
-_KEY_STEPS_PER_ANGSTROM = 2.0**30
 
 
 def nearest_edges(
@@ -28,10 +33,11 @@ def nearest_edges(
     *,
     max_neighbors: int,
     strict: bool,
+    tie_tolerance: float | NDArray[np.float64] = TIE_TOLERANCE,
 ) -> Tensor:
-    """Choose the edges that each atom keeps, sorted by target and then by distance.
+    """Choose the edges that each atom keeps, sorted by target.
 
-    Strict: the `max_neighbors` nearest. Edges within `TIE_TOLERANCE` of the last one kept are tied with
+    Strict: the `max_neighbors` nearest. Edges within `tie_tolerance` of the last one kept are tied with
     it; of those, the ones with the smallest projection on a fixed direction stay, so that the choice does not
     change with the numbering of the atoms, the origin or the periodic images chosen.
 
@@ -44,6 +50,7 @@ def nearest_edges(
         distance: `[P]` float64, Å.
         vectors_of: gives the vectors `[T, 3]` (float64, Å) of the candidates with the numbers `[T]`.
         num_atoms: N.
+        tie_tolerance: Å, one number or one per receiving atom `[N]`.
 
     Returns:
         `[E]` numbers of the candidates that stay.
@@ -66,23 +73,47 @@ def nearest_edges(
         limit = torch.where(crowded, first_left.square() + DEGENERACY_TOLERANCE, torch.inf)
         stays = distance.square() <= limit[target]
         return order[numbers_of(stays, int(stays.sum()))]
-    any_tie = (crowded & (first_left - last_kept <= TIE_TOLERANCE)).any()
+    if isinstance(tie_tolerance, float):
+        near = near_edge = tie_tolerance
+    else:
+        near = to_device(torch.from_numpy(tie_tolerance), distance.device)
+        near_edge = near[target]
+    any_tie = (crowded & (first_left - last_kept <= near)).any()
     limit = torch.where(crowded & any_tie, last_kept, torch.inf)
-    ties, stays = (distance - limit[target]).abs() <= TIE_TOLERANCE, rank < max_neighbors
+    ties, stays = (distance - limit[target]).abs() <= near_edge, rank < max_neighbors
     # The only time the host waits for the device.
     num_tied, num_staying = torch.stack((ties.sum(), stays.sum())).tolist()
     if num_tied:
         tied = numbers_of(ties, num_tied)
-        direction = to_device(torch.tensor(_TIE_DIRECTION, dtype=distance.dtype), distance.device)
-        projection = vectors_of(order[tied]) @ direction
+        projection = vectors_of(order[tied]) @ _tie_direction(distance)
         # The tied edges of an atom stand together, so sorting them by atom first leaves the others in place.
         order[tied] = order[tied[torch.argsort(_sort_key(target[tied], projection), stable=True)]]
     return order[numbers_of(stays, num_staying)]
 
 
+def sorted_edges(
+    edges: Tensor, target: Tensor, distance: Tensor, vectors_of: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """`edges` `[E]`, numbers of candidates, in an order that no rounding error changes.
+
+    Sums over an atom's edges then have the same bits wherever the structure stands. Arguments as for
+    `nearest_edges`.
+
+    Returns:
+        `[E]`, sorted by target, then by distance, then by projection on a fixed direction, in steps of `GRID`.
+    """
+    projection = vectors_of(edges) @ _tie_direction(distance)
+    edges = edges[torch.argsort(_sort_key(target[edges], projection), stable=True)]
+    return edges[torch.argsort(_sort_key(target[edges], distance[edges]), stable=True)]
+
+
+def _tie_direction(like: Tensor) -> Tensor:
+    return to_device(torch.tensor(_TIE_DIRECTION, dtype=like.dtype), like.device)
+
+
 def _sort_key(target: Tensor, value: Tensor) -> Tensor:
-    """One integer per edge that sorts by target, then by `value` (below 500 Å in size) in steps of 1e-9 Å.
+    """One integer per edge that sorts by target, then by `value` (below 500 Å in size) in steps of `GRID`.
 
     An integer, so that an atom's edges are ordered alike wherever its structure stands in a batch.
     """
-    return (target << _KEY_BITS) + (value * _KEY_STEPS_PER_ANGSTROM).to(torch.int64)
+    return (target << _KEY_BITS) + torch.round(value / GRID).to(torch.int64)

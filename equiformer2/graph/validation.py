@@ -15,11 +15,15 @@ MIN_DISTANCE = 0.01
 _MIN_LATTICE_VECTOR = 0.1
 """Å. Shorter than any bond: such a cell is in other units or broken, and has millions of images."""
 
-_MAX_LATTICE_VECTOR = 1e4
-"""Å. Longer than any simulation cell: such a cell is in other units or broken, and vesin's grid overflows."""
+MAX_EXTENT = 1e4
+"""Å. Longer than any simulation cell and any molecule: such a structure is in other units or broken, and the
+boxes of the neighbour search, which span it, would be too many."""
 
-_MAX_COORDINATE = 1e6
-"""Å. Beyond it float32 resolves no bond."""
+MAX_COORDINATE = 1e6
+"""Å. An atom that diffuses for milliseconds comes not that far; float64 has 1e-10 Å there."""
+
+MAX_FLOAT32_COORDINATE = 1e3
+"""Å. float32 rounds coordinates to 3e-5 Å there, which moves forces by some 1e-3 eV/Å."""
 
 _MIN_RELATIVE_VOLUME = 1e-4
 """Volume over the product of the lengths of the lattice vectors; below it the vectors are dependent."""
@@ -56,15 +60,57 @@ def check_shapes(
         raise InputError(f"pbc has the shape {pbc.shape}; {structures} structures need [{structures}, 3]")
 
 
-def check_positions(positions: NDArray[np.float64], natoms: NDArray[np.int64]) -> None:
-    """Raise `InputError` naming the first atom with a NaN, infinite or absurdly large coordinate."""
-    sound = np.abs(positions) <= _MAX_COORDINATE  # False for NaN
+def check_positions(
+    positions: NDArray[np.float64], natoms: NDArray[np.int64], limit: float = MAX_COORDINATE
+) -> None:
+    """Raise `InputError` naming the first atom with a NaN or infinite coordinate, or one beyond `limit` (Å)."""
+    sound = np.abs(positions) <= limit  # False for NaN
     if sound.all():
         return
     atom = int(np.flatnonzero(~sound.all(axis=1))[0])
     name, structure = locate_atom(atom, natoms)
+    place = f"{name} has the position {positions[atom].tolist()}"
+    if not np.isfinite(positions[atom]).all():
+        raise InputError(f"{place}; repair its coordinates or remove the structure", structure)
+    remedy = "give positions in Å and move the structure to the origin"
+    if limit == MAX_FLOAT32_COORDINATE:
+        remedy += ", or give them in float64, since float32 resolves no forces that far out"
+    raise InputError(f"{place}, more than {limit:.0f} Å from the origin; {remedy}", structure)
+
+
+def check_extents(
+    positions: NDArray[np.float64],
+    cells: NDArray[np.float64],
+    pbc: NDArray[np.bool_],
+    natoms: NDArray[np.int64],
+) -> None:
+    """Raise `InputError` for a structure that spans more than `MAX_EXTENT` across its periodic directions.
+
+    Args:
+        positions: `[N, 3]` Å, wrapped into the cell along periodic directions.
+        cells: `[B, 3, 3]` Å.
+        pbc: `[B, 3]`.
+        natoms: `[B]`.
+    """
+    if pbc.all() or not len(positions):
+        return
+    filled = np.flatnonzero(natoms)
+    starts = (np.cumsum(natoms) - natoms)[filled]
+    span = np.maximum.reduceat(positions, starts) - np.minimum.reduceat(positions, starts)
+    # A wrapped atom is anywhere in its cell: along periodic directions the cell spans that much.
+    own = (np.abs(cells) * pbc[:, :, None]).sum(axis=1)[filled]
+    far = ((span - own > MAX_EXTENT) & ~pbc[filled].all(axis=1)[:, None]).any(axis=1)
+    if not far.any():
+        return
+    structure = int(filled[np.flatnonzero(far)[0]])
+    first = int(natoms[:structure].sum())
+    here = positions[first : first + int(natoms[structure])]
+    axis = int(np.argmax(np.ptp(here, axis=0)))
+    atom = int(np.argmax(np.abs(here[:, axis] - np.median(here[:, axis]))))
     raise InputError(
-        f"{name} has the position {positions[atom].tolist()}; repair its coordinates or remove the structure",
+        f"{_name_structure(structure, natoms)} spans {np.ptp(here[:, axis]):.3g} Å along {'xyz'[axis]}, where at "
+        f"most {MAX_EXTENT:.0f} Å make sense; atom {atom} is farthest out, at {here[atom].tolist()} Å: remove "
+        "it or give positions in Å",
         structure,
     )
 
@@ -86,7 +132,7 @@ def check_cells(cells: NDArray[np.float64], pbc: NDArray[np.bool_], natoms: NDAr
     squared_volumes = np.linalg.det(gram)
     short = pbc & (squared_lengths < _MIN_LATTICE_VECTOR**2)
     flat = squared_volumes < _MIN_RELATIVE_VOLUME**2 * squared_lengths.prod(axis=1)
-    long = pbc & (squared_lengths > _MAX_LATTICE_VECTOR**2)
+    long = pbc & (squared_lengths > MAX_EXTENT**2)
     dense = pbc.all(axis=1) & (natoms.astype(np.float64) ** 2 > _MAX_DENSITY**2 * squared_volumes)
     if not (short.any() or long.any() or flat.any() or dense.any()):
         return
@@ -103,7 +149,7 @@ def check_cells(cells: NDArray[np.float64], pbc: NDArray[np.bool_], natoms: NDAr
         axis = int(np.flatnonzero(long[structure])[0])
         raise InputError(
             f"the lattice vector {axis} of {name} is {squared_lengths[structure, axis] ** 0.5:.3g} Å long; "
-            f"cells are in Å and at most {_MAX_LATTICE_VECTOR:.0f} Å long",
+            f"cells are in Å and at most {MAX_EXTENT:.0f} Å long",
             structure,
         )
     if flat[structure]:

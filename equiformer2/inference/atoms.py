@@ -16,15 +16,12 @@ from torch_geometric.data import Data
 from vesin import NeighborList
 
 from equiformer2.errors import InputError
-from equiformer2.graph.validation import locate_atom
+from equiformer2.graph.validation import MAX_COORDINATE, MAX_EXTENT, check_extents, locate_atom
 
 logger = logging.getLogger(__name__)
 
 SUBSURFACE, SURFACE, ADSORBATE = 0, 1, 2
 """OC20's tags: held subsurface atoms, free slab atoms, adsorbate atoms."""
-
-LONGEST_LATTICE_VECTOR = 1e4
-"""Å; longer cells are in other units or broken (the graph has the same limit)."""
 
 COINCIDENT = 0.1
 """Å; no bond of any two elements is that short, so closer atoms are a mistake in the input."""
@@ -33,13 +30,16 @@ _SEARCHED = 2.0
 """Å; a cell of 10 x 10 x 30 Å has 750 boxes of this size and 3 million of `COINCIDENT`."""
 _NEIGHBOURS = 50
 """Of an atom, within the searched distance, at most."""
+_MOST_BOXES = 1000
+"""Along the longest direction of a structure; the search takes time and memory for empty ones too."""
 
 
 def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: bool = True) -> Data:
     """One structure as the data object of `docs/architecture.md`; `atoms` is not changed.
 
-    Positions are wrapped into the cell along periodic directions (in float64, before the conversion to
-    float32), as OC20's own conversion does. Tags follow `oc20_tags`.
+    Positions are wrapped into the cell along periodic directions, as OC20's own conversion does, and stay in
+    float64 with the cell: what is rounded to the network's precision are the short edge vectors only. Tags
+    follow `oc20_tags`.
 
     Args:
         atoms: the structure; Å.
@@ -47,8 +47,8 @@ def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: 
         notify: log a warning when the tags had to be set (see `oc20_tags`).
 
     Raises:
-        InputError: no atoms, non-finite positions or cell, periodic without a lattice vector, atoms that
-            coincide, an element the network has no embedding for.
+        InputError: no atoms, positions or a cell that are not finite or too large, periodic without a lattice
+            vector, atoms that coincide, an element the network has no embedding for.
     """
     check_atoms(atoms, max_num_elements)
     tags, notice = oc20_tags(atoms)
@@ -56,9 +56,9 @@ def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: 
         logger.warning(notice)
     positions = wrap_positions(atoms.get_positions(), atoms.cell, atoms.pbc, eps=0)
     return Data(
-        pos=torch.as_tensor(positions, dtype=torch.float32),
+        pos=torch.tensor(positions, dtype=torch.float64),
         atomic_numbers=torch.as_tensor(atoms.get_atomic_numbers(), dtype=torch.long),
-        cell=torch.as_tensor(atoms.cell.array, dtype=torch.float32).view(1, 3, 3),
+        cell=torch.tensor(atoms.cell.array, dtype=torch.float64).view(1, 3, 3),
         pbc=torch.as_tensor(atoms.pbc, dtype=torch.bool).view(1, 3),
         natoms=len(atoms),
         tags=torch.as_tensor(tags, dtype=torch.long),
@@ -126,6 +126,12 @@ def check_atoms(atoms: Atoms, max_num_elements: int | None = None) -> None:
             f"atom {bad[0]} ({symbols[bad[0]]}) has a non-finite position "
             f"{atoms.positions[bad[0]].tolist()}: correct it in the structure"
         )
+    far = np.flatnonzero((np.abs(atoms.positions) > MAX_COORDINATE).any(axis=1))
+    if len(far):
+        raise InputError(
+            f"atom {far[0]} ({symbols[far[0]]}) has the position {atoms.positions[far[0]].tolist()}, more than "
+            f"{MAX_COORDINATE:.0f} Å from the origin: give positions in Å and move the structure to the origin"
+        )
     _check_elements(atoms, max_num_elements)
     _check_cell(atoms)
     _check_distances(atoms, symbols)
@@ -170,10 +176,10 @@ def _check_cell(atoms: Atoms) -> None:
             f"the structure is periodic along {' and '.join(missing)} but has no lattice vector there: "
             "set the cell, or pbc=False"
         )
-    if lengths[atoms.pbc].max(initial=0.0) > LONGEST_LATTICE_VECTOR:
+    if lengths[atoms.pbc].max(initial=0.0) > MAX_EXTENT:
         raise InputError(
             f"a lattice vector is {lengths[atoms.pbc].max():.3g} Å long: give the cell in Å, "
-            f"at most {LONGEST_LATTICE_VECTOR:.0f} Å"
+            f"at most {MAX_EXTENT:.0f} Å"
         )
     if atoms.pbc.any() and abs(np.linalg.det(atoms.cell.complete().array)) < 1e-6 * np.prod(
         np.maximum(lengths, 1.0)
@@ -183,12 +189,18 @@ def _check_cell(atoms: Atoms) -> None:
 
 def _check_distances(atoms: Atoms, symbols: list[str]) -> None:
     cell = atoms.cell.complete().array
+    positions = wrap_positions(atoms.positions, atoms.cell, atoms.pbc, eps=0)
+    natoms = np.array([len(atoms)])
+    check_extents(positions, atoms.cell.array[None], atoms.pbc[None], natoms)
     # Farther than needed, since the search divides the cell into boxes of that size, but not to more than
     # some ten neighbours per atom: a cell in the wrong unit may be of any size.
     volume = abs(np.linalg.det(cell)) / len(atoms)
     radius = max(COINCIDENT, min(_SEARCHED, (_NEIGHBOURS * volume / 4.2) ** (1 / 3)))
+    # The boxes span the structure, however far apart its atoms are.
+    longest = max(float(np.ptp(positions, axis=0).max()), float(np.linalg.norm(cell, axis=1).max()))
+    radius = max(radius, longest / _MOST_BOXES)
     search = NeighborList(cutoff=radius, full_list=True, n_threads=1)
-    pairs, distance = search.compute(atoms.positions, cell, atoms.pbc, "Pd", copy=False)
+    pairs, distance = search.compute(positions, cell, atoms.pbc, "Pd", copy=False)
     near = np.flatnonzero(distance <= COINCIDENT)
     if len(near):
         a, b = sorted(pairs[near[0]].tolist())

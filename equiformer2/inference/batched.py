@@ -253,7 +253,7 @@ class _Running:
         return released
 
     def batch(self) -> Batch:
-        self._batch.pos = self._positions.float().cpu()
+        self._batch.pos = self._positions.cpu()
         return self._batch
 
     def fail(self, at: int, reason: str) -> Relaxed:

@@ -156,7 +156,7 @@ class _Inputs(NamedTuple):
 
     @classmethod
     def of(cls, model: EquiformerV2, batch: Batch) -> "_Inputs":
-        graph = model.build_graph(batch)
+        graph = model.build_graph(batch).in_precision(model.sphere_embedding.weight.dtype)
         return cls(batch.atomic_numbers.long(), batch.batch, graph.edge_index, graph.vectors, graph.distances)
 
 

@@ -9,6 +9,7 @@ from ase import Atoms
 from ase.constraints import FixAtoms, FixCartesian
 from ase.io import write
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes, write_json
 from equiformer2.inference.adsorption import AdsorptionResult
@@ -42,7 +43,7 @@ def claim_folder(path: str | Path, record: str, overwrite: bool = False) -> Path
     return folder
 
 
-def write_adsorption_record(folder: Path, result: AdsorptionResult, model: dict[str, Any]) -> list[Path]:
+def write_adsorption_record(folder: AnyPath, result: AdsorptionResult, model: dict[str, Any]) -> list[Path]:
     """Relaxed structure, pictures and, last, `adsorption_energy.json`; returns the paths.
 
     Args:
@@ -50,6 +51,7 @@ def write_adsorption_record(folder: Path, result: AdsorptionResult, model: dict[
         result: what was calculated.
         model: `model_record` of the model that calculated it.
     """
+    folder = Path(folder)
     title = f"{_names(result)}: adsorption energy {result.energy:.3f} eV" + (
         "" if result.converged else " (not converged)"
     )
@@ -72,9 +74,10 @@ def write_adsorption_record(folder: Path, result: AdsorptionResult, model: dict[
 
 
 def write_relaxation_record(
-    folder: Path, initial: Atoms, result: RelaxationResult, model: dict[str, Any]
+    folder: AnyPath, initial: Atoms, result: RelaxationResult, model: dict[str, Any]
 ) -> list[Path]:
     """Relaxed structure, pictures and, last, `relaxation.json`; returns the paths."""
+    folder = Path(folder)
     kind = model["energy_kind"]
     title = f"{result.atoms.get_chemical_formula()}: {kind} energy {result.energy:.3f} eV"
     written = [

@@ -3,10 +3,18 @@
 import torch
 from torch import Tensor
 
+
+
+def _takes_bfloat16() -> bool:
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and bool(supported())
+
+
 # What torch.compile emits for a linear layer on a CPU: oneDNN, up to a quarter faster in float32 than the
 # BLAS behind torch.mm where we measured it (an AMD EPYC).
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
+# Without AVX-512 (or AVX-NE-CONVERT) oneDNN refuses bfloat16, which torch then multiplies by itself.
+_ONEDNN_DTYPES = (torch.float32, torch.bfloat16) if _HAS_ONEDNN and _takes_bfloat16() else (torch.float32,)
 _CAN_PACK = _HAS_ONEDNN and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 

@@ -104,7 +104,7 @@ def with_derivatives(
         NaN for structures that are not periodic in all three directions, which have no volume.
     """
     with torch.enable_grad():
-        vectors = graph.vectors.to(dtype)
+        vectors = graph.in_precision(dtype).vectors
         if not vectors.requires_grad:
             vectors = vectors.detach().requires_grad_()
         energy = energies(vectors, torch.linalg.vector_norm(vectors, dim=1))

@@ -135,10 +135,10 @@ class EquiformerV2(nn.Module):
         graph = self.build_graph(batch) if graph is None else checked_graph(graph, len(numbers))
         structure = structure_index(natoms, len(numbers))
         dtype = self.sphere_embedding.weight.dtype
-        vectors, distances = graph.vectors.to(dtype), graph.distances.to(dtype)
-        rotations = self._rotations(vectors, distances) if frames is None else frames.entries
+        graph = graph.in_precision(dtype)
+        rotations = self._rotations(graph.vectors, graph.distances) if frames is None else frames.entries
         self.check_backend(torch.is_grad_enabled() and rotations.requires_grad, active is not None)
-        tensors = (numbers, structure, natoms, graph.edge_index, rotations, distances)
+        tensors = (numbers, structure, natoms, graph.edge_index, rotations, graph.distances)
         request.check(len(numbers), self.force_block is not None)
         if self.backend == "compile":
             return request.cut(self._outputs(*compiled_network(self)(self, *tensors), structure, natoms))
@@ -242,7 +242,7 @@ class EquiformerV2(nn.Module):
             numbers: `[N]` atomic numbers.
             structure: `[N]` index of the structure of each atom.
             natoms: `[B]`; only its size is read.
-            edge_index, vectors, distances: see `RadiusGraph`.
+            edge_index, vectors, distances: see `RadiusGraph`; in the network's precision.
         """
         check_config(self.config, "from_edges")
         tensors = numbers, structure, natoms, edge_index, self._rotations(vectors, distances), distances

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from datasets_oc20 import LmdbWriter, OC20Lmdb
 from datasets_oc20.datamodule import NormalizerValues
 from datasets_oc20.targets import NUM_ELEMENTS
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import Checkpoint, Normalizers, load_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, whole_file, write_json
@@ -44,11 +45,11 @@ def distill(
     teacher: str | Path,
     train_data: Paths,
     val_data: Paths,
-    out: Path,
+    out: AnyPath,
     arguments: Sequence[str],
     from_scratch: bool = False,
     device: str = "cpu",
-    labels: Path | None = None,
+    labels: AnyPath | None = None,
 ) -> Path:
     """Train `student` on the answers of `teacher`; an interrupted call with the same `out` is continued.
 
@@ -72,6 +73,8 @@ def distill(
             distillation of another student, from another teacher or another start.
         datasets_oc20.DataError: data that cannot be read.
     """
+    out = Path(out)
+    labels = None if labels is None else Path(labels)
     small, dense = load_checkpoint(student), load_checkpoint(teacher)
     if small.energy_kind != dense.energy_kind:
         raise InputError(
@@ -110,7 +113,7 @@ def _check_same_distillation(path: Path, small: Checkpoint, dense: Checkpoint, f
             )
 
 
-def label(teacher: Predictor, paths: Paths, target: Path, batch_size: int = 8) -> Path:
+def label(teacher: Predictor, paths: Paths, target: AnyPath, batch_size: int = 8) -> Path:
     """Write the structures of `paths` with the teacher's energies and forces to the LMDB `target`.
 
     Skipped when `target` holds this teacher's answers for these paths already.
@@ -119,6 +122,7 @@ def label(teacher: Predictor, paths: Paths, target: Path, batch_size: int = 8) -
         InputError: `target` holds something else.
         datasets_oc20.DataError: a file cannot be read.
     """
+    target = Path(target)
     named = [paths] if isinstance(paths, str | Path) else list(paths)
     origin = {
         "labels": "answers of the dense network, not of DFT",

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch_geometric.data import Batch
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.pruning.calibration import FORCE_WEIGHT, Calibration
@@ -76,7 +77,7 @@ class MadePlan:
     found: dict[str, Any]
 
 
-def make_plan(request: PlanRequest, state_path: Path | None = None, progress: bool = True) -> MadePlan:
+def make_plan(request: PlanRequest, state_path: AnyPath | None = None, progress: bool = True) -> MadePlan:
     """Find the plan; a search continues from `state_path` where there is one.
 
     The times of a target of latency are kept beside it, as `NAME.times.json`.
@@ -85,6 +86,7 @@ def make_plan(request: PlanRequest, state_path: Path | None = None, progress: bo
         InputError: a target that is not understood or cannot be reached, an unknown method.
         datasets_oc20.DataError: data that cannot be read.
     """
+    state_path = None if state_path is None else Path(state_path)
     wanted = _parse_targets(request.targets)
     checkpoint = load_checkpoint(request.checkpoint, request.weights, device=request.device)
     model = checkpoint.model.eval()
@@ -141,12 +143,13 @@ def summary(made: MadePlan) -> str:
     )
 
 
-def apply_plan(checkpoint: str | Path, plan: PruningPlan, out: Path) -> tuple[int, int]:
+def apply_plan(checkpoint: str | Path, plan: PruningPlan, out: AnyPath) -> tuple[int, int]:
     """Write the smaller network with all weights that the file holds; numbers of parameters before and after.
 
     Raises:
         InputError: the plan does not fit the network.
     """
+    out = Path(out)
     kinds = load_checkpoint(checkpoint).available_weights
     states: dict[str, Any] = {"raw": None, "averaged": None}
     for kind in kinds:

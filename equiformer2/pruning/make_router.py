@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.pruning.calibration import FORCE_WEIGHT, Calibration
@@ -77,13 +78,16 @@ class MadeRouter:
         return f"{self.achieved}\nagainst the dense network, calibration structures: {told}"
 
 
-def make_router(request: RouteRequest, state_path: Path | None = None, progress: bool = True) -> MadeRouter:
+def make_router(
+    request: RouteRequest, state_path: AnyPath | None = None, progress: bool = True
+) -> MadeRouter:
     """Make the router; search and training continue from `state_path` where there is one.
 
     Raises:
         InputError: a target that is not understood or cannot be reached, an unknown method.
         datasets_oc20.DataError: data that cannot be read.
     """
+    state_path = None if state_path is None else Path(state_path)
     target = None if request.target is None else _parse_target(request.target)
     checkpoint = load_checkpoint(request.checkpoint, request.weights, device=request.device)
     model = checkpoint.model.eval()

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import Normalizers
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2
@@ -30,7 +31,7 @@ def find_plan(
     tries: int = 8,
     sphere: bool = False,
     importance: Literal["michel", "taylor"] = "michel",
-    state_path: Path | None = None,
+    state_path: AnyPath | None = None,
     progress: bool = True,
 ) -> tuple[PruningPlan, dict[str, Any]]:
     """A plan that costs at most `target`, and what there is to say about how it was found.
@@ -51,6 +52,7 @@ def find_plan(
     Raises:
         InputError: an unknown method, a target that it cannot reach, a state of another search.
     """
+    state_path = None if state_path is None else Path(state_path)
     if method not in METHODS:
         raise InputError(f"the method {method!r} is not known: use one of {', '.join(METHODS)}")
     if method == "random":

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 from tqdm import tqdm
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes, write_json
 from equiformer2.inference import Predictor
@@ -149,8 +150,9 @@ def make_report(
     )
 
 
-def write(report: Report, folder: Path) -> list[Path]:
+def write(report: Report, folder: AnyPath) -> list[Path]:
     """Tables as CSV, the figure, and last everything as JSON; returns the paths."""
+    folder = Path(folder)
     written = [
         _csv(folder / "blocks.csv", _block_rows(report)),
         _csv(folder / "units.csv", _unit_rows(report)),

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import Normalizers
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2
@@ -129,11 +130,12 @@ class GreedySearch:
         cost: Cost,
         target: float,
         settings: SearchSettings,
-        state_path: Path | None = None,
+        state_path: AnyPath | None = None,
         start: PruningPlan | None = None,
         progress: bool = True,
         wanted: Mapping[str, float] | None = None,
     ) -> None:
+        state_path = None if state_path is None else Path(state_path)
         self.model, self.normalizers, self.calibration = model, normalizers, calibration
         self.settings, self.state_path, self.progress = settings, state_path, progress
         self._cost, self._costs = cost, dict[PruningPlan, float]()

@@ -10,6 +10,7 @@ from torch_geometric.data import Data
 
 from datasets_oc20 import OC20Lmdb, records
 from datasets_oc20.extxyz import read_frames
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 
 #: Random records looked at per wanted structure, to find enough systems in a dataset of millions.
@@ -63,8 +64,9 @@ def labelled_energies(
     )
 
 
-def raw_files(path: Path) -> list[Path]:
+def raw_files(path: AnyPath) -> list[Path]:
     """The extended XYZ files that `path` names or holds; none where it is something else."""
+    path = Path(path)
     if path.is_dir():
         return sorted(item for item in path.iterdir() if item.name.endswith(_RAW_ENDINGS))
     return [path] if path.name.endswith(_RAW_ENDINGS) else []

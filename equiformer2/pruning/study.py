@@ -16,6 +16,7 @@ from typing import Any
 from torch_geometric.data import Batch
 from tqdm import tqdm
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
@@ -119,11 +120,13 @@ class Study:
         calibration: Paths,
         held_out: Mapping[str, Paths],
         settings: StudySettings,
-        out: Path,
+        out: AnyPath,
         recovery: Recovery | None = None,
         limit: int | None = None,
-        searches: Path | None = None,
+        searches: AnyPath | None = None,
     ) -> None:
+        out = Path(out)
+        searches = None if searches is None else Path(searches)
         self.path, self.checkpoint = path, load_checkpoint(path)
         self.model = self.checkpoint.model.eval()
         self.calibration_data, self.settings, self.out, self.recovery = calibration, settings, out, recovery
@@ -314,11 +317,12 @@ class Study:
             raise InputError(f"{self.out} holds a study with other {different[0]}: name another folder")
 
 
-def save_pruned(path: Path, dense: Checkpoint, small: EquiformerV2, provenance: dict[str, Any]) -> None:
+def save_pruned(path: AnyPath, dense: Checkpoint, small: EquiformerV2, provenance: dict[str, Any]) -> None:
     """Write a pruned network as an ordinary native checkpoint, with the units and the energies of `dense`.
 
     Its weights count as what they were taken from: averaged or raw.
     """
+    path = Path(path)
     states = {"raw_state": None, "averaged_state": None, f"{dense.weights}_state": small.state_dict()}
     save_checkpoint(
         path,

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.files import write_bytes, write_json
 from equiformer2.pruning.study import DENSE
 from equiformer2.training.figures import save_figure
@@ -62,8 +63,9 @@ def missed(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(["## Not reached", "", *lines, ""]) if lines else ""
 
 
-def write_report(results: Sequence[dict[str, Any]], out: Path) -> None:
+def write_report(results: Sequence[dict[str, Any]], out: AnyPath) -> None:
     """Write `pareto.json`, `pareto.md` and `pareto.png` to the folder `out`."""
+    out = Path(out)
     rows = summarise(results)
     write_json(out / "pareto.json", {"rows": rows, "results": list(results)}, make_folder=True)
     write_bytes(out / "pareto.md", "\n".join((markdown(rows), missed(results))).encode())
@@ -101,8 +103,9 @@ def markdown(rows: Sequence[dict[str, Any]], times: bool = True) -> str:
     return "\n".join(parts)
 
 
-def draw(rows: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]], target: Path) -> None:
+def draw(rows: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]], target: AnyPath) -> None:
     """Force MAE against operations (left) and measured time (right), one row per set and reference."""
+    target = Path(target)
     results = [result for result in results if "missed" not in result]
     panels = _panels(rows)
     figure = Figure(figsize=(11, 3.9 * len(panels)), layout="constrained")

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch_geometric.data import Batch, Data
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2
 from equiformer2.model.config import ModelConfig
@@ -103,11 +104,12 @@ class LatencyTarget:
         model: EquiformerV2,
         batch: Batch | Data,
         fraction: float,
-        path: Path | None = None,
+        path: AnyPath | None = None,
         threads: int | None = None,
         repeats: int = 15,
         warm_up: int = 2,
     ) -> None:
+        path = None if path is None else Path(path)
         self.fraction, self._model = _checked(fraction), model
         self._timer = PartTimer(model, batch, threads, repeats, warm_up)
         self._table = TimeTable(model.config, self._timer, path, self._timer.facts)

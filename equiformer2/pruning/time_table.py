@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch_geometric.data import Batch, Data
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
 from equiformer2.kernels.backend import use_cpp_kernels
@@ -98,9 +99,10 @@ class TimeTable:
         self,
         config: ModelConfig,
         measure: Measure,
-        path: Path | None = None,
+        path: AnyPath | None = None,
         facts: dict[str, Any] | None = None,
     ) -> None:
+        path = None if path is None else Path(path)
         self._config, self._measure, self._path = config, measure, path
         self._facts = json.loads(json.dumps({"network": chosen_options(config), **(facts or {})}))
         self._dense = parts_of(config)

@@ -15,6 +15,7 @@ from datasets_oc20 import OC20Lmdb
 from datasets_oc20.datamodule import collate
 from datasets_oc20.sampler import BalancedBatchSampler
 from datasets_oc20.targets import check_energies_match_kind, sample_targets
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
 from equiformer2.inference import Predictor
@@ -195,8 +196,9 @@ def average(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     }
 
 
-def write_report(target: Path, predictor: Predictor, evaluations: dict[str, Evaluation]) -> None:
+def write_report(target: AnyPath, predictor: Predictor, evaluations: dict[str, Evaluation]) -> None:
     """Write the JSON of an evaluation, whole or not at all."""
+    target = Path(target)
     checkpoint = predictor.checkpoint
     report = {
         "source_format": checkpoint.source_format,
@@ -210,12 +212,13 @@ def write_report(target: Path, predictor: Predictor, evaluations: dict[str, Eval
     write_json(target, report, make_folder=True)
 
 
-def draw_figures(folder: Path, evaluations: dict[str, Evaluation]) -> list[Path]:
+def draw_figures(folder: AnyPath, evaluations: dict[str, Evaluation]) -> list[Path]:
     """Parity figures of every dataset, and the errors by element and adsorbate over all of them.
 
     Returns:
         the files.
     """
+    folder = Path(folder)
     written = []
     for number, (path, evaluation) in enumerate(evaluations.items()):
         for name, label, unit, pairs in (

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.files import write_bytes
 
 #: (title, columns of metrics.csv, unit) of the panels of the loss figure.
@@ -20,8 +21,9 @@ _PANELS = (
 )
 
 
-def draw_loss_curves(metrics_csv: Path, target: Path) -> None:
+def draw_loss_curves(metrics_csv: AnyPath, target: AnyPath) -> None:
     """Loss, errors and learning rate against the step from a run's `metrics.csv`; none without rows."""
+    metrics_csv, target = Path(metrics_csv), Path(target)
     if not metrics_csv.exists():
         return
     with metrics_csv.open(newline="") as file:
@@ -45,9 +47,10 @@ def draw_loss_curves(metrics_csv: Path, target: Path) -> None:
 
 
 def draw_parity(
-    target_values: np.ndarray, predicted: np.ndarray, label: str, unit: str, note: str, target: Path
+    target_values: np.ndarray, predicted: np.ndarray, label: str, unit: str, note: str, target: AnyPath
 ) -> None:
     """Predicted against target values (both [n]) with the diagonal; `note` stands in the title."""
+    target = Path(target)
     figure = Figure(figsize=(4.4, 4.2), layout="constrained")
     axis = figure.subplots()
     low, high = _limits(np.concatenate([target_values, predicted]))
@@ -65,8 +68,9 @@ def draw_parity(
     save_figure(figure, target)
 
 
-def draw_error_bars(rows: dict[str, dict[str, Any]], title: str, target: Path, most: int = 60) -> None:
+def draw_error_bars(rows: dict[str, dict[str, Any]], title: str, target: AnyPath, most: int = 60) -> None:
     """Energy and force errors of the first `most` rows of a `Breakdown`, with their numbers of structures."""
+    target = Path(target)
     names = list(rows)[:most]
     shown = [
         (key, label)
@@ -90,8 +94,9 @@ def draw_error_bars(rows: dict[str, dict[str, Any]], title: str, target: Path, m
     save_figure(figure, target)
 
 
-def save_figure(figure: Figure, target: Path) -> None:
+def save_figure(figure: Figure, target: AnyPath) -> None:
     """Write a PNG whole or not at all."""
+    target = Path(target)
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)

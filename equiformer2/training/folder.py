@@ -166,7 +166,7 @@ class RunFolder:
             from pytorch_lightning.loggers import WandbLogger
         except ImportError as error:
             raise InputError(
-                "wandb.project is set but wandb is not installed: pip install 'equiformer2[wandb]', "
+                "wandb.project is set but wandb is not installed: pip install '.[wandb]', "
                 "or leave wandb.project out"
             ) from error
         # The id is kept with the run, so that a resumed run goes on in the same place.

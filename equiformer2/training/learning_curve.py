@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch_geometric.data import Batch
 
 from datasets_oc20 import OC20Lmdb
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
 from equiformer2.training.figures import save_figure
@@ -49,12 +50,13 @@ class SystemErrors:
     force_cosine: float
 
 
-def read_validations(run: Path) -> list[Validation]:
+def read_validations(run: AnyPath) -> list[Validation]:
     """All validations of a run folder, in order.
 
     Raises:
         InputError: the folder is no run, or it never validated.
     """
+    run = Path(run)
     for name in ("metrics.csv", "log.txt"):
         if not (run / name).is_file():
             raise InputError(f"{run} is no run folder of train.py: it has no {name}")
@@ -116,7 +118,7 @@ def _summarize(energy: np.ndarray, force: np.ndarray, mean: float) -> SystemErro
     )
 
 
-def draw_learning_curve(runs: dict[str, list[Validation]], zero_force: float | None, target: Path) -> None:
+def draw_learning_curve(runs: dict[str, list[Validation]], zero_force: float | None, target: AnyPath) -> None:
     """Energy MAE, force MAE and force cosine of the validations against minutes of training.
 
     Args:
@@ -124,6 +126,7 @@ def draw_learning_curve(runs: dict[str, list[Validation]], zero_force: float | N
         zero_force: force MAE of zero forces on the last run's validation data, eV/Å.
         target: PNG file.
     """
+    target = Path(target)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     panels = (
         ("energy_mae", "energy MAE (eV)"),

@@ -10,13 +10,15 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.files import write_bytes
 
 Row = Mapping[str, Any]
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
+def read_rows(path: AnyPath) -> list[dict[str, str]]:
     """The rows of a metrics file, without one that a killed process has not finished; none without a file."""
+    path = Path(path)
     if not path.exists():
         return []
     text = path.read_bytes().decode()
@@ -35,7 +37,8 @@ class MetricsFile(Logger):
         rows: to begin with, of a run that goes on.
     """
 
-    def __init__(self, path: Path, rows: Iterable[Row] = ()) -> None:
+    def __init__(self, path: AnyPath, rows: Iterable[Row] = ()) -> None:
+        path = Path(path)
         super().__init__()
         self._path = path
         self._columns: list[str] = []

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from datasets_oc20 import OC20Lmdb
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, write_bytes, write_json
 from equiformer2.training.evaluation import batches
@@ -43,20 +44,22 @@ def predict_dataset(
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
-def check_output(target: Path) -> None:
+def check_output(target: AnyPath) -> None:
     """Raise `InputError` unless the file is to be a `.npz` or a `.json`, where it can be written."""
+    target = Path(target)
     if target.suffix not in (".npz", ".json"):
         raise InputError(f"{target}: predictions are written as .npz or .json, choose one of these endings")
     check_target(target)
 
 
-def write_predictions(target: Path, arrays: dict[str, np.ndarray]) -> None:
+def write_predictions(target: AnyPath, arrays: dict[str, np.ndarray]) -> None:
     """Write `.npz`, or `.json` with the same names, whole or not at all.
 
     Raises:
         InputError: another ending, a place that cannot be written to, or, for `.json`, a number that is not
             finite.
     """
+    target = Path(target)
     check_output(target)
     if target.suffix == ".json":
         write_json(target, {name: array.tolist() for name, array in arrays.items()}, make_folder=True)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from datasets_oc20 import DataError, OC20Lmdb
 from datasets_oc20.targets import check_energies_match_kind, sample_targets
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint.files import sha256
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes, write_json
@@ -43,9 +44,9 @@ _MOST_NAMED = 20
 
 def relax_dataset(
     predictor: Predictor,
-    checkpoint: Path,
+    checkpoint: AnyPath,
     dataset: OC20Lmdb,
-    folder: Path,
+    folder: AnyPath,
     settings: RelaxationSettings,
     batch_size: int = 32,
     max_atoms: int | None = None,
@@ -71,6 +72,7 @@ def relax_dataset(
         InputError: no forces, a folder with other relaxations or of other start structures, several
             structures with one `sid`, not one structure that can be relaxed.
     """
+    checkpoint, folder = Path(checkpoint), Path(folder)
     if not predictor.has_forces:
         raise InputError(
             f"{checkpoint} predicts no forces, so it cannot relax a structure: use a checkpoint trained with "

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes
 from equiformer2.training.relaxation_run import RELAXED
@@ -32,13 +33,14 @@ DTYPES = ("float32", "float16")
 Arrays = dict[str, np.ndarray]
 
 
-def read_arrays(path: Path) -> Arrays:
+def read_arrays(path: AnyPath) -> Arrays:
     """All arrays of a `.npz` file; nothing in it is run.
 
     Raises:
         InputError: not such a file, or a key with Python objects; the key is named.
         OSError: missing or unreadable.
     """
+    path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a .npz file")
     try:
@@ -90,8 +92,9 @@ def make_submission(
     return arrays
 
 
-def write_submission(target: Path, arrays: Arrays) -> None:
+def write_submission(target: AnyPath, arrays: Arrays) -> None:
     """Write the `.npz`, whole or not at all."""
+    target = Path(target)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     write_bytes(target, buffer.getvalue(), make_folder=True)

@@ -7,6 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets_oc20 import OC20Lmdb
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.training.submission import FIELDS, SPLITS, Arrays, read_arrays
 
 # OC20 keeps |adsorption energy| <= 10 eV; total energies of its slabs are hundreds of eV.
@@ -18,7 +19,7 @@ def task_of(arrays: Arrays) -> str:
     return "s2ef" if any(key.endswith(("_forces", "_chunk_idx")) for key in arrays) else "is2re"
 
 
-def submission_problems(path: Path, task: str | None = None) -> list[str]:
+def submission_problems(path: AnyPath, task: str | None = None) -> list[str]:
     """What is wrong with a file, one sentence each, all with the key; empty when it can be submitted.
 
     Args:
@@ -29,6 +30,7 @@ def submission_problems(path: Path, task: str | None = None) -> list[str]:
         InputError: not a `.npz` file, or arrays that cannot be read without running code.
         OSError: missing or unreadable.
     """
+    path = Path(path)
     arrays = read_arrays(path)
     fields = FIELDS[task or task_of(arrays)]
     wanted = [f"{split}_{field}" for split in SPLITS for field in fields]
@@ -59,7 +61,7 @@ def _problems_of_split(arrays: Arrays, split: str, fields: tuple[str, ...]) -> l
     return problems
 
 
-def problems_beside_data(path: Path, data: Mapping[str, Path]) -> list[str]:
+def problems_beside_data(path: AnyPath, data: Mapping[str, Path]) -> list[str]:
     """What a file lacks or has too much beside the structures of the test sets.
 
     Compares ids, and for S2EF the number of forces of every structure, which may be that of its free
@@ -69,6 +71,7 @@ def problems_beside_data(path: Path, data: Mapping[str, Path]) -> list[str]:
         path: a file without `submission_problems`.
         data: split of `SPLITS` to its dataset.
     """
+    path = Path(path)
     arrays = read_arrays(path)
     task = task_of(arrays)
     problems = []

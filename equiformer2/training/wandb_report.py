@@ -18,8 +18,7 @@ def import_wandb() -> Any:
         import wandb
     except ImportError as error:
         raise InputError(
-            "--wandb-project is given but wandb is not installed: pip install 'equiformer2[wandb]', or leave "
-            "it out"
+            "--wandb-project is given but wandb is not installed: pip install '.[wandb]', or leave it out"
         ) from error
     return wandb
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from datasets_oc20.locking import lock
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
+from equiformer2.script import commit
 
 FORMAT = 2
 ROOT = Path(__file__).parents[2]
@@ -22,17 +22,6 @@ def package_digest(root: Path = ROOT) -> str:
     for path in sorted(files):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
-
-
-def commit(root: Path = ROOT) -> str:
-    """The commit of the package, with `+` when its files differ from it; empty outside git."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    name = git("rev-parse", "--short=10", "HEAD")
-    return name + "+" if name and git("status", "--porcelain", "--", "equiformer2") else name
 
 
 class Store:

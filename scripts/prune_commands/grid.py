@@ -7,7 +7,7 @@ Evaluate the new checkpoint before you use it.
 import argparse
 from pathlib import Path
 
-from equiformer2.script import add_model_arguments
+from equiformer2.script import add_model_arguments, origin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,5 +64,7 @@ def run(options: argparse.Namespace) -> None:
     print("chosen:")
     show(choice.rows[-1])
     write_with_grids(options.checkpoint, options.energy_kind, choice, options.out)
-    write_json(record, {"checkpoint": options.checkpoint, "data": options.data, **choice.to_dict()})
+    write_json(
+        record, {**origin(), "checkpoint": options.checkpoint, "data": options.data, **choice.to_dict()}
+    )
     print(f"wrote {options.out} and {record}")

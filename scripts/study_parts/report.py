@@ -10,6 +10,7 @@ from equiformer2.files import read_json, write_bytes, write_json
 from equiformer2.pruning.study import DENSE, planned_results
 from equiformer2.pruning.study_report import markdown, missed, summarise
 from equiformer2.pruning.study_routing import NO_BUDGET, PREFIX
+from equiformer2.script import origin
 from study_parts.drawing import draw, draw_times
 from study_parts.published import PUBLISHED
 from study_parts.settings import Campaign
@@ -49,6 +50,7 @@ def write_study(campaign: Campaign, out: Path, results: Path) -> list[Path]:
             text += [f"Not computed: {', '.join(unfinished)}.", ""]
     text += _lossless_table(lossless) + _speed_table(speed) + _published_table(campaign, tables, speed)
     content = {
+        **origin(),
         "verdicts": [vars(verdict) for verdict in found_verdicts],
         "studies": tables,
         "speed": speed,

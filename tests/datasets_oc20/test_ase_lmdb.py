@@ -293,8 +293,7 @@ def test_a_missing_package_is_one_sentence(
     with pytest.raises(DataError) as caught:
         convert(ours, tmp_path / "y.aselmdb", "ase")
     assert str(caught.value) == (
-        "writing ASE-LMDB files needs the package ase-db-backends; install it with "
-        "pip install 'equiformer2[ase-lmdb]'."
+        "writing ASE-LMDB files needs the package ase-db-backends; install it with pip install '.[ase-lmdb]'."
     )
     assert len(OC20Lmdb(tmp_path / "x.aselmdb")) == 8  # reading needs nothing more
     assert OC20Lmdb(tmp_path / "x.aselmdb")[0].natoms == 7

@@ -17,8 +17,10 @@ def test_fields(oxygen_on_copper: Atoms) -> None:
     atoms = oxygen_on_copper
     atoms.info["sid"] = "random1"
     data = atoms_to_data(atoms)
-    assert data.pos.dtype == torch.float32
-    shift = np.linalg.solve(atoms.cell.array.T, (data.pos.double().numpy() - atoms.positions).T)
+    assert data.pos.dtype == data.cell.dtype == torch.float64
+    data.cell[0, 0] += 1.0
+    assert not np.allclose(data.cell[0, 0], atoms.cell[0])  # a copy
+    shift = np.linalg.solve(atoms.cell.array.T, (data.pos.numpy() - atoms.positions).T)
     assert np.allclose(shift, np.round(shift), atol=1e-6)  # the same atoms, wrapped into the cell
     assert data.atomic_numbers.tolist() == [29] * 12 + [8]
     assert data.cell.shape == (1, 3, 3)
@@ -34,7 +36,7 @@ def test_positions_are_wrapped_in_double_precision() -> None:
     far = atoms.copy()
     far.positions += np.array([3000, -2000, 1000]) * atoms.cell.lengths()
     before = far.positions.copy()
-    assert torch.allclose(atoms_to_data(far).pos, atoms_to_data(atoms).pos, atol=1e-6)
+    assert torch.allclose(atoms_to_data(far).pos, atoms_to_data(atoms).pos, rtol=0, atol=1e-10)
     assert np.array_equal(far.positions, before)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2
 from equiformer2.pruning.calibration import Calibration
@@ -72,7 +73,7 @@ def find_router(
     settings: RoutingSettings | None = None,
     *,
     seed: int = 0,
-    state_path: Path | None = None,
+    state_path: AnyPath | None = None,
     progress: bool = True,
 ) -> tuple[Router, dict[str, Any]]:
     """A router that leaves about `target_macs` of the MACs, and what there is to say about how it was found.
@@ -91,6 +92,7 @@ def find_router(
         InputError: an unknown method, settings that leave nothing to search, a state of another router.
         TargetMissedError: no schedule comes near the target.
     """
+    state_path = None if state_path is None else Path(state_path)
     settings = settings or RoutingSettings()
     if method not in ROUTING_METHODS:
         raise InputError(f"the method {method!r} is not known: use one of {', '.join(ROUTING_METHODS)}")

@@ -59,9 +59,10 @@ class System:
         pos = batch.pos
         natoms = torch.as_tensor(batch.natoms, device=pos.device).reshape(-1)
         fixed = batch.fixed if "fixed" in batch and batch.fixed is not None else torch.zeros_like(batch.tags)
+        dtype = graph.vectors.dtype  # the network's; positions may have more digits
         return cls(
-            pos,
-            batch.cell.view(-1, 3, 3),
+            pos.to(dtype),
+            batch.cell.view(-1, 3, 3).to(dtype),
             batch.pbc.view(-1, 3),
             batch.atomic_numbers.long(),
             batch.tags.long(),

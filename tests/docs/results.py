@@ -1,0 +1,207 @@
+"""Values and tables of the results files in docs/results, by the names that comments on pages use."""
+
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from bench.ratios import memory_ratio, speed_up
+
+GIB = 2**30
+
+
+def one(rows: Iterable[dict[str, Any]], **keys: Any) -> dict[str, Any]:
+    """The only row with these values."""
+    found = [row for row in rows if all(row.get(key) == value for key, value in keys.items())]
+    if len(found) != 1:
+        raise LookupError(f"{len(found)} rows have {keys}")
+    return found[0]
+
+
+def names(data: Any) -> dict[str, Any]:
+    """Names that an expression may use: the file's content, and functions of it by the kind of file."""
+    known = {"data": data, "one": one, "GIB": GIB, "median": statistics.median, "mean": statistics.fmean}
+    known |= {"min": min, "max": max, "sum": sum, "len": len, "abs": abs}
+    if "units" in data:
+        known |= _benchmark(data["units"])
+    if "studies" in data:
+        known |= _study(data)
+    if "shares" in data:
+        known["case"] = lambda batch, way="checkpointed": one(data["measured"], batch=batch, way=way)
+        known["share"] = lambda batch: one(data["shares"], batch=batch)
+    if "systems" in data:
+        known |= _small(data)
+    if "rows" in data and "frame_angle_forces" in data["rows"][0]:
+        known |= _equivariance(data["rows"])
+    return known
+
+
+def _benchmark(units: dict[str, Any]) -> dict[str, Any]:
+    def call(unit: str, **keys: Any) -> dict[str, Any]:
+        keys = {"precision": "float32", "backend": "auto", "implementation": "ours"} | keys
+        return one(units[unit]["record"]["calls"], **keys)
+
+    def speed(size: str, batch: str = "B1", operation: str = "forward", **keys: Any) -> float:
+        unit = f"timings/{size}/{batch}/default"
+        found = speed_up(units[unit]["record"]["calls"], call(unit, operation=operation, **keys))
+        assert found is not None
+        return found
+
+    def step(size: str, **keys: Any) -> float:
+        found = speed_up(units[f"relaxation/{size}"]["record"]["calls"], call(f"relaxation/{size}", **keys))
+        assert found is not None
+        return found
+
+    def seconds(unit: str, **keys: Any) -> float:
+        record = units[unit]["record"]
+        return statistics.median(call(unit, **keys)["seconds"] if "calls" in record else record["seconds"])
+
+    def training_flop(size: str) -> float:
+        """Operations of a training step on the first slab: a backward pass counts twice its forward."""
+        return 3.0 * sum(counted for counted, _ in units[f"breakdown/{size}/B1"]["record"]["parts"].values())
+
+    def floor(size: str, operation: str, precision: str = "float32") -> float:
+        """Percent of a plain call that the matrix products take at the measured rate."""
+        record = units[f"breakdown/{size}/B1"]["record"]
+        plain = one(record["calls"], operation=operation, precision=precision)["seconds"]
+        work = training_flop(size) / (1 if operation == "training_step" else 3)
+        return 100 * work / record["rates"][precision]["rate"] / statistics.median(plain)
+
+    def parts(size: str, operation: str, precision: str, *wanted: str) -> float:
+        """Percent of a profiled call that these parts of the network take."""
+        call = one(units[f"breakdown/{size}/B1"]["record"]["calls"], operation=operation, precision=precision)
+        found = call["breakdown"]
+        return 100 * sum(sum(found["parts"][name]) for name in wanted) / found["total"]
+
+    return {
+        "units": units,
+        "speed": speed,
+        "step": step,
+        "seconds": seconds,
+        "training_flop": training_flop,
+        "floor": floor,
+        "parts": parts,
+        "memory": lambda size, batch="B1": memory_ratio(units[f"memory/{size}/{batch}"]["record"]),
+        "peak": lambda unit: units[unit]["record"]["peak"] / GIB,
+    }
+
+
+def _study(data: dict[str, Any]) -> dict[str, Any]:
+    def row(study: str, method: str, keep: float, trained: str = "cut") -> dict[str, Any]:
+        return one(data["studies"][study], method=method, keep=keep, trained=trained)
+
+    def mae(
+        study: str, method: str, keep: float, trained: str = "cut", on: str = "teacher", to: str = "to_dense"
+    ) -> float:
+        return row(study, method, keep, trained)["errors"][on][to]["force_mae"]["mean"]
+
+    def worse(study: str, method: str, keep: float, trained: str = "cut", on: str = "teacher") -> float:
+        """Percent."""
+        dense = mae(study, "dense", 1.0, "cut", on, "to_labels")
+        return 100 * (mae(study, method, keep, trained, on, "to_labels") / dense - 1)
+
+    def macs(study: str, method: str, keep: float, trained: str = "cut", on: str = "teacher") -> float:
+        """Percent."""
+        return 100 * row(study, method, keep, trained)["macs_on"][on]
+
+    def fast(name: str) -> float:
+        """Times as fast as dense: the mean of the seeds that were timed."""
+        return statistics.fmean(fast_by_seed(name))
+
+    def fast_by_seed(name: str) -> list[float]:
+        found = [
+            data["speed"][key] for key in (name, f"{name}_seed1", f"{name}_seed2") if key in data["speed"]
+        ]
+        return [1 / record["latency"]["ratio"] for record in found]
+
+    def five(study: str, method: str, keep: float, trained: str = "cut") -> tuple[float, ...]:
+        """Operations, change of the forces on both held-out sets, how much worse on both."""
+        of = (study, method, keep, trained)
+        sets = ("teacher", "dft")
+        return (macs(*of), *(mae(*of, on=on) for on in sets), *(worse(*of, on=on) for on in sets))
+
+    def two(study: str, first: str, second: str, keep: float) -> tuple[float, ...]:
+        """`five` of two methods in one row of a table."""
+        a, b = five(study, first, keep), five(study, second, keep)
+        return (a[0], *a[1:3], *b[1:3], *a[3:], *b[3:])
+
+    def others(keep: float) -> list[float]:
+        """Changes of the forces by the baselines of `multi`, blocks included where they reach the budget."""
+        return [mae("small_cuts", name, keep) for name in ("magnitude", "random", "uniform", "block")]
+
+    def lossless(model: str, name: str) -> dict[str, Any]:
+        return next(item for item in data["lossless"][model]["savings"] if item["name"].startswith(name))
+
+    return {
+        "row": row,
+        "mae": mae,
+        "worse": worse,
+        "macs": macs,
+        "fast": fast,
+        "fast_by_seed": fast_by_seed,
+        "lossless": lossless,
+        "five": five,
+        "two": two,
+        "others": others,
+    }
+
+
+def _small(data: dict[str, Any]) -> dict[str, Any]:
+    def over_frames(part: str, key: str) -> float:
+        """Mean over frames; of forces, too, where systems of one part have about the same size."""
+        found = data["systems"][part].values()
+        return sum(item[key] * item["frames"] for item in found) / sum(item["frames"] for item in found)
+
+    return {"over_frames": over_frames, "systems": data["systems"], "runs": data["runs"]}
+
+
+def _equivariance(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def rotation(
+        lmax: int, grid: list[int], varied: str, weights: str = "random", dtype: str = "float64"
+    ) -> float:
+        row = one(rows, lmax=lmax, grid=grid, varied=varied, weights=weights)
+        return statistics.median(row["rotation_forces"][dtype])
+
+    def turned(lmax: int, grid: list[int], weights: str = "random", dtype: str = "float64") -> float:
+        row = one(rows, lmax=lmax, grid=grid, varied="attention", weights=weights)
+        return statistics.median(row["frame_angle_forces"][dtype])
+
+    return {"rotation": rotation, "turned": turned, "rows": rows}
+
+
+def _batches(data: dict[str, Any]) -> list[str]:
+    def percent(found: dict[str, float]) -> str:
+        return f"{100 * found['mean']:.2f} % ({100 * found['worst']:.1f} %)"
+
+    return [
+        f"| {'1 structure' if row['limit'] == '1 structures' else row['limit']} "
+        f"| {percent(row['random'])} | {percent(row['balanced'])} |"
+        for row in data["rows"]
+    ]
+
+
+def _lossless(data: dict[str, Any]) -> list[str]:
+    rows = []
+    for saving in data["lossless"]["oc20_small"]["savings"]:
+        time, force = saving["latency"], saving["force_deviation"]
+        rows.append(
+            f"| {saving['name'].replace('orders |m| > 1', 'orders beyond ±1')} "
+            f"| {saving['macs'] / saving['macs_without_cut']:.3f} "
+            f"| {time['ratio']:.2f} ({time['low']:.2f} to {time['high']:.2f}) "
+            f"| {'none' if not force else f'{force:.1e} eV/Å'} |"
+        )
+    return rows
+
+
+def _grid(data: dict[str, Any]) -> list[str]:
+    def size(grid: list[int]) -> str:
+        return f"{grid[0]} x {grid[1]}"
+
+    # The last row is the choice, once more.
+    return [
+        f"| {size(row['resolution']['attn'])} | {size(row['resolution']['ffn'])} | {row['drift']:.1e} "
+        f"| {row['rotation']:.1e} | {row['macs']:.3f} |"
+        for row in data["rows"][:-1]
+    ]
+
+
+TABLES: dict[str, Callable[[Any], list[str]]] = {"batches": _batches, "grid": _grid, "lossless": _lossless}
