@@ -6,7 +6,7 @@ well. That needs no further package; writing (ase_lmdb_writer.py) needs `ase-db-
 
     row                                       data object
     numbers, positions, cell, pbc, tags       the same; without pbc not periodic
-    constraints: FixAtoms                     fixed; without constraints no atom is fixed
+    constraints                               fixed: atoms that they hold in every direction
     energy, forces                            the same; forces as stored, those on fixed atoms too
     stress                                    the same, all nine components
     data: sid, fid, y_init, y_relaxed, …      the same
@@ -20,9 +20,11 @@ from typing import Any
 
 import numpy as np
 import orjson
+from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from datasets_oc20 import records
+from datasets_oc20.constraints import constraints_from_records, held_atoms
 from datasets_oc20.errors import DataError
 from datasets_oc20.lmdb_file import LmdbFile, open_lmdb
 from datasets_oc20.untrusted import AnyPath
@@ -108,13 +110,15 @@ def _fields(row: dict[str, Any], where: str) -> dict[str, Any]:
             "cell": plain.get("cell", np.zeros((3, 3))),
             "pbc": plain.get("pbc", np.zeros(3, dtype=bool)),
             "tags": plain.get("tags"),
-            "fixed": _fixed(constraints, len(numbers), where),
             "energy": plain.get("energy"),
             "forces": plain.get("forces"),
             "stress": _stress(plain.get("stress")),
             "sid": str(names.get("sid", "")),
             "fid": int(str(names.get("fid", 0)).removeprefix("frame")),
         }
+        fields["fixed"] = _fixed(constraints, fields, where)
+    except DataError:
+        raise
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{where}: not a row of an ASE database ({error}); write the file again.") from error
     fields |= {name: data[name] for name in EXTRA_FIELDS if name in data}
@@ -129,16 +133,23 @@ def _stress(stress: Any) -> np.ndarray | None:
     return voigt_6_to_full_3x3_stress(stress) if stress.size == 6 else stress.reshape(3, 3)
 
 
-def _fixed(constraints: list[dict[str, Any]], natoms: int, where: str) -> np.ndarray:
-    fixed = np.zeros(natoms, dtype=bool)
-    for constraint in constraints:
-        name = constraint.get("name")
-        if name != "FixAtoms":
-            raise DataError(
-                f"{where}: the constraint {name} does not say which atoms are fixed; use FixAtoms."
-            )
-        fixed[np.asarray(_plain(constraint["kwargs"]["indices"]), dtype=np.int64)] = True
-    return fixed
+def _fixed(constraints: list[Any], fields: dict[str, Any], where: str) -> np.ndarray:
+    """`[N]` bool: atoms that the constraints of a row hold in every direction."""
+    natoms = len(fields["atomic_numbers"])
+    if not constraints:
+        return np.zeros(natoms, dtype=bool)
+    found = constraints_from_records([_plain_kwargs(constraint) for constraint in constraints], where)
+    try:
+        return held_atoms(Atoms(f"X{natoms}", cell=fields["cell"]), found)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _plain_kwargs(constraint: Any) -> Any:
+    kwargs = constraint.get("kwargs") if isinstance(constraint, dict) else None
+    if not isinstance(kwargs, dict):
+        return constraint
+    return {**constraint, "kwargs": {name: _plain(value) for name, value in kwargs.items()}}
 
 
 def _plain(value: Any) -> Any:

@@ -208,7 +208,10 @@ def _check_values(arrays: Mapping[str, np.ndarray], natoms: int, where: str) -> 
     tags = arrays["tags"]
     if tags.min() < 0 or tags.max() > 2:
         atom = int(np.flatnonzero((tags < 0) | (tags > 2))[0])
-        raise DataError(f"{where}: atom {atom} has tag {tags[atom]}; tags are 0, 1 or 2.")
+        raise DataError(
+            f"{where}: atom {atom} has tag {tags[atom]}; tags are 0 (held), 1 (free slab atom) or 2 "
+            "(adsorbate), so set these in place of layer numbers of ASE's slab builders."
+        )
     if arrays["pbc"].all() and abs(np.linalg.det(arrays["cell"][0].astype(np.float64))) < 1e-6:
         raise DataError(f"{where}: the structure is periodic but its cell has no volume.")
 

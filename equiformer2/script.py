@@ -1,11 +1,12 @@
 """What entry points share: one line for a user's mistake, the log on stderr, the choice of a model."""
 
 import argparse
+import copy
 import logging
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -99,6 +100,45 @@ def add_router_argument(parser: argparse.ArgumentParser | argparse._ArgumentGrou
         metavar="FILE",
         help="skip atoms or edges: a router of `prune.py route` or of training (backends auto, torch, cpp)",
     )
+
+
+def parse_checked(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+    needs: Iterable[tuple[str, str]] = (),
+    excludes: Iterable[tuple[str, str]] = (),
+) -> argparse.Namespace:
+    """The parsed options; one that would be ignored is refused as argparse refuses (status 2).
+
+    Args:
+        parser: its own defaults say nothing of what was given.
+        argv: arguments; those of the process unless given.
+        needs: pairs: an option, and the one without which it means nothing.
+        excludes: pairs: an option, and one, or `--option=choice`, beside which it means nothing.
+    """
+    arguments = parser.parse_args(argv)
+    given = _given(parser, argv)
+
+    def is_given(option: str) -> bool:
+        name, _, choice = option.partition("=")
+        dest = name.removeprefix("--").replace("-", "_")
+        return str(getattr(arguments, dest)) == choice if choice else dest in given
+
+    for option, other in needs:
+        if is_given(option) and not is_given(other):
+            parser.error(f"{option} has no meaning without {other}: give both, or leave it out")
+    for option, other in excludes:
+        if is_given(option) and is_given(other):
+            parser.error(f"{option} has no meaning with {other.replace('=', ' ')}: leave one of them out")
+    return arguments
+
+
+def _given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[str]:
+    """Names of the options on the command line, whatever their values."""
+    sparse = copy.deepcopy(parser)
+    for action in sparse._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return set(vars(sparse.parse_args(argv)))
 
 
 def _one_line(error: Exception) -> str:

@@ -71,6 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     write_adsorption_record(folder, result, model_record(calculator.predictor, options.checkpoint))
     print(adsorption_report(result))
     print(f"saved in {folder}: {ADSORPTION_RECORD}, trajectory, relaxed structure, pictures")
+    if not result.converged:
+        print("NOT converged: the energy is not that of a relaxed structure (more --steps, another start)")
+        return 3
     return 0
 
 

@@ -9,7 +9,7 @@ datasets are kept beside it, and the same command goes on after a stop.
 import argparse
 from pathlib import Path
 
-from equiformer2.script import add_model_arguments, add_router_argument, run_script
+from equiformer2.script import add_model_arguments, add_router_argument, parse_checked, run_script
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,10 +37,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--wandb-project", help="log to this Weights & Biases project")
     parser.add_argument("--wandb-entity", help="user or team (default: W&B's)")
     parser.add_argument("--wandb-offline", action="store_true", help="send nothing; keep W&B's files")
-    arguments = parser.parse_args()
-    if arguments.splits is not None and arguments.data_root is None:
-        parser.error("--splits are names of folders in --data-root: give it too")
-    return arguments
+    return parse_checked(
+        parser,
+        needs=[
+            ("--splits", "--data-root"),
+            ("--wandb-entity", "--wandb-project"),
+            ("--wandb-offline", "--wandb-project"),
+        ],
+    )
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from equiformer2.script import run_script
+from equiformer2.script import parse_checked, run_script
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,7 +36,11 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         help="also compare with the test sets in this folder: test_id, test_ood_ads, …",
     )
-    arguments = parser.parse_args()
+    making = ("--id", "--ood-ads", "--ood-cat", "--ood-both", "--out", "--atoms", "--dtype")
+    arguments = parse_checked(
+        parser,
+        excludes=[*((option, "--validate") for option in making), ("--atoms", "--task=is2re")],
+    )
     if arguments.validate is None and (arguments.task is None or arguments.out is None):
         parser.error("give --task, the four predictions and --out, or --validate FILE")
     return arguments

@@ -1,4 +1,4 @@
-"""Predict energies and forces of a dataset and write them as .npz or .json."""
+"""Predict energies, and forces where the model has them, of a dataset and write them as .npz or .json."""
 
 import argparse
 from pathlib import Path
@@ -37,9 +37,10 @@ def main() -> None:
         arguments.num_workers,
     )
     write_predictions(arguments.out, arrays)
+    forces = "forces in eV/Å" if "forces" in arrays else "no forces, which the model does not predict"
     print(
         f"{arguments.out}: {len(arrays['energy'])} structures, {checkpoint.energy_kind} energies in eV, "
-        f"forces in eV/Å, {checkpoint.weights} weights"
+        f"{forces}, {checkpoint.weights} weights"
     )
 
 

@@ -11,7 +11,7 @@ from datasets_oc20.extxyz import read_text
 from datasets_oc20.preprocess import PreprocessOptions, preprocess
 from datasets_oc20.shards import preprocess_shards
 from equiformer2.files import write_json
-from equiformer2.script import run_script, show_log
+from equiformer2.script import parse_checked, run_script, show_log
 
 
 def parse() -> argparse.Namespace:
@@ -53,7 +53,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--later-frames", type=int, help="most frames per system in --later-out, spread evenly"
     )
-    return parser.parse_args()
+    later = ("--later-fraction", "--later-gap", "--later-tail", "--later-frames")
+    return parse_checked(
+        parser,
+        needs=[(option, "--later-out") for option in later],
+        excludes=[
+            ("--max-energy", "--no-filter"),
+            ("--max-force", "--no-filter"),
+            ("--max-energy", "--energy=total"),
+        ],
+    )
 
 
 def chosen_systems(arguments: argparse.Namespace) -> list[str] | None:

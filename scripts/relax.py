@@ -1,7 +1,8 @@
 """Relax a structure with a trained EquiformerV2.
 
 Free atoms move until no force exceeds --fmax; constraints stored in the file hold. What the energy means
-(adsorption or total) depends on the checkpoint and is printed.
+(adsorption or total) depends on the checkpoint and is printed. A relaxation that has not converged after all
+its steps is written all the same; the last line says so, and the exit status is 3.
 
     python scripts/relax.py --checkpoint model.pt --structure slab.traj --out runs/relax
 """
@@ -10,11 +11,11 @@ import argparse
 
 from equiformer2.inference import EquiformerV2Calculator, relax
 from equiformer2.inference.files import read_structure
+from equiformer2.inference.meaning import warning_for
 from equiformer2.inference.record import (
     RELAXATION_RECORD,
     claim_folder,
     model_record,
-    relaxation_report,
     write_relaxation_record,
 )
 from equiformer2.inference.relaxation import OPTIMIZERS
@@ -54,10 +55,13 @@ def main(argv: list[str] | None = None) -> int:
         model["router"] = options.router
         model["replan_every"] = router.replan_every if isinstance(router, FrozenPlan) else None
     write_relaxation_record(folder, structure, result, model)
-    print(f"{result.atoms.get_chemical_formula()}: {relaxation_report(result)}")
-    print(f"{calculator.energy_kind} energy: {result.energy:.4f} eV")
     print(f"saved in {folder}: {RELAXATION_RECORD}, trajectory, relaxed structure, pictures")
-    return 0
+    if warning_for(structure, calculator.energy_kind) is None:
+        print(f"{calculator.energy_kind} energy: {result.energy:.4f} eV")
+    else:  # the log has said why
+        print(f"model output: {result.energy:.4f}, which is not an energy of this structure")
+    print(f"{result.atoms.get_chemical_formula()}: {result.outcome()}")
+    return 0 if result.converged else 3
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
         help="steps for which a router that jumps keeps its choice (default: what its file says, or 10)",
     )
     parser.add_argument("--structure", required=True, help="any structure file ASE reads")
-    parser.add_argument("--index", type=int, default=-1, help="frame of the file (default: -1, the last)")
+    parser.add_argument(
+        "--index", type=_frame, default=-1, help="number of one frame of the file (default: -1, the last)"
+    )
     parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="LBFGS")
     parser.add_argument("--fmax", type=float, default=0.05, help="eV/Å (default: 0.05)")
     parser.add_argument("--steps", type=int, default=300, help="most steps (default: 300)")
@@ -86,6 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="runs/relax", help="output folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in --out")
     return parser
+
+
+def _frame(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not the number of one frame, such as 0 or -1: one structure is relaxed at a time; "
+            "many are relaxed by scripts/relax_is2re.py, from an LMDB, or by a loop over --index"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -10,7 +10,13 @@ Structures that cannot be relaxed are skipped and named.
 import argparse
 from pathlib import Path
 
-from equiformer2.script import add_model_arguments, add_router_argument, run_script
+from equiformer2.script import (
+    add_model_arguments,
+    add_router_argument,
+    parse_checked,
+    run_script,
+    show_log,
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,25 +38,29 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--memory", type=int, default=50, help="steps LBFGS remembers (default: %(default)s)")
     parser.add_argument("--frames", choices=("all", "ends"), default="all", help="what trajectories keep")
     parser.add_argument("--batch-size", type=int, default=32, help="most systems at once")
-    parser.add_argument("--max-atoms", type=int, help="most atoms at once")
-    arguments = parser.parse_args()
-    if arguments.splits is not None and arguments.data_root is None:
-        parser.error("--splits are names of folders in --data-root: give it too")
-    return arguments
+    parser.add_argument(
+        "--max-atoms", type=int, help="most atoms at once; a structure of more is relaxed alone"
+    )
+    parser.add_argument(
+        "--require-convergence",
+        action="store_true",
+        help="exit with status 3 unless every system was relaxed and has converged",
+    )
+    return parse_checked(parser, needs=[("--splits", "--data-root")])
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse_arguments()
     from datasets_oc20.splits import VALIDATION_SPLITS, find_splits
     from equiformer2.files import check_target, write_json
     from equiformer2.inference import Predictor
     from equiformer2.inference.batched import RelaxationSettings
     from equiformer2.pruning.routing.use import for_batched_relaxation
-    from equiformer2.training.evaluation import open_dataset
     from equiformer2.training.relaxation_run import (
         average_over,
         coverage,
         metric_lines,
+        open_starts,
         relax_dataset,
         relaxation_table,
     )
@@ -72,7 +82,8 @@ def main() -> None:
         arguments.backend,
         for_batched_relaxation(arguments.router),
     )
-    datasets = {name: open_dataset(path, predictor, arguments.energy_kind) for name, path in paths.items()}
+    show_log()
+    datasets = {name: open_starts(path, predictor, arguments.energy_kind) for name, path in paths.items()}
     reports = {}
     for name, dataset in datasets.items():
         folder = arguments.out / name
@@ -93,8 +104,13 @@ def main() -> None:
         print("\n".join([f"average of {len(reports)}", *metric_lines(average)]))
         if any(report["skipped"] for report in reports.values()):
             print(f"  All of this is of {coverage(reports.values())}: the others were skipped")
-    counts = {key: sum(report[key] for report in reports.values()) for key in ("structures", "relaxed")}
+    keys = ("structures", "relaxed", "converged")
+    counts = {key: sum(report[key] for report in reports.values()) for key in keys}
     write_json(arguments.out / "is2re.json", {"datasets": reports, **counts, "average": average})
+    if counts["converged"] == counts["structures"]:
+        return 0
+    print(f"NOT converged: {counts['structures'] - counts['converged']} of {counts['structures']} structures")
+    return 3 if arguments.require_convergence else 0
 
 
 if __name__ == "__main__":

@@ -138,6 +138,8 @@ def _normalizers(file: Mapping[str, Any], energy_lin_ref: Tensor | None, source:
         std = values.get("rmsd", values.get("std")) if isinstance(values, Mapping) else None
         try:
             found[name] = Normalizer(float(values["mean"]), float(std))  # type: ignore[arg-type]
+        except InputError as error:
+            raise InputError(f"{source}: the normalizer {key}: {error}") from error
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{source}: the normalizer {key} needs one mean and one std: {error}") from error
     references = _element_references(file, source)

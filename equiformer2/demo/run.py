@@ -66,6 +66,13 @@ def run_demo(root: AnyPath, out: AnyPath, plan: DemoPlan) -> Path:
     write_adsorption_record(shown, relaxed[0].result, model_record(predictor, checkpoint))
     print(adsorption_report(relaxed[0].result))
     print(f"DFT's own relaxation ends at {relaxed[0].dft_relaxed:.3f} eV.", flush=True)
+    open_ended = [item.system for item in relaxed if not item.result.converged]
+    if open_ended:
+        print(
+            f"{len(open_ended)} of {len(relaxed)} relaxations did not converge in {plan.relaxation_steps} "
+            f"steps ({', '.join(open_ended)}): so little training does not always reach the threshold.",
+            flush=True,
+        )
     done("relaxations")
     print("5/5 report", flush=True)
     figures = {

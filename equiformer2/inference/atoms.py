@@ -5,16 +5,18 @@ The network reads positions, atomic numbers, cell and pbc only. `tags` and `fixe
 """
 
 import logging
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from ase import Atoms
-from ase.constraints import FixAtoms
 from ase.data import chemical_symbols
 from ase.geometry import wrap_positions
 from torch_geometric.data import Data
 from vesin import NeighborList
 
+from datasets_oc20.constraints import held_atoms
+from datasets_oc20.errors import DataError
 from equiformer2.errors import InputError
 from equiformer2.graph.validation import MAX_COORDINATE, MAX_EXTENT, check_extents, locate_atom
 
@@ -23,8 +25,16 @@ logger = logging.getLogger(__name__)
 SUBSURFACE, SURFACE, ADSORBATE = 0, 1, 2
 """OC20's tags: held subsurface atoms, free slab atoms, adsorbate atoms."""
 
+_DOUBTFUL = (
+    "the tags are read as OC20's (0 subsurface, 1 surface, 2 adsorbate); if they are layer numbers of ASE's "
+    "slab builders, set them: 2 for the adsorbate, 0 for held and 1 for free atoms of the slab"
+)
+
 COINCIDENT = 0.1
 """Å; no bond of any two elements is that short, so closer atoms are a mistake in the input."""
+
+_WHOLE = 0.999
+"""Smallest occupancy of an atom that is always there."""
 
 _SEARCHED = 2.0
 """Å; a cell of 10 x 10 x 30 Å has 750 boxes of this size and 3 million of `COINCIDENT`."""
@@ -69,35 +79,42 @@ def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: 
 
 
 def fixed_mask(atoms: Atoms) -> np.ndarray:
-    """`[N]` bool: atoms held by an `ase.constraints.FixAtoms`."""
-    fixed = np.zeros(len(atoms), dtype=bool)
-    for constraint in atoms.constraints:
-        if isinstance(constraint, FixAtoms):
-            fixed[constraint.get_indices()] = True
-    return fixed
+    """`[N]` bool: atoms that constraints hold in every direction; see `datasets_oc20.constraints`.
+
+    Raises:
+        InputError: a constraint of an atom that the structure does not have.
+    """
+    try:
+        return held_atoms(atoms)
+    except DataError as error:
+        raise InputError(str(error)) from error
 
 
 def oc20_tags(atoms: Atoms) -> tuple[np.ndarray, str | None]:
-    """Tags in OC20's meaning (0 held, 1 free slab, 2 adsorbate) and, when they had to be set, a notice.
+    """Tags in OC20's meaning (0 held, 1 free slab, 2 adsorbate) and, where they can mislead, a notice.
 
-    1. Tags within {0, 1, 2} that are not ASE layer numbers are kept as they are.
-    2. ASE's slab builders number layers from the top (1, 2, 3, …) and leave adsorbates at 0. Such tags are
-       recognised by their order (heights fall from layer to layer, untagged atoms are free and above the
+    1. Tags within {0, 1, 2} that are not all 0 are OC20's and kept, wherever the atoms lie. ASE's layer
+       numbers of a slab of two layers are within them, too: what looks like that is kept and noticed, unless
+       a tag of 2 on a held atom shows that it is no adsorbate.
+    2. ASE's slab builders number layers from the top (1, 2, 3, …) and leave adsorbates at 0. Tags above 2
+       are recognised by their order (heights fall from layer to layer, untagged atoms are free and above the
        slab) and translated: untagged atoms become 2, held layer atoms 0, free layer atoms 1.
-    3. Otherwise (all zero, or other numbers) held atoms become 0 and free atoms 1. Which atoms are the
+    3. Otherwise (all 0, or other numbers) held atoms become 0 and free atoms 1. Which atoms are the
        adsorbate cannot be known from the structure, so none is marked.
     """
     tags = atoms.get_tags().astype(np.int64)
     fixed = fixed_mask(atoms)
-    if _are_ase_layers(atoms, tags, fixed):
+    layers = _are_ase_layers(atoms, tags, fixed)
+    within = bool(tags.any()) and tags.min() >= SUBSURFACE and tags.max() <= ADSORBATE
+    if within and not (layers and fixed[tags == ADSORBATE].any()):
+        return tags, _DOUBTFUL if layers else None
+    if layers:
         translated = np.where(tags == 0, ADSORBATE, np.where(fixed, SUBSURFACE, SURFACE))
         return translated, (
             "the tags are ASE layer numbers; read as OC20 tags: "
             f"{int((tags == 0).sum())} untagged atoms above the slab as adsorbate (2), "
             "held layer atoms as 0, free layer atoms as 1"
         )
-    if tags.any() and tags.min() >= SUBSURFACE and tags.max() <= ADSORBATE:
-        return tags, None
     reason = f"the tags have values other than 0, 1, 2 ({_some(tags)})" if tags.any() else "no tags are set"
     return np.where(fixed, SUBSURFACE, SURFACE), (
         f"{reason}: held atoms get tag 0 and free atoms tag 1, none is marked as adsorbate (2); "
@@ -119,6 +136,9 @@ def check_atoms(atoms: Atoms, max_num_elements: int | None = None) -> None:
     """Raise `InputError` for a structure that has no meaningful energy; see `atoms_to_data`."""
     if len(atoms) == 0:
         raise InputError("the structure has no atoms: give at least one")
+    _check_elements(atoms, max_num_elements)
+    _check_occupancies(atoms)
+    fixed_mask(atoms)
     symbols = atoms.get_chemical_symbols()
     bad = np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))
     if len(bad):
@@ -132,7 +152,6 @@ def check_atoms(atoms: Atoms, max_num_elements: int | None = None) -> None:
             f"atom {far[0]} ({symbols[far[0]]}) has the position {atoms.positions[far[0]].tolist()}, more than "
             f"{MAX_COORDINATE:.0f} Å from the origin: give positions in Å and move the structure to the origin"
         )
-    _check_elements(atoms, max_num_elements)
     _check_cell(atoms)
     _check_distances(atoms, symbols)
 
@@ -148,20 +167,53 @@ def check_elements(
 
     In a batch, `natoms` `[B]` tells the structures apart.
     """
-    limit = len(chemical_symbols) if max_num_elements is None else max_num_elements
+    known = len(chemical_symbols)
+    limit = known if max_num_elements is None else max_num_elements
     wrong = torch.nonzero((atomic_numbers < 1) | (atomic_numbers >= limit)).flatten()
     if len(wrong):
         index = int(wrong[0])
         number = int(atomic_numbers[index])
-        symbol = chemical_symbols[number] if 0 <= number < len(chemical_symbols) else "?"
         name, structure = f"atom {index}", 0
         if natoms is not None and natoms.numel() > 1:
             name, structure = locate_atom(index, natoms.reshape(-1).cpu().numpy())
+        if not 0 < number < known:
+            what = "X, a dummy atom, " if number == 0 else ""
+            raise InputError(
+                f"{name} ({what}Z = {number}) is no element: atomic numbers are 1 to {known - 1}; "
+                "remove the atom or correct its number",
+                structure,
+            )
         raise InputError(
-            f"{name} ({symbol}, Z = {number}) is outside the network's element table "
+            f"{name} ({chemical_symbols[number]}, Z = {number}) is outside the network's element table "
             f"(Z = 1 to {limit - 1}): use a checkpoint trained with this element",
             structure,
         )
+
+
+def _check_occupancies(atoms: Atoms) -> None:
+    """Raise `InputError` where a file says that an atom is there in part, or is one of several elements."""
+    sites = atoms.info.get("occupancy")  # of ASE's CIF reader: number of the site -> {element: occupancy}
+    for site, species in sites.items() if isinstance(sites, Mapping) else ():
+        known = species.items() if isinstance(species, Mapping) else ()
+        parts = {symbol: part for symbol, part in known if isinstance(part, int | float) and part > 0}
+        if len(parts) > 1 or any(part < _WHOLE for part in parts.values()):
+            told = ", ".join(f"{symbol} {part:g}" for symbol, part in parts.items())
+            raise InputError(
+                f"site {site} of the structure is partly occupied ({told}), which nothing here can keep: "
+                "choose an element or a vacancy for every atom of a cell that is large enough, and remove "
+                'atoms.info["occupancy"]'
+            )
+    for name in ("occupancy", "occupancies"):  # of PDB and of microscopy files
+        values = atoms.arrays.get(name)
+        if values is None or values.ndim != 1 or values.dtype.kind not in "fiu":
+            continue
+        # Programs that do not know occupancies write 0.
+        partial = np.flatnonzero((values > 0) & (values < _WHOLE))
+        if len(partial):
+            raise InputError(
+                f"atom {partial[0]} has the occupancy {values[partial[0]]:g}: keep whole atoms only, and "
+                f'remove atoms.arrays["{name}"]'
+            )
 
 
 def _check_cell(atoms: Atoms) -> None:

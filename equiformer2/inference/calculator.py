@@ -15,6 +15,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from equiformer2.checkpoint import Checkpoint
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import atoms_to_data, fixed_mask
+from equiformer2.inference.old_names import answering_old_names
 from equiformer2.inference.predictor import Predictor
 
 
@@ -61,6 +62,7 @@ class EquiformerV2Calculator(Calculator):
     implemented_properties = ["energy", "free_energy", "forces"]  # noqa: RUF012
     ignored_changes = {"initial_charges", "initial_magmoms"}  # noqa: RUF012
 
+    @answering_old_names
     def __init__(
         self,
         checkpoint: Checkpoint | str | Path,
@@ -153,6 +155,8 @@ class EquiformerV2Calculator(Calculator):
             self.atoms, max_num_elements=config.max_num_elements, notify=not self._notified_tags
         )
         self._notified_tags = True
+        if set(system_changes) != {"positions"}:  # else it is the structure of the call before, moved
+            self.predictor.warn_of(self.atoms)
         # Forces that are the gradient of the energy come with it.
         asked = set(properties) != {"forces"} or config.forces == "gradient"
         with_energy = asked or self._without_energy + 1 >= self.energy_every

@@ -2,18 +2,28 @@
 
 import copy
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from ase import Atoms
 from torch_geometric.data import Batch, Data
 
 from equiformer2.checkpoint import Checkpoint, load_checkpoint
 from equiformer2.errors import InputError, naming_structures
-from equiformer2.inference.atoms import check_elements
+from equiformer2.graph.validation import locate_atom
+from equiformer2.inference.atoms import atoms_to_data, check_elements
 from equiformer2.inference.cuda_graph import GraphedNetwork, check_captured, why_not_captured
+from equiformer2.inference.meaning import warning_for
+from equiformer2.inference.old_names import answering_old_names
 from equiformer2.inference.precision import check_precision, matmul_precision
 from equiformer2.model.requests import OutputRequest
+
+logger = logging.getLogger(__name__)
+
+Structures = Batch | Data | Atoms | Sequence[Data] | Sequence[Atoms]
+"""What `Predictor.predict` takes."""
 
 
 class Predictor:
@@ -44,6 +54,7 @@ class Predictor:
             graphs that are asked for and cannot be used.
     """
 
+    @answering_old_names
     def __init__(
         self,
         checkpoint: Checkpoint | str | Path,
@@ -86,6 +97,7 @@ class Predictor:
         if cuda_graphs or (cuda_graphs is None and why_not_captured(*use) is None):
             self.graphed = GraphedNetwork(self.model)
         self.energy_kind: str = self.checkpoint.energy_kind
+        self._warned = False
 
     @property
     def has_forces(self) -> bool:
@@ -99,7 +111,7 @@ class Predictor:
 
     @torch.no_grad()
     def predict(
-        self, batch: Batch | Data, *, energy: bool = True, force_atoms: torch.Tensor | None = None
+        self, batch: Structures, *, energy: bool = True, force_atoms: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """`{"energy": [B] float64 eV, "forces": [N, 3] float32 eV/Å}` on the CPU.
 
@@ -110,17 +122,17 @@ class Predictor:
         is NaN for structures that are not periodic in all three directions.
 
         Args:
-            batch: the structures.
+            batch: the structures: a `Batch`, a data object or `ase.Atoms`, or a list of either.
             energy: whether energies are wanted; without them less is computed for the forces, too.
             force_atoms: bool `[N]`: atoms whose forces are wanted, None for all. Those of the others are not
                 computed and given as zero.
 
         Raises:
-            InputError: an element outside the network's table, or what the graph refuses; the structure is
-                named by its `sid` and `fid` where the batch has them.
+            InputError: an element outside the network's table, what the graph refuses, or an energy or force
+                that is not finite; the structure is named by its `sid` and `fid` where the batch has them.
         """
         if not isinstance(batch, Batch):
-            batch = batch_of_one(batch)
+            batch = self._collated(batch)
         with naming_structures(batch):
             check_elements(batch.atomic_numbers, self.checkpoint.config.max_num_elements, batch.natoms)
             with matmul_precision(self.precision, self.device):
@@ -130,7 +142,58 @@ class Predictor:
         if energy:
             # Total energies reach thousands of eV: float64 keeps the differences between them.
             out["energy"] = out["energy"].double()
-        return self.checkpoint.normalizers.denormalize(out, copy.copy(batch).cpu())
+        physical = self.checkpoint.normalizers.denormalize(out, copy.copy(batch).cpu())
+        with naming_structures(batch):
+            check_finite(physical, batch.natoms)
+        return physical
+
+    @property
+    def energy_per_structure(self) -> float:
+        """The part of an energy that every structure has once, whatever its size, eV: the normalizer's mean.
+
+        What is left grows with the structure: a doubled cell has twice of it.
+        """
+        return self.checkpoint.normalizers.energy.mean
+
+    def warn_of(self, atoms: Atoms) -> None:
+        """Log once what makes the energy of `atoms` mean something else than asked (`inference.meaning`)."""
+        if not self._warned:
+            warning = warning_for(atoms, self.energy_kind)
+            self._warned = warning is not None
+            if warning is not None:
+                logger.warning(warning)
+
+    def _collated(self, structures: Data | Atoms | Sequence[Data] | Sequence[Atoms]) -> Batch:
+        if isinstance(structures, Data):
+            return batch_of_one(structures)
+        if not isinstance(structures, Atoms | list | tuple):
+            raise InputError(
+                f"predict was given {type(structures).__name__}: give a Batch, Data or ase.Atoms, or a "
+                "list of them"
+            )
+        given = [structures] if isinstance(structures, Atoms) else structures
+        if not given:
+            raise InputError("predict was given no structure: give at least one")
+        data = []
+        for index, structure in enumerate(given):
+            if isinstance(structure, Data):
+                data.append(structure)
+                continue
+            if not isinstance(structure, Atoms):
+                raise InputError(
+                    f"structure {index} of the list is {type(structure).__name__}: give ase.Atoms or Data",
+                    index,
+                )
+            try:
+                converted = atoms_to_data(
+                    structure, max_num_elements=self.checkpoint.config.max_num_elements, notify=False
+                )
+            except InputError as error:
+                where = "" if structure is structures else f"structure {index} of the list: "
+                raise InputError(f"{where}{error}", index) from error
+            self.warn_of(structure)
+            data.append(converted)
+        return Batch.from_data_list(data)
 
     def _run(self, batch: Batch, request: OutputRequest) -> dict[str, torch.Tensor]:
         # Batch.to moves in place: a copy keeps the caller's batch where it is. It is moved before anything
@@ -143,6 +206,30 @@ class Predictor:
                 return request.cut(out)
         run = self.model if self.router is None else functools.partial(self.router, self.model)
         return run(moved, request=request)
+
+
+def check_finite(out: Mapping[str, torch.Tensor], natoms: torch.Tensor) -> None:
+    """Raise `InputError` for the first structure whose energy, or force on an atom, is not a finite number.
+
+    Args:
+        out: "energy" `[B]` and "forces" `[N, 3]`, or one of them.
+        natoms: `[B]`.
+    """
+    if all(bool(torch.isfinite(out[name]).all()) for name in ("energy", "forces") if name in out):
+        return
+    remedy = "check the structure and the checkpoint"
+    several = natoms.numel() > 1
+    if "energy" in out:
+        wrong = torch.nonzero(~torch.isfinite(out["energy"].reshape(-1))).flatten()
+        if len(wrong):
+            at = int(wrong[0])
+            where = f" of structure {at} of the batch" if several else ""
+            raise InputError(f"the model gives a non-finite energy{where}: {remedy}", at)
+    wrong = torch.nonzero(~torch.isfinite(out["forces"]).all(dim=1)).flatten()
+    name, at = f"atom {int(wrong[0])}", 0
+    if several:
+        name, at = locate_atom(int(wrong[0]), natoms.reshape(-1).cpu().numpy())
+    raise InputError(f"the model gives a non-finite force on {name}: {remedy}", at)
 
 
 def batch_of_one(data: Data) -> Batch:

@@ -1,19 +1,30 @@
 """What a relaxation or an adsorption calculation leaves in its output folder."""
 
 import logging
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from ase import Atoms
-from ase.constraints import FixAtoms, FixCartesian
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import (
+    FixAtoms,
+    FixCartesian,
+    FixConstraint,
+    FixedLine,
+    FixedPlane,
+    FixScaled,
+)
 from ase.io import write
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes, write_json
 from equiformer2.inference.adsorption import AdsorptionResult
-from equiformer2.inference.atoms import ADSORBATE
+from equiformer2.inference.atoms import ADSORBATE, fixed_mask
+from equiformer2.inference.extras import extras, simple_info
+from equiformer2.inference.meaning import warning_for
 from equiformer2.inference.pictures import relaxation_picture, structure_picture
 from equiformer2.inference.predictor import Predictor
 from equiformer2.inference.relaxation import RelaxationResult
@@ -58,37 +69,43 @@ def write_adsorption_record(folder: AnyPath, result: AdsorptionResult, model: di
     label = "adsorption energy (eV)" if result.energy_kind == "adsorption" else "total energy (eV)"
     written = [
         _write_structure(folder / "relaxed.extxyz", result.system.atoms),
-        write_bytes(
-            folder / "structure.png",
-            structure_picture({"start": result.initial, "relaxed": result.system.atoms}, title),
-        ),
-        write_bytes(folder / "relaxation.png", relaxation_picture(result.system, label)),
+        *_write_pictures(folder, result.initial, result.system, title, label),
     ]
     files = [path.name for path in written] + ["relaxation.traj"]
     if result.slab is not None:
         files.append("slab.traj")
-    written.append(
-        write_json(folder / ADSORPTION_RECORD, {**result.summary(), "model": model, "files": files})
-    )
+    record = {**result.summary(), "model": model, "files": files, "extras": extras(result.initial)}
+    written.append(write_json(folder / ADSORPTION_RECORD, record))
     return written
 
 
 def write_relaxation_record(
     folder: AnyPath, initial: Atoms, result: RelaxationResult, model: dict[str, Any]
 ) -> list[Path]:
-    """Relaxed structure, pictures and, last, `relaxation.json`; returns the paths."""
+    """Relaxed structure, pictures and, last, `relaxation.json`; returns the paths.
+
+    What else `initial` carries (`info`, further arrays) is under `extras` in the JSON (`inference.extras`).
+    """
     folder = Path(folder)
     kind = model["energy_kind"]
-    title = f"{result.atoms.get_chemical_formula()}: {kind} energy {result.energy:.3f} eV"
+    warning = warning_for(initial, kind)
+    name = "model output, no adsorption energy" if warning else f"{kind} energy"
+    title = f"{result.atoms.get_chemical_formula()}: {name} {result.energy:.3f} eV" + (
+        "" if result.converged else " (not converged)"
+    )
     written = [
         _write_structure(folder / "relaxed.extxyz", result.atoms),
-        write_bytes(
-            folder / "structure.png", structure_picture({"start": initial, "relaxed": result.atoms}, title)
-        ),
-        write_bytes(folder / "relaxation.png", relaxation_picture(result, f"{kind} energy (eV)")),
+        *_write_pictures(folder, initial, result, title, f"{name} (eV)"),
     ]
     files = [path.name for path in written] + ["relaxation.traj"]
-    record = {**result.summary(), "energy_kind": model["energy_kind"], "model": model, "files": files}
+    record = {
+        **result.summary(),
+        "energy_kind": kind,
+        "warnings": [] if warning is None else [warning],
+        "model": model,
+        "files": files,
+        "extras": extras(initial),
+    }
     written.append(write_json(folder / RELAXATION_RECORD, record))
     return written
 
@@ -125,7 +142,7 @@ def adsorption_report(result: AdsorptionResult) -> str:
         ]
     for name, relaxation in (("slab + adsorbate", system), ("clean slab", result.slab)):
         if relaxation is not None:
-            lines.append(f"{name}: {relaxation_report(relaxation)}")
+            lines.append(f"{name}: {relaxation.outcome()}")
     lines += anomaly_lines(result)
     return "\n".join(lines)
 
@@ -141,37 +158,71 @@ def anomaly_lines(result: AdsorptionResult) -> list[str]:
     return lines
 
 
-def relaxation_report(result: RelaxationResult) -> str:
-    """Outcome of a relaxation in one line."""
-    outcome = "converged" if result.converged else "NOT converged"
-    return (
-        f"{outcome} after {result.steps} {result.optimizer} steps, "
-        f"largest force {result.max_force:.4f} eV/Å (threshold {result.fmax:g})"
-    )
-
-
 def _names(result: AdsorptionResult) -> str:
     slab = result.initial[result.initial.get_tags() != ADSORBATE]
     return f"{result.adsorbate_formula} on {slab.get_chemical_formula()}"
 
 
 def _write_structure(path: Path, atoms: Atoms) -> Path:
+    """Extended XYZ of what is ours: structure, tags, held atoms, energy and forces, and simple notes beside.
+
+    Arrays and notes under the names of results would replace them, and others cannot be written at all.
+    """
+    ours = Atoms(
+        numbers=atoms.numbers,
+        positions=atoms.positions,
+        cell=atoms.cell,
+        pbc=atoms.pbc,
+        tags=atoms.get_tags(),
+        constraint=_constraints_by_mask(atoms),
+        info=simple_info(atoms),
+    )
+    for name in ("initial_magmoms", "initial_charges"):
+        if atoms.has(name):
+            ours.set_array(name, atoms.get_array(name))
+    results = {name: atoms.calc.results[name] for name in ("energy", "forces")}
+    ours.calc = SinglePointCalculator(ours, **results)
     text = StringIO()
-    plain = atoms.copy()
-    plain.calc = atoms.calc
-    plain.info.pop("adsorbate_info", None)  # ASE's note on sites, which extxyz cannot hold
-    _name_lost_constraints(path, atoms)
-    write(text, plain, format="extxyz")
+    write(text, ours, format="extxyz")
     return write_bytes(path, text.getvalue().encode())
 
 
-def _name_lost_constraints(path: Path, atoms: Atoms) -> None:
-    """Warn which constraints `path` cannot hold: extxyz has a column for held atoms and directions alone."""
-    lost = [c for c in atoms.constraints if not isinstance(c, FixAtoms | FixCartesian)]
-    if not lost:
-        return
-    # ASE's trajectory keeps the constraints only if every one of them can describe itself.
-    kept = all(hasattr(constraint, "todict") for constraint in atoms.constraints)
-    where = "relaxation.traj keeps them" if kept else "relaxation.traj cannot keep them either: set them again"
-    names = ", ".join(sorted({type(constraint).__name__ for constraint in lost}))
-    logger.warning(f"{path.name} holds fixed atoms only and not the constraints {names}; {where}")
+def _constraints_by_mask(atoms: Atoms) -> list[FixConstraint]:
+    """Those constraints that extended XYZ holds: held atoms, and Cartesian directions in which others are."""
+    held = fixed_mask(atoms)
+    kept = [FixAtoms(mask=held)] if held.any() else []
+    kept += [one for one in atoms.constraints if isinstance(one, FixCartesian) and not held[one.index].all()]
+    known = (FixAtoms, FixCartesian, FixScaled, FixedLine, FixedPlane)
+    partial = {
+        type(one).__name__
+        for one in atoms.constraints
+        if not isinstance(one, FixAtoms | FixCartesian)
+        and not (isinstance(one, known) and held[one.index].all())
+    }
+    if partial:
+        # ASE's trajectory keeps the constraints only if every one of them can describe itself.
+        described = all(hasattr(one, "todict") for one in atoms.constraints)
+        logger.warning(
+            f"relaxed.extxyz cannot hold {', '.join(sorted(partial))}: "
+            + ("relaxation.traj has all constraints" if described else "nor can relaxation.traj, set them again")
+        )
+    return kept
+
+
+def _write_pictures(
+    folder: Path, initial: Atoms, relaxation: RelaxationResult, title: str, energy_label: str
+) -> list[Path]:
+    """`structure.png` and `relaxation.png`; one that cannot be drawn is named in the log and left out."""
+    written = []
+    drawings: dict[str, Callable[[], bytes]] = {
+        "structure.png": lambda: structure_picture({"start": initial, "relaxed": relaxation.atoms}, title),
+        "relaxation.png": lambda: relaxation_picture(relaxation, energy_label),
+    }
+    for name, draw in drawings.items():
+        try:
+            picture = draw()
+        except Exception as error:  # drawing must not cost the result; what Matplotlib raises is of any kind
+            logger.warning(f"{folder / name} could not be drawn ({error})")
+            continue
+        written.append(write_bytes(folder / name, picture))
+    return written

@@ -1,5 +1,6 @@
 """Relaxation of one structure with ASE's optimisers."""
 
+import logging
 import math
 import time
 from contextlib import ExitStack
@@ -19,6 +20,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import check_atoms
 from equiformer2.inference.calculator import EquiformerV2Calculator
+from equiformer2.inference.extras import plain
+
+logger = logging.getLogger(__name__)
 
 OPTIMIZERS = {"LBFGS": LBFGS, "FIRE": FIRE, "BFGS": BFGS}
 
@@ -67,6 +71,14 @@ class RelaxationResult:
         """Largest force on a free atom of the last structure, eV/Å."""
         return self.max_forces[-1]
 
+    def outcome(self) -> str:
+        """Whether it converged, in one line."""
+        outcome = "converged" if self.converged else "NOT converged"
+        return (
+            f"{outcome} after {self.steps} {self.optimizer} steps, "
+            f"largest force {self.max_force:.4f} eV/Å (threshold {self.fmax:g})"
+        )
+
     def summary(self) -> dict[str, Any]:
         """Plain numbers for a JSON record."""
         return {
@@ -74,11 +86,11 @@ class RelaxationResult:
             "energy_eV": self.energy,
             "initial_energy_eV": self.energies[0],
             "restraint_energy_eV": self.restraint_energy,
-            "max_force_eV_per_A": self.max_force,
+            "max_force_eV_A": self.max_force,
             "converged": self.converged,
             "steps": self.steps,
             "optimizer": self.optimizer,
-            "fmax_eV_per_A": self.fmax,
+            "fmax_eV_A": self.fmax,
             "seconds": round(self.seconds, 3),
         }
 
@@ -97,6 +109,9 @@ def relax(
     energy_every: int = 1,
 ) -> RelaxationResult:
     """Move the free atoms of a copy of `atoms` until no force exceeds `fmax`.
+
+    A relaxation that has taken all its steps first is no error: the result says `converged=False`, and a
+    warning is logged.
 
     Args:
         atoms: start structure; its constraints hold, it is not changed.
@@ -159,7 +174,7 @@ def relax(
         energies[-1] = _finite_energy(atoms, step=len(energies) - 1)
         forces = atoms.get_forces(apply_constraint=False)
     atoms.calc = SinglePointCalculator(atoms, energy=energies[-1], forces=forces)
-    return RelaxationResult(
+    result = RelaxationResult(
         atoms=atoms,
         converged=bool(converged),
         steps=len(energies) - 1,
@@ -169,6 +184,9 @@ def relax(
         optimizer=optimizer,
         seconds=time.monotonic() - start,
     )
+    if not result.converged:
+        logger.warning(f"{label}: {result.outcome()}; the energy is not that of a relaxed structure")
+    return result
 
 
 def restraint_energy(atoms: Atoms) -> float:
@@ -198,10 +216,13 @@ def _check_settings(
 
 
 def _write_frame(writer: TrajectoryWriter, atoms: Atoms, path: str | Path | None) -> None:
+    own, atoms.info = atoms.info, plain(atoms.info)
     try:
         writer.write(atoms)
     except OSError as error:  # a full disk: ASE does not say which file
         raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        atoms.info = own
 
 
 def _finite_energy(atoms: Atoms, step: int) -> float:

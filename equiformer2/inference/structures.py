@@ -60,6 +60,13 @@ def build_slab(
         InputError: unknown element, facet or size.
     """
     match = re.fullmatch(r"([A-Z][a-z]?)[-_(]?(\d+)\)?", name)
+    several = re.fullmatch(r"([A-Z][a-z]?\d*){2,}[-_(]?\d*\)?", name)
+    elements = re.findall("[A-Z][a-z]?", name) if several else []
+    if len(elements) > 1 and set(elements) <= set(chemical_symbols[1:]):
+        raise InputError(
+            f"the slab {name!r} has several elements ({', '.join(elements)}), and only slabs of one element, "
+            "such as Pt111, are built by name: cut it from its bulk with ase.build.surface and give a file"
+        )
     if not match or match[1] not in atomic_numbers:
         raise InputError(
             f"{name!r} is no slab such as Pt111, Fe110 or Ru0001 (a file without extension: ./{name})"

@@ -71,6 +71,7 @@ def check_symmetries(
     symmetries: Iterable[str] = SYMMETRIES,
     trials: int = 2,
     seed: int = 0,
+    energy_per_structure: float | None = None,
 ) -> SymmetryReport:
     """Measure how far a model's answers change under the symmetries of physics.
 
@@ -86,7 +87,14 @@ def check_symmetries(
             no structure has one.
         trials: random transformations of each kind and structure.
         seed: of these transformations.
+        energy_per_structure: the part of an energy that every structure has once, whatever its size, such as
+            the mean of a normalizer, in the model's unit. It is subtracted before energies are compared,
+            since two cells have it once and not twice. None: the attribute `energy_per_structure` of what
+            `predict` is a method of (`Predictor` has it), else 0.
     """
+    if energy_per_structure is None:
+        energy_per_structure = float(getattr(_owner(predict), "energy_per_structure", 0.0))
+    predict = _without_constant(predict, energy_per_structure)
     structures = [essential(structure) for structure in _structures(data)]
     before = [_predict(predict, [structure])[0] for structure in structures]
     per_atom = [energy / len(s.pos) for (energy, _), s in zip(before, structures, strict=True)]
@@ -122,15 +130,23 @@ def assert_symmetries(
     *,
     trials: int = 2,
     seed: int = 0,
+    energy_per_structure: float | None = None,
 ) -> SymmetryReport:
     """Raise `AssertionError` with the whole table if an rms error exceeds the tolerance.
 
     Args:
         tolerance: one number for all of `SYMMETRIES`, or one for each symmetry that shall be checked.
-        predict, data, trials, seed: as for `check_symmetries`.
+        predict, data, trials, seed, energy_per_structure: as for `check_symmetries`.
     """
     limits = tolerance if isinstance(tolerance, Mapping) else dict.fromkeys(SYMMETRIES, tolerance)
-    report = check_symmetries(predict, data, symmetries=limits, trials=trials, seed=seed)
+    report = check_symmetries(
+        predict,
+        data,
+        symmetries=limits,
+        trials=trials,
+        seed=seed,
+        energy_per_structure=energy_per_structure,
+    )
     # `not <=` so that NaN fails.
     broken = [name for name, error in report.errors.items() if not error.largest <= limits[name]]
     if broken:
@@ -139,6 +155,21 @@ def assert_symmetries(
 
 
 _Answer = tuple[Tensor, Tensor | None]
+
+
+def _owner(predict: Predict) -> object:
+    return getattr(predict, "__self__", None)
+
+
+def _without_constant(predict: Predict, energy: float) -> Predict:
+    if energy == 0.0:
+        return predict
+
+    def extensive(batch: Batch) -> Mapping[str, Tensor]:
+        out = predict(batch)
+        return {**out, "energy": out["energy"].double() - energy}
+
+    return extensive
 
 
 def _structures(data: Data | Batch | Sequence[Data]) -> Sequence[Data]:

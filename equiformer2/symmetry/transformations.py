@@ -99,7 +99,7 @@ def choose_lattice_vectors(data: Data, generator: torch.Generator) -> Transforme
 
 
 def repeat_cell(data: Data, generator: torch.Generator) -> Transformed | None:
-    """A cell twice as long along one periodic axis: twice the energy, the same forces."""
+    """A cell twice as long along one periodic axis: twice the extensive energy, the same forces."""
     axes = data.pbc.view(3).nonzero().flatten()
     if not len(axes):
         return None

@@ -56,14 +56,31 @@ def write_predictions(target: AnyPath, arrays: dict[str, np.ndarray]) -> None:
     """Write `.npz`, or `.json` with the same names, whole or not at all.
 
     Raises:
-        InputError: another ending, a place that cannot be written to, or, for `.json`, a number that is not
-            finite.
+        InputError: another ending, a place that cannot be written to, or an energy or force that is not
+            finite; its structure is named.
     """
     target = Path(target)
     check_output(target)
+    _check_finite(target, arrays)
     if target.suffix == ".json":
         write_json(target, {name: array.tolist() for name, array in arrays.items()}, make_folder=True)
         return
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     write_bytes(target, buffer.getvalue(), make_folder=True)
+
+
+def _check_finite(target: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Raise `InputError` for the first structure with an energy or force that is not finite."""
+    structure = np.repeat(np.arange(len(arrays["natoms"])), arrays["natoms"])
+    good = {"energy": np.isfinite(arrays["energy"])}
+    if "forces" in arrays:
+        good["force"] = np.isfinite(arrays["forces"]).all(axis=1)
+    for name, finite in good.items():
+        wrong = np.flatnonzero(~finite)
+        if len(wrong):
+            at = int(wrong[0] if name == "energy" else structure[wrong[0]])
+            raise InputError(
+                f"{target} was not written: the {name} of structure {arrays['sid'][at]}/{arrays['fid'][at]} "
+                "(sid/fid) is not finite; check the structure and the checkpoint"
+            )

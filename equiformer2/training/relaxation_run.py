@@ -6,6 +6,7 @@ it has no cell, …) is skipped and named with the reason; every number is then 
 
 import dataclasses
 import io
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from equiformer2.files import write_bytes, write_json
 from equiformer2.inference import Predictor
 from equiformer2.inference.batched import RelaxationSettings, Relaxed, free_forces, relax_batched
 from equiformer2.inference.relaxation_folder import SKIPPED, RelaxationFolder, Row
+from equiformer2.training.evaluation import open_dataset
 from equiformer2.training.relaxation_metrics import (
     NEEDS_DFT,
     PositionErrors,
@@ -30,6 +32,8 @@ from equiformer2.training.relaxation_metrics import (
     is2rs_metrics,
     position_errors,
 )
+
+logger = logging.getLogger(__name__)
 
 REPORT = "is2re.json"
 RELAXED = "relaxed.npz"
@@ -40,6 +44,20 @@ UNITS = {
     "positions_mse": "Å^2",
 }
 _MOST_NAMED = 20
+
+
+def open_starts(path: str | Path, predictor: Predictor, energy_kind: str | None) -> OC20Lmdb:
+    """Open start structures for a checkpoint; where none has an energy, no kind of energy has to be declared.
+
+    Raises:
+        InputError: they have energies of an unknown kind, or of another kind than the checkpoint's.
+        DataError: the file cannot be used.
+    """
+    if energy_kind is None:
+        dataset = OC20Lmdb(path)
+        if dataset.energy_kind is None and not any(map(_is_labelled, _usable(dataset))):
+            return OC20Lmdb(path, predictor.energy_kind)
+    return open_dataset(path, predictor, energy_kind)
 
 
 def relax_dataset(
@@ -65,12 +83,12 @@ def relax_dataset(
         dataset: start structures, one per system, with `y_relaxed` and `pos_relaxed` where these are known.
         folder: output.
         settings: of the relaxations.
-        batch_size, max_atoms: limits of a batch.
+        batch_size, max_atoms: limits of a batch; a structure of more atoms is relaxed alone.
         router: the file of the predictor's router, if it has one.
 
     Raises:
-        InputError: no forces, a folder with other relaxations or of other start structures, several
-            structures with one `sid`, not one structure that can be relaxed.
+        InputError: no forces, `max_atoms` below every structure, a folder with other relaxations or of other
+            start structures, several structures with one `sid`, not one structure that can be relaxed.
     """
     checkpoint, folder = Path(checkpoint), Path(folder)
     if not predictor.has_forces:
@@ -78,6 +96,7 @@ def relax_dataset(
             f"{checkpoint} predicts no forces, so it cannot relax a structure: use a checkpoint trained with "
             "forces (model.forces)"
         )
+    _check_max_atoms(dataset, max_atoms)
     sample = sample_targets(dataset, 200, leave_out_unusable=True)
     if len(sample.energy):
         check_energies_match_kind(sample, str(dataset.energy_kind), dataset.path)
@@ -209,6 +228,39 @@ def metric_lines(metrics: Mapping[str, float], not_relaxed: Mapping[str, float] 
             beside = f"   (not relaxed {factor * not_relaxed[name]:.{digits}f})" if not_relaxed else ""
             lines.append(f"  {title:12} {factor * metrics[name]:8.{digits}f} {unit:2}{beside}".rstrip())
     return lines
+
+
+def _check_max_atoms(dataset: OC20Lmdb, max_atoms: int | None) -> None:
+    """Raise `InputError` if no structure fits into a batch of `max_atoms`; warn where some do not."""
+    if max_atoms is None:
+        return
+    try:
+        natoms = np.asarray(dataset.natoms)
+    except DataError:  # a record that cannot be used, which is skipped when its turn comes
+        return
+    larger = int((natoms > max_atoms).sum())
+    if larger == len(natoms):
+        raise InputError(
+            f"max_atoms is {max_atoms}, but the smallest structure of {dataset.path} has {natoms.min()} "
+            "atoms: give at least as many, or leave it out"
+        )
+    if larger:
+        logger.warning(
+            f"{larger} of {len(natoms)} structures of {dataset.path} have more than {max_atoms} atoms, up to "
+            f"{natoms.max()}: each of them is relaxed alone"
+        )
+
+
+def _usable(dataset: OC20Lmdb) -> Iterator[Data]:
+    for index in range(len(dataset)):
+        try:
+            yield dataset[index]
+        except DataError:  # named when its turn comes
+            continue
+
+
+def _is_labelled(start: Data) -> bool:
+    return "energy" in start or "y_relaxed" in start
 
 
 def _check_starts(dataset: OC20Lmdb, relaxations: RelaxationFolder) -> None:

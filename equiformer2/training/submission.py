@@ -78,7 +78,7 @@ def make_submission(
 
     Raises:
         InputError: a split is missing, a file does not hold what the task needs (split and key are named), or
-            systems of a split were not relaxed (they are named).
+            systems of a split were not relaxed (they are named), or a number is not finite.
     """
     missing = [split for split in SPLITS if split not in predictions]
     if missing:
@@ -88,8 +88,24 @@ def make_submission(
         path = predictions[split]
         found = _read_s2ef(path, atoms) if task == "s2ef" else _read_is2re(path)
         for name, array in found.items():
-            arrays[f"{split}_{name}"] = array.astype(dtype) if array.dtype.kind == "f" else array
+            if array.dtype.kind == "f":
+                array = _cast(array, dtype, f"{path}: key {name}")
+            arrays[f"{split}_{name}"] = array
     return arrays
+
+
+def _cast(array: np.ndarray, dtype: str, where: str) -> np.ndarray:
+    """The array as `dtype`; `InputError` for the first number that is not finite in it."""
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    wrong = np.argwhere(~np.isfinite(cast))
+    if len(wrong):
+        value = array[tuple(wrong[0])]
+        raise InputError(
+            f"{where} holds {value} in row {wrong[0][0]}, which is not a finite number of {dtype}: predict "
+            "that structure again" + (", or take --dtype float32" if np.isfinite(value) else "")
+        )
+    return cast
 
 
 def write_submission(target: AnyPath, arrays: Arrays) -> None:

@@ -105,7 +105,7 @@ def _recovery(options: argparse.Namespace) -> "Recovery | None":
     from equiformer2.pruning.study import Recovery
 
     if not options.distill_data:
-        if options.scratch or options.distill_config or options.settings:
+        if options.scratch or options.distill_config or options.distill_val or options.settings:
             raise InputError("settings of distillation need --distill-data: structures to learn on")
         return None
     if not options.distill_val:

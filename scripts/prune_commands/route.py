@@ -58,9 +58,15 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_unused(options: argparse.Namespace) -> None:
-    """`context_only` has nothing to choose: what it would ignore is refused."""
+    """What a method or mode would ignore is refused; `context_only` has nothing to choose."""
     from equiformer2.errors import InputError
 
+    if options.width != 0.1 and options.mode != "smooth":
+        raise InputError("--width is of the gates of --mode smooth: give both, or leave it out")
+    if options.router_steps != 200 and options.method != "ftp":
+        raise InputError("--router-steps are of --method ftp: give both, or leave it out")
+    if options.method != "context_only":
+        return
     given = {
         "--mode": options.mode != "topk",
         "--keep-free": options.keep_free,
@@ -76,8 +82,7 @@ def run(options: argparse.Namespace) -> None:
     from equiformer2.pruning.make_router import RouteRequest, make_router
     from equiformer2.pruning.routing import RoutingSettings, save_router
 
-    if options.method == "context_only":
-        _check_unused(options)
+    _check_unused(options)
     report = options.out.with_name(f"{options.out.stem}.report.json")
     state = options.state or options.out.with_name(f"{options.out.stem}.state.pt")
     for path in (options.out, report, state):

@@ -14,7 +14,7 @@ import torch
 from ase import Atoms
 from ase.build import fcc111
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import FixAtoms, FixedPlane
+from ase.constraints import FixAtoms, FixCartesianParametricRelations
 from oc20_files import assert_same, dumps_pyg1, is2re_fields, s2ef_fields, structure, write_lmdb
 from torch.utils.data import DataLoader
 from torch_geometric.data import Batch
@@ -179,8 +179,10 @@ def test_deleted_rows_are_stepped_over(tmp_path: Path) -> None:
     [
         (lambda atoms: atoms.arrays.pop("tags"), "row 1: the record has no tags"),
         (
-            lambda atoms: atoms.set_constraint(FixedPlane(0, (0, 0, 1))),
-            "constraint FixedPlane does not say which",
+            lambda atoms: atoms.set_constraint(
+                FixCartesianParametricRelations.from_expressions([0], [], ["0.0", "0.0", "0.0"])
+            ),
+            "constraint FixCartesianParametricRelations does not say which",
         ),
         (lambda atoms: atoms.calc.results.update(energy=float("nan")), "energy holds NaN"),
         (lambda atoms: atoms.set_tags(3), "atom 0 has tag 3"),

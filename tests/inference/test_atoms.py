@@ -136,7 +136,7 @@ def _infinite_cell() -> Atoms:
         (_infinite_cell(), "non-finite"),
         (Atoms("Cu", cell=[5, 5, 1e7], pbc=True), r"a lattice vector is 1e\+07 Å long"),
         (Atoms("CuTh", [[0, 0, 0], [2.5, 0, 0]]), r"atom 1 \(Th, Z = 90\).*1 to 89"),
-        (Atoms("X"), r"atom 0 \(X, Z = 0\)"),
+        (Atoms("X"), r"atom 0 \(X, a dummy atom, Z = 0\) is no element"),
     ],
 )
 def test_wrong_structures(atoms: Atoms, message: str) -> None:

@@ -64,7 +64,8 @@ def test_adsorption_energy_by_name(checkpoint: Path, tmp_path: Path) -> None:
         "adsorption_energy.py", "--checkpoint", checkpoint, *SLAB, "--adsorbate", "*CO",
         "--site", "fcc", "--steps", "2", "--out", "result", folder=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 3, done.stderr  # written, and not converged
+    assert done.stdout.splitlines()[-1].startswith("NOT converged")
     assert "nothing was subtracted" in done.stdout
     record = json.loads((tmp_path / "result" / "adsorption_energy.json").read_text())
     assert f"adsorption energy: {record['adsorption_energy_eV']:.4f} eV" in done.stdout
@@ -95,7 +96,7 @@ def test_an_earlier_result_is_kept(
     assert call("adsorption_energy", *arguments) == 2
     assert "already holds a result" in capsys.readouterr().err
     assert record.read_text() == "{}"
-    assert call("adsorption_energy", *arguments, "--overwrite") == 0
+    assert call("adsorption_energy", *arguments, "--overwrite") == 3
     assert json.loads(record.read_text())["adsorbate"] == "O"
 
 
@@ -133,11 +134,14 @@ def test_relax(
     write("system.extxyz", oxygen_on_copper)
     status = call(
         "relax", "--checkpoint", checkpoint, "--structure", "system.extxyz",
-        "--steps", "2", "--optimizer", "FIRE", "--out", "result",
+        "--steps", "2", "--optimizer", "FIRE", "--fmax", "1e-4", "--out", "result",
     )  # fmt: skip
-    assert status == 0
-    assert "adsorption energy:" in capsys.readouterr().out
+    assert status == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("adsorption energy:")
+    assert "NOT converged after 2 FIRE steps" in lines[-1]
     record = json.loads(Path("result/relaxation.json").read_text())
+    assert not record["converged"]
     assert record["optimizer"] == "FIRE"
     frames = read("result/relaxation.traj", ":")
     assert len(frames) == record["steps"] + 1
