@@ -1,7 +1,7 @@
 """Adsorption energy of an adsorbate on a slab with a trained EquiformerV2.
 
 Relaxes slab + adsorbate and prints the adsorption energy. With a model of total energies the clean slab is
-relaxed too, and slab and the adsorbate in vacuum are subtracted; with a model of adsorption energies nothing is.
+relaxed too, and it and the adsorbate in vacuum are subtracted; with a model of adsorption energies nothing is.
 
     python scripts/adsorption_energy.py --checkpoint model.pt --slab Pt111 --adsorbate CO --site ontop
     python scripts/adsorption_energy.py --checkpoint model.pt --slab slab.cif --adsorbate '*OH'
@@ -124,15 +124,15 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="vacuum|molecules|oc20|X=EV,Y=EV",
-        help="energy of the adsorbate by itself: relaxed in vacuum (default), per atom from the model's H2, H2O, "
-        "CO and N2, OC20's RPBE values (for OC20's total energies only), or eV per atom",
+        help="energy of the adsorbate by itself: relaxed in vacuum (default), per atom from the model's "
+        "H2, H2O, CO and N2, OC20's RPBE values (for OC20's total energies only), or eV per atom",
     )
 
     checks = parser.add_argument_group("anomalies")
     checks.add_argument(
         "--relax-clean-slab",
         action="store_true",
-        help="compare the surface with the relaxed clean slab (a second relaxation) instead of the initial one",
+        help="compare the surface with the relaxed clean slab (a second relaxation), not the initial one",
     )
 
     relaxation = parser.add_argument_group("relaxation")
@@ -144,14 +144,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-FOR_PLACING = ("size", "vacuum", "free_layers", "lattice_constant", "site", "position", "height", "binding_atom", "flat")  # fmt: skip
+FOR_PLACING = (
+    *("size", "vacuum", "free_layers", "lattice_constant"),
+    *("site", "position", "height", "binding_atom", "flat"),
+)
 """Options that build and place, which a whole system has behind it."""
 
 
 def _refuse_ignored(options: argparse.Namespace) -> None:
     """Raise `InputError` for options that the others make meaningless."""
     if options.system is not None:
-        given = [name for name in FOR_PLACING if getattr(options, name) not in (None, False)]
+        given = [
+            name
+            for name in FOR_PLACING
+            if (value := getattr(options, name)) is not None and value is not False
+        ]
         beside = "--system, which is slab and adsorbate already"
     else:
         given = ["adsorbate_indices"] if options.adsorbate_indices is not None else []
@@ -173,7 +180,8 @@ def _gas(given: list[str]) -> tuple[dict[str, float], str]:
             symbol, value = _gas_reference(part)
         except argparse.ArgumentTypeError:
             raise InputError(
-                f"--gas {part!r} is none of {', '.join(GAS_SOURCES)} or an element and an energy in eV, such as S=-4.1"
+                f"--gas {part!r} is none of {', '.join(GAS_SOURCES)} "
+                "or an element and an energy in eV, such as S=-4.1"
             ) from None
         if table.get(symbol, value) != value:
             raise InputError(f"--gas gives {symbol} twice, {table[symbol]:g} and {value:g} eV: give one")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import BaseCalculator, Calculator
+from ase.calculators.calculator import Calculator
 
 from equiformer2.errors import InputError
 from equiformer2.inference.anomalies import Anomaly, check_anomalies
@@ -25,6 +25,9 @@ from equiformer2.inference.relaxation import RelaxationResult, relax
 logger = logging.getLogger(__name__)
 
 ENERGY_KINDS = ("adsorption", "total")
+
+WRAPPERS = {"checkpoint", "dftd3", "harmonic", "loggingcalc", "mixing", "plumed", "qmmm", "singlepoint", "socketio.socketio", "test"}  # fmt: skip
+"""Modules of `ase.calculators` whose energies are of any kind, since they are another calculator's."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,8 @@ def adsorption_energy(
 
     With an adsorption-energy model the model's energy of the relaxed system is the result. With a
     total-energy model the relaxed clean slab (the same slab without its adsorbate, or `slab_energy`)
-    and the energy of the adsorbate by itself are subtracted: the same calculator's energy of it in vacuum, unless
-    `gas_references` says otherwise.
+    and the energy of the adsorbate by itself are subtracted: the same calculator's energy of it in vacuum,
+    unless `gas_references` says otherwise.
 
     Args:
         system: slab plus adsorbate; adsorbate atoms carry tag 2 (see `oc20_tags`), fixed atoms stay.
@@ -127,11 +130,11 @@ def adsorption_energy(
         energy_kind: "adsorption" or "total", for a calculator that does not say; must not contradict it.
         slab_energy: eV of the relaxed clean slab from the same method (total-energy models only).
         gas_references: eV per atom of every element of the adsorbate, or a source: "vacuum" (the adsorbate,
-            relaxed by itself; the default), "molecules" (per atom, from the calculator's H2, H2O, CO and N2) or
-            "oc20" (`OC20_GAS_REFERENCES`, for OC20's RPBE total energies only). Total-energy models only.
+            relaxed by itself; the default), "molecules" (per atom, from the calculator's H2, H2O, CO and N2)
+            or "oc20" (`OC20_GAS_REFERENCES`, for OC20's RPBE total energies only). Total-energy models only.
         gas_source: with a table, the source for the elements that it lacks ("molecules" or "oc20").
-        relax_clean_slab: compare the surface with the relaxed clean slab, as AdsorbML does. A total-energy model
-            relaxes it anyway; with an adsorption-energy model it costs a second relaxation by the model's
+        relax_clean_slab: compare the surface with the relaxed clean slab, as AdsorbML does. A total-energy
+            model relaxes it anyway; with an adsorption-energy model it costs a second relaxation by the model's
             forces. Without it the surface is compared with the initial slab.
         clean_slab: the relaxed clean slab, its atoms in the order of the system's; nothing is relaxed for the
             comparison then.
@@ -190,9 +193,7 @@ def adsorption_energy(
     if clean_slab is None and slab is not None:
         clean_slab = slab.atoms
     elif clean_slab is None and relax_clean_slab:
-        clean_slab = relax(
-            initial[~adsorbate], calculator, label="clean slab, geometry only", **settings
-        ).atoms
+        clean_slab = relax(initial[~adsorbate], calculator, label="clean slab (geometry)", **settings).atoms
         clean_slab.calc = None
     elif clean_slab is None:
         clean_slab, compared_with = initial[~adsorbate], "initial slab"
@@ -234,11 +235,8 @@ def resolve_energy_kind(calculator: Calculator, declared: str | None = None) -> 
 
 def _is_plain_ase(calculator: Calculator) -> bool:
     """Whether it is one of ASE's own, which give total energies, and wraps no other calculator."""
-    held: list[Any] = []
-    for value in vars(calculator).values():
-        held += value if isinstance(value, list | tuple) else [value]
-    own = type(calculator).__module__.startswith("ase.calculators.")
-    return own and not any(isinstance(value, BaseCalculator) for value in held)
+    package, _, module = type(calculator).__module__.rpartition("ase.calculators.")
+    return package == "" and bool(module) and module not in WRAPPERS
 
 
 def _with_adsorbate_tags(system: Atoms) -> Atoms:

@@ -1,8 +1,8 @@
 """Did the relaxation keep the adsorbate what and where it was?
 
 The four rules of OC20's `DetectTrajAnomaly` (fairchem-data-oc 1.0.2, `utils/flag_anomaly.py`), which its
-datasets and AdsorbML use: which atoms touch, before and after. An energy of a system with an anomaly is not the
-adsorption energy of the intended adsorbate. A verdict hangs on distances, so each comes with its margin.
+datasets and AdsorbML use: which atoms touch, before and after. An energy of a system with an anomaly is not
+the adsorption energy of the intended adsorbate. A verdict hangs on distances, so each comes with its margin.
 """
 
 import math
@@ -67,7 +67,7 @@ class Anomaly:
 def find_anomalies(
     initial: Atoms, final: Atoms, tags: np.ndarray, clean_slab: Atoms | None = None
 ) -> list[Anomaly]:
-    """The anomalies that are present; empty when the adsorbate is intact and bound and the slab kept its bonds.
+    """The anomalies that are present; none where the adsorbate is intact, bound and outside an unchanged slab.
 
     Arguments and errors are those of `check_anomalies`.
     """
@@ -179,7 +179,7 @@ def _verdict(name: str, present: bool, margin: float, yes: str, no: str) -> Anom
 
 
 def _gaps(first: Atoms, second: Atoms, factor: float) -> np.ndarray:
-    """`[A, B]` Å between the atoms beyond the distance at which they touch, nearest images; negative: touching.
+    """`[A, B]` Å between nearest images beyond the distance at which atoms touch; negative: touching.
 
     An atom and itself (`first` is `second`) are compared with its nearest periodic image.
     """

@@ -41,7 +41,7 @@ class PlacementOptions:
 
     def given(self) -> dict[str, object]:
         """The options that were set."""
-        return {name: value for name, value in vars(self).items() if value not in (None, False)}
+        return {name: value for name, value in vars(self).items() if value is not None and value is not False}
 
 
 def prepare_system(

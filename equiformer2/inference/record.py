@@ -207,11 +207,7 @@ def _constraints_by_mask(atoms: Atoms) -> list[FixConstraint]:
         described = all(hasattr(one, "todict") for one in atoms.constraints)
         logger.warning(
             f"relaxed.extxyz cannot hold {', '.join(sorted(partial))}: "
-            + (
-                "relaxation.traj has all constraints"
-                if described
-                else "nor can relaxation.traj, set them again"
-            )
+            + ("relaxation.traj has all constraints" if described else "nor can relaxation.traj")
         )
     return kept
 

@@ -1,7 +1,7 @@
 """The energy of the adsorbate by itself, which an adsorption energy of total energies subtracts.
 
-OC20's references are numbers of OC20's DFT; of any other calculator's energies they make nonsense. So they are used
-only where they are asked for by name, and the default is the calculator's own energy in vacuum.
+OC20's references are numbers of OC20's DFT; of any other calculator's energies they make nonsense. So they are
+used only where they are asked for by name, and the default is the calculator's own energy in vacuum.
 """
 
 import logging
@@ -89,8 +89,8 @@ def check_gas_references(adsorbate: Atoms, given: Mapping[str, float] | str | No
     if missing:
         raise InputError(
             f"there is no gas reference for {', '.join(missing)} of the adsorbate: "
-            f"give the energy per atom in eV, as in {missing[0]}=-1.23, or no reference at all for the energy of "
-            'the adsorbate in vacuum (OC20\'s H, O, C and N are used with "oc20" only)'
+            f"give the energy per atom in eV, as in {missing[0]}=-1.23, or no reference at all for the "
+            'energy of the adsorbate in vacuum (OC20\'s H, O, C and N are used with "oc20" only)'
         )
     wrong = [symbol for symbol in sorted(symbols & set(table)) if not math.isfinite(float(table[symbol]))]
     if wrong:
@@ -125,9 +125,8 @@ def gas_reference(
     needed = sorted(set(counts) - set(table))
     if needed:
         names = sorted({name for symbol in needed for name in _MOLECULES[symbol]})
-        relaxations = {
-            name: _relax_in_box(ase.build.molecule(name), name, calculator, settings) for name in names
-        }
+        for name in names:
+            relaxations[name] = _relax_in_box(ase.build.molecule(name), name, calculator, settings)
         own = _from_molecules({name: relaxation.energy for name, relaxation in relaxations.items()})
         table = {**{symbol: own[symbol] for symbol in needed}, **table}
     used = {symbol: float(table[symbol]) for symbol in sorted(counts)}
@@ -157,10 +156,9 @@ def _table(given: Mapping[str, float] | str | None, source: str) -> dict[str, fl
 
 
 def _in_vacuum(adsorbate: Atoms, calculator: Calculator, settings: dict[str, Any]) -> GasReference:
-    pieces = [piece for piece in _fragments(adsorbate)]
     relaxations: dict[str, RelaxationResult] = {}
     total = 0.0
-    for piece in pieces:
+    for piece in _fragments(adsorbate):
         name = str(piece.get_chemical_formula())
         same = sum(key.split(" #")[0] == name for key in relaxations)
         key = name if not same else f"{name} #{same + 1}"

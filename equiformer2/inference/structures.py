@@ -149,8 +149,8 @@ def place_adsorbate(
     """Slab plus adsorbate; the slab's tags and constraints are kept, adsorbate atoms get tag 2.
 
     The surface normal must be z. Neither the cell boundary nor the images of atoms in it matter: slab and
-    adsorbate are made whole first (`equiformer2.inference.whole`). The site is the one nearest to the middle of
-    the cell. A slab whose free atoms are at its bottom and whose top is held gets the adsorbate from below,
+    adsorbate are made whole first (`equiformer2.inference.whole`). The site is the one nearest to the middle
+    of the cell. A slab whose free atoms are at its bottom and whose top is held gets the adsorbate from below,
     turned over.
 
     Args:
@@ -164,8 +164,8 @@ def place_adsorbate(
             its first atom is at a bond length (sum of covalent radii) from the slab.
 
     Raises:
-        InputError: unknown site, a slab whose normal is not z or that has no vacuum, an adsorbate in pieces, a
-            height that is not above 0, a place where the adsorbate is nearer to the slab than a bond, or
+        InputError: unknown site, a slab whose normal is not z or that has no vacuum, an adsorbate in pieces,
+            a height that is not above 0, a place where the adsorbate is nearer to the slab than a bond, or
             reaches the next image of the slab or of itself.
     """
     if height is not None and not 0 < height < np.inf:
@@ -217,8 +217,8 @@ def _check_place(slab: Atoms, adsorbate: Atoms, binding_atom: int, gap: float, h
     told = "" if height is None else f" with the height {height:g} Å"
     if above[binding_atom] > gap / 2 or above.max() >= gap:
         raise InputError(
-            f"the adsorbate{told} reaches {above.max():.3g} Å above the slab, and its vacuum is {gap:.1f} Å, after "
-            "which the slab's periodic image follows: lower it or give a slab with more vacuum"
+            f"the adsorbate{told} reaches {above.max():.3g} Å above the slab, and its vacuum is {gap:.1f} Å, "
+            "after which the slab's periodic image follows: lower it or give a slab with more vacuum"
         )
     radii, others = covalent_radii[adsorbate.numbers], covalent_radii[slab.numbers]
     cell = slab.cell.array.copy()
@@ -228,9 +228,9 @@ def _check_place(slab: Atoms, adsorbate: Atoms, binding_atom: int, gap: float, h
     if short.min() < SHORTEST_BOND:
         a, b = np.unravel_index(short.argmin(), short.shape)
         raise InputError(
-            f"atom {a} ({symbols[a]}) of the adsorbate{told} would be {distance[a, b]:.2f} Å from slab atom {b} "
-            f"({metals[b]}), closer than a bond ({radii[a] + others[b]:.2f} Å apart): give a greater height or "
-            "another position"
+            f"atom {a} ({symbols[a]}) of the adsorbate{told} would be {distance[a, b]:.2f} Å from slab "
+            f"atom {b} ({metals[b]}), closer than a bond ({radii[a] + others[b]:.2f} Å): "
+            "give a greater height or another position"
         )
     if np.isfinite(gap):
         up = cell[2] if cell[2, 2] > 0 else -cell[2]
@@ -241,8 +241,8 @@ def _check_place(slab: Atoms, adsorbate: Atoms, binding_atom: int, gap: float, h
         if clear.min() < 0:
             a = int(np.unravel_index(clear.argmin(), clear.shape)[0])
             raise InputError(
-                f"atom {a} ({symbols[a]}) of the adsorbate{told} is {beyond[a].min():.2f} Å from the periodic image "
-                f"of the slab above it, whose vacuum is {gap:.1f} Å: give a slab with more vacuum"
+                f"atom {a} ({symbols[a]}) of the adsorbate{told} is {beyond[a].min():.2f} Å from the "
+                f"periodic image of the slab above it, whose vacuum is {gap:.1f} Å: give a slab with more vacuum"
             )
     shifts = [i * cell[0] + j * cell[1] for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
     for shift in shifts:
@@ -251,8 +251,8 @@ def _check_place(slab: Atoms, adsorbate: Atoms, binding_atom: int, gap: float, h
         if overlap.min() < SHORTEST_BOND:
             a, b = np.unravel_index(overlap.argmin(), overlap.shape)
             raise InputError(
-                f"the adsorbate meets its own periodic image: atoms {a} ({symbols[a]}) and {b} ({symbols[b]}) are "
-                f"{images[a, b]:.2f} Å apart: give a larger slab"
+                f"the adsorbate meets its own periodic image: atoms {a} ({symbols[a]}) and {b} "
+                f"({symbols[b]}) are {images[a, b]:.2f} Å apart: give a larger slab"
             )
 
 
@@ -303,7 +303,7 @@ def _site_position(slab: Atoms, site: str) -> np.ndarray:
         across = slab.cell.array[:2, :2]
         cells = np.round(np.linalg.solve(across.T, (middle - highest).T).T)
         candidates = [
-            xy + (n + (i, j)) @ across
+            xy + (n + np.array([i, j])) @ across
             for xy, n in zip(highest, cells, strict=True)
             for i in (-1, 0, 1)
             for j in (-1, 0, 1)

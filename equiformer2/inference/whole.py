@@ -47,8 +47,8 @@ def whole_molecule(molecule: Atoms, name: str) -> Atoms:
         symbols = molecule.get_chemical_symbols()
         raise InputError(
             f"{name} is not one molecule: atom {b} ({symbols[b]}) and those bound to it are "
-            f"{np.linalg.norm(vectors[a, b]):.2f} Å from the nearest other atom, {a} ({symbols[a]}), which is no "
-            "bond: give a single molecule, whole or with the cell that it was wrapped into"
+            f"{np.linalg.norm(vectors[a, b]):.2f} Å from the nearest other atom, {a} ({symbols[a]}), "
+            "which is no bond: give a single molecule, whole or with the cell that it was wrapped into"
         )
     whole = molecule.copy()
     for a, b in order:
