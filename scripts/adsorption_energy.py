@@ -1,7 +1,7 @@
 """Adsorption energy of an adsorbate on a slab with a trained EquiformerV2.
 
 Relaxes slab + adsorbate and prints the adsorption energy. With a model of total energies the clean slab is
-relaxed too, and it and the adsorbate in vacuum are subtracted; with a model of adsorption energies nothing is.
+relaxed too, and it and the adsorbate in vacuum are subtracted; with one of adsorption energies nothing is.
 
     python scripts/adsorption_energy.py --checkpoint model.pt --slab Pt111 --adsorbate CO --site ontop
     python scripts/adsorption_energy.py --checkpoint model.pt --slab slab.cif --adsorbate '*OH'

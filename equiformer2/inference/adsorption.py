@@ -26,7 +26,10 @@ logger = logging.getLogger(__name__)
 
 ENERGY_KINDS = ("adsorption", "total")
 
-WRAPPERS = {"checkpoint", "dftd3", "harmonic", "loggingcalc", "mixing", "plumed", "qmmm", "singlepoint", "socketio.socketio", "test"}  # fmt: skip
+WRAPPERS = {
+    *("checkpoint", "dftd3", "harmonic", "loggingcalc", "mixing", "plumed"),
+    *("qmmm", "singlepoint", "socketio.socketio", "test"),
+}
 """Modules of `ase.calculators` whose energies are of any kind, since they are another calculator's."""
 
 

@@ -67,7 +67,7 @@ class Anomaly:
 def find_anomalies(
     initial: Atoms, final: Atoms, tags: np.ndarray, clean_slab: Atoms | None = None
 ) -> list[Anomaly]:
-    """The anomalies that are present; none where the adsorbate is intact, bound and outside an unchanged slab.
+    """The anomalies that are present; none where it is intact and bound and the slab kept its bonds.
 
     Arguments and errors are those of `check_anomalies`.
     """

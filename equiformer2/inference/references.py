@@ -1,6 +1,6 @@
 """The energy of the adsorbate by itself, which an adsorption energy of total energies subtracts.
 
-OC20's references are numbers of OC20's DFT; of any other calculator's energies they make nonsense. So they are
+OC20's references are numbers of OC20's DFT; of another calculator's energies they make nonsense. So they are
 used only where they are asked for by name, and the default is the calculator's own energy in vacuum.
 """
 

@@ -150,8 +150,8 @@ def place_adsorbate(
 
     The surface normal must be z. Neither the cell boundary nor the images of atoms in it matter: slab and
     adsorbate are made whole first (`equiformer2.inference.whole`). The site is the one nearest to the middle
-    of the cell. A slab whose free atoms are at its bottom and whose top is held gets the adsorbate from below,
-    turned over.
+    of the cell. A slab whose free atoms are at its bottom and whose top is held gets the adsorbate from
+    below, turned over.
 
     Args:
         slab: clean slab, its atoms tagged 0 or 1.
@@ -242,7 +242,7 @@ def _check_place(slab: Atoms, adsorbate: Atoms, binding_atom: int, gap: float, h
             a = int(np.unravel_index(clear.argmin(), clear.shape)[0])
             raise InputError(
                 f"atom {a} ({symbols[a]}) of the adsorbate{told} is {beyond[a].min():.2f} Å from the "
-                f"periodic image of the slab above it, whose vacuum is {gap:.1f} Å: give a slab with more vacuum"
+                f"periodic image of the slab above it, whose vacuum is {gap:.1f} Å: give more vacuum"
             )
     shifts = [i * cell[0] + j * cell[1] for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
     for shift in shifts:

@@ -13,8 +13,8 @@ from inference_helpers import KindedEMT
 from equiformer2.errors import InputError
 from equiformer2.inference import adsorption_energy, relax
 from equiformer2.inference.adsorption import resolve_energy_kind
-from equiformer2.inference.references import OC20_GAS_REFERENCES
 from equiformer2.inference.anomalies import find_anomalies
+from equiformer2.inference.references import OC20_GAS_REFERENCES
 from equiformer2.inference.structures import build_adsorbate, build_slab, place_adsorbate
 
 FMAX = 0.02

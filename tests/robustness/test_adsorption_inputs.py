@@ -114,10 +114,18 @@ def _without_cell() -> Atoms:
 # id, adsorbate file, what the message names
 PIECES = [
     ("torn, no cell", _without_cell(), r"ads\.traj is not one molecule: atom 1 \(O\).*13\.8\d Å"),
-    ("two molecules", Atoms("OHOH", [[0, 0, 0], [0, 0, 1], [6, 0, 0], [6, 0, 1]], cell=[20] * 3, pbc=True), "one mole"),
+    (
+        "two molecules",
+        Atoms("OHOH", [[0, 0, 0], [0, 0, 1], [6, 0, 0], [6, 0, 1]], cell=[20] * 3, pbc=True),
+        "one mole",
+    ),
     ("a crystal", bulk("Cu", cubic=True), r"ads\.traj is bound to its own periodic image"),
-    ("a chain", Atoms("C4", [[1.3 * i, 0, 0] for i in range(4)], cell=[5.2, 10, 10], pbc=True), "own periodic image"),
-]  # fmt: skip
+    (
+        "a chain",
+        Atoms("C4", [[1.3 * i, 0, 0] for i in range(4)], cell=[5.2, 10, 10], pbc=True),
+        "own periodic image",
+    ),
+]
 
 
 @pytest.mark.parametrize(("gas", "message"), [case[1:] for case in PIECES], ids=[c[0] for c in PIECES])
@@ -231,8 +239,13 @@ REFUSED: list[tuple[str, Atoms, dict[str, Any], str]] = [
     ("height inf", SLAB, {"height": float("inf")}, "height is inf"),
     ("height 1", SLAB, {"height": 1.0}, r"1\.00 Å from slab atom \d+ \(Cu\), closer than a bond"),
     ("position nan", SLAB, {"position": (float("nan"), 0.0)}, "position"),
-    ("larger than the cell", fcc111("Cu", (1, 1, 4), vacuum=8, periodic=True), {"adsorbate": "C6H6"}, "own periodic"),
-]  # fmt: skip
+    (
+        "larger than the cell",
+        fcc111("Cu", (1, 1, 4), vacuum=8, periodic=True),
+        {"adsorbate": "C6H6"},
+        "own periodic",
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +270,7 @@ def test_verdicts_are_those_of_the_detector(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", [name for name in EXPECTED["trajectories"] if name.startswith("oc20_trajs")])
 def test_verdicts_of_the_bundled_relaxations(name: str) -> None:
-    lines = lzma.open(ROOT / "data" / name, "rt").read().splitlines(keepends=True)
+    lines = lzma.decompress((ROOT / "data" / name).read_bytes()).decode().splitlines(keepends=True)
     size = int(lines[0]) + 2
     first, last = (read(StringIO("".join(part)), format="extxyz") for part in (lines[:size], lines[-size:]))
     found = check_anomalies(first, last, first.get_tags())
@@ -272,7 +285,9 @@ MARGINS = [
 ]
 
 
-@pytest.mark.parametrize(("height", "present", "margin", "borderline"), [c[1:] for c in MARGINS], ids=[c[0] for c in MARGINS])  # fmt: skip
+@pytest.mark.parametrize(
+    ("height", "present", "margin", "borderline"), [c[1:] for c in MARGINS], ids=[c[0] for c in MARGINS]
+)
 def test_margin_of_desorption(height: float, present: bool, margin: float, borderline: bool) -> None:
     start = place_adsorbate(SLAB, *build_adsorbate("CO"))
     end = start.copy()
@@ -317,11 +332,23 @@ GAS: list[tuple[str, str, dict[str, Any], Callable[[], float], str]] = [
     ("default: the molecule", "CO", {}, lambda: _energy_in_vacuum(molecule("CO")), "vacuum"),
     ("default: an atom", "O", {}, lambda: _energy_in_vacuum(Atoms("O")), "vacuum"),
     ("by name", "H", {"gas_references": "vacuum"}, lambda: _energy_in_vacuum(Atoms("H")), "vacuum"),
-    ("from molecules", "H", {"gas_references": "molecules"}, lambda: _energy_in_vacuum(molecule("H2")) / 2, "molecules"),
+    (
+        "from molecules",
+        "H",
+        {"gas_references": "molecules"},
+        lambda: _energy_in_vacuum(molecule("H2")) / 2,
+        "molecules",
+    ),
     ("OC20's when asked", "CO", {"gas_references": "oc20"}, lambda: -7.282 - 7.204, "oc20"),
     ("given", "CO", {"gas_references": {"C": -1.0, "O": -2.0}}, lambda: -3.0, "given"),
-    ("given and OC20's", "CO", {"gas_references": {"C": -1.0}, "gas_source": "oc20"}, lambda: -8.204, "oc20 and given"),
-]  # fmt: skip
+    (
+        "given and OC20's",
+        "CO",
+        {"gas_references": {"C": -1.0}, "gas_source": "oc20"},
+        lambda: -8.204,
+        "oc20 and given",
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -360,7 +387,9 @@ GAS_REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("adsorbate", "options", "message"), [c[1:] for c in GAS_REFUSED], ids=[c[0] for c in GAS_REFUSED])  # fmt: skip
+@pytest.mark.parametrize(
+    ("adsorbate", "options", "message"), [c[1:] for c in GAS_REFUSED], ids=[c[0] for c in GAS_REFUSED]
+)
 def test_gas_references_that_are_none(adsorbate: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         _gas_energy(adsorbate, **options)
@@ -453,11 +482,15 @@ IGNORED = [
     ("--height", ["--system", "s.traj", "--height", "2", "--flat"], "--height, --flat would be ignored"),
     ("--size", ["--system", "s.traj", "--size", "2x2x2"], "--size would be ignored"),
     ("--binding-atom 0", ["--system", "s.traj", "--binding-atom", "0"], "--binding-atom would be ignored"),
-    ("--adsorbate-indices", ["--slab", "Pt111", "--adsorbate", "O", "--adsorbate-indices", "1"], "--adsorbate-indices"),
+    (
+        "--adsorbate-indices",
+        ["--slab", "Pt111", "--adsorbate", "O", "--adsorbate-indices", "1"],
+        "--adsorbate-indices",
+    ),
     ("--gas twice", ["--system", "s.traj", "--gas", "oc20", "--gas", "molecules"], "molecules and oc20"),
     ("--gas X=", ["--system", "s.traj", "--gas", "Xx=1"], "'Xx=1' is none of vacuum, molecules, oc20"),
     ("--gas O twice", ["--system", "s.traj", "--gas", "O=-1,O=-2"], "gives O twice"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [c[1:] for c in IGNORED], ids=[c[0] for c in IGNORED])
