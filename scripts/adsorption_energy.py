@@ -1,7 +1,7 @@
 """Adsorption energy of an adsorbate on a slab with a trained EquiformerV2.
 
 Relaxes slab + adsorbate and prints the adsorption energy. With a model of total energies the clean slab is
-relaxed too, and slab and gas references are subtracted; with a model of adsorption energies nothing is.
+relaxed too, and it and the adsorbate in vacuum are subtracted; with one of adsorption energies nothing is.
 
     python scripts/adsorption_energy.py --checkpoint model.pt --slab Pt111 --adsorbate CO --site ontop
     python scripts/adsorption_energy.py --checkpoint model.pt --slab slab.cif --adsorbate '*OH'
@@ -28,6 +28,7 @@ from equiformer2.inference.record import (
     model_record,
     write_adsorption_record,
 )
+from equiformer2.inference.references import GAS_SOURCES
 from equiformer2.inference.relaxation import OPTIMIZERS
 from equiformer2.script import add_model_arguments, run_script, show_log
 
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     if (options.system is None) == (options.slab is None or options.adsorbate is None):
         raise InputError("give either --system, or --slab and --adsorbate")
+    _refuse_ignored(options)
+    gas, source = _gas(options.gas)
     show_log()
     if options.system is not None:
         system = load_system(options.system, options.adsorbate_indices)
@@ -61,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         system,
         calculator,
         slab_energy=options.slab_energy,
-        gas_references=dict(options.gas_reference),
+        gas_references={**gas, **dict(options.gas_reference)},
+        gas_source=source,
+        relax_clean_slab=options.relax_clean_slab,
         optimizer=options.optimizer,
         fmax=options.fmax,
         steps=options.steps,
@@ -112,7 +117,22 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="X=EV",
-        help="eV per atom of element X; H, O, C and N default to OC20's RPBE values",
+        help="eV per atom of element X; give every element of the adsorbate",
+    )
+    references.add_argument(
+        "--gas",
+        action="append",
+        default=[],
+        metavar="vacuum|molecules|oc20|X=EV,Y=EV",
+        help="energy of the adsorbate by itself: relaxed in vacuum (default), per atom from the model's "
+        "H2, H2O, CO and N2, OC20's RPBE values (for OC20's total energies only), or eV per atom",
+    )
+
+    checks = parser.add_argument_group("anomalies")
+    checks.add_argument(
+        "--relax-clean-slab",
+        action="store_true",
+        help="compare the surface with the relaxed clean slab (a second relaxation), not the initial one",
     )
 
     relaxation = parser.add_argument_group("relaxation")
@@ -122,6 +142,53 @@ def _parser() -> argparse.ArgumentParser:
     relaxation.add_argument("--out", default="runs/adsorption_energy", help="output folder")
     relaxation.add_argument("--overwrite", action="store_true", help="replace an earlier result in --out")
     return parser
+
+
+FOR_PLACING = (
+    *("size", "vacuum", "free_layers", "lattice_constant"),
+    *("site", "position", "height", "binding_atom", "flat"),
+)
+"""Options that build and place, which a whole system has behind it."""
+
+
+def _refuse_ignored(options: argparse.Namespace) -> None:
+    """Raise `InputError` for options that the others make meaningless."""
+    if options.system is not None:
+        given = [
+            name
+            for name in FOR_PLACING
+            if (value := getattr(options, name)) is not None and value is not False
+        ]
+        beside = "--system, which is slab and adsorbate already"
+    else:
+        given = ["adsorbate_indices"] if options.adsorbate_indices is not None else []
+        beside = "--slab and --adsorbate, which say what is the adsorbate"
+    if given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise InputError(f"{names} would be ignored beside {beside}: leave it out")
+
+
+def _gas(given: list[str]) -> tuple[dict[str, float], str]:
+    """Energies per atom and source of `--gas`."""
+    table: dict[str, float] = {}
+    sources: list[str] = []
+    for part in (part.strip() for text in given for part in text.split(",")):
+        if part in GAS_SOURCES:
+            sources.append(part)
+            continue
+        try:
+            symbol, value = _gas_reference(part)
+        except argparse.ArgumentTypeError:
+            raise InputError(
+                f"--gas {part!r} is none of {', '.join(GAS_SOURCES)} "
+                "or an element and an energy in eV, such as S=-4.1"
+            ) from None
+        if table.get(symbol, value) != value:
+            raise InputError(f"--gas gives {symbol} twice, {table[symbol]:g} and {value:g} eV: give one")
+        table[symbol] = value
+    if len(set(sources)) > 1:
+        raise InputError(f"--gas {' and '.join(sorted(set(sources)))} were both given: give one of them")
+    return table, sources[0] if sources else "vacuum"
 
 
 def _size(text: str) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ Which of the two a model is comes from its checkpoint and is never guessed.
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +17,20 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 
 from equiformer2.errors import InputError
-from equiformer2.inference.anomalies import find_anomalies
+from equiformer2.inference.anomalies import Anomaly, check_anomalies
 from equiformer2.inference.atoms import ADSORBATE, check_atoms, fixed_mask, oc20_tags
+from equiformer2.inference.references import GasReference, check_gas_references, gas_reference
 from equiformer2.inference.relaxation import RelaxationResult, relax
 
 logger = logging.getLogger(__name__)
 
-OC20_GAS_REFERENCES = {"H": -3.477, "O": -7.204, "C": -7.282, "N": -8.083}
-"""eV per atom, from H2, H2O, CO and N2 with OC20's own DFT settings (VASP, RPBE); Chanussot et al. 2021."""
-
 ENERGY_KINDS = ("adsorption", "total")
+
+WRAPPERS = {
+    *("checkpoint", "dftd3", "harmonic", "loggingcalc", "mixing", "plumed"),
+    *("qmmm", "singlepoint", "socketio.socketio", "test"),
+}
+"""Modules of `ase.calculators` whose energies are of any kind, since they are another calculator's."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +41,36 @@ class AdsorptionResult:
         energy: the adsorption energy, eV (negative: bound).
         energy_kind: what the model predicts, "adsorption" or "total".
         terms: eV; for a total-energy model "slab_and_adsorbate", "slab" and "gas" (the sum subtracted).
-        gas_references: eV per atom of the elements used (total-energy models only).
+        gas: what was subtracted for the adsorbate and where it is from (total-energy models only).
         initial: slab plus adsorbate before the relaxation, with OC20 tags.
         system: relaxation of slab plus adsorbate.
         slab: relaxation of the clean slab (total-energy models without a given slab energy).
-        anomalies: sentences, see `equiformer2.inference.anomalies`.
+        anomaly_checks: the verdict of every rule, see `equiformer2.inference.anomalies`.
+        clean_slab: the slab with which the surface was compared; where it was relaxed with the forces of an
+            adsorption-energy model it has no energy, since that would have no meaning.
+        compared_with: `clean_slab` in words: "initial slab" or "relaxed clean slab".
     """
 
     energy: float
     energy_kind: str
     terms: dict[str, float]
-    gas_references: dict[str, float]
+    gas: GasReference | None
     initial: Atoms
     system: RelaxationResult
     slab: RelaxationResult | None
-    anomalies: list[str] = field(default_factory=list)
+    clean_slab: Atoms
+    compared_with: str
+    anomaly_checks: list[Anomaly] = field(default_factory=list)
+
+    @property
+    def anomalies(self) -> list[Anomaly]:
+        """The anomalies that are present."""
+        return [anomaly for anomaly in self.anomaly_checks if anomaly.present]
+
+    @property
+    def gas_references(self) -> dict[str, float]:
+        """The gas references used, eV per atom; empty without, and with the adsorbate in vacuum."""
+        return {} if self.gas is None else self.gas.per_atom
 
     @property
     def adsorbate_formula(self) -> str:
@@ -62,7 +80,8 @@ class AdsorptionResult:
     @property
     def converged(self) -> bool:
         """Whether every relaxation reached its threshold."""
-        return self.system.converged and (self.slab is None or self.slab.converged)
+        others = [part.converged for part in (self.slab, self.gas) if part is not None]
+        return self.system.converged and all(others)
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for a JSON record."""
@@ -71,9 +90,15 @@ class AdsorptionResult:
             "model_energy_kind": self.energy_kind,
             "terms_eV": self.terms,
             "gas_references_eV_per_atom": self.gas_references,
+            "gas": None if self.gas is None else self.gas.summary(),
             "adsorbate": self.adsorbate_formula,
             "converged": self.converged,
-            "anomalies": self.anomalies,
+            "max_force_eV_A": self.system.max_force,
+            "anomalies": [{**anomaly.summary(), "sentence": anomaly.sentence} for anomaly in self.anomalies],
+            "anomaly_checks": [
+                {**anomaly.summary(), "present": anomaly.present} for anomaly in self.anomaly_checks
+            ],
+            "surface_compared_with": self.compared_with,
             "system": self.system.summary(),
             "slab": None if self.slab is None else self.slab.summary(),
         }
@@ -85,7 +110,10 @@ def adsorption_energy(
     *,
     energy_kind: str | None = None,
     slab_energy: float | None = None,
-    gas_references: Mapping[str, float] | None = None,
+    gas_references: Mapping[str, float] | str | None = None,
+    gas_source: str = "vacuum",
+    relax_clean_slab: bool = False,
+    clean_slab: Atoms | None = None,
     optimizer: str = "LBFGS",
     fmax: float = 0.05,
     steps: int = 300,
@@ -96,15 +124,23 @@ def adsorption_energy(
 
     With an adsorption-energy model the model's energy of the relaxed system is the result. With a
     total-energy model the relaxed clean slab (the same slab without its adsorbate, or `slab_energy`)
-    and the gas references of the adsorbate's atoms are subtracted.
+    and the energy of the adsorbate by itself are subtracted: the same calculator's energy of it in vacuum,
+    unless `gas_references` says otherwise.
 
     Args:
         system: slab plus adsorbate; adsorbate atoms carry tag 2 (see `oc20_tags`), fixed atoms stay.
         calculator: an ASE calculator; its `energy_kind` says what it predicts.
         energy_kind: "adsorption" or "total", for a calculator that does not say; must not contradict it.
         slab_energy: eV of the relaxed clean slab from the same method (total-energy models only).
-        gas_references: eV per atom by element, beside or instead of `OC20_GAS_REFERENCES`, which hold for
-            OC20's RPBE energies only (total-energy models only).
+        gas_references: eV per atom of every element of the adsorbate, or a source: "vacuum" (the adsorbate,
+            relaxed by itself; the default), "molecules" (per atom, from the calculator's H2, H2O, CO and N2)
+            or "oc20" (`OC20_GAS_REFERENCES`, for OC20's RPBE total energies only). Total-energy models only.
+        gas_source: with a table, the source for the elements that it lacks ("molecules" or "oc20").
+        relax_clean_slab: compare the surface with the relaxed clean slab, as AdsorbML does. A total-energy
+            model relaxes it anyway; with an adsorption-energy model it costs a second relaxation by the model's
+            forces. Without it the surface is compared with the initial slab.
+        clean_slab: the relaxed clean slab, its atoms in the order of the system's; nothing is relaxed for the
+            comparison then.
         optimizer, fmax, steps, progress: as in `relax`.
         folder: where `relaxation.traj` (and `slab.traj`) go; nothing is written if None.
 
@@ -113,7 +149,11 @@ def adsorption_energy(
             an element without a gas reference, no adsorbate atoms, and what `relax` raises.
     """
     kind = resolve_energy_kind(calculator, energy_kind)
-    if kind == "adsorption" and (slab_energy is not None or gas_references):
+    if isinstance(gas_references, str):
+        gas_references, gas_source, asked = None, gas_references, True
+    else:
+        asked = gas_source != "vacuum"
+    if kind == "adsorption" and (asked or slab_energy is not None or gas_references):
         raise InputError(
             "the model predicts adsorption energies, which already have slab and gas references subtracted: "
             "leave out the slab energy and the gas references"
@@ -123,7 +163,10 @@ def adsorption_energy(
     check_atoms(system)
     initial = _with_adsorbate_tags(system)
     adsorbate = initial.get_tags() == ADSORBATE
-    used = _gas_references(initial[adsorbate], gas_references) if kind == "total" else {}
+    if kind == "total":
+        check_gas_references(initial[adsorbate], gas_references, gas_source)
+    if clean_slab is not None and not np.array_equal(clean_slab.numbers, initial.numbers[~adsorbate]):
+        raise InputError("the clean slab's atoms are not those of the system's slab in the same order")
 
     settings: dict[str, Any] = {"optimizer": optimizer, "fmax": fmax, "steps": steps, "progress": progress}
     relaxed = relax(
@@ -134,7 +177,7 @@ def adsorption_energy(
         **settings,
     )
     terms: dict[str, float] = {}
-    slab = None
+    slab = gas = None
     energy = relaxed.energy
     if kind == "total":
         if slab_energy is None:
@@ -146,18 +189,28 @@ def adsorption_energy(
                 **settings,
             )
             slab_energy = slab.energy
-        gas = sum(used[symbol] for symbol in initial[adsorbate].get_chemical_symbols())
-        energy = relaxed.energy - slab_energy - gas
-        terms = {"slab_and_adsorbate": relaxed.energy, "slab": slab_energy, "gas": gas}
+        gas = gas_reference(initial[adsorbate], calculator, gas_references, gas_source, settings)
+        energy = relaxed.energy - slab_energy - gas.energy
+        terms = {"slab_and_adsorbate": relaxed.energy, "slab": slab_energy, "gas": gas.energy}
+    compared_with = "relaxed clean slab"
+    if clean_slab is None and slab is not None:
+        clean_slab = slab.atoms
+    elif clean_slab is None and relax_clean_slab:
+        clean_slab = relax(initial[~adsorbate], calculator, label="clean slab (geometry)", **settings).atoms
+        clean_slab.calc = None
+    elif clean_slab is None:
+        clean_slab, compared_with = initial[~adsorbate], "initial slab"
     return AdsorptionResult(
         energy=energy,
         energy_kind=kind,
         terms=terms,
-        gas_references=used,
+        gas=gas,
         initial=initial,
         system=relaxed,
         slab=slab,
-        anomalies=find_anomalies(initial, relaxed.atoms, initial.get_tags()),
+        clean_slab=clean_slab,
+        compared_with=compared_with,
+        anomaly_checks=check_anomalies(initial, relaxed.atoms, initial.get_tags(), clean_slab),
     )
 
 
@@ -169,10 +222,10 @@ def resolve_energy_kind(calculator: Calculator, declared: str | None = None) -> 
     """
     if declared is not None and declared not in ENERGY_KINDS:
         raise InputError(f"the energy kind {declared!r} is unknown: use one of {', '.join(ENERGY_KINDS)}")
-    own = getattr(calculator, "energy_kind", None)
+    own = getattr(calculator, "energy_kind", "total" if _is_plain_ase(calculator) else None)
     if own is None and declared is None:
         raise InputError(
-            "the checkpoint does not say whether it predicts adsorption or total energies: "
+            "the calculator or checkpoint does not say whether it predicts adsorption or total energies: "
             'declare it with energy kind "adsorption" or "total"'
         )
     if own is not None and declared is not None and own != declared:
@@ -181,6 +234,12 @@ def resolve_energy_kind(calculator: Calculator, declared: str | None = None) -> 
             "drop the declaration or use another checkpoint"
         )
     return str(own if own is not None else declared)
+
+
+def _is_plain_ase(calculator: Calculator) -> bool:
+    """Whether it is one of ASE's own, which give total energies, and wraps no other calculator."""
+    package, _, module = type(calculator).__module__.rpartition("ase.calculators.")
+    return package == "" and bool(module) and module not in WRAPPERS
 
 
 def _with_adsorbate_tags(system: Atoms) -> Atoms:
@@ -208,22 +267,6 @@ def _with_adsorbate_tags(system: Atoms) -> Atoms:
     system = system.copy()
     system.set_tags(tags)
     return system
-
-
-def _gas_references(adsorbate: Atoms, given: Mapping[str, float] | None) -> dict[str, float]:
-    known = {**OC20_GAS_REFERENCES, **(given or {})}
-    counts = Counter(adsorbate.get_chemical_symbols())
-    missing = sorted(set(counts) - set(known))
-    if missing:
-        raise InputError(
-            f"there is no gas reference for {', '.join(missing)} of the adsorbate: "
-            f"give the energy per atom in eV, as in {missing[0]}=-1.23"
-        )
-    used = {symbol: float(known[symbol]) for symbol in sorted(counts)}
-    wrong = [symbol for symbol, value in used.items() if not math.isfinite(value)]
-    if wrong:
-        raise InputError(f"the gas reference of {wrong[0]} is not a finite energy: give eV per atom")
-    return used
 
 
 def _inside(folder: str | Path | None, name: str) -> Path | None:

@@ -10,6 +10,7 @@ from equiformer2.errors import InputError
 from equiformer2.inference.atoms import ADSORBATE, check_atoms, oc20_tags
 from equiformer2.inference.files import read_structure
 from equiformer2.inference.structures import build_adsorbate, build_slab, lowest_atom, place_adsorbate
+from equiformer2.inference.whole import whole_molecule
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class PlacementOptions:
 
     def given(self) -> dict[str, object]:
         """The options that were set."""
-        return {name: value for name, value in vars(self).items() if value not in (None, False)}
+        return {name: value for name, value in vars(self).items() if value is not None and value is not False}
 
 
 def prepare_system(
@@ -68,6 +69,7 @@ def prepare_system(
             raise InputError(f"{adsorbate} is a file and keeps its orientation: leave out flat")
         molecule = read_structure(adsorbate)
         check_atoms(molecule)
+        molecule = whole_molecule(molecule, adsorbate)
         binding_atom = lowest_atom(molecule, placement.binding_atom, adsorbate)
     else:
         molecule, binding_atom = build_adsorbate(

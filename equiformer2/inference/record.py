@@ -133,18 +133,32 @@ def adsorption_report(result: AdsorptionResult) -> str:
             "nothing was subtracted"
         )
     else:
-        gas = ", ".join(f"{symbol} {value:g}" for symbol, value in result.gas_references.items())
+        assert result.gas is not None  # total energies always have one
+        per_atom = ", ".join(f"{symbol} {value:.4f}" for symbol, value in result.gas_references.items())
+        gas = result.gas.label + (f"; eV per atom: {per_atom}" if per_atom else "")
         lines += [
             "  the model predicts total energies:",
             f"    slab + adsorbate {result.terms['slab_and_adsorbate']:16.4f} eV",
             f"  - clean slab       {result.terms['slab']:16.4f} eV",
-            f"  - gas references   {result.terms['gas']:16.4f} eV  (eV per atom: {gas})",
+            f"  - gas references   {result.terms['gas']:16.4f} eV  ({gas})",
         ]
     for name, relaxation in (("slab + adsorbate", system), ("clean slab", result.slab)):
         if relaxation is not None:
             lines.append(f"{name}: {relaxation.outcome()}")
-    lines += [f"WARNING: {anomaly}" for anomaly in result.anomalies]
+    lines.append(f"surface compared with the {result.compared_with}")
+    lines += anomaly_lines(result)
     return "\n".join(lines)
+
+
+def anomaly_lines(result: AdsorptionResult) -> list[str]:
+    """A WARNING per anomaly with its margin, and a note where an absent one is only just absent."""
+    lines = []
+    for verdict in result.anomaly_checks:
+        if verdict.present:
+            lines.append(f"WARNING: {verdict} [{verdict.name}, margin {verdict.margin:.3f} Å]")
+        elif verdict.borderline:
+            lines.append(f"note: {verdict} [not {verdict.name}, margin {verdict.margin:.3f} Å]")
+    return lines
 
 
 def _names(result: AdsorptionResult) -> str:
@@ -189,8 +203,11 @@ def _constraints_by_mask(atoms: Atoms) -> list[FixConstraint]:
         and not (isinstance(one, known) and held[one.index].all())
     }
     if partial:
+        # ASE's trajectory keeps the constraints only if every one of them can describe itself.
+        described = all(hasattr(one, "todict") for one in atoms.constraints)
         logger.warning(
-            f"relaxed.extxyz cannot hold {', '.join(sorted(partial))}: relaxation.traj has all constraints"
+            f"relaxed.extxyz cannot hold {', '.join(sorted(partial))}: "
+            + ("relaxation.traj has all constraints" if described else "nor can relaxation.traj")
         )
     return kept
 

@@ -32,11 +32,14 @@ class RelaxationResult:
     """Outcome of `relax`.
 
     Attributes:
-        atoms: last structure, with its energy and forces attached.
+        atoms: last structure, with the calculator's energy and forces attached. Its constraints are kept, so
+            `atoms.get_potential_energy()` adds the energy of a restraint (`Hookean`, …), once; with
+            `apply_constraint=False` it is `energy`.
         converged: whether the largest force on a free atom is below `fmax`.
         steps: optimiser steps taken.
         energies: `[steps + 1]` eV, from the start structure to the last; None where it was not evaluated.
-        max_forces: `[steps + 1]` eV/Å, largest force on a free atom.
+            They are the calculator's, without the energy of restraints.
+        max_forces: `[steps + 1]` eV/Å, largest force on a free atom, restraints included.
         fmax: threshold, eV/Å.
         optimizer: name of the optimiser.
         seconds: wall time.
@@ -59,6 +62,11 @@ class RelaxationResult:
         return energy
 
     @property
+    def restraint_energy(self) -> float:
+        """Energy of restraints (`Hookean`, `ExternalForce`, …) at the last structure, eV; not in `energy`."""
+        return restraint_energy(self.atoms)
+
+    @property
     def max_force(self) -> float:
         """Largest force on a free atom of the last structure, eV/Å."""
         return self.max_forces[-1]
@@ -77,6 +85,7 @@ class RelaxationResult:
             "formula": self.atoms.get_chemical_formula(),
             "energy_eV": self.energy,
             "initial_energy_eV": self.energies[0],
+            "restraint_energy_eV": self.restraint_energy,
             "max_force_eV_A": self.max_force,
             "converged": self.converged,
             "steps": self.steps,
@@ -180,6 +189,17 @@ def relax(
     return result
 
 
+def restraint_energy(atoms: Atoms) -> float:
+    """Sum of the energies that constraints add to the calculator's, eV (`Hookean`, `ExternalForce`, …)."""
+    return float(
+        sum(
+            constraint.adjust_potential_energy(atoms)
+            for constraint in atoms.constraints
+            if hasattr(constraint, "adjust_potential_energy")
+        )
+    )
+
+
 def _check_settings(
     optimizer: str, fmax: float, steps: int, trajectory: str | Path | None, energy_every: int
 ) -> None:
@@ -206,7 +226,8 @@ def _write_frame(writer: TrajectoryWriter, atoms: Atoms, path: str | Path | None
 
 
 def _finite_energy(atoms: Atoms, step: int) -> float:
-    energy = float(atoms.get_potential_energy())
+    # The result is the model's energy; a restraint (`Hookean`, …) acts through the forces alone.
+    energy = float(atoms.get_potential_energy(apply_constraint=False))
     if not math.isfinite(energy):
         raise InputError(
             f"the model gives a non-finite energy at step {step}: "

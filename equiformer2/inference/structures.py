@@ -14,7 +14,9 @@ from ase.data import atomic_numbers, chemical_symbols, covalent_radii, reference
 from ase.geometry import get_distances
 
 from equiformer2.errors import InputError
-from equiformer2.inference.atoms import ADSORBATE, SUBSURFACE, SURFACE
+from equiformer2.inference.anomalies import CUSHION, SKIN
+from equiformer2.inference.atoms import ADSORBATE, SUBSURFACE, SURFACE, fixed_mask
+from equiformer2.inference.whole import lowest_atom_index, whole_molecule, whole_slab
 
 FACETS: dict[str, dict[str, Callable[..., Atoms]]] = {
     "fcc": {"111": ase.build.fcc111, "100": ase.build.fcc100, "110": ase.build.fcc110},
@@ -22,6 +24,9 @@ FACETS: dict[str, dict[str, Callable[..., Atoms]]] = {
     "hcp": {"0001": ase.build.hcp0001},
 }
 """Crystal structure -> Miller indices -> ASE builder."""
+
+SHORTEST_BOND = 0.8
+"""Of the sum of covalent radii; double bonds between metal and oxygen are at 0.8 to 0.85."""
 
 # The binding atom is read from the name as written, so *OCH3 binds through O and CH3O through C.
 OTHER_NAMES = {
@@ -127,7 +132,7 @@ def build_adsorbate(name: str, *, binding_atom: int | None = None, flat: bool = 
 def lowest_atom(adsorbate: Atoms, binding_atom: int | None, name: str) -> int:
     """The binding atom of an adsorbate read from a file: the given one, or the lowest along z."""
     if binding_atom is None:
-        return int(adsorbate.positions[:, 2].argmin())
+        return lowest_atom_index(adsorbate.positions)
     _check_binding_atom(adsorbate, binding_atom, name)
     return binding_atom
 
@@ -143,7 +148,10 @@ def place_adsorbate(
 ) -> Atoms:
     """Slab plus adsorbate; the slab's tags and constraints are kept, adsorbate atoms get tag 2.
 
-    The surface normal must be z. The site is the one nearest to the middle of the cell.
+    The surface normal must be z. Neither the cell boundary nor the images of atoms in it matter: slab and
+    adsorbate are made whole first (`equiformer2.inference.whole`). The site is the one nearest to the middle
+    of the cell. A slab whose free atoms are at its bottom and whose top is held gets the adsorbate from
+    below, turned over.
 
     Args:
         slab: clean slab, its atoms tagged 0 or 1.
@@ -156,27 +164,96 @@ def place_adsorbate(
             its first atom is at a bond length (sum of covalent radii) from the slab.
 
     Raises:
-        InputError: unknown site, a slab whose normal is not z, a height that is not above 0.
+        InputError: unknown site, a slab whose normal is not z or that has no vacuum, an adsorbate in pieces,
+            a height that is not above 0, a place where the adsorbate is nearer to the slab than a bond, or
+            reaches the next image of the slab or of itself.
     """
     if height is not None and not 0 < height < np.inf:
         raise InputError(f"height is {height}: give a positive number of Å")
+    if position is not None and not np.isfinite(position).all():
+        raise InputError(f"the position {tuple(position)} is not finite: give x and y in Å")
     cell = slab.cell.array
     if np.abs(cell[:2, 2]).max() > 1e-3 or np.linalg.matrix_rank(cell[:2, :2], tol=1e-3) < 2:
         raise InputError("the slab's first two lattice vectors must span the xy plane: rotate the slab")
-    x, y = position if position is not None else _site_position(slab, site)
-    top = slab.positions[:, 2].max()
-    adsorbate = adsorbate.copy()
-    adsorbate.translate(np.array([x, y, top + 100.0]) - adsorbate.positions[binding_atom])
+    if not slab.pbc[:2].all():
+        raise InputError("the slab is not periodic along its first two lattice vectors: set pbc there")
+    adsorbate = whole_molecule(adsorbate, "the adsorbate")
+    whole = whole_slab(slab)
+    # Work with the free side up: a slab that hangs upside down is turned about x, and back at the end.
+    turn = np.array([1.0, -1.0, -1.0]) if _hangs(whole.atoms) else np.ones(3)
+    surface = whole.atoms.copy()
+    surface.set_constraint()
+    surface.set_cell(whole.atoms.cell.array * turn)
+    surface.positions = whole.atoms.positions * turn
+    place = np.asarray(position) * turn[:2] if position is not None else _site_position(surface, site)
+    top = surface.positions[:, 2].max()
+    adsorbate.translate(np.array([*place, top + 100.0]) - adsorbate.positions[binding_atom])
     if height is None:
-        adsorbate.translate([0, 0, -_drop_to_contact(slab, adsorbate)])
+        adsorbate.translate([0, 0, -_drop_to_contact(surface, adsorbate)])
     else:
         adsorbate.translate([0, 0, top + height - adsorbate.positions[binding_atom, 2]])
+    _check_place(surface, adsorbate, binding_atom, whole.gap, height)
+    adsorbate.positions = adsorbate.positions * turn
     adsorbate.set_tags(ADSORBATE)
     adsorbate.set_constraint()
-    system = slab.copy()
+    system = whole.atoms
     system.info = {}
-    system.extend(adsorbate)
+    system.extend(Atoms(adsorbate.numbers, adsorbate.positions, tags=adsorbate.get_tags()))
     return system
+
+
+def _hangs(slab: Atoms) -> bool:
+    """Whether the top of the slab is held and its bottom free: the surface to be used looks down."""
+    held, z = fixed_mask(slab), slab.positions[:, 2]
+    layer = 0.5
+    top, bottom = held[z > z.max() - layer], held[z < z.min() + layer]
+    return bool(top.all() and not bottom.any())
+
+
+def _check_place(slab: Atoms, adsorbate: Atoms, binding_atom: int, gap: float, height: float | None) -> None:
+    """Raise `InputError` where the adsorbate touches what it must not touch."""
+    top = slab.positions[:, 2].max()
+    above = adsorbate.positions[:, 2] - top
+    told = "" if height is None else f" with the height {height:g} Å"
+    if above[binding_atom] > gap / 2 or above.max() >= gap:
+        raise InputError(
+            f"the adsorbate{told} reaches {above.max():.3g} Å above the slab, and its vacuum is {gap:.1f} Å, "
+            "after which the slab's periodic image follows: lower it or give a slab with more vacuum"
+        )
+    radii, others = covalent_radii[adsorbate.numbers], covalent_radii[slab.numbers]
+    cell = slab.cell.array.copy()
+    _, distance = get_distances(adsorbate.positions, slab.positions, cell=cell, pbc=(True, True, False))
+    short = distance / (radii[:, None] + others[None, :])
+    symbols, metals = adsorbate.get_chemical_symbols(), slab.get_chemical_symbols()
+    if short.min() < SHORTEST_BOND:
+        a, b = np.unravel_index(short.argmin(), short.shape)
+        raise InputError(
+            f"atom {a} ({symbols[a]}) of the adsorbate{told} would be {distance[a, b]:.2f} Å from slab "
+            f"atom {b} ({metals[b]}), closer than a bond ({radii[a] + others[b]:.2f} Å): "
+            "give a greater height or another position"
+        )
+    if np.isfinite(gap):
+        up = cell[2] if cell[2, 2] > 0 else -cell[2]
+        _, beyond = get_distances(
+            adsorbate.positions, slab.positions + up, cell=cell, pbc=(True, True, False)
+        )
+        clear = beyond - CUSHION * (radii[:, None] + others[None, :]) - SKIN
+        if clear.min() < 0:
+            a = int(np.unravel_index(clear.argmin(), clear.shape)[0])
+            raise InputError(
+                f"atom {a} ({symbols[a]}) of the adsorbate{told} is {beyond[a].min():.2f} Å from the "
+                f"periodic image of the slab above it, whose vacuum is {gap:.1f} Å: give more vacuum"
+            )
+    shifts = [i * cell[0] + j * cell[1] for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
+    for shift in shifts:
+        _, images = get_distances(adsorbate.positions, adsorbate.positions + shift)
+        overlap = images / (radii[:, None] + radii[None, :])
+        if overlap.min() < SHORTEST_BOND:
+            a, b = np.unravel_index(overlap.argmin(), overlap.shape)
+            raise InputError(
+                f"the adsorbate meets its own periodic image: atoms {a} ({symbols[a]}) and {b} "
+                f"({symbols[b]}) are {images[a, b]:.2f} Å apart: give a larger slab"
+            )
 
 
 def _check_binding_atom(adsorbate: Atoms, binding_atom: int, name: str) -> None:
@@ -206,16 +283,31 @@ def _orient(adsorbate: Atoms, binding_atom: int, flat: bool) -> None:
 def _site_position(slab: Atoms, site: str) -> np.ndarray:
     middle = slab.cell.array[:2, :2].sum(axis=0) / 2
     built = slab.info.get("adsorbate_info", {})
+    z = slab.positions[:, 2]
+    highest = slab.positions[z > z.max() - 0.1, :2]
     if "sites" in built:
         if site not in built["sites"]:
             raise InputError(f"this facet has no site {site!r}: use one of {', '.join(built['sites'])}")
         unit = np.asarray(built["cell"], dtype=float)
-        offset = np.asarray(built["sites"][site], dtype=float)  # from a top-layer atom at the origin
+        repeats = np.linalg.solve(unit.T, slab.cell.array[:2, :2].T).T
+        if np.abs(repeats - np.round(repeats)).max() > 1e-3:
+            raise InputError(
+                f"the slab was changed since it was built, so that the site {site!r} is not known"
+            )
+        offset = np.asarray(built["sites"][site], dtype=float)  # from a top-layer atom
+        offset = offset + np.linalg.solve(unit.T, highest[0])  # which need not be at the origin
         nearest = np.round(np.linalg.solve(unit.T, middle) - offset)
         candidates = [(offset + nearest + (i, j)) @ unit for i in (-1, 0, 1) for j in (-1, 0, 1)]
     elif site == "ontop":
-        z = slab.positions[:, 2]
-        candidates = list(slab.positions[z > z.max() - 0.1, :2])
+        # The image nearest to the middle of each: files wrap their atoms in any way.
+        across = slab.cell.array[:2, :2]
+        cells = np.round(np.linalg.solve(across.T, (middle - highest).T).T)
+        candidates = [
+            xy + (n + np.array([i, j])) @ across
+            for xy, n in zip(highest, cells, strict=True)
+            for i in (-1, 0, 1)
+            for j in (-1, 0, 1)
+        ]
     else:
         raise InputError(f"the site {site!r} is known for slabs built by name only: give a position x y in Å")
     return min(candidates, key=lambda xy: round(float(np.linalg.norm(xy - middle)), 6))
