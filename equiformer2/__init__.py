@@ -2,7 +2,7 @@
 
 from equiformer2.model import EquiformerV2, ModelConfig
 
-__all__ = ["EquiformerV2", "EquiformerV2Calculator", "ModelConfig"]
+__all__ = ["EquiformerV2", "EquiformerV2Calculator", "ModelConfig"]  # noqa: F822  by __getattr__
 
 
 def __getattr__(name: str) -> object:
