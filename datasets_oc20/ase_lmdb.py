@@ -48,7 +48,7 @@ class AseLmdbFile(LmdbFile):
 
     def __init__(self, file: LmdbFile) -> None:
         self.path = file.path
-        self._file = file
+        self._rows = file
         next_id, deleted = self._json(b"nextid"), self._json(b"deleted_ids") or []
         if type(next_id) is not int or next_id < 1 or not isinstance(deleted, list):
             raise DataError(
@@ -86,11 +86,11 @@ class AseLmdbFile(LmdbFile):
         return self.length + sum(self.get(key) is not None for key in (b"length", b"metadata"))
 
     def close(self) -> None:
-        """Unmap the file."""
-        self._file.close()
+        """Close the file."""
+        self._rows.close()
 
     def _json(self, key: bytes) -> Any:
-        value = self._file.get(key)
+        value = self._rows.get(key)
         if value is None:
             return None
         where = f"{self.path}, key {key.decode()}"

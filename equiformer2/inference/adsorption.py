@@ -137,8 +137,8 @@ def adsorption_energy(
             or "oc20" (`OC20_GAS_REFERENCES`, for OC20's RPBE total energies only). Total-energy models only.
         gas_source: with a table, the source for the elements that it lacks ("molecules" or "oc20").
         relax_clean_slab: compare the surface with the relaxed clean slab, as AdsorbML does. A total-energy
-            model relaxes it anyway; with an adsorption-energy model it costs a second relaxation by the model's
-            forces. Without it the surface is compared with the initial slab.
+            model relaxes it anyway; with an adsorption-energy model it costs a second relaxation by the
+            model's forces. Without it the surface is compared with the initial slab.
         clean_slab: the relaxed clean slab, its atoms in the order of the system's; nothing is relaxed for the
             comparison then.
         optimizer, fmax, steps, progress: as in `relax`.
@@ -149,10 +149,9 @@ def adsorption_energy(
             an element without a gas reference, no adsorbate atoms, and what `relax` raises.
     """
     kind = resolve_energy_kind(calculator, energy_kind)
+    asked = gas_source != "vacuum" or isinstance(gas_references, str)
     if isinstance(gas_references, str):
-        gas_references, gas_source, asked = None, gas_references, True
-    else:
-        asked = gas_source != "vacuum"
+        gas_source, gas_references = gas_references, None
     if kind == "adsorption" and (asked or slab_energy is not None or gas_references):
         raise InputError(
             "the model predicts adsorption energies, which already have slab and gas references subtracted: "
