@@ -137,7 +137,7 @@ def adsorption_energy(
             or "oc20" (`OC20_GAS_REFERENCES`, for OC20's RPBE total energies only). Total-energy models only.
         gas_source: with a table, the source for the elements that it lacks ("molecules" or "oc20").
         relax_clean_slab: compare the surface with the relaxed clean slab, as AdsorbML does. A total-energy
-            model relaxes it anyway; with an adsorption-energy model it costs a second relaxation by its forces.
+            model relaxes it anyway; with an adsorption-energy model it costs a second relaxation.
             Without it the surface is compared with the initial slab.
         clean_slab: the relaxed clean slab, its atoms in the order of the system's; nothing is relaxed for the
             comparison then.
