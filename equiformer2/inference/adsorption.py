@@ -137,8 +137,8 @@ def adsorption_energy(
             or "oc20" (`OC20_GAS_REFERENCES`, for OC20's RPBE total energies only). Total-energy models only.
         gas_source: with a table, the source for the elements that it lacks ("molecules" or "oc20").
         relax_clean_slab: compare the surface with the relaxed clean slab, as AdsorbML does. A total-energy
-            model relaxes it anyway; with an adsorption-energy model it costs a second relaxation by the
-            model's forces. Without it the surface is compared with the initial slab.
+            model relaxes it anyway; with an adsorption-energy model it costs a second relaxation.
+            Without it the surface is compared with the initial slab.
         clean_slab: the relaxed clean slab, its atoms in the order of the system's; nothing is relaxed for the
             comparison then.
         optimizer, fmax, steps, progress: as in `relax`.
@@ -149,9 +149,10 @@ def adsorption_energy(
             an element without a gas reference, no adsorbate atoms, and what `relax` raises.
     """
     kind = resolve_energy_kind(calculator, energy_kind)
-    asked = gas_source != "vacuum" or isinstance(gas_references, str)
+    asked = isinstance(gas_references, str) or gas_source != "vacuum"
     if isinstance(gas_references, str):
-        gas_source, gas_references = gas_references, None
+        gas_source = gas_references
+    per_atom = gas_references if isinstance(gas_references, Mapping) else None
     if kind == "adsorption" and (asked or slab_energy is not None or gas_references):
         raise InputError(
             "the model predicts adsorption energies, which already have slab and gas references subtracted: "
@@ -163,7 +164,7 @@ def adsorption_energy(
     initial = _with_adsorbate_tags(system)
     adsorbate = initial.get_tags() == ADSORBATE
     if kind == "total":
-        check_gas_references(initial[adsorbate], gas_references, gas_source)
+        check_gas_references(initial[adsorbate], per_atom, gas_source)
     if clean_slab is not None and not np.array_equal(clean_slab.numbers, initial.numbers[~adsorbate]):
         raise InputError("the clean slab's atoms are not those of the system's slab in the same order")
 
@@ -188,7 +189,7 @@ def adsorption_energy(
                 **settings,
             )
             slab_energy = slab.energy
-        gas = gas_reference(initial[adsorbate], calculator, gas_references, gas_source, settings)
+        gas = gas_reference(initial[adsorbate], calculator, per_atom, gas_source, settings)
         energy = relaxed.energy - slab_energy - gas.energy
         terms = {"slab_and_adsorbate": relaxed.energy, "slab": slab_energy, "gas": gas.energy}
     compared_with = "relaxed clean slab"

@@ -73,7 +73,7 @@ class GasReference:
         }
 
 
-def check_gas_references(adsorbate: Atoms, given: Mapping[str, float] | str | None, source: str) -> None:
+def check_gas_references(adsorbate: Atoms, given: Mapping[str, float] | None, source: str) -> None:
     """Raise `InputError` where `gas_reference` would, before anything is calculated."""
     if source not in GAS_SOURCES:
         raise InputError(
@@ -150,8 +150,8 @@ def gas_reference(
     )
 
 
-def _table(given: Mapping[str, float] | str | None, source: str) -> dict[str, float]:
-    own = dict(given) if isinstance(given, Mapping) else {}
+def _table(given: Mapping[str, float] | None, source: str) -> dict[str, float]:
+    own = dict(given or {})
     return {**OC20_GAS_REFERENCES, **own} if source == "oc20" else own
 
 

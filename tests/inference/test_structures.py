@@ -176,7 +176,7 @@ class TestPrepare:
             ("Pt111", "co.xyz", None, PlacementOptions(binding_atom=5), "binding atom 5"),
             ("Pt111", "CO", None, PlacementOptions(site="hollow"), "ontop, bridge, fcc, hcp"),
             ("Pt111", "CO", None, PlacementOptions(site="fcc", position=(0, 0)), "one of them"),
-            ("Pt111", "O", None, PlacementOptions(height=0.01), "Å apart"),
+            ("Pt111", "O", None, PlacementOptions(height=0.01), "closer than a bond"),
             ("Pt111", "O", None, PlacementOptions(height=0.0), "height is 0.0: give a positive number of Å"),
             ("text.xyz", "CO", None, None, "no structure could be read"),
         ],
