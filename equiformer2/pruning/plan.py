@@ -21,6 +21,7 @@ from equiformer2.values import shown
 _FORMAT = "equiformer2.pruning_plan"
 _VERSION = 1
 _MOST_BYTES = 16 << 20
+_MOST_BLOCKS = 256
 _KEEP_ALL = BlockPlan()
 
 
@@ -181,6 +182,8 @@ class PruningPlan:
         blocks = values.get("blocks")
         if not isinstance(blocks, list | tuple):
             raise InputError(f"{source}: blocks must be a list with one entry per block")
+        if len(blocks) > _MOST_BLOCKS:
+            raise InputError(f"{source} is for {len(blocks)} blocks; a network has at most {_MOST_BLOCKS}")
         heads = {
             name: BlockPlan.from_dict(values[name], f"{source}: {name}")
             for name in ("force_head", "energy_head")

@@ -611,6 +611,11 @@ PLANS: list[tuple[str, str, str]] = [
     ("attention: text", 'attention:"yes"', "attention"),
     ("values: text", 'value_channels:"01"', "value_channels"),
     ("digits", '{"format": ' + "9" * 5000 + "}", "JSON"),
+    (
+        "100,000 blocks",
+        '{"format": "equiformer2.pruning_plan", "version": 1, "blocks": [' + "{}, " * 99_999 + "{}]}",
+        "100000 blocks; a network has at most 256",
+    ),
 ]
 
 
