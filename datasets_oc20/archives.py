@@ -36,14 +36,18 @@ class Unpacked:
 
 
 def unpack(
-    archive: AnyPath, folder: AnyPath, show_progress: bool = True, later: Sequence[Need] = ()
+    archive: AnyPath,
+    folder: AnyPath,
+    show_progress: bool = True,
+    later: Sequence[Need] = (),
+    reserved: Sequence[Path] = (),
 ) -> Unpacked:
     """Write the files of a tar archive (plain, gz, bz2 or xz) below `folder`.
 
     All names are read and checked before anything is written. Every file appears whole or not at all, so
     unpacking can be stopped and started again: files of the right size are not written again. Permissions,
     owners and times in the archive are ignored. Room for what is missing, and for what will be written
-    `later`, is asked for first.
+    `later`, is asked for first. No member has the name of a file in `reserved`, which the caller writes.
 
     Raises:
         DataError: the archive is damaged; a member would be outside `folder`, is a link or a device, or
@@ -51,6 +55,8 @@ def unpack(
     """
     archive, folder = _regular(archive), Path(folder)
     members = _read_names(archive, folder)
+    for path in {archive, *reserved} & members.keys():
+        raise DataError(f"{archive}: member {path.name!r} has a name that is taken; nothing was unpacked.")
     size = sum(members.values())
     there = {path for path, length in members.items() if _is_there(path, length, archive)}
     missing = size - sum(members[path] for path in there)

@@ -49,7 +49,9 @@ def claim_folder(path: str | Path, record: str, overwrite: bool = False) -> Path
         raise InputError(f"{folder} is a file: give a folder for the output")
     if (folder / record).exists():
         if not overwrite:
-            raise InputError(f"{folder} already holds a result ({record}): give another folder, or overwrite")
+            raise InputError(
+                f"{folder} already holds a result ({record}): give another folder, or --overwrite"
+            )
         (folder / record).unlink()
     return folder
 
