@@ -5,7 +5,9 @@ when there is more than one, and counts atoms from 0 within their structure; the
 """
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from equiformer2.errors import InputError
 
