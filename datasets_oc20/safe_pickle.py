@@ -63,7 +63,7 @@ class RefusedPickleError(ValueError):
 
 
 class _Finished:
-    """What a pickle cannot change after it was made."""
+    """Values that a pickle cannot change after they were made."""
 
     def __setstate__(self, state: Any) -> None:
         raise RefusedPickleError("it changes something that is finished")

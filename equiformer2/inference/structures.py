@@ -26,7 +26,7 @@ FACETS: dict[str, dict[str, Callable[..., Atoms]]] = {
 """Crystal structure -> Miller indices -> ASE builder."""
 
 SHORTEST_BOND = 0.8
-"""Of the sum of covalent radii; double bonds between metal and oxygen are at 0.8 to 0.85."""
+"""Fraction of the sum of covalent radii; double bonds between metal and oxygen are at 0.8 to 0.85."""
 
 # The binding atom is read from the name as written, so *OCH3 binds through O and CH3O through C.
 OTHER_NAMES = {
@@ -203,7 +203,7 @@ def place_adsorbate(
 
 
 def _hangs(slab: Atoms) -> bool:
-    """Whether the top of the slab is held and its bottom free: the surface to be used looks down."""
+    """Tell whether the top of the slab is held and its bottom free: the surface to be used looks down."""
     held, z = fixed_mask(slab), slab.positions[:, 2]
     layer = 0.5
     top, bottom = held[z > z.max() - layer], held[z < z.min() + layer]
