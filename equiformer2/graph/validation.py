@@ -5,7 +5,9 @@ when there is more than one, and counts atoms from 0 within their structure; the
 """
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from equiformer2.errors import InputError
 
@@ -68,6 +70,8 @@ def check_shapes(
     structures = len(natoms)
     if positions.ndim != 2 or positions.shape[1] != 3:
         raise InputError(f"pos has the shape {positions.shape}; it must be [N, 3]")
+    if (natoms < 0).any():
+        raise InputError(f"natoms holds {natoms.min()}; give numbers of atoms")
     if natoms.sum() != len(positions):
         raise InputError(f"natoms adds up to {natoms.sum()} atoms but pos holds {len(positions)}")
     if cells.shape != (structures, 3, 3):
