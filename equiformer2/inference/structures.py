@@ -137,6 +137,10 @@ def lowest_atom(adsorbate: Atoms, binding_atom: int | None, name: str) -> int:
     return binding_atom
 
 
+MAX_HEIGHT = 100.0
+"""Å. Nothing at such a height is adsorbed."""
+
+
 def place_adsorbate(
     slab: Atoms,
     adsorbate: Atoms,
@@ -165,11 +169,11 @@ def place_adsorbate(
 
     Raises:
         InputError: unknown site, a slab whose normal is not z or that has no vacuum, an adsorbate in pieces,
-            a height that is not above 0, a place where the adsorbate is nearer to the slab than a bond, or
-            reaches the next image of the slab or of itself.
+            a height that is not above 0 or beyond `MAX_HEIGHT`, a place where the adsorbate is nearer to the
+            slab than a bond, or reaches the next image of the slab or of itself.
     """
-    if height is not None and not 0 < height < np.inf:
-        raise InputError(f"height is {height}: give a positive number of Å")
+    if height is not None and not 0 < height <= MAX_HEIGHT:
+        raise InputError(f"height is {height}: give a positive number of Å, at most {MAX_HEIGHT:g}")
     if position is not None and not np.isfinite(position).all():
         raise InputError(f"the position {tuple(position)} is not finite: give x and y in Å")
     cell = slab.cell.array
