@@ -143,6 +143,7 @@ def _program(text: str) -> bytes:
         (_repeated(40, b"l"), "too often"),
         (_repeated(40, b"t"), "too often"),
         (b"\x80\x02}" + _repeated(60, b"t")[2:-1] + b"Ns.", "a key of a dictionary"),
+        (b"\x80\x02" + b"N0" * 2_000_000 + b"N.", "more than 500000 steps"),
         (_doubled(b""), "a key of a dictionary"),
         (_doubled(b"N0"), "a key of a dictionary"),
         (_doubled(b"(0"), "a key of a dictionary"),
