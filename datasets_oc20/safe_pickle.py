@@ -6,8 +6,8 @@ numpy or torch_geometric code runs while the pickle is read, so a record written
 opens, and a hostile one can at most be refused. Tensors are built afterwards, only for the fields that are
 asked for, from bytes whose bounds have been checked.
 
-Before that the opcodes are followed without running them (`_check_program`): some programs would cost hours or
-all memory by what a pickle does anyway, like hashing the key of a dictionary.
+Before that the opcodes are followed without running them (`_check_program`): some programs would cost hours
+or all memory by what a pickle does anyway, like hashing the key of a dictionary.
 """
 
 import codecs
@@ -63,7 +63,7 @@ class RefusedPickleError(ValueError):
 
 
 class _Finished:
-    """What a pickle cannot change after it was made."""
+    """Values that a pickle cannot change after they were made."""
 
     def __setstate__(self, state: Any) -> None:
         raise RefusedPickleError("it changes something that is finished")
@@ -301,34 +301,47 @@ def _is_key(argument: Any) -> bool:
     return argument is None or -(2**31) <= argument < 2**31
 
 
-def _check_extent(value: Any) -> None:
+def _check_extent(found: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
     """Refuse what is nested too deep, or would be too large if its repeated parts were written out.
 
     The objects of torch_geometric and arrays count once: nothing writes them out, and a record of PyG 2 holds
     itself (`_store._parent`).
+
+    Args:
+        found: a part of what was read.
+        depth: how deep it lies.
+        known: values and nesting of the parts that were seen, by id.
+
+    Returns:
+        Values in `found`, repeated ones as often as they are, and levels of nesting.
     """
-    left = MAX_VALUES
-    seen: set[int] = set()
-    waiting: list[tuple[Any, int]] = [(value, 0)]
-    while waiting:
-        found, depth = waiting.pop()
-        if isinstance(found, PickledObject | PickledArray):
-            children: Any = () if id(found) in seen else (found.state,)
-            seen.add(id(found))
-        elif isinstance(found, PickledTensor):
-            children = (found.storage, found.size, found.stride)
-        elif isinstance(found, dict):
-            children = (*found.keys(), *found.values())
-        elif isinstance(found, list | tuple | set | frozenset):
-            children = found
-        else:
-            continue
-        left -= len(children)
-        if depth >= MAX_DEPTH or left < 0:
-            raise RefusedPickleError(
-                "it is nested too deep" if depth >= MAX_DEPTH else "it repeats its parts too often"
-            )
-        waiting.extend((child, depth + 1) for child in children)
+    once = isinstance(found, PickledObject | PickledArray)
+    if once:
+        children: Any = (found.state,)
+    elif isinstance(found, PickledTensor):
+        children = (found.storage, found.size, found.stride)
+    elif isinstance(found, dict):
+        children = (*found.keys(), *found.values())
+    elif isinstance(found, list | tuple | set | frozenset):
+        children = found
+    else:
+        return 0, 0
+    if id(found) not in known:
+        if depth >= MAX_DEPTH:
+            raise RefusedPickleError("it is nested too deep")
+        values, nesting = len(children), 0
+        if once:
+            known[id(found)] = 0, 0
+        for child in children:
+            inside, levels = _check_extent(child, depth + 1, known)
+            values, nesting = values + inside, max(nesting, levels)
+        if values > MAX_VALUES:
+            raise RefusedPickleError("it repeats its parts too often")
+        known.setdefault(id(found), (values, nesting + 1))
+    values, nesting = known[id(found)]
+    if depth + nesting > MAX_DEPTH:
+        raise RefusedPickleError("it is nested too deep")
+    return values, nesting
 
 
 def load_inert(content: bytes) -> Any:
@@ -342,7 +355,7 @@ def load_inert(content: bytes) -> Any:
     try:
         _check_program(content)
         value = _AllowListUnpickler(io.BytesIO(content)).load()
-        _check_extent(value)
+        _check_extent(value, 0, {})
         return value
     except RefusedPickleError:
         raise

@@ -70,6 +70,8 @@ def check_shapes(
     structures = len(natoms)
     if positions.ndim != 2 or positions.shape[1] != 3:
         raise InputError(f"pos has the shape {positions.shape}; it must be [N, 3]")
+    if (natoms < 0).any():
+        raise InputError(f"natoms holds {natoms.min()}; give numbers of atoms")
     if natoms.sum() != len(positions):
         raise InputError(f"natoms adds up to {natoms.sum()} atoms but pos holds {len(positions)}")
     if cells.shape != (structures, 3, 3):

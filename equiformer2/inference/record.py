@@ -236,7 +236,7 @@ def _write_structure(path: Path, atoms: Atoms) -> Path:
 
 
 def _constraints_by_mask(atoms: Atoms) -> list[FixConstraint]:
-    """Those constraints that extended XYZ holds: held atoms, and Cartesian directions in which others are."""
+    """Constraints that extended XYZ can hold: atoms held in all or in some Cartesian directions."""
     held = fixed_mask(atoms)
     kept: list[FixConstraint] = [FixAtoms(mask=held)] if held.any() else []
     kept += [one for one in atoms.constraints if isinstance(one, FixCartesian) and not held[one.index].all()]
