@@ -90,7 +90,9 @@ def build_slab(
     if len(size) != 3 or min(size) < 1:
         raise InputError(f"the slab size {size} must be three positive numbers such as 3x3x4")
     if math.prod(size) > MOST_ATOMS:
-        raise InputError(f"the slab size {size} means {math.prod(size)} atoms: at most {MOST_ATOMS} are built")
+        raise InputError(
+            f"the slab size {size} means {math.prod(size)} atoms: at most {MOST_ATOMS} are built"
+        )
     if not 1 <= free_layers <= size[2]:
         raise InputError(f"free_layers is {free_layers}: give 1 to {size[2]}, the number of layers")
     if not 0 < vacuum < np.inf or not (lattice_constant is None or 0 < lattice_constant < np.inf):

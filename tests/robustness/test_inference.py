@@ -554,9 +554,21 @@ ODD_STRUCTURES: list[tuple[str, str, Callable[[Path], object], int, str]] = [
     ("circle of links", "s.cif", lambda path: path.symlink_to(path), 0, r"s\.cif.*circle"),
     ("folder", "s.vasp", Path.mkdir, 0, r"s\.vasp.*folder"),
     ("NUL in its name", "s\0.xyz", lambda path: None, 0, "file name"),
-    ("frame beyond the first", "s.traj", lambda path: write(path, [slab(), slab()]), -3, "no frame -3"),
-    ("frame beyond the last", "s.xyz", lambda path: write(path, [slab(), slab()]), 2, "no frame 2"),
-    ("only frame of a crystal", "s.vasp", lambda path: write(path, slab()), -2, "no frame -2"),
+    (
+        "frame beyond the first",
+        "s.traj",
+        lambda path: write(path, [slab(), slab()]),
+        -3,
+        "index -3.*no such frame",
+    ),
+    (
+        "frame beyond the last",
+        "s.xyz",
+        lambda path: write(path, [slab(), slab()]),
+        2,
+        "index 2.*no such frame",
+    ),
+    ("only frame of a crystal", "s.vasp", lambda path: write(path, slab()), -2, "index -2"),
 ]
 
 
