@@ -1,5 +1,6 @@
 """Unpacking tar archives from the net: no member leaves the folder, nothing that is there is replaced."""
 
+import bz2
 import contextlib
 import gzip
 import lzma
@@ -10,15 +11,33 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from datasets_oc20.atomic import whole_file
-from datasets_oc20.disk_space import Need, require_space
+from datasets_oc20.disk_space import Need, free_bytes, require_space
 from datasets_oc20.errors import DataError
 from datasets_oc20.progress import byte_bar
-from datasets_oc20.untrusted import AnyPath, regular_file
+from datasets_oc20.untrusted import AnyPath, open_regular, regular_file
 
 _CHUNK = 1 << 20
+MAX_MEMBERS = 2_000_000
+"""Most files and folders of an archive; tarfile keeps a record of each in memory."""
+_MOST_AT_ONCE = 16 << 20  # of what tarfile reads into memory: blocks of files, long names, notes
+_MOST_BEHIND_END = 64 << 20  # writers fill the last block, of a few MiB at most
+_MOST_READS_AT_END = 1000
 _DATA = (".extxyz", ".extxyz.xz", ".lmdb", ".aselmdb")
+
+
+_DAMAGES = (
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    gzip.BadGzipFile,
+    ValueError,  # numbers and names in headers
+    OverflowError,
+    RecursionError,  # long names for long names
+)
 
 
 @dataclass(frozen=True)
@@ -36,34 +55,39 @@ class Unpacked:
 
 
 def unpack(
-    archive: AnyPath, folder: AnyPath, show_progress: bool = True, later: Sequence[Need] = ()
+    archive: AnyPath,
+    folder: AnyPath,
+    show_progress: bool = True,
+    later: Sequence[Need] = (),
+    reserved: Sequence[Path] = (),
 ) -> Unpacked:
     """Write the files of a tar archive (plain, gz, bz2 or xz) below `folder`.
 
     All names are read and checked before anything is written. Every file appears whole or not at all, so
     unpacking can be stopped and started again: files of the right size are not written again. Permissions,
     owners and times in the archive are ignored. Room for what is missing, and for what will be written
-    `later`, is asked for first.
+    `later`, is asked for first. No member has the name of a file in `reserved`, which the caller writes.
 
     Raises:
         DataError: the archive is damaged; a member would be outside `folder`, is a link or a device, or
-            differs from a file that is there; there is no room.
+            differs from a file that is there; there is no room for what it claims; more than `MAX_MEMBERS`.
     """
     archive, folder = _regular(archive), Path(folder)
     members = _read_names(archive, folder)
+    for path in {archive, *reserved} & members.keys():
+        raise DataError(f"{archive}: member {path.name!r} has a name that is taken; nothing was unpacked.")
     size = sum(members.values())
     there = {path for path, length in members.items() if _is_there(path, length, archive)}
     missing = size - sum(members[path] for path in there)
     require_space([Need("unpacked files", folder, missing), *later])
     with (
-        _damage_is_named(archive),
-        tarfile.open(archive, "r:*") as tar,
+        _opened(archive) as tar,
         byte_bar(f"Unpacking {archive.name}", size, show=show_progress) as bar,
     ):
         for member in tar:
-            path = _destination(member, folder, archive)
-            if path is not None and path not in there:
-                _extract(tar, member, path)
+            target = _destination(member, folder, archive)
+            if target is not None and target not in there:
+                _extract(tar, member, target)
             bar.update(member.size)
     data = {path.parent for path in members if path.name.endswith(_DATA)}
     return Unpacked(folder, len(members), size, len(there), sorted(data))
@@ -72,16 +96,34 @@ def unpack(
 def _read_names(archive: Path, folder: Path) -> dict[Path, int]:
     """Where every file of the archive goes, with its size."""
     members: dict[Path, int] = {}
-    with _damage_is_named(archive), tarfile.open(archive, "r:*") as tar:
-        for member in tar:
+    free, claimed = free_bytes(folder), 0
+    with _opened(archive) as tar:
+        for count, member in enumerate(tar, start=1):
+            if count > MAX_MEMBERS:
+                raise DataError(f"{archive}: holds more than {MAX_MEMBERS} members; nothing was unpacked.")
+            # Now, since the next member is reached only by unpacking this one: some 1000 times the archive.
             path = _destination(member, folder, archive)
+            if path is None or not _is_there(path, member.size, archive):
+                claimed += member.size
+            if member.size < 0:
+                raise tarfile.ReadError(f"{member.name!r} has a size below 0")
+            if claimed > free:
+                require_space([Need("unpacked files", folder, claimed)])
             if path in members:
                 raise DataError(f"{archive}: holds {member.name!r} twice; nothing was unpacked.")
             if path is not None:
                 members[path] = member.size
         # To the end, where a compressed stream has its sum: tar stops before it.
-        while tar.fileobj is not None and tar.fileobj.read(_CHUNK):
-            pass
+        behind = 0
+        while tar.fileobj is not None and (more := tar.fileobj.read(_CHUNK)):
+            behind += len(more)
+            if behind > _MOST_BEHIND_END:
+                raise DataError(f"{archive}: goes on and on behind its last file; nothing was unpacked.")
+    for path in members:
+        if not members.keys().isdisjoint(path.parents):
+            raise DataError(
+                f"{archive}: {path.name!r} is in a folder that is also a file; nothing was unpacked."
+            )
     if not members:
         raise DataError(f"{archive}: the archive holds no file.")
     return members
@@ -131,15 +173,62 @@ def _regular(archive: AnyPath) -> Path:
         raise DataError(f"{archive}: no such file.") from error
 
 
+class _Content:
+    """The unpacked bytes of an archive; a header that claims to be huge, or to have no end, is damage."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._at_end = 0
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MOST_AT_ONCE:
+            raise tarfile.ReadError(f"a header claims {size} bytes")
+        content: bytes = self._file.read(size)
+        self._at_end += bool(size and not content)
+        if self._at_end > _MOST_READS_AT_END:
+            raise tarfile.ReadError("it ends inside of a header")
+        return content
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def seekable(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
+    """The archive, whose damage is named."""
+    with _damage_is_named(archive), open_regular(archive) as file, contextlib.ExitStack() as stack:
+        magic = file.read(6)
+        file.seek(0)
+        content: Any = file
+        if magic.startswith(b"\x1f\x8b"):
+            content = stack.enter_context(gzip.GzipFile(fileobj=file))
+        elif magic.startswith(b"BZh"):
+            content = stack.enter_context(bz2.BZ2File(file))
+        elif magic.startswith(b"\xfd7zXZ"):
+            content = stack.enter_context(lzma.LZMAFile(file))
+        bounded: Any = _Content(content)
+        yield stack.enter_context(tarfile.open(fileobj=bounded, mode="r:"))
+
+
 @contextlib.contextmanager
 def _damage_is_named(archive: Path) -> Iterator[None]:
     try:
         yield
-    except FileNotFoundError as error:
-        if error.filename != str(archive):
+    except DataError:
+        raise
+    except _DAMAGES as error:
+        raise DataError(
+            f"{archive}: the archive is truncated or damaged ({error}); download it again."
+        ) from error
+    except OSError as error:
+        if error.errno is not None:  # bz2 has no error of its own
             raise
-        raise DataError(f"{archive}: no such file.") from error
-    except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
         raise DataError(
             f"{archive}: the archive is truncated or damaged ({error}); download it again."
         ) from error

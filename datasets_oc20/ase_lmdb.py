@@ -244,6 +244,6 @@ def _plain(value: Any) -> Any:
 
 
 def _fits(values: np.ndarray, dtype: str) -> bool:
-    """Whether the values stay the same in `dtype`."""
+    """Tell whether the values stay the same in `dtype`."""
     with np.errstate(invalid="ignore"):
         return bool(np.array_equal(values.astype(dtype), values, equal_nan=True))

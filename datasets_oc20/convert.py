@@ -27,6 +27,7 @@ class _Job:
     target: Path
     to: str
     energy_kind: str | None
+    overwrite: bool
 
 
 def convert(
@@ -35,6 +36,7 @@ def convert(
     to: str,
     energy_kind: str | None = None,
     num_workers: int | None = None,
+    overwrite: bool = False,
 ) -> int:
     """Write the records of `source` in the other format, without loss; returns their number.
 
@@ -48,6 +50,7 @@ def convert(
         to: "ase" or "oc20".
         energy_kind: "adsorption" or "total", where the source does not declare it.
         num_workers: processes, one shard each; None takes one per core.
+        overwrite: replace files that are there; never those of `source`.
 
     Raises:
         DataError: `source` is wrong, its kind of energy not known, or `out` is there and something else.
@@ -63,13 +66,22 @@ def convert(
         if target.resolve() == Path(source).resolve():
             raise DataError(f"{target}: is the source; name another folder for the result.")
         target.mkdir(parents=True, exist_ok=True)
-        targets = [target / (shard.stem + SUFFIXES[to]) for shard in dataset.shards]
+        targets = shard_targets(dataset.shards, target, to)
     else:
         targets = [target]
-        if target.resolve() == Path(source).resolve():
-            raise DataError(f"{target}: is the source; name another file for the result.")
-    jobs = [_Job(shard, path, to, energy_kind) for shard, path in zip(dataset.shards, targets, strict=True)]
+    for path in targets:  # under another name or behind a link, too
+        if path.exists() and any(path.samefile(shard) for shard in dataset.shards):
+            raise DataError(f"{path}: is the source; name another file for the result.")
+    jobs = [
+        _Job(shard, path, to, energy_kind, overwrite)
+        for shard, path in zip(dataset.shards, targets, strict=True)
+    ]
     return _run(jobs, num_workers)
+
+
+def shard_targets(shards: Sequence[Path], folder: str | os.PathLike[str], to: str) -> list[Path]:
+    """The files in `folder` that converted `shards` are written to."""
+    return [Path(folder) / (shard.stem + SUFFIXES[to]) for shard in shards]
 
 
 def _run(jobs: Sequence[_Job], num_workers: int | None) -> int:
@@ -86,7 +98,7 @@ def _run(jobs: Sequence[_Job], num_workers: int | None) -> int:
 def _convert_file(job: _Job) -> tuple[str, int, bool]:
     """In a worker: the name of the file, its number of records, whether it was written now."""
     dataset = OC20Lmdb(job.source, job.energy_kind)
-    if job.target.exists():
+    if job.target.exists() and not job.overwrite:
         there = len(OC20Lmdb(job.target, job.energy_kind))
         if there != len(dataset):
             raise DataError(

@@ -31,13 +31,18 @@ def require_space(needs: Sequence[Need]) -> None:
         disks[os.stat(_existing(need.folder)).st_dev].append(need)
     for parts in disks.values():
         wanted = sum(part.size for part in parts)
-        free = shutil.disk_usage(_existing(parts[0].folder)).free
+        free = free_bytes(parts[0].folder)
         if wanted > free:
             listed = ", ".join(f"{part.what} {human(part.size)}" for part in parts if part.size)
             raise DataError(
                 f"{parts[0].folder}: {human(wanted)} are needed ({listed}) but {human(free)} are free; "
                 "free some space or name a folder on a larger disk."
             )
+
+
+def free_bytes(folder: Path) -> int:
+    """What is free on the disk of a folder, which need not exist yet."""
+    return shutil.disk_usage(_existing(folder)).free
 
 
 def human(size: float) -> str:

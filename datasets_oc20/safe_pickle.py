@@ -65,7 +65,7 @@ class RefusedPickleError(ValueError):
 
 
 class _Finished:
-    """What a pickle cannot change after it was made."""
+    """Values that a pickle cannot change after they were made."""
 
     def __setstate__(self, state: Any) -> None:
         raise RefusedPickleError("it changes something that is finished")
@@ -280,13 +280,13 @@ def _check_program(content: bytes) -> None:
         if pushed is not None:
             stack.append(pushed if pushed != _KEY or _is_key(argument) else _OTHER)
         if name in _PUTS:
-            index = len(memo) if name == "MEMOIZE" else argument
+            index = len(memo) if name == "MEMOIZE" else int(argument or 0)
             if index > count:
                 raise RefusedPickleError("it numbers its parts in an impossible way")
             stack.extend(operands)
             memo[index] = stack[-1]
         elif name in _GETS:
-            stack.append(memo[argument])
+            stack.append(memo[int(argument or 0)])
         elif name == "MARK":
             marks.append(len(stack))
         elif name == "DUP":

@@ -89,7 +89,8 @@ def main() -> None:
     from equiformer2.files import check_target, write_json
 
     figure_path = arguments.out.with_suffix(".png")
-    check_target(figure_path)
+    for target in (figure_path, arguments.out.with_suffix(".json")):
+        check_target(target, inputs=[arguments.data])
     kernels, plain = losses(arguments, plain=False), losses(arguments, plain=True)
     differences = [abs(a - b) / abs(b) for a, b in zip(kernels, plain, strict=True)]
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(6, 5), height_ratios=(2, 1))

@@ -4,7 +4,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from datasets_oc20.convert import WRITERS, convert
+from datasets_oc20.convert import WRITERS, convert, shard_targets
+from datasets_oc20.reader import OC20Lmdb
 from equiformer2.files import check_target
 from equiformer2.script import add_overwrite_argument, run_script, show_log
 
@@ -27,10 +28,23 @@ def main() -> None:
     arguments = parse()
     show_log()
     logging.getLogger("datasets_oc20").setLevel(logging.INFO)
-    if not arguments.data.is_dir():
+    if arguments.data.is_dir():
+        check_target(arguments.out, is_folder=True)
+        targets = shard_targets(OC20Lmdb(arguments.data).shards, arguments.out, arguments.to)
+        finished = all(path.exists() for path in targets)  # else a stopped call goes on
+        for path in targets:
+            check_target(path, inputs=[arguments.data], overwrite=arguments.overwrite or not finished)
+    else:
         check_target(arguments.out, inputs=[arguments.data], overwrite=arguments.overwrite)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    count = convert(arguments.data, arguments.out, arguments.to, arguments.energy_kind, arguments.num_workers)
+    count = convert(
+        arguments.data,
+        arguments.out,
+        arguments.to,
+        arguments.energy_kind,
+        arguments.num_workers,
+        arguments.overwrite,
+    )
     print(f"{count} records in {arguments.out}")
 
 

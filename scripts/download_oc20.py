@@ -93,17 +93,20 @@ def main() -> None:
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     target = arguments.out / archive.file
+    report_file = target.with_name(target.name + ".json")
     done = fetch(url, target, archive.md5)
     rate = f" at {human(done.fetched / done.seconds)}/s" if done.fetched and done.seconds else ""
     print(f"{done.path}: {human(done.size)}, {human(done.fetched)} downloaded now{rate}")
     report: dict[str, Any] = {"url": url, **asdict(done), "path": str(done.path)}
     if not arguments.no_unpack:
-        unpacked = unpack(target, arguments.out, later=[lmdb_need(archive, arguments)])
+        unpacked = unpack(
+            target, arguments.out, later=[lmdb_need(archive, arguments)], reserved=[report_file]
+        )
         print(f"{unpacked.files} files, {human(unpacked.size)}; {unpacked.already_there} were there already")
         print(next_step(archive, unpacked, arguments.lmdb_out or arguments.out))
         folders = [str(folder) for folder in unpacked.data_folders]
         report["unpacked"] = {"files": unpacked.files, "size": unpacked.size, "data_folders": folders}
-    write_json(target.with_name(target.name + ".json"), report)
+    write_json(report_file, report)
 
 
 if __name__ == "__main__":

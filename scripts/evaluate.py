@@ -3,13 +3,20 @@
     python scripts/evaluate.py --checkpoint best.pt --data-root oc20 --out results.json --figures figures
 
 evaluates on oc20/val_id, oc20/val_ood_ads, oc20/val_ood_cat and oc20/val_ood_both. With --out, finished
-datasets are kept beside it, and the same command goes on after a stop.
+datasets are kept beside it, and the same command goes on after a stop; once all are finished, --overwrite
+writes the numbers again.
 """
 
 import argparse
 from pathlib import Path
 
-from equiformer2.script import add_model_arguments, add_router_argument, parse_checked, run_script
+from equiformer2.script import (
+    add_model_arguments,
+    add_overwrite_argument,
+    add_router_argument,
+    parse_checked,
+    run_script,
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,6 +32,7 @@ def parse_arguments() -> argparse.Namespace:
         "--splits", nargs="+", help="names in --data-root (default: OC20's four validation splits)"
     )
     parser.add_argument("--out", type=Path, help="write all numbers as JSON")
+    add_overwrite_argument(parser)
     parser.add_argument("--figures", type=Path, help="folder for figures")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_atoms", type=int, help="most atoms in a batch")
@@ -41,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
         parser,
         needs=[
             ("--splits", "--data-root"),
+            ("--overwrite", "--out"),
             ("--wandb-entity", "--wandb-project"),
             ("--wandb-offline", "--wandb-project"),
         ],
@@ -60,7 +69,9 @@ def main() -> None:
     from equiformer2.training.folder import WandbSettings, import_wandb
 
     if arguments.out is not None:
-        check_target(arguments.out)
+        given = [arguments.checkpoint, *(arguments.data or [arguments.data_root])]
+        given += [path for path in (arguments.router, arguments.adsorbates) if path is not None]
+        check_target(arguments.out, inputs=given, overwrite=arguments.overwrite)
         check_target(evaluation_parts.parts_folder(arguments.out), is_folder=True)
     if arguments.figures is not None:
         check_target(arguments.figures, is_folder=True)

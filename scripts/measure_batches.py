@@ -17,7 +17,7 @@ import torch
 from datasets_oc20 import OC20Lmdb
 from datasets_oc20.extxyz import read_frames
 from datasets_oc20.sampler import BalancedBatchSampler, Imbalance
-from equiformer2.files import write_json
+from equiformer2.files import check_target, write_json
 from equiformer2.graph import radius_graph
 from equiformer2.script import origin, run_script
 
@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100_000, help="structures drawn without --data")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.json is not None:
+        check_target(options.json, inputs=[] if options.data is None else [options.data])
     counted = edges_per_atom()
     print(f"{len(counted)} graphs have {counted.min():.2f} to {counted.max():.2f} edges per atom")
     sizes = bundled_sizes(options.count) if options.data is None else OC20Lmdb(options.data).natoms

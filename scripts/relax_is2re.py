@@ -3,7 +3,8 @@
     python scripts/relax_is2re.py --checkpoint best.pt --data-root is2re/all --splits val_id val_ood_ads \
         --energy-kind adsorption --device cuda --out runs/is2re
 
-Each dataset has a folder in --out with one trajectory per system. The same command goes on after a stop.
+Each dataset has a folder in --out with one trajectory per system. The same command goes on after a stop;
+a finished folder is read again, or extended by other splits, with --overwrite.
 Structures that cannot be relaxed are skipped and named.
 """
 
@@ -30,6 +31,11 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--data-root", type=Path, help="folder that holds a folder or file for each split")
     parser.add_argument("--splits", nargs="+", help="names in --data-root (default: the validation splits)")
     parser.add_argument("--out", required=True, type=Path, help="output folder")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="write the report of a finished --out again; relaxations that are there are kept",
+    )
     parser.add_argument("--fmax", type=float, default=0.02, help="eV/Å (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="most steps (default: %(default)s)")
     parser.add_argument(
@@ -57,6 +63,7 @@ def main() -> int:
     from equiformer2.inference.batched import RelaxationSettings
     from equiformer2.pruning.routing.use import for_batched_relaxation
     from equiformer2.training.relaxation_run import (
+        REPORT,
         average_over,
         coverage,
         metric_lines,
@@ -66,6 +73,9 @@ def main() -> int:
     )
 
     check_target(arguments.out, is_folder=True)
+    given = [arguments.checkpoint, arguments.data or arguments.data_root]
+    given += [] if arguments.router is None else [arguments.router]
+    check_target(arguments.out / REPORT, inputs=given, overwrite=arguments.overwrite)
     settings = RelaxationSettings(
         arguments.fmax, arguments.steps, arguments.max_step, arguments.memory, frames=arguments.frames
     )
@@ -106,7 +116,7 @@ def main() -> int:
             print(f"  All of this is of {coverage(reports.values())}: the others were skipped")
     keys = ("structures", "relaxed", "converged")
     counts = {key: sum(report[key] for report in reports.values()) for key in keys}
-    write_json(arguments.out / "is2re.json", {"datasets": reports, **counts, "average": average})
+    write_json(arguments.out / REPORT, {"datasets": reports, **counts, "average": average})
     if counts["converged"] == counts["structures"]:
         return 0
     print(f"NOT converged: {counts['structures'] - counts['converged']} of {counts['structures']} structures")

@@ -56,7 +56,7 @@ def radius_graph(
     pos: Tensor,
     cell: Tensor,
     pbc: Tensor,
-    natoms: Tensor,
+    natoms: Tensor | int,
     *,
     max_radius: float,
     max_neighbors: int,
@@ -75,7 +75,7 @@ def radius_graph(
             digits already, so those are limited to `validation.MAX_FLOAT32_COORDINATE`.
         cell: `[B, 3, 3]` Å, rows are lattice vectors; rows of non-periodic axes do not matter.
         pbc: `[B, 3]` bool, may differ between the structures.
-        natoms: `[B]` int64.
+        natoms: `[B]` int64; for one structure also a number.
         max_radius: Å, inclusive.
         max_neighbors: edges an atom may receive.
         strict: keep exactly the nearest `max_neighbors`, ties broken by direction; otherwise keep the whole
@@ -87,6 +87,7 @@ def radius_graph(
             dependent lattice vectors, positions not in Å, wrong shapes.
     """
     validation.check_parameters(max_radius, max_neighbors)
+    natoms = validation.counts(natoms)
     positions_array, cells_array, pbc_array, natoms_array = _on_host(pos, cell, pbc, natoms)
     pbc_array, natoms_array = pbc_array.astype(bool), natoms_array.astype("int64")
     validation.check_shapes(positions_array, cells_array, pbc_array, natoms_array)
@@ -148,7 +149,7 @@ def radius_graph(
 def _tie_tolerance(
     dtype: torch.dtype, positions: NDArray[np.float64], natoms: NDArray[np.int64]
 ) -> NDArray[np.float64] | None:
-    """How far rounding may have moved apart equal distances of each atom, `[N]` Å; None for the usual."""
+    """Tolerance for equal distances after rounding, `[N]` Å per atom; None for `TIE_TOLERANCE`."""
     if dtype == torch.float64 or not len(positions):
         return None
     # Positions in float32 have the fewer digits behind the point, the farther they are from the origin.

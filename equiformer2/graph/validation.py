@@ -5,7 +5,9 @@ when there is more than one, and counts atoms from 0 within their structure; the
 """
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from equiformer2.errors import InputError
 
@@ -40,6 +42,24 @@ def check_parameters(max_radius: float, max_neighbors: int) -> None:
         raise InputError(f"max_neighbors is {max_neighbors}; it must be at least 1")
 
 
+def counts(natoms: Tensor | int) -> Tensor:
+    """Numbers of atoms as `[B]`; one number is that of one structure.
+
+    Raises:
+        InputError: they are not whole numbers from 0, in one dimension.
+    """
+    try:
+        found = torch.as_tensor(natoms)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"natoms is {natoms!r}; give the number of atoms of every structure, [B]") from error
+    if found.dtype.is_floating_point or found.dtype.is_complex or found.dtype == torch.bool or found.ndim > 1:
+        raise InputError(
+            f"natoms has the type {found.dtype} and the shape {list(found.shape)}; "
+            "give whole numbers, [B], or one for one structure"
+        )
+    return found.reshape(-1)
+
+
 def check_shapes(
     positions: NDArray[np.float64],
     cells: NDArray[np.float64],
@@ -50,6 +70,8 @@ def check_shapes(
     structures = len(natoms)
     if positions.ndim != 2 or positions.shape[1] != 3:
         raise InputError(f"pos has the shape {positions.shape}; it must be [N, 3]")
+    if (natoms < 0).any():
+        raise InputError(f"natoms holds {natoms.min()}; give numbers of atoms")
     if natoms.sum() != len(positions):
         raise InputError(f"natoms adds up to {natoms.sum()} atoms but pos holds {len(positions)}")
     if cells.shape != (structures, 3, 3):

@@ -1,6 +1,7 @@
 """Slabs and adsorbates by name: `Pt111`, `*CO`, and one placed on the other."""
 
 import difflib
+import math
 import re
 from collections.abc import Callable
 
@@ -25,8 +26,11 @@ FACETS: dict[str, dict[str, Callable[..., Atoms]]] = {
 }
 """Crystal structure -> Miller indices -> ASE builder."""
 
+MOST_ATOMS = 100_000
+"""Of a slab by name; no network takes more at once."""
+
 SHORTEST_BOND = 0.8
-"""Of the sum of covalent radii; double bonds between metal and oxygen are at 0.8 to 0.85."""
+"""Fraction of the sum of covalent radii; double bonds between metal and oxygen are at 0.8 to 0.85."""
 
 # The binding atom is read from the name as written, so *OCH3 binds through O and CH3O through C.
 OTHER_NAMES = {
@@ -85,6 +89,10 @@ def build_slab(
         raise InputError(f"{symbol} is {crystal}: {facet} is not one of its slabs {', '.join(builders)}")
     if len(size) != 3 or min(size) < 1:
         raise InputError(f"the slab size {size} must be three positive numbers such as 3x3x4")
+    if math.prod(size) > MOST_ATOMS:
+        raise InputError(
+            f"the slab size {size} means {math.prod(size)} atoms: at most {MOST_ATOMS} are built"
+        )
     if not 1 <= free_layers <= size[2]:
         raise InputError(f"free_layers is {free_layers}: give 1 to {size[2]}, the number of layers")
     if not 0 < vacuum < np.inf or not (lattice_constant is None or 0 < lattice_constant < np.inf):
@@ -137,6 +145,10 @@ def lowest_atom(adsorbate: Atoms, binding_atom: int | None, name: str) -> int:
     return binding_atom
 
 
+MAX_HEIGHT = 100.0
+"""Å. Nothing at such a height is adsorbed."""
+
+
 def place_adsorbate(
     slab: Atoms,
     adsorbate: Atoms,
@@ -165,11 +177,11 @@ def place_adsorbate(
 
     Raises:
         InputError: unknown site, a slab whose normal is not z or that has no vacuum, an adsorbate in pieces,
-            a height that is not above 0, a place where the adsorbate is nearer to the slab than a bond, or
-            reaches the next image of the slab or of itself.
+            a height that is not above 0 or beyond `MAX_HEIGHT`, a place where the adsorbate is nearer to the
+            slab than a bond, or reaches the next image of the slab or of itself.
     """
-    if height is not None and not 0 < height < np.inf:
-        raise InputError(f"height is {height}: give a positive number of Å")
+    if height is not None and not 0 < height <= MAX_HEIGHT:
+        raise InputError(f"height is {height}: give a positive number of Å, at most {MAX_HEIGHT:g}")
     if position is not None and not np.isfinite(position).all():
         raise InputError(f"the position {tuple(position)} is not finite: give x and y in Å")
     cell = slab.cell.array
@@ -203,7 +215,7 @@ def place_adsorbate(
 
 
 def _hangs(slab: Atoms) -> bool:
-    """Whether the top of the slab is held and its bottom free: the surface to be used looks down."""
+    """Tell whether the top of the slab is held and its bottom free: the surface to be used looks down."""
     held, z = fixed_mask(slab), slab.positions[:, 2]
     layer = 0.5
     top, bottom = held[z > z.max() - layer], held[z < z.min() + layer]

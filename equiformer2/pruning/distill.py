@@ -22,7 +22,7 @@ from datasets_oc20.targets import NUM_ELEMENTS
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import Checkpoint, Normalizers, load_checkpoint
 from equiformer2.errors import InputError
-from equiformer2.files import read_json, whole_file, write_json
+from equiformer2.files import check_target, read_json, whole_file, write_json
 from equiformer2.inference import Predictor
 from equiformer2.pruning.calibration import unlabelled
 from equiformer2.pruning.fingerprints import fingerprint_of_weights
@@ -119,11 +119,12 @@ def label(teacher: Predictor, paths: Paths, target: AnyPath, batch_size: int = 8
     Skipped when `target` holds this teacher's answers for these paths already.
 
     Raises:
-        InputError: `target` holds something else.
+        InputError: `target` holds something else, or is one of `paths`.
         datasets_oc20.DataError: a file cannot be read.
     """
     target = Path(target)
     named = [paths] if isinstance(paths, str | Path) else list(paths)
+    check_target(target, inputs=named)
     origin = {
         "labels": "answers of the dense network, not of DFT",
         "teacher": fingerprint_of_weights(teacher.checkpoint.model),

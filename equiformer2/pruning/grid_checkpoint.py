@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from equiformer2.checkpoint import load_checkpoint, save_checkpoint
+from equiformer2.files import check_target
 from equiformer2.pruning.grid import GridChoice, with_grids
 
 
@@ -12,9 +13,11 @@ def write_with_grids(
     """Write `source` with the chosen grids, with all the weights that it holds.
 
     Raises:
-        InputError: `source` cannot be read, or does not state its kind of energy and `energy_kind` is None.
+        InputError: `source` cannot be read, or does not state its kind of energy and `energy_kind` is None;
+            or `out` is `source`.
         OSError: `out` cannot be written.
     """
+    check_target(out, inputs=[source])
     loaded = load_checkpoint(source, energy_kind=energy_kind)
     states = {
         kind: load_checkpoint(source, kind, energy_kind).model.state_dict()

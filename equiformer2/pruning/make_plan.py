@@ -10,6 +10,7 @@ from torch_geometric.data import Batch
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
+from equiformer2.files import check_target
 from equiformer2.model.parameters import count_parameters
 from equiformer2.pruning.calibration import FORCE_WEIGHT, Calibration
 from equiformer2.pruning.mask import masked
@@ -147,9 +148,10 @@ def apply_plan(checkpoint: str | Path, plan: PruningPlan, out: AnyPath) -> tuple
     """Write the smaller network with all weights that the file holds; numbers of parameters before and after.
 
     Raises:
-        InputError: the plan does not fit the network.
+        InputError: the plan does not fit the network, or `out` is the checkpoint itself.
     """
     out = Path(out)
+    check_target(out, inputs=[checkpoint])
     kinds = load_checkpoint(checkpoint).available_weights
     states: dict[str, Any] = {"raw": None, "averaged": None}
     for kind in kinds:

@@ -23,9 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from equiformer2.files import check_target
     from equiformer2.pruning.distill import distill
 
     settings = [text for path in options.config for text in ("--config", path)] + options.settings
+    given = [options.student, options.teacher, *options.data, *options.val, *options.config]
+    for name in ("train.lmdb", "val.lmdb", "run/checkpoints/best.pt", "run/checkpoints/last.pt"):
+        check_target(options.out / name, inputs=given)
     folder = distill(
         options.student,
         options.teacher,

@@ -1,6 +1,7 @@
 """Compare methods at several budgets on held-out systems: error against operations and measured time.
 
-Results that are there already are kept, so a study can be killed, continued and extended. Settings of
+Results that are there already are kept, so a study can be killed and continued, and with --overwrite
+extended after its end. Settings of
 train.py for distillation stand after --, as in -- --trainer.max_epochs=5.
 """
 
@@ -25,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="systems to test on, such as dft=unseen.lmdb; different labels need different names",
     )
     parser.add_argument("--out", required=True, type=Path, help="folder of the study")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="extend a finished study: its tables are written again"
+    )
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -57,6 +61,10 @@ def run(options: argparse.Namespace) -> None:
     from equiformer2.pruning.study_report import markdown, missed, summarise, write_report
 
     check_target(options.out, is_folder=True)
+    given = [options.checkpoint, *options.calibration]
+    given += [path for paths in _held_out(options.held_out).values() for path in paths]
+    given += [*(options.distill_data or ()), *(options.distill_val or ()), *options.distill_config]
+    check_target(options.out / "pareto.json", inputs=given, overwrite=options.overwrite)
     settings = StudySettings(
         methods=tuple(options.methods),
         keep=tuple(options.keep),

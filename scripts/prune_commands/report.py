@@ -6,6 +6,7 @@ out already because nobody reads it. Tables are printed and written with a figur
 """
 
 import argparse
+from pathlib import Path
 
 from equiformer2.script import add_model_arguments
 
@@ -34,12 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from equiformer2.checkpoint import load_checkpoint
     from equiformer2.errors import InputError
+    from equiformer2.files import check_target
     from equiformer2.inference import Predictor
     from equiformer2.inference.record import claim_folder
     from equiformer2.pruning.report import RECORD, make_report, write
     from equiformer2.pruning.report_tables import show
     from equiformer2.pruning.structures import labelled_energies, read_structures
 
+    check_target(Path(options.out) / RECORD, inputs=[options.checkpoint, *options.data])
     folder = claim_folder(options.out, RECORD, options.overwrite)
     checkpoint = load_checkpoint(options.checkpoint, options.weights, options.energy_kind)
     predictor = Predictor(checkpoint, options.device, precision=options.precision, backend=options.backend)

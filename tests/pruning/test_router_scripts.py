@@ -113,6 +113,7 @@ def test_evaluate(files, tmp_path, monkeypatch, capsys) -> None:
     def metrics(router: str | None) -> dict[str, Any]:
         options = () if router is None else ("--router", files[router])
         arguments = ("--checkpoint", files["model"], "--data", files["data"], "--out", out)
+        options = ("--overwrite", *options)
         assert call(monkeypatch, "evaluate", *arguments, *options) == 0
         return dict(json.loads(out.read_text())["average"]["metrics"])
 
@@ -131,7 +132,8 @@ def test_evaluate(files, tmp_path, monkeypatch, capsys) -> None:
 
 def test_relax_is2re(files, tmp_path, monkeypatch, capsys) -> None:
     arguments = (
-        "--checkpoint", files["model"], "--data", files["data"], "--out", tmp_path / "out", "--steps", 2,
+        "--checkpoint", files["model"], "--data", files["data"], "--out", tmp_path / "out", "--overwrite",
+        "--steps", 2,
     )  # fmt: skip
     assert call(monkeypatch, "relax_is2re", *arguments, "--router", files["context"]) == 0
     frames = read(tmp_path / "out" / "data" / "trajectories" / "a.traj", ":")

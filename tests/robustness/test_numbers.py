@@ -263,3 +263,22 @@ def test_the_remedy_for_perfect_crystals(crystal: str, calculator: EquiformerV2C
         moved.calc = calculator
         energies.append(moved.get_potential_energy())
     assert abs(energies[1] - energies[0]) < 1e-3
+
+
+@pytest.mark.parametrize("natoms", [2, np.int64(2), torch.tensor(2), torch.tensor([2], dtype=torch.int32)])
+def test_one_structure_may_give_its_number_of_atoms(natoms: object) -> None:
+    pos, cell, pbc = torch.tensor([[0.0, 0, 0], [1.8, 1.8, 0]]), 3.6 * torch.eye(3)[None], torch.ones(1, 3)
+    settings = {"max_radius": 6.0, "max_neighbors": 20, "strict": True}
+    found = radius_graph(pos, cell, pbc, natoms, **settings)  # type: ignore[arg-type]
+    expected = radius_graph(pos, cell, pbc, torch.tensor([2]), **settings)  # type: ignore[arg-type]
+    assert torch.equal(found.edge_index, expected.edge_index)
+    assert torch.equal(found.vectors, expected.vectors)
+
+
+@pytest.mark.parametrize(
+    "natoms", [2.0, True, "2", None, torch.tensor([[2]]), torch.tensor([2.0]), [3, -1], -2, 3]
+)
+def test_other_numbers_of_atoms_are_refused(natoms: object) -> None:
+    pos, cell, pbc = torch.tensor([[0.0, 0, 0], [1.8, 1.8, 0]]), 3.6 * torch.eye(3)[None], torch.ones(1, 3)
+    with pytest.raises(InputError, match="natoms"):
+        radius_graph(pos, cell, pbc, natoms, max_radius=6.0, max_neighbors=20, strict=True)  # type: ignore[arg-type]

@@ -101,7 +101,7 @@ def test_another_checkpoint_or_other_data_are_evaluated_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = ("--checkpoint", checkpoint, "--data-root", root, "--splits", "val_id")
-    arguments += ("--out", tmp_path / "results.json")
+    arguments += ("--out", tmp_path / "results.json", "--overwrite")
     assert run(monkeypatch, "evaluate", *arguments) == 0
     state = torch.load(checkpoint, weights_only=True)
     state["normalizers"]["energy"]["mean"] = 5.0
@@ -154,7 +154,8 @@ def test_adsorbates_by_name(
         names.write_text(json.dumps({sid: "*COH"}))
     else:
         names.write_bytes(pickle.dumps({f"random{sid}": {"ads_symbols": "*COH", "miller_index": (1, 1, 1)}}))
-    arguments = ("--checkpoint", checkpoint, "--data", root / "val_id", "--out", out, "--adsorbates", names)
+    arguments = ("--checkpoint", checkpoint, "--data", root / "val_id", "--out", out, "--overwrite")
+    arguments += ("--adsorbates", names)
     assert run(monkeypatch, "evaluate", *arguments) == 0
     assert list(json.loads(out.read_text())["all_datasets"]["adsorbates"]) == ["*COH"]
     names.write_bytes(pickle.dumps([os.system]) if ending == "pkl" else b"{}")

@@ -87,7 +87,7 @@ def write_with_unusable(path: Path, lmdb_path: Path, monkeypatch: pytest.MonkeyP
 
 def arguments(checkpoint: Path, data: Path, out: Path, *more: object) -> tuple[object, ...]:
     return (
-        "--checkpoint", checkpoint, "--data", data, "--out", out,
+        "--checkpoint", checkpoint, "--data", data, "--out", out, "--overwrite",
         "--steps", 4, "--fmax", 1e-4, "--batch-size", 2, *more,
     )  # fmt: skip
 
