@@ -17,7 +17,7 @@ import pickle
 import pickletools
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -257,7 +257,8 @@ def _check_program(content: bytes) -> None:
     stack: list[int] = []
     marks: list[int] = []
     memo: dict[int, int] = {}
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+    program: Iterator[tuple[pickletools.OpcodeInfo, Any, Any]] = pickletools.genops(content)
+    for count, (opcode, argument, _) in enumerate(program):
         if count >= MAX_OPCODES:
             raise RefusedPickleError(f"it has more than {MAX_OPCODES} steps")
         name = opcode.name
