@@ -78,7 +78,14 @@ class AseLmdbFile(LmdbFile):
         if key == b"metadata":
             stored = self._json(key)
             # Of files that were not written here nobody says which kind their energies are.
-            return orjson.dumps(stored) if isinstance(stored, dict) and "format_version" in stored else None
+            if not isinstance(stored, dict) or "format_version" not in stored:
+                return None
+            try:
+                return orjson.dumps(stored)
+            except orjson.JSONEncodeError as error:  # numbers of more than 64 bits, too deep
+                raise DataError(
+                    f"{self.path}, key metadata: not readable ({error}); write the file again."
+                ) from error
         if not key.isdigit() or int(key) >= self.length:
             return None
         row_id = int(key) + 1 + int(np.searchsorted(self._deleted_below, int(key), side="right"))

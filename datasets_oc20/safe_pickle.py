@@ -28,6 +28,8 @@ MAX_BYTES = 1 << 30
 MAX_VALUES = 5_000_000
 """Most values of a pickle, those that it repeats counted as often as they are."""
 MAX_DEPTH = 64
+MAX_OPCODES = 500_000
+"""Most steps of a program; a record of OC20 has some 400, whatever its size."""
 MAX_DIMENSIONS = 8
 _MAX_KEY = 1000
 """Most characters of a key."""
@@ -256,6 +258,8 @@ def _check_program(content: bytes) -> None:
     marks: list[int] = []
     memo: dict[int, int] = {}
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        if count >= MAX_OPCODES:
+            raise RefusedPickleError(f"it has more than {MAX_OPCODES} steps")
         name = opcode.name
         to_mark, taken, pushed = _EFFECTS[name]
         items: list[int] = []
@@ -276,13 +280,13 @@ def _check_program(content: bytes) -> None:
         if pushed is not None:
             stack.append(pushed if pushed != _KEY or _is_key(argument) else _OTHER)
         if name in _PUTS:
-            index = len(memo) if name == "MEMOIZE" else argument
+            index = len(memo) if name == "MEMOIZE" else int(argument or 0)
             if index > count:
                 raise RefusedPickleError("it numbers its parts in an impossible way")
             stack.extend(operands)
             memo[index] = stack[-1]
         elif name in _GETS:
-            stack.append(memo[argument])
+            stack.append(memo[int(argument or 0)])
         elif name == "MARK":
             marks.append(len(stack))
         elif name == "DUP":

@@ -16,7 +16,7 @@ from ase.io import read
 from ase.io.formats import filetype, ioformats
 
 from datasets_oc20.errors import DataError
-from datasets_oc20.untrusted import load_json, open_compressed, open_regular, regular_file
+from datasets_oc20.untrusted import load_json, open_compressed, open_regular
 from equiformer2.errors import InputError
 
 MAX_FILE = 1 << 30
@@ -58,10 +58,8 @@ def read_structure(path: str | Path, index: int = -1) -> Atoms:
     try:
         if path.is_dir():
             raise InputError(f"{path} is a folder: give a structure file")
-        regular_file(path)
-        with open_regular(
-            path
-        ) as file:  # a missing or unreadable file is named before ASE guesses at formats
+        # A missing or unreadable file is named before ASE guesses at formats.
+        with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size > MAX_FILE:
                 raise InputError(f"{path} has more than {MAX_FILE >> 20} MiB: give a smaller file")
         atoms = _read(path, index)

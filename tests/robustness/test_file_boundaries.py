@@ -18,12 +18,17 @@ import pytest
 from datasets_oc20 import LmdbWriter, OC20Lmdb
 from datasets_oc20.archives import unpack
 from datasets_oc20.atomic import _HOST, whole_file
+from datasets_oc20.convert import convert
 from datasets_oc20.errors import DataError
 from datasets_oc20.lmdb_file import open_lmdb
 from datasets_oc20.npz_file import read_npz
 from datasets_oc20.safe_pickle import RefusedPickleError, load_inert
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, read_json
+from equiformer2.inference.files import read_structure
+from equiformer2.pruning.distill import label
+from equiformer2.pruning.grid_checkpoint import write_with_grids
+from equiformer2.pruning.make_plan import apply_plan
 from equiformer2.pruning.plan import PruningPlan
 from equiformer2.pruning.routing.files import load_router
 from equiformer2.script import run_script
@@ -39,6 +44,7 @@ READERS: list[tuple[str, Callable[[Path], object]]] = [
     ("tar", lambda path: unpack(path, path.with_name("to"), show_progress=False)),
     ("plan", PruningPlan.load),
     ("router", load_router),
+    ("structure", read_structure),
 ]
 ODD_FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("pipe", os.mkfifo, "pipe"),
@@ -143,6 +149,7 @@ def _program(text: str) -> bytes:
         (_repeated(40, b"l"), "too often"),
         (_repeated(40, b"t"), "too often"),
         (b"\x80\x02}" + _repeated(60, b"t")[2:-1] + b"Ns.", "a key of a dictionary"),
+        (b"\x80\x02" + b"N0" * 2_000_000 + b"N.", "more than 500000 steps"),
         (_doubled(b""), "a key of a dictionary"),
         (_doubled(b"N0"), "a key of a dictionary"),
         (_doubled(b"(0"), "a key of a dictionary"),
@@ -220,6 +227,9 @@ RAW = (
 )
 
 
+MODEL = ("--checkpoint", "{}/there.pt")
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "expected"),
     [
@@ -274,6 +284,69 @@ RAW = (
             "exists already",
         ),
         ("inspect_data", ("--data", "{}/there.lmdb", "--out", "{}/old"), "inspection.json exists already"),
+        (
+            "prune",
+            (
+                "distill",
+                "--student",
+                "{}/there.pt",
+                "--teacher",
+                "{}/there.pt",
+                "--data",
+                "{}/train.lmdb",
+                "--val",
+                "{}/there.lmdb",
+                "--out",
+                "{}",
+            ),
+            "train.lmdb is read as input",
+        ),
+        (
+            "prune",
+            (
+                "pareto",
+                "--checkpoint",
+                "{}/there.pt",
+                "--calibration",
+                "{}",
+                "--held-out",
+                "a={}",
+                "--out",
+                "{}/old",
+            ),
+            "pareto.json exists already",
+        ),
+        (
+            "prune",
+            ("report", "--checkpoint", "{}/there.pt", "--data", "{}", "--out", "{}/old"),
+            "--overwrite",
+        ),
+        (
+            "evaluate",
+            (*MODEL, "--data", "{}/there.lmdb", "--out", "{}/there.json"),
+            "there.json exists already",
+        ),
+        ("evaluate", (*MODEL, "--data", "{}/there.lmdb", "--out", "{}/there.pt", "--overwrite"), "input"),
+        ("evaluate", (*MODEL, "--data", "{}/there.lmdb", "--overwrite"), "no meaning without --out"),
+        (
+            "evaluate",
+            (
+                *MODEL,
+                "--data",
+                VAL_20,
+                "--adsorbates",
+                "{}/there.json",
+                "--out",
+                "{}/there.json",
+                "--overwrite",
+            ),
+            "input",
+        ),
+        ("relax_is2re", (*MODEL, "--data", "{}/there.lmdb", "--out", "{}/old"), "is2re.json exists already"),
+        ("convert_lmdb", ("--data", "{}/shards", "--out", "{}/converted", "--to", "ase"), "exists already"),
+        ("convert_lmdb", ("--data", "{}/shards", "--out", "{}/linked", "--to", "oc20"), "input"),
+        ("measure_batches", ("--data", "{}/there.lmdb", "--json", "{}/there.lmdb"), "input"),
+        ("compare_loss_curves", ("--data", "{}/there.json", "--out", "{}/there"), "input"),
         ("inspect_data", ("--data", "{}/odd", "--out", "{}/new"), "named pipe"),
         ("inspect_data", ("--data", "{}/loop.lmdb", "--out", "{}/new"), "circle"),
     ],
@@ -287,7 +360,12 @@ def test_scripts_refuse_with_one_sentence(
 ) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "new").mkdir()
-    for name in ("there.pt", "there.npz", "there.json", "old/inspection.json"):
+    for name in ("shards", "converted", "linked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "shards" / "a.lmdb").write_bytes(VAL_20.read_bytes())
+    (tmp_path / "linked" / "a.lmdb").symlink_to(tmp_path / "shards" / "a.lmdb")
+    old = [f"old/{name}.json" for name in ("inspection", "pareto", "is2re", "report")]
+    for name in ("there.pt", "there.npz", "there.json", "converted/a.aselmdb", "train.lmdb", *old):
         (tmp_path / name).write_text("keep")
     (tmp_path / "there.lmdb").write_bytes(VAL_20.read_bytes())
     (tmp_path / "link.lmdb").symlink_to(VAL_20)
@@ -308,6 +386,53 @@ def test_a_finished_result_is_replaced_when_asked(tmp_path: Path) -> None:
     assert _script("preprocess_oc20", *RAW, "--out", out) == 2
     assert _script("preprocess_oc20", *RAW, "--out", out, "--overwrite") == 0
     assert json.loads((tmp_path / "x.json").read_text())["written"] == 2
+
+
+def test_a_converted_folder_goes_on_and_is_replaced_when_asked(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    for name in ("a.lmdb", "b.lmdb"):
+        (source / name).write_bytes(VAL_20.read_bytes())
+    call = (
+        "--data",
+        source,
+        "--out",
+        out,
+        "--to",
+        "ase",
+        "--energy-kind",
+        "adsorption",
+        "--num-workers",
+        "1",
+    )
+    assert _script("convert_lmdb", *call) == 0
+    (out / "a.aselmdb").unlink()
+    assert _script("convert_lmdb", *call) == 0
+    assert _script("convert_lmdb", *call) == 2
+    before = (out / "a.aselmdb").stat().st_ino
+    assert _script("convert_lmdb", *call, "--overwrite") == 0
+    assert (out / "a.aselmdb").stat().st_ino != before
+    for target in (source / "a.lmdb", out / "link.lmdb"):
+        if target.parent == out:
+            target.symlink_to(source / "a.lmdb")
+        with pytest.raises(DataError, match="is the source"):
+            convert(source / "a.lmdb", target, "oc20", "adsorption", overwrite=True)
+
+
+@pytest.mark.parametrize(("writer", "name"), [("apply", "plan"), ("grid", "grids"), ("label", "answers")])
+def test_functions_do_not_write_over_what_they_read(writer: str, name: str, tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    given.write_bytes(b"keep")
+    link = tmp_path / name
+    link.symlink_to(given)
+    calls: dict[str, Callable[[], object]] = {
+        "apply": lambda: apply_plan(given, PruningPlan(()), link),
+        "grid": lambda: write_with_grids(given, None, None, link),  # type: ignore[arg-type]
+        "label": lambda: label(None, [given], link),  # type: ignore[arg-type]
+    }
+    with pytest.raises(InputError, match="read as input"):
+        calls[writer]()
+    assert given.read_bytes() == b"keep"
 
 
 def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
