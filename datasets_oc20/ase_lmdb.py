@@ -64,6 +64,11 @@ class AseLmdbFile(LmdbFile):
         gone = np.unique(np.asarray(deleted, dtype=np.int64))
         self._deleted_below = gone - np.arange(len(gone)) - 1
         self.length = next_id - 1 - len(gone)
+        if self.length > self._rows.entries():
+            raise DataError(
+                f"{self.path}: nextid of the ASE database promises {self.length} rows, and the file has "
+                f"{self._rows.entries()} entries; write the file again."
+            )
         self._ours = self.get(b"metadata") is not None
 
     def get(self, key: bytes) -> bytes | None:

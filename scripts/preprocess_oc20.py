@@ -62,6 +62,7 @@ def parse() -> argparse.Namespace:
             ("--max-energy", "--no-filter"),
             ("--max-force", "--no-filter"),
             ("--max-energy", "--energy=total"),
+            ("--overwrite", "--shards"),
         ],
     )
 

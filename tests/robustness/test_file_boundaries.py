@@ -235,6 +235,7 @@ MODEL = ("--checkpoint", "{}/there.pt")
     [
         ("preprocess_oc20", (*RAW, "--out", "{}/x.json"), "name of the report"),
         ("preprocess_oc20", (*RAW, "--out", "{}/there.lmdb"), "there.lmdb exists already"),
+        ("preprocess_oc20", (*RAW, "--out", "{}/new", "--shards", "2", "--overwrite"), "--overwrite has no"),
         ("preprocess_oc20", (*RAW, "--out", "{}/there.x"), "there.json exists already"),
         ("preprocess_oc20", (*RAW, "--out", "{}/n.lmdb", "--later-out", "{}/n.json"), "name of the report"),
         ("convert_lmdb", ("--data", "{}/there.lmdb", "--out", "{}/there.lmdb", "--to", "ase"), "input"),
