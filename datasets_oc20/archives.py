@@ -85,9 +85,9 @@ def unpack(
         byte_bar(f"Unpacking {archive.name}", size, show=show_progress) as bar,
     ):
         for member in tar:
-            path = _destination(member, folder, archive)
-            if path is not None and path not in there:
-                _extract(tar, member, path)
+            target = _destination(member, folder, archive)
+            if target is not None and target not in there:
+                _extract(tar, member, target)
             bar.update(member.size)
     data = {path.parent for path in members if path.name.endswith(_DATA)}
     return Unpacked(folder, len(members), size, len(there), sorted(data))

@@ -73,7 +73,14 @@ class AseLmdbFile(LmdbFile):
         if key == b"metadata":
             stored = self._json(key)
             # Of files that were not written here nobody says which kind their energies are.
-            return orjson.dumps(stored) if isinstance(stored, dict) and "format_version" in stored else None
+            if not isinstance(stored, dict) or "format_version" not in stored:
+                return None
+            try:
+                return orjson.dumps(stored)
+            except orjson.JSONEncodeError as error:  # numbers of more than 64 bits, too deep
+                raise DataError(
+                    f"{self.path}, key metadata: not readable ({error}); write the file again."
+                ) from error
         if not key.isdigit() or int(key) >= self.length:
             return None
         row_id = int(key) + 1 + int(np.searchsorted(self._deleted_below, int(key), side="right"))
@@ -237,6 +244,6 @@ def _plain(value: Any) -> Any:
 
 
 def _fits(values: np.ndarray, dtype: str) -> bool:
-    """Whether the values stay the same in `dtype`."""
+    """Tell whether the values stay the same in `dtype`."""
     with np.errstate(invalid="ignore"):
         return bool(np.array_equal(values.astype(dtype), values, equal_nan=True))

@@ -14,8 +14,8 @@ BASE_URL = "https://dl.fbaipublicfiles.com/opencatalystproject/data"
 TASKS = ("s2ef", "is2re")
 
 # A record of OC20's mean size (78 atoms) takes a page of 4096 bytes of its own and a little of the tree, one
-# of more than 140 atoms two pages. tests/datasets_oc20/test_download.py compares this with a written file.
-LMDB_BYTES_PER_FRAME = 4700
+# of more than 95 atoms two pages. tests/datasets_oc20/test_download.py compares this with a written file.
+LMDB_BYTES_PER_FRAME = 5500
 _GIB = 1 << 30
 
 

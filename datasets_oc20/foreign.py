@@ -12,6 +12,7 @@ import numpy as np
 
 from datasets_oc20.errors import DataError
 from datasets_oc20.safe_pickle import (
+    MAX_DIMENSIONS,
     PickledArray,
     PickledObject,
     PickledTensor,
@@ -39,8 +40,9 @@ def read_length(value: bytes, where: str) -> int:
         length = load_inert(value) if is_pickle(value) else int(value.decode("ascii"))
     except (RefusedPickleError, ValueError) as error:
         raise DataError(f"{where}: the number of records cannot be read ({error}).") from error
-    if isinstance(length, bool) or not isinstance(length, int | np.integer) or length < 0:
-        raise DataError(f"{where}: the number of records is {length!r}, not a number.")
+    if isinstance(length, bool) or not isinstance(length, int | np.integer) or not 0 <= length < 10**100:
+        said = "impossible" if isinstance(length, int | np.integer) else f"a {type(length).__name__}"
+        raise DataError(f"{where}: the number of records is {said}; write the dataset again.")
     return int(length)
 
 
@@ -75,7 +77,8 @@ def read_natoms(value: bytes, where: str) -> int:
         raise DataError(f"{where}: the record has no atomic_numbers; it is not an OC20 record.")
     if isinstance(numbers, PickledTensor):
         sizes = numbers.size
-        natoms = math.prod(sizes) if all(type(n) is int and n > 0 for n in sizes) else 0
+        sound = len(sizes) <= MAX_DIMENSIONS and all(type(n) is int and n > 0 for n in sizes)
+        natoms = math.prod(sizes) if sound else 0
     else:
         natoms = as_array(_plain(numbers, where), "atomic_numbers", where).size
     if not 0 < natoms <= LARGEST_ATOMS:

@@ -36,7 +36,7 @@ _SMALLEST_ENTRY = 10  # a node, its offset and no key or value
 
 @dataclass(frozen=True)
 class _Header:
-    """What the newer of the two meta pages says."""
+    """Fields of the newer of the two meta pages."""
 
     page_header: int
     shift: int
@@ -131,7 +131,7 @@ class LmdbFile:
         return memoryview(page)[size:lower].cast("H")
 
     def _node(self, page: bytes, number: int, index: int) -> int:
-        """Where node `index` begins; its header and key are inside the page."""
+        """Offset of node `index`; its header and key are inside the page."""
         pointers = self._pointers(page, number)
         if not 0 <= index < len(pointers):
             self._damaged(number, "has no node")
@@ -141,7 +141,7 @@ class LmdbFile:
         return start
 
     def _search(self, page: bytes, number: int, key: bytes, first: int) -> tuple[int, bool]:
-        """Where the node with `key` begins and True, or the index of the first larger one and False."""
+        """Offset of the node with `key` and True, or the index of the first larger one and False."""
         pointers, shift, end = self._pointers(page, number), self._header.shift, len(page)
         low, high = first, len(pointers)
         while low < high:

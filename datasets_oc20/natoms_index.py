@@ -41,7 +41,7 @@ def natoms_of_shard(file: LmdbFile, length: int) -> np.ndarray:
 
 
 def _possible(natoms: np.ndarray) -> bool:
-    """Whether these are numbers of atoms."""
+    """Tell whether these are numbers of atoms."""
     return bool(natoms.dtype.kind in "iu" and (natoms > 0).all() and (natoms <= LARGEST_ATOMS).all())
 
 

@@ -17,7 +17,7 @@ _SMALLEST_VOLUME = 1e-6
 
 
 def unused_cell(cell: np.ndarray, pbc: np.ndarray) -> bool:
-    """Whether a structure has a whole cell `[3, 3]` (Å) and is periodic in no direction `[3]`."""
+    """Tell whether a structure has a whole cell `[3, 3]` (Å) and is periodic in no direction `[3]`."""
     if np.any(pbc):
         return False
     return bool(abs(np.linalg.det(np.reshape(cell, (3, 3)))) > _SMALLEST_VOLUME)
@@ -58,7 +58,7 @@ class Periodicity:
         self.unused = self.unused[0] + other.unused[0], self.unused[1] or other.unused[1]
 
     def notices(self) -> dict[str, str]:
-        """What there is to say, by kind ("not periodic", "mixed")."""
+        """Notices by kind ("not periodic", "mixed")."""
         said = {}
         if self.unused[0]:
             said["not periodic"] = (

@@ -179,7 +179,7 @@ def _read_metadata(file: LmdbFile) -> dict[str, Any]:
     try:
         metadata = orjson.loads(value)
         version = int(metadata["format_version"])
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{file.path}, key metadata: not readable; write the dataset again.") from error
     if version > FORMAT_VERSION:
         raise DataError(

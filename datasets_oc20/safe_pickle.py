@@ -5,13 +5,16 @@ classes below, and each of them is replaced by a stand-in that records what it w
 numpy or torch_geometric code runs while the pickle is read, so a record written by any version of them
 opens, and a hostile one can at most be refused. Tensors are built afterwards, only for the fields that are
 asked for, from bytes whose bounds have been checked.
+
+Before that the opcodes are followed without running them (`_check_program`): some programs would cost hours
+or all memory by what a pickle does anyway, like hashing the key of a dictionary.
 """
 
 import codecs
-import collections
 import io
 import math
 import pickle
+import pickletools
 import re
 import warnings
 from collections.abc import Callable
@@ -25,14 +28,47 @@ MAX_BYTES = 1 << 30
 MAX_VALUES = 5_000_000
 """Most values of a pickle, those that it repeats counted as often as they are."""
 MAX_DEPTH = 64
-# A tuple of what was there already, made again and again: hashing such a key takes twice as long each time.
-_DOUBLING = re.compile(rb"(?:h.|j.{4}|g\d+\n|2)[\x85-\x87t]", re.DOTALL)
-_MAX_DOUBLINGS = 24
+MAX_OPCODES = 500_000
+"""Most steps of a program; a record of OC20 has some 400, whatever its size."""
+MAX_DIMENSIONS = 8
+_MAX_KEY = 1000
+"""Most characters of a key."""
+# Kinds of values on the stack of a program: can be a key, was named (a class or a function), all others.
+_KEY, _NAMED, _OTHER = range(3)
+_PLAIN = (
+    pickletools.pyunicode, pickletools.pystring, pickletools.pybytes, pickletools.pybytes_or_str,
+    pickletools.pyint, pickletools.pyinteger_or_bool, pickletools.pybool, pickletools.pynone,
+)  # fmt: skip
+_PUTS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
+_GETS = {"GET", "BINGET", "LONG_BINGET"}
+# Opcodes that hash values, and which of those above the mark: every one, or every second.
+_KEYS = {"SETITEM": 2, "SETITEMS": 2, "DICT": 2, "ADDITEMS": 1, "FROZENSET": 1}
+
+
+def _effect(opcode: pickletools.OpcodeInfo) -> tuple[bool, int, int | None]:
+    """Takes all to the last mark, values that it takes (below the mark), kind of what it puts there."""
+    before, after, name = opcode.stack_before, opcode.stack_after, opcode.name
+    to_mark = pickletools.markobject in before
+    taken = before.index(pickletools.markobject) if to_mark else len(before)
+    if not after or name == "DUP" or name == "MARK" or name in _PUTS | _GETS:
+        return to_mark, taken, None
+    named = name in ("GLOBAL", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")
+    return to_mark, taken, _NAMED if named else _KEY if after[0] in _PLAIN else _OTHER
+
+
+_EFFECTS = {opcode.name: _effect(opcode) for opcode in pickletools.opcodes}
 _EXPANDED = 1 << 20
 
 
 class RefusedPickleError(ValueError):
     """The pickle names something outside the allow-list, or is not a pickle; the message says which."""
+
+
+class _Finished:
+    """Values that a pickle cannot change after they were made."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise RefusedPickleError("it changes something that is finished")
 
 
 class PickledObject:
@@ -48,7 +84,7 @@ class PickledObject:
 
 
 @dataclass
-class PickledStorage:
+class PickledStorage(_Finished):
     """The bytes of a pickled torch storage: a stream written by `torch.save`, not read yet."""
 
     content: bytes
@@ -70,7 +106,7 @@ class PickledStorage:
 
 
 @dataclass
-class PickledTensor:
+class PickledTensor(_Finished):
     """A pickled tensor; `tensor()` builds it."""
 
     storage: Any
@@ -84,14 +120,18 @@ class PickledTensor:
             raise RefusedPickleError("a tensor has no storage")
         flat = self.storage.tensor()
         numbers = (self.offset, *self.size, *self.stride)
-        if len(self.size) != len(self.stride) or not all(type(n) is int and n >= 0 for n in numbers):
+        fits = len(self.size) == len(self.stride) <= MAX_DIMENSIONS
+        if not fits or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
             raise RefusedPickleError("a tensor has an impossible shape")
         last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
         if math.prod(self.size) > max(flat.numel(), _EXPANDED):
             raise RefusedPickleError("a tensor repeats its storage too often")
         if 0 not in self.size and last >= flat.numel():
             raise RefusedPickleError("a tensor is larger than its storage")
-        return torch.as_strided(flat, self.size, self.stride, self.offset).clone()
+        try:
+            return torch.as_strided(flat, self.size, self.stride, self.offset).clone()
+        except RuntimeError as error:  # numbers of an empty tensor that overflow when multiplied
+            raise RefusedPickleError("a tensor has an impossible shape") from error
 
 
 class _PickledDtype:
@@ -123,7 +163,7 @@ class PickledArray:
             _, shape, dtype, fortran, content = self.state
             flat = np.frombuffer(content, dtype=dtype.dtype)
             return flat.reshape(shape, order="F" if fortran else "C").copy()
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise RefusedPickleError("a numpy array is damaged") from error
 
 
@@ -151,16 +191,23 @@ def _encode(text: Any, encoding: Any = "utf-8") -> bytes:
     return codecs.encode(text, encoding)
 
 
+def _mapping(*args: Any) -> dict[Any, Any]:
+    """An empty dictionary for an OrderedDict, whose items come after it since Python 3."""
+    if any(args):
+        raise RefusedPickleError("it makes a dictionary of a list")
+    return {}
+
+
 def _size(*args: Any) -> tuple[Any, ...]:
     return tuple(*args)
 
 
-class _AnArrayClass:
+class _AnArrayClass(_Finished):
     """What `numpy.ndarray` may be: the argument of `_reconstruct`."""
 
 
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "OrderedDict"): _mapping,
     ("_codecs", "encode"): _encode,
     ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
@@ -195,28 +242,110 @@ class _AllowListUnpickler(pickle.Unpickler):
         raise RefusedPickleError("it refers to something outside the record")
 
 
-def _check_extent(value: Any) -> None:
-    """Refuse what is nested too deep, or would be too large if its repeated parts were written out."""
-    left = MAX_VALUES
-    waiting: list[tuple[Any, int]] = [(value, 0)]
-    while waiting:
-        found, depth = waiting.pop()
-        if isinstance(found, PickledObject | PickledArray):
-            children: Any = (found.state,)
-        elif isinstance(found, PickledTensor):
-            children = (found.storage, found.size, found.stride)
-        elif isinstance(found, dict):
-            children = (*found.keys(), *found.values())
-        elif isinstance(found, list | tuple | set | frozenset):
-            children = found
-        else:
+def _check_program(content: bytes) -> None:
+    """Follow the opcodes of a pickle without running them, and refuse what is costly or changes this module.
+
+    Keys of dictionaries and members of sets are plain values: short text, numbers of 31 bits, None. A tuple
+    that holds one tuple twice, and that twice, and so on, takes twice as long to hash with each of them. The
+    memo, an array that is as long as its largest index, has no larger one than there are opcodes. Classes and
+    functions that were named get no state, which would be stored for the records that follow.
+
+    Raises:
+        RefusedPickleError: as above, or a value is asked for that is not there.
+        ValueError: `content` is no program.
+    """
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[int, int] = {}
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        if count >= MAX_OPCODES:
+            raise RefusedPickleError(f"it has more than {MAX_OPCODES} steps")
+        name = opcode.name
+        to_mark, taken, pushed = _EFFECTS[name]
+        items: list[int] = []
+        operands: list[int] = []
+        if to_mark:
+            place = marks.pop()
+            items = stack[place:]
+            del stack[place:]
+        elif name == "POP" and marks and marks[-1] == len(stack):
+            marks.pop()
             continue
-        left -= len(children)
-        if depth >= MAX_DEPTH or left < 0:
-            raise RefusedPickleError(
-                "it is nested too deep" if depth >= MAX_DEPTH else "it repeats its parts too often"
-            )
-        waiting.extend((child, depth + 1) for child in children)
+        if taken:
+            base = len(stack) - taken
+            if base < (marks[-1] if marks else 0):
+                raise RefusedPickleError("it takes more than there is")
+            operands = stack[base:]
+            del stack[base:]
+        if pushed is not None:
+            stack.append(pushed if pushed != _KEY or _is_key(argument) else _OTHER)
+        if name in _PUTS:
+            index = len(memo) if name == "MEMOIZE" else int(argument or 0)
+            if index > count:
+                raise RefusedPickleError("it numbers its parts in an impossible way")
+            stack.extend(operands)
+            memo[index] = stack[-1]
+        elif name in _GETS:
+            stack.append(memo[int(argument or 0)])
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name == "DUP":
+            stack.extend(operands * 2)
+        elif name in _KEYS:
+            keys = operands[1:2] if name == "SETITEM" else items[:: _KEYS[name]]
+            if any(key != _KEY for key in keys):
+                raise RefusedPickleError("a key of a dictionary is neither short text nor a small number")
+        elif name == "BUILD" and operands[0] == _NAMED:
+            raise RefusedPickleError("it changes a class or a function")
+
+
+def _is_key(argument: Any) -> bool:
+    if isinstance(argument, str | bytes):
+        return len(argument) <= _MAX_KEY
+    return argument is None or -(2**31) <= argument < 2**31
+
+
+def _check_extent(found: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Refuse what is nested too deep, or would be too large if its repeated parts were written out.
+
+    The objects of torch_geometric and arrays count once: nothing writes them out, and a record of PyG 2 holds
+    itself (`_store._parent`).
+
+    Args:
+        found: a part of what was read.
+        depth: how deep it lies.
+        known: values and nesting of the parts that were seen, by id.
+
+    Returns:
+        Values in `found`, repeated ones as often as they are, and levels of nesting.
+    """
+    once = isinstance(found, PickledObject | PickledArray)
+    if once:
+        children: Any = (found.state,)
+    elif isinstance(found, PickledTensor):
+        children = (found.storage, found.size, found.stride)
+    elif isinstance(found, dict):
+        children = (*found.keys(), *found.values())
+    elif isinstance(found, list | tuple | set | frozenset):
+        children = found
+    else:
+        return 0, 0
+    if id(found) not in known:
+        if depth >= MAX_DEPTH:
+            raise RefusedPickleError("it is nested too deep")
+        values, nesting = len(children), 0
+        if once:
+            known[id(found)] = 0, 0
+        for child in children:
+            inside, levels = _check_extent(child, depth + 1, known)
+            values, nesting = values + inside, max(nesting, levels)
+        if values > MAX_VALUES:
+            raise RefusedPickleError("it repeats its parts too often")
+        known.setdefault(id(found), (values, nesting + 1))
+    values, nesting = known[id(found)]
+    if depth + nesting > MAX_DEPTH:
+        raise RefusedPickleError("it is nested too deep")
+    return values, nesting
 
 
 def load_inert(content: bytes) -> Any:
@@ -227,11 +356,10 @@ def load_inert(content: bytes) -> Any:
     """
     if len(content) > MAX_BYTES:
         raise RefusedPickleError(f"it has more than {MAX_BYTES >> 20} MiB")
-    if len(_DOUBLING.findall(content)) > _MAX_DOUBLINGS:
-        raise RefusedPickleError("it repeats its parts too often")
     try:
+        _check_program(content)
         value = _AllowListUnpickler(io.BytesIO(content)).load()
-        _check_extent(value)
+        _check_extent(value, 0, {})
         return value
     except RefusedPickleError:
         raise

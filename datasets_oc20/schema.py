@@ -34,7 +34,7 @@ _INT, _BYTE, _BOOL = np.dtype("<i8"), np.dtype("u1"), np.dtype("?")
 
 @dataclass(frozen=True)
 class Field:
-    """What one field of a record must be.
+    """Requirements on one field of a record.
 
     Attributes:
         kind: real numbers; whole numbers, of any type; flags, which are booleans or the numbers 0 and 1.
@@ -59,7 +59,7 @@ class Field:
 
     @property
     def per_atom(self) -> bool:
-        """Whether the first axis counts atoms."""
+        """Tell whether the first axis counts atoms."""
         return self.shape[0] == "N"
 
 

@@ -215,7 +215,7 @@ def read_yaml(path: AnyPath, limit: int = MAX_CONFIG, depth: int = MAX_DEPTH) ->
 
 
 def inflate(content: bytes, limit: int, where: str) -> bytes:
-    """What `zlib.compress` made `content` from, at most `limit` bytes.
+    """Decompress zlib `content` to at most `limit` bytes.
 
     Raises:
         DataError: not a whole zlib stream, or one of more bytes.

@@ -60,7 +60,7 @@ def check_target(
 
 
 def _is_input(path: Path, given: Path) -> bool:
-    """Whether both are one file, or `path` is a file of data in the folder `given`."""
+    """Tell whether both are one file, or `path` is a file of data in the folder `given`."""
     if given.is_dir():
         return path.exists() and path.name.endswith(_DATA) and Path(_real(given)) in Path(_real(path)).parents
     if path.exists() and given.exists():

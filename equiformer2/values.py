@@ -27,7 +27,7 @@ _CONTAINERS = (Mapping, list, tuple, set, frozenset)
 
 
 class Rule(Protocol):
-    """What a value must be."""
+    """Description of a valid value."""
 
     def read(self, value: Any, name: str) -> Any:
         """`value` in its plain type.

@@ -21,8 +21,10 @@ from equiformer2.inference import (
     load_system,
     prepare_system,
 )
+from equiformer2.inference.prepare import is_file
 from equiformer2.inference.record import (
     ADSORPTION_RECORD,
+    RUN_FILES,
     adsorption_report,
     claim_folder,
     model_record,
@@ -59,7 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         precision=options.precision,
         backend=options.backend,
     )
-    folder = claim_folder(options.out, ADSORPTION_RECORD, options.overwrite)
+    named = [name for name in (options.slab, options.adsorbate) if name is not None and is_file(name)]
+    inputs = [options.checkpoint, *named, *filter(None, [options.system])]
+    folder = claim_folder(options.out, ADSORPTION_RECORD, options.overwrite, inputs, RUN_FILES)
     result = adsorption_energy(
         system,
         calculator,

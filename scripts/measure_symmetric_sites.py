@@ -202,7 +202,7 @@ def main() -> None:
                 rows.append(row)
                 print({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
     units = {"oc20_small": "meV and eV/Å", "random": "a thousandth of the energy's unit and the forces' unit"}
-    write_json(options.output / "symmetric_sites.json", {**origin(), "units": units, "sites": rows})
+    write_json(options.output / "symmetric_sites.json", {**origin(), "measured_in": units, "sites": rows})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from equiformer2.inference.files import read_structure
 from equiformer2.inference.meaning import warning_for
 from equiformer2.inference.record import (
     RELAXATION_RECORD,
+    RUN_FILES,
     claim_folder,
     model_record,
     write_relaxation_record,
@@ -38,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         backend=options.backend,
         router=router,
     )
-    folder = claim_folder(options.out, RELAXATION_RECORD, options.overwrite)
+    inputs = [options.structure, options.checkpoint, *filter(None, [options.router])]
+    folder = claim_folder(options.out, RELAXATION_RECORD, options.overwrite, inputs, RUN_FILES)
     result = relax(
         structure,
         calculator,

@@ -96,7 +96,7 @@ def _layout(config: Mapping[str, Any], source: str) -> tuple[str, Mapping[str, A
 
 
 def _frozen(model_block: Mapping[str, Any], source: str) -> bool:
-    """Whether the backbone was not trained."""
+    """Tell whether the backbone was not trained."""
     frozen = model_block.get("freeze_backbone")
     return bool(Optional(Switch()).read(frozen, f"{source}: the model config: freeze_backbone"))
 

@@ -149,7 +149,7 @@ def radius_graph(
 def _tie_tolerance(
     dtype: torch.dtype, positions: NDArray[np.float64], natoms: NDArray[np.int64]
 ) -> NDArray[np.float64] | None:
-    """How far rounding may have moved apart equal distances of each atom, `[N]` Å; None for the usual."""
+    """Tolerance for equal distances after rounding, `[N]` Å per atom; None for `TIE_TOLERANCE`."""
     if dtype == torch.float64 or not len(positions):
         return None
     # Positions in float32 have the fewer digits behind the point, the farther they are from the origin.

@@ -237,7 +237,7 @@ def resolve_energy_kind(calculator: Calculator, declared: str | None = None) -> 
 
 
 def _is_plain_ase(calculator: Calculator) -> bool:
-    """Whether it is one of ASE's own, which give total energies, and wraps no other calculator."""
+    """Tell whether it is one of ASE's own, which give total energies, and wraps no other calculator."""
     package, _, module = type(calculator).__module__.rpartition("ase.calculators.")
     return package == "" and bool(module) and module not in WRAPPERS
 

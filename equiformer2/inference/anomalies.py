@@ -52,7 +52,7 @@ class Anomaly:
 
     @property
     def borderline(self) -> bool:
-        """Whether the margin is below `BORDERLINE`."""
+        """Tell whether the margin is below `BORDERLINE`."""
         return self.margin < BORDERLINE
 
     def summary(self) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Relaxed:
 
     @property
     def positions(self) -> np.ndarray:
-        """Of the last frame, `[N, 3]` float64 Å."""
+        """Positions of the last frame, `[N, 3]` float64 Å."""
         return self.frames[-1].positions
 
     def fail(self, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""What a user's structure carries beside itself, in a form that every file can hold."""
+"""Extra information of a user's structure, in a form that every file can hold."""
 
 import math
 import re

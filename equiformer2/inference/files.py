@@ -86,16 +86,29 @@ def _read(path: Path, index: int) -> Any:
     how = ioformats.get(format_)
     if how is None or not how.acceptsfd:
         # "@" in a name is ASE's frame syntax; do_not_split_by_at_sign takes the name as it is.
-        return read(path, index=index, format=format_, do_not_split_by_at_sign=True)
+        return _frame(path, index, path, format=format_, do_not_split_by_at_sign=True)
     with _opened(path) as file:
         if format_ in ("json", "traj"):
             _check_arrays(path, file, format_)
         claimed = _claimed(path, file, format_)
         given = file if how.isbinary else _Text(path, file)
-        atoms = read(given, index=index, format=format_)
+        atoms = _frame(path, index, given, format=format_)
     if format_ in ("gen", "gromacs") and claimed != len(atoms):
         raise InputError(f"{path} says that it holds {claimed} atoms and holds {len(atoms)}: it is truncated")
     return atoms
+
+
+def _frame(path: Path, index: int, given: Any, **options: Any) -> Any:
+    """One frame; of those from the end ASE gives the first where there are fewer."""
+    if index >= -1:
+        try:
+            return read(given, index=index, **options)
+        except StopIteration:  # ASE's word for no frame from there on
+            raise ValueError("the file has no such frame") from None
+    frames = read(given, index=slice(index, None), **options)
+    if len(frames) < -index:
+        raise ValueError("the file has no such frame")
+    return frames[0]
 
 
 def _opened(path: Path) -> IO[bytes]:

@@ -39,7 +39,7 @@ def no_adsorption_energy(atoms: Atoms) -> str | None:
 
 
 def count_adsorbates(atoms: Atoms) -> int:
-    """How many molecules or fragments the atoms with tag 2 are; images of one across the cell are one."""
+    """Number of molecules or fragments among the atoms with tag 2; images across the cell are one."""
     tags, _ = oc20_tags(atoms)
     adsorbate = atoms[tags == ADSORBATE]
     if len(adsorbate) == 0:
@@ -72,7 +72,7 @@ def warning_for(atoms: Atoms, energy_kind: str) -> str | None:
 
 
 def _is_open(atoms: Atoms, axis: int) -> bool:
-    """Whether the structure ends along a lattice vector: not periodic, or a gap of `VACUUM` in it."""
+    """Tell whether the structure ends along a lattice vector: not periodic, or a gap of `VACUUM` in it."""
     if not atoms.pbc[axis]:
         return True
     cell = atoms.cell.complete()

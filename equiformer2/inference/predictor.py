@@ -25,7 +25,7 @@ from equiformer2.model.requests import OutputRequest
 logger = logging.getLogger(__name__)
 
 Structures: TypeAlias = Batch | Data | Atoms | Sequence[Data] | Sequence[Atoms]
-"""What `Predictor.predict` takes."""
+"""Structures that `Predictor.predict` takes."""
 
 
 class Predictor:

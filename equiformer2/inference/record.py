@@ -1,7 +1,8 @@
 """What a relaxation or an adsorption calculation leaves in its output folder."""
 
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from ase.constraints import (
     FixScaled,
 )
 from ase.io import write
+from ase.io.trajectory import Trajectory
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
-from equiformer2.files import write_bytes, write_json
+from equiformer2.files import check_target, write_bytes, write_json
 from equiformer2.inference.adsorption import AdsorptionResult
 from equiformer2.inference.atoms import ADSORBATE, fixed_mask
+from equiformer2.inference.calculator import EquiformerV2Calculator
 from equiformer2.inference.extras import extras, simple_info
 from equiformer2.inference.meaning import warning_for
 from equiformer2.inference.pictures import relaxation_picture, structure_picture
@@ -33,27 +36,67 @@ logger = logging.getLogger(__name__)
 
 ADSORPTION_RECORD = "adsorption_energy.json"
 RELAXATION_RECORD = "relaxation.json"
+TRAJECTORY = "relaxation.traj"
+RUN_FILES = (
+    *(ADSORPTION_RECORD, RELAXATION_RECORD, TRAJECTORY),
+    *("slab.traj", "relaxed.extxyz", "structure.png", "relaxation.png"),
+)
+"""What `relax.py` and `adsorption_energy.py` leave in a folder, one or the other."""
 
 
-def claim_folder(path: str | Path, record: str, overwrite: bool = False) -> Path:
+def claim_folder(
+    path: str | Path,
+    record: str,
+    overwrite: bool = False,
+    inputs: Iterable[str | Path] = (),
+    others: Sequence[str] = (),
+) -> Path:
     """The output folder of a new run; it is made when the run writes its first file.
 
-    `record` is the last file a run writes, so a folder without one holds an unfinished run. An earlier
-    record is removed with `overwrite`, since the new run's files would contradict it.
+    `record` is the last file a run writes, so a folder without one holds an unfinished run, which is begun
+    again. An earlier record is removed with `overwrite`, since the new run's files would contradict it.
+
+    Args:
+        path: the folder.
+        record: the JSON file that a run writes last.
+        overwrite: replace what is there.
+        inputs: files that the run reads, none of which it may replace.
+        others: further files that it writes, and the records of other runs that write them.
 
     Raises:
-        InputError: the path is a file, or the folder already holds `record`.
+        InputError: the path is a file, the folder already holds a result or files of somebody else, or a file
+            that the run would write is one of `inputs`.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: give a folder for the output")
-    if (folder / record).exists():
-        if not overwrite:
-            raise InputError(
-                f"{folder} already holds a result ({record}): give another folder, or --overwrite"
-            )
-        (folder / record).unlink()
+    files = list(dict.fromkeys((record, *others)))
+    for name in files:
+        check_target(folder / name, inputs=inputs)
+    there = [name for name in files if os.path.lexists(folder / name)]
+    records = [name for name in there if name.endswith(".json")]
+    if records and not overwrite:
+        raise InputError(
+            f"{folder} already holds a result ({records[0]}): give another folder, or --overwrite"
+        )
+    if there and not records and not overwrite and not _is_unfinished(folder / TRAJECTORY):
+        check_target(folder / there[0], overwrite=False)
+    for name in records:
+        (folder / name).unlink()
     return folder
+
+
+def _is_unfinished(trajectory: Path) -> bool:
+    """Whether a run of this package has left the file, rather than somebody else."""
+    if not trajectory.is_file():
+        return False
+    if trajectory.stat().st_size == 0:  # nothing is lost with it
+        return True
+    try:
+        with Trajectory(str(trajectory)) as frames:
+            return getattr(frames[0].calc, "name", None) == EquiformerV2Calculator.__name__.lower()
+    except Exception:  # whatever ASE raises for bytes that are no trajectory
+        return False
 
 
 def write_adsorption_record(folder: AnyPath, result: AdsorptionResult, model: dict[str, Any]) -> list[Path]:
@@ -193,7 +236,7 @@ def _write_structure(path: Path, atoms: Atoms) -> Path:
 
 
 def _constraints_by_mask(atoms: Atoms) -> list[FixConstraint]:
-    """Those constraints that extended XYZ holds: held atoms, and Cartesian directions in which others are."""
+    """Constraints that extended XYZ can hold: atoms held in all or in some Cartesian directions."""
     held = fixed_mask(atoms)
     kept: list[FixConstraint] = [FixAtoms(mask=held)] if held.any() else []
     kept += [one for one in atoms.constraints if isinstance(one, FixCartesian) and not held[one.index].all()]

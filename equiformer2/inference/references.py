@@ -31,7 +31,7 @@ OC20_GAS_REFERENCES = {"H": -3.477, "O": -7.204, "C": -7.282, "N": -8.083}
 """eV per atom, from H2, H2O, CO and N2 with OC20's own DFT settings (VASP, RPBE); Chanussot et al. 2021."""
 
 GAS_SOURCES = ("vacuum", "molecules", "oc20")
-"""Where references come from, beside a table of energies per atom."""
+"""Sources of gas references, beside a table of energies per atom."""
 
 _MOLECULES = {"H": ("H2",), "O": ("H2O", "H2"), "C": ("CO", "H2O", "H2"), "N": ("N2",)}
 """Element -> molecules whose energies its reference needs."""
@@ -42,7 +42,7 @@ _VACUUM = 10.0
 
 @dataclass(frozen=True)
 class GasReference:
-    """What is subtracted for the adsorbate.
+    """Gas references that are subtracted for the adsorbate.
 
     Attributes:
         energy: sum, eV.
@@ -60,7 +60,7 @@ class GasReference:
 
     @property
     def converged(self) -> bool:
-        """Whether every molecule in vacuum reached the threshold."""
+        """Tell whether every molecule in vacuum reached the threshold."""
         return all(relaxation.converged for relaxation in self.relaxations.values())
 
     def summary(self) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class RelaxationResult:
         return self.max_forces[-1]
 
     def outcome(self) -> str:
-        """Whether it converged, in one line."""
+        """Tell whether it converged, in one line."""
         outcome = "converged" if self.converged else "NOT converged"
         return (
             f"{outcome} after {self.steps} {self.optimizer} steps, "

@@ -1,6 +1,7 @@
 """Slabs and adsorbates by name: `Pt111`, `*CO`, and one placed on the other."""
 
 import difflib
+import math
 import re
 from collections.abc import Callable
 
@@ -25,8 +26,11 @@ FACETS: dict[str, dict[str, Callable[..., Atoms]]] = {
 }
 """Crystal structure -> Miller indices -> ASE builder."""
 
+MOST_ATOMS = 100_000
+"""Of a slab by name; no network takes more at once."""
+
 SHORTEST_BOND = 0.8
-"""Of the sum of covalent radii; double bonds between metal and oxygen are at 0.8 to 0.85."""
+"""Fraction of the sum of covalent radii; double bonds between metal and oxygen are at 0.8 to 0.85."""
 
 # The binding atom is read from the name as written, so *OCH3 binds through O and CH3O through C.
 OTHER_NAMES = {
@@ -85,6 +89,10 @@ def build_slab(
         raise InputError(f"{symbol} is {crystal}: {facet} is not one of its slabs {', '.join(builders)}")
     if len(size) != 3 or min(size) < 1:
         raise InputError(f"the slab size {size} must be three positive numbers such as 3x3x4")
+    if math.prod(size) > MOST_ATOMS:
+        raise InputError(
+            f"the slab size {size} means {math.prod(size)} atoms: at most {MOST_ATOMS} are built"
+        )
     if not 1 <= free_layers <= size[2]:
         raise InputError(f"free_layers is {free_layers}: give 1 to {size[2]}, the number of layers")
     if not 0 < vacuum < np.inf or not (lattice_constant is None or 0 < lattice_constant < np.inf):
@@ -207,7 +215,7 @@ def place_adsorbate(
 
 
 def _hangs(slab: Atoms) -> bool:
-    """Whether the top of the slab is held and its bottom free: the surface to be used looks down."""
+    """Tell whether the top of the slab is held and its bottom free: the surface to be used looks down."""
     held, z = fixed_mask(slab), slab.positions[:, 2]
     layer = 0.5
     top, bottom = held[z > z.max() - layer], held[z < z.min() + layer]

@@ -213,7 +213,7 @@ def _check_trainer(trainer: Namespace) -> None:
 
 
 def _is_nothing(value: Any) -> bool:
-    """Whether a length of training is zero: a number, a time such as 00:00:00:00, or its parts by name."""
+    """Tell whether a length of training is zero: a number, a time (00:00:00:00), or its parts by name."""
     if isinstance(value, Mapping | Namespace):
         value = list(dict(value if isinstance(value, Mapping) else vars(value)).values())
         return bool(value) and not any(value)

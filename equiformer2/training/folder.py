@@ -135,7 +135,7 @@ class RunFolder:
         return not self.continues and any(map(self._worth_keeping, self.path.rglob("*")))
 
     def _is_only_begun(self) -> bool:
-        """Whether the folder's run wrote rows of metrics and nothing else that is worth keeping."""
+        """Tell whether the folder's run wrote rows of metrics and nothing else that is worth keeping."""
         kept = [path for path in self.path.rglob("*") if self._worth_keeping(path)]
         return kept == [self.metrics]
 

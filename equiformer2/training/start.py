@@ -1,4 +1,4 @@
-"""What a run begins with: the weights of `init_from`, and the units of energies and forces."""
+"""Start of a run: the weights of `init_from`, and the units of energies and forces."""
 
 import logging
 import math
@@ -103,7 +103,7 @@ def load_start(model: EquiformerV2, start: Checkpoint, path: str) -> None:
 def choose_normalizers(
     data: ResumableDataModule, start: Checkpoint | None, path: str | None, refit: bool, forces: str
 ) -> Normalizers:
-    """Those that the configuration gives, else the checkpoint's when starting from one, else the data's.
+    """Choose normalizers: the configuration's, else the checkpoint's when starting from one, else the data's.
 
     The log says which, and warns where they are far from the training data.
 

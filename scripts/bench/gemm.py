@@ -25,7 +25,8 @@ def measure_rate(
             # As a linear layer stores it.
             weight = torch.randn(n, k, device=device, dtype=dtype)
             seconds = min(
-                _median_seconds(multiply, left, weight, device, repeats) for multiply in _libraries(device)
+                _median_seconds(multiply, left, weight, device, repeats)
+                for multiply in _libraries(device, dtype)
             )
             flops = 2.0 * m * k * n
             total_flops += flops
@@ -34,11 +35,13 @@ def measure_rate(
     return {"rate": total_flops / total_seconds, "best": best, "shapes": [list(shape) for shape in shapes]}
 
 
-def _libraries(device: str) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+def _libraries(device: str, dtype: torch.dtype) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
     """Ways to compute `left @ weight^T`."""
     found: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [torch.nn.functional.linear]
     onednn = getattr(getattr(torch.ops, "mkldnn", None), "_linear_pointwise", None)
-    if device == "cpu" and onednn is not None and torch.backends.mkldnn.is_available():
+    # On CPUs without AVX-512 oneDNN refuses bfloat16.
+    refused = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device == "cpu" and onednn is not None and torch.backends.mkldnn.is_available() and not refused:
         found.append(lambda left, weight: onednn(left, weight, None, "none", [], ""))
     return found
 

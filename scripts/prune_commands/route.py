@@ -61,7 +61,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_unused(options: argparse.Namespace) -> None:
-    """What a method or mode would ignore is refused; `context_only` has nothing to choose."""
+    """Refuse options that a method or mode would ignore; `context_only` has nothing to choose."""
     from equiformer2.errors import InputError
 
     if options.width != 0.1 and options.mode != "smooth":

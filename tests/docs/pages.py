@@ -85,7 +85,7 @@ def tokens(text: str) -> list[Token]:
 
 
 def comments(token: Token) -> Iterator[Comment]:
-    """Those of this file's kinds in an HTML block; others are remarks."""
+    """Comments of this file's kinds in an HTML block; others are remarks."""
     for found in _COMMENT.finditer(token.content):
         first, _, body = found[1].partition("\n")
         kind = next((kind for kind in _KINDS if re.match(rf"{kind}\b", first)), None)

@@ -204,4 +204,36 @@ def _grid(data: dict[str, Any]) -> list[str]:
     ]
 
 
-TABLES: dict[str, Callable[[Any], list[str]]] = {"batches": _batches, "grid": _grid, "lossless": _lossless}
+def _sites(data: dict[str, Any]) -> list[str]:
+    return [
+        f"| {row['structure']} | {row['way']} | {row['force_of_symmetry_zero']:.3f} "
+        f"| {row['energy_moved_1e-07_A_milli']:.2f} | {row['energy_moved_0.0001_A_milli']:.2f} "
+        f"| {row['energy_displaced_and_moved_0.0001_A_milli']:.2f} |"
+        for row in data["sites"]
+        if row["network"] == "oc20_small"
+    ]
+
+
+def _sites_reference(data: dict[str, Any]) -> list[str]:
+    rows = {(row["structure"], row["way"]): row for row in data["sites"] if row["network"] == "random"}
+
+    def share(row: dict[str, Any], key: str) -> str:
+        value = row[key] / row["rms_force_rattled"]
+        return "0" if value == 0 else f"{value:.0e}" if value < 0.001 else f"{value:.3f}"
+
+    lines = []
+    for name in dict.fromkeys(structure for structure, _ in rows):
+        ours, theirs = rows[name, "strict"], rows[name, "reference"]
+        keys = ("force_of_symmetry_zero", "force_images", "force_moved_1e-07_A")
+        cells = [f"{share(ours, key)} | {share(theirs, key)}" for key in keys]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+TABLES: dict[str, Callable[[Any], list[str]]] = {
+    "batches": _batches,
+    "grid": _grid,
+    "lossless": _lossless,
+    "sites": _sites,
+    "sites_reference": _sites_reference,
+}

@@ -129,6 +129,18 @@ def _repeated(levels: int, opcode: bytes) -> bytes:
     return pickle.dumps(value, protocol=2)
 
 
+def _doubled(between: bytes) -> bytes:
+    """A key that takes 2^60 steps to hash, with opcodes that change nothing between those that make it."""
+    steps = b"".join(
+        b"h%c" % i + between + b"h%c" % i + between + b"\x86q%c0" % (i + 1) for i in range(1, 60)
+    )
+    return b"\x80\x02}U\x01x\x85q\x010" + steps + b"h\x3cNs."
+
+
+def _program(text: str) -> bytes:
+    return b"\x80\x02" + text.encode("latin-1") + b"."
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -136,7 +148,20 @@ def _repeated(levels: int, opcode: bytes) -> bytes:
         (_nested(100_000), "deep"),
         (_repeated(40, b"l"), "too often"),
         (_repeated(40, b"t"), "too often"),
-        (b"\x80\x02}" + _repeated(60, b"t")[2:-1] + b"Ns.", "too often"),
+        (b"\x80\x02}" + _repeated(60, b"t")[2:-1] + b"Ns.", "a key of a dictionary"),
+        (b"\x80\x02" + b"N0" * 2_000_000 + b"N.", "more than 500000 steps"),
+        (_doubled(b""), "a key of a dictionary"),
+        (_doubled(b"N0"), "a key of a dictionary"),
+        (_doubled(b"(0"), "a key of a dictionary"),
+        (_program("\x8f((I1\nI2\nt\x90"), "a key of a dictionary"),
+        (_program("(\x85\x91"), "more than there is"),
+        (_program("ccollections\nOrderedDict\n]](NNea\x85R"), "a dictionary of a list"),
+        (_program("}\x8b" + "\0\0\1\0" + "\1" * 65536 + "Ns"), "a key of a dictionary"),
+        (_program("Nr\xff\xff\xff\x7f"), "numbers its parts"),
+        (_program("Np999999999\n"), "numbers its parts"),
+        (_program("ctorch.storage\n_load_from_bytes\nN}U\6tensorK\5s\x86b"), "changes a class"),
+        (_program("c_codecs\nencode\nN}U\x0c__defaults__)s\x86b"), "changes a class"),
+        (_program("ctorch._utils\n_rebuild_tensor\n(NK\0))tR}U\6tensorK\5sb"), "changes something"),
     ],
 )
 def test_pickles_that_grow(content: bytes, expected: str) -> None:

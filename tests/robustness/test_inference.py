@@ -6,6 +6,7 @@ Structures are built by functions of this file, so that a case can be read as a 
 import importlib.util
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -541,6 +542,98 @@ def test_relax_script(
     assert stored["max_force_eV_A"] >= 0
     assert any(line.startswith("adsorption energy:") for line in lines) == (name != "clean")
     assert any("slab without an adsorbate" in warning for warning in stored["warnings"]) == (name == "clean")
+
+
+def _named_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+ODD_STRUCTURES: list[tuple[str, str, Callable[[Path], object], int, str]] = [
+    ("pipe", "s.xyz", _named_pipe, -1, r"s\.xyz.*named pipe"),
+    ("device", "s.traj", lambda path: path.symlink_to("/dev/zero"), -1, r"s\.traj.*device"),
+    ("circle of links", "s.cif", lambda path: path.symlink_to(path), 0, r"s\.cif.*circle"),
+    ("folder", "s.vasp", Path.mkdir, 0, r"s\.vasp.*folder"),
+    ("NUL in its name", "s\0.xyz", lambda path: None, 0, "file name"),
+    (
+        "frame beyond the first",
+        "s.traj",
+        lambda path: write(path, [slab(), slab()]),
+        -3,
+        "index -3.*no such frame",
+    ),
+    (
+        "frame beyond the last",
+        "s.xyz",
+        lambda path: write(path, [slab(), slab()]),
+        2,
+        "index 2.*no such frame",
+    ),
+    ("only frame of a crystal", "s.vasp", lambda path: write(path, slab()), -2, "index -2"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "index", "message"),
+    [case[1:] for case in ODD_STRUCTURES],
+    ids=[case[0] for case in ODD_STRUCTURES],
+)
+def test_what_is_no_structure(
+    tmp_path: Path, name: str, make: Callable[[Path], object], index: int, message: str
+) -> None:
+    make(tmp_path / name)
+    with pytest.raises(InputError, match=message):
+        read_structure(tmp_path / name, index)
+
+
+def test_frames_are_counted_from_the_end(tmp_path: Path) -> None:
+    write(tmp_path / "s.xyz", [slab(layers) for layers in (2, 3, 4)])
+    sizes = [len(read_structure(tmp_path / "s.xyz", index)) for index in (-3, -2, -1, 0)]
+    assert sizes == [len(slab(layers)) for layers in (2, 3, 4, 2)]
+
+
+# id, files in the folder, structure that is read, options, what the message names (None: it runs)
+FOLDERS: list[tuple[str, list[str], str, list[str], str | None]] = [
+    ("result of the other script", ["adsorption_energy.json", "relaxed.extxyz"], "start.traj", [], "result"),
+    ("file of a user", ["relaxed.extxyz"], "start.traj", [], "relaxed.extxyz exists already"),
+    ("trajectory of a user", ["relaxation.traj"], "start.traj", [], "relaxation.traj exists already"),
+    ("picture of a user", ["structure.png"], "start.traj", [], "structure.png exists already"),
+    ("input", ["relaxed.extxyz"], "out/relaxed.extxyz", ["--overwrite"], "read as input"),
+    ("input, linked", ["start.png"], "out/relaxed.extxyz", ["--overwrite"], "read as input"),
+    ("own unfinished run", ["unfinished"], "start.traj", [], None),
+    ("input of an unfinished run", ["unfinished"], "out/relaxation.traj", ["--overwrite"], "read as input"),
+    ("user's files, --overwrite", ["relaxation.json", "relaxed.extxyz"], "start.traj", ["--overwrite"], None),
+    ("files of other names", ["notes.txt"], "start.traj", [], None),
+]
+
+
+@pytest.mark.parametrize(
+    ("there", "structure", "options", "message"), [case[1:] for case in FOLDERS], ids=[c[0] for c in FOLDERS]
+)
+def test_folders_of_relaxations(
+    quick_pictures: None, model: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    there: list[str], structure: str, options: list[str], message: str | None,
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    out.mkdir()
+    write(tmp_path / "start.traj", slab())
+    for name in there:
+        if name == "unfinished":
+            relax(slab(), EquiformerV2Calculator(model), steps=1, trajectory=out / "relaxation.traj")
+        elif name == "start.png":
+            (out / "relaxed.extxyz").symlink_to(tmp_path / "start.traj")
+        else:
+            write(out / name, slab(), format="traj")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    arguments = ["--checkpoint", model, "--structure", tmp_path / structure, "--out", out, *options]
+    status = call(monkeypatch, "relax", *arguments, "--steps", 0)
+    if message is None:
+        assert status == 3
+        assert json.loads((out / "relaxation.json").read_text())["steps"] == 0
+    else:
+        assert status == 2
+        assert message in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
 def _dataset(path: Path, *, energies: bool = False) -> Path:

@@ -614,6 +614,21 @@ def test_a_folder_that_is_an_environment_is_read(tmp_path: Path) -> None:
         OC20Lmdb(tmp_path / "empty")
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"format_version": float("inf"), "provenance": {"seed": 10**30}},
+        {"format_version": 1, "loss": float("nan"), "count": -(2**65)},
+        {"format_version": []},
+    ],
+    ids=str,
+)
+def test_ase_metadata_that_is_wrong(tmp_path: Path, metadata: Any) -> None:
+    path = ase_file(tmp_path / "x.aselmdb", [slab()], metadata=zlib.compress(json.dumps(metadata).encode()))
+    with pytest.raises(DataError, match=r"x\.aselmdb, key metadata: not readable"):
+        OC20Lmdb(path)
+
+
 def test_a_copy_of_a_dataset_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     copy = pickle.loads(pickle.dumps(written(tmp_path / "a.lmdb", [FFF])))
     with caplog.at_level(logging.WARNING):
