@@ -74,8 +74,8 @@ def unpack(
     """
     archive, folder = _regular(archive), Path(folder)
     members = _read_names(archive, folder)
-    for path in {archive, *reserved} & members.keys():
-        raise DataError(f"{archive}: member {path.name!r} has a name that is taken; nothing was unpacked.")
+    for taken in {archive, *reserved} & members.keys():
+        raise DataError(f"{archive}: member {taken.name!r} has a name that is taken; nothing was unpacked.")
     size = sum(members.values())
     there = {path for path, length in members.items() if _is_there(path, length, archive)}
     missing = size - sum(members[path] for path in there)
@@ -119,10 +119,10 @@ def _read_names(archive: Path, folder: Path) -> dict[Path, int]:
             behind += len(more)
             if behind > _MOST_BEHIND_END:
                 raise DataError(f"{archive}: goes on and on behind its last file; nothing was unpacked.")
-    for path in members:
-        if not members.keys().isdisjoint(path.parents):
+    for file in members:
+        if not members.keys().isdisjoint(file.parents):
             raise DataError(
-                f"{archive}: {path.name!r} is in a folder that is also a file; nothing was unpacked."
+                f"{archive}: {file.name!r} is in a folder that is also a file; nothing was unpacked."
             )
     if not members:
         raise DataError(f"{archive}: the archive holds no file.")
