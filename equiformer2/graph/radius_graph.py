@@ -13,7 +13,6 @@ from equiformer2.graph import validation
 from equiformer2.graph.device_search import find_pairs_on_device
 from equiformer2.graph.nonblocking import to_device
 from equiformer2.graph.search import find_pairs, wrap
-from equiformer2.graph.structures import structure_index
 from equiformer2.graph.truncation import GRID, TIE_TOLERANCE, nearest_edges, sorted_edges
 
 
@@ -95,8 +94,9 @@ def radius_graph(
     validation.check_positions(positions_array, natoms_array, limit)
     validation.check_cells(cells_array, pbc_array, natoms_array)
 
-    structure = structure_index(torch.from_numpy(natoms_array), len(pos))
-    wrapped = wrap(positions_array, cells_array, pbc_array, structure.numpy())
+    structure_array = np.repeat(np.arange(len(natoms_array)), natoms_array)
+    structure = torch.from_numpy(structure_array)
+    wrapped = wrap(positions_array, cells_array, pbc_array, structure_array)
     validation.check_extents(wrapped.positions, cells_array, pbc_array, natoms_array)
     pairs = None
     if on_device(pos.device):

@@ -149,8 +149,10 @@ def test_predictions_are_written(first_run: Path, lmdb_path: Path, tmp_path: Pat
 
 def test_predictions_that_are_not_numbers_are_no_json(tmp_path: Path) -> None:
     target = tmp_path / "predictions.json"
-    with pytest.raises(InputError, match=r"predictions\.json was not written, because a number in it"):
-        write_predictions(target, {"energy": np.array([1.0, np.nan])})
+    arrays = {"energy": np.array([1.0, np.nan]), "natoms": np.array([2, 3])}
+    arrays |= {"sid": np.array(["a", "b"]), "fid": np.array([0, 4])}
+    with pytest.raises(InputError, match=r"predictions\.json was not written: the energy of structure b/4"):
+        write_predictions(target, arrays)
     assert not target.exists()
 
 

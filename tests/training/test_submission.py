@@ -90,15 +90,15 @@ def test_scripts_from_predictions_to_a_file(
         start = tmp_path / f"is2re_{split}.lmdb"
         with LmdbWriter(start, "adsorption") as writer:
             writer.write(first)
-        relaxing = ("--checkpoint", checkpoint, "--data", start, "--out", tmp_path / "relaxed", "--steps", 1)
+        relaxing = ("--checkpoint", checkpoint, "--data", start, "--out", tmp_path / f"relaxed_{split}", "--steps", 1)
         assert run(monkeypatch, "relax_is2re", *relaxing) == 0
-        is2re += [option, tmp_path / "relaxed" / start.stem]
+        is2re += [option, tmp_path / f"relaxed_{split}" / start.stem]
     more = ("--data-root", tmp_path)
     assert run(monkeypatch, "make_submission", *s2ef, "--out", tmp_path / "s2ef_out.npz", *more) == 0
     assert run(monkeypatch, "make_submission", *is2re, "--out", tmp_path / "is2re_out.npz") == 0
     found = read_arrays(tmp_path / "is2re_out.npz")
     assert set(found) == {f"{split}_{field}" for split in SPLITS for field in ("ids", "energy")}
-    with np.load(tmp_path / "relaxed" / "is2re_ood_cat" / "relaxed.npz") as relaxed:
+    with np.load(tmp_path / "relaxed_ood_cat" / "is2re_ood_cat" / "relaxed.npz") as relaxed:
         assert found["ood_cat_ids"].tolist() == relaxed["sid"].tolist()
         np.testing.assert_allclose(found["ood_cat_energy"], relaxed["energy"], rtol=1e-6)
     # The energies of structures that were not relaxed are no IS2RE predictions.
