@@ -32,7 +32,7 @@ from datasets_oc20.untrusted import AnyPath, inflate, load_json
 
 EXTRA_FIELDS = ("y_init", "y_relaxed", "pos_relaxed")
 _MOST_ROWS = 2**40
-_LARGEST_ROW = 1 << 30
+_LARGEST_ROW = 1 << 28
 """Bytes of the JSON of a row; one of a million atoms with forces has some 200 MB."""
 
 

@@ -21,6 +21,8 @@ from datasets_oc20.workers import as_they_finish
 MAX_ENERGY, MAX_FORCE = 10.0, 50.0
 # The shortest bond there is, H2, has 0.74 Å.
 MIN_DISTANCE = 0.5
+MAX_EXTENT = 1e4
+"""Å; the limit of `equiformer2.graph.validation`."""
 
 #: What can be wrong with a frame.
 PROBLEMS = {
@@ -36,6 +38,7 @@ PROBLEMS = {
     "tags and fixed differ": "tag 0 and fixed are not the same atoms, which in OC20 they are",
     "not periodic": "a whole cell, but pbc F F F: nothing is seen across its boundary",
     "other pbc": "other periodic directions than most frames",
+    "spread": f"atoms more than {MAX_EXTENT:g} Å apart where nothing repeats, which no graph takes",
     "close atoms": f"atoms closer than {MIN_DISTANCE:g} Å",
     "same structure": "the same structure as another frame",
     "same name": "the same system and frame number as another frame",
@@ -209,6 +212,7 @@ def _facts(index: int, data: Data, kind: str | None) -> FrameFacts:
         "no adsorbate": not (tags == 2).any(),
         "tags and fixed differ": not np.array_equal(tags == 0, fixed),
         "not periodic": unused_cell(cell, pbc),
+        "spread": _extent(pos, cell, pbc) > MAX_EXTENT,
         "close atoms": _shortest_distance(pos, cell, pbc) < MIN_DISTANCE,
     }
     content = numbers.tobytes() + pos.tobytes() + cell.tobytes() + pbc.tobytes()
@@ -228,6 +232,15 @@ def _facts(index: int, data: Data, kind: str | None) -> FrameFacts:
         structure=blake2b(content, digest_size=16).digest(),
         pbc=tuple(pbc.tolist()),
     )
+
+
+def _extent(pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> float:
+    """Å that the atoms span beyond what the periodic lattice vectors do, along the worst of x, y and z."""
+    if pbc.all():
+        return 0.0
+    lattice = cell * pbc[:, None]
+    inside = pos - np.floor(pos @ np.linalg.pinv(lattice)) @ lattice
+    return float((np.ptp(inside, axis=0) - np.abs(lattice).sum(axis=0)).max())
 
 
 def _shortest_distance(pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> float:

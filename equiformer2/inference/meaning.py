@@ -26,9 +26,9 @@ def no_adsorption_energy(atoms: Atoms) -> str | None:
     """
     tags, _ = oc20_tags(atoms)
     adsorbate = tags == ADSORBATE
-    if adsorbate.any() and not adsorbate.all():
-        return None
     open_directions = sum(_is_open(atoms, axis) for axis in range(3))
+    if adsorbate.any() and not adsorbate.all() and open_directions < 3:
+        return None
     if open_directions == 3 or adsorbate.all():
         return "a lone atom" if len(atoms) == 1 else "a molecule or cluster without a slab"
     if open_directions == 0:

@@ -75,6 +75,7 @@ def test_numbers_of_good_data(tmp_path: Path) -> None:
             "close atoms",
             {"pos": torch.cat([GRID[:3], torch.tensor([[6.9, 0.0, 6.9]])])},
         ),  # through the cell's side
+        ("spread", {"pos": GRID * 1e4, "pbc": torch.tensor([[True, True, False]])}),
         ("no energy", {"energy": None}),
         ("no forces", {"forces": None}),
     ],
@@ -87,7 +88,7 @@ def test_one_wrong_frame(tmp_path: Path, name: str, wrong: dict[str, Any]) -> No
     found = inspect_frames(tmp_path / "x.lmdb", [good(0), bad, good(2)])
     assert name in found.problems
     assert [one.index for one in found.problems[name]] == [1]
-    assert set(found.problems) <= {name, "tags and fixed differ"}
+    assert set(found.problems) <= {name, "tags and fixed differ", "other pbc"}
     assert suspicious(found) == 1
     text = to_text(to_record(found, OC20Lmdb(tmp_path / "x.lmdb")))
     assert f"{PROBLEMS[name]}; e.g. system1 frame 1 ({tmp_path / 'x.lmdb'}, key 1)" in text

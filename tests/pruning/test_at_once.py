@@ -97,10 +97,10 @@ def test_studies_end_with_a_killed_caller(config: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--config", str(config), "--out", str(out), "--parts", "studies"]
     with subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL) as caller:
         try:
-            waited_for(lambda: (out / "widths" / "study.log").exists(), 60)
+            waited_for(lambda: (out / "widths" / "study.log").exists(), 240)
             caller.kill()
             caller.wait()
-            waited_for(lambda: not alive(caller.pid), 20)
+            waited_for(lambda: not alive(caller.pid), 60)
         finally:
             if alive(caller.pid):
                 os.killpg(caller.pid, signal.SIGKILL)

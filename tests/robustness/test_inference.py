@@ -361,6 +361,10 @@ def _boxed(name: str) -> Atoms:
     return atoms
 
 
+def _tagged_cluster() -> Atoms:
+    return Atoms("Pt2O", [[0, 0, 0], [2.7, 0, 0], [1.3, 0, 1.8]], tags=[1, 1, 2])
+
+
 MEANINGLESS = [
     ("slab with adsorbate", slab(), None),
     ("ASE layers with adsorbate", slab(oc20=False), None),
@@ -372,6 +376,7 @@ MEANINGLESS = [
     ("bulk", bulk("Cu"), "bulk crystal"),
     ("bulk of two elements", bulk("NaCl", "rocksalt", a=5.64), "bulk crystal"),
     ("atom", Atoms("O"), "lone atom"),
+    ("cluster tagged as a slab", _tagged_cluster(), "cluster without a slab"),
     ("atom in a box", Atoms("O", cell=[9, 9, 9], pbc=True), "lone atom"),
 ]
 

@@ -90,7 +90,16 @@ def test_scripts_from_predictions_to_a_file(
         start = tmp_path / f"is2re_{split}.lmdb"
         with LmdbWriter(start, "adsorption") as writer:
             writer.write(first)
-        relaxing = ("--checkpoint", checkpoint, "--data", start, "--out", tmp_path / f"relaxed_{split}", "--steps", 1)
+        relaxing = (
+            "--checkpoint",
+            checkpoint,
+            "--data",
+            start,
+            "--out",
+            tmp_path / f"relaxed_{split}",
+            "--steps",
+            1,
+        )
         assert run(monkeypatch, "relax_is2re", *relaxing) == 0
         is2re += [option, tmp_path / f"relaxed_{split}" / start.stem]
     more = ("--data-root", tmp_path)
