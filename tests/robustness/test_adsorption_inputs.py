@@ -231,7 +231,7 @@ REFUSED: list[tuple[str, Atoms, dict[str, Any], str]] = [
     ("two slabs", _two_slabs(), {}, "two parts"),
     ("in two parts", _parted(), {}, "two parts.*set pbc"),
     ("cluster", _cluster(), {}, "not periodic along its first two"),
-    ("height 1e9", SLAB, {"height": 1e9}, "height 1e[+]09.*vacuum is 16"),
+    ("height 1e9", SLAB, {"height": 1e9}, "height is 1000000000.*at most 100"),
     ("height beyond the middle", SLAB, {"height": 13.5}, "periodic image"),
     ("height of one period", SLAB, {"height": 22.5}, "periodic image"),
     ("height -1", SLAB, {"height": -1.0}, "height is -1.0"),

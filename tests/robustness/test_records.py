@@ -224,9 +224,9 @@ def bomb(depth: int = 40) -> list[Any]:
 
 
 PICKLED: list[tuple[str, dict[str, Any], str]] = [
-    ("sid bomb", {"sid": bomb()}, "sid is a list"),
-    ("pos bomb", {"pos": bomb()}, "pos holds"),
-    ("fid bomb", {"fid": bomb()}, "fid is a list"),
+    ("sid bomb", {"sid": bomb()}, "repeats its parts"),
+    ("pos bomb", {"pos": bomb()}, "repeats its parts"),
+    ("fid bomb", {"fid": bomb()}, "repeats its parts"),
     ("fixed nan", {"fixed": torch.tensor([0, 1, float("nan"), 0, 0])}, "fixed holds NaN"),
     ("tags 1.5", {"tags": torch.tensor([0, 1, 1.5, 0, 0])}, "tags holds 1.5"),
     ("natoms -5", {"natoms": -5}, "natoms is -5"),
