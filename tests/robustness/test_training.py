@@ -404,7 +404,7 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("guard of text", lambda state: state["equiformer2"].update(guard="x"), "damaged"),
     ("no seed", lambda state: state["equiformer2"].pop("seed"), "seed"),
     ("weights as lists", lambda s: s.update(state_dict={n: [1.0] for n in s["state_dict"]}), "state_dict"),
-    ("meta tensors", lambda s: s.update(state_dict=as_meta(s["state_dict"])), "damaged"),
+    ("meta tensors", lambda s: s.update(state_dict=as_meta(s["state_dict"])), "hold their numbers"),
     ("no version", lambda state: state.pop("pytorch-lightning_version"), "version"),
     ("odd version", lambda state: state.update({"pytorch-lightning_version": "x.y"}), "damaged"),
 ]  # fmt: skip
