@@ -40,7 +40,7 @@ class RadiusGraph:
         on the origin and the periodic image of an atom, then leave no trace in float32. A network at a site
         of high symmetry, whose tensors are nothing but rounding errors, would enlarge them (docs/model.md).
         """
-        if self.vectors.dtype == dtype:
+        if self.vectors.dtype == self.distances.dtype == dtype:
             return self
         vectors, distances = self.vectors, self.distances
         if vectors.dtype == torch.float64:

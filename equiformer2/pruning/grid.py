@@ -193,9 +193,9 @@ class _Trials:
             batch = Batch.from_data_list(alike).to(device)
             turns = torch.stack([_rotation(generator) for _ in chosen]).to(device, dtype)[batch.batch]
             with naming_structures(batch):
-                graph = model.build_graph(batch)
+                graph = model.build_graph(batch).in_precision(dtype)
             # Which of equally distant neighbours are kept may change with a rotation: the edges are turned.
-            vectors = torch.einsum("eij,ej->ei", turns[graph.edge_index[1]], graph.vectors.to(dtype))
+            vectors = torch.einsum("eij,ej->ei", turns[graph.edge_index[1]], graph.vectors)
             turned = dataclasses.replace(graph, vectors=vectors)
             self.atoms += len(batch.pos)
             self.edges += len(graph.distances)
