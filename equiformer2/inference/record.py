@@ -41,7 +41,7 @@ RUN_FILES = (
     *(ADSORPTION_RECORD, RELAXATION_RECORD, TRAJECTORY),
     *("slab.traj", "relaxed.extxyz", "structure.png", "relaxation.png"),
 )
-"""What `relax.py` and `adsorption_energy.py` leave in a folder, one or the other."""
+"""Records that `relax.py` and `adsorption_energy.py` leave in a folder, one or the other."""
 
 
 def claim_folder(
@@ -87,7 +87,7 @@ def claim_folder(
 
 
 def _is_unfinished(trajectory: Path) -> bool:
-    """Whether a run of this package has left the file, rather than somebody else."""
+    """Tell whether a run of this package left the file, rather than somebody else."""
     if not trajectory.is_file():
         return False
     if trajectory.stat().st_size == 0:  # nothing is lost with it

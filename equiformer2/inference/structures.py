@@ -27,7 +27,7 @@ FACETS: dict[str, dict[str, Callable[..., Atoms]]] = {
 """Crystal structure -> Miller indices -> ASE builder."""
 
 MOST_ATOMS = 100_000
-"""Of a slab by name; no network takes more at once."""
+"""Largest number of atoms of a slab built by name."""
 
 SHORTEST_BOND = 0.8
 """Fraction of the sum of covalent radii; double bonds between metal and oxygen are at 0.8 to 0.85."""
