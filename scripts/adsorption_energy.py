@@ -12,25 +12,19 @@ import argparse
 
 from ase.data import atomic_numbers
 
-from equiformer2.errors import InputError
-from equiformer2.inference import (
-    EquiformerV2Calculator,
+from equiformer2.adsorption import (
     PlacementOptions,
     SlabOptions,
     adsorption_energy,
     load_system,
     prepare_system,
 )
-from equiformer2.inference.prepare import is_file
-from equiformer2.inference.record import (
-    ADSORPTION_RECORD,
-    RUN_FILES,
-    adsorption_report,
-    claim_folder,
-    model_record,
-    write_adsorption_record,
-)
-from equiformer2.inference.references import GAS_SOURCES
+from equiformer2.adsorption.prepare import is_file
+from equiformer2.adsorption.record import adsorption_report, write_adsorption_record
+from equiformer2.adsorption.references import GAS_SOURCES
+from equiformer2.errors import InputError
+from equiformer2.inference import EquiformerV2Calculator
+from equiformer2.inference.record import ADSORPTION_RECORD, RUN_FILES, claim_folder, model_record
 from equiformer2.inference.relaxation import OPTIMIZERS
 from equiformer2.script import add_model_arguments, run_script, show_log
 

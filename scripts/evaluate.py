@@ -61,10 +61,10 @@ def main() -> None:
     from datasets_oc20.adsorbate_names import read_adsorbate_names
     from datasets_oc20.splits import VALIDATION_SPLITS, find_splits
     from equiformer2.checkpoint import load_checkpoint
-    from equiformer2.checkpoint.files import sha256
+    from equiformer2.checkpoint.tensor_files import sha256
     from equiformer2.files import check_target
     from equiformer2.inference import Predictor
-    from equiformer2.pruning.routing.use import for_evaluation
+    from equiformer2.pruning.routing.router_files import for_evaluation
     from equiformer2.training import evaluation, evaluation_parts, wandb_report
     from equiformer2.training.folder import WandbSettings, import_wandb
 

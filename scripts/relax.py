@@ -10,7 +10,6 @@ its steps is written all the same; the last line says so, and the exit status is
 import argparse
 
 from equiformer2.inference import EquiformerV2Calculator, relax
-from equiformer2.inference.files import read_structure
 from equiformer2.inference.meaning import warning_for
 from equiformer2.inference.record import (
     RELAXATION_RECORD,
@@ -20,8 +19,9 @@ from equiformer2.inference.record import (
     write_relaxation_record,
 )
 from equiformer2.inference.relaxation import OPTIMIZERS
+from equiformer2.inference.structure_files import read_structure
 from equiformer2.pruning.routing import FrozenPlan
-from equiformer2.pruning.routing.use import for_relaxation
+from equiformer2.pruning.routing.router_files import for_relaxation
 from equiformer2.script import add_model_arguments, add_router_argument, run_script, show_log
 
 

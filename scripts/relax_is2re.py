@@ -61,7 +61,7 @@ def main() -> int:
     from equiformer2.files import check_target, write_json
     from equiformer2.inference import Predictor
     from equiformer2.inference.batched import RelaxationSettings
-    from equiformer2.pruning.routing.use import for_batched_relaxation
+    from equiformer2.pruning.routing.router_files import for_batched_relaxation
     from equiformer2.training.relaxation_run import (
         REPORT,
         average_over,

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from equiformer2.files import check_target
-    from equiformer2.pruning.distill import distill
+    from equiformer2.pruning.recovery.distillation import distill
 
     settings = [text for path in options.config for text in ("--config", path)] + options.settings
     given = [options.student, options.teacher, *options.data, *options.val, *options.config]

@@ -35,10 +35,9 @@ def run(options: argparse.Namespace) -> None:
     from equiformer2.checkpoint import load_checkpoint
     from equiformer2.files import check_target, write_json
     from equiformer2.inference import Predictor
-    from equiformer2.inference.precision import matmul_precision
-    from equiformer2.pruning.grid import GridRow, tune_grid
-    from equiformer2.pruning.grid_checkpoint import write_with_grids
-    from equiformer2.pruning.structures import read_structures
+    from equiformer2.inference.predictor import matmul_precision
+    from equiformer2.pruning.calibration_data import read_structures
+    from equiformer2.pruning.structured.grid import GridRow, tune_grid, write_with_grids
 
     record = options.out.with_suffix(".json")
     for path in (options.out, record):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from prune_commands.route import add_search_arguments
 
 if TYPE_CHECKING:
-    from equiformer2.pruning.study import Recovery
+    from equiformer2.pruning.analysis.pareto import Recovery
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from equiformer2.files import check_target
+    from equiformer2.pruning.analysis.pareto import Study, StudySettings
+    from equiformer2.pruning.analysis.pareto_report import markdown, missed, summarise, write_report
     from equiformer2.pruning.routing import RoutingSettings
-    from equiformer2.pruning.study import Study, StudySettings
-    from equiformer2.pruning.study_report import markdown, missed, summarise, write_report
 
     check_target(options.out, is_folder=True)
     given = [options.checkpoint, *options.calibration]
@@ -110,7 +110,7 @@ def _held_out(texts: list[str]) -> dict[str, list[str]]:
 
 def _recovery(options: argparse.Namespace) -> "Recovery | None":
     from equiformer2.errors import InputError
-    from equiformer2.pruning.study import Recovery
+    from equiformer2.pruning.analysis.pareto import Recovery
 
     if not options.distill_data:
         if options.scratch or options.distill_config or options.distill_val or options.settings:

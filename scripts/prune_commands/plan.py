@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from equiformer2.files import check_target
-    from equiformer2.pruning.make_plan import PlanRequest, make_plan, summary
+    from equiformer2.pruning.structured.make_plan import PlanRequest, make_plan, summary
 
     inputs = [options.checkpoint, *options.data]
     state = options.state or options.out.with_name(f"{options.out.stem}.state.json")

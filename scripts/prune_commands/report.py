@@ -38,9 +38,9 @@ def run(options: argparse.Namespace) -> None:
     from equiformer2.files import check_target
     from equiformer2.inference import Predictor
     from equiformer2.inference.record import claim_folder
-    from equiformer2.pruning.report import RECORD, make_report, write
-    from equiformer2.pruning.report_tables import show
-    from equiformer2.pruning.structures import labelled_energies, read_structures
+    from equiformer2.pruning.analysis.redundancy_report import RECORD, make_report, write
+    from equiformer2.pruning.analysis.report_tables import show
+    from equiformer2.pruning.calibration_data import labelled_energies, read_structures
 
     check_target(Path(options.out) / RECORD, inputs=[options.checkpoint, *options.data])
     folder = claim_folder(options.out, RECORD, options.overwrite)

@@ -82,8 +82,8 @@ def _check_unused(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from equiformer2.files import check_target, write_json
-    from equiformer2.pruning.make_router import RouteRequest, make_router
     from equiformer2.pruning.routing import RoutingSettings, save_router
+    from equiformer2.pruning.routing.make_router import RouteRequest, make_router
 
     _check_unused(options)
     report = options.out.with_name(f"{options.out.stem}.report.json")

@@ -26,7 +26,12 @@ from equiformer2.pruning.routing import (
     load_router,
     save_router,
 )
-from equiformer2.pruning.routing.use import for_batched_relaxation, for_evaluation, for_relaxation, jumps
+from equiformer2.pruning.routing.router_files import (
+    for_batched_relaxation,
+    for_evaluation,
+    for_relaxation,
+    jumps,
+)
 from equiformer2.training.evaluation import evaluate
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

@@ -22,7 +22,7 @@ from ase.io import read, write
 from datasets_oc20.archives import unpack
 from datasets_oc20.errors import DataError
 from equiformer2.errors import InputError
-from equiformer2.inference.files import read_structure
+from equiformer2.inference.structure_files import read_structure
 from equiformer2.script import run_script
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def test_structure_files_that_are_not_believed(
 
 @pytest.mark.parametrize("packer", [gzip, bz2, lzma], ids=["gz", "bz2", "xz"])
 def test_a_compressed_bomb(packer: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("equiformer2.inference.files.MAX_UNPACKED", 1 << 20)
+    monkeypatch.setattr("equiformer2.inference.structure_files.MAX_UNPACKED", 1 << 20)
     ending = {gzip: "gz", bz2: "bz2", lzma: "xz"}[packer]  # type: ignore[index]
     path = tmp_path / f"a.xyz.{ending}"
     path.write_bytes(packer.compress(b"\n" * (8 << 20)))  # type: ignore[attr-defined]

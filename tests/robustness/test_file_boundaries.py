@@ -25,12 +25,12 @@ from datasets_oc20.npz_file import read_npz
 from datasets_oc20.safe_pickle import RefusedPickleError, load_inert
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, read_json
-from equiformer2.inference.files import read_structure
-from equiformer2.pruning.distill import label
-from equiformer2.pruning.grid_checkpoint import write_with_grids
-from equiformer2.pruning.make_plan import apply_plan
-from equiformer2.pruning.plan import PruningPlan
-from equiformer2.pruning.routing.files import load_router
+from equiformer2.inference.structure_files import read_structure
+from equiformer2.pruning.recovery.distillation import label
+from equiformer2.pruning.routing.router_files import load_router
+from equiformer2.pruning.structured.grid import write_with_grids
+from equiformer2.pruning.structured.make_plan import apply_plan
+from equiformer2.pruning.structured.plan import PruningPlan
 from equiformer2.script import run_script
 
 ROOT = Path(__file__).parents[2]

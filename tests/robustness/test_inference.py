@@ -31,19 +31,19 @@ from ase.constraints import (
 from ase.io import read, write
 from torch_geometric.data import Batch
 
-from datasets_oc20 import LmdbWriter, OC20Lmdb, constraints, records
+from datasets_oc20 import LmdbWriter, OC20Lmdb, constraints, structure_record
 from datasets_oc20.ase_lmdb import _fields
 from datasets_oc20.errors import DataError
 from equiformer2 import EquiformerV2, EquiformerV2Calculator, ModelConfig
+from equiformer2.adsorption.named_structures import build_slab
 from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor, atoms_to_data, pictures, record, relax
 from equiformer2.inference.atoms import check_atoms, fixed_mask, oc20_tags
 from equiformer2.inference.extras import extras, plain, simple_info
-from equiformer2.inference.files import read_structure
 from equiformer2.inference.meaning import count_adsorbates, no_adsorption_energy
 from equiformer2.inference.record import write_relaxation_record
-from equiformer2.inference.structures import build_slab
+from equiformer2.inference.structure_files import read_structure
 from equiformer2.script import run_script
 from equiformer2.symmetry import check_symmetries
 from equiformer2.training.prediction import write_predictions
@@ -790,4 +790,4 @@ def test_tags_of_a_record_say_what_to_do() -> None:
     names = ("pos", "atomic_numbers", "cell", "pbc", "tags", "fixed")
     fields = {name: data[name].numpy() for name in names} | {"sid": "a", "fid": 0, "natoms": 4}
     with pytest.raises(DataError, match=r"atom 0 has tag 3; .*layer"):
-        records.pack(fields, "x.lmdb, key 0")
+        structure_record.pack(fields, "x.lmdb, key 0")

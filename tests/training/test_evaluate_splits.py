@@ -202,7 +202,7 @@ def test_errors_by_adsorbate_and_element() -> None:
     assert elements["Cu"]["forces_mae"] == 0.0
     assert elements["Pt"]["forces_mae"] == pytest.approx(0.3)
     assert elements["Pt"]["energy_mae"] == pytest.approx((0.4 + 0.01) / 2)
-    # Together with itself, by way of the stored sums, nothing but the counts changes.
+    # CombinedTarget with itself, by way of the stored sums, nothing but the counts changes.
     parts.merge(found)
     parts.merge(Breakdown(**found.state()))
     assert parts.adsorbate_rows()["*O"]["structures"] == 4

@@ -16,10 +16,10 @@ from run_script_file import SCRIPTS, run
 from tiny_checkpoint import write_tiny_checkpoint
 from torch_geometric.data import Data
 
-from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb, records
+from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb, structure_record
 from datasets_oc20.schema import FIELDS
 from equiformer2.inference.relaxation_folder import RelaxationFolder
-from equiformer2.training.relaxation_metrics import is2rs_metrics, position_errors
+from equiformer2.training.relaxation_run import is2rs_metrics, position_errors
 
 SYSTEMS = 5
 #: Runs a script that is killed, as if from outside, when the second system is done.
@@ -75,7 +75,7 @@ def write_with_unusable(path: Path, lmdb_path: Path, monkeypatch: pytest.MonkeyP
     """As `write_is2re`, with what `UNUSABLE` says of the systems `sids`."""
     good = OC20Lmdb(write_is2re(path.with_name("good.lmdb"), lmdb_path))
     with monkeypatch.context() as patch, LmdbWriter(path, "adsorption") as writer:
-        patch.setattr(records, "checked_arrays", unchecked)  # other programs check less
+        patch.setattr(structure_record, "checked_arrays", unchecked)  # other programs check less
         for record in (good[index] for index in range(SYSTEMS)):
             if record.sid in sids:
                 if record.sid == "101":
