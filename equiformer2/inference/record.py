@@ -189,7 +189,7 @@ def write_pictures(
     folder: AnyPath, initial: Atoms, relaxation: RelaxationResult, title: str, energy_label: str
 ) -> list[Path]:
     """`structure.png` and `relaxation.png`; one that cannot be drawn is named in the log and left out."""
-    written = []
+    folder, written = Path(folder), []
     drawings: dict[str, Callable[[], bytes]] = {
         "structure.png": lambda: structure_picture({"start": initial, "relaxed": relaxation.atoms}, title),
         "relaxation.png": lambda: relaxation_picture(relaxation, energy_label),
