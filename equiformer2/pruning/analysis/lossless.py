@@ -20,7 +20,7 @@ from equiformer2.graph import RadiusGraph
 from equiformer2.model import EquiformerV2
 from equiformer2.model.block_config import BlockConfig
 from equiformer2.model.config import ModelConfig
-from equiformer2.model.requests import OutputRequest, receptive_fields
+from equiformer2.model.output_request import OutputRequest, receptive_fields
 from equiformer2.pruning.cost.latency import Latency, compare_latency
 from equiformer2.pruning.cost.operations import count_macs
 

@@ -27,7 +27,7 @@ from equiformer2.kernels.backend import use_cpp_kernels
 from equiformer2.model import EquiformerV2
 from equiformer2.model.block_config import GRID_MLP_WIDTHS, BlockConfig, ResolvedBlock
 from equiformer2.model.config import ModelConfig
-from equiformer2.model.requests import OutputRequest
+from equiformer2.model.output_request import OutputRequest
 from equiformer2.pruning.cost.latency import compare_latency
 from equiformer2.pruning.fingerprints import chosen_options
 from equiformer2.pruning.structured.apply import shrink

@@ -24,8 +24,7 @@ from equiformer2.checkpoint import Normalizers
 from equiformer2.errors import InputError, naming_structures
 from equiformer2.model import EquiformerV2
 from equiformer2.model.attention import SO2EquivariantGraphAttention
-from equiformer2.model.feed_forward import FeedForwardNetwork
-from equiformer2.model.swiglu_feed_forward import SwiGLUFeedForwardNetwork
+from equiformer2.model.feed_forward import FeedForwardNetwork, SwiGLUFeedForwardNetwork
 
 #: A scalar from the outputs (normalised units) for a batch.
 Objective = Callable[[dict[str, Tensor], Batch], Tensor]
