@@ -83,8 +83,10 @@ def origin() -> dict[str, str]:
     Outside a checkout the commit is the version of the package.
     """
     script = Path(sys.argv[0])
-    name = script.name if script.parent.name != "scripts" else f"scripts/{script.name}"
-    return {"command": shlex.join(["python", name, *sys.argv[1:]]), "commit": commit()}
+    program = [script.name if script.parent.name != "scripts" else f"scripts/{script.name}"]
+    if script.parent.name in ("benchmarks", "studies"):
+        program = ["-m", f"{script.parent.name}.{script.stem}"]
+    return {"command": shlex.join(["python", *program, *sys.argv[1:]]), "commit": commit()}
 
 
 def commit() -> str:
