@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from equiformer2.files import check_target
-    from equiformer2.pruning.structured.make_plan import apply_plan
     from equiformer2.pruning.structured.plan import PruningPlan
+    from equiformer2.pruning.structured.plan_request import apply_plan
 
     check_target(options.out, inputs=[options.checkpoint, options.plan], overwrite=options.overwrite)
     before, after = apply_plan(options.checkpoint, PruningPlan.load(options.plan), options.out)

@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
     from equiformer2.inference import Predictor
     from equiformer2.inference.predictor import matmul_precision
     from equiformer2.pruning.calibration_data import read_structures
-    from equiformer2.pruning.structured.grid import GridRow, tune_grid, write_with_grids
+    from equiformer2.pruning.structured.grid_tuning import GridRow, tune_grid, write_with_grids
 
     record = options.out.with_suffix(".json")
     for path in (options.out, record):

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from equiformer2.files import check_target
-    from equiformer2.pruning.structured.make_plan import PlanRequest, make_plan, summary
+    from equiformer2.pruning.structured.plan_request import PlanRequest, make_plan
 
     inputs = [options.checkpoint, *options.data]
     state = options.state or options.out.with_name(f"{options.out.stem}.state.json")
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
         device=options.device,
         seed=options.seed,
     )
-    made = make_plan(request, state)
-    made.plan.save(options.out)
-    print(summary(made))
+    result = make_plan(request, state)
+    result.plan.save(options.out)
+    print(result)
     print(f"wrote {options.out}")

@@ -28,9 +28,9 @@ from equiformer2.files import check_target, read_json
 from equiformer2.inference.structure_files import read_structure
 from equiformer2.pruning.recovery.distillation import label
 from equiformer2.pruning.routing.router_files import load_router
-from equiformer2.pruning.structured.grid import write_with_grids
-from equiformer2.pruning.structured.make_plan import apply_plan
+from equiformer2.pruning.structured.grid_tuning import write_with_grids
 from equiformer2.pruning.structured.plan import PruningPlan
+from equiformer2.pruning.structured.plan_request import apply_plan
 from equiformer2.script import run_script
 
 ROOT = Path(__file__).parents[2]
