@@ -31,6 +31,7 @@ from equiformer2.inference.meaning import warning_for
 from equiformer2.inference.pictures import relaxation_picture, structure_picture
 from equiformer2.inference.predictor import Predictor
 from equiformer2.inference.relaxation import RelaxationResult
+from equiformer2.script import header
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,13 @@ def write_adsorption_record(folder: AnyPath, result: AdsorptionResult, model: di
     files = [path.name for path in written] + ["relaxation.traj"]
     if result.slab is not None:
         files.append("slab.traj")
-    record = {**result.summary(), "model": model, "files": files, "extras": extras(result.initial)}
+    record = {
+        **header("adsorption-energy/1", model.get("checkpoint")),
+        **result.summary(),
+        "model": model,
+        "files": files,
+        "extras": extras(result.initial),
+    }
     written.append(write_json(folder / ADSORPTION_RECORD, record))
     return written
 
@@ -144,6 +151,7 @@ def write_relaxation_record(
     ]
     files = [path.name for path in written] + ["relaxation.traj"]
     record = {
+        **header("relaxation/1", model.get("checkpoint")),
         **result.summary(),
         "energy_kind": kind,
         "warnings": [] if warning is None else [warning],
