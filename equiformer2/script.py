@@ -52,6 +52,8 @@ def exit_status(main: Callable[[], int | None], debug: bool = False) -> int:
     try:
         status = main()
         sys.stdout.flush()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
