@@ -23,7 +23,7 @@ import orjson
 from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
 
-from datasets_oc20 import records
+from datasets_oc20 import structure_record as records
 from datasets_oc20.constraints import NEVER_HOLD, constraints_from_records, held_atoms
 from datasets_oc20.errors import DataError
 from datasets_oc20.lmdb_file import LmdbFile, open_lmdb

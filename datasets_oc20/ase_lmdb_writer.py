@@ -13,7 +13,7 @@ from ase.constraints import FixAtoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch_geometric.data import Data
 
-from datasets_oc20 import records
+from datasets_oc20 import structure_record as records
 from datasets_oc20.ase_lmdb import EXTRA_FIELDS
 from datasets_oc20.atomic import publish, temporary_beside
 from datasets_oc20.errors import DataError

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from datasets_oc20 import records
+from datasets_oc20 import structure_record as records
 from datasets_oc20.errors import DataError
 from datasets_oc20.extxyz import RawFrame, read_frames
+from datasets_oc20.frame_selection import informative_frames, split_later_frames, spread_frames
 from datasets_oc20.periodicity import Periodicity
 from datasets_oc20.raw_release import RawFile, list_raw_files, read_index
-from datasets_oc20.selection import informative_frames, split_later_frames, spread_frames
 from datasets_oc20.untrusted import AnyPath
 from datasets_oc20.workers import in_order
 from datasets_oc20.writer import LmdbWriter

@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 from torch_geometric.data import Data
 
-from datasets_oc20 import records
+from datasets_oc20 import structure_record as records
 from datasets_oc20.atomic import publish, remove_stale, temporary_beside
 from datasets_oc20.errors import DataError
 

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch_geometric.data import Data
 
-from datasets_oc20 import LmdbWriter, OC20Lmdb, records
+from datasets_oc20 import LmdbWriter, OC20Lmdb, structure_record
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
 from equiformer2.script import origin, run_script
@@ -64,7 +64,7 @@ def write_shards(folder: Path, keys: int, shards: int, atoms: int) -> None:
         sid="synthetic",
         fid=0,
     )
-    value = records.pack(data)
+    value = structure_record.pack(data)
     for shard in range(shards):
         with LmdbWriter(folder / f"data.{shard:04d}.lmdb", "adsorption") as writer:
             for _ in range(keys * shard // shards, keys * (shard + 1) // shards):

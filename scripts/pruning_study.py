@@ -42,7 +42,7 @@ def main() -> None:
         with watch.part("lossless"):
             measure_lossless(campaign, options.out / "lossless")
     if "studies" in parts:
-        from equiformer2.pruning.study import TIMED
+        from equiformer2.pruning.analysis.pareto import TIMED
         from study_parts.at_once import run_studies
 
         with watch.part("plans for time"):

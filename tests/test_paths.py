@@ -13,16 +13,16 @@ from datasets_oc20.partial_file import md5_sum
 from datasets_oc20.preprocess import PreprocessOptions, preprocess
 from datasets_oc20.raw_release import list_raw_files, read_references
 from datasets_oc20.splits import find_splits
-from equiformer2.pruning.structures import raw_files, read_structures
+from equiformer2.pruning.calibration_data import raw_files, read_structures
 from equiformer2.training.submission_checks import submission_problems
 
 ROOT = Path(__file__).parents[1]
 TRAJECTORIES = ROOT / "data/oc20_trajs"
 #: Machinery that only the packages themselves call, with paths that they have made.
 INTERNAL = {
-    *("batch_dump", "callbacks", "cli", "evaluation_parts", "folder", "guard", "kept", "relaxation_folder"),
-    *("resume", "resume_state", "wandb_report", "search_state", "state", "study_routing"),
-    *("cache", "files", "library", "atomic", "convert", "disk_space", "locking", "shards"),
+    *("callbacks", "cli", "evaluation_parts", "folder", "guard", "record", "relaxation_folder", "resume"),
+    *("resume_state", "wandb_report", "search", "router_state", "pareto", "tensor_files"),
+    *("cache", "library", "atomic", "convert", "disk_space", "locking", "shards", "structure_files"),
 }
 
 CALLS: list[tuple[str, Callable[[Any], Any], str]] = [

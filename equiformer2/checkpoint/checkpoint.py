@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from equiformer2.checkpoint.contents import Contents, EnergyKind, WeightsKind, check_energy_kind
-from equiformer2.checkpoint.files import plain, read_tensors, sha256
-from equiformer2.checkpoint.foreign import is_foreign, read_foreign
+from equiformer2.checkpoint.fairchem_v1 import is_foreign, read_foreign
 from equiformer2.checkpoint.native import is_native, read_native, write_native
 from equiformer2.checkpoint.normalizers import Normalizers
+from equiformer2.checkpoint.tensor_files import plain, read_tensors, sha256
 from equiformer2.checkpoint.weights import build_model, check_weights
 from equiformer2.devices import own_defaults, usable_device
 from equiformer2.errors import InputError

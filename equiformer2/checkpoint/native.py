@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from equiformer2.checkpoint.contents import Contents, WeightsKind, check_energy_kind
-from equiformer2.checkpoint.files import plain, write_tensors
 from equiformer2.checkpoint.normalizers import Normalizers
+from equiformer2.checkpoint.tensor_files import plain, write_tensors
 from equiformer2.checkpoint.weights import config_from_values
 from equiformer2.errors import InputError
 from equiformer2.values import mapping, shown, shown_name

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from equiformer2.checkpoint.constants import is_derived_constant, shorten, verify_constants
-from equiformer2.checkpoint.files import plain
+from equiformer2.checkpoint.tensor_files import plain
 from equiformer2.checkpoint.weights import build_model, config_from_values
 from equiformer2.errors import InputError
 from equiformer2.model.config import AVG_DEGREE, AVG_NUM_NODES, ModelConfig

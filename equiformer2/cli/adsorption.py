@@ -118,17 +118,12 @@ class AdsorptionEnergy(Command):
         )
 
     def run(self, options: argparse.Namespace) -> Result:
+        from equiformer2.adsorption import adsorption_energy
+        from equiformer2.adsorption.prepare import is_file
+        from equiformer2.adsorption.record import adsorption_report, write_adsorption_record
         from equiformer2.files import read_json
-        from equiformer2.inference import EquiformerV2Calculator, adsorption_energy
-        from equiformer2.inference.prepare import is_file
-        from equiformer2.inference.record import (
-            ADSORPTION_RECORD,
-            RUN_FILES,
-            adsorption_report,
-            claim_folder,
-            model_record,
-            write_adsorption_record,
-        )
+        from equiformer2.inference import EquiformerV2Calculator
+        from equiformer2.inference.record import ADSORPTION_RECORD, RUN_FILES, claim_folder, model_record
         from equiformer2.script import show_log
 
         _check_structure_options(options)
@@ -170,7 +165,7 @@ class AdsorptionEnergy(Command):
 
 
 def _system(options: argparse.Namespace) -> "Atoms":
-    from equiformer2.inference import PlacementOptions, SlabOptions, load_system, prepare_system
+    from equiformer2.adsorption import PlacementOptions, SlabOptions, load_system, prepare_system
 
     if options.system is not None:
         return load_system(options.system, options.adsorbate_indices)

@@ -82,7 +82,7 @@ class Evaluate(Command):
         from equiformer2.checkpoint import load_checkpoint
         from equiformer2.files import write_json
         from equiformer2.inference import Predictor
-        from equiformer2.pruning.routing.use import for_evaluation
+        from equiformer2.pruning.routing.router_files import for_evaluation
         from equiformer2.script import header
         from equiformer2.training import evaluation
         from equiformer2.training.folder import import_wandb
@@ -133,7 +133,7 @@ class Evaluate(Command):
 
     def _settings(self, options: argparse.Namespace, predictor: "Predictor") -> dict[str, Any]:
         """Settings on which the numbers depend, files by their SHA-256."""
-        from equiformer2.checkpoint.files import sha256
+        from equiformer2.checkpoint.tensor_files import sha256
 
         settings = {
             "adsorbates": None if options.adsorbates is None else sha256(options.adsorbates),
@@ -297,7 +297,6 @@ class Relax(Command):
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.files import read_json
         from equiformer2.inference import EquiformerV2Calculator, relax
-        from equiformer2.inference.files import read_structure
         from equiformer2.inference.meaning import warning_for
         from equiformer2.inference.record import (
             RELAXATION_RECORD,
@@ -306,8 +305,9 @@ class Relax(Command):
             model_record,
             write_relaxation_record,
         )
+        from equiformer2.inference.structure_files import read_structure
         from equiformer2.pruning.routing import FrozenPlan
-        from equiformer2.pruning.routing.use import for_relaxation
+        from equiformer2.pruning.routing.router_files import for_relaxation
         from equiformer2.script import show_log
 
         show_log()
@@ -455,7 +455,7 @@ class RelaxIs2re(Command):
         from datasets_oc20.splits import VALIDATION_SPLITS, find_splits
         from equiformer2.inference import Predictor
         from equiformer2.inference.batched import RelaxationSettings
-        from equiformer2.pruning.routing.use import for_batched_relaxation
+        from equiformer2.pruning.routing.router_files import for_batched_relaxation
         from equiformer2.script import show_log
         from equiformer2.training.relaxation_run import open_starts, relax_dataset, relaxation_table
 

@@ -20,8 +20,8 @@ from equiformer2.files import check_target, read_json, write_json
 from equiformer2.script import header, show_log
 
 if TYPE_CHECKING:
+    from equiformer2.pruning.analysis.pareto import Recovery
     from equiformer2.pruning.routing import RoutingSettings
-    from equiformer2.pruning.study import Recovery
 
 
 def _add_structures_argument(parser: Parser) -> None:
@@ -131,9 +131,9 @@ class Report(Command):
         from equiformer2.checkpoint import load_checkpoint
         from equiformer2.inference import Predictor
         from equiformer2.inference.record import claim_folder
-        from equiformer2.pruning.report import RECORD, make_report, write
-        from equiformer2.pruning.report_tables import show
-        from equiformer2.pruning.structures import labelled_energies, read_structures
+        from equiformer2.pruning.analysis.redundancy_report import RECORD, make_report, write
+        from equiformer2.pruning.analysis.report_tables import show
+        from equiformer2.pruning.calibration_data import labelled_energies, read_structures
 
         show_log()
         check_target(Path(options.out) / RECORD, inputs=[options.checkpoint, *options.data])
@@ -199,7 +199,7 @@ class Plan(Command):
         )
 
     def run(self, options: argparse.Namespace) -> Result:
-        from equiformer2.pruning.make_plan import PlanRequest, make_plan, summary
+        from equiformer2.pruning.structured.make_plan import PlanRequest, make_plan, summary
 
         show_log()
         inputs = [options.checkpoint, *options.data]
@@ -240,8 +240,8 @@ class Apply(Command):
         add_overwrite_argument(parser)
 
     def run(self, options: argparse.Namespace) -> Result:
-        from equiformer2.pruning.make_plan import apply_plan
-        from equiformer2.pruning.plan import PruningPlan
+        from equiformer2.pruning.structured.make_plan import apply_plan
+        from equiformer2.pruning.structured.plan import PruningPlan
 
         show_log()
         check_target(options.out, inputs=[options.checkpoint, options.plan], overwrite=options.overwrite)
@@ -288,8 +288,8 @@ class Route(Command):
         _add_schedule_arguments(parser)
 
     def run(self, options: argparse.Namespace) -> Result:
-        from equiformer2.pruning.make_router import RouteRequest, make_router
         from equiformer2.pruning.routing import save_router
+        from equiformer2.pruning.routing.make_router import RouteRequest, make_router
 
         show_log()
         self._check_unused(options)
@@ -377,7 +377,7 @@ class Distill(Command):
         parser.add_argument("settings", nargs="*", help="keys of `equiformer2 train`, after --")
 
     def run(self, options: argparse.Namespace) -> Result:
-        from equiformer2.pruning.distill import distill
+        from equiformer2.pruning.recovery.distillation import distill
 
         show_log()
         given = [options.student, options.teacher, *options.data, *options.val, *options.config]
@@ -430,10 +430,9 @@ class Grid(Command):
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.checkpoint import load_checkpoint
         from equiformer2.inference import Predictor
-        from equiformer2.inference.precision import matmul_precision
-        from equiformer2.pruning.grid import GridRow, tune_grid
-        from equiformer2.pruning.grid_checkpoint import write_with_grids
-        from equiformer2.pruning.structures import read_structures
+        from equiformer2.inference.predictor import matmul_precision
+        from equiformer2.pruning.calibration_data import read_structures
+        from equiformer2.pruning.structured.grid import GridRow, tune_grid, write_with_grids
 
         show_log()
         file = options.out.with_suffix(".json")
@@ -545,8 +544,8 @@ class Pareto(Command):
         )
 
     def run(self, options: argparse.Namespace) -> Result:
-        from equiformer2.pruning.study import Study, StudySettings
-        from equiformer2.pruning.study_report import markdown, missed, summarise, write_report
+        from equiformer2.pruning.analysis.pareto import Study, StudySettings
+        from equiformer2.pruning.analysis.pareto_report import markdown, missed, summarise, write_report
 
         show_log()
         held_out = self._held_out(options.held_out)
@@ -593,7 +592,7 @@ class Pareto(Command):
         return paths
 
     def _recovery(self, options: argparse.Namespace) -> "Recovery | None":
-        from equiformer2.pruning.study import Recovery
+        from equiformer2.pruning.analysis.pareto import Recovery
 
         if not options.distill_data:
             if options.scratch or options.distill_config or options.distill_val or options.settings:

@@ -4,13 +4,14 @@ import time
 from pathlib import Path
 
 from datasets_oc20.untrusted import AnyPath
+from equiformer2.adsorption.record import adsorption_report, write_adsorption_record
 from equiformer2.demo import steps
+from equiformer2.demo.demo_report import error_lines, report_html
 from equiformer2.demo.plan import RELAXED_SYSTEM, UNSEEN_SYSTEMS, DemoPlan
-from equiformer2.demo.report import error_lines, report_html
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes, write_json
 from equiformer2.inference import Predictor
-from equiformer2.inference.record import adsorption_report, model_record, write_adsorption_record
+from equiformer2.inference.record import model_record
 from equiformer2.training.evaluation import draw_figures
 
 

@@ -9,10 +9,10 @@ from datasets_oc20 import OC20Lmdb
 from datasets_oc20.preprocess import PreprocessOptions, preprocess
 from datasets_oc20.raw_release import read_references
 from datasets_oc20.untrusted import AnyPath
+from equiformer2.adsorption.energy import AdsorptionResult, adsorption_energy
 from equiformer2.demo.plan import LARGE_SYSTEMS, UNSEEN_SYSTEMS, UNSEEN_TEACHER_SYSTEMS, DemoPlan
 from equiformer2.inference import EquiformerV2Calculator, Predictor
-from equiformer2.inference.adsorption import AdsorptionResult, adsorption_energy
-from equiformer2.inference.files import read_structure
+from equiformer2.inference.structure_files import read_structure
 from equiformer2.training import cli, evaluation
 from equiformer2.training.evaluation import Evaluation
 from equiformer2.training.run import train

@@ -18,8 +18,7 @@ from equiformer2.checkpoint import Checkpoint
 from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import atoms_to_data, fixed_mask
-from equiformer2.inference.old_names import answering_old_names
-from equiformer2.inference.predictor import Predictor
+from equiformer2.inference.predictor import Predictor, answering_old_names
 from equiformer2.inference.symmetric_sites import find_symmetric_sites
 
 logger = logging.getLogger(__name__)

@@ -3,9 +3,10 @@
 import copy
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import ParamSpec, TypeAlias, TypeVar
 
 import torch
 from ase import Atoms
@@ -18,9 +19,96 @@ from equiformer2.graph.validation import locate_atom
 from equiformer2.inference.atoms import atoms_to_data, check_elements
 from equiformer2.inference.cuda_graph import GraphedNetwork, check_captured, why_not_captured
 from equiformer2.inference.meaning import warning_for
-from equiformer2.inference.old_names import answering_old_names
-from equiformer2.inference.precision import check_precision, matmul_precision
 from equiformer2.model.requests import OutputRequest
+
+# Ampere: the first with TF32 and bfloat16 in its tensor cores.
+_FIRST_CAPABILITY = (8, 0)
+PRECISIONS = ("float32", "tf32", "bf16")
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise `InputError` for an unknown precision, or one that the device does not have."""
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+    if precision == "tf32" and device.type != "cuda":
+        raise InputError(f"precision 'tf32' needs a CUDA device, not {device.type}: use 'float32' or 'bf16'")
+    if precision != "float32" and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _FIRST_CAPABILITY:
+            name = torch.cuda.get_device_name(device)
+            raise InputError(
+                f"precision {precision!r} needs a GPU of compute capability 8.0, and {name} has "
+                f"{capability[0]}.{capability[1]}: use 'float32'"
+            )
+
+
+@contextmanager
+def matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """Context of one of `PRECISIONS`. Global settings of torch are put back at the end."""
+    if precision == "bf16":
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_CHECKPOINT = "is checkpoint= here (a path)"
+_IN_CHECKPOINT = "is not needed: the checkpoint holds its own settings"
+OLD_NAMES = {
+    "checkpoint_path": _CHECKPOINT,
+    "checkpoints": _CHECKPOINT,
+    "model": _CHECKPOINT,
+    "model_path": _CHECKPOINT,
+    "model_paths": _CHECKPOINT,
+    "name_or_path": _CHECKPOINT,
+    "predict_unit": _CHECKPOINT,
+    "potential": _CHECKPOINT,
+    "weights_path": _CHECKPOINT,
+    "model_name": "is checkpoint= here: give the path of the downloaded file, names are not looked up",
+    "local_cache": "is not needed: checkpoint= takes the path of the downloaded file",
+    "cpu": 'is device= here: "cpu" for cpu=True, "cuda" for cpu=False',
+    "use_device": "is device= here",
+    "config_yml": _IN_CHECKPOINT,
+    "config": _IN_CHECKPOINT,
+    "cutoff": _IN_CHECKPOINT,
+    "max_neighbors": _IN_CHECKPOINT,
+    "max_neigh": _IN_CHECKPOINT,
+    "trainer": "is not needed: whether there are forces is known from the checkpoint",
+    "only_output": "is not needed: whether there are forces is known from the checkpoint",
+    "task": "is energy_kind= here, for a file that does not say it",
+    "task_name": "is energy_kind= here, for a file that does not say it",
+    "seed": "is not needed: nothing is drawn at random, two calls give the same bits",
+    "amp": 'is precision= here: "bf16" for amp=True',
+    "disable_amp": 'is precision= here: "float32" is the default',
+    "dtype": 'is precision= here: "float32", "tf32" or "bf16"',
+    "default_dtype": 'is precision= here: "float32", "tf32" or "bf16"',
+    "inference_settings": "is precision= and backend= here",
+    "compile": 'is backend="compile" here',
+    "ema": 'is weights= here: "averaged" or "raw"',
+}
+"""Names of arguments of fairchem's, OCP's and other calculators -> the rest of a sentence about them."""
+
+
+def answering_old_names(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate a function that has none of `OLD_NAMES`: a call with one raises an explaining `InputError`."""
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        old = [name for name in kwargs if name in OLD_NAMES]
+        if old:
+            raise InputError("; ".join(f"the argument {name}= {OLD_NAMES[name]}" for name in old))
+        return function(*args, **kwargs)
+
+    return checked
+
 
 logger = logging.getLogger(__name__)
 

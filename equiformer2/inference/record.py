@@ -1,4 +1,4 @@
-"""What a relaxation or an adsorption calculation leaves in its output folder."""
+"""Output folder of a relaxation: record, relaxed structure, trajectory, pictures."""
 
 import logging
 import os
@@ -23,8 +23,7 @@ from ase.io.trajectory import Trajectory
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, write_bytes, write_json
-from equiformer2.inference.adsorption import AdsorptionResult
-from equiformer2.inference.atoms import ADSORBATE, fixed_mask
+from equiformer2.inference.atoms import fixed_mask
 from equiformer2.inference.calculator import EquiformerV2Calculator
 from equiformer2.inference.extras import extras, simple_info
 from equiformer2.inference.meaning import warning_for
@@ -100,37 +99,6 @@ def _is_unfinished(trajectory: Path) -> bool:
         return False
 
 
-def write_adsorption_record(folder: AnyPath, result: AdsorptionResult, model: dict[str, Any]) -> list[Path]:
-    """Relaxed structure, pictures and, last, `adsorption_energy.json`; returns the paths.
-
-    Args:
-        folder: existing folder.
-        result: what was calculated.
-        model: `model_record` of the model that calculated it.
-    """
-    folder = Path(folder)
-    title = f"{_names(result)}: adsorption energy {result.energy:.3f} eV" + (
-        "" if result.converged else " (not converged)"
-    )
-    label = "adsorption energy (eV)" if result.energy_kind == "adsorption" else "total energy (eV)"
-    written = [
-        _write_structure(folder / "relaxed.extxyz", result.system.atoms),
-        *_write_pictures(folder, result.initial, result.system, title, label),
-    ]
-    files = [path.name for path in written] + ["relaxation.traj"]
-    if result.slab is not None:
-        files.append("slab.traj")
-    record = {
-        **header("adsorption-energy/1", model.get("checkpoint")),
-        **result.summary(),
-        "model": model,
-        "files": files,
-        "extras": extras(result.initial),
-    }
-    written.append(write_json(folder / ADSORPTION_RECORD, record))
-    return written
-
-
 def write_relaxation_record(
     folder: AnyPath, initial: Atoms, result: RelaxationResult, model: dict[str, Any]
 ) -> list[Path]:
@@ -146,8 +114,8 @@ def write_relaxation_record(
         "" if result.converged else " (not converged)"
     )
     written = [
-        _write_structure(folder / "relaxed.extxyz", result.atoms),
-        *_write_pictures(folder, initial, result, title, f"{name} (eV)"),
+        write_structure(folder / "relaxed.extxyz", result.atoms),
+        *write_pictures(folder, initial, result, title, f"{name} (eV)"),
     ]
     files = [path.name for path in written] + ["relaxation.traj"]
     record = {
@@ -173,53 +141,7 @@ def model_record(predictor: Predictor, path: str | Path) -> dict[str, Any]:
     }
 
 
-def adsorption_report(result: AdsorptionResult) -> str:
-    """The result in plain words, for the terminal."""
-    system = result.system
-    lines = [
-        f"{_names(result)} ({len(system.atoms)} atoms)",
-        f"adsorption energy: {result.energy:.4f} eV",
-    ]
-    if result.energy_kind == "adsorption":
-        lines.append(
-            "  the model predicts adsorption energies: this is its energy of the relaxed system, "
-            "nothing was subtracted"
-        )
-    else:
-        assert result.gas is not None  # total energies always have one
-        per_atom = ", ".join(f"{symbol} {value:.4f}" for symbol, value in result.gas_references.items())
-        gas = result.gas.label + (f"; eV per atom: {per_atom}" if per_atom else "")
-        lines += [
-            "  the model predicts total energies:",
-            f"    slab + adsorbate {result.terms['slab_and_adsorbate']:16.4f} eV",
-            f"  - clean slab       {result.terms['slab']:16.4f} eV",
-            f"  - gas references   {result.terms['gas']:16.4f} eV  ({gas})",
-        ]
-    for name, relaxation in (("slab + adsorbate", system), ("clean slab", result.slab)):
-        if relaxation is not None:
-            lines.append(f"{name}: {relaxation.outcome()}")
-    lines.append(f"surface compared with the {result.compared_with}")
-    lines += anomaly_lines(result)
-    return "\n".join(lines)
-
-
-def anomaly_lines(result: AdsorptionResult) -> list[str]:
-    """A WARNING per anomaly with its margin, and a note where an absent one is only just absent."""
-    lines = []
-    for verdict in result.anomaly_checks:
-        if verdict.present:
-            lines.append(f"WARNING: {verdict} [{verdict.name}, margin {verdict.margin:.3f} Å]")
-        elif verdict.borderline:
-            lines.append(f"note: {verdict} [not {verdict.name}, margin {verdict.margin:.3f} Å]")
-    return lines
-
-
-def _names(result: AdsorptionResult) -> str:
-    slab = result.initial[result.initial.get_tags() != ADSORBATE]
-    return f"{result.adsorbate_formula} on {slab.get_chemical_formula()}"
-
-
-def _write_structure(path: Path, atoms: Atoms) -> Path:
+def write_structure(path: AnyPath, atoms: Atoms) -> Path:
     """Extended XYZ of what is ours: structure, tags, held atoms, energy and forces, and simple notes beside.
 
     Arrays and notes under the names of results would replace them, and others cannot be written at all.
@@ -265,11 +187,11 @@ def _constraints_by_mask(atoms: Atoms) -> list[FixConstraint]:
     return kept
 
 
-def _write_pictures(
-    folder: Path, initial: Atoms, relaxation: RelaxationResult, title: str, energy_label: str
+def write_pictures(
+    folder: AnyPath, initial: Atoms, relaxation: RelaxationResult, title: str, energy_label: str
 ) -> list[Path]:
     """`structure.png` and `relaxation.png`; one that cannot be drawn is named in the log and left out."""
-    written = []
+    folder, written = Path(folder), []
     drawings: dict[str, Callable[[], bytes]] = {
         "structure.png": lambda: structure_picture({"start": initial, "relaxed": relaxation.atoms}, title),
         "relaxation.png": lambda: relaxation_picture(relaxation, energy_label),

@@ -4,22 +4,21 @@ What is kept is a `PruningPlan`, tried out with `masked`, applied by `shrink`; w
 `count_macs` and compared with a target.
 """
 
-from equiformer2.pruning.block_plan import BlockPlan
-from equiformer2.pruning.macs import MacCount, count_macs
-from equiformer2.pruning.mask import masked
-from equiformer2.pruning.plan import PruningPlan
-from equiformer2.pruning.shrink import shrink
-from equiformer2.pruning.target import LatencyTarget, MacTarget, ParameterTarget, Target, Together
+from equiformer2.pruning.cost.operations import MacCount, count_macs
+from equiformer2.pruning.cost.targets import CombinedTarget, LatencyTarget, MacTarget, ParameterTarget, Target
+from equiformer2.pruning.structured.apply import masked, shrink
+from equiformer2.pruning.structured.block_plan import BlockPlan
+from equiformer2.pruning.structured.plan import PruningPlan
 
 __all__ = [
     "BlockPlan",
+    "CombinedTarget",
     "LatencyTarget",
     "MacCount",
     "MacTarget",
     "ParameterTarget",
     "PruningPlan",
     "Target",
-    "Together",
     "count_macs",
     "masked",
     "shrink",

@@ -27,7 +27,7 @@ from equiformer2.training.config_values import (
     check_no_imports,
     foreign_key_hint,
 )
-from equiformer2.training.dens import DensSettings
+from equiformer2.training.corruption import DensSettings
 from equiformer2.training.folder import WandbSettings
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.run import RunConfig, RunSettings

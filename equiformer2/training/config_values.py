@@ -12,9 +12,9 @@ _LIGHTNING = "pytorch_lightning.callbacks"
 #: Classes that `trainer.callbacks` may name: to name a class imports its module, which runs what is in it.
 #: None of them takes a function or an object, which would be named, and imported, in the same way.
 CALLBACKS = (
-    "equiformer2.pruning.callbacks.DenseTeacher",
-    "equiformer2.pruning.callbacks.GradualPruning",
-    "equiformer2.pruning.router_callback.TrainRouter",
+    "equiformer2.pruning.recovery.callbacks.DenseTeacher",
+    "equiformer2.pruning.recovery.callbacks.GradualPruning",
+    "equiformer2.pruning.recovery.router_callback.TrainRouter",
     f"{_LIGHTNING}.DeviceStatsMonitor",
     f"{_LIGHTNING}.EarlyStopping",
     f"{_LIGHTNING}.LearningRateMonitor",

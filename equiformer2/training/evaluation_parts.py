@@ -9,7 +9,7 @@ import numpy as np
 
 from datasets_oc20 import OC20Lmdb
 from datasets_oc20.npz_file import read_npz
-from equiformer2.checkpoint.files import sha256
+from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.files import write_bytes
 from equiformer2.inference import Predictor
 from equiformer2.training import evaluation as judging

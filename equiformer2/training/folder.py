@@ -1,10 +1,13 @@
 """The one folder that a run leaves: config, log, metrics, figures, checkpoints."""
 
+import csv
+import io
 import logging
+import os
 import re
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +20,90 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.rank_zero import rank_zero_module
 from tqdm import tqdm
 
-from equiformer2.checkpoint.files import write_tensors
+from datasets_oc20.untrusted import AnyPath
+from equiformer2.checkpoint.tensor_files import write_tensors
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes
-from equiformer2.training.batch_dump import DUMP_PREFIX
-from equiformer2.training.metrics_file import MetricsFile, read_rows
+from equiformer2.training.guard import DUMP_PREFIX
 from equiformer2.training.resume import rows_until
 from equiformer2.training.resume_state import read_resume_state
+
+Row = Mapping[str, Any]
+
+
+def read_rows(path: AnyPath) -> list[dict[str, str]]:
+    """The rows of a metrics file, without one that a killed process has not finished; none without a file."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    text = path.read_bytes().decode()
+    whole = text[: text.rfind("\n") + 1]
+    return list(csv.DictReader(io.StringIO(whole, newline="")))
+
+
+class MetricsFile(Logger):
+    """Logs to a CSV file with a column per metric and the columns `epoch` and `step`.
+
+    Lightning's own logger keeps rows in memory and rewrites the file in place for a new column; both lose
+    rows of a process that is killed. Here a row is appended at once, and a new column makes a new file.
+
+    Args:
+        path: the file; replaced when the first row is logged.
+        rows: to begin with, of a run that goes on.
+    """
+
+    def __init__(self, path: AnyPath, rows: Iterable[Row] = ()) -> None:
+        path = Path(path)
+        super().__init__()
+        self._path = path
+        self._columns: list[str] = []
+        self._rows = list(rows)
+        if self._rows:
+            self._write([])
+
+    @property
+    def name(self) -> str:
+        """Empty: the file lies in the run's folder itself."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Empty."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The run's folder."""
+        return os.fspath(self._path.parent)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run's config.yaml has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append one row."""
+        row = {**{name: float(value) for name, value in metrics.items()}, "step": step}
+        if "epoch" in row:
+            row["epoch"] = int(row["epoch"])  # type: ignore[arg-type]
+        if set(row) <= set(self._columns):
+            with self._path.open("a", newline="") as file:
+                file.write(_as_csv(self._columns, [row]))
+        else:
+            self._write([row])
+
+    def _write(self, more: list[Row]) -> None:
+        rows = [*(self._rows or (read_rows(self._path) if self._columns else [])), *more]
+        self._rows = []
+        self._columns = sorted({name for row in rows for name in row})
+        header = _as_csv(self._columns, [dict(zip(self._columns, self._columns, strict=True))])
+        write_bytes(self._path, (header + _as_csv(self._columns, rows)).encode())
+
+
+def _as_csv(columns: list[str], rows: Iterable[Row]) -> str:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, columns).writerows(rows)
+    return text.getvalue()
+
 
 # Rules of W&B's `Settings.validate_project`.
 _LONGEST_WANDB_NAME, _NOT_IN_WANDB_NAMES = 128, "/\\#?%:"

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch_geometric.data import Batch
 
 from datasets_oc20 import OC20DataModule
-from equiformer2.training.accumulation import with_terms
+from equiformer2.training.losses import with_terms
 from equiformer2.training.stopping import leave_signals_to_the_parent
 
 

@@ -8,30 +8,102 @@ import dataclasses
 import io
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ase.geometry import complete_cell
 from torch_geometric.data import Data
 from tqdm import tqdm
 
 from datasets_oc20 import DataError, OC20Lmdb
 from datasets_oc20.targets import check_energies_match_kind, sample_targets
 from datasets_oc20.untrusted import AnyPath
-from equiformer2.checkpoint.files import sha256
+from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes, write_json
 from equiformer2.inference import Predictor
 from equiformer2.inference.batched import RelaxationSettings, Relaxed, free_forces, relax_batched
 from equiformer2.inference.relaxation_folder import SKIPPED, RelaxationFolder, Row
 from equiformer2.training.evaluation import open_dataset
-from equiformer2.training.relaxation_metrics import (
-    NEEDS_DFT,
-    PositionErrors,
-    is2re_metrics,
-    is2rs_metrics,
-    position_errors,
-)
+from equiformer2.training.metrics import ENERGY_METRICS, energy_metrics
+
+IS2RE_METRICS = ENERGY_METRICS
+IS2RS_METRICS = ("positions_mae", "positions_mse", "positions_average_distance_within_threshold")
+#: ADwT counts the systems whose mean distance lies below each of these, Å.
+DISTANCE_THRESHOLDS = np.arange(0.01, 0.5, 0.001)
+#: Metrics of the leaderboard that cannot be had from predictions and targets.
+NEEDS_DFT = {
+    "forces_below_threshold": "FbT needs a DFT single point of every relaxed structure",
+    "average_forces_below_threshold": "AFbT needs a DFT single point of every relaxed structure",
+}
+
+
+@dataclass(frozen=True)
+class PositionErrors:
+    """How far one relaxed system is from its target.
+
+    Attributes:
+        components: position components of free atoms.
+        absolute: sum of their absolute errors, Å. No periodic images, as in the reference.
+        squared: sum of their squared errors, Å².
+        distance: mean distance of free atoms to the nearest image of their targets, Å.
+    """
+
+    components: int
+    absolute: float
+    squared: float
+    distance: float
+
+
+def position_errors(
+    positions: np.ndarray, target: np.ndarray, cell: np.ndarray, pbc: np.ndarray
+) -> PositionErrors:
+    """Errors of the n free atoms of one system.
+
+    Args:
+        positions: `[n, 3]` Å, relaxed by the model.
+        target: `[n, 3]` Å, relaxed by DFT.
+        cell: `[3, 3]` Å, rows are lattice vectors; those of non-periodic directions may be zero.
+        pbc: `[3]` periodic directions.
+    """
+    error = positions - target
+    cell = complete_cell(cell)
+    fractional = np.linalg.solve(cell.T, error.T).T
+    fractional = np.where(pbc, fractional - np.ceil(fractional - 0.5), fractional)
+    distances = np.linalg.norm(fractional @ cell, axis=1)
+    return PositionErrors(
+        components=error.size,
+        absolute=float(np.abs(error).sum(dtype=np.float64)),
+        squared=float(np.square(error).sum(dtype=np.float64)),
+        distance=float(distances.mean()) if len(distances) else 0.0,
+    )
+
+
+def is2re_metrics(target: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """`energy_mae` eV, `energy_mse` eV² and EwT of relaxed energies, both `[n]` eV."""
+    return energy_metrics(target, predicted)
+
+
+def is2rs_metrics(errors: Sequence[PositionErrors]) -> dict[str, float]:
+    """`positions_mae` Å, `positions_mse` Å² and ADwT over systems; nothing where no atom is free.
+
+    Average distance within threshold: the share of systems whose mean distance lies below a threshold,
+    averaged over thresholds from 0.01 to 0.5 Å.
+    """
+    components = sum(error.components for error in errors)
+    if not components:
+        return {}
+    distances = np.array([error.distance for error in errors])
+    return {
+        "positions_mae": sum(error.absolute for error in errors) / components,
+        "positions_mse": sum(error.squared for error in errors) / components,
+        "positions_average_distance_within_threshold": float(
+            (distances[:, None] < DISTANCE_THRESHOLDS).mean()
+        ),
+    }
+
 
 logger = logging.getLogger(__name__)
 

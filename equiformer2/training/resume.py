@@ -14,9 +14,8 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from torch_geometric.data import Batch
 
-from equiformer2.training.kept import keep_under_step, remove_older
 from equiformer2.training.loader import ResumableLoader
-from equiformer2.training.resume_state import restoring
+from equiformer2.training.resume_state import keep_under_step, remove_older, restoring
 from equiformer2.training.stopping import StoppedBySignal, StopRequest, leave_signals_to_stop_request
 
 log = logging.getLogger("equiformer2")

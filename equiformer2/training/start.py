@@ -13,7 +13,7 @@ from datasets_oc20 import DataError
 from datasets_oc20.targets import NormalizerStatistics
 from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers, load_checkpoint
 from equiformer2.checkpoint.checkpoint import read_contents
-from equiformer2.checkpoint.files import plain
+from equiformer2.checkpoint.tensor_files import plain
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.training.loader import ResumableDataModule

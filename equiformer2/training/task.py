@@ -15,15 +15,14 @@ from torch.optim import Optimizer
 from torch_geometric.data import Batch
 
 from equiformer2.checkpoint import Normalizers
-from equiformer2.checkpoint.files import plain
+from equiformer2.checkpoint.tensor_files import plain
 from equiformer2.errors import InputError, naming_structures
 from equiformer2.model import ModelConfig
 from equiformer2.model.dens import without_denoising
-from equiformer2.training.accumulation import Terms
 from equiformer2.training.config_values import check_finite
-from equiformer2.training.dens import Corrupted, DensSettings, corrupt
+from equiformer2.training.corruption import Corrupted, DensSettings, corrupt
 from equiformer2.training.guard import FiniteGuard
-from equiformer2.training.losses import energy_l1, force_l2, stress_l1
+from equiformer2.training.losses import Terms, energy_l1, force_l2, stress_l1
 from equiformer2.training.metrics import S2EFMetrics
 from equiformer2.training.optim import (
     OptimSettings,

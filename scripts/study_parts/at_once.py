@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from equiformer2.errors import InputError
-from equiformer2.pruning.study import planned_results
+from equiformer2.pruning.analysis.pareto import planned_results
 from equiformer2.script import run_script, show_log
 from study_parts.settings import Campaign, read_campaign
 
@@ -87,7 +87,7 @@ def _one_study(config: Path, name: str, out: Path) -> None:
 
 
 def _run(config: Path, name: str, out: Path) -> None:
-    from equiformer2.pruning.study_report import write_report
+    from equiformer2.pruning.analysis.pareto_report import write_report
 
     study = read_campaign(config).study(name, out)
     write_report(study.run(), out / name)

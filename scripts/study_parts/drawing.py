@@ -8,8 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from equiformer2.pruning.study import DENSE, SCRATCH
-from equiformer2.pruning.study_routing import PREFIX
+from equiformer2.pruning.analysis.pareto import DENSE, PREFIX, SCRATCH
 from equiformer2.training.figures import save_figure
 from study_parts.settings import Campaign
 from study_parts.speed import way_of

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from equiformer2.files import read_json, write_bytes, write_json
-from equiformer2.pruning.study import DENSE, planned_results
-from equiformer2.pruning.study_report import markdown, missed, summarise
-from equiformer2.pruning.study_routing import NO_BUDGET, PREFIX
+from equiformer2.pruning.analysis.pareto import DENSE, NO_BUDGET, PREFIX, planned_results
+from equiformer2.pruning.analysis.pareto_report import markdown, missed, summarise
 from equiformer2.script import origin
 from study_parts.drawing import draw, draw_times
 from study_parts.published import PUBLISHED

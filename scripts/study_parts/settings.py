@@ -6,8 +6,8 @@ from typing import Any
 
 from datasets_oc20.untrusted import read_yaml
 from equiformer2.errors import InputError
+from equiformer2.pruning.analysis.pareto import Recovery, Study, StudySettings
 from equiformer2.pruning.routing import RoutingSettings
-from equiformer2.pruning.study import Recovery, Study, StudySettings
 from equiformer2.training.config_values import check_finite
 
 

@@ -20,19 +20,19 @@ from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers, load_che
 from equiformer2.files import read_json, write_json
 from equiformer2.inference import EquiformerV2Calculator, Predictor
 from equiformer2.model import EquiformerV2, ModelConfig
-from equiformer2.pruning.baselines import uniform_plan
+from equiformer2.pruning.analysis.lossless import measure_savings
+from equiformer2.pruning.analysis.pareto import TIMED
+from equiformer2.pruning.calibration_data import read_structures
+from equiformer2.pruning.cost.latency import compare_latency
+from equiformer2.pruning.cost.targets import MacTarget
+from equiformer2.pruning.cost.time_table import with_threads
 from equiformer2.pruning.fingerprints import fingerprint_of_weights
-from equiformer2.pruning.latency import compare_latency
-from equiformer2.pruning.lossless import measure_savings
 from equiformer2.pruning.peak_memory import peak_allocated
-from equiformer2.pruning.plan import PruningPlan
 from equiformer2.pruning.routing import FrozenPlan
-from equiformer2.pruning.routing.files import router_from_dict
-from equiformer2.pruning.shrink import shrink
-from equiformer2.pruning.structures import read_structures
-from equiformer2.pruning.study import TIMED
-from equiformer2.pruning.target import MacTarget
-from equiformer2.pruning.time_table import with_threads
+from equiformer2.pruning.routing.router_files import router_from_dict
+from equiformer2.pruning.structured.apply import shrink
+from equiformer2.pruning.structured.baselines import uniform_plan
+from equiformer2.pruning.structured.plan import PruningPlan
 from study_parts.settings import Campaign, Speed
 
 _STRUCTURES = 3

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from equiformer2.pruning.study import DENSE, SCRATCH, TIMED
+from equiformer2.pruning.analysis.pareto import DENSE, SCRATCH, TIMED
 from study_parts.settings import Campaign
 
 _WORSE = 1.05

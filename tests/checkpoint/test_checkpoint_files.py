@@ -10,7 +10,7 @@ import torch
 from checkpoint_helpers import FIXTURES
 
 from equiformer2.checkpoint import load_checkpoint
-from equiformer2.checkpoint.files import plain, read_tensors
+from equiformer2.checkpoint.tensor_files import plain, read_tensors
 from equiformer2.errors import InputError
 
 

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from datasets_oc20.selection import hold_out_systems, informative_frames, split_later_frames, spread_frames
+from datasets_oc20.frame_selection import (
+    hold_out_systems,
+    informative_frames,
+    split_later_frames,
+    spread_frames,
+)
 
 
 def test_held_out_systems_are_apart_and_repeatable() -> None:

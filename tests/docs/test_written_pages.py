@@ -10,7 +10,7 @@ from figures import content_of
 from pages import ROOT
 
 from bench.report import markdown as benchmark_page
-from equiformer2.pruning.study_report import markdown as study_table
+from equiformer2.pruning.analysis.pareto_report import markdown as study_table
 from equiformer2.training.learning_curve import SystemErrors, Validation
 from equiformer2.training.learning_curve import markdown as learning_page
 from study_parts.report import _lossless_table, _speed_table, _verdict_table

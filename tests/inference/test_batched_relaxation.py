@@ -16,8 +16,13 @@ from torch_geometric.data import Batch, Data
 
 from equiformer2.errors import InputError
 from equiformer2.inference import EquiformerV2Calculator, Predictor, atoms_to_data
-from equiformer2.inference.batched import RelaxationSettings, Relaxed, free_forces, relax_batched
-from equiformer2.inference.batched_lbfgs import BatchedLBFGS
+from equiformer2.inference.batched import (
+    BatchedLBFGS,
+    RelaxationSettings,
+    Relaxed,
+    free_forces,
+    relax_batched,
+)
 
 
 def slab(metal: str, seed: int, adsorbate: str = "O") -> Atoms:

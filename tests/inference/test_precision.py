@@ -9,7 +9,7 @@ from ase import Atoms
 
 from equiformer2.errors import InputError
 from equiformer2.inference import EquiformerV2Calculator, Predictor
-from equiformer2.inference.precision import matmul_precision
+from equiformer2.inference.predictor import matmul_precision
 
 
 def forces(atoms: Atoms, checkpoint: Path, **options: str) -> np.ndarray:

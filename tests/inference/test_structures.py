@@ -9,11 +9,11 @@ from ase.build import fcc111, molecule
 from ase.data import covalent_radii
 from ase.io import write
 
+from equiformer2.adsorption import PlacementOptions, SlabOptions, load_system, prepare_system
+from equiformer2.adsorption.named_structures import build_adsorbate, build_slab, place_adsorbate
 from equiformer2.errors import InputError
-from equiformer2.inference import PlacementOptions, SlabOptions, load_system, prepare_system
 from equiformer2.inference.atoms import fixed_mask
-from equiformer2.inference.files import read_structure
-from equiformer2.inference.structures import build_adsorbate, build_slab, place_adsorbate
+from equiformer2.inference.structure_files import read_structure
 
 
 @pytest.mark.parametrize("name", ["Pt111", "Cu100", "Ni110", "Fe110", "W100", "Ru0001", "Pt(111)"])

@@ -10,7 +10,7 @@ from torch_geometric.data import Batch
 
 from equiformer2.errors import InputError
 from equiformer2.pruning.calibration import Calibration
-from equiformer2.pruning.structures import labelled_energies, read_structures
+from equiformer2.pruning.calibration_data import labelled_energies, read_structures
 
 LMDB = Path(__file__).parents[1] / "fixtures" / "datasets_oc20" / "s2ef_val_20.lmdb"
 COLUMNS = "species:S:1:pos:R:3:move_mask:L:1:tags:I:1:forces:R:3"

@@ -16,11 +16,11 @@ from datasets_oc20 import OC20Lmdb
 from equiformer2.checkpoint import load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
-from equiformer2.pruning.callbacks import PLAN_FILE, DenseTeacher, GradualPruning
-from equiformer2.pruning.distill import distill, label
-from equiformer2.pruning.make_plan import apply_plan
-from equiformer2.pruning.plan import PruningPlan
-from equiformer2.pruning.target import MacTarget
+from equiformer2.pruning.cost.targets import MacTarget
+from equiformer2.pruning.recovery.callbacks import PLAN_FILE, DenseTeacher, GradualPruning
+from equiformer2.pruning.recovery.distillation import distill, label
+from equiformer2.pruning.structured.make_plan import apply_plan
+from equiformer2.pruning.structured.plan import PruningPlan
 from equiformer2.training.cli import parse
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.run import train
@@ -113,7 +113,7 @@ def test_a_folder_belongs_to_one_distillation(files, tmp_path) -> None:
 _DISTILL = """
 import sys
 from pathlib import Path
-from equiformer2.pruning.distill import distill
+from equiformer2.pruning.recovery.distillation import distill
 student, teacher, train, val, out, *arguments = sys.argv[1:]
 distill(student, teacher, train, val, Path(out), arguments)
 """
@@ -204,8 +204,7 @@ def test_gradual_pruning_leaves_a_small_network(files, tmp_path) -> None:
 
 def test_masked_weights_stay_zero_and_the_small_network_is_the_masked_one(files, tmp_path) -> None:
     """Momentum from before a cut must not move what was cut."""
-    from equiformer2.pruning.mask import weight_masks
-    from equiformer2.pruning.shrink import shrink
+    from equiformer2.pruning.structured.apply import shrink, weight_masks
 
     run = gradual(files, tmp_path, "gradual", "--trainer.callbacks.method=magnitude")
     plan = PruningPlan.load(run / PLAN_FILE)

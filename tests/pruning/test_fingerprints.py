@@ -8,8 +8,8 @@ from search_helpers import slab
 
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.pruning.fingerprints import fingerprint_of_structures, fingerprint_of_weights
-from equiformer2.pruning.plan import PruningPlan
-from equiformer2.pruning.shrink import shrink
+from equiformer2.pruning.structured.apply import shrink
+from equiformer2.pruning.structured.plan import PruningPlan
 
 TINY = ModelConfig(num_layers=1, sphere_channels=8, lmax=1, mmax=1, grid_resolution=4)
 

@@ -12,7 +12,7 @@ from torch_geometric.data import Batch
 from equiformer2 import EquiformerV2
 from equiformer2.checkpoint import Normalizer, Normalizers
 from equiformer2.errors import InputError
-from equiformer2.pruning.importance import (
+from equiformer2.pruning.structured.importance import (
     UNITS,
     gradient_importance,
     labelled,

@@ -7,8 +7,8 @@ from torch_geometric.data import Batch
 
 from equiformer2.checkpoint import Normalizer, Normalizers
 from equiformer2.kernels import chunks
-from equiformer2.pruning.lossless import measure_savings, whole_heads
-from equiformer2.pruning.macs import count_macs
+from equiformer2.pruning.analysis.lossless import measure_savings, whole_heads
+from equiformer2.pruning.cost.operations import count_macs
 
 NORMALIZERS = Normalizers(energy=Normalizer(-0.7, 2.0), forces=Normalizer(0.0, 2.5))
 

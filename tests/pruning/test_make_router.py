@@ -12,20 +12,20 @@ from test_study import run_prune
 from torch_geometric.data import Data
 
 from equiformer2.errors import InputError
-from equiformer2.pruning.make_router import MadeRouter, RouteRequest, make_router
+from equiformer2.pruning.analysis.pareto import Study, StudySettings
+from equiformer2.pruning.analysis.pareto_report import markdown, missed, summarise, write_report
 from equiformer2.pruning.routing import (
     ROUTING_METHODS,
     FTPRouter,
     RoutingSettings,
     ScoreRouter,
     StaticRouter,
-    find,
     load_router,
+    router_search,
 )
-from equiformer2.pruning.routing.files import router_to_dict
+from equiformer2.pruning.routing.make_router import MadeRouter, RouteRequest, make_router
+from equiformer2.pruning.routing.router_files import router_to_dict
 from equiformer2.pruning.routing.schedule import Schedule
-from equiformer2.pruning.study import Study, StudySettings
-from equiformer2.pruning.study_report import markdown, missed, summarise, write_report
 
 QUICK = RoutingSettings(protected=(), population=4, generations=1, tolerance=0.1, steps=4)
 
@@ -88,7 +88,7 @@ def test_what_was_killed_goes_on_to_the_same_router(files, tmp_path, monkeypatch
     steps = {"steps": 13}
     whole = made(files, "ftp", **steps)
     state = tmp_path / "state.pt"
-    train = find.train_router
+    train = router_search.train_router
 
     def killed(*arguments: object, **options: object) -> object:
         keep = options["keep"]
@@ -99,7 +99,7 @@ def test_what_was_killed_goes_on_to_the_same_router(files, tmp_path, monkeypatch
 
         return train(*arguments, **(options | {"keep": keep_and_die}))
 
-    monkeypatch.setattr(find, "train_router", killed)
+    monkeypatch.setattr(router_search, "train_router", killed)
     with pytest.raises(KeyboardInterrupt):
         made(files, "ftp", state, **steps)
     steps_done: list[int] = []
@@ -107,14 +107,14 @@ def test_what_was_killed_goes_on_to_the_same_router(files, tmp_path, monkeypatch
     def counted(*arguments: object, **options: object) -> object:
         return train(*arguments, **(options | {"after_step": lambda step, _: steps_done.append(step)}))
 
-    monkeypatch.setattr(find, "train_router", counted)
+    monkeypatch.setattr(router_search, "train_router", counted)
     again = made(files, "ftp", state, **steps)
     assert steps_done == [10, 11, 12]
     assert router_to_dict(again.router) == router_to_dict(whole.router)
     evaluated: list[object] = []
-    objective = find.ScheduleObjective.__call__
+    objective = router_search.ScheduleObjective.__call__
     monkeypatch.setattr(
-        find.ScheduleObjective,
+        router_search.ScheduleObjective,
         "__call__",
         lambda self, levels: evaluated.append(levels) or objective(self, levels),
     )
@@ -130,14 +130,14 @@ def test_what_was_killed_goes_on_to_the_same_router(files, tmp_path, monkeypatch
 @pytest.fixture
 def trained_loss(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Sets what schedules of the trained router lose, so that training is or is not worth it."""
-    search = find._Finder.search
+    search = router_search._Finder.search
 
     def fake(loss: float) -> None:
-        def found(finder: find._Finder, stage: str, make: object, start: object = ()) -> Schedule:
+        def found(finder: router_search._Finder, stage: str, make: object, start: object = ()) -> Schedule:
             schedule = search(finder, stage, make, start)
             return schedule if stage == "static schedule" else replace(schedule, loss=loss)
 
-        monkeypatch.setattr(find._Finder, "search", found)
+        monkeypatch.setattr(router_search._Finder, "search", found)
 
     return fake
 

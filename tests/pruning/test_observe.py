@@ -5,7 +5,7 @@ import torch
 from model_helpers import batch_of, cluster, far_apart, random_model, slab, small_config, water
 
 from equiformer2.kernels import chunks
-from equiformer2.pruning.observe import observe, time_parts
+from equiformer2.pruning.analysis.observe import observe, time_parts
 
 
 def test_the_answers_do_not_change() -> None:

@@ -8,8 +8,8 @@ from model_helpers import batch_of, far_apart, lone_atom, random_model, slab, wa
 from torch_geometric.data import Data
 
 from equiformer2.errors import InputError
-from equiformer2.pruning.observe import observe
-from equiformer2.pruning.redundancy import attention_entropy, block_statistics
+from equiformer2.pruning.analysis.observe import observe
+from equiformer2.pruning.analysis.redundancy import attention_entropy, block_statistics
 
 
 def tagged(structure: Data, tags: list[int]) -> Data:

@@ -13,7 +13,7 @@ import prune
 from equiformer2 import ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
 from equiformer2.errors import InputError
-from equiformer2.pruning.report import needed
+from equiformer2.pruning.analysis.redundancy_report import needed
 
 ROOT = Path(__file__).parents[2]
 DATA = str(ROOT / "tests/fixtures/datasets_oc20/s2ef_val_20.lmdb")

@@ -16,11 +16,11 @@ from torch_geometric.data import Batch
 from datasets_oc20 import OC20Lmdb
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.errors import InputError
-from equiformer2.pruning.router_callback import ROUTER_FILE, TrainRouter
+from equiformer2.pruning.recovery.router_callback import ROUTER_FILE, TrainRouter
 from equiformer2.pruning.routing import FTPRouter, RouterTraining, load_router, train_router
-from equiformer2.pruning.routing.files import router_to_dict
+from equiformer2.pruning.routing.router_files import router_to_dict
 from equiformer2.training.cli import parse
-from equiformer2.training.metrics_file import read_rows
+from equiformer2.training.folder import read_rows
 from equiformer2.training.run import train
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def write_config(path: Path) -> Path:
     callback = {
-        "class_path": "equiformer2.pruning.router_callback.TrainRouter",
+        "class_path": "equiformer2.pruning.recovery.router_callback.TrainRouter",
         "init_args": {"levels": 0.4, "temperature": 0.3},
     }
     path.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))

@@ -9,16 +9,16 @@ from search_helpers import NORMALIZERS, slabs, tiny_model
 
 from equiformer2.errors import InputError
 from equiformer2.model import ModelConfig
-from equiformer2.pruning.baselines import magnitude_plan, random_plan, uniform_plan
 from equiformer2.pruning.calibration import Calibration
-from equiformer2.pruning.cuts import DIMENSIONS, possible_cuts, without_least
-from equiformer2.pruning.importance import gradient_importances, probe
-from equiformer2.pruning.mask import masked
-from equiformer2.pruning.plan import PruningPlan
-from equiformer2.pruning.pruners import search_settings
-from equiformer2.pruning.search import GreedySearch, SearchSettings, Stage
-from equiformer2.pruning.target import MacTarget
-from equiformer2.pruning.unit_scores import weight_scores
+from equiformer2.pruning.cost.targets import MacTarget
+from equiformer2.pruning.structured.apply import masked
+from equiformer2.pruning.structured.baselines import magnitude_plan, random_plan, uniform_plan
+from equiformer2.pruning.structured.candidate_cuts import DIMENSIONS, possible_cuts, without_least
+from equiformer2.pruning.structured.importance import gradient_importances, probe
+from equiformer2.pruning.structured.methods import search_settings
+from equiformer2.pruning.structured.plan import PruningPlan
+from equiformer2.pruning.structured.search import GreedySearch, SearchSettings, Stage
+from equiformer2.pruning.structured.unit_scores import weight_scores
 
 
 class KilledError(Exception):

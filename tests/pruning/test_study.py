@@ -14,13 +14,13 @@ from datasets_oc20 import OC20Lmdb
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
-from equiformer2.pruning import study as study_module
-from equiformer2.pruning.latency import compare_latency
-from equiformer2.pruning.make_plan import PlanRequest, make_plan
-from equiformer2.pruning.plan import PruningPlan
-from equiformer2.pruning.study import Recovery, Study, StudySettings
-from equiformer2.pruning.study_report import markdown, summarise, write_report
-from equiformer2.pruning.target import LatencyTarget, MacTarget
+from equiformer2.pruning.analysis import pareto as study_module
+from equiformer2.pruning.analysis.pareto import Recovery, Study, StudySettings
+from equiformer2.pruning.analysis.pareto_report import markdown, summarise, write_report
+from equiformer2.pruning.cost.latency import compare_latency
+from equiformer2.pruning.cost.targets import LatencyTarget, MacTarget
+from equiformer2.pruning.structured.make_plan import PlanRequest, make_plan
+from equiformer2.pruning.structured.plan import PruningPlan
 
 PRUNE = Path(__file__).parents[2] / "scripts" / "prune.py"
 

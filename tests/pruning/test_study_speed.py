@@ -9,9 +9,9 @@ import pytest
 import torch
 from search_helpers import save_tiny, slabs, tiny_model, write_lmdb
 
-import equiformer2.pruning.latency as latency_module
+import equiformer2.pruning.cost.latency as latency_module
 from equiformer2.pruning.fingerprints import fingerprint_of_weights
-from equiformer2.pruning.plan import PruningPlan
+from equiformer2.pruning.structured.plan import PruningPlan
 from study_parts import speed
 from study_parts.settings import Campaign, Part, Speed
 

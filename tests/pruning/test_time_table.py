@@ -10,13 +10,13 @@ from search_helpers import NORMALIZERS, slabs, tiny_model
 from torch_geometric.data import Batch
 
 from equiformer2.errors import InputError
-from equiformer2.pruning import latency as latency_module
 from equiformer2.pruning.calibration import Calibration
-from equiformer2.pruning.plan import PruningPlan
-from equiformer2.pruning.pruners import search_settings
-from equiformer2.pruning.search import Cost, GreedySearch
-from equiformer2.pruning.target import LatencyTarget, MacTarget, Together
-from equiformer2.pruning.time_table import Part, PartTimer, TimeTable, parts_of
+from equiformer2.pruning.cost import latency as latency_module
+from equiformer2.pruning.cost.targets import CombinedTarget, LatencyTarget, MacTarget
+from equiformer2.pruning.cost.time_table import Part, PartTimer, TimeTable, parts_of
+from equiformer2.pruning.structured.methods import search_settings
+from equiformer2.pruning.structured.plan import PruningPlan
+from equiformer2.pruning.structured.search import Cost, GreedySearch
 
 MODEL = tiny_model()
 CONFIG = MODEL.config
@@ -110,7 +110,7 @@ def search(calibration: Calibration, timer: FakeTimer, folder: Path | None = Non
         def reached(self, plan: PruningPlan) -> bool:
             return self.fraction_of(plan) <= self.fraction
 
-    together = Together([MacTarget(CONFIG, 0.9, 16, 96), Timed()])
+    together = CombinedTarget([MacTarget(CONFIG, 0.9, 16, 96), Timed()])
     return GreedySearch(
         MODEL,
         NORMALIZERS,
@@ -169,7 +169,7 @@ def test_several_targets_as_one_cost() -> None:
             return self.left <= self.fraction
 
     def cost(*pairs: tuple[float, float]) -> tuple[float, float]:
-        together = Together([Share(*pair) for pair in pairs])
+        together = CombinedTarget([Share(*pair) for pair in pairs])
         return together.cost(KEEP), together.target
 
     assert cost((0.7, 0.8)) == (0.8, 0.7)
@@ -178,7 +178,7 @@ def test_several_targets_as_one_cost() -> None:
     assert cost((0.5, 0.2), (0.5, 0.9)) == (pytest.approx(1.4), 1.0)
     assert cost((0.5, 0.2), (0.5, 0.4)) == (pytest.approx(0.9), 1.0)
     with pytest.raises(InputError, match="no target"):
-        Together([])
+        CombinedTarget([])
 
 
 def test_parts_are_timed_alone_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:

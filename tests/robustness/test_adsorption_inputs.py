@@ -19,13 +19,14 @@ from ase.calculators.mixing import SumCalculator
 from ase.constraints import ExternalForce, FixAtoms, FixBondLength, FixedPlane, Hookean
 from ase.io import read, write
 
+from equiformer2.adsorption import PlacementOptions, adsorption_energy, prepare_system
+from equiformer2.adsorption.anomalies import NAMES, check_anomalies
+from equiformer2.adsorption.energy import resolve_energy_kind
+from equiformer2.adsorption.named_structures import build_adsorbate, build_slab, place_adsorbate
+from equiformer2.adsorption.references import OC20_GAS_REFERENCES
 from equiformer2.errors import InputError
-from equiformer2.inference import PlacementOptions, adsorption_energy, prepare_system, relax
-from equiformer2.inference.adsorption import resolve_energy_kind
-from equiformer2.inference.anomalies import NAMES, check_anomalies
-from equiformer2.inference.record import _write_structure
-from equiformer2.inference.references import OC20_GAS_REFERENCES
-from equiformer2.inference.structures import build_adsorbate, build_slab, place_adsorbate
+from equiformer2.inference import relax
+from equiformer2.inference.record import write_structure
 
 ROOT = Path(__file__).parents[2]
 EXPECTED = json.loads((ROOT / "tests/fixtures/inference/anomalies_expected.json").read_text())
@@ -457,7 +458,7 @@ def test_constraints_that_a_file_cannot_hold_are_named(
     system.set_constraint([*system.constraints, make()])
     result = relax(system, EMT(), steps=1, trajectory=tmp_path / "run.traj")
     with caplog.at_level(logging.WARNING):
-        _write_structure(tmp_path / "relaxed.extxyz", result.atoms)
+        write_structure(tmp_path / "relaxed.extxyz", result.atoms)
     assert name in caplog.text
     assert ("relaxation.traj has all constraints" in caplog.text) == kept
     assert read(tmp_path / "relaxed.extxyz").get_potential_energy() == pytest.approx(result.energy, abs=1e-6)

@@ -22,18 +22,18 @@ from torch_geometric.data import Batch, Data
 
 from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint, save_checkpoint
-from equiformer2.checkpoint.files import plain
 from equiformer2.checkpoint.reference import config_from_reference
+from equiformer2.checkpoint.tensor_files import plain
 from equiformer2.devices import usable_device
 from equiformer2.errors import InputError
 from equiformer2.inference import EquiformerV2Calculator, Predictor
 from equiformer2.model.block_config import BlockConfig
 from equiformer2.model.grid_resolution import GridResolution
 from equiformer2.pruning import PruningPlan
+from equiformer2.pruning.cost.time_table import TimeTable
 from equiformer2.pruning.routing import load_router
-from equiformer2.pruning.routing.state import RoutingState
-from equiformer2.pruning.search_state import SearchState
-from equiformer2.pruning.time_table import TimeTable
+from equiformer2.pruning.routing.router_state import RoutingState
+from equiformer2.pruning.structured.search import SearchState
 
 SMALL: dict[str, Any] = {
     "num_layers": 1,

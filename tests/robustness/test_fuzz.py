@@ -41,7 +41,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from torch_geometric.data import Data
 
-from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb, foreign, records
+from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb, structure_record
+from datasets_oc20 import legacy_formats as foreign
 from datasets_oc20.extxyz import read_frames
 from datasets_oc20.lmdb_file import LmdbFile
 from datasets_oc20.schema import FIELDS
@@ -236,7 +237,7 @@ def assert_sound(data: Data) -> None:
 
 
 def test_packed_records() -> None:
-    value = records.pack(structure())
+    value = structure_record.pack(structure())
     (length,) = struct.unpack_from("<I", value, 8)
     header, body = orjson.loads(value[12 : 12 + length]), value[12 + length :]
 
@@ -249,14 +250,16 @@ def test_packed_records() -> None:
 
     def read(content: bytes) -> None:
         try:
-            data = records.unpack(content, "x.lmdb, key 0")
+            data = structure_record.unpack(content, "x.lmdb, key 0")
         except DataError:
-            records.packed_fields(content, "x.lmdb, key 0")
-            records.packed_natoms(content, "x.lmdb, key 0")
+            structure_record.packed_fields(content, "x.lmdb, key 0")
+            structure_record.packed_natoms(content, "x.lmdb, key 0")
             raise
         assert_sound(data)
-        assert records.packed_natoms(content, "") == data.natoms
-        assert records.unpack(records.pack(data), "").to_dict().keys() == data.to_dict().keys()
+        assert structure_record.packed_natoms(content, "") == data.natoms
+        assert (
+            structure_record.unpack(structure_record.pack(data), "").to_dict().keys() == data.to_dict().keys()
+        )
 
     fuzz(
         st.one_of(
@@ -351,7 +354,9 @@ def test_oc20_pickles() -> None:
         for use in (foreign.read_natoms, foreign.read_length):
             told = refused(use, content, "x.lmdb, key 0")
             assert told is None or "x.lmdb, key 0" in told
-        assert_sound(records.make_data(foreign.read_fields(content, "x.lmdb, key 0"), "x.lmdb, key 0"))
+        assert_sound(
+            structure_record.make_data(foreign.read_fields(content, "x.lmdb, key 0"), "x.lmdb, key 0")
+        )
 
     fuzz(
         st.one_of(
@@ -437,7 +442,9 @@ def test_raw_frames(tmp_path: Path) -> None:
             assert frame.pos.shape == frame.forces.shape == (natoms, 3)
             assert frame.atomic_numbers.shape == frame.tags.shape == frame.fixed.shape == (natoms,)
             assert isinstance(frame.energy, float)
-            assert_sound(records.make_data(vars(frame) | {"sid": "x", "fid": frame.index}, str(path)))
+            assert_sound(
+                structure_record.make_data(vars(frame) | {"sid": "x", "fid": frame.index}, str(path))
+            )
 
     fuzz(
         st.one_of(changed_frames(texts), st.sampled_from(texts).flatmap(changed_text)),

@@ -23,7 +23,7 @@ from ase.build import fcc111
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixCartesian, FixScaled
 
-from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb, records
+from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb, structure_record
 from datasets_oc20.extxyz import read_frames
 from datasets_oc20.inspection import inspect_dataset
 from datasets_oc20.inspection_report import suspicious
@@ -212,7 +212,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
 def test_fields_that_are_wrong(name: str, change: dict[str, Any], message: str, use: str) -> None:
     fields = structure().to_dict() | change
     with pytest.raises(DataError, match=rf"here: .*({message})"):
-        getattr(records, use)(fields, "here")
+        getattr(structure_record, use)(fields, "here")
 
 
 def bomb(depth: int = 40) -> list[Any]:
@@ -303,23 +303,23 @@ HEADER_CHANGES: list[tuple[str, Any]] = [
     "change", [case[1] for case in HEADER_CHANGES], ids=[case[0] for case in HEADER_CHANGES]
 )
 def test_headers_that_are_damaged(change: Any) -> None:
-    header, body = parts(records.pack(structure()))
+    header, body = parts(structure_record.pack(structure()))
     value = repacked(change(header), body)
     with pytest.raises(DataError, match="here: "):
-        records.unpack(value, "here")
+        structure_record.unpack(value, "here")
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**31, 2**32 - 1])
 def test_lengths_of_headers_that_lie(length: int) -> None:
-    header, body = parts(records.pack(structure()))
-    for read in (records.unpack, records.packed_natoms):
+    header, body = parts(structure_record.pack(structure()))
+    for read in (structure_record.unpack, structure_record.packed_natoms):
         with pytest.raises(DataError, match="here: "):
             read(repacked(header, body, length), "here")
 
 
 def test_fuzzed_headers_are_read_or_refused() -> None:
     """Every byte of the header and its length, with a right checksum: a record or one sentence."""
-    value, rng = records.pack(structure()), random.Random(0)
+    value, rng = structure_record.pack(structure()), random.Random(0)
     _, body = parts(value)
     size = len(value) - len(body)
     for _ in range(3000):
@@ -327,7 +327,9 @@ def test_fuzzed_headers_are_read_or_refused() -> None:
         for _ in range(rng.randint(1, 4)):
             changed[rng.randrange(size - 8)] = rng.choice([rng.randrange(256), *b'0123456789-[]{},"eE.'])
         with suppress(DataError):
-            records.unpack(b"EOC1" + struct.pack("<I", zlib.crc32(bytes(changed))) + bytes(changed), "here")
+            structure_record.unpack(
+                b"EOC1" + struct.pack("<I", zlib.crc32(bytes(changed))) + bytes(changed), "here"
+            )
 
 
 @pytest.mark.parametrize("counts", [[-5, 4], [0, 4], [2**31 - 1, 4], [4]])

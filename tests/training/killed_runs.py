@@ -21,7 +21,7 @@ from tiny_run import TINY_RUN
 from torch_geometric.data import Batch
 
 from equiformer2.training.cli import parse
-from equiformer2.training.metrics_file import read_rows
+from equiformer2.training.folder import read_rows
 from equiformer2.training.run import train
 from equiformer2.training.task import S2EFTask
 

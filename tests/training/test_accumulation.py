@@ -12,9 +12,9 @@ from torch_geometric.data import Batch, Data
 from uneven import write_uneven
 
 from equiformer2.checkpoint import Normalizer, Normalizers
-from equiformer2.training.accumulation import Terms, with_terms
+from equiformer2.training.folder import read_rows
 from equiformer2.training.loader import ResumableDataModule
-from equiformer2.training.metrics_file import read_rows
+from equiformer2.training.losses import Terms, with_terms
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.task import S2EFTask, TaskSettings
 

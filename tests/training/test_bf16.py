@@ -20,7 +20,7 @@ from equiformer2.model.attention import SO2EquivariantGraphAttention
 from equiformer2.model.edges import EdgeContext
 from equiformer2.training import task as task_module
 from equiformer2.training.cli import parse
-from equiformer2.training.metrics_file import read_rows
+from equiformer2.training.folder import read_rows
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.run import train
 from equiformer2.training.task import S2EFTask, TaskSettings

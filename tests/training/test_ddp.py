@@ -12,7 +12,7 @@ from uneven import write_uneven
 
 from datasets_oc20 import OC20Lmdb
 from datasets_oc20.sampler import BalancedBatchSampler
-from equiformer2.training.metrics_file import read_rows
+from equiformer2.training.folder import read_rows
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.model.dens import EncodedForces
 from equiformer2.training.cli import parse
-from equiformer2.training.dens import DensSettings, corrupt
+from equiformer2.training.corruption import DensSettings, corrupt
 from equiformer2.training.loader import ResumableDataModule
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.run import train

@@ -9,15 +9,15 @@ from ase.build import bulk
 from torch import Tensor
 
 from datasets_oc20 import LmdbWriter
-from datasets_oc20.records import make_data
+from datasets_oc20.structure_record import make_data
 from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
 from equiformer2.inference.atoms import atoms_to_data
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.training.cli import parse
+from equiformer2.training.folder import read_rows
 from equiformer2.training.losses import stress_l1
-from equiformer2.training.metrics_file import read_rows
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.run import train
 from equiformer2.training.task import S2EFTask, TaskSettings

@@ -20,7 +20,7 @@ from torch_geometric.data import Batch, Data
 from datasets_oc20 import OC20Lmdb
 from equiformer2.checkpoint import Normalizer, Normalizers
 from equiformer2.errors import InputError
-from equiformer2.training import batch_dump
+from equiformer2.training import guard as batch_dump
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.task import S2EFTask, TaskSettings
 

@@ -15,8 +15,7 @@ from equiformer2.errors import InputError
 from equiformer2.files import write_bytes
 from equiformer2.training.cli import parse
 from equiformer2.training.folder import RunFolder
-from equiformer2.training.kept import keep_under_step, latest, remove_older
-from equiformer2.training.resume_state import read_resume_state
+from equiformer2.training.resume_state import keep_under_step, latest, read_resume_state, remove_older
 from equiformer2.training.run import train
 
 ROOT = Path(__file__).parents[2]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from equiformer2.training.metrics_file import MetricsFile, read_rows
+from equiformer2.training.folder import MetricsFile, read_rows
 from equiformer2.training.resume import rows_until
 
 

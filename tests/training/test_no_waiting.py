@@ -28,7 +28,7 @@ from datasets_oc20.datamodule import collate
 from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers
 from equiformer2.training.callbacks import Summary
-from equiformer2.training.dens import corrupt
+from equiformer2.training.corruption import corrupt
 from equiformer2.training.guard import FiniteGuard
 from equiformer2.training.loader import ResumableDataModule
 from equiformer2.training.optim import OptimSettings, update_average

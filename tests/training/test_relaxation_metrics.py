@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from equiformer2.training.relaxation_metrics import (
+from equiformer2.training.relaxation_run import (
     IS2RE_METRICS,
     IS2RS_METRICS,
     is2re_metrics,

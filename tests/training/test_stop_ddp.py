@@ -9,7 +9,7 @@ import pytest
 from killed_runs import curves, differences, state
 from launching import Processes, finish, start_two
 
-from equiformer2.training.metrics_file import read_rows
+from equiformer2.training.folder import read_rows
 
 pytestmark = pytest.mark.slow
 

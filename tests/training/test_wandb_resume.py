@@ -10,7 +10,7 @@ import torch
 from launching import finish, start
 from wandb_files import history
 
-from equiformer2.training.metrics_file import read_rows
+from equiformer2.training.folder import read_rows
 
 pytest.importorskip("wandb")
 

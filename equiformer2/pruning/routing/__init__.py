@@ -2,16 +2,27 @@
 
 from equiformer2.pruning.routing.achieved import Achieved, Recorder
 from equiformer2.pruning.routing.active_region import ActiveRegion
-from equiformer2.pruning.routing.calibrate import with_thresholds
-from equiformer2.pruning.routing.files import load_router, save_router
-from equiformer2.pruning.routing.find import ROUTING_METHODS, RoutingSettings, find_router
 from equiformer2.pruning.routing.frozen import FrozenPlan
 from equiformer2.pruning.routing.ftp import FTPRouter
 from equiformer2.pruning.routing.ftp_training import RouterLosses, RouterTraining, train_router
-from equiformer2.pruning.routing.objective import RoutedModel, ScheduleObjective, with_levels
-from equiformer2.pruning.routing.router import Router, ScoreRouter
-from equiformer2.pruning.routing.schedule import Schedule, TargetMissedError, search_schedule
-from equiformer2.pruning.routing.static import DegreeRouter, DistanceRouter, RandomRouter, StaticRouter
+from equiformer2.pruning.routing.geometric_routers import (
+    DegreeRouter,
+    DistanceRouter,
+    RandomRouter,
+    StaticRouter,
+)
+from equiformer2.pruning.routing.router import BaseRouter, ScoreRouter
+from equiformer2.pruning.routing.router_files import load_router, save_router
+from equiformer2.pruning.routing.router_search import ROUTING_METHODS, RoutingSettings, find_router
+from equiformer2.pruning.routing.schedule import (
+    RoutedModel,
+    Schedule,
+    ScheduleObjective,
+    TargetMissedError,
+    search_schedule,
+    with_levels,
+)
+from equiformer2.pruning.routing.thresholds import with_thresholds
 from equiformer2.pruning.routing.zero_tprune import AtomPruner, EdgePruner
 
 __all__ = [
@@ -19,6 +30,7 @@ __all__ = [
     "Achieved",
     "ActiveRegion",
     "AtomPruner",
+    "BaseRouter",
     "DegreeRouter",
     "DistanceRouter",
     "EdgePruner",
@@ -27,7 +39,6 @@ __all__ = [
     "RandomRouter",
     "Recorder",
     "RoutedModel",
-    "Router",
     "RouterLosses",
     "RouterTraining",
     "RoutingSettings",

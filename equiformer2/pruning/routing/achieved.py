@@ -11,9 +11,9 @@ from equiformer2.graph import RadiusGraph
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.model.requests import OutputRequest
 from equiformer2.model.routing import BlockState, Decision
-from equiformer2.pruning.macs import count_macs
+from equiformer2.pruning.cost.operations import count_macs
 from equiformer2.pruning.routing.active_region import ActiveRegion
-from equiformer2.pruning.routing.router import BaseRouting, Router
+from equiformer2.pruning.routing.router import BaseRouter, BaseRouting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +56,14 @@ class Achieved:
         return "\n".join(lines)
 
 
-class Recorder(Router):
+class Recorder(BaseRouter):
     """A router that counts what another one decides, over all calls.
 
     Args:
         router: what decides.
     """
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: BaseRouter) -> None:
         self.router = router
         self.reset()
 
@@ -74,7 +74,7 @@ class Recorder(Router):
         self._blocks: list[Tensor] = []
 
     def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> BaseRouting:
-        """See `Router`."""
+        """See `BaseRouter`."""
         size = torch.tensor([len(batch.pos), len(graph.distances)], dtype=torch.float64)
         self._dense += size
         self._heads += size
@@ -87,7 +87,7 @@ class Recorder(Router):
         graph: RadiusGraph | None = None,
         request: OutputRequest | None = None,
     ) -> dict[str, Tensor]:
-        """See `Router`."""
+        """See `BaseRouter`."""
         if isinstance(self.router, ActiveRegion) and self.router.mode != "context_only":
             graph = model.build_graph(batch) if graph is None else graph
             smaller, _ = self.router.reduce(batch)
@@ -113,7 +113,7 @@ class Recorder(Router):
         )
 
     def settings(self) -> dict[str, Any]:
-        """See `Router`."""
+        """See `BaseRouter`."""
         return {"router": self.router}
 
     def _block(self, block: int, decision: Decision, graph: RadiusGraph, num_atoms: int) -> None:

@@ -19,8 +19,8 @@ from equiformer2.graph import RadiusGraph
 from equiformer2.model import EquiformerV2
 from equiformer2.model.requests import OutputRequest
 from equiformer2.model.routing import BlockState, Decision
-from equiformer2.pruning.routing.router import BaseRouting, Router, spread
-from equiformer2.pruning.routing.system import ADSORBATE, System
+from equiformer2.pruning.routing.batch_geometry import ADSORBATE, BatchGeometry
+from equiformer2.pruning.routing.router import BaseRouter, BaseRouting, spread
 from equiformer2.values import Switch, shown
 
 MODES = ("context_only", "remove_tag0", "supernode", "supernode_per_element")
@@ -29,7 +29,7 @@ _DEFINED = 1e-3
 """Length of the mean of unit vectors below which atoms have no circular mean along an axis."""
 
 
-class ActiveRegion(Router):
+class ActiveRegion(BaseRouter):
     """Tag-0 atoms that are held are context.
 
     Modes:
@@ -55,14 +55,16 @@ class ActiveRegion(Router):
         self.mode, self.protect_ends = mode, Switch().read(protect_ends, "protect_ends")
 
     def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> BaseRouting:
-        """See `Router`.
+        """See `BaseRouter`.
 
         Raises:
             InputError: the mode changes the structure, so that `router(model, batch)` must be called.
         """
         if self.mode != "context_only":
             raise InputError(f"{self.mode} changes the structure: call router(model, batch)")
-        return _ContextOnly(System.of(batch, graph), spread(0.0, num_blocks, self.protect_ends))
+        return _ContextOnly(
+            BatchGeometry.from_batch(batch, graph), spread(0.0, num_blocks, self.protect_ends)
+        )
 
     def __call__(
         self,
@@ -71,7 +73,7 @@ class ActiveRegion(Router):
         graph: RadiusGraph | None = None,
         request: OutputRequest | None = None,
     ) -> dict[str, Tensor]:
-        """See `Router`; a `graph` of the whole structure is of no use to the modes that change it."""
+        """See `BaseRouter`; a `graph` of the whole structure is of no use to the modes that change it."""
         if self.mode == "context_only":
             return super().__call__(model, batch, graph, request)
         smaller, kept = self.reduce(batch)
@@ -112,7 +114,7 @@ class ActiveRegion(Router):
         return smaller, atom_of[atom_of >= 0]
 
     def settings(self) -> dict[str, Any]:
-        """See `Router`."""
+        """See `BaseRouter`."""
         return {"mode": self.mode, "protect_ends": self.protect_ends}
 
     def _smaller(self, batch: Batch, keep: Tensor, context: Tensor, index: int) -> Data:
@@ -205,7 +207,7 @@ def _reduced(cell: Tensor, pbc: Tensor) -> Tensor:
 
 
 class _ContextOnly(BaseRouting):
-    def __init__(self, system: System, levels: tuple[float | None, ...]) -> None:
+    def __init__(self, system: BatchGeometry, levels: tuple[float | None, ...]) -> None:
         self.system, self.levels = system, levels
 
     def decide(self, state: BlockState) -> Decision:

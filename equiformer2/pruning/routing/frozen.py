@@ -9,14 +9,14 @@ from torch_geometric.data import Batch, Data
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph, structure_index
 from equiformer2.model.routing import BlockState, Decision
-from equiformer2.pruning.routing.router import BaseRouting, Router
+from equiformer2.pruning.routing.router import BaseRouter, BaseRouting
 from equiformer2.values import Number, Whole, shown
 
 _STEP = 2**11
 """Periodic images of an atom are told apart up to ±1024 cells."""
 
 
-class FrozenPlan(Router):
+class FrozenPlan(BaseRouter):
     """Keep a router's decisions for `replan_every` evaluations.
 
     When it plans again for the same structures, atoms that were computed get the router's hysteresis as a
@@ -35,8 +35,8 @@ class FrozenPlan(Router):
         plans: how often it has planned.
     """
 
-    def __init__(self, router: Router, replan_every: int = 10, max_move: float = 0.5) -> None:
-        if not isinstance(router, Router) or isinstance(router, FrozenPlan):
+    def __init__(self, router: BaseRouter, replan_every: int = 10, max_move: float = 0.5) -> None:
+        if not isinstance(router, BaseRouter) or isinstance(router, FrozenPlan):
             raise InputError(f"router is {shown(router)}: give the router that decides, which keeps no plan")
         self.router = router
         self.replan_every = Whole(1, 2**31).read(replan_every, "replan_every")
@@ -49,7 +49,7 @@ class FrozenPlan(Router):
         self._plan = None
 
     def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> BaseRouting:
-        """See `Router`."""
+        """See `BaseRouter`."""
         plan = self._plan
         if plan is not None and not plan.fits(batch, num_blocks, self.max_move):
             plan = None
@@ -64,7 +64,7 @@ class FrozenPlan(Router):
         return _Planning(routing, self._plan)
 
     def settings(self) -> dict[str, Any]:
-        """See `Router`; of the inner router too."""
+        """See `BaseRouter`; of the inner router too."""
         return {"replan_every": self.replan_every, "max_move": self.max_move, "router": self.router}
 
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from equiformer2.errors import InputError
 from equiformer2.model.routing import BlockState, Decision
 from equiformer2.pruning.routing.attention import received_attention
+from equiformer2.pruning.routing.batch_geometry import ADSORBATE, FAR, BatchGeometry
+from equiformer2.pruning.routing.geometric_routers import MOST_STATIC, static_priority
 from equiformer2.pruning.routing.router import Levels, ScoreRouter
-from equiformer2.pruning.routing.static import MOST_STATIC, static_priority
-from equiformer2.pruning.routing.system import ADSORBATE, FAR, System
 from equiformer2.values import Number, Whole, check_size, mapping
 
 NUM_FACTORS, HIDDEN = 7, 64
@@ -67,7 +67,7 @@ class FTPRouter(ScoreRouter):
         if weights is not None:
             self._load(weights)
 
-    def factors(self, system: System, state: BlockState, sparsity: float) -> Tensor:
+    def factors(self, system: BatchGeometry, state: BlockState, sparsity: float) -> Tensor:
         """`[N, 7]`, about from 0 to 1."""
         assert state.attention is not None
         source, target = system.graph.edge_index
@@ -86,7 +86,7 @@ class FTPRouter(ScoreRouter):
         )
         return torch.stack([column.to(received.dtype) for column in columns], dim=1)
 
-    def logits(self, system: System, state: BlockState, sparsity: float) -> Tensor:
+    def logits(self, system: BatchGeometry, state: BlockState, sparsity: float) -> Tensor:
         """`[N]` of the probability to keep."""
         first, last = self.mlp[0], self.mlp[2]
         assert isinstance(first, nn.Linear)
@@ -97,11 +97,13 @@ class FTPRouter(ScoreRouter):
         hidden = nn.functional.silu(hidden)
         return nn.functional.linear(hidden, last.weight.to(factors), last.bias.to(factors)).squeeze(1)
 
-    def scores(self, system: System, state: BlockState, level: float) -> Tensor:
+    def scores(self, system: BatchGeometry, state: BlockState, level: float) -> Tensor:
         """`[N]` probability to keep."""
         return torch.sigmoid(self.logits(system, state, level))
 
-    def decide(self, system: System, state: BlockState, level: float, before: Tensor | None) -> Decision:
+    def decide(
+        self, system: BatchGeometry, state: BlockState, level: float, before: Tensor | None
+    ) -> Decision:
         """See the class."""
         at = level if self.mode == "topk" else self.cut
         return Decision(self.choose(self.scores(system, state, level), system, at, before))
@@ -112,7 +114,7 @@ class FTPRouter(ScoreRouter):
         return self
 
     def settings(self) -> dict[str, Any]:
-        """See `Router`."""
+        """See `BaseRouter`."""
         weights = {name: value.tolist() for name, value in self.mlp.state_dict().items()}
         return super().settings() | {"cut": self.cut, "weights": weights}
 

@@ -14,11 +14,11 @@ from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph
 from equiformer2.model import EquiformerV2
 from equiformer2.model.routing import BlockState, Decision
+from equiformer2.pruning.routing.batch_geometry import BatchGeometry
 from equiformer2.pruning.routing.ftp import FTPRouter
-from equiformer2.pruning.routing.router import BaseRouting, Router
-from equiformer2.pruning.routing.selection import select
-from equiformer2.pruning.routing.static import static_priority
-from equiformer2.pruning.routing.system import System
+from equiformer2.pruning.routing.geometric_routers import static_priority
+from equiformer2.pruning.routing.router import BaseRouter, BaseRouting
+from equiformer2.pruning.routing.score_selection import select
 
 _KEEP_EVERY = 10
 
@@ -249,16 +249,16 @@ def routed_levels(router: FTPRouter, num_blocks: int) -> tuple[float | None, ...
     return levels
 
 
-class _StraightThrough(Router):
+class _StraightThrough(BaseRouter):
     """The router's hard choice with the derivative of its probability, and the losses of the choice."""
 
     def __init__(self, router: FTPRouter, temperature: float, generator: torch.Generator) -> None:
         self.router, self.temperature, self.generator = router, temperature, generator
-        self.system: System | None = None
+        self.system: BatchGeometry | None = None
         self.guide, self.sparsity = torch.zeros(()), torch.zeros(())
 
     def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> BaseRouting:
-        self.system = System.of(batch, graph)
+        self.system = BatchGeometry.from_batch(batch, graph)
         return _Training(self, self.system, routed_levels(self.router, num_blocks))
 
     def settings(self) -> dict[str, Any]:
@@ -268,7 +268,9 @@ class _StraightThrough(Router):
 class _Training(BaseRouting):
     observes_attention = True
 
-    def __init__(self, owner: _StraightThrough, system: System, levels: tuple[float | None, ...]) -> None:
+    def __init__(
+        self, owner: _StraightThrough, system: BatchGeometry, levels: tuple[float | None, ...]
+    ) -> None:
         self.owner, self.system, self.levels = owner, system, levels
         self.routed = sum(level is not None for level in levels)
         self.priority = static_priority(system).detach()

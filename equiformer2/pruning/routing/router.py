@@ -14,8 +14,8 @@ from equiformer2.graph import RadiusGraph
 from equiformer2.model import EquiformerV2
 from equiformer2.model.requests import OutputRequest
 from equiformer2.model.routing import BlockState, Decision
-from equiformer2.pruning.routing.selection import check_mode, select
-from equiformer2.pruning.routing.system import ADSORBATE, System
+from equiformer2.pruning.routing.batch_geometry import ADSORBATE, BatchGeometry
+from equiformer2.pruning.routing.score_selection import check_mode, select
 from equiformer2.values import Number, Switch, shown
 
 _ABOVE_ALL = 1e6
@@ -25,7 +25,7 @@ Levels = float | Sequence[float | None]
 """One level for every block that is not protected, or one per block (None: all atoms)."""
 
 
-class Router(ABC):
+class BaseRouter(ABC):
     """A rule for what each block computes; call it like the network, `router(model, batch)`."""
 
     @abstractmethod
@@ -67,7 +67,7 @@ class BaseRouting(ABC):
         return None if atoms is None else atoms > 0
 
 
-class ScoreRouter(Router):
+class ScoreRouter(BaseRouter):
     """Atoms with the highest scores are computed.
 
     Args:
@@ -117,25 +117,29 @@ class ScoreRouter(Router):
                 raise InputError(f"a level is {level}: in the mode topk it is a fraction from 0 to 1")
 
     @abstractmethod
-    def scores(self, system: System, state: BlockState, level: float) -> Tensor:
+    def scores(self, system: BatchGeometry, state: BlockState, level: float) -> Tensor:
         """`[N]`, higher is more important. Intensive and invariant, equal for equivalent atoms.
 
         `level` is that of the block, for routers whose scores depend on it.
         """
 
     def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> "ScoreRouting":
-        """See `Router`."""
-        return ScoreRouting(self, System.of(batch, graph), self.of_blocks(num_blocks))
+        """See `BaseRouter`."""
+        return ScoreRouting(self, BatchGeometry.from_batch(batch, graph), self.of_blocks(num_blocks))
 
     def of_blocks(self, num_blocks: int) -> tuple[float | None, ...]:
         """Level of every block, None where all atoms are computed."""
         return spread(self.levels, num_blocks, self.protect_ends)
 
-    def decide(self, system: System, state: BlockState, level: float, before: Tensor | None) -> Decision:
+    def decide(
+        self, system: BatchGeometry, state: BlockState, level: float, before: Tensor | None
+    ) -> Decision:
         """The decision of a block that is not protected."""
         return Decision(self.choose(self.scores(system, state, level), system, level, before))
 
-    def choose(self, scores: Tensor, system: System, level: float, before: Tensor | None = None) -> Tensor:
+    def choose(
+        self, scores: Tensor, system: BatchGeometry, level: float, before: Tensor | None = None
+    ) -> Tensor:
         """Mask or gates `[N]` by scores."""
         options = self.mode, level, self.width, before, self.hysteresis
         if not self.keep_free:
@@ -146,7 +150,7 @@ class ScoreRouter(Router):
         return torch.where(kept, torch.ones_like(chosen), chosen)
 
     def settings(self) -> dict[str, Any]:
-        """See `Router`."""
+        """See `BaseRouter`."""
         levels = self.levels if isinstance(self.levels, float) else list(self.levels)
         return {
             "levels": levels,
@@ -161,7 +165,7 @@ class ScoreRouter(Router):
 class ScoreRouting(BaseRouting):
     """The decisions of a `ScoreRouter` for one batch."""
 
-    def __init__(self, router: ScoreRouter, system: System, levels: Sequence[float | None]) -> None:
+    def __init__(self, router: ScoreRouter, system: BatchGeometry, levels: Sequence[float | None]) -> None:
         self.router, self.system, self.levels = router, system, levels
         self.observes_attention = router.observes_attention
 

@@ -18,9 +18,9 @@ from equiformer2.pruning.routing.attention import (
     heads_between_quantiles,
     weighted_pagerank,
 )
+from equiformer2.pruning.routing.batch_geometry import BatchGeometry
 from equiformer2.pruning.routing.router import Levels, ScoreRouter
-from equiformer2.pruning.routing.selection import select, smoothstep
-from equiformer2.pruning.routing.system import System
+from equiformer2.pruning.routing.score_selection import select, smoothstep
 from equiformer2.values import Items, Number, Optional, Switch, Whole
 
 #: Softness of the maximum over neighbours of their cosine similarity.
@@ -70,7 +70,7 @@ class AtomPruner(ScoreRouter):
         self.damping = Number(0.0, 1.0, below=True).read(damping, "damping")
         self.iterations = Whole(1, 1000).read(iterations, "iterations")
 
-    def head_scores(self, system: System, state: BlockState) -> Tensor:
+    def head_scores(self, system: BatchGeometry, state: BlockState) -> Tensor:
         """`[N, H]` PageRank per head of the block before."""
         assert state.attention is not None
         source, target = system.graph.edge_index
@@ -78,7 +78,7 @@ class AtomPruner(ScoreRouter):
             state.attention, source, target, len(system.pos), self.damping, self.iterations
         )
 
-    def scores(self, system: System, state: BlockState, level: float) -> Tensor:
+    def scores(self, system: BatchGeometry, state: BlockState, level: float) -> Tensor:
         """`[N]` importance; 1 on average."""
         kept = None
         if self.heads is not None and state.block > 0:
@@ -89,7 +89,9 @@ class AtomPruner(ScoreRouter):
             kept = torch.tensor(self.heads[state.block - 1], device=system.pos.device)
         return combine_heads(self.head_scores(system, state), kept)
 
-    def decide(self, system: System, state: BlockState, level: float, before: Tensor | None) -> Decision:
+    def decide(
+        self, system: BatchGeometry, state: BlockState, level: float, before: Tensor | None
+    ) -> Decision:
         """Both stages; all atoms in the first block, before which there is no attention."""
         if state.block == 0:
             return Decision()
@@ -130,7 +132,7 @@ class AtomPruner(ScoreRouter):
         return AtomPruner(**settings)
 
     def settings(self) -> dict[str, Any]:
-        """See `Router`."""
+        """See `BaseRouter`."""
         return super().settings() | {
             "similar": self.similar,
             "max_similarity": self.max_similarity,
@@ -167,7 +169,7 @@ class EdgePruner(ScoreRouter):
                 "the strongest edges of an atom would close"
             )
 
-    def scores(self, system: System, state: BlockState, level: float) -> Tensor:
+    def scores(self, system: BatchGeometry, state: BlockState, level: float) -> Tensor:
         """`[E]`, see the class."""
         assert state.attention is not None
         target = system.graph.edge_index[1]
@@ -175,7 +177,9 @@ class EdgePruner(ScoreRouter):
         degree = torch.bincount(target, minlength=len(system.pos))
         return alpha * degree[target]
 
-    def decide(self, system: System, state: BlockState, level: float, before: Tensor | None) -> Decision:
+    def decide(
+        self, system: BatchGeometry, state: BlockState, level: float, before: Tensor | None
+    ) -> Decision:
         """All edges in the first block, before which there is no attention."""
         if state.block == 0:
             return Decision()
@@ -189,7 +193,7 @@ class EdgePruner(ScoreRouter):
         return Decision(edges=chosen | _best(scores, target, len(system.pos)))
 
 
-def redundancy(system: System, x: Tensor, importance: Tensor, tie: float = 1e-4) -> Tensor:
+def redundancy(system: BatchGeometry, x: Tensor, importance: Tensor, tie: float = 1e-4) -> Tensor:
     """`[N]` smooth maximum, over neighbours of higher importance, of the cosine of their keys and the atom's.
 
     A neighbour counts in full from 1 % more importance on, not at all if it is tied.
@@ -239,7 +243,7 @@ class _HeadVariances:
             )
         self.sums = torch.zeros(len(model.blocks), max(heads, default=1), dtype=torch.float64)
         self.structures = 0
-        self.system: System | None = None
+        self.system: BatchGeometry | None = None
         self.observes_attention = True
 
     @torch.no_grad()
@@ -255,7 +259,7 @@ class _HeadVariances:
         return self.sums / self.structures
 
     def start(self, batch: Batch, graph: RadiusGraph, num_blocks: int) -> "_HeadVariances":
-        self.system = System.of(batch, graph)
+        self.system = BatchGeometry.from_batch(batch, graph)
         return self
 
     def decide(self, state: BlockState) -> Decision:

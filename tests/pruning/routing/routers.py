@@ -9,18 +9,18 @@ from torch_geometric.data import Batch
 from equiformer2.pruning.routing import (
     ActiveRegion,
     AtomPruner,
+    BaseRouter,
     DegreeRouter,
     DistanceRouter,
     EdgePruner,
     FrozenPlan,
     FTPRouter,
     RandomRouter,
-    Router,
     StaticRouter,
     with_thresholds,
 )
 
-SCORED: dict[str, Callable[[], Router]] = {
+SCORED: dict[str, Callable[[], BaseRouter]] = {
     "static": lambda: StaticRouter(0.4),
     "distance": lambda: DistanceRouter(0.4),
     "degree": lambda: DegreeRouter(0.4),
@@ -42,11 +42,11 @@ def ftp(**options: object) -> FTPRouter:
     return router
 
 
-def routers() -> dict[str, Router]:
+def routers() -> dict[str, BaseRouter]:
     """All of them by name."""
     model = exact_model()
     calibration = [Batch.from_data_list([as_data(slab_atoms(0.1)), as_data(slab_atoms(0.05, "CO"))])]
-    out: dict[str, Router] = {}
+    out: dict[str, BaseRouter] = {}
     for name, make in SCORED.items():
         out[f"{name} topk"] = make()
         for mode in LOCAL_MODES:

@@ -13,7 +13,7 @@ from torch_geometric.data import Batch, Data
 from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.graph import RadiusGraph
 from equiformer2.model.routing import BlockState, Decision
-from equiformer2.pruning.routing import Router
+from equiformer2.pruning.routing import BaseRouter
 
 # The gate activation needs no grid and whole shells no choice: only rounding breaks symmetries.
 EXACT: dict[str, Any] = {
@@ -97,10 +97,10 @@ def molecule_data(dtype: torch.dtype = torch.float64) -> Data:
     return as_data(atoms, dtype)
 
 
-class Watched(Router):
+class Watched(BaseRouter):
     """A router that keeps the decisions of another one."""
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: BaseRouter) -> None:
         self.router = router
         self.decisions: list[Decision] = []
 
@@ -118,7 +118,7 @@ class Watched(Router):
         return {}
 
 
-def decisions(model: EquiformerV2, router: Router, *structures: Data) -> list[Decision]:
+def decisions(model: EquiformerV2, router: BaseRouter, *structures: Data) -> list[Decision]:
     """Of all blocks."""
     watched = Watched(router)
     with torch.no_grad():
@@ -126,6 +126,6 @@ def decisions(model: EquiformerV2, router: Router, *structures: Data) -> list[De
     return watched.decisions
 
 
-def masks(model: EquiformerV2, router: Router, *structures: Data) -> list[Tensor]:
+def masks(model: EquiformerV2, router: BaseRouter, *structures: Data) -> list[Tensor]:
     """`[N]` of the blocks that skip atoms."""
     return [d.atoms for d in decisions(model, router, *structures) if d.atoms is not None]

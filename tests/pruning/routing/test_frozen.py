@@ -17,16 +17,16 @@ from equiformer2.errors import InputError
 from equiformer2.inference import EquiformerV2Calculator, Predictor
 from equiformer2.pruning.routing import (
     AtomPruner,
+    BaseRouter,
     DistanceRouter,
     EdgePruner,
     FrozenPlan,
-    Router,
     StaticRouter,
     load_router,
     save_router,
 )
-from equiformer2.pruning.routing.files import router_to_dict
-from equiformer2.pruning.routing.system import FAR, System
+from equiformer2.pruning.routing.batch_geometry import FAR, BatchGeometry
+from equiformer2.pruning.routing.router_files import router_to_dict
 
 
 def batch_of(shift: float = 0.0, rattle: float = 0.1, adsorbate: str = "OH") -> Batch:
@@ -94,10 +94,10 @@ def test_energies_along_a_frozen_path_have_no_jumps() -> None:
     model = exact_model(max_radius=30.0, max_neighbors=40)
     batch = Batch.from_data_list([molecule_data()])
     direction = torch.randn(9, 3, generator=torch.Generator().manual_seed(2)).double()
-    scores = 1 - System.of(batch, model.build_graph(batch)).to_adsorbate / FAR
+    scores = 1 - BatchGeometry.from_batch(batch, model.build_graph(batch)).to_adsorbate / FAR
     router = DistanceRouter(float(scores[scores < 1].median()), mode="threshold")
 
-    def largest_step(router: Router) -> float:
+    def largest_step(router: BaseRouter) -> float:
         energies = []
         for t in np.linspace(-0.02, 0.02, 41):
             moved = batch.clone()

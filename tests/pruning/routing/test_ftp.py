@@ -11,8 +11,8 @@ from torch_geometric.data import Batch
 from equiformer2.errors import InputError
 from equiformer2.model.routing import BlockState
 from equiformer2.pruning.routing import FTPRouter, Recorder, RouterTraining, train_router
-from equiformer2.pruning.routing.static import static_priority
-from equiformer2.pruning.routing.system import System
+from equiformer2.pruning.routing.batch_geometry import BatchGeometry
+from equiformer2.pruning.routing.geometric_routers import static_priority
 
 
 def batches() -> list[Batch]:
@@ -23,7 +23,7 @@ def batches() -> list[Batch]:
 def test_the_four_factors() -> None:
     batch = Batch.from_data_list([molecule_data(), as_data(slab_atoms(0.1))])
     graph = exact_model().build_graph(batch)
-    system = System.of(batch, graph)
+    system = BatchGeometry.from_batch(batch, graph)
     attention = torch.rand(len(graph.distances), 2, generator=torch.Generator().manual_seed(0)).double()
     state = BlockState(1, torch.zeros(len(batch.pos), 9, 8, dtype=torch.float64), attention)
     found = ftp().factors(system, state, 0.3)

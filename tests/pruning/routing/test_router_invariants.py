@@ -8,7 +8,7 @@ from routers import LOCAL_MODES, SCORED, local, routers
 from routing_helpers import as_data, exact_model, masks, molecule_data, slab_atoms
 from torch_geometric.data import Batch, Data
 
-from equiformer2.pruning.routing import ActiveRegion, Recorder, Router
+from equiformer2.pruning.routing import ActiveRegion, BaseRouter, Recorder
 from equiformer2.symmetry import SYMMETRIES, assert_symmetries
 
 ROUTERS = routers()
@@ -104,7 +104,7 @@ SMOOTH = {
 }
 
 
-def changes_of_slope(router: Router, model, step: float, around: float) -> tuple[float, float]:  # type: ignore[no-untyped-def]
+def changes_of_slope(router: BaseRouter, model, step: float, around: float) -> tuple[float, float]:  # type: ignore[no-untyped-def]
     """Largest change of the slope of the energy within `step`, and where along a path."""
     path = around + step * torch.arange(-10, 11, dtype=torch.float64)
     direction = torch.randn(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))

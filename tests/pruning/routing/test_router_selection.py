@@ -18,9 +18,9 @@ from equiformer2.pruning.routing import (
     StaticRouter,
     with_thresholds,
 )
-from equiformer2.pruning.routing.selection import select, smoothstep
-from equiformer2.pruning.routing.static import static_priority
-from equiformer2.pruning.routing.system import FAR, System, tie_groups
+from equiformer2.pruning.routing.batch_geometry import FAR, BatchGeometry, tie_groups
+from equiformer2.pruning.routing.geometric_routers import static_priority
+from equiformer2.pruning.routing.score_selection import select, smoothstep
 
 
 def pick(
@@ -77,9 +77,9 @@ def test_gates_have_compact_support_and_no_kinks() -> None:
     assert slope.diff().abs().max() < 0.007
 
 
-def system_of(*atoms) -> System:  # type: ignore[no-untyped-def]
+def system_of(*atoms) -> BatchGeometry:  # type: ignore[no-untyped-def]
     batch = Batch.from_data_list([as_data(a) for a in atoms])
-    return System.of(batch, exact_model().build_graph(batch))
+    return BatchGeometry.from_batch(batch, exact_model().build_graph(batch))
 
 
 def test_distances_to_the_adsorbate_are_periodic() -> None:
@@ -109,7 +109,7 @@ def test_distances_have_no_kink_where_they_end() -> None:
     for apart in np.arange(8.5, 11.5, step):
         atoms = Atoms("CuO", [[0, 0, 0], [0, 0, apart]], cell=[30, 30, 40], pbc=True, tags=[0, 2])
         batch = Batch.from_data_list([as_data(atoms)])
-        found.append(float(System.of(batch, model.build_graph(batch)).to_adsorbate[0]))
+        found.append(float(BatchGeometry.from_batch(batch, model.build_graph(batch)).to_adsorbate[0]))
     slopes = np.diff(found) / step
     assert slopes[0] == pytest.approx(1.0, abs=1e-9)
     assert slopes[-1] == 0.0
@@ -121,7 +121,7 @@ def test_distances_have_no_kink_where_they_end() -> None:
 def test_distances_without_an_adsorbate_and_without_cell() -> None:
     assert (system_of(slab_atoms(0.1, None)).to_adsorbate == FAR).all()
     data = Batch.from_data_list([molecule_data()])
-    system = System.of(data, exact_model().build_graph(data))
+    system = BatchGeometry.from_batch(data, exact_model().build_graph(data))
     exact = torch.cdist(data.pos, data.pos[data.tags == 2]).min(dim=1).values
     assert (system.to_adsorbate - exact).abs().max() < 0.2
 
@@ -152,7 +152,7 @@ def test_thresholds_from_budgets() -> None:
     router = with_thresholds(StaticRouter(0.5), model, [batch])
     assert router.mode == "threshold"
     assert router.levels[0] is None
-    score = static_priority(System.of(batch, model.build_graph(batch)))
+    score = static_priority(BatchGeometry.from_batch(batch, model.build_graph(batch)))
     assert (score > router.levels[1]).double().mean() == pytest.approx(0.5, abs=0.05)
     with pytest.raises(InputError, match="from budgets"):
         with_thresholds(router, model, [batch])

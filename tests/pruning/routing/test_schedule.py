@@ -10,7 +10,7 @@ from torch_geometric.data import Batch
 from equiformer2.checkpoint import Normalizer, Normalizers
 from equiformer2.errors import InputError
 from equiformer2.pruning.calibration import Calibration
-from equiformer2.pruning.macs import count_macs
+from equiformer2.pruning.cost.operations import count_macs
 from equiformer2.pruning.routing import (
     ActiveRegion,
     RandomRouter,

@@ -13,7 +13,7 @@ from equiformer2.pruning.routing.attention import (
     received_attention,
     weighted_pagerank,
 )
-from equiformer2.pruning.routing.system import System
+from equiformer2.pruning.routing.batch_geometry import BatchGeometry
 from equiformer2.pruning.routing.zero_tprune import invariant_key, redundancy
 
 
@@ -73,7 +73,7 @@ def test_the_head_filter_changes_the_choice() -> None:
 def test_what_resembles_a_more_important_neighbour_is_redundant() -> None:
     model, batch = exact_model(), Batch.from_data_list([molecule_data()])
     graph = model.build_graph(batch)
-    system = System.of(batch, graph)
+    system = BatchGeometry.from_batch(batch, graph)
     x = torch.randn(9, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     source, target = graph.edge_index[:, 0].tolist()
     x[source] = x[target]

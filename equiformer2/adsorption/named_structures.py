@@ -1,0 +1,343 @@
+"""Slabs and adsorbates by name: `Pt111`, `*CO`, and one placed on the other."""
+
+import difflib
+import math
+import re
+from collections.abc import Callable
+
+import ase.build
+import numpy as np
+from ase import Atoms
+from ase.build.molecule import extra as extra_molecules
+from ase.collections import g2
+from ase.constraints import FixAtoms
+from ase.data import atomic_numbers, chemical_symbols, covalent_radii, reference_states
+from ase.geometry import get_distances
+
+from equiformer2.adsorption.anomalies import CUSHION, SKIN
+from equiformer2.adsorption.periodic_images import lowest_atom_index, whole_molecule, whole_slab
+from equiformer2.errors import InputError
+from equiformer2.inference.atoms import ADSORBATE, SUBSURFACE, SURFACE, fixed_mask
+
+FACETS: dict[str, dict[str, Callable[..., Atoms]]] = {
+    "fcc": {"111": ase.build.fcc111, "100": ase.build.fcc100, "110": ase.build.fcc110},
+    "bcc": {"110": ase.build.bcc110, "100": ase.build.bcc100, "111": ase.build.bcc111},
+    "hcp": {"0001": ase.build.hcp0001},
+}
+"""Crystal structure -> Miller indices -> ASE builder."""
+
+MOST_ATOMS = 100_000
+"""Largest number of atoms of a slab built by name."""
+
+SHORTEST_BOND = 0.8
+"""Fraction of the sum of covalent radii; double bonds between metal and oxygen are at 0.8 to 0.85."""
+
+# The binding atom is read from the name as written, so *OCH3 binds through O and CH3O through C.
+OTHER_NAMES = {
+    "OH2": "H2O",
+    "CHO": "HCO",
+    "CH2O": "H2CO",
+    "CH2OH": "H2COH",
+    "OCH3": "CH3O",
+    "OHCH3": "CH3OH",
+    "CH2CO": "H2CCO",
+    "CH2": "CH2_s3B1d",
+}
+"""OC20's way of writing an adsorbate -> ASE's name of the same molecule."""
+
+
+def build_slab(
+    name: str,
+    size: tuple[int, int, int] = (3, 3, 4),
+    *,
+    vacuum: float = 10.0,
+    free_layers: int = 2,
+    lattice_constant: float | None = None,
+) -> Atoms:
+    """A clean slab such as `Pt111`, `Fe110` or `Ru0001`, periodic in all directions.
+
+    Atoms of the `free_layers` top layers get tag 1, the others tag 0 and are fixed (OC20's convention).
+
+    Args:
+        name: element and Miller indices; the element's crystal structure decides which are possible.
+        size: repetitions along the surface vectors, and layers.
+        vacuum: Å of vacuum on either side of the slab.
+        free_layers: layers, from the top, that may move.
+        lattice_constant: a in Å; ASE's experimental value if None (OC20 used relaxed RPBE bulks).
+
+    Raises:
+        InputError: unknown element, facet or size.
+    """
+    match = re.fullmatch(r"([A-Z][a-z]?)[-_(]?(\d+)\)?", name)
+    several = re.fullmatch(r"([A-Z][a-z]?\d*){2,}[-_(]?\d*\)?", name)
+    elements = re.findall("[A-Z][a-z]?", name) if several else []
+    if len(elements) > 1 and set(elements) <= set(chemical_symbols[1:]):
+        raise InputError(
+            f"the slab {name!r} has several elements ({', '.join(elements)}), and only slabs of one element, "
+            "such as Pt111, are built by name: cut it from its bulk with ase.build.surface and give a file"
+        )
+    if not match or match[1] not in atomic_numbers:
+        raise InputError(
+            f"{name!r} is no slab such as Pt111, Fe110 or Ru0001 (a file without extension: ./{name})"
+        )
+    symbol, facet = match.groups()
+    crystal = str((reference_states[atomic_numbers[symbol]] or {}).get("symmetry", "unknown"))
+    builders = FACETS.get(crystal)
+    if builders is None:
+        raise InputError(f"{symbol} is {crystal}, not fcc, bcc or hcp: give its slab as a structure file")
+    if facet not in builders:
+        raise InputError(f"{symbol} is {crystal}: {facet} is not one of its slabs {', '.join(builders)}")
+    if len(size) != 3 or min(size) < 1:
+        raise InputError(f"the slab size {size} must be three positive numbers such as 3x3x4")
+    if math.prod(size) > MOST_ATOMS:
+        raise InputError(
+            f"the slab size {size} means {math.prod(size)} atoms: at most {MOST_ATOMS} are built"
+        )
+    if not 1 <= free_layers <= size[2]:
+        raise InputError(f"free_layers is {free_layers}: give 1 to {size[2]}, the number of layers")
+    if not 0 < vacuum < np.inf or not (lattice_constant is None or 0 < lattice_constant < np.inf):
+        raise InputError("vacuum and lattice_constant must be positive (Å)")
+    slab = builders[facet](symbol, size, a=lattice_constant, vacuum=vacuum, periodic=True)
+    held = slab.get_tags() > free_layers  # ASE numbers layers from the top, starting at 1
+    slab.set_constraint(FixAtoms(mask=held) if held.any() else None)
+    slab.set_tags(np.where(held, SUBSURFACE, SURFACE))
+    return slab
+
+
+def build_adsorbate(name: str, *, binding_atom: int | None = None, flat: bool = False) -> tuple[Atoms, int]:
+    """An adsorbate by name, oriented for a surface below it, and the index of its binding atom.
+
+    Names are element symbols, the molecules of `ase.build.molecule` (`CO`, `H2O`, `CH3OH`, …) and the same
+    with OC20's star (`*CO`). The binding atom is the first atom of the written formula that is not
+    hydrogen (C of CO, O of OH, N of NH3), or `binding_atom`, an index into the molecule. The
+    adsorbate is turned so that the rest of it points away from the surface; where the rest
+    surrounds the binding atom evenly (CO2, CH3), and with `flat`, it lies flat.
+
+    Raises:
+        InputError: unknown name or no such atom.
+    """
+    formula = name.removeprefix("*")
+    bare = OTHER_NAMES.get(formula, formula)
+    molecules = [*g2.names, *extra_molecules]
+    if bare in chemical_symbols[1:]:
+        adsorbate = Atoms(bare)
+    elif bare in molecules:
+        adsorbate = ase.build.molecule(bare)
+    else:
+        near = difflib.get_close_matches(bare, molecules, n=3)
+        hint = f" (near: {', '.join(near)})" if near else ""
+        raise InputError(f"{name!r} is no molecule ASE knows{hint}: give the adsorbate as a structure file")
+    if binding_atom is None:
+        symbols = adsorbate.get_chemical_symbols()
+        written = re.findall(r"[A-Z][a-z]?", formula.split("_")[0])
+        heavy = [symbol for symbol in written if symbol != "H" and symbol in symbols]
+        binding_atom = symbols.index(heavy[0]) if heavy else 0
+    _check_binding_atom(adsorbate, binding_atom, name)
+    _orient(adsorbate, binding_atom, flat)
+    return adsorbate, binding_atom
+
+
+def lowest_atom(adsorbate: Atoms, binding_atom: int | None, name: str) -> int:
+    """The binding atom of an adsorbate read from a file: the given one, or the lowest along z."""
+    if binding_atom is None:
+        return lowest_atom_index(adsorbate.positions)
+    _check_binding_atom(adsorbate, binding_atom, name)
+    return binding_atom
+
+
+MAX_HEIGHT = 100.0
+"""Å. Nothing at such a height is adsorbed."""
+
+
+def place_adsorbate(
+    slab: Atoms,
+    adsorbate: Atoms,
+    binding_atom: int = 0,
+    *,
+    site: str = "ontop",
+    position: tuple[float, float] | None = None,
+    height: float | None = None,
+) -> Atoms:
+    """Slab plus adsorbate; the slab's tags and constraints are kept, adsorbate atoms get tag 2.
+
+    The surface normal must be z. Neither the cell boundary nor the images of atoms in it matter: slab and
+    adsorbate are made whole first (`adsorption.periodic_images`). The site is the one nearest to the middle
+    of the cell. A slab whose free atoms are at its bottom and whose top is held gets the adsorbate from
+    below, turned over.
+
+    Args:
+        slab: clean slab, its atoms tagged 0 or 1.
+        adsorbate: already oriented; it is only moved.
+        binding_atom: index of the atom that goes above the site.
+        site: a site of ASE's builders (`ontop`, `bridge`, `fcc`, `hcp`, `hollow`, …, depending on the facet);
+            a slab from a file knows `ontop` only (above its highest atom).
+        position: x and y in Å instead of `site`.
+        height: Å of the binding atom above the highest slab atom. By default the adsorbate is lowered until
+            its first atom is at a bond length (sum of covalent radii) from the slab.
+
+    Raises:
+        InputError: unknown site, a slab whose normal is not z or that has no vacuum, an adsorbate in pieces,
+            a height that is not above 0 or beyond `MAX_HEIGHT`, a place where the adsorbate is nearer to the
+            slab than a bond, or reaches the next image of the slab or of itself.
+    """
+    if height is not None and not 0 < height <= MAX_HEIGHT:
+        raise InputError(f"height is {height}: give a positive number of Å, at most {MAX_HEIGHT:g}")
+    if position is not None and not np.isfinite(position).all():
+        raise InputError(f"the position {tuple(position)} is not finite: give x and y in Å")
+    cell = slab.cell.array
+    if np.abs(cell[:2, 2]).max() > 1e-3 or np.linalg.matrix_rank(cell[:2, :2], tol=1e-3) < 2:
+        raise InputError("the slab's first two lattice vectors must span the xy plane: rotate the slab")
+    if not slab.pbc[:2].all():
+        raise InputError("the slab is not periodic along its first two lattice vectors: set pbc there")
+    adsorbate = whole_molecule(adsorbate, "the adsorbate")
+    whole = whole_slab(slab)
+    # Work with the free side up: a slab that hangs upside down is turned about x, and back at the end.
+    turn = np.array([1.0, -1.0, -1.0]) if _hangs(whole.atoms) else np.ones(3)
+    surface = whole.atoms.copy()
+    surface.set_constraint()
+    surface.set_cell(whole.atoms.cell.array * turn)
+    surface.positions = whole.atoms.positions * turn
+    place = np.asarray(position) * turn[:2] if position is not None else _site_position(surface, site)
+    top = surface.positions[:, 2].max()
+    adsorbate.translate(np.array([*place, top + 100.0]) - adsorbate.positions[binding_atom])
+    if height is None:
+        adsorbate.translate([0, 0, -_drop_to_contact(surface, adsorbate)])
+    else:
+        adsorbate.translate([0, 0, top + height - adsorbate.positions[binding_atom, 2]])
+    _check_place(surface, adsorbate, binding_atom, whole.gap, height)
+    adsorbate.positions = adsorbate.positions * turn
+    adsorbate.set_tags(ADSORBATE)
+    adsorbate.set_constraint()
+    system = whole.atoms
+    system.info = {}
+    system.extend(Atoms(adsorbate.numbers, adsorbate.positions, tags=adsorbate.get_tags()))
+    return system
+
+
+def _hangs(slab: Atoms) -> bool:
+    """Tell whether the top of the slab is held and its bottom free: the surface to be used looks down."""
+    held, z = fixed_mask(slab), slab.positions[:, 2]
+    layer = 0.5
+    top, bottom = held[z > z.max() - layer], held[z < z.min() + layer]
+    return bool(top.all() and not bottom.any())
+
+
+def _check_place(slab: Atoms, adsorbate: Atoms, binding_atom: int, gap: float, height: float | None) -> None:
+    """Raise `InputError` where the adsorbate touches what it must not touch."""
+    top = slab.positions[:, 2].max()
+    above = adsorbate.positions[:, 2] - top
+    told = "" if height is None else f" with the height {height:g} Å"
+    if above[binding_atom] > gap / 2 or above.max() >= gap:
+        raise InputError(
+            f"the adsorbate{told} reaches {above.max():.3g} Å above the slab, and its vacuum is {gap:.1f} Å, "
+            "after which the slab's periodic image follows: lower it or give a slab with more vacuum"
+        )
+    radii, others = covalent_radii[adsorbate.numbers], covalent_radii[slab.numbers]
+    cell = slab.cell.array.copy()
+    _, distance = get_distances(adsorbate.positions, slab.positions, cell=cell, pbc=(True, True, False))
+    short = distance / (radii[:, None] + others[None, :])
+    symbols, metals = adsorbate.get_chemical_symbols(), slab.get_chemical_symbols()
+    if short.min() < SHORTEST_BOND:
+        a, b = np.unravel_index(short.argmin(), short.shape)
+        raise InputError(
+            f"atom {a} ({symbols[a]}) of the adsorbate{told} would be {distance[a, b]:.2f} Å from slab "
+            f"atom {b} ({metals[b]}), closer than a bond ({radii[a] + others[b]:.2f} Å): "
+            "give a greater height or another position"
+        )
+    if np.isfinite(gap):
+        up = cell[2] if cell[2, 2] > 0 else -cell[2]
+        _, beyond = get_distances(
+            adsorbate.positions, slab.positions + up, cell=cell, pbc=(True, True, False)
+        )
+        clear = beyond - CUSHION * (radii[:, None] + others[None, :]) - SKIN
+        if clear.min() < 0:
+            a = int(np.unravel_index(clear.argmin(), clear.shape)[0])
+            raise InputError(
+                f"atom {a} ({symbols[a]}) of the adsorbate{told} is {beyond[a].min():.2f} Å from the "
+                f"periodic image of the slab above it, whose vacuum is {gap:.1f} Å: give more vacuum"
+            )
+    shifts = [i * cell[0] + j * cell[1] for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
+    for shift in shifts:
+        _, images = get_distances(adsorbate.positions, adsorbate.positions + shift)
+        overlap = images / (radii[:, None] + radii[None, :])
+        if overlap.min() < SHORTEST_BOND:
+            a, b = np.unravel_index(overlap.argmin(), overlap.shape)
+            raise InputError(
+                f"the adsorbate meets its own periodic image: atoms {a} ({symbols[a]}) and {b} "
+                f"({symbols[b]}) are {images[a, b]:.2f} Å apart: give a larger slab"
+            )
+
+
+def _check_binding_atom(adsorbate: Atoms, binding_atom: int, name: str) -> None:
+    if not 0 <= binding_atom < len(adsorbate):
+        raise InputError(
+            f"binding atom {binding_atom} does not exist in {name}: it has atoms 0 to {len(adsorbate) - 1} "
+            f"({', '.join(adsorbate.get_chemical_symbols())})"
+        )
+
+
+def _orient(adsorbate: Atoms, binding_atom: int, flat: bool) -> None:
+    if len(adsorbate) == 1:
+        return
+    relative = adsorbate.positions - adsorbate.positions[binding_atom]
+    rest = relative.sum(axis=0) / (len(adsorbate) - 1)
+    # Evenly surrounded: the rest's centre is so near that its direction means nothing.
+    if flat or np.linalg.norm(rest) < 0.1 * np.linalg.norm(relative, axis=1).max():
+        axes = np.linalg.svd(relative - relative.mean(axis=0))[2]  # longest extent first
+        axes[2] *= np.sign(np.linalg.det(axes))  # a rotation, not a mirror image
+        adsorbate.positions = relative @ axes.T
+    elif rest[2] < 0 and np.linalg.norm(rest[:2]) < 1e-6:  # straight down: no unique axis to turn about
+        adsorbate.rotate(180, "x")
+    else:
+        adsorbate.rotate(rest, "z")
+
+
+def _site_position(slab: Atoms, site: str) -> np.ndarray:
+    middle = slab.cell.array[:2, :2].sum(axis=0) / 2
+    built = slab.info.get("adsorbate_info", {})
+    z = slab.positions[:, 2]
+    highest = slab.positions[z > z.max() - 0.1, :2]
+    if "sites" in built:
+        if site not in built["sites"]:
+            raise InputError(f"this facet has no site {site!r}: use one of {', '.join(built['sites'])}")
+        unit = np.asarray(built["cell"], dtype=float)
+        repeats = np.linalg.solve(unit.T, slab.cell.array[:2, :2].T).T
+        if np.abs(repeats - np.round(repeats)).max() > 1e-3:
+            raise InputError(
+                f"the slab was changed since it was built, so that the site {site!r} is not known"
+            )
+        offset = np.asarray(built["sites"][site], dtype=float)  # from a top-layer atom
+        offset = offset + np.linalg.solve(unit.T, highest[0])  # which need not be at the origin
+        nearest = np.round(np.linalg.solve(unit.T, middle) - offset)
+        candidates = [(offset + nearest + (i, j)) @ unit for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    elif site == "ontop":
+        # The image nearest to the middle of each: files wrap their atoms in any way.
+        across = slab.cell.array[:2, :2]
+        cells = np.round(np.linalg.solve(across.T, (middle - highest).T).T)
+        candidates = [
+            xy + (n + np.array([i, j])) @ across
+            for xy, n in zip(highest, cells, strict=True)
+            for i in (-1, 0, 1)
+            for j in (-1, 0, 1)
+        ]
+    else:
+        raise InputError(f"the site {site!r} is known for slabs built by name only: give a position x y in Å")
+    return min(candidates, key=lambda xy: round(float(np.linalg.norm(xy - middle)), 6))
+
+
+def _drop_to_contact(slab: Atoms, adsorbate: Atoms) -> float:
+    """Å to lower `adsorbate` until its first atom is at a bond length from a slab atom."""
+    rise = adsorbate.positions[:, None, 2] - slab.positions[None, :, 2]
+    in_plane = np.array([1.0, 1.0, 0.0])
+    _, lateral = get_distances(
+        adsorbate.positions * in_plane,
+        slab.positions * in_plane,
+        cell=[*slab.cell.array[:2], [0, 0, 1]],
+        pbc=(True, True, False),
+    )
+    bond = covalent_radii[adsorbate.numbers][:, None] + covalent_radii[slab.numbers][None, :]
+    touching = lateral < bond
+    contact = np.sqrt(np.where(touching, bond**2 - lateral**2, 0.0))
+    above = np.where(touching, rise - contact, np.inf)
+    # Over an open channel nothing touches on the way down: stop at the surface plane.
+    return float(min(above.min(), rise.min()))

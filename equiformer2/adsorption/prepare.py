@@ -1,0 +1,131 @@
+"""The start structure of an adsorption calculation, from what the user named."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ase import Atoms
+
+from equiformer2.adsorption.named_structures import build_adsorbate, build_slab, lowest_atom, place_adsorbate
+from equiformer2.adsorption.periodic_images import whole_molecule
+from equiformer2.errors import InputError
+from equiformer2.inference.atoms import ADSORBATE, check_atoms, oc20_tags
+from equiformer2.inference.structure_files import read_structure
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SlabOptions:
+    """How to build a slab by name; see `build_slab`. None means its default."""
+
+    size: tuple[int, int, int] | None = None
+    vacuum: float | None = None
+    free_layers: int | None = None
+    lattice_constant: float | None = None
+
+    def given(self) -> dict[str, object]:
+        """The options that were set."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class PlacementOptions:
+    """Where the adsorbate goes; see `build_adsorbate` and `place_adsorbate`. None means their default."""
+
+    site: str | None = None
+    position: tuple[float, float] | None = None
+    height: float | None = None
+    binding_atom: int | None = None
+    flat: bool = False
+
+    def given(self) -> dict[str, object]:
+        """The options that were set."""
+        return {name: value for name, value in vars(self).items() if value is not None and value is not False}
+
+
+def prepare_system(
+    slab: str,
+    adsorbate: str,
+    slab_options: SlabOptions | None = None,
+    placement: PlacementOptions | None = None,
+) -> Atoms:
+    """`adsorbate` placed on `slab`, with OC20 tags.
+
+    Each is a name (`Pt111`, `*CO`) or a file any ASE reader takes; text with a dot or a slash is a file.
+    An adsorbate from a file keeps its orientation, and its lowest atom binds unless another is named.
+
+    Raises:
+        InputError: unknown names, options that do not apply, structures without meaning.
+        OSError: a file that is missing or unreadable.
+    """
+    slab_options = slab_options or SlabOptions()
+    placement = placement or PlacementOptions()
+    if placement.site is not None and placement.position is not None:
+        raise InputError("site and position were both given: give one of them")
+    base = _slab_from_file(slab, slab_options) if is_file(slab) else build_slab(slab, **slab_options.given())  # type: ignore[arg-type]
+    if is_file(adsorbate):
+        if placement.flat:
+            raise InputError(f"{adsorbate} is a file and keeps its orientation: leave out flat")
+        molecule = read_structure(adsorbate)
+        check_atoms(molecule)
+        molecule = whole_molecule(molecule, adsorbate)
+        binding_atom = lowest_atom(molecule, placement.binding_atom, adsorbate)
+    else:
+        molecule, binding_atom = build_adsorbate(
+            adsorbate, binding_atom=placement.binding_atom, flat=placement.flat
+        )
+    system = place_adsorbate(
+        base,
+        molecule,
+        binding_atom,
+        site=placement.site or "ontop",
+        position=placement.position,
+        height=placement.height,
+    )
+    check_atoms(system)
+    return system
+
+
+def load_system(path: str, adsorbate_indices: Sequence[int] | None = None) -> Atoms:
+    """Slab plus adsorbate from one file; its adsorbate has tag 2 or is named by `adsorbate_indices`.
+
+    Raises:
+        InputError: not a structure file, or an index it does not have.
+        OSError: missing or unreadable.
+    """
+    system = read_structure(path)
+    if adsorbate_indices is not None:
+        outside = [index for index in adsorbate_indices if not 0 <= index < len(system)]
+        if outside or not adsorbate_indices:
+            wrong = (
+                f"the adsorbate index {outside[0]} is not in {path}"
+                if outside
+                else "no adsorbate index is given"
+            )
+            raise InputError(f"{wrong}: give numbers from 0 to {len(system) - 1}")
+        system.set_tags(0)
+        tags, _ = oc20_tags(system)
+        tags[list(adsorbate_indices)] = ADSORBATE
+        system.set_tags(tags)
+    return system
+
+
+def is_file(name: str) -> bool:
+    """Whether the user means a file rather than the name of a slab or molecule."""
+    return "." in name or "/" in name
+
+
+def _slab_from_file(path: str, options: SlabOptions) -> Atoms:
+    if options.given():
+        raise InputError(f"{path} is a file: {', '.join(options.given())} only apply to a slab built by name")
+    slab = read_structure(path)
+    check_atoms(slab)
+    tags, notice = oc20_tags(slab)
+    if notice:
+        logger.warning(f"{path}: {notice}")
+    if (tags == ADSORBATE).any():
+        raise InputError(f"{path} already has adsorbate atoms (tag 2): give it as the whole system instead")
+    slab.set_tags(tags)
+    slab.info = {}  # ASE's site names no longer fit once a slab was moved or relaxed
+    return slab

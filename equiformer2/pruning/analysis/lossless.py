@@ -1,0 +1,211 @@
+"""What inference leaves out because nobody reads it: operations, time, and that no answer changes.
+
+The first two cuts are part of the network's forward pass and have no switch. The other two depend on what the
+caller reads (`model.requests.OutputRequest`); a relaxation leaves out the forces on fixed atoms by itself.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Batch
+
+from equiformer2.checkpoint import Normalizers
+from equiformer2.graph import RadiusGraph
+from equiformer2.model import EquiformerV2
+from equiformer2.model.block_config import BlockConfig
+from equiformer2.model.config import ModelConfig
+from equiformer2.model.requests import OutputRequest, receptive_fields
+from equiformer2.pruning.cost.latency import Latency, compare_latency
+from equiformer2.pruning.cost.operations import count_macs
+
+
+@dataclass(frozen=True)
+class Saving:
+    """One cut, compared with the same pass without it; all other cuts are on.
+
+    Attributes:
+        name: what is left out.
+        macs, macs_without_cut: operations of a whole pass.
+        latency: of whole passes; `ratio` is with / without the cut.
+        energy_deviation: largest difference of an energy, eV; None where energies are not wanted.
+        force_deviation: largest difference of a force component that is read, eV/Å.
+        edges: share of the edges that are computed, in every block and in the force head; None for all.
+    """
+
+    name: str
+    macs: int
+    macs_without_cut: int
+    latency: Latency
+    energy_deviation: float | None
+    force_deviation: float | None
+    edges: dict[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+
+@contextmanager
+def whole_heads(model: EquiformerV2, energy: bool = True, force: bool = True) -> Iterator[None]:
+    """Context in which heads are computed as the paper writes them, with what no output depends on.
+
+    Args:
+        energy: the feed-forward network of the energy head with all degrees, of which l = 0 is read.
+        force: the attention of the force head with all degrees, of which l = 1 is read.
+    """
+    changed: list[tuple[torch.nn.Module, str]] = []
+    if energy:
+        head = model.energy_block
+        head.__dict__["scalars"] = lambda x: head(x)[:, 0]
+        changed.append((head, "scalars"))
+    attention = model.force_block
+    if force and attention is not None:
+        attention.__dict__["vectors"] = lambda x, edges: attention(x, edges)[:, 1:4]
+        changed.append((attention, "vectors"))
+    try:
+        yield
+    finally:
+        for module, name in changed:
+            del module.__dict__[name]
+
+
+@torch.no_grad()
+def measure_savings(
+    model: EquiformerV2, batch: Batch, normalizers: Normalizers, repeats: int = 10
+) -> list[Saving]:
+    """Every cut on one batch, in evaluation mode; without a force head only the first.
+
+    Args:
+        model: in evaluation mode.
+        batch: on the network's device, with `fixed`.
+        normalizers: units of the deviations.
+        repeats: pairs of timed passes.
+    """
+    graph = model.build_graph(batch)
+    atoms, edges = len(batch.pos), len(graph.distances)
+    free = ~batch.fixed.bool()
+    executed = count_macs(model, atoms, edges).total
+    extra = _unread_in_heads(model.config, atoms, edges)
+
+    def run(request: OutputRequest | None = None, **heads: bool) -> Callable[[], dict[str, Tensor]]:
+        def call() -> dict[str, Tensor]:
+            with whole_heads(model, heads.get("energy", False), heads.get("force", False)):
+                return model(batch, graph=graph, request=request)
+
+        return call
+
+    compare = functools.partial(_compare, normalizers=normalizers, free=free, repeats=repeats)
+    found = [
+        compare(
+            "energy head: degrees l > 0 and their grid",
+            (run(), executed),
+            (run(energy=True), executed + extra["energy"]),
+        )
+    ]
+    if model.force_block is None:
+        return found
+    on_free, forces_alone = OutputRequest(True, free), OutputRequest(False, free)
+    lean, share = _requested_macs(model.config, graph, free)
+    found += [
+        compare(
+            "force head: degrees l != 1 and orders |m| > 1",
+            (run(), executed),
+            (run(force=True), executed + extra["force"]),
+        ),
+        compare(
+            "force head: edges into fixed atoms",
+            (run(on_free), lean["energy"]),
+            (run(), executed),
+            edges={"force head": share["force head"]},
+        ),
+        compare(
+            "step without energy: energy head, atoms outside the free atoms' receptive field",
+            (run(forces_alone), lean["forces"]),
+            (run(on_free), lean["energy"]),
+            edges=share,
+        ),
+        compare(
+            "all of these, without energy",
+            (run(forces_alone), lean["forces"]),
+            (run(energy=True, force=True), executed + extra["energy"] + extra["force"]),
+            edges=share,
+        ),
+    ]
+    return found
+
+
+def _compare(
+    name: str,
+    cut: tuple[Callable[[], dict[str, Tensor]], int],
+    whole: tuple[Callable[[], dict[str, Tensor]], int],
+    *,
+    normalizers: Normalizers,
+    free: Tensor,
+    repeats: int,
+    edges: dict[str, float] | None = None,
+) -> Saving:
+    found, expected = cut[0](), whole[0]()
+    energy = force = None
+    if "energy" in found:
+        energy = float((found["energy"] - expected["energy"]).abs().max()) * normalizers.energy.std
+    if "forces" in found:
+        # Both answers hold all forces unless the cut is about those on fixed atoms.
+        read = free if edges is not None else torch.ones_like(free)
+        difference = (found["forces"] - expected["forces"])[read].abs()
+        force = float(difference.max()) * normalizers.forces.std if difference.numel() else 0.0
+    latency = compare_latency(cut[0], whole[0], repeats)
+    return Saving(name, cut[1], whole[1], latency, energy, force, edges)
+
+
+def _unread_in_heads(config: ModelConfig, atoms: int, edges: int) -> dict[str, int]:
+    """Operations of both heads beyond those that outputs depend on."""
+    executed = count_macs(config, atoms, edges)
+    coefficients, channels = (config.lmax + 1) ** 2, config.sphere_channels
+
+    def as_block(head: BlockConfig | None, gated: bool) -> dict[str, int]:
+        # A head is a block's branch with one output channel instead of `sphere_channels`.
+        alone = dataclasses.replace(
+            config,
+            num_layers=1,
+            blocks=(head or BlockConfig(),),
+            use_swiglu_s2_act=False,
+            use_gate_act=gated,
+        )
+        return dict(count_macs(alone, atoms, edges).blocks[0])
+
+    hidden = config.energy_block.ffn_hidden_channels
+    last = atoms * coefficients * hidden
+    energy = as_block(config.energy_head, config.use_gate_act)["feed_forward"] - last * (channels - 1)
+    found = {"energy": energy - executed.energy_head, "force": 0}
+    if config.regress_forces:
+        parts = as_block(config.force_head, config.force_activation == "gate")
+        parts.pop("feed_forward")
+        parts["projection"] //= channels
+        found["force"] = sum(parts.values()) - sum(executed.force_head.values())
+    return found
+
+
+def _requested_macs(
+    config: ModelConfig, graph: RadiusGraph, free: Tensor
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Operations of passes for the free atoms' forces, with energies and without, and shares of the edges."""
+    target = graph.edge_index[1]
+    atoms, edges = len(free), len(target)
+    whole = count_macs(config, atoms, edges)
+    on_free = count_macs(config, int(free.sum()), int(free[target].sum()))
+    force_head = sum(on_free.force_head.values())
+    with_energy = whole.total - sum(whole.force_head.values()) + force_head
+    total = whole.edge_degree + force_head
+    share = {}
+    for number, field in enumerate(receptive_fields(graph.edge_index, free, config.num_layers)):
+        inside = int(field[target].sum())
+        total += sum(count_macs(config, int(field.sum()), inside).blocks[number].values())
+        share[f"block {number}"] = inside / max(1, edges)
+    share["force head"] = int(free[target].sum()) / max(1, edges)
+    return {"energy": with_energy, "forces": total}, share

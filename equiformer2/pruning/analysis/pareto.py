@@ -1,0 +1,523 @@
+"""Methods times budgets times seeds on held-out systems, one small file per result.
+
+A result that is there is not computed again, so a study can be killed, continued and extended. Errors against
+the dense network and against labels are kept apart, and so are held-out sets of different labels.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch_geometric.data import Batch, Data
+from tqdm import tqdm
+
+from datasets_oc20.untrusted import AnyPath
+from equiformer2.checkpoint import Checkpoint, Normalizers, load_checkpoint, save_checkpoint
+from equiformer2.errors import InputError
+from equiformer2.files import read_json, write_json
+from equiformer2.model import EquiformerV2
+from equiformer2.pruning.calibration import Calibration, Network
+from equiformer2.pruning.calibration_data import labelled_energies, read_structures
+from equiformer2.pruning.cost.latency import compare_latency
+from equiformer2.pruning.cost.targets import CombinedTarget, LatencyTarget, MacTarget, ParameterTarget, Target
+from equiformer2.pruning.fingerprints import fingerprint_of_structures, fingerprint_of_weights
+from equiformer2.pruning.recovery.distillation import RUN, Paths, distill
+from equiformer2.pruning.routing import (
+    ROUTING_METHODS,
+    RoutedModel,
+    RoutingSettings,
+    TargetMissedError,
+    find_router,
+)
+from equiformer2.pruning.routing.router_files import router_to_dict
+from equiformer2.pruning.routing.router_search import CONTEXT_ONLY
+from equiformer2.pruning.structured.apply import shrink
+from equiformer2.pruning.structured.methods import METHODS, find_plan
+from equiformer2.pruning.structured.plan import PruningPlan
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Structures with the dense network's answers and their own labels.
+
+    Labels of one source only: DFT and a universal potential do not go into one number, so each has a
+    `HeldOut` of its own.
+
+    Attributes:
+        name: of the set, such as `dft`.
+        calibration: the structures and the dense answers.
+        labels: per batch, in normalised units; what the data do not have is absent.
+    """
+
+    name: str
+    calibration: Calibration
+    labels: list[dict[str, Tensor]]
+
+    @classmethod
+    def read(
+        cls,
+        name: str,
+        paths: str | Path | Sequence[str | Path],
+        model: EquiformerV2,
+        normalizers: Normalizers,
+        energy_kind: str,
+        limit: int | None = None,
+        batch_size: int = 8,
+    ) -> "HeldOut":
+        """From files, see `read_structures`; energies of another kind than the model's are no labels."""
+        structures = read_structures(paths, limit)
+        calibration = Calibration(model, normalizers, structures, batch_size)
+        energies = labelled_energies(paths, energy_kind)
+        labels = []
+        for start in range(0, len(structures), batch_size):
+            part = structures[start : start + batch_size]
+            labels.append(_labels(part, normalizers, energies, calibration.batches[start // batch_size]))
+        return cls(name, calibration, labels)
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """Names of the systems."""
+        return self.calibration.systems
+
+    def errors(self, network: Network) -> dict[str, Any]:
+        """`to_dense` and `to_labels`, each with averages over systems (`Discrepancy.averages`)."""
+        answers = self.calibration.answers(network)
+        found: dict[str, Any] = {"to_dense": self.calibration.compare(answers).averages(), "to_labels": None}
+        if any(self.labels):
+            found["to_labels"] = self.calibration.compare(answers, self.labels).averages()
+        return found
+
+
+def check_unseen(held_out: Sequence[HeldOut], used: Sequence[Data], what: str) -> None:
+    """Raise `InputError` when a system of `used` is held out; `what` says what it was used for."""
+    seen = {structure.sid for structure in used}
+    for part in held_out:
+        both = sorted(seen & set(part.systems))
+        if both:
+            raise InputError(
+                f"the system {both[0]} is in {what} and in the held-out set {part.name}: hold out others"
+            )
+
+
+def _labels(
+    structures: Sequence[Data], normalizers: Normalizers, energies: bool, batch: Batch
+) -> dict[str, Tensor]:
+    labels = {}
+    batched = Batch.from_data_list(list(structures))
+    if energies and all("energy" in structure for structure in structures):
+        labels["energy"] = normalizers.normalize_energy(batched.energy.view(-1), batched)
+    if all("forces" in structure for structure in structures):
+        labels["forces"] = normalizers.normalize_forces(batched.forces)
+    return {name: value.to(batch.pos.device) for name, value in labels.items()}
+
+
+PREFIX = "route_"
+ROUTED = tuple(PREFIX + name for name in ROUTING_METHODS)
+NO_BUDGET = PREFIX + CONTEXT_ONLY
+"""What it leaves is decided by the structures: one result, whatever the budgets and seeds."""
+
+
+def routed_result(
+    method: str,
+    keep: float,
+    seed: int,
+    model: EquiformerV2,
+    calibration: Calibration,
+    held_out: list[HeldOut],
+    settings: RoutingSettings,
+    state_path: Path,
+    repeats: int,
+) -> dict[str, Any]:
+    """The record of one router, in the form of `Study`.
+
+    `macs` is the share on the calibration structures; `macs_on` has it for each held-out set, where it
+    differs. Where no schedule comes near `keep`, there is only `missed`, the reason.
+    """
+    record: dict[str, Any] = {"method": method, "keep": keep, "seed": seed}
+    try:
+        router, found = find_router(
+            method.removeprefix(PREFIX),
+            model,
+            calibration,
+            None if method == NO_BUDGET else keep,
+            settings,
+            seed=seed,
+            state_path=state_path,
+            progress=False,
+        )
+    except TargetMissedError as error:
+        return record | {"missed": str(error)}
+    routed = RoutedModel(model, router)
+    loss = calibration.loss(routed)
+    achieved = {"calibration": routed.achieved()}
+    errors = {}
+    for part in held_out:
+        routed = RoutedModel(model, router)
+        errors[part.name] = part.errors(routed)
+        achieved[part.name] = routed.achieved()
+    batch = Batch.from_data_list(held_out[0].calibration.structures[:1])
+    ready = deepcopy(model).requires_grad_(False)
+    ready.fold_weights()
+    latency = compare_latency(lambda: router(ready, batch), lambda: ready(batch), repeats)
+    return record | {
+        "macs": achieved["calibration"].macs,
+        "macs_on": {part.name: achieved[part.name].macs for part in held_out},
+        "parameters": 1.0,
+        "latency": latency.to_dict(),
+        "search": found,
+        "router": router_to_dict(router),
+        "achieved": {name: counts.to_dict() for name, counts in achieved.items()},
+        "calibration_loss": loss,
+        "cut": errors,
+        "distilled": None,
+    }
+
+
+log = logging.getLogger("equiformer2")
+
+DENSE, SCRATCH = "dense", "scratch"
+TIMED = "multi_time"
+"""`multi` with a second target beside the operations: `StudySettings.latency`."""
+
+STUDIED = (*METHODS, TIMED, *ROUTED)
+_ANY = 0.5  # a target's fraction, where only its count is used
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Distillation of every pruned network.
+
+    Attributes:
+        train, val: structures, as in `distill`.
+        arguments: of `scripts/train.py`.
+        scratch: also train the plans of the method `multi` from random weights, equally long.
+    """
+
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
+    scratch: bool = False
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What to compare.
+
+    Attributes:
+        methods: of `methods.METHODS`, `TIMED` and `study_routing.ROUTED`.
+        keep: shares of the multiply-accumulates that stay.
+        seeds: of the choice of calibration structures and of everything drawn.
+        structures: calibration structures per seed.
+        tries: cuts tried per step of a search.
+        repeats: pairs of calls per measured latency.
+        routing: how routers are made.
+        latency: share of the time of a force call that `multi_time` leaves.
+        threads: with which its times are measured; None for those that torch has.
+    """
+
+    methods: tuple[str, ...]
+    keep: tuple[float, ...]
+    seeds: tuple[int, ...]
+    structures: int = 32
+    tries: int = 8
+    repeats: int = 10
+    routing: RoutingSettings = field(default_factory=RoutingSettings)
+    latency: float = 0.6
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.methods if name not in STUDIED]
+        if unknown:
+            raise InputError(f"the method {unknown[0]!r} is not known: use some of {', '.join(STUDIED)}")
+        for name in ("structures", "tries", "repeats"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}: give at least 1")
+        if not all(0 < share < 1 for share in self.keep):
+            raise InputError(f"keep is {list(self.keep)}: give shares between 0 and 1")
+
+
+class Study:
+    """See the module.
+
+    Args:
+        path: checkpoint of the dense network.
+        calibration: data to calibrate on, as in `read_structures`.
+        held_out: name -> data to test on; no system of the calibration (or distillation) data may be in them.
+        settings: what to compare.
+        out: folder of the study.
+        recovery: distill every network; None for the networks as they are cut.
+        limit: most structures per held-out set.
+        searches: folder of the searches' states that studies of one network share; None for one in `out`.
+
+    Raises:
+        InputError: a system is on both sides, or `out` holds a study of something else.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        calibration: Paths,
+        held_out: Mapping[str, Paths],
+        settings: StudySettings,
+        out: AnyPath,
+        recovery: Recovery | None = None,
+        limit: int | None = None,
+        searches: AnyPath | None = None,
+    ) -> None:
+        out = Path(out)
+        searches = None if searches is None else Path(searches)
+        self.path, self.checkpoint = path, load_checkpoint(path)
+        self.model = self.checkpoint.model.eval()
+        self.calibration_data, self.settings, self.out, self.recovery = calibration, settings, out, recovery
+        self.searches = out / "searches" if searches is None else searches
+        self.held_out = [
+            HeldOut.read(
+                name, data, self.model, self.checkpoint.normalizers, self.checkpoint.energy_kind, limit
+            )
+            for name, data in held_out.items()
+        ]
+        for seed in settings.seeds:
+            check_unseen(self.held_out, self._structures(seed), "the calibration data")
+        if recovery is not None:
+            check_unseen(self.held_out, read_structures(recovery.train), "the data to distill on")
+        self._check_same_study()
+        self._calibrations: dict[int, Calibration] = {}
+
+    def run(self, progress: bool = True) -> list[dict[str, Any]]:
+        """Compute what is missing; all results in a fixed sequence."""
+        planned = planned_results(self.settings, self.recovery is not None and self.recovery.scratch)
+        results = []
+        for name, job in tqdm(planned.items(), desc="study", unit="results", disable=not progress):
+            path = self.out / "results" / f"{name}.json"
+            if not path.exists():
+                write_json(path, _checked(self._result(*job)), make_folder=True)
+            results.append(read_json(path))
+        return results
+
+    def search_for_time(self, progress: bool = True) -> None:
+        """Make the plans of `TIMED`, and nothing else: when the machine does nothing else, before `run`."""
+        jobs = [(keep, seed) for keep in self.settings.keep for seed in self.settings.seeds]
+        for keep, seed in tqdm(jobs, desc="plans for time", unit="plans", disable=not progress):
+            if not (self.out / "results" / f"{result_name(TIMED, keep, seed)}.json").exists():
+                self._search(TIMED, keep, seed)
+
+    def _result(self, method: str, keep: float, seed: int) -> dict[str, Any]:
+        name, found = result_name(method, keep, seed), dict[str, Any]()
+        calibration = self._calibration(seed)
+        if method in ROUTED:
+            return routed_result(
+                method,
+                keep,
+                seed,
+                self.model,
+                calibration,
+                self.held_out,
+                self.settings.routing,
+                self.searches / f"{name}.pt",
+                self.settings.repeats,
+            )
+        macs = MacTarget(self.model.config, _ANY, *calibration.size)
+        if method == DENSE:
+            plan = PruningPlan.keep_all(self.model.config)
+        elif method == SCRATCH:
+            plan = self._plan_of("multi", keep, seed)
+        else:
+            plan, found = self._search(method, keep, seed)
+        small = shrink(self.model, plan)
+        record: dict[str, Any] = {
+            "method": method,
+            "keep": keep,
+            "seed": seed,
+            "macs": macs.fraction_of(plan),
+            "parameters": ParameterTarget(self.model.config, _ANY).fraction_of(plan),
+            "latency": self._latency(small),
+            "search": found,
+            "plan": plan.to_dict(),
+            "cut": None,
+            "distilled": None,
+        }
+        if method != SCRATCH:
+            record["calibration_loss"] = calibration.loss(small)
+            record["cut"] = self._errors(small)
+        if self.recovery is not None and method != DENSE:
+            record["distilled"] = self._errors(self._distilled(name, small, method == SCRATCH, seed))
+        return record
+
+    def _search(self, method: str, keep: float, seed: int) -> tuple[PruningPlan, dict[str, Any]]:
+        """The plan of a method and what `find_plan` tells of it; a search that was stopped goes on."""
+        calibration = self._calibration(seed)
+        targets: list[Target] = [MacTarget(self.model.config, keep, *calibration.size)]
+        if method == TIMED:
+            targets.append(self._latency_target())
+        together = CombinedTarget(targets)
+        return find_plan(
+            "multi" if method == TIMED else method,
+            self.model,
+            self.checkpoint.normalizers,
+            calibration,
+            together.cost,
+            together.target,
+            wanted=together.wanted,
+            seed=seed,
+            tries=self.settings.tries,
+            state_path=self.searches / f"{result_name(method, keep, seed)}.json",
+            progress=False,
+        )
+
+    def _plan_of(self, method: str, keep: float, seed: int) -> PruningPlan:
+        path = self.out / "results" / f"{result_name(method, keep, seed)}.json"
+        if not path.exists():
+            raise InputError(f"training from scratch takes the plans of {method!r}: add it to the methods")
+        return PruningPlan.from_dict(read_json(path)["plan"], str(path))
+
+    def _errors(self, network: EquiformerV2) -> dict[str, Any]:
+        return {part.name: part.errors(network) for part in self.held_out}
+
+    def _structures(self, seed: int) -> list[Any]:
+        return read_structures(self.calibration_data, self.settings.structures, seed)
+
+    def _calibration(self, seed: int) -> Calibration:
+        if seed not in self._calibrations:
+            # One at a time: the dense answers are kept in memory.
+            self._calibrations = {
+                seed: Calibration(self.model, self.checkpoint.normalizers, self._structures(seed))
+            }
+        return self._calibrations[seed]
+
+    def _latency_target(self) -> LatencyTarget:
+        """Times for the first held-out structure, in a file that all seeds share."""
+        batch = Batch.from_data_list(self.held_out[0].calibration.structures[:1])
+        path, settings = self.searches / "times.json", self.settings
+        return LatencyTarget(self.model, batch, settings.latency, path, settings.threads)
+
+    def _latency(self, small: EquiformerV2) -> dict[str, Any]:
+        """Of one forward pass for the first held-out structure, prepared as for inference."""
+        batch = Batch.from_data_list(self.held_out[0].calibration.structures[:1])
+        networks = [deepcopy(network).requires_grad_(False) for network in (small, self.model)]
+        for network in networks:
+            network.fold_weights()
+        small_ready, dense_ready = networks
+        return compare_latency(
+            lambda: small_ready(batch), lambda: dense_ready(batch), self.settings.repeats
+        ).to_dict()
+
+    def _distilled(self, name: str, small: EquiformerV2, scratch: bool, seed: int) -> EquiformerV2:
+        assert self.recovery is not None
+        student = self.out / "students" / f"{name}.pt"
+        student.parent.mkdir(parents=True, exist_ok=True)
+        save_pruned(student, self.checkpoint, small, {"study": name})
+        run = distill(
+            student,
+            self.path,
+            list(self.recovery.train),
+            list(self.recovery.val),
+            self.out / "distilled" / name,
+            [*self.recovery.arguments, f"--seed={seed}"],
+            from_scratch=scratch,
+            labels=self.out / "labels",
+        )
+        assert run.name == RUN
+        # The last weights, not the best: nothing is chosen by any error.
+        return load_checkpoint(run / "checkpoints" / "last.pt").model.eval()
+
+    def _check_same_study(self) -> None:
+        options = asdict(self.settings)
+        for name in ("methods", "keep", "seeds"):
+            del options[name]  # a study may be extended
+        later = {"routing": options.pop("routing")}
+        later["timing"] = {name: options.pop(name) for name in ("latency", "threads")}
+        identity: dict[str, Any] = {
+            "model": fingerprint_of_weights(self.model),
+            "calibration": _names(self.calibration_data),
+            "held_out": {
+                part.name: fingerprint_of_structures(part.calibration.structures) for part in self.held_out
+            },
+            "options": options,
+            "recovery": None if self.recovery is None else asdict(self.recovery) | {"scratch": None},
+        }
+        methods = self.settings.methods
+        used = {"routing": any(name in ROUTED for name in methods), "timing": TIMED in methods}
+        identity |= {name: later[name] for name in later if used[name]}
+        identity = json.loads(json.dumps(identity))
+        path = self.out / "study.json"
+        if path.exists():
+            known = read_json(path)
+            # The first routers, or plans for time, of a study that had none.
+            added = {name: identity[name] for name in later if name in identity and name not in known}
+            self._check_identity(identity, known | added)
+            if added:
+                write_json(path, known | added)
+            return
+        write_json(path, identity, make_folder=True)
+
+    def _check_identity(self, identity: dict[str, Any], known: dict[str, Any]) -> None:
+        different = [key for key in identity if known.get(key) != identity[key]]
+        if different:
+            raise InputError(f"{self.out} holds a study with other {different[0]}: name another folder")
+
+
+def save_pruned(path: AnyPath, dense: Checkpoint, small: EquiformerV2, provenance: dict[str, Any]) -> None:
+    """Write a pruned network as an ordinary native checkpoint, with the units and the energies of `dense`.
+
+    Its weights count as what they were taken from: averaged or raw.
+    """
+    path = Path(path)
+    states = {"raw_state": None, "averaged_state": None, f"{dense.weights}_state": small.state_dict()}
+    save_checkpoint(
+        path,
+        model=small,
+        normalizers=dense.normalizers,
+        energy_kind=dense.energy_kind,
+        provenance={"pruned_from": dense.provenance, **provenance},
+        **states,
+    )
+
+
+def planned_results(settings: StudySettings, scratch: bool) -> dict[str, tuple[str, float, int]]:
+    """Names of the results of a study, each with its method, share of the operations and seed.
+
+    Args:
+        settings: of the study.
+        scratch: whether it also trains from random weights.
+    """
+    jobs = [(DENSE, 1.0, 0)]
+    methods = [name for name in settings.methods if name != NO_BUDGET]
+    if NO_BUDGET in settings.methods:
+        jobs.append((NO_BUDGET, 1.0, settings.seeds[0]))
+    if scratch:
+        methods.append(SCRATCH)
+    for keep in settings.keep:
+        jobs += [(method, keep, seed) for method in methods for seed in settings.seeds]
+    return {result_name(*job): job for job in jobs}
+
+
+def result_name(method: str, keep: float, seed: int) -> str:
+    """Name of the file of a result, without ending."""
+    return DENSE if method == DENSE else f"{method}_{keep:g}_{seed}"
+
+
+def _checked(record: dict[str, Any]) -> dict[str, Any]:
+    """The record; of a network whose answers are not finite only that, as of a missed budget."""
+    if _is_finite(record):
+        return record
+    reason = "the network breaks down: its answers are not finite"
+    return {name: record[name] for name in ("method", "keep", "seed")} | {"missed": reason}
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _names(paths: Paths) -> list[str]:
+    named: Sequence[str | Path] = [paths] if isinstance(paths, str | Path) else paths
+    return [str(path) for path in named]

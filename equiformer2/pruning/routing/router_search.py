@@ -1,0 +1,287 @@
+"""Every way to a router by its name: schedule, training, thresholds."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from datasets_oc20.untrusted import AnyPath
+from equiformer2.errors import InputError
+from equiformer2.model import EquiformerV2
+from equiformer2.pruning.calibration import Calibration
+from equiformer2.pruning.fingerprints import fingerprint_of_structures, fingerprint_of_weights
+from equiformer2.pruning.routing.active_region import ActiveRegion
+from equiformer2.pruning.routing.ftp import FTPRouter
+from equiformer2.pruning.routing.ftp_training import RouterLosses, RouterTraining, train_router
+from equiformer2.pruning.routing.geometric_routers import (
+    DegreeRouter,
+    DistanceRouter,
+    RandomRouter,
+    StaticRouter,
+)
+from equiformer2.pruning.routing.router import BaseRouter, ScoreRouter
+from equiformer2.pruning.routing.router_state import RoutingState
+from equiformer2.pruning.routing.schedule import (
+    Schedule,
+    ScheduleObjective,
+    search_schedule,
+    uniform_schedule,
+    with_levels,
+)
+from equiformer2.pruning.routing.score_selection import check_mode
+from equiformer2.pruning.routing.thresholds import with_thresholds
+from equiformer2.pruning.routing.zero_tprune import AtomPruner, EdgePruner
+
+log = logging.getLogger("equiformer2")
+
+CONTEXT_ONLY = "context_only"
+UNIFORM = "uniform"
+"""FTP's fixed order of the atoms with the same level in every block: what a searched schedule has to beat."""
+ROUTING_METHODS = ("static", "ftp", "atom", "edge", CONTEXT_ONLY, UNIFORM, "distance", "degree", "random")
+_BY_ATTENTION = ("atom", "edge")
+"""They compute all of the first block, before which there is no attention."""
+
+MakeRouter = Callable[[Sequence[float | None]], ScoreRouter]
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingSettings:
+    """How a router is made.
+
+    Attributes:
+        mode: `topk`, `threshold` or `smooth`. Schedules are searched as budgets (topk) and turned into
+            thresholds at the end; the `ftp` router is trained and searched in its mode.
+        width: of the gates of `smooth`, in units of the score.
+        keep_free: always compute free atoms and the adsorbate.
+        protected: blocks that compute all atoms; None for the first and the last, () for none.
+        population, generations, tolerance: of the genetic search.
+        steps, learning_rate: of the training of `ftp`.
+    """
+
+    mode: str = "topk"
+    width: float = 0.1
+    keep_free: bool = False
+    protected: tuple[int, ...] | None = None
+    population: int = 16
+    generations: int = 10
+    tolerance: float = 0.02
+    steps: int = 200
+    learning_rate: float = 1e-2
+
+    def __post_init__(self) -> None:
+        check_mode(self.mode, self.width)
+
+
+def find_router(
+    method: str,
+    model: EquiformerV2,
+    calibration: Calibration,
+    target_macs: float | None,
+    settings: RoutingSettings | None = None,
+    *,
+    seed: int = 0,
+    state_path: AnyPath | None = None,
+    progress: bool = True,
+) -> tuple[BaseRouter, dict[str, Any]]:
+    """A router that leaves about `target_macs` of the MACs, and what there is to say about how it was found.
+
+    Args:
+        method: of `ROUTING_METHODS`.
+        model: the network, in evaluation mode; it is not changed.
+        calibration: structures with its dense answers; labels are not read.
+        target_macs: fraction of the dense network's MACs; None for `context_only`, which has no budget.
+        settings: see `RoutingSettings`.
+        seed: of the search, of the training and of random routers.
+        state_path: where the search and the training keep their state, from which they continue.
+        progress: show progress bars.
+
+    Raises:
+        InputError: an unknown method, settings that leave nothing to search, a state of another router.
+        TargetMissedError: no schedule comes near the target.
+    """
+    state_path = None if state_path is None else Path(state_path)
+    settings = settings or RoutingSettings()
+    if method not in ROUTING_METHODS:
+        raise InputError(f"the method {method!r} is not known: use one of {', '.join(ROUTING_METHODS)}")
+    if method == CONTEXT_ONLY:
+        if target_macs is not None:
+            raise InputError("context_only has no budget, the structures decide: leave the target out")
+        return ActiveRegion(CONTEXT_ONLY), {}
+    if target_macs is None:
+        raise InputError(f"the method {method!r} needs a target: give a share of the MACs, such as macs=0.7")
+    fingerprint = {
+        "model": fingerprint_of_weights(model),
+        "structures": fingerprint_of_structures(calibration.structures),
+        "method": method,
+        "target": target_macs,
+        "seed": seed,
+        "force_weight": calibration.force_weight,
+        "settings": dataclasses.asdict(settings),
+    }
+    state = RoutingState(state_path, fingerprint)
+    finder = _Finder(model, calibration, target_macs, settings, _protected(method, model, settings), seed)
+    finder.state, finder.progress = state, progress
+    return finder.ftp() if method == "ftp" else finder.untrained(method)
+
+
+def _protected(method: str, model: EquiformerV2, settings: RoutingSettings) -> tuple[int, ...]:
+    last = len(model.blocks) - 1
+    wrong = [block for block in settings.protected or () if not 0 <= block <= last]
+    if wrong:
+        raise InputError(f"block {wrong[0]} cannot be protected: the network has blocks 0 to {last}")
+    protected = (0, last) if settings.protected is None else settings.protected
+    return tuple(sorted({0, *protected} if method in _BY_ATTENTION else {*protected}))
+
+
+@dataclasses.dataclass
+class _Finder:
+    model: EquiformerV2
+    calibration: Calibration
+    target: float
+    settings: RoutingSettings
+    protected: tuple[int, ...]
+    seed: int
+    state: RoutingState = dataclasses.field(init=False)
+    progress: bool = dataclasses.field(init=False)
+
+    def untrained(self, method: str) -> tuple[BaseRouter, dict[str, Any]]:
+        make = self.maker(method)
+        found = self.uniform(make) if method == UNIFORM else self.search("schedule", make)
+        return self.chosen(make, found), {"schedule": _told(found)}
+
+    def chosen(self, make: MakeRouter, found: Schedule) -> BaseRouter:
+        """The router of a schedule, in the mode that was asked for."""
+        router = make(open_levels(found.levels))
+        if self.settings.mode != "topk":
+            changes = {"width": self.settings.width}
+            batches = self.calibration.batches
+            router = with_thresholds(router, self.model, batches, self.settings.mode, **changes)
+        return router
+
+    def ftp(self) -> tuple[BaseRouter, dict[str, Any]]:
+        """FTP's three stages: schedule of the static router, training at it, schedule of the trained one.
+
+        A training that ends further from the dense network than the static router was gives that router.
+        """
+        settings = self.settings
+        first = self.search("static schedule", self.maker("static"))
+        router = FTPRouter(
+            open_levels(first.levels),
+            mode=settings.mode,
+            width=settings.width,
+            keep_free=settings.keep_free,
+            seed=self.seed,
+        )
+        losses = self.train(router)
+
+        def make(levels: Sequence[float | None]) -> ScoreRouter:
+            again = with_levels(router, levels)
+            assert isinstance(again, ScoreRouter)
+            return again
+
+        found = self.search("schedule", make, [first.levels])
+        told = {
+            "static_schedule": _told(first),
+            "training": [dataclasses.asdict(losses[step]) for step in (0, -1)],
+            "schedule": _told(found),
+            "kept": "trained" if found.loss <= first.loss else "static",
+        }
+        if found.loss > first.loss:
+            log.warning(
+                f"the trained router (loss {found.loss:.4f}) is worse than the static one it began with "
+                f"({first.loss:.4f}): the static one is kept; train for more steps or on more structures"
+            )
+            return self.chosen(self.maker("static"), first), told
+        return make(open_levels(found.levels)), told
+
+    def maker(self, method: str) -> MakeRouter:
+        """From levels to the router as it is searched."""
+        options: dict[str, Any] = {"keep_free": self.settings.keep_free}
+        kinds: dict[str, type[ScoreRouter]] = {
+            "static": StaticRouter,
+            UNIFORM: StaticRouter,
+            "distance": DistanceRouter,
+            "degree": DegreeRouter,
+            "random": RandomRouter,
+            "atom": AtomPruner,
+            "edge": EdgePruner,
+        }
+        if method == "random":
+            options["seed"] = self.seed
+        if method == "atom":
+            heads = {block.ga.num_heads for block in self.model.blocks if block.ga is not None}  # type: ignore[union-attr]
+            if len(heads) > 1:
+                log.info("blocks have different numbers of heads: all heads count for the atoms' importance")
+            else:
+                filtered = AtomPruner(0.5).with_head_filter(self.model, self.calibration.batches)
+                options["heads"] = filtered.heads
+        return lambda levels: kinds[method](levels, **options)
+
+    def search(self, stage: str, make: MakeRouter, start: Sequence[Sequence[float]] = ()) -> Schedule:
+        settings = self.settings
+        objective = ScheduleObjective(self.model, self.calibration, lambda levels: make(open_levels(levels)))
+        total = settings.population * (settings.generations + 1)
+        with tqdm(total=total, desc=stage, unit="schedules", disable=not self.progress) as bar:
+            return search_schedule(
+                self.state.remembered(stage, objective),
+                len(self.model.blocks),
+                self.target,
+                start=start,
+                protected=self.protected,
+                population=settings.population,
+                generations=settings.generations,
+                tolerance=settings.tolerance,
+                seed=self.seed,
+                after_try=lambda: bar.update(),
+            )
+
+    def uniform(self, make: MakeRouter) -> Schedule:
+        objective = ScheduleObjective(self.model, self.calibration, lambda levels: make(open_levels(levels)))
+        return uniform_schedule(
+            self.state.remembered("schedule", objective),
+            len(self.model.blocks),
+            self.target,
+            protected=self.protected,
+            tolerance=self.settings.tolerance,
+        )
+
+    def train(self, router: FTPRouter) -> list[RouterLosses]:
+        settings = RouterTraining(
+            steps=self.settings.steps, learning_rate=self.settings.learning_rate, seed=self.seed
+        )
+        resume = self.state.training
+        done = 0 if resume is None else len(resume["history"])
+        with tqdm(
+            total=settings.steps, initial=done, desc="training", unit="steps", disable=not self.progress
+        ) as bar:
+
+            def show(step: int, losses: RouterLosses) -> None:
+                bar.set_postfix(
+                    forces=f"{losses.forces:.3g}", sparsity=f"{losses.sparsity:.2g}", refresh=False
+                )
+                bar.update()
+
+            return train_router(
+                self.model,
+                router,
+                self.calibration.batches,
+                settings,
+                after_step=show,
+                resume=resume,
+                keep=self.state.keep_training,
+            )
+
+
+def open_levels(levels: Sequence[float]) -> list[float | None]:
+    """Blocks that skip nothing need no scores."""
+    return [level if level > 0 else None for level in levels]
+
+
+def _told(found: Schedule) -> dict[str, Any]:
+    """For JSON, which has no infinity."""
+    told = dataclasses.asdict(found)
+    told["history"] = [loss if loss < float("inf") else None for loss in found.history]
+    return told

@@ -1,0 +1,140 @@
+"""Let the full-size network behave as the pruned one."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from equiformer2.errors import InputError
+from equiformer2.model import EquiformerV2
+from equiformer2.model.folding import Folding
+from equiformer2.model.norm import make_norm
+from equiformer2.pruning.structured.index_maps import IndexMaps, kept_state
+from equiformer2.pruning.structured.plan import PruningPlan
+
+
+def weight_masks(model: EquiformerV2, plan: PruningPlan) -> dict[str, Tensor]:
+    """By name, for every parameter that `plan` cuts: which entries are kept, bool of the parameter's shape.
+
+    Raises:
+        InputError: `plan` does not fit the network.
+    """
+    maps = IndexMaps(model.config, plan.checked(model.config))
+    masks = {}
+    for name, parameter in model.named_parameters():
+        selection = maps.of(name)
+        if maps.is_removed(name):
+            masks[name] = torch.zeros_like(parameter, dtype=torch.bool)
+        elif selection is not None:
+            mask = selection.mask(parameter)
+            if not bool(mask.all()):
+                masks[name] = mask
+    return masks
+
+
+@contextmanager
+def masked(model: EquiformerV2, plan: PruningPlan) -> Iterator[EquiformerV2]:
+    """Context in which `model`, at its full size, gives the outputs and gradients of `shrink(model, plan)`.
+
+    Removed weights are zero inside, and so are their gradients; what is trained inside are the kept ones. On
+    leaving, the removed weights have their former values again and the kept ones those that they have got.
+    Where sphere channels are cut, norms take their statistics over the kept channels. Nothing is computed
+    faster than in the full network: to measure time, `shrink`.
+
+    An optimizer that carries momentum from before would move removed weights: give it no such state.
+
+    Raises:
+        InputError: `plan` does not fit the network, or cuts sphere channels inside another context that does
+            or of a network with the backend `compile`.
+    """
+    plan = plan.checked(model.config)
+    if plan.sphere_channels is not None and (model.backend == "compile" or "forward" in vars(model.norm)):
+        raise InputError(
+            "sphere channels are masked in the norms, which a compiled or already masked network "
+            "does not allow: use shrink"
+        )
+    masks = weight_masks(model, plan)
+    parameters = dict(model.named_parameters())
+    removed = {name: parameters[name].detach()[~mask] for name, mask in masks.items()}
+    with ExitStack() as cleanup:
+        cleanup.callback(_restore, model, parameters, masks, removed)
+        with torch.no_grad():
+            for name, mask in masks.items():
+                parameters[name].masked_fill_(~mask, 0.0)
+        _forget_folded(model)
+        for name, mask in masks.items():
+            if parameters[name].requires_grad:
+                cleanup.callback(parameters[name].register_hook(_masking(mask)).remove)
+        if plan.sphere_channels is not None:
+            kept = torch.tensor(plan.sphere_channels, device=model.sphere_embedding.weight.device)
+            for norm in _norms(model):
+                # An attribute of the instance goes before the method of its class.
+                norm.forward = _on_channels(norm, model, kept)  # type: ignore[method-assign]
+                cleanup.callback(delattr, norm, "forward")
+        yield model
+
+
+def _restore(
+    model: EquiformerV2,
+    parameters: dict[str, nn.Parameter],
+    masks: dict[str, Tensor],
+    removed: dict[str, Tensor],
+) -> None:
+    with torch.no_grad():
+        for name, mask in masks.items():
+            parameters[name][~mask] = removed[name]
+    _forget_folded(model)
+
+
+def _forget_folded(model: EquiformerV2) -> None:
+    for module in model.modules():
+        if isinstance(module, Folding):
+            module.unfold()
+
+
+def _masking(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda grad: grad.masked_fill(~mask, 0.0)
+
+
+def _norms(model: EquiformerV2) -> Iterator[nn.Module]:
+    yield model.norm
+    for block in model.blocks:
+        yield from (norm for norm in (block.norm_1, block.norm_2) if isinstance(norm, nn.Module))
+
+
+def _on_channels(norm: nn.Module, model: EquiformerV2, kept: Tensor) -> Callable[[Tensor], Tensor]:
+    """The forward pass of `norm` on the kept channels alone; zero on the others."""
+    config, like = model.config, model.sphere_embedding.weight
+    narrow = make_norm(config.norm_type, config.lmax, len(kept)).to(like)
+
+    def forward(x: Tensor) -> Tensor:
+        weights = {name: weight.index_select(-1, kept) for name, weight in norm.named_parameters()}
+        out = torch.func.functional_call(narrow, weights, (x.index_select(2, kept),))
+        return out.new_zeros(x.shape).index_copy(2, kept, out)
+
+    return forward
+
+
+def shrink(model: EquiformerV2, plan: PruningPlan) -> EquiformerV2:
+    """The smaller network of `plan`, with weights of its own; `model` is left as it is.
+
+    It gives what `masked(model, plan)` gives, but for rounding. It is where `model` is, in its precision and
+    mode (training or evaluation), with its backend, and what is frozen there is frozen here.
+
+    Raises:
+        InputError: `plan` does not fit the network; block and field are named.
+    """
+    config = plan.applied_to(model.config)
+    parameters = dict(model.named_parameters())
+    like = model.sphere_embedding.weight
+    with torch.random.fork_rng(devices=[]):
+        small = EquiformerV2(config)
+    small.to(device=like.device, dtype=like.dtype)
+    with torch.no_grad():
+        small.load_state_dict(kept_state(parameters, model.config, plan))
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(parameters[name].requires_grad)
+    small.backend = model.backend
+    small.activation_checkpointing = model.activation_checkpointing
+    return small.train(model.training)

@@ -1,0 +1,227 @@
+"""What to keep of a network: one object for all structured cuts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets_oc20.untrusted import load_json, read_text
+from equiformer2.errors import InputError
+from equiformer2.files import as_input_error, write_json
+from equiformer2.model.block_config import BlockConfig
+from equiformer2.model.config import ModelConfig
+from equiformer2.model.conservative import check_config
+from equiformer2.pruning.structured.block_plan import BlockPlan, check_indices, compose_indices, without_full
+from equiformer2.values import shown
+
+_FORMAT = "equiformer2.pruning_plan"
+_VERSION = 1
+_MOST_BYTES = 16 << 20
+_MOST_BLOCKS = 256
+_KEEP_ALL = BlockPlan()
+
+
+def check_prunable(config: ModelConfig) -> None:
+    """Raise `InputError` for networks that have parts without rules for pruning."""
+    if config.use_swiglu_s2_act:
+        raise InputError(
+            "a network with model.use_swiglu_s2_act cannot be pruned: train a smaller one, or one without it"
+        )
+    check_config(config, "pruning")
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningPlan:
+    """What is kept of every block, of both heads, and of the channels common to all of them.
+
+    Immutable and hashable. Indices count in the network that the plan is applied to, which may itself be
+    pruned already: `first.compose(second)` is `second` applied after `first`.
+
+    Attributes:
+        blocks: one per block. Blocks keep their numbers: one that loses both branches stays, empty.
+        sphere_channels: kept channels of the atoms' features in all of the network; None for all.
+        force_head: of the attention of the force head.
+        energy_head: of the feed-forward network of the energy head.
+    """
+
+    blocks: tuple[BlockPlan, ...]
+    sphere_channels: tuple[int, ...] | None = None
+    force_head: BlockPlan = _KEEP_ALL
+    energy_head: BlockPlan = _KEEP_ALL
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        if self.sphere_channels is not None:
+            kept = check_indices(self.sphere_channels, "pruning plan: sphere_channels")
+            object.__setattr__(self, "sphere_channels", kept)
+
+    @classmethod
+    def keep_all(cls, config: ModelConfig) -> PruningPlan:
+        """The plan that changes nothing: where to start from.
+
+        Raises:
+            InputError: networks of `config` cannot be pruned.
+        """
+        check_prunable(config)
+        return cls((_KEEP_ALL,) * config.num_layers)
+
+    def with_block(self, index: int, **changes: Any) -> PruningPlan:
+        """A copy with other fields of block `index`, as `with_block(3, heads=(0, 2), mmax=1)`."""
+        if not 0 <= index < len(self.blocks):
+            raise InputError(f"pruning plan: there is no block {index}, only 0 … {len(self.blocks) - 1}")
+        block = dataclasses.replace(self.blocks[index], **changes)
+        return dataclasses.replace(self, blocks=(*self.blocks[:index], block, *self.blocks[index + 1 :]))
+
+    def checked(self, config: ModelConfig) -> PruningPlan:
+        """The same plan in its one canonical form (None wherever all is kept), so that equal plans are equal.
+
+        Raises:
+            InputError: the plan does not fit a network of `config`; block and field are named.
+        """
+        check_prunable(config)
+        if len(self.blocks) != config.num_layers:
+            raise InputError(
+                f"pruning plan: it is for {len(self.blocks)} blocks, the network has {config.num_layers}"
+            )
+        if self.force_head != _KEEP_ALL and not config.regress_forces:
+            raise InputError("pruning plan: force_head cuts a head that the network does not have")
+        blocks = [
+            plan.checked(config.block(index), config, f"block {index}")
+            for index, plan in enumerate(self.blocks)
+        ]
+        for name, head, other in (
+            ("force_head", self.force_head, "feed_forward"),
+            ("energy_head", self.energy_head, "attention"),
+        ):
+            head.check_is_head(f"pruning plan: {name}", other)
+        return PruningPlan(
+            tuple(blocks),
+            without_full(self.sphere_channels, config.sphere_channels, "pruning plan: sphere_channels"),
+            self.force_head.checked(config.force_block, config, "force_head"),
+            self.energy_head.checked(config.energy_block, config, "energy_head"),
+        )
+
+    def applied_to(self, config: ModelConfig) -> ModelConfig:
+        """The configuration of the pruned network.
+
+        Raises:
+            InputError: as `checked`.
+        """
+        plan = self.checked(config)
+        channels = config.sphere_channels if plan.sphere_channels is None else len(plan.sphere_channels)
+        own = config.blocks or (None,) * config.num_layers
+        blocks = tuple(
+            cut.applied_to(old, config.block(index))
+            for index, (cut, old) in enumerate(zip(plan.blocks, own, strict=True))
+        )
+        return dataclasses.replace(
+            config,
+            sphere_channels=channels,
+            blocks=tuple(block or BlockConfig() for block in blocks) if any(blocks) else None,
+            force_head=plan.force_head.applied_to(config.force_head, config.force_block),
+            energy_head=plan.energy_head.applied_to(config.energy_head, config.energy_block),
+        )
+
+    def compose(self, other: PruningPlan) -> PruningPlan:
+        """This plan and then `other`, whose indices count in the network that this one has pruned already.
+
+        Raises:
+            InputError: `other` keeps something that this plan has removed.
+        """
+        if len(self.blocks) != len(other.blocks):
+            raise InputError(
+                f"pruning plans for {len(self.blocks)} and for {len(other.blocks)} blocks cannot be composed"
+            )
+        blocks = [
+            first.compose(second, f"block {index}")
+            for index, (first, second) in enumerate(zip(self.blocks, other.blocks, strict=True))
+        ]
+        return PruningPlan(
+            tuple(blocks),
+            compose_indices(self.sphere_channels, other.sphere_channels, "pruning plan: sphere_channels"),
+            self.force_head.compose(other.force_head, "force_head"),
+            self.energy_head.compose(other.energy_head, "energy_head"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; what is None or True, as in a plan that keeps everything, is left out."""
+        values: dict[str, Any] = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "blocks": [block.to_dict() for block in self.blocks],
+        }
+        if self.sphere_channels is not None:
+            values["sphere_channels"] = list(self.sphere_channels)
+        for name in ("force_head", "energy_head"):
+            if head := getattr(self, name).to_dict():
+                values[name] = head
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Any, source: str = "the pruning plan") -> PruningPlan:
+        """Inverse of `to_dict`.
+
+        Raises:
+            InputError: naming `source` and the key that is missing, unknown or of the wrong kind.
+        """
+        if not isinstance(values, Mapping) or values.get("format") != _FORMAT:
+            raise InputError(f"{source} is no pruning plan: its key 'format' must be '{_FORMAT}'")
+        version = values.get("version")
+        if isinstance(version, bool) or version != _VERSION:
+            raise InputError(f"{source} is of version {shown(version)}; only {_VERSION} is read")
+        known = ["format", "version", *(field.name for field in dataclasses.fields(cls))]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key)[:100], known, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                raise InputError(f"{source}: unknown key {shown(key)}{hint}")
+        blocks = values.get("blocks")
+        if not isinstance(blocks, list | tuple):
+            raise InputError(f"{source}: blocks must be a list with one entry per block")
+        if len(blocks) > _MOST_BLOCKS:
+            raise InputError(f"{source} is for {len(blocks)} blocks; a network has at most {_MOST_BLOCKS}")
+        heads = {
+            name: BlockPlan.from_dict(values[name], f"{source}: {name}")
+            for name in ("force_head", "energy_head")
+            if name in values
+        }
+        parts = tuple(BlockPlan.from_dict(block, f"{source}: block {i}") for i, block in enumerate(blocks))
+        try:
+            return cls(parts, values.get("sphere_channels"), **heads)
+        except InputError as error:
+            raise InputError(f"{source}: {str(error).removeprefix('pruning plan: ')}") from error
+
+    def to_json(self) -> str:
+        """Text of `to_dict`."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "the pruning plan") -> PruningPlan:
+        """Inverse of `to_json`.
+
+        Raises:
+            InputError: as `from_dict`, and if the text is not JSON.
+        """
+        with as_input_error():
+            values = load_json(text, source, _MOST_BYTES)
+        return cls.from_dict(values, source)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as a JSON file, whole or not at all."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningPlan:
+        """Read a file of `save`.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            InputError: as `from_json`, naming the file.
+        """
+        with as_input_error():
+            text = read_text(path, _MOST_BYTES)
+        return cls.from_json(text, str(path))
