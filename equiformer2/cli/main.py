@@ -1,6 +1,5 @@
 """Dispatch of the console command `equiformer2`, and the entries in `scripts/`."""
 
-import argparse
 import contextlib
 import json
 import sys
@@ -89,7 +88,7 @@ def build_parser() -> Parser:
             place = groups[group[0]]
         command = _load(words)
         text = _description(command)
-        own = place.add_parser(name, help=text.partition("\n")[0].rstrip("."), description=text)
+        own = place.add_parser(name, help=text.partition("\n")[0], description=text)
         _add_arguments(own, command)
     return parser
 
@@ -113,7 +112,9 @@ def _run(arguments: list[str]) -> int:
         return command.run(options).status
     with contextlib.redirect_stdout(sys.stderr):
         result = command.run(options)
-    document = {**header(f"{words.replace(' ', '-')}/1", result.checkpoint), **result.record}
+    document = dict(result.record)
+    if "schema" not in document:
+        document = {**header(f"{words.replace(' ', '-')}/1", result.checkpoint), **document}
     print(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False, default=str))
     return result.status
 
