@@ -27,7 +27,7 @@ from equiformer2.inference import Predictor
 from equiformer2.training.cli import parse
 from equiformer2.training.config_values import CALLBACKS
 from equiformer2.training.evaluation import evaluate, open_dataset, table
-from equiformer2.training.folder import WandbSettings
+from equiformer2.training.wandb_logging import WandbSettings
 from equiformer2.training.learning_curve import errors_by_system
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.resume_state import read_resume_state
