@@ -24,15 +24,15 @@ from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
-from equiformer2.training.cli import parse
 from equiformer2.training.config_values import CALLBACKS
+from equiformer2.training.configuration import parse
 from equiformer2.training.evaluation import evaluate, open_dataset, table
-from equiformer2.training.wandb_logging import WandbSettings
 from equiformer2.training.learning_curve import errors_by_system
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.resume_state import read_resume_state
 from equiformer2.training.run import train
 from equiformer2.training.task import S2EFTask
+from equiformer2.training.wandb_logging import WandbSettings
 
 ROOT = Path(__file__).parents[2]
 LMDB = ROOT / "tests" / "fixtures" / "datasets_oc20" / "s2ef_val_20.lmdb"

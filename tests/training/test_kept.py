@@ -13,7 +13,7 @@ import torch
 
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes
-from equiformer2.training.cli import parse
+from equiformer2.training.configuration import parse
 from equiformer2.training.folder import RunFolder
 from equiformer2.training.resume_state import OlderCheckpoints, read_resume_state
 from equiformer2.training.run import train

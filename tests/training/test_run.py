@@ -18,7 +18,7 @@ from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
-from equiformer2.training.cli import parse
+from equiformer2.training.configuration import parse
 from equiformer2.training.evaluation import (
     average,
     draw_figures,
