@@ -136,7 +136,7 @@ def check_while_restoring(trainer: pl.Trainer, path: Path) -> None:
             restore_training()
             optimizer = trainer.optimizers[0]
             for parameter in (one for group in optimizer.param_groups for one in group["params"]):
-                moments = optimizer.state.get(parameter)
+                moments: dict[str, Any] = optimizer.state.get(parameter) or {}
                 for name in ("exp_avg", "exp_avg_sq") if moments else ():
                     value = moments.get(name)
                     if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
