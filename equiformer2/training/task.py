@@ -356,7 +356,7 @@ class S2EFTask(pl.LightningModule):
             self.guard.load_state_dict(state["guard"])
 
     def _model_settings(self) -> dict[str, Any]:
-        """Settings of the model that the weights belong to; some, such as cutoffs and grids, show in no tensor."""
+        """Settings that the weights belong to; some, such as cutoffs and grids, show in no tensor."""
         config = self.model.config
         if not isinstance(config, ModelConfig):  # tests train stand-ins
             return {}
