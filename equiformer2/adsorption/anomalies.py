@@ -198,7 +198,7 @@ class _Rules:
 
     @staticmethod
     def _gaps(first: Atoms, second: Atoms, factor: float) -> np.ndarray:
-        """Measure `[A, B]` Å from the distance at which atoms touch to their nearest images; negative: touching.
+        """Measure how far, `[A, B]` Å, nearest images are from touching; negative where they touch.
 
         An atom and itself (`first` is `second`) are compared with its nearest periodic image.
         """
