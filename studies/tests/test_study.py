@@ -18,8 +18,8 @@ from equiformer2.pruning.analysis.pareto import Recovery, Study, StudySettings
 from equiformer2.pruning.analysis.pareto_report import markdown, summarise, write_report
 from equiformer2.pruning.cost.latency import compare_latency
 from equiformer2.pruning.cost.targets import LatencyTarget, MacTarget
-from equiformer2.pruning.structured.make_plan import PlanRequest, make_plan
 from equiformer2.pruning.structured.plan import PruningPlan
+from equiformer2.pruning.structured.plan_request import PlanRequest, make_plan
 from tests.pruning.search_helpers import save_tiny, slab, slabs, tiny_model, write_lmdb
 
 PRUNE = Path(__file__).parents[2] / "scripts" / "prune.py"

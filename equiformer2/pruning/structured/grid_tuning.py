@@ -1,4 +1,4 @@
-"""The smallest S2 grids that a tolerance allows.
+"""Search for the smallest S2 grids that a tolerance allows.
 
 The nonlinearities sample the sphere. A grid that is too coarse aliases: the longitudes in the attention
 decide how much the angle of the edge frame shows, the grid of the feed-forward networks how much a rotation
@@ -24,21 +24,21 @@ from equiformer2.graph import RadiusGraph
 from equiformer2.model import EquiformerV2
 from equiformer2.model.grid_resolution import GridResolution
 from equiformer2.model.so3.grid import smallest_resolution
+from equiformer2.pruning.calibration import UNLABELLED
 from equiformer2.pruning.cost.operations import count_macs
 
 Measure = Literal["drift", "rotation"]
-_FIELDS = ("pos", "atomic_numbers", "cell", "pbc", "natoms", "tags", "fixed", "sid", "fid")
 
 
 @dataclass(frozen=True)
 class GridRow:
-    """One pair of grids that was tried.
+    """Pair of grids that was tried.
 
     Attributes:
-        resolution: of both.
+        resolution: points of both grids.
         drift: change of the outputs against the network as it was: the larger of the mean change of a force
             over the mean force (free atoms), and the mean change of an energy in normalised units.
-        rotation: the same for its own outputs when the structures are rotated.
+        rotation: change of its own outputs, measured in the same way, when the structures are rotated.
         macs: operations of a pass over the calibration structures, relative to the network as it was.
     """
 
@@ -48,18 +48,19 @@ class GridRow:
     macs: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
 class GridChoice:
-    """What `tune_grid` found.
+    """Result of `tune_grid`.
 
     Attributes:
-        resolution: the choice.
-        rows: all that was tried, the network as it was first, and the choice once more at the end.
-        tol: the tolerance, of `measure`.
+        resolution: points of the chosen grids.
+        rows: all pairs that were tried, the network as it was first, and the choice once more at the end.
+        tol: largest deviation that was allowed.
+        measure: deviation that was measured, `drift` or `rotation`.
     """
 
     resolution: GridResolution
@@ -68,12 +69,12 @@ class GridChoice:
     measure: Measure
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self)
 
 
 def present_grids(model: EquiformerV2) -> GridResolution:
-    """Both grids of a network, its default ones written out."""
+    """Return both grids of a network, its default ones written out."""
     config = model.config
 
     def pair(grid: int | tuple[int, int] | None, mmax: int) -> tuple[int, int]:
@@ -84,7 +85,14 @@ def present_grids(model: EquiformerV2) -> GridResolution:
 
 
 def with_grids(model: EquiformerV2, resolution: GridResolution) -> EquiformerV2:
-    """A network with the same weights on other grids, in evaluation mode.
+    """Make a network with the same weights on other grids, in evaluation mode.
+
+    Args:
+        model: network to copy; it is left as it is.
+        resolution: points of both grids.
+
+    Returns:
+        The copy, on the device, in the precision and with the backend of `model`.
 
     Raises:
         InputError: a grid cannot hold the degrees and orders of the network.
@@ -108,20 +116,23 @@ def tune_grid(
     seed: int = 0,
     progress: Callable[[GridRow], None] | None = None,
 ) -> GridChoice:
-    """The smallest grids whose measured deviation stays below `tol`.
+    """Find the smallest grids whose measured deviation stays below `tol`.
 
     For each module, attention first, fewer longitudes are tried and then fewer latitudes. Every trial is
     measured with the other module's grid as chosen so far: the deviation of the choice is that of both.
 
     Args:
-        model: of which the outputs are to stay; not changed.
+        model: network whose outputs are to stay; it is left as it is.
         structures: at least one, with forces that are not zero (unlabelled).
         tol: largest deviation, a pure number (see `GridRow`).
         measure: `drift`: outputs stay those of `model`, and no grid is made larger. `rotation`: outputs turn
             with the structures; grids may also become finer than they are, and outputs drift.
         batch_size: structures per forward pass.
-        seed: of the rotations.
+        seed: random seed of the rotations.
         progress: called with every row as it is measured.
+
+    Returns:
+        The chosen grids and all that were tried.
 
     Raises:
         InputError: no structures, a tolerance that is not positive, or one that fine grids do not reach.
@@ -136,7 +147,11 @@ def tune_grid(
     start = present_grids(model)
     trials.measured(start)
     config = model.config
-    best = start if measure == "drift" else _finer(start)
+    best = start
+    if measure == "rotation":
+        # Twice as many latitudes, and an odd number of longitudes of at least twice as many.
+        finer = [(2 * latitudes, 2 * longitudes + 1) for latitudes, longitudes in (start.attn, start.ffn)]
+        best = GridResolution(*finer)
 
     def deviation(resolution: GridResolution) -> float:
         return float(getattr(trials.measured(resolution), measure))
@@ -167,12 +182,6 @@ def tune_grid(
     return GridChoice(best, (*trials.rows, trials.measured(best)), tol, measure)
 
 
-def _finer(resolution: GridResolution) -> GridResolution:
-    """Twice as many latitudes, and an odd number of longitudes of at least twice as many."""
-    (a, b), (c, d) = resolution.attn, resolution.ffn
-    return GridResolution((2 * a, 2 * b + 1), (2 * c, 2 * d + 1))
-
-
 class _Trials:
     """Measures pairs of grids, each once."""
 
@@ -187,14 +196,21 @@ class _Trials:
         self.model, self.progress = model, progress
         self.rows: list[GridRow] = []
         generator = torch.Generator().manual_seed(seed)
+
+        def rotation() -> Tensor:
+            """Random proper rotation `[3, 3]` float64."""
+            q, r = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=generator))
+            q = q * torch.sign(torch.diagonal(r))
+            return q * torch.linalg.det(q)
+
         device, dtype = model.sphere_embedding.weight.device, model.sphere_embedding.weight.dtype
         self.batches: list[tuple[Batch, RadiusGraph, RadiusGraph, Tensor]] = []
         self.atoms, self.edges = 0, 0
         for first in range(0, len(structures), batch_size):
             chosen = structures[first : first + batch_size]
-            alike = [Data(**{name: one[name] for name in _FIELDS if name in one}) for one in chosen]
+            alike = [Data(**{name: one[name] for name in UNLABELLED if name in one}) for one in chosen]
             batch = Batch.from_data_list(alike).to(device)
-            turns = torch.stack([_rotation(generator) for _ in chosen]).to(device, dtype)[batch.batch]
+            turns = torch.stack([rotation() for _ in chosen]).to(device, dtype)[batch.batch]
             with naming_structures(batch):
                 graph = model.build_graph(batch).in_precision(dtype)
             # Which of equally distant neighbours are kept may change with a rotation: the edges are turned.
@@ -207,7 +223,7 @@ class _Trials:
         self.macs = count_macs(model, self.atoms, self.edges).total
 
     def measured(self, resolution: GridResolution) -> GridRow:
-        """The row of these grids."""
+        """The row of these grids, measured at the first call."""
         for row in self.rows:
             if row.resolution == resolution:
                 return row
@@ -215,8 +231,8 @@ class _Trials:
         answers = self._answers(model) if self.rows else self.before
         row = GridRow(
             resolution,
-            drift=_deviation([(a, b) for (a, _), (b, _) in zip(answers, self.before, strict=True)]),
-            rotation=_deviation([(turned, plain) for plain, turned in answers]),
+            drift=self._deviation([(a, b) for (a, _), (b, _) in zip(answers, self.before, strict=True)]),
+            rotation=self._deviation([(turned, plain) for plain, turned in answers]),
             macs=count_macs(model, self.atoms, self.edges).total / self.macs,
         )
         self.rows.append(row)
@@ -227,38 +243,37 @@ class _Trials:
     @torch.no_grad()
     def _answers(self, model: EquiformerV2) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """Per batch outputs of the structures, and of the rotated ones turned back; forces of free atoms."""
-        found = []
+        answers = []
         for batch, graph, turned, turns in self.batches:
             plain, rotated = dict(model(batch, graph=graph)), dict(model(batch, graph=turned))
             if "forces" in plain:
                 back = torch.einsum("nji,nj->ni", turns.to(plain["forces"]), rotated["forces"])
                 free = ~batch.fixed.bool() if "fixed" in batch else slice(None)
                 plain["forces"], rotated["forces"] = plain["forces"][free], back[free]
-            found.append((plain, rotated))
-        return found
+            answers.append((plain, rotated))
+        return answers
 
-
-def _deviation(pairs: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> float:
-    """The larger of the relative change of forces and the mean change of an energy, over all batches."""
-    changed = torch.cat([a["energy"] - b["energy"] for a, b in pairs]).abs().double().mean()
-    forces = [(a["forces"] - b["forces"], b["forces"]) for a, b in pairs if "forces" in b]
-    moved = sum(float(change.norm(dim=1).double().sum()) for change, _ in forces)
-    length = sum(float(force.norm(dim=1).double().sum()) for _, force in forces)
-    relative = moved / length if length else 0.0
-    return max(float(changed), relative) if math.isfinite(relative) else math.inf
-
-
-def _rotation(generator: torch.Generator) -> Tensor:
-    """A random proper rotation `[3, 3]` float64."""
-    q, r = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=generator))
-    q = q * torch.sign(torch.diagonal(r))
-    return q * torch.linalg.det(q)
+    @staticmethod
+    def _deviation(pairs: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> float:
+        """The larger of the relative change of forces and the mean change of an energy, over all batches."""
+        changed = torch.cat([a["energy"] - b["energy"] for a, b in pairs]).abs().double().mean()
+        forces = [(a["forces"] - b["forces"], b["forces"]) for a, b in pairs if "forces" in b]
+        moved = sum(float(change.norm(dim=1).double().sum()) for change, _ in forces)
+        length = sum(float(force.norm(dim=1).double().sum()) for _, force in forces)
+        relative = moved / length if length else 0.0
+        return max(float(changed), relative) if math.isfinite(relative) else math.inf
 
 
 def write_with_grids(
     source: str | Path, energy_kind: str | None, choice: GridChoice, out: str | Path
 ) -> None:
-    """Write `source` with the chosen grids, with all the weights that it holds.
+    """Write a checkpoint with the chosen grids and all the weights (raw, averaged) of another one.
+
+    Args:
+        source: checkpoint of the network that was tuned.
+        energy_kind: kind of energy of a checkpoint that does not state its own.
+        choice: result of `tune_grid`.
+        out: checkpoint to write.
 
     Raises:
         InputError: `source` cannot be read, or does not state its kind of energy and `energy_kind` is None;

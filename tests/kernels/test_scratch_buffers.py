@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from equiformer2.kernels import scratch as module
-from equiformer2.kernels.scratch import scratch
+from equiformer2.kernels import scratch_buffers as module
+from equiformer2.kernels.scratch_buffers import scratch
 
 
 def addresses(tensors: list[Tensor]) -> list[int]:
@@ -66,7 +66,7 @@ def test_after_inference_mode_it_can_be_used_in_training() -> None:
 
 FAULTS = """
 import resource, sys, torch
-from equiformer2.kernels.scratch import keep_freed_memory
+from equiformer2.kernels.scratch_buffers import keep_freed_memory
 if sys.argv[1:]:
     keep_freed_memory()
 def work():

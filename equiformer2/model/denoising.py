@@ -16,10 +16,10 @@ from e3nn import o3
 from torch import Tensor, nn
 
 from equiformer2.errors import InputError
-from equiformer2.kernels.aggregate import widened
+from equiformer2.kernels.aggregate import at_least_float32
 from equiformer2.model.attention import SO2EquivariantGraphAttention
 from equiformer2.model.config import ModelConfig
-from equiformer2.model.edges import EdgeContext
+from equiformer2.model.edge_context import EdgeContext
 from equiformer2.model.initialization import initialize_weights
 from equiformer2.model.so3 import S2Grid
 
@@ -87,7 +87,7 @@ class Denoising(nn.Module):
 
     def noise(self, x: Tensor, edges: EdgeContext) -> Tensor:
         """Displacements `[N, 3]` in units of the noise, from the normed features `[N, K, C]`."""
-        return widened(self.head.vectors(x, edges).squeeze(2))
+        return at_least_float32(self.head.vectors(x, edges).squeeze(2))
 
 
 def check_encoded(encoded: EncodedForces, model: "EquiformerV2", num_atoms: int) -> None:

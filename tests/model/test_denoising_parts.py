@@ -11,7 +11,7 @@ from torch_geometric.data import Batch
 from equiformer2 import EquiformerV2
 from equiformer2.errors import InputError
 from equiformer2.kernels.backend import why_not
-from equiformer2.model.dens import EncodedForces, ForceEmbedding, without_denoising
+from equiformer2.model.denoising import EncodedForces, ForceEmbedding, without_denoising
 
 WHOLE_SHELLS = {"max_neighbors": 20, "enforce_max_neighbors_strictly": False}
 # No sphere grid: only rounding is left.

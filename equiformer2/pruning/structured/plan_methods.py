@@ -1,4 +1,4 @@
-"""Every way to a structured plan by its name."""
+"""Methods that make a structured plan, by their names: searches and baselines."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,15 +28,18 @@ def search_settings(
     sphere: bool = False,
     importance: Literal["michel", "taylor"] = "michel",
 ) -> SearchSettings:
-    """How `method` searches.
+    """Return the settings of a search by its name.
 
     Args:
         method: `multi` (all dimensions at once), `multi_staged` (MultiPruner's sequence of dimensions) or
             `block` (BlockPruner).
-        tries: cuts tried per step.
-        seed: of the draws.
+        tries: number of cuts tried per step.
+        seed: random seed.
         sphere: also cut channels of the atoms' features; recover by training afterwards.
-        importance: by which units are ranked before any cut is tried.
+        importance: importance by which units are ranked before any cut is tried.
+
+    Returns:
+        Settings for `GreedySearch`.
 
     Raises:
         InputError: an unknown method.
@@ -66,7 +69,7 @@ def find_plan(
     cost: Cost,
     target: float,
     *,
-    wanted: Mapping[str, float] | None = None,
+    shares: Mapping[str, float] | None = None,
     seed: int = 0,
     tries: int = 8,
     sphere: bool = False,
@@ -74,20 +77,26 @@ def find_plan(
     state_path: AnyPath | None = None,
     progress: bool = True,
 ) -> tuple[PruningPlan, dict[str, Any]]:
-    """A plan that costs at most `target`, and what there is to say about how it was found.
+    """Find a plan that costs at most `target`.
 
     Args:
-        method: of `METHODS`.
-        model, normalizers, calibration: the dense network and structures with its answers.
-        cost: of a plan, in the unit of `target`.
-        target: to come down to.
-        wanted: parts of the cost (`CombinedTarget.wanted`); a stored search for another cost is not continued.
-        seed: of everything drawn.
-        tries: cuts tried per step of a search.
+        method: name of the method, of `METHODS`.
+        model: dense network.
+        normalizers: units of its outputs.
+        calibration: structures with its answers.
+        cost: cost of a plan, in the unit of `target`.
+        target: cost to come down to.
+        shares: parts of the cost (`CombinedTarget.shares`); a stored search for others is not continued.
+        seed: random seed.
+        tries: number of cuts tried per step of a search.
         sphere: let a search cut channels of the atoms' features, too.
-        importance: by which a search ranks units before it tries cuts (see `importance`).
-        state_path: where a search keeps its state, from which it continues.
+        importance: importance by which a search ranks units before it tries cuts (see `importance`).
+        state_path: file of a search's state, from which it continues; None keeps none.
         progress: show a progress bar.
+
+    Returns:
+        The plan in canonical form, and the numbers of cuts made and tried by a search (empty for a
+        baseline).
 
     Raises:
         InputError: an unknown method, a target that it cannot reach, a state of another search.
@@ -103,8 +112,8 @@ def find_plan(
         return uniform_plan(model, cost, target), {}
     settings = search_settings(method, tries, seed, sphere, importance)
     search = GreedySearch(
-        model, normalizers, calibration, cost, target, settings, state_path, progress=progress, wanted=wanted
+        model, normalizers, calibration, cost, target, settings, state_path, progress=progress, shares=shares
     )
     state = search.run()
-    found = {"cuts": len(state.steps), "tried": sum(step.tried for step in state.steps)}
-    return state.plan.checked(model.config), found
+    counts = {"cuts": len(state.steps), "tried": sum(step.tried for step in state.steps)}
+    return state.plan.checked(model.config), counts

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from equiformer2.errors import InputError
 from equiformer2.kernels import chunks
-from equiformer2.model.requests import OutputRequest, receptive_fields
+from equiformer2.model.output_request import OutputRequest, receptive_fields
 
 
 def close(a: Tensor, b: Tensor) -> None:
@@ -112,7 +112,7 @@ def test_gradients_of_what_is_read() -> None:
         (OutputRequest(True, torch.ones(14)), "one true or false per atom"),
     ],
 )
-def test_requests_that_do_not_fit(request_: OutputRequest, message: str) -> None:
+def test_output_request_that_do_not_fit(request_: OutputRequest, message: str) -> None:
     with pytest.raises(InputError, match=message):
         random_model()(batch_of(slab()), request=request_)
     with pytest.raises(InputError, match="predicts no forces"):

@@ -1,4 +1,4 @@
-"""From a checkpoint and data to a plan, and from a plan to a checkpoint: what `scripts/prune.py` calls."""
+"""Make a plan from a checkpoint and data, and a smaller checkpoint from a plan."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,30 +16,30 @@ from equiformer2.pruning.calibration import FORCE_WEIGHT, Calibration
 from equiformer2.pruning.calibration_data import read_structures
 from equiformer2.pruning.cost.targets import CombinedTarget, LatencyTarget, MacTarget, ParameterTarget, Target
 from equiformer2.pruning.structured.apply import masked, shrink
-from equiformer2.pruning.structured.methods import find_plan
 from equiformer2.pruning.structured.plan import PruningPlan
+from equiformer2.pruning.structured.plan_methods import find_plan
 
 _ANY = 0.5
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What to find a plan for.
+    """Order of a plan: network, calibration structures, targets and method.
 
     Attributes:
-        checkpoint: of the dense network.
-        data: structures to calibrate on, as in `read_structures`.
+        checkpoint: file of the dense network.
+        data: files of calibration structures, as in `read_structures`.
         targets: `macs=F`, `parameters=F` or `latency=F` with the share F that stays; all are to be reached.
-        method: of `methods.METHODS`.
+        method: name of the method, of `plan_methods.METHODS`.
         weights: `raw` or `averaged`; None for the averaged ones where there are any.
-        structures: how many to calibrate on.
-        tries: cuts tried per step of a search.
+        structures: number of calibration structures.
+        tries: number of cuts tried per step of a search.
         sphere: let a search cut the channels of the atoms' features.
-        importance: by which a search ranks units before it tries cuts: `michel` or `taylor`.
+        importance: importance by which a search ranks units before it tries cuts: `michel` or `taylor`.
         force_weight: λ of the loss, Å.
         batch_size: structures per forward pass.
-        device: to compute on.
-        seed: of the choice of structures and of everything drawn.
+        device: device to compute on.
+        seed: random seed, also of the choice of structures.
     """
 
     checkpoint: str
@@ -58,15 +58,16 @@ class PlanRequest:
 
 
 @dataclass(frozen=True)
-class MadePlan:
-    """A plan and what it does.
+class PlanResult:
+    """Plan with its costs and errors; as text, a summary in two lines.
 
     Attributes:
         plan: the plan.
-        macs, parameters: shares that stay.
+        macs: share of the operations that stays.
+        parameters: share of the parameters that stays.
         latency: measured share of the time where that was a target.
-        errors: against the dense network on the calibration structures (`Discrepancy.averages`).
-        found: how a search went.
+        errors: errors against the dense network on the calibration structures (`Discrepancy.averages`).
+        search: numbers of cuts that a search made and tried.
     """
 
     plan: PruningPlan
@@ -74,43 +75,68 @@ class MadePlan:
     parameters: float
     latency: float | None
     errors: dict[str, float | None]
-    found: dict[str, Any]
+    search: dict[str, Any]
+
+    def __str__(self) -> str:
+        costs = [f"{self.macs:.1%} of the MACs", f"{self.parameters:.1%} of the parameters"]
+        if self.latency is not None:
+            costs.append(f"{self.latency:.1%} of the time")
+        errors = [
+            f"{text} {self.errors[name]:.4f} {unit}"
+            for name, text, unit in (
+                ("force_mae", "force MAE", "eV/Å"),
+                ("energy_per_atom", "energy", "eV/atom"),
+                ("loss", "loss", "eV"),
+            )
+            if self.errors[name] is not None
+        ]
+        return (
+            f"stays: {', '.join(costs)}\n"
+            f"against the dense network, calibration structures: {', '.join(errors)}"
+        )
 
 
-def make_plan(request: PlanRequest, state_path: AnyPath | None = None, progress: bool = True) -> MadePlan:
-    """Find the plan; a search continues from `state_path` where there is one.
+def make_plan(request: PlanRequest, state_path: AnyPath | None = None, progress: bool = True) -> PlanResult:
+    """Find the plan of a request.
 
-    The times of a target of latency are kept beside it, as `NAME.times.json`.
+    Args:
+        request: network, data, targets and method.
+        state_path: file of a search's state, from which it continues; the times of a target of latency are
+            kept beside it, as `NAME.times.json`. None keeps none.
+        progress: show a progress bar.
+
+    Returns:
+        The plan with its costs and errors.
 
     Raises:
         InputError: a target that is not understood or cannot be reached, an unknown method.
         datasets_oc20.DataError: data that cannot be read.
     """
     state_path = None if state_path is None else Path(state_path)
-    wanted = _parse_targets(request.targets)
+    shares = _parse_targets(request.targets)
     checkpoint = load_checkpoint(request.checkpoint, request.weights, device=request.device)
     model = checkpoint.model.eval()
     structures = read_structures(request.data, request.structures, request.seed)
     calibration = Calibration(
         model, checkpoint.normalizers, structures, request.batch_size, request.force_weight
     )
-    macs = MacTarget(model.config, wanted.get("macs", _ANY), *calibration.size)
-    parameters = ParameterTarget(model.config, wanted.get("parameters", _ANY))
+    macs = MacTarget(model.config, shares.get("macs", _ANY), *calibration.size)
+    parameters = ParameterTarget(model.config, shares.get("parameters", _ANY))
     targets: dict[str, Target] = {"macs": macs, "parameters": parameters}
     latency = None
-    if "latency" in wanted:
+    if "latency" in shares:
         first = Batch.from_data_list(calibration.structures[:1]).to(request.device)
         times = None if state_path is None else state_path.with_suffix(".times.json")
-        latency = targets["latency"] = LatencyTarget(model, first, wanted["latency"], times)
-    together = CombinedTarget([targets[quantity] for quantity in wanted])
-    plan, found = find_plan(
+        latency = targets["latency"] = LatencyTarget(model, first, shares["latency"], times)
+    combined = CombinedTarget([targets[quantity] for quantity in shares])
+    plan, search = find_plan(
         request.method,
         model,
         checkpoint.normalizers,
         calibration,
-        together.cost,
-        together.target,
-        wanted=together.wanted,
+        combined.cost,
+        combined.target,
+        shares=combined.shares,
         seed=request.seed,
         tries=request.tries,
         sphere=request.sphere,
@@ -121,30 +147,19 @@ def make_plan(request: PlanRequest, state_path: AnyPath | None = None, progress:
     with masked(model, plan):
         errors = calibration.discrepancy(model).averages()
     time = None if latency is None else latency.measured(plan)
-    return MadePlan(plan, macs.fraction_of(plan), parameters.fraction_of(plan), time, errors, found)
-
-
-def summary(made: MadePlan) -> str:
-    """What stays and what it changes, in two lines."""
-    stays = [f"{made.macs:.1%} of the MACs", f"{made.parameters:.1%} of the parameters"]
-    if made.latency is not None:
-        stays.append(f"{made.latency:.1%} of the time")
-    errors = [
-        f"{text} {made.errors[name]:.4f} {unit}"
-        for name, text, unit in (
-            ("force_mae", "force MAE", "eV/Å"),
-            ("energy_per_atom", "energy", "eV/atom"),
-            ("loss", "loss", "eV"),
-        )
-        if made.errors[name] is not None
-    ]
-    return (
-        f"stays: {', '.join(stays)}\nagainst the dense network, calibration structures: {', '.join(errors)}"
-    )
+    return PlanResult(plan, macs.fraction_of(plan), parameters.fraction_of(plan), time, errors, search)
 
 
 def apply_plan(checkpoint: str | Path, plan: PruningPlan, out: AnyPath) -> tuple[int, int]:
-    """Write the smaller network with all weights that the file holds; numbers of parameters before and after.
+    """Write the smaller network of a plan with all weights (raw, averaged) that the file holds.
+
+    Args:
+        checkpoint: file of the network that the plan was made for.
+        plan: units to keep.
+        out: checkpoint to write.
+
+    Returns:
+        Numbers of parameters before and after.
 
     Raises:
         InputError: the plan does not fit the network, or `out` is the checkpoint itself.
@@ -170,18 +185,18 @@ def apply_plan(checkpoint: str | Path, plan: PruningPlan, out: AnyPath) -> tuple
 
 
 def _parse_targets(texts: Sequence[str]) -> dict[str, float]:
-    """Quantity -> share that stays."""
-    wanted: dict[str, float] = {}
+    """Read targets such as `macs=0.5`, quantity -> share that stays."""
+    shares: dict[str, float] = {}
     for text in texts:
         quantity, _, number = text.partition("=")
         try:
             share = float(number)
         except ValueError:
             share = float("nan")
-        if quantity not in ("macs", "parameters", "latency") or not 0 < share < 1 or quantity in wanted:
+        if quantity not in ("macs", "parameters", "latency") or not 0 < share < 1 or quantity in shares:
             raise InputError(
                 f"the target {text!r} is not understood: give macs=0.5, parameters=0.5 or latency=0.6, "
                 "each at most once"
             )
-        wanted[quantity] = share
-    return wanted
+        shares[quantity] = share
+    return shares
