@@ -44,8 +44,7 @@ def exit_status(main: Callable[[], int | None], debug: bool = False) -> int:
         debug: print tracebacks, those of bad input too.
     """
     global _began
-    _OWN_FOLDERS = ("scripts", "benchmarks", "studies")
-_began = time.monotonic()
+    _began = time.monotonic()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal in ASCII prints Å as \\xc5
             stream.reconfigure(errors="backslashreplace")
@@ -53,6 +52,8 @@ _began = time.monotonic()
     try:
         status = main()
         sys.stdout.flush()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -99,8 +100,12 @@ def origin() -> dict[str, str]:
     """
     script = Path(sys.argv[0])
     if script.suffix == ".py" and script.name != "__main__.py":
-        name = script.name if script.parent.name not in _OWN_FOLDERS else f"{script.parent.name}/{script.name}"
-        words = ["python", name, *sys.argv[1:]]
+        name = (
+            script.name if script.parent.name not in _OWN_FOLDERS else f"{script.parent.name}/{script.name}"
+        )
+        if script.parent.name in ("benchmarks", "studies"):
+            name = f"-m {script.parent.name}.{script.stem}"
+        words = ["python", *name.split(" ", 1), *sys.argv[1:]]
     else:
         words = ["equiformer2", *sys.argv[1:]]
     return {"command": shlex.join(words), "commit": commit()}

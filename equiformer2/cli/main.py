@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
-from equiformer2.cli.command import Command, Parser
+from equiformer2.cli.command import Command, Parser, Result
+from equiformer2.cli.options import checkpoint_file
 from equiformer2.script import exit_status, header
 from equiformer2.version import __version__
 
@@ -37,6 +39,7 @@ COMMANDS = {
     "report": "training:ReportRun",
     "demo": "training:Demo",
     "doctor": "doctor:Doctor",
+    "completion": "main:Completion",
 }
 """Words of a command -> file in this folder and class."""
 if find_spec("equiformer2.cli.doctor") is None:
@@ -89,7 +92,7 @@ def build_parser() -> Parser:
             place = groups[group[0]]
         command = _load(words)
         text = _description(command)
-        own = place.add_parser(name, help=text.partition("\n")[0].rstrip("."), description=text)
+        own = place.add_parser(name, help=text.partition("\n")[0], description=text)
         _add_arguments(own, command)
     return parser
 
@@ -100,6 +103,37 @@ def command_parser(words: str) -> tuple[Command, Parser]:
     parser = Parser(prog=f"equiformer2 {words}", description=_description(command))
     _add_arguments(parser, command)
     return command, parser
+
+
+class Completion(Command):
+    """Print a completion script for a shell.
+
+    For bash, in ~/.bashrc or once per session:
+
+        eval "$(equiformer2 completion bash)"
+
+    For zsh, into a folder of $fpath:
+
+        equiformer2 completion zsh > ~/.zfunc/_equiformer2
+    """
+
+    def add_arguments(self, parser: Parser) -> None:
+        parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="shell to print the script for")
+
+    def run(self, options: argparse.Namespace) -> Result:
+        import shtab
+
+        parser = build_parser()
+        waiting: list[argparse.ArgumentParser] = [parser]
+        while waiting:
+            for action in waiting.pop()._actions:
+                if isinstance(action, argparse._SubParsersAction):
+                    waiting += action.choices.values()
+                elif action.type in (Path, checkpoint_file) or "FILE" in str(action.metavar):
+                    action.complete = shtab.FILE  # type: ignore[attr-defined]
+        text = shtab.complete(parser, shell=options.shell)
+        print(text)
+        return Result({"shell": options.shell, "script": text})
 
 
 def _run(arguments: list[str]) -> int:
@@ -113,7 +147,9 @@ def _run(arguments: list[str]) -> int:
         return command.run(options).status
     with contextlib.redirect_stdout(sys.stderr):
         result = command.run(options)
-    document = {**header(f"{words.replace(' ', '-')}/1", result.checkpoint), **result.record}
+    document = dict(result.record)
+    if "schema" not in document:
+        document = {**header(f"{words.replace(' ', '-')}/1", result.checkpoint), **document}
     print(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False, default=str))
     return result.status
 

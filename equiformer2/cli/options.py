@@ -22,8 +22,8 @@ def checkpoint_file(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def add_checkpoint_arguments(parser: Options) -> None:
-    """Add `--checkpoint` and `--weights`."""
+def add_checkpoint_arguments(parser: Options, weights: bool = True) -> None:
+    """Add `--checkpoint` and, unless told otherwise, `--weights`."""
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -31,18 +31,17 @@ def add_checkpoint_arguments(parser: Options) -> None:
         metavar="FILE|NAME",
         help="native, OCP or fairchem v1 checkpoint file, or the name of a shipped model such as oc20_small",
     )
-    parser.add_argument(
-        "--weights",
-        choices=("raw", "averaged"),
-        help="weights of the checkpoint (default: averaged where the file has them)",
-    )
+    if weights:
+        parser.add_argument(
+            "--weights",
+            choices=("raw", "averaged"),
+            help="weights of the checkpoint (default: averaged where the file has them)",
+        )
 
 
 def add_energy_kind_argument(parser: Options, subject: str = "data that does not declare it") -> None:
     """Add `--energy-kind`."""
-    parser.add_argument(
-        "--energy-kind", choices=ENERGY_KINDS, help=f"kind of the energies, for {subject}"
-    )
+    parser.add_argument("--energy-kind", choices=ENERGY_KINDS, help=f"kind of the energies, for {subject}")
 
 
 def add_device_argument(parser: Options) -> None:
@@ -117,7 +116,9 @@ def add_data_argument(parser: Options) -> None:
     )
 
 
-def add_overwrite_argument(parser: Options, text: str = "replace what an earlier call wrote to --out") -> None:
+def add_overwrite_argument(
+    parser: Options, text: str = "replace what an earlier call wrote to --out"
+) -> None:
     """Add `--overwrite`."""
     parser.add_argument("--overwrite", action="store_true", help=text)
 

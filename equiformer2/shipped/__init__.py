@@ -1,10 +1,11 @@
 """Configurations and models that come with the package, found by bare name.
 
 In a checkout `configs` and `models` of this folder are links to the folders of the same names at its root; a
-wheel holds the files themselves. Where a checkout has no links (Windows, some archive programs) the folders at
-the root are read.
+wheel holds the files themselves. Where a checkout has no links (Windows, some archive programs) the folders
+at the root are read.
 """
 
+import os
 from pathlib import Path
 
 from equiformer2.errors import InputError
@@ -12,7 +13,7 @@ from equiformer2.errors import InputError
 _HERE = Path(__file__).parent
 
 
-def find_config(name: str | Path) -> Path:
+def find_config(name: str | os.PathLike[str]) -> Path:
     """Return the path of a configuration from a path, or a bare name such as `oc20_small`.
 
     Raises:
@@ -21,7 +22,7 @@ def find_config(name: str | Path) -> Path:
     return _find(name, "configs", ".yaml", "configuration")
 
 
-def find_checkpoint(name: str | Path) -> Path:
+def find_checkpoint(name: str | os.PathLike[str]) -> Path:
     """Return the path of a checkpoint from a path, or a bare name such as `oc20_small`.
 
     Raises:
@@ -47,16 +48,15 @@ def _folder(kind: str) -> Path:
     return folder if folder.is_dir() else _HERE.parents[1] / kind
 
 
-def _find(name: str | Path, kind: str, suffix: str, noun: str) -> Path:
+def _find(name: str | os.PathLike[str], kind: str, suffix: str, noun: str) -> Path:
     path = Path(name)
-    text = path.as_posix()
-    if path.suffix or path.is_absolute() or path.exists() or text.startswith("."):
+    if path.suffix or path.is_absolute() or path.is_file() or str(path).startswith("."):
         return path
     names = shipped_names(kind)
-    if text in names:
-        return (_folder(kind) / text).with_suffix(suffix)
-    if len(path.parts) > 1 and not any(other.startswith(f"{path.parts[0]}/") for other in names):
-        return path  # a path without an ending, which its reader will miss
+    if path.as_posix() in names:
+        return (_folder(kind) / path).with_suffix(suffix)
+    if path.exists() or len(path.parts) > 1:
+        return path  # for its reader to refuse
     raise InputError(
-        f"there is no {noun} {text}: neither a file, nor a shipped {noun}, which are {', '.join(names)}"
+        f"there is no {noun} {path}: neither a file, nor a shipped {noun}, which are {', '.join(names)}"
     )
