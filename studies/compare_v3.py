@@ -28,7 +28,7 @@ from equiformer2.inference import Predictor
 from equiformer2.model import ModelConfig
 from equiformer2.pruning import count_macs
 from equiformer2.script import origin, run_script
-from equiformer2.training.cli import parse
+from equiformer2.training.configuration import parse
 from equiformer2.training.evaluation import evaluate
 from equiformer2.training.run import train
 from studies.v3_report import draw, markdown, summary

@@ -199,7 +199,7 @@ class Plan(Command):
         )
 
     def run(self, options: argparse.Namespace) -> Result:
-        from equiformer2.pruning.structured.plan_request import PlanRequest, make_plan, summary
+        from equiformer2.pruning.structured.plan_request import PlanRequest, make_plan
 
         show_log()
         inputs = [options.checkpoint, *options.data]
@@ -223,7 +223,7 @@ class Plan(Command):
         )
         planned = make_plan(request, state)
         planned.plan.save(options.out)
-        print(summary(planned))
+        print(planned)
         print(f"wrote {options.out}")
         return Result({"file": str(options.out), "plan": read_json(options.out)}, 0, options.checkpoint)
 

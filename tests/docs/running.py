@@ -117,7 +117,7 @@ def run_script_file(name: str, arguments: list[str]) -> tuple[int, str]:
 def check_yaml(block: Block) -> None:
     """Raise `BlockError` unless the block is valid YAML whose keys and values a run takes."""
     from equiformer2.errors import InputError
-    from equiformer2.training.cli import parse
+    from equiformer2.training.configuration import parse
 
     content = yaml.safe_load(block.code)
     file = Path(f"block_{block.line}.yaml")

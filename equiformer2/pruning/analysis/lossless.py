@@ -1,7 +1,7 @@
 """What inference leaves out because nobody reads it: operations, time, and that no answer changes.
 
 The first two cuts are part of the network's forward pass and have no switch. The other two depend on what the
-caller reads (`model.output_request.OutputRequest`); a relaxation leaves out the forces on fixed atoms by itself.
+caller reads (`model.output_request.OutputRequest`); a relaxation leaves out the forces on fixed atoms.
 """
 
 import dataclasses
