@@ -24,7 +24,7 @@ PACKAGES = {
     "vesin": "vesin",
     "wandb": "wandb",
 }
-#: Structure and answers of the self-test, in float64 by the backend `torch` (tests/cli/test_doctor.py renews it).
+#: Structure and answers of the self-test, made in float64 by the backend `torch`.
 ANSWERS = Path(__file__).with_name("self_test.json")
 #: Largest difference from them (eV, eV/Å): float32 gives up to 2e-5, a wrong kernel more than 0.01.
 TOLERANCE = 1e-3
@@ -49,9 +49,9 @@ class Check(NamedTuple):
 class Doctor(Command):
     """Check this installation and print a remedy for each problem.
 
-    Imports the packages, lists devices and instruction sets, compiles the CPU kernels for the paper's networks
-    ahead of their first use, and compares energies and forces of a small network with stored ones. A missing
-    GPU, compiler or extra is no fault. Exit status 3 where something installed is broken.
+    Imports the packages, lists devices and instruction sets, compiles the CPU kernels of the paper's
+    networks ahead of their first use, and compares energies and forces of a small network with stored ones.
+    A missing GPU, compiler or extra is no fault. Exit status 3 where something installed is broken.
     """
 
     def add_arguments(self, parser: Parser) -> None:

@@ -1,8 +1,8 @@
 """Compiled libraries of the C++ kernels: built on first use, kept in the user's cache.
 
-A library holds one source file for one type of GEMM operands and a range of orders m, so that a network waits
-only for what it runs (one to two seconds of one core each), and several are compiled at once. Its name is made of
-the sources, the compiler, the flags and the processor.
+A library holds one source file for one type of GEMM operands and a range of orders m, so that a network
+waits only for what it runs (one to two seconds of one core each), and several are compiled at once. Its name
+is made of the sources, the compiler, the flags and the processor.
 """
 
 import atexit
