@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from datasets_oc20.locking import lock
+from datasets_oc20.locking import exclusive
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
 from equiformer2.script import commit
@@ -74,8 +74,7 @@ class Store:
             DataError: another run holds it; the two would also disturb each other's times.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path.parent / ".benchmark.lock").open("ab")
-        lock(self._lock, self.path)
+        self._lock = exclusive(self.path.parent / ".benchmark.lock", self.path)
         self.content = self._read()
 
     def find(self, name: str) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from ase.io.trajectory import Trajectory
 from torch_geometric.data import Data
 
 from datasets_oc20.atomic import publish, temporary_beside
-from datasets_oc20.locking import lock
+from datasets_oc20.locking import exclusive
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
 from equiformer2.inference.batched import Frame, Relaxed
@@ -68,8 +68,7 @@ class RelaxationFolder:
         if taken and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(f"{self.path} holds something else than relaxations: give another folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a+b") as file:
-            lock(file, self.log)
+        with self.log.open("a+b") as file, exclusive(self.path / ".lock", self.log):
             self.trajectories.mkdir(exist_ok=True)
             if file.tell():  # relaxations of an earlier run
                 self._check_same(self.path / "settings.json")
