@@ -25,6 +25,7 @@ from equiformer2.errors import InputError, naming_structures
 from equiformer2.model import EquiformerV2
 from equiformer2.model.attention import SO2EquivariantGraphAttention
 from equiformer2.model.feed_forward import FeedForwardNetwork
+from equiformer2.model.folding import check_plain
 from equiformer2.model.swiglu_feed_forward import SwiGLUFeedForwardNetwork
 
 #: A scalar from the outputs (normalised units) for a batch.
@@ -89,6 +90,7 @@ def gradient_importances(
     model: EquiformerV2, structures: Iterable[Data], objective: Objective
 ) -> dict[str, Importance]:
     """`gradient_importance` with both methods, `{"michel": …, "taylor": …}`, from the same passes."""
+    check_plain(model, "importance")
     device = model.sphere_embedding.weight.device
     total: list[dict[str, Tensor]] = []
     count = 0
@@ -123,6 +125,7 @@ def gradient_importances(
 
 def magnitude_importance(model: EquiformerV2) -> Importance:
     """Euclidean norm of all weights of every unit; a baseline that looks at no data."""
+    check_plain(model, "importance")
     with torch.no_grad():
         found = [_sums(block, lambda p: p.detach().square()) for block in model.blocks]
         return _collected([{unit: (a + b).sqrt() for unit, (a, b) in sums.items()} for sums in found])
