@@ -87,7 +87,7 @@ def main() -> None:
     archive, url = chosen_archive(arguments)
     needs = space_needs(archive, arguments)
     print(f"{url}: archive {human(archive.size)}, MD5 {archive.md5 or 'not known'}")
-    print("to write: " + ", ".join(f"{need.what} {human(need.size)} in {need.folder}" for need in needs))
+    print("to write: " + ", ".join(f"{need.purpose} {human(need.size)} in {need.folder}" for need in needs))
     require_space(needs)
     if arguments.dry_run:
         return

@@ -58,8 +58,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from datasets_oc20.adsorbate_names import read_adsorbate_names
-    from datasets_oc20.splits import VALIDATION_SPLITS, find_splits
+    from datasets_oc20.catalogue import VALIDATION_SPLITS, find_splits
+    from datasets_oc20.raw_release import read_adsorbate_names
     from equiformer2.checkpoint import load_checkpoint
     from equiformer2.checkpoint.tensor_files import sha256
     from equiformer2.files import check_target

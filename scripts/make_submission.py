@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    from datasets_oc20.splits import find_splits
+    from datasets_oc20.catalogue import find_splits
     from equiformer2.errors import InputError
     from equiformer2.files import check_target
     from equiformer2.training.submission import SPLITS, make_submission, write_submission

@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    from datasets_oc20.splits import VALIDATION_SPLITS, find_splits
+    from datasets_oc20.catalogue import VALIDATION_SPLITS, find_splits
     from equiformer2.files import check_target, write_json
     from equiformer2.inference import Predictor
     from equiformer2.inference.batched import RelaxationSettings
