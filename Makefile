@@ -44,7 +44,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 test-slow: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'slow or not slow' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'slow or not slow' tests benchmarks studies $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -55,9 +55,9 @@ docs: setup
 	$(BIN)/python -m pytest tests/test_docs.py tests/docs
 
 # The reference implementation lives in an environment of its own: it needs older NumPy and SciPy.
-$(BENCH_VENV)/.complete: scripts/bench/setup_reference.sh scripts/bench/reference-constraints.txt
+$(BENCH_VENV)/.complete: benchmarks/setup_reference.sh benchmarks/reference-constraints.txt
 	@rm -f $@
-	PYTHON="$(PYTHON)" scripts/bench/setup_reference.sh $(BENCH_VENV)
+	PYTHON="$(PYTHON)" benchmarks/setup_reference.sh $(BENCH_VENV)
 	@touch $@
 
 benchmark: setup $(BENCH_VENV)/.complete

@@ -71,7 +71,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
         world_size: number of processes.
 
     Ranks are balanced by atoms, and so by edges where every atom has `max_neighbors`
-    (`scripts/measure_batches.py` counts them).
+    (`benchmarks/measure_batches.py` counts them).
 
     Raises:
         DataError: a limit is not positive, or a single structure is larger than a batch may be.

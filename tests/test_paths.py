@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 TRAJECTORIES = ROOT / "data/oc20_trajs"
 #: Machinery that only the packages themselves call, with paths that they have made.
 INTERNAL = {
-    *("callbacks", "cli", "evaluation_parts", "folder", "guard", "record", "relaxation_folder", "resume"),
-    *("resume_state", "wandb_report", "search", "router_state", "pareto", "tensor_files"),
+    *("callbacks", "cli", "folder", "guard", "record", "relaxation_folder", "resume"),
+    *("resume_state", "search", "router_state", "pareto", "tensor_files"),
     *("cache", "library", "atomic", "convert", "disk_space", "locking", "shards", "structure_files"),
 }
 

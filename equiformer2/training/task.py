@@ -18,7 +18,7 @@ from equiformer2.checkpoint import Normalizers
 from equiformer2.checkpoint.tensor_files import plain
 from equiformer2.errors import InputError, naming_structures
 from equiformer2.model import ModelConfig
-from equiformer2.model.dens import without_denoising
+from equiformer2.model.denoising import without_denoising
 from equiformer2.training.config_values import check_finite
 from equiformer2.training.corruption import Corrupted, DensSettings, corrupt
 from equiformer2.training.guard import FiniteGuard

@@ -41,7 +41,7 @@ def teacher() -> tuple[int, ...]:
 
 
 def ties() -> tuple[int, ...]:
-    count = runpy.run_path(str(ROOT / "scripts/compare_neighbor_lists.py"))["count_ties"](12.0, 20)
+    count = runpy.run_path(str(ROOT / "benchmarks/compare_neighbor_lists.py"))["count_ties"](12.0, 20)
     assert count["structures"] == count["structures with a tie"]
     return count["structures"], count["atoms with a tie"], count["atoms"]
 

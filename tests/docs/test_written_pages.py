@@ -9,13 +9,13 @@ import pytest
 from figures import content_of
 from pages import ROOT
 
-from bench.report import markdown as benchmark_page
+from benchmarks.benchmark_report import markdown as benchmark_page
 from equiformer2.pruning.analysis.pareto_report import markdown as study_table
 from equiformer2.training.learning_curve import SystemErrors, Validation
 from equiformer2.training.learning_curve import markdown as learning_page
-from study_parts.report import _lossless_table, _speed_table, _verdict_table
-from study_parts.verdicts import Verdict
-from v3_parts.report import markdown as v3_page
+from studies.study_report import _lossless_table, _speed_table, _verdict_table
+from studies.v3_report import markdown as v3_page
+from studies.verdicts import Verdict
 
 
 def _benchmark(data: Any) -> list[str]:
@@ -24,10 +24,10 @@ def _benchmark(data: Any) -> list[str]:
 
 
 def _equivariance(data: Any) -> list[str]:
-    script = runpy.run_path(str(ROOT / "scripts/measure_equivariance.py"))
-    seeds, trials = re.findall(r"\d+", data["command"])
+    script = runpy.run_path(str(ROOT / "benchmarks/measure_equivariance.py"))
+    seeds, trials = re.findall(r"--\w+ (\d+)", data["command"])
     rows = [row | {"grid": tuple(row["grid"])} for row in data["rows"]]
-    return [script["markdown"](rows, data["command"], int(seeds), int(trials))]
+    return [script["markdown"](rows, int(seeds), int(trials))]
 
 
 def _small(data: Any) -> list[str]:
@@ -71,6 +71,6 @@ def test_page_is_what_the_results_say(name: str) -> None:
 
 
 def test_counted_costs_are_those_of_the_page() -> None:
-    script = runpy.run_path(str(ROOT / "scripts/kernel_costs.py"))
+    script = runpy.run_path(str(ROOT / "benchmarks/kernel_costs.py"))
     page = (ROOT / "docs/results/kernel_costs.md").read_text(encoding="utf-8")
     assert script["markdown"](["31M", "83M", "153M"], 8) == page

@@ -15,8 +15,8 @@ from equiformer2.pruning.structured.apply import masked
 from equiformer2.pruning.structured.baselines import magnitude_plan, random_plan, uniform_plan
 from equiformer2.pruning.structured.candidate_cuts import DIMENSIONS, possible_cuts, without_least
 from equiformer2.pruning.structured.importance import gradient_importances, probe
-from equiformer2.pruning.structured.methods import search_settings
 from equiformer2.pruning.structured.plan import PruningPlan
+from equiformer2.pruning.structured.plan_methods import search_settings
 from equiformer2.pruning.structured.search import GreedySearch, SearchSettings, Stage
 from equiformer2.pruning.structured.unit_scores import weight_scores
 

@@ -51,7 +51,7 @@ from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.pruning import PruningPlan
-from equiformer2.training.cli import parse
+from equiformer2.training.configuration import parse
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "datasets_oc20"))

@@ -18,14 +18,12 @@ from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
-from equiformer2.training.cli import parse
+from equiformer2.training.configuration import parse
 from equiformer2.training.evaluation import (
     average,
     draw_figures,
     evaluate,
     open_dataset,
-    table,
-    write_report,
 )
 from equiformer2.training.folder import WholeFiles
 from equiformer2.training.metrics import ENERGY_METRICS
@@ -175,9 +173,9 @@ def test_data_without_free_atoms_have_no_force_metrics(
     found = evaluate(predictor, open_dataset(held, predictor, None))
     assert set(found.metrics) == set(ENERGY_METRICS)
     assert set(found.baselines) == {"mean_energy", "data_mean_energy", "system_mean_energy"}
-    assert "forces are not judged, because every atom of these data is fixed" in table(found)
+    assert "forces are not judged, because every atom of these data is fixed" in found.table()
     free = evaluate(predictor, open_dataset(lmdb_path, predictor, "adsorption"))
-    assert "not judged" not in table(free)
+    assert "not judged" not in free.table()
     for pair in ([found, free], [free, found]):
         assert set(average(pair)["metrics"]) == set(ENERGY_METRICS)
     write_report(tmp_path / "out.json", predictor, {"held": found, "free": free})

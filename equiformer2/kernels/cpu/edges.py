@@ -7,7 +7,7 @@ sorted, is checked once per graph (`graph.checked_graph`), not in every call.
 import torch
 from torch import Tensor
 
-from equiformer2.kernels.cpu.calls import arithmetic, call, check, check_per_order, empty_per_order
+from equiformer2.kernels.cpu.ctypes_call import arithmetic, call, check, check_per_order, empty_per_order
 
 
 def gather_rotate(

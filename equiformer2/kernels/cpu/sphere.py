@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from equiformer2.kernels.cpu.calls import arithmetic, call, check
+from equiformer2.kernels.cpu.ctypes_call import arithmetic, call, check
 from equiformer2.kernels.cpu.library import LMAX
 
 #: The fields of `kernels.s2_grid.GridFactors`.
