@@ -26,7 +26,6 @@ from equiformer2.model import EquiformerV2
 from equiformer2.model.attention import SO2EquivariantGraphAttention
 from equiformer2.model.feed_forward import FeedForwardNetwork, SwiGLUFeedForwardNetwork
 from equiformer2.model.folding import check_plain
-from equiformer2.model.swiglu_feed_forward import SwiGLUFeedForwardNetwork
 
 #: A scalar from the outputs (normalised units) for a batch.
 Objective = Callable[[dict[str, Tensor], Batch], Tensor]
