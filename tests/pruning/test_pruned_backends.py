@@ -11,8 +11,7 @@ from torch import Tensor
 from equiformer2 import EquiformerV2
 from equiformer2.kernels.cpu import library
 from equiformer2.model import compiled
-from equiformer2.pruning import BlockPlan
-from equiformer2.pruning.structured import apply as shrink
+from equiformer2.pruning import BlockPlan, shrink
 
 # Two unequal blocks with lower degrees and orders; one branch of the second is missing.
 PLAN = dataclasses.replace(

@@ -81,7 +81,7 @@ def find_plan(
         model, normalizers, calibration: the dense network and structures with its answers.
         cost: of a plan, in the unit of `target`.
         target: to come down to.
-        wanted: parts of the cost (`CombinedTarget.wanted`); a stored search for another cost is not continued.
+        wanted: parts of the cost (`CombinedTarget.wanted`); a stored search with other parts is refused.
         seed: of everything drawn.
         tries: cuts tried per step of a search.
         sphere: let a search cut channels of the atoms' features, too.
