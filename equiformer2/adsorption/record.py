@@ -9,6 +9,7 @@ from equiformer2.files import write_json
 from equiformer2.inference.atoms import ADSORBATE
 from equiformer2.inference.extras import extras
 from equiformer2.inference.record import ADSORPTION_RECORD, write_pictures, write_structure
+from equiformer2.script import header
 
 
 def write_adsorption_record(folder: AnyPath, result: AdsorptionResult, model: dict[str, Any]) -> list[Path]:
@@ -31,7 +32,13 @@ def write_adsorption_record(folder: AnyPath, result: AdsorptionResult, model: di
     files = [path.name for path in written] + ["relaxation.traj"]
     if result.slab is not None:
         files.append("slab.traj")
-    record = {**result.summary(), "model": model, "files": files, "extras": extras(result.initial)}
+    record = {
+        **header("adsorption-energy/1", model.get("checkpoint")),
+        **result.summary(),
+        "model": model,
+        "files": files,
+        "extras": extras(result.initial),
+    }
     written.append(write_json(folder / ADSORPTION_RECORD, record))
     return written
 

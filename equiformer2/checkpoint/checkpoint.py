@@ -23,6 +23,7 @@ from equiformer2.devices import own_defaults, usable_device
 from equiformer2.errors import InputError
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.equiformer import EquiformerV2
+from equiformer2.shipped import find_checkpoint
 from equiformer2.values import shown_name
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def load_checkpoint(
     The log (level INFO) says which weights are used and which others the file holds.
 
     Args:
-        path: the file.
+        path: the file, or the name of a shipped model such as `oc20_small`.
         weights: `raw`, `averaged`, or None for the averaged ones where the file has them. None means the
             same for every format; fairchem's own calculator ignores the average in a `checkpoint.pt`.
         energy_kind: `adsorption` or `total`, for foreign files that do not state it; must not contradict
@@ -192,12 +193,13 @@ def import_checkpoint(
 
 
 def read_contents(path: str | os.PathLike[str]) -> Contents:
-    """Read and translate a file of any known format without building the network.
+    """Read and translate a file of any known format, or a shipped model, without building the network.
 
     Raises:
         FileNotFoundError: if there is no such file.
         InputError: as `load_checkpoint`.
     """
+    path = find_checkpoint(path)
     file = read_tensors(path)
     with own_defaults():
         return _interpreted(file, path)

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import Calculator
+from ase.calculators.calculator import BaseCalculator, Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io.trajectory import Trajectory, TrajectoryWriter
 from ase.optimize import BFGS, FIRE, LBFGS
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from equiformer2.checkpoint import Checkpoint
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import check_atoms
 from equiformer2.inference.calculator import EquiformerV2Calculator
@@ -97,7 +98,7 @@ class RelaxationResult:
 
 def relax(
     atoms: Atoms,
-    calculator: Calculator,
+    calculator: Calculator | Checkpoint | str | Path,
     *,
     optimizer: str = "LBFGS",
     fmax: float = 0.05,
@@ -115,7 +116,8 @@ def relax(
 
     Args:
         atoms: start structure; its constraints hold, it is not changed.
-        calculator: any ASE calculator with forces.
+        calculator: any ASE calculator with forces, or the checkpoint of an `EquiformerV2Calculator`: the path
+            of its file, the name of a shipped model such as `"oc20_small"`, or a loaded one.
         optimizer: "LBFGS", "FIRE" or "BFGS".
         fmax: convergence threshold for the largest force on a free atom, eV/Å.
         steps: most optimiser steps; 0 evaluates the start structure only.
@@ -133,6 +135,8 @@ def relax(
             non-finite energy or force on the way (the frames before it stay in `trajectory`).
     """
     _check_settings(optimizer, fmax, steps, trajectory, energy_every)
+    if not isinstance(calculator, BaseCalculator):
+        calculator = EquiformerV2Calculator(calculator)
     if "forces" not in calculator.implemented_properties:
         raise InputError(
             "this model predicts no forces, so it cannot relax a structure: "

@@ -1,4 +1,4 @@
-"""The command line and the YAML files of `scripts/train.py`."""
+"""The keys of a training run, from its command line and YAML files."""
 
 import argparse
 import difflib
@@ -20,6 +20,7 @@ from datasets_oc20.untrusted import read_yaml
 from equiformer2.errors import InputError
 from equiformer2.model import ModelConfig
 from equiformer2.model.config import with_present_keys
+from equiformer2.shipped import find_config
 from equiformer2.training.config_values import (
     check_arguments,
     check_finite,
@@ -63,7 +64,7 @@ _OPTIONAL_GROUPS = {"data.normalizers": NormalizerValues, "task.dens": DensSetti
 def build_parser() -> ArgumentParser:
     """All keys of a run; the same names in YAML files and on the command line."""
     parser = ArgumentParser(
-        prog="train.py",
+        prog="equiformer2 train",
         description="Train EquiformerV2. Every key below can stand in a YAML file given with --config and be "
         "changed on the command line, as in --model.num_layers 4.",
         exit_on_error=False,
@@ -99,6 +100,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         InputError: an unknown key (the nearest known one is named), a value of the wrong type or out of
             range, an unreadable file. One sentence.
     """
+    arguments = list(_with_paths(arguments))
     parser = build_parser()
     known = {action.dest for action in parser._actions if action.dest}
     known |= {
@@ -140,6 +142,19 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         text=_as_yaml(parsed, run.name),
         **groups,
     )
+
+
+def _with_paths(arguments: Sequence[str]) -> Iterator[str]:
+    """The command line with the paths of shipped configurations in place of their names."""
+    previous = ""
+    for argument in arguments:
+        if previous == "--config":
+            yield str(find_config(argument))
+        elif argument.startswith("--config="):
+            yield f"--config={find_config(argument.removeprefix('--config='))}"
+        else:
+            yield argument
+        previous = argument
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -198,7 +213,7 @@ def _check_trainer(trainer: Namespace) -> None:
         if _is_nothing(value):
             raise InputError(
                 f"trainer.{name} is {value!r}, so that nothing would be trained; to judge a checkpoint use "
-                "scripts/evaluate.py"
+                "equiformer2 evaluate"
             )
         if isinstance(value, int | float) and value < 0 and (value != -1 or name == "limit_train_batches"):
             raise InputError(f"trainer.{name} must not be negative, it is {value}")

@@ -18,7 +18,6 @@ from datasets_oc20.sampler import BalancedBatchSampler
 from datasets_oc20.targets import check_energies_match_kind, sample_targets
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
-from equiformer2.files import write_json
 from equiformer2.inference import Predictor
 from equiformer2.training.breakdown import Breakdown, Rows
 from equiformer2.training.figures import draw_error_bars, draw_parity
@@ -218,11 +217,10 @@ def average(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     }
 
 
-def write_report(target: AnyPath, predictor: Predictor, evaluations: dict[str, Evaluation]) -> None:
-    """Write the JSON of an evaluation, whole or not at all."""
-    target = Path(target)
+def report(predictor: Predictor, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
+    """Return all numbers of evaluations, by name of the dataset, as plain values for JSON."""
     checkpoint = predictor.checkpoint
-    report = {
+    return {
         "source_format": checkpoint.source_format,
         "weights": checkpoint.weights,
         "energy_kind": checkpoint.energy_kind,
@@ -231,7 +229,6 @@ def write_report(target: AnyPath, predictor: Predictor, evaluations: dict[str, E
         "average": average(list(evaluations.values())),
         "all_datasets": pooled(evaluations),
     }
-    write_json(target, report, make_folder=True)
 
 
 def draw_figures(folder: AnyPath, evaluations: dict[str, Evaluation]) -> list[Path]:

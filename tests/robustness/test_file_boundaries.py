@@ -1,6 +1,5 @@
 """Files that are read, files that are written, and how a command ends: a table of inputs and what is said."""
 
-import importlib.util
 import io
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import run_script_file
 
 from datasets_oc20 import LmdbWriter, OC20Lmdb
 from datasets_oc20.archives import unpack
@@ -198,23 +198,6 @@ def test_a_file_in_a_folder_of_data_is_an_input(tmp_path: Path) -> None:
     check_target(tmp_path / "b.lmdb", inputs=[tmp_path], overwrite=False)
 
 
-def _script(name: str, *arguments: object) -> int:
-    """The status of a script run in this process."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    before, sys.argv = sys.argv, [name, *map(str, arguments)]
-    try:
-        run_script(module.main)
-    except SystemExit as end:
-        return int(end.code or 0)
-    finally:
-        sys.argv = before
-    raise AssertionError("run_script returned")
-
-
 RAW = (
     "--data",
     ROOT / "data/oc20_trajs",
@@ -372,7 +355,7 @@ def test_scripts_refuse_with_one_sentence(
     (tmp_path / "loop.lmdb").symlink_to("loop.lmdb")
     os.mkfifo(tmp_path / "odd")
     before = VAL_20.read_bytes()
-    status = _script(script, *(str(item).replace("{}", str(tmp_path)) for item in arguments))
+    status = run_script_file(script, *(str(item).replace("{}", str(tmp_path)) for item in arguments))
     printed = capsys.readouterr().err.strip().splitlines()
     assert status == 2, printed
     assert expected in printed[-1]
@@ -382,9 +365,9 @@ def test_scripts_refuse_with_one_sentence(
 
 def test_a_finished_result_is_replaced_when_asked(tmp_path: Path) -> None:
     out = tmp_path / "x.lmdb"
-    assert _script("preprocess_oc20", *RAW, "--out", out) == 0
-    assert _script("preprocess_oc20", *RAW, "--out", out) == 2
-    assert _script("preprocess_oc20", *RAW, "--out", out, "--overwrite") == 0
+    assert run_script_file("preprocess_oc20", *RAW, "--out", out) == 0
+    assert run_script_file("preprocess_oc20", *RAW, "--out", out) == 2
+    assert run_script_file("preprocess_oc20", *RAW, "--out", out, "--overwrite") == 0
     assert json.loads((tmp_path / "x.json").read_text())["written"] == 2
 
 
@@ -405,12 +388,12 @@ def test_a_converted_folder_goes_on_and_is_replaced_when_asked(tmp_path: Path) -
         "--num-workers",
         "1",
     )
-    assert _script("convert_lmdb", *call) == 0
+    assert run_script_file("convert_lmdb", *call) == 0
     (out / "a.aselmdb").unlink()
-    assert _script("convert_lmdb", *call) == 0
-    assert _script("convert_lmdb", *call) == 2
+    assert run_script_file("convert_lmdb", *call) == 0
+    assert run_script_file("convert_lmdb", *call) == 2
     before = (out / "a.aselmdb").stat().st_ino
-    assert _script("convert_lmdb", *call, "--overwrite") == 0
+    assert run_script_file("convert_lmdb", *call, "--overwrite") == 0
     assert (out / "a.aselmdb").stat().st_ino != before
     for target in (source / "a.lmdb", out / "link.lmdb"):
         if target.parent == out:
