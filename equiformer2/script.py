@@ -103,7 +103,9 @@ def origin() -> dict[str, str]:
         name = (
             script.name if script.parent.name not in _OWN_FOLDERS else f"{script.parent.name}/{script.name}"
         )
-        words = ["python", name, *sys.argv[1:]]
+        if script.parent.name in ("benchmarks", "studies"):
+            name = f"-m {script.parent.name}.{script.stem}"
+        words = ["python", *name.split(" ", 1), *sys.argv[1:]]
     else:
         words = ["equiformer2", *sys.argv[1:]]
     return {"command": shlex.join(words), "commit": commit()}

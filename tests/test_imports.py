@@ -46,7 +46,7 @@ ALLOWED = {
 # These measure what users get, so they go through the predictor; nothing else in training may.
 EXCEPTIONS = {
     f"equiformer2/training/{name}.py": {"equiformer2.inference"}
-    for name in ("evaluation", "evaluation_parts", "learning_curve", "relaxation_run")
+    for name in ("evaluation", "learning_curve", "relaxation_run")
 }
 
 # The network is pure torch: importable where none of these is installed.

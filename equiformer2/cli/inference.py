@@ -78,18 +78,15 @@ class Evaluate(Command):
         )
 
     def run(self, options: argparse.Namespace) -> Result:
-        from datasets_oc20.splits import VALIDATION_SPLITS, find_splits
+        from datasets_oc20.catalogue import VALIDATION_SPLITS, find_splits
         from equiformer2.checkpoint import load_checkpoint
         from equiformer2.files import write_json
         from equiformer2.inference import Predictor
         from equiformer2.pruning.routing.router_files import for_evaluation
         from equiformer2.script import header
         from equiformer2.training import evaluation
-        from equiformer2.training.folder import import_wandb
 
         self._check_outputs(options)
-        if options.wandb_project is not None:
-            import_wandb("--wandb-project")
         if options.data_root is None:
             paths = {path: Path(path) for path in options.data}
         else:
@@ -121,13 +118,13 @@ class Evaluate(Command):
 
     def _check_outputs(self, options: argparse.Namespace) -> None:
         from equiformer2.files import check_target
-        from equiformer2.training import evaluation_parts
+        from equiformer2.training.evaluation import parts_folder
 
         if options.out is not None:
             given = [options.checkpoint, *(options.data or [options.data_root])]
             given += [path for path in (options.router, options.adsorbates) if path is not None]
             check_target(options.out, inputs=given, overwrite=options.overwrite)
-            check_target(evaluation_parts.parts_folder(options.out), is_folder=True)
+            check_target(parts_folder(options.out), is_folder=True)
         if options.figures is not None:
             check_target(options.figures, is_folder=True)
 
@@ -146,8 +143,8 @@ class Evaluate(Command):
     def _evaluate_all(
         self, options: argparse.Namespace, predictor: "Predictor", paths: dict[str, Path]
     ) -> "dict[str, Evaluation]":
-        from datasets_oc20.adsorbate_names import read_adsorbate_names
-        from equiformer2.training import evaluation, evaluation_parts
+        from datasets_oc20.raw_release import read_adsorbate_names
+        from equiformer2.training import evaluation
 
         datasets = {
             name: evaluation.open_dataset(path, predictor, options.energy_kind)
@@ -162,19 +159,18 @@ class Evaluate(Command):
         }
         results = {}
         for number, (name, dataset) in enumerate(datasets.items()):
-            kept = False
-            if options.out is None:
-                results[name] = evaluation.evaluate(predictor, dataset, **limits)
-            else:
+            kept = None
+            if options.out is not None:
                 stem = name if options.data_root else f"{number}_{Path(name).stem}"
-                part = evaluation_parts.parts_folder(options.out) / f"{stem}.npz"
-                evaluated = evaluation_parts.what_is_evaluated(options.checkpoint, dataset, **settings)
-                results[name], kept = evaluation_parts.evaluate_once(
-                    predictor, dataset, part, evaluated, **limits
-                )
+                part = evaluation.parts_folder(options.out) / f"{stem}.npz"
+                same = evaluation.evaluation_settings(options.checkpoint, dataset, **settings)
+                kept = evaluation.Evaluation.load(part, same)
+            results[name] = kept or evaluation.evaluate(predictor, dataset, **limits)
+            if options.out is not None and kept is None:
+                results[name].save(part, same)
             counts = f"{results[name].structures} structures of {results[name].systems} systems"
             print(f"{name}: {counts}{' (finished before)' if kept else ''}")
-            print(evaluation.table(results[name]))
+            print(results[name].table())
         return results
 
     def _log_to_wandb(
@@ -184,11 +180,11 @@ class Evaluate(Command):
         results: "dict[str, Evaluation]",
         figures: list[Path],
     ) -> None:
-        from equiformer2.training import evaluation, wandb_report
-        from equiformer2.training.folder import WandbSettings
+        from equiformer2.training import evaluation
+        from equiformer2.training.wandb_logging import WandbSettings, log_results
 
         averaged = evaluation.average(list(results.values()))["metrics"]
-        wandb_report.log_results(
+        log_results(
             WandbSettings(options.wandb_project, options.wandb_entity, options.wandb_offline),
             options.out.parent if options.out is not None else Path(),
             Path(options.checkpoint).stem,
@@ -452,7 +448,7 @@ class RelaxIs2re(Command):
 
     def _relax_all(self, options: argparse.Namespace) -> dict[str, Any]:
         """Reports of all datasets by name."""
-        from datasets_oc20.splits import VALIDATION_SPLITS, find_splits
+        from datasets_oc20.catalogue import VALIDATION_SPLITS, find_splits
         from equiformer2.inference import Predictor
         from equiformer2.inference.batched import RelaxationSettings
         from equiformer2.pruning.routing.router_files import for_batched_relaxation
@@ -542,7 +538,7 @@ class Submission(Command):
         return options
 
     def run(self, options: argparse.Namespace) -> Result:
-        from datasets_oc20.splits import find_splits
+        from datasets_oc20.catalogue import find_splits
         from equiformer2.errors import InputError
         from equiformer2.files import check_target
         from equiformer2.training.submission import SPLITS, make_submission, write_submission

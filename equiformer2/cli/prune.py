@@ -199,7 +199,7 @@ class Plan(Command):
         )
 
     def run(self, options: argparse.Namespace) -> Result:
-        from equiformer2.pruning.structured.make_plan import PlanRequest, make_plan, summary
+        from equiformer2.pruning.structured.plan_request import PlanRequest, make_plan
 
         show_log()
         inputs = [options.checkpoint, *options.data]
@@ -223,7 +223,7 @@ class Plan(Command):
         )
         planned = make_plan(request, state)
         planned.plan.save(options.out)
-        print(summary(planned))
+        print(planned)
         print(f"wrote {options.out}")
         return Result({"file": str(options.out), "plan": read_json(options.out)}, 0, options.checkpoint)
 
@@ -240,8 +240,8 @@ class Apply(Command):
         add_overwrite_argument(parser)
 
     def run(self, options: argparse.Namespace) -> Result:
-        from equiformer2.pruning.structured.make_plan import apply_plan
         from equiformer2.pruning.structured.plan import PruningPlan
+        from equiformer2.pruning.structured.plan_request import apply_plan
 
         show_log()
         check_target(options.out, inputs=[options.checkpoint, options.plan], overwrite=options.overwrite)
@@ -432,7 +432,7 @@ class Grid(Command):
         from equiformer2.inference import Predictor
         from equiformer2.inference.predictor import matmul_precision
         from equiformer2.pruning.calibration_data import read_structures
-        from equiformer2.pruning.structured.grid import GridRow, tune_grid, write_with_grids
+        from equiformer2.pruning.structured.grid_tuning import GridRow, tune_grid, write_with_grids
 
         show_log()
         file = options.out.with_suffix(".json")

@@ -60,7 +60,7 @@ class Train(Command):
         parser.add_argument("--print_config", action="store_true", help="print the configuration and exit")
 
     def parse(self, parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
-        """Keep the keys as they are: `training.cli` knows all of them."""
+        """Keep the keys as they are: `training.configuration` knows all of them."""
         if {"-h", "--help"} & set(arguments):
             parser.print_help()
             sys.exit(0)
@@ -68,7 +68,7 @@ class Train(Command):
         return argparse.Namespace(keys=keys, json="--json" in arguments)
 
     def run(self, options: argparse.Namespace) -> Result:
-        from equiformer2.training.cli import build_parser, parse
+        from equiformer2.training.configuration import build_parser, parse
         from equiformer2.training.run import train
 
         if "--help-all" in options.keys:

@@ -18,6 +18,7 @@ from torch_geometric.data import Batch
 from equiformer2.errors import InputError
 from equiformer2.kernels.chunks import chunks
 from equiformer2.model import EquiformerV2
+from equiformer2.model.folding import Snapshot
 
 Outputs = dict[str, Tensor]
 #: From a computation on fixed memory to one that repeats it.
@@ -30,7 +31,9 @@ _EDGES_PER_GHOST = 32
 _WARM_UP_RUNS = 2
 
 
-def why_not_captured(device: torch.device, backend: str, routed: bool, gradient: bool) -> str | None:
+def capture_unavailable_reason(
+    device: torch.device, backend: str, routed: bool, gradient: bool
+) -> str | None:
     """Why CUDA graphs cannot be used, as half a sentence, or None if they can."""
     if device.type != "cuda":
         return f"they need a CUDA device, not {device.type}"
@@ -47,8 +50,9 @@ class GraphedNetwork:
     """The network on compositions that come again, captured once per size.
 
     A size (atoms and structures) that comes for the first time is computed as usual; the second time it is
-    captured, and replayed from then on until there are more edges than there is room for. Then it is captured
-    once more. If a capture fails, there is a warning and everything is computed as usual from then on.
+    captured, and replayed from then on until there are more edges than there is room for, or weights have
+    changed. Then it is captured once more. If a capture fails, there is a warning and everything is computed
+    as usual from then on.
 
     Args:
         model: in evaluation mode, on its device.
@@ -64,6 +68,7 @@ class GraphedNetwork:
         self._record = record or record_cuda_graph
         self._recordings: OrderedDict[tuple[int, int], _Recording | None] = OrderedDict()
         self._too_large: set[tuple[int, int]] = set()
+        self._weights = Snapshot(model)
         self._failed = False
         self.captures = self.replays = 0
 
@@ -73,6 +78,12 @@ class GraphedNetwork:
         Raises:
             InputError: what the graph refuses.
         """
+        if not self._weights.is_current():
+            # Recordings read the matrices that were kept for the former weights.
+            self._recordings.clear()
+            self._weights = Snapshot(self.model)
+        if not self._weights.comparable:
+            return None
         size = len(batch.pos), batch.num_graphs
         if self._failed or size in self._too_large:
             return None
@@ -213,6 +224,6 @@ def _in_one_part(model: EquiformerV2, num_edges: int) -> bool:
 
 def check_captured(device: torch.device, backend: str, routed: bool, gradient: bool) -> None:
     """Raise `InputError` where CUDA graphs were asked for and cannot be used."""
-    reason = why_not_captured(device, backend, routed, gradient)
+    reason = capture_unavailable_reason(device, backend, routed, gradient)
     if reason is not None:
         raise InputError(f"CUDA graphs cannot be used: {reason}")

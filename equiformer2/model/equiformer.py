@@ -13,11 +13,11 @@ from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph, checked_graph, radius_graph, structure_index
 from equiformer2.graph.validation import locate_atom
-from equiformer2.kernels.aggregate import widened
+from equiformer2.kernels.aggregate import at_least_float32
 from equiformer2.kernels.backend import Neighbors, triton_kernels, use_cpp_kernels, why_not
 from equiformer2.kernels.chunks import chunks
 from equiformer2.kernels.rows import gather_rows, sum_rows
-from equiformer2.kernels.scratch import keep_freed_memory
+from equiformer2.kernels.scratch_buffers import keep_freed_memory
 from equiformer2.model.attention import SO2EquivariantGraphAttention, element_embedding
 from equiformer2.model.block import TransformerBlock
 from equiformer2.model.compiled import compiled_graphs, compiled_network
@@ -28,16 +28,16 @@ from equiformer2.model.conservative import (
     outside_inference_mode,
     with_derivatives,
 )
-from equiformer2.model.dens import Denoising, EncodedForces, check_encoded
-from equiformer2.model.edges import EdgeContext
+from equiformer2.model.denoising import Denoising, EncodedForces, check_encoded
+from equiformer2.model.edge_context import EdgeContext
 from equiformer2.model.embedding import EdgeDegreeEmbedding
 from equiformer2.model.feed_forward import FeedForwardNetwork
-from equiformer2.model.folding import Folding
+from equiformer2.model.folding import Folding, Layout, plain_name, read
 from equiformer2.model.initialization import initialize_weights
 from equiformer2.model.norm import make_norm
+from equiformer2.model.output_request import OutputRequest, receptive_fields
 from equiformer2.model.parameters import count_parameters
 from equiformer2.model.radial import GaussianBasis
-from equiformer2.model.requests import OutputRequest, receptive_fields
 from equiformer2.model.routing import FixedRouting, RoutedEdges, Router, Routing
 from equiformer2.model.so3 import EdgeFrames, S2Grid
 from equiformer2.model.so3.grid import m_major_order, smallest_resolution
@@ -130,7 +130,8 @@ class EquiformerV2(nn.Module):
             active: which atoms every block updates: one mask (bool `[N]`) or gate (`[N]`, in [0, 1]) or None
                 (all atoms) per block, or a router that decides before each block. See `model.routing`.
             request: which of the outputs are read; None for all of them.
-            dens: forces to encode, with `config.dens`; adds the output `noise [N, 3]` (see `model.dens`).
+            dens: forces to encode, with `config.dens`; adds `noise [N, 3]` to the outputs (see
+                `model.denoising`).
 
         Returns:
             `energy [B]`, `forces [N, 3]` unless `config.forces` is none, and with `config.stress`
@@ -287,17 +288,17 @@ class EquiformerV2(nn.Module):
     def embed(self, numbers: Tensor, edges: EdgeContext) -> Tensor:
         """First features `[N, K, C]`: the elements of the atoms and their surroundings."""
         x = self.edge_degree_embedding(edges)
-        elements = gather_rows(self.sphere_embedding.weight, numbers)
+        elements = gather_rows(read(self.sphere_embedding), numbers)
         return torch.cat((x[:, :1] + elements.unsqueeze(1), x[:, 1:]), dim=1)
 
     def atomic_energies(self, x: Tensor) -> Tensor:
         """`[N]` from the normed features `[N, K, C]`, in float32 or wider."""
-        return widened(self.energy_block.scalars(x)[:, 0])
+        return at_least_float32(self.energy_block.scalars(x)[:, 0])
 
     def atomic_forces(self, x: Tensor, edges: EdgeContext) -> Tensor:
         """`[n, 3]` of the target atoms of `edges`, from the normed features, in float32 or wider."""
         assert self.force_block is not None
-        return widened(self.force_block.vectors(x, edges).squeeze(2))
+        return at_least_float32(self.force_block.vectors(x, edges).squeeze(2))
 
     def _outputs(
         self, atomic: Tensor | None, forces: Tensor | None, structure: Tensor, natoms: Tensor
@@ -368,25 +369,27 @@ class EquiformerV2(nn.Module):
         )
 
     def fold_weights(self, dtype: torch.dtype | None = None) -> None:
-        """Prepare for inference with the present weights: compute what follows from them once.
+        """Let passes without gradients keep merged, rounded and packed matrices instead of the weights.
 
-        Takes up to one and a half times the memory of the weights of the attention in addition. `train()`
-        undoes it, copies do not have it, and weights changed in place in evaluation mode may not be seen.
+        They take up to one and a half times the memory of the weights of the attention in addition, are
+        computed by the first pass, and again after every change of the weights but those through `.data`.
+        `train()` ends it, and copies start without.
 
         Args:
-            dtype: of the GEMMs, if not that of the weights.
+            dtype: precision of the matrix products, if not that of the weights.
         """
         self.eval()
         keep_freed_memory()
         for module in self.modules():
             if isinstance(module, Folding):
-                module.fold(dtype, packed=self.backend != "compile")
+                module.fold(Layout(dtype, packed=self.backend not in ("compile", "triton")))
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay: biases of linear maps and everything in a norm."""
         linear = {name for name, module in self.named_modules() if hasattr(module, "in_features")}
         names = set()
-        for name, _ in self.named_parameters():
+        for parameter, _ in self.named_parameters():
+            name = plain_name(parameter)
             module, _, leaf = name.rpartition(".")
             if (
                 (module in linear and leaf == "bias")
@@ -394,7 +397,7 @@ class EquiformerV2(nn.Module):
                 or ".net.1" in name
                 or ".net.4" in name
             ):
-                names.add(name)
+                names.add(parameter)
         return names
 
     def _rotations(self, vectors: Tensor, distances: Tensor) -> Tensor:

@@ -22,10 +22,11 @@ import yaml
 from pages import ROOT, Block
 
 #: What pages name by relative paths. Linked: nothing may be written into them.
-LINKED = ("configs", "data", "docs", "models", "scripts", "tests")
+LINKED = ("benchmarks", "configs", "data", "docs", "models", "scripts", "studies", "tests")
 #: Programs of hidden set-up and of pages that are executed as they are, without a shell.
 PROGRAMS = ("cp", "ln", "mkdir", "rm")
 _TAIL = 3000
+_PROGRAM = re.compile(r"(scripts|benchmarks|studies)/\w+\.py")
 
 
 class BlockError(AssertionError):
@@ -131,7 +132,7 @@ def run_console_command(words: list[str]) -> tuple[int, str]:
 def check_yaml(block: Block) -> None:
     """Raise `BlockError` unless the block is valid YAML whose keys and values a run takes."""
     from equiformer2.errors import InputError
-    from equiformer2.training.cli import parse
+    from equiformer2.training.configuration import parse
 
     content = yaml.safe_load(block.code)
     file = Path(f"block_{block.line}.yaml")
@@ -152,11 +153,17 @@ def check_without_running(block: Block, options: dict[str, str]) -> None:
         _check_imports(block)
     elif block.language == "bash":
         for line, words in commands(block):
-            names = [place for place, word in enumerate(words) if re.fullmatch(r"scripts/\w+\.py", word)]
+            words = [_file_of_module(word) for word in words]
+            names = [place for place, word in enumerate(words) if _PROGRAM.fullmatch(word)]
             if words[0] == "equiformer2":
                 _check_console_options(f"{block.page}:{line}", words[1:], options)
             elif names:
                 _check_options(f"{block.page}:{line}", words[names[0] :], options)
+
+
+def _file_of_module(word: str) -> str:
+    """`benchmarks/x.py` for the word `benchmarks.x` of `python -m benchmarks.x`; other words as they are."""
+    return f"{word.replace('.', '/')}.py" if re.fullmatch(r"(benchmarks|studies)\.\w+", word) else word
 
 
 def _check_imports(block: Block) -> None:

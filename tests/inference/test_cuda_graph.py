@@ -19,9 +19,9 @@ from equiformer2.inference import EquiformerV2Calculator, Predictor
 from equiformer2.inference.atoms import atoms_to_data
 from equiformer2.inference.cuda_graph import (
     GraphedNetwork,
+    capture_unavailable_reason,
     edge_capacity,
     record_cuda_graph,
-    why_not_captured,
 )
 from equiformer2.model import EquiformerV2
 
@@ -74,6 +74,21 @@ def test_answers_of_a_trajectory(
         assert_equal(graphed.predict(batch), plain.predict(batch))
     assert (graphed.graphed.captures, graphed.graphed.replays) == (1, 5)
     assert strict or len(edges) > 1
+
+
+def test_changed_weights_are_recorded_again(
+    make_checkpoint: Callable[..., Path], oxygen_on_copper: Atoms
+) -> None:
+    path = make_checkpoint("adsorption")
+    plain, graphed = Predictor(path), replaying(path)
+    for step in range(6):
+        if step == 3:
+            for predictor in (plain, graphed):
+                with torch.no_grad():
+                    predictor.model.blocks[0].ga.proj.weight.mul_(1.5)
+        batch = moved(oxygen_on_copper, step)
+        assert_equal(graphed.predict(batch), plain.predict(batch))
+    assert (graphed.graphed.captures, graphed.graphed.replays) == (2, 4)
 
 
 def test_networks_with_the_switches_of_v3(
@@ -185,9 +200,9 @@ def test_refusals(checkpoint: Path) -> None:
         Predictor(checkpoint, cuda_graphs=True)
     assert Predictor(checkpoint).graphed is None
     gpu = torch.device("cuda")
-    assert why_not_captured(gpu, "triton", False, False) is None
-    assert "'compile' is not captured" in why_not_captured(gpu, "compile", False, False)
-    assert "router" in why_not_captured(gpu, "torch", True, False)
+    assert capture_unavailable_reason(gpu, "triton", False, False) is None
+    assert "'compile' is not captured" in capture_unavailable_reason(gpu, "compile", False, False)
+    assert "router" in capture_unavailable_reason(gpu, "torch", True, False)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

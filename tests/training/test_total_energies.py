@@ -15,7 +15,7 @@ from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
 from datasets_oc20.preprocess import PreprocessOptions, preprocess
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.inference import EquiformerV2Calculator
-from equiformer2.training.cli import parse
+from equiformer2.training.configuration import parse
 from equiformer2.training.run import train
 
 RAW = Path(__file__).parents[2] / "data" / "oc20_trajs"
