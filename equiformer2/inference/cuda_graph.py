@@ -31,7 +31,9 @@ _EDGES_PER_GHOST = 32
 _WARM_UP_RUNS = 2
 
 
-def why_not_captured(device: torch.device, backend: str, routed: bool, gradient: bool) -> str | None:
+def capture_unavailable_reason(
+    device: torch.device, backend: str, routed: bool, gradient: bool
+) -> str | None:
     """Why CUDA graphs cannot be used, as half a sentence, or None if they can."""
     if device.type != "cuda":
         return f"they need a CUDA device, not {device.type}"
@@ -222,6 +224,6 @@ def _in_one_part(model: EquiformerV2, num_edges: int) -> bool:
 
 def check_captured(device: torch.device, backend: str, routed: bool, gradient: bool) -> None:
     """Raise `InputError` where CUDA graphs were asked for and cannot be used."""
-    reason = why_not_captured(device, backend, routed, gradient)
+    reason = capture_unavailable_reason(device, backend, routed, gradient)
     if reason is not None:
         raise InputError(f"CUDA graphs cannot be used: {reason}")

@@ -17,9 +17,9 @@ from equiformer2.devices import own_defaults, usable_device
 from equiformer2.errors import InputError, naming_structures
 from equiformer2.graph.validation import locate_atom
 from equiformer2.inference.atoms import atoms_to_data, check_elements
-from equiformer2.inference.cuda_graph import GraphedNetwork, check_captured, why_not_captured
+from equiformer2.inference.cuda_graph import GraphedNetwork, capture_unavailable_reason, check_captured
 from equiformer2.inference.meaning import warning_for
-from equiformer2.model.requests import OutputRequest
+from equiformer2.model.output_request import OutputRequest
 
 # Ampere: the first with TF32 and bfloat16 in its tensor cores.
 _FIRST_CAPABILITY = (8, 0)
@@ -120,7 +120,8 @@ class Predictor:
     """A trained network with its normalizers: eval mode, frozen, no gradients of its weights.
 
     Args:
-        checkpoint: a path (native, OCP or fairchem v1 file) or a loaded `Checkpoint`, which is not changed.
+        checkpoint: a path (native, OCP or fairchem v1 file), the name of a shipped model such as
+            `"oc20_small"`, or a loaded `Checkpoint`, which is not changed.
         device: `"cpu"`, `"cuda"`, `"cuda:1"`, ….
         weights: `"raw"`, `"averaged"` or `None` (averaged where the file has them).
         energy_kind: `"adsorption"` or `"total"`, only needed for a foreign file that does not say.
@@ -185,7 +186,7 @@ class Predictor:
         use = self.device, backend, router is not None, self.model.config.forces == "gradient"
         if cuda_graphs:
             check_captured(*use)
-        if cuda_graphs or (cuda_graphs is None and why_not_captured(*use) is None):
+        if cuda_graphs or (cuda_graphs is None and capture_unavailable_reason(*use) is None):
             self.graphed = GraphedNetwork(self.model)
         self.energy_kind: str = self.checkpoint.energy_kind
         self._warned = False

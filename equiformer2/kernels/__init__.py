@@ -14,9 +14,9 @@ from equiformer2.kernels.convolve import convolve_edges
 from equiformer2.kernels.grid_mlp import grid_mlp
 from equiformer2.kernels.linear import linear
 from equiformer2.kernels.rotation import pack_blocks
+from equiformer2.kernels.rows import segment_softmax
 from equiformer2.kernels.s2_grid import GridFactors, grid_activation, separable_grid_activation
 from equiformer2.kernels.s2_product import grid_product
-from equiformer2.kernels.segments import segment_softmax
 from equiformer2.kernels.so2 import SO2Weights
 
 __all__ = [

@@ -10,7 +10,13 @@ from torch.autograd.function import once_differentiable
 from equiformer2.kernels import triton_path
 from equiformer2.kernels.backend import cpp_kernels, plain_expressions, triton_neighbors, use_cpp_kernels
 from equiformer2.kernels.chunks import chunks, no_autocast
-from equiformer2.kernels.edge_sums import Messages, Sent, SumOptions, add_messages, messages_backward
+from equiformer2.kernels.edge_sums import (
+    Messages,
+    SummedMessages,
+    SumOptions,
+    add_messages,
+    messages_backward,
+)
 from equiformer2.kernels.linear import linear
 from equiformer2.kernels.rotation import rotation_matrices
 from equiformer2.kernels.rows import sum_rows
@@ -71,7 +77,9 @@ def attend(
             values = so2_linear(activation(hidden).to(dtype), weights.terms(dtype), weights.bias, degrees[0])
             by_head = values.unflatten(1, (rows, alpha.shape[1], outputs // alpha.shape[1]))
             weighted = (by_head * alpha.to(dtype)[:, None, :, None]).flatten(2)
-            return sum_rows(widened(_rotate_back(weighted, packed, degrees, kept)), target, num_targets)
+            return sum_rows(
+                at_least_float32(_rotate_back(weighted, packed, degrees, kept)), target, num_targets
+            )
         plan = _Plan(
             dtype, activation, num_targets, bytes_per_edge, SumOptions(degrees, kept, cpp_kernels(dtype))
         )
@@ -99,13 +107,13 @@ def sum_rotated(
         if neighbors is not None:
             return triton_path.sum_rotated(values, None, packed, target, degrees, kept, neighbors)
         if plain_expressions(packed.requires_grad):
-            rows = _rotate_back(widened(values), packed, degrees, kept)
+            rows = _rotate_back(at_least_float32(values), packed, degrees, kept)
             return sum_rows(rows, target, num_targets)
-        options = SumOptions(degrees, kept, cpp_kernels(widened(values[:0]).dtype))
+        options = SumOptions(degrees, kept, cpp_kernels(at_least_float32(values[:0]).dtype))
         return _SumRotated.apply(values, packed, target, num_targets, options)
 
 
-def widened(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """In float32 or wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -120,7 +128,7 @@ class _SumRotated(torch.autograd.Function):
     def forward(ctx, values, packed, target, num_targets, options):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(packed, target)
         ctx.options, ctx.dtype = options, values.dtype
-        values, packed = widened(values).contiguous(), packed.contiguous()
+        values, packed = at_least_float32(values).contiguous(), packed.contiguous()
         shape = (num_targets, (options.kept[0] + 1) ** 2, values.shape[2])
         total = values.new_zeros(shape)
         for part in chunks(len(target), 4 * shape[1] * shape[2], values.device):
@@ -136,7 +144,7 @@ class _SumRotated(torch.autograd.Function):
         channels = grad_total.shape[2]
         grad = grad_total.new_empty(len(target), options.kept[0] + 1, channels, dtype=ctx.dtype)
         for part in chunks(len(target), 4 * grad_total[:1].numel(), grad.device):
-            edges = Sent(None, None, packed[part], target[part])
+            edges = SummedMessages(None, None, packed[part], target[part])
             (grad_values,), _ = messages_backward(edges, grad_total, options, grad_total.dtype)
             grad[part] = grad_values.unflatten(1, (-1, channels))
         return grad, None, None, None, None
@@ -206,13 +214,16 @@ class _Attend(torch.autograd.Function):
         packed, factors = _prepared(plan, packed, alpha)
         grad_hidden, grad_alpha = torch.empty_like(hidden), torch.empty_like(alpha)
         # Sums over all edges: collected in float32 also when the GEMMs run in bf16.
-        grad_terms, grad_bias = [torch.zeros_like(widened(term)) for term in terms], widened(weights.bias) * 0
+        grad_terms, grad_bias = (
+            [torch.zeros_like(at_least_float32(term)) for term in terms],
+            at_least_float32(weights.bias) * 0,
+        )
         for part in chunks(len(target), plan.bytes_per_edge, hidden.device):
             some = hidden[part].detach().requires_grad_()
             with torch.enable_grad():
                 activated, inputs = plan.inputs(some)
-            sent = Sent(values[part], factors[part], packed[part], target[part])
-            grads, of_alpha = messages_backward(sent, grad_total, plan.options, plan.dtype)
+            summed = SummedMessages(values[part], factors[part], packed[part], target[part])
+            grads, of_alpha = messages_backward(summed, grad_total, plan.options, plan.dtype)
             assert of_alpha is not None
             grad_alpha[part] = of_alpha
             grad_bias += grads[0].sum(0)

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from equiformer2.kernels.chunks import cached_chunks, take_rows
 from equiformer2.kernels.cpu import edges as cpu
-from equiformer2.kernels.cpu.calls import widths_per_order
+from equiformer2.kernels.cpu.ctypes_call import widths_per_order
 from equiformer2.kernels.linear import linear
 from equiformer2.kernels.rotation import m_major_starts, order_rows, rotation_matrices
 from equiformer2.kernels.rows import add_rows_
-from equiformer2.kernels.scratch import scratch
+from equiformer2.kernels.scratch_buffers import scratch
 from equiformer2.kernels.so2 import gauss_sum_backward, gauss_triple
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from equiformer2.kernels.chunks import take_rows
 from equiformer2.kernels.cpu import edges as cpu
-from equiformer2.kernels.cpu.calls import widths_per_order
+from equiformer2.kernels.cpu.ctypes_call import widths_per_order
 from equiformer2.kernels.rotation import rotation_matrices
 from equiformer2.kernels.rows import add_rows_
 from equiformer2.kernels.so2 import gauss_gradients, gauss_values
@@ -58,7 +58,7 @@ def add_messages(edges: Messages, out: Tensor, options: SumOptions) -> None:
     add_rows_(out, edges.target, torch.bmm(matrices.transpose(1, 2), values).to(out.dtype))
 
 
-class Sent(NamedTuple):
+class SummedMessages(NamedTuple):
     """Some edges after their messages have been added.
 
     Attributes:
@@ -73,7 +73,7 @@ class Sent(NamedTuple):
 
 
 def messages_backward(
-    edges: Sent, grad_out: Tensor, options: SumOptions, dtype: torch.dtype
+    edges: SummedMessages, grad_out: Tensor, options: SumOptions, dtype: torch.dtype
 ) -> tuple[list[Tensor], Tensor | None]:
     """Gradients of the products, in `dtype`, and of the attention weights."""
     degrees, kept, cpp = options

@@ -18,7 +18,7 @@ from equiformer2.model.activation import (
 )
 from equiformer2.model.block_config import ResolvedBlock
 from equiformer2.model.config import Activation, ModelConfig
-from equiformer2.model.edges import EdgeContext, by_parts
+from equiformer2.model.edge_context import EdgeContext, by_parts
 from equiformer2.model.folding import read
 from equiformer2.model.radial import RadialFunction, RadialWeights
 from equiformer2.model.so2_convolution import SO2Convolution

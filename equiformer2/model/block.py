@@ -5,12 +5,11 @@ from torch import Tensor, nn
 from equiformer2.model.attention import SO2EquivariantGraphAttention
 from equiformer2.model.block_config import ResolvedBlock
 from equiformer2.model.config import ModelConfig
-from equiformer2.model.edges import EdgeContext
-from equiformer2.model.feed_forward import FeedForwardNetwork
+from equiformer2.model.edge_context import EdgeContext
+from equiformer2.model.feed_forward import FeedForwardNetwork, SwiGLUFeedForwardNetwork
 from equiformer2.model.norm import make_norm
 from equiformer2.model.regularization import EquivariantDropout, GraphDropPath
 from equiformer2.model.so3 import S2Grid
-from equiformer2.model.swiglu_feed_forward import SwiGLUFeedForwardNetwork
 
 
 class TransformerBlock(nn.Module):

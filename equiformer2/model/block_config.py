@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from equiformer2.errors import InputError
 from equiformer2.values import Optional, Rule, Switch, Whole, mapping, shown
 
-if TYPE_CHECKING:
-    from equiformer2.model.config import ModelConfig
-
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """What one block (or head) has of its own; None takes the value of the model.
+    """Widths and degrees of one block (or head); None takes the value of the model.
 
     Attributes:
         attention: whether there is an attention branch.
@@ -41,36 +38,34 @@ class BlockConfig:
     ffn_grid_channels_1: int | None = None
     ffn_grid_channels_2: int | None = None
 
-    def resolved(self, config: ModelConfig) -> ResolvedBlock:
-        """With the model's values where there are none of its own."""
-        hidden, lmax = config.ffn_hidden_channels, _or(self.lmax, config.lmax)
-        return ResolvedBlock(
-            attention=self.attention,
-            feed_forward=self.feed_forward,
-            lmax=lmax,
-            mmax=min(_or(self.mmax, config.mmax), lmax),
-            num_heads=_or(self.num_heads, config.num_heads),
-            attn_hidden_channels=_or(self.attn_hidden_channels, config.attn_hidden_channels),
-            attn_value_channels=_or(self.attn_value_channels, config.attn_value_channels),
-            ffn_hidden_channels=_or(self.ffn_hidden_channels, hidden),
-            ffn_input_channels=_or(self.ffn_input_channels, hidden),
-            ffn_grid_channels_1=_or(self.ffn_grid_channels_1, hidden),
-            ffn_grid_channels_2=_or(self.ffn_grid_channels_2, hidden),
-        )
+    def resolved(self, widths: ResolvedBlock) -> ResolvedBlock:
+        """Fill what is None with the model-wide `widths`; the order is cut to the degree."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        block = dataclasses.replace(widths, **{key: value for key, value in own.items() if value is not None})
+        return dataclasses.replace(block, mmax=min(block.mmax, block.lmax))
 
-    def check(self, config: ModelConfig, name: str) -> None:
-        """Raise `InputError`, naming the key below `name`, for a value that the model cannot have."""
+    def check(self, widths: ResolvedBlock, grid_mlp: bool, name: str) -> None:
+        """Refuse values that the model cannot have.
+
+        Args:
+            widths: the model-wide widths and degrees.
+            grid_mlp: feed-forward networks work on the sphere grid.
+            name: of this block in the configuration.
+
+        Raises:
+            InputError: naming the key below `name`.
+        """
         for key in ("lmax", "mmax"):
-            value, most = getattr(self, key), getattr(config, key)
+            value, most = getattr(self, key), getattr(widths, key)
             if value is not None and value > most:
                 raise InputError(f"{name}.{key} = {value!r}: must be at most the model's, which is {most}")
         grid = [key for key in GRID_MLP_WIDTHS if getattr(self, key) is not None]
-        if grid and not config.use_grid_mlp:
+        if grid and not grid_mlp:
             raise InputError(f"{name}.{grid[0]} needs model.use_grid_mlp")
 
     @classmethod
     def read(cls, value: Any, name: str) -> BlockConfig:
-        """One whose fields have been checked, from another one or from a dictionary of its fields.
+        """Check the fields of a block, given as a `BlockConfig` or as a dictionary of its fields.
 
         Raises:
             InputError: naming the key below `name` that is unknown (with the nearest one) or out of range.
@@ -100,7 +95,7 @@ _RULES = {field.name: _OWN.get(field.name, Optional(WIDTH)) for field in datacla
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedBlock:
-    """`BlockConfig` with nothing left out: what a block is built from."""
+    """Widths and degrees that a block is built from: a `BlockConfig` with nothing left out."""
 
     attention: bool
     feed_forward: bool
@@ -113,7 +108,3 @@ class ResolvedBlock:
     ffn_input_channels: int
     ffn_grid_channels_1: int
     ffn_grid_channels_2: int
-
-
-def _or(value: int | None, otherwise: int) -> int:
-    return otherwise if value is None else value

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
-from equiformer2.model.edges import EdgeContext
+from equiformer2.model.edge_context import EdgeContext
 from equiformer2.model.folding import Folding
 from equiformer2.model.radial import smooth_envelope
 

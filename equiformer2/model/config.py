@@ -70,7 +70,8 @@ class ModelConfig:
         forces: `direct`: a head predicts them; `gradient`: they are minus the derivative of the energy
             (`model.conservative`); `none`.
         stress: with `forces: gradient`, give the stress, too.
-        dens: build the parts for denoising (`model.dens`), which `task.dens` trains; needs `forces: direct`.
+        dens: build the parts for denoising (`model.denoising`), which `task.dens` trains; needs
+            `forces: direct`.
         avg_num_nodes: average number of atoms, divides the sum of atomic energies.
         avg_degree: average number of edges per atom, divides the edge-degree embedding.
         blocks: widths and degrees of every block where they differ from those above (a pruned network); None
@@ -151,6 +152,7 @@ class ModelConfig:
     def _check_blocks(self) -> None:
         if self.is_pruned and self.use_swiglu_s2_act:
             raise InputError("model.use_swiglu_s2_act: blocks cannot have widths or degrees of their own")
+        widths = self.widths
         if self.blocks is not None:
             if len(self.blocks) != self.num_layers:
                 raise InputError(
@@ -158,10 +160,10 @@ class ModelConfig:
                     f"({self.num_layers})"
                 )
             for index, block in enumerate(self.blocks):
-                block.check(self, f"model.blocks[{index}]")
+                block.check(widths, self.use_grid_mlp, f"model.blocks[{index}]")
         for name, head in (("force_head", self.force_head), ("energy_head", self.energy_head)):
             if head is not None:
-                head.check(self, f"model.{name}")
+                head.check(widths, self.use_grid_mlp, f"model.{name}")
                 if not (head.attention and head.feed_forward):
                     raise InputError(f"model.{name} = {head!r}: a head has no branch to drop")
 
@@ -175,19 +177,37 @@ class ModelConfig:
         """Whether some part has widths or degrees of its own, which the reference's layout cannot hold."""
         return any(part is not None for part in (self.blocks, self.force_head, self.energy_head))
 
+    @property
+    def widths(self) -> ResolvedBlock:
+        """Model-wide widths and degrees, which blocks and heads have unless they name their own."""
+        hidden = self.ffn_hidden_channels
+        return ResolvedBlock(
+            attention=True,
+            feed_forward=True,
+            lmax=self.lmax,
+            mmax=self.mmax,
+            num_heads=self.num_heads,
+            attn_hidden_channels=self.attn_hidden_channels,
+            attn_value_channels=self.attn_value_channels,
+            ffn_hidden_channels=hidden,
+            ffn_input_channels=hidden,
+            ffn_grid_channels_1=hidden,
+            ffn_grid_channels_2=hidden,
+        )
+
     def block(self, index: int) -> ResolvedBlock:
         """Widths and degrees of block `index`, nothing left out."""
-        return (BlockConfig() if self.blocks is None else self.blocks[index]).resolved(self)
+        return (BlockConfig() if self.blocks is None else self.blocks[index]).resolved(self.widths)
 
     @property
     def force_block(self) -> ResolvedBlock:
         """Those of the force head."""
-        return (self.force_head or BlockConfig()).resolved(self)
+        return (self.force_head or BlockConfig()).resolved(self.widths)
 
     @property
     def energy_block(self) -> ResolvedBlock:
         """Those of the energy head."""
-        return (self.energy_head or BlockConfig()).resolved(self)
+        return (self.energy_head or BlockConfig()).resolved(self.widths)
 
     @property
     def attn_activation(self) -> Activation:

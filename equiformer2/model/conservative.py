@@ -19,7 +19,7 @@ from torch_geometric.data import Batch, Data
 
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph
-from equiformer2.kernels.aggregate import widened
+from equiformer2.kernels.aggregate import at_least_float32
 from equiformer2.kernels.rows import sum_rows
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def with_derivatives(
             vectors = vectors.detach().requires_grad_()
         energy = energies(vectors, torch.linalg.vector_norm(vectors, dim=1))
         (slope,) = torch.autograd.grad(energy.sum(), vectors, create_graph=further)
-        slope = widened(slope)
+        slope = at_least_float32(slope)
         source, target = graph.edge_index
         out = {
             "energy": energy,

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from equiformer2.kernels import sum_rotated
 from equiformer2.model.attention import element_embedding, radial_input_size
 from equiformer2.model.config import ModelConfig
-from equiformer2.model.edges import EdgeContext, by_parts
+from equiformer2.model.edge_context import EdgeContext, by_parts
 from equiformer2.model.radial import RadialFunction, RadialWeights
 from equiformer2.model.so3 import DerivedConstants
 from equiformer2.model.so3.grid import truncation_scales

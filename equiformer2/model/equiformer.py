@@ -13,11 +13,11 @@ from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph, checked_graph, radius_graph, structure_index
 from equiformer2.graph.validation import locate_atom
-from equiformer2.kernels.aggregate import widened
+from equiformer2.kernels.aggregate import at_least_float32
 from equiformer2.kernels.backend import Neighbors, triton_kernels, use_cpp_kernels, why_not
 from equiformer2.kernels.chunks import chunks
 from equiformer2.kernels.rows import gather_rows, sum_rows
-from equiformer2.kernels.scratch import keep_freed_memory
+from equiformer2.kernels.scratch_buffers import keep_freed_memory
 from equiformer2.model.attention import SO2EquivariantGraphAttention, element_embedding
 from equiformer2.model.block import TransformerBlock
 from equiformer2.model.compiled import compiled_graphs, compiled_network
@@ -28,16 +28,16 @@ from equiformer2.model.conservative import (
     outside_inference_mode,
     with_derivatives,
 )
-from equiformer2.model.dens import Denoising, EncodedForces, check_encoded
-from equiformer2.model.edges import EdgeContext
+from equiformer2.model.denoising import Denoising, EncodedForces, check_encoded
+from equiformer2.model.edge_context import EdgeContext
 from equiformer2.model.embedding import EdgeDegreeEmbedding
 from equiformer2.model.feed_forward import FeedForwardNetwork
 from equiformer2.model.folding import Folding, Layout, plain_name, read
 from equiformer2.model.initialization import initialize_weights
 from equiformer2.model.norm import make_norm
+from equiformer2.model.output_request import OutputRequest, receptive_fields
 from equiformer2.model.parameters import count_parameters
 from equiformer2.model.radial import GaussianBasis
-from equiformer2.model.requests import OutputRequest, receptive_fields
 from equiformer2.model.routing import FixedRouting, RoutedEdges, Router, Routing
 from equiformer2.model.so3 import EdgeFrames, S2Grid
 from equiformer2.model.so3.grid import m_major_order, smallest_resolution
@@ -130,7 +130,8 @@ class EquiformerV2(nn.Module):
             active: which atoms every block updates: one mask (bool `[N]`) or gate (`[N]`, in [0, 1]) or None
                 (all atoms) per block, or a router that decides before each block. See `model.routing`.
             request: which of the outputs are read; None for all of them.
-            dens: forces to encode, with `config.dens`; adds the output `noise [N, 3]` (see `model.dens`).
+            dens: forces to encode, with `config.dens`; adds `noise [N, 3]` to the outputs (see
+                `model.denoising`).
 
         Returns:
             `energy [B]`, `forces [N, 3]` unless `config.forces` is none, and with `config.stress`
@@ -292,12 +293,12 @@ class EquiformerV2(nn.Module):
 
     def atomic_energies(self, x: Tensor) -> Tensor:
         """`[N]` from the normed features `[N, K, C]`, in float32 or wider."""
-        return widened(self.energy_block.scalars(x)[:, 0])
+        return at_least_float32(self.energy_block.scalars(x)[:, 0])
 
     def atomic_forces(self, x: Tensor, edges: EdgeContext) -> Tensor:
         """`[n, 3]` of the target atoms of `edges`, from the normed features, in float32 or wider."""
         assert self.force_block is not None
-        return widened(self.force_block.vectors(x, edges).squeeze(2))
+        return at_least_float32(self.force_block.vectors(x, edges).squeeze(2))
 
     def _outputs(
         self, atomic: Tensor | None, forces: Tensor | None, structure: Tensor, natoms: Tensor

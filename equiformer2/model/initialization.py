@@ -6,9 +6,9 @@ from torch import nn
 
 from equiformer2.model.activation import SwiGLUS2Activation
 from equiformer2.model.attention import SO2EquivariantGraphAttention
+from equiformer2.model.feed_forward import SwiGLUFeedForwardNetwork
 from equiformer2.model.radial import RadialFunction
 from equiformer2.model.so3_linear import SO3Linear
-from equiformer2.model.swiglu_feed_forward import SwiGLUFeedForwardNetwork
 
 
 def initialize_weights(model: nn.Module, weight_init: str) -> None:

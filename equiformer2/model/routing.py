@@ -14,7 +14,7 @@ from torch_geometric.data import Batch, Data
 
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph
-from equiformer2.model.edges import EdgeContext
+from equiformer2.model.edge_context import EdgeContext
 
 
 class Decision(NamedTuple):

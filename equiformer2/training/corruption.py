@@ -14,7 +14,7 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from equiformer2.errors import InputError
-from equiformer2.model.dens import EncodedForces
+from equiformer2.model.denoising import EncodedForces
 
 
 @dataclass(frozen=True)

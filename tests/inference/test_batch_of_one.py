@@ -9,7 +9,7 @@ from torch_geometric.data import Batch
 
 from equiformer2.inference import Predictor, atoms_to_data
 from equiformer2.inference.predictor import batch_of_one
-from equiformer2.model.requests import OutputRequest
+from equiformer2.model.output_request import OutputRequest
 
 
 def test_it_is_what_collation_makes(oxygen_on_copper: Atoms) -> None:

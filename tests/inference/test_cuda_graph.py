@@ -19,9 +19,9 @@ from equiformer2.inference import EquiformerV2Calculator, Predictor
 from equiformer2.inference.atoms import atoms_to_data
 from equiformer2.inference.cuda_graph import (
     GraphedNetwork,
+    capture_unavailable_reason,
     edge_capacity,
     record_cuda_graph,
-    why_not_captured,
 )
 from equiformer2.model import EquiformerV2
 
@@ -200,9 +200,9 @@ def test_refusals(checkpoint: Path) -> None:
         Predictor(checkpoint, cuda_graphs=True)
     assert Predictor(checkpoint).graphed is None
     gpu = torch.device("cuda")
-    assert why_not_captured(gpu, "triton", False, False) is None
-    assert "'compile' is not captured" in why_not_captured(gpu, "compile", False, False)
-    assert "router" in why_not_captured(gpu, "torch", True, False)
+    assert capture_unavailable_reason(gpu, "triton", False, False) is None
+    assert "'compile' is not captured" in capture_unavailable_reason(gpu, "compile", False, False)
+    assert "router" in capture_unavailable_reason(gpu, "torch", True, False)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -16,7 +16,7 @@ from equiformer2.errors import InputError
 from equiformer2.inference import EquiformerV2Calculator, Predictor
 from equiformer2.inference.atoms import atoms_to_data
 from equiformer2.inference.batched import RelaxationSettings, relax_batched
-from equiformer2.inference.cuda_graph import why_not_captured
+from equiformer2.inference.cuda_graph import capture_unavailable_reason
 from equiformer2.inference.relaxation import relax
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.pruning import PruningPlan
@@ -151,9 +151,9 @@ def test_what_gradient_forces_do_not_take(gradient_checkpoint: Path) -> None:
         Predictor(gradient_checkpoint, router=lambda model, batch, request: model(batch))
     with pytest.raises(InputError, match="CUDA graphs cannot be used"):
         Predictor(gradient_checkpoint, cuda_graphs=True)
-    reason = why_not_captured(torch.device("cuda"), "auto", False, gradient=True)
+    reason = capture_unavailable_reason(torch.device("cuda"), "auto", False, gradient=True)
     assert reason == "forces as the gradient of the energy take a backward pass, which is not captured"
-    assert why_not_captured(torch.device("cuda"), "auto", False, gradient=False) is None
+    assert capture_unavailable_reason(torch.device("cuda"), "auto", False, gradient=False) is None
     with pytest.raises(InputError, match="pruning needs a network with direct forces or none"):
         PruningPlan.keep_all(load_checkpoint(gradient_checkpoint).config)
 

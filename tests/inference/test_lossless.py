@@ -15,7 +15,7 @@ from torch_geometric.data import Batch
 from datasets_oc20 import OC20Lmdb
 from equiformer2.errors import InputError
 from equiformer2.inference import EquiformerV2Calculator, Predictor, relax
-from equiformer2.model.requests import OutputRequest
+from equiformer2.model.output_request import OutputRequest
 
 ROOT = Path(__file__).parents[2]
 

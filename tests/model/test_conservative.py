@@ -15,7 +15,7 @@ from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph
 from equiformer2.kernels.backend import BACKENDS
-from equiformer2.model.requests import OutputRequest
+from equiformer2.model.output_request import OutputRequest
 from equiformer2.model.so3 import EdgeFrames
 
 GRADIENT = {"forces": "gradient", "stress": True, "max_neighbors": 1000}
@@ -270,7 +270,7 @@ def test_what_would_break_the_derivative_is_refused() -> None:
         model.from_edges(data.atomic_numbers, *[torch.zeros(4)] * 5)
 
 
-def test_requests_leave_the_values_as_they_are() -> None:
+def test_output_request_leave_the_values_as_they_are() -> None:
     model, data = gradient_model(), crystal()
     some = torch.tensor([True, False, True, False])
     with torch.no_grad():

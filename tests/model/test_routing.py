@@ -13,7 +13,7 @@ from equiformer2 import EquiformerV2
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph
 from equiformer2.kernels import chunks
-from equiformer2.model.edges import EdgeContext
+from equiformer2.model.edge_context import EdgeContext
 from equiformer2.model.routing import BlockState, Decision
 
 

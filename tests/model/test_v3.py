@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from equiformer2 import EquiformerV2
 from equiformer2.kernels import chunks, grid_product
 from equiformer2.model.activation import SwiGLUS2Activation
+from equiformer2.model.feed_forward import SwiGLUFeedForwardNetwork
 from equiformer2.model.norm import RMSNorm
 from equiformer2.model.radial import smooth_envelope
 from equiformer2.model.so3 import S2Grid
 from equiformer2.model.so3.grid import m_major_order
-from equiformer2.model.swiglu_feed_forward import SwiGLUFeedForwardNetwork
 from equiformer2.symmetry import SYMMETRIES, assert_symmetries, check_symmetries
 
 F64 = torch.float64

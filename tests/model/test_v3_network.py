@@ -15,7 +15,7 @@ from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint, sav
 from equiformer2.checkpoint.reference import config_from_reference
 from equiformer2.errors import InputError
 from equiformer2.kernels import chunks
-from equiformer2.model.requests import OutputRequest
+from equiformer2.model.output_request import OutputRequest
 from equiformer2.model.routing import BlockState, Decision
 from equiformer2.pruning import PruningPlan
 from equiformer2.training.task import NOT_IN_WEIGHTS

@@ -168,7 +168,7 @@ def test_a_training_that_makes_it_worse_is_not_kept(files, trained_loss, caplog)
         ("best", "macs=0.7", "not known"),
     ],
 )
-def test_requests_that_say_nothing(files, method, target, message) -> None:
+def test_output_request_that_say_nothing(files, method, target, message) -> None:
     request = RouteRequest(str(files["dense"]), (str(files["calibration"]),), method, target, QUICK)
     with pytest.raises(InputError, match=message):
         make_router(request, progress=False)

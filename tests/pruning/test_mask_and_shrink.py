@@ -13,7 +13,8 @@ from torch import Tensor
 from equiformer2 import EquiformerV2
 from equiformer2.errors import InputError
 from equiformer2.kernels import chunks
-from equiformer2.pruning import BlockPlan, PruningPlan, masked, shrink
+from equiformer2.pruning import BlockPlan, PruningPlan, masked
+from equiformer2.pruning.structured.apply import shrink
 from equiformer2.pruning.structured.index_maps import kept_state
 from equiformer2.symmetry import SYMMETRIES, assert_symmetries
 

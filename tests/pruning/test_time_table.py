@@ -14,8 +14,8 @@ from equiformer2.pruning.calibration import Calibration
 from equiformer2.pruning.cost import latency as latency_module
 from equiformer2.pruning.cost.targets import CombinedTarget, LatencyTarget, MacTarget
 from equiformer2.pruning.cost.time_table import Part, PartTimer, TimeTable, parts_of
-from equiformer2.pruning.structured.methods import search_settings
 from equiformer2.pruning.structured.plan import PruningPlan
+from equiformer2.pruning.structured.plan_methods import search_settings
 from equiformer2.pruning.structured.search import Cost, GreedySearch
 
 MODEL = tiny_model()

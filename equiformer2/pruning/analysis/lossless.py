@@ -1,7 +1,7 @@
 """What inference leaves out because nobody reads it: operations, time, and that no answer changes.
 
 The first two cuts are part of the network's forward pass and have no switch. The other two depend on what the
-caller reads (`model.requests.OutputRequest`); a relaxation leaves out the forces on fixed atoms by itself.
+caller reads (`model.output_request.OutputRequest`); a relaxation leaves out the forces on fixed atoms.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from equiformer2.graph import RadiusGraph
 from equiformer2.model import EquiformerV2
 from equiformer2.model.block_config import BlockConfig
 from equiformer2.model.config import ModelConfig
-from equiformer2.model.requests import OutputRequest, receptive_fields
+from equiformer2.model.output_request import OutputRequest, receptive_fields
 from equiformer2.pruning.cost.latency import Latency, compare_latency
 from equiformer2.pruning.cost.operations import count_macs
 

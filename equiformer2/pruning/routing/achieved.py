@@ -9,7 +9,7 @@ from torch_geometric.data import Batch, Data
 
 from equiformer2.graph import RadiusGraph
 from equiformer2.model import EquiformerV2, ModelConfig
-from equiformer2.model.requests import OutputRequest
+from equiformer2.model.output_request import OutputRequest
 from equiformer2.model.routing import BlockState, Decision
 from equiformer2.pruning.cost.operations import count_macs
 from equiformer2.pruning.routing.active_region import ActiveRegion

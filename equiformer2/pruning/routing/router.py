@@ -12,7 +12,7 @@ from torch_geometric.data import Batch, Data
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph
 from equiformer2.model import EquiformerV2
-from equiformer2.model.requests import OutputRequest
+from equiformer2.model.output_request import OutputRequest
 from equiformer2.model.routing import BlockState, Decision
 from equiformer2.pruning.routing.batch_geometry import ADSORBATE, BatchGeometry
 from equiformer2.pruning.routing.score_selection import check_mode, select

@@ -1,4 +1,4 @@
-"""Let the full-size network behave as the pruned one."""
+"""Try a plan on the full-size network by masks, or make the smaller network of it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +15,14 @@ from equiformer2.pruning.structured.plan import PruningPlan
 
 
 def weight_masks(model: EquiformerV2, plan: PruningPlan) -> dict[str, Tensor]:
-    """By name, for every parameter that `plan` cuts: which entries are kept, bool of the parameter's shape.
+    """Return the kept entries of every parameter that `plan` cuts.
+
+    Args:
+        model: network of full size.
+        plan: units to keep.
+
+    Returns:
+        Name -> bool of the parameter's shape; parameters that stay whole are absent.
 
     Raises:
         InputError: `plan` does not fit the network, or weights are parametrized.
@@ -24,7 +31,7 @@ def weight_masks(model: EquiformerV2, plan: PruningPlan) -> dict[str, Tensor]:
     maps = IndexMaps(model.config, plan.checked(model.config))
     masks = {}
     for name, parameter in model.named_parameters():
-        selection = maps.of(name)
+        selection = maps.selection(name)
         if maps.is_removed(name):
             masks[name] = torch.zeros_like(parameter, dtype=torch.bool)
         elif selection is not None:
@@ -110,10 +117,17 @@ def _on_channels(norm: nn.Module, model: EquiformerV2, kept: Tensor) -> Callable
 
 
 def shrink(model: EquiformerV2, plan: PruningPlan) -> EquiformerV2:
-    """The smaller network of `plan`, with weights of its own; `model` is left as it is.
+    """Make the smaller network of `plan`, with weights of its own.
 
-    It gives what `masked(model, plan)` gives, but for rounding. It is where `model` is, in its precision and
-    mode (training or evaluation), with its backend, and what is frozen there is frozen here.
+    Its outputs are those of `masked(model, plan)`, but for rounding.
+
+    Args:
+        model: network of full size; it is left as it is.
+        plan: units to keep.
+
+    Returns:
+        The smaller network, on the device, in the precision and mode (training or evaluation) and with the
+        backend of `model`; frozen parameters of `model` are frozen.
 
     Raises:
         InputError: `plan` does not fit the network; block and field are named. Or weights are parametrized.
