@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from equiformer2.kernels import sum_rotated
+from equiformer2.kernels.backend import Backend
 from equiformer2.model.attention import element_embedding, radial_input_size
 from equiformer2.model.config import ModelConfig
-from equiformer2.model.edge_context import EdgeContext, by_parts
+from equiformer2.model.edge_context import EdgeGraph, joined
 from equiformer2.model.radial import RadialFunction
 from equiformer2.model.so3 import DerivedConstants
 from equiformer2.model.so3.grid import truncation_scales
@@ -28,11 +29,11 @@ class EdgeDegreeEmbedding(DerivedConstants):
         scale = truncation_scales(config.lmax, config.mmax) / config.avg_degree
         self.add_constant("scale", scale)
 
-    def forward(self, edges: EdgeContext) -> Tensor:
-        """`[N, K, C]`."""
-        return by_parts(lambda part, _: self._sum(part), edges)
+    def forward(self, edges: EdgeGraph, backend: Backend) -> Tensor:
+        """Sum over the edges into every atom: `[N, K, C]`."""
+        return joined([self._sum(part.graph, backend) for part in edges.parts(backend)])
 
-    def _sum(self, edges: EdgeContext) -> Tensor:
+    def _sum(self, edges: EdgeGraph, backend: Backend) -> Tensor:
         own = None
         if self.source_embedding is not None and self.target_embedding is not None:
             own = (self.source_embedding, self.target_embedding)
@@ -42,5 +43,13 @@ class EdgeDegreeEmbedding(DerivedConstants):
             radial = radial * envelope.to(radial.dtype).unsqueeze(1)
         # Only m = 0 is non-zero in the edge frame.
         values = radial.unflatten(1, (self.degrees[0] + 1, -1))
-        total = sum_rotated(values, edges.rotations, edges.edge_index[1], edges.num_atoms, self.degrees)
+        total = sum_rotated(
+            values,
+            edges.rotations,
+            edges.edge_index[1],
+            edges.num_atoms,
+            self.degrees,
+            backend,
+            edges.neighbors(backend),
+        )
         return total * self.scale

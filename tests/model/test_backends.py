@@ -135,9 +135,9 @@ def test_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = random_model(), structures()
     assert model.backend == "auto"
     monkeypatch.setattr(library, "why_missing", lambda: None)
-    assert model.chosen_backend() == "cpp"
+    assert model.resolve_backend().name == "cpp"
     monkeypatch.setattr(library, "why_missing", lambda: "no C++ compiler was found")
-    assert model.chosen_backend() == "torch"
+    assert model.resolve_backend().name == "torch"
     model(batch)
     model.backend = "cpp"
     with pytest.raises(InputError, match=r"'cpp' cannot be used: no C\+\+ compiler was found"):
