@@ -1,14 +1,44 @@
-"""EquiformerV2 (Liao et al., ICLR 2024, arXiv 2306.12059): train, fine-tune, prune and run."""
+"""EquiformerV2 (Liao et al., ICLR 2024, arXiv 2306.12059): train, fine-tune, prune and run.
 
-from equiformer2.model import EquiformerV2, ModelConfig
+Names are imported on first use, so that `import equiformer2` costs milliseconds. Modules of the package
+import from the submodules, never from here.
+"""
 
-__all__ = ["EquiformerV2", "EquiformerV2Calculator", "ModelConfig"]  # noqa: F822  by __getattr__
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from equiformer2.version import __version__
+
+if TYPE_CHECKING:
+    from equiformer2.checkpoint import load_checkpoint
+    from equiformer2.inference import EquiformerV2Calculator, Predictor, relax
+    from equiformer2.model import EquiformerV2, ModelConfig
+
+__all__ = [
+    "EquiformerV2",
+    "EquiformerV2Calculator",
+    "ModelConfig",
+    "Predictor",
+    "__version__",
+    "load_checkpoint",
+    "relax",
+]
+
+_HOMES = {
+    "EquiformerV2": "model",
+    "EquiformerV2Calculator": "inference",
+    "ModelConfig": "model",
+    "Predictor": "inference",
+    "load_checkpoint": "checkpoint",
+    "relax": "inference",
+}
 
 
-def __getattr__(name: str) -> object:
-    # ASE is imported only by those who ask for the calculator.
-    if name == "EquiformerV2Calculator":
-        from equiformer2.inference import EquiformerV2Calculator
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
-        return EquiformerV2Calculator
-    raise AttributeError(f"module 'equiformer2' has no attribute '{name}'")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

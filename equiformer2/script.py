@@ -1,7 +1,6 @@
-"""What entry points share: one line for a user's mistake, the log on stderr, the choice of a model."""
+"""Entry points: exit statuses, one-line errors, the log on standard error, the origin of results files."""
 
-import argparse
-import copy
+import hashlib
 import io
 import logging
 import os
@@ -10,27 +9,42 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from datasets_oc20.errors import DataError
 from equiformer2.errors import InputError
+from equiformer2.version import __version__
+
+_OWN_FOLDERS = ("scripts", "benchmarks", "studies")
+_began = time.monotonic()  # start of the command that runs
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run `main` and leave the process with its status; nothing that is printed can fail for its letters.
-
-    Status 2 and one `error: …` line for what is wrong with the input: `InputError`, `DataError`, `OSError`
-    (missing file, full disk, no permission) and too little memory. Status 1 and one line for any other
-    exception, which is a bug; with `--debug` on the command line its traceback is shown, and that of errors
-    in the input, too. Status 130 after Ctrl-C, 128 + n after SIGTERM and SIGHUP, on which the
-    process leaves its blocks and so removes its unfinished files; `main` may handle these itself.
-    """
+    """Run `main` and leave the process with `exit_status`; `--debug` is taken from the command line."""
     debug = "--debug" in sys.argv[1:]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    sys.exit(exit_status(main, debug))
+
+
+def exit_status(main: Callable[[], int | None], debug: bool = False) -> int:
+    """Run `main` and return the exit status of its process; characters that the terminal lacks are escaped.
+
+    Status 2 and one `error: …` line for bad input: `InputError`, `DataError`, `OSError`
+    (missing file, full disk, no permission) and too little memory. Status 1 and one line for any other
+    exception, which is a bug. Status 130 after Ctrl-C, 128 + n after SIGTERM and SIGHUP, on which the
+    process leaves its blocks and so removes its unfinished files; `main` may handle these itself.
+
+    Args:
+        main: the work; returns its status, None for 0, or raises `SystemExit`.
+        debug: print tracebacks, those of bad input too.
+    """
+    global _began
+    _began = time.monotonic()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal in ASCII prints Å as \\xc5
             stream.reconfigure(errors="backslashreplace")
@@ -38,27 +52,29 @@ def run_script(main: Callable[[], int | None]) -> None:
     try:
         status = main()
         sys.stdout.flush()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
     except BrokenPipeError:  # `… | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(128 + signal.SIGPIPE)
+        return 128 + signal.SIGPIPE
     except Exception as error:
         if debug:
             traceback.print_exc()
         if isinstance(error, InputError | DataError | OSError):
             print(f"error: {_one_line(error)}", file=sys.stderr)
-            sys.exit(2)
+            return 2
         if isinstance(error, MemoryError):
             print("error: there is too little memory: use smaller batches or structures", file=sys.stderr)
-            sys.exit(2)
+            return 2
         name = type(error).__name__
         print(f"error: this is a bug ({name}: {_one_line(error)[:300]})", end="", file=sys.stderr)
         print("; report it with the command and its traceback", end="", file=sys.stderr)
         print("" if debug else ", which --debug shows", file=sys.stderr)
-        sys.exit(1)
-    sys.exit(status or 0)
+        return 1
+    return status or 0
 
 
 def _end_blocks_on_signals() -> None:
@@ -83,8 +99,31 @@ def origin() -> dict[str, str]:
     Outside a checkout the commit is the version of the package.
     """
     script = Path(sys.argv[0])
-    name = script.name if script.parent.name != "scripts" else f"scripts/{script.name}"
-    return {"command": shlex.join(["python", name, *sys.argv[1:]]), "commit": commit()}
+    if script.suffix == ".py" and script.name != "__main__.py":
+        name = (
+            script.name if script.parent.name not in _OWN_FOLDERS else f"{script.parent.name}/{script.name}"
+        )
+        if script.parent.name in ("benchmarks", "studies"):
+            name = f"-m {script.parent.name}.{script.stem}"
+        words = ["python", *name.split(" ", 1), *sys.argv[1:]]
+    else:
+        words = ["equiformer2", *sys.argv[1:]]
+    return {"command": shlex.join(words), "commit": commit()}
+
+
+def header(schema: str, checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """First keys of every JSON document: `schema`, `command`, `commit`, `checkpoint_sha256`, `seconds`.
+
+    Args:
+        schema: name and version of the document's keys, such as `"relaxation/1"`.
+        checkpoint: file of the network behind the results; without one its sum is None.
+    """
+    digest = None
+    if checkpoint is not None:
+        with open(checkpoint, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    seconds = round(time.monotonic() - _began, 3)
+    return {"schema": schema, **origin(), "checkpoint_sha256": digest, "seconds": seconds}
 
 
 def commit() -> str:
@@ -107,7 +146,7 @@ def commit() -> str:
     # Installed into an environment inside somebody else's checkout, the commit would be of that one.
     name = git("rev-parse", "--short=10", "HEAD") if git("ls-files", "--", "script.py") else ""
     if not name:
-        return f"version {version('equiformer2')}"
+        return f"version {__version__}"
     return name + "+" if git("status", "--porcelain", "--", ".", "../datasets_oc20") else name
 
 
@@ -115,88 +154,6 @@ def show_log() -> None:
     """Print what the package logs, such as which weights of a checkpoint are used."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("equiformer2").setLevel(logging.INFO)
-
-
-def add_model_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """`--checkpoint`, `--weights`, `--energy-kind`, `--device`, `--precision` and `--backend`."""
-    parser.add_argument("--checkpoint", required=True, help="native, OCP or fairchem v1 checkpoint file")
-    parser.add_argument(
-        "--weights", choices=("raw", "averaged"), help="default: averaged where the file has them"
-    )
-    parser.add_argument(
-        "--energy-kind",
-        "--energy_kind",
-        choices=("adsorption", "total"),
-        help="for a checkpoint, or data, that does not say it; must not contradict them",
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: cpu)")
-    parser.add_argument(
-        "--precision",
-        default="float32",
-        choices=("float32", "tf32", "bf16"),
-        help="of the matrix products (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--backend",
-        default="auto",
-        choices=("auto", "torch", "cpp", "compile", "triton"),
-        help="what runs the hot operations (default: %(default)s)",
-    )
-
-
-def add_overwrite_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """`--overwrite`."""
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace what an earlier call wrote to --out"
-    )
-
-
-def add_router_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """`--router`."""
-    parser.add_argument(
-        "--router",
-        metavar="FILE",
-        help="skip atoms or edges: a router of `prune.py route` or of training (backends auto, torch, cpp)",
-    )
-
-
-def parse_checked(
-    parser: argparse.ArgumentParser,
-    argv: Sequence[str] | None = None,
-    needs: Iterable[tuple[str, str]] = (),
-    excludes: Iterable[tuple[str, str]] = (),
-) -> argparse.Namespace:
-    """The parsed options; one that would be ignored is refused as argparse refuses (status 2).
-
-    Args:
-        parser: its own defaults say nothing of what was given.
-        argv: arguments; those of the process unless given.
-        needs: pairs: an option, and the one without which it means nothing.
-        excludes: pairs: an option, and one, or `--option=choice`, beside which it means nothing.
-    """
-    arguments = parser.parse_args(argv)
-    given = _given(parser, argv)
-
-    def is_given(option: str) -> bool:
-        name, _, choice = option.partition("=")
-        dest = name.removeprefix("--").replace("-", "_")
-        return str(getattr(arguments, dest)) == choice if choice else dest in given
-
-    for option, other in needs:
-        if is_given(option) and not is_given(other):
-            parser.error(f"{option} has no meaning without {other}: give both, or leave it out")
-    for option, other in excludes:
-        if is_given(option) and is_given(other):
-            parser.error(f"{option} has no meaning with {other.replace('=', ' ')}: leave one of them out")
-    return arguments
-
-
-def _given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[str]:
-    """Names of the options on the command line, whatever their values."""
-    sparse = copy.deepcopy(parser)
-    for action in sparse._actions:
-        action.default, action.required = argparse.SUPPRESS, False
-    return set(vars(sparse.parse_args(argv)))
 
 
 def _one_line(error: Exception) -> str:

@@ -1,18 +1,6 @@
-"""Train EquiformerV2: `python scripts/train.py --config configs/….yaml`."""
+"""Train EquiformerV2: the command `equiformer2 train`."""
 
-import sys
-
-from equiformer2.script import run_script
-
-
-def main() -> None:
-    # Imported here so that a wrong installation, too, is told in one line.
-    from equiformer2.training.cli import parse
-    from equiformer2.training.run import train
-
-    folder = train(parse(sys.argv[1:]))
-    print(f"done: {folder}")
-
+from equiformer2.cli.main import script
 
 if __name__ == "__main__":
-    run_script(main)
+    script("train")

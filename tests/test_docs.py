@@ -48,7 +48,7 @@ def test_commands_exist(page: Path) -> None:
     )
     commands = re.findall(r"(?:^|`)make ([a-z][\w-]*)", text, flags=re.MULTILINE)
     assert not set(commands) - targets
-    files = re.findall(r"\b((?:scripts|configs)/[\w/.-]+\.(?:py|ya?ml|sh))\b", text)
+    files = re.findall(r"\b((?:scripts|benchmarks|studies|configs)/[\w/.-]+\.(?:py|ya?ml|sh))\b", text)
     assert not [name for name in files if not (ROOT / name).exists()]
 
 
@@ -68,7 +68,8 @@ def named_on_an_index(text: str) -> list[str]:
 
 def test_nothing_installs_the_project_from_an_index() -> None:
     # The project does not own its name there: whoever registers it would be installed.
-    folders = ("equiformer2", "datasets_oc20", "scripts", "tests", "docs", "configs", "data", "models", ".ci")
+    folders = ("equiformer2", "datasets_oc20", "scripts", "benchmarks", "studies", "tests")
+    folders += ("docs", "configs", "data", "models", ".ci")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     files += [
         ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml")

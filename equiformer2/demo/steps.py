@@ -13,7 +13,8 @@ from equiformer2.adsorption.energy import AdsorptionResult, adsorption_energy
 from equiformer2.demo.plan import LARGE_SYSTEMS, UNSEEN_SYSTEMS, UNSEEN_TEACHER_SYSTEMS, DemoPlan
 from equiformer2.inference import EquiformerV2Calculator, Predictor
 from equiformer2.inference.structure_files import read_structure
-from equiformer2.training import cli, evaluation
+from equiformer2.training import configuration as cli
+from equiformer2.training import evaluation
 from equiformer2.training.evaluation import Evaluation
 from equiformer2.training.run import train
 

@@ -46,7 +46,8 @@ class EquiformerV2Calculator(Calculator):
     network; those of the atoms are left as they are (see `equiformer2.inference.atoms.oc20_tags`).
 
     Args:
-        checkpoint: a path (native, OCP or fairchem v1 file) or a loaded `Checkpoint`.
+        checkpoint: a path (native, OCP or fairchem v1 file), the name of a shipped model such as
+            `"oc20_small"`, or a loaded `Checkpoint`.
         device: `"cpu"`, `"cuda"`, ….
         weights: `"raw"`, `"averaged"` or `None` (averaged where the file has them).
         energy_kind: only needed for a foreign file that does not say; must not contradict the checkpoint.

@@ -121,7 +121,8 @@ class Predictor:
     """A trained network with its normalizers: eval mode, frozen, no gradients of its weights.
 
     Args:
-        checkpoint: a path (native, OCP or fairchem v1 file) or a loaded `Checkpoint`, which is not changed.
+        checkpoint: a path (native, OCP or fairchem v1 file), the name of a shipped model such as
+            `"oc20_small"`, or a loaded `Checkpoint`, which is not changed.
         device: `"cpu"`, `"cuda"`, `"cuda:1"`, ….
         weights: `"raw"`, `"averaged"` or `None` (averaged where the file has them).
         energy_kind: `"adsorption"` or `"total"`, only needed for a foreign file that does not say.

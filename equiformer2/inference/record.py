@@ -30,6 +30,7 @@ from equiformer2.inference.meaning import warning_for
 from equiformer2.inference.pictures import relaxation_picture, structure_picture
 from equiformer2.inference.predictor import Predictor
 from equiformer2.inference.relaxation import RelaxationResult
+from equiformer2.script import header
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,7 @@ def write_relaxation_record(
     ]
     files = [path.name for path in written] + ["relaxation.traj"]
     record = {
+        **header("relaxation/1", model.get("checkpoint")),
         **result.summary(),
         "energy_kind": kind,
         "warnings": [] if warning is None else [warning],

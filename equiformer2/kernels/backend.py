@@ -92,9 +92,9 @@ class Backend:
                 "float32 or float64: keep them so and round the matrix products alone, with torch.autocast"
             )
         if self is CPP:
-            return library.why_not(device, dtype, lmax)
+            return library.LIBRARIES.unavailable_reason(device, dtype, lmax, mmax)
         if self is COMPILE:  # inductor writes C++ for a CPU and Triton for a GPU
-            if device.type == "cpu" and library.compiler() is None:
+            if device.type == "cpu" and library.Compiler.find() is None:
                 return library.NO_COMPILER
             if device.type == "cuda" and find_spec("triton") is None:
                 return "Triton is not installed"

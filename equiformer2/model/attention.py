@@ -21,13 +21,35 @@ from equiformer2.model.activation import (
 from equiformer2.model.block_config import ResolvedBlock
 from equiformer2.model.config import Activation, ModelConfig
 from equiformer2.model.edge_context import EVERYTHING, BlockRouting, EdgeGraph, Part, joined
-from equiformer2.model.radial import RadialFunction
+from equiformer2.model.folding import read
+from equiformer2.model.radial import RadialFunction, RadialWeights
 from equiformer2.model.so2_convolution import SO2Convolution
 from equiformer2.model.so3 import DerivedConstants, S2Grid
 from equiformer2.model.so3.grid import m_major_order, truncation_scales
-from equiformer2.model.so3_linear import SO3Linear
+from equiformer2.model.so3_linear import SO3Linear, SO3LinearWeights
 
 _SMALLEST = 1e-30
+
+
+class AttentionWeights(NamedTuple):
+    """Weights of one attention layer, read once for all parts of the edges.
+
+    Attributes:
+        radial: of the radial function.
+        tables: element embeddings for it, of source and target, or None.
+        first, second: of the two convolutions.
+        alpha: `[H, A]`, which makes a logit of every head's scalars.
+        alpha_norm: weight and bias `[A]` of the layer norm of the scalars; none without it.
+        projection: of the last linear map.
+    """
+
+    radial: RadialWeights
+    tables: tuple[Tensor, Tensor] | None
+    first: SO2Weights
+    second: SO2Weights
+    alpha: Tensor
+    alpha_norm: tuple[Tensor, ...]
+    projection: SO3LinearWeights
 
 
 class AttentionOutput(NamedTuple):
@@ -123,15 +145,16 @@ class SO2EquivariantGraphAttention(DerivedConstants):
             routing: which atoms the targets are, and gates of the edges.
             observe: return the attention weights, too.
         """
-        weights, kept = self.so2_conv_2.weights(), (self.lmax, self.mmax)
+        weights = self._weights(edges, self.so2_conv_2.weights(), self.proj.weights())
+        kept = self.lmax, self.mmax
         x = self._message_degrees(x)
         x_target = routing.at_targets(x)
 
         def layer(part: Part) -> tuple[Tensor, Tensor | None]:
-            scalars, hidden = self._convolve(x, x_target[part.atoms], part.graph, backend)
-            alpha = self._attention_weights(scalars, part, backend, routing.edge_gates)
+            scalars, hidden = self._convolve(x, x_target[part.atoms], part.graph, weights, backend)
+            alpha = self._attention_weights(scalars, part, weights, backend, routing.edge_gates)
             total = self._sum(hidden, alpha, part.graph, backend, None, weights, kept)
-            return self.proj(total * self.scale), alpha if observe else None
+            return self.proj(total * self.scale, weights.projection), alpha if observe else None
 
         outputs = [layer(part) for part in edges.parts(backend)]
         out = joined([total for total, _ in outputs])
@@ -140,6 +163,25 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         return AttentionOutput(
             nn.functional.pad(out, (0, 0, 0, missing)) if missing else out,
             joined(observed) if observe else None,
+        )
+
+    def _weights(
+        self, edges: EdgeGraph, second: SO2Weights, projection: SO3LinearWeights
+    ) -> AttentionWeights:
+        own = None
+        if self.source_embedding is not None and self.target_embedding is not None:
+            own = (self.source_embedding, self.target_embedding)
+        radial = self.rad_func or self.so2_conv_1.rad_func
+        assert radial is not None
+        normed = isinstance(self.alpha_norm, nn.LayerNorm)
+        return AttentionWeights(
+            radial.weights(),
+            edges.element_tables(own),
+            self.so2_conv_1.weights(),
+            second,
+            read(self, "alpha_dot"),
+            tuple(read(self.alpha_norm, name) for name in ("weight", "bias")) if normed else (),
+            projection,
         )
 
     def _message_degrees(self, x: Tensor) -> Tensor:
@@ -156,7 +198,7 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         edges: EdgeGraph,
         backend: Backend,
         rows: int | None,
-        weights: SO2Weights,
+        weights: AttentionWeights,
         kept: tuple[int, int],
     ) -> Tensor:
         """Weighted sum of the messages, `[N, (kept degree + 1)^2, value channels]`.
@@ -176,7 +218,7 @@ class SO2EquivariantGraphAttention(DerivedConstants):
             edges.edge_index[1],
             edges.num_atoms,
             activate,
-            weights,
+            weights.second,
             (self.lmax, self.mmax),
             kept,
             backend,
@@ -184,25 +226,21 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         )
 
     def _convolve(
-        self, x: Tensor, x_target: Tensor, edges: EdgeGraph, backend: Backend
+        self, x: Tensor, x_target: Tensor, edges: EdgeGraph, weights: AttentionWeights, backend: Backend
     ) -> tuple[Tensor, Tensor]:
         """Inputs `[E, H * A]` of the attention weights and hidden features `[E, gates + R * hidden]`."""
-        own = None
-        if self.source_embedding is not None and self.target_embedding is not None:
-            own = (self.source_embedding, self.target_embedding)
-        radial = self.rad_func or self.so2_conv_1.rad_func
-        assert radial is not None
+        radial = weights.radial
         return convolve_edges(
             x,
             x_target,
             self._rotations(edges),
             edges.edge_index[0],
             edges.edge_index[1],
-            radial.hidden(edges.basis(), edges.element_pairs(own)),
-            radial.output_weight(),
-            radial.output.bias,
-            self.so2_conv_1.weights(),
-            self.alpha_dot.numel(),
+            radial.hidden(edges.basis(), edges.element_pairs(weights.tables)),
+            radial.output,
+            radial.bias,
+            weights.first,
+            weights.alpha.numel(),
             self.lmax,
             self.rad_func is not None,
             backend,
@@ -210,7 +248,12 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         )
 
     def _attention_weights(
-        self, scalars: Tensor, part: Part, backend: Backend, gates: Tensor | None
+        self,
+        scalars: Tensor,
+        part: Part,
+        weights: AttentionWeights,
+        backend: Backend,
+        gates: Tensor | None,
     ) -> Tensor:
         """`[E, H * A]` scalars to `[E, H]` weights; renormalized before the nonlinearity (section 4.2).
 
@@ -220,9 +263,10 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         with no_autocast(scalars):
             # Cheap to compute again, and its intermediates would be half of what training stores per edge.
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-                logits = self._logits(scalars)
+                logits = self._logits(scalars, weights.alpha, *weights.alpha_norm)
             else:
-                logits = checkpoint(self._logits, scalars, use_reentrant=False, preserve_rng_state=False)
+                tensors = scalars, weights.alpha, *weights.alpha_norm
+                logits = checkpoint(self._logits, *tensors, use_reentrant=False, preserve_rng_state=False)
             if gates is not None:
                 logits = logits + torch.log(gates[part.edges].to(logits.dtype)).unsqueeze(1)
             edges = part.graph
@@ -232,12 +276,14 @@ class SO2EquivariantGraphAttention(DerivedConstants):
                 # The logarithm of zero has no derivative; what is this small is cut by the factor below.
                 logits = logits + torch.log(envelope.clamp(min=_SMALLEST))
             near = edges.neighbors(backend)
-            weights = segment_softmax(logits, edges.edge_index[1], edges.num_atoms, near)
-            return weights if envelope is None else weights * envelope
+            alpha = segment_softmax(logits, edges.edge_index[1], edges.num_atoms, near)
+            return alpha if envelope is None else alpha * envelope
 
-    def _logits(self, scalars: Tensor) -> Tensor:
-        scalars = scalars.to(self.alpha_dot.dtype).unflatten(1, (self.num_heads, -1))
-        return (self.alpha_act(self.alpha_norm(scalars)) * self.alpha_dot).sum(2)
+    def _logits(self, scalars: Tensor, alpha: Tensor, *norm: Tensor) -> Tensor:
+        scalars = scalars.to(alpha.dtype).unflatten(1, (self.num_heads, -1))
+        if norm:
+            scalars = nn.functional.layer_norm(scalars, norm[0].shape, *norm)
+        return (self.alpha_act(scalars) * alpha).sum(2)
 
 
 class VectorHead(SO2EquivariantGraphAttention):
@@ -270,16 +316,18 @@ class VectorHead(SO2EquivariantGraphAttention):
         """
         order = min(1, self.mmax)
         rows = (self.lmax + 1) + 2 * self.lmax * order
-        weights = self.so2_conv_2.weights_of_vectors()
+        with no_autocast(x):
+            projection = self.proj.weights()
+        weights = self._weights(edges, self.so2_conv_2.weights_of_vectors(), projection)
         x = self._message_degrees(x)
         x_target = routing.at_targets(x)
 
         def layer(part: Part) -> Tensor:
-            scalars, hidden = self._convolve(x, x_target[part.atoms], part.graph, backend)
-            alpha = self._attention_weights(scalars, part, backend, routing.edge_gates)
+            scalars, hidden = self._convolve(x, x_target[part.atoms], part.graph, weights, backend)
+            alpha = self._attention_weights(scalars, part, weights, backend, routing.edge_gates)
             total = self._sum(hidden, alpha, part.graph, backend, rows, weights, (1, order))
             with no_autocast(total):  # what leaves the network is not rounded
-                return self.proj.degree(total[:, 1:4] * self.scale[1:4], 1)
+                return self.proj.degree(total[:, 1:4] * self.scale[1:4], 1, projection)
 
         return at_least_float32(joined([layer(part) for part in edges.parts(backend)]).squeeze(2))
 

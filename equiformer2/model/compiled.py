@@ -9,7 +9,7 @@ edges between them avoid both, so that the number of graphs does not depend on t
 nothing to other atoms, and nothing reads them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -21,6 +21,7 @@ from torch._dynamo import lookup_backend
 from equiformer2.kernels.backend import COMPILE, Backend
 from equiformer2.model.block import BlockOutput
 from equiformer2.model.edge_context import EVERYTHING, BlockRouting, EdgeEncoding, EdgeGraph, GraphInputs
+from equiformer2.model.folding import Folding
 from equiformer2.model.output_request import ALL_OUTPUTS, OutputRequest
 
 #: What turns traced graphs into code.
@@ -63,6 +64,9 @@ class Steps(Protocol):
 class CompilableNetwork(Steps, Protocol):
     """The network as its compiled regions see it."""
 
+    def modules(self) -> Iterator[nn.Module]:
+        """The network and all modules inside."""
+
     def propagate(
         self, inputs: GraphInputs, backend: Backend, *, steps: Steps | None = None
     ) -> dict[str, Tensor]:
@@ -103,6 +107,9 @@ class CompiledNetwork:
 
     def __call__(self, model: CompilableNetwork, inputs: GraphInputs) -> dict[str, Tensor]:
         """Run the forward pass of `model` through the compiled regions: all outputs."""
+        for module in model.modules():
+            if isinstance(module, Folding):
+                module.refresh()
         padded = _with_ghosts(inputs)
         for tensor in (padded.numbers, padded.structure, padded.natoms):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)

@@ -1,13 +1,13 @@
 """Embedding of the atoms' surroundings (paper Figure 1c)."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from equiformer2.kernels import sum_rotated
 from equiformer2.kernels.backend import Backend
 from equiformer2.model.attention import element_embedding, radial_input_size
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.edge_context import EdgeGraph, joined
-from equiformer2.model.radial import RadialFunction
+from equiformer2.model.radial import RadialFunction, RadialWeights
 from equiformer2.model.so3 import DerivedConstants
 from equiformer2.model.so3.grid import truncation_scales
 
@@ -31,13 +31,21 @@ class EdgeDegreeEmbedding(DerivedConstants):
 
     def forward(self, edges: EdgeGraph, backend: Backend) -> Tensor:
         """Sum over the edges into every atom: `[N, K, C]`."""
-        return joined([self._sum(part.graph, backend) for part in edges.parts(backend)])
-
-    def _sum(self, edges: EdgeGraph, backend: Backend) -> Tensor:
         own = None
         if self.source_embedding is not None and self.target_embedding is not None:
             own = (self.source_embedding, self.target_embedding)
-        radial = self.rad_func.output(self.rad_func.hidden(edges.basis(), edges.element_pairs(own)))
+        weights, tables = self.rad_func.plain_weights(), edges.element_tables(own)
+        return joined([self._sum(part.graph, weights, tables, backend) for part in edges.parts(backend)])
+
+    def _sum(
+        self,
+        edges: EdgeGraph,
+        weights: RadialWeights,
+        tables: tuple[Tensor, Tensor] | None,
+        backend: Backend,
+    ) -> Tensor:
+        hidden = weights.hidden(edges.basis(), edges.element_pairs(tables))
+        radial = nn.functional.linear(hidden, weights.output, weights.bias)
         envelope = edges.envelope()
         if envelope is not None:
             radial = radial * envelope.to(radial.dtype).unsqueeze(1)

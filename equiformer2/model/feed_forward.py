@@ -1,5 +1,7 @@
 """Feed-forward networks of irreps: EquiformerV2's (paper Figure 1d) and EquiformerV3's."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -15,9 +17,27 @@ from equiformer2.model.activation import (
 )
 from equiformer2.model.block_config import ResolvedBlock
 from equiformer2.model.config import ModelConfig
-from equiformer2.model.folding import Folding, usable
+from equiformer2.model.folding import Folding, Layout, read
 from equiformer2.model.so3 import S2Grid
-from equiformer2.model.so3_linear import SO3Linear, linear_of_degree, linear_per_degree, rounded
+from equiformer2.model.so3_linear import SO3Linear, linear_of_degree, linear_per_degree
+
+
+class MergedMaps(NamedTuple):
+    """Linear maps of a feed-forward network on the grid; those in front of it are one, and those behind it.
+
+    Attributes:
+        inwards: `[channels of the grid's input, C]` of every degree.
+        bias: of `inwards`, for l = 0.
+        on_grid: `[channels of the grid's output, channels of its input]`.
+        outwards: `[out_channels, channels of the grid's output]` of every degree.
+        last_bias: of `outwards`, for l = 0.
+    """
+
+    inwards: list[Tensor]
+    bias: Tensor
+    on_grid: Tensor
+    outwards: list[Tensor]
+    last_bias: Tensor
 
 
 class FeedForwardNetwork(Folding):
@@ -29,10 +49,6 @@ class FeedForwardNetwork(Folding):
         grid: S2 grid of all K coefficients.
         out_channels: channels of the output coefficients.
     """
-
-    _folded_in: list[Tensor] | None
-    _folded_out: list[Tensor] | None
-    _folded_bias: Tensor | None
 
     def __init__(self, config: ModelConfig, block: ResolvedBlock, grid: S2Grid, out_channels: int) -> None:
         super().__init__()
@@ -65,42 +81,42 @@ class FeedForwardNetwork(Folding):
         self.so3_linear_2 = SO3Linear(hidden, out_channels, lmax)
 
     def forward(self, x: Tensor, backend: Backend) -> Tensor:
-        """`[N, K, C]` to `[N, K, out_channels]`."""
-        if self._folded_in is not None and usable(self._folded_in, self.so3_linear_1.weight):
-            return self._merged(x, backend)
+        """Map `[N, K, C]` to `[N, K, out_channels]`."""
+        merged: MergedMaps | None = self.folded()
+        if merged is not None:
+            return self._merged(x, merged, backend)
         return self.so3_linear_2(self._hidden(x, backend))
 
-    def fold(self, dtype: torch.dtype | None, packed: bool) -> None:
+    def fold(self, layout: Layout) -> None:
+        """Keep the linear maps around the grid merged; without a grid there is nothing to merge."""
+        if self.use_grid_mlp:
+            super().fold(layout)
+
+    def prepare(self, form: str, layout: Layout) -> MergedMaps:
         """Merge the linear maps in front of the grid, and those behind it."""
-        if not self.use_grid_mlp:
-            return
-        first, _, third = (x.weight.detach() for x in self.grid_mlp if isinstance(x, nn.Linear))
-        dtype = dtype or first.dtype
-        self._folded_in = rounded(first @ self.so3_linear_1.weight.detach(), dtype, packed)
-        self._folded_bias = first @ self.so3_linear_1.bias.detach()
-        self._folded_out = rounded(self.so3_linear_2.weight.detach() @ third, dtype, packed)
+        entry, exit_ = self.so3_linear_1, self.so3_linear_2
+        first, second, third = (read(layer) for layer in self.grid_mlp if isinstance(layer, nn.Linear))
+        return MergedMaps(
+            [layout.matrix(weight) for weight in first @ read(entry)],
+            first @ read(entry, "bias"),
+            second,
+            [layout.matrix(weight) for weight in read(exit_) @ third],
+            read(exit_, "bias"),
+        )
 
-    def unfold(self) -> None:
-        """Forget the merged maps."""
-        self._folded_in = self._folded_out = self._folded_bias = None
-
-    def _merged(self, x: Tensor, backend: Backend) -> Tensor:
-        """`forward` with the merged maps."""
-        assert self._folded_in is not None
-        assert self._folded_out is not None
-        assert self._folded_bias is not None
-        second, grid, out = self.grid_mlp[2], self.grid, self.so3_linear_2
-        assert isinstance(second, nn.Linear)
-        hidden = linear_per_degree(x, self._folded_in, self._folded_bias)
-        hidden = grid_mlp(hidden, grid.to_grid, grid.from_grid, second.weight, backend, grid.factors)
+    def _merged(self, x: Tensor, maps: MergedMaps, backend: Backend) -> Tensor:
+        """Map `[N, K, C]` to `[N, K, out_channels]` with merged maps."""
+        grid = self.grid
+        hidden = linear_per_degree(x, maps.inwards, maps.bias)
+        hidden = grid_mlp(hidden, grid.to_grid, grid.from_grid, maps.on_grid, backend, grid.factors)
         if self.scalar_mlp is None:
-            return linear_per_degree(hidden, self._folded_out, out.bias)
+            return linear_per_degree(hidden, maps.outwards, maps.last_bias)
         return torch.cat(
             [
-                out.degree(self.scalar_mlp(x[:, 0]).unsqueeze(1), 0),
+                self.so3_linear_2.degree(self.scalar_mlp(x[:, 0]).unsqueeze(1), 0),
                 *(
                     linear_of_degree(hidden[:, l * l : (l + 1) ** 2], weight, None)
-                    for l, weight in enumerate(self._folded_out)
+                    for l, weight in enumerate(maps.outwards)
                     if l > 0
                 ),
             ],
@@ -108,7 +124,7 @@ class FeedForwardNetwork(Folding):
         )
 
     def _hidden(self, x: Tensor, backend: Backend) -> Tensor:
-        """`[N, K, hidden]` before the last linear map."""
+        """Compute the features `[N, K, hidden]` before the last linear map."""
         hidden = self.so3_linear_1(x)
         if not self.use_grid_mlp:
             gates = None if self.gating_linear is None else self.gating_linear(x[:, 0])
@@ -118,7 +134,7 @@ class FeedForwardNetwork(Folding):
         assert isinstance(second, nn.Linear)
         # The first and the last layer act on channels only: K coefficients cost less than G points.
         grid = self.grid
-        hidden = grid_mlp(first(hidden), grid.to_grid, grid.from_grid, second.weight, backend, grid.factors)
+        hidden = grid_mlp(first(hidden), grid.to_grid, grid.from_grid, read(second), backend, grid.factors)
         hidden = third(hidden)
         if self.scalar_mlp is None:
             return hidden
@@ -162,7 +178,8 @@ class EnergyHead(FeedForwardNetwork):
         else:
             hidden = self._hidden(x, backend)[:, 0]
         with no_autocast(x):  # what leaves the network is not rounded
-            out = self.so3_linear_2.degree(hidden.to(self.so3_linear_2.weight.dtype), 0)
+            weights = self.so3_linear_2.weights()
+            out = self.so3_linear_2.degree(hidden.to(weights.bias.dtype), 0, weights)
         return at_least_float32(out[:, 0])
 
 

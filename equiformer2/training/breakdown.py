@@ -10,7 +10,7 @@ from ase.formula import Formula
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from datasets_oc20.adsorbate_names import adsorbate_of
+from datasets_oc20.raw_release import adsorbate_of
 from equiformer2.training.metrics import ENERGY_THRESHOLD
 
 ADSORBATE = 2
@@ -32,9 +32,13 @@ Rows = dict[str, dict[str, Any]]
 
 
 def adsorbate_formula(atomic_numbers: np.ndarray, tags: np.ndarray) -> str:
-    """The formula of the atoms with tag 2 in Hill order, as `*CHO`.
+    """Write the formula of the atoms with tag 2 in Hill order, as `*CHO`.
 
     OC20's LMDB files do not name the adsorbate, so isomers (*CHO and *COH) share a formula.
+
+    Args:
+        atomic_numbers: `[N]`.
+        tags: `[N]`.
     """
     counts = Counter(chemical_symbols[number] for number in atomic_numbers[tags == ADSORBATE])
     return f"*{Formula.from_dict(counts):hill}" if counts else NO_ADSORBATE
@@ -77,22 +81,20 @@ class Breakdown:
         starts = np.cumsum(natoms) - natoms
         for row, (start, count) in enumerate(zip(starts, natoms, strict=True)):
             part = slice(start, start + count)
-            name = self._name(batch, row) or adsorbate_formula(numbers[part], tags[part])
-            _add(self.adsorbates, name, np.concatenate([per_structure[row], atoms[row]]))
+            given = adsorbate_of(str(batch.sid[row]), self._names) if self._names else None
+            name = given or adsorbate_formula(numbers[part], tags[part])
+            self._add(self.adsorbates, name, np.concatenate([per_structure[row], atoms[row]]))
         for number in np.unique(numbers):
             mine = numbers == number
             with_it = np.unique(structure[mine])
             values = np.concatenate([per_structure[with_it].sum(axis=0), per_atom[mine].sum(axis=0)])
-            _add(self.elements, chemical_symbols[number], values)
-
-    def _name(self, batch: Batch, row: int) -> str | None:
-        return adsorbate_of(str(batch.sid[row]), self._names) if self._names else None
+            self._add(self.elements, chemical_symbols[number], values)
 
     def merge(self, other: "Breakdown") -> None:
-        """Add what another one has seen."""
+        """Add the sums of another breakdown."""
         for mine, theirs in ((self.adsorbates, other.adsorbates), (self.elements, other.elements)):
             for name, values in theirs.items():
-                _add(mine, name, values)
+                self._add(mine, name, values)
 
     def adsorbate_rows(self) -> Rows:
         """Errors by adsorbate, the most frequent first.
@@ -102,7 +104,7 @@ class Breakdown:
         the adsorbate alone.
         """
         order = sorted(self.adsorbates, key=lambda name: (-self.adsorbates[name][0], name))
-        return {name: _row(self.adsorbates[name], adsorbate=True) for name in order}
+        return {name: self._row(self.adsorbates[name], adsorbate=True) for name in order}
 
     def element_rows(self) -> Rows:
         """Errors by element in the order of the periodic table.
@@ -111,7 +113,7 @@ class Breakdown:
         forces `free_atoms` of the element and their `forces_mae` eV/Å.
         """
         order = sorted(self.elements, key=chemical_symbols.index)
-        return {name: _row(self.elements[name], adsorbate=False) for name in order}
+        return {name: self._row(self.elements[name], adsorbate=False) for name in order}
 
     def state(self) -> dict[str, dict[str, list[float]]]:
         """The sums as plain values; `Breakdown(**state)` goes on with them."""
@@ -120,21 +122,22 @@ class Breakdown:
             "elements": {name: row.tolist() for name, row in self.elements.items()},
         }
 
+    @staticmethod
+    def _add(sums: Sums, name: str, values: np.ndarray) -> None:
+        sums[name] = sums[name] + values if name in sums else values
 
-def _add(sums: Sums, name: str, values: np.ndarray) -> None:
-    sums[name] = sums[name] + values if name in sums else values
-
-
-def _row(values: np.ndarray, adsorbate: bool) -> dict[str, Any]:
-    sums = dict(zip(SUMS, values.tolist(), strict=True))
-    row: dict[str, Any] = {
-        "structures": int(sums["structures"]),
-        "energy_mae": sums["energy_abs"] / sums["structures"],
-        "energy_within_threshold": sums["energy_solved"] / sums["structures"],
-    }
-    if sums["free_atoms"]:
-        row["free_atoms"] = int(sums["free_atoms"])
-        row["forces_mae"] = sums["forces_abs"] / (3 * sums["free_atoms"])
-    if adsorbate and sums["adsorbate_atoms"]:
-        row["adsorbate_forces_mae"] = sums["adsorbate_forces_abs"] / (3 * sums["adsorbate_atoms"])
-    return row
+    @staticmethod
+    def _row(values: np.ndarray, adsorbate: bool) -> dict[str, Any]:
+        """Means of one row of sums, in the units of `SUMS`."""
+        sums = dict(zip(SUMS, values.tolist(), strict=True))
+        row: dict[str, Any] = {
+            "structures": int(sums["structures"]),
+            "energy_mae": sums["energy_abs"] / sums["structures"],
+            "energy_within_threshold": sums["energy_solved"] / sums["structures"],
+        }
+        if sums["free_atoms"]:
+            row["free_atoms"] = int(sums["free_atoms"])
+            row["forces_mae"] = sums["forces_abs"] / (3 * sums["free_atoms"])
+        if adsorbate and sums["adsorbate_atoms"]:
+            row["adsorbate_forces_mae"] = sums["adsorbate_forces_abs"] / (3 * sums["adsorbate_atoms"])
+        return row

@@ -1,8 +1,10 @@
-"""What happens around the training steps: checkpoints, the printed summary, throughput, parity data."""
+"""Callbacks of a run: native checkpoints, the printed summary, parity figures, out-of-memory errors."""
 
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,26 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from equiformer2.checkpoint import save_checkpoint
+from equiformer2.errors import InputError
 from equiformer2.training.figures import draw_parity
 from equiformer2.training.metrics import HIGHER_IS_BETTER
 from equiformer2.training.task import S2EFTask
 
 log = logging.getLogger("equiformer2")
 
+#: Words of torch, oneDNN, cuBLAS and the CUDA driver for a failed allocation, in a plain RuntimeError.
+_ALLOCATION_FAILURES = (
+    "DefaultCPUAllocator",
+    "not enough memory",
+    "out of memory",
+    "could not create a memory object",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "std::bad_alloc",
+)
+
 
 def validation_values(trainer: pl.Trainer) -> dict[str, float]:
-    """The validation metrics last logged, without their `val/`."""
+    """Collect the validation metrics last logged, by name without `val/`."""
     return {
         name.removeprefix("val/"): float(value)
         for name, value in trainer.callback_metrics.items()
@@ -70,12 +83,16 @@ class NativeCheckpoints(Callback):
         task.guard.check()
         if not trainer.is_global_zero:
             return
+
+        def on_cpu(network: nn.Module) -> dict[str, Tensor]:
+            return {name: value.detach().cpu() for name, value in network.state_dict().items()}
+
         model = task.exported(task.model)
         save_checkpoint(
             path,
             model=model,  # type: ignore[arg-type]  # tests train stand-ins
-            raw_state=_on_cpu(model),
-            averaged_state=None if task.averaged is None else _on_cpu(task.exported(task.averaged)),
+            raw_state=on_cpu(model),
+            averaged_state=None if task.averaged is None else on_cpu(task.exported(task.averaged)),
             normalizers=task.normalizers,
             energy_kind=task.energy_kind,
             provenance={
@@ -92,10 +109,6 @@ class NativeCheckpoints(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score = state_dict["best_score"]
         self.validated_step = state_dict.get("validated_step")
-
-
-def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().cpu() for name, value in model.state_dict().items()}
 
 
 class Summary(Callback):
@@ -171,10 +184,10 @@ class ParityFigures(Callback):
             return
         quota = max(1, int(self.limit / max(1, sum(trainer.num_val_batches))))
         every = torch.ones_like(batch.natoms, dtype=torch.bool)
-        self._samples["energy"].append(_sample(batch.energy, outputs["energy"], every, quota))
+        self._samples["energy"].append(self._even_sample(batch.energy, outputs["energy"], every, quota))
         if "forces" in outputs:
             free = ~batch.fixed.bool()[:, None].expand(-1, 3)
-            self._samples["forces"].append(_sample(batch.forces, outputs["forces"], free, quota))
+            self._samples["forces"].append(self._even_sample(batch.forces, outputs["forces"], free, quota))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         energies, forces = self._samples["energy"], self._samples["forces"]
@@ -187,13 +200,37 @@ class ParityFigures(Callback):
             }
         self._samples = {}
 
+    @staticmethod
+    def _even_sample(target: Tensor, predicted: Tensor, chosen: Tensor, most: int) -> Tensor:
+        """Draw an even sample of the chosen values, whose number the host does not know.
+
+        Args:
+            target, predicted: n values each, of one shape.
+            chosen: bool, n values: which may be in the sample.
+            most: largest size of the sample.
+
+        Returns:
+            `[m, 3]` float64 with m = min(n, most): target, predicted, and 1, or 0 where fewer than m are
+            chosen.
+        """
+        target, predicted, chosen = target.reshape(-1), predicted.reshape(-1), chosen.reshape(-1)
+        first_chosen = torch.argsort(~chosen, stable=True)
+        size, count = min(most, len(chosen)), chosen.sum()
+        place = torch.arange(size, device=chosen.device)
+        rows = first_chosen[torch.where(count <= size, place, place * count // size)]
+        return torch.stack((target[rows].double(), predicted[rows].double(), (place < count).double()), dim=1)
+
     @property
     def is_empty(self) -> bool:
-        """Whether no validation has been seen."""
+        """True until the first validation."""
         return not self._pairs
 
     def draw(self, folder: Path) -> list[Path]:
-        """Write `parity_energy.png` and `parity_forces.png`; returns those written."""
+        """Write `parity_energy.png` and `parity_forces.png`, where there are values.
+
+        Returns:
+            The files written.
+        """
         written = []
         for name, label, unit in (("energy", "energy", "eV"), ("forces", "force component", "eV/Å")):
             pairs = self._pairs.get(name, np.zeros((0, 2)))
@@ -205,20 +242,59 @@ class ParityFigures(Callback):
         return written
 
 
-def _sample(target: Tensor, predicted: Tensor, chosen: Tensor, most: int) -> Tensor:
-    """An even sample of the chosen values, whose number the host does not know.
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an allocation failed, on a GPU or on the CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATION_FAILURES)
 
-    Args:
-        target, predicted: n values each, of one shape.
-        chosen: bool, n values: which may be in the sample.
-        most: largest size of the sample.
 
-    Returns:
-        `[m, 3]` float64 with m = min(n, most): target, predicted, and 1, or 0 where fewer than m are chosen.
-    """
-    target, predicted, chosen = target.reshape(-1), predicted.reshape(-1), chosen.reshape(-1)
-    first_chosen = torch.argsort(~chosen, stable=True)
-    size, count = min(most, len(chosen)), chosen.sum()
-    place = torch.arange(size, device=chosen.device)
-    rows = first_chosen[torch.where(count <= size, place, place * count // size)]
-    return torch.stack((target[rows].double(), predicted[rows].double(), (place < count).double()), dim=1)
+class BatchAtWork(Callback):
+    """Remember the batch being computed, to explain running out of memory."""
+
+    def __init__(self) -> None:
+        self._work: tuple[str, Batch] | None = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        self._work = f"at training step {trainer.global_step}", batch
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._work = None
+
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._work = "in validation", batch
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self._work = None
+
+    @contextmanager
+    def named(self, task: S2EFTask) -> Iterator[None]:
+        """Turn running out of memory during a batch into an error that describes the batch.
+
+        Raises:
+            InputError: with the batch's sizes and the keys to change.
+        """
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if self._work is None or not is_out_of_memory(error):
+                raise
+            where, batch = self._work
+            change = "lower data.max_edges or data.batch_size"
+            if not task.settings.activation_checkpointing:
+                change += ", or set task.activation_checkpointing: true"
+            sizes = f"{batch.num_graphs:,} structures, {batch.pos.shape[0]:,} atoms"
+            # There may be no memory for the graph either, and the network of a test has none.
+            with suppress(RuntimeError, MemoryError, AttributeError):
+                edges = task.model.build_graph(batch.cpu()).distances.shape[0]  # type: ignore[operator]
+                sizes += f", {edges:,} edges"
+            raise InputError(f"out of memory {where}, in a batch of {sizes}: {change}") from error

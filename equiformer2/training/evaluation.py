@@ -1,7 +1,9 @@
-"""A checkpoint against datasets: OC20's metrics beside trivial baselines."""
+"""Evaluate a checkpoint on datasets: OC20's metrics beside trivial baselines."""
 
+import io
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ from tqdm import tqdm
 
 from datasets_oc20 import OC20Lmdb
 from datasets_oc20.datamodule import collate
+from datasets_oc20.npz_file import read_npz
 from datasets_oc20.sampler import BalancedBatchSampler
 from datasets_oc20.targets import check_energies_match_kind, sample_targets
 from datasets_oc20.untrusted import AnyPath
+from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.errors import InputError
-from equiformer2.files import write_json
+from equiformer2.files import write_bytes
 from equiformer2.inference import Predictor
 from equiformer2.training.breakdown import Breakdown, Rows
 from equiformer2.training.figures import draw_error_bars, draw_parity
@@ -28,11 +32,13 @@ UNITS = {"energy_mae": "eV", "energy_mse": "eV^2", "forces_mae": "eV/Å", "force
     name: "eV/Å" for name in ("forcesx_mae", "forcesy_mae", "forcesz_mae", "forces_magnitude_error")
 }
 _FIGURE_POINTS = 50_000
+#: Rises when the stored numbers change their meaning.
+_STORED_VERSION = 2
 
 
 @dataclass
 class Evaluation:
-    """What a checkpoint reached on one dataset.
+    """Errors of a checkpoint on one dataset.
 
     Attributes:
         metrics: OC20's S2EF metrics, eV and eV/Å.
@@ -60,7 +66,7 @@ class Evaluation:
     breakdown: Breakdown = field(default_factory=Breakdown)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON; metrics that do not exist for this model are left out."""
+        """Convert to plain numbers for JSON; metrics that do not exist for this model are left out."""
         return {
             "structures": self.structures,
             "systems": self.systems,
@@ -71,6 +77,102 @@ class Evaluation:
             "adsorbates": self.breakdown.adsorbate_rows(),
             "elements": self.breakdown.element_rows(),
         }
+
+    @classmethod
+    def load(cls, path: AnyPath, settings: Mapping[str, Any]) -> "Evaluation | None":
+        """Read an evaluation that `save` has written.
+
+        Args:
+            path: `.npz` file.
+            settings: `evaluation_settings` of the evaluation that is asked for.
+
+        Returns:
+            The evaluation; None without such a file, for one of other settings, or a damaged one.
+        """
+        path = Path(path)
+        if not path.is_file():
+            return None
+        try:
+            stored, energy_pairs, force_pairs = read_npz(path, ("numbers", "energy_pairs", "force_pairs"))
+            numbers = json.loads(str(stored))
+            if numbers.pop("evaluated") != settings:
+                return None
+            numbers["breakdown"] = Breakdown(**numbers["breakdown"])
+            return cls(energy_pairs=energy_pairs, force_pairs=force_pairs, **numbers)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+            return None  # another version's: evaluating again is always right
+
+    def save(self, path: AnyPath, settings: Mapping[str, Any]) -> None:
+        """Write the evaluation to a `.npz` file, atomically, so that a stopped evaluation can continue.
+
+        Args:
+            path: file to write; its folder is made.
+            settings: `evaluation_settings`.
+        """
+        names = ("metrics", "baselines", "mean_energy_of", "structures", "systems", "free_atoms")
+        numbers = {"evaluated": settings, **{name: getattr(self, name) for name in names}}
+        numbers["breakdown"] = self.breakdown.state()
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer,
+            numbers=np.array(json.dumps(numbers)),
+            energy_pairs=self.energy_pairs,
+            force_pairs=self.force_pairs,
+        )
+        write_bytes(path, buffer.getvalue(), make_folder=True)
+
+    def table(self) -> str:
+        """Format the main numbers, each beside its trivial baselines, as text."""
+        metrics, baselines = self.metrics, self.baselines
+        means = {f"mean energy of the {self.mean_energy_of}": baselines["mean_energy"]}
+        means["mean energy of these data"] = baselines["data_mean_energy"]
+        means = {name.replace("the these", "these"): values for name, values in means.items()}
+        trivial = [f"{name} {values['energy_mae']:.4f}" for name, values in means.items()]
+        if "system_mean_energy" in baselines:
+            trivial.append(f"per-system mean {baselines['system_mean_energy']['energy_mae']:.4f}")
+        within = [f"{name} {100 * values['energy_within_threshold']:.2f}" for name, values in means.items()]
+        lines = [
+            f"  energy MAE    {metrics['energy_mae']:8.4f} eV     ({', '.join(trivial)})",
+            f"  EwT           {100 * metrics['energy_within_threshold']:8.2f} %      ({', '.join(within)})",
+        ]
+        if "forces_mae" in metrics:
+            lines += [
+                f"  force MAE     {metrics['forces_mae']:8.4f} eV/Å   "
+                f"(zero force {baselines['zero_force']['forces_mae']:.4f})",
+                f"  force cosine  {metrics['forces_cosine_similarity']:8.4f}        (zero force 0)",
+                f"  EFwT          {100 * metrics['energy_forces_within_threshold']:8.2f} %",
+            ]
+        elif not self.free_atoms:
+            lines.append("  forces are not judged, because every atom of these data is fixed")
+        return "\n".join(lines)
+
+
+def evaluation_settings(checkpoint: AnyPath, dataset: OC20Lmdb, **settings: Any) -> dict[str, Any]:
+    """Collect everything that the numbers of an evaluation depend on, as plain values.
+
+    Args:
+        checkpoint: file of the checkpoint, told by its content.
+        dataset: told by the names, sizes and times of its files.
+        settings: further ones, such as weights and precision.
+
+    Raises:
+        OSError: a file is missing or unreadable.
+    """
+    files = [[shard.name, shard.stat().st_size, shard.stat().st_mtime_ns] for shard in dataset.shards]
+    return {
+        "version": _STORED_VERSION,
+        "checkpoint": sha256(Path(checkpoint)),
+        "energy_kind": dataset.energy_kind,
+        "structures": len(dataset),
+        "files": files,
+        **settings,
+    }
+
+
+def parts_folder(report: AnyPath) -> Path:
+    """Path of the folder with the finished datasets of an evaluation, beside its `report`."""
+    report = Path(report)
+    return report.with_name(f"{report.stem}.parts")
 
 
 def open_dataset(path: str | Path, predictor: Predictor, energy_kind: str | None) -> OC20Lmdb:
@@ -94,7 +196,17 @@ def open_dataset(path: str | Path, predictor: Predictor, energy_kind: str | None
 
 
 def batches(dataset: OC20Lmdb, batch_size: int, max_atoms: int | None, num_workers: int) -> Iterator[Batch]:
-    """The dataset in stored order, with a progress bar on a terminal."""
+    """Iterate over a dataset in stored order, with a progress bar on a terminal.
+
+    Args:
+        dataset: structures.
+        batch_size: maximum number of structures per batch.
+        max_atoms: maximum number of atoms per batch; None for no limit.
+        num_workers: number of loader processes.
+
+    Raises:
+        InputError: `num_workers` is negative.
+    """
     if num_workers < 0:
         raise InputError(f"num_workers is {num_workers}: give 0 or more")
     sampler = BalancedBatchSampler(
@@ -117,9 +229,15 @@ def evaluate(
     num_workers: int = 0,
     adsorbate_names: dict[str, str] | None = None,
 ) -> Evaluation:
-    """Metrics and baselines of a checkpoint on a dataset of its kind of energy.
+    """Compute metrics and baselines of a checkpoint on a dataset of its kind of energy.
 
-    `adsorbate_names` has adsorbates by `sid`, for the errors by adsorbate.
+    Args:
+        predictor: the checkpoint's.
+        dataset: structures with targets.
+        batch_size: maximum number of structures per batch.
+        max_atoms: maximum number of atoms per batch; None for no limit.
+        num_workers: number of loader processes.
+        adsorbate_names: adsorbate by `sid`, for the errors by adsorbate.
 
     Raises:
         InputError: records without targets.
@@ -145,7 +263,8 @@ def evaluate(
         free_atoms += int(free.sum())
         if predictor.has_forces:
             pair = torch.stack([batch.forces[free].reshape(-1), out["forces"][free].reshape(-1)], dim=1)
-            force_pairs.append(_thin(pair.numpy(), _FIGURE_POINTS * batch.num_graphs // len(dataset)))
+            quota = max(1, _FIGURE_POINTS * batch.num_graphs // len(dataset))
+            force_pairs.append(pair.numpy()[:: max(1, -(-len(pair) // quota))])
     metrics, zero = (
         {
             name: float(value)
@@ -155,7 +274,9 @@ def evaluate(
         for judged in (found, trivial)
     )
     target = np.concatenate(targets)
-    system_mean, systems = _system_means(target, sids)
+    _, system = np.unique(sids, return_inverse=True)
+    counts = np.bincount(system)
+    systems = len(counts)
     reference = np.concatenate(references)
     training_mean = training_mean_energy(predictor)
     own_mean = float((target - reference).mean())
@@ -166,7 +287,9 @@ def evaluate(
         "data_mean_energy": energy_metrics(target, reference + own_mean),
     }
     if len(target) >= 2 * systems:
-        baselines["system_mean_energy"] = energy_metrics(target, system_mean)
+        baselines["system_mean_energy"] = energy_metrics(
+            target, (np.bincount(system, weights=target) / counts)[system]
+        )
     if predictor.has_forces and free_atoms:
         judged_with_energy = "energy_forces_within_threshold"
         baselines["zero_force"] = {name: zero[name] for name in FORCE_METRICS if name != judged_with_energy}
@@ -204,25 +327,29 @@ def check_targets(data: Data, forces: bool, path: str) -> None:
 
 
 def average(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """Unweighted mean over datasets, as the paper averages over OC20's four validation splits.
+    """Average metrics and baselines that every dataset has, unweighted.
 
-    Of metrics and baselines that every dataset has.
+    The paper averages over OC20's four validation splits in this way.
     """
+
+    def mean(values: Sequence[dict[str, float]]) -> dict[str, float]:
+        names = [name for name in values[0] if all(name in value for value in values)]
+        return {name: float(np.mean([value[name] for value in values])) for name in names}
+
     return {
-        "metrics": _mean([evaluation.metrics for evaluation in evaluations]),
+        "metrics": mean([evaluation.metrics for evaluation in evaluations]),
         "baselines": {
-            name: _mean([evaluation.baselines[name] for evaluation in evaluations])
+            name: mean([evaluation.baselines[name] for evaluation in evaluations])
             for name in evaluations[0].baselines
             if all(name in evaluation.baselines for evaluation in evaluations)
         },
     }
 
 
-def write_report(target: AnyPath, predictor: Predictor, evaluations: dict[str, Evaluation]) -> None:
-    """Write the JSON of an evaluation, whole or not at all."""
-    target = Path(target)
+def report(predictor: Predictor, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
+    """Return all numbers of evaluations, by name of the dataset, as plain values for JSON."""
     checkpoint = predictor.checkpoint
-    report = {
+    return {
         "source_format": checkpoint.source_format,
         "weights": checkpoint.weights,
         "energy_kind": checkpoint.energy_kind,
@@ -231,7 +358,6 @@ def write_report(target: AnyPath, predictor: Predictor, evaluations: dict[str, E
         "average": average(list(evaluations.values())),
         "all_datasets": pooled(evaluations),
     }
-    write_json(target, report, make_folder=True)
 
 
 def draw_figures(folder: AnyPath, evaluations: dict[str, Evaluation]) -> list[Path]:
@@ -266,34 +392,8 @@ def pooled(evaluations: dict[str, Evaluation]) -> dict[str, Rows]:
     return {"adsorbates": pooled.adsorbate_rows(), "elements": pooled.element_rows()}
 
 
-def table(evaluation: Evaluation) -> str:
-    """The main numbers, each beside its trivial baselines, as text."""
-    metrics, baselines = evaluation.metrics, evaluation.baselines
-    means = {f"mean energy of the {evaluation.mean_energy_of}": baselines["mean_energy"]}
-    means["mean energy of these data"] = baselines["data_mean_energy"]
-    means = {name.replace("the these", "these"): values for name, values in means.items()}
-    trivial = [f"{name} {values['energy_mae']:.4f}" for name, values in means.items()]
-    if "system_mean_energy" in baselines:
-        trivial.append(f"per-system mean {baselines['system_mean_energy']['energy_mae']:.4f}")
-    within = [f"{name} {100 * values['energy_within_threshold']:.2f}" for name, values in means.items()]
-    lines = [
-        f"  energy MAE    {metrics['energy_mae']:8.4f} eV     ({', '.join(trivial)})",
-        f"  EwT           {100 * metrics['energy_within_threshold']:8.2f} %      ({', '.join(within)})",
-    ]
-    if "forces_mae" in metrics:
-        lines += [
-            f"  force MAE     {metrics['forces_mae']:8.4f} eV/Å   "
-            f"(zero force {baselines['zero_force']['forces_mae']:.4f})",
-            f"  force cosine  {metrics['forces_cosine_similarity']:8.4f}        (zero force 0)",
-            f"  EFwT          {100 * metrics['energy_forces_within_threshold']:8.2f} %",
-        ]
-    elif not evaluation.free_atoms:
-        lines.append("  forces are not judged, because every atom of these data is fixed")
-    return "\n".join(lines)
-
-
 def table_of_average(evaluations: Sequence[Evaluation]) -> str:
-    """The mean over datasets as text; what papers call a model's error on OC20."""
+    """Format the mean over datasets as text: the error of a model on OC20 in papers."""
     metrics = average(evaluations)["metrics"]
     shown = [
         ("energy MAE", "energy_mae", 1.0, "eV"),
@@ -307,19 +407,3 @@ def table_of_average(evaluations: Sequence[Evaluation]) -> str:
         for title, name, factor, unit in shown
         if name in metrics
     )
-
-
-def _thin(pairs: np.ndarray, quota: int) -> np.ndarray:
-    return pairs[:: max(1, -(-len(pairs) // max(1, quota)))]
-
-
-def _system_means(target: np.ndarray, sids: list[str]) -> tuple[np.ndarray, int]:
-    """Every structure's system mean `[n]` eV, and the number of systems."""
-    _, index = np.unique(sids, return_inverse=True)
-    count = np.bincount(index)
-    return (np.bincount(index, weights=target) / count)[index], len(count)
-
-
-def _mean(values: Sequence[dict[str, float]]) -> dict[str, float]:
-    names = [name for name in values[0] if all(name in value for value in values)]
-    return {name: float(np.mean([value[name] for value in values])) for name in names}

@@ -22,7 +22,12 @@ _PANELS = (
 
 
 def draw_loss_curves(metrics_csv: AnyPath, target: AnyPath) -> None:
-    """Loss, errors and learning rate against the step from a run's `metrics.csv`; none without rows."""
+    """Draw loss, errors and learning rate against the step.
+
+    Args:
+        metrics_csv: `metrics.csv` of a run; nothing is drawn where it has no rows.
+        target: PNG file to write.
+    """
     metrics_csv, target = Path(metrics_csv), Path(target)
     if not metrics_csv.exists():
         return
@@ -49,11 +54,23 @@ def draw_loss_curves(metrics_csv: AnyPath, target: AnyPath) -> None:
 def draw_parity(
     target_values: np.ndarray, predicted: np.ndarray, label: str, unit: str, note: str, target: AnyPath
 ) -> None:
-    """Predicted against target values (both [n]) with the diagonal; `note` stands in the title."""
+    """Draw predicted against target values, with the diagonal.
+
+    Args:
+        target_values, predicted: `[n]` each, in `unit`.
+        label: name of the quantity.
+        unit: its unit.
+        note: title.
+        target: PNG file to write.
+    """
     target = Path(target)
     figure = Figure(figsize=(4.4, 4.2), layout="constrained")
     axis = figure.subplots()
-    low, high = _limits(np.concatenate([target_values, predicted]))
+    values = np.concatenate([target_values, predicted])
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (-1.0, 1.0)
+    margin = (0.04 * (high - low) or 0.5) if finite.size else 0.0
+    low, high = low - margin, high + margin
     axis.plot([low, high], [low, high], color="0.5", linewidth=1)
     axis.plot(target_values, predicted, ".", markersize=3, alpha=0.5, rasterized=True)
     axis.set(
@@ -69,7 +86,14 @@ def draw_parity(
 
 
 def draw_error_bars(rows: dict[str, dict[str, Any]], title: str, target: AnyPath, most: int = 60) -> None:
-    """Energy and force errors of the first `most` rows of a `Breakdown`, with their numbers of structures."""
+    """Draw energy and force errors by row of a `Breakdown`, with the rows' numbers of structures.
+
+    Args:
+        rows: `Breakdown.adsorbate_rows` or `element_rows`.
+        title: title of the figure.
+        target: PNG file to write.
+        most: maximum number of rows drawn, the first ones.
+    """
     target = Path(target)
     names = list(rows)[:most]
     shown = [
@@ -95,18 +119,9 @@ def draw_error_bars(rows: dict[str, dict[str, Any]], title: str, target: AnyPath
 
 
 def save_figure(figure: Figure, target: AnyPath) -> None:
-    """Write a PNG whole or not at all."""
+    """Write a figure as PNG, atomically."""
     target = Path(target)
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     write_bytes(target, buffer.getvalue(), make_folder=True)
-
-
-def _limits(values: np.ndarray) -> tuple[float, float]:
-    finite = values[np.isfinite(values)]
-    if not finite.size:
-        return -1.0, 1.0
-    low, high = float(finite.min()), float(finite.max())
-    margin = 0.04 * (high - low) or 0.5
-    return low - margin, high + margin

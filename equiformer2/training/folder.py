@@ -1,4 +1,4 @@
-"""The one folder that a run leaves: config, log, metrics, figures, checkpoints."""
+"""Folder of a run: configuration, log, metrics, figures and checkpoints."""
 
 import csv
 import io
@@ -9,11 +9,9 @@ import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
@@ -27,12 +25,28 @@ from equiformer2.files import write_bytes
 from equiformer2.training.guard import DUMP_PREFIX
 from equiformer2.training.resume import rows_until
 from equiformer2.training.resume_state import read_resume_state
+from equiformer2.training.wandb_logging import LONGEST_NAME, WandbSettings
 
 Row = Mapping[str, Any]
+#: Lightning's warnings about intended settings: a resumed folder, the average in evaluation mode, small data.
+_EXPECTED_WARNINGS = (
+    "Experiment logs directory",
+    "does not have many workers",
+    "in eval mode at the start of training",
+    "The number of training batches",
+    "find_unused_parameters=True was specified",
+    "isinstance.treespec, LeafSpec",
+)
+#: Beginnings of Lightning's notes about hardware and services that the run does not use.
+_USELESS_NOTES = ("💡 Tip: ", "GPU available: False", "TPU available: False")
 
 
 def read_rows(path: AnyPath) -> list[dict[str, str]]:
-    """The rows of a metrics file, without one that a killed process has not finished; none without a file."""
+    """Read the finished rows of a metrics file; a row that a killed process left unfinished is skipped.
+
+    Args:
+        path: `metrics.csv`; a missing file has no rows.
+    """
     path = Path(path)
     if not path.exists():
         return []
@@ -87,92 +101,22 @@ class MetricsFile(Logger):
             row["epoch"] = int(row["epoch"])  # type: ignore[arg-type]
         if set(row) <= set(self._columns):
             with self._path.open("a", newline="") as file:
-                file.write(_as_csv(self._columns, [row]))
+                file.write(self._csv(self._columns, [row]))
         else:
             self._write([row])
+
+    @staticmethod
+    def _csv(columns: list[str], rows: Iterable[Row]) -> str:
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, columns).writerows(rows)
+        return text.getvalue()
 
     def _write(self, more: list[Row]) -> None:
         rows = [*(self._rows or (read_rows(self._path) if self._columns else [])), *more]
         self._rows = []
         self._columns = sorted({name for row in rows for name in row})
-        header = _as_csv(self._columns, [dict(zip(self._columns, self._columns, strict=True))])
-        write_bytes(self._path, (header + _as_csv(self._columns, rows)).encode())
-
-
-def _as_csv(columns: list[str], rows: Iterable[Row]) -> str:
-    text = io.StringIO(newline="")
-    csv.DictWriter(text, columns).writerows(rows)
-    return text.getvalue()
-
-
-# Rules of W&B's `Settings.validate_project`.
-_LONGEST_WANDB_NAME, _NOT_IN_WANDB_NAMES = 128, "/\\#?%:"
-
-
-@dataclass(frozen=True)
-class WandbSettings:
-    """Weights & Biases; off without a project. `WANDB_MODE=offline` works as everywhere.
-
-    Args:
-        project: project to log to.
-        entity: user or team; W&B's default if not given.
-        offline: write W&B's files into the run folder and send nothing.
-    """
-
-    project: str | None = None
-    entity: str | None = None
-    offline: bool = False
-
-    def __post_init__(self) -> None:
-        if self.project is None:
-            for name in ("entity", "offline"):
-                if getattr(self, name):
-                    raise InputError(f"wandb.{name} is set without wandb.project: give one, or leave it out")
-            return
-        for name in ("project", "entity"):
-            _check_wandb_name(f"wandb.{name}", getattr(self, name))
-
-
-def _check_wandb_name(key: str, value: str | None) -> None:
-    """Raise `InputError` for a name that W&B refuses, which it would do only after the data are read."""
-    if value is None:
-        return
-    if not value.strip() or not value.isprintable() or len(value) > _LONGEST_WANDB_NAME:
-        raise InputError(f"{key} is {value[:40]!r}; give a name of 1 to {_LONGEST_WANDB_NAME} characters")
-    wrong = sorted(set(value) & set(_NOT_IN_WANDB_NAMES))
-    if wrong:
-        hint = "; the part before / is wandb.entity" if key == "wandb.project" and "/" in wrong else ""
-        raise InputError(f"{key} is {value!r}, and W&B takes no {' or '.join(wrong)} in it{hint}")
-
-
-def import_wandb(key: str) -> Any:
-    """The module `wandb`.
-
-    Raises:
-        InputError: it is not installed; `key` is what asks for it.
-    """
-    try:
-        import wandb
-        from pytorch_lightning.loggers import WandbLogger  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"{key} is set but wandb is not installed: pip install '.[wandb]', or leave {key} out"
-        ) from error
-    return wandb
-
-
-@contextmanager
-def wandb_errors_told() -> Iterator[None]:
-    """Inside, what W&B refuses (a name, a missing login, settings in its environment) is an `InputError`."""
-    import wandb
-
-    try:
-        yield
-    except (wandb.errors.Error, ValueError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        first = " ".join(str(error).split())[:300]
-        raise InputError(f"W&B refuses the run: {first}; or train without it: leave wandb out") from error
+        header = self._csv(self._columns, [dict(zip(self._columns, self._columns, strict=True))])
+        write_bytes(self._path, (header + self._csv(self._columns, rows)).encode())
 
 
 class RunFolder:
@@ -221,13 +165,13 @@ class RunFolder:
 
     @property
     def continues(self) -> bool:
-        """Whether what is resumed is the folder's own run."""
+        """True where the resumed run is the folder's own."""
         return (
             self.resume_from is not None and self.resume_from.resolve().parent == self.checkpoints.resolve()
         )
 
     def _worth_keeping(self, path: Path) -> bool:
-        """Whether it is more than a run leaves that ended before its first logged step."""
+        """Tell whether a file is more than a run leaves that ended before its first logged step."""
         inside = path.relative_to(self.path)
         if not path.is_file() or inside.parts[0] == "wandb" or path.suffix == ".tmp":
             return False
@@ -254,15 +198,25 @@ class RunFolder:
             yield
             return
         stream = (self.path / "log.txt").open("a")
-        if not _lock(stream):
+        try:
+            import fcntl
+
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             stream.close()
-            raise InputError(f"{self.path} holds a run that is still going on: choose another name")
+            raise InputError(
+                f"{self.path} holds a run that is still going on: choose another name"
+            ) from error
+        except (ImportError, OSError):  # Windows, and some network disks, have no such locks
+            pass
         if not self.continues:
             stream.truncate(0)
         # Of a process that was killed while it wrote a checkpoint: this one alone is here now.
         for unfinished in self.checkpoints.glob(".*.tmp"):
             unfinished.unlink(missing_ok=True)
-        file, console = logging.StreamHandler(stream), _Console()
+        file, console = logging.StreamHandler(stream), logging.Handler()
+        # Above the progress bar instead of into it.
+        console.emit = lambda record: tqdm.write(console.format(record))  # type: ignore[method-assign]
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         ours = logging.getLogger("equiformer2")
         to_file = [ours, logging.getLogger("pytorch_lightning"), logging.getLogger("py.warnings")]
@@ -271,16 +225,20 @@ class RunFolder:
         ours.addHandler(console)
         for logger in to_file:
             logger.addHandler(file)
-        rank_zero_module.log.addFilter(_tells_something)
+
+        def is_useful(record: logging.LogRecord) -> bool:
+            return not record.getMessage().startswith(_USELESS_NOTES)
+
+        rank_zero_module.log.addFilter(is_useful)
         with warnings.catch_warnings():
-            for message in _BESIDE_THE_POINT:
+            for message in _EXPECTED_WARNINGS:
                 warnings.filterwarnings("ignore", message=f".*{message}")
             logging.captureWarnings(True)
             try:
                 yield
             finally:
                 logging.captureWarnings(False)
-                rank_zero_module.log.removeFilter(_tells_something)
+                rank_zero_module.log.removeFilter(is_useful)
                 for logger in to_file:
                     logger.removeHandler(file)
                 ours.removeHandler(console)
@@ -306,7 +264,6 @@ class RunFolder:
         return MetricsFile(self.metrics, rows_until(state, read_rows(self.metrics)))
 
     def _wandb_logger(self, settings: WandbSettings) -> Logger:
-        import_wandb("wandb.project")
         from pytorch_lightning.loggers import WandbLogger
 
         # The id is kept with the run, so that a resumed run goes on in the same place.
@@ -323,38 +280,12 @@ class RunFolder:
         return WandbLogger(
             project=settings.project,
             entity=settings.entity,
-            name=self.path.name[:_LONGEST_WANDB_NAME],
+            name=self.path.name[:LONGEST_NAME],
             id=run_id,
             resume="allow",
             save_dir=self.path,
             offline=settings.offline,
         )
-
-
-#: Warnings of Lightning about what is meant: a resumed folder, the average's evaluation mode, small data.
-_BESIDE_THE_POINT = (
-    "Experiment logs directory",
-    "does not have many workers",
-    "in eval mode at the start of training",
-    "The number of training batches",
-    "find_unused_parameters=True was specified",
-    "isinstance.treespec, LeafSpec",
-)
-
-
-#: Beginnings of Lightning's notes on what is not used here.
-_SAYS_NOTHING = ("💡 Tip: ", "GPU available: False", "TPU available: False")
-
-
-def _tells_something(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_SAYS_NOTHING)
-
-
-class _Console(logging.Handler):
-    """Prints above the progress bar instead of into it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record))
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -371,24 +302,6 @@ class WholeFiles(TorchCheckpointIO):
         write_tensors(path, checkpoint)
 
 
-def _lock(file: IO[str]) -> bool:
-    """Whether this process has the file to itself from now on; True where files cannot be locked."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):  # Windows; some network disks
-        return True
-    return True
-
-
 def _is_first_process() -> bool:
     # Set by Lightning from the launcher's environment variables, before any process group exists.
     return getattr(rank_zero_only, "rank", 0) == 0
-
-
-def count_parameters(model: torch.nn.Module) -> int:
-    """Number of trainable parameters."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

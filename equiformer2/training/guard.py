@@ -1,9 +1,9 @@
-"""Steps whose loss or gradient is not finite never reach the weights: they stop the run, or are left out."""
+"""Keep non-finite steps from the weights: stop the run or skip the step, and save the structures."""
 
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -16,14 +16,67 @@ from equiformer2.graph import structure_index
 
 log = logging.getLogger("equiformer2")
 
+#: Beginning of the name of a file with the structures of a non-finite step.
+DUMP_PREFIX = "non_finite_"
+#: Largest number of atoms in such a file (about 100 bytes each), unless a single structure has more.
+MAX_ATOMS = 20_000
+
 
 class MicroBatch(NamedTuple):
-    """What would explain a step that went wrong; outputs in normalised units."""
+    """One micro-batch with the network's answer.
+
+    Attributes:
+        step: optimizer step that it belongs to.
+        loss: scalar.
+        batch: the structures with their targets.
+        out: outputs of the network in normalised units, by name.
+    """
 
     step: int
     loss: Tensor
     batch: Batch
     out: dict[str, Tensor]
+
+    def non_finite(self) -> Tensor:
+        """Find the structures with a non-finite position, target or output, `[B]` bool."""
+        batch = self.batch
+        bad = torch.zeros(batch.num_graphs, dtype=torch.bool, device=batch.pos.device)
+        index = structure_index(batch.natoms.view(-1), len(batch.pos))
+        for values in (batch.energy, batch.get("forces"), batch.pos, *self.out.values()):
+            if values is None:
+                continue
+            wrong = ~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)
+            if len(wrong) == len(bad):
+                bad |= wrong
+            if len(wrong) == len(index):
+                bad[index[wrong]] = True
+        return bad
+
+    def names(self, only_non_finite: bool) -> list[str]:
+        """Name the structures as `sid/fid`, all of them or those of `non_finite`."""
+        fids = torch.as_tensor(self.batch.fid).tolist()
+        names = [f"{sid}/{fid}" for sid, fid in zip(self.batch.sid, fids, strict=True)]
+        bad = self.non_finite().tolist() if only_non_finite else [True] * len(names)
+        return [name for name, chosen in zip(names, bad, strict=True) if chosen]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Copy each structure as plain values and CPU tensors, its outputs under `predicted`."""
+        batch = self.batch.cpu()
+        sizes = torch.as_tensor(batch.natoms).reshape(-1).tolist()
+        rows = {len(batch.pos): sizes, batch.num_graphs: [1] * batch.num_graphs}
+        by_row = {name: value.cpu() for name, value in self.out.items() if len(value) in rows}
+        parts = {name: value.split(rows[len(value)]) for name, value in by_row.items()}
+        records = []
+        for number, data in enumerate(batch.to_data_list()):
+            # Clones: a part of a tensor would be stored with the whole of it.
+            fields = {
+                name: value.clone() if isinstance(value, Tensor) else value
+                for name, value in data.to_dict().items()
+                if isinstance(value, Tensor | int | float | str)
+            }
+            predicted = {name: split[number].clone() for name, split in parts.items()}
+            records.append({**fields, "predicted": predicted})
+        return records
 
 
 class FiniteGuard:
@@ -51,7 +104,7 @@ class FiniteGuard:
 
     @property
     def skipped(self) -> Tensor:
-        """How many steps have been left out so far (scalar)."""
+        """Number of steps skipped so far (scalar)."""
         return self._counts[0]
 
     def watch(self, step: int, loss: Tensor, batch: Batch, out: dict[str, Tensor]) -> None:
@@ -109,14 +162,14 @@ class FiniteGuard:
 
     def _explain(self, judged: list[MicroBatch]) -> tuple[str, str, int]:
         """Loss or gradient, the structures of all processes that stand out (all when none does), the step."""
-        found = [name for each in judged for name in suspects(each.batch, each.out)]
-        everything = [name for each in judged for name in suspects(each.batch, each.out, all_of_them=True)]
+        bad = [name for each in judged for name in each.names(only_non_finite=True)]
+        everything = [name for each in judged for name in each.names(only_non_finite=False)]
         bad_loss = any(not bool(torch.isfinite(each.loss)) for each in judged)
         step = judged[0].step if judged else 0
-        shares = [(bad_loss, found, everything)]
+        shares = [(bad_loss, bad, everything)]
         if distributed.is_available() and distributed.is_initialized():
             shares = [shares[0]] * distributed.get_world_size()
-            distributed.all_gather_object(shares, (bad_loss, found, everything))
+            distributed.all_gather_object(shares, (bad_loss, bad, everything))
         names = [name for share in shares for name in share[1]] or [n for share in shares for n in share[2]]
         what = "loss" if any(share[0] for share in shares) else "gradient"
         return what, ", ".join(names[:8] + ["…"] * (len(names) > 8)), step
@@ -142,43 +195,17 @@ class FiniteGuard:
         self._counts = state["counts"].clone()
 
 
-if TYPE_CHECKING:
-    from equiformer2.training.guard import MicroBatch
-
-#: Beginning of the file's name.
-DUMP_PREFIX = "non_finite_"
-#: Atoms in one file at most (about 100 bytes each), but for a single structure that has more.
-MAX_ATOMS = 20_000
-
-
-def suspects(batch: Batch, out: dict[str, Tensor], all_of_them: bool = False) -> list[str]:
-    """`sid/fid` of the structures with a non-finite input, target or output, or of all."""
-    chosen = range(batch.num_graphs) if all_of_them else _not_finite(batch, out).nonzero().flatten().tolist()
-    fids = torch.as_tensor(batch.fid).tolist()
-    return [f"{batch.sid[i]}/{fids[i]}" for i in chosen]
-
-
-def _not_finite(batch: Batch, out: dict[str, Tensor]) -> Tensor:
-    """`[B]` bool."""
-    bad = torch.zeros(batch.num_graphs, dtype=torch.bool, device=batch.pos.device)
-    index = structure_index(batch.natoms.view(-1), len(batch.pos))
-    for values in (batch.energy, batch.get("forces"), batch.pos, *out.values()):
-        if values is None:
-            continue
-        wrong = ~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)
-        if len(wrong) == len(bad):
-            bad |= wrong
-        if len(wrong) == len(index):
-            bad[index[wrong]] = True
-    return bad
-
-
-def write_dump(path: Path, micro_batches: Iterable["MicroBatch"], what: str) -> None:
-    """Write the structures of a step, those that stand out first, as many as `MAX_ATOMS` allow.
+def write_dump(path: Path, micro_batches: Iterable[MicroBatch], what: str) -> None:
+    """Write the structures of a step to a file, non-finite ones first, as many as `MAX_ATOMS` allow.
 
     The file holds plain values and tensors, for `torch.load(path, weights_only=True)`: `step`, `what` (loss
     or gradient), `losses` of the micro-batches, `structures` (a dictionary of the data object's fields each,
     and `predicted`, in the network's units) and `left_out`, how many are missing.
+
+    Args:
+        path: file to write.
+        micro_batches: those of one optimizer step.
+        what: `loss` or `gradient`, whichever is not finite.
 
     Raises:
         OSError: it could not be written.
@@ -186,8 +213,7 @@ def write_dump(path: Path, micro_batches: Iterable["MicroBatch"], what: str) -> 
     micro_batches = list(micro_batches)
     structures: list[tuple[bool, dict[str, Any]]] = []
     for each in micro_batches:
-        fine = (~_not_finite(each.batch, each.out)).tolist()
-        structures += zip(fine, _records(each.batch, each.out), strict=True)
+        structures += zip((~each.non_finite()).tolist(), each.records(), strict=True)
     structures.sort(key=lambda pair: pair[0])
     kept: list[dict[str, Any]] = []
     atoms = 0
@@ -204,21 +230,3 @@ def write_dump(path: Path, micro_batches: Iterable["MicroBatch"], what: str) -> 
         "left_out": len(structures) - len(kept),
     }
     write_tensors(path, content)
-
-
-def _records(batch: Batch, out: dict[str, Tensor]) -> list[dict[str, Any]]:
-    batch = batch.cpu()
-    sizes = torch.as_tensor(batch.natoms).reshape(-1).tolist()
-    rows = {len(batch.pos): sizes, batch.num_graphs: [1] * batch.num_graphs}
-    # Clones: a part of a tensor would be stored with the whole of it.
-    parts = {name: value.cpu().split(rows[len(value)]) for name, value in out.items() if len(value) in rows}
-    records = []
-    for number, data in enumerate(batch.to_data_list()):
-        fields = {
-            name: value.clone() if isinstance(value, Tensor) else value
-            for name, value in data.to_dict().items()
-            if isinstance(value, Tensor | int | float | str)
-        }
-        predicted = {name: split[number].clone() for name, split in parts.items()}
-        records.append({**fields, "predicted": predicted})
-    return records

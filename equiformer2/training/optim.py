@@ -61,7 +61,7 @@ class OptimSettings:
 
 
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> Optimizer:
-    """AdamW over the trainable parameters; those in `model.no_weight_decay()` (full names) do not decay.
+    """Build AdamW over the trainable parameters; those in `model.no_weight_decay()` do not decay.
 
     One fused kernel updates everything, where torch has one for the device.
     """
@@ -79,21 +79,6 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> Optimizer:
     )
 
 
-def lr_factor(step: int, progress: float, warmup_steps: float, settings: OptimSettings) -> float:
-    """The share of `settings.lr` to use.
-
-    `progress` runs from 0 to 1 over the whole run, warm-up included: the reference's cosine
-    (fairchem-core 1.10 `CosineLRLambda`) is not shifted by the warm-up.
-    """
-    if step <= warmup_steps and warmup_steps > 0:
-        alpha = step / warmup_steps
-        return settings.warmup_factor * (1.0 - alpha) + alpha
-    if settings.schedule == "constant":
-        return 1.0
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
-    return settings.lr_min_factor + (1.0 - settings.lr_min_factor) * cosine
-
-
 def build_schedule(
     optimizer: Optimizer,
     settings: OptimSettings,
@@ -101,7 +86,7 @@ def build_schedule(
     total_steps: float,
     elapsed_fraction: Callable[[], float] | None = None,
 ) -> LambdaLR:
-    """Learning rate per optimizer step.
+    """Build the learning-rate schedule, per optimizer step.
 
     Args:
         optimizer: whose learning rates are scaled.
@@ -125,7 +110,15 @@ def build_schedule(
             progress = step / max(total_steps, 1)
         else:
             progress = elapsed_fraction() if elapsed_fraction is not None else 0.0
-        return lr_factor(step, progress, warmup_steps, settings)
+        if step <= warmup_steps and warmup_steps > 0:
+            warmed = step / warmup_steps
+            return settings.warmup_factor * (1.0 - warmed) + warmed
+        if settings.schedule == "constant":
+            return 1.0
+        # The reference's cosine (fairchem-core 1.10 `CosineLRLambda`) runs over the whole run and is not
+        # shifted by the warm-up.
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+        return settings.lr_min_factor + (1.0 - settings.lr_min_factor) * cosine
 
     return LambdaLR(optimizer, factor)
 
@@ -133,7 +126,7 @@ def build_schedule(
 def apply_settings(
     optimizer: Optimizer, schedule: LambdaLR, model: nn.Module, settings: OptimSettings
 ) -> None:
-    """Give an optimizer and a schedule, restored from a checkpoint, what `settings` say.
+    """Apply `settings` to an optimizer and a schedule that were restored from a checkpoint.
 
     Where these are the checkpoint's own nothing changes.
     """
@@ -148,12 +141,22 @@ def apply_settings(
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """One step of the exponential moving average: `average = decay * average + (1 - decay) * model`."""
+    """Take one step of the exponential moving average: `average = decay * average + (1 - decay) * model`.
+
+    Args:
+        average: network of averaged weights, changed in place.
+        model: network in training.
+        decay: share of the average that stays.
+    """
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)
+    for (name, mine), theirs in zip(average.named_buffers(), model.buffers(), strict=True):
+        # Buffers of the network are constants, those of a parametrization may be states of its own.
+        if "parametrizations." in name:
+            mine.copy_(theirs)
 
 
 def average_decay(decay: float, step: int, warmup: bool) -> float:
-    """The decay to use after optimizer step `step` (counted from 1).
+    """Compute the decay of the average after optimizer step `step` (counted from 1).
 
     With `warmup` it starts small and approaches `decay` (`min(decay, (1 + step) / (10 + step))`, as in
     TensorFlow's moving averages), so that short runs do not average over their initial weights.

@@ -22,10 +22,15 @@ def predict_dataset(
     max_atoms: int | None = None,
     num_workers: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Arrays over the n structures, and over all their N atoms, in the dataset's order.
+    """Predict a dataset: arrays over its n structures and over all their N atoms, in stored order.
 
-    `predict` is `Predictor.predict`: a batch to `energy` [B] eV and, where the model has them, `forces`
-    [N, 3] eV/Å.
+    Args:
+        predict: `Predictor.predict`: a batch to `energy` [B] eV and, where the model has them, `forces`
+            [N, 3] eV/Å.
+        dataset: structures.
+        batch_size: maximum number of structures per batch.
+        max_atoms: maximum number of atoms per batch; None for no limit.
+        num_workers: number of loader processes.
 
     Returns:
         `sid` [n] text, `fid` [n], `natoms` [n], `energy` [n] eV, and for a model with forces `forces`
@@ -53,7 +58,11 @@ def check_output(target: AnyPath) -> None:
 
 
 def write_predictions(target: AnyPath, arrays: dict[str, np.ndarray]) -> None:
-    """Write `.npz`, or `.json` with the same names, whole or not at all.
+    """Write predictions as `.npz`, or as `.json` with the same names, atomically.
+
+    Args:
+        target: file to write.
+        arrays: output of `predict_dataset`.
 
     Raises:
         InputError: another ending, a place that cannot be written to, or an energy or force that is not
@@ -61,17 +70,6 @@ def write_predictions(target: AnyPath, arrays: dict[str, np.ndarray]) -> None:
     """
     target = Path(target)
     check_output(target)
-    _check_finite(target, arrays)
-    if target.suffix == ".json":
-        write_json(target, {name: array.tolist() for name, array in arrays.items()}, make_folder=True)
-        return
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    write_bytes(target, buffer.getvalue(), make_folder=True)
-
-
-def _check_finite(target: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Raise `InputError` for the first structure with an energy or force that is not finite."""
     structure = np.repeat(np.arange(len(arrays["natoms"])), arrays["natoms"])
     good = {"energy": np.isfinite(arrays["energy"])}
     if "forces" in arrays:
@@ -84,3 +82,9 @@ def _check_finite(target: Path, arrays: dict[str, np.ndarray]) -> None:
                 f"{target} was not written: the {name} of structure {arrays['sid'][at]}/{arrays['fid'][at]} "
                 "(sid/fid) is not finite; check the structure and the checkpoint"
             )
+    if target.suffix == ".json":
+        write_json(target, {name: array.tolist() for name, array in arrays.items()}, make_folder=True)
+        return
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    write_bytes(target, buffer.getvalue(), make_folder=True)

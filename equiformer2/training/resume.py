@@ -1,4 +1,4 @@
-"""`last.ckpt`: from it a stopped run goes on as if nothing had happened."""
+"""Write `last.ckpt`, from which a stopped run continues as if it had never stopped."""
 
 import logging
 import random
@@ -15,7 +15,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch_geometric.data import Batch
 
 from equiformer2.training.loader import ResumableLoader
-from equiformer2.training.resume_state import keep_under_step, remove_older, restoring
+from equiformer2.training.resume_state import OlderCheckpoints, restoring
 from equiformer2.training.stopping import StoppedBySignal, StopRequest, leave_signals_to_stop_request
 
 log = logging.getLogger("equiformer2")
@@ -24,9 +24,9 @@ _VALIDATION_PROGRESS = "epoch_loop.val_loop.batch_progress"
 
 
 class ResumeCheckpoint(Checkpoint):
-    """`last.ckpt`, everything needed to continue, replaced atomically.
+    """Write `last.ckpt`, everything that a run needs to continue, atomically.
 
-    Written after each validation (after each epoch without a validation set), every `every_n_steps`
+    It is written after each validation (after each epoch without a validation set), every `every_n_steps`
     optimizer steps if given, when a limit of time or steps ends the run in the middle of an epoch, and when a
     signal of `STOP_SIGNALS` has come: then after the optimizer step (or in the validation) that is going on,
     and `StoppedBySignal` ends the run.
@@ -49,8 +49,6 @@ class ResumeCheckpoint(Checkpoint):
         self._before_validation = False
         self._restored: dict[str, Any] = {}
         self._row: dict[str, float] = {}
-
-    # ---- when
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # The processes know each other by now. A signal before the first step is answered after it.
@@ -79,25 +77,37 @@ class ResumeCheckpoint(Checkpoint):
         self._saved_step = trainer.global_step
         if self._restored and trainer.is_global_zero:
             with restoring(trainer.ckpt_path):
-                _restore_random_state(self._restored)
+                state = self._restored
+                torch.set_rng_state(state["torch"])
+                if len(state["cuda"]) == torch.cuda.device_count() and torch.cuda.is_available():
+                    torch.cuda.set_rng_state_all(state["cuda"])
+                kind, keys, *rest = state["numpy"]
+                np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+                version, words, gauss_next = state["python"]
+                random.setstate((version, tuple(words), gauss_next))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == self._saved_step or _accumulates(trainer):
+        # No checkpoint holds the gradients that the next micro-batch adds to.
+        if step == self._saved_step or trainer.fit_loop._should_accumulate():
             return
-        if _validation_follows(trainer):
-            # A checkpoint of this moment would go on without the validation; it comes after that.
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        if trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
+            # A checkpoint of this moment would continue without the validation; one is written after it.
             return
         stop = self._stop.agreed(pl_module.device)
         due = self.every_n_steps is not None and step % self.every_n_steps == 0
         if stop or due or trainer.should_stop or step == trainer.max_steps:
-            self._row = _logged_row(trainer)
+            self._row = self._row_to_log(trainer)
             self._save(trainer)
-            if stop:
+            if stop and self._row:
                 # The process ends before Lightning gives the step to the loggers.
-                _log(trainer, self._row)
+                metrics = {name: value for name, value in self._row.items() if name != "step"}
+                for logger in trainer.loggers:
+                    logger.log_metrics(metrics, step=int(self._row["step"]))
             self._row = {}
         self._end(trainer, stop)
 
@@ -134,26 +144,53 @@ class ResumeCheckpoint(Checkpoint):
             log.info(f"stopped by {name} at step {trainer.global_step}; --ckpt_path auto goes on from here")
             raise StoppedBySignal(stop, trainer.is_global_zero)
 
-    # ---- what
+    @staticmethod
+    def _row_to_log(trainer: pl.Trainer) -> dict[str, float]:
+        """Metrics that Lightning is about to log for the last step; empty where it logs nothing."""
+        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return {}
+        metrics = trainer.callback_metrics.items()
+        row = {name: float(value) for name, value in metrics if not name.startswith("val/")}
+        return {**row, "epoch": trainer.current_epoch, "step": trainer.global_step - 1}
 
     def _save(self, trainer: pl.Trainer) -> None:
+        older = OlderCheckpoints(self.path, self.keep_last - 1)
         if trainer.is_global_zero and self._saved_step != trainer.global_step:
-            keep_under_step(self.path, self._saved_step, self.keep_last - 1)
+            older.keep(self._saved_step)
         trainer.save_checkpoint(self.path, weights_only=False)
         if trainer.is_global_zero:
-            remove_older(self.path, self.keep_last - 1)
+            older.remove_surplus()
         self._saved_step = trainer.global_step
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        _set_validation_progress(
-            checkpoint["loops"]["fit_loop"][_VALIDATION_PROGRESS], self._before_validation
-        )
+        # Lightning's record of the validation becomes that of one interrupted in its first batch, which is
+        # repeated after a restart, or of none at all. One interrupted later would be continued, without the
+        # sums of its metrics; and after a restart the record keeps the interrupted batch, so that every later
+        # restart would take a finished validation for an interrupted one.
+        progress = checkpoint["loops"]["fit_loop"][_VALIDATION_PROGRESS]
+        begun = self._before_validation
+        current = progress["current"]["completed"]
+        total = progress["total"]["completed"] - (current if begun else 0)
+        for counts, completed in (("total", total), ("current", 0 if begun else current)):
+            progress[counts].update(
+                ready=completed + begun, started=completed + begun, processed=completed, completed=completed
+            )
+        if begun:
+            progress["is_last_batch"] = False
 
     def state_dict(self) -> dict[str, Any]:
+        # In types that are read with `weights_only`.
+        kind, keys, *rest = np.random.get_state(legacy=True)
+        generators = {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "numpy": [kind, np.asarray(keys).tolist(), *rest],
+            "python": list(random.getstate()),
+        }
         return {
-            "random": _random_state(),
+            "random": generators,
             "row": self._row,
             "before_validation": self._before_validation,
         }
@@ -163,9 +200,16 @@ class ResumeCheckpoint(Checkpoint):
 
 
 def rows_until(state: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of the rows of `metrics.csv`, those that belong before the content `state` of a `last.ckpt`.
+    """Select the rows of `metrics.csv` that were logged before a `last.ckpt` was written.
 
     The process may have been killed before the checkpoint's last row was written, or long after it.
+
+    Args:
+        state: content of `last.ckpt`.
+        rows: rows of `metrics.csv`, by column.
+
+    Returns:
+        The rows up to the checkpoint's step, completed by the row that the checkpoint holds.
     """
     step = int(state["global_step"])
     own = state["callbacks"].get(ResumeCheckpoint.__qualname__, {})
@@ -182,78 +226,17 @@ def rows_until(state: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> list
     return kept
 
 
-def _logged_row(trainer: pl.Trainer) -> dict[str, float]:
-    """What Lightning is about to log for the step that has just been taken; empty when that is nothing."""
-    if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
-        return {}
-    metrics = trainer.callback_metrics.items()
-    row = {name: float(value) for name, value in metrics if not name.startswith("val/")}
-    return {**row, "epoch": trainer.current_epoch, "step": trainer.global_step - 1}
-
-
-def _log(trainer: pl.Trainer, row: Mapping[str, float]) -> None:
-    metrics = {name: value for name, value in row.items() if name != "step"}
-    for logger in trainer.loggers if metrics else ():
-        logger.log_metrics(metrics, step=int(row["step"]))
-
-
-def _accumulates(trainer: pl.Trainer) -> bool:
-    """Whether the next micro-batch adds to the gradients at hand, which no checkpoint holds."""
-    return trainer.fit_loop._should_accumulate()
-
-
-def _validation_follows(trainer: pl.Trainer) -> bool:
-    fetcher = trainer.fit_loop._data_fetcher
-    assert fetcher is not None
-    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
-
-
-def _set_validation_progress(progress: dict[str, Any], begun: bool) -> None:
-    """Make Lightning's record of validation that of one interrupted in its first batch, or of none going on.
-
-    The first it does again after a restart, with the step and epoch of the interrupted one; one interrupted
-    later it would continue, with the sums of the metrics missing. After a restart its own record keeps the
-    batch that was interrupted, so that every later restart would take a finished validation for interrupted.
-    """
-    done = progress["total"]["completed"]
-    if begun:
-        done -= progress["current"]["completed"]
-    current = 0 if begun else progress["current"]["completed"]
-    for counts, before in (("total", done), ("current", current)):
-        progress[counts].update(
-            ready=before + begun, started=before + begun, processed=before, completed=before
-        )
-    if begun:
-        progress["is_last_batch"] = False
-
-
 def seed_generators(seed: int, process: int, step: int) -> None:
-    """Seed the global generators: what draws from them is a function of these three, too.
+    """Seed the global random generators of Python, NumPy and torch.
 
-    The network does not, and neither does the order of the data.
+    Neither the network nor the order of the data draws from them; callbacks and user code may.
+
+    Args:
+        seed: random seed of the run.
+        process: rank of this process.
+        step: optimizer step at which the run starts.
     """
     first, second, *words = np.random.SeedSequence((seed, process, step)).generate_state(6).tolist()
     torch.manual_seed(first << 32 | second)
     np.random.seed(words)
     random.seed(first << 32 | second)
-
-
-def _random_state() -> dict[str, Any]:
-    """The global generators, in types that are read with `weights_only`."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": [kind, np.asarray(keys).tolist(), *rest],
-        "python": list(random.getstate()),
-    }
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count() and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    version, words, following = state["python"]
-    random.setstate((version, tuple(words), following))

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from bench.ratios import memory_ratio, speed_up
+from benchmarks.benchmark_results import memory_ratio, speed_up
 
 GIB = 2**30
 

@@ -22,10 +22,11 @@ import yaml
 from pages import ROOT, Block
 
 #: What pages name by relative paths. Linked: nothing may be written into them.
-LINKED = ("configs", "data", "docs", "models", "scripts", "tests")
+LINKED = ("benchmarks", "configs", "data", "docs", "models", "scripts", "studies", "tests")
 #: Programs of hidden set-up and of pages that are executed as they are, without a shell.
 PROGRAMS = ("cp", "ln", "mkdir", "rm")
 _TAIL = 3000
+_PROGRAM = re.compile(r"(scripts|benchmarks|studies)/\w+\.py")
 
 
 class BlockError(AssertionError):
@@ -116,7 +117,7 @@ def run_script_file(name: str, arguments: list[str]) -> tuple[int, str]:
 def check_yaml(block: Block) -> None:
     """Raise `BlockError` unless the block is valid YAML whose keys and values a run takes."""
     from equiformer2.errors import InputError
-    from equiformer2.training.cli import parse
+    from equiformer2.training.configuration import parse
 
     content = yaml.safe_load(block.code)
     file = Path(f"block_{block.line}.yaml")
@@ -137,9 +138,15 @@ def check_without_running(block: Block, options: dict[str, str]) -> None:
         _check_imports(block)
     elif block.language == "bash":
         for line, words in commands(block):
-            names = [place for place, word in enumerate(words) if re.fullmatch(r"scripts/\w+\.py", word)]
+            words = [_file_of_module(word) for word in words]
+            names = [place for place, word in enumerate(words) if _PROGRAM.fullmatch(word)]
             if names:
                 _check_options(f"{block.page}:{line}", words[names[0] :], options)
+
+
+def _file_of_module(word: str) -> str:
+    """`benchmarks/x.py` for the word `benchmarks.x` of `python -m benchmarks.x`; other words as they are."""
+    return f"{word.replace('.', '/')}.py" if re.fullmatch(r"(benchmarks|studies)\.\w+", word) else word
 
 
 def _check_imports(block: Block) -> None:

@@ -9,7 +9,7 @@ from running import BlockError, check_without_running, run_page
 
 PAGES = [page for page in pages() if blocks(page)]
 #: Folders that a page sees as its own and must not write into.
-KEPT = ("configs", "data", "docs", "models", "scripts")
+KEPT = ("benchmarks", "configs", "data", "docs", "models", "scripts", "studies")
 
 
 def wrong_blocks(page: Path) -> list[str]:

@@ -30,12 +30,24 @@ def test_numbers_beside_a_link_to_results_have_a_source(page: Path) -> None:
     assert not found, "\n".join(found)
 
 
+def program_file(command: str) -> Path:
+    """File of a program today; results keep the command of the commit that made them."""
+    word = command.split()[-1]
+    if not word.startswith("scripts/"):
+        return ROOT / f"{word.replace('.', '/')}.py"
+    name = "pruning.py" if word.endswith("pruning_study.py") else Path(word).name
+    return next(
+        (path for path in (ROOT / "benchmarks" / name, ROOT / "studies" / name) if path.exists()), ROOT / word
+    )
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_results_say_what_made_them(path: Path) -> None:
     content = content_of(path.relative_to(ROOT).as_posix())
     for made in content.get("runs") if "units" in content else [content]:
-        assert re.match(r"python scripts/\w+\.py", made["command"]), path.name
-        assert (ROOT / made["command"].split()[1]).is_file()
+        program = re.match(r"python (?:scripts/\w+\.py|-m (?:benchmarks|studies)\.\w+)", made["command"])
+        assert program, path.name
+        assert program_file(program.group()).is_file(), path.name
         assert re.fullmatch(r"[0-9a-f]{7,40}\+?", made["commit"]), path.name
 
 

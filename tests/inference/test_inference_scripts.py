@@ -1,8 +1,6 @@
 """scripts/relax.py and scripts/adsorption_energy.py from the command line to the files they leave."""
 
-import importlib.util
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -14,9 +12,9 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.io import read, write
+from command_line import run_script_file
 
 from equiformer2.inference import EquiformerV2Calculator
-from equiformer2.script import run_script
 
 ROOT = Path(__file__).parents[2]
 SLAB = ["--slab", "Cu111", "--size", "1x1x3", "--vacuum", "6"]
@@ -32,24 +30,6 @@ def run(script: str, *arguments: str | Path, folder: Path) -> subprocess.Complet
         text=True,
         timeout=300,
     )
-
-
-def call(script: str, *arguments: str | Path) -> int:
-    """Exit status of a script's `main` under `run_script`, in this process (quicker)."""
-    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    logger = logging.getLogger("equiformer2")
-    level, handlers = logger.level, logging.getLogger().handlers[:]
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            run_script(lambda: module.main([str(argument) for argument in arguments]))
-    finally:
-        logger.setLevel(level)
-        logging.getLogger().handlers[:] = handlers
-    return int(stopped.value.code or 0)
 
 
 def check_pictures(folder: Path) -> None:
@@ -93,10 +73,10 @@ def test_an_earlier_result_is_kept(
     record = Path("result/adsorption_energy.json")
     record.write_text("{}")
     arguments = ["--checkpoint", checkpoint, *SLAB, "--adsorbate", "O", "--steps", "0", "--out", "result"]
-    assert call("adsorption_energy", *arguments) == 2
+    assert run_script_file("adsorption_energy", *arguments) == 2
     assert "already holds a result" in capsys.readouterr().err
     assert record.read_text() == "{}"
-    assert call("adsorption_energy", *arguments, "--overwrite") == 3
+    assert run_script_file("adsorption_energy", *arguments, "--overwrite") == 3
     assert json.loads(record.read_text())["adsorbate"] == "O"
 
 
@@ -109,7 +89,7 @@ def test_total_energy_model_from_a_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write("system.traj", oxygen_on_copper)
-    status = call(
+    status = run_script_file(
         "adsorption_energy", "--checkpoint", make_checkpoint("total"), "--system", "system.traj",
         "--gas-reference", "O=-5", "--steps", "1", "--out", "result",
     )  # fmt: skip
@@ -132,7 +112,7 @@ def test_relax(
     monkeypatch.chdir(tmp_path)
     oxygen_on_copper.info = {}
     write("system.extxyz", oxygen_on_copper)
-    status = call(
+    status = run_script_file(
         "relax", "--checkpoint", checkpoint, "--structure", "system.extxyz",
         "--steps", "2", "--optimizer", "FIRE", "--fmax", "1e-4", "--out", "result",
     )  # fmt: skip
@@ -184,7 +164,7 @@ def test_wrong_input_is_one_line(
     monkeypatch.chdir(tmp_path)
     write_wrong_structures(oxygen_on_copper)
     before = sorted(tmp_path.iterdir())
-    status = call("adsorption_energy", "--checkpoint", checkpoint, "--out", "result", *arguments)
+    status = run_script_file("adsorption_energy", "--checkpoint", checkpoint, "--out", "result", *arguments)
     assert status == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert message in error[-1]
@@ -204,7 +184,9 @@ def test_energy_only_model_and_damaged_checkpoint(
         ("broken.pt", "broken.pt"),
     ):
         for script, option in (("relax", "--structure"), ("adsorption_energy", "--system")):
-            assert call(script, "--checkpoint", path, option, "system.traj", "--out", "result") == 2
+            assert (
+                run_script_file(script, "--checkpoint", path, option, "system.traj", "--out", "result") == 2
+            )
             assert message in capsys.readouterr().err
     assert not Path("result").exists()
 

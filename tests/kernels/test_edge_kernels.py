@@ -10,7 +10,7 @@ from torch import Tensor
 
 from equiformer2.kernels import SO2Weights, attend, chunks, convolve_edges, pack_blocks, sum_rotated
 from equiformer2.kernels.backend import CPP, TORCH, Backend
-from equiformer2.kernels.cpu.library import why_missing
+from equiformer2.kernels.cpu.library import NO_COMPILER, Compiler
 
 DIFFERENTIABLE = ("x", "hidden", "radial_weight", "radial_bias", "weights", "bias")
 
@@ -23,8 +23,8 @@ budgets = pytest.mark.parametrize("budget", [None, 20_000, 1])
 @pytest.fixture(params=[TORCH, CPP], ids=lambda backend: backend.name)
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Torch operations and the C++ kernels."""
-    if request.param is CPP and (reason := why_missing()) is not None:
-        pytest.skip(reason)
+    if request.param is CPP and Compiler.find() is None:
+        pytest.skip(NO_COMPILER)
     return request.param
 
 

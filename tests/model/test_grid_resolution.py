@@ -11,7 +11,7 @@ from equiformer2 import ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.model.grid_resolution import GridResolution
-from equiformer2.training.cli import parse
+from equiformer2.training.configuration import parse
 
 BOTH = {"attn": (6, 7), "ffn": [8, 9]}
 

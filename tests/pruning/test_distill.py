@@ -19,9 +19,9 @@ from equiformer2.inference import Predictor
 from equiformer2.pruning.cost.targets import MacTarget
 from equiformer2.pruning.recovery.callbacks import PLAN_FILE, DenseTeacher, GradualPruning
 from equiformer2.pruning.recovery.distillation import distill, label
-from equiformer2.pruning.structured.make_plan import apply_plan
 from equiformer2.pruning.structured.plan import PruningPlan
-from equiformer2.training.cli import parse
+from equiformer2.pruning.structured.plan_request import apply_plan
+from equiformer2.training.configuration import parse
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.run import train
 from equiformer2.training.task import S2EFTask, TaskSettings

@@ -13,7 +13,7 @@ from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.errors import InputError
 from equiformer2.model.so3 import EdgeFrames
 from equiformer2.pruning import MacTarget, ParameterTarget, PruningPlan, count_macs
-from equiformer2.pruning.structured import apply as shrink
+from equiformer2.pruning.structured.apply import shrink
 
 BATCH = batch_of(cluster(torch.float64), slab(torch.float64))
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from equiformer2 import EquiformerV2
 from equiformer2.errors import InputError
 from equiformer2.kernels import chunks
 from equiformer2.pruning import BlockPlan, PruningPlan, masked
-from equiformer2.pruning.structured import apply as shrink
+from equiformer2.pruning.structured.apply import shrink
 from equiformer2.pruning.structured.index_maps import kept_state
 from equiformer2.symmetry import SYMMETRIES, assert_symmetries
 

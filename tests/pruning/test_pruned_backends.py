@@ -12,7 +12,7 @@ from equiformer2 import EquiformerV2
 from equiformer2.kernels.cpu import library
 from equiformer2.model import compiled
 from equiformer2.pruning import BlockPlan
-from equiformer2.pruning.structured import apply as shrink
+from equiformer2.pruning.structured.apply import shrink
 
 # Two unequal blocks with lower degrees and orders; one branch of the second is missing.
 PLAN = dataclasses.replace(
@@ -34,8 +34,8 @@ def test_same_answers_and_gradients(backend: str, monkeypatch: pytest.MonkeyPatc
         if not torch.cuda.is_available():
             monkeypatch.setenv("TRITON_INTERPRET", "1")
     elif backend == "cpp":
-        if (reason := library.why_missing()) is not None:
-            pytest.skip(reason)
+        if library.Compiler.find() is None:
+            pytest.skip(library.NO_COMPILER)
     else:
         # Traced as for inductor, but without a C++ compiler.
         monkeypatch.setattr(compiled, "COMPILER", "aot_eager")

@@ -15,7 +15,7 @@ from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint, sav
 from equiformer2.errors import InputError
 from equiformer2.model.block_config import BlockConfig
 from equiformer2.pruning import masked
-from equiformer2.pruning.structured import apply as shrink
+from equiformer2.pruning.structured.apply import shrink
 
 NORMALIZERS = Normalizers(Normalizer(-0.7, 2.0), Normalizer(0.0, 1.5))
 

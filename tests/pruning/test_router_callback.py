@@ -19,7 +19,7 @@ from equiformer2.errors import InputError
 from equiformer2.pruning.recovery.router_callback import ROUTER_FILE, TrainRouter
 from equiformer2.pruning.routing import FTPRouter, RouterTraining, load_router, train_router
 from equiformer2.pruning.routing.router_files import router_to_dict
-from equiformer2.training.cli import parse
+from equiformer2.training.configuration import parse
 from equiformer2.training.folder import read_rows
 from equiformer2.training.run import train
 

@@ -1,8 +1,6 @@
 """`--router` of the scripts: what is computed is what the router in the file chooses."""
 
 import json
-import logging
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from ase import Atoms
 from ase.build import add_adsorbate, fcc111
 from ase.constraints import FixAtoms
 from ase.io import read, write
+from command_line import run_script_file
 from search_helpers import save_tiny, slab, write_lmdb
 
 from datasets_oc20 import OC20Lmdb
@@ -62,25 +61,11 @@ def oxygen_on_copper() -> Atoms:
     return atoms
 
 
-def call(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: object) -> int:
-    """Exit status of a script, run in this process."""
-    monkeypatch.setattr("sys.argv", [script, *map(str, arguments)])
-    logger = logging.getLogger("equiformer2")
-    level, handlers = logger.level, logging.getLogger().handlers[:]
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
-    finally:
-        logger.setLevel(level)
-        logging.getLogger().handlers[:] = handlers
-    return int(stopped.value.code or 0)
-
-
-def test_relax(files, tmp_path, monkeypatch) -> None:
+def test_relax(files, tmp_path) -> None:
     out = tmp_path / "out"
     options = ("--checkpoint", files["model"], "--structure", files["structure"], "--steps", 4)
     routed = (*options, "--router", files["static"], "--replan-every", 2, "--out", out)
-    assert call(monkeypatch, "relax", *routed) == 3  # not converged
+    assert run_script_file("relax", *routed) == 3  # not converged
     plan = FrozenPlan(StaticRouter(0.5), replan_every=2)
     expected = relax(read(files["structure"]), EquiformerV2Calculator(files["model"], router=plan), steps=4)
     dense = relax(read(files["structure"]), EquiformerV2Calculator(files["model"]), steps=4)
@@ -102,24 +87,22 @@ def test_relax(files, tmp_path, monkeypatch) -> None:
         (("--router", "model"), "model.pt: "),
     ],
 )
-def test_what_cannot_be_relaxed_is_one_sentence(
-    files, tmp_path, monkeypatch, capsys, arguments, message
-) -> None:
+def test_what_cannot_be_relaxed_is_one_sentence(files, tmp_path, capsys, arguments, message) -> None:
     options = ("--checkpoint", files["model"], "--structure", files["structure"], "--out", tmp_path / "out")
     given = [files.get(value, value) for value in arguments]
-    assert call(monkeypatch, "relax", *options, *given) == 2
+    assert run_script_file("relax", *options, *given) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluate(files, tmp_path, monkeypatch, capsys) -> None:
+def test_evaluate(files, tmp_path, capsys) -> None:
     out = tmp_path / "report.json"
 
     def metrics(router: str | None) -> dict[str, Any]:
         options = () if router is None else ("--router", files[router])
         arguments = ("--checkpoint", files["model"], "--data", files["data"], "--out", out)
         options = ("--overwrite", *options)
-        assert call(monkeypatch, "evaluate", *arguments, *options) == 0
+        assert run_script_file("evaluate", *arguments, *options) == 0
         return dict(json.loads(out.read_text())["average"]["metrics"])
 
     dense, routed = metrics(None), metrics("plan")
@@ -131,25 +114,25 @@ def test_evaluate(files, tmp_path, monkeypatch, capsys) -> None:
     assert metrics("plan") == routed
     assert "finished before" in capsys.readouterr().out
     arguments = ("--checkpoint", files["model"], "--data", files["data"], "--router", files["static"])
-    assert call(monkeypatch, "evaluate", *arguments, "--backend", "compile") == 2
+    assert run_script_file("evaluate", *arguments, "--backend", "compile") == 2
     assert "the backend 'compile' updates all atoms" in capsys.readouterr().err
 
 
-def test_relax_is2re(files, tmp_path, monkeypatch, capsys) -> None:
+def test_relax_is2re(files, tmp_path, capsys) -> None:
     arguments = (
         "--checkpoint", files["model"], "--data", files["data"], "--out", tmp_path / "out", "--overwrite",
         "--steps", 2,
     )  # fmt: skip
-    assert call(monkeypatch, "relax_is2re", *arguments, "--router", files["context"]) == 0
+    assert run_script_file("relax_is2re", *arguments, "--router", files["context"]) == 0
     frames = read(tmp_path / "out" / "data" / "trajectories" / "a.traj", ":")
     predictor = Predictor(files["model"], router=ActiveRegion("context_only"))
     start = OC20Lmdb(files["data"])[0]
     found = float(predictor.predict(start)["energy"][0])
     assert frames[0].get_potential_energy() == pytest.approx(found, abs=1e-5)
     assert abs(found - float(Predictor(files["model"]).predict(start)["energy"][0])) > 1e-4
-    assert call(monkeypatch, "relax_is2re", *arguments) == 2
+    assert run_script_file("relax_is2re", *arguments) == 2
     assert "holds relaxations with router" in capsys.readouterr().err
-    assert call(monkeypatch, "relax_is2re", *arguments, "--router", files["static"]) == 2
+    assert run_script_file("relax_is2re", *arguments, "--router", files["static"]) == 2
     assert "batches keep no plan" in capsys.readouterr().err
 
 

@@ -15,8 +15,8 @@ from equiformer2.pruning.structured.apply import masked
 from equiformer2.pruning.structured.baselines import magnitude_plan, random_plan, uniform_plan
 from equiformer2.pruning.structured.candidate_cuts import DIMENSIONS, possible_cuts, without_least
 from equiformer2.pruning.structured.importance import gradient_importances, probe
-from equiformer2.pruning.structured.methods import search_settings
 from equiformer2.pruning.structured.plan import PruningPlan
+from equiformer2.pruning.structured.plan_methods import search_settings
 from equiformer2.pruning.structured.search import GreedySearch, SearchSettings, Stage
 from equiformer2.pruning.structured.unit_scores import weight_scores
 
@@ -142,7 +142,7 @@ def test_another_search_does_not_continue_a_state(model, calibration, tmp_path: 
     with pytest.raises(InputError, match="model was"):
         search(tiny_model(seed=5), calibration, target=0.95, state_path=path)
     with pytest.raises(InputError, match="wanted was"):
-        search(model, calibration, target=0.95, state_path=path, wanted={"parameters": 0.95})
+        search(model, calibration, target=0.95, state_path=path, shares={"parameters": 0.95})
     path.write_text("{}")
     with pytest.raises(InputError, match="is no state"):
         search(model, calibration, target=0.95, state_path=path)

@@ -14,8 +14,8 @@ from equiformer2.pruning.calibration import Calibration
 from equiformer2.pruning.cost import latency as latency_module
 from equiformer2.pruning.cost.targets import CombinedTarget, LatencyTarget, MacTarget
 from equiformer2.pruning.cost.time_table import Part, PartTimer, TimeTable, parts_of
-from equiformer2.pruning.structured.methods import search_settings
 from equiformer2.pruning.structured.plan import PruningPlan
+from equiformer2.pruning.structured.plan_methods import search_settings
 from equiformer2.pruning.structured.search import Cost, GreedySearch
 
 MODEL = tiny_model()
@@ -207,7 +207,7 @@ def test_parts_are_timed_alone_in_turns(monkeypatch: pytest.MonkeyPatch) -> None
     assert table.fraction_of(KEEP.with_block(0, attention=False)) == pytest.approx(1 - 2 / 8)
     assert table.fraction_of(KEEP.with_block(0, heads=(1,))) == pytest.approx(1 - 1 / 8)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in MODEL.state_dict().items())
-    assert MODEL.blocks[0].ga.so2_conv_1._folded is None
+    assert MODEL.blocks[0].ga.so2_conv_1._kept.layout is None
 
 
 def test_every_part_runs(tmp_path: Path) -> None:

@@ -3,11 +3,9 @@
 import bz2
 import contextlib
 import gzip
-import importlib.util
 import io
 import lzma
 import os
-import sys
 import tarfile
 from pathlib import Path
 
@@ -18,12 +16,12 @@ from ase.build import fcc111
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.io import read, write
+from command_line import run_script_file
 
 from datasets_oc20.archives import unpack
 from datasets_oc20.errors import DataError
 from equiformer2.errors import InputError
 from equiformer2.inference.structure_files import read_structure
-from equiformer2.script import run_script
 
 ROOT = Path(__file__).parents[2]
 MANY = "10000000000"
@@ -162,7 +160,7 @@ def test_heights(
         "--height",
         height,
     )
-    assert _script("adsorption_energy", *arguments) == 2
+    assert run_script_file("adsorption_energy", *arguments) == 2
     assert "height" in capsys.readouterr().err.strip().splitlines()[-1]
     assert not Path("out").exists()
 
@@ -179,27 +177,10 @@ def test_scripts_with_odd_structure_files(
         path.write_text(f"{MANY}\n{XYZ}")
     option = "--structure" if script == "relax" else "--system"
     arguments = ("--checkpoint", ROOT / "models/oc20_small.pt", option, path, "--out", tmp_path / "out")
-    assert _script(script, *arguments) == 2
+    assert run_script_file(script, *arguments) == 2
     printed = capsys.readouterr().err.strip().splitlines()
     assert "odd.xyz" in printed[-1]
     assert "Traceback" not in "".join(printed)
-
-
-def _script(name: str, *arguments: object) -> int:
-    """The status of a script run in this process."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    before, sys.argv = sys.argv, [name, *map(str, arguments)]
-    try:
-        run_script(module.main)
-    except SystemExit as end:
-        return int(end.code or 0)
-    finally:
-        sys.argv = before
-    raise AssertionError("run_script returned")
 
 
 END = bytes(1024)

@@ -1,6 +1,5 @@
 """Files that are read, files that are written, and how a command ends: a table of inputs and what is said."""
 
-import importlib.util
 import io
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import run_script_file
 
 from datasets_oc20 import LmdbWriter, OC20Lmdb
 from datasets_oc20.archives import unpack
@@ -28,9 +28,9 @@ from equiformer2.files import check_target, read_json
 from equiformer2.inference.structure_files import read_structure
 from equiformer2.pruning.recovery.distillation import label
 from equiformer2.pruning.routing.router_files import load_router
-from equiformer2.pruning.structured.grid import write_with_grids
-from equiformer2.pruning.structured.make_plan import apply_plan
+from equiformer2.pruning.structured.grid_tuning import write_with_grids
 from equiformer2.pruning.structured.plan import PruningPlan
+from equiformer2.pruning.structured.plan_request import apply_plan
 from equiformer2.script import run_script
 
 ROOT = Path(__file__).parents[2]
@@ -198,23 +198,6 @@ def test_a_file_in_a_folder_of_data_is_an_input(tmp_path: Path) -> None:
     check_target(tmp_path / "b.lmdb", inputs=[tmp_path], overwrite=False)
 
 
-def _script(name: str, *arguments: object) -> int:
-    """The status of a script run in this process."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    before, sys.argv = sys.argv, [name, *map(str, arguments)]
-    try:
-        run_script(module.main)
-    except SystemExit as end:
-        return int(end.code or 0)
-    finally:
-        sys.argv = before
-    raise AssertionError("run_script returned")
-
-
 RAW = (
     "--data",
     ROOT / "data/oc20_trajs",
@@ -345,8 +328,6 @@ MODEL = ("--checkpoint", "{}/there.pt")
         ("relax_is2re", (*MODEL, "--data", "{}/there.lmdb", "--out", "{}/old"), "is2re.json exists already"),
         ("convert_lmdb", ("--data", "{}/shards", "--out", "{}/converted", "--to", "ase"), "exists already"),
         ("convert_lmdb", ("--data", "{}/shards", "--out", "{}/linked", "--to", "oc20"), "input"),
-        ("measure_batches", ("--data", "{}/there.lmdb", "--json", "{}/there.lmdb"), "input"),
-        ("compare_loss_curves", ("--data", "{}/there.json", "--out", "{}/there"), "input"),
         ("inspect_data", ("--data", "{}/odd", "--out", "{}/new"), "named pipe"),
         ("inspect_data", ("--data", "{}/loop.lmdb", "--out", "{}/new"), "circle"),
     ],
@@ -372,7 +353,7 @@ def test_scripts_refuse_with_one_sentence(
     (tmp_path / "loop.lmdb").symlink_to("loop.lmdb")
     os.mkfifo(tmp_path / "odd")
     before = VAL_20.read_bytes()
-    status = _script(script, *(str(item).replace("{}", str(tmp_path)) for item in arguments))
+    status = run_script_file(script, *(str(item).replace("{}", str(tmp_path)) for item in arguments))
     printed = capsys.readouterr().err.strip().splitlines()
     assert status == 2, printed
     assert expected in printed[-1]
@@ -382,9 +363,9 @@ def test_scripts_refuse_with_one_sentence(
 
 def test_a_finished_result_is_replaced_when_asked(tmp_path: Path) -> None:
     out = tmp_path / "x.lmdb"
-    assert _script("preprocess_oc20", *RAW, "--out", out) == 0
-    assert _script("preprocess_oc20", *RAW, "--out", out) == 2
-    assert _script("preprocess_oc20", *RAW, "--out", out, "--overwrite") == 0
+    assert run_script_file("preprocess_oc20", *RAW, "--out", out) == 0
+    assert run_script_file("preprocess_oc20", *RAW, "--out", out) == 2
+    assert run_script_file("preprocess_oc20", *RAW, "--out", out, "--overwrite") == 0
     assert json.loads((tmp_path / "x.json").read_text())["written"] == 2
 
 
@@ -405,12 +386,12 @@ def test_a_converted_folder_goes_on_and_is_replaced_when_asked(tmp_path: Path) -
         "--num-workers",
         "1",
     )
-    assert _script("convert_lmdb", *call) == 0
+    assert run_script_file("convert_lmdb", *call) == 0
     (out / "a.aselmdb").unlink()
-    assert _script("convert_lmdb", *call) == 0
-    assert _script("convert_lmdb", *call) == 2
+    assert run_script_file("convert_lmdb", *call) == 0
+    assert run_script_file("convert_lmdb", *call) == 2
     before = (out / "a.aselmdb").stat().st_ino
-    assert _script("convert_lmdb", *call, "--overwrite") == 0
+    assert run_script_file("convert_lmdb", *call, "--overwrite") == 0
     assert (out / "a.aselmdb").stat().st_ino != before
     for target in (source / "a.lmdb", out / "link.lmdb"):
         if target.parent == out:
@@ -506,7 +487,7 @@ def test_a_bug_has_status_1(
 def test_programs_are_run_with_an_encoding() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{number}"
-        for folder in ("equiformer2", "datasets_oc20", "scripts")
+        for folder in ("equiformer2", "datasets_oc20", "scripts", "benchmarks", "studies")
         for path in (ROOT / folder).rglob("*.py")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
         if "text=True" in line or "universal_newlines" in line

@@ -3,11 +3,8 @@
 Structures are built by functions of this file, so that a case can be read as a line of a table.
 """
 
-import importlib.util
 import json
-import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,10 +26,11 @@ from ase.constraints import (
     Hookean,
 )
 from ase.io import read, write
+from command_line import run_script_file
 from torch_geometric.data import Batch
 
 from datasets_oc20 import LmdbWriter, OC20Lmdb, constraints, structure_record
-from datasets_oc20.ase_lmdb import _fields
+from datasets_oc20.ase_lmdb import AseRow
 from datasets_oc20.errors import DataError
 from equiformer2 import EquiformerV2, EquiformerV2Calculator, ModelConfig
 from equiformer2.adsorption.named_structures import build_slab
@@ -44,7 +42,6 @@ from equiformer2.inference.extras import extras, plain, simple_info
 from equiformer2.inference.meaning import count_adsorbates, no_adsorption_energy
 from equiformer2.inference.record import write_relaxation_record
 from equiformer2.inference.structure_files import read_structure
-from equiformer2.script import run_script
 from equiformer2.symmetry import check_symmetries
 from equiformer2.training.prediction import write_predictions
 from equiformer2.training.submission import SPLITS, make_submission
@@ -106,25 +103,6 @@ def slab(layers: int = 3, *, adsorbate: bool = True, oc20: bool = True, held: bo
     return atoms
 
 
-def call(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: object) -> int:
-    """Exit status of a script's `main` in this process."""
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-    spec = importlib.util.spec_from_file_location(script, SCRIPTS / f"{script}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    logger = logging.getLogger("equiformer2")
-    level, handlers = logger.level, logging.getLogger().handlers[:]
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            run_script(module.main)
-    finally:
-        logger.setLevel(level)
-        logging.getLogger().handlers[:] = handlers
-    return int(stopped.value.code or 0)
-
-
 LOWER = [0, 1]
 HELD: list[tuple[str, Any, list[bool]]] = [
     ("FixAtoms", FixAtoms(LOWER), [True, True, False, False]),
@@ -164,7 +142,7 @@ def test_held_atoms_of_a_database_row(constraint: Any, held: list[bool]) -> None
     kept = [one.todict() for one in (constraint if isinstance(constraint, list) else [constraint])]
     row = {"numbers": atoms.numbers.tolist(), "positions": atoms.positions.tolist()}
     row |= {"cell": atoms.cell.tolist(), "pbc": [True] * 3, "tags": [0] * 4}
-    found = _fields({**row, "constraints": json.loads(json.dumps(kept))}, "1", "row 1", False)
+    found = AseRow({**row, "constraints": json.loads(json.dumps(kept))}, "row 1").fields("1", keep_tags=False)
     assert found["fixed"].tolist() == held
 
 
@@ -531,7 +509,7 @@ def test_no_convergence_is_told_and_not_raised(caplog: pytest.LogCaptureFixture)
 )
 def test_relax_script(
     quick_pictures: None, model: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str],
     name: str, fmax: float, status: int, last: str,
 ) -> None:  # fmt: skip
     atoms = slab(adsorbate=name != "clean")
@@ -539,7 +517,7 @@ def test_relax_script(
     write(tmp_path / "start.extxyz", atoms)
     out = tmp_path / "out"
     arguments = ["--checkpoint", model, "--structure", tmp_path / "start.extxyz", "--out", out]
-    assert call(monkeypatch, "relax", *arguments, "--steps", 1, "--fmax", fmax) == status
+    assert run_script_file("relax", *arguments, "--steps", 1, "--fmax", fmax) == status
     lines = capsys.readouterr().out.splitlines()
     assert last in lines[-1]
     stored = json.loads((out / "relaxation.json").read_text())
@@ -616,7 +594,7 @@ FOLDERS: list[tuple[str, list[str], str, list[str], str | None]] = [
 )
 def test_folders_of_relaxations(
     quick_pictures: None, model: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str],
     there: list[str], structure: str, options: list[str], message: str | None,
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
@@ -631,7 +609,7 @@ def test_folders_of_relaxations(
             write(out / name, slab(), format="traj")
     before = {path: path.read_bytes() for path in out.iterdir()}
     arguments = ["--checkpoint", model, "--structure", tmp_path / structure, "--out", out, *options]
-    status = call(monkeypatch, "relax", *arguments, "--steps", 0)
+    status = run_script_file("relax", *arguments, "--steps", 0)
     if message is None:
         assert status == 3
         assert json.loads((out / "relaxation.json").read_text())["steps"] == 0
@@ -684,7 +662,7 @@ def test_options_that_would_be_ignored(
         arguments = ["--checkpoint", str(model), *arguments]
         write("x.traj", slab())
     before = sorted(tmp_path.iterdir())
-    assert call(monkeypatch, script, *arguments) == 2
+    assert run_script_file(script, *arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -704,7 +682,7 @@ def test_relax_is2re_of_unlabelled_structures(
             writer.write(data)
     assert OC20Lmdb("d.lmdb").energy_kind is None
     arguments = ["--checkpoint", model, "--data", "d.lmdb", "--out", "o", "--steps", 1, "--fmax", 1e-7]
-    assert call(monkeypatch, "relax_is2re", *arguments, *option) == status
+    assert run_script_file("relax_is2re", *arguments, *option) == status
     assert "NOT converged: 2 of 2" in capsys.readouterr().out
     assert json.loads(Path("o/is2re.json").read_text())["converged"] == 0
 
@@ -718,7 +696,7 @@ def test_predictions_that_are_not_finite_are_refused(
     _dataset(Path("d.lmdb"))
     broken = make_model(overflows=True)
     out = Path(f"p.{ending}")
-    assert call(monkeypatch, "predict", "--checkpoint", broken, "--data", "d.lmdb", "--out", out) == 2
+    assert run_script_file("predict", "--checkpoint", broken, "--data", "d.lmdb", "--out", out) == 2
     error = capsys.readouterr().err
     assert "s0/0" in error
     assert "non-finite" in error
@@ -762,7 +740,7 @@ def test_predict_says_what_it_wrote(
     data = _dataset(tmp_path / "d.lmdb")
     out = tmp_path / "p.npz"
     arguments = ["--checkpoint", make_model(forces=forces), "--data", data, "--out", out]
-    assert call(monkeypatch, "predict", *arguments) == 0
+    assert run_script_file("predict", *arguments) == 0
     assert told in capsys.readouterr().out
 
 

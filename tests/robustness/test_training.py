@@ -24,15 +24,15 @@ from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
-from equiformer2.training.cli import parse
 from equiformer2.training.config_values import CALLBACKS
-from equiformer2.training.evaluation import evaluate, open_dataset, table
-from equiformer2.training.folder import WandbSettings
+from equiformer2.training.configuration import parse
+from equiformer2.training.evaluation import evaluate, open_dataset
 from equiformer2.training.learning_curve import errors_by_system
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.resume_state import read_resume_state
 from equiformer2.training.run import train
 from equiformer2.training.task import S2EFTask
+from equiformer2.training.wandb_logging import WandbSettings
 
 ROOT = Path(__file__).parents[2]
 LMDB = ROOT / "tests" / "fixtures" / "datasets_oc20" / "s2ef_val_20.lmdb"
@@ -568,14 +568,14 @@ def test_the_baseline_is_the_mean_of_the_data_at_hand(tmp_path: Path) -> None:
         found = evaluate(predictor, open_dataset(LMDB, predictor, "adsorption"))
         assert found.mean_energy_of == "these data"
         assert found.baselines["mean_energy"]["energy_mae"] == pytest.approx(spread, rel=1e-5)
-        assert f"(mean energy of these data {spread:.4f}," in table(found)
+        assert f"(mean energy of these data {spread:.4f}," in found.table()
     found = evaluate(known, open_dataset(LMDB, known, "adsorption"))
     assert found.baselines["mean_energy"]["energy_mae"] == pytest.approx(
         np.abs(energies - 2.0).mean(), rel=1e-5
     )
     assert (
         f"mean energy of the training data {np.abs(energies - 2.0).mean():.4f}, mean energy of these data"
-        in table(found)
+        in found.table()
     )
     by_system = errors_by_system(unknown, open_dataset(LMDB, unknown, "adsorption"))
     assert next(iter(by_system.values())).mean_energy_mae == pytest.approx(spread, rel=1e-5)
@@ -586,7 +586,7 @@ def test_systems_of_one_frame_have_no_mean_to_beat(systems: int, shown: bool, tm
     path = frames(tmp_path / "own.lmdb", lambda index, data: setattr(data, "sid", f"s{index % systems}"))
     predictor = Predictor(start(tmp_path / "start.pt"))
     found = evaluate(predictor, open_dataset(path, predictor, None))
-    assert ("per-system mean" in table(found)) == shown
+    assert ("per-system mean" in found.table()) == shown
     assert ("system_mean_energy" in found.baselines) == shown
 
 

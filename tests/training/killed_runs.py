@@ -20,7 +20,7 @@ import torch
 from tiny_run import TINY_RUN
 from torch_geometric.data import Batch
 
-from equiformer2.training.cli import parse
+from equiformer2.training.configuration import parse
 from equiformer2.training.folder import read_rows
 from equiformer2.training.run import train
 from equiformer2.training.task import S2EFTask

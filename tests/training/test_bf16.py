@@ -19,7 +19,7 @@ from equiformer2.kernels.cpu import library
 from equiformer2.model.attention import SO2EquivariantGraphAttention
 from equiformer2.model.edge_context import EdgeGraph
 from equiformer2.training import task as task_module
-from equiformer2.training.cli import parse
+from equiformer2.training.configuration import parse
 from equiformer2.training.folder import read_rows
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.run import train
@@ -27,7 +27,7 @@ from equiformer2.training.task import S2EFTask, TaskSettings
 
 Places = dict[str, set[torch.dtype]]
 
-HAS_CPP = library.why_not(torch.device("cpu"), torch.float32, 2) is None
+HAS_CPP = library.Compiler.find() is not None
 BACKENDS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(not HAS_CPP, reason="no compiler"))]
 CONFIG = ModelConfig(
     num_layers=2,

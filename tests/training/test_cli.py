@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from equiformer2.errors import InputError
-from equiformer2.training.cli import parse
+from equiformer2.training.configuration import parse
 
 ROOT = Path(__file__).parents[2]
 DATA = ["--data.train=a.lmdb", "--data.val=b.lmdb"]

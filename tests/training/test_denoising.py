@@ -18,7 +18,7 @@ from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.model.denoising import EncodedForces
-from equiformer2.training.cli import parse
+from equiformer2.training.configuration import parse
 from equiformer2.training.corruption import DensSettings, corrupt
 from equiformer2.training.loader import ResumableDataModule
 from equiformer2.training.optim import OptimSettings

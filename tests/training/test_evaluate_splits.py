@@ -9,15 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from run_script_file import run
+from command_line import run_script_file
 from tiny_checkpoint import write_tiny_checkpoint
 from torch_geometric.data import Batch, Data
 
 from datasets_oc20 import LmdbWriter, OC20Lmdb
-from equiformer2.training import evaluation, wandb_report
+from equiformer2.training import evaluation, wandb_logging
 from equiformer2.training.breakdown import Breakdown, adsorbate_formula
-from equiformer2.training.folder import WandbSettings
-from equiformer2.training.wandb_report import log_results
+from equiformer2.training.wandb_logging import WandbSettings, log_results
 
 
 @pytest.fixture
@@ -58,19 +57,18 @@ def test_splits_their_average_and_going_on_after_a_stop(
         return judge(predictor, dataset, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(evaluation, "evaluate", stops_at_the_second)
-    assert run(monkeypatch, "evaluate", *arguments) == 130
+    assert run_script_file("evaluate", *arguments) == 130
     assert not out.exists()
     logged = []
-    monkeypatch.setattr("equiformer2.training.folder.import_wandb", lambda _: None)
-    monkeypatch.setattr(wandb_report, "log_results", lambda *given: logged.append(given))
+    monkeypatch.setattr(wandb_logging, "log_results", lambda *given: logged.append(given))
     more = ("--figures", figures, "--wandb-project", "project", "--wandb-offline")
-    assert run(monkeypatch, "evaluate", *arguments, *more) == 0
+    assert run_script_file("evaluate", *arguments, *more) == 0
     # The first split was not evaluated again, and the result is as if nothing had happened.
     assert [Path(path).name for path in evaluated] == ["val_id", "val_ood_ads.lmdb", "val_ood_ads.lmdb"]
     assert "val_id: 3 structures of 1 systems (finished before" in capsys.readouterr().out
     report = json.loads(out.read_text())
     again = tmp_path / "again.json"
-    assert run(monkeypatch, "evaluate", *arguments[:-4], "--out", again, "--batch_size", 2) == 0
+    assert run_script_file("evaluate", *arguments[:-4], "--out", again, "--batch_size", 2) == 0
     assert json.loads(again.read_text()) == report
 
     assert list(report["datasets"]) == ["val_id", "val_ood_ads"]
@@ -102,21 +100,21 @@ def test_another_checkpoint_or_other_data_are_evaluated_again(
 ) -> None:
     arguments = ("--checkpoint", checkpoint, "--data-root", root, "--splits", "val_id")
     arguments += ("--out", tmp_path / "results.json", "--overwrite")
-    assert run(monkeypatch, "evaluate", *arguments) == 0
+    assert run_script_file("evaluate", *arguments) == 0
     state = torch.load(checkpoint, weights_only=True)
     state["normalizers"]["energy"]["mean"] = 5.0
     torch.save(state, checkpoint)
-    assert run(monkeypatch, "evaluate", *arguments) == 0
+    assert run_script_file("evaluate", *arguments) == 0
     shard = root / "val_id" / "data.0000.lmdb"
     os.utime(shard, ns=(0, 0))
-    assert run(monkeypatch, "evaluate", *arguments) == 0
+    assert run_script_file("evaluate", *arguments) == 0
     assert "finished before" not in capsys.readouterr().out
-    assert run(monkeypatch, "evaluate", *arguments) == 0
+    assert run_script_file("evaluate", *arguments) == 0
     assert "finished before" in capsys.readouterr().out
     part = next((tmp_path / "results.parts").iterdir())
     for damaged in (b"not ours", part.read_bytes()[:300]):
         part.write_bytes(damaged)
-        assert run(monkeypatch, "evaluate", *arguments) == 0
+        assert run_script_file("evaluate", *arguments) == 0
         assert "finished before" not in capsys.readouterr().out
 
 
@@ -135,7 +133,7 @@ def test_a_batch_without_targets_is_named(
             if index > 1:
                 del record.forces
             writer.write(record)
-    assert run(monkeypatch, "evaluate", "--checkpoint", checkpoint, "--data", data, "--batch_size", 2) == 2
+    assert run_script_file("evaluate", "--checkpoint", checkpoint, "--data", data, "--batch_size", 2) == 2
     assert "(structure system2 has no forces)" in capsys.readouterr().err
 
 
@@ -156,17 +154,15 @@ def test_adsorbates_by_name(
         names.write_bytes(pickle.dumps({f"random{sid}": {"ads_symbols": "*COH", "miller_index": (1, 1, 1)}}))
     arguments = ("--checkpoint", checkpoint, "--data", root / "val_id", "--out", out, "--overwrite")
     arguments += ("--adsorbates", names)
-    assert run(monkeypatch, "evaluate", *arguments) == 0
+    assert run_script_file("evaluate", *arguments) == 0
     assert list(json.loads(out.read_text())["all_datasets"]["adsorbates"]) == ["*COH"]
     names.write_bytes(pickle.dumps([os.system]) if ending == "pkl" else b"{}")
-    assert run(monkeypatch, "evaluate", *arguments) == 2
+    assert run_script_file("evaluate", *arguments) == 2
     assert f"names.{ending}: the" in capsys.readouterr().err
 
 
-def test_missing_splits_are_named(
-    checkpoint: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, "evaluate", "--checkpoint", checkpoint, "--data-root", root) == 2
+def test_missing_splits_are_named(checkpoint: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script_file("evaluate", "--checkpoint", checkpoint, "--data-root", root) == 2
     assert "there are no data of val_ood_cat, val_ood_both" in capsys.readouterr().err
 
 
@@ -215,7 +211,6 @@ def test_adsorbates_are_named_by_formula() -> None:
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     log_results(
         WandbSettings("project", offline=True),

@@ -15,7 +15,7 @@ from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
 from equiformer2.inference.atoms import atoms_to_data
 from equiformer2.model import EquiformerV2, ModelConfig
-from equiformer2.training.cli import parse
+from equiformer2.training.configuration import parse
 from equiformer2.training.folder import read_rows
 from equiformer2.training.losses import stress_l1
 from equiformer2.training.optim import OptimSettings

@@ -13,9 +13,9 @@ import torch
 
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes
-from equiformer2.training.cli import parse
+from equiformer2.training.configuration import parse
 from equiformer2.training.folder import RunFolder
-from equiformer2.training.resume_state import keep_under_step, latest, read_resume_state, remove_older
+from equiformer2.training.resume_state import OlderCheckpoints, read_resume_state
 from equiformer2.training.run import train
 
 ROOT = Path(__file__).parents[2]
@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[2]
 
 def save(last: Path, before: int, step: int, count: int) -> None:
     """What the callback does at `step` when it has saved at `before` before."""
-    keep_under_step(last, before, count)
+    OlderCheckpoints(last, count).keep(before)
     write_bytes(last, str(step).encode())
-    remove_older(last, count)
+    OlderCheckpoints(last, count).remove_surplus()
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -37,7 +37,7 @@ def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     for before, step in pairwise(steps):
         save(last, before, step, 2)
     assert contents(tmp_path) == {"last.ckpt": "12", "step_10.ckpt": "10", "step_9.ckpt": "9"}
-    assert latest(tmp_path) == tmp_path / "step_10.ckpt"
+    assert OlderCheckpoints(tmp_path / "last.ckpt", 0).latest() == tmp_path / "step_10.ckpt"
     # Going back to an older one and on from there: those written last stay.
     save(last, 9, 11, 2)
     save(last, 11, 13, 2)
@@ -50,10 +50,10 @@ def test_time_decides_not_the_step(tmp_path: Path) -> None:
         path = tmp_path / f"step_{step}.ckpt"
         path.write_text(str(step))
         os.utime(path, (1000 + seconds, 1000 + seconds))
-    assert latest(tmp_path) == tmp_path / "step_5.ckpt"
-    remove_older(tmp_path / "last.ckpt", 2)
+    assert OlderCheckpoints(tmp_path / "last.ckpt", 0).latest() == tmp_path / "step_5.ckpt"
+    OlderCheckpoints(tmp_path / "last.ckpt", 2).remove_surplus()
     assert contents(tmp_path) == {"step_40.ckpt": "40", "step_5.ckpt": "5"}
-    remove_older(tmp_path / "last.ckpt", 1)
+    OlderCheckpoints(tmp_path / "last.ckpt", 1).remove_surplus()
     assert contents(tmp_path) == {"step_5.ckpt": "5"}
 
 

@@ -9,8 +9,8 @@ from torch_geometric.data import Batch
 
 from equiformer2 import EquiformerV2
 from equiformer2.errors import InputError
-from equiformer2.training.cli import parse
-from equiformer2.training.out_of_memory import is_out_of_memory
+from equiformer2.training.callbacks import is_out_of_memory
+from equiformer2.training.configuration import parse
 from equiformer2.training.run import train
 from equiformer2.training.task import S2EFTask
 

@@ -8,8 +8,8 @@ import yaml
 from equiformer2 import EquiformerV2
 from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint, save_checkpoint
 from equiformer2.pruning import PruningPlan
-from equiformer2.pruning.structured import apply as shrink
-from equiformer2.training.cli import parse
+from equiformer2.pruning.structured.apply import shrink
+from equiformer2.training.configuration import parse
 from equiformer2.training.run import train
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ase.io import read
-from run_script_file import SCRIPTS, run
+from command_line import ROOT, run_script_file
 from tiny_checkpoint import write_tiny_checkpoint
 from torch_geometric.data import Data
 
@@ -106,7 +106,7 @@ def test_metrics_and_trajectories(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     data, out = write_is2re(tmp_path / "val_id.lmdb", lmdb_path), tmp_path / "out"
-    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out)) == 0
+    assert run_script_file("relax_is2re", *arguments(checkpoint, data, out)) == 0
     report = json.loads((out / "val_id" / "is2re.json").read_text())
     records = OC20Lmdb(data)
     with np.load(out / "val_id" / "relaxed.npz") as relaxed:
@@ -146,14 +146,16 @@ def test_metrics_and_trajectories(
 
 
 def test_a_killed_run_goes_on(
-    checkpoint: Path, lmdb_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path,
+    lmdb_path: Path,
+    tmp_path: Path,
 ) -> None:
     data = write_is2re(tmp_path / "val_id.lmdb", lmdb_path)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     more = ("--batch-size", 2, "--steps", 6)
-    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, whole, *more)) == 0
+    assert run_script_file("relax_is2re", *arguments(checkpoint, data, whole, *more)) == 0
     log = killed / "val_id" / "relaxed.jsonl"
-    command = [sys.executable, "-c", KILLED_AFTER_TWO, SCRIPTS / "relax_is2re.py"]
+    command = [sys.executable, "-c", KILLED_AFTER_TWO, ROOT / "scripts" / "relax_is2re.py"]
     command += arguments(checkpoint, data, killed, *more)
     process = subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, check=False)
     assert process.returncode == -signal.SIGKILL
@@ -163,7 +165,7 @@ def test_a_killed_run_goes_on(
     (killed / "val_id" / "trajectories" / ".104.traj.1.tmp").write_bytes(b"half")
     first = read(killed / "val_id" / "trajectories" / "100.traj", "-1")
     stamp = (killed / "val_id" / "trajectories" / "100.traj").stat().st_mtime_ns
-    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, killed, *more)) == 0
+    assert run_script_file("relax_is2re", *arguments(checkpoint, data, killed, *more)) == 0
     assert (killed / "val_id" / "trajectories" / "100.traj").stat().st_mtime_ns == stamp
     assert len(log.read_text().splitlines()) == SYSTEMS
     report, other = (json.loads((folder / "is2re.json").read_text()) for folder in (whole, killed))
@@ -182,34 +184,34 @@ def test_what_cannot_be_mixed_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     data, out = write_is2re(tmp_path / "val_id.lmdb", lmdb_path, targets=False), tmp_path / "out"
-    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out)) == 0
+    assert run_script_file("relax_is2re", *arguments(checkpoint, data, out)) == 0
     report = json.loads((out / "val_id" / "is2re.json").read_text())
     assert report["metrics"] == {}
     assert report["structures"] == SYSTEMS
     (tmp_path / "here").mkdir()
     data.rename(tmp_path / "here" / data.name)
     monkeypatch.chdir(tmp_path / "here")  # the folder without a name of its own
-    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, Path(), out)) == 0
+    assert run_script_file("relax_is2re", *arguments(checkpoint, Path(), out)) == 0
     assert json.loads((out / "here" / "is2re.json").read_text())["structures"] == SYSTEMS
     (tmp_path / "here" / data.name).rename(data)
-    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out, "--fmax", 0.5)) == 2
+    assert run_script_file("relax_is2re", *arguments(checkpoint, data, out, "--fmax", 0.5)) == 2
     assert "holds relaxations with fmax 0.0001, not 0.5: give another folder" in capsys.readouterr().err
     taken = tmp_path / "taken"
     (taken / "val_id").mkdir(parents=True)
     (taken / "val_id" / "notes.txt").write_text("mine")
-    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, taken)) == 2
+    assert run_script_file("relax_is2re", *arguments(checkpoint, data, taken)) == 2
     assert "holds something else than relaxations" in capsys.readouterr().err
     log = out / "val_id" / "relaxed.jsonl"
     log.write_text(log.read_text().replace('"sid"', "sid", 1))
-    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out)) == 2
+    assert run_script_file("relax_is2re", *arguments(checkpoint, data, out)) == 2
     assert "relaxed.jsonl, line 1 is damaged" in capsys.readouterr().err
 
     (out / "val_id" / "settings.json").write_text("[]")
-    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out)) == 2
+    assert run_script_file("relax_is2re", *arguments(checkpoint, data, out)) == 2
     assert "holds relaxations with alpha None, not" in capsys.readouterr().err
 
     frames = write_is2re(tmp_path / "frames.lmdb", lmdb_path, sids=False)
-    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, frames, out)) == 2
+    assert run_script_file("relax_is2re", *arguments(checkpoint, frames, out)) == 2
     assert "structures 0 and 1 have the same sid" in capsys.readouterr().err
 
 
@@ -224,7 +226,7 @@ def test_unusable_systems_are_skipped_and_named(
     out = tmp_path / "out"
     folder = out / "val_id"
     for _ in range(2):  # and when the same command comes again
-        assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out)) == 0
+        assert run_script_file("relax_is2re", *arguments(checkpoint, data, out)) == 0
         report, lines = json.loads((folder / "is2re.json").read_text()), capsys.readouterr().out
         assert (report["structures"], report["relaxed"]) == (SYSTEMS, 2)
         written = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
@@ -244,7 +246,7 @@ def test_unusable_systems_are_skipped_and_named(
 
     splits = [item for split in ("id", "ood-ads", "ood-cat", "ood-both") for item in (f"--{split}", folder)]
     wanted = tmp_path / "is2re.npz"
-    assert run(monkeypatch, "make_submission", "--task", "is2re", *splits, "--out", wanted) == 2
+    assert run_script_file("make_submission", "--task", "is2re", *splits, "--out", wanted) == 2
     error = capsys.readouterr().err
     assert "lacks 3 of 5 systems, which relax_is2re.py could not relax: 101, 102, 104;" in error
     assert not wanted.exists()
@@ -252,10 +254,10 @@ def test_unusable_systems_are_skipped_and_named(
     # Repaired, the same command relaxes what is missing.
     data.unlink()
     write_is2re(data, lmdb_path)
-    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out)) == 0
+    assert run_script_file("relax_is2re", *arguments(checkpoint, data, out)) == 0
     assert "skipped" not in capsys.readouterr().out
     assert (folder / "skipped.jsonl").read_text() == ""
-    assert run(monkeypatch, "make_submission", "--task", "is2re", *splits, "--out", wanted) == 0
+    assert run_script_file("make_submission", "--task", "is2re", *splits, "--out", wanted) == 0
 
 
 @pytest.mark.parametrize(
@@ -278,7 +280,7 @@ def test_other_start_structures_are_noticed(
 ) -> None:
     data, out = write_is2re(tmp_path / "val_id.lmdb", lmdb_path), tmp_path / "out"
     more = ("--steps", 0)
-    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out, *more)) == 0
+    assert run_script_file("relax_is2re", *arguments(checkpoint, data, out, *more)) == 0
     good, size = [OC20Lmdb(data)[index] for index in range(SYSTEMS)], data.stat().st_size
     data.unlink()
     with LmdbWriter(data, "adsorption") as writer:
@@ -288,7 +290,7 @@ def test_other_start_structures_are_noticed(
             writer.write(record)
     assert data.stat().st_size == size
     capsys.readouterr()
-    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, out, *more)) == 2
+    assert run_script_file("relax_is2re", *arguments(checkpoint, data, out, *more)) == 2
     error = capsys.readouterr().err
     assert f"holds a relaxation of the system {sid} from another start structure" in error
     assert "give another folder, or the data as they were" in error
@@ -303,7 +305,7 @@ def test_nothing_to_relax_is_an_error(
 ) -> None:
     everything = {str(100 + index) for index in range(SYSTEMS)}
     data = write_with_unusable(tmp_path / "val_id.lmdb", lmdb_path, monkeypatch, everything)
-    assert run(monkeypatch, "relax_is2re", *arguments(checkpoint, data, tmp_path / "out")) == 2
+    assert run_script_file("relax_is2re", *arguments(checkpoint, data, tmp_path / "out")) == 2
     error = capsys.readouterr().err
     assert "none of its 5 structures can be relaxed, 100 for instance: " in error
     assert len((tmp_path / "out" / "val_id" / "skipped.jsonl").read_text().splitlines()) == SYSTEMS

@@ -18,14 +18,13 @@ from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
-from equiformer2.training.cli import parse
+from equiformer2.training.configuration import parse
 from equiformer2.training.evaluation import (
     average,
     draw_figures,
     evaluate,
     open_dataset,
-    table,
-    write_report,
+    report,
 )
 from equiformer2.training.folder import WholeFiles
 from equiformer2.training.metrics import ENERGY_METRICS
@@ -121,9 +120,8 @@ def test_evaluation_agrees_with_the_runs_validation(first_run: Path, lmdb_path: 
     assert evaluation.baselines["zero_force"]["forces_mae"] == pytest.approx(
         free.abs().mean().item(), rel=1e-5
     )
-    write_report(tmp_path / "out.json", predictor, {"val.lmdb": evaluation})
-    report = json.loads((tmp_path / "out.json").read_text())
-    assert report["average"]["metrics"] == report["datasets"]["val.lmdb"]["metrics"]
+    numbers = report(predictor, {"val.lmdb": evaluation})
+    assert numbers["average"]["metrics"] == numbers["datasets"]["val.lmdb"]["metrics"]
     assert all(path.exists() for path in draw_figures(tmp_path, {"val.lmdb": evaluation}))
 
 
@@ -175,13 +173,13 @@ def test_data_without_free_atoms_have_no_force_metrics(
     found = evaluate(predictor, open_dataset(held, predictor, None))
     assert set(found.metrics) == set(ENERGY_METRICS)
     assert set(found.baselines) == {"mean_energy", "data_mean_energy", "system_mean_energy"}
-    assert "forces are not judged, because every atom of these data is fixed" in table(found)
+    assert "forces are not judged, because every atom of these data is fixed" in found.table()
     free = evaluate(predictor, open_dataset(lmdb_path, predictor, "adsorption"))
-    assert "not judged" not in table(free)
+    assert "not judged" not in free.table()
     for pair in ([found, free], [free, found]):
         assert set(average(pair)["metrics"]) == set(ENERGY_METRICS)
-    write_report(tmp_path / "out.json", predictor, {"held": found, "free": free})
-    assert json.loads((tmp_path / "out.json").read_text())["datasets"]["held"]["free_atoms"] == 0
+    numbers = report(predictor, {"held": found, "free": free})
+    assert numbers["datasets"]["held"]["free_atoms"] == 0
 
 
 def test_a_run_that_fails_at_its_first_step_names_the_structure_and_leaves_its_name_free(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from run_script_file import run
+from command_line import run_script_file
 from tiny_checkpoint import write_tiny_checkpoint
 
 from datasets_oc20 import LmdbWriter, OC20Lmdb
@@ -83,7 +83,7 @@ def test_scripts_from_predictions_to_a_file(
     s2ef, is2re = ["--task", "s2ef"], ["--task", "is2re"]
     for option, (split, data) in zip(OPTIONS, data_sets.items(), strict=True):
         out = tmp_path / f"{split}.npz"
-        assert run(monkeypatch, "predict", "--checkpoint", checkpoint, "--data", data, "--out", out) == 0
+        assert run_script_file("predict", "--checkpoint", checkpoint, "--data", data, "--out", out) == 0
         s2ef += [option, out]
         # One structure per system, as IS2RE's test sets have.
         first = OC20Lmdb(data)[0]
@@ -100,11 +100,11 @@ def test_scripts_from_predictions_to_a_file(
             "--steps",
             1,
         )
-        assert run(monkeypatch, "relax_is2re", *relaxing) == 0
+        assert run_script_file("relax_is2re", *relaxing) == 0
         is2re += [option, tmp_path / f"relaxed_{split}" / start.stem]
     more = ("--data-root", tmp_path)
-    assert run(monkeypatch, "make_submission", *s2ef, "--out", tmp_path / "s2ef_out.npz", *more) == 0
-    assert run(monkeypatch, "make_submission", *is2re, "--out", tmp_path / "is2re_out.npz") == 0
+    assert run_script_file("make_submission", *s2ef, "--out", tmp_path / "s2ef_out.npz", *more) == 0
+    assert run_script_file("make_submission", *is2re, "--out", tmp_path / "is2re_out.npz") == 0
     found = read_arrays(tmp_path / "is2re_out.npz")
     assert set(found) == {f"{split}_{field}" for split in SPLITS for field in ("ids", "energy")}
     with np.load(tmp_path / "relaxed_ood_cat" / "is2re_ood_cat" / "relaxed.npz") as relaxed:
@@ -112,14 +112,14 @@ def test_scripts_from_predictions_to_a_file(
         np.testing.assert_allclose(found["ood_cat_energy"], relaxed["energy"], rtol=1e-6)
     # The energies of structures that were not relaxed are no IS2RE predictions.
     wrong = ["--task", "is2re", *s2ef[2:], "--out", tmp_path / "wrong.npz"]
-    assert run(monkeypatch, "make_submission", *wrong) == 2
+    assert run_script_file("make_submission", *wrong) == 2
     assert "structures that were not relaxed" in capsys.readouterr().err
-    assert run(monkeypatch, "make_submission", *s2ef[:-2], "--out", tmp_path / "wrong.npz") == 2
+    assert run_script_file("make_submission", *s2ef[:-2], "--out", tmp_path / "wrong.npz") == 2
     assert "no predictions for ood_both" in capsys.readouterr().err
     assert not (tmp_path / "wrong.npz").exists()
-    assert run(monkeypatch, "make_submission", "--validate", tmp_path / "s2ef_out.npz") == 0
+    assert run_script_file("make_submission", "--validate", tmp_path / "s2ef_out.npz") == 0
     assert "nothing wrong" in capsys.readouterr().out
-    assert run(monkeypatch, "make_submission", "--validate", tmp_path / "id.npz") == 2
+    assert run_script_file("make_submission", "--validate", tmp_path / "id.npz") == 2
     assert "key id_ids is missing" in capsys.readouterr().err
 
 
@@ -188,9 +188,7 @@ def test_every_problem_is_told(predictions: dict[str, Path], tmp_path: Path) -> 
     assert "ood_both_forces" in problems[1]
 
 
-def test_files_that_are_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_that_are_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "objects.npz", id_ids=np.array(["a", 1], dtype=object))
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "text.npz").write_text("no archive")
@@ -203,7 +201,7 @@ def test_files_that_are_not_read(
         ("truncated.npz", "is not a .npz file, or not a whole one"),
         ("absent.npz", "No such file"),
     ):
-        assert run(monkeypatch, "make_submission", "--validate", tmp_path / name) == 2
+        assert run_script_file("make_submission", "--validate", tmp_path / name) == 2
         assert message in capsys.readouterr().err
 
 

@@ -9,13 +9,13 @@ import torch
 import yaml
 from ase import Atoms
 from ase.io import read
-from run_script_file import run
+from command_line import run_script_file
 
 from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
 from datasets_oc20.preprocess import PreprocessOptions, preprocess
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.inference import EquiformerV2Calculator
-from equiformer2.training.cli import parse
+from equiformer2.training.configuration import parse
 from equiformer2.training.run import train
 
 RAW = Path(__file__).parents[2] / "data" / "oc20_trajs"
@@ -39,7 +39,7 @@ def test_references_are_fitted_trained_with_and_used(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "new" / "references.npz"
-    assert run(monkeypatch, "fit_references", "--data", totals, "--out", out, "--num-workers", 1) == 0
+    assert run_script_file("fit_references", "--data", totals, "--out", out, "--num-workers", 1) == 0
     printed = capsys.readouterr().out
     settings = yaml.safe_load(printed.partition("training run:\n")[2])["data"]["normalizers"]
     record = json.loads(out.with_suffix(".json").read_text())
@@ -97,7 +97,9 @@ def test_references_are_fitted_trained_with_and_used(
 
 
 def test_evaluation_refuses_energies_of_the_other_kind(
-    totals: Path, tmp_path: Path, tiny_arguments: list[str], monkeypatch: pytest.MonkeyPatch
+    totals: Path,
+    tmp_path: Path,
+    tiny_arguments: list[str],
 ) -> None:
     """Validation and evaluation data that are called adsorption energies and hold total ones."""
     wrong = tmp_path / "wrong.lmdb"
@@ -117,8 +119,7 @@ def test_evaluation_refuses_energies_of_the_other_kind(
             ]
         )
     )
-    status = run(
-        monkeypatch,
+    status = run_script_file(
         "evaluate",
         *("--checkpoint", folder / "checkpoints" / "last.pt", "--data", wrong, "--out", tmp_path / "o.json"),
     )

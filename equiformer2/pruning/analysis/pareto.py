@@ -38,8 +38,8 @@ from equiformer2.pruning.routing import (
 from equiformer2.pruning.routing.router_files import router_to_dict
 from equiformer2.pruning.routing.router_search import CONTEXT_ONLY
 from equiformer2.pruning.structured.apply import shrink
-from equiformer2.pruning.structured.methods import METHODS, find_plan
 from equiformer2.pruning.structured.plan import PruningPlan
+from equiformer2.pruning.structured.plan_methods import METHODS, find_plan
 
 
 @dataclass(frozen=True)
@@ -363,7 +363,7 @@ class Study:
             calibration,
             together.cost,
             together.target,
-            wanted=together.wanted,
+            shares=together.shares,
             seed=seed,
             tries=self.settings.tries,
             state_path=self.searches / f"{result_name(method, keep, seed)}.json",

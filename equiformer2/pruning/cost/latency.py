@@ -1,6 +1,6 @@
 """Measured time of a network relative to the dense one.
 
-Another program on the machine slows both down, so the two take turns and what counts is the median of the
+Another program on the machine slows both down, so the two take turns, and the result is the median of the
 ratios of neighbouring calls.
 """
 
@@ -18,9 +18,11 @@ class Latency:
     """Seconds per call, medians, and the ratio of neighbouring calls with its quartiles.
 
     Attributes:
-        seconds, dense_seconds: of the network and of the dense one.
+        seconds: median time of the network, s.
+        dense_seconds: median time of the dense network, s.
         ratio: median of network / dense.
-        low, high: quartiles of the ratio.
+        low: lower quartile of the ratio.
+        high: upper quartile of the ratio.
         repeats: pairs of calls.
     """
 
@@ -32,7 +34,7 @@ class Latency:
     repeats: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
@@ -40,7 +42,22 @@ class Latency:
 def compare_latency(
     network: Callable[[], object], dense: Callable[[], object], repeats: int = 10, warmup: int = 2
 ) -> Latency:
-    """Time `network` and `dense` in turns; each is called without arguments."""
+    """Time `network` and `dense` in turns; each is called without arguments.
+
+    Args:
+        network: call to time.
+        dense: call to compare with.
+        repeats: timed pairs of calls, at least 1.
+        warmup: pairs of calls before, which are not timed.
+
+    Returns:
+        Medians, and the ratio of neighbouring calls.
+    """
+
+    def synchronize() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     times = np.empty((repeats, 2))
     for _ in range(warmup):
         network()
@@ -48,21 +65,12 @@ def compare_latency(
     for row in range(repeats):
         # First one, then the other, begins: a clock that drifts then favours neither.
         for column in (0, 1) if row % 2 else (1, 0):
-            times[row, column] = _timed((network, dense)[column])
+            synchronize()
+            start = time.perf_counter()
+            (network, dense)[column]()
+            synchronize()
+            times[row, column] = time.perf_counter() - start
     ratios = times[:, 0] / times[:, 1]
     low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
     seconds = np.median(times, axis=0)
     return Latency(float(seconds[0]), float(seconds[1]), float(middle), float(low), float(high), repeats)
-
-
-def _timed(call: Callable[[], object]) -> float:
-    _wait()
-    start = time.perf_counter()
-    call()
-    _wait()
-    return time.perf_counter() - start
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

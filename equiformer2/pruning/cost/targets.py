@@ -1,9 +1,12 @@
-"""How far a plan reduces a network: in operations, parameters or measured time."""
+"""Targets of a plan: shares of operations, parameters or measured time that stay.
+
+All shares are of the network that the plan applies to. A search needs one number per plan: `CombinedTarget`
+makes one cost of several targets.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from torch_geometric.data import Batch, Data
 
@@ -12,89 +15,104 @@ from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.parameters import count_parameters
-from equiformer2.pruning.cost.operations import count_macs
+from equiformer2.pruning.cost.operations import Plan, count_macs
 from equiformer2.pruning.cost.time_table import PartTimer, TimeTable
-from equiformer2.pruning.structured.apply import shrink
-from equiformer2.pruning.structured.plan import PruningPlan
 
 
-class Target(Protocol):
-    """What a search for a plan works towards; all fractions are of the network that it starts from.
+class Target(ABC):
+    """Share of one quantity that a plan leaves, and the share that it is to leave.
+
+    Args:
+        fraction: share that is to stay, above 0 and below 1.
 
     Attributes:
-        quantity: its name on the command line.
-        fraction: what is wanted, above 0 and below 1.
+        quantity: name of the quantity on the command line.
+        fraction: share that is to stay.
+
+    Raises:
+        InputError: `fraction` is not between 0 and 1.
     """
 
     quantity: str
-    fraction: float
 
-    def fraction_of(self, plan: PruningPlan) -> float:
-        """What `plan` leaves."""
-
-    def reached(self, plan: PruningPlan) -> bool:
-        """Whether `plan` leaves no more than `fraction`."""
-
-
-class _Counted(ABC):
-    """Base of targets that are counted from the configuration."""
-
-    def __init__(self, config: ModelConfig, fraction: float) -> None:
-        self.fraction = _checked(fraction)
-        self._config = config
-        self._dense = self._count(config)
+    def __init__(self, fraction: float) -> None:
+        if not 0 < fraction < 1:
+            raise InputError(f"the target is {fraction}; it must be a fraction above 0 and below 1")
+        self.fraction = fraction
 
     @abstractmethod
-    def _count(self, config: ModelConfig) -> int:
-        """Of the whole network."""
+    def fraction_of(self, plan: Plan) -> float:
+        """Return the share that `plan` leaves; 1 for a plan that keeps everything."""
 
-    def fraction_of(self, plan: PruningPlan) -> float:
-        """What `plan` leaves; 1 for a plan that keeps everything."""
-        return self._count(plan.applied_to(self._config)) / self._dense
-
-    def reached(self, plan: PruningPlan) -> bool:
-        """Whether `plan` leaves no more than `fraction`."""
+    def reached(self, plan: Plan) -> bool:
+        """Return True if `plan` leaves no more than `fraction`."""
         return self.fraction_of(plan) <= self.fraction
 
 
-class MacTarget(_Counted):
-    """Multiply-accumulate operations on a graph of `atoms` atoms and `edges` edges (see `macs`)."""
+class MacTarget(Target):
+    """Share of the multiply-accumulate operations (see `operations`).
+
+    Args:
+        config: configuration of the network.
+        fraction: share of its operations that is to stay.
+        atoms: number of atoms that operations are counted for.
+        edges: number of their directed edges.
+
+    Raises:
+        InputError: `fraction` is not between 0 and 1, or there are no atoms.
+    """
 
     quantity = "macs"
 
     def __init__(self, config: ModelConfig, fraction: float, atoms: int, edges: int) -> None:
+        super().__init__(fraction)
         if atoms < 1 or edges < 0:
             raise InputError(f"a graph cannot have {atoms} atoms and {edges} edges")
-        self._graph = atoms, edges
-        super().__init__(config, fraction)
+        self._config, self._graph = config, (atoms, edges)
+        self._dense = count_macs(config, atoms, edges).total
 
-    def _count(self, config: ModelConfig) -> int:
-        return count_macs(config, *self._graph).total
+    def fraction_of(self, plan: Plan) -> float:
+        """Return the share of the operations that `plan` leaves."""
+        return count_macs(plan.applied_to(self._config), *self._graph).total / self._dense
 
 
-class ParameterTarget(_Counted):
-    """Parameters."""
+class ParameterTarget(Target):
+    """Share of the parameters.
+
+    Args:
+        config: configuration of the network.
+        fraction: share of its parameters that is to stay.
+
+    Raises:
+        InputError: `fraction` is not between 0 and 1.
+    """
 
     quantity = "parameters"
 
-    def _count(self, config: ModelConfig) -> int:
-        return count_parameters(config)
+    def __init__(self, config: ModelConfig, fraction: float) -> None:
+        super().__init__(fraction)
+        self._config, self._dense = config, count_parameters(config)
+
+    def fraction_of(self, plan: Plan) -> float:
+        """Return the share of the parameters that `plan` leaves."""
+        return count_parameters(plan.applied_to(self._config)) / self._dense
 
 
-class LatencyTarget:
-    """Time of a force call without gradients, added up from measured parts (see `time_table`).
+class LatencyTarget(Target):
+    """Share of the time of a force call without gradients, added up from measured parts (see `time_table`).
 
     Args:
-        model: the network; it is left as it is.
-        batch: what it runs on, on the device of the model.
-        fraction: of the time of `model`.
-        path: where the table of times is kept, and read from if it exists; None keeps it in memory.
-        threads: of torch while measuring; None for those it has.
-        repeats: pairs of runs per measurement.
-        warm_up: runs of both before.
+        model: network to cut; it is left as it is.
+        batch: structures of the timed call, on the device of `model`.
+        fraction: share of the time of `model` that is to stay.
+        path: file that the table of times is read from, if it exists, and written to; None keeps the table
+            in memory.
+        threads: number of torch's threads while measuring; None leaves it as it is.
+        repeats: timed pairs of calls per measurement.
+        warm_up: pairs of calls before them.
 
     Raises:
-        InputError: `path` holds times of something else.
+        InputError: `path` holds times of another network, batch or machine setting.
     """
 
     quantity = "latency"
@@ -109,35 +127,41 @@ class LatencyTarget:
         repeats: int = 15,
         warm_up: int = 2,
     ) -> None:
-        path = None if path is None else Path(path)
-        self.fraction, self._model = _checked(fraction), model
+        super().__init__(fraction)
+        self._config = model.config
         self._timer = PartTimer(model, batch, threads, repeats, warm_up)
-        self._table = TimeTable(model.config, self._timer, path, self._timer.facts)
+        self._table = TimeTable(
+            model.config, self._timer, None if path is None else Path(path), self._timer.facts
+        )
 
-    def fraction_of(self, plan: PruningPlan) -> float:
-        """What the parts that `plan` leaves take, and the rest of the network."""
+    def fraction_of(self, plan: Plan) -> float:
+        """Return the share of the time that `plan` leaves, from the table."""
         return self._table.fraction_of(plan)
 
-    def reached(self, plan: PruningPlan) -> bool:
-        """Whether `plan` leaves no more than `fraction`."""
-        return self.fraction_of(plan) <= self.fraction
+    def measured(self, plan: Plan) -> float:
+        """Time the whole pruned network beside the dense one.
 
-    def measured(self, plan: PruningPlan) -> float:
-        """Time of the whole pruned network over that of the unpruned one: median ratio of runs in turn."""
-        plans = plan, PruningPlan.keep_all(self._model.config)
-        small, dense = (self._timer.whole(shrink(self._model, each)) for each in plans)
-        return self._timer.compare(small, dense)
+        Returns:
+            Median ratio of the times of neighbouring calls, pruned / dense.
+        """
+        return self._timer.whole_ratio(plan.applied_to(self._config))
 
 
 class CombinedTarget:
-    """Several targets as one cost: the sum of what is left, each counted down to its target.
+    """Several targets as one cost: the sum of the shares that stay, each counted down to its target.
 
     A cut is worth what it saves of the targets that are not reached yet. With one target the cost is its
     share.
 
+    Args:
+        targets: at least one.
+
     Attributes:
-        target: the cost at which all are reached.
-        wanted: quantity -> share; what tells this target from others of the same cost.
+        target: cost at which all targets are reached.
+        shares: quantity -> share that is to stay; tells this target from others of the same cost.
+
+    Raises:
+        InputError: there are no targets.
     """
 
     def __init__(self, targets: Sequence[Target]) -> None:
@@ -145,17 +169,15 @@ class CombinedTarget:
             raise InputError("there is no target: give at least one")
         self._targets = targets
         self.target = sum(target.fraction for target in targets)
-        self.wanted = {target.quantity: target.fraction for target in targets}
+        self.shares = {target.quantity: target.fraction for target in targets}
 
-    def cost(self, plan: PruningPlan) -> float:
-        """Above `target` as long as one is missed; below it by what the nearest one is passed by."""
+    def cost(self, plan: Plan) -> float:
+        """Return the cost of `plan`.
+
+        It is above `target` as long as one target is missed, and below it by the smallest margin once all
+        are reached.
+        """
         shares = [(target.fraction_of(plan), target.fraction) for target in self._targets]
-        if any(left > wanted for left, wanted in shares):
-            return sum(max(left, wanted) for left, wanted in shares)
-        return self.target + max(left - wanted for left, wanted in shares)
-
-
-def _checked(fraction: float) -> float:
-    if not 0 < fraction < 1:
-        raise InputError(f"the target is {fraction}; it must be a fraction above 0 and below 1")
-    return fraction
+        if any(left > limit for left, limit in shares):
+            return sum(max(left, limit) for left, limit in shares)
+        return self.target + max(left - limit for left, limit in shares)

@@ -6,14 +6,14 @@ as the lookup tables of hardware-aware architecture search (FBNet, arXiv 1812.03
 or the feed-forward branch of a block, or the force head; only its shapes matter, so each distinct one is
 measured once, alone, beside the dense one; what the dense one takes of a whole call is what a call without it
 saves. The rest (graph, frames, embedding, energy head) is the same for all plans, also for those that cut the
-channels of the atoms' features.
+channels of the atoms' features. Measured networks have the shapes of the plan and weights of the dense
+network or random ones: times do not depend on the weights.
 """
 
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,8 @@ from equiformer2.model.block_config import GRID_MLP_WIDTHS, BlockConfig, Resolve
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.output_request import OutputRequest
 from equiformer2.pruning.cost.latency import compare_latency
+from equiformer2.pruning.cost.operations import Plan
 from equiformer2.pruning.fingerprints import chosen_options
-from equiformer2.pruning.structured.apply import shrink
-from equiformer2.pruning.structured.plan import PruningPlan
 from equiformer2.values import Number, mapping, shown
 
 _FORMAT = "equiformer2.time_table"
@@ -47,11 +46,11 @@ _SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What is measured at once.
+    """Unit of measurement: one branch of a block, with its norm and residual, or the force head.
 
     Attributes:
-        kind: `attention`, `feed_forward` (both with norm and residual) or `force_head`.
-        channels: of the atoms' features.
+        kind: `attention`, `feed_forward` or `force_head`.
+        channels: channels of the atoms' features.
         shape: widths and degrees that the kind has.
     """
 
@@ -59,42 +58,45 @@ class Part:
     channels: int
     shape: tuple[int, ...]
 
+    @classmethod
+    def from_block(cls, config: ModelConfig, kind: str, block: ResolvedBlock) -> "Part":
+        """Return the part `kind` of a block, or of the force head, in a network of `config`."""
+        return cls(kind, config.sphere_channels, tuple(getattr(block, name) for name in _SHAPES[kind]))
+
     @property
     def name(self) -> str:
-        """Such as `attention 32: 3 2 4 32 8`."""
+        """Kind, channels and shape, such as `attention 32: 3 2 4 32 8`."""
         return f"{self.kind} {self.channels}: {' '.join(map(str, self.shape))}"
 
 
-#: Time of a part over that of another one, or (None) what it takes of the time of the whole network.
+#: Time of a part over that of another one, or (None) its share of the time of the whole network.
 Measure = Callable[[Part, Part | None], float]
 
 
 def parts_of(config: ModelConfig) -> list[Part]:
-    """All parts of a network of `config`, block by block."""
-    parts = [part for index in range(config.num_layers) for part in _parts_of_block(config, index)]
-    return [*parts, _part(config, "force_head", config.force_block)] if config.regress_forces else parts
-
-
-def _parts_of_block(config: ModelConfig, index: int) -> list[Part]:
-    block = config.block(index)
-    return [_part(config, kind, block) for kind in ("attention", "feed_forward") if getattr(block, kind)]
-
-
-def _part(config: ModelConfig, kind: str, block: ResolvedBlock) -> Part:
-    return Part(kind, config.sphere_channels, tuple(getattr(block, name) for name in _SHAPES[kind]))
+    """List the parts of a network of `config`, block by block and the force head last."""
+    parts = [
+        Part.from_block(config, kind, config.block(index))
+        for index in range(config.num_layers)
+        for kind in ("attention", "feed_forward")
+        if getattr(config.block(index), kind)
+    ]
+    if config.regress_forces:
+        parts.append(Part.from_block(config, "force_head", config.force_block))
+    return parts
 
 
 class TimeTable:
     """Times of parts as shares of the time of the whole dense network.
 
     Args:
-        config: of the dense network.
-        measure: see `Measure`.
-        path: where the table is kept, and read from if it exists; None keeps it in memory.
-        facts: what the times depend on beside the shapes; a table of other facts is refused.
+        config: configuration of the dense network.
+        measure: measurement of a part that is not in the table yet.
+        path: file that the table is read from, if it exists, and written to; None keeps the table in memory.
+        facts: conditions of the measurement beside the shapes; a table of other conditions is refused.
 
     Raises:
-        InputError: `path` holds no table, or one that was measured otherwise.
+        InputError: `path` holds no table, or one that was measured under other conditions.
     """
 
     def __init__(
@@ -112,8 +114,11 @@ class TimeTable:
         if path is not None and path.exists():
             self._shares = self._read(path)
 
-    def fraction_of(self, plan: PruningPlan) -> float:
-        """Time of `plan`'s network over that of the dense one; what is not known yet is measured."""
+    def fraction_of(self, plan: Plan) -> float:
+        """Return the time of `plan`'s network over that of the dense one.
+
+        Parts that are not in the table are measured, and the file is written after each.
+        """
         left = sum(map(self._share, parts_of(plan.applied_to(self._config))))
         return 1.0 + left - sum(map(self._share, self._dense))
 
@@ -162,13 +167,17 @@ class TimeTable:
 
 
 class PartTimer:
-    """Measures parts with random weights on the edges of a batch, in turns with what they are compared with.
+    """Measurement of parts with random weights on the edges of a batch, in turns with their reference.
 
     Args:
-        model: the dense network, in evaluation mode.
-        batch: what it runs on, on the device of the model; forces on its fixed atoms are not asked for.
-        threads: of torch while measuring; None for those it has.
-        repeats, warm_up: pairs of calls.
+        model: dense network, in evaluation mode; it is left as it is.
+        batch: structures of the timed calls, on the device of `model`; forces on fixed atoms are left out.
+        threads: number of torch's threads while measuring; None leaves it as it is.
+        repeats: timed pairs of calls.
+        warm_up: pairs of calls before them.
+
+    Raises:
+        InputError: fewer than one repeat, or a negative `warm_up`.
     """
 
     def __init__(
@@ -189,30 +198,50 @@ class PartTimer:
             self._request = OutputRequest(force_atoms=~batch.fixed.bool())
 
     def __call__(self, part: Part, reference: Part | None) -> float:
-        """Median of the ratios of neighbouring calls; of a whole call, what it saves to leave a part out."""
+        """Measure `part`.
+
+        Args:
+            part: part to measure.
+            reference: part to compare with, of the same kind; None for the whole dense network.
+
+        Returns:
+            Median ratio of the times of neighbouring calls; with the whole network, the share of its time
+            that it saves to leave the part out.
+        """
         if reference not in self._references:
             self._references[reference] = (
-                self.whole(deepcopy(self._model)) if reference is None else self._alone(reference)
+                self._whole(self._model.config) if reference is None else self._alone(reference)
             )
         other = self._references[reference]
         if reference is not None or part.kind == "force_head":
-            return self.compare(self._alone(part), other)
+            return self._compare(self._alone(part), other)
         # All blocks that have it at once: a single one would be lost in the noise.
         config = self._model.config
-        without, count = PruningPlan.keep_all(config), 0
+        blocks, count = list(config.blocks or (BlockConfig(),) * config.num_layers), 0
         for index in range(config.num_layers):
-            if part in _parts_of_block(config, index):
-                without, count = without.with_block(index, **{part.kind: False}), count + 1
-        return (1 - self.compare(self.whole(shrink(self._model, without)), other)) / count
+            block = config.block(index)
+            if getattr(block, part.kind) and Part.from_block(config, part.kind, block) == part:
+                blocks[index] = dataclasses.replace(blocks[index], **{part.kind: False})
+                count += 1
+        without = dataclasses.replace(config, blocks=tuple(blocks))
+        return (1 - self._compare(self._whole(without), other)) / count
 
-    def compare(self, one: Callable[[], object], other: Callable[[], object]) -> float:
+    def whole_ratio(self, config: ModelConfig) -> float:
+        """Time a network of `config` beside the dense one.
+
+        Returns:
+            Median ratio of the times of neighbouring calls, `config` / dense.
+        """
+        return self._compare(self._whole(config), self._whole(self._model.config))
+
+    def _compare(self, one: Callable[[], object], other: Callable[[], object]) -> float:
         """Median of the ratios of neighbouring calls, with the number of threads of this timer."""
         with with_threads(self._threads):
             return compare_latency(one, other, self._repeats, self._warm_up).ratio
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the times depend on."""
+        """Conditions that the times depend on, for `TimeTable`."""
         return {
             "structure": [len(self._batch.pos), len(self._model.build_graph(self._batch).distances)],
             "forces": None if self._request.force_atoms is None else int(self._request.force_atoms.sum()),
@@ -221,25 +250,31 @@ class PartTimer:
             "threads": self._threads or torch.get_num_threads(),
         }
 
-    def whole(self, network: EquiformerV2) -> Callable[[], object]:
-        """All of `network`, the graph included; it is prepared for inference, so give a copy."""
+    def _whole(self, config: ModelConfig) -> Callable[[], object]:
+        """Call of a whole network of `config`, the graph included."""
+        network = self._network(config)
+        known = self._model.state_dict()
+        own = network.state_dict()
+        same = {name: known[name] for name, value in own.items() if known[name].shape == value.shape}
+        network.load_state_dict(own | same)
         network.fold_weights()
         return lambda: network(self._batch, request=self._request)
 
     def _alone(self, part: Part) -> Callable[[], object]:
-        """A part with the arguments that it has in a network of nothing else."""
-        network = self._network(part)
-        run = self.whole(network)
+        """Call of a part with the arguments that it has in a network of nothing else."""
+        network = self._single_part(part)
+        network.fold_weights()
         calls: list[tuple[Any, ...]] = []
         module: Any = network.force_block if part.kind == "force_head" else network.blocks[0]
         hook = module.register_forward_pre_hook(lambda module, arguments: calls.append(arguments))
         with torch.no_grad():
-            run()
+            network(self._batch, request=self._request)
         hook.remove()
         return lambda: module(*calls[0])
 
-    def _network(self, part: Part) -> EquiformerV2:
-        config, like = self._model.config, self._model.sphere_embedding.weight
+    def _single_part(self, part: Part) -> EquiformerV2:
+        """Network of one block that has nothing but `part`, with random weights."""
+        config = self._model.config
         shape: dict[str, Any] = dict(zip(_SHAPES[part.kind], part.shape, strict=True))
         for name in () if config.use_grid_mlp else GRID_MLP_WIDTHS:
             shape.pop(name, None)
@@ -251,15 +286,20 @@ class PartTimer:
         alone = dataclasses.replace(
             config, num_layers=1, sphere_channels=part.channels, blocks=(block,), force_head=head
         )
+        return self._network(alone)
+
+    def _network(self, config: ModelConfig) -> EquiformerV2:
+        """Network of `config` with random weights, on the device and in the precision of the dense one."""
+        like = self._model.sphere_embedding.weight
         with torch.random.fork_rng(devices=[]):
-            network = EquiformerV2(alone).to(device=like.device, dtype=like.dtype)
+            network = EquiformerV2(config).to(device=like.device, dtype=like.dtype)
         network.backend = self._model.backend
-        return network.requires_grad_(False)
+        return network.eval().requires_grad_(False)
 
 
 @contextmanager
 def with_threads(threads: int | None) -> Iterator[None]:
-    """Context in which torch has this many threads; None leaves them."""
+    """Set the number of torch's threads for as long as the context lasts; None leaves it as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

@@ -27,8 +27,8 @@ from equiformer2.pruning.calibration_data import read_structures
 from equiformer2.pruning.cost.targets import MacTarget
 from equiformer2.pruning.structured.apply import masked, shrink, weight_masks
 from equiformer2.pruning.structured.baselines import magnitude_plan
-from equiformer2.pruning.structured.methods import JOINT
 from equiformer2.pruning.structured.plan import PruningPlan
+from equiformer2.pruning.structured.plan_methods import JOINT
 from equiformer2.pruning.structured.search import GreedySearch, SearchSettings, Stage
 from equiformer2.training.callbacks import NativeCheckpoints
 from equiformer2.training.task import S2EFTask

@@ -27,7 +27,7 @@ from equiformer2.inference import Predictor
 from equiformer2.pruning.calibration import unlabelled
 from equiformer2.pruning.calibration_data import raw_files, read_structures
 from equiformer2.pruning.fingerprints import fingerprint_of_weights
-from equiformer2.training.cli import parse
+from equiformer2.training.configuration import parse
 from equiformer2.training.run import RunConfig, train
 
 log = logging.getLogger("equiformer2")

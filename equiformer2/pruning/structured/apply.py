@@ -1,4 +1,4 @@
-"""Let the full-size network behave as the pruned one."""
+"""Try a plan on the full-size network by masks, or make the smaller network of it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2
-from equiformer2.model.folding import Folding
+from equiformer2.model.folding import check_plain
 from equiformer2.model.norm import make_norm
 from equiformer2.pruning.structured.index_maps import IndexMaps, kept_state
 from equiformer2.pruning.structured.plan import PruningPlan
@@ -19,15 +19,23 @@ _MASKED_CHANNELS: WeakSet[EquiformerV2] = WeakSet()
 
 
 def weight_masks(model: EquiformerV2, plan: PruningPlan) -> dict[str, Tensor]:
-    """By name, for every parameter that `plan` cuts: which entries are kept, bool of the parameter's shape.
+    """Return the kept entries of every parameter that `plan` cuts.
+
+    Args:
+        model: network of full size.
+        plan: units to keep.
+
+    Returns:
+        Name -> bool of the parameter's shape; parameters that stay whole are absent.
 
     Raises:
-        InputError: `plan` does not fit the network.
+        InputError: `plan` does not fit the network, or weights are parametrized.
     """
+    check_plain(model, "pruning")
     maps = IndexMaps(model.config, plan.checked(model.config))
     masks = {}
     for name, parameter in model.named_parameters():
-        selection = maps.of(name)
+        selection = maps.selection(name)
         if maps.is_removed(name):
             masks[name] = torch.zeros_like(parameter, dtype=torch.bool)
         elif selection is not None:
@@ -50,7 +58,7 @@ def masked(model: EquiformerV2, plan: PruningPlan) -> Iterator[EquiformerV2]:
 
     Raises:
         InputError: `plan` does not fit the network, or cuts sphere channels inside another context that does
-            or of a network with the backend `compile`.
+            or of a network with the backend `compile`. Or weights are parametrized.
     """
     plan = plan.checked(model.config)
     if plan.sphere_channels is not None and (model.backend == "compile" or model in _MASKED_CHANNELS):
@@ -66,7 +74,6 @@ def masked(model: EquiformerV2, plan: PruningPlan) -> Iterator[EquiformerV2]:
         with torch.no_grad():
             for name, mask in masks.items():
                 parameters[name].masked_fill_(~mask, 0.0)
-        _forget_folded(model)
         for name, mask in masks.items():
             if parameters[name].requires_grad:
                 cleanup.callback(parameters[name].register_hook(_masking(mask)).remove)
@@ -89,13 +96,6 @@ def _restore(
     with torch.no_grad():
         for name, mask in masks.items():
             parameters[name][~mask] = removed[name]
-    _forget_folded(model)
-
-
-def _forget_folded(model: EquiformerV2) -> None:
-    for module in model.modules():
-        if isinstance(module, Folding):
-            module.unfold()
 
 
 def _masking(mask: Tensor) -> Callable[[Tensor], Tensor]:
@@ -123,14 +123,22 @@ def _on_channels(norm: nn.Module, model: EquiformerV2, kept: Tensor) -> Callable
 
 
 def shrink(model: EquiformerV2, plan: PruningPlan) -> EquiformerV2:
-    """The smaller network of `plan`, with weights of its own; `model` is left as it is.
+    """Make the smaller network of `plan`, with weights of its own.
 
-    It gives what `masked(model, plan)` gives, but for rounding. It is where `model` is, in its precision and
-    mode (training or evaluation), with its backend, and what is frozen there is frozen here.
+    Its outputs are those of `masked(model, plan)`, but for rounding.
+
+    Args:
+        model: network of full size; it is left as it is.
+        plan: units to keep.
+
+    Returns:
+        The smaller network, on the device, in the precision and mode (training or evaluation) and with the
+        backend of `model`; frozen parameters of `model` are frozen.
 
     Raises:
-        InputError: `plan` does not fit the network; block and field are named.
+        InputError: `plan` does not fit the network; block and field are named. Or weights are parametrized.
     """
+    check_plain(model, "pruning")
     config = plan.applied_to(model.config)
     parameters = dict(model.named_parameters())
     like = model.sphere_embedding.weight

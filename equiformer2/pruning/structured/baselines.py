@@ -10,17 +10,11 @@ import numpy as np
 
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2
-from equiformer2.model.block_config import GRID_MLP_WIDTHS
+from equiformer2.model.block_config import GRID_MLP_WIDTHS, ResolvedBlock
 from equiformer2.pruning.structured.block_plan import BlockPlan
 from equiformer2.pruning.structured.candidate_cuts import Cut, possible_cuts
 from equiformer2.pruning.structured.plan import PruningPlan
-from equiformer2.pruning.structured.unit_scores import (
-    FORCE_HEAD,
-    Site,
-    UnitScores,
-    random_scores,
-    weight_scores,
-)
+from equiformer2.pruning.structured.unit_scores import FORCE_HEAD, Site, UnitScores, weight_scores
 
 Cost = Callable[[PruningPlan], float]
 TOLERANCE = 0.01
@@ -34,20 +28,23 @@ _WITH_WEIGHTS = ("block", "attn_hidden", "head", "value", "ffn")
 def random_plan(
     model: EquiformerV2, cost: Cost, target: float, seed: int, dimensions: Sequence[str] = _ALL
 ) -> PruningPlan:
-    """Cuts drawn at random from those the search chooses from; which channels go is random as well.
+    """Make cuts drawn at random from those the search chooses from; the channels of a cut are random, too.
 
     Args:
-        model: the dense network.
-        cost: of a plan.
-        target: cost to come down to.
-        seed: of the draws.
-        dimensions: of `cuts.DIMENSIONS`.
+        model: dense network.
+        cost: cost of a plan.
+        target: cost to come down to, in the unit of `cost`.
+        seed: random seed.
+        dimensions: kinds of cuts, of `candidate_cuts.DIMENSIONS`.
+
+    Returns:
+        A plan that costs at most `target`.
 
     Raises:
         InputError: the target cannot be reached.
     """
     rng = np.random.default_rng(seed)
-    scores = random_scores(weight_scores(model), rng)
+    scores = {unit: rng.random(len(values)) for unit, values in weight_scores(model).items()}
 
     def choose(cuts: Sequence[tuple[Cut, float]]) -> Cut:
         return cuts[int(rng.integers(len(cuts)))][0]
@@ -62,10 +59,20 @@ def magnitude_plan(
     dimensions: Sequence[str] = _WITH_WEIGHTS,
     start: PruningPlan | None = None,
 ) -> PruningPlan:
-    """Always the cut that takes the smallest share of a layer's squared weights per saved cost.
+    """Always make the cut that takes the smallest share of a layer's squared weights per saved cost.
 
-    Arguments and errors as in `random_plan`; dimensions without weights of their own (`order`) are not cut,
-    and `start` is what is cut already.
+    Args:
+        model: dense network.
+        cost: cost of a plan.
+        target: cost to come down to, in the unit of `cost`.
+        dimensions: kinds of cuts; `order`, whose units have no weights of their own, is not among them.
+        start: cuts made already; None for none.
+
+    Returns:
+        A plan that costs at most `target`.
+
+    Raises:
+        InputError: the target cannot be reached.
     """
     scores = weight_scores(model)
     for unit in {unit for _, unit in scores}:
@@ -110,86 +117,88 @@ def _descend(
 
 
 def uniform_plan(model: EquiformerV2, cost: Cost, target: float) -> PruningPlan:
-    """All blocks lose the same share of heads, attention hidden, value and feed-forward channels.
+    """Cut the same share of heads, attention hidden, value and feed-forward channels from all blocks.
 
     Units with the least weights go. Heads are few: of the numbers of heads with which the target is met
     closely, the one nearest to the share of the channels is taken.
 
     Args:
-        model: the dense network.
-        cost: of a plan.
-        target: cost to come down to.
+        model: dense network.
+        cost: cost of a plan.
+        target: cost to come down to, in the unit of `cost`.
+
+    Returns:
+        A plan that costs at most `target`.
 
     Raises:
         InputError: the target cannot be reached.
     """
-    scores = weight_scores(model)
+    widths = _UniformWidths(model)
     dense = cost(PruningPlan.keep_all(model.config))
-    largest = max(model.config.block(index).num_heads for index in range(model.config.num_layers))
-    found: list[tuple[bool, float, PruningPlan]] = []
-    for heads in range(1, largest + 1):
-        share = heads / largest
+    most_heads = max(model.config.block(index).num_heads for index in range(model.config.num_layers))
+    candidates: list[tuple[bool, float, PruningPlan]] = []
+    for heads in range(1, most_heads + 1):
+        share = heads / most_heads
         low, high = 0.0, 1.0
-        if cost(_narrow(model, scores, share, low)) > target:
+        if cost(widths.plan(share, low)) > target:
             continue
         for _ in range(12):
             middle = (low + high) / 2
-            if cost(_narrow(model, scores, share, middle)) <= target:
+            if cost(widths.plan(share, middle)) <= target:
                 low = middle
             else:
                 high = middle
-        plan = _narrow(model, scores, share, low)
+        plan = widths.plan(share, low)
         missed = target - cost(plan)
         far = missed > TOLERANCE * dense
-        found.append((far, missed if far else abs(share - low), plan))
-    if not found:
+        candidates.append((far, missed if far else abs(share - low), plan))
+    if not candidates:
         raise InputError(
             "the target cannot be reached with one head and one channel per layer, which cost "
-            f"{cost(_narrow(model, scores, 0.0, 0.0)):.4g}; aim higher"
+            f"{cost(widths.plan(0.0, 0.0)):.4g}; aim higher"
         )
-    return min(found, key=lambda item: item[:2])[2]
+    return min(candidates, key=lambda item: item[:2])[2]
 
 
-def _narrow(model: EquiformerV2, scores: UnitScores, heads: float, channels: float) -> PruningPlan:
-    """At least one unit stays everywhere."""
-    config = model.config
-    blocks = []
-    for index in range(config.num_layers):
-        now = config.block(index)
-        plan = BlockPlan()
-        if now.attention:
-            plan = _narrow_attention(scores, index, now.num_heads, now.attn_value_channels, heads, channels)
-        if now.feed_forward:
-            changes = {
-                name: largest(scores[index, name], channels)
-                for name in ("ffn_hidden_channels", *GRID_MLP_WIDTHS)
-                if (index, name) in scores
-            }
-            plan = dataclasses.replace(plan, **changes)  # type: ignore[arg-type]
-        blocks.append(plan)
-    force_head = BlockPlan()
-    if config.regress_forces:
-        now = config.force_block
-        force_head = _narrow_attention(
-            scores, FORCE_HEAD, now.num_heads, now.attn_value_channels, heads, channels
+class _UniformWidths:
+    """Plans of `uniform_plan`: the units of largest weights stay, at least one everywhere."""
+
+    def __init__(self, model: EquiformerV2) -> None:
+        self.config, self.scores = model.config, weight_scores(model)
+
+    def plan(self, heads: float, channels: float) -> PruningPlan:
+        """The plan that keeps these shares of the heads and of the channels."""
+        config = self.config
+        blocks = []
+        for index in range(config.num_layers):
+            block = config.block(index)
+            plan = self.attention(index, block, heads, channels) if block.attention else BlockPlan()
+            if block.feed_forward:
+                changes = {
+                    name: self.largest(self.scores[index, name], channels)
+                    for name in ("ffn_hidden_channels", *GRID_MLP_WIDTHS)
+                    if (index, name) in self.scores
+                }
+                plan = dataclasses.replace(plan, **changes)  # type: ignore[arg-type]
+            blocks.append(plan)
+        force_head = BlockPlan()
+        if config.regress_forces:
+            force_head = self.attention(FORCE_HEAD, config.force_block, heads, channels)
+        return PruningPlan(tuple(blocks), force_head=force_head).checked(config)
+
+    def attention(self, site: Site, block: ResolvedBlock, heads: float, channels: float) -> BlockPlan:
+        """The attention of a block or of the force head."""
+        kept = self.largest(self.scores[site, "heads"], heads)
+        table = self.scores[site, "value_channels"].reshape(block.num_heads, block.attn_value_channels)
+        return BlockPlan(
+            heads=kept,
+            attn_hidden_channels=self.largest(self.scores[site, "attn_hidden_channels"], channels),
+            value_channels=tuple(self.largest(table[head], channels) for head in kept),
         )
-    return PruningPlan(tuple(blocks), force_head=force_head).checked(config)
 
-
-def _narrow_attention(
-    scores: UnitScores, site: Site, num_heads: int, values: int, heads: float, channels: float
-) -> BlockPlan:
-    kept = largest(scores[site, "heads"], heads)
-    table = scores[site, "value_channels"].reshape(num_heads, values)
-    return BlockPlan(
-        heads=kept,
-        attn_hidden_channels=largest(scores[site, "attn_hidden_channels"], channels),
-        value_channels=tuple(largest(table[head], channels) for head in kept),
-    )
-
-
-def largest(scores: np.ndarray, share: float) -> tuple[int, ...]:
-    """Indices of the largest `share` of `scores`, at least one, ascending; of equal ones the earlier."""
-    count = max(1, round(share * len(scores)))
-    order = np.argsort(-scores, kind="stable")[:count]
-    return tuple(sorted(order.tolist()))
+    @staticmethod
+    def largest(scores: np.ndarray, share: float) -> tuple[int, ...]:
+        """Indices of the largest `share` of `scores`, ascending; of equal ones the earlier."""
+        count = max(1, round(share * len(scores)))
+        order = np.argsort(-scores, kind="stable")[:count]
+        return tuple(sorted(order.tolist()))

@@ -1,4 +1,4 @@
-"""What to keep of one block."""
+"""Units of one block to keep."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ _FEED_FORWARD = tuple(name for name in _WIDTHS if name.startswith("ffn"))
 
 @dataclasses.dataclass(frozen=True)
 class BlockPlan:
-    """What is kept of one block; None keeps all. Kept indices ascend.
+    """Units of one block that are kept; None keeps all. Kept indices ascend.
 
     Attributes:
-        attention, feed_forward: whether the branch is kept.
+        attention: False drops the attention branch.
+        feed_forward: False drops the feed-forward branch.
         lmax: highest degree of the messages, at least 1. The features of the atoms keep all degrees.
         mmax: highest order of the messages; never above their degree.
         heads: kept attention heads.
@@ -44,7 +45,11 @@ class BlockPlan:
         ffn_hidden_channels: kept inputs of the feed-forward network's last linear map, with the outputs of
             the scalar MLP and of the grid MLP that they are. Without a grid MLP, its only width.
         ffn_input_channels: kept outputs of the first linear map, where they enter the grid MLP.
-        ffn_grid_channels_1, ffn_grid_channels_2: kept channels of the hidden layers of the grid MLP.
+        ffn_grid_channels_1: kept channels of the first hidden layer of the grid MLP.
+        ffn_grid_channels_2: kept channels of its second hidden layer.
+
+    Raises:
+        InputError: a field that has no valid value.
     """
 
     attention: bool = True
@@ -86,10 +91,18 @@ class BlockPlan:
                 )
 
     def checked(self, block: ResolvedBlock, config: ModelConfig, name: str) -> BlockPlan:
-        """In canonical form for a block as it is described by `block`.
+        """Return the plan in canonical form (None wherever all is kept).
+
+        Args:
+            block: the block that the plan applies to.
+            config: configuration of its network.
+            name: name of the block for errors.
+
+        Returns:
+            The canonical plan.
 
         Raises:
-            InputError: naming block (`name`) and field.
+            InputError: the plan does not fit the block; block and field are named.
         """
         where = f"pruning plan: {name}"
         changes: dict[str, Any] = {}
@@ -115,7 +128,15 @@ class BlockPlan:
         return dataclasses.replace(self, **changes)
 
     def check_is_head(self, where: str, other: str) -> None:
-        """Raise `InputError` for cuts that an output head, which has no branch `other`, does not have."""
+        """Refuse cuts that an output head does not have.
+
+        Args:
+            where: name of the head for errors.
+            other: branch that the head lacks, `attention` or `feed_forward`.
+
+        Raises:
+            InputError: a field of that branch is given, or the head is dropped.
+        """
         fields = _ATTENTION if other == "attention" else _FEED_FORWARD
         given = [field for field in fields if getattr(self, field) is not None]
         if given:
@@ -136,7 +157,15 @@ class BlockPlan:
         return None if kept[0] is None else self.value_channels
 
     def applied_to(self, own: BlockConfig | None, block: ResolvedBlock) -> BlockConfig | None:
-        """What the block is afterwards (None: as the model says); `self` is in canonical form."""
+        """Return the configuration of the block after the cuts; the plan is in canonical form.
+
+        Args:
+            own: values of the block that differ from the model's; None for none.
+            block: the block before the cuts.
+
+        Returns:
+            The values afterwards; None if all are the model's.
+        """
         changes: dict[str, Any] = {
             width: len(getattr(self, field))
             for field, width in _WIDTHS.items()
@@ -152,7 +181,18 @@ class BlockPlan:
         return dataclasses.replace(own or BlockConfig(), **changes) if changes else own
 
     def compose(self, other: BlockPlan, name: str) -> BlockPlan:
-        """This plan and then `other`; see `PruningPlan.compose`."""
+        """Return one plan for this one and then `other`, as `PruningPlan.compose`.
+
+        Args:
+            other: plan for the block that this plan has cut already.
+            name: name of the block for errors.
+
+        Returns:
+            The plan for the block that this plan applies to.
+
+        Raises:
+            InputError: `other` keeps something that this plan has removed.
+        """
         where = f"pruning plan: {name}"
         changes: dict[str, Any] = {}
         for branch, fields in (("attention", _ATTENTION), ("feed_forward", _FEED_FORWARD)):
@@ -198,17 +238,32 @@ class BlockPlan:
         return tuple(compose_indices(old, new, f"{where}: value_channels") or old for old, new in pairs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; what is as in a block that keeps everything is left out."""
+        """Return plain values for JSON, without the fields that keep everything."""
+
+        def as_lists(value: Any) -> Any:
+            return [as_lists(item) for item in value] if isinstance(value, tuple) else value
+
         default = BlockPlan()
         return {
-            field.name: _as_lists(getattr(self, field.name))
+            field.name: as_lists(getattr(self, field.name))
             for field in dataclasses.fields(self)
             if getattr(self, field.name) != getattr(default, field.name)
         }
 
     @classmethod
     def from_dict(cls, values: Any, source: str) -> BlockPlan:
-        """Inverse of `to_dict`; errors name `source` and the key."""
+        """Read the plain values of `to_dict`.
+
+        Args:
+            values: mapping as `to_dict` gives it.
+            source: name of their origin for errors.
+
+        Returns:
+            The plan.
+
+        Raises:
+            InputError: an unknown key or an invalid value; `source` and the key are named.
+        """
         if not isinstance(values, Mapping):
             raise InputError(f"{source} must be a mapping of keys to values, not {type(values).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
@@ -224,7 +279,18 @@ class BlockPlan:
 
 
 def check_indices(values: Any, where: str) -> Indices:
-    """Kept indices as a tuple; `InputError` unless they are whole numbers, at least one, and ascend."""
+    """Check a list of kept indices.
+
+    Args:
+        values: the list.
+        where: name of the field for errors.
+
+    Returns:
+        The indices as a tuple.
+
+    Raises:
+        InputError: no list, an empty one, or indices that are no whole numbers or do not ascend.
+    """
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise InputError(f"{where} is {shown(values)}; it must be a list of the indices that are kept")
     kept = tuple(values)
@@ -239,7 +305,15 @@ def check_indices(values: Any, where: str) -> Indices:
 
 
 def without_full(kept: Indices | None, width: int, where: str) -> Indices | None:
-    """None if all of `width` are kept.
+    """Replace kept indices by None if they are all of `width`.
+
+    Args:
+        kept: kept indices; None for all.
+        width: number of units.
+        where: name of the field for errors.
+
+    Returns:
+        The indices, or None for all.
 
     Raises:
         InputError: an index is not below `width`.
@@ -250,7 +324,19 @@ def without_full(kept: Indices | None, width: int, where: str) -> Indices | None
 
 
 def compose_indices(first: Indices | None, second: Indices | None, where: str) -> Indices | None:
-    """`second` counts in what `first` has kept."""
+    """Return the indices that are kept by `first` and then by `second`.
+
+    Args:
+        first: kept indices; None for all.
+        second: kept indices, which count in those of `first`; None for all.
+        where: name of the field for errors.
+
+    Returns:
+        Kept indices, counted as those of `first`.
+
+    Raises:
+        InputError: `second` keeps an index that `first` does not have.
+    """
     if first is None or second is None:
         return second if first is None else first
     if second[-1] >= len(first):
@@ -260,7 +346,3 @@ def compose_indices(first: Indices | None, second: Indices | None, where: str) -
 
 def _is_index(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_INDEX
-
-
-def _as_lists(value: Any) -> Any:
-    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""How much the outputs hang on each head, channel and branch of the blocks.
+"""Importance of each head, channel and branch of the blocks for the outputs.
 
 A gate ξ multiplies one unit's contribution (1 in the network as it is, 0 when the unit is cut). What a unit
 contributes enters one linear map, its consumer, so the derivative with respect to its gate is a sum over
@@ -25,6 +25,7 @@ from equiformer2.errors import InputError, naming_structures
 from equiformer2.model import EquiformerV2
 from equiformer2.model.attention import SO2EquivariantGraphAttention
 from equiformer2.model.feed_forward import FeedForwardNetwork, SwiGLUFeedForwardNetwork
+from equiformer2.model.folding import check_plain
 
 #: A scalar from the outputs (normalised units) for a batch.
 Objective = Callable[[dict[str, Tensor], Batch], Tensor]
@@ -35,7 +36,7 @@ _Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Importance:
-    """One tensor per block of each; of no length where the block lacks the branch.
+    """Importance of the units of every block: one tensor per block, empty where it lacks the branch.
 
     Attributes:
         heads: `[H]` attention heads.
@@ -52,7 +53,7 @@ class Importance:
     branches: list[Tensor]
 
     def to_dict(self) -> dict[str, list[list[float]]]:
-        """Plain numbers, `{unit: [block][index]}`."""
+        """Return plain numbers, `{unit: [block][index]}`."""
         return {
             field.name: [t.tolist() for t in getattr(self, field.name)] for field in dataclasses.fields(self)
         }
@@ -67,16 +68,19 @@ def gradient_importance(
     objective: Objective,
     method: Literal["michel", "taylor"] = "michel",
 ) -> Importance:
-    """Mean over structures of the absolute derivative of `objective` with respect to every gate.
+    """Average the absolute derivative of `objective` with respect to every gate over structures.
 
     The network is evaluated without dropout, structure by structure; its weights, their gradients and its
     mode are as before afterwards.
 
     Args:
-        model: on the device to compute on; any backend (`torch` is used).
+        model: network on the device to compute on; any backend (`torch` is used).
         structures: at least one; wrap them in a progress bar if they are many.
         objective: `probe(...)` without labels or `labelled(...)` with them.
         method: `michel` or `taylor`.
+
+    Returns:
+        Importance in the unit of the objective.
 
     Raises:
         InputError: no structures, or one that the network cannot take.
@@ -87,7 +91,20 @@ def gradient_importance(
 def gradient_importances(
     model: EquiformerV2, structures: Iterable[Data], objective: Objective
 ) -> dict[str, Importance]:
-    """`gradient_importance` with both methods, `{"michel": …, "taylor": …}`, from the same passes."""
+    """Measure importance with both methods in the same passes.
+
+    Args:
+        model: network on the device to compute on; any backend (`torch` is used).
+        structures: at least one; wrap them in a progress bar if they are many.
+        objective: `probe(...)` without labels or `labelled(...)` with them.
+
+    Returns:
+        `{"michel": …, "taylor": …}`, see `gradient_importance`.
+
+    Raises:
+        InputError: no structures, or one that the network cannot take.
+    """
+    check_plain(model, "importance")
     device = model.sphere_embedding.weight.device
     total: list[dict[str, Tensor]] = []
     count = 0
@@ -102,11 +119,14 @@ def gradient_importances(
                 id(p): torch.zeros_like(p) if g is None else p.detach() * g
                 for p, g in zip(parameters, grads, strict=True)
             }
-            found = [_sums(block, lambda p, table=products: table[id(p)]) for block in model.blocks]  # type: ignore[misc]
+            sums = _UnitSums(lambda p, table=products: table[id(p)])  # type: ignore[misc]
             count += 1
             scores = [
-                {unit: torch.stack((read.abs(), (read + made).abs())) for unit, (read, made) in sums.items()}
-                for sums in found
+                {
+                    unit: torch.stack((read.abs(), (read + written).abs()))
+                    for unit, (read, written) in sums.block(block).items()
+                }
+                for block in model.blocks
             ]
             total = total or [{unit: torch.zeros_like(v) for unit, v in block.items()} for block in scores]
             for known, new in zip(total, scores, strict=True):
@@ -115,20 +135,22 @@ def gradient_importances(
     if not count:
         raise InputError("there are no structures to measure importance on: give at least one")
     return {
-        method: _collected([{unit: value[row] / count for unit, value in block.items()} for block in total])
+        method: Importance(**{unit: [block[unit][row] / count for block in total] for unit in UNITS})
         for row, method in enumerate(("michel", "taylor"))
     }
 
 
 def magnitude_importance(model: EquiformerV2) -> Importance:
-    """Euclidean norm of all weights of every unit; a baseline that looks at no data."""
+    """Measure every unit by the Euclidean norm of all its weights; a baseline that looks at no data."""
+    check_plain(model, "importance")
     with torch.no_grad():
-        found = [_sums(block, lambda p: p.detach().square()) for block in model.blocks]
-        return _collected([{unit: (a + b).sqrt() for unit, (a, b) in sums.items()} for sums in found])
+        sums = _UnitSums(lambda p: p.detach().square())
+        blocks = [sums.block(block) for block in model.blocks]
+        return Importance(**{unit: [sum(block[unit]).sqrt() for block in blocks] for unit in UNITS})  # type: ignore[union-attr]
 
 
 def probe(normalizers: Normalizers, force_weight: float = 1.0, seed: int = 0) -> Objective:
-    """Objective without labels: outputs along a random direction.
+    """Make an objective without labels: outputs along a random direction.
 
     |dL/dξ| is then the change of a random combination of energy per atom and free atoms' forces when the
     gate moves, in expectation over directions its Gauss-Newton sensitivity (the distance to the network's own
@@ -136,25 +158,42 @@ def probe(normalizers: Normalizers, force_weight: float = 1.0, seed: int = 0) ->
 
     Args:
         normalizers: units of the outputs.
-        force_weight: Å; how much the mean force counts against the energy per atom.
-        seed: of the random signs, which are drawn anew for every structure.
+        force_weight: weight of the mean force against the energy per atom, Å.
+        seed: random seed of the signs, which are drawn anew for every structure.
+
+    Returns:
+        The objective, eV.
     """
     generator = torch.Generator().manual_seed(seed)
 
+    def signs(count: int) -> Tensor:
+        return torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1.0
+
     def objective(out: dict[str, Tensor], batch: Batch) -> Tensor:
-        total = (out["energy"] / batch.natoms.view(-1)).sum() * normalizers.energy.std * _signs(1, generator)
+        total = (out["energy"] / batch.natoms.view(-1)).sum() * normalizers.energy.std * signs(1)
         if "forces" in out:
             free = ~batch.fixed.bool()
-            signs = _signs(int(3 * free.sum()), generator).view(-1, 3)
-            scale = force_weight * normalizers.forces.std / max(1, len(signs)) ** 0.5
-            total = total.to(out["forces"]) + scale * (out["forces"][free] * signs.to(out["forces"])).sum()
+            direction = signs(int(3 * free.sum())).view(-1, 3)
+            scale = force_weight * normalizers.forces.std / max(1, len(direction)) ** 0.5
+            total = (
+                total.to(out["forces"]) + scale * (out["forces"][free] * direction.to(out["forces"])).sum()
+            )
         return total.sum()
 
     return objective
 
 
 def labelled(normalizers: Normalizers, energy_weight: float = 4.0, force_weight: float = 100.0) -> Objective:
-    """Objective with labels: the training loss (paper, appendix D), energy L1 and free atoms' force L2."""
+    """Make an objective with labels: the training loss (EquiformerV2, appendix D).
+
+    Args:
+        normalizers: units of the outputs.
+        energy_weight: weight of the mean absolute error of the energy.
+        force_weight: weight of the mean L2 error of the forces on free atoms.
+
+    Returns:
+        The objective, in normalised units.
+    """
 
     def objective(out: dict[str, Tensor], batch: Batch) -> Tensor:
         target = normalizers.normalize_energy(batch.energy, batch)
@@ -168,102 +207,98 @@ def labelled(normalizers: Normalizers, energy_weight: float = 4.0, force_weight:
     return objective
 
 
-def _signs(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1.0
-
-
 @contextmanager
 def _differentiable(model: EquiformerV2) -> Iterator[None]:
     """Evaluation mode, the torch backend, and the blocks' weights with gradients, for as long as it lasts."""
     training, backend = model.training, model.backend
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    parameters = [(p, p.requires_grad) for p in model.parameters()]
     model.eval()
     model.backend = "torch"
     try:
-        for parameter, _ in wanted:
+        for parameter, _ in parameters:
             parameter.requires_grad_(False)
         model.blocks.requires_grad_(True)
         with torch.enable_grad():
             yield
     finally:
-        for parameter, before in wanted:
+        for parameter, before in parameters:
             parameter.requires_grad_(before)
         model.backend = backend
         model.train(training)
 
 
-def _collected(blocks: list[dict[str, Tensor]]) -> Importance:
-    return Importance(**{unit: [block[unit] for block in blocks] for unit in UNITS})
+class _UnitSums:
+    """Sums over the weights of every unit of a block.
 
+    Args:
+        product: from a parameter to the tensor of its shape that is summed.
+    """
 
-def _sums(block: nn.Module, product: _Product) -> dict[str, _Pair]:
-    """Per unit, `product` summed over the weights of its consumer and over its other weights."""
-    some = next(block.parameters(), None)
-    empty = torch.zeros(0) if some is None else some.detach().new_zeros(0)
-    found: dict[str, _Pair] = {unit: (empty, empty) for unit in UNITS}
-    branches = empty.new_zeros(2)
-    attention, feed_forward = getattr(block, "ga", None), getattr(block, "ffn", None)
-    if isinstance(attention, SO2EquivariantGraphAttention):
-        found |= _attention_sums(attention, product)
-        branches[0] = found["values"][0].sum() + product(attention.proj.bias).sum()
-    if isinstance(feed_forward, FeedForwardNetwork | SwiGLUFeedForwardNetwork):
-        found["ffn_hidden"] = _feed_forward_sums(feed_forward, product)
-        branches[1] = found["ffn_hidden"][0].sum() + product(feed_forward.so3_linear_2.bias).sum()
-    return found | {"branches": (branches, torch.zeros_like(branches))}
+    def __init__(self, product: _Product) -> None:
+        self.product = product
 
+    def block(self, block: nn.Module) -> dict[str, _Pair]:
+        """Per unit, the sums over the weights of its consumer and over its other weights."""
+        some = next(block.parameters(), None)
+        empty = torch.zeros(0) if some is None else some.detach().new_zeros(0)
+        sums: dict[str, _Pair] = {unit: (empty, empty) for unit in UNITS}
+        branches = empty.new_zeros(2)
+        attention, feed_forward = getattr(block, "ga", None), getattr(block, "ffn", None)
+        if isinstance(attention, SO2EquivariantGraphAttention):
+            sums |= self.attention(attention)
+            branches[0] = sums["values"][0].sum() + self.product(attention.proj.bias).sum()
+        if isinstance(feed_forward, FeedForwardNetwork | SwiGLUFeedForwardNetwork):
+            sums["ffn_hidden"] = self.feed_forward(feed_forward)
+            branches[1] = sums["ffn_hidden"][0].sum() + self.product(feed_forward.so3_linear_2.bias).sum()
+        return sums | {"branches": (branches, torch.zeros_like(branches))}
 
-def _attention_sums(attention: SO2EquivariantGraphAttention, product: _Product) -> dict[str, _Pair]:
-    first, second = attention.so2_conv_1, attention.so2_conv_2
-    heads, hidden, values = attention.num_heads, second.in_channels, second.out_channels
-    consumer = product(attention.proj.weight).sum((0, 1))
-    maker = _outputs(product(second.fc_m0.weight).sum(1), values) + _outputs(
-        product(second.fc_m0.bias), values
-    )
-    for order in second.so2_m_conv:
-        maker = maker + _outputs(product(order.fc.weight).sum(1), values)  # type: ignore[union-attr,arg-type]
+    def attention(self, attention: SO2EquivariantGraphAttention) -> dict[str, _Pair]:
+        """Sums of the heads, value channels and hidden channels of an attention layer."""
+        product, first, second = self.product, attention.so2_conv_1, attention.so2_conv_2
+        heads, hidden, values = attention.num_heads, second.in_channels, second.out_channels
+        consumer = product(attention.proj.weight).sum((0, 1))
+        maker = self.by_output(product(second.fc_m0.weight).sum(1), values)
+        maker = maker + self.by_output(product(second.fc_m0.bias), values)
+        for order in second.so2_m_conv:
+            maker = maker + self.by_output(product(order.fc.weight).sum(1), values)  # type: ignore[union-attr,arg-type]
 
-    # The scalars of the attention weights come first, then gates, then coefficients.
-    alpha = attention.alpha_dot.numel()
-    rows = product(first.fc_m0.weight).sum(1) + product(first.fc_m0.bias)
-    logits = rows[:alpha].view(heads, -1).sum(1) + product(attention.alpha_dot).sum(1)
-    made = _outputs(rows[alpha:], hidden)
-    for order in first.so2_m_conv:
-        made = made + _outputs(product(order.fc.weight).sum(1), hidden)  # type: ignore[union-attr,arg-type]
-    read = _inputs(product(second.fc_m0.weight), hidden)
-    for order in second.so2_m_conv:
-        read = read + _inputs(product(order.fc.weight), hidden)  # type: ignore[union-attr,arg-type]
-    by_head = maker.view(heads, -1).sum(1) + logits
-    return {
-        "heads": (consumer.view(heads, -1).sum(1), by_head),
-        "values": (consumer, maker),
-        "attn_hidden": (read, made),
-    }
+        # The scalars of the attention weights come first, then gates, then coefficients.
+        alpha = attention.alpha_dot.numel()
+        rows = product(first.fc_m0.weight).sum(1) + product(first.fc_m0.bias)
+        logits = rows[:alpha].view(heads, -1).sum(1) + product(attention.alpha_dot).sum(1)
+        written = self.by_output(rows[alpha:], hidden)
+        for order in first.so2_m_conv:
+            written = written + self.by_output(product(order.fc.weight).sum(1), hidden)  # type: ignore[union-attr,arg-type]
+        read = product(second.fc_m0.weight).unflatten(1, (-1, hidden)).sum((0, 1))
+        for order in second.so2_m_conv:
+            read = read + product(order.fc.weight).unflatten(1, (-1, hidden)).sum((0, 1))  # type: ignore[union-attr,arg-type]
+        by_head = maker.view(heads, -1).sum(1) + logits
+        return {
+            "heads": (consumer.view(heads, -1).sum(1), by_head),
+            "values": (consumer, maker),
+            "attn_hidden": (read, written),
+        }
 
+    def feed_forward(self, network: FeedForwardNetwork | SwiGLUFeedForwardNetwork) -> _Pair:
+        """Sums of the channels in front of the last linear map."""
+        product = self.product
+        consumer = product(network.so3_linear_2.weight).sum((0, 1))
+        scalars: nn.Module | None
+        if isinstance(network, SwiGLUFeedForwardNetwork):
+            maker = product(network.grid_linear_2.weight).sum(1)
+            scalars = network.scalar_linear
+        elif network.use_grid_mlp:
+            maker = product(network.grid_mlp[4].weight).sum(1)  # type: ignore[arg-type]
+            scalars = None if network.scalar_mlp is None else network.scalar_mlp[0]
+        else:
+            maker = product(network.so3_linear_1.weight).sum((0, 2)) + product(network.so3_linear_1.bias)
+            scalars = network.gating_linear
+        if scalars is not None:
+            rows = product(scalars.weight).sum(1) + product(scalars.bias)  # type: ignore[arg-type]
+            maker = maker + self.by_output(rows, len(consumer))
+        return consumer, maker
 
-def _feed_forward_sums(network: FeedForwardNetwork | SwiGLUFeedForwardNetwork, product: _Product) -> _Pair:
-    consumer = product(network.so3_linear_2.weight).sum((0, 1))
-    maker = torch.zeros_like(consumer)
-    scalars: nn.Module | None
-    if isinstance(network, SwiGLUFeedForwardNetwork):
-        maker = maker + product(network.grid_linear_2.weight).sum(1)
-        scalars = network.scalar_linear
-    elif network.use_grid_mlp:
-        maker = maker + product(network.grid_mlp[4].weight).sum(1)  # type: ignore[arg-type]
-        scalars = None if network.scalar_mlp is None else network.scalar_mlp[0]
-    else:
-        maker = maker + product(network.so3_linear_1.weight).sum((0, 2)) + product(network.so3_linear_1.bias)
-        scalars = network.gating_linear
-    if scalars is not None:
-        rows = product(scalars.weight).sum(1) + product(scalars.bias)  # type: ignore[arg-type]
-        maker = maker + _outputs(rows, len(consumer))
-    return consumer, maker
-
-
-def _outputs(rows: Tensor, width: int) -> Tensor:
-    """`[n width]` sums of rows to `[width]`: every degree (and part) has its own block of channels."""
-    return rows.view(-1, width).sum(0)
-
-
-def _inputs(weight: Tensor, width: int) -> Tensor:
-    """`[out, n width]` to `[width]`."""
-    return weight.unflatten(1, (-1, width)).sum((0, 1))
+    @staticmethod
+    def by_output(rows: Tensor, width: int) -> Tensor:
+        """`[n width]` sums of rows to `[width]`: every degree (and part) has its own block of channels."""
+        return rows.view(-1, width).sum(0)

@@ -1,13 +1,13 @@
-"""Which entries of which parameter a plan keeps.
+"""Entries of each parameter that a plan keeps.
 
-One map for both ways of pruning: `mask` zeroes what is not kept, `shrink` takes what is kept out. Layouts are
+One map for both ways of pruning: masks zero the other entries, `shrink` takes the kept ones out. Layouts are
 those of `model.so2_convolution`: outputs of order m = 0 are the attention vector (head-major), gates, then
 coefficients (l, channel); of order m > 0 the coefficients (l, channel) of the real part, then those of the
 imaginary part. Inputs are (l, channel) with the channels of source and target side by side.
 
 Messages of lower degrees and orders have other constants: the grid's normalization by lmax and the scale
-sqrt((2l + 1) / (2 mmax + 1)) of degrees above mmax. What remains of the messages must not change by the cut,
-so the ratios of old and new constants go into the weights (`Selection.scale`).
+sqrt((2l + 1) / (2 mmax + 1)) of degrees above mmax. The remaining messages must not change by the cut, so the
+ratios of old and new constants go into the weights (`Selection.scale`).
 """
 
 import math
@@ -28,12 +28,12 @@ Kept = Sequence[int] | None
 
 @dataclass(frozen=True)
 class Selection:
-    """What is kept of one parameter.
+    """Entries of one parameter that are kept.
 
     Attributes:
-        kept: indices along each dimension, None for all.
-        scale: factors of what is kept, along one dimension.
-        scaled_dim: that dimension.
+        kept: kept indices along each dimension, None for all.
+        scale: factors of the kept entries along one dimension; None for 1.
+        scaled_dim: dimension that `scale` runs along.
     """
 
     kept: tuple[Kept, ...]
@@ -41,7 +41,7 @@ class Selection:
     scaled_dim: int = 0
 
     def take(self, parameter: Tensor) -> Tensor:
-        """The smaller parameter; differentiable."""
+        """Return the smaller parameter; differentiable."""
         for dim, kept in enumerate(self.kept):
             if kept is not None:
                 index = torch.tensor(kept, dtype=torch.int64, device=parameter.device)
@@ -55,7 +55,7 @@ class Selection:
         )
 
     def mask(self, parameter: Tensor) -> Tensor:
-        """bool, of the parameter's shape: what is kept."""
+        """Return the kept entries as bool of the parameter's shape."""
         mask = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
         for dim, kept in enumerate(self.kept):
             if kept is not None:
@@ -67,14 +67,21 @@ class Selection:
 
 
 class IndexMaps:
-    """`Selection` of every parameter that `plan` (in canonical form) changes in a network of `config`."""
+    """Selections of all parameters that a plan changes.
+
+    Args:
+        config: configuration of the network that the plan applies to.
+        plan: units to keep, in canonical form (`PruningPlan.checked`).
+
+    Attributes:
+        selections: name of a parameter -> its kept entries; parameters that stay whole are absent.
+        removed: beginnings of the names of removed parameters.
+    """
 
     def __init__(self, config: ModelConfig, plan: PruningPlan) -> None:
         self.config = config
         self.sphere: Kept = plan.sphere_channels
-        #: By name.
         self.selections: dict[str, Selection] = {}
-        #: What the names of removed parameters start with.
         self.removed: list[str] = []
         self._common()
         for index, cut in enumerate(plan.blocks):
@@ -83,12 +90,12 @@ class IndexMaps:
             self._attention("force_block", plan.force_head, config.force_block, None)
         self._feed_forward("energy_block", plan.energy_head, config.energy_block, None)
 
-    def of(self, name: str) -> Selection | None:
-        """None for a parameter that stays as it is."""
+    def selection(self, name: str) -> Selection | None:
+        """Return the kept entries of a parameter; None if it stays whole."""
         return self.selections.get(name)
 
     def is_removed(self, name: str) -> bool:
-        """Whether the smaller network has no such parameter."""
+        """Return True if the smaller network has no such parameter."""
         return name.startswith(tuple(self.removed))
 
     def _set(self, name: str, *kept: Kept, scale: Sequence[float] | None = None, scaled_dim: int = 0) -> None:
@@ -145,10 +152,10 @@ class IndexMaps:
         self._set(f"{name}.so3_linear_2.bias", outputs)
 
     def _attention(self, name: str, cut: BlockPlan, old: ResolvedBlock, outputs: Kept) -> None:
-        config, channels = self.config, _AttentionChannels(self.config, cut, old, self.sphere)
+        channels = _AttentionChannels(self.config, cut, old, self.sphere)
         lmax, mmax = channels.lmax, channels.mmax
         whole = (lmax, mmax) == (old.lmax, old.mmax)
-        into_grid, out_of_grid, into_proj = _rescaling(config, old, lmax, mmax)
+        into_grid, out_of_grid, into_proj = channels.rescaling()
         self._set(f"{name}.alpha_dot", cut.heads, None)
         self._radial_of_convolution(name, channels)
         for m in range(old.mmax + 1):
@@ -163,8 +170,8 @@ class IndexMaps:
             columns = None if whole else channels.repeated(degrees, channels.hidden, out_of_grid)
             scale = None if whole else channels.repeated(degrees, channels.hidden, into_grid)
             if m == 0:
-                rows, kept_first = channels.first_outputs()
-                scale = None if scale is None else [1.0] * kept_first + scale
+                rows, kept_scalars = channels.first_outputs()
+                scale = None if scale is None else [1.0] * kept_scalars + scale
                 self._set(f"{first}.fc_m0.weight", rows, inputs, scale=scale)
                 self._set(f"{first}.fc_m0.bias", rows, scale=scale)
                 self._set(f"{second}.fc_m0.weight", values, hidden, scale=columns, scaled_dim=1)
@@ -208,7 +215,7 @@ class IndexMaps:
 
 
 class _AttentionChannels:
-    """Kept channels of one attention layer: pairs of kept indices and of how many there were."""
+    """Kept channels of one attention layer: pairs of kept indices and of the number before the cut."""
 
     def __init__(self, config: ModelConfig, cut: BlockPlan, old: ResolvedBlock, sphere: Kept) -> None:
         self.config, self.cut, self.old = config, cut, old
@@ -242,31 +249,29 @@ class _AttentionChannels:
         return both
 
     def first_outputs(self) -> tuple[Kept, int]:
-        """Kept outputs of order m = 0 of the first convolution; how many of them are no coefficients."""
-        config, old = self.config, self.old
-        alpha = _all(
-            _grid((self.cut.heads, old.num_heads), (None, config.attn_alpha_channels)), self._num_alpha
-        )
+        """Kept outputs of order m = 0 of the first convolution, and the number of scalars among them.
+
+        Scalars are the attention vector and the gates.
+        """
+        config, old, width = self.config, self.old, self.hidden[1]
         gates, kept_gates = 0, 0
         if config.use_gate_act:
             gates, kept_gates = old.lmax, self.lmax
         elif config.use_sep_s2_act:
             gates, kept_gates = 1, 1
-        width = self.hidden[1]
-        start = self._num_alpha
-        rows = [
-            *alpha,
-            *(start + row for row in _all(_grid((range(kept_gates), gates), self.hidden), gates * width)),
-        ]
-        kept_first = len(rows)
-        start += gates * width
-        size = (old.lmax + 1) * width
-        rows += [start + row for row in _all(self.of_order(0, self.hidden), size)]
-        return (None if len(rows) == start + size else rows), kept_first
-
-    @property
-    def _num_alpha(self) -> int:
-        return self.old.num_heads * self.config.attn_alpha_channels
+        alpha = config.attn_alpha_channels
+        groups = (  # kept rows of each group, and its size before the cut
+            (_grid((self.cut.heads, old.num_heads), (None, alpha)), old.num_heads * alpha),
+            (_grid((range(kept_gates), gates), self.hidden), gates * width),
+            (self.of_order(0, self.hidden), (old.lmax + 1) * width),
+        )
+        rows: list[int] = []
+        start = kept_scalars = 0
+        for kept, size in groups:
+            kept_scalars = len(rows)
+            rows += [start + row for row in (range(size) if kept is None else kept)]
+            start += size
+        return (None if len(rows) == start else rows), kept_scalars
 
     @staticmethod
     def repeated(
@@ -276,25 +281,25 @@ class _AttentionChannels:
         width = channels[1] if channels[0] is None else len(channels[0])
         return [factor(l) for l in degrees for _ in range(width)]
 
+    def rescaling(
+        self,
+    ) -> tuple[Callable[[int], float], Callable[[int], float], Callable[[int], float]]:
+        """Factors by degree of what goes into the activation, of what comes out of it, and into `proj`."""
+        config, old = self.config, self.old
+        root = math.sqrt((old.lmax + 1) / (self.lmax + 1))
 
-def _rescaling(
-    config: ModelConfig, old: ResolvedBlock, lmax: int, mmax: int
-) -> tuple[Callable[[int], float], Callable[[int], float], Callable[[int], float]]:
-    """Factors by degree of what goes into the activation, of what comes out of it, and into `proj`."""
-    root = math.sqrt((old.lmax + 1) / (lmax + 1))
+        def ratio(l: int) -> float:
+            return truncation_scale(l, old.mmax) / truncation_scale(l, self.mmax)
 
-    def ratio(l: int) -> float:
-        return truncation_scale(l, old.mmax) / truncation_scale(l, mmax)
+        def into_grid(l: int) -> float:
+            return 1.0 if config.use_gate_act else ratio(l) / root
 
-    def into_grid(l: int) -> float:
-        return 1.0 if config.use_gate_act else ratio(l) / root
+        def out_of_grid(l: int) -> float:
+            # The scalars of the separable activation do not go through the grid.
+            through = not config.use_gate_act and (l > 0 or not config.use_sep_s2_act)
+            return ratio(l) * root if through else 1.0
 
-    def out_of_grid(l: int) -> float:
-        # The scalars of the separable activation do not go through the grid.
-        through = not config.use_gate_act and (l > 0 or not config.use_sep_s2_act)
-        return ratio(l) * root if through else 1.0
-
-    return into_grid, out_of_grid, ratio
+        return into_grid, out_of_grid, ratio
 
 
 def _grid(outer: tuple[Kept, int], inner: tuple[Kept, int]) -> Kept:
@@ -302,21 +307,21 @@ def _grid(outer: tuple[Kept, int], inner: tuple[Kept, int]) -> Kept:
     (kept_outer, size), (kept_inner, width) = outer, inner
     if (kept_outer is None or len(kept_outer) == size) and (kept_inner is None or len(kept_inner) == width):
         return None
-    columns = _all(kept_inner, width)
-    return [row * width + column for row in _all(kept_outer, size) for column in columns]
-
-
-def _all(kept: Kept, size: int) -> Sequence[int]:
-    return range(size) if kept is None else kept
+    rows = range(size) if kept_outer is None else kept_outer
+    columns = range(width) if kept_inner is None else kept_inner
+    return [row * width + column for row in rows for column in columns]
 
 
 def kept_state(parameters: Mapping[str, Tensor], config: ModelConfig, plan: PruningPlan) -> dict[str, Tensor]:
-    """The parameters of the smaller network, by name; differentiable.
+    """Take the parameters of the smaller network out of those of the full one; differentiable.
 
     Args:
-        parameters: of a network of `config`, by name.
-        config: that network's.
-        plan: what is kept.
+        parameters: name -> parameter of a network of `config`.
+        config: configuration of that network.
+        plan: units to keep.
+
+    Returns:
+        Name -> parameter of the smaller network.
 
     Raises:
         InputError: `plan` does not fit `config`.
@@ -325,6 +330,6 @@ def kept_state(parameters: Mapping[str, Tensor], config: ModelConfig, plan: Prun
     state = {}
     for name, parameter in parameters.items():
         if not maps.is_removed(name):
-            selection = maps.of(name)
+            selection = maps.selection(name)
             state[name] = parameter if selection is None else selection.take(parameter)
     return state

@@ -1,4 +1,4 @@
-"""What to keep of a network: one object for all structured cuts."""
+"""Units of a network to keep: one object for all structured cuts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ _KEEP_ALL = BlockPlan()
 
 
 def check_prunable(config: ModelConfig) -> None:
-    """Raise `InputError` for networks that have parts without rules for pruning."""
+    """Refuse networks that have parts without rules for pruning.
+
+    Args:
+        config: configuration of the network.
+
+    Raises:
+        InputError: networks of `config` cannot be pruned.
+    """
     if config.use_swiglu_s2_act:
         raise InputError(
             "a network with model.use_swiglu_s2_act cannot be pruned: train a smaller one, or one without it"
@@ -36,16 +43,19 @@ def check_prunable(config: ModelConfig) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PruningPlan:
-    """What is kept of every block, of both heads, and of the channels common to all of them.
+    """Units to keep of every block, of both heads, and of the channels common to all of them.
 
     Immutable and hashable. Indices count in the network that the plan is applied to, which may itself be
     pruned already: `first.compose(second)` is `second` applied after `first`.
 
     Attributes:
-        blocks: one per block. Blocks keep their numbers: one that loses both branches stays, empty.
+        blocks: units of each block. Blocks keep their numbers: one that loses both branches stays, empty.
         sphere_channels: kept channels of the atoms' features in all of the network; None for all.
-        force_head: of the attention of the force head.
-        energy_head: of the feed-forward network of the energy head.
+        force_head: units of the attention of the force head.
+        energy_head: units of the feed-forward network of the energy head.
+
+    Raises:
+        InputError: kept channels that are no ascending indices.
     """
 
     blocks: tuple[BlockPlan, ...]
@@ -61,7 +71,7 @@ class PruningPlan:
 
     @classmethod
     def keep_all(cls, config: ModelConfig) -> PruningPlan:
-        """The plan that changes nothing: where to start from.
+        """Return the plan that keeps everything, to start from.
 
         Raises:
             InputError: networks of `config` cannot be pruned.
@@ -70,14 +80,31 @@ class PruningPlan:
         return cls((_KEEP_ALL,) * config.num_layers)
 
     def with_block(self, index: int, **changes: Any) -> PruningPlan:
-        """A copy with other fields of block `index`, as `with_block(3, heads=(0, 2), mmax=1)`."""
+        """Return a copy with other fields of one block, as `with_block(3, heads=(0, 2), mmax=1)`.
+
+        Args:
+            index: number of the block, from 0.
+            **changes: fields of `BlockPlan`.
+
+        Returns:
+            The changed plan.
+
+        Raises:
+            InputError: there is no such block, or a field has no valid value.
+        """
         if not 0 <= index < len(self.blocks):
             raise InputError(f"pruning plan: there is no block {index}, only 0 … {len(self.blocks) - 1}")
         block = dataclasses.replace(self.blocks[index], **changes)
         return dataclasses.replace(self, blocks=(*self.blocks[:index], block, *self.blocks[index + 1 :]))
 
     def checked(self, config: ModelConfig) -> PruningPlan:
-        """The same plan in its one canonical form (None wherever all is kept), so that equal plans are equal.
+        """Return the same plan in its one canonical form, so that equal plans are equal.
+
+        Args:
+            config: configuration of the network that the plan applies to.
+
+        Returns:
+            The plan with None wherever all is kept.
 
         Raises:
             InputError: the plan does not fit a network of `config`; block and field are named.
@@ -106,7 +133,13 @@ class PruningPlan:
         )
 
     def applied_to(self, config: ModelConfig) -> ModelConfig:
-        """The configuration of the pruned network.
+        """Return the configuration of the pruned network.
+
+        Args:
+            config: configuration of the network that the plan applies to.
+
+        Returns:
+            The configuration after the cuts.
 
         Raises:
             InputError: as `checked`.
@@ -127,7 +160,13 @@ class PruningPlan:
         )
 
     def compose(self, other: PruningPlan) -> PruningPlan:
-        """This plan and then `other`, whose indices count in the network that this one has pruned already.
+        """Return one plan for this one and then another.
+
+        Args:
+            other: plan whose indices count in the network that this plan has pruned already.
+
+        Returns:
+            The plan for the network that this plan applies to.
 
         Raises:
             InputError: `other` keeps something that this plan has removed.
@@ -148,7 +187,7 @@ class PruningPlan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; what is None or True, as in a plan that keeps everything, is left out."""
+        """Return plain values for JSON, without the fields that keep everything."""
         values: dict[str, Any] = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -163,7 +202,14 @@ class PruningPlan:
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "the pruning plan") -> PruningPlan:
-        """Inverse of `to_dict`.
+        """Read the plain values of `to_dict`.
+
+        Args:
+            values: mapping as `to_dict` gives it.
+            source: name of their origin for errors.
+
+        Returns:
+            The plan.
 
         Raises:
             InputError: naming `source` and the key that is missing, unknown or of the wrong kind.
@@ -196,12 +242,19 @@ class PruningPlan:
             raise InputError(f"{source}: {str(error).removeprefix('pruning plan: ')}") from error
 
     def to_json(self) -> str:
-        """Text of `to_dict`."""
+        """Return the plan as JSON text."""
         return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str, source: str = "the pruning plan") -> PruningPlan:
-        """Inverse of `to_json`.
+        """Read the text of `to_json`.
+
+        Args:
+            text: JSON.
+            source: name of its origin for errors.
+
+        Returns:
+            The plan.
 
         Raises:
             InputError: as `from_dict`, and if the text is not JSON.
@@ -211,15 +264,21 @@ class PruningPlan:
         return cls.from_dict(values, source)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as a JSON file, whole or not at all."""
+        """Write the plan as a JSON file, atomically."""
         write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
         """Read a file of `save`.
 
+        Args:
+            path: file to read.
+
+        Returns:
+            The plan.
+
         Raises:
-            FileNotFoundError: if there is no such file.
+            FileNotFoundError: there is no such file.
             InputError: as `from_json`, naming the file.
         """
         with as_input_error():

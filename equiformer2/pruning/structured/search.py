@@ -36,8 +36,15 @@ from equiformer2.pruning.structured.plan import PruningPlan
 from equiformer2.pruning.structured.unit_scores import UnitScores, gradient_scores
 from equiformer2.values import Items, Number, Optional, Rule, Switch, Whole, mapping
 
+log = logging.getLogger("equiformer2")
+
+Cost = Callable[[PruningPlan], float]
+IMPORTANCES = ("michel", "taylor")
 _FORMAT = "equiformer2.pruning_search"
 _VERSION = 1
+_NUMBER = Number(-1e300, 1e300)
+_KEPT_RATIOS = 20
+_WORST = 1e30  # JSON holds no infinity
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,10 @@ class Step:
     """One cut that was made.
 
     Attributes:
-        cut: its name.
-        cost: of the plan afterwards, in the unit of the target.
-        loss: of the plan afterwards on the calibration structures, eV; None where nothing was tried.
-        tried: how many cuts were tried on the calibration structures.
+        cut: name of the cut.
+        cost: cost of the plan afterwards, in the unit of the target.
+        loss: loss of the plan afterwards on the calibration structures, eV; None where nothing was tried.
+        tried: number of cuts that were tried on the calibration structures.
     """
 
     cut: str
@@ -56,20 +63,32 @@ class Step:
     loss: float | None
     tried: int
 
+    @staticmethod
+    def read(value: Any, name: str) -> "Step":
+        """Check a stored step; a `values.Rule`."""
+        if set(mapping(value, name)) != {"cut", "cost", "loss", "tried"} or not isinstance(value["cut"], str):
+            raise InputError(f"{name} must hold cut (a text), cost, loss and tried")
+        return Step(
+            value["cut"],
+            _NUMBER.read(value["cost"], f"{name}.cost"),
+            Optional(_NUMBER).read(value["loss"], f"{name}.loss"),
+            Whole(0, 2**31).read(value["tried"], f"{name}.tried"),
+        )
+
 
 @dataclass
 class SearchState:
-    """Where a search stands.
+    """State of a search between two steps.
 
     Attributes:
-        fingerprint: what the search depends on; a state of another search is refused.
-        plan: the cuts made so far.
-        loss: of `plan`, eV.
+        fingerprint: everything that the search depends on; a state of another search is refused.
+        plan: cuts made so far.
+        loss: loss of `plan`, eV.
         steps: the cuts one by one.
-        damages: name of a cut -> what it damaged when it was last tried, eV².
+        damages: name of a cut -> its damage when it was last tried, eV².
         ratios: dimension -> root of the damage over the score of the latest trials.
         stage: number of the present stage.
-        done: whether the search has ended.
+        done: True once the search has ended.
     """
 
     fingerprint: dict[str, Any]
@@ -82,7 +101,7 @@ class SearchState:
     done: bool = False
 
     def save(self, path: Path) -> None:
-        """Write the state, whole or not at all."""
+        """Write the state as JSON, atomically."""
         values = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -99,11 +118,22 @@ class SearchState:
 
     @classmethod
     def load(cls, path: Path, fingerprint: dict[str, Any]) -> "SearchState":
-        """Read what `save` wrote for a search of this `fingerprint`.
+        """Read a file of `save` for a search of this `fingerprint`.
+
+        Args:
+            path: file to read.
+            fingerprint: everything that the present search depends on.
+
+        Returns:
+            The stored state.
 
         Raises:
             InputError: the file is no such state, or one of another search; the difference is named.
         """
+
+        def named(values: Any, rule: Rule, name: str) -> dict[str, Any]:
+            return {key: rule.read(value, f"{name}.{key}") for key, value in mapping(values, name).items()}
+
         try:
             values = read_json(path)
             if values.get("format") != _FORMAT or values.get("version") != _VERSION:
@@ -112,9 +142,9 @@ class SearchState:
                 fingerprint=dict(mapping(values.get("fingerprint"), "fingerprint")),
                 plan=PruningPlan.from_dict(values.get("plan"), "plan"),
                 loss=_NUMBER.read(values.get("loss"), "loss"),
-                steps=Items(_Step()).read(values.get("steps"), "steps"),
-                damages=_named(values.get("damages"), _NUMBER, "damages"),
-                ratios=_named(values.get("ratios"), Items(_NUMBER), "ratios"),
+                steps=Items(Step).read(values.get("steps"), "steps"),
+                damages=named(values.get("damages"), _NUMBER, "damages"),
+                ratios=named(values.get("ratios"), Items(_NUMBER), "ratios"),
                 stage=Whole(0, 1000).read(values.get("stage"), "stage"),
                 done=Switch().read(values.get("done"), "done"),
             )
@@ -123,53 +153,23 @@ class SearchState:
                 f"{path} is no state of a pruning search ({error}): give another file or remove it"
             ) from error
         # Through JSON, because tuples come back as lists.
-        wanted = json.loads(json.dumps(fingerprint))
-        for key in sorted({*wanted, *state.fingerprint}):
-            if wanted.get(key) != state.fingerprint.get(key):
+        present = json.loads(json.dumps(fingerprint))
+        for key in sorted({*present, *state.fingerprint}):
+            if present.get(key) != state.fingerprint.get(key):
                 raise InputError(
                     f"{path} is the state of another search: {key} was {state.fingerprint.get(key)!r} and is "
-                    f"{wanted.get(key)!r} now; give another file or remove it"
+                    f"{present.get(key)!r} now; give another file or remove it"
                 )
         return state
 
 
-_NUMBER = Number(-1e300, 1e300)
-
-
-class _Step:
-    """Rule of a step."""
-
-    def read(self, value: Any, name: str) -> Step:
-        """See `values.Rule`."""
-        if set(mapping(value, name)) != {"cut", "cost", "loss", "tried"} or not isinstance(value["cut"], str):
-            raise InputError(f"{name} must hold cut (a text), cost, loss and tried")
-        return Step(
-            value["cut"],
-            _NUMBER.read(value["cost"], f"{name}.cost"),
-            Optional(_NUMBER).read(value["loss"], f"{name}.loss"),
-            Whole(0, 2**31).read(value["tried"], f"{name}.tried"),
-        )
-
-
-def _named(values: Any, rule: Rule, name: str) -> dict[str, Any]:
-    return {key: rule.read(value, f"{name}.{key}") for key, value in mapping(values, name).items()}
-
-
-log = logging.getLogger("equiformer2")
-
-Cost = Callable[[PruningPlan], float]
-IMPORTANCES = ("michel", "taylor")
-_KEPT_RATIOS = 20
-_WORST = 1e30  # JSON holds no infinity
-
-
 @dataclass(frozen=True)
 class Stage:
-    """Part of a search: which cuts, and how far.
+    """Part of a search: the kinds of cuts and the cost to come down to.
 
     Attributes:
-        dimensions: of `cuts.DIMENSIONS`.
-        share: of all cost that the search is to remove, what is gone when the stage ends; 1 in the last.
+        dimensions: kinds of cuts, of `candidate_cuts.DIMENSIONS`.
+        share: share of the whole cost to remove that is gone when the stage ends; 1 in the last.
     """
 
     dimensions: tuple[str, ...]
@@ -178,18 +178,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How to search.
+    """Settings of a greedy search.
 
     Attributes:
-        stages: one after the other.
-        tries: cuts with an expectation that are tried per step.
+        stages: stages of the search, one after the other.
+        tries: number of cuts with an expectation that are tried per step.
         per_cost: choose by damage per saved cost; else by the loss alone.
         tolerance: share of the dense cost by which a plan may end below the target, as long as some cut does
             not go further.
-        importance: of units, by which cuts are ranked before any is tried: `michel` or `taylor` (see
-            `importance`).
-        importance_structures: structures that gradients are taken on, drawn anew for every step.
-        seed: of that draw and of the gradients' random directions.
+        importance: importance of units by which cuts are ranked before any is tried: `michel` or `taylor`
+            (see `importance`).
+        importance_structures: number of structures that gradients are taken on, drawn anew for every step.
+        seed: random seed of that draw and of the gradients' directions.
+
+    Raises:
+        InputError: a setting out of its range.
     """
 
     stages: tuple[Stage, ...]
@@ -217,7 +220,13 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class Trial:
-    """A cut that was tried: the loss afterwards, eV, and its damage, eV²."""
+    """Cut that was tried on the calibration structures.
+
+    Attributes:
+        cut: the cut.
+        loss: loss afterwards, eV.
+        damage: L(after)² - L(before)², eV².
+    """
 
     cut: Cut
     loss: float
@@ -225,19 +234,25 @@ class Trial:
 
 
 class GreedySearch:
-    """See the module.
+    """Greedy search for a plan: MultiPruner (arXiv 2501.09949) and BlockPruner (arXiv 2406.10594).
 
     Args:
-        model: the dense network; unchanged afterwards.
-        normalizers: of the network.
+        model: dense network; unchanged afterwards.
+        normalizers: units of the network's outputs.
         calibration: structures with the dense answers.
-        cost: of a plan; what the target counts.
-        target: the cost to come down to, in the same unit.
-        settings: see there.
-        state_path: where the state is kept; continued from when it exists. None keeps none.
-        start: what is cut already; `calibration` holds the answers of the network cut so.
+        cost: cost of a plan.
+        target: cost to come down to, in the same unit.
+        settings: settings of the search.
+        state_path: file that the state is continued from, if it exists, and written to; None keeps none.
+        start: cuts made already; `calibration` holds the answers of the network cut so.
         progress: show a progress bar.
-        wanted: what `cost` counts and the share of each; part of what a state belongs to.
+        shares: quantities that `cost` counts and the share of each that is to stay; a stored search for
+            other shares is refused.
+
+    Attributes:
+        state: cuts made so far.
+        dense_cost: cost of the plan that keeps everything.
+        start_cost: cost of `start`.
 
     Raises:
         InputError: a state of another search, or a target that the dimensions cannot reach.
@@ -254,13 +269,13 @@ class GreedySearch:
         state_path: AnyPath | None = None,
         start: PruningPlan | None = None,
         progress: bool = True,
-        wanted: Mapping[str, float] | None = None,
+        shares: Mapping[str, float] | None = None,
     ) -> None:
         state_path = None if state_path is None else Path(state_path)
         self.model, self.normalizers, self.calibration = model, normalizers, calibration
         self.settings, self.state_path, self.progress = settings, state_path, progress
         self._cost, self._costs = cost, dict[PruningPlan, float]()
-        self._wanted = dict(wanted or {})
+        self._shares = dict(shares or {})
         dense = PruningPlan.keep_all(model.config)
         self.dense_cost, self.start_cost = self.cost(dense), self.cost(start or dense)
         removed = self.start_cost - target
@@ -271,13 +286,20 @@ class GreedySearch:
             log.info(f"continuing the search in {state_path} after {len(self.state.steps)} cuts")
 
     def cost(self, plan: PruningPlan) -> float:
-        """Cost of `plan`, asked for once."""
+        """Return the cost of `plan`, which is computed once."""
         if plan not in self._costs:
             self._costs[plan] = self._cost(plan)
         return self._costs[plan]
 
     def run(self) -> SearchState:
-        """Search to the end; returns the state, whose `plan` is the result."""
+        """Search to the end.
+
+        Returns:
+            The state, whose `plan` is the result.
+
+        Raises:
+            InputError: the dimensions cannot reach the target.
+        """
         with tqdm(total=100, desc="pruning", unit="%", disable=not self.progress) as bar:
             self._show(bar)
             while not self.state.done:
@@ -383,8 +405,8 @@ class GreedySearch:
 
     def _show(self, bar: "tqdm[None]") -> None:
         removed = self.start_cost - self.cost(self.state.plan)
-        wanted = self.start_cost - self._budgets[-1]
-        bar.n = min(100, round(100 * removed / wanted)) if wanted > 0 else 100
+        surplus = self.start_cost - self._budgets[-1]
+        bar.n = min(100, round(100 * removed / surplus)) if surplus > 0 else 100
         bar.set_postfix(
             cost=f"{self.cost(self.state.plan) / self.dense_cost:.1%}", loss=f"{self.state.loss:.4f}"
         )
@@ -392,7 +414,7 @@ class GreedySearch:
     def _fingerprint(self, target: float, start: PruningPlan) -> dict[str, Any]:
         return {
             "target": target,
-            "wanted": self._wanted,
+            "wanted": self._shares,  # the key of files that exist
             "start": start.to_dict(),
             "dense_cost": self.dense_cost,
             "settings": asdict(self.settings),

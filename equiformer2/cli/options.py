@@ -1,0 +1,190 @@
+"""Options that several commands have, each written once, and checks of how options go together."""
+
+import argparse
+import copy
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from equiformer2.errors import InputError
+from equiformer2.shipped import find_checkpoint
+
+Options = argparse.ArgumentParser | argparse._ArgumentGroup
+
+ENERGY_KINDS = ("adsorption", "total")
+OPTIMIZERS = ("LBFGS", "FIRE", "BFGS")  # the keys of inference.relaxation.OPTIMIZERS, which needs ASE
+
+
+def checkpoint_file(text: str) -> str:
+    """Path of a checkpoint from a path or a bare name, for `type=` of options."""
+    try:
+        return str(find_checkpoint(text))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_checkpoint_arguments(parser: Options, weights: bool = True) -> None:
+    """Add `--checkpoint` and, unless told otherwise, `--weights`."""
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=checkpoint_file,
+        metavar="FILE|NAME",
+        help="native, OCP or fairchem v1 checkpoint file, or the name of a shipped model such as oc20_small",
+    )
+    if weights:
+        parser.add_argument(
+            "--weights",
+            choices=("raw", "averaged"),
+            help="weights of the checkpoint (default: averaged where the file has them)",
+        )
+
+
+def add_energy_kind_argument(parser: Options, subject: str = "data that does not declare it") -> None:
+    """Add `--energy-kind`."""
+    parser.add_argument("--energy-kind", choices=ENERGY_KINDS, help=f"kind of the energies, for {subject}")
+
+
+def add_device_argument(parser: Options) -> None:
+    """Add `--device`."""
+    parser.add_argument(
+        "--device", default="cpu", help="device of the network: cpu, cuda, cuda:1, … (default: %(default)s)"
+    )
+
+
+def add_model_arguments(parser: Options) -> None:
+    """Add all options of a network that is run: file, weights, energy kind, device, precision, backend."""
+    add_checkpoint_arguments(parser)
+    add_energy_kind_argument(parser, "a checkpoint or data that do not declare it; must not contradict them")
+    add_device_argument(parser)
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        choices=("float32", "tf32", "bf16"),
+        help="precision of the matrix products (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        choices=("auto", "torch", "cpp", "compile", "triton"),
+        help="implementation of the hot operations (default: %(default)s)",
+    )
+
+
+def add_router_argument(parser: Options) -> None:
+    """Add `--router`."""
+    parser.add_argument(
+        "--router",
+        metavar="FILE",
+        help="router of `equiformer2 prune route` or of training, by which atoms or edges are skipped "
+        "(backends auto, torch, cpp)",
+    )
+
+
+def add_batch_arguments(parser: Options, batch_size: int = 8, workers: bool = True) -> None:
+    """Add `--batch-size`, `--max-atoms` and `--num-workers`."""
+    add_batch_size_argument(parser, batch_size)
+    parser.add_argument("--max-atoms", type=int, help="maximum number of atoms per batch (default: no limit)")
+    if workers:
+        parser.add_argument(
+            "--num-workers", type=int, default=0, help="number of loader processes (default: %(default)s)"
+        )
+
+
+def add_batch_size_argument(parser: Options, batch_size: int) -> None:
+    """Add `--batch-size`."""
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=batch_size,
+        help="maximum number of systems per batch (default: %(default)s)",
+    )
+
+
+def add_worker_argument(parser: Options) -> None:
+    """Add `--num-workers` of commands that work on data in several processes."""
+    parser.add_argument("--num-workers", type=int, help="number of processes (default: one per core)")
+
+
+def add_data_argument(parser: Options) -> None:
+    """Add `--data` with one or several paths."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        type=Path,
+        help="LMDB or ASE-LMDB files, or folders of them",
+    )
+
+
+def add_overwrite_argument(
+    parser: Options, text: str = "replace what an earlier call wrote to --out"
+) -> None:
+    """Add `--overwrite`."""
+    parser.add_argument("--overwrite", action="store_true", help=text)
+
+
+def add_seed_argument(parser: Options) -> None:
+    """Add `--seed`."""
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+
+
+def add_relaxation_arguments(parser: Options) -> None:
+    """Add `--optimizer`, `--fmax` and `--steps` of one relaxation."""
+    parser.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default="LBFGS", help="ASE optimizer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--fmax",
+        type=float,
+        default=0.05,
+        help="convergence threshold of the largest force on a free atom, eV/Å (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=300, help="maximum number of optimizer steps (default: %(default)s)"
+    )
+
+
+def add_calibration_arguments(parser: Options, structures: int = 32, batch_size: int = 8) -> None:
+    """Add `--structures`, `--batch-size` and `--seed` of commands that run a network on a sample of data."""
+    parser.add_argument(
+        "--structures",
+        type=int,
+        default=structures,
+        help="maximum number of structures that are drawn from the data (default: %(default)s)",
+    )
+    add_batch_size_argument(parser, batch_size)
+    add_seed_argument(parser)
+
+
+def parse_checked(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str],
+    needs: Iterable[tuple[str, str]] = (),
+    excludes: Iterable[tuple[str, str]] = (),
+) -> argparse.Namespace:
+    """Parse a command line and refuse options that would be ignored, as argparse refuses (status 2).
+
+    Args:
+        parser: parser of the command.
+        arguments: words of the command line.
+        needs: pairs of an option and the one without which it means nothing.
+        excludes: pairs of an option and one, or `--option=choice`, beside which it means nothing.
+    """
+    options = parser.parse_args(arguments)
+    sparse = copy.deepcopy(parser)  # its defaults are left out, so that it tells what is on the command line
+    for action in sparse._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    given = set(vars(sparse.parse_args(arguments)))
+
+    def is_given(option: str) -> bool:
+        name, _, choice = option.partition("=")
+        dest = name.removeprefix("--").replace("-", "_")
+        return str(getattr(options, dest)) == choice if choice else dest in given
+
+    for option, other in needs:
+        if is_given(option) and not is_given(other):
+            parser.error(f"{option} has no meaning without {other}: give both, or leave it out")
+    for option, other in excludes:
+        if is_given(option) and is_given(other):
+            parser.error(f"{option} has no meaning with {other.replace('=', ' ')}: leave one of them out")
+    return options

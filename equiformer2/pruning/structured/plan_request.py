@@ -1,0 +1,202 @@
+"""Make a plan from a checkpoint and data, and a smaller checkpoint from a plan."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch_geometric.data import Batch
+
+from datasets_oc20.untrusted import AnyPath
+from equiformer2.checkpoint import load_checkpoint, save_checkpoint
+from equiformer2.errors import InputError
+from equiformer2.files import check_target
+from equiformer2.model.parameters import count_parameters
+from equiformer2.pruning.calibration import FORCE_WEIGHT, Calibration
+from equiformer2.pruning.calibration_data import read_structures
+from equiformer2.pruning.cost.targets import CombinedTarget, LatencyTarget, MacTarget, ParameterTarget, Target
+from equiformer2.pruning.structured.apply import masked, shrink
+from equiformer2.pruning.structured.plan import PruningPlan
+from equiformer2.pruning.structured.plan_methods import find_plan
+
+_ANY = 0.5
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Order of a plan: network, calibration structures, targets and method.
+
+    Attributes:
+        checkpoint: file of the dense network.
+        data: files of calibration structures, as in `read_structures`.
+        targets: `macs=F`, `parameters=F` or `latency=F` with the share F that stays; all are to be reached.
+        method: name of the method, of `plan_methods.METHODS`.
+        weights: `raw` or `averaged`; None for the averaged ones where there are any.
+        structures: number of calibration structures.
+        tries: number of cuts tried per step of a search.
+        sphere: let a search cut the channels of the atoms' features.
+        importance: importance by which a search ranks units before it tries cuts: `michel` or `taylor`.
+        force_weight: λ of the loss, Å.
+        batch_size: structures per forward pass.
+        device: device to compute on.
+        seed: random seed, also of the choice of structures.
+    """
+
+    checkpoint: str
+    data: tuple[str, ...]
+    targets: tuple[str, ...]
+    method: str = "multi"
+    weights: str | None = None
+    structures: int = 32
+    tries: int = 8
+    sphere: bool = False
+    importance: Literal["michel", "taylor"] = "michel"
+    force_weight: float = FORCE_WEIGHT
+    batch_size: int = 8
+    device: str = "cpu"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """Plan with its costs and errors; as text, a summary in two lines.
+
+    Attributes:
+        plan: the plan.
+        macs: share of the operations that stays.
+        parameters: share of the parameters that stays.
+        latency: measured share of the time where that was a target.
+        errors: errors against the dense network on the calibration structures (`Discrepancy.averages`).
+        search: numbers of cuts that a search made and tried.
+    """
+
+    plan: PruningPlan
+    macs: float
+    parameters: float
+    latency: float | None
+    errors: dict[str, float | None]
+    search: dict[str, Any]
+
+    def __str__(self) -> str:
+        costs = [f"{self.macs:.1%} of the MACs", f"{self.parameters:.1%} of the parameters"]
+        if self.latency is not None:
+            costs.append(f"{self.latency:.1%} of the time")
+        errors = [
+            f"{text} {self.errors[name]:.4f} {unit}"
+            for name, text, unit in (
+                ("force_mae", "force MAE", "eV/Å"),
+                ("energy_per_atom", "energy", "eV/atom"),
+                ("loss", "loss", "eV"),
+            )
+            if self.errors[name] is not None
+        ]
+        return (
+            f"stays: {', '.join(costs)}\n"
+            f"against the dense network, calibration structures: {', '.join(errors)}"
+        )
+
+
+def make_plan(request: PlanRequest, state_path: AnyPath | None = None, progress: bool = True) -> PlanResult:
+    """Find the plan of a request.
+
+    Args:
+        request: network, data, targets and method.
+        state_path: file of a search's state, from which it continues; the times of a target of latency are
+            kept beside it, as `NAME.times.json`. None keeps none.
+        progress: show a progress bar.
+
+    Returns:
+        The plan with its costs and errors.
+
+    Raises:
+        InputError: a target that is not understood or cannot be reached, an unknown method.
+        datasets_oc20.DataError: data that cannot be read.
+    """
+    state_path = None if state_path is None else Path(state_path)
+    shares = _parse_targets(request.targets)
+    checkpoint = load_checkpoint(request.checkpoint, request.weights, device=request.device)
+    model = checkpoint.model.eval()
+    structures = read_structures(request.data, request.structures, request.seed)
+    calibration = Calibration(
+        model, checkpoint.normalizers, structures, request.batch_size, request.force_weight
+    )
+    macs = MacTarget(model.config, shares.get("macs", _ANY), *calibration.size)
+    parameters = ParameterTarget(model.config, shares.get("parameters", _ANY))
+    targets: dict[str, Target] = {"macs": macs, "parameters": parameters}
+    latency = None
+    if "latency" in shares:
+        first = Batch.from_data_list(calibration.structures[:1]).to(request.device)
+        times = None if state_path is None else state_path.with_suffix(".times.json")
+        latency = targets["latency"] = LatencyTarget(model, first, shares["latency"], times)
+    combined = CombinedTarget([targets[quantity] for quantity in shares])
+    plan, search = find_plan(
+        request.method,
+        model,
+        checkpoint.normalizers,
+        calibration,
+        combined.cost,
+        combined.target,
+        shares=combined.shares,
+        seed=request.seed,
+        tries=request.tries,
+        sphere=request.sphere,
+        importance=request.importance,
+        state_path=state_path,
+        progress=progress,
+    )
+    with masked(model, plan):
+        errors = calibration.discrepancy(model).averages()
+    time = None if latency is None else latency.measured(plan)
+    return PlanResult(plan, macs.fraction_of(plan), parameters.fraction_of(plan), time, errors, search)
+
+
+def apply_plan(checkpoint: str | Path, plan: PruningPlan, out: AnyPath) -> tuple[int, int]:
+    """Write the smaller network of a plan with all weights (raw, averaged) that the file holds.
+
+    Args:
+        checkpoint: file of the network that the plan was made for.
+        plan: units to keep.
+        out: checkpoint to write.
+
+    Returns:
+        Numbers of parameters before and after.
+
+    Raises:
+        InputError: the plan does not fit the network, or `out` is the checkpoint itself.
+    """
+    out = Path(out)
+    check_target(out, inputs=[checkpoint])
+    kinds = load_checkpoint(checkpoint).available_weights
+    states: dict[str, Any] = {"raw": None, "averaged": None}
+    for kind in kinds:
+        loaded = load_checkpoint(checkpoint, kind)
+        small = shrink(loaded.model, plan)
+        states[kind] = small.state_dict()
+    save_checkpoint(
+        out,
+        model=small,
+        raw_state=states["raw"],
+        averaged_state=states["averaged"],
+        normalizers=loaded.normalizers,
+        energy_kind=loaded.energy_kind,
+        provenance={"pruned_from": loaded.provenance, "plan": plan.to_dict()},
+    )
+    return count_parameters(loaded.config), count_parameters(small.config)
+
+
+def _parse_targets(texts: Sequence[str]) -> dict[str, float]:
+    """Read targets such as `macs=0.5`, quantity -> share that stays."""
+    shares: dict[str, float] = {}
+    for text in texts:
+        quantity, _, number = text.partition("=")
+        try:
+            share = float(number)
+        except ValueError:
+            share = float("nan")
+        if quantity not in ("macs", "parameters", "latency") or not 0 < share < 1 or quantity in shares:
+            raise InputError(
+                f"the target {text!r} is not understood: give macs=0.5, parameters=0.5 or latency=0.6, "
+                "each at most once"
+            )
+        shares[quantity] = share
+    return shares

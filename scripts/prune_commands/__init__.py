@@ -1,1 +1,0 @@
-"""The subcommands of `prune.py`, one module each."""

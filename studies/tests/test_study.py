@@ -1,0 +1,262 @@
+"""Studies of methods times budgets times seeds, and the command line of pruning."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from datasets_oc20 import OC20Lmdb
+from equiformer2.checkpoint import load_checkpoint
+from equiformer2.errors import InputError
+from equiformer2.inference import Predictor
+from equiformer2.pruning.analysis import pareto as study_module
+from equiformer2.pruning.analysis.pareto import Recovery, Study, StudySettings
+from equiformer2.pruning.analysis.pareto_report import markdown, summarise, write_report
+from equiformer2.pruning.cost.latency import compare_latency
+from equiformer2.pruning.cost.targets import LatencyTarget, MacTarget
+from equiformer2.pruning.structured.plan import PruningPlan
+from equiformer2.pruning.structured.plan_request import PlanRequest, make_plan
+from tests.pruning.search_helpers import save_tiny, slab, slabs, tiny_model, write_lmdb
+
+PRUNE = Path(__file__).parents[2] / "scripts" / "prune.py"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("files")
+    return {
+        "dense": save_tiny(folder / "dense.pt"),
+        "calibration": write_lmdb(folder / "calibration.lmdb", slabs(), labels=False),
+        "dft": write_lmdb(
+            folder / "dft.lmdb", [slab("x", "Pd"), slab("x", "Pd", height=1.5), slab("y", "Ag")]
+        ),
+        "bare": write_lmdb(folder / "bare.lmdb", [slab("z", "Au")], labels=False),
+    }
+
+
+def make_study(files, out: Path, **changes: object) -> Study:
+    settings = {
+        "methods": ("random", "magnitude"),
+        "keep": (0.7,),
+        "seeds": (0, 1),
+        "structures": 3,
+        "tries": 1,
+    }
+    recovery = changes.pop("recovery", None)
+    held_out = changes.pop("held_out", {"dft": files["dft"], "bare": files["bare"]})
+    settings |= {"repeats": 2} | changes
+    return Study(files["dense"], files["calibration"], held_out, StudySettings(**settings), out, recovery)
+
+
+def test_results_are_what_they_say(files, tmp_path) -> None:
+    results = make_study(files, tmp_path).run(progress=False)
+    assert [(r["method"], r["seed"]) for r in results] == [
+        ("dense", 0), ("random", 0), ("random", 1), ("magnitude", 0), ("magnitude", 1),
+    ]  # fmt: skip
+    dense = results[0]
+    assert dense["macs"] == dense["parameters"] == 1.0
+    assert dense["cut"]["dft"]["to_dense"]["force_mae"] == pytest.approx(0.0, abs=1e-9)
+    predictor = Predictor(files["dense"])
+    by_system: dict[str, list[float]] = {}
+    for data in OC20Lmdb(files["dft"]):
+        error = (predictor.predict(data)["forces"] - data.forces)[~data.fixed].abs().mean()
+        by_system.setdefault(data.sid, []).append(float(error))
+    expected = np.mean([np.mean(errors) for errors in by_system.values()])
+    assert dense["cut"]["dft"]["to_labels"]["force_mae"] == pytest.approx(expected, rel=1e-4)
+    assert dense["cut"]["bare"]["to_labels"] is None
+    for result in results[1:]:
+        assert 0.6 < result["macs"] <= 0.7
+        assert result["cut"]["dft"]["to_dense"]["force_mae"] > 0
+        assert PruningPlan.from_dict(result["plan"])
+    assert results[1]["plan"] != results[2]["plan"]
+
+
+def test_a_study_goes_on_where_it_stopped(files, tmp_path, monkeypatch) -> None:
+    first = make_study(files, tmp_path).run(progress=False)
+    (tmp_path / "results" / "random_0.7_1.json").unlink()
+    made = []
+    find = study_module.find_plan
+    monkeypatch.setattr(
+        study_module, "find_plan", lambda method, *a, **k: made.append(method) or find(method, *a, **k)
+    )
+    again = make_study(files, tmp_path, methods=("random", "magnitude", "uniform")).run(progress=False)
+    assert made == ["random", "uniform", "uniform"]
+    assert again[2]["plan"] == first[2]["plan"]
+    with pytest.raises(InputError, match="other options"):
+        make_study(files, tmp_path, structures=2)
+    with pytest.raises(InputError, match="other held_out"):
+        make_study(files, tmp_path, held_out={"dft": files["dft"]})
+
+
+def test_a_network_that_breaks_down_does_not_stop_a_study(files, tmp_path, monkeypatch) -> None:
+    shrink = study_module.shrink
+
+    def broken(model, plan):
+        small = shrink(model, plan)
+        if plan != PruningPlan.keep_all(model.config):
+            torch.nn.init.constant_(small.energy_block.so3_linear_2.weight, float("nan"))
+        return small
+
+    monkeypatch.setattr(study_module, "shrink", broken)
+    results = make_study(files, tmp_path, methods=("uniform",), seeds=(0,)).run(progress=False)
+    assert "cut" in results[0]
+    reason = "the network breaks down: its answers are not finite"
+    assert results[1] == {"method": "uniform", "keep": 0.7, "seed": 0, "missed": reason}
+    assert make_study(files, tmp_path, methods=("uniform",), seeds=(0,)).run(progress=False) == results
+    write_report(results, tmp_path)
+    assert reason in (tmp_path / "pareto.md").read_text()
+
+
+def test_plans_for_time_join_a_study_that_had_none(files, tmp_path, monkeypatch) -> None:
+    config = tiny_model().config
+    # All that takes time: half a call is the attention of block 0, in proportion to its heads.
+    heads = lambda self, plan: 0.5 + 0.25 * plan.applied_to(config).block(0).num_heads  # noqa: E731
+    monkeypatch.setattr(LatencyTarget, "fraction_of", heads)
+    make_study(files, tmp_path, methods=("random",)).run(progress=False)
+    options = {"methods": ("random", study_module.TIMED), "seeds": (0,), "latency": 0.8}
+    made = make_study(files, tmp_path, **options).run(progress=False)
+    assert [result["method"] for result in made] == ["dense", "random", "multi_time"]
+    assert len(made[2]["plan"]["blocks"][0]["heads"]) == 1
+    assert made[2]["macs"] <= 0.7
+    with pytest.raises(InputError, match="other timing"):
+        make_study(files, tmp_path, **options | {"latency": 0.7})
+    make_study(files, tmp_path, methods=("random",))
+
+
+def test_plans_for_time_can_be_searched_before(files, tmp_path, monkeypatch) -> None:
+    stand_in = MacTarget(tiny_model().config, 0.5, 8, 48)
+    asked = []
+    monkeypatch.setattr(
+        LatencyTarget, "fraction_of", lambda self, plan: asked.append(plan) or stand_in.fraction_of(plan)
+    )
+    options = {"methods": ("uniform", study_module.TIMED), "seeds": (0,), "latency": 0.8}
+    study = make_study(files, tmp_path, **options)
+    study.search_for_time(progress=False)
+    assert not (tmp_path / "results").exists()
+    searched = len(asked)
+    assert searched > 5
+    result = study.run(progress=False)[-1]
+    assert result["method"] == "multi_time"
+    assert result["macs"] <= 0.7
+    assert len(asked) - searched < searched / 2  # the search is not made again
+    asked.clear()
+    study.search_for_time(progress=False)
+    assert asked == []
+
+
+def test_held_out_systems_are_really_held_out(files, tmp_path) -> None:
+    with pytest.raises(InputError, match="the system a is in the calibration data and in the held-out set t"):
+        make_study(files, tmp_path, held_out={"t": files["calibration"]})
+    recovery = Recovery((str(files["dft"]),), (str(files["bare"]),))
+    with pytest.raises(InputError, match="data to distill on"):
+        make_study(files, tmp_path, recovery=recovery)
+
+
+def test_networks_are_distilled_and_trained_from_scratch(files, tmp_path) -> None:
+    quick = ("--trainer.accelerator=cpu", "--trainer.max_steps=2", "--data.batch_size=2")
+    recovery = Recovery((str(files["calibration"]),), (str(files["bare"]),), quick, scratch=True)
+    study = make_study(files, tmp_path, methods=("multi",), seeds=(0,), recovery=recovery)
+    dense, multi, scratch = study.run(progress=False)
+    assert dense["distilled"] is None
+    assert scratch["plan"] == multi["plan"]
+    assert scratch["cut"] is None
+    errors = [
+        item["dft"]["to_dense"]["force_mae"]
+        for item in (multi["cut"], multi["distilled"], scratch["distilled"])
+    ]
+    assert len(set(errors)) == 3
+    small = load_checkpoint(tmp_path / "students" / "multi_0.7_0.pt")
+    assert small.config.is_pruned
+    assert small.weights == "averaged"
+
+
+def test_tables_and_figure(files, tmp_path) -> None:
+    results = make_study(files, tmp_path).run(progress=False)
+    write_report(results, tmp_path)
+    rows = summarise(results)
+    row = next(row for row in rows if row["method"] == "random")
+    values = [r["cut"]["dft"]["to_dense"]["force_mae"] for r in results if r["method"] == "random"]
+    spread = row["errors"]["dft"]["to_dense"]["force_mae"]
+    assert spread == {"mean": pytest.approx(np.mean(values)), "std": pytest.approx(np.std(values, ddof=1))}
+    text = markdown(rows)
+    assert "dft: errors against labels" in text
+    assert "bare: errors against the dense network" in text
+    assert "bare: errors against labels" not in text
+    assert json.loads((tmp_path / "pareto.json").read_text())["rows"] == json.loads(json.dumps(rows))
+    assert (tmp_path / "pareto.png").stat().st_size > 10_000
+
+
+def test_latency_is_measured_in_turns() -> None:
+    calls: list[str] = []
+    compare_latency(lambda: calls.append("small"), lambda: calls.append("dense"), repeats=4, warmup=1)
+    assert calls[:2] == ["small", "dense"]
+    # In neighbouring pairs another one begins.
+    assert calls[2:] == ["dense", "small", "small", "dense"] * 2
+
+
+@pytest.mark.parametrize(
+    "targets", [["macs=0.8"], ["parameters=0.9"], ["latency=0.9"], ["macs=0.9", "latency=0.8"]]
+)
+def test_every_kind_of_target(files, targets, monkeypatch) -> None:
+    # Time of a tiny network is noise: operations stand in for it.
+    stand_in = MacTarget(tiny_model().config, 0.5, 8, 48)
+    monkeypatch.setattr(LatencyTarget, "fraction_of", lambda self, plan: stand_in.fraction_of(plan))
+    monkeypatch.setattr(LatencyTarget, "measured", lambda self, plan: stand_in.fraction_of(plan))
+    data = (str(files["calibration"]),)
+    request = PlanRequest(str(files["dense"]), data, tuple(targets), tries=1, structures=2)
+    made = make_plan(request, progress=False)
+    found = {"macs": made.macs, "parameters": made.parameters, "latency": made.latency}
+    for target in targets:
+        quantity, share = target.split("=")
+        assert found[quantity] <= float(share)
+    assert (made.latency is None) == (not any(target.startswith("latency") for target in targets))
+    assert made.errors["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "targets", [["macs"], ["macs=2"], ["flops=0.5"], ["macs=x"], ["macs=0.5", "macs=0.6"]]
+)
+def test_targets_that_say_nothing(files, targets) -> None:
+    with pytest.raises(InputError, match="not understood"):
+        make_plan(
+            PlanRequest(str(files["dense"]), (str(files["calibration"]),), tuple(targets)), progress=False
+        )
+
+
+def run_prune(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(PRUNE), *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def test_plan_and_apply_on_the_command_line(files, tmp_path) -> None:
+    plan, small = tmp_path / "plan.json", tmp_path / "small.pt"
+    made = run_prune(
+        "plan", "--checkpoint", files["dense"], "--data", files["calibration"], "--target", "macs=0.8",
+        "--tries", 1, "--structures", 2, "--out", plan,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert "of the MACs" in made.stdout
+    applied = run_prune("apply", "--checkpoint", files["dense"], "--plan", plan, "--out", small)
+    assert applied.returncode == 0, applied.stderr
+    loaded = load_checkpoint(small)
+    assert loaded.available_weights == ("raw", "averaged")
+    assert loaded.config == PruningPlan.load(plan).applied_to(tiny_model().config)
+    wrong = run_prune("apply", "--checkpoint", small, "--plan", plan, "--out", tmp_path / "again.pt")
+    assert wrong.returncode == 2
+    assert wrong.stderr.strip().splitlines()[-1].startswith("error: pruning plan")
+
+
+def test_studies_on_the_command_line(files, tmp_path) -> None:
+    made = run_prune(
+        "pareto", "--checkpoint", files["dense"], "--calibration", files["calibration"], "--held-out",
+        f"dft={files['dft']}", "--methods", "uniform", "--keep", 0.7, "--seeds", 0, "--structures", 2,
+        "--repeats", 1, "--out", tmp_path / "study",
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert "| uniform | as cut |" in made.stdout
+    assert (tmp_path / "study" / "pareto.png").exists()
