@@ -160,7 +160,7 @@ def _check_kernels(record: dict[str, Any]) -> list[Check]:
     """Compile the C++ kernels of the paper's networks, and ask every backend whether it is available."""
     import torch
 
-    from equiformer2.kernels import backend
+    from equiformer2.kernels.backend import BACKENDS, CPP
     from equiformer2.kernels.cpu.library import NO_COMPILER, Compiler, KernelLibraries, Unit
 
     degrees = [(3, 2), (4, 2), (6, 2), (6, 3)]  # oc20_small, 31M, 83M, 153M
@@ -171,9 +171,8 @@ def _check_kernels(record: dict[str, Any]) -> list[Check]:
     seconds = time.monotonic() - started
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record["kernels"] = []
-    for name in backend.BACKENDS[1:]:
-        place = torch.device("cpu") if name == "cpp" else device
-        reason = failure if name == "cpp" else backend.why_not(name, place, torch.float32, 6, 2, False)
+    for name, backend in BACKENDS.items():
+        reason = failure if backend is CPP else backend.unavailable_reason(device, torch.float32, 6, 2)
         record["kernels"].append({"name": name, "available": reason is None, "reason": reason})
     compiler = Compiler.find()
     if failure is None and compiler is not None:
