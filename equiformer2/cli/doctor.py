@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -237,7 +237,7 @@ def _print(record: dict[str, Any]) -> None:
 
     console = Console()
 
-    def table(title: str, rows: list[tuple[str, ...]], style: Callable[[tuple[str, ...]], str]) -> None:
+    def table(title: str, rows: Sequence[tuple[str, ...]], style: Callable[[tuple[str, ...]], str]) -> None:
         grid = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
         for row in rows:
             grid.add_row(*row, style=style(row))
