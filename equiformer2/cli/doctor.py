@@ -178,7 +178,7 @@ def _check_kernels(record: dict[str, Any]) -> list[Check]:
     if failure is None and compiler is not None:
         return [Check("CPU kernels", True, f"ready after {seconds:.1f} s ({compiler.version})")]
     if failure == NO_COMPILER:
-        remedy = "Install g++ or clang++: networks on a CPU run about twice as fast with these kernels."
+        remedy = "Install g++ or clang++: networks on a CPU run faster with these kernels."
         return [Check("CPU kernels", True, NO_COMPILER, remedy)]
     remedy = (
         "Name another compiler with CXX (`CXX=clang++ equiformer2 doctor`); the backend torch runs meanwhile."
