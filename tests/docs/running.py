@@ -13,7 +13,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ import torch
 import yaml
 from pages import ROOT, Block
 
+from equiformer2.cli.main import COMMANDS, main
+
 #: What pages name by relative paths. Linked: nothing may be written into them.
 LINKED = ("benchmarks", "configs", "data", "docs", "models", "scripts", "studies", "tests")
 #: Programs of hidden set-up and of pages that are executed as they are, without a shell.
 PROGRAMS = ("cp", "ln", "mkdir", "rm")
 _TAIL = 3000
-_PROGRAM = re.compile(r"(scripts|benchmarks|studies)/\w+\.py")
+_PROGRAM = re.compile(r"equiformer2|(scripts|benchmarks|studies)/\w+\.py")
 
 
 class BlockError(AssertionError):
@@ -86,6 +88,8 @@ def _run_command(place: str, words: list[str]) -> None:
     if words[0] in PROGRAMS:
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         status, output = done.returncode, done.stderr
+    elif words[0] == "equiformer2":
+        status, output = run_program(words, lambda: sys.exit(main(words[1:])))
     elif words[0] == "python" and len(words) > 1 and words[1].startswith("scripts/"):
         status, output = run_script_file(words[1], words[2:])
     else:
@@ -97,13 +101,18 @@ def _run_command(place: str, words: list[str]) -> None:
 
 
 def run_script_file(name: str, arguments: list[str]) -> tuple[int, str]:
-    """(exit status, what it printed) of a script that is executed in this process."""
+    """Exit status and output of a script that is executed in this process."""
+    return run_program([name, *arguments], lambda: runpy.run_path(str(ROOT / name), run_name="__main__"))
+
+
+def run_program(words: list[str], call: Callable[[], object]) -> tuple[int, str]:
+    """Exit status and output of a call that finds `words` as the command line of its process."""
     output = io.StringIO()
     argv, path, status = sys.argv, list(sys.path), 0
     try:
-        sys.argv, sys.path = [name, *arguments], [str(ROOT / "scripts"), *sys.path]
+        sys.argv, sys.path = list(words), [str(ROOT / "scripts"), *sys.path]
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            runpy.run_path(str(ROOT / name), run_name="__main__")
+            call()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
@@ -164,12 +173,22 @@ def _check_imports(block: Block) -> None:
 
 def _check_options(place: str, words: list[str], seen: dict[str, str]) -> None:
     name, arguments = words[0], words[1:]
-    if name.endswith("prune.py") and arguments and not arguments[0].startswith("-"):
+    if name == "equiformer2":
+        command = next((text for n in (2, 1) if (text := " ".join(arguments[:n])) in COMMANDS), "")
+        name, arguments = f"{name} {command}".strip(), arguments[len(command.split()) :]
+    elif name.endswith("prune.py") and arguments and not arguments[0].startswith("-"):
         name = f"{name} {arguments[0]}"
     if name not in seen:
-        status, seen[name] = run_script_file(name.split()[0], [*name.split()[1:], "--help"])
+        program, *rest = name.split()
+        rest.append("--help-all" if name in ("equiformer2 train", "scripts/train.py") else "--help")
+        if program == "equiformer2":
+            status, seen[name] = run_program([program, *rest], lambda: sys.exit(main(rest)))
+        else:
+            status, seen[name] = run_script_file(program, rest)
         if status != 0:
             raise BlockError(f"{place}: {name} --help ends with status {status}:\n{seen[name][-_TAIL:]}")
+        if name.endswith(("equiformer2 train", "scripts/train.py")):
+            seen[name] += " --help --help-all --json --debug"
     given = [word.split("=")[0] for word in arguments if word.startswith("--")]
     missing = [word for word in given if not re.search(rf"{re.escape(word)}(?![\w-])", seen[name])]
     if missing:
