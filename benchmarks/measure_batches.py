@@ -9,6 +9,7 @@ in docs/data.md comes from this script.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,8 @@ def at_random(edges: np.ndarray, ranks: int, batch_size: int) -> Imbalance:
     """A shuffled order dealt to ranks in turn, as torch's `DistributedSampler` does."""
     order = np.random.default_rng(0).permutation(len(edges))
     whole = len(order) // (ranks * batch_size) * ranks * batch_size
-    return Imbalance.of(edges[order[:whole]].reshape(-1, batch_size, ranks).sum(axis=1).astype(np.float64))
+    loads = edges[order[:whole]].reshape(-1, batch_size, ranks).sum(axis=1).astype(np.float64)
+    return Imbalance.from_loads(loads)
 
 
 def balanced(sizes: np.ndarray, ranks: int, batch_size: int, max_edges: int | None) -> Imbalance:
@@ -71,13 +73,13 @@ def balanced(sizes: np.ndarray, ranks: int, batch_size: int, max_edges: int | No
     ).imbalance()
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", help="sizes of this dataset instead of the bundled ones")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--count", type=int, default=100_000, help="structures drawn without --data")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.json is not None:
         check_target(options.json, inputs=[] if options.data is None else [options.data])
     counted = edges_per_atom()

@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import itertools
 import multiprocessing
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -29,9 +30,8 @@ import torch
 from benchmarks.benchmark_results import package_digest
 from benchmarks.benchmark_structures import BATCHES, load_batch
 from benchmarks.equiformer2_network import build
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, limit_memory, peak_memory
 from benchmarks.network_sizes import SIZES
-from benchmarks.numerics import limit_memory, peak_memory
 from benchmarks.worker import LEARNING_RATE, WEIGHT_DECAY, loss
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
@@ -159,7 +159,7 @@ def sentences(row: dict[str, Any]) -> list[str]:
     return lines
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS), help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="write the figures there")
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     for option, known in (("sizes", SIZES), ("batches", BATCHES), ("ways", WAYS)):
         unknown = set(getattr(given, option).split(",")) - set(known)
         if unknown:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,12 @@ import torch
 import yaml
 from pages import ROOT, Block
 
-from equiformer2.cli.main import COMMANDS, main
-
 #: What pages name by relative paths. Linked: nothing may be written into them.
 LINKED = ("benchmarks", "configs", "data", "docs", "models", "scripts", "studies", "tests")
 #: Programs of hidden set-up and of pages that are executed as they are, without a shell.
 PROGRAMS = ("cp", "ln", "mkdir", "rm")
 _TAIL = 3000
-_PROGRAM = re.compile(r"equiformer2|(scripts|benchmarks|studies)/\w+\.py")
+_PROGRAM = re.compile(r"(scripts|benchmarks|studies)/\w+\.py")
 
 
 class BlockError(AssertionError):
@@ -88,10 +86,10 @@ def _run_command(place: str, words: list[str]) -> None:
     if words[0] in PROGRAMS:
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         status, output = done.returncode, done.stderr
-    elif words[0] == "equiformer2":
-        status, output = run_program(words, lambda: sys.exit(main(words[1:])))
     elif words[0] == "python" and len(words) > 1 and words[1].startswith("scripts/"):
         status, output = run_script_file(words[1], words[2:])
+    elif words[0] == "equiformer2":
+        status, output = run_console_command(words[1:])
     else:
         raise BlockError(
             f"{told}\nis no command that the tests run: mark the block `<!-- not run: reason -->`"
@@ -101,18 +99,13 @@ def _run_command(place: str, words: list[str]) -> None:
 
 
 def run_script_file(name: str, arguments: list[str]) -> tuple[int, str]:
-    """Exit status and output of a script that is executed in this process."""
-    return run_program([name, *arguments], lambda: runpy.run_path(str(ROOT / name), run_name="__main__"))
-
-
-def run_program(words: list[str], call: Callable[[], object]) -> tuple[int, str]:
-    """Exit status and output of a call that finds `words` as the command line of its process."""
+    """(exit status, what it printed) of a script that is executed in this process."""
     output = io.StringIO()
     argv, path, status = sys.argv, list(sys.path), 0
     try:
-        sys.argv, sys.path = list(words), [str(ROOT / "scripts"), *sys.path]
+        sys.argv, sys.path = [name, *arguments], [str(ROOT / "scripts"), *sys.path]
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            call()
+            runpy.run_path(str(ROOT / name), run_name="__main__")
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
@@ -120,6 +113,19 @@ def run_program(words: list[str], call: Callable[[], object]) -> tuple[int, str]
         output.write(traceback.format_exc())
     finally:
         sys.argv, sys.path = argv, path
+    return status, output.getvalue()
+
+
+def run_console_command(words: list[str]) -> tuple[int, str]:
+    """(exit status, what it printed) of `equiformer2 …`, executed in this process."""
+    from equiformer2.cli.main import main
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            status = main([*words, "--debug"])
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
     return status, output.getvalue()
 
 
@@ -149,7 +155,9 @@ def check_without_running(block: Block, options: dict[str, str]) -> None:
         for line, words in commands(block):
             words = [_file_of_module(word) for word in words]
             names = [place for place, word in enumerate(words) if _PROGRAM.fullmatch(word)]
-            if names:
+            if words[0] == "equiformer2":
+                _check_console_options(f"{block.page}:{line}", words[1:], options)
+            elif names:
                 _check_options(f"{block.page}:{line}", words[names[0] :], options)
 
 
@@ -173,24 +181,34 @@ def _check_imports(block: Block) -> None:
 
 def _check_options(place: str, words: list[str], seen: dict[str, str]) -> None:
     name, arguments = words[0], words[1:]
-    if name == "equiformer2":
-        command = next((text for n in (2, 1) if (text := " ".join(arguments[:n])) in COMMANDS), "")
-        name, arguments = f"{name} {command}".strip(), arguments[len(command.split()) :]
-    elif name.endswith("prune.py") and arguments and not arguments[0].startswith("-"):
+    if name.endswith("prune.py") and arguments and not arguments[0].startswith("-"):
         name = f"{name} {arguments[0]}"
     if name not in seen:
-        program, *rest = name.split()
-        rest.append("--help-all" if name in ("equiformer2 train", "scripts/train.py") else "--help")
-        if program == "equiformer2":
-            status, seen[name] = run_program([program, *rest], lambda: sys.exit(main(rest)))
-        else:
-            status, seen[name] = run_script_file(program, rest)
+        flag = "--help-all" if name == "scripts/train.py" else "--help"
+        status, seen[name] = run_script_file(name.split()[0], [*name.split()[1:], flag])
         if status != 0:
             raise BlockError(f"{place}: {name} --help ends with status {status}:\n{seen[name][-_TAIL:]}")
-        if name.endswith(("equiformer2 train", "scripts/train.py")):
-            seen[name] += " --help --help-all --json --debug"
+    _check_given(place, name, arguments, seen[name])
+
+
+def _check_console_options(place: str, words: list[str], seen: dict[str, str]) -> None:
+    """The same for `equiformer2 …`; words before the first option that is a command or a file."""
+    from equiformer2.cli.main import COMMANDS
+
+    name = next((name for count in (2, 1) if (name := " ".join(words[:count])) in COMMANDS), None)
+    if name is None:
+        raise BlockError(f"{place}: equiformer2 has no command {' '.join(words[:2])}")
+    if name not in seen:
+        flag = "--help-all" if name == "train" else "--help"
+        status, seen[name] = run_console_command([*name.split(), flag])
+        if status != 0:
+            raise BlockError(f"{place}: {name} --help ends with status {status}:\n{seen[name][-_TAIL:]}")
+    _check_given(place, f"equiformer2 {name}", words[len(name.split()) :], seen[name])
+
+
+def _check_given(place: str, name: str, arguments: list[str], text: str) -> None:
     given = [word.split("=")[0] for word in arguments if word.startswith("--")]
-    missing = [word for word in given if not re.search(rf"{re.escape(word)}(?![\w-])", seen[name])]
+    missing = [word for word in given if not re.search(rf"{re.escape(word)}(?![\w-])", text)]
     if missing:
         raise BlockError(f"{place}: {name} has no option {', '.join(missing)}")
 
