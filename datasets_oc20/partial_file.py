@@ -14,7 +14,7 @@ import orjson
 from datasets_oc20.atomic import publish, write_bytes
 from datasets_oc20.disk_space import byte_bar
 from datasets_oc20.errors import DataError
-from datasets_oc20.locking import lock
+from datasets_oc20.locking import exclusive
 from datasets_oc20.untrusted import AnyPath, read_json
 
 _CHUNK = 1 << 20
@@ -61,6 +61,7 @@ class PartialFile:
         self.total: int | None = None
         self.validator: str | None = None
         self._note = target.with_name(target.name + ".part.json")
+        self._lock_file = target.with_name(target.name + ".part.lock")
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -72,12 +73,8 @@ class PartialFile:
             )
         if known is None:
             self._write_note()
+        self._lock = exclusive(self._lock_file, self.path)
         self._file = self.path.open("ab")
-        try:
-            lock(self._file, self.path)
-        except BaseException:
-            self._file.close()
-            raise
         self.size = self._file.tell()
         if known is not None and known["url"] == self.url:
             self.total, self.validator = known["total"], known["validator"]
@@ -89,6 +86,7 @@ class PartialFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._handle.close()
+        self._lock.__exit__(kind, error, trace)
 
     def is_complete(self, md5: str | None, show_progress: bool = False) -> bool:
         """Tell whether the target is there already, with the right sum; may be called outside the block.
@@ -134,12 +132,14 @@ class PartialFile:
         self._handle.close()
         publish(self.path, self.target)
         self._note.unlink(missing_ok=True)
+        self._lock_file.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove the part and its note."""
         self._handle.close()
         self.path.unlink(missing_ok=True)
         self._note.unlink(missing_ok=True)
+        self._lock_file.unlink(missing_ok=True)
 
     @property
     def _handle(self) -> IO[bytes]:

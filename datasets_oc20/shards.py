@@ -20,7 +20,7 @@ import orjson
 from datasets_oc20.atomic import write_bytes
 from datasets_oc20.errors import DataError
 from datasets_oc20.lmdb_file import LmdbFile
-from datasets_oc20.locking import lock
+from datasets_oc20.locking import exclusive
 from datasets_oc20.periodicity import Periodicity
 from datasets_oc20.preprocess import PreprocessOptions, PreprocessReport, read_raw_file
 from datasets_oc20.raw_release import RawFile, list_raw_files
@@ -149,8 +149,7 @@ def preprocess_shards(
     files = list_raw_files(source, options.energy_kind == "adsorption", systems, exclude)
     options.check_choice(source, files, systems, exclude)
     target.mkdir(parents=True, exist_ok=True)
-    with (target / ".lock").open("ab") as handle:
-        lock(handle, target)
+    with exclusive(target / ".lock", target):
         _settle_plan(target, source, files, options, shards)
         # Neighbouring files go together, in nearly equal numbers.
         ends = np.linspace(0, len(files), min(shards, len(files)) + 1).round().astype(int)

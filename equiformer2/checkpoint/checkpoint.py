@@ -23,6 +23,7 @@ from equiformer2.devices import own_defaults, usable_device
 from equiformer2.errors import InputError
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.equiformer import EquiformerV2
+from equiformer2.model.folding import parametrized_weights, plain_state
 from equiformer2.shipped import find_checkpoint
 from equiformer2.values import shown_name
 
@@ -122,8 +123,10 @@ def save_checkpoint(
 
     Args:
         path: the new file; an existing one is replaced at the end.
-        model: network whose configuration is written; its own weights are not.
-        raw_state: weights of the last optimizer step by name, or None.
+        model: network whose configuration is written; its own weights are not. Of weights that it
+            parametrizes the computed values are written, so that the file holds a plain network with the same
+            answers.
+        raw_state: weights of the last optimizer step by name, or None; names as in `model.state_dict()`.
         averaged_state: their exponential moving average, or None.
         normalizers: from the units of the model to eV and eV/Å.
         energy_kind: `adsorption` or `total`.
@@ -140,8 +143,10 @@ def save_checkpoint(
         states["averaged"] = averaged_state
     if not states:
         raise InputError(f"{path}: there are no weights to save")
-    for kind, state in states.items():
-        check_weights(model, state, f"{path} ({kind} weights)")
+    plain_model = EquiformerV2(model.config, device="meta") if parametrized_weights(model) else model
+    for kind in states:
+        states[kind] = plain_state(model, states[kind])
+        check_weights(plain_model, states[kind], f"{path} ({kind} weights)")
     normalizers.check_model(model.config, str(path))
     contents = Contents(
         source=str(path),

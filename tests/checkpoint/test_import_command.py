@@ -65,7 +65,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     elif case != "absent":
         source.write_bytes(content)
     if case == "native":
-        run_command("checkpoint import", "--checkpoint", source, "--out", tmp_path / "first.pt")
+        assert run_command("checkpoint import", "--checkpoint", source, "--out", tmp_path / "first.pt") == 0
         source = tmp_path / "first.pt"
     if case == "same":
         out = source

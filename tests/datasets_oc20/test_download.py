@@ -15,7 +15,7 @@ from http_server import Server
 from limited_process import error_with_limited_files
 from tar_files import GOOD, make_tar
 
-from datasets_oc20 import DataError, locking
+from datasets_oc20 import DataError
 from datasets_oc20.archives import unpack
 from datasets_oc20.catalogue import LMDB_BYTES_PER_FRAME
 from datasets_oc20.disk_space import Need
@@ -210,8 +210,7 @@ def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
     assert not server.requests
 
 
-def test_one_download_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locking, "PATIENCE", 0.0)
+def test_one_download_at_a_time(tmp_path: Path) -> None:
     target = tmp_path / "file.tar"
     with Server(CONTENT) as server:
         with (

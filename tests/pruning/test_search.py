@@ -142,7 +142,7 @@ def test_another_search_does_not_continue_a_state(model, calibration, tmp_path: 
     with pytest.raises(InputError, match="model was"):
         search(tiny_model(seed=5), calibration, target=0.95, state_path=path)
     with pytest.raises(InputError, match="wanted was"):
-        search(model, calibration, target=0.95, state_path=path, wanted={"parameters": 0.95})
+        search(model, calibration, target=0.95, state_path=path, shares={"parameters": 0.95})
     path.write_text("{}")
     with pytest.raises(InputError, match="is no state"):
         search(model, calibration, target=0.95, state_path=path)
