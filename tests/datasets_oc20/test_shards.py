@@ -3,6 +3,7 @@
 import json
 import logging
 import multiprocessing
+import shutil
 import signal
 import threading
 import time
@@ -20,10 +21,10 @@ from datasets_oc20.shards import preprocess_shards
 FILES, FRAMES = 12, 8
 
 
-@pytest.fixture
-def release(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release as its archive unpacks: a folder in a folder, chunks of mixed systems."""
-    folder = tmp_path / "s2ef_train_1K" / "s2ef_train_1K"
+    folder = tmp_path_factory.mktemp("release") / "s2ef_train_1K" / "s2ef_train_1K"
     folder.mkdir(parents=True)
     (folder.parent / "README").write_text("read me")
     for chunk in range(FILES):
@@ -32,6 +33,12 @@ def release(tmp_path: Path) -> Path:
         index = "".join(f"random{k % 3},frame{chunk * FRAMES + k},{-19.5 - k}\n" for k in range(FRAMES))
         (folder / f"{chunk}.txt").write_text(index)
     return folder.parent
+
+
+@pytest.fixture
+def release(unpacked: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(unpacked, tmp_path / unpacked.name))
 
 
 def names(folder: Path) -> list[str]:
