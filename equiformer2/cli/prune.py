@@ -289,7 +289,7 @@ class Route(Command):
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.pruning.routing import save_router
-        from equiformer2.pruning.routing.make_router import RouteRequest, make_router
+        from equiformer2.pruning.routing.route_request import RouteRequest, make_router
 
         show_log()
         self._check_unused(options)

@@ -155,12 +155,12 @@ def routed_result(
         return record | {"missed": str(error)}
     routed = RoutedModel(model, router)
     loss = calibration.loss(routed)
-    achieved = {"calibration": routed.achieved()}
+    achieved = {"calibration": routed.computed_shares()}
     errors = {}
     for part in held_out:
         routed = RoutedModel(model, router)
         errors[part.name] = part.errors(routed)
-        achieved[part.name] = routed.achieved()
+        achieved[part.name] = routed.computed_shares()
     batch = Batch.from_data_list(held_out[0].calibration.structures[:1])
     ready = deepcopy(model).requires_grad_(False)
     ready.fold_weights()

@@ -21,7 +21,6 @@ from equiformer2.pruning.routing.ftp_training import (
     RouterTraining,
     dense_answer,
     frozen,
-    routed_levels,
 )
 from equiformer2.pruning.routing.router_files import save_router
 from equiformer2.training.task import S2EFTask
@@ -104,7 +103,7 @@ class TrainRouter(Callback):
             raise InputError(
                 "TrainRouter: the router is trained on direct forces, too: use model.forces: direct"
             )
-        routed_levels(self.router, len(network.blocks))
+        self.router.trainable_levels(len(network.blocks))
         if self.freeze_network:
             # One parameter stays: Lightning's loop needs a loss to differentiate. It gets no step, either.
             assert isinstance(pl_module, S2EFTask)
