@@ -14,13 +14,15 @@ DEMO_ARGS ?=
 BENCHMARK_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-slow lint docs benchmark
+.PHONY: help setup demo test test-slow lint package docs api benchmark
 
 help:
 	@echo "make setup       install everything into $(VENV) (the other targets do it themselves)"
 	@echo "make demo        the main job on bundled OC20 data; DEMO_ARGS=\"--short\" for a quick run"
 	@echo "make test        fast tests            make test-slow   the longer ones too"
 	@echo "make lint        ruff and mypy         make docs        the pages: links, code, numbers"
+	@echo "make api         the API reference, in build/api"
+	@echo "make package     build wheel and source distribution, check them, use the wheel outside the clone"
 	@echo "make benchmark   speed and memory against fairchem-core; BENCHMARK_ARGS=\"--quick\" for a smoke run"
 
 setup: $(VENV)/.setup-complete
@@ -33,7 +35,7 @@ $(VENV)/.setup-complete: pyproject.toml constraints.txt
 	    { echo "error: $$($(PYTHON) --version) is too old; equiformer2 needs Python 3.11 or newer (make PYTHON=/path/to/python3.11)" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools
-	$(BIN)/python -m pip install --no-build-isolation --constraint constraints.txt --editable '.[wandb,test,dev]'
+	$(BIN)/python -m pip install --no-build-isolation --constraint constraints.txt --editable '.[test,dev]'
 	@$(BIN)/python -c 'import datasets_oc20, equiformer2, torch'
 	@touch $@
 
@@ -51,8 +53,17 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+package: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt build check-wheel-contents twine
+	.ci/package $(BIN)/python
+
 docs: setup
 	$(BIN)/python -m pytest tests/test_docs.py tests/docs
+
+# Built from the docstrings; not part of continuous integration.
+api: setup
+	$(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python docs/build_api.py build/api
 
 # The reference implementation lives in an environment of its own: it needs older NumPy and SciPy.
 $(BENCH_VENV)/.complete: benchmarks/setup_reference.sh benchmarks/reference-constraints.txt

@@ -1,7 +1,6 @@
-"""The order of the measurements and what they share: sessions, parameters, comparison, interleaved calls."""
+"""Context that all measurements share: sessions, parameters, comparison of answers, interleaved calls."""
 
-import os
-import tempfile
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,53 +9,44 @@ from typing import Any
 from benchmarks.answer_comparison import Comparison
 from benchmarks.benchmark_results import Store
 from benchmarks.benchmark_settings import Call, Settings
+from benchmarks.machine import machine_memory
 from benchmarks.network_sizes import SIZES
 from benchmarks.worker_session import BenchmarkError, Session
 
-# Share of the machine's memory that the workers may need; beyond it a measurement is left out, with a note.
-USABLE_MEMORY = 0.9
 REFERENCE_DRAWS = 3
+# Share of the machine's memory that the workers may need; beyond it a measurement is left out, with a note.
+USABLE_SHARE = 0.9
 
 
 class Benchmark:
-    """Context of the parts. `save` is called whenever a unit is complete, `say` with progress."""
+    """Context of the parts.
+
+    Args:
+        settings: what to measure.
+        store: results file.
+        folder: for files that sessions exchange; it may go when the benchmark ends.
+        save: called whenever a unit is complete.
+        say: called with lines of progress.
+        memory: bytes of this machine; None to ask it.
+
+    Attributes:
+        usable_memory: bytes that all workers together may need; infinite with a GPU, which refuses by itself.
+    """
 
     def __init__(
-        self, settings: Settings, store: Store, save: Callable[[], None], say: Callable[[str], None]
+        self,
+        settings: Settings,
+        store: Store,
+        folder: Path,
+        save: Callable[[], None],
+        say: Callable[[str], None],
+        memory: int | None = None,
     ) -> None:
-        self.settings, self.store = settings, store
+        self.settings, self.store, self.folder = settings, store, folder
         self.save, self.say = save, say
-        self.folder = Path()
+        total = machine_memory() if memory is None else memory
+        self.usable_memory = USABLE_SHARE * total if settings.device == "cpu" else math.inf
         self._parameters: dict[str, Path] = {}
-
-    def run(self) -> None:
-        """Measure all parts that are not complete."""
-        # Imported here: the parts need this module's class.
-        from benchmarks import (
-            part_atoms,
-            part_breakdown,
-            part_memory,
-            part_precision,
-            part_relaxation,
-            part_timings,
-        )
-
-        # Memory comes before the timings: it tells what fits into this machine.
-        parts = {
-            "memory": part_memory.measure,
-            "timings": part_timings.measure,
-            "precision": part_precision.measure,
-            "relaxation": part_relaxation.measure,
-            "breakdown": part_breakdown.measure,
-            "atoms": part_atoms.measure,
-            "training_atoms": part_atoms.measure_training,
-        }
-        with tempfile.TemporaryDirectory() as name:
-            self.folder = Path(name)
-            for size in self.settings.sizes:
-                for part, measure in parts.items():
-                    if part in self.settings.parts:
-                        measure(self, size)
 
     def unit(
         self, name: str, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]
@@ -124,8 +114,3 @@ class Benchmark:
         """Note in the record, and say, what was not measured and why."""
         self.say(f"left out: {reason}")
         record.setdefault("left_out", []).append(reason)
-
-
-def machine_memory() -> int:
-    """Bytes of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

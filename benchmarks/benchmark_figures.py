@@ -6,11 +6,9 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.benchmark_results import records
+from benchmarks.benchmark_report import EXTRAPOLATED_ATOMS, OPERATION_NAMES
+from benchmarks.benchmark_results import baseline, fit_line, median, memory_ratio, records, speed_up
 from benchmarks.benchmark_settings import Variant
-from benchmarks.benchmark_tables import EXTRAPOLATED_ATOMS, OPERATION_NAMES
-from benchmarks.part_atoms import fit_line
-from benchmarks.ratios import baseline, median, memory_ratio, speed_up
 
 GREY, BLUE = "#9aa5b1", "#1f77b4"
 COLORS = {"reference": GREY, "ours": BLUE}

@@ -1,18 +1,31 @@
-"""The results on disk: measurements of several runs, merged, each with where it comes from."""
+"""Results file: measurements of several runs, each with its origin; medians, speed-ups and goals of them."""
 
 import hashlib
 import json
+import statistics
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from datasets_oc20.locking import lock
+from datasets_oc20.locking import exclusive
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
 from equiformer2.script import commit
 
 FORMAT = 2
 ROOT = Path(__file__).parents[1]
+
+GOAL_SIZES = ("31M", "83M")
+# Times faster than the reference, by device, operation and precision of ours. On a GPU both run in TF32.
+SPEED_GOALS: dict[tuple[str, str, str], float] = {
+    ("cpu", "forward", "float32"): 2.2,
+    ("cpu", "training_step", "float32"): 2.2,
+    ("cpu", "forward", "bf16"): 4.0,
+    ("cuda", "forward", "tf32"): 6.0,
+    ("cuda", "training_step", "tf32"): 4.0,
+}
+# Share of the reference's peak memory of a training step.
+MEMORY_GOALS = {"cpu": 1 / 3, "cuda": 1 / 4}
 
 
 def package_digest(root: Path = ROOT) -> str:
@@ -61,8 +74,7 @@ class Store:
             DataError: another run holds it; the two would also disturb each other's times.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path.parent / ".benchmark.lock").open("ab")
-        lock(self._lock, self.path)
+        self._lock = exclusive(self.path.parent / ".benchmark.lock", self.path)
         self.content = self._read()
 
     def find(self, name: str) -> dict[str, Any] | None:
@@ -103,3 +115,67 @@ def records(content: dict[str, Any], part: str) -> list[dict[str, Any]]:
     """The records of one part."""
     units = content["units"].items()
     return [unit["record"] for name, unit in units if name.partition("/")[0] == part]
+
+
+def peak_of(record: dict[str, Any], implementation: str, backend: str = "auto") -> dict[str, Any] | None:
+    """The peaks of one implementation in a record, if it was measured."""
+    for peak in record["peaks"]:
+        if (peak["implementation"], peak["backend"]) == (implementation, backend):
+            return peak
+    return None
+
+
+def median(call: dict[str, Any]) -> float:
+    """Seconds of a timed call."""
+    return statistics.median(call["seconds"])
+
+
+def baseline(calls: list[dict[str, Any]], ours: dict[str, Any]) -> dict[str, Any] | None:
+    """The call of the reference that one of ours is measured against: its fastest way to do the same.
+
+    In the same precision; bf16 is measured against the fastest of the reference's precisions.
+    """
+    kind = ours["operation"].removesuffix("_as_shipped")
+    same = [
+        call
+        for call in calls
+        if call["implementation"] == "reference" and call["operation"].removesuffix("_as_shipped") == kind
+    ]
+    exact = [call for call in same if call["precision"] == ours["precision"]]
+    return min(exact or same, key=median, default=None)
+
+
+def speed_up(calls: list[dict[str, Any]], ours: dict[str, Any]) -> float | None:
+    """Median of the reference's fastest call over our median."""
+    found = baseline(calls, ours)
+    return None if found is None else median(found) / median(ours)
+
+
+def speed_goal(device: str, size: str, call: dict[str, Any]) -> float | None:
+    """The promised speed-up of one of our calls, if there is a promise."""
+    if size not in GOAL_SIZES:
+        return None
+    return SPEED_GOALS.get((device, call["operation"], call["precision"]))
+
+
+def memory_goal(device: str, size: str) -> float | None:
+    """The promised share of the reference's peak memory, if there is a promise."""
+    return MEMORY_GOALS[device] if size in GOAL_SIZES else None
+
+
+def memory_ratio(record: dict[str, Any], backend: str = "auto") -> float | None:
+    """Our peak over the reference's."""
+    reference, ours = peak_of(record, "reference"), peak_of(record, "ours", backend)
+    return None if reference is None or ours is None else ours["peak"] / reference["peak"]
+
+
+def fit_line(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """Slope and intercept of the least-squares line.
+
+    Raises:
+        ValueError: fewer than two different abscissae.
+    """
+    if len({x for x, _ in points}) < 2:
+        raise ValueError("a line needs two points")
+    slope, intercept = statistics.linear_regression(*zip(*points, strict=True))
+    return slope, intercept

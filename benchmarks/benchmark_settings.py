@@ -5,7 +5,6 @@ from typing import Any
 
 from benchmarks.worker_session import Session
 
-PARTS = ("memory", "timings", "precision", "relaxation", "breakdown", "atoms", "training_atoms")
 # What these parts tell is about equiformer2 alone, so they run without the reference's environment.
 PARTS_WITHOUT_REFERENCE = ("precision", "breakdown", "atoms", "training_atoms")
 DEVICES = ("cpu", "cuda")

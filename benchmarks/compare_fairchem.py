@@ -12,24 +12,35 @@ explains the parts.
 import argparse
 import io
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import benchmark_parts, part_atoms
 from benchmarks.benchmark_context import Benchmark
 from benchmarks.benchmark_figures import ATOMS_AXIS, atoms_figure, figure
 from benchmarks.benchmark_report import markdown
 from benchmarks.benchmark_results import Store
-from benchmarks.benchmark_settings import BACKENDS, DEVICES, PARTS, PARTS_WITHOUT_REFERENCE, Settings
+from benchmarks.benchmark_settings import BACKENDS, DEVICES, PARTS_WITHOUT_REFERENCE, Settings
 from benchmarks.benchmark_structures import BATCHES
-from benchmarks.machine import describe_machine
+from benchmarks.machine import PRECISIONS, describe_machine
 from benchmarks.network_sizes import SIZES
-from benchmarks.numerics import PRECISIONS
 from benchmarks.worker_session import ALLOCATORS, BenchmarkError
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes
 from equiformer2.script import run_script
 
+# Memory comes before the timings: it tells what fits into this machine.
+MEASUREMENTS = {
+    "memory": benchmark_parts.measure_memory,
+    "timings": benchmark_parts.measure_timings,
+    "precision": benchmark_parts.measure_precision,
+    "relaxation": benchmark_parts.measure_relaxation,
+    "breakdown": benchmark_parts.measure_breakdown,
+    "atoms": part_atoms.measure,
+    "training_atoms": part_atoms.measure_training,
+}
 # What `--precisions` is without being told: bf16 on a CPU is asked for, since few processors have it.
 DEFAULT_PRECISIONS = {"cpu": "float32", "cuda": "float32,tf32,bf16"}
 
@@ -45,7 +56,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Python of an environment with fairchem-core 1.10.0 (default: %(default)s); the parts "
         f"{', '.join(PARTS_WITHOUT_REFERENCE)} run without one",
     )
-    add("--parts", default="memory,timings", help=f"of {', '.join(PARTS)} (default: %(default)s)")
+    add("--parts", default="memory,timings", help=f"of {', '.join(MEASUREMENTS)} (default: %(default)s)")
     add("--sizes", help=f"of {', '.join(SIZES)} (default: 31M,83M; with --quick: 31M)")
     add("--batches", help=f"of {', '.join(BATCHES)} (default: B1,B4; with --quick: B1)")
     add("--allocators", default="default", help=f"of {', '.join(ALLOCATORS)} (default: %(default)s)")
@@ -112,7 +123,7 @@ def make_settings(given: argparse.Namespace) -> Settings:
         raise InputError(f"--atoms {given.atoms}: give whole numbers with commas between them") from error
     if min(atoms) < 1:
         raise InputError(f"--atoms {given.atoms}: numbers of atoms are at least 1")
-    parts = chosen("parts", given.parts, PARTS)
+    parts = chosen("parts", given.parts, MEASUREMENTS)
     reference: str | None = given.reference_python
     if not Path(given.reference_python).exists():
         if not set(parts) <= set(PARTS_WITHOUT_REFERENCE):
@@ -165,6 +176,13 @@ def command(settings: Settings) -> str:
     return " ".join(["python scripts/benchmark.py", *(f"--{key} {value}" for key, value in options.items())])
 
 
+def measure_all(bench: Benchmark) -> None:
+    """Measure all parts that are not complete, size by size."""
+    for size in bench.settings.sizes:
+        for part in (name for name in MEASUREMENTS if name in bench.settings.parts):
+            MEASUREMENTS[part](bench, size)
+
+
 def main() -> int:
     given = parse_arguments()
     settings = make_settings(given)
@@ -186,7 +204,8 @@ def main() -> int:
         write_bytes(given.output / f"{name}.md", markdown(content, name, list(drawn)).encode())
 
     try:
-        Benchmark(settings, store, save, lambda line: print(line, flush=True)).run()
+        with tempfile.TemporaryDirectory() as folder:
+            measure_all(Benchmark(settings, store, Path(folder), save, lambda line: print(line, flush=True)))
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

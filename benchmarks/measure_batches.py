@@ -55,7 +55,8 @@ def at_random(edges: np.ndarray, ranks: int, batch_size: int) -> Imbalance:
     """A shuffled order dealt to ranks in turn, as torch's `DistributedSampler` does."""
     order = np.random.default_rng(0).permutation(len(edges))
     whole = len(order) // (ranks * batch_size) * ranks * batch_size
-    return Imbalance.of(edges[order[:whole]].reshape(-1, batch_size, ranks).sum(axis=1).astype(np.float64))
+    loads = edges[order[:whole]].reshape(-1, batch_size, ranks).sum(axis=1).astype(np.float64)
+    return Imbalance.from_loads(loads)
 
 
 def balanced(sizes: np.ndarray, ranks: int, batch_size: int, max_edges: int | None) -> Imbalance:

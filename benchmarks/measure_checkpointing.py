@@ -29,9 +29,8 @@ import torch
 from benchmarks.benchmark_results import package_digest
 from benchmarks.benchmark_structures import BATCHES, load_batch
 from benchmarks.equiformer2_network import build
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, limit_memory, peak_memory
 from benchmarks.network_sizes import SIZES
-from benchmarks.numerics import limit_memory, peak_memory
 from benchmarks.worker import LEARNING_RATE, WEIGHT_DECAY, loss
 from equiformer2.errors import InputError
 from equiformer2.files import write_json

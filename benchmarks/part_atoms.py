@@ -5,7 +5,7 @@ import statistics
 from typing import Any
 
 from benchmarks.answer_comparison import compare_answers
-from benchmarks.benchmark_context import REFERENCE_DRAWS, USABLE_MEMORY, Benchmark, machine_memory
+from benchmarks.benchmark_context import REFERENCE_DRAWS, Benchmark
 from benchmarks.benchmark_structures import supercell_atoms
 from benchmarks.worker_session import BenchmarkError
 
@@ -66,8 +66,7 @@ def _measure(
     if expected > limit:
         bench.leave_out(record, f"{label}: a call would take about {expected:.0f} s, more than {limit:.0f} s")
         return record
-    cpu = bench.settings.device == "cpu"
-    memory_limit = int(USABLE_MEMORY * machine_memory()) if cpu else None
+    memory_limit = None if math.isinf(bench.usable_memory) else int(bench.usable_memory)
     bench.parameters(size)
     try:
         with bench.settings.session(implementation, "default", memory_limit) as session:
@@ -114,15 +113,3 @@ def extrapolate(points: list[tuple[int, float]], atoms: int) -> float:
         before_atoms, before = points[-2]
         exponent = max(1.0, math.log(last / before) / math.log(last_atoms / before_atoms))
     return last * (atoms / last_atoms) ** exponent
-
-
-def fit_line(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """Slope and intercept of the least-squares line.
-
-    Raises:
-        ValueError: fewer than two different abscissae.
-    """
-    if len({x for x, _ in points}) < 2:
-        raise ValueError("a line needs two points")
-    slope, intercept = statistics.linear_regression(*zip(*points, strict=True))
-    return slope, intercept

@@ -9,35 +9,39 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from benchmarks.benchmark_structures import load_batch
-from benchmarks.numerics import limit_memory, now, peak_memory, precision
-
-if TYPE_CHECKING:
-    from benchmarks.relaxing import Relaxation
+from benchmarks.benchmark_structures import load_atoms, load_batch
+from benchmarks.machine import limit_memory, now, peak_memory, precision
 
 # OC20 S2EF loss coefficients of the paper (energy L1, force L2 over free atoms).
 ENERGY_COEFFICIENT, FORCE_COEFFICIENT = 4.0, 100.0
 LEARNING_RATE, WEIGHT_DECAY = 2e-4, 1e-3
 # The module that wraps each implementation; the reference's can only be imported in its own environment.
 NETWORKS = {"ours": "equiformer2_network", "reference": "fairchem_network"}
+# Size of one array in `measure_bandwidth`, far beyond what a processor's caches hold.
+ARRAY_BYTES = 256 * 2**20
+# No structure of a network with random parameters converges below this: the driver decides when to stop.
+NEVER = 1e-12
 
 
 def loss(out: dict[str, torch.Tensor], batch: Any) -> torch.Tensor:
+    """Paper's S2EF loss of normalised answers."""
     energy = (out["energy"].view(-1) - batch.energy).abs().mean()
     forces = (out["forces"] - batch.forces)[~batch.fixed].norm(dim=-1).mean()
     return ENERGY_COEFFICIENT * energy + FORCE_COEFFICIENT * forces
 
 
 class Worker:
-    """The requests, one method each. `implementation` is the module `ours` or `reference`."""
+    """The requests, one method each. `implementation` is one of the modules in `NETWORKS`."""
 
     def __init__(self, implementation: ModuleType, device: str) -> None:
         self.implementation, self.device = implementation, device
@@ -154,8 +158,6 @@ class Worker:
 
     def begin_relaxation(self, path: str, draws: int, precision: str, backend: str) -> dict[str, Any]:
         """Attach a calculator to the first slab; save the energy and forces of the start structure."""
-        from benchmarks.relaxing import Relaxation
-
         calculator = self.implementation.calculator(self.model, precision, backend, self.device)
         relaxation = Relaxation(calculator, precision, self.device)
         torch.save({"draws": relaxation.first_answers(draws)}, path)
@@ -163,13 +165,13 @@ class Worker:
         return {"atoms": len(relaxation.atoms)}
 
     def breakdown(self, operation: str, precision: str) -> dict[str, Any]:
-        """Seconds of the parts of one call, ours only; see `profiling.profile_parts`."""
+        """Seconds of the parts of one call, ours only; see `part_profile.profile_parts`."""
         from benchmarks.part_profile import profile_parts
 
         return profile_parts(self.model, lambda: self.run(operation, precision), self.device)
 
     def count(self) -> dict[str, Any]:
-        """Floating-point operations and bytes of the parts of a forward, ours only; see `counting`."""
+        """Floating-point operations and bytes of a forward by part, ours only; see `operation_counts`."""
         from benchmarks.operation_counts import count
 
         edges = self.implementation.edges(self.model, self.batch)[0].shape[1]
@@ -177,8 +179,7 @@ class Worker:
         return {"edges": edges, "parts": {name: [part.flops, part.bytes] for name, part in counts.items()}}
 
     def gemm_rate(self, precision: str, repeats: int) -> dict[str, Any]:
-        """Measured rate of the network's largest matrix products, ours only; see `counting`."""
-        from benchmarks.gemm import measure_rate
+        """Measured rate of the network's largest matrix products, ours only; see `operation_counts`."""
         from benchmarks.operation_counts import gemm_shapes
 
         edges = self.implementation.edges(self.model, self.batch)[0].shape[1]
@@ -186,9 +187,7 @@ class Worker:
         return measure_rate(shapes, precision, self.device, repeats)
 
     def bandwidth(self, repeats: int) -> dict[str, Any]:
-        """Measured rate of the memory; see `bandwidth`."""
-        from benchmarks.bandwidth import measure_bandwidth
-
+        """Measured rate of the memory; see `measure_bandwidth`."""
         return measure_bandwidth(self.device, repeats)
 
     def _config(self) -> Any:
@@ -199,7 +198,111 @@ class Worker:
         return {"before_model": self.memory_before_model, "peak": peak_memory(self.device)}
 
 
+class Relaxation:
+    """FIRE on the first slab with its lower layers held; one evaluation of the network per step.
+
+    The driver steps through it, so that both implementations take their steps in turn.
+    """
+
+    def __init__(self, calculator: Any, precision_name: str, device: str) -> None:
+        # Imported here, so that it does not count as memory of a training step.
+        from ase.optimize import FIRE
+
+        self.atoms = load_atoms()
+        self.atoms.calc = calculator
+        self.precision, self.device = precision_name, device
+        self._steps: Iterator[Any] = FIRE(self.atoms, logfile=None).irun(fmax=NEVER, steps=10**9)
+
+    def first_answers(self, draws: int) -> list[dict[str, torch.Tensor]]:
+        """Energy (eV) and forces (eV/Å, before constraints) of the start structure, `draws` times."""
+        rows = []
+        for _ in range(draws):
+            self.atoms.calc.reset()
+            with precision(self.precision, self.device):
+                forces = self.atoms.get_forces(apply_constraint=False)
+            rows.append(
+                {
+                    "energy": torch.tensor([self.atoms.get_potential_energy()]),
+                    "forces": torch.from_numpy(forces.copy()),
+                }
+            )
+        with precision(self.precision, self.device):
+            next(self._steps)  # the start structure; every further one is a step
+        return rows
+
+    def step(self) -> float:
+        """Move the atoms once and evaluate; returns the energy, eV."""
+        with precision(self.precision, self.device):
+            next(self._steps)
+        return float(self.atoms.get_potential_energy())
+
+
+def measure_bandwidth(device: str, repeats: int, array_bytes: int = ARRAY_BYTES) -> dict[str, Any]:
+    """Bytes per second read and written by a copy and by a triad `a = b + 2 c`, with torch's threads.
+
+    Every array counts once per pass, as it is read or written: two in the copy, three in the triad. What a
+    processor reads of the lines that it writes is not counted. Each time is the median after one warm-up.
+
+    Returns:
+        `copy`, `triad`, `rate` (of the faster one) and `array_bytes`.
+    """
+    size = array_bytes // torch.float32.itemsize
+    # Written once here: untouched pages would be read from one page of zeros.
+    a, b, c = (torch.full((size,), float(value), device=device) for value in range(3))
+    copy = 2 * array_bytes / median_seconds(lambda: a.copy_(b), device, repeats)
+    triad = 3 * array_bytes / median_seconds(lambda: torch.add(b, c, alpha=2.0, out=a), device, repeats)
+    return {"copy": copy, "triad": triad, "rate": max(copy, triad), "array_bytes": array_bytes}
+
+
+def measure_rate(
+    shapes: list[tuple[int, int, int]], precision_name: str, device: str, repeats: int
+) -> dict[str, Any]:
+    """Floating-point operations per second over all products `[m, k] @ [k, n]`, and of the fastest one.
+
+    Each product counts 2 m k n operations; its time is the median after one warm-up, by the faster of the
+    libraries at hand (cuBLAS; on a CPU the BLAS of torch.mm, or oneDNN).
+    """
+    dtype = torch.bfloat16 if precision_name == "bf16" else torch.float32
+    total_flops = total_seconds = best = 0.0
+    with torch.no_grad(), precision("float32" if precision_name == "bf16" else precision_name, device):
+        for m, k, n in shapes:
+            left = torch.randn(m, k, device=device, dtype=dtype)
+            # As a linear layer stores it.
+            weight = torch.randn(n, k, device=device, dtype=dtype)
+            seconds = min(
+                median_seconds(partial(multiply, left, weight), device, repeats)
+                for multiply in _libraries(device, dtype)
+            )
+            flops = 2.0 * m * k * n
+            total_flops += flops
+            total_seconds += seconds
+            best = max(best, flops / seconds)
+    return {"rate": total_flops / total_seconds, "best": best, "shapes": [list(shape) for shape in shapes]}
+
+
+def _libraries(device: str, dtype: torch.dtype) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+    """Ways to compute `left @ weight^T`."""
+    found: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [torch.nn.functional.linear]
+    onednn = getattr(getattr(torch.ops, "mkldnn", None), "_linear_pointwise", None)
+    # On CPUs without AVX-512 oneDNN refuses bfloat16.
+    refused = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device == "cpu" and onednn is not None and torch.backends.mkldnn.is_available() and not refused:
+        found.append(lambda left, weight: onednn(left, weight, None, "none", [], ""))
+    return found
+
+
+def median_seconds(call: Callable[[], torch.Tensor], device: str, repeats: int) -> float:
+    """Median time of `repeats` calls, s, after one warm-up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = now(device)
+        call()
+        times.append(now(device) - start)
+    return statistics.median(times[1:])
+
+
 def serve(worker: Worker, write: Callable[[str], None]) -> None:
+    """Answer requests until standard input ends."""
     for line in sys.stdin:
         request = json.loads(line)
         command = request.pop("command")

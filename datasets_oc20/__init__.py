@@ -1,7 +1,7 @@
 """OC20 data: readers, writers, preprocessing, targets, sampling and the Lightning data module.
 
-No model code, and no knowledge of `equiformer2`; the two packages meet in the plain data object
-described in docs/architecture.md. Names are imported on first use, so that a script which only needs
+The package holds no model code and does not import `equiformer2`; the two share the plain data object that
+docs/architecture.md describes. Names are imported on first use, so that a script which only needs
 `DataError` does not pay for Lightning.
 """
 

@@ -1,12 +1,12 @@
-"""ASE-LMDB files: the LMDB backend of the ASE database (`ase-db-backends`), which fairchem-core 2 trains on.
+"""Reader of ASE-LMDB files: the LMDB backend of the ASE database (`ase-db-backends`), for fairchem-core 2.
 
 A file holds rows `1`, `2`, … (compressed JSON of an `ase.db` row), `nextid`, `deleted_ids` and `metadata`.
-This module shows such a file under the keys of ours, so that what reads OC20's and our files reads it as
-well. That needs no further package; writing (ase_lmdb_writer.py) needs `ase-db-backends`.
+This module presents such a file under the keys of ours, so that the reader of OC20's and our files reads it
+as well. That needs no other package; writing (ase_lmdb_writer.py) needs `ase-db-backends`.
 
     row                                       data object
-    numbers, positions, cell, pbc, tags       the same; without pbc not periodic. Tags that are all 0 are none
-                                              in files of others: then fixed atoms get 0, others 1
+    numbers, positions, cell, pbc, tags       the same; without pbc not periodic. In third-party files, tags
+                                              that are all 0 are replaced by 0 for fixed atoms, 1 for others
     constraints                               fixed: atoms that they hold in every direction
     energy, forces                            the same; forces as stored, those on fixed atoms too
     stress                                    the same, all nine components
@@ -23,19 +23,17 @@ import orjson
 from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
 
-from datasets_oc20 import structure_record as records
 from datasets_oc20.constraints import NEVER_HOLD, constraints_from_records, held_atoms
 from datasets_oc20.errors import DataError
 from datasets_oc20.lmdb_file import LmdbFile, open_lmdb
 from datasets_oc20.schema import LARGEST_ATOMS, as_array
+from datasets_oc20.structure_record import pack
 from datasets_oc20.untrusted import AnyPath, inflate, load_json
 
 EXTRA_FIELDS = ("y_init", "y_relaxed", "pos_relaxed")
-_MOST_ROWS = 2**40
-_LARGEST_ROW = 1 << 28
-"""Bytes of the JSON of a row; one of a million atoms with forces has some 200 MB."""
-
-
+_MAX_ROWS = 2**40
+_MAX_ROW_BYTES = 1 << 28
+"""Maximum bytes of the JSON of a row; one of a million atoms with forces has some 200 MB."""
 _DTYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))} | {
     "float16",
     "float32",
@@ -44,7 +42,17 @@ _DTYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8,
 
 
 class AseLmdbFile(LmdbFile):
-    """An ASE-LMDB file under the keys of ours (writer.py): `0` … `n-1`, `length`, `metadata`."""
+    """An ASE-LMDB file under the keys of ours (writer.py): `0` … `n-1`, `length`, `metadata`.
+
+    Args:
+        file: the open file.
+
+    Attributes:
+        length: number of rows.
+
+    Raises:
+        DataError: the ids of the rows are damaged.
+    """
 
     def __init__(self, file: LmdbFile) -> None:
         self.path = file.path
@@ -54,30 +62,30 @@ class AseLmdbFile(LmdbFile):
             raise DataError(
                 f"{self.path}: the ids of the ASE database are not readable; write the file again."
             )
-        # What is not the id of a row that was written says nothing of the rows that are there.
-        if not all(type(row) is int and 0 < row < next_id for row in deleted) or next_id > _MOST_ROWS:
+        # Ids of rows that were never written would shift all others.
+        if not all(type(row) is int and 0 < row < next_id for row in deleted) or next_id > _MAX_ROWS:
             raise DataError(
                 f"{self.path}: deleted_ids or nextid of the ASE database hold impossible ids; write the file "
                 "again."
             )
         # Row i has the id i + 1 + the number of deleted ids below.
-        gone = np.unique(np.asarray(deleted, dtype=np.int64))
-        self._deleted_below = gone - np.arange(len(gone)) - 1
-        self.length = next_id - 1 - len(gone)
+        deleted_ids = np.unique(np.asarray(deleted, dtype=np.int64))
+        self._deleted_below = deleted_ids - np.arange(len(deleted_ids)) - 1
+        self.length = next_id - 1 - len(deleted_ids)
         if self.length > self._rows.entries():
             raise DataError(
                 f"{self.path}: nextid of the ASE database promises {self.length} rows, and the file has "
                 f"{self._rows.entries()} entries; write the file again."
             )
-        self._ours = self.get(b"metadata") is not None
+        self._is_ours = self.get(b"metadata") is not None
 
     def get(self, key: bytes) -> bytes | None:
-        """The value of one of our keys; a row comes as a packed record."""
+        """Return the value of one of our keys; a row is converted to a packed record."""
         if key == b"length":
             return str(self.length).encode("ascii")
         if key == b"metadata":
             stored = self._json(key)
-            # Of files that were not written here nobody says which kind their energies are.
+            # Third-party files do not state the kind of their energies.
             if not isinstance(stored, dict) or "format_version" not in stored:
                 return None
             try:
@@ -91,10 +99,12 @@ class AseLmdbFile(LmdbFile):
         row_id = int(key) + 1 + int(np.searchsorted(self._deleted_below, int(key), side="right"))
         row = self._json(str(row_id).encode("ascii"))
         where = f"{self.path}, row {row_id}"
-        return None if row is None else records.pack(_fields(row, str(row_id), where, self._ours), where)
+        if row is None:
+            return None
+        return pack(AseRow(row, where).fields(str(row_id), keep_tags=self._is_ours), where)
 
     def entries(self) -> int:
-        """Number of our keys."""
+        """Return the number of our keys."""
         return self.length + sum(self.get(key) is not None for key in (b"length", b"metadata"))
 
     def close(self) -> None:
@@ -107,131 +117,150 @@ class AseLmdbFile(LmdbFile):
             return None
         where = f"{self.path}, key {key.decode()}"
         try:
-            text = inflate(value, _LARGEST_ROW, where)
+            text = inflate(value, _MAX_ROW_BYTES, where)
             try:
                 return orjson.loads(text)
-            except orjson.JSONDecodeError:  # NaN, which ASE writes and JSON has not
-                return load_json(text, where, _LARGEST_ROW, nonfinite=True)
+            except orjson.JSONDecodeError:  # NaN, which ASE writes and JSON does not allow
+                return load_json(text, where, _MAX_ROW_BYTES, nonfinite=True)
         except DataError as error:
-            said = str(error).removeprefix(f"{where}: ").removesuffix(".")
-            raise DataError(f"{where}: not of an ASE database ({said}); write the file again.") from error
+            reason = str(error).removeprefix(f"{where}: ").removesuffix(".")
+            raise DataError(f"{where}: not of an ASE database ({reason}); write the file again.") from error
 
 
 def open_shard(path: AnyPath) -> LmdbFile:
-    """The open file for `path`, be it OC20's, ours or an ASE-LMDB."""
+    """Return the open file for `path`, be it OC20's, ours or an ASE-LMDB; errors as `open_lmdb`."""
     path = Path(path)
     file = open_lmdb(path)
     return file if file.get(b"nextid") is None else AseLmdbFile(file)
 
 
-def _fields(row: Any, row_id: str, where: str, ours: bool) -> dict[str, Any]:
-    """The fields of the data object from an `ase.db` row; `row_id` is its name where it has none.
+class AseRow:
+    """One row of an `ase.db` database, as JSON has it.
 
-    `ours`: `AseLmdbWriter` wrote the file, whose tags are OC20's also where all are 0.
+    Args:
+        row: the decoded JSON.
+        where: file and row, for error messages.
     """
-    try:
-        plain = {name: _plain(value) for name, value in row.items()}
-        data = {name: _plain(value) for name, value in (row.get("data") or {}).items()}
-        natoms = as_array(plain["numbers"], "atomic_numbers", where).size
-        constraints = row.get("constraints") or []
-        if isinstance(constraints, str):  # as ASE's SQL backends keep them
-            constraints = load_json(constraints, where)
-        names = {**plain.get("key_value_pairs", {}), **data}
-        fixed = _fixed(constraints, natoms, plain.get("cell"), where)
-        fields = {
-            "pos": plain["positions"],
-            "atomic_numbers": plain["numbers"],
-            "cell": plain.get("cell", np.zeros((3, 3))),
-            "pbc": plain.get("pbc", np.zeros(3, dtype=bool)),
-            "tags": _tags(plain.get("tags"), fixed, where, ours),
-            "fixed": fixed,
-            "energy": plain.get("energy"),
-            "forces": plain.get("forces"),
-            "stress": _stress(plain.get("stress"), where),
-            "sid": names.get("sid", row_id),
-            "fid": names.get("fid", 0),
-            "natoms": plain.get("natoms"),
-        }
-    except DataError:
-        raise
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
-        said = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{where}: not a row of an ASE database ({said}); write the file again.") from error
-    fields |= {name: data[name] for name in EXTRA_FIELDS if name in data}
-    return {name: value for name, value in fields.items() if value is not None}
+
+    def __init__(self, row: Any, where: str) -> None:
+        self._row, self._where = row, where
+
+    def fields(self, row_id: str, keep_tags: bool) -> dict[str, Any]:
+        """Return the fields of the data object (`structure_record.make_data`).
+
+        Args:
+            row_id: name of the system where the row has none.
+            keep_tags: take tags that are all 0 as OC20's; False takes them as missing.
+
+        Raises:
+            DataError: not a row of an ASE database, or one without tags and constraints.
+        """
+        row, where = self._row, self._where
+        try:
+            plain = {name: decode_array(value) for name, value in row.items()}
+            data = {name: decode_array(value) for name, value in (row.get("data") or {}).items()}
+            natoms = as_array(plain["numbers"], "atomic_numbers", where).size
+            names = {**plain.get("key_value_pairs", {}), **data}
+            fixed = self._fixed(natoms, plain.get("cell"))
+            fields = {
+                "pos": plain["positions"],
+                "atomic_numbers": plain["numbers"],
+                "cell": plain.get("cell", np.zeros((3, 3))),
+                "pbc": plain.get("pbc", np.zeros(3, dtype=bool)),
+                "tags": self._tags(plain.get("tags"), fixed, keep_tags),
+                "fixed": fixed,
+                "energy": plain.get("energy"),
+                "forces": plain.get("forces"),
+                "stress": self._stress(plain.get("stress")),
+                "sid": names.get("sid", row_id),
+                "fid": names.get("fid", 0),
+                "natoms": plain.get("natoms"),
+            }
+        except DataError:
+            raise
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            reason = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
+            raise DataError(
+                f"{where}: not a row of an ASE database ({reason}); write the file again."
+            ) from error
+        fields |= {name: data[name] for name in EXTRA_FIELDS if name in data}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def _stress(self, stress: Any) -> np.ndarray | None:
+        """Return `[3, 3]`, also from ASE's six components."""
+        if stress is None:
+            return None
+        array = as_array(stress, "stress", self._where)
+        return voigt_6_to_full_3x3_stress(array.reshape(6)) if array.size == 6 else array.reshape(3, 3)
+
+    def _tags(self, tags: Any, fixed: np.ndarray, keep: bool) -> Any:
+        """Return `tags`, or where there are none (all 0, unless `keep`) 0 for fixed atoms and 1 for others.
+
+        Raises:
+            DataError: neither tags nor fixed atoms tell slab from adsorbate.
+        """
+        if tags is not None and (keep or as_array(tags, "tags", self._where).any()):
+            return tags
+        if tags is None and not fixed.any():
+            raise DataError(
+                f"{self._where}: has no tags and no constraint; call atoms.set_tags (0 subsurface, "
+                "1 surface, 2 adsorbate) or set FixAtoms on the atoms that DFT held, and db.write the "
+                "structure again."
+            )
+        return np.where(fixed, 0, 1)
+
+    def _fixed(self, natoms: int, cell: Any) -> np.ndarray:
+        """Return `[N]` bool: atoms that the constraints hold in every direction."""
+        records = self._row.get("constraints") or []
+        if isinstance(records, str):  # as ASE's SQL backends keep them
+            records = load_json(records, self._where)
+        if not records:
+            return np.zeros(natoms, dtype=bool)
+        checked = [self._check_constraint(record, natoms) for record in records]
+        constraints = constraints_from_records(checked, self._where)
+        try:
+            return held_atoms(Atoms(f"X{natoms}", cell=cell), constraints)
+        except DataError as error:
+            raise DataError(f"{self._where}: {error}") from error
+
+    def _check_constraint(self, constraint: Any, natoms: int) -> Any:
+        """Return the record of a constraint with arrays for lists and indices of atoms that exist."""
+        kwargs = constraint.get("kwargs") if isinstance(constraint, dict) else None
+        if not isinstance(kwargs, dict):
+            return constraint
+        kwargs = {name: decode_array(value) for name, value in kwargs.items()}
+        if constraint.get("name") not in NEVER_HOLD:
+            label = f"{self._where}: the constraint {str(constraint.get('name'))[:40]}"
+            for name in ("indices", "a", "index"):
+                if name in kwargs:
+                    kwargs[name] = self._check_indices(kwargs[name], natoms, label)
+        return {**constraint, "kwargs": kwargs}
+
+    @staticmethod
+    def _check_indices(indices: Any, natoms: int, label: str) -> np.ndarray:
+        """Return indices from indices or a mask, as ASE's constraints take them; negative from the end."""
+        given = as_array(decode_array(indices), "indices", label).reshape(-1)
+        if given.dtype.kind == "b":
+            if len(given) != natoms:
+                raise DataError(
+                    f"{label} has a mask of {len(given)} for {natoms} atoms; write the row again."
+                )
+            return np.flatnonzero(given)
+        if given.dtype.kind == "f" and len(given):
+            raise DataError(f"{label} holds {given[0]:g}, not whole numbers; write the row again.")
+        outside = given[(given < -natoms) | (given >= natoms)]
+        if len(outside):
+            raise DataError(f"{label} names atom {outside[0]} of {natoms}; write the row again.")
+        if len(np.unique(given)) < len(given):
+            raise DataError(f"{label} names atoms twice, perhaps meant as a mask; write the row again.")
+        return given.astype(np.int64)
 
 
-def _stress(stress: Any, where: str) -> np.ndarray | None:
-    """`[3, 3]`, also from ASE's six components."""
-    if stress is None:
-        return None
-    array = as_array(stress, "stress", where)
-    return voigt_6_to_full_3x3_stress(array.reshape(6)) if array.size == 6 else array.reshape(3, 3)
-
-
-def _tags(tags: Any, fixed: np.ndarray, where: str, keep: bool) -> Any:
-    """`tags`, or where there are none (all 0, unless `keep`) 0 for fixed atoms and 1 for the others.
+def decode_array(value: Any) -> Any:
+    """Decode `{"__ndarray__": [shape, dtype, numbers]}`, as ASE writes arrays; return all else unchanged.
 
     Raises:
-        DataError: neither tags nor fixed atoms: nothing says what is slab and what adsorbate.
-    """
-    if tags is not None and (keep or as_array(tags, "tags", where).any()):
-        return tags
-    if tags is None and not fixed.any():
-        raise DataError(
-            f"{where}: has no tags and no constraint; call atoms.set_tags (0 subsurface, 1 surface, "
-            "2 adsorbate) or set FixAtoms on the atoms that DFT held, and db.write the structure again."
-        )
-    return np.where(fixed, 0, 1)
-
-
-def _fixed(constraints: Any, natoms: int, cell: Any, where: str) -> np.ndarray:
-    """`[N]` bool: atoms that the constraints of a row hold in every direction."""
-    if not constraints:
-        return np.zeros(natoms, dtype=bool)
-    found = constraints_from_records([_checked(item, natoms, where) for item in constraints], where)
-    try:
-        return held_atoms(Atoms(f"X{natoms}", cell=cell), found)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-
-
-def _checked(constraint: Any, natoms: int, where: str) -> Any:
-    """The record of a constraint with arrays for lists and indices of atoms that exist."""
-    kwargs = constraint.get("kwargs") if isinstance(constraint, dict) else None
-    if not isinstance(kwargs, dict):
-        return constraint
-    kwargs = {name: _plain(value) for name, value in kwargs.items()}
-    if constraint.get("name") not in NEVER_HOLD:
-        what = f"{where}: the constraint {str(constraint.get('name'))[:40]}"
-        kwargs |= {
-            name: _indices(kwargs[name], natoms, what) for name in ("indices", "a", "index") if name in kwargs
-        }
-    return {**constraint, "kwargs": kwargs}
-
-
-def _indices(given: Any, natoms: int, what: str) -> np.ndarray:
-    """Indices or a mask, as ASE's constraints take them; from the end where negative."""
-    given = as_array(_plain(given), "indices", what).reshape(-1)
-    if given.dtype.kind == "b":
-        if len(given) != natoms:
-            raise DataError(f"{what} has a mask of {len(given)} for {natoms} atoms; write the row again.")
-        return np.flatnonzero(given)
-    if given.dtype.kind == "f" and len(given):
-        raise DataError(f"{what} holds {given[0]:g}, not whole numbers; write the row again.")
-    wrong = given[(given < -natoms) | (given >= natoms)]
-    if len(wrong):
-        raise DataError(f"{what} names atom {wrong[0]} of {natoms}; write the row again.")
-    if len(np.unique(given)) < len(given):
-        raise DataError(f"{what} names atoms twice, perhaps meant as a mask; write the row again.")
-    return given.astype(np.int64)
-
-
-def _plain(value: Any) -> Any:
-    """Arrays for `{"__ndarray__": [shape, dtype, numbers]}`, as ASE writes them; everything else as it is.
-
-    Raises:
-        ValueError: an array that is too large or of something else than numbers.
+        ValueError: the array is too large, or holds something other than numbers of its dtype.
     """
     if not isinstance(value, dict) or "__ndarray__" not in value:
         return value
@@ -243,12 +272,9 @@ def _plain(value: Any) -> Any:
     if len(flat) > 9 * LARGEST_ATOMS:
         raise ValueError("an array is too large")
     exact = np.array(flat)
-    if exact.dtype.kind in "biuf" and exact.dtype.kind != np.dtype(dtype).kind and not _fits(exact, dtype):
-        raise ValueError(f"an array of {dtype} holds other values")
+    if exact.dtype.kind in "biuf" and exact.dtype.kind != np.dtype(dtype).kind:
+        with np.errstate(invalid="ignore"):
+            unchanged = np.array_equal(exact.astype(dtype), exact, equal_nan=True)
+        if not unchanged:
+            raise ValueError(f"an array of {dtype} holds other values")
     return np.array(flat, dtype=dtype).reshape(shape)
-
-
-def _fits(values: np.ndarray, dtype: str) -> bool:
-    """Tell whether the values stay the same in `dtype`."""
-    with np.errstate(invalid="ignore"):
-        return bool(np.array_equal(values.astype(dtype), values, equal_nan=True))

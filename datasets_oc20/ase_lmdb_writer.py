@@ -1,4 +1,4 @@
-"""`AseLmdbWriter`: structures as an ASE-LMDB, for fairchem-core 2 and everything that uses `ase.db`."""
+"""Writer of ASE-LMDB files, for fairchem-core 2 and everything that uses `ase.db`."""
 
 import os
 from collections.abc import Mapping
@@ -13,17 +13,17 @@ from ase.constraints import FixAtoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch_geometric.data import Data
 
-from datasets_oc20 import structure_record as records
 from datasets_oc20.ase_lmdb import EXTRA_FIELDS
 from datasets_oc20.atomic import publish, temporary_beside
 from datasets_oc20.errors import DataError
+from datasets_oc20.structure_record import check_energy_kind, make_data
 from datasets_oc20.writer import FORMAT, FORMAT_VERSION, UNITS
 
 _ROWS_PER_TRANSACTION = 1000
 
 
 class AseLmdbWriter:
-    """Writes structures to one ASE-LMDB file with `ase-db-backends`; use it in a `with` block.
+    """Writer of structures to one ASE-LMDB file with `ase-db-backends`; use it in a `with` block.
 
     As with `LmdbWriter`, the file takes its name when the block ends without an exception; otherwise nothing
     is left.
@@ -32,6 +32,11 @@ class AseLmdbWriter:
         path: the file to write; an existing one is replaced at the end.
         energy_kind: "adsorption", "total", or None for structures without a target.
         metadata: provenance to keep with the data (JSON values).
+
+    Attributes:
+        path: the file.
+        energy_kind: as given.
+        count: number of structures so far.
 
     Raises:
         DataError: `ase-db-backends` is missing, a record is not valid, or nothing was written.
@@ -45,9 +50,16 @@ class AseLmdbWriter:
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
-        self.energy_kind = records.check_energy_kind(energy_kind)
+        self.energy_kind = check_energy_kind(energy_kind)
         self.count = 0
-        self._backend = _backend()
+        try:
+            from ase_db_backends.aselmdb import LMDBDatabase
+        except ImportError as error:
+            raise DataError(
+                "writing ASE-LMDB files needs the package ase-db-backends; install it with "
+                "pip install '.[ase-lmdb]'."
+            ) from error
+        self._backend: Any = LMDBDatabase
         self._metadata = dict(metadata or {})
         self._pending: list[tuple[Atoms, dict[str, Any]]] = []
         if not self.path.parent.is_dir():
@@ -57,15 +69,17 @@ class AseLmdbWriter:
         self._temporary = temporary_beside(self.path)
 
     def write(self, data: Data) -> None:
-        """Append one structure."""
-        checked = records.make_data(data.to_dict(), f"{self.path}, record {self.count}")
-        self._pending.append((_atoms(checked), _extras(checked)))
+        """Append one structure; raise `DataError` if it is not valid."""
+        checked = make_data(data.to_dict(), f"{self.path}, record {self.count}")
+        # Fields that an ASE structure has no place for.
+        extras = {name: checked[name].double().numpy() for name in EXTRA_FIELDS if name in checked}
+        self._pending.append((_to_atoms(checked), {"sid": checked.sid, "fid": checked.fid, **extras}))
         self.count += 1
         if len(self._pending) >= _ROWS_PER_TRANSACTION:
             self._flush()
 
     def close(self) -> None:
-        """Complete the file and give it its name."""
+        """Complete the file and rename it to `path`; raise `DataError` if nothing was written."""
         if not self.count:
             self.abort()
             raise DataError(f"{self.path}: no record to write, so no file was written.")
@@ -86,11 +100,12 @@ class AseLmdbWriter:
         self._lock_file().unlink(missing_ok=True)
 
     def abort(self) -> None:
-        """Leave nothing behind."""
+        """Remove the unfinished file."""
         self._temporary.unlink(missing_ok=True)
         self._lock_file().unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
+        """Return the writer."""
         return self
 
     def __exit__(
@@ -105,7 +120,7 @@ class AseLmdbWriter:
         """Commit the pending rows, and at the end the metadata."""
         try:
             with self._backend(self._temporary, use_lock_file=False) as database:
-                # The backend looks every new id up in the list of all: forget those that are on the disk.
+                # The backend looks every new id up in the list of all; those on the disk are not needed.
                 database.ids.clear()
                 for atoms, extras in self._pending:
                     database.write(atoms, data=extras)
@@ -119,19 +134,8 @@ class AseLmdbWriter:
         return self._temporary.with_name(f"{self._temporary.name}-lock")  # LMDB's, beside the temporary file
 
 
-def _backend() -> Any:
-    try:
-        from ase_db_backends.aselmdb import LMDBDatabase
-    except ImportError as error:
-        raise DataError(
-            "writing ASE-LMDB files needs the package ase-db-backends; install it with "
-            "pip install '.[ase-lmdb]'."
-        ) from error
-    return LMDBDatabase
-
-
-def _atoms(data: Data) -> Atoms:
-    """The structure with its targets."""
+def _to_atoms(data: Data) -> Atoms:
+    """Build the ASE structure with its targets."""
     atoms = Atoms(
         numbers=data.atomic_numbers.numpy(),
         positions=data.pos.double().numpy(),
@@ -151,9 +155,3 @@ def _atoms(data: Data) -> Atoms:
     if targets:
         atoms.calc = SinglePointCalculator(atoms, **targets)
     return atoms
-
-
-def _extras(data: Data) -> dict[str, Any]:
-    """What an ASE structure has no place for."""
-    extras = {name: data[name].double().numpy() for name in EXTRA_FIELDS if name in data}
-    return {"sid": data.sid, "fid": data.fid, **extras}

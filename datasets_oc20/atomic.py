@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: a temporary file in the same folder, fsync, rename."""
+"""Atomic writes: a temporary file in the same folder, fsync, rename."""
 
 import contextlib
 import glob
@@ -14,36 +14,36 @@ _HOST = re.sub(r"[^\w]", "", socket.gethostname())[:16] or "host"
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name in the folder of `path` for a file that will be renamed to it."""
+    """Return a name in the folder of `path` for a file that will be renamed to it."""
     return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
 
 
 def remove_stale(path: Path) -> None:
-    """Remove what killed processes of this machine left of `path`; those that live keep theirs."""
+    """Remove temporary files of `path` left by killed processes of this machine; living ones keep theirs."""
+
+    def is_alive(process: int) -> bool:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:  # it is of another user
+            return True
+        return True
+
     for stale in path.parent.glob(f".{glob.escape(path.name)}.{_HOST}-*.tmp"):
         process = stale.name.removesuffix(".tmp").rpartition("-")[2]
-        if process.isdigit() and not _lives(int(process)):
+        if process.isdigit() and not is_alive(int(process)):
             with contextlib.suppress(OSError):
                 stale.unlink()
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is of another user
-        return True
-    return True
 
 
 def publish(temporary: Path, path: Path) -> None:
     """Flush `temporary` to the disk and rename it to `path`.
 
     Raises:
-        OSError: naming `path`.
+        OSError: the disk is full or the folder not writable; `path` is named.
     """
-    with _errors_name(path, temporary):
+    with _naming_errors(path, temporary):
         handle = os.open(temporary, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -54,7 +54,12 @@ def publish(temporary: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file to write that takes the name `path` when the block ends without an exception.
+    """Open a file for writing that takes the name `path` when the block ends without an exception.
+
+    Otherwise `path` stays as it was, and nothing is left.
+
+    Yields:
+        The open temporary file.
 
     Raises:
         OSError: the folder is missing or not writable, or the disk is full; `path` is named.
@@ -62,7 +67,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     path = Path(path)
     remove_stale(path)
     temporary = temporary_beside(path)
-    with _errors_name(path, temporary):
+    with _naming_errors(path, temporary):
         try:
             with temporary.open("wb") as file:
                 yield file
@@ -73,7 +78,15 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes, make_folder: bool = False) -> Path:
-    """Write `content` to `path`; its folder must exist unless `make_folder`.
+    """Write a file, or leave it as it was.
+
+    Args:
+        path: the file.
+        content: its bytes.
+        make_folder: make missing folders on the way.
+
+    Returns:
+        `path`.
 
     Raises:
         OSError: as `whole_file`.
@@ -87,7 +100,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes, make_folder: bool 
 
 
 @contextlib.contextmanager
-def _errors_name(path: Path, temporary: Path) -> Iterator[None]:
+def _naming_errors(path: Path, temporary: Path) -> Iterator[None]:
     """Make errors name `path`: a full disk names no file, others the temporary one."""
     try:
         yield

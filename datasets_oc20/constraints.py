@@ -1,4 +1,4 @@
-"""Atoms that the constraints of an ASE structure hold in place."""
+"""Detection of atoms that the constraints of an ASE structure hold in place."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -34,18 +34,34 @@ _INDEPENDENT = 1e-8
 
 
 def held_atoms(atoms: Atoms, constraints: Sequence[Any] | None = None) -> np.ndarray:
-    """`[N]` bool: atoms that cannot move in any direction.
+    """Find the atoms that cannot move in any direction.
 
     Several constraints can hold an atom together (`FixedLine` and a `FixedPlane` across it, `FixCartesian` of
     x and of y and z). An atom that can move in some direction is not held.
 
     Args:
         atoms: the structure; not changed.
-        constraints: those of the structure unless given.
+        constraints: constraints of ASE; None takes those of the structure.
+
+    Returns:
+        `[N]` bool, True for held atoms.
 
     Raises:
         DataError: a constraint of an atom that the structure does not have.
     """
+
+    def atom_indices(constraint: Any) -> np.ndarray:
+        index = np.asarray(constraint.index)
+        if index.dtype == bool:
+            index = np.flatnonzero(index)
+        outside = index[(index < -len(atoms)) | (index >= len(atoms))]
+        if len(outside):
+            raise DataError(
+                f"the constraint {type(constraint).__name__} is of atom {outside[0]}, but there are "
+                f"{len(atoms)} atoms (0 to {len(atoms) - 1}); correct its indices."
+            )
+        return index
+
     held = np.zeros(len(atoms), dtype=bool)
     directions = np.zeros((len(atoms), 3, 3))
     partly = False
@@ -54,7 +70,7 @@ def held_atoms(atoms: Atoms, constraints: Sequence[Any] | None = None) -> np.nda
         if normals is None:
             held |= _held_by_any(constraint, atoms)
         elif len(normals):
-            index = _indices(constraint, len(atoms))
+            index = atom_indices(constraint)
             if isinstance(constraint, FixAtoms):
                 held[index] = True
             else:
@@ -67,7 +83,7 @@ def held_atoms(atoms: Atoms, constraints: Sequence[Any] | None = None) -> np.nda
 
 
 def constraints_from_records(records: Iterable[Any], where: str) -> list[Any]:
-    """ASE constraints that may hold atoms, from the plain form in which databases keep them.
+    """Build the ASE constraints that may hold atoms from the plain form in which databases keep them.
 
     Args:
         records: `{"name": …, "kwargs": {…}}` each, with arrays as lists.
@@ -76,7 +92,7 @@ def constraints_from_records(records: Iterable[Any], where: str) -> list[Any]:
     Raises:
         DataError: something else, or a constraint that ASE does not have.
     """
-    found = []
+    constraints = []
     for record in records:
         name = record.get("name") if isinstance(record, dict) else None
         if name in NEVER_HOLD:
@@ -86,22 +102,22 @@ def constraints_from_records(records: Iterable[Any], where: str) -> list[Any]:
                 f"{where}: the constraint {name} does not say which atoms are fixed; use FixAtoms."
             )
         try:
-            found.append(dict2constraint({"name": name, "kwargs": dict(record["kwargs"])}))
+            constraints.append(dict2constraint({"name": name, "kwargs": dict(record["kwargs"])}))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             raise DataError(
                 f"{where}: the constraint {name} cannot be read ({error}); write it with ASE again."
             ) from error
-    return found
+    return constraints
 
 
 def _held_directions(constraint: Any, atoms: Atoms) -> np.ndarray | None:
-    """`[n, 3]` directions in which none of its atoms moves; None for a constraint of unknown kind."""
+    """Return `[n, 3]` directions in which its atoms cannot move; None for an unknown kind of constraint."""
     if isinstance(constraint, FixAtoms):
         return np.eye(3)
-    if isinstance(constraint, FixCartesian):
-        return np.eye(3)[_mask(constraint)]
-    if isinstance(constraint, FixScaled):
-        mask = _mask(constraint)
+    if isinstance(constraint, FixCartesian | FixScaled):
+        mask = np.broadcast_to(np.asarray(constraint.mask, dtype=bool), (3,))
+        if isinstance(constraint, FixCartesian):
+            return np.eye(3)[mask]
         return np.eye(3) if mask.all() else np.linalg.pinv(atoms.cell.complete().array).T[mask]
     if isinstance(constraint, FixedPlane):
         return np.asarray(constraint.dir, dtype=float).reshape(1, 3)
@@ -112,33 +128,16 @@ def _held_directions(constraint: Any, atoms: Atoms) -> np.ndarray | None:
     return None
 
 
-def _mask(constraint: Any) -> np.ndarray:
-    return np.broadcast_to(np.asarray(constraint.mask, dtype=bool), (3,))
-
-
-def _indices(constraint: Any, natoms: int) -> np.ndarray:
-    index = np.asarray(constraint.index)
-    if index.dtype == bool:
-        index = np.flatnonzero(index)
-    outside = index[(index < -natoms) | (index >= natoms)]
-    if len(outside):
-        raise DataError(
-            f"the constraint {type(constraint).__name__} is of atom {outside[0]}, but there are {natoms} "
-            f"atoms (0 to {natoms - 1}); correct its indices."
-        )
-    return index
-
-
 def _held_by_any(constraint: Any, atoms: Atoms) -> np.ndarray:
-    """`[N]` bool: atoms whose force a constraint of another package or of a user always sets to zero."""
+    """Find the atoms, `[N]` bool, whose force an unknown constraint always sets to zero."""
     random = np.random.default_rng(0)
     held = np.ones(len(atoms), dtype=bool)
     try:
-        own = copy.deepcopy(constraint)
+        trial = copy.deepcopy(constraint)
         for _ in range(3):
             forces = random.normal(size=(len(atoms), 3))
-            own.adjust_forces(atoms, forces)
+            trial.adjust_forces(atoms, forces)
             held &= ~(np.abs(forces) > 1e-10).any(axis=1)
-    except Exception:  # code of others, which may need what a lone structure does not have
+    except Exception:  # third-party code, which may need more than a lone structure
         return np.zeros(len(atoms), dtype=bool)
     return held

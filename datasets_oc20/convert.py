@@ -1,4 +1,4 @@
-"""OC20's LMDB files and ours to ASE-LMDB and back: the same data objects in another file."""
+"""Conversion of OC20's and our LMDB files to ASE-LMDB and back."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from datasets_oc20.ase_lmdb import open_shard
 from datasets_oc20.ase_lmdb_writer import AseLmdbWriter
 from datasets_oc20.errors import DataError
 from datasets_oc20.reader import OC20Lmdb
-from datasets_oc20.workers import as_they_finish
+from datasets_oc20.workers import parallel_map
 from datasets_oc20.writer import LmdbWriter
 
 _LOG = logging.getLogger(__name__)
@@ -22,12 +22,32 @@ SUFFIXES = {"ase": ".aselmdb", "oc20": ".lmdb"}
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Conversion:
+    """Conversion of one file, done by one worker."""
+
     source: Path
     target: Path
     to: str
     energy_kind: str | None
     overwrite: bool
+
+    def run(self) -> tuple[str, int, bool]:
+        """Write the target unless it exists; return its name, number of records, and whether it is new."""
+        dataset = OC20Lmdb(self.source, self.energy_kind)
+        if self.target.exists() and not self.overwrite:
+            existing = len(OC20Lmdb(self.target, self.energy_kind))
+            if existing != len(dataset):
+                raise DataError(
+                    f"{self.target}: is there already with {existing} records instead of {len(dataset)}; "
+                    "move it away."
+                )
+            return self.target.name, existing, False
+        metadata = orjson.loads(open_shard(self.source).get(b"metadata") or b"{}")
+        provenance = metadata.get("provenance", {"source": self.source.name})
+        with WRITERS[self.to](self.target, dataset.energy_kind, provenance) as writer:
+            for index in range(len(dataset)):
+                writer.write(dataset[index])
+        return self.target.name, len(dataset), True
 
 
 def convert(
@@ -38,10 +58,10 @@ def convert(
     num_workers: int | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Write the records of `source` in the other format, without loss; returns their number.
+    """Write the records of `source` in the other format, without loss.
 
     All that the data object holds is kept bit by bit: positions, cell, targets, tags, fixed atoms, ids, kind
-    of energy. What OC20's own files hold beyond it (edges) is dropped, as in reading.
+    of energy. Edges, which only OC20's own files hold, are dropped, as in reading.
 
     Args:
         source: an LMDB or ASE-LMDB file, or a folder of them.
@@ -49,8 +69,11 @@ def convert(
             suffix. Files that are there with as many records are kept, so a stopped run goes on.
         to: "ase" or "oc20".
         energy_kind: "adsorption" or "total", where the source does not declare it.
-        num_workers: processes, one shard each; None takes one per core.
+        num_workers: number of processes, one shard each; None takes one per core.
         overwrite: replace files that are there; never those of `source`.
+
+    Returns:
+        The number of records in the converted files.
 
     Raises:
         DataError: `source` is wrong, its kind of energy not known, or `out` is there and something else.
@@ -72,43 +95,26 @@ def convert(
     for path in targets:  # under another name or behind a link, too
         if path.exists() and any(path.samefile(shard) for shard in dataset.shards):
             raise DataError(f"{path}: is the source; name another file for the result.")
-    jobs = [
-        _Job(shard, path, to, energy_kind, overwrite)
+    conversions = [
+        _Conversion(shard, path, to, energy_kind, overwrite)
         for shard, path in zip(dataset.shards, targets, strict=True)
     ]
-    return _run(jobs, num_workers)
-
-
-def shard_targets(shards: Sequence[Path], folder: str | os.PathLike[str], to: str) -> list[Path]:
-    """The files in `folder` that converted `shards` are written to."""
-    return [Path(folder) / (shard.stem + SUFFIXES[to]) for shard in shards]
-
-
-def _run(jobs: Sequence[_Job], num_workers: int | None) -> int:
     total, started = 0, time.monotonic()
-    with as_they_finish(_convert_file, jobs, num_workers) as results:
-        for count, (name, records, written) in enumerate(results, start=1):
+    with parallel_map(_Conversion.run, conversions, num_workers, in_order=False) as results:
+        for count, (name, records, is_new) in enumerate(results, start=1):
             total += records
             rate = total / (time.monotonic() - started)
-            what = f"{records} records, {rate:.0f} records/s" if written else "is there already"
-            _LOG.info("%s: %s (%d of %d files)", name, what, count, len(jobs))
+            outcome = f"{records} records, {rate:.0f} records/s" if is_new else "is there already"
+            _LOG.info("%s: %s (%d of %d files)", name, outcome, count, len(conversions))
     return total
 
 
-def _convert_file(job: _Job) -> tuple[str, int, bool]:
-    """In a worker: the name of the file, its number of records, whether it was written now."""
-    dataset = OC20Lmdb(job.source, job.energy_kind)
-    if job.target.exists() and not job.overwrite:
-        there = len(OC20Lmdb(job.target, job.energy_kind))
-        if there != len(dataset):
-            raise DataError(
-                f"{job.target}: is there already with {there} records instead of {len(dataset)}; move it "
-                "away."
-            )
-        return job.target.name, there, False
-    metadata = orjson.loads(open_shard(job.source).get(b"metadata") or b"{}")
-    provenance = metadata.get("provenance", {"source": job.source.name})
-    with WRITERS[job.to](job.target, dataset.energy_kind, provenance) as writer:
-        for index in range(len(dataset)):
-            writer.write(dataset[index])
-    return job.target.name, len(dataset), True
+def shard_targets(shards: Sequence[Path], folder: str | os.PathLike[str], to: str) -> list[Path]:
+    """List the files in `folder` that converted `shards` are written to.
+
+    Args:
+        shards: the files to convert.
+        folder: folder of the converted files.
+        to: "ase" or "oc20".
+    """
+    return [Path(folder) / (shard.stem + SUFFIXES[to]) for shard in shards]

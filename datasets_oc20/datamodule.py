@@ -1,4 +1,4 @@
-"""`OC20DataModule`: the Lightning data module. It only loads."""
+"""Lightning data module of OC20 data: files, normalizers and batches."""
 
 import math
 from dataclasses import dataclass
@@ -21,18 +21,25 @@ from datasets_oc20.targets import (
     NormalizerStatistics,
     TargetSample,
     check_energies_match_kind,
-    check_normalized_energies,
     fit_linear_references,
     fit_normalizers,
     sample_targets,
 )
 
+Paths = str | list[str]
+_CHECKED_RECORDS = 200
+_MAX_CHECKED_FIELDS = 50_000
+
 
 class WithForcesOnly(Dataset):
-    """The records of `labelled`, then those of `forces_only`, each with a field `has_energy [1]` (bool).
+    """Concatenation of labelled and forces-only records, each with a field `has_energy [1]` (bool).
 
     Forces of another method (a universal potential, say) can be learned beside DFT labels; its energies
-    cannot, because they have another zero. So the energies of `forces_only` are there, but marked.
+    cannot, because they have another zero. So the energies of `forces_only` are kept, but marked.
+
+    Args:
+        labelled: records whose energies and forces are learned; they come first.
+        forces_only: records of which only the forces are learned.
 
     Raises:
         DataError: one of the two has no forces.
@@ -47,9 +54,11 @@ class WithForcesOnly(Dataset):
                 )
 
     def __len__(self) -> int:
+        """Return the number of structures."""
         return len(self.labelled) + len(self.forces_only)
 
     def __getitem__(self, index: int) -> Data:
+        """Read the structure `index`."""
         extra = index - len(self.labelled)
         data = self.labelled[index] if extra < 0 else self.forces_only[extra]
         data.has_energy = torch.tensor([extra < 0])
@@ -57,13 +66,8 @@ class WithForcesOnly(Dataset):
 
     @property
     def natoms(self) -> np.ndarray:
-        """`[len]` atoms per structure."""
+        """Number of atoms of every structure, `[len]`."""
         return np.concatenate([self.labelled.natoms, self.forces_only.natoms])
-
-
-Paths = str | list[str]
-_CHECKED_RECORDS = 200
-_MOST_LOOKED_AT = 50_000
 
 
 @dataclass
@@ -103,22 +107,22 @@ class OC20DataModule(pl.LightningDataModule):
     After `setup()`, `energy_kind` and `normalizers` describe the training data. For total energies
     per-element references are fitted and subtracted before the mean and standard deviation are taken.
 
-    For several processes give the Trainer `use_distributed_sampler=False`: the batches are shared out here.
+    For several processes give the Trainer `use_distributed_sampler=False`: this sampler deals the batches.
 
     Args:
         train: LMDB file, folder of shards, or list of them.
-        val: the same.
-        test: the same.
+        val: likewise.
+        test: likewise.
         forces_only: further training structures of which only the forces are learned, such as labels of
             another method, whose energies have another zero. They do not enter the normalizers.
         energy_kind: "adsorption" or "total"; needed for OC20's own files, which do not declare it.
-        batch_size: most structures in a batch, per process.
-        max_atoms: most atoms in a batch.
-        max_edges: most edges in a batch, counted as `max_neighbors` per atom.
+        batch_size: maximum number of structures in a batch, per process.
+        max_atoms: maximum number of atoms in a batch.
+        max_edges: maximum number of edges in a batch, counted as `max_neighbors` per atom.
         max_neighbors: edges counted per atom for `max_edges`.
-        num_workers: loader processes.
-        seed: order of the training batches, together with the epoch.
-        normalizers: values to use instead of those of the training data.
+        num_workers: number of loader processes.
+        seed: random seed; with the epoch it determines the order of the training batches.
+        normalizers: values to use instead of fits to the training data.
 
     Raises:
         DataError: for numbers out of range; on `setup`, for wrong files, mixed or undeclared kinds of energy,
@@ -165,7 +169,7 @@ class OC20DataModule(pl.LightningDataModule):
         datasets = {
             name: OC20Lmdb(path, self._given_kind) for name, path in self._paths.items() if path is not None
         }
-        self.energy_kind = _common_kind(datasets)
+        self.energy_kind = self._common_kind(datasets)
         more = None if self._forces_only is None else OC20Lmdb(self._forces_only)
         for name, dataset in datasets.items():
             check_same_fields(dataset, dataset.fields(0), needs_energy=name != "test")
@@ -185,27 +189,39 @@ class OC20DataModule(pl.LightningDataModule):
         self._report()
 
     def check_normalizers(self, mean: float, std: float, linear_references: torch.Tensor | None) -> None:
-        """Raise `DataError` for normalizers (eV), fitted elsewhere, that cannot be of these energies."""
+        """Check that normalizers fitted elsewhere can be of these energies.
+
+        Args:
+            mean: of the energy less the references, eV.
+            std: standard deviation of the same, eV.
+            linear_references: `[Z_max + 1]` eV, or None.
+
+        Raises:
+            DataError: the energies of a dataset are far from the mean.
+        """
         for path, sample in self._samples.items():
-            check_normalized_energies(sample, mean, std, linear_references, path)
+            sample.check_normalized(mean, std, linear_references, path)
 
     def training_targets(self, linear_references: torch.Tensor | None) -> NormalizerStatistics:
-        """Mean and spread of the training energies less the references (eV), and of the forces (eV/Å).
+        """Compute mean and spread of the training energies (eV), less references, and of the forces (eV/Å).
 
-        Of the frames that the normalizers were fitted to, or of 200 where they are given.
+        They are taken over the frames that the normalizers were fitted to, or 200 where these are given.
+
+        Args:
+            linear_references: `[100]` eV, or None.
         """
         return fit_normalizers(self._training_sample, linear_references)
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled by (seed, epoch)."""
+        """Return the training batches, shuffled by (seed, epoch)."""
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
-        """In stored order."""
+        """Return the validation batches in stored order."""
         return self._loader("val", shuffle=False)
 
     def test_dataloader(self) -> DataLoader:
-        """In stored order."""
+        """Return the test batches in stored order; raise `DataError` if there are no test data."""
         if "test" not in self.datasets:
             raise DataError("data.test is not set; name the dataset to test on.")
         return self._loader("test", shuffle=False)
@@ -232,6 +248,21 @@ class OC20DataModule(pl.LightningDataModule):
         references = fit_linear_references(sample) if self.energy_kind == "total" else None
         fitted = fit_normalizers(sample, references)
         return {"energy": fitted["energy"], "forces": fitted["forces"], "linear_references": references}
+
+    @staticmethod
+    def _common_kind(datasets: dict[str, OC20Lmdb]) -> str:
+        """Return the kind of energy that all datasets have; raise `DataError` if there is none."""
+        for dataset in datasets.values():
+            if dataset.energy_kind is None:
+                raise DataError(
+                    f"{dataset.path}: the file does not say whether its energies are adsorption or total "
+                    "energies; set data.energy_kind."
+                )
+        kinds = {name: dataset.energy_kind for name, dataset in datasets.items()}
+        if len(set(kinds.values())) > 1:
+            listed = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+            raise DataError(f"the datasets mix kinds of energy ({listed}); use one kind.")
+        return str(kinds["train"])
 
     def _report(self) -> None:
         sizes = ", ".join(f"{name} {len(dataset)}" for name, dataset in self.datasets.items())
@@ -266,10 +297,11 @@ class OC20DataModule(pl.LightningDataModule):
             world_size=world_size,
         )
         if shuffle and world_size > 1:
-            found = sampler.imbalance()
+            imbalance = sampler.imbalance()
             rank_zero_info(
                 f"Batches: {len(sampler)} steps on {world_size} processes; the most loaded has "
-                f"{100 * found.mean:.2f} % more atoms than the mean (worst step {100 * found.worst:.1f} %)"
+                f"{100 * imbalance.mean:.2f} % more atoms than the mean (worst step "
+                f"{100 * imbalance.worst:.1f} %)"
             )
         return DataLoader(
             dataset,
@@ -282,34 +314,43 @@ class OC20DataModule(pl.LightningDataModule):
 
 
 def check_same_fields(dataset: OC20Lmdb, expected: frozenset[str], needs_energy: bool = False) -> None:
-    """Find records without the fields of the others at once, and not when their batch comes.
+    """Check before training that all records have the same fields.
 
-    All records of a dataset of at most 50,000 are looked at, of a larger one as many, evenly spread.
+    All records of a dataset of at most 50,000 are checked, of a larger one as many, evenly spread.
+
+    Args:
+        dataset: the records.
+        expected: names of the fields.
+        needs_energy: require the field `energy`.
 
     Raises:
-        DataError: a record has not the fields `expected`, or no energy; file, key and field are named.
+        DataError: a record has other fields, or no energy; file, key and field are named.
     """
     for index in np.unique(
-        np.linspace(0, len(dataset) - 1, min(_MOST_LOOKED_AT, len(dataset))).astype(np.int64)
+        np.linspace(0, len(dataset) - 1, min(_MAX_CHECKED_FIELDS, len(dataset))).astype(np.int64)
     ).tolist():
-        found = dataset.fields(index)
-        if needs_energy and "energy" not in found:
+        fields = dataset.fields(index)
+        if needs_energy and "energy" not in fields:
             raise DataError(f"{dataset.describe(index)}: the record has no energy to train on.")
-        if found != expected:
-            missing, further = sorted(expected - found), sorted(found - expected)
-            told = f"has no {' and no '.join(missing)}" if missing else f"has {' and '.join(further)}"
+        if fields != expected:
+            missing, extra = sorted(expected - fields), sorted(fields - expected)
+            difference = f"has no {' and no '.join(missing)}" if missing else f"has {' and '.join(extra)}"
             others = "which the first one has" if missing else "which the first one has not"
             raise DataError(
-                f"{dataset.describe(index)}: the record {told}, {others}; keep records with other fields in "
-                "a dataset of their own."
+                f"{dataset.describe(index)}: the record {difference}, {others}; keep records with other "
+                "fields in a dataset of their own."
             )
 
 
 def collate(structures: list[Data], like: Data | None = None) -> Batch:
-    """One batch of structures.
+    """Join structures to one batch.
+
+    Args:
+        structures: the structures.
+        like: a structure with the fields that all must have; the first one by default.
 
     Raises:
-        DataError: only some of them, or of them and `like`, have a field, such as forces.
+        DataError: only some of them have a field, such as forces.
     """
     first = structures[0] if like is None else like
     fields = set(first.keys())
@@ -325,25 +366,16 @@ def collate(structures: list[Data], like: Data | None = None) -> Batch:
 
 
 def load_linear_references(path: str | None) -> torch.Tensor | None:
-    """The array `coeff [100]` (eV per atomic number) of an `.npz` file; None for None."""
+    """Read the array `coeff [100]` (eV per atomic number) of an `.npz` file; None for None.
+
+    Raises:
+        DataError: there is no such array of finite numbers.
+        OSError: the file is missing or unreadable.
+    """
     if path is None:
         return None
     (coefficients,) = read_npz(path, ["coeff"])
-    numbers = coefficients.dtype.kind in "iuf" and coefficients.shape == (NUM_ELEMENTS,)
-    if not numbers or not np.isfinite(coefficients).all():
+    is_table = coefficients.dtype.kind in "iuf" and coefficients.shape == (NUM_ELEMENTS,)
+    if not is_table or not np.isfinite(coefficients).all():
         raise DataError(f"{path}: 'coeff' must hold {NUM_ELEMENTS} finite numbers, one per atomic number.")
     return torch.from_numpy(coefficients.astype(np.float64))
-
-
-def _common_kind(datasets: dict[str, OC20Lmdb]) -> str:
-    for dataset in datasets.values():
-        if dataset.energy_kind is None:
-            raise DataError(
-                f"{dataset.path}: the file does not say whether its energies are adsorption or total "
-                "energies; set data.energy_kind."
-            )
-    kinds = {name: dataset.energy_kind for name, dataset in datasets.items()}
-    if len(set(kinds.values())) > 1:
-        listed = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
-        raise DataError(f"the datasets mix kinds of energy ({listed}); use one kind.")
-    return str(kinds["train"])

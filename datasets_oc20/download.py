@@ -1,4 +1,4 @@
-"""Large files over HTTP: resumed, retried, checked.
+"""Downloads of large files over HTTP: resumed, retried, checked.
 
 `requests` (Apache-2.0) carries the transfer and `tenacity` (Apache-2.0) the repetition. Libraries that fetch
 whole files (pooch, urllib) start again after every cut, which never ends at 225 GiB.
@@ -16,22 +16,25 @@ import requests
 import tenacity
 import urllib3
 
-from datasets_oc20.disk_space import human
+from datasets_oc20.disk_space import byte_bar, human
 from datasets_oc20.errors import DataError
-from datasets_oc20.partial_file import PartialFile, is_complete, md5_sum
-from datasets_oc20.progress import byte_bar
+from datasets_oc20.partial_file import PartialFile, md5_sum
 from datasets_oc20.untrusted import AnyPath
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 1 << 20
 # The server may answer otherwise later: timeout, too early, too many requests, and its own failures.
-_TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
-_LONGEST_WAIT_ASKED = 600.0
+_RETRIED = {408, 425, 429, 500, 502, 503, 504}
+_LONGEST_SERVER_WAIT = 600.0
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")
 
 
 class _InterruptedError(Exception):
-    """The transfer stopped, and the next try may go on; `wait`: seconds that the server asks for."""
+    """The transfer stopped, and the next try may go on.
+
+    Attributes:
+        wait: seconds that the server asks to wait, or None.
+    """
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -40,13 +43,13 @@ class _InterruptedError(Exception):
 
 @dataclass(frozen=True)
 class Retry:
-    """When to give up, and how long to wait before the next try.
+    """Limits of the repetition of a failed transfer.
 
-    Args:
+    Attributes:
         attempts: failures in a row without a new byte after which to give up.
-        first_wait: seconds before the second try; doubled for every further one, up to `longest_wait`.
-        longest_wait: see there.
-        sleep: how to wait.
+        first_wait: seconds before the second try; doubled for every one after it, up to `longest_wait`.
+        longest_wait: seconds.
+        sleep: function that waits a number of seconds.
     """
 
     attempts: int = 10
@@ -57,9 +60,14 @@ class Retry:
 
 @dataclass(frozen=True)
 class Download:
-    """What was done: `size` bytes are at `path`, of which `fetched` came over the net in `seconds`.
+    """A completed download.
 
-    `md5` is the sum that was checked, or None where none is known.
+    Attributes:
+        path: the file.
+        size: bytes of the file.
+        fetched: bytes that came over the net in this call.
+        seconds: duration of the call.
+        md5: the sum that was checked, or None where none is known.
     """
 
     path: Path
@@ -70,14 +78,22 @@ class Download:
 
 
 def remote_size(url: str, timeout: float = 30.0) -> int | None:
-    """The size of the file at `url` in bytes, or None where the server does not say."""
+    """Ask a server for the size of a file.
+
+    Args:
+        url: http or https.
+        timeout: seconds to wait for an answer.
+
+    Returns:
+        Bytes, or None where the server does not state them.
+    """
     try:
         answer = requests.head(
             url, timeout=timeout, allow_redirects=True, headers={"Accept-Encoding": "identity"}
         )
     except requests.RequestException:
         return None
-    return _number(answer.headers.get("Content-Length")) if answer.ok else None
+    return _parse_integer(answer.headers.get("Content-Length")) if answer.ok else None
 
 
 def fetch(
@@ -90,19 +106,19 @@ def fetch(
 ) -> Download:
     """Download `url` to `target`, going on where an earlier run stopped.
 
-    What arrives is kept in `target.part` until it is whole and its sum is right; then it takes its name. A
-    file that is there already is checked and kept.
+    Received bytes are kept in `target.part` until the file is whole and its sum is right; then it takes its
+    name. A file that is there already is checked and kept.
 
     Args:
         url: http or https.
         target: the file to write; its folder must exist.
         md5: hexadecimal MD5 sum; None: not known, a warning says that nothing was checked.
-        retry: patience; by default about 10 minutes without a byte.
+        retry: limits of repetition; by default it gives up after about 10 minutes without a byte.
         timeout: seconds without an answer or a byte after which a try has failed.
-        show_progress: a progress bar with rate and time left on stderr.
+        show_progress: draw a progress bar with rate and time left on stderr.
 
     Raises:
-        DataError: the server refuses, all tries failed (what has arrived is kept), or the sum is wrong.
+        DataError: the server refuses, all tries failed (received bytes are kept), or the sum is wrong.
         OSError: the disk is full or the folder not writable.
     """
     target = Path(target)
@@ -110,17 +126,18 @@ def fetch(
     started = time.monotonic()
     if md5 is None:
         _LOG.warning("%s: no MD5 sum is known for this file, so it cannot be checked.", target.name)
-    if is_complete(target, md5, show_progress):
+    part = PartialFile(target, url)
+    if part.is_complete(md5, show_progress):
         _LOG.info("%s is there already.", target)
         return Download(target, target.stat().st_size, 0, time.monotonic() - started, md5)
-    with PartialFile(target, url) as part, requests.Session() as session:
+    with part, requests.Session() as session:
         transfer = _Transfer(session, part, retry, timeout, show_progress)
         transfer.run()
-        found = md5_sum(part.path, show_progress) if md5 else None
-        if found != md5:
+        actual = md5_sum(part.path, show_progress) if md5 else None
+        if actual != md5:
             part.discard()
             raise DataError(
-                f"{target}: the MD5 sum of what {url} sent is {found} instead of {md5}; it was removed, run "
+                f"{target}: the MD5 sum of what {url} sent is {actual} instead of {md5}; it was removed, run "
                 "the same command again."
             )
         part.complete()
@@ -128,7 +145,11 @@ def fetch(
 
 
 class _Transfer:
-    """The tries to complete one partial file."""
+    """Repeated requests that complete one partial file.
+
+    Attributes:
+        fetched: bytes received.
+    """
 
     def __init__(
         self, session: requests.Session, part: PartialFile, retry: Retry, timeout: float, show_progress: bool
@@ -140,13 +161,13 @@ class _Transfer:
         self._farthest = part.size
 
     def run(self) -> None:
-        """Try until the file is whole; raises `DataError` when there is no hope."""
+        """Repeat requests until the file is whole; raise `DataError` after the last attempt."""
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_InterruptedError),
             stop=lambda _: self._failures >= self._retry.attempts,
             wait=self._wait,
             sleep=self._retry.sleep,
-            before_sleep=self._say,
+            before_sleep=self._log_retry,
             reraise=True,
         )
         try:
@@ -171,11 +192,11 @@ class _Transfer:
         error = state.outcome.exception() if state.outcome else None
         asked = error.wait if isinstance(error, _InterruptedError) else None
         if asked is not None:
-            return min(asked, _LONGEST_WAIT_ASKED)
+            return min(asked, _LONGEST_SERVER_WAIT)
         wait = self._retry.first_wait * 2.0 ** min(self._failures - 1, 60)
         return min(wait, self._retry.longest_wait)
 
-    def _say(self, state: tenacity.RetryCallState) -> None:
+    def _log_retry(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         wait = state.next_action.sleep if state.next_action else 0.0
         _LOG.warning(
@@ -187,7 +208,7 @@ class _Transfer:
         )
 
     def _receive(self) -> None:
-        """One request, as far as it goes."""
+        """Send one request and store its bytes until it ends."""
         part = self._part
         if part.total is not None and part.size == part.total:
             return
@@ -196,15 +217,15 @@ class _Transfer:
             headers["Range"] = f"bytes={part.size}-"
             if part.validator:
                 headers["If-Range"] = part.validator
-        with _network_errors(part.url):
+        with self._network_errors():
             answer = self._session.get(part.url, headers=headers, stream=True, timeout=self._timeout)
         with answer:
-            if answer.status_code == 416 and _range(answer)[1] == part.size > 0:
+            if answer.status_code == 416 and self._content_range(answer)[1] == part.size > 0:
                 return  # all of it is there; the size was not known before
             total = self._check(answer)
-            part.describe(total, _validator(answer))
+            part.describe(total, self._validator(answer))
             with (
-                _network_errors(part.url),
+                self._network_errors(),
                 byte_bar(part.target.name, total, part.size, self._show_progress) as bar,
             ):
                 for chunk in answer.raw.stream(_CHUNK, decode_content=False):
@@ -218,11 +239,11 @@ class _Transfer:
             raise _InterruptedError("the connection ended early")
 
     def _check(self, answer: requests.Response) -> int | None:
-        """The size of the whole file, after making sure that what comes now belongs behind what is there."""
+        """Return the size of the whole file if the answer continues the stored part; raise otherwise."""
         part, status = self._part, answer.status_code
-        if status in _TRY_AGAIN:
+        if status in _RETRIED:
             raise _InterruptedError(
-                f"the server answers {status}", _number(answer.headers.get("Retry-After"))
+                f"the server answers {status}", _parse_integer(answer.headers.get("Retry-After"))
             )
         if status == 416 and part.size:  # the partial file is not a part of what is there now
             part.restart()
@@ -235,39 +256,39 @@ class _Transfer:
             if part.size:
                 _LOG.warning("%s: the server sends the file from its beginning.", part.target.name)
                 part.restart()
-            return _number(answer.headers.get("Content-Length"))
-        start, total = _range(answer)
+            return _parse_integer(answer.headers.get("Content-Length"))
+        start, total = self._content_range(answer)
         changed = part.total is not None and total is not None and part.total != total
         if start != part.size or changed:
             part.restart()
             raise _InterruptedError("the server sent another range than asked for")
         return total
 
+    @contextlib.contextmanager
+    def _network_errors(self) -> Iterator[None]:
+        """Turn failures of the network into `_InterruptedError`, impossible addresses into `DataError`."""
+        url = self._part.url
+        try:
+            yield
+        except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema) as error:
+            raise DataError(f"{url}: not an http or https address.") from error
+        except (requests.exceptions.InvalidSchema, requests.exceptions.TooManyRedirects) as error:
+            raise DataError(f"{url}: cannot be downloaded ({error}).") from error
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            raise _InterruptedError(f"the connection failed, {type(error).__name__}") from error
 
-@contextlib.contextmanager
-def _network_errors(url: str) -> Iterator[None]:
-    """Failures of the network as `_InterruptedError`, impossible addresses as `DataError`."""
-    try:
-        yield
-    except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema) as error:
-        raise DataError(f"{url}: not an http or https address.") from error
-    except (requests.exceptions.InvalidSchema, requests.exceptions.TooManyRedirects) as error:
-        raise DataError(f"{url}: cannot be downloaded ({error}).") from error
-    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise _InterruptedError(f"the connection failed, {type(error).__name__}") from error
+    @staticmethod
+    def _validator(answer: requests.Response) -> str | None:
+        """Name this version of the file for `If-Range`, which takes no weak ETag (RFC 9110, 13.1.5)."""
+        tag = answer.headers.get("ETag", "")
+        return tag if tag.startswith('"') else answer.headers.get("Last-Modified")
+
+    @staticmethod
+    def _content_range(answer: requests.Response) -> tuple[int | None, int | None]:
+        """First byte of the answer and size of the whole file, from `Content-Range`."""
+        match = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+        return (_parse_integer(match[1]), _parse_integer(match[2])) if match else (None, None)
 
 
-def _validator(answer: requests.Response) -> str | None:
-    """What names this version of the file in `If-Range`, which takes no weak ETag (RFC 9110, 13.1.5)."""
-    tag = answer.headers.get("ETag", "")
-    return tag if tag.startswith('"') else answer.headers.get("Last-Modified")
-
-
-def _range(answer: requests.Response) -> tuple[int | None, int | None]:
-    """First byte of what is sent and size of the whole file, from `Content-Range`."""
-    found = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
-    return (_number(found[1]), _number(found[2])) if found else (None, None)
-
-
-def _number(text: str | None) -> int | None:
+def _parse_integer(text: str | None) -> int | None:
     return int(text) if text is not None and text.isdecimal() else None

@@ -1,11 +1,11 @@
-"""The one exception for wrong data files."""
+"""Exception for wrong data files."""
 
 
 class DataError(ValueError):
-    """A data file is wrong; the message is one sentence that names the file and key and says what to do.
+    """A data file is wrong; the message is one sentence that names the file, the key and the remedy.
 
     Attributes:
-        sid: of the system whose record is wrong, where the record tells it, else None.
+        sid: id of the system whose record is wrong; None if unknown.
     """
 
     sid: str | None = None

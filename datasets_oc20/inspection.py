@@ -1,4 +1,4 @@
-"""What is in a dataset, and which of its frames look wrong: the first thing to run on data of one's own."""
+"""Inspection of a dataset: its sizes, energies, forces and elements, and its suspicious frames."""
 
 import re
 from collections import Counter
@@ -9,22 +9,21 @@ from hashlib import blake2b
 
 import numpy as np
 from ase.geometry import complete_cell
-from torch_geometric.data import Data
 
 from datasets_oc20.errors import DataError
 from datasets_oc20.periodicity import unused_cell
 from datasets_oc20.reader import OC20Lmdb
-from datasets_oc20.targets import TargetSample, unlikely_size
-from datasets_oc20.workers import as_they_finish
+from datasets_oc20.targets import TargetSample
+from datasets_oc20.workers import parallel_map
 
 # OC20's own rules for the frames of S2EF: adsorption energy, and force on a free atom.
 MAX_ENERGY, MAX_FORCE = 10.0, 50.0
 # The shortest bond there is, H2, has 0.74 Å.
 MIN_DISTANCE = 0.5
 MAX_EXTENT = 1e4
-"""Å; the limit of `equiformer2.graph.validation`."""
+"""Å; the limit of `equiformer2.graph`."""
 
-#: What can be wrong with a frame.
+#: Meaning of every problem of a frame, by name.
 PROBLEMS = {
     "no tags": "no tags, which tell slab from adsorbate",
     "no fixed": "not said which atoms are fixed",
@@ -50,10 +49,24 @@ _MISSING = re.compile(r"the record has no ([\w ]+);")
 
 @dataclass(frozen=True)
 class FrameFacts:
-    """One frame; of a frame that cannot be read only `index`, `problems` and `message`.
+    """Properties of one frame; of a frame that cannot be read only `index`, `problems` and `message`.
 
-    `energy` eV, `max_force` largest force on a free atom, eV/Å (NaN without); `squares` sum of the squares of
-    the `components` of the forces on free atoms; `elements` atoms by atomic number, `tags` by tag.
+    Attributes:
+        index: in the dataset.
+        problems: keys of `PROBLEMS` that concern the frame alone.
+        message: error of a frame that cannot be read.
+        sid: id of the system.
+        fid: number of the frame.
+        natoms: number of atoms; 0 if the frame cannot be read.
+        energy: eV; NaN without.
+        max_force: largest force on a free atom, eV/Å; NaN without.
+        squares: sum of the squared force components on free atoms, eV²/Å².
+        components: number of these components.
+        fixed: number of fixed atoms.
+        elements: atoms by atomic number.
+        tags: atoms by tag.
+        structure: digest of elements, positions, cell and `pbc`.
+        pbc: periodic directions.
     """
 
     index: int
@@ -72,15 +85,98 @@ class FrameFacts:
     structure: bytes = b""
     pbc: tuple[bool, ...] = ()
 
+    @classmethod
+    def read(cls, dataset: OC20Lmdb, index: int) -> "FrameFacts":
+        """Read and check one frame; a frame that cannot be read has the problem "unreadable"."""
+        try:
+            data = dataset[index]
+        except DataError as error:
+            missing = _MISSING.search(str(error))
+            names = [f"no {name}" for name in (missing[1].split(" and no ") if missing else [])]
+            return cls(index, [name for name in names if name in PROBLEMS] or ["unreadable"], str(error))
+        fixed, tags = data.fixed.numpy(), data.tags.numpy()
+        numbers, pos = data.atomic_numbers.numpy(), data.pos.numpy()
+        free = data.forces.numpy()[~fixed].astype(np.float64) if "forces" in data else np.zeros((0, 3))
+        energy = data.energy.item() if "energy" in data else np.nan
+        max_force = float(np.linalg.norm(free, axis=1).max()) if len(free) else np.nan
+        cell, pbc = data.cell[0].numpy(), data.pbc[0].numpy()
+        problems = {
+            "no energy": "energy" not in data,
+            "no forces": "forces" not in data and "y_relaxed" not in data,
+            "large energy": dataset.energy_kind == "adsorption" and abs(energy) > MAX_ENERGY,
+            "large force": max_force > MAX_FORCE,
+            "all fixed": bool(fixed.all()),
+            "no adsorbate": not (tags == 2).any(),
+            "tags and fixed differ": not np.array_equal(tags == 0, fixed),
+            "not periodic": unused_cell(cell, pbc),
+            "spread": cls._extent(pos, cell, pbc) > MAX_EXTENT,
+            "close atoms": cls._shortest_distance(pos, cell, pbc) < MIN_DISTANCE,
+        }
+        content = numbers.tobytes() + pos.tobytes() + cell.tobytes() + pbc.tobytes()
+        return cls(
+            index,
+            [name for name, is_wrong in problems.items() if is_wrong],
+            sid=data.sid,
+            fid=data.fid,
+            natoms=len(numbers),
+            energy=energy,
+            max_force=max_force,
+            squares=float((free * free).sum()),
+            components=free.size,
+            fixed=int(fixed.sum()),
+            elements=dict(Counter(numbers.tolist())),
+            tags=dict(Counter(tags.tolist())),
+            structure=blake2b(content, digest_size=16).digest(),
+            pbc=tuple(pbc.tolist()),
+        )
+
+    @staticmethod
+    def _extent(pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> float:
+        """Extent of the atoms beyond the periodic lattice vectors, Å, along the worst of x, y and z."""
+        if pbc.all():
+            return 0.0
+        lattice = cell * pbc[:, None]
+        inside = pos - np.floor(pos @ np.linalg.pinv(lattice)) @ lattice
+        return float((np.ptp(inside, axis=0) - np.abs(lattice).sum(axis=0)).max())
+
+    @staticmethod
+    def _shortest_distance(pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> float:
+        """Shortest distance between two atoms, Å; exact when below half the height of the cell."""
+        if len(pos) < 2:
+            return np.inf
+        first, second = _atom_pairs(len(pos))
+        vectors = pos[first].astype(np.float64) - pos[second]
+        if pbc.any():
+            whole = complete_cell(cell.astype(np.float64))
+            vectors -= (np.round(vectors @ np.linalg.inv(whole)) * pbc) @ whole
+        return float(np.sqrt((vectors * vectors).sum(axis=1).min()))
+
+
+@lru_cache(maxsize=64)
+def _atom_pairs(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of both atoms of every pair among `count` atoms."""
+    first, second = np.triu_indices(count, 1)
+    return first, second
+
 
 @dataclass
 class Inspection:
-    """What the inspected frames hold.
+    """Statistics and problems of the inspected frames.
 
-    One value per readable frame, in the order of the dataset: `natoms`, `energy` (eV, NaN without),
-    `max_force` (eV/Å, NaN without). `forces_rms` of a component on a free atom, eV/Å. `systems` counts
-    frames, `elements` and `tags` atoms. `problems` has the frames with each problem of `PROBLEMS`. `kind` is
-    the declared kind of energy, `possible_kinds` those that the energies can be of.
+    Attributes:
+        natoms: `[n]` atoms of every readable frame, in the order of the dataset.
+        energy: `[n]` eV; NaN without.
+        max_force: `[n]` largest force on a free atom, eV/Å; NaN without.
+        forces_rms: root mean square of a force component on a free atom, eV/Å.
+        fixed_share: share of fixed atoms.
+        systems: number of frames by system.
+        elements: number of atoms by atomic number.
+        tags: number of atoms by tag.
+        problems: frames by problem of `PROBLEMS`.
+        kind: declared kind of energy, or None.
+        possible_kinds: kinds that the energies can be of, by their size.
+        frames: number of frames in the dataset.
+        inspected: number of frames inspected.
     """
 
     natoms: np.ndarray
@@ -97,18 +193,87 @@ class Inspection:
     frames: int
     inspected: int
 
+    @classmethod
+    def from_facts(cls, facts: list[FrameFacts], dataset: OC20Lmdb) -> "Inspection":
+        """Gather the facts of single frames, sorted by index, and compare the frames."""
+        readable = [frame for frame in facts if frame.natoms]
+        systems, elements, tags = Counter[str](), Counter[int](), Counter[int]()
+        for frame in readable:
+            systems[frame.sid] += 1
+            elements.update(frame.elements)
+            tags.update(frame.tags)
+        problems = cls._find_problems(facts, readable)
+        components = sum(frame.components for frame in readable)
+        squares = sum(frame.squares for frame in readable)
+        natoms = np.array([frame.natoms for frame in readable], dtype=np.int64)
+        energy = np.array([frame.energy for frame in readable])
+        has_energy = ~np.isnan(energy)
+        possible_kinds = []
+        if has_energy.any():
+            sample = TargetSample(natoms[has_energy, None].astype(float), energy[has_energy], None)
+            possible_kinds = [kind for kind in ("adsorption", "total") if sample.unlikely_size(kind) is None]
+        return cls(
+            natoms=natoms,
+            energy=energy,
+            max_force=np.array([frame.max_force for frame in readable]),
+            forces_rms=float(np.sqrt(squares / components)) if components else np.nan,
+            fixed_share=sum(frame.fixed for frame in readable) / max(int(natoms.sum()), 1),
+            systems=systems,
+            elements=elements,
+            tags=tags,
+            problems=problems,
+            kind=dataset.energy_kind,
+            possible_kinds=possible_kinds,
+            frames=len(dataset),
+            inspected=len(facts),
+        )
+
+    @staticmethod
+    def _find_problems(facts: list[FrameFacts], readable: list[FrameFacts]) -> dict[str, list[FrameFacts]]:
+        """Return the frames with each problem, those of comparisons between frames included."""
+
+        def repeated(frames: list[FrameFacts], keys: Sequence[object]) -> list[FrameFacts]:
+            seen: set[object] = set()
+            repetitions = []
+            for frame, key in zip(frames, keys, strict=True):
+                if key in seen:
+                    repetitions.append(frame)
+                seen.add(key)
+            return repetitions
+
+        problems: dict[str, list[FrameFacts]] = {name: [] for name in PROBLEMS}
+        for frame in facts:
+            for name in frame.problems:
+                problems[name].append(frame)
+        problems["same structure"] = repeated(readable, [frame.structure for frame in readable])
+        named = [frame for frame in readable if frame.sid]
+        problems["same name"] = repeated(named, [(frame.sid, frame.fid) for frame in named])
+        directions = Counter(frame.pbc for frame in readable)
+        if len(directions) > 1:
+            usual = directions.most_common(1)[0][0]
+            problems["other pbc"] = [frame for frame in readable if frame.pbc != usual]
+        return {name: frames for name, frames in problems.items() if frames}
+
+    @property
+    def num_suspicious(self) -> int:
+        """Number of frames with at least one problem."""
+        return len({frame.index for frames in self.problems.values() for frame in frames})
+
 
 def inspect_dataset(
     dataset: OC20Lmdb, max_frames: int | None = None, num_workers: int | None = 1
 ) -> Inspection:
-    """Read frames of `dataset`, evenly spread when there are more than `max_frames`.
+    """Read frames of a dataset, evenly spread when there are more than `max_frames`.
 
     Frames that cannot be read are counted, not raised.
 
     Args:
-        dataset: to inspect.
-        max_frames: None for all.
-        num_workers: processes; None takes one per core.
+        dataset: the dataset.
+        max_frames: maximum number of frames; None for all.
+        num_workers: number of processes; None takes one per core.
+
+    Raises:
+        DataError: `max_frames` or `num_workers` is below 1.
     """
     if max_frames is not None and max_frames < 1:
         raise DataError(f"max_frames is {max_frames}; it must be at least 1.")
@@ -116,146 +281,12 @@ def inspect_dataset(
     indices = np.unique(np.linspace(0, count - 1, min(max_frames or count, count)).astype(np.int64))
     chunks = [chunk.tolist() for chunk in np.array_split(indices, -(-len(indices) // _CHUNK))]
     facts: list[FrameFacts] = []
-    with as_they_finish(partial(_inspect_frames, dataset), chunks, num_workers) as results:
-        for part in results:
-            facts += part
-    return _gather(sorted(facts, key=lambda one: one.index), dataset)
+    with parallel_map(partial(_read_frames, dataset), chunks, num_workers, in_order=False) as results:
+        for chunk in results:
+            facts += chunk
+    return Inspection.from_facts(sorted(facts, key=lambda frame: frame.index), dataset)
 
 
-def _gather(facts: list[FrameFacts], dataset: OC20Lmdb) -> Inspection:
-    readable = [one for one in facts if one.natoms]
-    systems, elements, tags = Counter[str](), Counter[int](), Counter[int]()
-    for one in readable:
-        systems[one.sid] += 1
-        elements.update(one.elements)
-        tags.update(one.tags)
-    problems: dict[str, list[FrameFacts]] = {name: [] for name in PROBLEMS}
-    for one in facts:
-        for name in one.problems:
-            problems[name].append(one)
-    problems["same structure"] = _repeated(readable, [one.structure for one in readable])
-    named = [one for one in readable if one.sid]
-    problems["same name"] = _repeated(named, [(one.sid, one.fid) for one in named])
-    pbcs = Counter(one.pbc for one in readable)
-    if len(pbcs) > 1:
-        most = pbcs.most_common(1)[0][0]
-        problems["other pbc"] = [one for one in readable if one.pbc != most]
-    components = sum(one.components for one in readable)
-    natoms = np.array([one.natoms for one in readable], dtype=np.int64)
-    energy = np.array([one.energy for one in readable])
-    return Inspection(
-        natoms=natoms,
-        energy=energy,
-        max_force=np.array([one.max_force for one in readable]),
-        forces_rms=float(np.sqrt(sum(one.squares for one in readable) / components))
-        if components
-        else np.nan,
-        fixed_share=sum(one.fixed for one in readable) / max(int(natoms.sum()), 1),
-        systems=systems,
-        elements=elements,
-        tags=tags,
-        problems={name: found for name, found in problems.items() if found},
-        kind=dataset.energy_kind,
-        possible_kinds=_possible_kinds(natoms, energy),
-        frames=len(dataset),
-        inspected=len(facts),
-    )
-
-
-def _repeated(facts: list[FrameFacts], keys: Sequence[object]) -> list[FrameFacts]:
-    """Those whose key an earlier one has."""
-    seen: set[object] = set()
-    found = []
-    for one, key in zip(facts, keys, strict=True):
-        if key in seen:
-            found.append(one)
-        seen.add(key)
-    return found
-
-
-def _possible_kinds(natoms: np.ndarray, energy: np.ndarray) -> list[str]:
-    """The kinds that these energies may well be of (targets.py)."""
-    there = ~np.isnan(energy)
-    if not there.any():
-        return []
-    sample = TargetSample(natoms[there, None].astype(float), energy[there], None)
-    return [kind for kind in ("adsorption", "total") if unlikely_size(sample, kind) is None]
-
-
-def _inspect_frames(dataset: OC20Lmdb, indices: Sequence[int]) -> list[FrameFacts]:
-    return [_inspect_frame(dataset, index) for index in indices]
-
-
-def _inspect_frame(dataset: OC20Lmdb, index: int) -> FrameFacts:
-    try:
-        data = dataset[index]
-    except DataError as error:
-        missing = _MISSING.search(str(error))
-        names = [f"no {name}" for name in (missing[1].split(" and no ") if missing else [])]
-        return FrameFacts(index, [name for name in names if name in PROBLEMS] or ["unreadable"], str(error))
-    return _facts(index, data, dataset.energy_kind)
-
-
-def _facts(index: int, data: Data, kind: str | None) -> FrameFacts:
-    fixed, tags = data.fixed.numpy(), data.tags.numpy()
-    numbers, pos = data.atomic_numbers.numpy(), data.pos.numpy()
-    free = data.forces.numpy()[~fixed].astype(np.float64) if "forces" in data else np.zeros((0, 3))
-    energy = data.energy.item() if "energy" in data else np.nan
-    max_force = float(np.linalg.norm(free, axis=1).max()) if len(free) else np.nan
-    cell, pbc = data.cell[0].numpy(), data.pbc[0].numpy()
-    found = {
-        "no energy": "energy" not in data,
-        "no forces": "forces" not in data and "y_relaxed" not in data,
-        "large energy": kind == "adsorption" and abs(energy) > MAX_ENERGY,
-        "large force": max_force > MAX_FORCE,
-        "all fixed": bool(fixed.all()),
-        "no adsorbate": not (tags == 2).any(),
-        "tags and fixed differ": not np.array_equal(tags == 0, fixed),
-        "not periodic": unused_cell(cell, pbc),
-        "spread": _extent(pos, cell, pbc) > MAX_EXTENT,
-        "close atoms": _shortest_distance(pos, cell, pbc) < MIN_DISTANCE,
-    }
-    content = numbers.tobytes() + pos.tobytes() + cell.tobytes() + pbc.tobytes()
-    return FrameFacts(
-        index,
-        [name for name, wrong in found.items() if wrong],
-        sid=data.sid,
-        fid=data.fid,
-        natoms=len(numbers),
-        energy=energy,
-        max_force=max_force,
-        squares=float((free * free).sum()),
-        components=free.size,
-        fixed=int(fixed.sum()),
-        elements=dict(Counter(numbers.tolist())),
-        tags=dict(Counter(tags.tolist())),
-        structure=blake2b(content, digest_size=16).digest(),
-        pbc=tuple(pbc.tolist()),
-    )
-
-
-def _extent(pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> float:
-    """Å that the atoms span beyond what the periodic lattice vectors do, along the worst of x, y and z."""
-    if pbc.all():
-        return 0.0
-    lattice = cell * pbc[:, None]
-    inside = pos - np.floor(pos @ np.linalg.pinv(lattice)) @ lattice
-    return float((np.ptp(inside, axis=0) - np.abs(lattice).sum(axis=0)).max())
-
-
-def _shortest_distance(pos: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> float:
-    """The shortest distance between two atoms, Å; exact when below half the height of the cell."""
-    if len(pos) < 2:
-        return np.inf
-    first, second = _pairs(len(pos))
-    vectors = pos[first].astype(np.float64) - pos[second]
-    if pbc.any():
-        whole = complete_cell(cell.astype(np.float64))
-        vectors -= (np.round(vectors @ np.linalg.inv(whole)) * pbc) @ whole
-    return float(np.sqrt((vectors * vectors).sum(axis=1).min()))
-
-
-@lru_cache(maxsize=64)
-def _pairs(count: int) -> tuple[np.ndarray, np.ndarray]:
-    first, second = np.triu_indices(count, 1)
-    return first, second
+def _read_frames(dataset: OC20Lmdb, indices: Sequence[int]) -> list[FrameFacts]:
+    """Read and check several frames, in a worker."""
+    return [FrameFacts.read(dataset, index) for index in indices]

@@ -1,16 +1,18 @@
-"""Reading LMDB files of others: every page is checked before it is believed, so no file can end the process.
+"""Reader of untrusted LMDB files: every page is checked before use, so no file can kill the process.
 
 LMDB itself maps a file into memory and follows the offsets in it, so two changed bytes, or a file that is cut
-while it is open, kill the process with SIGSEGV or SIGBUS, which no program can catch. This reader takes pages
+while it is open, kill the process with SIGSEGV or SIGBUS, which cannot be caught. This reader takes pages
 with `pread` and checks their bounds. It reads the formats of LMDB 0.9 and 1.0 (lmdb.h and mdb.c: `MDB_meta`,
-`MDB_page`, `MDB_node`): one unnamed database, one value a key, keys in the order of bytes, as OC20's, our and
-ASE's files are. Files are written with LMDB (writer.py).
+`MDB_page`, `MDB_node`): one unnamed database, one value per key, keys in the order of bytes, as in OC20's,
+our and ASE's files. Files are written with LMDB (writer.py).
 """
 
 import os
 import struct
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -46,16 +48,17 @@ class _Header:
     root: int
 
 
-def check_lmdb_file(path: AnyPath) -> None:
-    """Raise `DataError` unless `path` is a whole LMDB data file by its header and size."""
-    LmdbFile(path).close()
-
-
 class LmdbFile:
     """One open LMDB file, read-only and without locks.
 
-    `open_lmdb` hands the same object to everyone in the process, so that many datasets of many shards do not
-    hold a handle each. Reading is safe from several threads and in forked processes.
+    `open_lmdb` returns the same object to all users in the process, so that many datasets of many shards do
+    not hold a handle each. Reading is safe from several threads and in forked processes.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        path: the file.
 
     Raises:
         DataError: missing, empty, truncated or damaged file, or one of another kind; `path` is named.
@@ -63,16 +66,12 @@ class LmdbFile:
 
     def __init__(self, path: AnyPath) -> None:
         self.path = path = Path(path)
-        try:
+        with self._naming_errors(path):
             self._file = open_regular(path)
-        except FileNotFoundError as error:
-            raise DataError(f"{path}: no such file.") from error
-        except DataError as error:
-            raise _with_hint(error, path) from error
         self._finalizer = weakref.finalize(self, self._file.close)
         status = os.fstat(self._file.fileno())
         self._stamp = status.st_size, status.st_mtime_ns
-        if hasattr(os, "posix_fadvise"):  # no page beside the one that is asked for will be needed soon
+        if hasattr(os, "posix_fadvise"):  # neighbouring pages will not be needed soon
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         try:
             self._header = self._read_header(status.st_size)
@@ -81,7 +80,7 @@ class LmdbFile:
             raise
 
     def get(self, key: bytes) -> bytes | None:
-        """The value of `key`, or None; raises `DataError` where a page on the way to it is damaged."""
+        """Return the value of `key`, or None; raise `DataError` where a page on the way to it is damaged."""
         number = self._header.root
         if number == _NO_PAGE:
             return None
@@ -89,20 +88,20 @@ class LmdbFile:
             page = self._page(number)
             (flags,) = struct.unpack_from("=H", page, self._header.page_header - 6)
             if flags & ~_DIRTY == _LEAF:
-                place, found = self._search(page, number, key, 0)
-                return self._value(page, number, place) if found else None
+                place, is_match = self._search(page, number, key, 0)
+                return self._value(page, number, place) if is_match else None
             if flags & ~_DIRTY != _BRANCH:
                 self._damaged(number, "is of an unknown kind")
             # The first node of a branch stands for all smaller keys and has none of its own.
-            place, found = self._search(page, number, key, 1)
+            place, is_match = self._search(page, number, key, 1)
             low, high, top, _ = _NODE.unpack_from(
-                page, place if found else self._node(page, number, place - 1)
+                page, place if is_match else self._node(page, number, place - 1)
             )
             number = low | high << 16 | top << 32
         self._damaged(number, "is deeper in the tree than LMDB allows")
 
     def entries(self) -> int:
-        """Number of keys in the file."""
+        """Return the number of keys in the file."""
         return self._header.entries
 
     def close(self) -> None:
@@ -110,7 +109,7 @@ class LmdbFile:
         self._finalizer()
 
     def _page(self, number: int) -> bytes:
-        """The bytes of a page of the tree, which says its own number."""
+        """Read a page of the tree and check that it states its own number."""
         header = self._header
         if not 2 <= number <= header.last_page:
             self._damaged(number, "is not in the file")
@@ -152,10 +151,10 @@ class LmdbFile:
             stop = start + 8 + int.from_bytes(page[start + 6 : start + 8], sys.byteorder)
             if stop > end:
                 self._damaged(number, "has a key outside")
-            found = page[start + 8 : stop]
-            if found == key:
+            other = page[start + 8 : stop]
+            if other == key:
                 return start, True
-            if found < key:
+            if other < key:
                 low = middle + 1
             else:
                 high = middle
@@ -207,7 +206,7 @@ class LmdbFile:
         if size == 0:
             raise DataError(f"{path}: the file is empty; download or write it again.")
         first = os.pread(self._file.fileno(), max(_FORMATS) + _META.size, 0)
-        page_header = next((skip for skip in _FORMATS if _magic(first, skip) == _MAGIC), None)
+        page_header = next((skip for skip in _FORMATS if self._magic(first, skip) == _MAGIC), None)
         if page_header is None:
             raise DataError(f"{path}: not an LMDB file.")
         if len(first) < page_header + _META.size:
@@ -216,7 +215,7 @@ class LmdbFile:
         if not 256 <= page_size <= 65536 or page_size & (page_size - 1):
             raise DataError(f"{path}: the LMDB header is damaged; download or write the file again.")
         second = os.pread(self._file.fileno(), page_header + _META.size, page_size)
-        if len(second) < page_header + _META.size or _magic(second, page_header) != _MAGIC:
+        if len(second) < page_header + _META.size or self._magic(second, page_header) != _MAGIC:
             raise DataError(f"{path}: the file is truncated inside its header; download or write it again.")
         metas = [_META.unpack_from(page, page_header) for page in (first, second)]
         known, shift = _FORMATS[page_header]
@@ -237,37 +236,47 @@ class LmdbFile:
             raise DataError(f"{path}: the LMDB header is damaged; download or write the file again.")
         return _Header(page_header, shift, page_size, last_page, entries, root)
 
-    def _damaged(self, page: int, what: str) -> NoReturn:
+    def _damaged(self, page: int, problem: str) -> NoReturn:
         status = os.fstat(self._file.fileno())
         if (status.st_size, status.st_mtime_ns) != self._stamp:
             raise DataError(f"{self.path}: the file was changed while it was read; run again.")
-        raise DataError(f"{self.path}: the file is damaged (page {page} {what}); download or write it again.")
+        raise DataError(
+            f"{self.path}: the file is damaged (page {page} {problem}); download or write it again."
+        )
 
+    @staticmethod
+    def _magic(page: bytes, header: int) -> int | None:
+        return struct.unpack_from("=I", page, header)[0] if len(page) >= header + 4 else None
 
-def _magic(page: bytes, header: int) -> int | None:
-    return struct.unpack_from("=I", page, header)[0] if len(page) >= header + 4 else None
-
-
-def _with_hint(error: DataError, path: Path) -> DataError:
-    """Name the file inside a folder that LMDB made with `subdir=True`."""
-    inside = path / "data.mdb"
-    return DataError(f"{path}: is a folder; name {inside}.") if inside.is_file() else error
+    @staticmethod
+    @contextmanager
+    def _naming_errors(path: Path) -> Iterator[None]:
+        """Turn a missing file into `DataError`, and name the file inside a folder made with `subdir=True`."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: no such file.") from error
+        except DataError as error:
+            inside = path / "data.mdb"
+            if inside.is_file():
+                raise DataError(f"{path}: is a folder; name {inside}.") from error
+            raise
 
 
 _open_files: "weakref.WeakValueDictionary[tuple[int, ...], LmdbFile]" = weakref.WeakValueDictionary()
 
 
 def open_lmdb(path: AnyPath) -> LmdbFile:
-    """The open file of this process for `path`, opened when nobody holds it yet or it has changed."""
+    """Return the open file of this process for `path`; it is opened if it is not open or has changed.
+
+    Raises:
+        DataError: as `LmdbFile`.
+    """
     path = Path(path)
-    try:
+    with LmdbFile._naming_errors(path):
         status = regular_file(path).stat()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file.") from error
-    except DataError as error:
-        raise _with_hint(error, path) from error
     identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    found = _open_files.get(identity)
-    if found is None:
-        found = _open_files[identity] = LmdbFile(path)
-    return found
+    file = _open_files.get(identity)
+    if file is None:
+        file = _open_files[identity] = LmdbFile(path)
+    return file

@@ -1,38 +1,35 @@
 """One process at a time."""
 
+import contextlib
 import errno
-import fcntl
-import time
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from datasets_oc20.errors import DataError
 
-# The workers of a killed run, which share its lock, notice within half a second.
-PATIENCE = 3.0
-_NOT_SUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+#: Seconds for which `exclusive` waits; the workers of a killed run notice its end within half a second.
+PATIENCE = 1.0
 
 
-def lock(handle: IO[bytes], path: Path) -> None:
-    """Lock an open file until it is closed or the process ends, however it ends.
+def exclusive(lock_file: Path, subject: Path) -> AbstractContextManager[object]:
+    """Lock a file, at once, until the returned context ends or the process ends, however it ends.
 
     On file systems without locks (some parallel ones) nothing is locked.
 
+    Args:
+        lock_file: file that is locked; it is made and holds nothing.
+        subject: path that an error names.
+
     Raises:
-        DataError: another process holds the lock; `path` is named.
+        DataError: another process holds the lock.
     """
-    until = time.monotonic() + PATIENCE
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            if time.monotonic() > until:
-                raise DataError(
-                    f"{path}: another process is writing here; wait for it or stop it."
-                ) from error
-            time.sleep(0.1)
-        except OSError as error:
-            if error.errno in _NOT_SUPPORTED:
-                return
+    try:
+        return FileLock(lock_file, fallback_to_soft=False).acquire(timeout=PATIENCE)
+    except Timeout as error:
+        raise DataError(f"{subject}: another process is writing here; wait for it or stop it.") from error
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
+        return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""A download in progress: `NAME.part` beside the file to come, and `NAME.part.json` that says of what.
+"""Downloads in progress: `NAME.part` beside the target, and its origin in `NAME.part.json`.
 
 The second file is written first, so a `.part` without it was not made here, and is left alone.
 """
@@ -12,16 +12,16 @@ from typing import IO, Any, Self
 import orjson
 
 from datasets_oc20.atomic import publish, write_bytes
+from datasets_oc20.disk_space import byte_bar
 from datasets_oc20.errors import DataError
-from datasets_oc20.locking import lock
-from datasets_oc20.progress import byte_bar
+from datasets_oc20.locking import exclusive
 from datasets_oc20.untrusted import AnyPath, read_json
 
 _CHUNK = 1 << 20
 
 
 def md5_sum(path: AnyPath, show_progress: bool = False) -> str:
-    """The MD5 sum of a file, hexadecimal."""
+    """Compute the MD5 sum of a file, hexadecimal; `show_progress` draws a bar on stderr."""
     path = Path(path)
     digest = hashlib.md5(usedforsecurity=False)
     with (
@@ -35,13 +35,21 @@ def md5_sum(path: AnyPath, show_progress: bool = False) -> str:
 
 
 class PartialFile:
-    """What has arrived of `url`, to be appended to; use it in a `with` block.
+    """The received part of a download, locked and open for appending inside a `with` block.
 
-    `size` is the number of bytes there, `total` the number there will be, `validator` what the server calls
-    this version of the file (ETag or Last-Modified); both are None while unknown.
+    Args:
+        target: name of the complete file.
+        url: address of the download.
+
+    Attributes:
+        target: name of the complete file.
+        path: file of the received bytes.
+        size: bytes received.
+        total: bytes of the complete file; None while unknown.
+        validator: the server's name of this version of the file (ETag or Last-Modified); None while unknown.
 
     Raises:
-        DataError: a `.part` that was not made here, or one that another process is writing.
+        DataError: on entering: a `.part` that was not made here, or one that another process is writing.
     """
 
     def __init__(self, target: AnyPath, url: str) -> None:
@@ -53,6 +61,7 @@ class PartialFile:
         self.total: int | None = None
         self.validator: str | None = None
         self._note = target.with_name(target.name + ".part.json")
+        self._lock_file = target.with_name(target.name + ".part.lock")
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -64,12 +73,8 @@ class PartialFile:
             )
         if known is None:
             self._write_note()
+        self._lock = exclusive(self._lock_file, self.path)
         self._file = self.path.open("ab")
-        try:
-            lock(self._file, self.path)
-        except BaseException:
-            self._file.close()
-            raise
         self.size = self._file.tell()
         if known is not None and known["url"] == self.url:
             self.total, self.validator = known["total"], known["validator"]
@@ -81,35 +86,60 @@ class PartialFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._handle.close()
+        self._lock.__exit__(kind, error, trace)
+
+    def is_complete(self, md5: str | None, show_progress: bool = False) -> bool:
+        """Tell whether the target is there already, with the right sum; may be called outside the block.
+
+        Args:
+            md5: hexadecimal MD5 sum; None if unknown.
+            show_progress: draw a bar on stderr while the sum is computed.
+
+        Raises:
+            DataError: it is no file or has another sum. It is left alone: the user may have put it there.
+        """
+        if not os.path.lexists(self.target):
+            return False
+        if not self.target.is_file():
+            raise DataError(f"{self.target}: is there already and is not a file; move it away and run again.")
+        actual = md5_sum(self.target, show_progress) if md5 else None
+        if actual != md5:
+            raise DataError(
+                f"{self.target}: is there already, but its MD5 sum is {actual} instead of {md5}; it was left "
+                "alone: move it away and run again."
+            )
+        return True
 
     def write(self, chunk: bytes) -> None:
-        """Append."""
+        """Append received bytes."""
         self._handle.write(chunk)
         self.size += len(chunk)
 
     def restart(self) -> None:
-        """Forget what has arrived."""
+        """Discard the received bytes and begin again."""
         self._handle.truncate(0)
         self.size, self.total, self.validator = 0, None, None
         self._write_note()
 
     def describe(self, total: int | None, validator: str | None) -> None:
-        """Remember which version of the file this is a part of."""
+        """Record the size (bytes) and the version of the complete file."""
         if (total, validator) != (self.total, self.validator):
             self.total, self.validator = total, validator
             self._write_note()
 
     def complete(self) -> None:
-        """Give the file its name."""
+        """Rename the part to the target."""
         self._handle.close()
         publish(self.path, self.target)
         self._note.unlink(missing_ok=True)
+        self._lock_file.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Remove what has arrived."""
+        """Remove the part and its note."""
         self._handle.close()
         self.path.unlink(missing_ok=True)
         self._note.unlink(missing_ok=True)
+        self._lock_file.unlink(missing_ok=True)
 
     @property
     def _handle(self) -> IO[bytes]:
@@ -130,23 +160,3 @@ class PartialFile:
     def _write_note(self) -> None:
         note = {"url": self.url, "total": self.total, "validator": self.validator}
         write_bytes(self._note, orjson.dumps(note))
-
-
-def is_complete(target: AnyPath, md5: str | None, show_progress: bool) -> bool:
-    """Whether `target` is there already, as it should be.
-
-    Raises:
-        DataError: it is there with another sum. It is left alone: the user may have put it there.
-    """
-    target = Path(target)
-    if not os.path.lexists(target):
-        return False
-    if not target.is_file():
-        raise DataError(f"{target}: is there already and is not a file; move it away and run again.")
-    found = md5_sum(target, show_progress) if md5 else None
-    if found != md5:
-        raise DataError(
-            f"{target}: is there already, but its MD5 sum is {found} instead of {md5}; it was left alone: "
-            "move it away and run again."
-        )
-    return True

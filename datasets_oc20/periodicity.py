@@ -1,4 +1,4 @@
-"""Notices about the periodic directions of structures: no error, but often a mistake of whoever wrote them.
+"""Notices about the periodic directions of structures: no errors, but often mistakes in a file.
 
 A slab that is not periodic loses the neighbours across its cell, and its energy and forces change. A full
 cell without `pbc` is what programs leave behind that do not write it.
@@ -23,56 +23,64 @@ def unused_cell(cell: np.ndarray, pbc: np.ndarray) -> bool:
     return bool(abs(np.linalg.det(np.reshape(cell, (3, 3)))) > _SMALLEST_VOLUME)
 
 
-def as_text(pbc: tuple[bool, ...]) -> str:
-    """Three of T and F."""
-    return " ".join("T" if periodic else "F" for periodic in pbc)
-
-
 @dataclass
 class Periodicity:
-    """The periodic directions of structures that are read one after the other.
+    """Periodic directions of structures that are read one after the other, and the notices about them.
 
     Attributes:
-        found: by `pbc`: number of structures, and the name of the first.
-        unused: number of structures with a whole cell and no periodic direction, and the name of the first.
-        said: notices that were given.
+        directions: by `pbc`: number of structures, and the name of the first.
+        unused_cells: number of structures with a whole cell and no periodic direction, and the name of the
+            first.
+        logged: kinds of notices that were given.
     """
 
-    found: dict[tuple[bool, ...], tuple[int, str]] = field(default_factory=dict)
-    unused: tuple[int, str] = (0, "")
-    said: set[str] = field(default_factory=set)
+    directions: dict[tuple[bool, ...], tuple[int, str]] = field(default_factory=dict)
+    unused_cells: tuple[int, str] = (0, "")
+    logged: set[str] = field(default_factory=set)
 
     def add(self, cell: np.ndarray, pbc: np.ndarray, name: str) -> None:
-        """Take in one structure; `name` is what a notice calls it."""
+        """Add one structure.
+
+        Args:
+            cell: `[3, 3]` Å.
+            pbc: `[3]` bool.
+            name: names the structure in a notice.
+        """
         key = tuple(np.reshape(pbc, 3).tolist())
-        count, first = self.found.get(key, (0, name))
-        self.found[key] = count + 1, first
+        count, first = self.directions.get(key, (0, name))
+        self.directions[key] = count + 1, first
         if unused_cell(cell, np.reshape(pbc, 3)):
-            self.unused = self.unused[0] + 1, self.unused[1] or name
+            self.unused_cells = self.unused_cells[0] + 1, self.unused_cells[1] or name
 
     def merge(self, other: Periodicity) -> None:
-        """Take in the structures of `other`, which come behind."""
-        for key, (count, name) in other.found.items():
-            mine, first = self.found.get(key, (0, name))
-            self.found[key] = mine + count, first
-        self.unused = self.unused[0] + other.unused[0], self.unused[1] or other.unused[1]
+        """Add the structures of `other`, which come after those added before."""
+        for key, (count, name) in other.directions.items():
+            mine, first = self.directions.get(key, (0, name))
+            self.directions[key] = mine + count, first
+        self.unused_cells = (
+            self.unused_cells[0] + other.unused_cells[0],
+            self.unused_cells[1] or other.unused_cells[1],
+        )
 
     def notices(self) -> dict[str, str]:
-        """Notices by kind ("not periodic", "mixed")."""
-        said = {}
-        if self.unused[0]:
-            said["not periodic"] = (
-                f"{self.unused[1]}: has a whole cell but pbc F F F, so nothing is seen across its boundary; "
-                "set pbc if it is a slab or a bulk"
+        """Return notices by kind ("not periodic", "mixed")."""
+        notices = {}
+        if self.unused_cells[0]:
+            notices["not periodic"] = (
+                f"{self.unused_cells[1]}: has a whole cell but pbc F F F, so nothing is seen across its "
+                "boundary; set pbc if it is a slab or a bulk"
             )
-        if len(self.found) > 1:
-            kinds = ", ".join(f"{as_text(key)} ({name})" for key, (_, name) in self.found.items())
-            said["mixed"] = f"the structures have different periodic directions: {kinds}"
-        return said
+        if len(self.directions) > 1:
+            kinds = ", ".join(
+                f"{' '.join('T' if periodic else 'F' for periodic in pbc)} ({name})"
+                for pbc, (_, name) in self.directions.items()
+            )
+            notices["mixed"] = f"the structures have different periodic directions: {kinds}"
+        return notices
 
-    def say(self, source: str, log: logging.Logger = _LOG) -> None:
-        """Log each kind of notice once, naming `source`."""
+    def log(self, source: str, logger: logging.Logger = _LOG) -> None:
+        """Log each kind of notice once, naming `source` (if it is not empty)."""
         for kind, text in self.notices().items():
-            if kind not in self.said:
-                self.said.add(kind)
-                log.warning("%s: %s.", source, text) if source else log.warning("%s.", text)
+            if kind not in self.logged:
+                self.logged.add(kind)
+                logger.warning("%s: %s.", source, text) if source else logger.warning("%s.", text)

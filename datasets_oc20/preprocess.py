@@ -1,4 +1,4 @@
-"""Raw OC20 files to LMDB: references, OC20's filters, choice of frames."""
+"""Preprocessing of raw OC20 files to LMDB: reference energies, OC20's filters, choice of frames."""
 
 import logging
 import os
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from datasets_oc20 import structure_record as records
 from datasets_oc20.errors import DataError
 from datasets_oc20.extxyz import RawFrame, read_frames
 from datasets_oc20.frame_selection import informative_frames, split_later_frames, spread_frames
 from datasets_oc20.periodicity import Periodicity
-from datasets_oc20.raw_release import RawFile, list_raw_files, read_index
+from datasets_oc20.raw_release import RawFile, list_raw_files
+from datasets_oc20.structure_record import check_energy_kind, pack
 from datasets_oc20.untrusted import AnyPath
-from datasets_oc20.workers import in_order
+from datasets_oc20.workers import parallel_map
 from datasets_oc20.writer import LmdbWriter
 
 _LOG = logging.getLogger(__name__)
@@ -28,19 +28,22 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreprocessOptions:
-    """What to keep of every system.
+    """Filters and choice of frames.
 
-    Args:
+    Attributes:
         energy_kind: "adsorption" (energy less the system's reference) or "total".
         max_energy: drop frames whose adsorption energy is larger in size, eV; OC20's rule is 10. None: keep.
         max_force: drop frames with a larger force on a free atom, eV/Å; OC20's rule is 50. None: keep.
         min_force: drop frames whose largest force on a free atom is smaller, eV/Å: most frames of a
             relaxation are nearly at rest and teach little. None: keep.
-        frames: at most so many frames of a relaxation, by `selection.informative_frames`. None: all.
-        later_fraction: the last part of every relaxation goes to a file of its own.
-        later_gap: the part beside it that goes to neither file.
-        later_tail: the part behind it (and a gap) that is for training again.
-        later_frames: at most so many evenly spread frames of a later part. None: all.
+        frames: maximum number of frames of a relaxation, chosen by `informative_frames`. None: all.
+        later_fraction: share of every relaxation, from its end, that goes to a file of its own.
+        later_gap: share beside it that goes to neither file.
+        later_tail: share behind it (and a gap) that is for training again.
+        later_frames: maximum number of evenly spread frames of a later part. None: all.
+
+    Raises:
+        DataError: a value is out of range; it is named.
     """
 
     energy_kind: str = "adsorption"
@@ -54,7 +57,7 @@ class PreprocessOptions:
     later_frames: int | None = None
 
     def __post_init__(self) -> None:
-        if records.check_energy_kind(self.energy_kind) is None:
+        if check_energy_kind(self.energy_kind) is None:
             raise DataError("energy_kind must be adsorption or total.")
         for name in ("max_energy", "max_force", "min_force", "frames", "later_frames"):
             value = getattr(self, name)
@@ -68,24 +71,67 @@ class PreprocessOptions:
 
     @property
     def chooses_frames(self) -> bool:
-        """Whether frames are chosen by their place in the relaxation."""
+        """True if frames are chosen by their place in the relaxation."""
         return self.frames is not None or self.later_fraction > 0
 
     def check_choice(
         self, source: AnyPath, files: list[RawFile], systems: Collection[str] | None, exclude: Collection[str]
     ) -> None:
-        """Raise `DataError` when systems or frames are to be chosen from files that mix systems."""
-        source = Path(source)
+        """Check that systems or frames are chosen only from files of one system each.
+
+        Args:
+            source: names the release in the error.
+            files: files of the release.
+            systems: the systems to keep; None for all.
+            exclude: the systems to leave out.
+
+        Raises:
+            DataError: a file mixes systems.
+        """
         chooses = self.chooses_frames or systems is not None or bool(exclude)
         if chooses and any(file.system is None for file in files):
             raise DataError(
                 f"{source}: its files mix systems, so systems and frames cannot be chosen from it."
             )
 
+    def choose_frames(self, frames: list[RawFrame]) -> tuple[list[int], list[int]]:
+        """Choose frames of a relaxation by their place in it.
+
+        Args:
+            frames: those that pass the filters, in order.
+
+        Returns:
+            Indices of the frames for the main file and for the later one.
+        """
+        if not frames:
+            return [], []
+        earlier, later = split_later_frames(len(frames), self.later_fraction, self.later_gap, self.later_tail)
+        if self.frames is not None:
+            forces = np.array([frames[index].max_free_force for index in earlier])
+            earlier = earlier[informative_frames(forces, self.frames)]
+        if self.later_frames is not None:
+            later = later[spread_frames(len(later), self.later_frames)]
+        return earlier.tolist(), later.tolist()
+
+    def provenance(self, source: AnyPath) -> dict[str, Any]:
+        """Return the record of origin (name of the folder `source`, options) that an LMDB file keeps."""
+        return {"source": Path(source).resolve().name, "options": asdict(self)}
+
 
 @dataclass
 class PreprocessReport:
-    """Numbers of frames: `read` is the sum of the others; `files` is the number of raw files."""
+    """Numbers of raw files and frames.
+
+    Attributes:
+        files: raw files.
+        read: frames; the sum of all numbers below.
+        written: frames in the main file.
+        written_later: frames in the file of later frames.
+        removed_energy: frames with a larger energy than `max_energy`.
+        removed_force: frames with a larger force than `max_force`.
+        removed_rest: frames with a smaller force than `min_force`.
+        not_chosen: frames that pass the filters and were not chosen.
+    """
 
     files: int = 0
     read: int = 0
@@ -104,10 +150,17 @@ class PreprocessReport:
 
 @dataclass
 class FileResult:
-    """The packed records of one raw file, with their numbers of atoms, and what is periodic in it."""
+    """Packed records of one raw file.
+
+    Attributes:
+        report: numbers of frames.
+        main: records of the main file, each with its number of atoms.
+        later: records of the later file, likewise.
+        periodicity: periodic directions of all frames.
+    """
 
     report: PreprocessReport
-    kept: list[tuple[bytes, int]] = field(default_factory=list)
+    main: list[tuple[bytes, int]] = field(default_factory=list)
     later: list[tuple[bytes, int]] = field(default_factory=list)
     periodicity: Periodicity = field(default_factory=Periodicity)
 
@@ -129,11 +182,14 @@ def preprocess(
     Args:
         folder: raw release (raw_release.py has the two layouts).
         out: LMDB to write.
-        options: what to keep; OC20's own rules by default.
+        options: filters and choice of frames; OC20's own rules by default.
         later_out: LMDB for the later frames, when `options.later_fraction` is set.
         systems: only these systems.
         exclude: all but these systems.
-        num_workers: processes; None takes one per core.
+        num_workers: number of processes; None takes one per core.
+
+    Returns:
+        Numbers of files and frames.
 
     Raises:
         DataError: a raw file is missing, damaged or incomplete (the message names file and frame), or both
@@ -148,106 +204,68 @@ def preprocess(
     source = Path(folder)
     files = list_raw_files(source, options.energy_kind == "adsorption", systems, exclude)
     options.check_choice(source, files, systems, exclude)
-    described = provenance(source, options)
+    provenance = options.provenance(source)
     report, periodicity = PreprocessReport(), Periodicity()
     started = time.monotonic()
     with ExitStack() as stack:
-        results = stack.enter_context(in_order(partial(read_raw_file, options=options), files, num_workers))
-        writer = stack.enter_context(LmdbWriter(out, options.energy_kind, described))
+        read = partial(read_raw_file, options=options)
+        results = stack.enter_context(parallel_map(read, files, num_workers))
+        writer = stack.enter_context(LmdbWriter(out, options.energy_kind, provenance))
         later = None
         if later_out is not None:
-            later = stack.enter_context(LmdbWriter(later_out, options.energy_kind, described))
+            later = stack.enter_context(LmdbWriter(later_out, options.energy_kind, provenance))
         for result in track(results, total=len(files), description=f"Reading {source.name}"):
             report.add(result.report)
             periodicity.merge(result.periodicity)
-            for value, natoms in result.kept:
+            for value, natoms in result.main:
                 writer.write_packed(value, natoms)
             if later is not None:
                 for value, natoms in result.later:
                     later.write_packed(value, natoms)
-    periodicity.say(source.name, _LOG)
+    periodicity.log(source.name, _LOG)
     _LOG.info("%d frames read, %.0f frames/s", report.read, report.read / (time.monotonic() - started))
     return report
 
 
-def provenance(source: AnyPath, options: PreprocessOptions) -> dict[str, Any]:
-    """What the LMDB says of where its records come from."""
-    source = Path(source)
-    return {"source": source.resolve().name, "options": asdict(options)}
-
-
 def read_raw_file(file: RawFile, options: PreprocessOptions) -> FileResult:
-    """The records of one raw file that `options` keep; raises `DataError` naming file and frame."""
+    """Read one raw file, filter and choose its frames, and pack them.
+
+    Args:
+        file: the file and its labels.
+        options: filters and choice of frames.
+
+    Raises:
+        DataError: the file or a frame is damaged; file and frame are named.
+    """
+
+    def exceeds(value: float, limit: float | None) -> bool:
+        # False for NaN: a frame that is not a number is an error of `pack`, not filtered away.
+        return limit is not None and abs(value) > limit
+
     frames = list(read_frames(file.path))
-    labels = _labels(file, len(frames))
-    result = FileResult(PreprocessReport(files=1, read=len(frames)))
-    good: list[tuple[RawFrame, str, int, float]] = []
+    labels = file.labels(len(frames))
+    report = PreprocessReport(files=1, read=len(frames))
+    result = FileResult(report)
+    passed: list[tuple[RawFrame, str, int, float]] = []
     for frame, (system, fid, reference) in zip(frames, labels, strict=True):
         result.periodicity.add(frame.cell, frame.pbc, f"{file.path.name}, frame {frame.index}")
         energy = frame.energy - (reference if options.energy_kind == "adsorption" else 0.0)
-        if options.energy_kind == "adsorption" and _exceeds(energy, options.max_energy):
-            result.report.removed_energy += 1
-        elif _exceeds(frame.max_free_force, options.max_force):
-            result.report.removed_force += 1
+        if options.energy_kind == "adsorption" and exceeds(energy, options.max_energy):
+            report.removed_energy += 1
+        elif exceeds(frame.max_free_force, options.max_force):
+            report.removed_force += 1
         elif options.min_force is not None and frame.max_free_force < options.min_force:
-            result.report.removed_rest += 1
+            report.removed_rest += 1
         else:
-            good.append((frame, system, fid, energy))
-    kept, later = _choose([frame for frame, *_ in good], options)
-    result.kept = [_pack(*good[index], file.path) for index in kept]
-    result.later = [_pack(*good[index], file.path) for index in later]
-    result.report.written, result.report.written_later = len(result.kept), len(result.later)
-    result.report.not_chosen = len(good) - len(result.kept) - len(result.later)
+            passed.append((frame, system, fid, energy))
+
+    def packed(index: int) -> tuple[bytes, int]:
+        frame, system, fid, energy = passed[index]
+        fields = {**frame.arrays(), "energy": energy, "sid": system, "fid": fid}
+        return pack(fields, f"{file.path}, frame {frame.index}"), len(frame.atomic_numbers)
+
+    main, later = options.choose_frames([frame for frame, *_ in passed])
+    result.main, result.later = [packed(index) for index in main], [packed(index) for index in later]
+    report.written, report.written_later = len(main), len(later)
+    report.not_chosen = len(passed) - len(main) - len(later)
     return result
-
-
-def _labels(file: RawFile, count: int) -> list[tuple[str, int, float]]:
-    """(system, frame number, reference energy) of every frame of the file."""
-    if file.index_file is None:
-        return [(file.system or "", index, file.reference_energy or 0.0) for index in range(count)]
-    labels = read_index(file.index_file)
-    if len(labels) != count:
-        raise DataError(
-            f"{file.index_file}: {len(labels)} lines for the {count} frames of {file.path.name}; one of the "
-            "two is incomplete."
-        )
-    return labels
-
-
-def _exceeds(value: float, limit: float | None) -> bool:
-    """False for NaN: a frame that is not a number is an error of `records.pack`, not filtered away."""
-    return limit is not None and abs(value) > limit
-
-
-def _choose(frames: list[RawFrame], options: PreprocessOptions) -> tuple[list[int], list[int]]:
-    """Indices of the frames for the main file and for the later one."""
-    if not frames:
-        return [], []
-    earlier, later = split_later_frames(
-        len(frames), options.later_fraction, options.later_gap, options.later_tail
-    )
-    if options.frames is not None:
-        forces = np.array([frames[index].max_free_force for index in earlier])
-        earlier = earlier[informative_frames(forces, options.frames)]
-    if options.later_frames is not None:
-        later = later[spread_frames(len(later), options.later_frames)]
-    return earlier.tolist(), later.tolist()
-
-
-def _pack(frame: RawFrame, system: str, fid: int, energy: float, path: Path) -> tuple[bytes, int]:
-    value = records.pack(
-        {
-            "pos": frame.pos,
-            "atomic_numbers": frame.atomic_numbers,
-            "cell": frame.cell,
-            "pbc": frame.pbc,
-            "tags": frame.tags,
-            "fixed": frame.fixed,
-            "forces": frame.forces,
-            "energy": energy,
-            "sid": system,
-            "fid": fid,
-        },
-        f"{path}, frame {frame.index}",
-    )
-    return value, len(frame.atomic_numbers)

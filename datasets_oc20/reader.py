@@ -15,66 +15,117 @@ from rich.progress import track
 from torch.utils.data import Dataset, get_worker_info
 from torch_geometric.data import Data
 
-from datasets_oc20 import legacy_formats as foreign
-from datasets_oc20 import structure_record as records
 from datasets_oc20.ase_lmdb import open_shard
 from datasets_oc20.atomic import write_bytes
 from datasets_oc20.errors import DataError
+from datasets_oc20.legacy_formats import LegacyRecord, read_length
 from datasets_oc20.lmdb_file import LmdbFile
 from datasets_oc20.npz_file import read_npz
 from datasets_oc20.periodicity import Periodicity
 from datasets_oc20.schema import LARGEST_ATOMS
-from datasets_oc20.untrusted import regular_file
+from datasets_oc20.structure_record import PackedRecord, check_energy_kind, known_fields, make_data
+from datasets_oc20.untrusted import AnyPath, regular_file
 from datasets_oc20.writer import FORMAT_VERSION, SPECIAL_KEYS
 
 
-def natoms_of_shard(file: LmdbFile, length: int) -> np.ndarray:
-    """`[length]` int32: from the key `natoms`, from the index beside the file, or by reading all records."""
-    stored = file.get(b"natoms")
-    if stored is not None:
-        if len(stored) != 4 * length:
-            raise DataError(f"{file.path}, key natoms: not {length} numbers; write the dataset again.")
-        counts = np.frombuffer(stored, dtype="<i4").astype(np.int32)
-        if length and not _possible(counts):
-            raise DataError(f"{file.path}, key natoms: not numbers of atoms; write the dataset again.")
-        return counts
-    cache = file.path.with_name(file.path.name + ".natoms.npz")
-    status = file.path.stat()
-    identity = np.array([status.st_size, status.st_mtime_ns, length], dtype=np.int64)
-    with contextlib.suppress(OSError, DataError):  # missing or damaged: counted again
-        known, natoms = read_npz(cache, ("identity", "natoms"))
-        if np.array_equal(known, identity) and natoms.shape == (length,) and _possible(natoms):
-            return natoms.astype(np.int32)
-    natoms = np.array([_natoms(file, key) for key in _progress(length, file)], dtype=np.int32)
-    buffer = io.BytesIO()
-    np.savez(buffer, natoms=natoms, identity=identity)
-    with contextlib.suppress(OSError):  # a read-only folder: counted again next time
-        write_bytes(cache, buffer.getvalue())
-    return natoms
+class _Shard:
+    """One open LMDB file of a dataset: its metadata and its numbers of records and atoms.
 
+    Args:
+        file: the open file, under our keys.
+    """
 
-def _possible(natoms: np.ndarray) -> bool:
-    """Tell whether these are numbers of atoms."""
-    return bool(natoms.dtype.kind in "iu" and (natoms > 0).all() and (natoms <= LARGEST_ATOMS).all())
+    def __init__(self, file: LmdbFile) -> None:
+        self.file = file
 
+    def metadata(self) -> dict[str, Any]:
+        """Decode the key `metadata`; empty where there is none, as in OC20's own files."""
+        value = self.file.get(b"metadata")
+        if value is None:
+            return {}
+        try:
+            metadata = orjson.loads(value)
+            version = int(metadata["format_version"])
+        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise DataError(
+                f"{self.file.path}, key metadata: not readable; write the dataset again."
+            ) from error
+        if version > FORMAT_VERSION:
+            raise DataError(
+                f"{self.file.path}: the file has format {version}, this version reads up to "
+                f"{FORMAT_VERSION}; update equiformer2."
+            )
+        return dict(metadata)
 
-def _progress(length: int, file: LmdbFile) -> Iterable[int]:
-    if length < 10_000:
-        return range(length)
-    return track(range(length), description=f"Counting atoms of {file.path.name}")
+    def length(self) -> int:
+        """Number of records: the key `length`, or all entries, where OC20 wrote no such key."""
+        file = self.file
+        available = file.entries() - sum(file.get(key) is not None for key in SPECIAL_KEYS)
+        value = file.get(b"length")
+        if value is None:
+            return available
+        length = read_length(value, f"{file.path}, key length")
+        if length > available:
+            raise DataError(
+                f"{file.path}: the key length says {length} records but only {available} are there; "
+                "the file is incomplete, write it again."
+            )
+        return length
 
+    def record(self, key: int) -> tuple[bytes, str]:
+        """Return the bytes of a record and its place (file and key), for messages."""
+        where = f"{self.file.path}, key {key}"
+        value = self.file.get(str(key).encode("ascii"))
+        if value is None:
+            raise DataError(f"{where}: the file has no such record; it is incomplete, write it again.")
+        return value, where
 
-def _natoms(file: LmdbFile, key: int) -> int:
-    where = f"{file.path}, key {key}"
-    value = file.get(str(key).encode("ascii"))
-    if value is None:
-        raise DataError(f"{where}: the file has no such record; it is incomplete, write it again.")
-    return (
-        records.packed_natoms(value, where) if records.is_packed(value) else foreign.read_natoms(value, where)
-    )
+    def natoms(self, length: int) -> np.ndarray:
+        """Atoms per record, `[length]` int32, from the key `natoms`, the index file or the records."""
+        file = self.file
+        stored = file.get(b"natoms")
+        if stored is not None:
+            if len(stored) != 4 * length:
+                raise DataError(f"{file.path}, key natoms: not {length} numbers; write the dataset again.")
+            counts = np.frombuffer(stored, dtype="<i4").astype(np.int32)
+            if length and not self._are_atom_counts(counts):
+                raise DataError(f"{file.path}, key natoms: not numbers of atoms; write the dataset again.")
+            return counts
+        cache = file.path.with_name(file.path.name + ".natoms.npz")
+        status = file.path.stat()
+        identity = np.array([status.st_size, status.st_mtime_ns, length], dtype=np.int64)
+        with contextlib.suppress(OSError, DataError):  # missing or damaged: counted again
+            known, natoms = read_npz(cache, ("identity", "natoms"))
+            if (
+                np.array_equal(known, identity)
+                and natoms.shape == (length,)
+                and self._are_atom_counts(natoms)
+            ):
+                return natoms.astype(np.int32)
+        natoms = self._count_atoms(length)
+        buffer = io.BytesIO()
+        np.savez(buffer, natoms=natoms, identity=identity)
+        with contextlib.suppress(OSError):  # a read-only folder: counted again next time
+            write_bytes(cache, buffer.getvalue())
+        return natoms
 
+    def _count_atoms(self, length: int) -> np.ndarray:
+        """Read every record; a progress bar is shown for large files."""
+        keys: Iterable[int] = range(length)
+        if length >= 10_000:
+            keys = track(keys, description=f"Counting atoms of {self.file.path.name}")
+        natoms = np.empty(length, dtype=np.int32)
+        for key in keys:
+            value, where = self.record(key)
+            is_packed = PackedRecord.matches(value)
+            natoms[key] = (
+                PackedRecord(value, where).natoms if is_packed else LegacyRecord(value, where).natoms()
+            )
+        return natoms
 
-AnyPath = str | os.PathLike[str]
+    @staticmethod
+    def _are_atom_counts(natoms: np.ndarray) -> bool:
+        return bool(natoms.dtype.kind in "iu" and (natoms > 0).all() and (natoms <= LARGEST_ATOMS).all())
 
 
 class OC20Lmdb(Dataset[Data]):
@@ -88,7 +139,7 @@ class OC20Lmdb(Dataset[Data]):
         path: an LMDB file, a folder of shards or an LMDB environment (a folder with `data.mdb`), or a list
             of them to read one after the other.
         energy_kind: "adsorption" or "total". Our files declare it; for OC20's own files, which do not,
-            it must be given by whoever knows. Giving another kind than the file declares is an error.
+            it must be given. Another kind than the file declares is an error.
 
     Raises:
         DataError: missing, empty, truncated or damaged file, file that is named twice, value that is not an
@@ -98,58 +149,54 @@ class OC20Lmdb(Dataset[Data]):
     def __init__(self, path: AnyPath | Sequence[AnyPath], energy_kind: str | None = None) -> None:
         paths = [path] if isinstance(path, str | os.PathLike) else list(path)
         self.path = ", ".join(str(item) for item in paths)
-        self.shards = [shard for item in paths for shard in _find_shards(Path(item))]
+        self.shards = [shard for item in paths for shard in self._find_shards(Path(item))]
         if not self.shards:
             raise DataError("no dataset is named; give an LMDB file or a folder of them.")
-        _check_named_once(self.shards)
+        first_names: dict[Path, Path] = {}
+        for shard in self.shards:
+            if first_names.setdefault(shard.resolve(), shard) is not shard:
+                raise DataError(
+                    f"{shard}: the file is named twice, its records would count twice; name it once."
+                )
         lengths, kinds = [], set()
         for shard in self.shards:
-            file = open_shard(shard)
-            metadata = _read_metadata(file)
-            kinds.add(records.check_energy_kind(metadata.get("energy_kind")))
-            lengths.append(_read_length(file))
+            opened = _Shard(open_shard(shard))
+            kinds.add(check_energy_kind(opened.metadata().get("energy_kind")))
+            lengths.append(opened.length())
         self._ends = list(accumulate(lengths))
         if self._ends[-1] == 0:
             raise DataError(f"{self.path}: the dataset has no records.")
-        self.energy_kind = self._resolve_kind(kinds, records.check_energy_kind(energy_kind))
-        self._files: dict[int, LmdbFile] = {}
+        self.energy_kind = self._resolve_kind(kinds, check_energy_kind(energy_kind))
+        self._opened: dict[int, _Shard] = {}
         self._pid = os.getpid()
         self._natoms: np.ndarray | None = None
         self._periodicity: Periodicity | None = Periodicity()
 
     def __len__(self) -> int:
+        """Return the number of structures."""
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Data:
-        """The structure `index`; fields, shapes and units in docs/architecture.md."""
+        """Read the structure `index`; fields, shapes and units in docs/architecture.md."""
         shard, key = self._locate(index)
-        value = self._file(shard).get(str(key).encode("ascii"))
-        where = f"{self.shards[shard]}, key {key}"
-        if value is None:
-            raise DataError(f"{where}: the file has no such record; it is incomplete, write it again.")
-        if records.is_packed(value):
-            data = records.unpack(value, where)
+        value, where = self._open(shard).record(key)
+        if PackedRecord.matches(value):
+            data = PackedRecord(value, where).to_data()
         else:
-            data = records.make_data(foreign.read_fields(value, where), where)
-        self._watch(data, f"key {key} (sid {data.sid!r})")
+            data = make_data(LegacyRecord(value, where).fields(), where)
+        # Notices about periodic directions are given once; copies in other processes are silent.
+        if self._periodicity is not None and get_worker_info() is None:
+            self._periodicity.add(data.cell[0].numpy(), data.pbc[0].numpy(), f"key {key} (sid {data.sid!r})")
+            self._periodicity.log(self.path)
         return data
 
-    def _watch(self, data: Data, name: str) -> None:
-        """Say once when periodic directions look wrong; copies in other processes are silent."""
-        if self._periodicity is not None and get_worker_info() is None:
-            self._periodicity.add(data.cell[0].numpy(), data.pbc[0].numpy(), name)
-            self._periodicity.say(self.path)
-
     def fields(self, index: int) -> frozenset[str]:
-        """Names of the arrays of structure `index`; of records of ours from their headers alone."""
+        """Return the names of the arrays of structure `index`; of packed records from the header alone."""
         shard, key = self._locate(index)
-        value = self._file(shard).get(str(key).encode("ascii"))
-        where = f"{self.shards[shard]}, key {key}"
-        if value is None:
-            raise DataError(f"{where}: the file has no such record; it is incomplete, write it again.")
-        if records.is_packed(value):
-            return records.packed_fields(value, where)
-        return records.known_fields(foreign.read_fields(value, where))
+        value, where = self._open(shard).record(key)
+        if PackedRecord.matches(value):
+            return PackedRecord(value, where).fields
+        return known_fields(LegacyRecord(value, where).fields())
 
     @property
     def natoms(self) -> np.ndarray:
@@ -161,20 +208,21 @@ class OC20Lmdb(Dataset[Data]):
         if self._natoms is None:
             starts = [0, *self._ends[:-1]]
             parts = [
-                natoms_of_shard(self._file(index), end - start)
+                self._open(index).natoms(end - start)
                 for index, (start, end) in enumerate(zip(starts, self._ends, strict=True))
             ]
             self._natoms = np.concatenate(parts)
         return self._natoms
 
     def describe(self, index: int) -> str:
-        """File and key of structure `index`, for messages."""
+        """Name file and key of structure `index`, for messages."""
         shard, key = self._locate(index)
         return f"{self.shards[shard]}, key {key}"
 
     def __getstate__(self) -> dict[str, Any]:
-        # Workers read records and need no sizes: what they hold does not grow with the number of records.
-        return {**self.__dict__, "_files": {}, "_natoms": None, "_periodicity": None}
+        """Return the state for another process, without open files."""
+        # Workers read records and need no sizes, so their memory does not grow with the number of records.
+        return {**self.__dict__, "_opened": {}, "_natoms": None, "_periodicity": None}
 
     def _locate(self, index: int) -> tuple[int, int]:
         position = index + len(self) if index < 0 else index
@@ -183,12 +231,13 @@ class OC20Lmdb(Dataset[Data]):
         shard = bisect.bisect_right(self._ends, position)
         return shard, position - (self._ends[shard - 1] if shard else 0)
 
-    def _file(self, shard: int) -> LmdbFile:
-        if self._pid != os.getpid():  # forked: the maps of the parent are closed in the child
-            self._files, self._pid = {}, os.getpid()
-        if shard not in self._files:
-            self._files[shard] = open_shard(self.shards[shard])
-        return self._files[shard]
+    def _open(self, shard: int) -> _Shard:
+        """Return an open shard, opened again in a forked process, where the parent's handles are closed."""
+        if self._pid != os.getpid():
+            self._opened, self._pid = {}, os.getpid()
+        if shard not in self._opened:
+            self._opened[shard] = _Shard(open_shard(self.shards[shard]))
+        return self._opened[shard]
 
     def _resolve_kind(self, declared: set[str | None], given: str | None) -> str | None:
         kinds = {kind for kind in declared if kind is not None}
@@ -199,58 +248,21 @@ class OC20Lmdb(Dataset[Data]):
             raise DataError(f"{self.path}: the file declares {kind} energies, but {given} was asked for.")
         return kind or given
 
-
-def _find_shards(path: Path) -> list[Path]:
-    if path.is_dir():
-        ours, ase = sorted(path.glob("*.lmdb")), sorted(path.glob("*.aselmdb"))
-        if ours and ase:
-            raise DataError(f"{path}: holds *.lmdb and *.aselmdb files, perhaps of the same data; name them.")
-        if not ours and not ase:
-            environment = path / "data.mdb"  # LMDB's own name, where a folder is one environment
-            if environment.is_file():
-                return [environment]
-            raise DataError(f"{path}: the folder holds no *.lmdb, *.aselmdb or data.mdb file.")
-        return ours or ase
-    with contextlib.suppress(OSError):  # a missing file is told when it is opened
-        regular_file(path)
-    return [path]
-
-
-def _check_named_once(shards: Sequence[Path]) -> None:
-    seen: dict[Path, Path] = {}
-    for shard in shards:
-        same = seen.setdefault(shard.resolve(), shard)
-        if same is not shard:
-            raise DataError(f"{shard}: the file is named twice, its records would count twice; name it once.")
-
-
-def _read_metadata(file: LmdbFile) -> dict[str, Any]:
-    value = file.get(b"metadata")
-    if value is None:
-        return {}
-    try:
-        metadata = orjson.loads(value)
-        version = int(metadata["format_version"])
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{file.path}, key metadata: not readable; write the dataset again.") from error
-    if version > FORMAT_VERSION:
-        raise DataError(
-            f"{file.path}: the file has format {version}, this version reads up to {FORMAT_VERSION}; "
-            "update equiformer2."
-        )
-    return dict(metadata)
-
-
-def _read_length(file: LmdbFile) -> int:
-    """Number of records: the key `length`, or all entries, where OC20 wrote no such key."""
-    there = file.entries() - sum(file.get(key) is not None for key in SPECIAL_KEYS)
-    value = file.get(b"length")
-    if value is None:
-        return there
-    length = foreign.read_length(value, f"{file.path}, key length")
-    if length > there:
-        raise DataError(
-            f"{file.path}: the key length says {length} records but only {there} are there; "
-            "the file is incomplete, write it again."
-        )
-    return length
+    @staticmethod
+    def _find_shards(path: Path) -> list[Path]:
+        """List the LMDB files that `path` names."""
+        if path.is_dir():
+            ours, ase = sorted(path.glob("*.lmdb")), sorted(path.glob("*.aselmdb"))
+            if ours and ase:
+                raise DataError(
+                    f"{path}: holds *.lmdb and *.aselmdb files, perhaps of the same data; name them."
+                )
+            if not ours and not ase:
+                environment = path / "data.mdb"  # LMDB's own name, where a folder is one environment
+                if environment.is_file():
+                    return [environment]
+                raise DataError(f"{path}: the folder holds no *.lmdb, *.aselmdb or data.mdb file.")
+            return ours or ase
+        with contextlib.suppress(OSError):  # opening reports a missing file
+            regular_file(path)
+        return [path]

@@ -1,4 +1,4 @@
-"""Fit per-element reference energies to a dataset of total energies, and write them."""
+"""Fit of per-element reference energies to a dataset of total energies."""
 
 import json
 import os
@@ -26,15 +26,17 @@ _CHECKED_RECORDS = 200
 
 @dataclass(frozen=True)
 class ReferenceFit:
-    """References of a dataset and what they leave of its energies.
+    """References of a dataset and the statistics of its energies without and with them.
 
     Attributes:
-        path: of the dataset.
+        path: path of the dataset.
         sums: over its frames.
         coefficients: `[100]` eV per atomic number.
-        mean, std: of the energy before, eV.
-        residual_mean, residual_std: of the energy less the references, eV.
-        undetermined: elements of which only sums with others are determined.
+        mean: mean of the energy, eV.
+        std: standard deviation of the energy, eV.
+        residual_mean: mean of the energy less the references, eV.
+        residual_std: standard deviation of the energy less the references, eV.
+        undetermined: elements for whose references the data determine only sums with others.
     """
 
     path: str
@@ -52,7 +54,7 @@ class ReferenceFit:
         return [int(number) for number in np.flatnonzero(self.sums.atoms)]
 
     def to_record(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {
             "data": self.path,
             "energy_kind": "total",
@@ -75,7 +77,12 @@ class ReferenceFit:
 
 
 def fit_references(dataset: OC20Lmdb, num_workers: int | None = None, progress: bool = False) -> ReferenceFit:
-    """Read every frame once and fit.
+    """Read every frame once and fit the references.
+
+    Args:
+        dataset: frames with total energies.
+        num_workers: number of processes; None takes one per core.
+        progress: show a bar on a terminal.
 
     Raises:
         DataError: the energies are adsorption energies or of an undeclared kind, cannot be total energies,
@@ -104,9 +111,13 @@ def fit_references(dataset: OC20Lmdb, num_workers: int | None = None, progress: 
 
 
 def write_references(fit: ReferenceFit, path: str | os.PathLike[str]) -> None:
-    """Write an `.npz` for `data.normalizers.linear_references`, whole or not at all.
+    """Write an `.npz` for `data.normalizers.linear_references` atomically.
 
-    Arrays `coeff [100]` (eV per atomic number), `atoms [100]` (atoms in the data) and `provenance` (JSON).
+    Its arrays are `coeff [100]` (eV per atomic number), `atoms [100]` (atoms in the data) and `provenance`
+    (JSON).
+
+    Raises:
+        OSError: the disk is full or the folder not writable.
     """
     provenance = {
         **{name: value for name, value in fit.to_record().items() if name != "elements"},
@@ -122,7 +133,12 @@ def write_references(fit: ReferenceFit, path: str | os.PathLike[str]) -> None:
 
 
 def to_text(fit: ReferenceFit, out: str) -> str:
-    """The table of elements, what the references leave, and the lines for a configuration."""
+    """Format the table of elements, the statistics, and the lines for a training configuration.
+
+    Args:
+        fit: the references.
+        out: path of the `.npz` file, for the configuration.
+    """
     lines = [f"{fit.path}: {fit.sums.frames} frames", "", "element      atoms  reference (eV)"]
     lines += [
         f"{chemical_symbols[number]:<7} {int(fit.sums.atoms[number]):>10}  {fit.coefficients[number]:14.4f}"

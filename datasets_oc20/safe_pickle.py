@@ -1,13 +1,13 @@
-"""Reading foreign pickles as data: an unpickler that builds inert descriptions and calls nothing else.
+"""Unpickler of third-party pickles that builds inert descriptions and calls nothing else.
 
 OC20 LMDB values are pickles of torch_geometric objects. A pickle is a program; this one may name only the
-classes below, and each of them is replaced by a stand-in that records what it was given. No torch,
+classes below, and each of them is replaced by a stand-in that records its arguments. No torch,
 numpy or torch_geometric code runs while the pickle is read, so a record written by any version of them
 opens, and a hostile one can at most be refused. Tensors are built afterwards, only for the fields that are
 asked for, from bytes whose bounds have been checked.
 
 Before that the opcodes are followed without running them (`_check_program`): some programs would cost hours
-or all memory by what a pickle does anyway, like hashing the key of a dictionary.
+or all memory through ordinary operations, like hashing the key of a dictionary.
 """
 
 import codecs
@@ -26,13 +26,13 @@ import torch
 
 MAX_BYTES = 1 << 30
 MAX_VALUES = 5_000_000
-"""Most values of a pickle, those that it repeats counted as often as they are."""
+"""Maximum number of values in a pickle, each counted as often as it is repeated."""
 MAX_DEPTH = 64
 MAX_OPCODES = 500_000
-"""Most steps of a program; a record of OC20 has some 400, whatever its size."""
+"""Maximum number of steps of a program; a record of OC20 has some 400, whatever its size."""
 MAX_DIMENSIONS = 8
 _MAX_KEY = 1000
-"""Most characters of a key."""
+"""Maximum number of characters of a key."""
 # Kinds of values on the stack of a program: can be a key, was named (a class or a function), all others.
 _KEY, _NAMED, _OTHER = range(3)
 _PLAIN = (
@@ -46,7 +46,7 @@ _KEYS = {"SETITEM": 2, "SETITEMS": 2, "DICT": 2, "ADDITEMS": 1, "FROZENSET": 1}
 
 
 def _effect(opcode: pickletools.OpcodeInfo) -> tuple[bool, int, int | None]:
-    """Takes all to the last mark, values that it takes (below the mark), kind of what it puts there."""
+    """Effect on the stack: takes all to the last mark, values taken below it, kind of the value put."""
     before, after, name = opcode.stack_before, opcode.stack_after, opcode.name
     to_mark = pickletools.markobject in before
     taken = before.index(pickletools.markobject) if to_mark else len(before)
@@ -61,18 +61,22 @@ _EXPANDED = 1 << 20
 
 
 class RefusedPickleError(ValueError):
-    """The pickle names something outside the allow-list, or is not a pickle; the message says which."""
+    """The pickle names something outside the allow-list, or is not a pickle; the message names it."""
 
 
 class _Finished:
-    """Values that a pickle cannot change after they were made."""
+    """Base of values that a pickle cannot change after they were built."""
 
     def __setstate__(self, state: Any) -> None:
         raise RefusedPickleError("it changes something that is finished")
 
 
 class PickledObject:
-    """Stands in for the classes of torch_geometric; `state` is what the pickle stored for it."""
+    """Stand-in for the classes of torch_geometric.
+
+    Attributes:
+        state: attributes by name, as the pickle stored them.
+    """
 
     def __init__(self, *args: Any) -> None:
         self.state: dict[str, Any] = {}
@@ -85,20 +89,24 @@ class PickledObject:
 
 @dataclass
 class PickledStorage(_Finished):
-    """The bytes of a pickled torch storage: a stream written by `torch.save`, not read yet."""
+    """The bytes of a pickled torch storage: a stream of `torch.save` that is read on demand.
+
+    Attributes:
+        content: the stream.
+    """
 
     content: bytes
 
     def tensor(self) -> torch.Tensor:
-        """The storage as a flat tensor, read with `weights_only=True`."""
+        """Read the storage as a flat tensor, with `weights_only=True`; damage is a `RefusedPickleError`."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # torch warns that TypedStorage is old
                 storage = torch.load(io.BytesIO(self.content), map_location="cpu", weights_only=True)
                 return torch.tensor([], dtype=storage.dtype).set_(storage)
         except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            name = found.group(1) if found else "something that is not tensor data"
+            match = re.search(r"GLOBAL ([\w.]+)", str(error))
+            name = match.group(1) if match else "something that is not tensor data"
             raise RefusedPickleError(f"it would run {name}") from error
         except Exception as error:
             # Like a damaged pickle, a damaged torch file may fail anywhere with any exception type.
@@ -107,15 +115,27 @@ class PickledStorage(_Finished):
 
 @dataclass
 class PickledTensor(_Finished):
-    """A pickled tensor; `tensor()` builds it."""
+    """A pickled tensor that is built on demand.
+
+    Attributes:
+        storage: a `PickledStorage`, unless the pickle is damaged.
+        offset: first element in the storage.
+        size: shape.
+        stride: steps in elements.
+    """
 
     storage: Any
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
+    @staticmethod
+    def rebuild(storage: Any, offset: Any, size: Any, stride: Any, *unused: Any) -> "PickledTensor":
+        """Stand in for `torch._utils._rebuild_tensor` and its second version."""
+        return PickledTensor(storage, offset, tuple(size), tuple(stride))
+
     def tensor(self) -> torch.Tensor:
-        """A contiguous copy of the tensor; raises `RefusedPickleError` when it does not fit its storage."""
+        """Build a contiguous copy; raise `RefusedPickleError` if the tensor does not fit its storage."""
         if not isinstance(self.storage, PickledStorage):
             raise RefusedPickleError("a tensor has no storage")
         flat = self.storage.tensor()
@@ -142,6 +162,13 @@ class _PickledDtype:
             raise RefusedPickleError(f"a numpy array holds {code!r}, not numbers")
         self.dtype = np.dtype(code)
 
+    @staticmethod
+    def scalar(dtype: Any, content: Any) -> Any:
+        """Stand in for `numpy.core.multiarray.scalar`: one number."""
+        if not isinstance(dtype, _PickledDtype) or not isinstance(content, bytes):
+            raise RefusedPickleError("a numpy number is damaged")
+        return np.frombuffer(content, dtype=dtype.dtype, count=1)[0]
+
     def __setstate__(self, state: Any) -> None:
         order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
         if order in ("<", ">", "|", "="):
@@ -149,7 +176,11 @@ class _PickledDtype:
 
 
 class PickledArray:
-    """A pickled numpy array; `array()` builds it."""
+    """A pickled numpy array that is built on demand.
+
+    Attributes:
+        state: version, shape, dtype, order and bytes, as numpy pickles them.
+    """
 
     def __init__(self, *args: Any) -> None:
         self.state: Any = None
@@ -157,8 +188,15 @@ class PickledArray:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
+    @staticmethod
+    def from_buffer(content: Any, dtype: Any, shape: Any, order: Any, *unused: Any) -> "PickledArray":
+        """Stand in for `_frombuffer`, which pickles of protocol 5 call."""
+        array = PickledArray()
+        array.__setstate__((None, shape, dtype, order == "F", content))
+        return array
+
     def array(self) -> np.ndarray:
-        """The array; raises `RefusedPickleError` when its bytes do not match its shape."""
+        """Build the array; raise `RefusedPickleError` if its bytes do not match its shape."""
         try:
             _, shape, dtype, fortran, content = self.state
             flat = np.frombuffer(content, dtype=dtype.dtype)
@@ -167,59 +205,38 @@ class PickledArray:
             raise RefusedPickleError("a numpy array is damaged") from error
 
 
-def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *unused: Any) -> PickledTensor:
-    return PickledTensor(storage, offset, tuple(size), tuple(stride))
-
-
-def _array_from_buffer(content: Any, dtype: Any, shape: Any, order: Any, *unused: Any) -> PickledArray:
-    """What pickles of protocol 5 call for arrays."""
-    array = PickledArray()
-    array.__setstate__((None, shape, dtype, order == "F", content))
-    return array
-
-
-def _numpy_scalar(dtype: Any, content: Any) -> Any:
-    if not isinstance(dtype, _PickledDtype) or not isinstance(content, bytes):
-        raise RefusedPickleError("a numpy number is damaged")
-    return np.frombuffer(content, dtype=dtype.dtype, count=1)[0]
-
-
 def _encode(text: Any, encoding: Any = "utf-8") -> bytes:
-    """What `_codecs.encode` is for in pickles of protocol 2: bytes written as latin-1 text."""
+    """Stand in for `_codecs.encode`, which pickles of protocol 2 call for bytes written as latin-1 text."""
     if not isinstance(text, str) or encoding not in ("latin1", "utf-8"):
         raise RefusedPickleError("it encodes something that is not text")
     return codecs.encode(text, encoding)
 
 
 def _mapping(*args: Any) -> dict[Any, Any]:
-    """An empty dictionary for an OrderedDict, whose items come after it since Python 3."""
+    """Stand in for an OrderedDict, whose items come after it since Python 3, by an empty dictionary."""
     if any(args):
         raise RefusedPickleError("it makes a dictionary of a list")
     return {}
 
 
-def _size(*args: Any) -> tuple[Any, ...]:
-    return tuple(*args)
-
-
 class _AnArrayClass(_Finished):
-    """What `numpy.ndarray` may be: the argument of `_reconstruct`."""
+    """Stand-in for `numpy.ndarray`, which may only be the argument of `_reconstruct`."""
 
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _mapping,
     ("_codecs", "encode"): _encode,
-    ("torch", "Size"): _size,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch", "Size"): lambda *args: tuple(*args),
+    ("torch._utils", "_rebuild_tensor"): PickledTensor.rebuild,
+    ("torch._utils", "_rebuild_tensor_v2"): PickledTensor.rebuild,
     ("torch.storage", "_load_from_bytes"): PickledStorage,
     ("numpy", "ndarray"): _AnArrayClass,
     ("numpy", "dtype"): _PickledDtype,
 }
 for _core in ("numpy.core", "numpy._core"):
     _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = PickledArray
-    _ALLOWED[f"{_core}.multiarray", "scalar"] = _numpy_scalar
-    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _array_from_buffer
+    _ALLOWED[f"{_core}.multiarray", "scalar"] = _PickledDtype.scalar
+    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = PickledArray.from_buffer
 for _module, _names in {
     "torch_geometric.data.data": ("Data", "DataTensorAttr", "DataEdgeAttr"),
     "torch_geometric.data": ("Data",),
@@ -232,11 +249,13 @@ for _module, _names in {
 
 
 class _AllowListUnpickler(pickle.Unpickler):
+    """Unpickler that finds the classes of `_ALLOWED` only."""
+
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
-        found: Callable[..., Any] | None = _ALLOWED.get((module, name))
-        if found is None:
+        allowed: Callable[..., Any] | None = _ALLOWED.get((module, name))
+        if allowed is None:
             raise RefusedPickleError(f"it would run {module}.{name}")
-        return found
+        return allowed
 
     def persistent_load(self, pid: Any) -> Any:
         raise RefusedPickleError("it refers to something outside the record")
@@ -254,6 +273,12 @@ def _check_program(content: bytes) -> None:
         RefusedPickleError: as above, or a value is asked for that is not there.
         ValueError: `content` is no program.
     """
+
+    def is_key(argument: Any) -> bool:
+        if isinstance(argument, str | bytes):
+            return len(argument) <= _MAX_KEY
+        return argument is None or -(2**31) <= argument < 2**31
+
     stack: list[int] = []
     marks: list[int] = []
     memo: dict[int, int] = {}
@@ -279,7 +304,7 @@ def _check_program(content: bytes) -> None:
             operands = stack[base:]
             del stack[base:]
         if pushed is not None:
-            stack.append(pushed if pushed != _KEY or _is_key(argument) else _OTHER)
+            stack.append(pushed if pushed != _KEY or is_key(argument) else _OTHER)
         if name in _PUTS:
             index = len(memo) if name == "MEMOIZE" else int(argument or 0)
             if index > count:
@@ -300,57 +325,54 @@ def _check_program(content: bytes) -> None:
             raise RefusedPickleError("it changes a class or a function")
 
 
-def _is_key(argument: Any) -> bool:
-    if isinstance(argument, str | bytes):
-        return len(argument) <= _MAX_KEY
-    return argument is None or -(2**31) <= argument < 2**31
-
-
-def _check_extent(found: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Refuse what is nested too deep, or would be too large if its repeated parts were written out.
+def _check_extent(part: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Refuse values that are nested too deep, or too large with their repeated parts written out.
 
     The objects of torch_geometric and arrays count once: nothing writes them out, and a record of PyG 2 holds
     itself (`_store._parent`).
 
     Args:
-        found: a part of what was read.
-        depth: how deep it lies.
+        part: a value in the unpickled record.
+        depth: its nesting.
         known: values and nesting of the parts that were seen, by id.
 
     Returns:
-        Values in `found`, repeated ones as often as they are, and levels of nesting.
+        Number of values in `part`, each counted as often as it is repeated, and levels of nesting.
     """
-    once = isinstance(found, PickledObject | PickledArray)
+    once = isinstance(part, PickledObject | PickledArray)
     if once:
-        children: Any = (found.state,)
-    elif isinstance(found, PickledTensor):
-        children = (found.storage, found.size, found.stride)
-    elif isinstance(found, dict):
-        children = (*found.keys(), *found.values())
-    elif isinstance(found, list | tuple | set | frozenset):
-        children = found
+        children: Any = (part.state,)
+    elif isinstance(part, PickledTensor):
+        children = (part.storage, part.size, part.stride)
+    elif isinstance(part, dict):
+        children = (*part.keys(), *part.values())
+    elif isinstance(part, list | tuple | set | frozenset):
+        children = part
     else:
         return 0, 0
-    if id(found) not in known:
+    if id(part) not in known:
         if depth >= MAX_DEPTH:
             raise RefusedPickleError("it is nested too deep")
         values, nesting = len(children), 0
         if once:
-            known[id(found)] = 0, 0
+            known[id(part)] = 0, 0
         for child in children:
             inside, levels = _check_extent(child, depth + 1, known)
             values, nesting = values + inside, max(nesting, levels)
         if values > MAX_VALUES:
             raise RefusedPickleError("it repeats its parts too often")
-        known.setdefault(id(found), (values, nesting + 1))
-    values, nesting = known[id(found)]
+        known.setdefault(id(part), (values, nesting + 1))
+    values, nesting = known[id(part)]
     if depth + nesting > MAX_DEPTH:
         raise RefusedPickleError("it is nested too deep")
     return values, nesting
 
 
 def load_inert(content: bytes) -> Any:
-    """Unpickle `content` to plain Python values and the stand-ins of this module.
+    """Unpickle to plain Python values and the stand-ins of this module.
+
+    Args:
+        content: the pickle.
 
     Raises:
         RefusedPickleError: `content` is not a pickle, or names anything outside the allow-list.

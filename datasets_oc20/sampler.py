@@ -1,4 +1,4 @@
-"""Batches limited by structures and atoms (and so edges), shared out equally between ranks."""
+"""Batch sampler with limits on structures, atoms and edges, which balances the load of ranks."""
 
 import heapq
 from collections.abc import Iterator
@@ -11,16 +11,16 @@ from torch.utils.data import Sampler
 
 from datasets_oc20.errors import DataError
 
-#: Steps whose batches are balanced together. What is left falls with their number: where batches hold one
-#: structure, 16 steps leave four times as much as 64.
 WINDOW = 64
-#: Imbalance, in the worst step, that needs no structures of other steps.
+"""Steps whose batches are balanced together. The remaining imbalance falls with their number: where batches
+hold one structure, 16 steps leave four times as much as 64."""
 CLOSE = 0.01
+"""Imbalance, in the worst step, up to which no structures of other steps are used."""
 
 
 @dataclass(frozen=True)
 class Imbalance:
-    """How much more the most loaded rank has than the mean over ranks, as a share of the mean.
+    """Excess load of the most loaded rank over the mean over ranks, as a share of the mean.
 
     Attributes:
         mean: over the steps of an epoch.
@@ -33,8 +33,8 @@ class Imbalance:
     total: float
 
     @classmethod
-    def of(cls, loads: np.ndarray) -> "Imbalance":
-        """From `loads` [steps, ranks]."""
+    def from_loads(cls, loads: np.ndarray) -> "Imbalance":
+        """Compute the imbalance of `loads` `[steps, ranks]`, such as numbers of atoms."""
         share = loads.max(axis=1) / loads.mean(axis=1) - 1.0
         sums = loads.sum(axis=0)
         return cls(float(share.mean()), float(share.max()), float(sums.max() / sums.mean() - 1.0))
@@ -59,15 +59,15 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
     Args:
         length: number of structures.
-        batch_size: most structures in a batch.
+        batch_size: maximum number of structures in a batch.
         natoms: `[length]` atoms per structure; needed for the two limits and for balancing.
-        max_atoms: most atoms in a batch.
-        max_edges: most edges in a batch, counted as `max_neighbors` per atom: the most that the model's graph
-            can have, and what dense structures do have.
+        max_atoms: maximum number of atoms in a batch.
+        max_edges: maximum number of edges in a batch, counted as `max_neighbors` per atom: the upper bound of
+            the model's graph, which dense structures reach.
         max_neighbors: edges counted per atom.
         shuffle: a new order in every epoch.
-        seed: start of the order.
-        rank: this process.
+        seed: random seed of the order.
+        rank: number of this process.
         world_size: number of processes.
 
     Ranks are balanced by atoms, and so by edges where every atom has `max_neighbors`
@@ -96,30 +96,31 @@ class BalancedBatchSampler(Sampler[list[int]]):
         if natoms is None and (max_atoms is not None or max_edges is not None):
             raise DataError("max_atoms and max_edges need the number of atoms of every structure.")
         self.natoms = np.ones(length, dtype=np.int32) if natoms is None else natoms
-        self._max_atoms = _most_atoms(self.natoms, max_atoms, max_edges, max_neighbors)
+        self._max_atoms = self._atom_limit(max_atoms, max_edges, max_neighbors)
         self.length, self.batch_size = length, batch_size
         self.shuffle, self.seed, self.rank, self.world_size = shuffle, seed, rank, world_size
         self.epoch = 0
         self._cached: tuple[int, _Packed] | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass."""
+        """Set the epoch, which determines the order of the next pass."""
         self.epoch = epoch
 
     @property
     def sampler(self) -> Self:
-        """Lightning looks for `set_epoch` on `batch_sampler.sampler`."""
+        """This object: Lightning calls `set_epoch` on `batch_sampler.sampler`."""
         return self
 
     def __iter__(self) -> Iterator[list[int]]:
+        """Iterate over the batches of this rank."""
         return self.batches_from(0)
 
     def __len__(self) -> int:
-        """Number of batches of this rank, the same in every epoch."""
+        """Return the number of batches of this rank, the same in every epoch."""
         return len(self._packed()) // self.world_size
 
     def batches_from(self, first: int) -> Iterator[list[int]]:
-        """The batches of this rank from number `first` on; those before it cost nothing."""
+        """Iterate over the batches of this rank from number `first` on; those before it cost nothing."""
         packed = self._packed()
         if self.world_size == 1:
             for number in range(first, len(packed)):
@@ -131,9 +132,9 @@ class BalancedBatchSampler(Sampler[list[int]]):
                     yield step[self.rank].tolist()
 
     def imbalance(self) -> Imbalance:
-        """Of the load that the balance is made for, in the chosen epoch."""
+        """Compute the imbalance of the numbers of atoms in the current epoch."""
         packed = self._packed()
-        return Imbalance.of(
+        return Imbalance.from_loads(
             np.array(
                 [
                     [self._sum(batch) for batch in step]
@@ -144,15 +145,30 @@ class BalancedBatchSampler(Sampler[list[int]]):
             )
         )
 
+    def _atom_limit(self, max_atoms: int | None, max_edges: int | None, max_neighbors: int) -> int | None:
+        """Maximum number of atoms in a batch under both limits; None without a limit."""
+        limits = [] if max_atoms is None else [max_atoms]
+        limits += [] if max_edges is None else [max_edges // max_neighbors]
+        if not limits:
+            return None
+        cap, largest = min(limits), int(self.natoms.argmax())
+        if self.natoms[largest] > cap:
+            raise DataError(
+                f"record {largest} has {self.natoms[largest]} atoms, more than the {cap} that "
+                "max_atoms or max_edges allow in a batch; raise the limit."
+            )
+        return cap
+
     # ---- an epoch's order, cut into batches
 
     def _packed(self) -> "_Packed":
+        """Return the batches of all ranks in the current epoch."""
         if self._cached is None or self._cached[0] != self.epoch:
             packed = self._pack(self._order(self.epoch))
             if self.shuffle and self._max_atoms is not None:
                 packed = self._with_count(packed, self._fixed_count)
             if self.world_size > 1:
-                packed = _divisible(packed, self.world_size)
+                packed = packed.divisible_by(self.world_size)
             self._cached = (self.epoch, packed)
         return self._cached[1]
 
@@ -178,36 +194,39 @@ class BalancedBatchSampler(Sampler[list[int]]):
         return _Packed(order, np.array(ends))
 
     def _with_count(self, packed: "_Packed", count: int) -> "_Packed":
-        """Exactly `count` batches."""
+        """Split or join batches until there are exactly `count`."""
         if len(packed) <= count:
             return packed.split_to(count)
         lengths = np.diff(packed.ends)
         surplus = np.zeros(len(packed), dtype=bool)
         surplus[np.argsort(lengths, kind="stable")[: len(packed) - count]] = True
-        homeless = np.concatenate([packed[number] for number in np.flatnonzero(surplus).tolist()])
-        kept = [packed[number] for number in np.flatnonzero(~surplus).tolist()]
-        atoms = np.array([self._sum(batch) for batch in kept], dtype=np.float64)
-        atoms[[len(batch) == self.batch_size for batch in kept]] = np.inf
-        for index in homeless[np.lexsort((homeless, -self.natoms[homeless]))]:
+        unplaced = np.concatenate([packed[number] for number in np.flatnonzero(surplus).tolist()])
+        batches = [packed[number] for number in np.flatnonzero(~surplus).tolist()]
+        atoms = np.array([self._sum(batch) for batch in batches], dtype=np.float64)
+        atoms[[len(batch) == self.batch_size for batch in batches]] = np.inf
+        for index in unplaced[np.lexsort((unplaced, -self.natoms[unplaced]))]:
             lightest = int(atoms.argmin())
             if not atoms[lightest] + self.natoms[index] <= self._max_atoms:
                 continue
-            kept[lightest] = np.append(kept[lightest], index)
-            full = len(kept[lightest]) == self.batch_size
+            batches[lightest] = np.append(batches[lightest], index)
+            full = len(batches[lightest]) == self.batch_size
             atoms[lightest] = np.inf if full else atoms[lightest] + self.natoms[index]
-        return _Packed(np.concatenate(kept), np.cumsum([0, *map(len, kept)]))
+        return _Packed(np.concatenate(batches), np.cumsum([0, *map(len, batches)]))
 
     # ---- several ranks
 
     def _window(self, packed: "_Packed", start: int) -> list[list[np.ndarray]]:
-        """The batches of all ranks in up to `WINDOW` steps from step `start` on."""
+        """Return the batches of all ranks in up to `WINDOW` steps from step `start` on."""
         numbers = range(start * self.world_size, min(start + WINDOW, len(self)) * self.world_size)
         batches = [packed[number] for number in numbers]
         ranks = self.world_size
-        steps = [self._dealt(batches[i : i + ranks]) for i in range(0, len(batches), ranks)]
-        if Imbalance.of(np.array([[self._sum(batch) for batch in step] for step in steps])).worst <= CLOSE:
+        steps = [self._deal(batches[i : i + ranks]) for i in range(0, len(batches), ranks)]
+        if (
+            Imbalance.from_loads(np.array([[self._sum(batch) for batch in step] for step in steps])).worst
+            <= CLOSE
+        ):
             return steps
-        dealt = self._dealt(batches)
+        dealt = self._deal(batches)
         loads = np.array([self._sum(batch) for batch in dealt])
         by_load = np.argsort(loads, kind="stable").reshape(-1, self.world_size)
         by_load[1::2] = by_load[1::2, ::-1]  # no rank always has the largest of its step
@@ -218,10 +237,10 @@ class BalancedBatchSampler(Sampler[list[int]]):
     def _sum(self, batch: np.ndarray) -> int:
         return int(self.natoms[batch].sum(dtype=np.int64))
 
-    def _dealt(self, batches: list[np.ndarray]) -> list[np.ndarray]:
-        """The structures dealt out anew, largest first, in rounds: a round's largest to the lightest batch.
+    def _deal(self, batches: list[np.ndarray]) -> list[np.ndarray]:
+        """Deal the structures out anew, largest first, in rounds: a round's largest to the lightest batch.
 
-        The batches as they are, where that would exceed a limit or repeat or lose a structure.
+        The batches are returned unchanged where that would exceed a limit or repeat or lose a structure.
         """
         pool = np.concatenate(batches)
         count = len(batches)
@@ -242,7 +261,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
 
 class _Packed:
-    """Batches as one array of indices and the places where it is cut, `ends[0] = 0`."""
+    """Batches as one array of indices and the positions where it is cut, `ends[0] = 0`."""
 
     def __init__(self, order: np.ndarray, ends: np.ndarray) -> None:
         self.order, self.ends = order, ends
@@ -254,7 +273,7 @@ class _Packed:
         return self.order[self.ends[number] : self.ends[number + 1]]
 
     def split_to(self, count: int) -> "_Packed":
-        """`count` batches, or as many as there are structures: the one with most structures is halved, …"""
+        """Halve the largest batch again and again until there are `count`, or as many as structures."""
         lengths = np.diff(self.ends)
         largest = list(zip((-lengths).tolist(), self.ends[:-1].tolist(), strict=True))
         heapq.heapify(largest)
@@ -266,30 +285,12 @@ class _Packed:
             cuts.append(start + length // 2)
         return _Packed(self.order, np.sort(np.concatenate([self.ends, np.array(cuts, dtype=np.int64)])))
 
-
-def _divisible(packed: _Packed, ranks: int) -> _Packed:
-    """A multiple of `ranks` batches: some are split; where all hold one structure the first are repeated."""
-    packed = packed.split_to(-(-len(packed) // ranks) * ranks)
-    missing = -len(packed) % ranks
-    if not missing:
-        return packed
-    repeated = np.resize(packed.order, missing)
-    ends = packed.ends[-1] + np.arange(1, missing + 1)
-    return _Packed(np.concatenate([packed.order, repeated]), np.concatenate([packed.ends, ends]))
-
-
-def _most_atoms(
-    natoms: np.ndarray, max_atoms: int | None, max_edges: int | None, max_neighbors: int
-) -> int | None:
-    """Most atoms in a batch under both limits; None without a limit."""
-    limits = [] if max_atoms is None else [max_atoms]
-    limits += [] if max_edges is None else [max_edges // max_neighbors]
-    if not limits:
-        return None
-    cap, largest = min(limits), int(natoms.argmax())
-    if natoms[largest] > cap:
-        raise DataError(
-            f"record {largest} has {natoms[largest]} atoms, more than the {cap} that "
-            "max_atoms or max_edges allow in a batch; raise the limit."
-        )
-    return cap
+    def divisible_by(self, ranks: int) -> "_Packed":
+        """Split batches into a multiple of `ranks`; where all hold one structure, repeat the first ones."""
+        packed = self.split_to(-(-len(self) // ranks) * ranks)
+        missing = -len(packed) % ranks
+        if not missing:
+            return packed
+        repeated = np.resize(packed.order, missing)
+        ends = packed.ends[-1] + np.arange(1, missing + 1)
+        return _Packed(np.concatenate([packed.order, repeated]), np.concatenate([packed.ends, ends]))

@@ -13,8 +13,7 @@ in float32. Files from before hold them in float32 and are read as well.
 import math
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -50,25 +49,35 @@ def make_data(fields: Mapping[str, Any], where: str) -> Data:
         where: file and key, for the error message.
 
     Raises:
-        DataError: as `schema.checked_arrays`, `checked_sid` and `checked_fid`.
+        DataError: as `schema.checked_arrays`, `checked_sid` and `checked_fid`; its `sid` is set.
     """
-    sid, fid = _names(fields, where)
-    with _naming_system(sid):
-        return _to_data(checked_arrays(fields, where), sid, fid)
+    arrays, sid, fid = _check_fields(fields, where)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return Data(**tensors, natoms=tensors["pos"].shape[0], sid=sid, fid=fid)
 
 
-def _names(fields: Mapping[str, Any], where: str) -> tuple[str, int]:
+def _check_fields(fields: Mapping[str, Any], where: str) -> tuple[dict[str, np.ndarray], str, int]:
+    """Return checked arrays, `sid` and `fid`; a `DataError` gets the `sid` of the system, if it has one."""
     sid = checked_sid(fields.get("sid", ""), where)
-    with _naming_system(sid):
-        return sid, checked_fid(fields.get("fid", 0), where)
+    try:
+        fid = checked_fid(fields.get("fid", 0), where)
+        return checked_arrays(fields, where), sid, fid
+    except DataError as error:
+        error.sid = sid or None
+        raise
 
 
 def pack(data: Data | Mapping[str, Any], where: str = "record to write") -> bytes:
-    """The packed bytes of one structure (module docstring); raises `DataError` like `make_data`."""
-    fields = data.to_dict() if isinstance(data, Data) else data
-    sid, fid = _names(fields, where)
-    with _naming_system(sid):
-        arrays = checked_arrays(fields, where)
+    """Pack one structure into the bytes that the module docstring describes.
+
+    Args:
+        data: a data object, or the fields that `make_data` takes.
+        where: file and key, for the error message.
+
+    Raises:
+        DataError: as `make_data`.
+    """
+    arrays, sid, fid = _check_fields(data.to_dict() if isinstance(data, Data) else data, where)
     stored = {name: array.astype(FIELDS[name].stored) for name, array in arrays.items()}
     header = orjson.dumps(
         {
@@ -82,97 +91,94 @@ def pack(data: Data | Mapping[str, Any], where: str = "record to write") -> byte
     return _PREFIX.pack(MAGIC, zlib.crc32(content)) + content
 
 
-def is_packed(value: bytes) -> bool:
-    """Whether `value` is a record of this format."""
-    return value.startswith(MAGIC)
-
-
-def _read_header(
-    value: bytes, where: str
-) -> tuple[dict[str, Any], list[tuple[str, np.dtype, list[int], int]]]:
-    """The JSON header of a packed record, and of every array its name, dtype, shape and offset.
-
-    Nothing that the header says is believed before it fits the bytes that are there.
-    """
-    try:
-        _, checksum = _PREFIX.unpack_from(value)
-        if zlib.crc32(memoryview(value)[_PREFIX.size :]) != checksum:
-            raise ValueError("its checksum is another")
-        start = _PREFIX.size + _LENGTH.size
-        (length,) = _LENGTH.unpack_from(value, _PREFIX.size)
-        if length > len(value) - start:
-            raise ValueError("its header is longer than the record")
-        header = orjson.loads(value[start : start + length])
-        if not isinstance(header, dict) or not {"arrays", "sid", "fid"} <= header.keys():
-            raise ValueError("its header has no arrays, sid and fid")
-        return header, _places(header["arrays"], start + length, len(value))
-    except (struct.error, ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{where}: the record is damaged ({error}); write the dataset again.") from error
-
-
-def _places(listed: Any, offset: int, size: int) -> list[tuple[str, np.dtype, list[int], int]]:
-    """The arrays of a header; raises `ValueError` unless they fill the record from `offset` to its end."""
-    found: list[tuple[str, np.dtype, list[int], int]] = []
-    if not isinstance(listed, list):
-        raise ValueError("its header lists no arrays")
-    for entry in listed:
-        if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[0], str):
-            raise ValueError("its header has an array without name, type and shape")
-        name, dtype, shape = entry
-        if name not in FIELDS or any(name == other for other, *_ in found):
-            raise ValueError(f"its header has an unknown or repeated field {name[:40]!r}")
-        stored = STORED[name].get(dtype) if isinstance(dtype, str) else None
-        if stored is None:
-            raise ValueError(f"field {name} is stored as {str(dtype)[:40]}")
-        if not isinstance(shape, list) or len(shape) > 3 or not all(type(n) is int and n >= 0 for n in shape):
-            raise ValueError(f"field {name} has an impossible shape")
-        found.append((name, stored, shape, offset))
-        offset += math.prod(shape) * stored.itemsize
-    if offset != size:
-        raise ValueError("its arrays do not fill it")
-    return found
-
-
-def unpack(value: bytes, where: str) -> Data:
-    """The data object of one packed record; raises `DataError` when it is damaged."""
-    header, places = _read_header(value, where)
-    arrays = {
-        name: np.frombuffer(value, dtype, math.prod(shape), offset).reshape(shape)
-        for name, dtype, shape, offset in places
-    }
-    return make_data({**arrays, "sid": header["sid"], "fid": header["fid"]}, where)
-
-
-def packed_natoms(value: bytes, where: str) -> int:
-    """The number of atoms of a packed record, from its header alone."""
-    _, places = _read_header(value, where)
-    sizes = {name: shape for name, _, shape, _ in places}
-    if sizes.get("pos") is None or not sizes["pos"] or not sizes["pos"][0]:
-        raise DataError(f"{where}: the record has no positions; write the dataset again.")
-    return sizes["pos"][0]
-
-
-def packed_fields(value: bytes, where: str) -> frozenset[str]:
-    """The names of the arrays of a packed record, from its header alone."""
-    header, _ = _read_header(value, where)
-    return frozenset(str(name) for name, *_ in header["arrays"])
-
-
 def known_fields(fields: Mapping[str, Any]) -> frozenset[str]:
-    """Names of the arrays that `make_data` takes from `fields`."""
+    """Return the names of the arrays that `make_data` takes from `fields`."""
     return frozenset(name for name in FIELDS if fields.get(name) is not None)
 
 
-@contextmanager
-def _naming_system(sid: str) -> Iterator[None]:
-    """Inside, a `DataError` gets the `sid` of the system, if it has one."""
-    try:
-        yield
-    except DataError as error:
-        error.sid = sid or None
-        raise
+class PackedRecord:
+    """The bytes of one packed structure, of which the checksum and the header are checked.
 
+    Nothing that the header says is believed before it fits the bytes that are there.
 
-def _to_data(arrays: Mapping[str, np.ndarray], sid: str, fid: int) -> Data:
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return Data(**tensors, natoms=tensors["pos"].shape[0], sid=sid, fid=fid)
+    Args:
+        value: the stored bytes.
+        where: file and key, for error messages.
+
+    Attributes:
+        arrays: name, dtype, shape and offset in bytes of every array.
+
+    Raises:
+        DataError: the record is damaged.
+    """
+
+    def __init__(self, value: bytes, where: str) -> None:
+        self._value, self._where = value, where
+        try:
+            _, checksum = _PREFIX.unpack_from(value)
+            if zlib.crc32(memoryview(value)[_PREFIX.size :]) != checksum:
+                raise ValueError("its checksum is another")
+            start = _PREFIX.size + _LENGTH.size
+            (length,) = _LENGTH.unpack_from(value, _PREFIX.size)
+            if length > len(value) - start:
+                raise ValueError("its header is longer than the record")
+            header = orjson.loads(value[start : start + length])
+            if not isinstance(header, dict) or not {"arrays", "sid", "fid"} <= header.keys():
+                raise ValueError("its header has no arrays, sid and fid")
+            self._header: dict[str, Any] = header
+            self.arrays = self._locate_arrays(header["arrays"], start + length, len(value))
+        except (struct.error, ValueError, TypeError, RecursionError) as error:
+            raise DataError(f"{where}: the record is damaged ({error}); write the dataset again.") from error
+
+    @staticmethod
+    def matches(value: bytes) -> bool:
+        """Tell whether `value` begins like a record of this format."""
+        return value.startswith(MAGIC)
+
+    @property
+    def natoms(self) -> int:
+        """Number of atoms, from the header alone; raises `DataError` without positions."""
+        sizes = {name: shape for name, _, shape, _ in self.arrays}
+        if sizes.get("pos") is None or not sizes["pos"] or not sizes["pos"][0]:
+            raise DataError(f"{self._where}: the record has no positions; write the dataset again.")
+        return sizes["pos"][0]
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """Names of the arrays, from the header alone."""
+        return frozenset(name for name, *_ in self.arrays)
+
+    def to_data(self) -> Data:
+        """Build the checked data object; raises `DataError` like `make_data`."""
+        arrays = {
+            name: np.frombuffer(self._value, dtype, math.prod(shape), offset).reshape(shape)
+            for name, dtype, shape, offset in self.arrays
+        }
+        return make_data({**arrays, "sid": self._header["sid"], "fid": self._header["fid"]}, self._where)
+
+    @staticmethod
+    def _locate_arrays(entries: Any, offset: int, size: int) -> list[tuple[str, np.dtype, list[int], int]]:
+        """Check the list of arrays; `ValueError` unless they fill the record from `offset` to its end."""
+        arrays: list[tuple[str, np.dtype, list[int], int]] = []
+        if not isinstance(entries, list):
+            raise ValueError("its header lists no arrays")
+        for entry in entries:
+            if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[0], str):
+                raise ValueError("its header has an array without name, type and shape")
+            name, dtype, shape = entry
+            if name not in FIELDS or any(name == other for other, *_ in arrays):
+                raise ValueError(f"its header has an unknown or repeated field {name[:40]!r}")
+            stored = STORED[name].get(dtype) if isinstance(dtype, str) else None
+            if stored is None:
+                raise ValueError(f"field {name} is stored as {str(dtype)[:40]}")
+            if (
+                not isinstance(shape, list)
+                or len(shape) > 3
+                or not all(type(n) is int and n >= 0 for n in shape)
+            ):
+                raise ValueError(f"field {name} has an impossible shape")
+            arrays.append((name, stored, shape, offset))
+            offset += math.prod(shape) * stored.itemsize
+        if offset != size:
+            raise ValueError("its arrays do not fill it")
+        return arrays

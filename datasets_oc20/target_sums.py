@@ -1,7 +1,7 @@
 """Per-element reference energies by least squares over any number of frames, in constant memory.
 
-Everything is summed in float64, and energies less a first guess of the references: the spread of energies of
--6e6 eV is some eV, and the difference of two sums of their squares would leave no digit of it.
+All sums are float64, and energies are summed less a first guess of the references: the spread of energies of
+-6e6 eV is some eV, and would be lost in the difference of two sums of their squares.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from datasets_oc20.errors import DataError
 from datasets_oc20.reader import OC20Lmdb
-from datasets_oc20.workers import in_order
+from datasets_oc20.workers import parallel_map
 
 NUM_ELEMENTS = 100
 # Weight of the pull to the mean energy per atom, in units of one structure with one such atom.
 _RIDGE = 1e-3
-# Frames that one process reads at a time. Fixed, so that the sums do not depend on the number of processes.
-_CHUNK = 5000
+CHUNK_FRAMES = 5000
+"""Frames that one process reads at a time. Fixed, so that sums do not depend on the number of processes."""
 # Of the element counts, each scaled to norm 1: a direction below this share of the largest is empty.
 _EMPTY = 1e-10
 
@@ -32,13 +32,14 @@ class TargetSums:
 
     Attributes:
         guess: `[100]` eV per atomic number. The results depend on it by rounding only.
-        frames: how many.
+        frames: number of frames.
         atoms: `[100]` atoms per element (index = atomic number).
         gram: `[100, 100]` sum of the products of element counts.
         moment: `[100]` sum of element counts times residual, eV.
-        residual, residual_squares: sums of the residual (eV) and its square.
-        force_squares, force_components: sum of the squared force components (eV²/Å²) of the free atoms, and
-            their number.
+        residual: sum of the residual, eV.
+        residual_squares: sum of its square, eV².
+        force_squares: sum of the squared force components of the free atoms, eV²/Å².
+        force_components: number of these components.
     """
 
     guess: np.ndarray = field(default_factory=lambda: np.zeros(NUM_ELEMENTS))
@@ -51,8 +52,25 @@ class TargetSums:
     force_squares: float = 0.0
     force_components: int = 0
 
+    @classmethod
+    def of_frames(cls, dataset: OC20Lmdb, guess: np.ndarray, indices: Sequence[int]) -> "TargetSums":
+        """Sum over the frames `indices` of a dataset; errors as `read_targets`."""
+        sums = cls(guess)
+        composition, energy = np.zeros((len(indices), NUM_ELEMENTS)), np.zeros(len(indices))
+        for row, index in enumerate(indices):
+            composition[row], energy[row], squares, components = read_targets(dataset, index)
+            sums.force_squares += squares
+            sums.force_components += components
+        sums.add(composition, energy)
+        return sums
+
     def add(self, composition: np.ndarray, energy: np.ndarray) -> None:
-        """Take in frames: atoms per element `[n, 100]` and energies `[n]` in eV."""
+        """Add frames.
+
+        Args:
+            composition: `[n, 100]` atoms per element (column = atomic number).
+            energy: `[n]` eV.
+        """
         residual = energy - composition @ self.guess
         self.frames += len(energy)
         self.atoms += composition.sum(axis=0)
@@ -62,13 +80,13 @@ class TargetSums:
         self.residual_squares += float(residual @ residual)
 
     def merge(self, other: "TargetSums") -> None:
-        """Take in the frames of `other`, which has the same guess."""
+        """Add the frames of `other`, which has the same guess."""
         for name, value in vars(other).items():
             if name != "guess":
                 setattr(self, name, getattr(self, name) + value)
 
     def references(self) -> np.ndarray:
-        """Energies `[100]` in eV per atomic number.
+        """Fit the reference energies, `[100]` eV per atomic number.
 
         Least squares of energy = sum over atoms of reference[Z], with a weak pull (ridge) of every reference
         to the mean energy per atom. So an element that is not in the data gets that mean, and elements whose
@@ -80,15 +98,15 @@ class TargetSums:
         return self.guess + np.linalg.solve(self.gram + ridge, self.moment + _RIDGE * pull)
 
     def undetermined(self) -> list[int]:
-        """Elements in the data whose reference alone the data do not determine, only sums with others."""
-        there = np.flatnonzero(self.atoms)
-        scale = np.sqrt(np.diag(self.gram)[there])
-        values, vectors = np.linalg.eigh(self.gram[np.ix_(there, there)] / np.outer(scale, scale))
+        """Return the elements for whose references the data determine only sums with others."""
+        present = np.flatnonzero(self.atoms)
+        scale = np.sqrt(np.diag(self.gram)[present])
+        values, vectors = np.linalg.eigh(self.gram[np.ix_(present, present)] / np.outer(scale, scale))
         empty = vectors[:, values < _EMPTY * values.max()]
-        return there[(np.abs(empty) > 1e-6).any(axis=1)].tolist()
+        return present[(np.abs(empty) > 1e-6).any(axis=1)].tolist()
 
     def energy_statistics(self, references: np.ndarray | None = None) -> tuple[float, float]:
-        """Mean and standard deviation in eV of the energy less the references."""
+        """Return mean and standard deviation, eV, of the energy less `references`, `[100]` eV or None."""
         shift = (0.0 if references is None else references) - self.guess
         mean = (self.residual - self.atoms @ shift) / self.frames
         # Of the deviations from the means: counts of atoms are whole numbers, whose products are exact.
@@ -109,23 +127,26 @@ def sum_targets(
     num_workers: int | None = None,
     progress: bool = False,
     guess: np.ndarray | None = None,
+    chunk_frames: int = CHUNK_FRAMES,
 ) -> TargetSums:
-    """The sums over all frames of a dataset; only one chunk of frames per process is held in memory.
+    """Sum over all frames of a dataset; only one chunk of frames per process is held in memory.
 
     Args:
         dataset: frames with energies.
-        num_workers: processes; None takes one per core.
+        num_workers: number of processes; None takes one per core.
         progress: show a bar on a terminal.
-        guess: see `TargetSums`; zeros by default.
+        guess: `[100]` eV, see `TargetSums`; zeros by default.
+        chunk_frames: frames that one process reads at a time.
 
     Raises:
         DataError: a record has no energy, or an element above 99.
     """
-    chunks = [range(first, min(first + _CHUNK, len(dataset))) for first in range(0, len(dataset), _CHUNK)]
+    starts = range(0, len(dataset), chunk_frames)
+    chunks = [range(first, min(first + chunk_frames, len(dataset))) for first in starts]
     total = TargetSums() if guess is None else TargetSums(guess)
     with (
         tqdm(total=len(dataset), desc=dataset.path, unit="frames", disable=None if progress else True) as bar,
-        in_order(partial(_sum_chunk, dataset, total.guess), chunks, num_workers) as parts,
+        parallel_map(partial(TargetSums.of_frames, dataset, total.guess), chunks, num_workers) as parts,
     ):
         for part in parts:
             total.merge(part)
@@ -133,21 +154,16 @@ def sum_targets(
     return total
 
 
-def _sum_chunk(dataset: OC20Lmdb, guess: np.ndarray, indices: Sequence[int]) -> TargetSums:
-    sums = TargetSums(guess)
-    composition, energy = np.zeros((len(indices), NUM_ELEMENTS)), np.zeros(len(indices))
-    for row, index in enumerate(indices):
-        composition[row], energy[row], squares, components = read_targets(dataset, index)
-        sums.force_squares += squares
-        sums.force_components += components
-    sums.add(composition, energy)
-    return sums
-
-
 def read_targets(dataset: OC20Lmdb, index: int) -> tuple[np.ndarray, float, float, int]:
-    """Of one record: atoms per element `[100]`, energy (eV), squares (eV²/Å²) and number of force components.
+    """Read the targets of one record.
 
-    The last two of free atoms; 0 without forces.
+    Args:
+        dataset: frames with energies.
+        index: of the record.
+
+    Returns:
+        Atoms per element `[100]`, energy (eV), and of the force components of free atoms the sum of squares
+        (eV²/Å²) and the number; 0 without forces.
 
     Raises:
         DataError: as `sum_targets`.

@@ -1,4 +1,4 @@
-"""Targets of a dataset: the kind of its energies, per-element references, mean and spread."""
+"""Statistics of the targets of a dataset: kind of energies, per-element references, mean and spread."""
 
 import logging
 import warnings
@@ -14,14 +14,14 @@ from datasets_oc20.target_sums import NUM_ELEMENTS, TargetSums, read_targets
 
 _LOG = logging.getLogger(__name__)
 
-# Means over a dataset that tell the kinds of energy apart. OC20's preprocessing keeps adsorption energies
+# Means over a dataset that separate the kinds of energy. OC20's preprocessing keeps adsorption energies
 # within 10 eV of 0 (Chanussot et al. 2021), and its public configurations give S2EF-2M -0.76 ± 2.89 eV: with
 # 78 atoms on average, some 0.04 eV per atom. The per-element energies that fairchem publishes for OC20 totals
 # are -0.2 eV (Cd) to -11.6 eV (W): hundreds of eV for a slab. Cells with several adsorbates may have
 # adsorption energies above 10 eV, and yet far below 0.5 eV per atom.
 _OC20_LARGEST, _LARGEST_ADSORPTION_MEAN = 10.0, 50.0
 _BETWEEN_PER_ATOM = 0.5
-# In units of the spread that the network is told to expect; OC20's filter leaves no target above 4.
+# In units of the standard deviation of the normalizer; OC20's filter leaves no target above 4.
 _LARGEST_NORMALIZED_MEAN = 10.0
 _SMALLEST_SPREAD = 1e-6
 
@@ -35,15 +35,65 @@ class NormalizerStatistics(TypedDict):
 
 @dataclass(frozen=True)
 class TargetSample:
-    """The targets of a sample of a dataset.
+    """Targets of a sample of a dataset.
 
-    `composition [n, 100]` atoms per element (column = atomic number), `energy [n]` eV,
-    `forces_rms` eV/Å root mean square of a force component over the free atoms (None without forces).
+    Attributes:
+        composition: `[n, 100]` atoms per element (column = atomic number).
+        energy: `[n]` eV.
+        forces_rms: root mean square of a force component over the free atoms, eV/Å; None without forces.
     """
 
     composition: np.ndarray
     energy: np.ndarray
     forces_rms: float | None
+
+    def unlikely_size(self, kind: str) -> str | None:
+        """Describe the size of the energies if they are hardly of a kind.
+
+        Args:
+            kind: "adsorption" or "total".
+
+        Returns:
+            Half a sentence for a message; None where the energies may be of this kind.
+        """
+        mean = float(np.abs(self.energy).mean())
+        per_atom = float((np.abs(self.energy) / self.composition.sum(axis=1)).mean())
+        if kind == "adsorption":
+            beyond_filter = mean > _OC20_LARGEST and per_atom > _BETWEEN_PER_ATOM
+            unlikely = mean > _LARGEST_ADSORPTION_MEAN or beyond_filter
+        else:
+            unlikely = kind == "total" and mean < _OC20_LARGEST and per_atom < _BETWEEN_PER_ATOM
+        return f"their mean size is {mean:.4g} eV ({per_atom:.2g} eV per atom)" if unlikely else None
+
+    def check_normalized(
+        self, mean: float, std: float, linear_references: torch.Tensor | None, name: str
+    ) -> None:
+        """Check that normalizers that were not fitted to these energies leave them near 0 ± 1.
+
+        Args:
+            mean: of the energy less the references, eV.
+            std: standard deviation of the same, eV.
+            linear_references: `[Z_max + 1]` eV, or None.
+            name: names the data in the error.
+
+        Raises:
+            DataError: the energies are far from the mean.
+        """
+        energy = self.energy
+        if linear_references is not None:
+            padded = np.zeros(NUM_ELEMENTS)
+            known = linear_references.double().numpy()[:NUM_ELEMENTS]
+            padded[: len(known)] = known
+            energy = energy - self.composition @ padded
+        size = float(np.abs((energy - mean) / std).mean())
+        if size > _LARGEST_NORMALIZED_MEAN:
+            without = "without" if linear_references is None else "after"
+            raise DataError(
+                f"{name}: with the normalizers in use (mean {mean:.4g} eV, std {std:.4g} eV, {without} "
+                f"linear references) energies are {size:.3g} standard deviations from the mean on average, "
+                "so these are of other data; give data.normalizers of this data (scripts/fit_references.py "
+                "prints those of total energies)."
+            )
 
 
 def sample_targets(dataset: OC20Lmdb, limit: int = 50_000, leave_out_unusable: bool = False) -> TargetSample:
@@ -51,8 +101,8 @@ def sample_targets(dataset: OC20Lmdb, limit: int = 50_000, leave_out_unusable: b
 
     Args:
         dataset: frames or systems with energies.
-        limit: most records.
-        leave_out_unusable: take the others where a record would raise; the sample may then be empty.
+        limit: maximum number of records.
+        leave_out_unusable: skip records that would raise; the sample may then be empty.
 
     Raises:
         DataError: a record cannot be read, has no energy, or an element above 99.
@@ -74,68 +124,37 @@ def sample_targets(dataset: OC20Lmdb, limit: int = 50_000, leave_out_unusable: b
 
 
 def check_energies_match_kind(sample: TargetSample, kind: str, name: str) -> None:
-    """Raise `DataError` when the energies cannot be of the declared kind; warn when they are unlikely to be.
+    """Check that energies can be of the declared kind, and warn when they are unlikely to be.
 
     Total energies may be as small as adsorption energies (EMT's are some 0.2 eV per atom), so they are taken
     as declared.
+
+    Args:
+        sample: of the dataset.
+        kind: "adsorption" or "total".
+        name: names the dataset in messages.
+
+    Raises:
+        DataError: energies declared as adsorption energies are as large as total energies.
     """
-    found = unlikely_size(sample, kind)
-    if found is None:
+    size = sample.unlikely_size(kind)
+    if size is None:
         return
     if kind == "adsorption":
         raise DataError(
-            f"{name}: declared as adsorption energies, but {found}, as of total energies (OC20's adsorption "
+            f"{name}: declared as adsorption energies, but {size}, as of total energies (OC20's adsorption "
             "energies are below 10 eV); declare energy_kind total, or preprocess with the reference energies."
         )
     warnings.warn(
-        f"{name}: taken as total energies, as declared, but {found}, as of adsorption energies (those of DFT "
+        f"{name}: taken as total energies, as declared, but {size}, as of adsorption energies (those of DFT "
         "are eV per atom, hundreds of eV for a slab); if they are adsorption energies, declare energy_kind "
         "adsorption.",
         stacklevel=2,
     )
 
 
-def unlikely_size(sample: TargetSample, kind: str) -> str | None:
-    """Half a sentence about the size of energies that are hardly of this kind; None where they may be."""
-    mean = float(np.abs(sample.energy).mean())
-    per_atom = float((np.abs(sample.energy) / sample.composition.sum(axis=1)).mean())
-    if kind == "adsorption":
-        unlikely = mean > _LARGEST_ADSORPTION_MEAN or (mean > _OC20_LARGEST and per_atom > _BETWEEN_PER_ATOM)
-    else:
-        unlikely = kind == "total" and mean < _OC20_LARGEST and per_atom < _BETWEEN_PER_ATOM
-    return f"their mean size is {mean:.4g} eV ({per_atom:.2g} eV per atom)" if unlikely else None
-
-
-def check_normalized_energies(
-    sample: TargetSample, mean: float, std: float, linear_references: torch.Tensor | None, name: str
-) -> None:
-    """Raise `DataError` when normalizers that were not fitted to these energies leave them far from 0 ± 1.
-
-    Args:
-        sample: of the data to train on.
-        mean, std: of the energy less the references, eV.
-        linear_references: `[Z_max + 1]` eV, or None.
-        name: of the data.
-    """
-    energy = sample.energy
-    if linear_references is not None:
-        used = np.zeros(NUM_ELEMENTS)
-        known = linear_references.double().numpy()[:NUM_ELEMENTS]
-        used[: len(known)] = known
-        energy = energy - sample.composition @ used
-    size = float(np.abs((energy - mean) / std).mean())
-    if size > _LARGEST_NORMALIZED_MEAN:
-        without = "without" if linear_references is None else "after"
-        raise DataError(
-            f"{name}: with the normalizers in use (mean {mean:.4g} eV, std {std:.4g} eV, {without} linear "
-            f"references) energies are {size:.3g} standard deviations from the mean on average, so these are "
-            "of other data; give data.normalizers of this data (scripts/fit_references.py prints those of "
-            "total energies)."
-        )
-
-
 def fit_linear_references(data: OC20Lmdb | TargetSample) -> torch.Tensor:
-    """Per-element references for total energies, `[100]` eV; see `TargetSums.references`."""
+    """Fit per-element references to total energies, `[100]` eV; see `TargetSums.references`."""
     sample = data if isinstance(data, TargetSample) else sample_targets(data)
     sums = TargetSums()
     sums.add(sample.composition, sample.energy)
@@ -145,11 +164,15 @@ def fit_linear_references(data: OC20Lmdb | TargetSample) -> torch.Tensor:
 def fit_normalizers(
     data: OC20Lmdb | TargetSample, linear_references: torch.Tensor | None = None
 ) -> NormalizerStatistics:
-    """Mean and standard deviation of the energy (less the references), and rms of the forces.
+    """Compute mean and standard deviation of the energy (less the references), and rms of the forces.
 
     The mean force is 0, as in OC20. The public OC20 configurations take the energy's standard deviation
     for the forces too; here the forces have their own, the rms over the free atoms' components. For a
     spread of zero see `known_spread`.
+
+    Args:
+        data: a dataset, of which a sample is read, or a sample.
+        linear_references: `[100]` eV, or None.
     """
     sample = data if isinstance(data, TargetSample) else sample_targets(data)
     energy = sample.energy
@@ -162,9 +185,15 @@ def fit_normalizers(
 
 
 def known_spread(spread: float | None, targets: str, unit: str) -> float:
-    """`spread`, or 1 where it is None (no such targets), or zero, which the log says.
+    """Return `spread`, or 1 where it is None or below 1e-6, which is logged.
 
-    Zero is below 1e-6: one record, equal energies, or as many elements as records after linear references.
+    A spread is that small with one record, equal energies, or, after linear references, as many elements as
+    records.
+
+    Args:
+        spread: standard deviation; None without such targets.
+        targets: name of the targets, for the log.
+        unit: of the spread, for the log.
     """
     if spread is not None and spread > _SMALLEST_SPREAD:
         return spread

@@ -1,18 +1,19 @@
-"""Reading what others wrote: files, JSON, YAML and compressed bytes that may be damaged, hostile or endless.
+"""Readers of third-party files, JSON, YAML and compressed bytes, which may be damaged, hostile or endless.
 
-Every function here ends soon, uses a bounded amount of memory, and raises `DataError` with one sentence for
-whatever is wrong. Missing and unreadable files stay the `OSError` that opening them gives.
+Every function here returns soon, uses a bounded amount of memory, and raises `DataError` with one sentence
+for any fault. Missing and unreadable files stay the `OSError` of opening them.
 """
 
 import errno
 import io
 import json
 import lzma
+import math
 import os
 import re
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -24,13 +25,13 @@ from datasets_oc20.errors import DataError
 AnyPath = str | os.PathLike[str]
 
 MAX_TEXT = 64 << 20
-"""Most bytes of a JSON document."""
+"""Maximum bytes of a JSON document."""
 MAX_CONFIG = 1 << 20
-"""Most bytes of a YAML document, which people write by hand."""
+"""Maximum bytes of a YAML document, which is written by hand."""
 MAX_DEPTH = 64
-"""Most nested lists and mappings of a document."""
+"""Maximum nesting of lists and mappings in a document."""
 MAX_YAML_NODES = 200_000
-"""Most values of a YAML document, each counted as often as aliases repeat it."""
+"""Maximum number of values in a YAML document, each counted as often as aliases repeat it."""
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -42,11 +43,12 @@ _KINDS = (
 _CHUNK = 1 << 20
 _XZ_MEMORY = 256 << 20  # `xz -9` needs 65 MiB to unpack
 _STRINGS = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
+_EXPONENTIALS = re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+")
 _LARGE_EXPONENT = re.compile(r"[eE]\+?0*[1-9]\d{2}")
 
 
 def regular_file(path: AnyPath) -> Path:
-    """`path`, if it is a file that can be read to an end; nothing is opened, so nothing can block.
+    """Return `path` if it is a file that can be read to an end; nothing is opened, so nothing can block.
 
     Raises:
         DataError: it is a folder, a named pipe, a socket or a device, its symbolic links lead in a circle, or
@@ -71,7 +73,7 @@ def regular_file(path: AnyPath) -> Path:
 
 
 def open_regular(path: AnyPath) -> IO[bytes]:
-    """A regular file, opened to be read.
+    """Open a regular file for reading.
 
     Raises:
         DataError: as `regular_file`.
@@ -90,7 +92,7 @@ def open_regular(path: AnyPath) -> IO[bytes]:
 
 
 def read_bounded(path: AnyPath, limit: int = MAX_TEXT) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
+    """Read a regular file of at most `limit` bytes.
 
     Raises:
         DataError: as `regular_file`, or the file is larger.
@@ -104,36 +106,43 @@ def read_bounded(path: AnyPath, limit: int = MAX_TEXT) -> bytes:
 
 
 def read_text(path: AnyPath, limit: int = MAX_TEXT) -> str:
-    """The UTF-8 text of a regular file of at most `limit` bytes, without a byte order mark.
+    """Read the UTF-8 text of a regular file of at most `limit` bytes, without a byte order mark.
 
     Raises:
         DataError: as `read_bounded`, or the file is not text.
         OSError: it is missing or unreadable.
     """
-    return _decoded(read_bounded(path, limit), str(path))
+    return _decode_text(read_bounded(path, limit), str(path))
 
 
 def load_json(
     content: bytes | str, where: str, limit: int = MAX_TEXT, depth: int = MAX_DEPTH, nonfinite: bool = False
 ) -> Any:
-    """The value of a JSON document.
+    """Parse a JSON document.
 
     Args:
         content: the document; bytes are UTF-8.
         where: file and key, for the error message.
-        limit: most bytes or characters of the document.
-        depth: most nested lists and objects.
-        nonfinite: take NaN, Infinity and numbers beyond float64, which some programs write, as such.
+        limit: maximum number of bytes or characters.
+        depth: maximum nesting of lists and objects.
+        nonfinite: accept NaN, Infinity and numbers beyond float64, which some programs write.
 
     Raises:
         DataError: not JSON, too long, too deep, a key twice in one object, a number that is not finite, or
             text that is not Unicode.
     """
-    text = _bounded_text(content, where, limit)
-    if text.count("[") + text.count("{") > depth and _nesting(text) > depth:
-        raise DataError(f"{where}: the JSON is nested more than {depth} deep.")
-    if not nonfinite and _LARGE_EXPONENT.search(text) and _overflows(_STRINGS.sub("", text)):
-        raise DataError(f"{where}: the JSON holds a number that is too large.")
+    text = _decode_text(content, where, limit)
+    # The nesting of brackets outside strings is checked first; of text that is no JSON, too.
+    if text.count("[") + text.count("{") > depth:
+        level = 0
+        for bracket in re.findall(r"[\[\]{}]", _STRINGS.sub("", text)):
+            level += 1 if bracket in "[{" else -1
+            if level > depth:
+                raise DataError(f"{where}: the JSON is nested more than {depth} deep.")
+    if not nonfinite and _LARGE_EXPONENT.search(text):
+        for number in _EXPONENTIALS.findall(_STRINGS.sub("", text)):
+            if math.isinf(float(number)):
+                raise DataError(f"{where}: the JSON holds a number that is too large.")
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -153,12 +162,12 @@ def load_json(
     except DataError:
         raise
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not readable as JSON ({_first_line(error)}).") from error
+        raise DataError(f"{where}: not readable as JSON ({_summary(error)}).") from error
     return value
 
 
 def read_json(path: AnyPath, limit: int = MAX_TEXT, depth: int = MAX_DEPTH) -> Any:
-    """The value of a JSON file.
+    """Parse a JSON file; arguments as `load_json`.
 
     Raises:
         DataError: as `read_bounded` and `load_json`.
@@ -168,22 +177,22 @@ def read_json(path: AnyPath, limit: int = MAX_TEXT, depth: int = MAX_DEPTH) -> A
 
 
 def load_yaml(content: bytes | str, where: str, limit: int = MAX_CONFIG, depth: int = MAX_DEPTH) -> Any:
-    """The value of a YAML document made of plain values.
+    """Parse a YAML document of plain values.
 
     Args:
         content: the document; bytes are UTF-8.
         where: the file, for the error message.
-        limit: most bytes or characters of the document.
-        depth: most nested lists and mappings, those that aliases repeat included.
+        limit: maximum number of bytes or characters.
+        depth: maximum nesting of lists and mappings, those that aliases repeat included.
 
     Raises:
         DataError: not YAML, too long, too deep, a key twice in one mapping, aliases that repeat more than
             MAX_YAML_NODES values or lead in a circle, or a tag that names an object.
     """
-    text = _bounded_text(content, where, limit)
+    text = _decode_text(content, where, limit)
     try:
-        _check_yaml_size(text, where, depth)
-        loader = _UniqueKeys(text)
+        _StrictLoader.check_size(text, where, depth)
+        loader = _StrictLoader(text)
         loader.where = where
         try:
             return loader.get_single_data()
@@ -201,11 +210,11 @@ def load_yaml(content: bytes | str, where: str, limit: int = MAX_CONFIG, depth: 
         RecursionError,
     ) as error:
         # Impossible dates, numbers of 5,000 digits and odd tags raise whatever their constructors raise.
-        raise DataError(f"{where}: not readable as YAML ({_first_line(error)}).") from error
+        raise DataError(f"{where}: not readable as YAML ({_summary(error)}).") from error
 
 
 def read_yaml(path: AnyPath, limit: int = MAX_CONFIG, depth: int = MAX_DEPTH) -> Any:
-    """The value of a YAML file.
+    """Parse a YAML file; arguments as `load_yaml`.
 
     Raises:
         DataError: as `read_bounded` and `load_yaml`.
@@ -215,7 +224,12 @@ def read_yaml(path: AnyPath, limit: int = MAX_CONFIG, depth: int = MAX_DEPTH) ->
 
 
 def inflate(content: bytes, limit: int, where: str) -> bytes:
-    """Decompress zlib `content` to at most `limit` bytes.
+    """Decompress zlib bytes.
+
+    Args:
+        content: the compressed bytes.
+        limit: maximum number of decompressed bytes.
+        where: file and key, for the error message.
 
     Raises:
         DataError: not a whole zlib stream, or one of more bytes.
@@ -232,7 +246,7 @@ def inflate(content: bytes, limit: int, where: str) -> bytes:
     return value
 
 
-class _Unpacked(io.RawIOBase):
+class _Decompressed(io.RawIOBase):
     """The content of one or more compressed streams, one after the other, of at most `limit` bytes."""
 
     def __init__(self, file: IO[bytes], where: str, limit: int, start: Callable[[], Any]) -> None:
@@ -261,7 +275,7 @@ class _Unpacked(io.RawIOBase):
         return len(piece)
 
     def _piece(self, size: int) -> bytes:
-        """Some bytes, none only at the end."""
+        """Return some bytes; none only at the end."""
         while True:
             if self._stream.eof:
                 self._input = self._stream.unused_data or self._file.read(_CHUNK)
@@ -286,11 +300,11 @@ class _Unpacked(io.RawIOBase):
 
 
 def open_compressed(path: AnyPath, limit: int) -> io.BufferedReader:
-    """The content of an `.xz`, `.gz` or plain file (by its name), to be read in binary.
+    """Open an `.xz`, `.gz` or plain file (by its name) for reading its binary content.
 
     Args:
         path: the file.
-        limit: most bytes of the content; reading beyond raises.
+        limit: maximum bytes of the content; reading beyond raises.
 
     Raises:
         DataError: as `regular_file`; when read, where the file is damaged, truncated or unpacks to more.
@@ -307,11 +321,11 @@ def open_compressed(path: AnyPath, limit: int) -> io.BufferedReader:
             file.close()
             raise DataError(f"{path}: is larger than the {limit} bytes that such a file can have.")
         return io.BufferedReader(file)  # type: ignore[arg-type]
-    return io.BufferedReader(_Unpacked(file, str(path), limit, start), buffer_size=_CHUNK)
+    return io.BufferedReader(_Decompressed(file, str(path), limit, start), buffer_size=_CHUNK)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Plain values only, and no key twice in one mapping, where YAML would drop the first without a word."""
+class _StrictLoader(yaml.SafeLoader):
+    """YAML loader of plain values that refuses repeated keys, of which YAML would silently drop the first."""
 
     where = ""
 
@@ -326,79 +340,62 @@ class _UniqueKeys(yaml.SafeLoader):
             _raise_duplicate(keys, self.where, node.start_mark.line + 1)
         return node
 
-
-def _check_yaml_size(text: str, where: str, depth: int) -> None:
-    """Refuse a document that is too deep or repeats too much before anything is built of it."""
-    sizes: dict[str, tuple[int, int]] = {}  # of every anchor: values, nesting
-    open_nodes: list[list[Any]] = [[None, 0, 0]]  # anchor, values so far, nesting of the deepest child
-    open_anchors: list[str] = []
-    for event in _events(text):
-        if isinstance(event, yaml.AliasEvent):
-            if event.anchor in open_anchors:
-                raise DataError(f"{where}: the alias *{event.anchor} leads in a circle.")
-            values, nesting = sizes.get(event.anchor, (1, 0))
-        elif isinstance(event, yaml.ScalarEvent):
-            values, nesting = 1, 0
-            if event.anchor:
-                sizes[event.anchor] = values, nesting
-        elif isinstance(event, yaml.CollectionStartEvent):
-            open_nodes.append([event.anchor, 1, 0])
-            open_anchors.append(event.anchor)
-            if len(open_nodes) - 1 > depth:
+    @staticmethod
+    def check_size(text: str, where: str, depth: int) -> None:
+        """Raise `DataError` if a document is too deep or repeats too much, before anything is built of it."""
+        parser = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        sizes: dict[str, tuple[int, int]] = {}  # by anchor: values, nesting
+        open_nodes: list[list[Any]] = [[None, 0, 0]]  # anchor, values so far, nesting of the deepest child
+        open_anchors: list[str] = []
+        for event in yaml.parse(text, Loader=parser):
+            if isinstance(event, yaml.AliasEvent):
+                if event.anchor in open_anchors:
+                    raise DataError(f"{where}: the alias *{event.anchor} leads in a circle.")
+                values, nesting = sizes.get(event.anchor, (1, 0))
+            elif isinstance(event, yaml.ScalarEvent):
+                values, nesting = 1, 0
+                if event.anchor:
+                    sizes[event.anchor] = values, nesting
+            elif isinstance(event, yaml.CollectionStartEvent):
+                open_nodes.append([event.anchor, 1, 0])
+                open_anchors.append(event.anchor)
+                if len(open_nodes) - 1 > depth:
+                    raise DataError(f"{where}: the YAML is nested more than {depth} deep.")
+                continue
+            elif isinstance(event, yaml.CollectionEndEvent):
+                anchor, values, nesting = open_nodes.pop()
+                open_anchors.pop()
+                nesting += 1
+                if anchor:
+                    sizes[anchor] = values, nesting
+            else:
+                continue
+            parent = open_nodes[-1]
+            parent[1] += values
+            parent[2] = max(parent[2], nesting)
+            if parent[1] > MAX_YAML_NODES:
+                raise DataError(
+                    f"{where}: the YAML holds more than {MAX_YAML_NODES} values with those its aliases "
+                    "repeat."
+                )
+            if len(open_nodes) - 1 + parent[2] > depth:
                 raise DataError(f"{where}: the YAML is nested more than {depth} deep.")
-            continue
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, values, nesting = open_nodes.pop()
-            open_anchors.pop()
-            nesting += 1
-            if anchor:
-                sizes[anchor] = values, nesting
-        else:
-            continue
-        parent = open_nodes[-1]
-        parent[1] += values
-        parent[2] = max(parent[2], nesting)
-        if parent[1] > MAX_YAML_NODES:
-            raise DataError(
-                f"{where}: the YAML holds more than {MAX_YAML_NODES} values with those its aliases repeat."
-            )
-        if len(open_nodes) - 1 + parent[2] > depth:
-            raise DataError(f"{where}: the YAML is nested more than {depth} deep.")
 
 
-def _events(text: str) -> Iterator[yaml.Event]:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return iter(yaml.parse(text, Loader=loader))
-
-
-def _bounded_text(content: bytes | str, where: str, limit: int) -> str:
-    if len(content) > limit:
+def _decode_text(content: bytes | str, where: str, limit: int | None = None) -> str:
+    """Return a document as text; raise `DataError` if it is too long or not UTF-8."""
+    if limit is not None and len(content) > limit:
         raise DataError(f"{where}: is larger than the {limit} bytes that such a document can have.")
-    return content if isinstance(content, str) else _decoded(content, where)
-
-
-def _decoded(content: bytes, where: str) -> str:
+    if isinstance(content, str):
+        return content
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: is not text in UTF-8 (byte {error.start}).") from error
 
 
-def _nesting(text: str) -> int:
-    """The deepest nesting of brackets outside strings; also of text that is no JSON."""
-    level = deepest = 0
-    for bracket in re.findall(r"[\[\]{}]", _STRINGS.sub("", text)):
-        level += 1 if bracket in "[{" else -1
-        deepest = max(deepest, level)
-    return deepest
-
-
-def _overflows(text: str) -> bool:
-    numbers = re.findall(r"-?\d+(?:\.\d+)?[eE][+-]?\d+", text)
-    return any(float(number) in (float("inf"), float("-inf")) for number in numbers)
-
-
 def _raise_duplicate(keys: list[Any], where: str, line: int | None = None) -> None:
+    """Raise `DataError` for the first key that is repeated; `line` is where its YAML mapping begins."""
     seen: set[Any] = set()
     for key in keys:
         if key in seen:
@@ -407,7 +404,8 @@ def _raise_duplicate(keys: list[Any], where: str, line: int | None = None) -> No
         seen.add(key)
 
 
-def _first_line(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
+    """Return the text of a parser's error in one line of at most 200 characters."""
     if isinstance(error, RecursionError):
         return "nested too deep"
     return " ".join(str(error).split())[:200]

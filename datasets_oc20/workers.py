@@ -1,11 +1,11 @@
-"""Several processes: no waiting for one that was killed, and none outlives the one that started them."""
+"""Parallel work in processes: a killed worker is reported at once, and no worker outlives its parent."""
 
 import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import TypeVar
@@ -18,74 +18,57 @@ _POLL_SECONDS = 0.5
 
 
 @contextmanager
-def in_order(
-    function: Callable[[_Job], _Result], jobs: Sequence[_Job], num_workers: int | None
+def parallel_map(
+    function: Callable[[_Job], _Result],
+    jobs: Sequence[_Job],
+    num_workers: int | None,
+    in_order: bool = True,
 ) -> Iterator[Iterable[_Result]]:
-    """`function` of every job, in the order of the jobs.
+    """Apply `function` to every job, in several processes; use it in a `with` block.
 
     Args:
-        function: what to do; it and the jobs must be picklable.
-        jobs: one for each call.
-        num_workers: processes; None takes one per core, 1 works in this process.
+        function: called once per job; it and the jobs must be picklable.
+        jobs: one argument for each call.
+        num_workers: number of processes; None takes one per core, 1 works in this process.
+        in_order: yield results in the order of the jobs; False yields them as they finish.
+
+    Yields:
+        An iterable over the results.
 
     Raises:
-        DataError: fewer than one process.
+        DataError: `num_workers` is below 1.
         OSError: a process was killed.
     """
-    if _workers(jobs, num_workers) < 2:
-        yield map(function, jobs)
-        return
-    with _pool(jobs, num_workers) as pool, _death_is_named():
-        yield pool.map(function, jobs)
-
-
-@contextmanager
-def as_they_finish(
-    function: Callable[[_Job], _Result], jobs: Sequence[_Job], num_workers: int | None
-) -> Iterator[Iterable[_Result]]:
-    """`function` of every job, in the order in which they finish; see `in_order`."""
-    if _workers(jobs, num_workers) < 2:
-        yield map(function, jobs)
-        return
-    with _pool(jobs, num_workers) as pool, _death_is_named():
-        futures: list[Future[_Result]] = [pool.submit(function, job) for job in jobs]
-        yield (future.result() for future in as_completed(futures))
-
-
-def _workers(jobs: Sequence[_Job], num_workers: int | None) -> int:
     if num_workers is not None and num_workers < 1:
         raise DataError(f"num_workers is {num_workers}; it must be at least 1, or left out for one per core.")
-    return min(num_workers or os.cpu_count() or 1, len(jobs))
-
-
-@contextmanager
-def _pool(jobs: Sequence[_Job], num_workers: int | None) -> Iterator[ProcessPoolExecutor]:
+    processes = min(num_workers or os.cpu_count() or 1, len(jobs))
+    if processes < 2:
+        yield map(function, jobs)
+        return
     # The workers use numpy, and torch for single records; forking spares each of them the import of torch.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     pool = ProcessPoolExecutor(
-        _workers(jobs, num_workers),
+        processes,
         mp_context=multiprocessing.get_context(method),
-        initializer=_leave_with_parent,
+        initializer=_exit_with_parent,
         initargs=(os.getpid(),),
     )
     try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _death_is_named() -> Iterator[None]:
-    try:
-        yield
+        if in_order:
+            yield pool.map(function, jobs)
+        else:
+            futures = [pool.submit(function, job) for job in jobs]
+            yield (future.result() for future in as_completed(futures))
     except BrokenProcessPool as error:
         raise OSError(
             "a worker process was killed, perhaps because the memory was full; run again, with fewer workers."
         ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _leave_with_parent(parent: int) -> None:
-    """End this process soon after its parent: a killed parent cannot tell it to stop."""
+def _exit_with_parent(parent: int) -> None:
+    """End this process soon after the process `parent`: a killed parent cannot tell it to stop."""
 
     def watch() -> None:
         while os.getppid() == parent:

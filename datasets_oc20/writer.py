@@ -1,7 +1,7 @@
-"""`LmdbWriter`: our LMDB files, which appear whole or not at all and hold no pickle.
+"""Writer of our LMDB files, which are written atomically and hold no pickle.
 
-Keys: `0` … `n-1` packed records (records.py); `length` the number n in ASCII; `natoms` n little-endian
-int32; `metadata` JSON with the format, its version, the kind of energy, units and provenance.
+Keys: `0` … `n-1` packed records (structure_record.py); `length` the number n in ASCII; `natoms` n numbers,
+little-endian int32; `metadata` JSON with the format, its version, the kind of energy, units and provenance.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ import numpy as np
 import orjson
 from torch_geometric.data import Data
 
-from datasets_oc20 import structure_record as records
 from datasets_oc20.atomic import publish, remove_stale, temporary_beside
 from datasets_oc20.errors import DataError
+from datasets_oc20.structure_record import PackedRecord, check_energy_kind, pack
 
 FORMAT = "equiformer2-oc20"
 FORMAT_VERSION = 2
@@ -31,7 +31,7 @@ _RECORDS_PER_TRANSACTION = 512
 
 
 class LmdbWriter:
-    """Writes structures to one LMDB file; use it in a `with` block.
+    """Writer of structures to one LMDB file; use it in a `with` block.
 
     The file is written beside `path` under a temporary name and renamed when the block ends without an
     exception; otherwise nothing is left.
@@ -53,7 +53,7 @@ class LmdbWriter:
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
-        self.energy_kind = records.check_energy_kind(energy_kind)
+        self.energy_kind = check_energy_kind(energy_kind)
         self._metadata = dict(metadata or {})
         self._natoms: list[int] = []
         self._pending: list[tuple[bytes, bytes]] = []
@@ -77,25 +77,30 @@ class LmdbWriter:
         return len(self._natoms)
 
     def write(self, data: Data) -> None:
-        """Append one structure."""
+        """Append one structure; raise `DataError` if it is not valid."""
         where = f"{self.path}, record {self.count}"
-        value = records.pack(data, where)
-        self.write_packed(value, records.packed_natoms(value, where))
+        value = pack(data, where)
+        self.write_packed(value, PackedRecord(value, where).natoms)
 
     def write_packed(self, value: bytes, natoms: int) -> None:
-        """Append a record that `records.pack` has made, e.g. in another process."""
+        """Append a packed record, e.g. one packed in another process.
+
+        Args:
+            value: bytes that `structure_record.pack` returned.
+            natoms: number of atoms of the structure.
+        """
         self._pending.append((str(self.count).encode("ascii"), value))
         self._natoms.append(natoms)
         if len(self._pending) >= _RECORDS_PER_TRANSACTION:
             self._flush()
 
     def close(self) -> None:
-        """Complete the file and give it its name."""
+        """Complete the file and rename it to `path`; raise `DataError` if nothing was written."""
         if not self._natoms:
             self.abort()
             raise DataError(f"{self.path}: no record to write, so no file was written.")
         try:
-            described = {
+            metadata = {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
                 "energy_kind": self.energy_kind,
@@ -105,7 +110,7 @@ class LmdbWriter:
             self._pending += [
                 (b"length", str(self.count).encode("ascii")),
                 (b"natoms", np.asarray(self._natoms, dtype="<i4").tobytes()),
-                (b"metadata", orjson.dumps(described)),
+                (b"metadata", orjson.dumps(metadata)),
             ]
             self._flush()
             self._sync()
@@ -116,11 +121,12 @@ class LmdbWriter:
             raise
 
     def abort(self) -> None:
-        """Leave nothing behind."""
+        """Remove the unfinished file."""
         self._environment.close()
         self._discard()
 
     def __enter__(self) -> Self:
+        """Return the writer."""
         return self
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""The device and the precision of new tensors, whatever another package has made torch's defaults."""
+"""Device and precision of new tensors, independent of torch's defaults."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ _CPU = torch.device("cpu")
 
 @contextmanager
 def own_defaults(device: str | torch.device = _CPU) -> Iterator[None]:
-    """Context (or decorator) in which tensors are float32 and on `device` where nothing else is said.
+    """Make new tensors float32 and on `device` by default; a context or a decorator.
 
     `torch.set_default_dtype` and `torch.set_default_device` are settings of the process: loading, building
     and running a network must not depend on who called them last.
@@ -30,7 +30,7 @@ def own_defaults(device: str | torch.device = _CPU) -> Iterator[None]:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """`device`, if numbers can be computed on it here.
+    """Check that numbers can be computed on `device` here, and return it.
 
     Raises:
         InputError: there is no such kind of device, or not here; or it holds no numbers (`meta`).

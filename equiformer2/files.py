@@ -1,4 +1,4 @@
-"""Writing files that appear whole or not at all."""
+"""Write files atomically, and check targets before long work."""
 
 import json
 import os
@@ -23,12 +23,13 @@ def check_target(
     inputs: Iterable[str | os.PathLike[str]] = (),
     overwrite: bool = True,
 ) -> None:
-    """Say before long work what would keep its result from being written to `path`.
+    """Check before long work that its result can be written to `path`.
 
     Missing folders on the way are not made yet.
 
     Args:
-        path: of a file, or of a folder for several files if `is_folder`.
+        path: path of a file, or of a folder for several files.
+        is_folder: `path` is a folder.
         inputs: files and folders that are read, which no result replaces, under whatever name or link.
         overwrite: replace an earlier result; False for a command that neither continues it nor was told to.
 
@@ -50,7 +51,20 @@ def check_target(
         raise InputError(f"{path} cannot be written, because {folder} is not writable: choose another place")
     if is_folder:
         return
-    same = next((given for given in inputs if _is_input(path, Path(given))), None)
+
+    def behind_links(name: Path) -> str:
+        return str(name) if "\0" in str(name) else os.path.realpath(name)
+
+    def is_input(given: Path) -> bool:
+        """Tell whether `path` is this file, or a file of data in this folder."""
+        if given.is_dir():
+            inside = Path(behind_links(given)) in Path(behind_links(path)).parents
+            return path.exists() and path.name.endswith(_DATA) and inside
+        if path.exists() and given.exists():
+            return path.samefile(given)
+        return behind_links(path) == behind_links(given)
+
+    same = next((given for given in inputs if is_input(Path(given))), None)
     if same is not None:
         raise InputError(
             f"{path} is read as input ({same}) and would be replaced: give another name to --out"
@@ -59,22 +73,8 @@ def check_target(
         raise InputError(f"{path} exists already: give another name, or --overwrite to replace it")
 
 
-def _is_input(path: Path, given: Path) -> bool:
-    """Tell whether both are one file, or `path` is a file of data in the folder `given`."""
-    if given.is_dir():
-        return path.exists() and path.name.endswith(_DATA) and Path(_real(given)) in Path(_real(path)).parents
-    if path.exists() and given.exists():
-        return path.samefile(given)
-    return _real(path) == _real(given)
-
-
-def _real(path: Path) -> str:
-    """The name behind links, also where they lead in a circle."""
-    return str(path) if "\0" in str(path) else os.path.realpath(path)
-
-
 def write_json(path: str | os.PathLike[str], record: Mapping[str, Any], make_folder: bool = False) -> Path:
-    """Write `record` as indented JSON, whole or not at all.
+    """Write `record` as indented JSON, atomically.
 
     Raises:
         InputError: a number is not finite, which JSON cannot hold.
@@ -89,7 +89,7 @@ def write_json(path: str | os.PathLike[str], record: Mapping[str, Any], make_fol
 
 @contextmanager
 def as_input_error() -> Iterator[None]:
-    """Inside, what `datasets_oc20` says of a file is an `InputError`, as all else about it."""
+    """Turn a `DataError` about a file into an `InputError` inside the context."""
     try:
         yield
     except DataError as error:
@@ -97,7 +97,7 @@ def as_input_error() -> Iterator[None]:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `write_json` wrote.
+    """Read a JSON object that `write_json` wrote.
 
     Raises:
         InputError: it is something else.

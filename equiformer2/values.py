@@ -30,7 +30,7 @@ class Rule(Protocol):
     """Description of a valid value."""
 
     def read(self, value: Any, name: str) -> Any:
-        """`value` in its plain type.
+        """Check `value` and return it in its plain type.
 
         Raises:
             InputError: naming `name`, the value and what it must be.
@@ -45,7 +45,7 @@ class Whole:
     most: int
 
     def read(self, value: Any, name: str) -> int:
-        """See `Rule`."""
+        """Check `value` and return it in its plain type (see `Rule.read`)."""
         if not isinstance(value, _WHOLE) or isinstance(value, bool):
             exact = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
             hint = f" (write {int(value)})" if exact else ""
@@ -66,7 +66,7 @@ class Number:
     below: bool = False
 
     def read(self, value: Any, name: str) -> float:
-        """See `Rule`."""
+        """Check `value` and return it in its plain type (see `Rule.read`)."""
         if not isinstance(value, _REAL) or isinstance(value, bool):
             raise InputError(f"{name} = {shown(value)}: must be a number")
         if value != value:
@@ -87,7 +87,7 @@ class Switch:
     """True or false, not as text or number."""
 
     def read(self, value: Any, name: str) -> bool:
-        """See `Rule`."""
+        """Check `value` and return it in its plain type (see `Rule.read`)."""
         if not isinstance(value, bool | np.bool_):
             raise InputError(f"{name} = {shown(value)}: must be true or false (not as text or number)")
         return bool(value)
@@ -100,7 +100,7 @@ class OneOf:
         self.known = known
 
     def read(self, value: Any, name: str) -> str:
-        """See `Rule`."""
+        """Check `value` and return it in its plain type (see `Rule.read`)."""
         if not isinstance(value, str) or value not in self.known:
             raise InputError(f"{name} = {shown(value)}: must be one of {', '.join(self.known)}")
         return str(value)
@@ -108,24 +108,24 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Optional:
-    """None, or what `rule` says."""
+    """None, or a value that `rule` accepts."""
 
     rule: Rule
 
     def read(self, value: Any, name: str) -> Any:
-        """See `Rule`."""
+        """Check `value` and return it in its plain type (see `Rule.read`)."""
         return None if value is None else self.rule.read(value, name)
 
 
 @dataclass(frozen=True)
 class Items:
-    """A list of up to `most` values that `rule` holds for."""
+    """A list of up to `most` values that `rule` accepts."""
 
     rule: Rule
     most: int = 100_000
 
     def read(self, value: Any, name: str) -> list[Any]:
-        """See `Rule`."""
+        """Check `value` and return it in its plain type (see `Rule.read`)."""
         if not isinstance(value, list | tuple):
             raise InputError(f"{name} = {shown(value)}: must be a list")
         if len(value) > self.most:
@@ -134,7 +134,7 @@ class Items:
 
 
 def mapping(value: Any, name: str) -> Mapping[str, Any]:
-    """`value`, if it is a dictionary whose keys are text.
+    """Check that `value` is a dictionary whose keys are text, and return it.
 
     Raises:
         InputError: naming `name`.
@@ -172,7 +172,7 @@ def check_size(value: Any, name: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value in an error message: one short line, whatever it is."""
+    """Format a value for an error message, in one short line."""
     if isinstance(value, _CONTAINERS):
         parts = value.values() if isinstance(value, Mapping) else value
         if len(value) > 8 or any(isinstance(part, _CONTAINERS) for part in parts):
@@ -187,5 +187,5 @@ def shown(value: Any) -> str:
 
 
 def shown_name(key: Any) -> str:
-    """The key of a dictionary in an error message: text without quotes."""
+    """Format the key of a dictionary for an error message: text without quotes."""
     return shown(key)[1:-1] if isinstance(key, str) and len(key) < _SHOWN - 2 else shown(key)

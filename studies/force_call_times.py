@@ -6,6 +6,7 @@ is broken or tells of other settings or another network (by `fingerprint_of_weig
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.constraints import FixAtoms
+from torch.profiler import ProfilerActivity, profile
 from torch_geometric.data import Batch, Data
 
 from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers, load_checkpoint
@@ -33,7 +35,6 @@ from equiformer2.pruning.structured.apply import shrink
 from equiformer2.pruning.structured.baselines import uniform_plan
 from equiformer2.pruning.structured.plan import PruningPlan
 from studies.campaign import Campaign, Speed
-from studies.peak_memory import peak_allocated
 
 _STRUCTURES = 3
 _STEP = 1e-3  # Å: every call is for a new structure, as in a relaxation
@@ -41,6 +42,8 @@ _NEAR = 0.03  # of the dense cost: blocks are large steps
 _ALSO_LARGE = ("multi", TIMED, "route_static", "route_ftp", "route_context_only")
 OF_ALL_SEEDS = ("multi", TIMED)
 """Methods whose plans of every seed are timed: a goal is in what they say."""
+_ALLOCATION = "[memory]"
+_CPU = 0
 
 
 def measure_lossless(campaign: Campaign, out: Path) -> None:
@@ -248,3 +251,27 @@ def _as_atoms(data: Data) -> Atoms:
         tags=data.tags.long().numpy(),
         constraint=FixAtoms(fixed),
     )
+
+
+def peak_allocated(call: Callable[[], object]) -> int:
+    """Bytes of CPU tensors that `call` holds at its peak, beyond those that were there before it.
+
+    From the profiler's record of every allocation, so it is the same each time, unlike the memory of the
+    process; what libraries allocate past PyTorch is not in it.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    records = [
+        (event["ts"], event["args"]["Bytes"])
+        for event in events
+        if event.get("name") == _ALLOCATION and event["args"]["Device Type"] == _CPU
+    ]
+    held = peak = 0
+    for _, size in sorted(records, key=lambda record: record[0]):
+        held += size
+        peak = max(peak, held)
+    return peak

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from datasets_oc20.adsorbate_names import read_adsorbate_names
+from datasets_oc20.catalogue import find_splits
 from datasets_oc20.extxyz import read_frames
 from datasets_oc20.partial_file import md5_sum
 from datasets_oc20.preprocess import PreprocessOptions, preprocess
-from datasets_oc20.raw_release import list_raw_files, read_references
-from datasets_oc20.splits import find_splits
+from datasets_oc20.raw_release import list_raw_files, read_adsorbate_names, read_references
 from equiformer2.pruning.calibration_data import raw_files, read_structures
 from equiformer2.training.submission_checks import submission_problems
 

@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.answer_comparison import Comparison
 from benchmarks.benchmark_context import Benchmark
-from benchmarks.benchmark_results import records
-from benchmarks.part_atoms import extrapolate, fit_line
+from benchmarks.benchmark_results import fit_line, records
+from benchmarks.part_atoms import extrapolate
 from benchmarks.tests.conftest import make_settings, make_store, measured
 from benchmarks.worker_session import BenchmarkError
 
@@ -25,7 +25,7 @@ def calls(log: Log, *operations: str) -> list[tuple[str, ...]]:
 
 
 def test_calls_alternate_after_one_warm_up(tmp_path: Path, log: Log) -> None:
-    measured(tmp_path, batches=("B1",))
+    measured(tmp_path, log=log, batches=("B1",))
     turn = [
         (name, operation, "float32")
         for name, operation in (
@@ -38,7 +38,7 @@ def test_calls_alternate_after_one_warm_up(tmp_path: Path, log: Log) -> None:
 
 
 def test_variants_take_turns_with_the_reference_in_float32(tmp_path: Path, log: Log) -> None:
-    content = measured(tmp_path, parts=("timings",), batches=("B1",), precisions=("float32", "bf16"))
+    content = measured(tmp_path, log=log, parts=("timings",), batches=("B1",), precisions=("float32", "bf16"))
     names = [("reference", "float32"), ("reference", "float32"), ("ours", "float32"), ("ours", "bf16")]
     asked = calls(log, "forward", "forward_as_shipped")
     assert [(name, precision) for name, _, precision in asked] == names * 4
@@ -50,7 +50,12 @@ def test_variants_take_turns_with_the_reference_in_float32(tmp_path: Path, log: 
 
 def test_on_a_gpu_tf32_is_for_both_and_bf16_trains(tmp_path: Path, log: Log) -> None:
     measured(
-        tmp_path, parts=("timings",), batches=("B1",), device="cuda", precisions=("float32", "tf32", "bf16")
+        tmp_path,
+        log=log,
+        parts=("timings",),
+        batches=("B1",),
+        device="cuda",
+        precisions=("float32", "tf32", "bf16"),
     )
     steps = set(calls(log, "training_step"))
     expected = {("reference", "float32"), ("reference", "tf32")}
@@ -59,7 +64,7 @@ def test_on_a_gpu_tf32_is_for_both_and_bf16_trains(tmp_path: Path, log: Log) -> 
 
 
 def test_a_backend_that_is_refused_is_left_out_and_named(tmp_path: Path, log: Log) -> None:
-    content = measured(tmp_path, batches=("B1",), backends=("auto", "compile"))
+    content = measured(tmp_path, log=log, batches=("B1",), backends=("auto", "compile"))
     for part in ("memory", "timings"):
         (record,) = records(content, part)
         assert any("compile" in reason and "no such backend" in reason for reason in record["left_out"])
@@ -67,7 +72,7 @@ def test_a_backend_that_is_refused_is_left_out_and_named(tmp_path: Path, log: Lo
 
 
 def test_what_does_not_fit_is_left_out_and_named(tmp_path: Path, log: Log) -> None:
-    content = measured(tmp_path)
+    content = measured(tmp_path, log=log)
     # 300 atoms at 0.1 GiB each: more than 24 GiB; the forward without its autograd graph remains.
     timed = {
         (row["batch"], call["operation"])
@@ -88,13 +93,13 @@ def test_what_does_not_fit_is_left_out_and_named(tmp_path: Path, log: Log) -> No
 
 
 def test_different_answers_end_the_run(tmp_path: Path) -> None:
-    bench = Benchmark(make_settings(), make_store(tmp_path), lambda: None, lambda line: None)
+    bench = Benchmark(make_settings(), make_store(tmp_path), tmp_path, lambda: None, lambda line: None)
     with pytest.raises(BenchmarkError, match="forces; nothing was timed"):
         bench.judge("31M B1", [Comparison("forces", 0.1, 0.0, 0.01, 1.0)])
 
 
 def test_relaxation_steps_alternate(tmp_path: Path, log: Log) -> None:
-    content = measured(tmp_path, parts=("relaxation",), precisions=("float32", "bf16"))
+    content = measured(tmp_path, log=log, parts=("relaxation",), precisions=("float32", "bf16"))
     turn = [("reference", "float32"), ("ours", "float32"), ("ours", "bf16")]
     asked = calls(log, "relaxation_step")
     assert [(name, precision) for name, _, precision in asked] == turn * 4
@@ -103,20 +108,22 @@ def test_relaxation_steps_alternate(tmp_path: Path, log: Log) -> None:
 
 
 def test_precision_uses_the_trained_network_where_there_is_one(tmp_path: Path, log: Log) -> None:
-    content = measured(tmp_path, parts=("precision",), sizes=("31M", "small"), precisions=("float32", "bf16"))
+    content = measured(
+        tmp_path, log=log, parts=("precision",), sizes=("31M", "small"), precisions=("float32", "bf16")
+    )
     assert [row["trained"] for row in records(content, "precision")] == [False, True]
     loaded = [request["checkpoint"] for _, request in log if request["command"] == "load"]
     assert [Path(path).name for path in loaded] == ["oc20_small.pt"]
 
 
 def test_parts_of_ours_alone_need_no_reference(tmp_path: Path, log: Log) -> None:
-    content = measured(tmp_path, parts=("precision", "breakdown", "atoms"), reference_python=None)
+    content = measured(tmp_path, log=log, parts=("precision", "breakdown", "atoms"), reference_python=None)
     assert {name for name, _ in log} == {"ours"}
     assert {row["implementation"] for row in records(content, "atoms")} == {"ours"}
 
 
 def test_every_point_of_atoms_has_a_process_of_its_own(tmp_path: Path, log: Log) -> None:
-    content = measured(tmp_path, parts=("atoms",), max_seconds=2.0)
+    content = measured(tmp_path, log=log, parts=("atoms",), max_seconds=2.0)
     points = {(row["implementation"], row["atoms"]): row for row in records(content, "atoms")}
     # 10 ms per atom: 1,152 atoms are expected to take 11.5 s. The reference ends here, ours goes on.
     assert "seconds" not in points["reference", 1152]
@@ -127,7 +134,7 @@ def test_every_point_of_atoms_has_a_process_of_its_own(tmp_path: Path, log: Log)
 
 
 def test_training_against_atoms_takes_training_steps(tmp_path: Path, log: Log) -> None:
-    content = measured(tmp_path, parts=("training_atoms",), atoms=(16, 150))
+    content = measured(tmp_path, log=log, parts=("training_atoms",), atoms=(16, 150))
     run = {request["operation"] for _, request in log if request["command"] == "run"}
     assert run == {"training_step"}
     assert [row["atoms"] for row in records(content, "training_atoms")] == 2 * [16, 144]
@@ -135,7 +142,7 @@ def test_training_against_atoms_takes_training_steps(tmp_path: Path, log: Log) -
 
 
 def test_a_process_that_dies_ends_its_series_only(tmp_path: Path, log: Log) -> None:
-    content = measured(tmp_path, parts=("atoms",), atoms=(16, 1200, 2500))
+    content = measured(tmp_path, log=log, parts=("atoms",), atoms=(16, 1200, 2500))
     points = {(row["implementation"], row["atoms"]): row for row in records(content, "atoms")}
     assert "was killed" in points["reference", 1152]["left_out"][0]
     assert ("reference", 2496) not in points
@@ -158,9 +165,9 @@ def test_fitted_line() -> None:
 
 
 def test_a_batch_that_may_not_fit_is_judged_by_an_earlier_run(tmp_path: Path, log: Log) -> None:
-    measured(tmp_path, parts=("memory",), batches=("B1",))
+    measured(tmp_path, log=log, parts=("memory",), batches=("B1",))
     # Asked for alone, and the timings before the memory.
-    content = measured(tmp_path, parts=("timings",), batches=("B4",))
+    content = measured(tmp_path, log=log, parts=("timings",), batches=("B4",))
     assert ("reference", "training_step", "float32") not in calls(log, "training_step")[2 * 2 :]
     assert any(
         "would need about 31 GiB" in reason

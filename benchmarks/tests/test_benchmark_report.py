@@ -6,10 +6,8 @@ from typing import Any
 import pytest
 
 from benchmarks.benchmark_figures import ATOMS_AXIS, atoms_figure, figure
-from benchmarks.benchmark_report import markdown
-from benchmarks.benchmark_results import records
-from benchmarks.ratios import baseline, memory_ratio, speed_goal, speed_up
-from benchmarks.tables_breakdown import breakdown_tables
+from benchmarks.benchmark_report import breakdown_tables, markdown
+from benchmarks.benchmark_results import baseline, memory_ratio, records, speed_goal, speed_up
 from benchmarks.tests.conftest import measured
 
 ALL = ("memory", "timings", "precision", "relaxation", "breakdown", "atoms", "training_atoms")
@@ -51,7 +49,7 @@ def test_goals_depend_on_the_device() -> None:
 
 
 def test_report_says_which_goals_hold(tmp_path: Path, log: Any) -> None:
-    content = measured(tmp_path, precisions=("float32", "bf16"))
+    content = measured(tmp_path, log=log, precisions=("float32", "bf16"))
     text = markdown(content, "benchmark_cpu", ["benchmark_cpu"])
     first = row_of(text, "31M", "B1", "forward", "default", "float32")
     assert first[7:9] == ["2.00", "at least 2.2: no"]
@@ -64,13 +62,13 @@ def test_report_says_which_goals_hold(tmp_path: Path, log: Any) -> None:
 
 
 def test_throughput_counts_structures(tmp_path: Path, log: Any) -> None:
-    text = markdown(measured(tmp_path, sizes=("83M",)), "benchmark_cpu", [])
+    text = markdown(measured(tmp_path, log=log, sizes=("83M",)), "benchmark_cpu", [])
     # Four structures in 1.4 s; the paper's 13.2 per second.
     assert row_of(text, "83M", "B4", "equiformer2", "float32")[4:] == ["2.86", "0.22"]
 
 
 def test_memory_is_extrapolated_and_labelled(tmp_path: Path, log: Any) -> None:
-    content = measured(tmp_path, parts=("atoms",))
+    content = measured(tmp_path, log=log, parts=("atoms",))
     text = markdown(content, "benchmark_cpu", [])
     cells = row_of(text, "31M", "equiformer2", "1,152")
     # One MiB per atom over a base of one GiB.
@@ -79,7 +77,7 @@ def test_memory_is_extrapolated_and_labelled(tmp_path: Path, log: Any) -> None:
 
 
 def test_breakdown_says_how_far_the_floors_are(tmp_path: Path, log: Any) -> None:
-    content = measured(tmp_path, parts=("breakdown",), batches=("B1",))
+    content = measured(tmp_path, log=log, parts=("breakdown",), batches=("B1",))
     text = markdown(content, "benchmark_cpu", [])
     # 1 GFLOP at 2 GFLOP/s in a forward of 1.4 s; three times as many in a training step of 8 s.
     assert (
@@ -103,14 +101,16 @@ def test_breakdown_says_how_far_the_floors_are(tmp_path: Path, log: Any) -> None
 
 def test_breakdown_in_bf16_moves_half_the_bytes(tmp_path: Path, log: Any) -> None:
     text = markdown(
-        measured(tmp_path, parts=("breakdown",), batches=("B1",), precisions=("bf16",)), "benchmark_cpu", []
+        measured(tmp_path, log=log, parts=("breakdown",), batches=("B1",), precisions=("bf16",)),
+        "benchmark_cpu",
+        [],
     )
     assert "| 1 | 0.1 | 0.25 | 0.1 | products | 25% |" in text
 
 
 def test_breakdown_without_a_rate_of_the_memory(tmp_path: Path, log: Any) -> None:
     """Results that are older than its measurement, alone and beside newer ones."""
-    content = measured(tmp_path, parts=("breakdown",), batches=("B1", "B4"))
+    content = measured(tmp_path, log=log, parts=("breakdown",), batches=("B1", "B4"))
     old, new = (unit["record"] for unit in content["units"].values())
     del old["bandwidth"]
     text = markdown(content, "benchmark_cpu", [])
@@ -121,7 +121,7 @@ def test_breakdown_without_a_rate_of_the_memory(tmp_path: Path, log: Any) -> Non
 
 
 def test_every_part_has_its_table_and_an_empty_store_none(tmp_path: Path, log: Any) -> None:
-    content = measured(tmp_path, parts=ALL, batches=("B1",), precisions=("float32", "bf16"))
+    content = measured(tmp_path, log=log, parts=ALL, batches=("B1",), precisions=("float32", "bf16"))
     text = markdown(content, "benchmark_cpu", [])
     for title in (
         "Time",
@@ -140,7 +140,7 @@ def test_every_part_has_its_table_and_an_empty_store_none(tmp_path: Path, log: A
 
 
 def test_figures_show_every_measurement(tmp_path: Path, log: Any) -> None:
-    content = measured(tmp_path, parts=ALL, precisions=("float32", "bf16"))
+    content = measured(tmp_path, log=log, parts=ALL, precisions=("float32", "bf16"))
     plot = figure(content)
     assert plot is not None
     plot.savefig(tmp_path / "figure.png")

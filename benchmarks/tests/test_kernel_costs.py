@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_cost as cost
 from benchmarks import kernel_costs as script
 from equiformer2.model.config import ModelConfig
 
@@ -16,14 +15,14 @@ def test_every_kernel_of_all_blocks_in_both_directions() -> None:
     found = {kernel.name: kernel for kernel in script.kernels(TINY, 5, 20, 4)}
     assert len(found) == 10
     assert {kernel.calls for kernel in found.values()} == {3}
-    one = cost.gather_rotate(5, 20, 2, 1, 4, False, 4)
+    one = script.gather_rotate(5, 20, 2, 1, 4, False, 4)
     assert found["gather_rotate, forward"].total == one + one + one
     # 7 of 9 coefficients have |m| <= 1; 36 points; 64 channels.
     assert found["separable_s2_activation, forward"].total.flops == 3 * 20 * 64 * 2 * 36 * (7 + 7)
 
 
 def test_roofline_takes_the_rate_of_the_precision() -> None:
-    total = cost.Cost(flops=989 * 10**9, exponentials=0, bytes=48 * 10**5, plain_bytes=0)
+    total = script.Cost(flops=989 * 10**9, exponentials=0, bytes=48 * 10**5, plain_bytes=0)
     tf32, bf16 = script.PRECISIONS
     kernel = script.Kernel("product", 1, total, on_tensor_cores=True)
     assert kernel.seconds(bf16) == pytest.approx(1e-3)
@@ -31,7 +30,7 @@ def test_roofline_takes_the_rate_of_the_precision() -> None:
     slow = script.Kernel("rotation", 1, total, on_tensor_cores=False)
     assert slow.seconds(bf16) == pytest.approx(989 / 67 * 1e-3)
     assert slow.bound(bf16) == "arithmetic"
-    copy = script.Kernel("copy", 1, cost.Cost(1, 0, 48 * 10**9, 0), on_tensor_cores=False)
+    copy = script.Kernel("copy", 1, script.Cost(1, 0, 48 * 10**9, 0), on_tensor_cores=False)
     assert (copy.seconds(tf32), copy.bound(tf32)) == (pytest.approx(1e-2), "memory")
 
 

@@ -7,9 +7,8 @@ import torch
 
 from benchmarks import equiformer2_network as ours
 from benchmarks import operation_counts as counting
-from benchmarks.gemm import measure_rate
+from benchmarks.machine import precision
 from benchmarks.network_sizes import SIZES
-from benchmarks.numerics import precision
 from benchmarks.operation_counts import count, gemm_shapes
 from benchmarks.part_profile import part_of, profile_parts
 from benchmarks.worker import Worker
@@ -120,12 +119,6 @@ def test_counts_grow_with_edges_and_layers(size: str) -> None:
 def test_grid_left_to_the_implementation_cannot_be_counted() -> None:
     with pytest.raises(ValueError, match="grid resolution"):
         count(ModelConfig(grid_resolution=None), 1, 1)
-
-
-@pytest.mark.parametrize("name", ["float32", "bf16"])
-def test_rate_is_positive_and_below_the_best(name: str) -> None:
-    rate = measure_rate([(64, 32, 16), (64, 16, 48)], name, "cpu", repeats=2)
-    assert 0 < rate["rate"] <= rate["best"]
 
 
 def test_precision_is_put_back() -> None:

@@ -1,4 +1,4 @@
-"""Did the relaxation keep the adsorbate what and where it was?
+"""Detect relaxations that changed the adsorbate, moved it off or into the slab, or changed the surface.
 
 The four rules of OC20's `DetectTrajAnomaly` (fairchem-data-oc 1.0.2, `utils/flag_anomaly.py`), which its
 datasets and AdsorbML use: which atoms touch, before and after. An energy of a system with an anomaly is not
@@ -35,7 +35,7 @@ _BEYOND = 1.0
 
 @dataclass(frozen=True)
 class Anomaly:
-    """The verdict of one rule.
+    """Verdict of one rule.
 
     Attributes:
         name: one of `NAMES`.
@@ -67,7 +67,7 @@ class Anomaly:
 def find_anomalies(
     initial: Atoms, final: Atoms, tags: np.ndarray, clean_slab: Atoms | None = None
 ) -> list[Anomaly]:
-    """The anomalies that are present; none where it is intact and bound and the slab kept its bonds.
+    """Find the anomalies of a relaxation: none for an intact, bound adsorbate on an unchanged slab.
 
     Arguments and errors are those of `check_anomalies`.
     """
@@ -77,7 +77,7 @@ def find_anomalies(
 def check_anomalies(
     initial: Atoms, final: Atoms, tags: np.ndarray, clean_slab: Atoms | None = None
 ) -> list[Anomaly]:
-    """The verdict of every rule, in the order of `NAMES`.
+    """Apply every rule, in the order of `NAMES`.
 
     Atoms i and j touch with a factor m where their distance, periodic images included, is below
     m * (r_i + r_j) + `SKIN`, with ASE's covalent radii r.
@@ -106,111 +106,121 @@ def check_anomalies(
     reference = initial[slab] if clean_slab is None else clean_slab
     if not np.array_equal(reference.numbers, final.numbers[slab]):
         raise InputError("the clean slab's atoms are not those of the system's slab in the same order")
+    rules = _Rules(initial[adsorbate], final[adsorbate], final[slab], reference)
     return [
-        _dissociated(initial[adsorbate], final[adsorbate]),
-        _desorbed(final, adsorbate, slab),
-        _intercalated(final, adsorbate, np.flatnonzero(tags == SUBSURFACE)),
-        _surface_changed(final[slab], reference),
+        rules.dissociated(),
+        rules.desorbed(),
+        rules.intercalated(final[np.flatnonzero(tags == SUBSURFACE)]),
+        rules.surface_changed(),
     ]
 
 
-def _dissociated(before: Atoms, after: Atoms) -> Anomaly:
-    pairs = np.triu_indices(len(before))
-    first, last = (_gaps(atoms, atoms, 1.0)[pairs] for atoms in (before, after))
-    changed = (first < 0) != (last < 0)
-    nearest = np.minimum(np.abs(first), np.abs(last))  # the smaller change that undoes or makes a difference
-    margin = float(nearest[changed].max() if changed.any() else nearest.min(initial=math.inf))
-    return _verdict(
-        "dissociated",
-        bool(changed.any()),
-        margin,
-        "the adsorbate has dissociated or rearranged: its internal bonds changed",
-        "the adsorbate is intact",
-    )
+class _Rules:
+    """The four rules, with what they compare.
 
-
-def _desorbed(final: Atoms, adsorbate: np.ndarray, slab: np.ndarray) -> Anomaly:
-    gap = float(_gaps(final[adsorbate], final[slab], CUSHION).min())
-    return _verdict(
-        "desorbed",
-        gap >= 0,
-        abs(gap),
-        "the adsorbate has desorbed: it touches no slab atom",
-        "the adsorbate is bound to the slab",
-    )
-
-
-def _intercalated(final: Atoms, adsorbate: np.ndarray, held: np.ndarray) -> Anomaly:
-    gap = float(_gaps(final[adsorbate], final[held], 1.0).min(initial=math.inf))
-    return _verdict(
-        "intercalated",
-        gap < 0,
-        abs(gap),
-        "the adsorbate has moved into the slab: it touches held subsurface atoms",
-        "the adsorbate is outside the slab",
-    )
-
-
-def _surface_changed(final: Atoms, clean: Atoms) -> Anomaly:
-    radii = covalent_radii[final.numbers]
-    known = 2 * CUSHION * float(radii.max()) + SKIN + _BEYOND
-    distances = [_shortest(atoms, known) for atoms in (final, clean)]
-    pairs = np.union1d(*(pair for pair, _ in distances))
-    bond = radii[pairs // len(radii)] + radii[pairs % len(radii)]
-    now, then = (_lookup(pairs, *found, otherwise=known) for found in distances)
-    touches_now, touches_then = now - bond - SKIN, then - bond - SKIN
-    parted_now, parted_then = now - CUSHION * bond - SKIN, then - CUSHION * bond - SKIN
-    formed, broken = (touches_now < 0) & (parted_then >= 0), (touches_then < 0) & (parted_now >= 0)
-    # How far each pair is from having changed, or (negative) within it; both of its conditions must hold.
-    short_of = np.minimum(np.maximum(touches_now, -parted_then), np.maximum(touches_then, -parted_now))
-    present = bool(formed.any() or broken.any())
-    return _verdict(
-        "surface_changed",
-        present,
-        abs(float(short_of.min(initial=math.inf))),
-        "the surface has reconstructed: bonds between slab atoms changed",
-        "the slab kept its bonds",
-    )
-
-
-def _verdict(name: str, present: bool, margin: float, yes: str, no: str) -> Anomaly:
-    note = f" (borderline, by {margin:.3f} Å)" if margin < BORDERLINE else ""
-    return Anomaly(name, present, margin, (yes if present else no) + note)
-
-
-def _gaps(first: Atoms, second: Atoms, factor: float) -> np.ndarray:
-    """`[A, B]` Å between nearest images beyond the distance at which atoms touch; negative: touching.
-
-    An atom and itself (`first` is `second`) are compared with its nearest periodic image.
+    Args:
+        before, after: the adsorbate's atoms in the initial and the final structure.
+        slab: the slab's atoms in the final structure.
+        clean: the clean slab.
     """
-    if not len(second):
-        return np.empty((len(first), 0))
-    _, distance = get_distances(first.positions, second.positions, cell=first.cell, pbc=first.pbc)
-    if first is second:
-        np.fill_diagonal(distance, _shortest_lattice_vector(first))
-    bond = covalent_radii[first.numbers][:, None] + covalent_radii[second.numbers][None, :]
-    return np.asarray(distance - factor * bond - SKIN)
 
+    def __init__(self, before: Atoms, after: Atoms, slab: Atoms, clean: Atoms) -> None:
+        self.before, self.after, self.slab, self.clean = before, after, slab, clean
 
-def _shortest_lattice_vector(atoms: Atoms) -> float:
-    if not atoms.pbc.any():
-        return math.inf
-    reduced, _ = minkowski_reduce(atoms.cell.complete(), atoms.pbc)
-    return float(np.linalg.norm(reduced[atoms.pbc], axis=1).min())
+    def dissociated(self) -> Anomaly:
+        """Compare which adsorbate atoms touch each other before and after."""
+        pairs = np.triu_indices(len(self.after))
+        first, last = (self._gaps(atoms, atoms, 1.0)[pairs] for atoms in (self.before, self.after))
+        changed = (first < 0) != (last < 0)
+        nearest = np.minimum(
+            np.abs(first), np.abs(last)
+        )  # the smaller change that undoes or makes a difference
+        margin = float(nearest[changed].max() if changed.any() else nearest.min(initial=math.inf))
+        return self._verdict(
+            "dissociated",
+            bool(changed.any()),
+            margin,
+            "the adsorbate has dissociated or rearranged: its internal bonds changed",
+            "the adsorbate is intact",
+        )
 
+    def desorbed(self) -> Anomaly:
+        """Look for a contact between adsorbate and slab."""
+        gap = float(self._gaps(self.after, self.slab, CUSHION).min())
+        return self._verdict(
+            "desorbed",
+            gap >= 0,
+            abs(gap),
+            "the adsorbate has desorbed: it touches no slab atom",
+            "the adsorbate is bound to the slab",
+        )
 
-def _shortest(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs i <= j that are nearer than `cutoff` as numbers i * N + j, ascending, and their distances, Å."""
-    i, j, distance = neighbor_list("ijd", atoms, cutoff)
-    half = i <= j
-    pair, distance = i[half].astype(np.int64) * len(atoms) + j[half], distance[half]
-    order = np.lexsort((distance, pair))
-    pair, distance = pair[order], distance[order]
-    first = np.unique(pair, return_index=True)[1]  # the nearest image of each pair
-    return pair[first], distance[first]
+    def intercalated(self, held: Atoms) -> Anomaly:
+        """Look for a contact between the adsorbate and the held subsurface atoms."""
+        gap = float(self._gaps(self.after, held, 1.0).min(initial=math.inf))
+        return self._verdict(
+            "intercalated",
+            gap < 0,
+            abs(gap),
+            "the adsorbate has moved into the slab: it touches held subsurface atoms",
+            "the adsorbate is outside the slab",
+        )
 
+    def surface_changed(self) -> Anomaly:
+        """Compare which slab atoms touch with the clean slab."""
+        final = self.slab
+        radii = covalent_radii[final.numbers]
+        known = 2 * CUSHION * float(radii.max()) + SKIN + _BEYOND
+        distances = [self._shortest(atoms, known) for atoms in (final, self.clean)]
+        pairs = np.union1d(*(pair for pair, _ in distances))
+        bond = radii[pairs // len(radii)] + radii[pairs % len(radii)]
+        now, then = np.full(len(pairs), known), np.full(len(pairs), known)
+        for values, (pair, distance) in zip((now, then), distances, strict=True):
+            values[np.searchsorted(pairs, pair)] = distance
+        touches_now, touches_then = now - bond - SKIN, then - bond - SKIN
+        parted_now, parted_then = now - CUSHION * bond - SKIN, then - CUSHION * bond - SKIN
+        formed, broken = (touches_now < 0) & (parted_then >= 0), (touches_then < 0) & (parted_now >= 0)
+        # How far each pair is from having changed, or (negative) within it; both of its conditions must hold.
+        short_of = np.minimum(np.maximum(touches_now, -parted_then), np.maximum(touches_then, -parted_now))
+        present = bool(formed.any() or broken.any())
+        return self._verdict(
+            "surface_changed",
+            present,
+            abs(float(short_of.min(initial=math.inf))),
+            "the surface has reconstructed: bonds between slab atoms changed",
+            "the slab kept its bonds",
+        )
 
-def _lookup(wanted: np.ndarray, pairs: np.ndarray, values: np.ndarray, otherwise: float) -> np.ndarray:
-    found = np.full(len(wanted), otherwise)
-    found[np.searchsorted(wanted, pairs)] = values
-    return found
+    @staticmethod
+    def _verdict(name: str, present: bool, margin: float, yes: str, no: str) -> Anomaly:
+        note = f" (borderline, by {margin:.3f} Å)" if margin < BORDERLINE else ""
+        return Anomaly(name, present, margin, (yes if present else no) + note)
+
+    @staticmethod
+    def _gaps(first: Atoms, second: Atoms, factor: float) -> np.ndarray:
+        """Measure how far, `[A, B]` Å, nearest images are from touching; negative where they touch.
+
+        An atom and itself (`first` is `second`) are compared with its nearest periodic image.
+        """
+        if not len(second):
+            return np.empty((len(first), 0))
+        _, distance = get_distances(first.positions, second.positions, cell=first.cell, pbc=first.pbc)
+        if first is second:
+            lattice = math.inf
+            if first.pbc.any():
+                reduced, _ = minkowski_reduce(first.cell.complete(), first.pbc)
+                lattice = float(np.linalg.norm(reduced[first.pbc], axis=1).min())
+            np.fill_diagonal(distance, lattice)
+        bond = covalent_radii[first.numbers][:, None] + covalent_radii[second.numbers][None, :]
+        return np.asarray(distance - factor * bond - SKIN)
+
+    @staticmethod
+    def _shortest(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
+        """Find pairs i <= j nearer than `cutoff`, as numbers i * N + j, ascending, and their distances, Å."""
+        i, j, distance = neighbor_list("ijd", atoms, cutoff)
+        half = i <= j
+        pair, distance = i[half].astype(np.int64) * len(atoms) + j[half], distance[half]
+        order = np.lexsort((distance, pair))
+        pair, distance = pair[order], distance[order]
+        first = np.unique(pair, return_index=True)[1]  # the nearest image of each pair
+        return pair[first], distance[first]

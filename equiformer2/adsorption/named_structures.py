@@ -105,13 +105,21 @@ def build_slab(
 
 
 def build_adsorbate(name: str, *, binding_atom: int | None = None, flat: bool = False) -> tuple[Atoms, int]:
-    """An adsorbate by name, oriented for a surface below it, and the index of its binding atom.
+    """Build an adsorbate by name, oriented for a surface below it.
 
     Names are element symbols, the molecules of `ase.build.molecule` (`CO`, `H2O`, `CH3OH`, …) and the same
     with OC20's star (`*CO`). The binding atom is the first atom of the written formula that is not
     hydrogen (C of CO, O of OH, N of NH3), or `binding_atom`, an index into the molecule. The
     adsorbate is turned so that the rest of it points away from the surface; where the rest
     surrounds the binding atom evenly (CO2, CH3), and with `flat`, it lies flat.
+
+    Args:
+        name: name of the adsorbate.
+        binding_atom: index of the atom that binds to the surface; None for the rule above.
+        flat: lay the adsorbate flat.
+
+    Returns:
+        The adsorbate, and the index of its binding atom.
 
     Raises:
         InputError: unknown name or no such atom.
@@ -133,12 +141,24 @@ def build_adsorbate(name: str, *, binding_atom: int | None = None, flat: bool = 
         heavy = [symbol for symbol in written if symbol != "H" and symbol in symbols]
         binding_atom = symbols.index(heavy[0]) if heavy else 0
     _check_binding_atom(adsorbate, binding_atom, name)
-    _orient(adsorbate, binding_atom, flat)
+    if len(adsorbate) == 1:
+        return adsorbate, binding_atom
+    relative = adsorbate.positions - adsorbate.positions[binding_atom]
+    rest = relative.sum(axis=0) / (len(adsorbate) - 1)
+    # Evenly surrounded: the rest's centre is so near that its direction means nothing.
+    if flat or np.linalg.norm(rest) < 0.1 * np.linalg.norm(relative, axis=1).max():
+        axes = np.linalg.svd(relative - relative.mean(axis=0))[2]  # longest extent first
+        axes[2] *= np.sign(np.linalg.det(axes))  # a rotation, not a mirror image
+        adsorbate.positions = relative @ axes.T
+    elif rest[2] < 0 and np.linalg.norm(rest[:2]) < 1e-6:  # straight down: no unique axis to turn about
+        adsorbate.rotate(180, "x")
+    else:
+        adsorbate.rotate(rest, "z")
     return adsorbate, binding_atom
 
 
 def lowest_atom(adsorbate: Atoms, binding_atom: int | None, name: str) -> int:
-    """The binding atom of an adsorbate read from a file: the given one, or the lowest along z."""
+    """Choose the binding atom of an adsorbate from a file: the given one, or the lowest along z."""
     if binding_atom is None:
         return lowest_atom_index(adsorbate.positions)
     _check_binding_atom(adsorbate, binding_atom, name)
@@ -147,6 +167,9 @@ def lowest_atom(adsorbate: Atoms, binding_atom: int | None, name: str) -> int:
 
 MAX_HEIGHT = 100.0
 """Å. Nothing at such a height is adsorbed."""
+
+_LAYER = 0.5
+"""Å of height that belong to one layer of atoms."""
 
 
 def place_adsorbate(
@@ -158,7 +181,7 @@ def place_adsorbate(
     position: tuple[float, float] | None = None,
     height: float | None = None,
 ) -> Atoms:
-    """Slab plus adsorbate; the slab's tags and constraints are kept, adsorbate atoms get tag 2.
+    """Place an adsorbate on a slab; the slab's tags and constraints are kept, adsorbate atoms get tag 2.
 
     The surface normal must be z. Neither the cell boundary nor the images of atoms in it matter: slab and
     adsorbate are made whole first (`adsorption.periodic_images`). The site is the one nearest to the middle
@@ -192,7 +215,9 @@ def place_adsorbate(
     adsorbate = whole_molecule(adsorbate, "the adsorbate")
     whole = whole_slab(slab)
     # Work with the free side up: a slab that hangs upside down is turned about x, and back at the end.
-    turn = np.array([1.0, -1.0, -1.0]) if _hangs(whole.atoms) else np.ones(3)
+    held, z = fixed_mask(whole.atoms), whole.atoms.positions[:, 2]
+    hangs = held[z > z.max() - _LAYER].all() and not held[z < z.min() + _LAYER].any()
+    turn = np.array([1.0, -1.0, -1.0]) if hangs else np.ones(3)
     surface = whole.atoms.copy()
     surface.set_constraint()
     surface.set_cell(whole.atoms.cell.array * turn)
@@ -212,14 +237,6 @@ def place_adsorbate(
     system.info = {}
     system.extend(Atoms(adsorbate.numbers, adsorbate.positions, tags=adsorbate.get_tags()))
     return system
-
-
-def _hangs(slab: Atoms) -> bool:
-    """Tell whether the top of the slab is held and its bottom free: the surface to be used looks down."""
-    held, z = fixed_mask(slab), slab.positions[:, 2]
-    layer = 0.5
-    top, bottom = held[z > z.max() - layer], held[z < z.min() + layer]
-    return bool(top.all() and not bottom.any())
 
 
 def _check_place(slab: Atoms, adsorbate: Atoms, binding_atom: int, gap: float, height: float | None) -> None:
@@ -274,22 +291,6 @@ def _check_binding_atom(adsorbate: Atoms, binding_atom: int, name: str) -> None:
             f"binding atom {binding_atom} does not exist in {name}: it has atoms 0 to {len(adsorbate) - 1} "
             f"({', '.join(adsorbate.get_chemical_symbols())})"
         )
-
-
-def _orient(adsorbate: Atoms, binding_atom: int, flat: bool) -> None:
-    if len(adsorbate) == 1:
-        return
-    relative = adsorbate.positions - adsorbate.positions[binding_atom]
-    rest = relative.sum(axis=0) / (len(adsorbate) - 1)
-    # Evenly surrounded: the rest's centre is so near that its direction means nothing.
-    if flat or np.linalg.norm(rest) < 0.1 * np.linalg.norm(relative, axis=1).max():
-        axes = np.linalg.svd(relative - relative.mean(axis=0))[2]  # longest extent first
-        axes[2] *= np.sign(np.linalg.det(axes))  # a rotation, not a mirror image
-        adsorbate.positions = relative @ axes.T
-    elif rest[2] < 0 and np.linalg.norm(rest[:2]) < 1e-6:  # straight down: no unique axis to turn about
-        adsorbate.rotate(180, "x")
-    else:
-        adsorbate.rotate(rest, "z")
 
 
 def _site_position(slab: Atoms, site: str) -> np.ndarray:

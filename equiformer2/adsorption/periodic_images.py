@@ -1,4 +1,4 @@
-"""Molecules and slabs made whole again, however a file wraps their atoms into the cell.
+"""Make molecules and slabs whole again, however a file wraps their atoms into the cell.
 
 Both functions move atoms by lattice vectors only, so a periodic structure stays what it is.
 """
@@ -22,7 +22,7 @@ _SAME_HEIGHT = 1e-3
 
 
 def whole_molecule(molecule: Atoms, name: str) -> Atoms:
-    """A copy whose atoms lie together, each joined to the next by its nearest periodic image.
+    """Copy a molecule so that its atoms lie together, each joined to the next by its nearest image.
 
     Args:
         molecule: in any cell, wrapped in any way.
@@ -34,14 +34,18 @@ def whole_molecule(molecule: Atoms, name: str) -> Atoms:
     """
     if len(molecule) == 1:
         return molecule.copy()
+
+    def first_gap(order: list[tuple[int, int]], touch: np.ndarray) -> tuple[int, int] | None:
+        return next(((a, b) for a, b in order if not touch[a, b]), None)
+
     vectors, touch = _between(molecule, molecule.pbc)
     order = _joined(vectors, molecule)
-    apart = _farthest_join(order, touch)
+    apart = first_gap(order, touch)
     if apart is not None and not molecule.pbc.all() and abs(np.linalg.det(molecule.cell.array)) > 1e-6:
         # Positions of a file that lost its pbc can be wrapped all the same.
         vectors, touch = _between(molecule, np.ones(3, dtype=bool))
         order = _joined(vectors, molecule)
-        apart = _farthest_join(order, touch)
+        apart = first_gap(order, touch)
     if apart is not None:
         a, b = apart
         symbols = molecule.get_chemical_symbols()
@@ -53,12 +57,21 @@ def whole_molecule(molecule: Atoms, name: str) -> Atoms:
     whole = molecule.copy()
     for a, b in order:
         whole.positions[b] = whole.positions[a] + vectors[a, b]
-    _refuse_chain(whole, vectors, name)
+    # In a ring that is closed through the cell boundary some bond is not where the whole molecule has it.
+    radii = covalent_radii[whole.numbers]
+    direct = whole.positions[None, :] - whole.positions[:, None]
+    bonded = np.linalg.norm(vectors, axis=2) < radii[:, None] + radii[None, :] + SKIN
+    elsewhere = bonded & (np.linalg.norm(direct - vectors, axis=2) > 1e-3)
+    if elsewhere.any():
+        a, b = map(int, np.argwhere(elsewhere)[0])
+        raise InputError(
+            f"{name} is bound to its own periodic image (atoms {a} and {b}): give a molecule in a larger cell"
+        )
     return whole
 
 
 def lowest_atom_index(positions: np.ndarray) -> int:
-    """The first of the lowest atoms along z; heights that differ by rounding only are the same."""
+    """Find the first of the lowest atoms along z; heights that differ by rounding only are the same."""
     heights = positions[:, 2]
     return int(np.flatnonzero(heights < heights.min() + _SAME_HEIGHT)[0])
 
@@ -77,7 +90,7 @@ class Slab:
 
 
 def whole_slab(slab: Atoms) -> Slab:
-    """The slab in one piece on one side of the vacuum, found as the widest gap along its normal.
+    """Copy a slab in one piece on one side of the vacuum, which is the widest gap along its normal.
 
     Raises:
         InputError: no gap along the third lattice vector (a bulk, or a vacuum in another direction), one that
@@ -158,20 +171,3 @@ def _joined(vectors: np.ndarray, molecule: Atoms) -> list[tuple[int, int]]:
         nearer = outside & (tightness[new] < best)
         nearest[nearer], best[nearer] = new, tightness[new][nearer]
     return pairs
-
-
-def _farthest_join(order: list[tuple[int, int]], touch: np.ndarray) -> tuple[int, int] | None:
-    return next(((a, b) for a, b in order if not touch[a, b]), None)
-
-
-def _refuse_chain(whole: Atoms, vectors: np.ndarray, name: str) -> None:
-    """A ring closed through the cell boundary: some bond is not where the whole molecule has it."""
-    radii = covalent_radii[whole.numbers]
-    direct = whole.positions[None, :] - whole.positions[:, None]
-    bonded = np.linalg.norm(vectors, axis=2) < radii[:, None] + radii[None, :] + SKIN
-    elsewhere = bonded & (np.linalg.norm(direct - vectors, axis=2) > 1e-3)
-    if elsewhere.any():
-        a, b = map(int, np.argwhere(elsewhere)[0])
-        raise InputError(
-            f"{name} is bound to its own periodic image (atoms {a} and {b}): give a molecule in a larger cell"
-        )

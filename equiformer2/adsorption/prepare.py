@@ -1,4 +1,4 @@
-"""The start structure of an adsorption calculation, from what the user named."""
+"""Prepare the start structure of an adsorption calculation from names or files."""
 
 import logging
 from collections.abc import Sequence
@@ -17,7 +17,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SlabOptions:
-    """How to build a slab by name; see `build_slab`. None means its default."""
+    """Options of `build_slab`; None means its default.
+
+    Attributes:
+        size: repetitions along the surface vectors, and layers.
+        vacuum: Å of vacuum on either side.
+        free_layers: number of layers, from the top, that may move.
+        lattice_constant: a in Å.
+    """
 
     size: tuple[int, int, int] | None = None
     vacuum: float | None = None
@@ -25,13 +32,21 @@ class SlabOptions:
     lattice_constant: float | None = None
 
     def given(self) -> dict[str, object]:
-        """The options that were set."""
+        """Collect the options that were set, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class PlacementOptions:
-    """Where the adsorbate goes; see `build_adsorbate` and `place_adsorbate`. None means their default."""
+    """Options of `build_adsorbate` and `place_adsorbate`; None means their default.
+
+    Attributes:
+        site: name of the site.
+        position: x and y in Å instead of a site.
+        height: Å of the binding atom above the highest slab atom.
+        binding_atom: index of the atom that binds.
+        flat: lay the adsorbate flat.
+    """
 
     site: str | None = None
     position: tuple[float, float] | None = None
@@ -40,7 +55,7 @@ class PlacementOptions:
     flat: bool = False
 
     def given(self) -> dict[str, object]:
-        """The options that were set."""
+        """Collect the options that were set, by name."""
         return {name: value for name, value in vars(self).items() if value is not None and value is not False}
 
 
@@ -50,10 +65,16 @@ def prepare_system(
     slab_options: SlabOptions | None = None,
     placement: PlacementOptions | None = None,
 ) -> Atoms:
-    """`adsorbate` placed on `slab`, with OC20 tags.
+    """Place `adsorbate` on `slab`, with OC20 tags.
 
     Each is a name (`Pt111`, `*CO`) or a file any ASE reader takes; text with a dot or a slash is a file.
     An adsorbate from a file keeps its orientation, and its lowest atom binds unless another is named.
+
+    Args:
+        slab: name or file of the slab.
+        adsorbate: name or file of the adsorbate.
+        slab_options: options for a slab built by name.
+        placement: site, height and orientation.
 
     Raises:
         InputError: unknown names, options that do not apply, structures without meaning.
@@ -88,7 +109,11 @@ def prepare_system(
 
 
 def load_system(path: str, adsorbate_indices: Sequence[int] | None = None) -> Atoms:
-    """Slab plus adsorbate from one file; its adsorbate has tag 2 or is named by `adsorbate_indices`.
+    """Read slab plus adsorbate from one file.
+
+    Args:
+        path: structure file.
+        adsorbate_indices: numbers of the adsorbate's atoms, from 0; None for a file that tags them with 2.
 
     Raises:
         InputError: not a structure file, or an index it does not have.
@@ -112,7 +137,7 @@ def load_system(path: str, adsorbate_indices: Sequence[int] | None = None) -> At
 
 
 def is_file(name: str) -> bool:
-    """Whether the user means a file rather than the name of a slab or molecule."""
+    """Tell whether a text means a file rather than the name of a slab or molecule."""
     return "." in name or "/" in name
 
 

@@ -13,12 +13,15 @@ from equiformer2.script import header
 
 
 def write_adsorption_record(folder: AnyPath, result: AdsorptionResult, model: dict[str, Any]) -> list[Path]:
-    """Relaxed structure, pictures and, last, `adsorption_energy.json`; returns the paths.
+    """Write the relaxed structure, pictures and, last, `adsorption_energy.json`.
 
     Args:
         folder: existing folder.
-        result: what was calculated.
+        result: the adsorption energy.
         model: `model_record` of the model that calculated it.
+
+    Returns:
+        The files written.
     """
     folder = Path(folder)
     title = f"{_names(result)}: adsorption energy {result.energy:.3f} eV" + (
@@ -44,7 +47,7 @@ def write_adsorption_record(folder: AnyPath, result: AdsorptionResult, model: di
 
 
 def adsorption_report(result: AdsorptionResult) -> str:
-    """The result in plain words, for the terminal."""
+    """Format the result in plain words, for the terminal."""
     system = result.system
     lines = [
         f"{_names(result)} ({len(system.atoms)} atoms)",
@@ -69,19 +72,12 @@ def adsorption_report(result: AdsorptionResult) -> str:
         if relaxation is not None:
             lines.append(f"{name}: {relaxation.outcome()}")
     lines.append(f"surface compared with the {result.compared_with}")
-    lines += anomaly_lines(result)
-    return "\n".join(lines)
-
-
-def anomaly_lines(result: AdsorptionResult) -> list[str]:
-    """A WARNING per anomaly with its margin, and a note where an absent one is only just absent."""
-    lines = []
     for verdict in result.anomaly_checks:
         if verdict.present:
             lines.append(f"WARNING: {verdict} [{verdict.name}, margin {verdict.margin:.3f} Å]")
         elif verdict.borderline:
             lines.append(f"note: {verdict} [not {verdict.name}, margin {verdict.margin:.3f} Å]")
-    return lines
+    return "\n".join(lines)
 
 
 def _names(result: AdsorptionResult) -> str:

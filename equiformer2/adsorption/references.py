@@ -1,4 +1,4 @@
-"""The energy of the adsorbate by itself, which an adsorption energy of total energies subtracts.
+"""Compute the energy of the adsorbate by itself, which an adsorption energy of total energies subtracts.
 
 OC20's references are numbers of OC20's DFT; of another calculator's energies they make nonsense. So they are
 used only where they are asked for by name, and the default is the calculator's own energy in vacuum.
@@ -104,7 +104,7 @@ def gas_reference(
     source: str,
     settings: dict[str, Any],
 ) -> GasReference:
-    """The energy of `adsorbate`'s atoms to be subtracted, by the rules of `adsorption_energy`.
+    """Compute the energy to subtract for the adsorbate's atoms, by the rules of `adsorption_energy`.
 
     Args:
         adsorbate: its atoms, in the cell of the slab.
@@ -127,7 +127,17 @@ def gas_reference(
         names = sorted({name for symbol in needed for name in _MOLECULES[symbol]})
         for name in names:
             relaxations[name] = _relax_in_box(ase.build.molecule(name), name, calculator, settings)
-        own = _from_molecules({name: relaxation.energy for name, relaxation in relaxations.items()})
+        # OC20's scheme: atoms from H2, H2O, CO and N2 (Chanussot et al. 2021).
+        energies = {name: relaxation.energy for name, relaxation in relaxations.items()}
+        own = {}
+        if "H2" in energies:
+            own["H"] = energies["H2"] / 2
+        if "H2O" in energies:
+            own["O"] = energies["H2O"] - energies["H2"]
+        if "CO" in energies:
+            own["C"] = energies["CO"] - own["O"]
+        if "N2" in energies:
+            own["N"] = energies["N2"] / 2
         table = {**{symbol: own[symbol] for symbol in needed}, **table}
     used = {symbol: float(table[symbol]) for symbol in sorted(counts)}
     parts = {
@@ -173,7 +183,7 @@ def _in_vacuum(adsorbate: Atoms, calculator: Calculator, settings: dict[str, Any
 
 
 def _fragments(adsorbate: Atoms) -> list[Atoms]:
-    """The molecules among the adsorbate's atoms, each whole."""
+    """Split the adsorbate's atoms into molecules, each whole."""
     radii = covalent_radii[adsorbate.numbers]
     i, j, distance = neighbor_list("ijd", adsorbate, 2 * float(radii.max()) + SKIN)
     bound = distance < radii[i] + radii[j] + SKIN
@@ -191,17 +201,3 @@ def _relax_in_box(
     box.center(vacuum=_VACUUM)
     box.pbc = True
     return relax(box, calculator, label=f"{name} in vacuum", **settings)
-
-
-def _from_molecules(energies: Mapping[str, float]) -> dict[str, float]:
-    """eV per atom from the energies of H2, H2O, CO and N2, as far as they are there (OC20's scheme)."""
-    per_atom = {}
-    if "H2" in energies:
-        per_atom["H"] = energies["H2"] / 2
-    if "H2O" in energies:
-        per_atom["O"] = energies["H2O"] - energies["H2"]
-    if "CO" in energies:
-        per_atom["C"] = energies["CO"] - per_atom["O"]
-    if "N2" in energies:
-        per_atom["N"] = energies["N2"] / 2
-    return per_atom

@@ -1,4 +1,4 @@
-"""Load and save a trained network with all that is needed to predict in eV."""
+"""Loading, saving and import of trained networks, with normalizers and kind of energy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from equiformer2.checkpoint.contents import Contents, EnergyKind, WeightsKind, check_energy_kind
-from equiformer2.checkpoint.fairchem_v1 import is_foreign, read_foreign
+from equiformer2.checkpoint.fairchem_v1 import is_fairchem_v1, read_fairchem_v1
 from equiformer2.checkpoint.native import is_native, read_native, write_native
 from equiformer2.checkpoint.normalizers import Normalizers
 from equiformer2.checkpoint.tensor_files import plain, read_tensors, sha256
@@ -23,6 +23,7 @@ from equiformer2.devices import own_defaults, usable_device
 from equiformer2.errors import InputError
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.equiformer import EquiformerV2
+from equiformer2.model.folding import parametrized_weights, plain_state
 from equiformer2.shipped import find_checkpoint
 from equiformer2.values import shown_name
 
@@ -38,9 +39,9 @@ class Checkpoint:
         config: of the model.
         normalizers: from the model's units to eV and eV/Å.
         energy_kind: `adsorption` (OC20's referenced energy) or `total` (DFT total energy).
-        weights: which weights `model` holds, `raw` or `averaged`.
-        available_weights: which ones the file holds.
-        provenance: plain values: what the file says about its origin.
+        weights: kind of weights in `model`, `raw` or `averaged`.
+        available_weights: kinds of weights in the file.
+        provenance: plain values about the origin of the file.
         source_format: `equiformer2`, `ocp-v0`, `fairchem-v1-flat` or `fairchem-v1-hydra`.
     """
 
@@ -60,17 +61,17 @@ def load_checkpoint(
     energy_kind: str | None = None,
     device: str | torch.device = "cpu",
 ) -> Checkpoint:
-    """Load a native file, or one of OCP or fairchem v1, without running anything that it contains.
+    """Load a native file, or one of OCP or fairchem v1, without executing anything that it contains.
 
-    The log (level INFO) says which weights are used and which others the file holds.
+    The log (level INFO) states the weights that are used and the others in the file.
 
     Args:
         path: the file, or the name of a shipped model such as `oc20_small`.
         weights: `raw`, `averaged`, or None for the averaged ones where the file has them. None means the
             same for every format; fairchem's own calculator ignores the average in a `checkpoint.pt`.
-        energy_kind: `adsorption` or `total`, for foreign files that do not state it; must not contradict
-            the others.
-        device: where the model goes.
+        energy_kind: `adsorption` or `total`, for OCP and fairchem files that do not state it; must not
+            contradict the others.
+        device: device of the model.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -79,7 +80,7 @@ def load_checkpoint(
             another one; if there is no such device. One sentence names the file and lists the keys.
     """
     device = usable_device(device)
-    contents = _with_energy_kind(read_contents(path), energy_kind)
+    contents = read_contents(path).with_energy_kind(energy_kind)
     if contents.energy_kind is None:
         raise InputError(
             f"{contents.source} does not state what kind of energy it predicts: give energy_kind="
@@ -87,7 +88,15 @@ def load_checkpoint(
         )
     used = contents.choose_weights(weights)
     model = build_model(contents.config, contents.weights[used], f"{contents.source} ({used} weights)")
-    _log(contents, used)
+    others = [f"the {kind} weights (weights='{kind}')" for kind in contents.available_weights if kind != used]
+    logger.info(
+        "%s (%s): using the %s weights; the file also holds %s; energies are %s energies",
+        contents.source,
+        contents.source_format,
+        used,
+        " and ".join(others) or "no others",
+        contents.energy_kind,
+    )
     return Checkpoint(
         model=model.to(device),
         config=contents.config,
@@ -110,16 +119,18 @@ def save_checkpoint(
     energy_kind: str,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write one native file, whole or not at all.
+    """Write one native file atomically.
 
     Args:
-        path: of the new file; an existing one is replaced at the last moment.
-        model: gives the configuration; its own weights are not written.
-        raw_state: the weights that the optimizer last wrote, or None.
+        path: the new file; an existing one is replaced at the end.
+        model: network whose configuration is written; its own weights are not. Of weights that it
+            parametrizes the computed values are written, so that the file holds a plain network with the same
+            answers.
+        raw_state: weights of the last optimizer step by name, or None; names as in `model.state_dict()`.
         averaged_state: their exponential moving average, or None.
-        normalizers: to eV and eV/Å.
+        normalizers: from the units of the model to eV and eV/Å.
         energy_kind: `adsorption` or `total`.
-        provenance: where the weights come from; made of plain values, others are stored as text.
+        provenance: origin of the weights, in plain values; all others are stored as text.
 
     Raises:
         InputError: if there are no weights, or they do not fit `model`.
@@ -132,8 +143,10 @@ def save_checkpoint(
         states["averaged"] = averaged_state
     if not states:
         raise InputError(f"{path}: there are no weights to save")
-    for kind, state in states.items():
-        check_weights(model, state, f"{path} ({kind} weights)")
+    plain_model = EquiformerV2(model.config, device="meta") if parametrized_weights(model) else model
+    for kind in states:
+        states[kind] = plain_state(model, states[kind])
+        check_weights(plain_model, states[kind], f"{path} ({kind} weights)")
     normalizers.check_model(model.config, str(path))
     contents = Contents(
         source=str(path),
@@ -150,15 +163,15 @@ def save_checkpoint(
 def import_checkpoint(
     source: str | os.PathLike[str], out: str | os.PathLike[str], energy_kind: str | None = None
 ) -> dict[str, Any]:
-    """Rewrite a checkpoint of OCP or fairchem v1 as a native file, with all the weights that it holds.
+    """Rewrite a checkpoint of OCP or fairchem v1 as a native file, with all weights in it.
 
     Args:
-        source: the foreign file.
+        source: the file of OCP or fairchem v1.
         out: the native file to write.
         energy_kind: as in `load_checkpoint`.
 
     Returns:
-        A summary of plain values: what was read and what was written.
+        A summary of both files, in plain values.
 
     Raises:
         InputError: as `load_checkpoint`, and if `source` is a native file already or is `out`.
@@ -166,7 +179,7 @@ def import_checkpoint(
     """
     if Path(out).resolve() == Path(source).resolve():
         raise InputError(f"{out} is the file to import: give another name for the native file")
-    contents = _with_energy_kind(read_contents(source), energy_kind)
+    contents = read_contents(source).with_energy_kind(energy_kind)
     if contents.source_format == "equiformer2":
         raise InputError(f"{source} is a native checkpoint already")
     if contents.energy_kind is None:
@@ -202,51 +215,14 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     path = find_checkpoint(path)
     file = read_tensors(path)
     with own_defaults():
-        return _interpreted(file, path)
-
-
-def _interpreted(file: dict[str, Any], path: str | os.PathLike[str]) -> Contents:
-    if is_native(file):
-        return read_native(file, str(path))
-    if is_foreign(file):
-        return read_foreign(file, str(path))
+        if is_native(file):
+            return read_native(file, str(path))
+        if is_fairchem_v1(file):
+            return read_fairchem_v1(file, str(path))
     if "pytorch-lightning_version" in file:
         raise InputError(
             f"{path} is the state of a training run, for resuming it: "
             "give the checkpoint that the run wrote beside it"
         )
-    found = ", ".join(sorted(map(shown_name, file))[:8]) or "nothing"
-    raise InputError(f"{path} is no equiformer2, OCP or fairchem v1 checkpoint: it holds {found}")
-
-
-def _with_energy_kind(contents: Contents, asked: str | None) -> Contents:
-    if asked is None:
-        return contents
-    kind = check_energy_kind(asked, contents.source)
-    if contents.energy_kind is not None:
-        if kind != contents.energy_kind:
-            raise InputError(
-                f"{contents.source} predicts {contents.energy_kind} energies{_reason(contents)}; "
-                f"{kind} energies were asked for"
-            )
-        return contents
-    return dataclasses.replace(
-        contents, energy_kind=kind, provenance=contents.provenance | {"energy_kind_from": "given on import"}
-    )
-
-
-def _reason(contents: Contents) -> str:
-    reason = contents.provenance.get("energy_kind_from")
-    return f" (known from {reason})" if reason and contents.source_format != "equiformer2" else ""
-
-
-def _log(contents: Contents, used: WeightsKind) -> None:
-    others = [f"the {kind} weights (weights='{kind}')" for kind in contents.available_weights if kind != used]
-    logger.info(
-        "%s (%s): using the %s weights; the file also holds %s; energies are %s energies",
-        contents.source,
-        contents.source_format,
-        used,
-        " and ".join(others) or "no others",
-        contents.energy_kind,
-    )
+    names = ", ".join(sorted(map(shown_name, file))[:8]) or "nothing"
+    raise InputError(f"{path} is no equiformer2, OCP or fairchem v1 checkpoint: it holds {names}")

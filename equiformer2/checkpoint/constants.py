@@ -1,4 +1,4 @@
-"""The derived constants that reference files carry beside their parameters, recomputed and compared.
+"""Derived constants that reference files hold beside their parameters, recomputed and compared.
 
 The reference registers its coefficient mappings, sphere grids and index tables as buffers, and shares the
 modules that own them, so that one constant appears under many names: 4,455 keys for 370 parameters in the
@@ -45,7 +45,7 @@ _PATTERNS = {
 
 
 def is_derived_constant(name: str) -> bool:
-    """Whether `name` (without prefix) is one of the reference's buffers rather than a parameter."""
+    """Tell whether `name` (without prefix) is one of the reference's buffers rather than a parameter."""
     return any(pattern.fullmatch(name) for pattern in _PATTERNS.values())
 
 
@@ -53,15 +53,26 @@ def verify_constants(config: ModelConfig, tensors: Mapping[str, Tensor], source:
     """Check that every derived constant of a reference file equals the one this network computes with.
 
     Args:
-        config: of the network.
+        config: configuration of the network.
         tensors: constants by name, all of them with `is_derived_constant(name)`.
-        source: names the file in errors.
+        source: name of the file, for errors.
 
     Raises:
         InputError: listing the names whose shape or value differs.
     """
+
+    def agrees(given: Tensor, expected: Tensor | None) -> bool:
+        if expected is None or given.shape != expected.shape or given.is_complex() or given.is_quantized:
+            return False
+        if given.dtype == expected.dtype == torch.int64:
+            return torch.equal(given, expected)
+        given, expected = given.double(), expected.double()
+        scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+        # `not >` would let NaN through.
+        return bool(((given - expected).abs() <= TOLERANCE * scale).all())
+
     constants = ReferenceConstants(config)
-    wrong = [name for name, tensor in tensors.items() if not _equal(tensor, constants[name])]
+    wrong = [name for name, tensor in tensors.items() if not agrees(tensor, constants[name])]
     if wrong:
         raise InputError(
             f"{source}: {len(wrong)} derived constants differ from what its configuration implies "
@@ -69,30 +80,24 @@ def verify_constants(config: ModelConfig, tensors: Mapping[str, Tensor], source:
         )
 
 
-def _equal(given: Tensor, expected: Tensor | None) -> bool:
-    if expected is None or given.shape != expected.shape or given.is_complex() or given.is_quantized:
-        return False
-    if given.dtype == expected.dtype == torch.int64:
-        return torch.equal(given, expected)
-    given, expected = given.double(), expected.double()
-    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
-    # `not >` would let NaN through.
-    return bool(((given - expected).abs() <= TOLERANCE * scale).all())
-
-
-def shorten(names: list[str], most: int = 12) -> str:
-    """`a, b, c and 5 more`."""
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+def shorten(names: list[str], limit: int = 12) -> str:
+    """Join at most `limit` names, as in `a, b, c and 5 more`."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 class ReferenceConstants:
-    """The reference's buffers for one configuration, by name; `None` for a name it would not have."""
+    """Buffers of the reference for one configuration, by name; None for a name that it would not have.
+
+    Args:
+        config: configuration of the network.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
 
     def __getitem__(self, name: str) -> Tensor | None:
+        """Compute the buffer `name` (without prefix)."""
         config = self.config
         for kind, pattern in _PATTERNS.items():
             match = pattern.fullmatch(name)
@@ -101,27 +106,32 @@ class ReferenceConstants:
             if kind == "gaussian":
                 return torch.linspace(0.0, config.max_radius, config.num_distance_basis)
             if kind in ("grid", "grid_mapping"):
-                degree, order, which = int(match[1]), int(match[2]), match[3]
+                degree, order, table = int(match[1]), int(match[2]), match[3]
                 if degree > config.lmax or order > config.lmax:
                     return None
                 # The grid's own mapping covers every order of its degrees, whatever `order` says.
                 return (
-                    _grid(degree, order, config.ffn_grid)[which]
+                    _grid(degree, order, config.ffn_grid)[table]
                     if kind == "grid"
-                    else coefficient_mapping(degree, degree)[which]
+                    else coefficient_mapping(degree, degree)[table]
                 )
             if kind == "rotation_mapping":
                 return coefficient_mapping(config.lmax, config.lmax)[match[1]]
             if kind == "reduced_mapping":
                 return coefficient_mapping(config.lmax, config.mmax)[match[1]]
             if kind == "attention_gate":
-                return _gate_index(config.lmax, config.mmax)
+                return self._gate_index(config.mmax)
             if kind == "feed_forward_gate":
-                return _gate_index(config.lmax, config.lmax)
+                return self._gate_index(config.lmax)
             if kind == "degrees":
                 return coefficient_mapping(config.lmax, config.lmax)["l_harmonic"]
             return self._balance
         return None
+
+    def _gate_index(self, mmax: int) -> Tensor:
+        """Degree less one of every coefficient with l > 0 and |m| <= `mmax`."""
+        degrees = coefficient_mapping(self.config.lmax, mmax)["l_harmonic"]
+        return degrees[degrees > 0] - 1
 
     @cached_property
     def _balance(self) -> Tensor | None:
@@ -137,7 +147,11 @@ class ReferenceConstants:
 
 @lru_cache(maxsize=64)
 def coefficient_mapping(lmax: int, mmax: int) -> dict[str, Tensor]:
-    """The reference's tables for the coefficients l <= lmax, |m| <= min(mmax, l), ordered by l, then m.
+    """Build the reference's tables for the coefficients l <= lmax, |m| <= min(mmax, l), by l, then m.
+
+    Args:
+        lmax: largest degree.
+        mmax: largest order.
 
     Returns:
         `l_harmonic`, `m_harmonic` (|m|), `m_complex` (m) `[R]`; `res_size` `[1]` = R; `m_size` `[mmax + 1]`:
@@ -163,12 +177,7 @@ def coefficient_mapping(lmax: int, mmax: int) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=128)
 def _grid(lmax: int, mmax: int, resolution: int | tuple[int, int] | None) -> dict[str, Tensor]:
-    """Both matrices of one pair, `[latitude, longitude, R]`; the reference also has pairs mmax > lmax."""
+    """Build both grid matrices, `[latitude, longitude, R]`; the reference also has pairs mmax > lmax."""
     to_grid, from_grid = grid_matrices(lmax, mmax, resolution)
-    kept = coefficient_mapping(lmax, lmax)["m_harmonic"] <= mmax
-    return {"to_grid_mat": to_grid[..., kept], "from_grid_mat": from_grid[..., kept]}
-
-
-def _gate_index(lmax: int, mmax: int) -> Tensor:
-    degrees = coefficient_mapping(lmax, mmax)["l_harmonic"]
-    return degrees[degrees > 0] - 1
+    is_kept = coefficient_mapping(lmax, lmax)["m_harmonic"] <= mmax
+    return {"to_grid_mat": to_grid[..., is_kept], "from_grid_mat": from_grid[..., is_kept]}

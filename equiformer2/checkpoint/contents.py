@@ -1,7 +1,8 @@
-"""What a checkpoint file holds, whatever its format."""
+"""Content of a checkpoint file of any format."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -22,7 +23,7 @@ class Contents:
     """A checkpoint file, read and translated but not yet made into a network.
 
     Attributes:
-        source: names the file in errors and in the log.
+        source: name of the file, for errors and the log.
         source_format: `equiformer2`, `ocp-v0`, `fairchem-v1-flat` or `fairchem-v1-hydra`.
         config: of the network.
         weights: `raw` (what the optimizer last wrote), `averaged` (their exponential moving average) or both;
@@ -45,27 +46,58 @@ class Contents:
         """The kinds of weights in the file, `raw` first."""
         return tuple(kind for kind in get_args(WeightsKind) if kind in self.weights)
 
-    def choose_weights(self, asked: str | None) -> WeightsKind:
-        """`asked`, or the averaged weights when the file has them.
+    def choose_weights(self, kind: str | None) -> WeightsKind:
+        """Return the kind of weights to use.
+
+        Args:
+            kind: `raw`, `averaged`, or None for the averaged weights where the file has them.
 
         Raises:
-            InputError: if `asked` is no kind of weights, or not in the file.
+            InputError: if `kind` is no kind of weights, or not in the file.
         """
-        if asked is not None and (not isinstance(asked, str) or asked not in get_args(WeightsKind)):
-            raise InputError(f"weights must be 'raw' or 'averaged', not {shown(asked)}")
-        for kind in (asked,) if asked else ("averaged", "raw"):
-            if kind in self.weights:
-                return kind  # type: ignore[return-value]
+        if kind is not None and (not isinstance(kind, str) or kind not in get_args(WeightsKind)):
+            raise InputError(f"weights must be 'raw' or 'averaged', not {shown(kind)}")
+        for candidate in (kind,) if kind else ("averaged", "raw"):
+            if candidate in self.weights:
+                return candidate  # type: ignore[return-value]
         raise InputError(
-            f"{self.source} does not hold {asked} weights, only {' and '.join(self.available_weights)} ones"
+            f"{self.source} does not hold {kind} weights, only {' and '.join(self.available_weights)} ones"
         )
+
+    def with_energy_kind(self, kind: str | None) -> Contents:
+        """Return the contents with a given kind of energy.
+
+        Args:
+            kind: `adsorption` or `total`; None leaves the contents unchanged.
+
+        Raises:
+            InputError: if `kind` is no kind of energy, or the file states another one.
+        """
+        if kind is None:
+            return self
+        checked = check_energy_kind(kind, self.source)
+        if self.energy_kind is None:
+            provenance = self.provenance | {"energy_kind_from": "given on import"}
+            return dataclasses.replace(self, energy_kind=checked, provenance=provenance)
+        if checked != self.energy_kind:
+            origin = self.provenance.get("energy_kind_from")
+            known = f" (known from {origin})" if origin and self.source_format != "equiformer2" else ""
+            raise InputError(
+                f"{self.source} predicts {self.energy_kind} energies{known}; {checked} energies were asked "
+                "for"
+            )
+        return self
 
 
 def check_energy_kind(value: object, source: str) -> EnergyKind:
-    """`value` if it is a kind of energy.
+    """Return `value` if it is a kind of energy.
+
+    Args:
+        value: `adsorption` or `total`.
+        source: names the file in the error.
 
     Raises:
-        InputError: naming `source`.
+        InputError: if it is anything else.
     """
     if not isinstance(value, str) or value not in get_args(EnergyKind):
         raise InputError(f"{source}: energy_kind must be 'adsorption' or 'total', not {shown(value)}")

@@ -1,4 +1,4 @@
-"""The native format: one file of plain values and tensors with everything needed to predict in eV.
+"""Native checkpoint format: one file of plain values and tensors with everything needed to predict in eV.
 
 Layout of version 1, a dictionary in `torch.save`'s format that loads with `weights_only=True`:
 
@@ -46,12 +46,21 @@ _KEYS = {
 
 
 def write_native(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write `contents` as one native file, whole or not at all.
+    """Write one native file atomically.
+
+    Args:
+        path: the file.
+        contents: content of the file.
 
     Raises:
         InputError: if the kind of energy is not known.
         OSError: if the file cannot be written.
     """
+
+    def detached(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # A clone, because a view would drag its whole storage into the file.
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
     written = {
         "written_with": {"equiformer2": version("equiformer2"), "torch": str(torch.__version__)},
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -62,7 +71,7 @@ def write_native(path: str | os.PathLike[str], contents: Contents) -> None:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "model_config": plain(contents.config.to_dict()),
-            "weights": {kind: _detached(state) for kind, state in contents.weights.items()},
+            "weights": {kind: detached(state) for kind, state in contents.weights.items()},
             "normalizers": contents.normalizers.to_dict(),
             "energy_kind": check_energy_kind(contents.energy_kind, str(path)),
             "units": UNITS,
@@ -71,18 +80,17 @@ def write_native(path: str | os.PathLike[str], contents: Contents) -> None:
     )
 
 
-def _detached(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # A clone, because a view would drag its whole storage into the file.
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-
-
 def is_native(file: Mapping[str, Any]) -> bool:
-    """Whether a loaded file says that it is of the native format, of any version."""
+    """Tell whether a loaded file declares the native format, of any version."""
     return file.get("format") == FORMAT
 
 
 def read_native(file: Mapping[str, Any], source: str) -> Contents:
     """Interpret a loaded native file.
+
+    Args:
+        file: as `read_tensors` returns it.
+        source: name of the file, for errors.
 
     Raises:
         InputError: if the file is of a newer version, or a part is missing, unknown or malformed.
@@ -102,7 +110,7 @@ def read_native(file: Mapping[str, Any], source: str) -> Contents:
         )
     for part in ("model_config", "weights", "normalizers"):
         mapping(file[part], f"{source}: {part}")
-    # What is only recorded becomes plain values, with text for keys.
+    # Values that are only recorded become plain, with text for keys.
     units, provenance = (mapping(plain(file[part]), f"{source}: {part}") for part in ("units", "provenance"))
     if units != UNITS:
         raise InputError(f"{source} is in units {shown(units)}; only {UNITS} are read")
@@ -124,7 +132,8 @@ def read_native(file: Mapping[str, Any], source: str) -> Contents:
 
 
 def _read_weights(weights: Mapping[str, Any], source: str) -> dict[WeightsKind, dict[str, Tensor]]:
-    found: dict[WeightsKind, dict[str, Tensor]] = {}
+    """Check the weights of a native file, by kind and name."""
+    states: dict[WeightsKind, dict[str, Tensor]] = {}
     for kind, state in weights.items():
         if kind not in ("raw", "averaged"):
             raise InputError(f"{source} holds weights of an unknown kind: {shown(kind)}")
@@ -134,7 +143,7 @@ def _read_weights(weights: Mapping[str, Any], source: str) -> dict[WeightsKind, 
                     f"{source}: the {kind} weights are not a dictionary of tensors: {shown_name(name)} is a "
                     f"{type(value).__name__}"
                 )
-        found[kind] = state  # type: ignore[index]
-    if not found:
+        states[kind] = state  # type: ignore[index]
+    if not states:
         raise InputError(f"{source} holds no weights")
-    return found
+    return states

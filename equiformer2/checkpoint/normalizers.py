@@ -1,4 +1,4 @@
-"""Between the network's normalised units and eV: mean and standard deviation, and per-element energies."""
+"""Conversion between normalised units and eV by mean, standard deviation and per-element energies."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from equiformer2.errors import InputError
 from equiformer2.model.config import ModelConfig
 from equiformer2.values import Items, Number, mapping, shown
 
+_F64 = torch.float64
+_MAX_ELEMENTS = 256
+
 
 @dataclass(frozen=True)
 class Normalizer:
-    """`normalised = (value - mean) / std`, in the type of the value, at least float32.
+    """Linear map `normalised = (value - mean) / std`, in the type of the value, at least float32.
 
-    `mean` and `std` carry the unit of the value (eV, or eV/Å for forces).
+    Attributes:
+        mean: in the unit of the value (eV, or eV/Å for forces).
+        std: likewise.
 
     Raises:
         InputError: if one is not a number, not finite or beyond float32, or `std` is not positive.
@@ -38,11 +43,11 @@ class Normalizer:
                 ) from error
 
     def normalize(self, value: Tensor) -> Tensor:
-        """Physical to normalised units, any shape; half precision comes back as float32."""
+        """Convert physical to normalised units, any shape; half precision becomes float32."""
         return (_at_least_float32(value) - self.mean) / self.std
 
     def denormalize(self, value: Tensor) -> Tensor:
-        """Normalised to physical units, any shape; half precision comes back as float32."""
+        """Convert normalised to physical units, any shape; half precision becomes float32."""
         return _at_least_float32(value) * self.std + self.mean
 
 
@@ -50,8 +55,8 @@ class Normalizers:
     """The energy's and the forces' normalizers, and the per-element energies of a total-energy model.
 
     Args:
-        energy: of the energy per structure, eV.
-        forces: of the force components, eV/Å. A mean other than zero would break equivariance.
+        energy: normalizer of the energy per structure, eV.
+        forces: normalizer of the force components, eV/Å. A mean other than zero would break equivariance.
         linear_references: `[Z_max + 1]` energies in eV, indexed by atomic number (OC20's table has 100
             entries), or None. A structure's energy is the network's, denormalised, plus the sum of its
             atoms' references. Held in float64: the sums of a total-energy model exceed float32's digits.
@@ -69,13 +74,13 @@ class Normalizers:
         if forces.mean != 0.0:
             raise InputError(f"the forces' normalizer must have mean 0, not {forces.mean}")
         if linear_references is not None:
-            linear_references = _references(linear_references)
+            linear_references = self._check_references(linear_references)
         self.energy = energy
         self.forces = forces
         self.linear_references = linear_references
 
     def denormalize(self, out: Mapping[str, Tensor], batch: Any) -> dict[str, Tensor]:
-        """The network's output in eV, eV/Å and eV/Å^3.
+        """Convert the network's output to eV, eV/Å and eV/Å^3.
 
         Energies are computed in float64: a total energy of 5e5 eV has steps of 31 meV in float32.
 
@@ -97,27 +102,39 @@ class Normalizers:
         return physical
 
     def normalize_energy(self, energy: Tensor, batch: Any) -> Tensor:
-        """Energies `[B]` in eV to the network's units, `[B]` float64.
+        """Convert energies `[B]` in eV to the network's units, `[B]` float64.
 
-        References and mean are subtracted in float64. What is left has few digits before the point, and
-        whoever compares it with the network's output may round it to that type (`training.losses` does).
+        References and mean are subtracted in float64. The result has few digits before the point and may be
+        rounded to the type of the network's output (`training.losses` does).
+
+        Args:
+            energy: `[B]` eV.
+            batch: the structures; see `denormalize`.
         """
         return self.energy.normalize(self._shift(energy.double(), batch, -1.0))
 
     def normalize_forces(self, forces: Tensor) -> Tensor:
-        """Forces `[N, 3]` in eV/Å to the network's units, `[N, 3]`."""
+        """Convert forces `[N, 3]` in eV/Å to the network's units, `[N, 3]`."""
         return self.forces.normalize(forces)
 
     def normalize_stress(self, stress: Tensor) -> Tensor:
-        """Stress `[B, 3, 3]` in eV/Å^3 to the network's units, `[B, 3, 3]`."""
+        """Convert stress `[B, 3, 3]` in eV/Å^3 to the network's units, `[B, 3, 3]`."""
         return _at_least_float32(stress) / self.energy.std
 
     def for_gradient(self) -> Normalizers:
-        """The same with the energy's std for the forces, which then are the gradient of the energy."""
+        """Return a copy with the energy's std for the forces, which then are the gradient of the energy."""
         return Normalizers(self.energy, Normalizer(0.0, self.energy.std), self.linear_references)
 
     def check_model(self, config: ModelConfig, source: str) -> None:
-        """Raise `InputError`, naming `source`, if gradient forces would not be those of the energy."""
+        """Check that gradient forces are those of the energy.
+
+        Args:
+            config: configuration of the network.
+            source: name of the file, for the error.
+
+        Raises:
+            InputError: if the std of gradient forces is not that of the energy.
+        """
         if config.forces == "gradient" and self.forces.std != self.energy.std:
             raise InputError(
                 f"{source}: the forces of this model are the gradient of its energy, so their std must be "
@@ -125,7 +142,15 @@ class Normalizers:
             )
 
     def reference_energy(self, batch: Any, num_structures: int) -> Tensor:
-        """Sum of the linear references per structure, `[B]` float64 eV; zeros without references."""
+        """Sum the linear references per structure, `[B]` float64 eV; zeros without references.
+
+        Args:
+            batch: the structures; `atomic_numbers` `[N]` and, unless there is one structure, `batch` `[N]`.
+            num_structures: B.
+
+        Raises:
+            InputError: if an element is beyond the table.
+        """
         atomic_numbers: Tensor = batch.atomic_numbers
         total = torch.zeros(num_structures, dtype=torch.float64, device=atomic_numbers.device)
         if self.linear_references is None or atomic_numbers.numel() == 0:
@@ -140,13 +165,39 @@ class Normalizers:
         references = self.linear_references.to(atomic_numbers.device)
         return total.index_add(0, index, references[atomic_numbers])
 
+    @staticmethod
+    def _check_references(values: Any) -> Tensor:
+        """Return a table of energies, eV, as float64 on the CPU, from a tensor, an array or a list."""
+        if isinstance(values, list | tuple):
+            values = torch.tensor(
+                Items(Number(), _MAX_ELEMENTS).read(values, "linear_references"), dtype=_F64
+            )
+        elif isinstance(values, np.ndarray) and values.dtype.kind == "f":
+            values = torch.from_numpy(values.astype(np.float64))
+        if not isinstance(values, Tensor) or values.dtype not in (_F64, torch.float32):
+            kind = str(values.dtype) if isinstance(values, Tensor | np.ndarray) else shown(values)
+            raise InputError(
+                "linear_references must be one finite energy per atomic number, in float32 or float64, not "
+                f"{kind.removeprefix('torch.')}"
+            )
+        values = values.detach().to("cpu", _F64)
+        finite = values.dim() == 1 and bool(torch.isfinite(values).all())
+        if not finite or not 2 <= len(values) <= _MAX_ELEMENTS:
+            raise InputError(
+                f"linear_references must be one finite energy per atomic number (2 to {_MAX_ELEMENTS} of "
+                f"them, from the unused 0 on), not a tensor of shape {tuple(values.shape)}"
+                f"{'' if finite or values.dim() != 1 else ' with numbers that are not finite'}"
+            )
+        return values
+
     def _shift(self, energy: Tensor, batch: Any, sign: float) -> Tensor:
+        """Add `sign` times the linear references to energies `[B]` in eV."""
         if self.linear_references is None:
             return energy
         return energy + sign * self.reference_energy(batch, energy.numel()).view_as(energy)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain floats and at most one tensor, for a checkpoint."""
+        """Return plain floats and at most one tensor, for a checkpoint."""
         return {
             "energy": {"mean": self.energy.mean, "std": self.energy.std},
             "forces": {"mean": self.forces.mean, "std": self.forces.std},
@@ -155,7 +206,10 @@ class Normalizers:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Normalizers:
-        """Inverse of `to_dict`.
+        """Build the normalizers from the result of `to_dict`.
+
+        Args:
+            values: `energy`, `forces` and `linear_references`.
 
         Raises:
             InputError: if a key is missing or unknown, or a value is not a number.
@@ -163,7 +217,7 @@ class Normalizers:
         expected = {"energy", "forces", "linear_references"}
         if set(mapping(values, "normalizers")) != expected:
             raise InputError(f"normalizers must hold {sorted(expected)}, not {shown(sorted(values))}")
-        found = {}
+        normalizers = {}
         for name in ("energy", "forces"):
             numbers = mapping(values[name], f"normalizers.{name}")
             if set(numbers) != {"mean", "std"}:
@@ -172,12 +226,12 @@ class Normalizers:
                     f"not {shown(sorted(numbers))}"
                 )
             try:
-                found[name] = Normalizer(numbers["mean"], numbers["std"])
+                normalizers[name] = Normalizer(numbers["mean"], numbers["std"])
             except InputError as error:
                 raise InputError(
                     f"normalizers.{name} must hold the numbers 'mean' and 'std': {error}"
                 ) from error
-        return cls(found["energy"], found["forces"], values["linear_references"])
+        return cls(normalizers["energy"], normalizers["forces"], values["linear_references"])
 
     def __repr__(self) -> str:
         references = "None" if self.linear_references is None else f"[{len(self.linear_references)}]"
@@ -193,33 +247,6 @@ class Normalizers:
         return same and self.energy == other.energy and self.forces == other.forces
 
     __hash__ = None  # type: ignore[assignment]
-
-
-def _references(values: Any) -> Tensor:
-    """A table of energies, eV, as float64 on the CPU: from a tensor, an array or a list of numbers."""
-    if isinstance(values, list | tuple):
-        values = torch.tensor(Items(Number(), _MOST_ELEMENTS).read(values, "linear_references"), dtype=_F64)
-    elif isinstance(values, np.ndarray) and values.dtype.kind == "f":
-        values = torch.from_numpy(values.astype(np.float64))
-    if not isinstance(values, Tensor) or values.dtype not in (_F64, torch.float32):
-        kind = str(values.dtype) if isinstance(values, Tensor | np.ndarray) else shown(values)
-        raise InputError(
-            "linear_references must be one finite energy per atomic number, in float32 or float64, not "
-            f"{kind.removeprefix('torch.')}"
-        )
-    values = values.detach().to("cpu", _F64)
-    finite = values.dim() == 1 and bool(torch.isfinite(values).all())
-    if not finite or not 2 <= len(values) <= _MOST_ELEMENTS:
-        raise InputError(
-            f"linear_references must be one finite energy per atomic number (2 to {_MOST_ELEMENTS} of them, "
-            f"from the unused 0 on), not a tensor of shape {tuple(values.shape)}"
-            f"{'' if finite or values.dim() != 1 else ' with numbers that are not finite'}"
-        )
-    return values
-
-
-_F64 = torch.float64
-_MOST_ELEMENTS = 256
 
 
 def _at_least_float32(value: Tensor) -> Tensor:

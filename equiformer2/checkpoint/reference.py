@@ -1,4 +1,4 @@
-"""The public configurations' keys and tensor names, translated to this network's.
+"""Translation of the public configurations' keys and tensor names to those of this network.
 
 "The reference" is EquiformerV2 of OCP and of fairchem-core 1.x (checked against 1.10.0).
 """
@@ -64,10 +64,10 @@ _WITHOUT_EFFECT = {
     "ffn_activation",
     "activation_checkpoint",
 }
-# What EquiformerV3 has beside it, by the names of its code and of `ModelConfig`.
+# Features of EquiformerV3 beyond it, by the names of its code and of `ModelConfig`.
 _V3_SWITCHES = ("smooth_cutoff", "use_swiglu_s2_act", "use_envelope", "use_rad_l_parametrization")
 _V3_VALUES = {"norm_type": "merge_", "attn_activation": "swiglu", "ffn_activation": "swiglu"}
-# Whether per-element energies are parameters; they become `Normalizers.linear_references`.
+# Switches for per-element energies as parameters; they become `Normalizers.linear_references`.
 _LINEAR_REFERENCES = {"use_energy_lin_ref", "load_energy_lin_ref"}
 _NUM_GAUSSIANS = 600
 
@@ -83,7 +83,7 @@ _PREFIX = re.compile(r"(?:module\.)*(?:backbone\.|output_heads\.[^.]+\.(?=energy
 
 
 def model_from_reference(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> EquiformerV2:
-    """The network of a public configuration with its public weights, in evaluation mode.
+    """Build the network of a public configuration with its public weights, in evaluation mode.
 
     Args:
         config: the `model` block of an OCP or fairchem v1 configuration (`model_attributes` of a v0 file);
@@ -92,11 +92,11 @@ def model_from_reference(config: Mapping[str, Any], state_dict: Mapping[str, Ten
             public prefixes. Derived buffers are compared with the constants of this network.
 
     Raises:
-        InputError: if a configuration key is unknown or asks for what this network does not have; if a tensor
-            is missing, unknown or of another shape; or if a derived buffer has another value. It lists them.
+        InputError: if a configuration key is unknown or asks for a feature that this network does not have;
+            if a tensor is missing, unknown or of another shape; or if a derived buffer has another value.
     """
     model_config = config_from_reference(config)
-    state = split_state(model_config, state_dict, "the state_dict")
+    state = ReferenceState.from_state_dict(model_config, state_dict, "the state_dict")
     if state.energy_lin_ref is not None and bool(state.energy_lin_ref.any()):
         raise InputError(
             "the state_dict holds per-element energies (energy_lin_ref), which belong to the normalizers: "
@@ -106,7 +106,11 @@ def model_from_reference(config: Mapping[str, Any], state_dict: Mapping[str, Ten
 
 
 def config_from_reference(config: Mapping[str, Any], source: str = "the model config") -> ModelConfig:
-    """`ModelConfig` of a public `model` block, flat or hydra; see `model_from_reference`.
+    """Translate a public `model` block, flat or hydra, to a `ModelConfig`; see `model_from_reference`.
+
+    Args:
+        config: the block.
+        source: name of the block, for errors.
 
     Raises:
         InputError: listing the keys that are unknown or have a value this network does not have.
@@ -151,14 +155,14 @@ def config_from_reference(config: Mapping[str, Any], source: str = "the model co
 
 
 def _flatten_hydra(config: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], bool]:
-    """The backbone's attributes, and whether there is a force head."""
+    """Return the attributes of the backbone, and True if there is a force head."""
     unknown = sorted(set(config) - _HYDRA_KEYS - {"finetune_config"})
     if unknown:
         raise InputError(f"{source} has hydra keys that are not supported: {shorten(unknown)}")
     backbone, heads = config.get("backbone"), config.get("heads")
     if not isinstance(backbone, Mapping) or not isinstance(heads, Mapping):
         raise InputError(f"{source} must state both its backbone and its heads")
-    found = []
+    kinds = []
     for name, head in heads.items():
         head = mapping(head, f"{source}: the head {shown(name)}")
         kind = _HEADS.get(str(head.get("module")))
@@ -175,42 +179,54 @@ def _flatten_hydra(config: Mapping[str, Any], source: str) -> tuple[Mapping[str,
             raise InputError(
                 f"{source} has a head {shown(name)} with options that are not supported: {shorten(wrong)}"
             )
-        found.append(kind)
-    if sorted(found) not in (["energy"], ["energy", "forces"]):
+        kinds.append(kind)
+    if sorted(kinds) not in (["energy"], ["energy", "forces"]):
         raise InputError(
             f"{source} must have one energy head and at most one force head, not {sorted(heads)[:5]}"
         )
-    return backbone, "forces" in found
+    return backbone, "forces" in kinds
 
 
 class ReferenceState(NamedTuple):
-    """A public state dictionary, sorted and under this network's names."""
+    """Public state dictionary, sorted and under this network's names.
+
+    Attributes:
+        parameters: tensors by name.
+        energy_lin_ref: per-element energies in units of the energy's standard deviation,
+            `[max_num_elements]`, or None.
+    """
 
     parameters: dict[str, Tensor]
     energy_lin_ref: Tensor | None
-    """Per-element energies in units of the energy's standard deviation, `[max_num_elements]`."""
 
+    @classmethod
+    def from_state_dict(
+        cls, config: ModelConfig, state_dict: Mapping[str, Tensor], source: str
+    ) -> ReferenceState:
+        """Strip the prefixes, verify and drop the derived constants.
 
-def split_state(config: ModelConfig, state_dict: Mapping[str, Tensor], source: str) -> ReferenceState:
-    """Strip the prefixes, verify and drop the derived constants.
+        Args:
+            config: configuration of the network.
+            state_dict: tensors by public name.
+            source: name of the file, for errors.
 
-    Raises:
-        InputError: if two keys name one tensor, a value is not a tensor, or a constant differs.
-    """
-    parameters: dict[str, Tensor] = {}
-    constants: dict[str, Tensor] = {}
-    for key, tensor in state_dict.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise InputError(f"{source}: {shown_name(key)} is not a tensor")
-        name = strip_prefix(str(key))
-        target = constants if is_derived_constant(name) else parameters
-        if name in target:
-            raise InputError(f"{source}: two keys name the tensor {name}, one of them {key}")
-        target[name] = tensor
-    verify_constants(config, constants, source)
-    return ReferenceState(parameters, parameters.pop("energy_lin_ref", None))
+        Raises:
+            InputError: if two keys name one tensor, a value is not a tensor, or a constant differs.
+        """
+        parameters: dict[str, Tensor] = {}
+        constants: dict[str, Tensor] = {}
+        for key, tensor in state_dict.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise InputError(f"{source}: {shown_name(key)} is not a tensor")
+            name = strip_prefix(str(key))
+            target = constants if is_derived_constant(name) else parameters
+            if name in target:
+                raise InputError(f"{source}: two keys name the tensor {name}, one of them {key}")
+            target[name] = tensor
+        verify_constants(config, constants, source)
+        return cls(parameters, parameters.pop("energy_lin_ref", None))
 
 
 def strip_prefix(key: str) -> str:
-    """`module.module.blocks.0…`, `module.backbone.blocks.0…` -> `blocks.0…`; a head's name goes too."""
+    """Strip the prefix and the head of a public name: `module.backbone.blocks.0…` becomes `blocks.0…`."""
     return _PREFIX.sub("", key, count=1)

@@ -1,4 +1,4 @@
-"""Files of `torch.save` as data: read without running anything they contain, write whole or not at all."""
+"""Files of `torch.save`: read without executing anything in them, and written atomically."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ _ALLOWED: list[Any] = [
     np.dtype,
     *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
 ]
-
-
 _MAX_PICKLE = 16 << 20
-"""Most bytes of the part of a file that says what its tensors are called; 2 MB in the largest public one."""
+"""Maximum bytes of the pickle with the names of the tensors; 2 MB in the largest public file."""
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The dictionary stored in a `torch.save` file, on the CPU; nothing in the file is executed.
+    """Read the dictionary in a `torch.save` file to the CPU; nothing in the file is executed.
 
-    All tensors in it are ordinary ones: dense, with numbers, none with more numbers than the file has.
+    All tensors in it are ordinary: dense, with numbers, none with more numbers than the file has.
+
+    Args:
+        path: the file.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -59,14 +60,17 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
             torch.serialization.safe_globals(_ALLOWED),
             warnings.catch_warnings(),
         ):
-            # Remarks about files that another pickle protocol wrote, and about kinds of tensors that are
-            # refused below; what matters is raised.
+            # Warnings about other pickle protocols, and about kinds of tensors that are refused below.
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except pickle.UnpicklingError as error:
-        raise InputError(_why_refused(path, str(error))) from None
+        refused = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|class) (\S+)", str(error))
+        problem = "is damaged or not a checkpoint"
+        if refused:
+            problem = f"contains the Python object {refused.group(1)}, which could run code and is refused"
+        raise InputError(f"{path} {problem}: only tensors and plain values are read") from None
     except Exception as error:  # on broken bytes the readers of torch's two file formats raise anything
         raise InputError(f"{path} is truncated, damaged or not a checkpoint, and cannot be read") from error
     if not isinstance(content, dict):
@@ -77,7 +81,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _check_archive(path: Path, size: int) -> None:
-    """Check what torch.load does not, before it reads: that records are no larger than the file, and whole.
+    """Check, before torch.load, that records are no larger than the file, and whole.
 
     torch.save compresses nothing, so records that unpack to more than the file are a bomb; and a flipped bit,
     which the CRC-32 of its record shows, is a wrong number.
@@ -105,17 +109,31 @@ def _check_archive(path: Path, size: int) -> None:
 
 
 def _check_tensors(content: Any, path: Path, size: int) -> None:
-    """Refuse tensors that are not what their numbers in the file make them.
+    """Refuse tensors that are more than their numbers in the file.
 
     Raises:
         InputError: naming the place of the tensor.
     """
-    held: dict[int, int] = {}
-    left = [(content, "")]
-    while left:
-        item, place = left.pop()
+
+    def unusual_kind(tensor: torch.Tensor) -> str | None:
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return f"a {type(tensor).__name__}"
+        if tensor.is_meta:
+            return "a meta tensor, which has a shape and no numbers"
+        if tensor.is_nested:
+            return "a nested tensor"
+        if tensor.layout != torch.strided:
+            return f"a sparse tensor ({str(tensor.layout).removeprefix('torch.')})"
+        if tensor.is_quantized:
+            return f"quantised ({str(tensor.dtype).removeprefix('torch.')})"
+        return None
+
+    sizes: dict[int, int] = {}  # bytes by storage
+    pending = [(content, "")]
+    while pending:
+        item, place = pending.pop()
         if isinstance(item, torch.Tensor):
-            kind = _unusual(item)
+            kind = unusual_kind(item)
             if kind is not None:
                 raise InputError(
                     f"{path}: {place} is {kind}; only dense tensors that hold their numbers are read"
@@ -126,44 +144,23 @@ def _check_tensors(content: Any, path: Path, size: int) -> None:
                     f"{path}: {place} repeats {storage.nbytes()} bytes to the shape "
                     f"{shown(tuple(item.shape))}; only dense tensors that hold their numbers are read"
                 )
-            held[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         elif isinstance(item, Mapping):
-            left += [
+            pending += [
                 (value, f"{place}[{shown(key)}]" if place else shown(key)) for key, value in item.items()
             ]
         elif isinstance(item, list | tuple | set | frozenset):
-            left += [(value, f"{place}[{index}]") for index, value in enumerate(item)]
-    if sum(held.values()) > size:
+            pending += [(value, f"{place}[{index}]") for index, value in enumerate(item)]
+    if sum(sizes.values()) > size:
         raise InputError(f"{path}: its tensors are larger than the file: it is no checkpoint")
 
 
-def _unusual(tensor: torch.Tensor) -> str | None:
-    """The kind of a tensor that is not an ordinary one."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        return f"a {type(tensor).__name__}"
-    if tensor.is_meta:
-        return "a meta tensor, which has a shape and no numbers"
-    if tensor.is_nested:
-        return "a nested tensor"
-    if tensor.layout != torch.strided:
-        return f"a sparse tensor ({str(tensor.layout).removeprefix('torch.')})"
-    if tensor.is_quantized:
-        return f"quantised ({str(tensor.dtype).removeprefix('torch.')})"
-    return None
-
-
-def _why_refused(path: Path, message: str) -> str:
-    found = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|class) (\S+)", message)
-    if found:
-        return (
-            f"{path} contains the Python object {found.group(1)}, which could run code and is refused: "
-            "only tensors and plain values are read"
-        )
-    return f"{path} is damaged or not a checkpoint: only tensors and plain values are read"
-
-
 def write_tensors(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """`torch.save` that leaves either the whole new file or the old state.
+    """Write a dictionary with `torch.save`, atomically.
+
+    Args:
+        path: the file.
+        content: tensors and plain values by name.
 
     Raises:
         OSError: if the folder is missing or not writable, or the disk is full.
@@ -177,13 +174,13 @@ def write_tensors(path: str | os.PathLike[str], content: Mapping[str, Any]) -> N
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Compute the hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plain(value: Any) -> Any:
-    """A copy made of dict, list, str, int, float, bool and None alone; anything else as its text.
+    """Copy a value to dict, list, str, int, float, bool and None alone; anything else becomes text.
 
     Recorded configurations go through this, so that a native file holds nothing but plain values, which JSON
     can hold, too: numbers that are not finite, whole numbers beyond 64 bits and text that is no Unicode

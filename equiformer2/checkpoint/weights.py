@@ -1,4 +1,4 @@
-"""A network with given weights, after checking that they are its own."""
+"""Construction of a network with given weights, after checks that they fit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ from equiformer2.model.equiformer import EquiformerV2
 from equiformer2.model.parameters import count_parameters
 from equiformer2.values import shown_name
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def config_from_values(values: Mapping[str, Any], source: str) -> ModelConfig:
-    """`ModelConfig.from_dict` for values that come from a file.
+    """Build a `ModelConfig` from values in a file.
+
+    Args:
+        values: by field, as `ModelConfig.from_dict` takes them.
+        source: name of the file, for errors.
 
     Raises:
         InputError: naming the file and the key that is unknown, out of range or of the wrong type.
@@ -29,9 +35,14 @@ def config_from_values(values: Mapping[str, Any], source: str) -> ModelConfig:
 
 
 def build_model(config: ModelConfig, weights: Mapping[str, Tensor], source: str) -> EquiformerV2:
-    """`EquiformerV2(config)` holding `weights`, on the CPU, in evaluation mode.
+    """Build `EquiformerV2(config)` with `weights`, on the CPU, in evaluation mode.
 
-    The random number generator is left as it was: loading must not change what comes after.
+    The state of the random number generator is restored: loading must not change later random numbers.
+
+    Args:
+        config: configuration of the network.
+        weights: tensors by name, as in `EquiformerV2.state_dict()`.
+        source: name of the file, for errors.
 
     Raises:
         InputError: as `check_weights`; at once where the network would be far from the weights in size.
@@ -45,16 +56,21 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], source: str)
 
 
 def _check_extent(config: ModelConfig, weights: Mapping[str, Tensor], source: str) -> None:
-    """Compare what the time and the memory of building depend on, before anything is built."""
+    """Compare the sizes on which time and memory of building depend, before anything is built."""
+
+    def length(name: str, dimension: int) -> int | None:
+        tensor = weights.get(name)
+        return None if tensor is None or tensor.dim() <= dimension else tensor.shape[dimension]
+
     claimed, held = count_parameters(config), sum(tensor.numel() for tensor in weights.values())
     layers = {name.split(".")[1] for name in weights if name.startswith("blocks.") and name.count(".") > 1}
     # The scalars of the separable norm have a norm of their own.
     degrees = config.lmax + (config.norm_type != "layer_norm_sh")
-    found = [
+    sizes = [
         ("num_layers", config.num_layers, len(layers)),
-        ("number of degrees in the norm", degrees, _length(weights, "norm.affine_weight", 0)),
+        ("number of degrees in the norm", degrees, length("norm.affine_weight", 0)),
     ]
-    for key, of_config, of_weights in found:
+    for key, of_config, of_weights in sizes:
         # Empty blocks of a pruned network have no weights.
         if key == "num_layers" and config.blocks is not None and (of_weights or 0) <= of_config:
             continue
@@ -70,14 +86,13 @@ def _check_extent(config: ModelConfig, weights: Mapping[str, Tensor], source: st
         )
 
 
-def _length(weights: Mapping[str, Tensor], name: str, dimension: int) -> int | None:
-    """Length of a tensor along `dimension`; None where there is no such tensor."""
-    tensor = weights.get(name)
-    return None if tensor is None or tensor.dim() <= dimension else tensor.shape[dimension]
-
-
 def check_weights(model: EquiformerV2, weights: Mapping[str, Tensor], source: str) -> None:
     """Check names, shapes and values of a whole set of weights.
+
+    Args:
+        model: the network.
+        weights: tensors by name.
+        source: name of the file, for errors.
 
     Raises:
         InputError: listing the names that are missing, unknown, of another shape or not finite.
@@ -104,9 +119,6 @@ def check_weights(model: EquiformerV2, weights: Mapping[str, Tensor], source: st
             if weights[name].dtype in _DTYPES and not bool(torch.isfinite(weights[name].float()).all())
         ],
     }
-    problems = [f"{len(names)} {what}: {shorten(names)}" for what, names in findings.items() if names]
+    problems = [f"{len(names)} {problem}: {shorten(names)}" for problem, names in findings.items() if names]
     if problems:
         raise InputError(f"{source}: the weights do not fit the model configuration; {'; '.join(problems)}")
-
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -78,7 +78,7 @@ class Evaluate(Command):
         )
 
     def run(self, options: argparse.Namespace) -> Result:
-        from datasets_oc20.splits import VALIDATION_SPLITS, find_splits
+        from datasets_oc20.catalogue import VALIDATION_SPLITS, find_splits
         from equiformer2.checkpoint import load_checkpoint
         from equiformer2.files import write_json
         from equiformer2.inference import Predictor
@@ -143,7 +143,7 @@ class Evaluate(Command):
     def _evaluate_all(
         self, options: argparse.Namespace, predictor: "Predictor", paths: dict[str, Path]
     ) -> "dict[str, Evaluation]":
-        from datasets_oc20.adsorbate_names import read_adsorbate_names
+        from datasets_oc20.raw_release import read_adsorbate_names
         from equiformer2.training import evaluation
 
         datasets = {
@@ -448,7 +448,7 @@ class RelaxIs2re(Command):
 
     def _relax_all(self, options: argparse.Namespace) -> dict[str, Any]:
         """Reports of all datasets by name."""
-        from datasets_oc20.splits import VALIDATION_SPLITS, find_splits
+        from datasets_oc20.catalogue import VALIDATION_SPLITS, find_splits
         from equiformer2.inference import Predictor
         from equiformer2.inference.batched import RelaxationSettings
         from equiformer2.pruning.routing.router_files import batched_relaxation_router
@@ -538,7 +538,7 @@ class Submission(Command):
         return options
 
     def run(self, options: argparse.Namespace) -> Result:
-        from datasets_oc20.splits import find_splits
+        from datasets_oc20.catalogue import find_splits
         from equiformer2.errors import InputError
         from equiformer2.files import check_target
         from equiformer2.training.submission import SPLITS, make_submission, write_submission

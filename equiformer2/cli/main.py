@@ -1,14 +1,17 @@
 """Dispatch of the console command `equiformer2`, and the entries in `scripts/`."""
 
+import argparse
 import contextlib
 import json
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
-from equiformer2.cli.command import Command, Parser
+from equiformer2.cli.command import Command, Parser, Result
+from equiformer2.cli.options import checkpoint_file
 from equiformer2.script import exit_status, header
 from equiformer2.version import __version__
 
@@ -36,6 +39,7 @@ COMMANDS = {
     "report": "training:ReportRun",
     "demo": "training:Demo",
     "doctor": "doctor:Doctor",
+    "completion": "main:Completion",
 }
 """Words of a command -> file in this folder and class."""
 if find_spec("equiformer2.cli.doctor") is None:
@@ -99,6 +103,37 @@ def command_parser(words: str) -> tuple[Command, Parser]:
     parser = Parser(prog=f"equiformer2 {words}", description=_description(command))
     _add_arguments(parser, command)
     return command, parser
+
+
+class Completion(Command):
+    """Print a completion script for a shell.
+
+    For bash, in ~/.bashrc or once per session:
+
+        eval "$(equiformer2 completion bash)"
+
+    For zsh, into a folder of $fpath:
+
+        equiformer2 completion zsh > ~/.zfunc/_equiformer2
+    """
+
+    def add_arguments(self, parser: Parser) -> None:
+        parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="shell to print the script for")
+
+    def run(self, options: argparse.Namespace) -> Result:
+        import shtab
+
+        parser = build_parser()
+        waiting: list[argparse.ArgumentParser] = [parser]
+        while waiting:
+            for action in waiting.pop()._actions:
+                if isinstance(action, argparse._SubParsersAction):
+                    waiting += action.choices.values()
+                elif action.type in (Path, checkpoint_file) or "FILE" in str(action.metavar):
+                    action.complete = shtab.FILE  # type: ignore[attr-defined]
+        text = shtab.complete(parser, shell=options.shell)
+        print(text)
+        return Result({"shell": options.shell, "script": text})
 
 
 def _run(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""From `ase.Atoms` to the package's data object: checks, tags and constraints.
+"""Convert `ase.Atoms` to the package's data object: checks, tags and constraints.
 
 The network reads positions, atomic numbers, cell and pbc only. `tags` and `fixed` are bookkeeping
 (which atoms are the adsorbate, which are held in place) and never change an energy or a force.
@@ -49,7 +49,7 @@ _MOST_BOXES = 1000
 
 @own_defaults()
 def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: bool = True) -> Data:
-    """One structure as the data object of `docs/architecture.md`; `atoms` is not changed.
+    """Convert one structure to the data object of `docs/architecture.md`; `atoms` is not changed.
 
     Positions are wrapped into the cell along periodic directions, as OC20's own conversion does, and stay in
     float64 with the cell: what is rounded to the network's precision are the short edge vectors only. Tags
@@ -69,7 +69,7 @@ def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: 
     if notice and notify:
         logger.warning(notice)
     if notify and unused_cell(atoms.cell.array, atoms.pbc):
-        _say_not_periodic(atoms.get_chemical_formula())
+        _warn_not_periodic(atoms.get_chemical_formula())
     positions = wrap_positions(atoms.get_positions(), atoms.cell, atoms.pbc, eps=0)
     return Data(
         pos=torch.tensor(positions, dtype=torch.float64),
@@ -85,8 +85,8 @@ def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: 
 
 
 @functools.cache
-def _say_not_periodic(formula: str) -> None:
-    """Once per composition."""
+def _warn_not_periodic(formula: str) -> None:
+    """Warn about a cell without pbc, once per composition."""
     logger.warning(
         f"{formula}: has a whole cell but pbc F F F, so nothing is seen across its boundary; "
         "set atoms.pbc if it is a slab or a bulk"
@@ -106,7 +106,7 @@ def fixed_mask(atoms: Atoms) -> np.ndarray:
 
 
 def oc20_tags(atoms: Atoms) -> tuple[np.ndarray, str | None]:
-    """Tags in OC20's meaning (0 held, 1 free slab, 2 adsorbate) and, where they can mislead, a notice.
+    """Derive tags in OC20's meaning (0 held, 1 free slab, 2 adsorbate), with a notice where they can mislead.
 
     1. Tags within {0, 1, 2} that are not all 0 are OC20's and kept, wherever the atoms lie. ASE's layer
        numbers of a slab of two layers are within them, too: what looks like that is kept and noticed, unless
@@ -130,7 +130,11 @@ def oc20_tags(atoms: Atoms) -> tuple[np.ndarray, str | None]:
             f"{int((tags == 0).sum())} untagged atoms above the slab as adsorbate (2), "
             "held layer atoms as 0, free layer atoms as 1"
         )
-    reason = f"the tags have values other than 0, 1, 2 ({_some(tags)})" if tags.any() else "no tags are set"
+    reason = "no tags are set"
+    if tags.any():
+        values = np.unique(tags)
+        listed = ", ".join(map(str, values[:5])) + (", …" if len(values) > 5 else "")
+        reason = f"the tags have values other than 0, 1, 2 ({listed})"
     return np.where(fixed, SUBSURFACE, SURFACE), (
         f"{reason}: held atoms get tag 0 and free atoms tag 1, none is marked as adsorbate (2); "
         "energies and forces do not depend on tags"
@@ -152,7 +156,7 @@ def check_atoms(atoms: Atoms, max_num_elements: int | None = None) -> None:
     """Raise `InputError` for a structure that has no meaningful energy; see `atoms_to_data`."""
     if len(atoms) == 0:
         raise InputError("the structure has no atoms: give at least one")
-    _check_elements(atoms, max_num_elements)
+    check_elements(torch.as_tensor(atoms.get_atomic_numbers()), max_num_elements)
     _check_occupancies(atoms)
     fixed_mask(atoms)
     symbols = atoms.get_chemical_symbols()
@@ -170,10 +174,6 @@ def check_atoms(atoms: Atoms, max_num_elements: int | None = None) -> None:
         )
     _check_cell(atoms)
     _check_distances(atoms, symbols)
-
-
-def _check_elements(atoms: Atoms, max_num_elements: int | None) -> None:
-    check_elements(torch.as_tensor(atoms.get_atomic_numbers()), max_num_elements)
 
 
 def check_elements(
@@ -292,8 +292,3 @@ def _are_ase_layers(atoms: Atoms, tags: np.ndarray, fixed: np.ndarray) -> bool:
     means = np.array([height[tags == layer].mean() for layer in layers])
     on_top = not untagged.any() or height[untagged].mean() > means[0]
     return bool((np.diff(means) < 0).all() and on_top)
-
-
-def _some(values: np.ndarray) -> str:
-    unique = np.unique(values)
-    return ", ".join(map(str, unique[:5])) + (", …" if len(unique) > 5 else "")

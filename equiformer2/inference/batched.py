@@ -1,4 +1,4 @@
-"""Relaxation of many structures in batches that stay full: who has converged makes room for who waits."""
+"""Relax many structures in batches that stay full: converged structures are replaced by queued ones."""
 
 import math
 from collections import deque
@@ -45,7 +45,7 @@ class BatchedLBFGS:
         self._last: tuple[Tensor, Tensor, Tensor] | None = None  # positions, forces [N, 3]; known [B]
 
     def step(self, positions: Tensor, forces: Tensor, structure: Tensor, count: int) -> Tensor:
-        """The displacement `[N, 3]` Å.
+        """Compute the displacement `[N, 3]` Å of the next step.
 
         Args:
             positions: `[N, 3]` Å.
@@ -91,13 +91,14 @@ class BatchedLBFGS:
         """Make room for new structures behind the present ones."""
         if self._last is None:
             return
+
+        def longer(tensor: Tensor, more: int) -> Tensor:
+            return torch.cat([tensor, tensor.new_zeros(more, *tensor.shape[1:])])
+
         positions, forces, known = self._last
-        self._last = (_longer(positions, atoms), _longer(forces, atoms), _longer(known, structures))
+        self._last = (longer(positions, atoms), longer(forces, atoms), longer(known, structures))
         self._pairs = deque(
-            (
-                _Pair(_longer(s, atoms), _longer(y, atoms), _longer(rho, structures))
-                for s, y, rho in self._pairs
-            ),
+            (_Pair(longer(s, atoms), longer(y, atoms), longer(rho, structures)) for s, y, rho in self._pairs),
             maxlen=self._pairs.maxlen,
         )
 
@@ -112,16 +113,12 @@ class BatchedLBFGS:
         self._pairs = deque((pair for pair in kept if bool(pair.rho.any())), maxlen=self._pairs.maxlen)
 
 
-def _longer(tensor: Tensor, more: int) -> Tensor:
-    return torch.cat([tensor, tensor.new_zeros(more, *tensor.shape[1:])])
-
-
 FRAMES = ("all", "ends")
 
 
 @dataclass(frozen=True)
 class RelaxationSettings:
-    """How structures are relaxed.
+    """Settings of a batched relaxation.
 
     The defaults of `fmax` and `steps` are the EquiformerV2 paper's for IS2RE, those of the optimiser are the
     options of OC20's relaxations (fairchem-core 1.10, TRAIN.md, `relax_opt`).
@@ -192,7 +189,7 @@ class Relaxed:
 
     @property
     def energy(self) -> float:
-        """Of the last frame, eV."""
+        """Energy of the last frame, eV."""
         return self.frames[-1].energy
 
     @property
@@ -201,14 +198,14 @@ class Relaxed:
         return self.frames[-1].positions
 
     def fail(self, reason: str) -> None:
-        """The step that was under way, if one was, leads nowhere."""
+        """End the relaxation early; a step under way does not count."""
         self.failure = reason
         if self.frames:
             self.steps -= 1
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name of the structure in messages."""
         return f"structure {self.start.sid}" if self.start.get("sid") else f"structure {self.index}"
 
 
@@ -249,8 +246,8 @@ def relax_batched(
         predict: `free_forces(predictor)` or `Predictor.predict`, of a network with forces.
         structures: (number, structure) in the order in which they start; read as places become free.
         settings: of the relaxation.
-        batch_size: most structures at once.
-        max_atoms: most atoms at once; a structure that has more is relaxed alone.
+        batch_size: maximum number of structures per batch.
+        max_atoms: maximum number of atoms per batch; a structure that has more is relaxed alone.
         device: where the optimiser's state lives.
 
     Raises:

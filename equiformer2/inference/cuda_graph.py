@@ -18,6 +18,7 @@ from torch_geometric.data import Batch
 from equiformer2.errors import InputError
 from equiformer2.kernels.chunks import chunks
 from equiformer2.model import EquiformerV2
+from equiformer2.model.folding import Snapshot
 
 Outputs = dict[str, Tensor]
 #: From a computation on fixed memory to one that repeats it.
@@ -49,8 +50,9 @@ class GraphedNetwork:
     """The network on compositions that come again, captured once per size.
 
     A size (atoms and structures) that comes for the first time is computed as usual; the second time it is
-    captured, and replayed from then on until there are more edges than there is room for. Then it is captured
-    once more. If a capture fails, there is a warning and everything is computed as usual from then on.
+    captured, and replayed from then on until there are more edges than there is room for, or weights have
+    changed. Then it is captured once more. If a capture fails, there is a warning and everything is computed
+    as usual from then on.
 
     Args:
         model: in evaluation mode, on its device.
@@ -66,6 +68,7 @@ class GraphedNetwork:
         self._record = record or record_cuda_graph
         self._recordings: OrderedDict[tuple[int, int], _Recording | None] = OrderedDict()
         self._too_large: set[tuple[int, int]] = set()
+        self._weights = Snapshot(model)
         self._failed = False
         self.captures = self.replays = 0
 
@@ -75,6 +78,12 @@ class GraphedNetwork:
         Raises:
             InputError: what the graph refuses.
         """
+        if not self._weights.is_current():
+            # Recordings read the matrices that were kept for the former weights.
+            self._recordings.clear()
+            self._weights = Snapshot(self.model)
+        if not self._weights.comparable:
+            return None
         size = len(batch.pos), batch.num_graphs
         if self._failed or size in self._too_large:
             return None

@@ -1,4 +1,4 @@
-"""Structures for which an adsorption-energy model has no answer, and why."""
+"""Recognise structures for which an adsorption-energy model has no answer."""
 
 import numpy as np
 from ase import Atoms
@@ -17,16 +17,27 @@ _OC20_ADSORBATES = frozenset((1, 6, 7, 8))
 
 
 def no_adsorption_energy(atoms: Atoms) -> str | None:
-    """A noun phrase for a structure that is no slab with an adsorbate ("a bulk crystal"), or None.
+    """Name a structure that is no slab with an adsorbate ("a bulk crystal"); None for others.
 
     None, too, where it cannot be told: a structure without tags that may hold one of OC20's adsorbates.
 
     Args:
         atoms: a structure that has passed `check_atoms`.
     """
+
+    def is_open(axis: int) -> bool:
+        """Tell whether the structure ends along a lattice vector: not periodic, or a gap of `VACUUM`."""
+        if not atoms.pbc[axis]:
+            return True
+        cell = atoms.cell.complete()
+        scaled = np.sort(np.linalg.solve(cell.array.T, atoms.positions.T)[axis] % 1.0)
+        gaps = np.diff(scaled, append=scaled[0] + 1.0)
+        normal = np.cross(cell.array[axis - 2], cell.array[axis - 1])
+        return bool(gaps.max() * abs(cell.volume) / np.linalg.norm(normal) > VACUUM)
+
     tags, _ = oc20_tags(atoms)
     adsorbate = tags == ADSORBATE
-    open_directions = sum(_is_open(atoms, axis) for axis in range(3))
+    open_directions = sum(map(is_open, range(3)))
     if adsorbate.any() and not adsorbate.all() and open_directions < 3:
         return None
     if open_directions == 3 or adsorbate.all():
@@ -52,7 +63,7 @@ def count_adsorbates(atoms: Atoms) -> int:
 
 
 def warning_for(atoms: Atoms, energy_kind: str) -> str | None:
-    """The sentence that a model's energy of `atoms` needs, or None."""
+    """Word the warning that a model's energy of `atoms` needs; None where it needs none."""
     if energy_kind != "adsorption":
         return None
     what = no_adsorption_energy(atoms)
@@ -69,14 +80,3 @@ def warning_for(atoms: Atoms, energy_kind: str) -> str | None:
             "adsorbate nor the sum; OC20 has one adsorbate per cell"
         )
     return None
-
-
-def _is_open(atoms: Atoms, axis: int) -> bool:
-    """Tell whether the structure ends along a lattice vector: not periodic, or a gap of `VACUUM` in it."""
-    if not atoms.pbc[axis]:
-        return True
-    cell = atoms.cell.complete()
-    scaled = np.sort(np.linalg.solve(cell.array.T, atoms.positions.T)[axis] % 1.0)
-    gaps = np.diff(scaled, append=scaled[0] + 1.0)
-    normal = np.cross(cell.array[axis - 2], cell.array[axis - 1])
-    return bool(gaps.max() * abs(cell.volume) / np.linalg.norm(normal) > VACUUM)

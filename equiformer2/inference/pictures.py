@@ -1,4 +1,4 @@
-"""Pictures of structures and relaxations, as PNG bytes."""
+"""Draw structures and relaxations, as PNG bytes."""
 
 from io import BytesIO
 
@@ -14,7 +14,7 @@ from equiformer2.inference.relaxation import RelaxationResult
 
 
 def structure_picture(structures: dict[str, Atoms], title: str) -> bytes:
-    """Top view (row 1) and side view (row 2) of each structure, one column each; fixed atoms are darker.
+    """Draw top view (row 1) and side view (row 2) of each structure, one column each; fixed atoms are darker.
 
     Args:
         structures: caption -> structure.
@@ -31,7 +31,7 @@ def structure_picture(structures: dict[str, Atoms], title: str) -> bytes:
                 ax=axis,
                 rotation=rotation,
                 show_unit_cell=2 if row == 0 else 0,
-                colors=_colors(atoms),
+                colors=jmol_colors[atoms.numbers] * np.where(fixed_mask(atoms), 0.6, 1.0)[:, None],
             )
             axis.set_title(f"{caption}, {view} view", fontsize=10)
             axis.set_axis_off()
@@ -40,7 +40,7 @@ def structure_picture(structures: dict[str, Atoms], title: str) -> bytes:
 
 
 def relaxation_picture(result: RelaxationResult, energy_label: str) -> bytes:
-    """Energy and largest force against the optimiser step.
+    """Draw energy and largest force against the optimiser step.
 
     Args:
         result: the relaxation.
@@ -66,12 +66,6 @@ def relaxation_picture(result: RelaxationResult, energy_label: str) -> bytes:
     force_axis.xaxis.get_major_locator().set_params(integer=True)
     force_axis.legend(frameon=False, fontsize=9)
     return _png(figure)
-
-
-def _colors(atoms: Atoms) -> np.ndarray:
-    colors = jmol_colors[atoms.numbers]
-    colors[fixed_mask(atoms)] *= 0.6
-    return colors
 
 
 def _figure(width: float, height: float) -> Figure:

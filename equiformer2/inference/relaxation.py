@@ -12,7 +12,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator, Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.io.trajectory import Trajectory, TrajectoryWriter
+from ase.io.trajectory import Trajectory
 from ase.optimize import BFGS, FIRE, LBFGS
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -134,7 +134,16 @@ def relax(
         InputError: wrong settings, a calculator without forces, a structure without meaning, or a
             non-finite energy or force on the way (the frames before it stay in `trajectory`).
     """
-    _check_settings(optimizer, fmax, steps, trajectory, energy_every)
+    if optimizer not in OPTIMIZERS:
+        raise InputError(f"optimizer {optimizer!r} is not known: use one of {', '.join(OPTIMIZERS)}")
+    if not (math.isfinite(fmax) and fmax > 0):
+        raise InputError(f"fmax is {fmax}: give a positive force in eV/Å")
+    if steps < 0:
+        raise InputError(f"steps is {steps}: give 0 or more")
+    if energy_every < 1:
+        raise InputError(f"energy_every is {energy_every}: give 1 or more")
+    if trajectory is not None and Path(trajectory).suffix != ".traj":
+        raise InputError(f"the trajectory {trajectory} must be an ASE .traj file")
     if not isinstance(calculator, BaseCalculator):
         calculator = EquiformerV2Calculator(calculator)
     if "forces" not in calculator.implemented_properties:
@@ -172,7 +181,14 @@ def relax(
             energies.append(energy)
             max_forces.append(max_force)
             if writer is not None:
-                _write_frame(writer, atoms, trajectory)
+                # ASE's trajectories hold plain values only.
+                own, atoms.info = atoms.info, plain(atoms.info)
+                try:
+                    writer.write(atoms)
+                except OSError as error:  # a full disk: ASE does not say which file
+                    raise OSError(error.errno, error.strerror, str(trajectory)) from error
+                finally:
+                    atoms.info = own
             if show is not None:
                 show.update(len(energies) - 1, steps, energy, max_force)
         energies[-1] = _finite_energy(atoms, step=len(energies) - 1)
@@ -202,31 +218,6 @@ def restraint_energy(atoms: Atoms) -> float:
             if hasattr(constraint, "adjust_potential_energy")
         )
     )
-
-
-def _check_settings(
-    optimizer: str, fmax: float, steps: int, trajectory: str | Path | None, energy_every: int
-) -> None:
-    if optimizer not in OPTIMIZERS:
-        raise InputError(f"optimizer {optimizer!r} is not known: use one of {', '.join(OPTIMIZERS)}")
-    if not (math.isfinite(fmax) and fmax > 0):
-        raise InputError(f"fmax is {fmax}: give a positive force in eV/Å")
-    if steps < 0:
-        raise InputError(f"steps is {steps}: give 0 or more")
-    if energy_every < 1:
-        raise InputError(f"energy_every is {energy_every}: give 1 or more")
-    if trajectory is not None and Path(trajectory).suffix != ".traj":
-        raise InputError(f"the trajectory {trajectory} must be an ASE .traj file")
-
-
-def _write_frame(writer: TrajectoryWriter, atoms: Atoms, path: str | Path | None) -> None:
-    own, atoms.info = atoms.info, plain(atoms.info)
-    try:
-        writer.write(atoms)
-    except OSError as error:  # a full disk: ASE does not say which file
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        atoms.info = own
 
 
 def _finite_energy(atoms: Atoms, step: int) -> float:

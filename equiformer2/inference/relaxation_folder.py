@@ -1,4 +1,4 @@
-"""The folder of many relaxations, to which a stopped run comes back.
+"""Folder of many relaxations, in which a stopped run continues.
 
     settings.json             what is relaxed, with what and how
     relaxed.jsonl             one line for every finished structure, in the order in which they finished
@@ -24,14 +24,14 @@ from ase.io.trajectory import Trajectory
 from torch_geometric.data import Data
 
 from datasets_oc20.atomic import publish, temporary_beside
-from datasets_oc20.locking import lock
+from datasets_oc20.locking import exclusive
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
 from equiformer2.inference.batched import Frame, Relaxed
 
 Row = dict[str, Any]
 SKIPPED = "skipped.jsonl"
-#: What a relaxation and its errors depend on, besides the network and the settings.
+#: Fields that a relaxation and its errors depend on, besides the network and the settings.
 _USED = ("pos", "atomic_numbers", "cell", "pbc", "tags", "fixed", "y_relaxed", "pos_relaxed")
 
 
@@ -40,7 +40,7 @@ class RelaxationFolder:
 
     Args:
         path: the folder; it is made.
-        asked: what the results depend on, plain values. A folder of something else is refused.
+        asked: settings that the results depend on, plain values. A folder of other settings is refused.
 
     Attributes:
         rows: inside `open`, what is known of every finished structure, by its index in the dataset.
@@ -58,7 +58,7 @@ class RelaxationFolder:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Inside, `add` works and no other process can write here; `rows` are those of earlier runs.
+        """Open the folder for `add` and `skip`, against other processes; `rows` are those of earlier runs.
 
         Raises:
             InputError: the folder holds other relaxations or something else, or its files cannot be read.
@@ -68,8 +68,7 @@ class RelaxationFolder:
         if taken and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(f"{self.path} holds something else than relaxations: give another folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a+b") as file:
-            lock(file, self.log)
+        with self.log.open("a+b") as file, exclusive(self.path / ".lock", self.log):
             self.trajectories.mkdir(exist_ok=True)
             if file.tell():  # relaxations of an earlier run
                 self._check_same(self.path / "settings.json")
@@ -98,11 +97,11 @@ class RelaxationFolder:
     def add(self, relaxed: Relaxed, more: Mapping[str, Any]) -> Row:
         """Write the trajectory of a finished structure, and then its line with `more` in it."""
         sid = str(relaxed.start.sid)
-        _write_trajectory(self.trajectories / f"{sid}.traj", relaxed.start, relaxed.frames)
+        self._write_trajectory(self.trajectories / f"{sid}.traj", relaxed.start, relaxed.frames)
         row: Row = {
             "index": relaxed.index,
             "sid": sid,
-            "start": fingerprint_of_start(relaxed.start),
+            "start": self._fingerprint(relaxed.start),
             "natoms": int(relaxed.start.pos.shape[0]),
             "energy": relaxed.energy,
             "initial_energy": relaxed.frames[0].energy,
@@ -112,19 +111,19 @@ class RelaxationFolder:
             "failure": relaxed.failure,
             **more,
         }
-        _append(self._file, row)
+        self._append(self._file, row)
         self.rows[relaxed.index] = row
         return row
 
     def skip(self, index: int, name: str, reason: str) -> None:
-        """Write down that the structure `index` cannot be relaxed."""
+        """Record that the structure `index` cannot be relaxed."""
         self.skipped[index] = {"index": index, "name": name, "reason": reason}
-        _append(self._skipped_file, self.skipped[index])
+        self._append(self._skipped_file, self.skipped[index])
 
     def check_start(self, index: int, start: Data) -> None:
         """Raise `InputError` unless the finished structure `index` was relaxed from `start`."""
         row = self.rows[index]
-        if row.get("start") != fingerprint_of_start(start):
+        if row.get("start") != self._fingerprint(start):
             raise InputError(
                 f"{self.path} holds a relaxation of the system {row['sid']} from another start structure, or "
                 f"beside other targets, than structure {index} of the data has now: give another folder, or "
@@ -164,45 +163,41 @@ class RelaxationFolder:
             end += len(line)
         return end
 
+    @staticmethod
+    def _fingerprint(start: Data) -> str:
+        """Hash every number that a relaxation of `start` or its errors depend on, and its name."""
+        digest = hashlib.sha256(str(start.sid).encode())
+        for name in _USED:
+            if name in start:
+                digest.update(name.encode() + start[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
-def fingerprint_of_start(start: Data) -> str:
-    """Changes with any number that a relaxation of `start` or its errors depend on, and with its name."""
-    digest = hashlib.sha256(str(start.sid).encode())
-    for name in _USED:
-        if name in start:
-            digest.update(name.encode() + start[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    @staticmethod
+    def _append(file: IO[bytes], row: Row) -> None:
+        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
-
-def _append(file: IO[bytes], row: Row) -> None:
-    file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def to_atoms(start: Data, frame: Frame) -> Atoms:
-    """One frame with energy (eV), raw forces (eV/Å), tags and held atoms."""
-    atoms = Atoms(
-        numbers=start.atomic_numbers.numpy(),
-        positions=frame.positions,
-        cell=start.cell.view(3, 3).numpy(),
-        pbc=start.pbc.view(3).numpy(),
-        tags=start.tags.numpy(),
-        constraint=FixAtoms(mask=start.fixed.bool().numpy()),
-        info={"sid": str(start.sid)},
-    )
-    atoms.calc = SinglePointCalculator(atoms, energy=frame.energy, forces=frame.forces)
-    return atoms
-
-
-def _write_trajectory(path: Path, start: Data, frames: list[Frame]) -> None:
-    temporary = temporary_beside(path)
-    try:
-        with Trajectory(str(temporary), "w") as writer:
-            for frame in frames:
-                writer.write(to_atoms(start, frame))
-        publish(temporary, path)
-    except OSError as error:  # a full disk: ASE does not say which file
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    @staticmethod
+    def _write_trajectory(path: Path, start: Data, frames: list[Frame]) -> None:
+        """Write frames with energy (eV), raw forces (eV/Å), tags and held atoms."""
+        temporary = temporary_beside(path)
+        try:
+            with Trajectory(str(temporary), "w") as writer:
+                for frame in frames:
+                    atoms = Atoms(
+                        numbers=start.atomic_numbers.numpy(),
+                        positions=frame.positions,
+                        cell=start.cell.view(3, 3).numpy(),
+                        pbc=start.pbc.view(3).numpy(),
+                        tags=start.tags.numpy(),
+                        constraint=FixAtoms(mask=start.fixed.bool().numpy()),
+                        info={"sid": str(start.sid)},
+                    )
+                    atoms.calc = SinglePointCalculator(atoms, energy=frame.energy, forces=frame.forces)
+                    writer.write(atoms)
+            publish(temporary, path)
+        except OSError as error:  # a full disk: ASE does not say which file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -104,7 +104,7 @@ def why_not(
             "float32 or float64: keep them so and round the matrix products alone, with torch.autocast"
         )
     if backend == "cpp":
-        return library.why_not(device, dtype, lmax)
+        return library.LIBRARIES.unavailable_reason(device, dtype, lmax, mmax)
     if backend == "compile":
         return _why_not_compiled(device)
     if backend == "triton":
@@ -114,7 +114,7 @@ def why_not(
 
 def _why_not_compiled(device: torch.device) -> str | None:
     """Inductor writes C++ for a CPU and Triton for a GPU."""
-    if device.type == "cpu" and library.compiler() is None:
+    if device.type == "cpu" and library.Compiler.find() is None:
         return library.NO_COMPILER
     if device.type == "cuda" and find_spec("triton") is None:
         return "Triton is not installed"

@@ -7,20 +7,8 @@ import torch
 from torch import Tensor
 
 from equiformer2.kernels.chunks import cast_to_autocast
-from equiformer2.kernels.linear import linear, pack
+from equiformer2.kernels.linear import linear
 from equiformer2.kernels.rotation import order_rows
-
-
-class Folded(NamedTuple):
-    """The matrices of the GEMMs, computed once for weights that do not change any more.
-
-    Attributes:
-        terms: as `SO2Weights.terms` gives them.
-        packed: whether they are in the layout of `linear.pack`, which nothing but `linear` can read.
-    """
-
-    terms: tuple[Tensor, ...]
-    packed: bool
 
 
 class SO2Weights(NamedTuple):
@@ -30,17 +18,17 @@ class SO2Weights(NamedTuple):
         scalar: `[out_0, (L+1) C]`, order m = 0.
         bias: `[out_0]`.
         orders: for every m >= 1 `[2 out_m, (L+1-m) C]`: W_r above W_i (paper Equation 2).
-        folded: `terms`, where they are known.
+        folded: `terms` that have been computed before, perhaps packed (`linear.pack`); without gradients.
     """
 
     scalar: Tensor
     bias: Tensor
     orders: tuple[Tensor, ...]
-    folded: Folded | None = None
+    folded: tuple[Tensor, ...] | None = None
 
     @classmethod
     def from_flat(cls, flat: Sequence[Tensor]) -> "SO2Weights":
-        """Back from `(scalar, bias, *orders)`, which is how they go through autograd functions."""
+        """Make them of `(scalar, bias, *orders)`, which is how they go through autograd functions."""
         return cls(flat[0], flat[1], tuple(flat[2:]))
 
     @property
@@ -49,25 +37,15 @@ class SO2Weights(NamedTuple):
         return (self.scalar, self.bias, *self.orders)
 
     def terms(self, dtype: torch.dtype) -> list[Tensor]:
-        """The matrices of the GEMMs: that of m = 0, then `gauss_terms` of the others, rounded at the end."""
-        if self.folded is not None and not torch.is_grad_enabled():
-            terms, packed = self.folded
-            if not packed:
-                return [term.to(dtype) for term in terms]
-            if terms[0].dtype == dtype and not torch.compiler.is_compiling():
-                return list(terms)
+        """Compute the matrices of the GEMMs: m = 0, then `gauss_terms` of the others, rounded at the end."""
+        if self.folded is not None and self.folded[0].dtype == dtype:
+            return list(self.folded)
         orders = (term.to(dtype) for weight in self.orders for term in gauss_terms(weight))
         return [self.scalar.to(dtype), *orders]
 
-    def fold(self, dtype: torch.dtype, packed: bool) -> Folded:
-        """`terms` for inference with these weights."""
-        with torch.no_grad():
-            terms = self._replace(folded=None).terms(dtype)
-            return Folded(tuple(pack(term) if packed else term for term in terms), packed)
-
     @staticmethod
     def gradients(grad_terms: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients of `(scalar, *orders)` from those of `terms`."""
+        """Compute the gradients of `(scalar, *orders)` from those of `terms`."""
         orders = [
             torch.cat((first - second + third, second + third))
             for first, second, third in zip(grad_terms[1::3], grad_terms[2::3], grad_terms[3::3], strict=True)
@@ -116,7 +94,7 @@ def gauss_sum_backward(grads: Sequence[Tensor], m: int) -> list[Tensor]:
 
 
 def gauss_values(products: Sequence[Tensor], bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """The outputs of all orders side by side, m-major, from the products of the GEMMs.
+    """Put the outputs of all orders side by side, m-major, from the products of the GEMMs.
 
     They are written to `out` where it is given.
     """

@@ -1,5 +1,7 @@
 """Equivariant graph attention with eSCN convolutions (paper section 4, Figure 1b)."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,13 +19,35 @@ from equiformer2.model.activation import (
 from equiformer2.model.block_config import ResolvedBlock
 from equiformer2.model.config import Activation, ModelConfig
 from equiformer2.model.edge_context import EdgeContext, by_parts
-from equiformer2.model.radial import RadialFunction
+from equiformer2.model.folding import read
+from equiformer2.model.radial import RadialFunction, RadialWeights
 from equiformer2.model.so2_convolution import SO2Convolution
 from equiformer2.model.so3 import DerivedConstants, S2Grid
 from equiformer2.model.so3.grid import m_major_order, truncation_scales
-from equiformer2.model.so3_linear import SO3Linear
+from equiformer2.model.so3_linear import SO3Linear, SO3LinearWeights
 
 _SMALLEST = 1e-30
+
+
+class AttentionWeights(NamedTuple):
+    """Weights of one attention layer, read once for all parts of the edges.
+
+    Attributes:
+        radial: of the radial function.
+        tables: element embeddings for it, of source and target, or None.
+        first, second: of the two convolutions.
+        alpha: `[H, A]`, which makes a logit of every head's scalars.
+        alpha_norm: weight and bias `[A]` of the layer norm of the scalars; none without it.
+        projection: of the last linear map.
+    """
+
+    radial: RadialWeights
+    tables: tuple[Tensor, Tensor] | None
+    first: SO2Weights
+    second: SO2Weights
+    alpha: Tensor
+    alpha_norm: tuple[Tensor, ...]
+    projection: SO3LinearWeights
 
 
 class SO2EquivariantGraphAttention(DerivedConstants):
@@ -92,12 +116,14 @@ class SO2EquivariantGraphAttention(DerivedConstants):
 
     def forward(self, x: Tensor, edges: EdgeContext) -> Tensor:
         """`x [N, K, C]` to `[n, K, out_channels]` of the n target atoms."""
-        weights, kept = self.so2_conv_2.weights(), (self.lmax, self.mmax)
+        weights = self._weights(edges, self.so2_conv_2.weights(), self.proj.weights())
+        kept = self.lmax, self.mmax
         x = self._message_degrees(x)
         x_target = edges.at_targets(x)
 
         def layer(part: EdgeContext, atoms: slice) -> Tensor:
-            return self.proj(self._sum(x, x_target[atoms], part, None, weights, kept) * self.scale)
+            total = self._sum(x, x_target[atoms], part, None, weights, kept)
+            return self.proj(total * self.scale, weights.projection)
 
         out = by_parts(layer, edges)
         missing = (self.frame_degrees[0] + 1) ** 2 - out.shape[1]
@@ -107,16 +133,37 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         """The l = 1 output alone, `[n, 3, out_channels]`: what a force head does not read is not computed."""
         order = min(1, self.mmax)
         rows = (self.lmax + 1) + 2 * self.lmax * order
-        weights = self.so2_conv_2.weights_of_vectors()
+        with no_autocast(x):
+            projection = self.proj.weights()
+        weights = self._weights(edges, self.so2_conv_2.weights_of_vectors(), projection)
         x = self._message_degrees(x)
         x_target = edges.at_targets(x)
 
         def layer(part: EdgeContext, atoms: slice) -> Tensor:
             total = self._sum(x, x_target[atoms], part, rows, weights, (1, order))
             with no_autocast(total):  # what leaves the network is not rounded
-                return self.proj.degree(total[:, 1:4] * self.scale[1:4], 1)
+                return self.proj.degree(total[:, 1:4] * self.scale[1:4], 1, projection)
 
         return by_parts(layer, edges)
+
+    def _weights(
+        self, edges: EdgeContext, second: SO2Weights, projection: SO3LinearWeights
+    ) -> AttentionWeights:
+        own = None
+        if self.source_embedding is not None and self.target_embedding is not None:
+            own = (self.source_embedding, self.target_embedding)
+        radial = self.rad_func or self.so2_conv_1.rad_func
+        assert radial is not None
+        normed = isinstance(self.alpha_norm, nn.LayerNorm)
+        return AttentionWeights(
+            radial.weights(),
+            edges.element_tables(own),
+            self.so2_conv_1.weights(),
+            second,
+            read(self, "alpha_dot"),
+            tuple(read(self.alpha_norm, name) for name in ("weight", "bias")) if normed else (),
+            projection,
+        )
 
     def _message_degrees(self, x: Tensor) -> Tensor:
         """The coefficients `[N, (lmax + 1)^2, C]` that messages are made of."""
@@ -131,53 +178,51 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         x_target: Tensor,
         edges: EdgeContext,
         rows: int | None,
-        weights: SO2Weights,
+        weights: AttentionWeights,
         kept: tuple[int, int],
     ) -> Tensor:
         """Weighted sum of the messages, `[N, (kept degree + 1)^2, value channels]`.
 
         `rows` of the activation's outputs are computed (None for all of them).
         """
-        scalars, hidden = self._convolve(x, x_target, edges)
+        scalars, hidden = self._convolve(x, x_target, edges, weights)
 
         def activate(hidden: Tensor) -> Tensor:
             return self.activation.of_columns(hidden, self.hidden_channels, rows)
 
         return attend(
             hidden,
-            self._attention_weights(scalars, edges),
+            self._attention_weights(scalars, edges, weights),
             self._rotations(edges),
             edges.edge_index[1],
             edges.num_atoms,
             activate,
-            weights,
+            weights.second,
             (self.lmax, self.mmax),
             kept,
         )
 
-    def _convolve(self, x: Tensor, x_target: Tensor, edges: EdgeContext) -> tuple[Tensor, Tensor]:
+    def _convolve(
+        self, x: Tensor, x_target: Tensor, edges: EdgeContext, weights: AttentionWeights
+    ) -> tuple[Tensor, Tensor]:
         """Inputs `[E, H * A]` of the attention weights and hidden features `[E, gates + R * hidden]`."""
-        own = None
-        if self.source_embedding is not None and self.target_embedding is not None:
-            own = (self.source_embedding, self.target_embedding)
-        radial = self.rad_func or self.so2_conv_1.rad_func
-        assert radial is not None
+        radial = weights.radial
         return convolve_edges(
             x,
             x_target,
             self._rotations(edges),
             edges.edge_index[0],
             edges.edge_index[1],
-            radial.hidden(edges.basis(), edges.element_pairs(own)),
-            radial.output_weight(),
-            radial.output.bias,
-            self.so2_conv_1.weights(),
-            self.alpha_dot.numel(),
+            radial.hidden(edges.basis(), edges.element_pairs(weights.tables)),
+            radial.output,
+            radial.bias,
+            weights.first,
+            weights.alpha.numel(),
             self.lmax,
             shared_orders=self.rad_func is not None,
         )
 
-    def _attention_weights(self, scalars: Tensor, edges: EdgeContext) -> Tensor:
+    def _attention_weights(self, scalars: Tensor, edges: EdgeContext, weights: AttentionWeights) -> Tensor:
         """`[E, H * A]` scalars to `[E, H]` weights; renormalized before the nonlinearity (section 4.2).
 
         With a smooth cutoff they are env * env exp(logit) / sum of env exp(logit) (EquiformerV3). The first
@@ -186,9 +231,10 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         with no_autocast(scalars):
             # Cheap to compute again, and its intermediates would be half of what training stores per edge.
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-                logits = self._logits(scalars)
+                logits = self._logits(scalars, weights.alpha, *weights.alpha_norm)
             else:
-                logits = checkpoint(self._logits, scalars, use_reentrant=False, preserve_rng_state=False)
+                tensors = scalars, weights.alpha, *weights.alpha_norm
+                logits = checkpoint(self._logits, *tensors, use_reentrant=False, preserve_rng_state=False)
             if edges.gates is not None:
                 logits = logits + torch.log(edges.gates.to(logits.dtype)).unsqueeze(1)
             envelope = edges.envelope()
@@ -196,16 +242,18 @@ class SO2EquivariantGraphAttention(DerivedConstants):
                 envelope = envelope.to(logits.dtype).unsqueeze(1)
                 # The logarithm of zero has no derivative; what is this small is cut by the factor below.
                 logits = logits + torch.log(envelope.clamp(min=_SMALLEST))
-            weights = segment_softmax(logits, edges.edge_index[1], edges.num_atoms)
+            alpha = segment_softmax(logits, edges.edge_index[1], edges.num_atoms)
             if envelope is not None:
-                weights = weights * envelope
+                alpha = alpha * envelope
             if edges.observed is not None:
-                edges.observed.append(weights)
-            return self.alpha_dropout(weights)
+                edges.observed.append(alpha)
+            return self.alpha_dropout(alpha)
 
-    def _logits(self, scalars: Tensor) -> Tensor:
-        scalars = scalars.to(self.alpha_dot.dtype).unflatten(1, (self.num_heads, -1))
-        return (self.alpha_act(self.alpha_norm(scalars)) * self.alpha_dot).sum(2)
+    def _logits(self, scalars: Tensor, alpha: Tensor, *norm: Tensor) -> Tensor:
+        scalars = scalars.to(alpha.dtype).unflatten(1, (self.num_heads, -1))
+        if norm:
+            scalars = nn.functional.layer_norm(scalars, norm[0].shape, *norm)
+        return (self.alpha_act(scalars) * alpha).sum(2)
 
 
 def _activation(name: Activation, block: ResolvedBlock, grid: S2Grid) -> EdgeActivation:

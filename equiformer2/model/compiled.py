@@ -20,6 +20,7 @@ from torch._dynamo import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
 from equiformer2.model.edge_context import EdgeContext
+from equiformer2.model.folding import Folding
 from equiformer2.model.radial import smooth_envelope
 
 if TYPE_CHECKING:
@@ -74,6 +75,9 @@ class CompiledNetwork:
         distances: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """Energies of the atoms `[N]` and, with a force head, forces `[N, 3]`."""
+        for module in model.modules():
+            if isinstance(module, Folding):
+                module.refresh()
         num_atoms = len(numbers)
         numbers, structure, *edges = _with_ghosts(
             numbers, structure, len(natoms), edge_index, rotations, distances

@@ -20,6 +20,7 @@ from equiformer2.kernels.aggregate import at_least_float32
 from equiformer2.model.attention import SO2EquivariantGraphAttention
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.edge_context import EdgeContext
+from equiformer2.model.folding import read
 from equiformer2.model.initialization import initialize_weights
 from equiformer2.model.so3 import S2Grid
 
@@ -58,12 +59,13 @@ class ForceEmbedding(nn.Module):
 
     def forward(self, encoded: EncodedForces) -> Tensor:
         """`[N, K, C]`; zero for atoms that are not displaced."""
-        forces = torch.where(encoded.atoms[:, None], encoded.forces, 0.0).to(self.weight.dtype)
+        by_degree = read(self)
+        forces = torch.where(encoded.atoms[:, None], encoded.forces, 0.0).to(by_degree.dtype)
         # Of a zero vector e3nn gives zeros for l > 0 and 1 for l = 0; its magnitude makes that zero, too.
         harmonics = o3.spherical_harmonics(self.degrees, forces, normalize=True, normalization="component")
         # The root of 3 makes the values of l = 1 those of the force.
         values = harmonics * (torch.linalg.vector_norm(forces, dim=1, keepdim=True) / math.sqrt(3.0))
-        weight = torch.cat([self.weight[l].expand(2 * l + 1, -1) for l in self.degrees])
+        weight = torch.cat([by_degree[l].expand(2 * l + 1, -1) for l in self.degrees])
         return values.unsqueeze(2) * weight
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from equiformer2.kernels.backend import triton_neighbors
 from equiformer2.kernels.chunks import chunks
 from equiformer2.kernels.rotation import narrow_packed
+from equiformer2.model.folding import read
 from equiformer2.model.radial import ElementPairs, smooth_envelope
 
 
@@ -70,12 +71,16 @@ class EdgeContext:
             self._memory[name] = narrow_packed(self.rotations, degrees, kept)
         return self._memory[name]
 
-    def element_pairs(self, own_embedding: tuple[nn.Embedding, nn.Embedding] | None) -> ElementPairs | None:
-        """Element embeddings for a radial function: the module's own, or the shared ones, or none."""
+    def element_tables(
+        self, own_embedding: tuple[nn.Embedding, nn.Embedding] | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Read the element embeddings for a radial function: its own, or the shared ones, or none."""
         embedding = own_embedding or self.shared_embedding
-        if embedding is None:
-            return None
-        return ElementPairs(embedding[0].weight, embedding[1].weight, self.elements[0], self.elements[1])
+        return None if embedding is None else (read(embedding[0]), read(embedding[1]))
+
+    def element_pairs(self, tables: tuple[Tensor, Tensor] | None) -> ElementPairs | None:
+        """Tables of both ends of the edges, with the elements that are there."""
+        return None if tables is None else ElementPairs(*tables, self.elements[0], self.elements[1])
 
     def parts(self) -> "Iterator[tuple[slice, EdgeContext]]":
         """Consecutive target atoms with all their incoming edges, few enough for the memory of a chunk.

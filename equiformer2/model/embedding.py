@@ -1,12 +1,12 @@
 """Embedding of the atoms' surroundings (paper Figure 1c)."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from equiformer2.kernels import sum_rotated
 from equiformer2.model.attention import element_embedding, radial_input_size
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.edge_context import EdgeContext, by_parts
-from equiformer2.model.radial import RadialFunction
+from equiformer2.model.radial import RadialFunction, RadialWeights
 from equiformer2.model.so3 import DerivedConstants
 from equiformer2.model.so3.grid import truncation_scales
 
@@ -29,14 +29,18 @@ class EdgeDegreeEmbedding(DerivedConstants):
         self.add_constant("scale", scale)
 
     def forward(self, edges: EdgeContext) -> Tensor:
-        """`[N, K, C]`."""
-        return by_parts(lambda part, _: self._sum(part), edges)
-
-    def _sum(self, edges: EdgeContext) -> Tensor:
+        """Compute the first features `[N, K, C]`."""
         own = None
         if self.source_embedding is not None and self.target_embedding is not None:
             own = (self.source_embedding, self.target_embedding)
-        radial = self.rad_func.output(self.rad_func.hidden(edges.basis(), edges.element_pairs(own)))
+        weights, tables = self.rad_func.plain_weights(), edges.element_tables(own)
+        return by_parts(lambda part, _: self._sum(part, weights, tables), edges)
+
+    def _sum(
+        self, edges: EdgeContext, weights: RadialWeights, tables: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        hidden = weights.hidden(edges.basis(), edges.element_pairs(tables))
+        radial = nn.functional.linear(hidden, weights.output, weights.bias)
         envelope = edges.envelope()
         if envelope is not None:
             radial = radial * envelope.to(radial.dtype).unsqueeze(1)

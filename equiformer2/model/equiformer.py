@@ -32,7 +32,7 @@ from equiformer2.model.denoising import Denoising, EncodedForces, check_encoded
 from equiformer2.model.edge_context import EdgeContext
 from equiformer2.model.embedding import EdgeDegreeEmbedding
 from equiformer2.model.feed_forward import FeedForwardNetwork
-from equiformer2.model.folding import Folding
+from equiformer2.model.folding import Folding, Layout, plain_name, read
 from equiformer2.model.initialization import initialize_weights
 from equiformer2.model.norm import make_norm
 from equiformer2.model.output_request import OutputRequest, receptive_fields
@@ -288,7 +288,7 @@ class EquiformerV2(nn.Module):
     def embed(self, numbers: Tensor, edges: EdgeContext) -> Tensor:
         """First features `[N, K, C]`: the elements of the atoms and their surroundings."""
         x = self.edge_degree_embedding(edges)
-        elements = gather_rows(self.sphere_embedding.weight, numbers)
+        elements = gather_rows(read(self.sphere_embedding), numbers)
         return torch.cat((x[:, :1] + elements.unsqueeze(1), x[:, 1:]), dim=1)
 
     def atomic_energies(self, x: Tensor) -> Tensor:
@@ -369,25 +369,27 @@ class EquiformerV2(nn.Module):
         )
 
     def fold_weights(self, dtype: torch.dtype | None = None) -> None:
-        """Prepare for inference with the present weights: compute what follows from them once.
+        """Let passes without gradients keep merged, rounded and packed matrices instead of the weights.
 
-        Takes up to one and a half times the memory of the weights of the attention in addition. `train()`
-        undoes it, copies do not have it, and weights changed in place in evaluation mode may not be seen.
+        They take up to one and a half times the memory of the weights of the attention in addition, are
+        computed by the first pass, and again after every change of the weights but those through `.data`.
+        `train()` ends it, and copies start without.
 
         Args:
-            dtype: of the GEMMs, if not that of the weights.
+            dtype: precision of the matrix products, if not that of the weights.
         """
         self.eval()
         keep_freed_memory()
         for module in self.modules():
             if isinstance(module, Folding):
-                module.fold(dtype, packed=self.backend != "compile")
+                module.fold(Layout(dtype, packed=self.backend not in ("compile", "triton")))
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay: biases of linear maps and everything in a norm."""
         linear = {name for name, module in self.named_modules() if hasattr(module, "in_features")}
         names = set()
-        for name, _ in self.named_parameters():
+        for parameter, _ in self.named_parameters():
+            name = plain_name(parameter)
             module, _, leaf = name.rpartition(".")
             if (
                 (module in linear and leaf == "bias")
@@ -395,7 +397,7 @@ class EquiformerV2(nn.Module):
                 or ".net.1" in name
                 or ".net.4" in name
             ):
-                names.add(name)
+                names.add(parameter)
         return names
 
     def _rotations(self, vectors: Tensor, distances: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Feed-forward networks of irreps: EquiformerV2's (paper Figure 1d) and EquiformerV3's."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +15,27 @@ from equiformer2.model.activation import (
 )
 from equiformer2.model.block_config import ResolvedBlock
 from equiformer2.model.config import ModelConfig
-from equiformer2.model.folding import Folding, usable
+from equiformer2.model.folding import Folding, Layout, read
 from equiformer2.model.so3 import S2Grid
-from equiformer2.model.so3_linear import SO3Linear, linear_of_degree, linear_per_degree, rounded
+from equiformer2.model.so3_linear import SO3Linear, linear_of_degree, linear_per_degree
+
+
+class MergedMaps(NamedTuple):
+    """Linear maps of a feed-forward network on the grid; those in front of it are one, and those behind it.
+
+    Attributes:
+        inwards: `[channels of the grid's input, C]` of every degree.
+        bias: of `inwards`, for l = 0.
+        on_grid: `[channels of the grid's output, channels of its input]`.
+        outwards: `[out_channels, channels of the grid's output]` of every degree.
+        last_bias: of `outwards`, for l = 0.
+    """
+
+    inwards: list[Tensor]
+    bias: Tensor
+    on_grid: Tensor
+    outwards: list[Tensor]
+    last_bias: Tensor
 
 
 class FeedForwardNetwork(Folding):
@@ -27,10 +47,6 @@ class FeedForwardNetwork(Folding):
         grid: S2 grid of all K coefficients.
         out_channels: channels of the output coefficients.
     """
-
-    _folded_in: list[Tensor] | None
-    _folded_out: list[Tensor] | None
-    _folded_bias: Tensor | None
 
     def __init__(self, config: ModelConfig, block: ResolvedBlock, grid: S2Grid, out_channels: int) -> None:
         super().__init__()
@@ -63,27 +79,29 @@ class FeedForwardNetwork(Folding):
         self.so3_linear_2 = SO3Linear(hidden, out_channels, lmax)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[N, K, C]` to `[N, K, out_channels]`."""
-        if self._folded_in is not None and usable(self._folded_in, self.so3_linear_1.weight):
-            return self._merged(x)
-        return self.so3_linear_2(self._hidden(x))
+        """Map `[N, K, C]` to `[N, K, out_channels]`."""
+        merged: MergedMaps | None = self.folded()
+        return self.so3_linear_2(self._hidden(x)) if merged is None else self._merged(x, merged)
 
-    def fold(self, dtype: torch.dtype | None, packed: bool) -> None:
+    def fold(self, layout: Layout) -> None:
+        """Keep the linear maps around the grid merged; without a grid there is nothing to merge."""
+        if self.use_grid_mlp:
+            super().fold(layout)
+
+    def prepare(self, form: str, layout: Layout) -> MergedMaps:
         """Merge the linear maps in front of the grid, and those behind it."""
-        if not self.use_grid_mlp:
-            return
-        first, _, third = (x.weight.detach() for x in self.grid_mlp if isinstance(x, nn.Linear))
-        dtype = dtype or first.dtype
-        self._folded_in = rounded(first @ self.so3_linear_1.weight.detach(), dtype, packed)
-        self._folded_bias = first @ self.so3_linear_1.bias.detach()
-        self._folded_out = rounded(self.so3_linear_2.weight.detach() @ third, dtype, packed)
-
-    def unfold(self) -> None:
-        """Forget the merged maps."""
-        self._folded_in = self._folded_out = self._folded_bias = None
+        entry, exit_ = self.so3_linear_1, self.so3_linear_2
+        first, second, third = (read(layer) for layer in self.grid_mlp if isinstance(layer, nn.Linear))
+        return MergedMaps(
+            [layout.matrix(weight) for weight in first @ read(entry)],
+            first @ read(entry, "bias"),
+            second,
+            [layout.matrix(weight) for weight in read(exit_) @ third],
+            read(exit_, "bias"),
+        )
 
     def scalars(self, x: Tensor) -> Tensor:
-        """The l = 0 output alone, `[N, out_channels]`; with separate scalar inputs it needs no grid."""
+        """Compute the l = 0 output alone, `[N, out_channels]`; separate scalar inputs need no grid."""
         if self.scalar_mlp is not None:
             hidden = self.scalar_mlp(x[:, 0])
         elif isinstance(self.activation, GateActivation):
@@ -94,7 +112,8 @@ class FeedForwardNetwork(Folding):
         else:
             hidden = self._hidden(x)[:, 0]
         with no_autocast(x):  # what leaves the network is not rounded
-            return self.so3_linear_2.degree(hidden.to(self.so3_linear_2.weight.dtype), 0)
+            weights = self.so3_linear_2.weights()
+            return self.so3_linear_2.degree(hidden.to(weights.bias.dtype), 0, weights)
 
     def freeze_unread(self) -> None:
         """Freeze what `scalars` never reads, for a network of which only the scalars are used."""
@@ -107,23 +126,19 @@ class FeedForwardNetwork(Folding):
             assert self.gating_linear is not None
             self.gating_linear.requires_grad_(False)
 
-    def _merged(self, x: Tensor) -> Tensor:
-        """`forward` with the merged maps."""
-        assert self._folded_in is not None
-        assert self._folded_out is not None
-        assert self._folded_bias is not None
-        second, grid, out = self.grid_mlp[2], self.grid, self.so3_linear_2
-        assert isinstance(second, nn.Linear)
-        hidden = linear_per_degree(x, self._folded_in, self._folded_bias)
-        hidden = grid_mlp(hidden, grid.to_grid, grid.from_grid, second.weight, grid.factors)
+    def _merged(self, x: Tensor, maps: MergedMaps) -> Tensor:
+        """Map `[N, K, C]` to `[N, K, out_channels]` with merged maps."""
+        grid = self.grid
+        hidden = linear_per_degree(x, maps.inwards, maps.bias)
+        hidden = grid_mlp(hidden, grid.to_grid, grid.from_grid, maps.on_grid, grid.factors)
         if self.scalar_mlp is None:
-            return linear_per_degree(hidden, self._folded_out, out.bias)
+            return linear_per_degree(hidden, maps.outwards, maps.last_bias)
         return torch.cat(
             [
-                out.degree(self.scalar_mlp(x[:, 0]).unsqueeze(1), 0),
+                self.so3_linear_2.degree(self.scalar_mlp(x[:, 0]).unsqueeze(1), 0),
                 *(
                     linear_of_degree(hidden[:, l * l : (l + 1) ** 2], weight, None)
-                    for l, weight in enumerate(self._folded_out)
+                    for l, weight in enumerate(maps.outwards)
                     if l > 0
                 ),
             ],
@@ -131,7 +146,7 @@ class FeedForwardNetwork(Folding):
         )
 
     def _hidden(self, x: Tensor) -> Tensor:
-        """`[N, K, hidden]` before the last linear map."""
+        """Compute the features `[N, K, hidden]` before the last linear map."""
         hidden = self.so3_linear_1(x)
         if not self.use_grid_mlp:
             gates = None if self.gating_linear is None else self.gating_linear(x[:, 0])
@@ -141,7 +156,7 @@ class FeedForwardNetwork(Folding):
         assert isinstance(second, nn.Linear)
         # The first and the last layer act on channels only: K coefficients cost less than G points.
         grid = self.grid
-        hidden = third(grid_mlp(first(hidden), grid.to_grid, grid.from_grid, second.weight, grid.factors))
+        hidden = third(grid_mlp(first(hidden), grid.to_grid, grid.from_grid, read(second), grid.factors))
         if self.scalar_mlp is None:
             return hidden
         return _replace_scalars(hidden, self.scalar_mlp(x[:, 0]))

@@ -5,13 +5,14 @@ from torch import Tensor, nn
 
 from equiformer2.kernels.chunks import no_autocast
 from equiformer2.kernels.rows import gather_rows
+from equiformer2.model.folding import read
 from equiformer2.model.so3 import DerivedConstants
 
 _EPS = 1e-5
 
 
 def make_norm(norm_type: str, lmax: int, num_channels: int) -> nn.Module:
-    """The norm of that name, on `[N, (lmax+1)^2, num_channels]`."""
+    """Make the norm of that name, on `[N, (lmax+1)^2, num_channels]`."""
     return {"layer_norm": LayerNorm, "layer_norm_sh": SeparableLayerNorm, "rms_norm_sh": RMSNorm}[norm_type](
         lmax, num_channels
     )
@@ -30,7 +31,7 @@ class _DegreeNorm(DerivedConstants):
         self.add_constant("balance", 1.0 / ((2 * degrees.double() + 1) * (lmax + 1 - first_degree)))
 
     def balanced_scale(self, x: Tensor) -> Tensor:
-        """Inverse root mean square over channels and degrees, each degree counting equally: `[N, 1, 1]`."""
+        """Compute 1 / root mean square `[N, 1, 1]` over channels and degrees, which count equally."""
         square = torch.einsum("nkc,k->n", x * x, self.balance) / x.shape[2]
         return torch.rsqrt(square + _EPS)[:, None, None]
 
@@ -46,7 +47,8 @@ class SeparableLayerNorm(_DegreeNorm):
     def forward(self, x: Tensor) -> Tensor:
         with no_autocast(x):
             tensors = x[:, 1:]
-            scaled = tensors * (self.balanced_scale(tensors) * gather_rows(self.affine_weight, self.degree))
+            weight = gather_rows(read(self, "affine_weight"), self.degree)
+            scaled = tensors * (self.balanced_scale(tensors) * weight)
             return torch.cat((self.norm_l0(x[:, :1]), scaled), dim=1)
 
 
@@ -62,8 +64,8 @@ class RMSNorm(_DegreeNorm):
         with no_autocast(x):
             scalars = x[:, :1]
             x = torch.cat((scalars - scalars.mean(dim=2, keepdim=True), x[:, 1:]), dim=1)
-            x = x * (self.balanced_scale(x) * gather_rows(self.affine_weight, self.degree))
-            return torch.cat((x[:, :1] + self.affine_bias, x[:, 1:]), dim=1)
+            x = x * (self.balanced_scale(x) * gather_rows(read(self, "affine_weight"), self.degree))
+            return torch.cat((x[:, :1] + read(self, "affine_bias"), x[:, 1:]), dim=1)
 
 
 class LayerNorm(nn.Module):
@@ -77,12 +79,10 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with no_autocast(x):
             out = []
-            for l in range(len(self.affine_weight)):
+            for l, weight in enumerate(read(self, "affine_weight")):
                 part = x[:, l * l : (l + 1) ** 2]
                 if l == 0:
                     part = part - part.mean(dim=2, keepdim=True)
-                part = part * (
-                    torch.rsqrt(part.pow(2).mean((1, 2), keepdim=True) + _EPS) * self.affine_weight[l]
-                )
-                out.append(part + self.affine_bias if l == 0 else part)
+                part = part * (torch.rsqrt(part.pow(2).mean((1, 2), keepdim=True) + _EPS) * weight)
+                out.append(part + read(self, "affine_bias") if l == 0 else part)
             return torch.cat(out, dim=1)

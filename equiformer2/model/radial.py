@@ -1,11 +1,12 @@
 """Distance basis and radial functions."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from equiformer2.kernels.linear import pack
 from equiformer2.kernels.rows import gather_rows
-from equiformer2.model.folding import Folding, usable
+from equiformer2.model.folding import Folding, Layout, read
 from equiformer2.model.so3 import DerivedConstants
 
 
@@ -20,7 +21,7 @@ class GaussianBasis(DerivedConstants):
         self.coeff = -0.5 / (2.0 * max_radius / (num_basis - 1)) ** 2
 
     def forward(self, distances: Tensor) -> Tensor:
-        """`[E]` Å to `[E, num_basis]`."""
+        """Expand distances `[E]` Å to `[E, num_basis]`."""
         return torch.exp(self.coeff * (distances.unsqueeze(1) - self.offset) ** 2)
 
 
@@ -42,14 +43,50 @@ def smooth_envelope(distances: Tensor, max_radius: float) -> Tensor:
     return left**3 * (1 + x * (3 + x * (6 + x * (10 + x * 15))))
 
 
+class HiddenLayer(NamedTuple):
+    """Weights of a linear map `[D, inputs]` and its bias, then of a layer norm, `[D]` each."""
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    def activated(self, x: Tensor) -> Tensor:
+        """Normalise and activate what the linear map gives."""
+        normed = nn.functional.layer_norm(x, self.scale.shape, self.scale, self.shift)
+        return nn.functional.silu(normed)
+
+
+class RadialWeights(NamedTuple):
+    """Weights of a radial function: two hidden layers, `output [outputs, D]` and its bias.
+
+    The last linear map is left to the caller: the fused convolution applies it where its result is used.
+    """
+
+    first: HiddenLayer
+    second: HiddenLayer
+    output: Tensor
+    bias: Tensor
+
+    def hidden(self, basis: Tensor, elements: "ElementPairs | None") -> Tensor:
+        """Compute `[E, D]` from the distance basis `[E, B]` and the embeddings of both elements."""
+        weight, width = self.first.weight, basis.shape[1]
+        x = nn.functional.linear(basis, weight[:, :width], self.first.bias)
+        if elements is not None:
+            # A linear layer of a concatenation is a sum, and there are few elements but many edges:
+            # the embeddings are multiplied per element and looked up per edge.
+            by_source, by_target = weight[:, width:].chunk(2, dim=1)
+            x = x + elements.look_up_source(nn.functional.linear(elements.source_table, by_source))
+            x = x + elements.look_up_target(nn.functional.linear(elements.target_table, by_target))
+        x = self.first.activated(x)
+        return self.second.activated(nn.functional.linear(x, self.second.weight, self.second.bias))
+
+
 class RadialFunction(Folding):
     """Two hidden layers of linear, layer norm and SiLU, then a linear layer (paper Figure 1b).
 
-    The input is the distance basis, followed by the embeddings of both elements when there are any. The last
-    layer is left to the caller (`output`), because the fused convolution applies it where its result is used.
+    The input is the distance basis, followed by the embeddings of both elements when there are any.
     """
-
-    _folded: Tensor | None
 
     def __init__(self, num_inputs: int, hidden: int, num_outputs: int) -> None:
         super().__init__()
@@ -63,42 +100,22 @@ class RadialFunction(Folding):
             nn.Linear(hidden, num_outputs),
         )
 
-    @property
-    def output(self) -> nn.Linear:
-        layer = self.net[6]
-        assert isinstance(layer, nn.Linear)
-        return layer
+    def weights(self) -> RadialWeights:
+        """Read the weights; after `fold`, `output` is for `kernels.linear` alone."""
+        return self.folded() or self.plain_weights()  # type: ignore[no-any-return]
 
-    def output_weight(self) -> Tensor:
-        """`[outputs, D]` of `output`, or what `fold` has made of it, where GEMMs run in its precision."""
-        weight, folded = self.output.weight, self._folded
-        return weight if folded is None or not usable([folded], weight) else folded
+    def plain_weights(self) -> RadialWeights:
+        """Read the weights as they are."""
+        first, second = (
+            HiddenLayer(*(read(self.net[n], name) for n in (i, i + 1) for name in ("weight", "bias")))
+            for i in (0, 3)
+        )
+        return RadialWeights(first, second, read(self.net[6]), read(self.net[6], "bias"))
 
-    def fold(self, dtype: torch.dtype | None, packed: bool) -> None:
-        """Round the last layer's weights once."""
-        weight = self.output.weight.detach()
-        weight = weight.to(dtype or weight.dtype)
-        self._folded = pack(weight) if packed else weight
-
-    def unfold(self) -> None:
-        """Forget them."""
-        self._folded = None
-
-    def hidden(self, basis: Tensor, elements: "ElementPairs | None") -> Tensor:
-        """Last hidden layer `[E, D]` from the distance basis `[E, B]` and the embeddings of both elements."""
-        first = self.net[0]
-        assert isinstance(first, nn.Linear)
-        width = basis.shape[1]
-        x = nn.functional.linear(basis, first.weight[:, :width], first.bias)
-        if elements is not None:
-            # A linear layer of a concatenation is a sum, and there are few elements but many edges:
-            # the embeddings are multiplied per element and looked up per edge.
-            by_source, by_target = first.weight[:, width:].chunk(2, dim=1)
-            x = x + elements.look_up_source(nn.functional.linear(elements.source_table, by_source))
-            x = x + elements.look_up_target(nn.functional.linear(elements.target_table, by_target))
-        for layer in list(self.net)[1:6]:
-            x = layer(x)
-        return x
+    def prepare(self, form: str, layout: Layout) -> RadialWeights:
+        """Round and pack the weights of the last linear map."""
+        weights = self.plain_weights()
+        return weights._replace(output=layout.matrix(weights.output))
 
 
 class ElementPairs:
@@ -109,11 +126,11 @@ class ElementPairs:
         self.source, self.target = source, target  # [E] atomic numbers
 
     def look_up_source(self, table: Tensor) -> Tensor:
-        """Rows of `table [Z, D]` for the source atoms, `[E, D]`."""
+        """Take the rows of `table [Z, D]` for the source atoms, `[E, D]`."""
         return _look_up(table, self.source)
 
     def look_up_target(self, table: Tensor) -> Tensor:
-        """Rows of `table [Z, D]` for the target atoms, `[E, D]`."""
+        """Take the rows of `table [Z, D]` for the target atoms, `[E, D]`."""
         return _look_up(table, self.target)
 
 

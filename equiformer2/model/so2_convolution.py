@@ -2,12 +2,10 @@
 
 import math
 
-import torch
 from torch import nn
 
 from equiformer2.kernels import SO2Weights
-from equiformer2.kernels.so2 import Folded
-from equiformer2.model.folding import Folding
+from equiformer2.model.folding import Folding, Layout, read
 from equiformer2.model.radial import RadialFunction
 
 
@@ -32,9 +30,6 @@ class SO2Convolution(Folding):
         radial_inputs, radial_hidden: sizes of a radial function of its own, or None to have none.
     """
 
-    _folded: Folded | None
-    _folded_vectors: Folded | None
-
     def __init__(
         self,
         in_channels: int,
@@ -57,25 +52,25 @@ class SO2Convolution(Folding):
             self.rad_func = RadialFunction(radial_inputs, radial_hidden, sum(degrees) * in_channels)
 
     def weights(self) -> SO2Weights:
-        """Those of all orders."""
-        orders = tuple(conv.fc.weight for conv in self.so2_m_conv)  # type: ignore[union-attr,misc]
-        return SO2Weights(self.fc_m0.weight, self.fc_m0.bias, orders, self._folded)  # type: ignore[arg-type]
-
-    def fold(self, dtype: torch.dtype | None, packed: bool) -> None:
-        """Compute the matrices of the GEMMs once."""
-        self._folded = self.weights().fold(dtype or self.fc_m0.weight.dtype, packed)
-        self._folded_vectors = None
-
-    def unfold(self) -> None:
-        """Forget them."""
-        self._folded = self._folded_vectors = None
+        """Read the weights of all orders."""
+        return self.folded() or self._read("all")  # type: ignore[no-any-return]
 
     def weights_of_vectors(self) -> SO2Weights:
-        """Those that the coefficients of degrees 0 and 1 come from; the force head reads nothing else."""
+        """Read the weights that degrees 0 and 1 come from; the force head uses nothing else."""
+        return self.folded("vectors") or self._read("vectors")  # type: ignore[no-any-return]
+
+    def prepare(self, form: str, layout: Layout) -> SO2Weights:
+        """Compute the matrices of the GEMMs."""
+        weights = self._read(form)
+        return weights._replace(
+            folded=tuple(layout.matrix(term) for term in weights.terms(weights.bias.dtype))
+        )
+
+    def _read(self, form: str) -> SO2Weights:
+        scalar, bias = read(self.fc_m0), read(self.fc_m0, "bias")
+        if form == "all":
+            return SO2Weights(scalar, bias, tuple(read(conv.fc) for conv in self.so2_m_conv))  # type: ignore[arg-type]
         wide, one = 2 * self.out_channels, self.out_channels
-        orders = self.weights().orders[:1]
+        orders = tuple(read(conv.fc) for conv in self.so2_m_conv[:1])  # type: ignore[arg-type]
         first = tuple(weight.unflatten(0, (2, -1))[:, :one].flatten(0, 1) for weight in orders)
-        weights = SO2Weights(self.fc_m0.weight[:wide], self.fc_m0.bias[:wide], first)
-        if self._folded is not None and self._folded_vectors is None:
-            self._folded_vectors = weights.fold(self._folded.terms[0].dtype, self._folded.packed)
-        return weights._replace(folded=self._folded_vectors)
+        return SO2Weights(scalar[:wide], bias[:wide], first)

@@ -1,4 +1,4 @@
-"""How far a model's answers change when the structure is only written down differently."""
+"""Measure how far a model's answers change when a structure is only written down differently."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -93,10 +93,13 @@ def check_symmetries(
             `predict` is a method of (`Predictor` has it), else 0.
     """
     if energy_per_structure is None:
-        energy_per_structure = float(getattr(_owner(predict), "energy_per_structure", 0.0))
-    predict = _without_constant(predict, energy_per_structure)
-    structures = [essential(structure) for structure in _structures(data)]
-    before = [_predict(predict, [structure])[0] for structure in structures]
+        owner = getattr(predict, "__self__", None)
+        energy_per_structure = float(getattr(owner, "energy_per_structure", 0.0))
+    model = _Model(predict, energy_per_structure)
+    if isinstance(data, Batch):
+        data = data.to_data_list()
+    structures = [essential(structure) for structure in ([data] if isinstance(data, Data) else data)]
+    before = [model.predict([structure])[0] for structure in structures]
     per_atom = [energy / len(s.pos) for (energy, _), s in zip(before, structures, strict=True)]
     # Where everything is zero, or there is nothing, errors are absolute.
     energy_scale = _rms(per_atom) or 1.0
@@ -109,14 +112,16 @@ def check_symmetries(
         deviations = []
         for structure, expected in zip(structures, before, strict=True):
             for _ in range(trials):
-                found: _Answer | None
+                answer: _Answer | None
                 if name == _BATCH:
-                    found = _in_company(predict, structure, structures, generator)
+                    answer = model.in_company(structure, structures, generator)
                 else:
-                    found = _transformed(predict, structure, _TRANSFORMATIONS[name], generator)
-                if found is not None:
-                    energy = (found[0] - expected[0]).reshape(1) / len(structure.pos)
-                    forces = None if expected[1] is None or found[1] is None else found[1] - expected[1]
+                    answer = model.transformed(structure, _TRANSFORMATIONS[name], generator)
+                if answer is not None:
+                    energy = (answer[0] - expected[0]).reshape(1) / len(structure.pos)
+                    forces = None
+                    if expected[1] is not None and answer[1] is not None:
+                        forces = answer[1] - expected[1]
                     deviations.append((energy, forces))
         if deviations:
             errors[name] = _summary(deviations, energy_scale, forces_scale)
@@ -157,53 +162,42 @@ def assert_symmetries(
 _Answer = tuple[Tensor, Tensor | None]
 
 
-def _owner(predict: Predict) -> object:
-    return getattr(predict, "__self__", None)
+class _Model:
+    """A model's answers in float64, energies without their constant.
 
+    Args:
+        predict: the model.
+        energy_per_structure: part of an energy that every structure has once.
+    """
 
-def _without_constant(predict: Predict, energy: float) -> Predict:
-    if energy == 0.0:
-        return predict
+    def __init__(self, predict: Predict, energy_per_structure: float) -> None:
+        self._predict, self._constant = predict, energy_per_structure
 
-    def extensive(batch: Batch) -> Mapping[str, Tensor]:
-        out = predict(batch)
-        return {**out, "energy": out["energy"].double() - energy}
+    def predict(self, structures: list[Data]) -> list[_Answer]:
+        """Compute energy and forces of every structure of one batch."""
+        out = self._predict(Batch.from_data_list(structures))
+        energies = out["energy"].detach().double().cpu().reshape(-1) - self._constant
+        forces: Sequence[Tensor | None] = [None] * len(structures)
+        if "forces" in out:
+            forces = out["forces"].detach().double().cpu().split([len(s.pos) for s in structures])
+        return list(zip(energies, forces, strict=True))
 
-    return extensive
+    def transformed(
+        self, structure: Data, transformation: Transformation, generator: torch.Generator
+    ) -> _Answer | None:
+        """Answer for the transformed structure, transformed back; None where there is no such symmetry."""
+        changed = transformation(structure, generator)
+        if changed is None:
+            return None
+        energy, forces = self.predict([changed.data])[0]
+        return energy / changed.copies, None if forces is None else changed.restore_forces(forces)
 
-
-def _structures(data: Data | Batch | Sequence[Data]) -> Sequence[Data]:
-    if isinstance(data, Batch):
-        return data.to_data_list()
-    return [data] if isinstance(data, Data) else data
-
-
-def _predict(predict: Predict, structures: list[Data]) -> list[_Answer]:
-    """Energy and forces of every structure of one batch, in float64."""
-    out = predict(Batch.from_data_list(structures))
-    energies = out["energy"].detach().double().cpu().reshape(-1)
-    forces: Sequence[Tensor | None] = [None] * len(structures)
-    if "forces" in out:
-        forces = out["forces"].detach().double().cpu().split([len(s.pos) for s in structures])
-    return list(zip(energies, forces, strict=True))
-
-
-def _transformed(
-    predict: Predict, structure: Data, transformation: Transformation, generator: torch.Generator
-) -> _Answer | None:
-    changed = transformation(structure, generator)
-    if changed is None:
-        return None
-    energy, forces = _predict(predict, [changed.data])[0]
-    return energy / changed.copies, None if forces is None else changed.restore_forces(forces)
-
-
-def _in_company(predict: Predict, structure: Data, others: list[Data], generator: torch.Generator) -> _Answer:
-    """The structure's answer when it stands between two others, one of them in another orientation."""
-    first, last = (others[int(torch.randint(len(others), (), generator=generator))] for _ in range(2))
-    batch = [transformations.rotate(first, generator).data, structure, last]
-    energy, forces = _predict(predict, batch)[1]
-    return energy, None if forces is None else forces.unsqueeze(0)
+    def in_company(self, structure: Data, others: list[Data], generator: torch.Generator) -> _Answer:
+        """Answer for the structure between two others, one of them in another orientation."""
+        first, last = (others[int(torch.randint(len(others), (), generator=generator))] for _ in range(2))
+        batch = [transformations.rotate(first, generator).data, structure, last]
+        energy, forces = self.predict(batch)[1]
+        return energy, None if forces is None else forces.unsqueeze(0)
 
 
 def _summary(

@@ -10,7 +10,7 @@ from ase.formula import Formula
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from datasets_oc20.adsorbate_names import adsorbate_of
+from datasets_oc20.raw_release import adsorbate_of
 from equiformer2.training.metrics import ENERGY_THRESHOLD
 
 ADSORBATE = 2

@@ -1,4 +1,4 @@
-"""Checks of configurations, before anything is built of them and before any module is imported."""
+"""Check configurations before anything is built of them and before any module is imported."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -23,6 +23,8 @@ CALLBACKS = (
     f"{_LIGHTNING}.Timer",
     f"{_LIGHTNING}.TQDMProgressBar",
 )
+
+_CALLBACK_NAMES = ", ".join(path.rsplit(".", 1)[-1] for path in CALLBACKS)
 
 #: Keys of fairchem and OCP, which users know, and the key, or the advice, that stands for them here.
 FOREIGN_KEYS = {
@@ -134,41 +136,35 @@ def check_no_imports(key: str, value: Any, groups: set[str], where: str) -> None
 
 
 def _check_callbacks(inside: str, value: Any, where: str) -> None:
-    """Check `trainer.callbacks`, or what stands at the key `inside` of its last entry."""
-    if inside in ("", "class_path", "help"):
-        for entry in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(entry, str):
-                _check_allowed(entry, where)
-            elif isinstance(entry, Mapping):
-                if not isinstance(entry.get("class_path"), str):
-                    raise InputError(
-                        f"{where}: an entry of trainer.callbacks has no class_path: give one of {_allowed()}"
-                    )
-                _check_allowed(entry["class_path"], where)
-                _check_no_class(entry.get("init_args"), where)
-                _check_no_class(entry.get("dict_kwargs"), where)
-            elif entry is not None:
-                raise InputError(f"{where}: trainer.callbacks holds {entry!r}; give class_path and init_args")
-    else:
-        _check_no_class(value, where)
+    """Check `trainer.callbacks`, or the value at the key `inside` of its last entry."""
 
+    def check_allowed(name: str) -> None:
+        if name not in CALLBACKS and name not in _CALLBACK_NAMES.split(", "):
+            raise InputError(
+                f"{where}: trainer.callbacks names {name!r}, and a configuration may name only "
+                f"{_CALLBACK_NAMES}; add a callback of yours in Python (docs/training.md)"
+            )
 
-def _check_no_class(value: Any, where: str) -> None:
-    for key, _ in _leaves(value):
-        if "class_path" in key.split("."):
+    def check_no_class(arguments: Any) -> None:
+        if any("class_path" in key.split(".") for key, _ in _leaves(arguments)):
             raise InputError(f"{where}: a class_path inside another one's init_args is not allowed")
 
-
-def _check_allowed(name: str, where: str) -> None:
-    if name not in CALLBACKS and name not in {path.rsplit(".", 1)[-1] for path in CALLBACKS}:
-        raise InputError(
-            f"{where}: trainer.callbacks names {name!r}, and a configuration may name only {_allowed()}; add "
-            "a callback of yours in Python (docs/training.md)"
-        )
-
-
-def _allowed() -> str:
-    return ", ".join(path.rsplit(".", 1)[-1] for path in CALLBACKS)
+    if inside not in ("", "class_path", "help"):
+        check_no_class(value)
+        return
+    for entry in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(entry, str):
+            check_allowed(entry)
+        elif isinstance(entry, Mapping):
+            if not isinstance(entry.get("class_path"), str):
+                raise InputError(
+                    f"{where}: an entry of trainer.callbacks has no class_path: give one of {_CALLBACK_NAMES}"
+                )
+            check_allowed(entry["class_path"])
+            check_no_class(entry.get("init_args"))
+            check_no_class(entry.get("dict_kwargs"))
+        elif entry is not None:
+            raise InputError(f"{where}: trainer.callbacks holds {entry!r}; give class_path and init_args")
 
 
 def ignored_settings(config: Any) -> list[str]:
@@ -211,18 +207,22 @@ def ignored_settings(config: Any) -> list[str]:
 
 
 def check_arguments(arguments: list[tuple[str, str | None]], groups: set[str]) -> None:
-    """The same for the command line: (key, text of its value) of every option.
+    """Check the command line in the same way.
+
+    Args:
+        arguments: key and text of its value of every option.
+        groups: as for `check_no_imports`.
 
     Raises:
         InputError: as `check_no_imports`, or a value nested too deep.
     """
     for key, text in arguments:
-        told = key.removesuffix("+")
-        holds_more = {told, f"{told}[]"} & groups or told.startswith("trainer.callbacks")
+        name = key.removesuffix("+")
+        holds_more = {name, f"{name}[]"} & groups or name.startswith("trainer.callbacks")
         if text is None or not (holds_more or "class_path" in text):
             continue
         try:
             value = load_yaml(text, f"command line: --{key}")
         except DataError as error:
             raise InputError(str(error)) from error
-        check_no_imports(told, value, groups, "command line")
+        check_no_imports(name, value, groups, "command line")

@@ -110,7 +110,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     for key, _ in given:
         _check_key(key.removesuffix("+"), known, "command line")
     holders = {*_GROUPS, "data", "trainer", *_OPTIONAL_GROUPS, *_BLOCKS}
-    for file in _config_files(arguments):
+    for file in [Path(value) for name, value in given if name == "config" and value is not None]:
         content = _read_yaml(file)
         for key in _flatten(content):
             _check_key(key, known, str(file))
@@ -124,22 +124,38 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         if isinstance(error, InputError):
             raise
         raise InputError(f"configuration: {_reason(str(error))}") from error
-    _check_nothing_emptied(parsed)
+    for group, settings in _GROUPS.items():
+        if not isinstance(parsed[group], Namespace):
+            raise InputError(f"configuration: {group} is {parsed[group]!r}; it must hold keys and values")
+        for field in fields(settings):
+            if parsed[group][field.name] is None and "None" not in str(field.type):
+                raise InputError(f"configuration: {group}.{field.name} is null; it needs a value")
     _check_trainer(parsed.trainer)
     parsed.model = Namespace(with_present_keys(vars(parsed.model)))
-    groups = {name: settings(**_plain(parsed[name])) for name, settings in _GROUPS.items()}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Namespace):
+            return {name: plain(item) for name, item in vars(value).items()}
+        return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+
+    groups = {name: settings(**plain(parsed[name])) for name, settings in _GROUPS.items()}
     top = {name: parsed[name] for name in RunSettings.__dataclass_fields__}
     run = RunSettings(**top)
     if run.name is None and parsed.config:
         run = replace(run, name=Path(str(parsed.config[-1])).stem)
-    data = {**_plain(parsed.data), "seed": run.seed}
+    data = {**plain(parsed.data), "seed": run.seed}
     if data["normalizers"] is not None:
         data["normalizers"] = NormalizerValues(**data["normalizers"])
+    # All keys with their values, null where nothing is set, so that later defaults cannot change the run.
+    values = {key: value for key, value in parsed.as_dict().items() if key != "config"}
+    values = json.loads(
+        json.dumps(values, default=lambda v: v.as_dict() if isinstance(v, Namespace) else str(v))
+    )
     return RunConfig(
         run=run,
         data=data,
         trainer=dict(vars(instantiated.trainer)),
-        text=_as_yaml(parsed, run.name),
+        text=yaml.safe_dump({**values, "name": run.name}, sort_keys=False),
         **groups,
     )
 
@@ -166,10 +182,6 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
             yield name, value if is_joined else following
 
 
-def _config_files(arguments: Sequence[str]) -> list[Path]:
-    return [Path(value) for name, value in _options(arguments) if name == "config" and value is not None]
-
-
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
         content = read_yaml(path)
@@ -189,16 +201,6 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _flatten(value, f"{name}.")
         else:
             yield name
-
-
-def _check_nothing_emptied(parsed: Namespace) -> None:
-    """Raise `InputError` for a group that is no mapping, and for a null where a value is needed."""
-    for group, settings in _GROUPS.items():
-        if not isinstance(parsed[group], Namespace):
-            raise InputError(f"configuration: {group} is {parsed[group]!r}; it must hold keys and values")
-        for field in fields(settings):
-            if parsed[group][field.name] is None and "None" not in str(field.type):
-                raise InputError(f"configuration: {group}.{field.name} is null; it needs a value")
 
 
 def _check_trainer(trainer: Namespace) -> None:
@@ -285,22 +287,3 @@ def _nearest(key: str, known: set[str]) -> str | None:
         return near[0]
     near = difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.6)
     return by_name[near[0]] if near else None
-
-
-def _as_yaml(parsed: Namespace, name: str | None) -> str:
-    """All keys with their values, null where nothing is set, so that later defaults cannot change the run."""
-    values = {key: value for key, value in parsed.as_dict().items() if key != "config"}
-    plain = json.loads(
-        json.dumps(values, default=lambda v: v.as_dict() if isinstance(v, Namespace) else str(v))
-    )
-    return yaml.safe_dump({**plain, "name": name}, sort_keys=False)
-
-
-def _plain(namespace: Namespace) -> dict[str, Any]:
-    return {name: _plain_value(value) for name, value in vars(namespace).items()}
-
-
-def _plain_value(value: Any) -> Any:
-    if isinstance(value, Namespace):
-        return _plain(value)
-    return type(value)(map(_plain_value, value)) if type(value) in (list, tuple) else value

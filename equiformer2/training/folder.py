@@ -165,13 +165,13 @@ class RunFolder:
 
     @property
     def continues(self) -> bool:
-        """Whether what is resumed is the folder's own run."""
+        """True where the resumed run is the folder's own."""
         return (
             self.resume_from is not None and self.resume_from.resolve().parent == self.checkpoints.resolve()
         )
 
     def _worth_keeping(self, path: Path) -> bool:
-        """Whether it is more than a run leaves that ended before its first logged step."""
+        """Tell whether a file is more than a run leaves that ended before its first logged step."""
         inside = path.relative_to(self.path)
         if not path.is_file() or inside.parts[0] == "wandb" or path.suffix == ".tmp":
             return False

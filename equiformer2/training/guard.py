@@ -104,7 +104,7 @@ class FiniteGuard:
 
     @property
     def skipped(self) -> Tensor:
-        """How many steps have been left out so far (scalar)."""
+        """Number of steps skipped so far (scalar)."""
         return self._counts[0]
 
     def watch(self, step: int, loss: Tensor, batch: Batch, out: dict[str, Tensor]) -> None:

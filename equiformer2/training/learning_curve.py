@@ -1,4 +1,4 @@
-"""How validation errors fell in a run, and a checkpoint's errors system by system."""
+"""Validation errors over the course of a run, and a checkpoint's errors system by system."""
 
 import csv
 import re
@@ -166,10 +166,14 @@ def markdown(
     runs: dict[str, list[Validation]], systems: dict[str, dict[str, SystemErrors]], figure: str
 ) -> str:
     """Tables of the validations of every run and of the errors by system on every dataset."""
+
+    def table(*columns: str) -> list[str]:
+        return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+
     lines = [f"![learning curve]({figure})", ""]
     for name, validations in runs.items():
         lines += [f"Validation in `{name}`:", ""]
-        lines += _table("minutes", "step", "energy MAE (eV)", "force MAE (eV/Å)", "force cosine")
+        lines += table("minutes", "step", "energy MAE (eV)", "force MAE (eV/Å)", "force cosine")
         for v in validations:
             energy, force = v.metrics["energy_mae"], v.metrics["forces_mae"]
             cosine = v.metrics["forces_cosine_similarity"]
@@ -181,7 +185,7 @@ def markdown(
             "(of the training data, where the checkpoint knows it), the system's own median, zero force.",
             "",
         ]
-        lines += _table(
+        lines += table(
             "system",
             "frames",
             "energy MAE (eV)",
@@ -197,7 +201,3 @@ def markdown(
             )
         lines.append("")
     return "\n".join(lines)
-
-
-def _table(*columns: str) -> list[str]:
-    return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]

@@ -109,7 +109,7 @@ class ResumableDataModule(OC20DataModule):
         return self.trainer.accumulate_grad_batches, int(self.trainer.num_training_batches)
 
     def val_dataloader(self) -> DataLoader:
-        """In stored order."""
+        """Make the validation loader, in stored order."""
         loader = super().val_dataloader()
         loader.worker_init_fn = leave_signals_to_the_parent
         loader.generator = torch.Generator()
@@ -117,5 +117,5 @@ class ResumableDataModule(OC20DataModule):
 
     @property
     def normalizers_are_given(self) -> bool:
-        """Whether the configuration states the normalizers instead of leaving them to the data."""
+        """True where the configuration states the normalizers instead of leaving them to the data."""
         return self._given_normalizers is not None

@@ -85,7 +85,7 @@ def _difference(prediction: Tensor, target: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Terms:
-    """How many energies, free atoms and stresses the losses of one micro-batch are divided by.
+    """Numbers of energies, free atoms and stresses that divide the losses of one micro-batch.
 
     With accumulation that is the mean over the micro-batches of the optimizer step: Lightning divides each
     micro-batch's loss by their number, so that in the sum every term has the same weight.
@@ -96,10 +96,10 @@ class Terms:
     stresses: float = 0.0
 
     @classmethod
-    def of(cls, batch: Batch) -> "Terms | None":
-        """What `with_terms` has found; None for a batch of another loader, which has its own mean."""
-        found: Terms | None = batch.get("terms_of_step")
-        return found
+    def from_batch(cls, batch: Batch) -> "Terms | None":
+        """Read the counts that `with_terms` has attached; None for a batch of another loader."""
+        terms: Terms | None = batch.get("terms_of_step")
+        return terms
 
 
 def with_terms(batches: Iterable[Batch], first: int, together: int, last: int) -> Iterator[Batch]:
@@ -113,11 +113,15 @@ def with_terms(batches: Iterable[Batch], first: int, together: int, last: int) -
         together: micro-batches of an optimizer step; counted from the beginning of the epoch.
         last: number of batches in the epoch, after which an optimizer step is taken in any case.
     """
+
+    def length(first: int) -> int:
+        return max(0, min(together - first % together, last - first))
+
     source = iter(batches)
-    step = list(islice(source, _length(first, together, last)))
+    step = list(islice(source, length(first)))
     while step:
         first += len(step)
-        length = _length(first, together, last)
+        next_length = length(first)
         energies = sum(int(b.has_energy.sum()) if "has_energy" in b else b.num_graphs for b in step)
         free_atoms = sum(int((~b.fixed.bool()).sum()) for b in step)
         stresses = sum(int(b.pbc.all(dim=1).sum()) for b in step if "stress" in b)
@@ -126,9 +130,5 @@ def with_terms(batches: Iterable[Batch], first: int, together: int, last: int) -
         for batch in step:
             batch.terms_of_step = terms
             yield batch
-            following += islice(source, min(1, length - len(following)))
-        step = following + list(islice(source, length - len(following)))
-
-
-def _length(first: int, together: int, last: int) -> int:
-    return max(0, min(together - first % together, last - first))
+            following += islice(source, min(1, next_length - len(following)))
+        step = following + list(islice(source, next_length - len(following)))

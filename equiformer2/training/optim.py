@@ -149,6 +149,10 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         decay: share of the average that stays.
     """
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)
+    for (name, mine), theirs in zip(average.named_buffers(), model.buffers(), strict=True):
+        # Buffers of the network are constants, those of a parametrization may be states of its own.
+        if "parametrizations." in name:
+            mine.copy_(theirs)
 
 
 def average_decay(decay: float, step: int, warmup: bool) -> float:

@@ -1,4 +1,4 @@
-"""IS2RE and IS2RS by relaxation: a dataset relaxed with a checkpoint, and how far from DFT that ends.
+"""Relax a dataset with a checkpoint and compare the results with DFT (OC20's tasks IS2RE and IS2RS).
 
 A structure that cannot be relaxed (its record is damaged or holds NaN, the network does not know an element,
 it has no cell, …) is skipped and named with the reason; every number is then said to be of N of M structures.
@@ -8,6 +8,7 @@ import dataclasses
 import io
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ NEEDS_DFT = {
 
 @dataclass(frozen=True)
 class PositionErrors:
-    """How far one relaxed system is from its target.
+    """Distance of one relaxed system from its target.
 
     Attributes:
         components: position components of free atoms.
@@ -60,7 +61,7 @@ class PositionErrors:
 def position_errors(
     positions: np.ndarray, target: np.ndarray, cell: np.ndarray, pbc: np.ndarray
 ) -> PositionErrors:
-    """Errors of the n free atoms of one system.
+    """Measure the errors of the n free atoms of one system.
 
     Args:
         positions: `[n, 3]` Å, relaxed by the model.
@@ -79,11 +80,6 @@ def position_errors(
         squared=float(np.square(error).sum(dtype=np.float64)),
         distance=float(distances.mean()) if len(distances) else 0.0,
     )
-
-
-def is2re_metrics(target: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """`energy_mae` eV, `energy_mse` eV² and EwT of relaxed energies, both `[n]` eV."""
-    return energy_metrics(target, predicted)
 
 
 def is2rs_metrics(errors: Sequence[PositionErrors]) -> dict[str, float]:
@@ -127,7 +123,15 @@ def open_starts(path: str | Path, predictor: Predictor, energy_kind: str | None)
     """
     if energy_kind is None:
         dataset = OC20Lmdb(path)
-        if dataset.energy_kind is None and not any(map(_is_labelled, _usable(dataset))):
+
+        def has_energy(index: int) -> bool:
+            try:
+                start = dataset[index]
+            except DataError:  # named when it is its turn to be relaxed
+                return False
+            return "energy" in start or "y_relaxed" in start
+
+        if dataset.energy_kind is None and not any(map(has_energy, range(len(dataset)))):
             return OC20Lmdb(path, predictor.energy_kind)
     return open_dataset(path, predictor, energy_kind)
 
@@ -168,7 +172,20 @@ def relax_dataset(
             f"{checkpoint} predicts no forces, so it cannot relax a structure: use a checkpoint trained with "
             "forces (model.forces)"
         )
-    _check_max_atoms(dataset, max_atoms)
+    if max_atoms is not None:
+        # A record that cannot be used is skipped when it is its turn.
+        with suppress(DataError):
+            natoms = np.asarray(dataset.natoms)
+            if natoms.min() > max_atoms:
+                raise InputError(
+                    f"max_atoms is {max_atoms}, but the smallest structure of {dataset.path} has "
+                    f"{natoms.min()} atoms: give at least as many, or leave it out"
+                )
+            if natoms.max() > max_atoms:
+                logger.warning(
+                    f"{int((natoms > max_atoms).sum())} of {len(natoms)} structures of {dataset.path} have "
+                    f"more than {max_atoms} atoms, up to {natoms.max()}: each of them is relaxed alone"
+                )
     sample = sample_targets(dataset, 200, leave_out_unusable=True)
     if len(sample.energy):
         check_energies_match_kind(sample, str(dataset.energy_kind), dataset.path)
@@ -184,7 +201,17 @@ def relax_dataset(
         asked["router"] = sha256(router)
     relaxations = RelaxationFolder(folder, asked)
     with relaxations.open():
-        _check_starts(dataset, relaxations)
+        finished = sorted(relaxations.rows)
+        for index in tqdm(finished, desc="comparing", unit="systems", disable=None, leave=False):
+            try:
+                start = dataset[index]
+            except DataError as error:
+                sid = relaxations.rows[index]["sid"]
+                raise InputError(
+                    f"{relaxations.path} holds a relaxation of system {sid}, whose record cannot be used "
+                    f"now: give another folder or the data as they were ({error})"
+                ) from error
+            relaxations.check_start(index, start)
         progress = tqdm(
             total=len(dataset),
             initial=len(relaxations.rows),
@@ -214,7 +241,12 @@ def relax_dataset(
                 f"{skipped[0]['name']} for instance: {skipped[0]['reason']} (all are in {folder / SKIPPED})"
             )
         rows = [relaxations.rows[index] for index in sorted(relaxations.rows)]
-        _write_relaxed(folder / RELAXED, rows, skipped)
+        names = ("sid", "energy", "max_force", "steps", "converged")
+        arrays = {name: np.array([row[name] for row in rows]) for name in names}
+        arrays["skipped"] = np.array([row["name"] for row in skipped], dtype=str)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        write_bytes(folder / RELAXED, buffer.getvalue())
         report = {
             "energy_kind": predictor.energy_kind,
             "settings": asked,
@@ -226,7 +258,7 @@ def relax_dataset(
 
 
 def judge(rows: Sequence[Row], skipped: Sequence[Row] = ()) -> dict[str, Any]:
-    """Metrics of finished relaxations that have targets, beside those of not relaxing at all.
+    """Compute the metrics of finished relaxations that have targets, beside those of not relaxing at all.
 
     `metrics` has the names of fairchem's evaluator. `not_relaxed` has the same of the start structures and
     of the model's energies of them. Either is without what has no target. All numbers are of the `relaxed` of
@@ -245,7 +277,7 @@ def judge(rows: Sequence[Row], skipped: Sequence[Row] = ()) -> dict[str, Any]:
     if with_energy:
         target = np.array([row["target_energy"] for row in with_energy])
         for name, key in (("metrics", "energy"), ("not_relaxed", "initial_energy")):
-            metrics[name] |= is2re_metrics(target, np.array([row[key] for row in with_energy]))
+            metrics[name] |= energy_metrics(target, np.array([row[key] for row in with_energy]))
     with_positions = [row for row in rows if "positions" in row]
     if with_positions:
         for name, key in (("metrics", "positions"), ("not_relaxed", "initial_positions")):
@@ -255,14 +287,14 @@ def judge(rows: Sequence[Row], skipped: Sequence[Row] = ()) -> dict[str, Any]:
 
 
 def average_over(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Unweighted mean over datasets of the metrics that all of them have."""
+    """Average the metrics that all datasets have, unweighted."""
     metrics = [report["metrics"] for report in reports.values()]
     names = [name for name in metrics[0] if all(name in values for values in metrics)]
     return {name: float(np.mean([values[name] for values in metrics])) for name in names}
 
 
 def relaxation_table(report: Mapping[str, Any]) -> str:
-    """The main numbers as text, each beside that of the start structures, and what they leave out."""
+    """Format the main numbers as text, each beside that of the start structures, and what they leave out."""
     lines = [
         f"  {report['converged']} of {report['relaxed']} converged, {report['mean_steps']:.1f} steps each"
         + (f", {len(report['failed'])} ended early" if report["failed"] else "")
@@ -280,14 +312,14 @@ def relaxation_table(report: Mapping[str, Any]) -> str:
 
 
 def coverage(reports: Iterable[Mapping[str, Any]]) -> str:
-    """Of how many structures the numbers of `reports` are: "97 of 100 structures"."""
+    """Count the structures behind the numbers of `reports`: "97 of 100 structures"."""
     counts = [(report["relaxed"], report["structures"]) for report in reports]
     relaxed, structures = (sum(column) for column in zip(*counts, strict=True))
     return f"{relaxed} of {structures} structures"
 
 
 def metric_lines(metrics: Mapping[str, float], not_relaxed: Mapping[str, float] | None = None) -> list[str]:
-    """One line per metric of the leaderboard and of fairchem's evaluator."""
+    """Format one line per metric of the leaderboard and of fairchem's evaluator."""
     lines = []
     for title, name, factor, unit in (
         ("energy MAE", "energy_mae", 1.0, "eV"),
@@ -302,57 +334,10 @@ def metric_lines(metrics: Mapping[str, float], not_relaxed: Mapping[str, float] 
     return lines
 
 
-def _check_max_atoms(dataset: OC20Lmdb, max_atoms: int | None) -> None:
-    """Raise `InputError` if no structure fits into a batch of `max_atoms`; warn where some do not."""
-    if max_atoms is None:
-        return
-    try:
-        natoms = np.asarray(dataset.natoms)
-    except DataError:  # a record that cannot be used, which is skipped when its turn comes
-        return
-    larger = int((natoms > max_atoms).sum())
-    if larger == len(natoms):
-        raise InputError(
-            f"max_atoms is {max_atoms}, but the smallest structure of {dataset.path} has {natoms.min()} "
-            "atoms: give at least as many, or leave it out"
-        )
-    if larger:
-        logger.warning(
-            f"{larger} of {len(natoms)} structures of {dataset.path} have more than {max_atoms} atoms, up to "
-            f"{natoms.max()}: each of them is relaxed alone"
-        )
-
-
-def _usable(dataset: OC20Lmdb) -> Iterator[Data]:
-    for index in range(len(dataset)):
-        try:
-            yield dataset[index]
-        except DataError:  # named when its turn comes
-            continue
-
-
-def _is_labelled(start: Data) -> bool:
-    return "energy" in start or "y_relaxed" in start
-
-
-def _check_starts(dataset: OC20Lmdb, relaxations: RelaxationFolder) -> None:
-    """Raise `InputError` unless what is finished was relaxed from these structures."""
-    for index in tqdm(sorted(relaxations.rows), desc="comparing", unit="systems", disable=None, leave=False):
-        try:
-            start = dataset[index]
-        except DataError as error:
-            sid = relaxations.rows[index]["sid"]
-            raise InputError(
-                f"{relaxations.path} holds a relaxation of system {sid}, whose record cannot be used now: "
-                f"give another folder or the data as they were ({error})"
-            ) from error
-        relaxations.check_start(index, start)
-
-
 def _missing(
     dataset: OC20Lmdb, relaxations: RelaxationFolder, progress: "tqdm[Any]"
 ) -> Iterator[tuple[int, Data]]:
-    """What is not finished; records that cannot be used are skipped."""
+    """Iterate over the structures that are not finished; records that cannot be used are skipped."""
     for index in range(len(dataset)):
         if index in relaxations.rows:
             continue
@@ -367,7 +352,7 @@ def _missing(
 
 
 def _targets(relaxed: Relaxed) -> dict[str, Any]:
-    """What DFT says of this system, and how far off the relaxation and its start are."""
+    """Collect the system's DFT targets, and the errors of the relaxation and of its start."""
     start = relaxed.start
     found: dict[str, Any] = {}
     if "y_relaxed" in start:
@@ -378,12 +363,3 @@ def _targets(relaxed: Relaxed) -> dict[str, Any]:
         for name, positions in (("positions", relaxed.positions), ("initial_positions", start.pos.numpy())):
             found[name] = dataclasses.asdict(position_errors(positions[free], target, cell, pbc))
     return found
-
-
-def _write_relaxed(target: Path, rows: Sequence[Row], skipped: Sequence[Row]) -> None:
-    buffer = io.BytesIO()
-    names = ("sid", "energy", "max_force", "steps", "converged")
-    arrays = {name: np.array([row[name] for row in rows]) for name in names}
-    arrays["skipped"] = np.array([row["name"] for row in skipped], dtype=str)
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    write_bytes(target, buffer.getvalue())

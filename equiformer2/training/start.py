@@ -1,4 +1,4 @@
-"""Start of a run: the weights of `init_from`, and the units of energies and forces."""
+"""Start a run: the weights of `init_from`, and the units of energies and forces."""
 
 import logging
 import math
@@ -7,10 +7,8 @@ from dataclasses import fields, replace
 
 import torch
 import yaml
-from torch import Tensor
 
 from datasets_oc20 import DataError
-from datasets_oc20.targets import NormalizerStatistics
 from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers, load_checkpoint
 from equiformer2.checkpoint.checkpoint import read_contents
 from equiformer2.checkpoint.tensor_files import plain
@@ -29,7 +27,7 @@ _REFIT = "--refit_normalizers true takes those of the training data"
 
 
 def with_pruned_blocks(model: ModelConfig, init_from: str | None, text: str) -> tuple[ModelConfig, str]:
-    """Go on with the blocks of a pruned `init_from`, which nobody would want to copy by hand.
+    """Take over the blocks of a pruned `init_from`, so that nobody has to copy them into a configuration.
 
     Args:
         model: as configured.
@@ -54,7 +52,7 @@ def with_pruned_blocks(model: ModelConfig, init_from: str | None, text: str) -> 
 
 
 def read_start(path: str, data: ResumableDataModule, refit: bool) -> Checkpoint:
-    """The checkpoint to start from.
+    """Read the checkpoint to start from.
 
     Args:
         path: native, OCP or fairchem v1 file.
@@ -75,7 +73,7 @@ def read_start(path: str, data: ResumableDataModule, refit: bool) -> Checkpoint:
 
 
 def load_start(model: EquiformerV2, start: Checkpoint, path: str) -> None:
-    """Give `model` the checkpoint's weights; refuse another architecture.
+    """Load the checkpoint's weights into `model`; refuse another architecture.
 
     Gradient forces, and a network without forces, need the weights of the energy alone: those of a force head
     are left behind.
@@ -137,13 +135,28 @@ def choose_normalizers(
         if gradient and not data.normalizers_are_given:
             used = used.for_gradient()
     after = "" if used.linear_references is None else " after linear references"
-    told = f"energy {used.energy.mean:.4f} ± {used.energy.std:.4f} eV{after}"
+    summary = f"energy {used.energy.mean:.4f} ± {used.energy.std:.4f} eV{after}"
     if forces != "none":
-        told += f", forces ± {used.forces.std:.4f} eV/Å"
-    log.info(f"normalizers in use: {source}: {told}")
-    found = data.training_targets(used.linear_references)
+        summary += f", forces ± {used.forces.std:.4f} eV/Å"
+    log.info(f"normalizers in use: {source}: {summary}")
+    targets = data.training_targets(used.linear_references)
     # OC20's published values give forces the energy's spread, on purpose; so do those of gradient forces.
-    far = _far_off(used, found, forces == "direct" and not data.normalizers_are_given)
+    mean, std = targets["energy"]
+    far = []
+
+    def differ(one: float, other: float) -> bool:
+        return min(one, other) > 0 and abs(math.log(one / other)) > math.log(_FACTOR)
+
+    if differ(used.energy.std, std) or abs(used.energy.mean - mean) > _DEVIATIONS * used.energy.std:
+        far.append(
+            f"energy {used.energy.mean:.4f} ± {used.energy.std:.4f} eV in use, {mean:.4f} ± {std:.4f} eV in "
+            "the data"
+        )
+    checks_forces = forces == "direct" and not data.normalizers_are_given
+    if checks_forces and differ(used.forces.std, targets["forces"][1]):
+        far.append(
+            f"forces ± {used.forces.std:.4f} eV/Å in use, ± {targets['forces'][1]:.4f} eV/Å in the data"
+        )
     if far:
         remedy = "correct data.normalizers or leave it out" if data.normalizers_are_given else _REFIT
         log.warning(
@@ -165,29 +178,3 @@ def keep_predictions(model: EquiformerV2, before: Normalizers, after: Normalizer
             model.energy_block.so3_linear_2.bias.mul_(energy)
         if model.force_block is not None and forces != 1.0:
             model.force_block.proj.weight.mul_(forces)
-
-
-def _far_off(used: Normalizers, found: NormalizerStatistics, forces: bool) -> list[str]:
-    """Half sentences about what is far from the data, with both numbers."""
-    mean, std = found["energy"]
-    told = []
-    if _apart(used.energy.std, std) or abs(used.energy.mean - mean) > _DEVIATIONS * used.energy.std:
-        told.append(
-            f"energy {used.energy.mean:.4f} ± {used.energy.std:.4f} eV in use, {mean:.4f} ± {std:.4f} eV in "
-            "the data"
-        )
-    if forces and _apart(used.forces.std, found["forces"][1]):
-        told.append(
-            f"forces ± {used.forces.std:.4f} eV/Å in use, ± {found['forces'][1]:.4f} eV/Å in the data"
-        )
-    return told
-
-
-def _apart(one: float, other: float) -> bool:
-    return min(one, other) > 0 and abs(math.log(one / other)) > math.log(_FACTOR)
-
-
-def describe_targets(data: ResumableDataModule, references: Tensor | None) -> dict[str, float]:
-    """The training targets as a checkpoint remembers them, for the baselines of an evaluation."""
-    found = data.training_targets(references)
-    return {"energy_mean_eV": found["energy"][0], "energy_std_eV": found["energy"][1]}

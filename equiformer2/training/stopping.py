@@ -43,7 +43,7 @@ class StopRequest:
         self._arrived: torch.cuda.Event | None = None
 
     def listen(self, is_first_process: bool = True) -> bool:
-        """From now on the signals are noted instead of ending the process.
+        """Note stop signals from now on instead of ending the process.
 
         Signals that are ignored, as SIGHUP is under `nohup`, stay so.
 
@@ -58,7 +58,7 @@ class StopRequest:
         return True
 
     def stop_listening(self) -> None:
-        """From now on they do what they did before."""
+        """Restore the handlers that the signals had before `listen`."""
         for number, handler in self._previous.items():
             # None is a handler that was not set from Python, which Python cannot set again.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -130,6 +130,6 @@ def leave_signals_to_stop_request(trainer: pl.Trainer) -> None:
 
 
 def leave_signals_to_the_parent(_: int) -> None:
-    """For loader processes, which get the signals of their group too: the step they load for must finish."""
+    """Ignore stop signals in a loader process, which gets those of its group: its step must finish."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

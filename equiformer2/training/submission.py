@@ -1,4 +1,4 @@
-"""Files for the OC20 leaderboard, made from predictions.
+"""Make files for the OC20 leaderboard from predictions.
 
 The leaderboard (https://huggingface.co/spaces/facebook/fairchem_leaderboard; fairchem's page "OC20
 Leaderboard") takes one `.npz` with these keys for each of its splits `id`, `ood_ads`, `ood_cat`, `ood_both`:
@@ -36,7 +36,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def read_arrays(path: AnyPath) -> Arrays:
-    """All arrays of a `.npz` file; nothing in it is run.
+    """Read all arrays of a `.npz` file, by key; nothing in it is executed.
 
     Raises:
         InputError: not such a file, or a key with Python objects; the key is named.
@@ -73,7 +73,7 @@ def read_arrays(path: AnyPath) -> Arrays:
 def make_submission(
     task: str, predictions: Mapping[str, Path], atoms: str = "free", dtype: str = "float32"
 ) -> Arrays:
-    """The arrays of a submission.
+    """Assemble the arrays of a submission.
 
     Args:
         task: "s2ef" or "is2re".
@@ -92,30 +92,26 @@ def make_submission(
     arrays: Arrays = {}
     for split in SPLITS:
         path = predictions[split]
-        found = _read_s2ef(path, atoms) if task == "s2ef" else _read_is2re(path)
-        for name, array in found.items():
+        of_split = _read_s2ef(path, atoms) if task == "s2ef" else _read_is2re(path)
+        for name, array in of_split.items():
             if array.dtype.kind == "f":
-                array = _cast(array, dtype, f"{path}: key {name}")
+                with np.errstate(over="ignore"):
+                    cast = array.astype(dtype)
+                wrong = np.argwhere(~np.isfinite(cast))
+                if len(wrong):
+                    value = array[tuple(wrong[0])]
+                    remedy = ", or take --dtype float32" if np.isfinite(value) else ""
+                    raise InputError(
+                        f"{path}: key {name} holds {value} in row {wrong[0][0]}, which is not a finite "
+                        f"number of {dtype}: predict that structure again{remedy}"
+                    )
+                array = cast
             arrays[f"{split}_{name}"] = array
     return arrays
 
 
-def _cast(array: np.ndarray, dtype: str, where: str) -> np.ndarray:
-    """The array as `dtype`; `InputError` for the first number that is not finite in it."""
-    with np.errstate(over="ignore"):
-        cast = array.astype(dtype)
-    wrong = np.argwhere(~np.isfinite(cast))
-    if len(wrong):
-        value = array[tuple(wrong[0])]
-        raise InputError(
-            f"{where} holds {value} in row {wrong[0][0]}, which is not a finite number of {dtype}: predict "
-            "that structure again" + (", or take --dtype float32" if np.isfinite(value) else "")
-        )
-    return cast
-
-
 def write_submission(target: AnyPath, arrays: Arrays) -> None:
-    """Write the `.npz`, whole or not at all."""
+    """Write the arrays as `.npz`, atomically."""
     target = Path(target)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""Is a file what the OC20 leaderboard takes? For any such file, whoever made it."""
+"""Check files for the OC20 leaderboard, whichever program made them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,12 @@ _LARGEST_MEAN_ENERGY = 50.0
 
 
 def task_of(arrays: Arrays) -> str:
-    """The task of a file: S2EF where there are forces, else IS2RE."""
+    """Tell the task of a file from its keys: `s2ef` where there are forces, else `is2re`."""
     return "s2ef" if any(key.endswith(("_forces", "_chunk_idx")) for key in arrays) else "is2re"
 
 
 def submission_problems(path: AnyPath, task: str | None = None) -> list[str]:
-    """What is wrong with a file, one sentence each, all with the key; empty when it can be submitted.
+    """List what is wrong with a file, one sentence with the key each; empty when it can be submitted.
 
     Args:
         path: `.npz` file.
@@ -38,34 +38,15 @@ def submission_problems(path: AnyPath, task: str | None = None) -> list[str]:
     unknown = sorted(set(arrays) - set(wanted))
     problems += [f"key {key} is not a key of {task or task_of(arrays)}: leave it out" for key in unknown]
     for split in SPLITS:
-        problems += _problems_of_split(arrays, split, fields)
-    return problems
-
-
-def _problems_of_split(arrays: Arrays, split: str, fields: tuple[str, ...]) -> list[str]:
-    ids = arrays.get(f"{split}_ids")
-    listed = ids if ids is not None and ids.ndim == 1 else None
-    problems = [
-        f"key {split}_{field} {problem}"
-        for field in fields
-        if f"{split}_{field}" in arrays
-        for problem in _CHECKS[field](arrays[f"{split}_{field}"], ids if field == "ids" else listed)
-    ]
-    forces, chunks = arrays.get(f"{split}_forces"), arrays.get(f"{split}_chunk_idx")
-    if not problems and forces is not None and chunks is not None and chunks.size:
-        last = int(chunks[-1])
-        if last > len(forces):
-            problems.append(
-                f"key {split}_chunk_idx ends at {last}, but {split}_forces has {len(forces)} rows"
-            )
+        problems += _Split(arrays, split).problems(fields)
     return problems
 
 
 def problems_beside_data(path: AnyPath, data: Mapping[str, Path]) -> list[str]:
-    """What a file lacks or has too much beside the structures of the test sets.
+    """List the differences between a file and the structures of the test sets.
 
-    Compares ids, and for S2EF the number of forces of every structure, which may be that of its free
-    atoms or of all atoms, but the same for all.
+    Ids are compared, and for S2EF the number of forces of every structure, which may be that of its free
+    atoms or of all atoms, the same for all.
 
     Args:
         path: a file without `submission_problems`.
@@ -101,61 +82,96 @@ def problems_beside_data(path: AnyPath, data: Mapping[str, Path]) -> list[str]:
     return problems
 
 
-def _ids(ids: np.ndarray, _: np.ndarray | None) -> list[str]:
-    if ids.ndim != 1:
-        return [f"has the shape {list(ids.shape)}, not [n]"]
-    if ids.dtype.kind not in "Uiu":
-        return [f"is {ids.dtype}: save ids as text"]
-    if not ids.size:
-        return ["is empty"]
-    values, counts = np.unique(ids, return_counts=True)
-    twice = values[counts > 1]
-    return [f"has {len(twice)} ids more than once, such as {twice[0]}"] if twice.size else []
+class _Split:
+    """Checks of the keys of one split.
 
+    Each check returns ends of sentences that begin with "key {split}_{field}".
 
-def _energy(energy: np.ndarray, ids: np.ndarray | None) -> list[str]:
-    problems = _numbers(energy, "n")
-    if problems:
+    Args:
+        arrays: arrays of the file, by key.
+        split: one of `SPLITS`.
+    """
+
+    def __init__(self, arrays: Arrays, split: str) -> None:
+        self.split = split
+        self.arrays = {
+            key.removeprefix(f"{split}_"): array
+            for key, array in arrays.items()
+            if key.startswith(f"{split}_")
+        }
+        ids = self.arrays.get("ids")
+        self.count = len(ids) if ids is not None and ids.ndim == 1 else None
+
+    def problems(self, fields: tuple[str, ...]) -> list[str]:
+        """List what is wrong with the fields that are there, one sentence each."""
+        checks = {
+            "ids": self._check_ids,
+            "energy": self._check_energy,
+            "forces": self._check_forces,
+            "chunk_idx": self._check_chunk_idx,
+        }
+        problems = [
+            f"key {self.split}_{field} {problem}"
+            for field in fields
+            if field in self.arrays
+            for problem in checks[field](self.arrays[field])
+        ]
+        forces, chunks = self.arrays.get("forces"), self.arrays.get("chunk_idx")
+        if not problems and forces is not None and chunks is not None and chunks.size:
+            last = int(chunks[-1])
+            if last > len(forces):
+                problems.append(
+                    f"key {self.split}_chunk_idx ends at {last}, but {self.split}_forces has "
+                    f"{len(forces)} rows"
+                )
         return problems
-    if ids is not None and len(energy) != len(ids):
-        problems.append(f"has {len(energy)} energies for {len(ids)} ids")
-    mean = float(np.abs(energy.astype(np.float64)).mean()) if energy.size else 0.0
-    if mean > _LARGEST_MEAN_ENERGY:
-        problems.append(f"has a mean size of {mean:.0f} eV, as of total energies: give adsorption energies")
-    return problems
 
+    def _check_ids(self, ids: np.ndarray) -> list[str]:
+        if ids.ndim != 1:
+            return [f"has the shape {list(ids.shape)}, not [n]"]
+        if ids.dtype.kind not in "Uiu":
+            return [f"is {ids.dtype}: save ids as text"]
+        if not ids.size:
+            return ["is empty"]
+        values, counts = np.unique(ids, return_counts=True)
+        twice = values[counts > 1]
+        return [f"has {len(twice)} ids more than once, such as {twice[0]}"] if twice.size else []
 
-def _forces(forces: np.ndarray, _: np.ndarray | None) -> list[str]:
-    return _numbers(forces, "m, 3")
+    def _check_energy(self, energy: np.ndarray) -> list[str]:
+        problems = self._check_numbers(energy, "n")
+        if problems:
+            return problems
+        if self.count is not None and len(energy) != self.count:
+            problems.append(f"has {len(energy)} energies for {self.count} ids")
+        mean = float(np.abs(energy.astype(np.float64)).mean()) if energy.size else 0.0
+        if mean > _LARGEST_MEAN_ENERGY:
+            problems.append(
+                f"has a mean size of {mean:.0f} eV, as of total energies: give adsorption energies"
+            )
+        return problems
 
+    def _check_forces(self, forces: np.ndarray) -> list[str]:
+        return self._check_numbers(forces, "m, 3")
 
-def _numbers(array: np.ndarray, shape: str) -> list[str]:
-    dimensions = shape.count(",") + 1
-    if array.ndim != dimensions or (dimensions == 2 and array.shape[1] != 3):
-        return [f"has the shape {list(array.shape)}, not [{shape}]"]
-    if array.dtype.kind != "f":
-        return [f"is {array.dtype}, not floating-point numbers"]
-    bad = np.flatnonzero(~np.isfinite(array).all(axis=tuple(range(1, array.ndim))))
-    return [f"has {len(bad)} values that are not finite, the first in row {bad[0]}"] if bad.size else []
+    @staticmethod
+    def _check_numbers(array: np.ndarray, shape: str) -> list[str]:
+        dimensions = shape.count(",") + 1
+        if array.ndim != dimensions or (dimensions == 2 and array.shape[1] != 3):
+            return [f"has the shape {list(array.shape)}, not [{shape}]"]
+        if array.dtype.kind != "f":
+            return [f"is {array.dtype}, not floating-point numbers"]
+        bad = np.flatnonzero(~np.isfinite(array).all(axis=tuple(range(1, array.ndim))))
+        return [f"has {len(bad)} values that are not finite, the first in row {bad[0]}"] if bad.size else []
 
-
-def _chunk_idx(chunks: np.ndarray, ids: np.ndarray | None) -> list[str]:
-    if chunks.ndim != 1:
-        return [f"has the shape {list(chunks.shape)}, not [n - 1]"]
-    if chunks.dtype.kind not in "iu":
-        return [f"is {chunks.dtype}, not whole numbers"]
-    if ids is not None and len(chunks) == len(ids):
-        return ["has as many entries as there are ids: leave out the last, np.split does not need it"]
-    if ids is not None and len(chunks) != len(ids) - 1:
-        return [f"has {len(chunks)} entries for {len(ids)} ids, not {len(ids) - 1}"]
-    if chunks.size and (chunks[0] < 0 or (np.diff(chunks.astype(np.int64)) < 0).any()):
-        return ["does not rise: it holds where forces begin, the cumulative sum of the numbers of atoms"]
-    return []
-
-
-_CHECKS: dict[str, Callable[[np.ndarray, np.ndarray | None], list[str]]] = {
-    "ids": _ids,
-    "energy": _energy,
-    "forces": _forces,
-    "chunk_idx": _chunk_idx,
-}
+    def _check_chunk_idx(self, chunks: np.ndarray) -> list[str]:
+        if chunks.ndim != 1:
+            return [f"has the shape {list(chunks.shape)}, not [n - 1]"]
+        if chunks.dtype.kind not in "iu":
+            return [f"is {chunks.dtype}, not whole numbers"]
+        if self.count is not None and len(chunks) == self.count:
+            return ["has as many entries as there are ids: leave out the last, np.split does not need it"]
+        if self.count is not None and len(chunks) != self.count - 1:
+            return [f"has {len(chunks)} entries for {self.count} ids, not {self.count - 1}"]
+        if chunks.size and (chunks[0] < 0 or (np.diff(chunks.astype(np.int64)) < 0).any()):
+            return ["does not rise: it holds where forces begin, the cumulative sum of the numbers of atoms"]
+        return []

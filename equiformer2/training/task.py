@@ -153,7 +153,7 @@ class S2EFTask(pl.LightningModule):
 
     @property
     def has_forces(self) -> bool:
-        """Whether the network predicts forces."""
+        """True for a network that predicts forces."""
         return bool(self.model.config.forces != "none")  # type: ignore[union-attr]
 
     @property
@@ -162,7 +162,7 @@ class S2EFTask(pl.LightningModule):
         return self.averaged if self.averaged is not None else self.model
 
     def exported(self, network: nn.Module) -> nn.Module:
-        """What native checkpoints hold of one of the networks: nothing that only training needs."""
+        """Convert one of the networks to the form of native checkpoints, without parts for training alone."""
         return self.export(without_denoising(network))
 
     def train(self, mode: bool = True) -> "S2EFTask":
@@ -176,14 +176,12 @@ class S2EFTask(pl.LightningModule):
         """Refuse a backend that cannot run here, before the first step."""
         self.model.check_backend()  # type: ignore[operator]
 
-    # ---- one step
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The weighted loss of one micro-batch; averages over all processes and accumulated batches.
 
-        See `losses` and `accumulation`.
+        See `losses`.
         """
-        terms = Terms.of(batch)
+        terms = Terms.from_batch(batch)
         noisy = self._corrupted(batch, batch_idx)
         out = self._forward_with_own_randomness(batch, batch_idx, noisy)
         target_energy = self.normalizers.normalize_energy(batch.energy, batch)
@@ -272,8 +270,6 @@ class S2EFTask(pl.LightningModule):
         self.log_dict(values)
         self.val_metrics.reset()
 
-    # ---- optimisation
-
     def on_train_start(self) -> None:
         """A resumed run goes on with the settings that it is given, not with those of its checkpoint."""
         schedule = self.trainer.lr_scheduler_configs[0].scheduler
@@ -360,7 +356,7 @@ class S2EFTask(pl.LightningModule):
             self.guard.load_state_dict(state["guard"])
 
     def _model_settings(self) -> dict[str, Any]:
-        """Those that the weights belong to; some, such as cutoffs and grids, show in no tensor."""
+        """Settings that the weights belong to; some, such as cutoffs and grids, show in no tensor."""
         config = self.model.config
         if not isinstance(config, ModelConfig):  # tests train stand-ins
             return {}

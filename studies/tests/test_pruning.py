@@ -9,8 +9,7 @@ import yaml
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
 from studies.campaign import read_campaign
-from studies.published import PUBLISHED
-from studies.study_report import write_study
+from studies.study_report import PUBLISHED, write_study
 from studies.verdicts import cuts_verdicts, distilled_verdicts, routers_verdicts, speed_verdicts
 
 FILE = Path(__file__).parents[2] / "configs" / "pruning" / "study.yaml"

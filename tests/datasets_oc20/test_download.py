@@ -15,7 +15,7 @@ from http_server import Server
 from tar_files import GOOD, make_tar
 
 import download_oc20
-from datasets_oc20 import DataError, catalogue, locking
+from datasets_oc20 import DataError, catalogue
 from datasets_oc20.download import Download, Retry, fetch
 from datasets_oc20.partial_file import PartialFile, md5_sum
 
@@ -203,8 +203,7 @@ def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
     assert not server.requests
 
 
-def test_one_download_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locking, "PATIENCE", 0.0)
+def test_one_download_at_a_time(tmp_path: Path) -> None:
     target = tmp_path / "file.tar"
     with Server(CONTENT) as server:
         with (

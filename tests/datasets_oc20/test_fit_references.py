@@ -9,7 +9,6 @@ import torch
 from oc20_files import structure
 
 from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
-from datasets_oc20 import target_sums as module
 from datasets_oc20.datamodule import load_linear_references
 from datasets_oc20.reference_fit import fit_references, to_text, write_references
 from datasets_oc20.target_sums import sum_targets
@@ -33,7 +32,7 @@ def mixed(count: int, seed: int = 0) -> list[list[int]]:
     return [random.choice(list(ENERGIES), size=random.integers(8, 20)).tolist() for _ in range(count)]
 
 
-def test_all_shards_are_summed_whatever_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_shards_are_summed_whatever_the_chunks(tmp_path: Path) -> None:
     write(tmp_path / "data.0000.lmdb", mixed(23), noise=0.5)
     write(tmp_path / "data.0001.lmdb", mixed(11, seed=1), noise=0.5)
     dataset = OC20Lmdb(tmp_path)
@@ -50,8 +49,7 @@ def test_all_shards_are_summed_whatever_the_chunks(tmp_path: Path, monkeypatch: 
     assert whole.elements == sorted(ENERGIES)
     assert whole.undetermined == []
 
-    monkeypatch.setattr(module, "_CHUNK", 5)
-    in_parts, by_two = sum_targets(dataset, 1), sum_targets(dataset, 2)
+    in_parts, by_two = (sum_targets(dataset, workers, chunk_frames=5) for workers in (1, 2))
     assert in_parts.frames == 34
     assert in_parts.references() == pytest.approx(whole.coefficients, abs=1e-10)
     assert np.array_equal(in_parts.references(), by_two.references())

@@ -15,8 +15,8 @@ from torch_geometric.data import Data
 import inspect_data
 from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
 from datasets_oc20.inspection import PROBLEMS, Inspection, inspect_dataset
-from datasets_oc20.inspection_figure import _place, draw_inspection
-from datasets_oc20.inspection_report import suspicious, to_record, to_text
+from datasets_oc20.inspection_figure import draw_inspection, element_position
+from datasets_oc20.inspection_report import to_record, to_text
 from datasets_oc20.preprocess import preprocess
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +89,7 @@ def test_one_wrong_frame(tmp_path: Path, name: str, wrong: dict[str, Any]) -> No
     assert name in found.problems
     assert [one.index for one in found.problems[name]] == [1]
     assert set(found.problems) <= {name, "tags and fixed differ", "other pbc"}
-    assert suspicious(found) == 1
+    assert found.num_suspicious == 1
     text = to_text(to_record(found, OC20Lmdb(tmp_path / "x.lmdb")))
     assert f"{PROBLEMS[name]}; e.g. system1 frame 1 ({tmp_path / 'x.lmdb'}, key 1)" in text
 
@@ -123,7 +123,7 @@ def test_repeated_frames(tmp_path: Path) -> None:
     found = inspect_frames(tmp_path / "x.lmdb", frames)
     assert [one.index for one in found.problems["same structure"]] == [2, 4]
     assert [one.index for one in found.problems["same name"]] == [3, 4]
-    assert suspicious(found) == 3
+    assert found.num_suspicious == 3
 
 
 def test_records_that_cannot_be_read(tmp_path: Path) -> None:
@@ -195,12 +195,12 @@ def test_the_figure(tmp_path: Path) -> None:
 
 
 def test_the_periodic_table() -> None:
-    places = {z: _place(z) for z in (1, 2, 3, 5, 18, 21, 30, 36, 46, 57, 71, 72, 86, 92)}
+    places = {z: element_position(z) for z in (1, 2, 3, 5, 18, 21, 30, 36, 46, 57, 71, 72, 86, 92)}
     assert places == {
         1: (1, 1), 2: (1, 18), 3: (2, 1), 5: (2, 13), 18: (3, 18), 21: (4, 3), 30: (4, 12), 36: (4, 18),
         46: (5, 10), 57: (8.5, 3), 71: (8.5, 17), 72: (6, 4), 86: (6, 18), 92: (9.5, 6),
     }  # fmt: skip
-    assert len({_place(z) for z in range(1, 119)}) == 118
+    assert len({element_position(z) for z in range(1, 119)}) == 118
 
 
 def test_script_on_bundled_data(

@@ -13,7 +13,8 @@ import pytest
 from oc20_files import assert_same, frame_text
 
 import preprocess_oc20
-from datasets_oc20 import DataError, OC20Lmdb, locking, shards
+from datasets_oc20 import DataError, OC20Lmdb, shards
+from datasets_oc20.locking import exclusive
 from datasets_oc20.preprocess import FileResult, PreprocessOptions, PreprocessReport, preprocess
 from datasets_oc20.raw_release import RawFile
 from datasets_oc20.shards import preprocess_shards
@@ -155,14 +156,14 @@ def test_a_folder_begun_for_something_else(release: Path, tmp_path: Path) -> Non
     assert (stranger / "data.0000.lmdb").read_bytes() == b"mine"
 
 
-def test_one_run_at_a_time(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locking, "PATIENCE", 0.0)
+def test_one_run_at_a_time(release: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    with (out / ".lock").open("ab") as handle:
-        locking.lock(handle, out)
-        with pytest.raises(DataError, match="out: another process is writing here"):
-            preprocess_shards(release, out, 3, num_workers=1)
+    with (
+        exclusive(out / ".lock", out),
+        pytest.raises(DataError, match="out: another process is writing here"),
+    ):
+        preprocess_shards(release, out, 3, num_workers=1)
     assert preprocess_shards(release, out, 3, num_workers=1).written == FILES * FRAMES
 
 

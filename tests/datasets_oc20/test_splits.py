@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from datasets_oc20 import DataError
-from datasets_oc20.splits import find_splits
+from datasets_oc20.catalogue import find_splits
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
 from datasets_oc20.targets import (
     TargetSample,
     check_energies_match_kind,
-    check_normalized_energies,
     fit_linear_references,
     fit_normalizers,
     sample_targets,
@@ -100,15 +99,15 @@ def test_normalizers_of_other_data_are_refused() -> None:
     totals = sample_of([-200.0, -400.0, -310.0], 60)
     oc20 = (-0.7554450631141663, 2.887317180633545)
     with pytest.raises(DataError, match=r"data: with the normalizers in use \(mean -0\.7554 eV, .* without"):
-        check_normalized_energies(totals, *oc20, None, "data")
+        totals.check_normalized(*oc20, None, "data")
     references = torch.zeros(100, dtype=torch.float64)
     references[29] = -300.0 / 60
     with pytest.raises(DataError, match="after linear references"):
-        check_normalized_energies(totals, *oc20, references, "data")
-    check_normalized_energies(totals, 0.0, 100.0, references, "data")
+        totals.check_normalized(*oc20, references, "data")
+    totals.check_normalized(0.0, 100.0, references, "data")
     # A table as short as the network's elements, as foreign checkpoints have.
-    check_normalized_energies(totals, 0.0, 100.0, references[:90], "data")
-    check_normalized_energies(sample_of([-9.9, 9.9], 60), *oc20, None, "data")
+    totals.check_normalized(0.0, 100.0, references[:90], "data")
+    sample_of([-9.9, 9.9], 60).check_normalized(*oc20, None, "data")
 
 
 def test_records_without_energy_or_with_unknown_elements(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from oc20_files import assert_same, structure
 from torch_geometric.data import Data
 
 from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb, structure_record
+from datasets_oc20.structure_record import PackedRecord
 
 
 def test_round_trip_is_exact(tmp_path: Path, val_20: Path) -> None:
@@ -134,7 +135,7 @@ def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_damaged_records_are_errors(cut: int) -> None:
     value = structure_record.pack(structure(natoms=9))
     with pytest.raises(DataError, match="here: "):
-        structure_record.unpack(value[:cut], "here")
+        PackedRecord(value[:cut], "here").to_data()
 
 
 def test_any_changed_byte_is_an_error() -> None:
@@ -143,7 +144,7 @@ def test_any_changed_byte_is_an_error() -> None:
         changed = bytearray(value)
         changed[position] ^= 1
         with pytest.raises(DataError, match="here: the record is damaged"):
-            structure_record.unpack(bytes(changed), "here")
+            PackedRecord(bytes(changed), "here").to_data()
 
 
 def test_headers_that_lie_are_errors() -> None:
@@ -151,13 +152,13 @@ def test_headers_that_lie_are_errors() -> None:
     for old, new in ((b'"<f4"', b'"<f8"'), (b'"pos"', b'"pox"'), (b"[9,3]", b"[8,3]"), (b"[9,3]", b"[-1] ")):
         content = value[8:].replace(old, new)
         with pytest.raises(DataError, match="here: "):
-            structure_record.unpack(value[:4] + struct.pack("<I", zlib.crc32(content)) + content, "here")
+            PackedRecord(value[:4] + struct.pack("<I", zlib.crc32(content)) + content, "here").to_data()
 
 
 def test_packed_records_hold_the_whole_range_of_the_fields() -> None:
     data = structure(natoms=3, atomic_numbers=torch.tensor([1, 99, 118]), sid="random1 ü", fid=123456)
-    unpacked: Data = structure_record.unpack(structure_record.pack(data), "here")
+    unpacked: Data = PackedRecord(structure_record.pack(data), "here").to_data()
     assert_same(unpacked, data)
     assert unpacked.pos.is_contiguous()
     unpacked.pos += 1.0  # writable, and its own memory
-    assert not torch.equal(structure_record.unpack(structure_record.pack(data), "here").pos, unpacked.pos)
+    assert not torch.equal(PackedRecord(structure_record.pack(data), "here").to_data().pos, unpacked.pos)

@@ -3,7 +3,6 @@
 import gzip
 import json
 import lzma
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from figures import agrees, numbers, plain
 from pages import ROOT
 
+from benchmarks.compare_neighbor_lists import count_ties
 from equiformer2.checkpoint import load_checkpoint
 
 
@@ -41,7 +41,7 @@ def teacher() -> tuple[int, ...]:
 
 
 def ties() -> tuple[int, ...]:
-    count = runpy.run_path(str(ROOT / "benchmarks/compare_neighbor_lists.py"))["count_ties"](12.0, 20)
+    count = count_ties(12.0, 20)
     assert count["structures"] == count["structures with a tie"]
     return count["structures"], count["atoms with a tie"], count["atoms"]
 

@@ -76,6 +76,21 @@ def test_answers_of_a_trajectory(
     assert strict or len(edges) > 1
 
 
+def test_changed_weights_are_recorded_again(
+    make_checkpoint: Callable[..., Path], oxygen_on_copper: Atoms
+) -> None:
+    path = make_checkpoint("adsorption")
+    plain, graphed = Predictor(path), replaying(path)
+    for step in range(6):
+        if step == 3:
+            for predictor in (plain, graphed):
+                with torch.no_grad():
+                    predictor.model.blocks[0].ga.proj.weight.mul_(1.5)
+        batch = moved(oxygen_on_copper, step)
+        assert_equal(graphed.predict(batch), plain.predict(batch))
+    assert (graphed.graphed.captures, graphed.graphed.replays) == (2, 4)
+
+
 def test_networks_with_the_switches_of_v3(
     make_checkpoint: Callable[..., Path], oxygen_on_copper: Atoms
 ) -> None:

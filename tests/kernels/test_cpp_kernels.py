@@ -18,7 +18,7 @@ from equiformer2.kernels import (
 from equiformer2.kernels.backend import use_cpp_kernels
 from equiformer2.kernels.cpu import edges as cpu
 from equiformer2.kernels.cpu import sphere
-from equiformer2.kernels.cpu.library import why_missing
+from equiformer2.kernels.cpu.library import NO_COMPILER, Compiler
 from equiformer2.kernels.so2 import gauss_values
 
 # A vector holds 16 float32 or 8 float64: one whole, whole and tail, several with and without tail.
@@ -32,8 +32,8 @@ precisions = pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 
 @pytest.fixture(autouse=True)
 def library() -> None:
-    if (reason := why_missing()) is not None:
-        pytest.skip(reason)
+    if Compiler.find() is None:
+        pytest.skip(NO_COMPILER)
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from equiformer2.kernels import GridFactors, chunks, grid_mlp, separable_grid_activation
 from equiformer2.kernels.backend import use_cpp_kernels
-from equiformer2.kernels.cpu.library import why_missing
+from equiformer2.kernels.cpu.library import NO_COMPILER, Compiler
 
 
 @pytest.fixture(autouse=True)
 def library() -> None:
-    if (reason := why_missing()) is not None:
-        pytest.skip(reason)
+    if Compiler.find() is None:
+        pytest.skip(NO_COMPILER)
 
 
 spheres = pytest.mark.parametrize(

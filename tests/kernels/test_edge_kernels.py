@@ -10,7 +10,7 @@ from torch import Tensor
 
 from equiformer2.kernels import SO2Weights, attend, chunks, convolve_edges, pack_blocks, sum_rotated
 from equiformer2.kernels.backend import use_cpp_kernels
-from equiformer2.kernels.cpu.library import why_missing
+from equiformer2.kernels.cpu.library import NO_COMPILER, Compiler
 
 DIFFERENTIABLE = ("x", "hidden", "radial_weight", "radial_bias", "weights", "bias")
 
@@ -26,8 +26,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "torch":
         yield request.param
         return
-    if (reason := why_missing()) is not None:
-        pytest.skip(reason)
+    if Compiler.find() is None:
+        pytest.skip(NO_COMPILER)
     with use_cpp_kernels():
         yield request.param
 

@@ -59,23 +59,26 @@ def test_folded_weights_change_rounding_at_most(options: dict[str, bool]) -> Non
         before = model(batch)
         model.fold_weights()
         after = model(batch)
-        assert not model.blocks[0].ffn.use_grid_mlp or model.blocks[0].ffn._folded_in is not None
+        assert not model.blocks[0].ffn.use_grid_mlp or model.blocks[0].ffn.folded() is not None
     for name in before:
         torch.testing.assert_close(before[name], after[name], rtol=1e-12, atol=1e-12)
 
 
-def test_folded_weights_are_forgotten_when_the_weights_may_change() -> None:
+def test_folded_weights_follow_the_weights() -> None:
     batch = slab_batch(torch.float32)
     other = random_model(seed=1)
     with torch.no_grad():
         expected = other(batch)["forces"]
-        loaded = random_model()
-        loaded.fold_weights()
+        loaded, folded = random_model(), copy.deepcopy(other)
+        for model in (loaded, folded):
+            model.fold_weights()
+            model(batch)
         loaded.load_state_dict(other.state_dict())
-        assert torch.equal(loaded(batch)["forces"], expected)
+        assert torch.equal(loaded(batch)["forces"], folded(batch)["forces"])
 
         trained = random_model()
         trained.fold_weights()
+        trained(batch)
         trained.train()
         for mine, theirs in zip(trained.parameters(), other.parameters(), strict=True):
             mine.copy_(theirs)
@@ -83,6 +86,7 @@ def test_folded_weights_are_forgotten_when_the_weights_may_change() -> None:
 
         double = copy.deepcopy(loaded)
         double.fold_weights()
+        double(batch)
         assert double.double()(slab_batch(torch.float64))["forces"].dtype == torch.float64
 
 
@@ -93,8 +97,8 @@ def test_folded_weights_are_packed_for_onednn_where_operators_run_one_by_one() -
     with torch.no_grad():
         expected = model(batch)
         model.fold_weights()
-        assert all(term.is_mkldnn for term in convolution.weights().folded.terms)
-        assert model.force_block.so2_conv_1.rad_func.output_weight().is_mkldnn
+        assert all(term.is_mkldnn for term in convolution.weights().folded)
+        assert model.force_block.so2_conv_1.rad_func.weights().output.is_mkldnn
         # Neither copies nor another precision can read them.
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             answer = other(batch)
@@ -104,8 +108,8 @@ def test_folded_weights_are_packed_for_onednn_where_operators_run_one_by_one() -
         assert all(torch.equal(folded[name], plain[name]) for name in expected)
         model.backend = "compile"
         model.fold_weights()
-        assert not any(term.is_mkldnn for term in convolution.weights().folded.terms)
-        assert not model.force_block.so2_conv_1.rad_func.output_weight().is_mkldnn
+        assert not any(term.is_mkldnn for term in convolution.weights().folded)
+        assert not model.force_block.so2_conv_1.rad_func.weights().output.is_mkldnn
 
 
 def test_folding_in_bfloat16() -> None:

@@ -71,7 +71,7 @@ def test_attention_weights() -> None:
     layer = model.blocks[0].ga
     layer.alpha_dropout.register_forward_hook(lambda m, a, out: found.append(out))
     plain = layer._logits
-    layer._logits = lambda scalars: logits.append(plain(scalars)) or logits[-1]
+    layer._logits = lambda *inputs: logits.append(plain(*inputs)) or logits[-1]
     with torch.no_grad():
         model(batch)
     envelope = smooth_envelope(graph.distances, 6.0)[:, None]

@@ -207,7 +207,7 @@ def test_parts_are_timed_alone_in_turns(monkeypatch: pytest.MonkeyPatch) -> None
     assert table.fraction_of(KEEP.with_block(0, attention=False)) == pytest.approx(1 - 2 / 8)
     assert table.fraction_of(KEEP.with_block(0, heads=(1,))) == pytest.approx(1 - 1 / 8)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in MODEL.state_dict().items())
-    assert MODEL.blocks[0].ga.so2_conv_1._folded is None
+    assert MODEL.blocks[0].ga.so2_conv_1._kept.layout is None
 
 
 def test_every_part_runs(tmp_path: Path) -> None:

@@ -42,10 +42,11 @@ from hypothesis import strategies as st
 from torch_geometric.data import Data
 
 from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb, structure_record
-from datasets_oc20 import legacy_formats as foreign
 from datasets_oc20.extxyz import read_frames
+from datasets_oc20.legacy_formats import LegacyRecord, read_length
 from datasets_oc20.lmdb_file import LmdbFile
 from datasets_oc20.schema import FIELDS
+from datasets_oc20.structure_record import PackedRecord
 from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
@@ -250,16 +251,16 @@ def test_packed_records() -> None:
 
     def read(content: bytes) -> None:
         try:
-            data = structure_record.unpack(content, "x.lmdb, key 0")
+            data = PackedRecord(content, "x.lmdb, key 0").to_data()
         except DataError:
-            structure_record.packed_fields(content, "x.lmdb, key 0")
-            structure_record.packed_natoms(content, "x.lmdb, key 0")
+            record = PackedRecord(content, "x.lmdb, key 0")
+            assert record.fields <= FIELDS.keys()
+            assert record.natoms > 0
             raise
         assert_sound(data)
-        assert structure_record.packed_natoms(content, "") == data.natoms
-        assert (
-            structure_record.unpack(structure_record.pack(data), "").to_dict().keys() == data.to_dict().keys()
-        )
+        assert PackedRecord(content, "").natoms == data.natoms
+        again = PackedRecord(structure_record.pack(data), "").to_data()
+        assert again.to_dict().keys() == data.to_dict().keys()
 
     fuzz(
         st.one_of(
@@ -351,12 +352,14 @@ def test_oc20_pickles() -> None:
     )
 
     def read(content: bytes) -> None:
-        for use in (foreign.read_natoms, foreign.read_length):
-            told = refused(use, content, "x.lmdb, key 0")
-            assert told is None or "x.lmdb, key 0" in told
-        assert_sound(
-            structure_record.make_data(foreign.read_fields(content, "x.lmdb, key 0"), "x.lmdb, key 0")
-        )
+        def natoms(content: bytes, where: str) -> int:
+            return LegacyRecord(content, where).natoms()
+
+        for use in (natoms, read_length):
+            sentence = refused(use, content, "x.lmdb, key 0")
+            assert sentence is None or "x.lmdb, key 0" in sentence
+        fields = LegacyRecord(content, "x.lmdb, key 0").fields()
+        assert_sound(structure_record.make_data(fields, "x.lmdb, key 0"))
 
     fuzz(
         st.one_of(

@@ -30,7 +30,7 @@ from command_line import run_script_file
 from torch_geometric.data import Batch
 
 from datasets_oc20 import LmdbWriter, OC20Lmdb, constraints, structure_record
-from datasets_oc20.ase_lmdb import _fields
+from datasets_oc20.ase_lmdb import AseRow
 from datasets_oc20.errors import DataError
 from equiformer2 import EquiformerV2, EquiformerV2Calculator, ModelConfig
 from equiformer2.adsorption.named_structures import build_slab
@@ -142,7 +142,7 @@ def test_held_atoms_of_a_database_row(constraint: Any, held: list[bool]) -> None
     kept = [one.todict() for one in (constraint if isinstance(constraint, list) else [constraint])]
     row = {"numbers": atoms.numbers.tolist(), "positions": atoms.positions.tolist()}
     row |= {"cell": atoms.cell.tolist(), "pbc": [True] * 3, "tags": [0] * 4}
-    found = _fields({**row, "constraints": json.loads(json.dumps(kept))}, "1", "row 1", False)
+    found = AseRow({**row, "constraints": json.loads(json.dumps(kept))}, "row 1").fields("1", keep_tags=False)
     assert found["fixed"].tolist() == held
 
 

@@ -1,14 +1,9 @@
 """evaluate.py and predict.py look at where their results go before they do anything else."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
-
-from equiformer2.script import run_script
-
-ROOT = Path(__file__).parents[2]
+from command_line import run_command
 
 
 @pytest.mark.parametrize(
@@ -37,15 +32,7 @@ def test_a_place_that_cannot_be_written_is_told_first(
     Path("folder.npz").mkdir()
     # Neither checkpoint nor data are there: the place is told all the same.
     arguments = ["--checkpoint", "absent.pt", "--data", "absent.lmdb", option, target]
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with pytest.raises(SystemExit) as stopped:
-        run_script(module.main)
-    assert stopped.value.code == 2
+    assert run_command(script, *arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1

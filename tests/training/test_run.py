@@ -24,6 +24,7 @@ from equiformer2.training.evaluation import (
     draw_figures,
     evaluate,
     open_dataset,
+    report,
 )
 from equiformer2.training.folder import WholeFiles
 from equiformer2.training.metrics import ENERGY_METRICS
@@ -119,9 +120,8 @@ def test_evaluation_agrees_with_the_runs_validation(first_run: Path, lmdb_path: 
     assert evaluation.baselines["zero_force"]["forces_mae"] == pytest.approx(
         free.abs().mean().item(), rel=1e-5
     )
-    write_report(tmp_path / "out.json", predictor, {"val.lmdb": evaluation})
-    report = json.loads((tmp_path / "out.json").read_text())
-    assert report["average"]["metrics"] == report["datasets"]["val.lmdb"]["metrics"]
+    numbers = report(predictor, {"val.lmdb": evaluation})
+    assert numbers["average"]["metrics"] == numbers["datasets"]["val.lmdb"]["metrics"]
     assert all(path.exists() for path in draw_figures(tmp_path, {"val.lmdb": evaluation}))
 
 
@@ -178,8 +178,8 @@ def test_data_without_free_atoms_have_no_force_metrics(
     assert "not judged" not in free.table()
     for pair in ([found, free], [free, found]):
         assert set(average(pair)["metrics"]) == set(ENERGY_METRICS)
-    write_report(tmp_path / "out.json", predictor, {"held": found, "free": free})
-    assert json.loads((tmp_path / "out.json").read_text())["datasets"]["held"]["free_atoms"] == 0
+    numbers = report(predictor, {"held": found, "free": free})
+    assert numbers["datasets"]["held"]["free_atoms"] == 0
 
 
 def test_a_run_that_fails_at_its_first_step_names_the_structure_and_leaves_its_name_free(

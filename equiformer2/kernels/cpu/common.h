@@ -1,4 +1,7 @@
-// Vectors of one 64-byte register, and loads and stores of their numbers.
+// Vectors of one 64-byte register, loads and stores of their numbers, and the sizes that a library is compiled for.
+//
+// A library holds one source file for one type of GEMM operands and one range of orders (library.py defines the
+// macros): ARITHMETIC and OPERAND are the types, LOWEST_ORDER and HIGHEST_ORDER the range.
 #pragma once
 
 #include <cmath>
@@ -157,7 +160,7 @@ static inline V<float> sigmoid(V<float> x) {
 #endif
 }
 
-// Highest degree (and order) for which code is made.
+// Highest degree (and order) for which code can be made.
 static constexpr int64_t max_degree = 8;
 
 // Where the block of every degree starts among the Wigner-D entries of an edge.
@@ -170,18 +173,23 @@ struct BlockStarts {
     }
 };
 
-// Calls `f.template run<rows>()` for the odd number of rows 2 min(l, mmax) + 1.
+template <int order, class F>
+static inline void run_order(F& f) {
+    if constexpr (LOWEST_ORDER <= order && order <= HIGHEST_ORDER) f.template run<2 * order + 1>();
+}
+
+// Calls `f.template run<rows>()` for the odd number of rows 2 min(l, mmax) + 1; the order is in the library's range.
 template <class F>
 static inline void with_rows(int64_t order, F&& f) {
     switch (order) {
-        case 0: f.template run<1>(); break;
-        case 1: f.template run<3>(); break;
-        case 2: f.template run<5>(); break;
-        case 3: f.template run<7>(); break;
-        case 4: f.template run<9>(); break;
-        case 5: f.template run<11>(); break;
-        case 6: f.template run<13>(); break;
-        case 7: f.template run<15>(); break;
-        default: f.template run<17>(); break;
+        case 0: run_order<0>(f); break;
+        case 1: run_order<1>(f); break;
+        case 2: run_order<2>(f); break;
+        case 3: run_order<3>(f); break;
+        case 4: run_order<4>(f); break;
+        case 5: run_order<5>(f); break;
+        case 6: run_order<6>(f); break;
+        case 7: run_order<7>(f); break;
+        case 8: run_order<8>(f); break;
     }
 }

@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from equiformer2.kernels.cpu.library import function
+from equiformer2.kernels.cpu.library import LIBRARIES
 
 
 def check(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
@@ -51,9 +51,17 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Tensor | list[Tensor] | int | None) -> None:
-    """Kernel `name` for GEMM operands of `dtype`, on torch's number of threads."""
-    function(name, dtype)(*map(_argument, arguments), _argument(torch.get_num_threads()))
+def call(name: str, dtype: torch.dtype, order: int, *arguments: Tensor | list[Tensor] | int | None) -> None:
+    """Run a kernel on torch's number of threads.
+
+    Args:
+        name: of the kernel.
+        dtype: type of the operands of the GEMMs.
+        order: highest order m that the arguments ask for.
+        arguments: what the kernel takes, without the number of threads.
+    """
+    kernel = LIBRARIES.function(name, dtype, order)
+    kernel(*map(_argument, arguments), _argument(torch.get_num_threads()))
 
 
 def _argument(value: Tensor | list[Tensor] | int | None) -> object:

@@ -31,7 +31,9 @@ def gather_rotate(
         out = empty_per_order(radial, degrees, 2 * x.shape[2])
     check_per_order("out", out, radial.dtype, len(source), degrees, 2 * x.shape[2])
     arguments = (x, x_target, source, target, packed, packed.shape[1], radial, bias, radial.shape[1])
-    call("gather_rotate", radial.dtype, *arguments, out, len(source), x.shape[2], *degrees, shared)
+    call(
+        "gather_rotate", radial.dtype, degrees[1], *arguments, out, len(source), x.shape[2], *degrees, shared
+    )
     return out
 
 
@@ -61,7 +63,7 @@ def gather_rotate_backward(
     arguments = (x, x_target, source, target, packed, packed.shape[1], radial, bias, radial.shape[1])
     totals = grad_x, grad_x_target, grad_radial
     sizes = len(source), x.shape[2], *degrees
-    call("gather_rotate_backward", radial.dtype, *arguments, grads, *totals, *sizes, shared)
+    call("gather_rotate_backward", radial.dtype, degrees[1], *arguments, grads, *totals, *sizes, shared)
     return grad_radial
 
 
@@ -84,7 +86,7 @@ def rotate_sum(
     heads = 1 if alpha is None else alpha.shape[1]
     sizes = len(target), out.shape[2], *degrees, *kept
     arguments = (products, bias, alpha, heads, packed, packed.shape[1], target, out)
-    call("rotate_sum", dtype, *arguments, *sizes)
+    call("rotate_sum", dtype, kept[1], *arguments, *sizes)
 
 
 def rotate_sum_backward(
@@ -111,7 +113,8 @@ def rotate_sum_backward(
     grads = empty_per_order(grad.new_empty(edges, 0, dtype=dtype), kept, channels)
     heads = 1 if alpha is None else alpha.shape[1]
     messages = values, rows * channels, alpha, heads, packed, packed.shape[1], target
-    call("rotate_sum_backward", dtype, grad, *messages, grads, grad_alpha, edges, channels, *degrees, *kept)
+    sizes = edges, channels, *degrees, *kept
+    call("rotate_sum_backward", dtype, kept[1], grad, *messages, grads, grad_alpha, *sizes)
     return grads, grad_alpha
 
 

@@ -40,7 +40,7 @@ def _call(
     _check(hidden, factors, mmax, channels, rows)
     sizes = len(to_latitude), len(longitude), to_latitude.shape[1], rows
     columns = hidden[:, channels:], hidden, width, grad_out, out, stride, grad_gates
-    call("sphere_activation", hidden.dtype, *factors[:4], *sizes, *columns, len(hidden), channels, mmax)
+    call("sphere_activation", hidden.dtype, mmax, *factors[:4], *sizes, *columns, len(hidden), channels, mmax)
 
 
 def _check(hidden: Tensor, factors: Factors, mmax: int, channels: int, rows: int) -> None:
@@ -130,4 +130,4 @@ def _transform(
 ) -> None:
     check("latitude", latitude, arithmetic(given.dtype), *factors[0].shape)
     grid = latitude, *factors[2:], len(factors[0]), len(factors[2]), latitude.shape[1]
-    call(name, given.dtype, *grid, given, inputs, int(activate), out, len(given), given.shape[2], mmax)
+    call(name, given.dtype, mmax, *grid, given, inputs, int(activate), out, len(given), given.shape[2], mmax)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2
-from equiformer2.model.folding import Folding
+from equiformer2.model.folding import check_plain
 from equiformer2.model.norm import make_norm
 from equiformer2.pruning.structured.index_maps import IndexMaps, kept_state
 from equiformer2.pruning.structured.plan import PruningPlan
@@ -25,8 +25,9 @@ def weight_masks(model: EquiformerV2, plan: PruningPlan) -> dict[str, Tensor]:
         Name -> bool of the parameter's shape; parameters that stay whole are absent.
 
     Raises:
-        InputError: `plan` does not fit the network.
+        InputError: `plan` does not fit the network, or weights are parametrized.
     """
+    check_plain(model, "pruning")
     maps = IndexMaps(model.config, plan.checked(model.config))
     masks = {}
     for name, parameter in model.named_parameters():
@@ -53,7 +54,7 @@ def masked(model: EquiformerV2, plan: PruningPlan) -> Iterator[EquiformerV2]:
 
     Raises:
         InputError: `plan` does not fit the network, or cuts sphere channels inside another context that does
-            or of a network with the backend `compile`.
+            or of a network with the backend `compile`. Or weights are parametrized.
     """
     plan = plan.checked(model.config)
     if plan.sphere_channels is not None and (model.backend == "compile" or "forward" in vars(model.norm)):
@@ -69,7 +70,6 @@ def masked(model: EquiformerV2, plan: PruningPlan) -> Iterator[EquiformerV2]:
         with torch.no_grad():
             for name, mask in masks.items():
                 parameters[name].masked_fill_(~mask, 0.0)
-        _forget_folded(model)
         for name, mask in masks.items():
             if parameters[name].requires_grad:
                 cleanup.callback(parameters[name].register_hook(_masking(mask)).remove)
@@ -91,13 +91,6 @@ def _restore(
     with torch.no_grad():
         for name, mask in masks.items():
             parameters[name][~mask] = removed[name]
-    _forget_folded(model)
-
-
-def _forget_folded(model: EquiformerV2) -> None:
-    for module in model.modules():
-        if isinstance(module, Folding):
-            module.unfold()
 
 
 def _masking(mask: Tensor) -> Callable[[Tensor], Tensor]:
@@ -137,8 +130,9 @@ def shrink(model: EquiformerV2, plan: PruningPlan) -> EquiformerV2:
         backend of `model`; frozen parameters of `model` are frozen.
 
     Raises:
-        InputError: `plan` does not fit the network; block and field are named.
+        InputError: `plan` does not fit the network; block and field are named. Or weights are parametrized.
     """
+    check_plain(model, "pruning")
     config = plan.applied_to(model.config)
     parameters = dict(model.named_parameters())
     like = model.sphere_embedding.weight

@@ -25,6 +25,7 @@ from equiformer2.errors import InputError, naming_structures
 from equiformer2.model import EquiformerV2
 from equiformer2.model.attention import SO2EquivariantGraphAttention
 from equiformer2.model.feed_forward import FeedForwardNetwork, SwiGLUFeedForwardNetwork
+from equiformer2.model.folding import check_plain
 
 #: A scalar from the outputs (normalised units) for a batch.
 Objective = Callable[[dict[str, Tensor], Batch], Tensor]
@@ -103,6 +104,7 @@ def gradient_importances(
     Raises:
         InputError: no structures, or one that the network cannot take.
     """
+    check_plain(model, "importance")
     device = model.sphere_embedding.weight.device
     total: list[dict[str, Tensor]] = []
     count = 0
@@ -140,6 +142,7 @@ def gradient_importances(
 
 def magnitude_importance(model: EquiformerV2) -> Importance:
     """Measure every unit by the Euclidean norm of all its weights; a baseline that looks at no data."""
+    check_plain(model, "importance")
     with torch.no_grad():
         sums = _UnitSums(lambda p: p.detach().square())
         blocks = [sums.block(block) for block in model.blocks]

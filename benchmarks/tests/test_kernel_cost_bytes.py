@@ -3,11 +3,18 @@
 import pytest
 import torch
 
-from benchmarks import gpu_cost as cost
+from benchmarks import kernel_costs as cost
 from equiformer2.kernels.gpu.aggregate import rotate_aggregate
 from equiformer2.kernels.gpu.rotate import gather_rotate
 from equiformer2.kernels.gpu.tables import num_rows
 from tests.kernels.gpu.gpu_twins import Random
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def size(*tensors: torch.Tensor) -> int:

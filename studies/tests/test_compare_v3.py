@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from studies.v3_report import markdown, summary
+from studies.compare_v3 import markdown, summary
 
 METRICS = ("forces_mae", "forces_cosine_similarity", "energy_mae")
 
