@@ -22,8 +22,11 @@ from equiformer2.model import EquiformerV2
 #: Fields that a network reads or the discrepancy needs; labels are not among them.
 UNLABELLED = ("pos", "atomic_numbers", "cell", "pbc", "natoms", "tags", "fixed", "sid", "fid")
 FORCE_WEIGHT = 1.0
-"""Weight λ of forces in the loss, Å. The paper's training loss weighs forces 50 times as much as the energy of a structure; per atom
-of an OC20 structure (78 on average) that is 0.6."""
+"""Weight λ of forces in the loss, Å.
+
+The paper's training loss weighs forces 50 times as much as the energy of a structure; per atom of an OC20
+structure (78 on average) that is 0.6.
+"""
 
 Network = Callable[..., Mapping[str, Tensor]]
 

@@ -455,7 +455,7 @@ class Study:
         return LatencyTarget(self.model, batch, settings.latency, path, settings.threads)
 
     def _latency(self, small: EquiformerV2) -> dict[str, Any]:
-        """Of one forward pass for the first held-out structure, prepared as for inference."""
+        """Time of one forward pass for the first held-out structure, prepared as for inference."""
         batch = Batch.from_data_list(self.held_out[0].calibration.structures[:1])
         networks = [deepcopy(network).requires_grad_(False) for network in (small, self.model)]
         for network in networks:
