@@ -56,7 +56,7 @@ class RoutingSettings:
             thresholds at the end; the `ftp` router is trained and searched in its mode.
         width: width of the gates of `smooth`, in units of the score.
         keep_free: always compute free atoms and the adsorbate.
-        protected: blocks that compute all atoms; None for the first and the last, () for none.
+        protected: blocks that compute all atoms; the search decides for the others.
         population: schedules per generation of the genetic search.
         generations: number of its generations.
         tolerance: share of the MACs by which a schedule may end below the target.
@@ -70,7 +70,7 @@ class RoutingSettings:
     mode: str = "topk"
     width: float = 0.1
     keep_free: bool = False
-    protected: tuple[int, ...] | None = None
+    protected: tuple[int, ...] = ()
     population: int = 16
     generations: int = 10
     tolerance: float = 0.02
@@ -150,10 +150,10 @@ class _RouterSearch:
         progress: bool,
     ) -> None:
         last = len(model.blocks) - 1
-        wrong = [block for block in settings.protected or () if not 0 <= block <= last]
+        wrong = [block for block in settings.protected if not 0 <= block <= last]
         if wrong:
             raise InputError(f"block {wrong[0]} cannot be protected: the network has blocks 0 to {last}")
-        self.protected = {0, last} if settings.protected is None else set(settings.protected)
+        self.protected = set(settings.protected)
         self.model, self.calibration, self.target, self.settings = model, calibration, target, settings
         self.seed, self.state, self.progress = seed, state, progress
 

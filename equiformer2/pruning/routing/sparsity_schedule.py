@@ -104,7 +104,7 @@ def search_schedule(
     target_macs: float,
     *,
     start: Sequence[Sequence[float]] = (),
-    protected: Sequence[int] | None = None,
+    protected: Sequence[int] = (),
     population: int = 16,
     generations: int = 10,
     tolerance: float = 0.02,
@@ -121,8 +121,9 @@ def search_schedule(
         evaluate: objective, for instance `ScheduleObjective`.
         num_blocks: number of blocks.
         target_macs: share of the dense network's MACs that is to stay.
-        start: schedules that are tried first, beside uniform, rising and falling ones.
-        protected: blocks that compute all atoms; None for the first and the last, () for none.
+        start: schedules that are tried first, beside uniform, rising and falling ones and one in which the
+            first and the last block compute everything.
+        protected: blocks that compute all atoms and are no part of the search.
         population: schedules per generation, at least 4.
         generations: number of generations after the first.
         tolerance: a schedule reaches the target with `target_macs - tolerance` to `target_macs`.
@@ -154,7 +155,7 @@ def uniform_schedule(
     num_blocks: int,
     target_macs: float,
     *,
-    protected: Sequence[int] | None = None,
+    protected: Sequence[int] = (),
     tolerance: float = 0.02,
 ) -> Schedule:
     """Find one level for all blocks that are not protected: the baseline of `search_schedule`.
@@ -165,7 +166,7 @@ def uniform_schedule(
         evaluate: objective, for instance `ScheduleObjective`.
         num_blocks: number of blocks.
         target_macs: share of the dense network's MACs that is to stay.
-        protected: blocks that compute all atoms; None for the first and the last, () for none.
+        protected: blocks that compute all atoms and are no part of the search.
         tolerance: a schedule reaches the target with `target_macs - tolerance` to `target_macs`.
 
     Returns:
@@ -218,10 +219,9 @@ class _Trials:
         num_blocks: int,
         target: float,
         tolerance: float,
-        protected: Sequence[int] | None,
+        protected: Sequence[int],
     ) -> None:
-        ends = (0, num_blocks - 1) if protected is None else tuple(protected)
-        self.open = [block for block in range(num_blocks) if block not in ends]
+        self.open = [block for block in range(num_blocks) if block not in protected]
         if not self.open:
             raise InputError(f"all of the {num_blocks} blocks are protected: there is nothing to search")
         if not 0 < target < 1:
@@ -269,6 +269,11 @@ class _GeneticSearch:
         ramp = np.linspace(-1.0, 1.0, n) if n > 1 else np.zeros(1)
         shapes = [np.array([levels[b] for b in self.open]) for levels in given]
         shapes += [np.full(n, share), share * (1 + 0.5 * ramp), share * (1 - 0.5 * ramp)]
+        ends = [self.open.index(block) for block in (0, self.num_blocks - 1) if block in self.open]
+        if len(ends) < n:
+            inner = np.full(n, min(_MOST, share * n / (n - len(ends))))
+            inner[ends] = 0.0
+            shapes.append(inner)
         while len(shapes) < population:
             shapes.append(share + 0.3 * self.rng.standard_normal(n))
         return [self.try_near(shape) for shape in shapes]
