@@ -12,7 +12,8 @@ from model_helpers import random_model, small_config
 
 from equiformer2 import ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
-from equiformer2.pruning.analysis.redundancy_report import needed
+from equiformer2.errors import InputError
+from equiformer2.pruning.analysis.redundancy_report import units_holding
 
 ROOT = Path(__file__).parents[2]
 DATA = str(ROOT / "tests/fixtures/datasets_oc20/s2ef_val_20.lmdb")
@@ -40,11 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 def status(checkpoint: str, out: Path, *more: str) -> int:
     files = ["--checkpoint", checkpoint, "--data", DATA, "--out", str(out)]
     sizes = ["--structures", "3", "--batch-size", "2", "--repeats", "1"]
-    return run_command("prune report", *files, *sizes, *more)
-
-
-def run(checkpoint: str, out: Path, *more: str) -> dict[str, Any]:
-    assert status(checkpoint, out, *more) == 0
+    run_command("prune report", *files, *sizes, *more)
     return json.loads((out / "report.json").read_text())
 
 
@@ -109,7 +106,7 @@ def test_an_earlier_report_is_kept(
 
 
 def test_units_that_hold_most_of_the_importance() -> None:
-    assert needed(torch.tensor([0.0, 9.0, 1.0])) == 1
-    assert needed(torch.tensor([1.0, 1.0, 1.0, 1.0])) == 4
-    assert needed(torch.tensor([1.0, 1.0, 1.0, 1.0]), share=0.5) == 2
-    assert needed(torch.zeros(3)) == needed(torch.zeros(0)) == 0
+    assert units_holding(torch.tensor([0.0, 9.0, 1.0])) == 1
+    assert units_holding(torch.tensor([1.0, 1.0, 1.0, 1.0])) == 4
+    assert units_holding(torch.tensor([1.0, 1.0, 1.0, 1.0]), share=0.5) == 2
+    assert units_holding(torch.zeros(3)) == units_holding(torch.zeros(0)) == 0
