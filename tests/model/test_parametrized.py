@@ -18,7 +18,7 @@ from equiformer2.errors import InputError
 from equiformer2.kernels import chunks
 from equiformer2.kernels.cpu import library
 from equiformer2.model import compiled
-from equiformer2.model.dens import EncodedForces
+from equiformer2.model.denoising import EncodedForces
 from equiformer2.model.folding import Snapshot, plain_state
 from equiformer2.pruning.structured.apply import masked, shrink
 from equiformer2.pruning.structured.importance import magnitude_importance
