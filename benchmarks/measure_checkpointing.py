@@ -78,7 +78,7 @@ def measure(size: str, batch_name: str, way: str, threads: int) -> dict[str, Any
         "atoms": len(batch.pos),
         "edges": len(graph.distances),
         "before_step": held(),
-        "backend": "torch" if way == "stored" else model.chosen_backend(),
+        "backend": "torch" if way == "stored" else model.resolve_backend().name,
     }
     if way == "stored":
         model.backend = "torch"

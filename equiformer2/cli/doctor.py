@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,7 +160,7 @@ def _check_kernels(record: dict[str, Any]) -> list[Check]:
     """Compile the C++ kernels of the paper's networks, and ask every backend whether it is available."""
     import torch
 
-    from equiformer2.kernels import backend
+    from equiformer2.kernels.backend import BACKENDS, CPP
     from equiformer2.kernels.cpu.library import NO_COMPILER, Compiler, KernelLibraries, Unit
 
     degrees = [(3, 2), (4, 2), (6, 2), (6, 3)]  # oc20_small, 31M, 83M, 153M
@@ -171,9 +171,8 @@ def _check_kernels(record: dict[str, Any]) -> list[Check]:
     seconds = time.monotonic() - started
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record["kernels"] = []
-    for name in backend.BACKENDS[1:]:
-        place = torch.device("cpu") if name == "cpp" else device
-        reason = failure if name == "cpp" else backend.why_not(name, place, torch.float32, 6, 2, False)
+    for name, backend in BACKENDS.items():
+        reason = failure if backend is CPP else backend.unavailable_reason(device, torch.float32, 6, 2)
         record["kernels"].append({"name": name, "available": reason is None, "reason": reason})
     compiler = Compiler.find()
     if failure is None and compiler is not None:
@@ -238,7 +237,7 @@ def _print(record: dict[str, Any]) -> None:
 
     console = Console()
 
-    def table(title: str, rows: list[tuple[str, ...]], style: Callable[[tuple[str, ...]], str]) -> None:
+    def table(title: str, rows: Sequence[tuple[str, ...]], style: Callable[[tuple[str, ...]], str]) -> None:
         grid = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
         for row in rows:
             grid.add_row(*row, style=style(row))

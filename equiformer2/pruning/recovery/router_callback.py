@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch_geometric.data import Batch
 
 from equiformer2.errors import InputError
+from equiformer2.kernels.backend import Features
 from equiformer2.model import EquiformerV2
 from equiformer2.pruning.routing.ftp import FTPRouter
 from equiformer2.pruning.routing.ftp_training import (
@@ -114,7 +115,7 @@ class TrainRouter(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a backend that cannot skip atoms."""
-        self._network(pl_module).check_backend(routed=True)
+        self._network(pl_module).check_backend(Features(routing=True))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or go on."""
