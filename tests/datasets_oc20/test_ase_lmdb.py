@@ -1,7 +1,6 @@
 """ASE-LMDB files: nothing is lost on the way there and back, and both kinds train."""
 
 import builtins
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from ase import Atoms
 from ase.build import fcc111
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixCartesianParametricRelations
+from command_line import run_command
 from oc20_files import assert_same, dumps_pyg1, is2re_fields, s2ef_fields, structure, write_lmdb
 from torch.utils.data import DataLoader
 from torch_geometric.data import Batch
 
-import convert_lmdb
 from datasets_oc20 import DataError, LmdbWriter, OC20DataModule, OC20Lmdb
 from datasets_oc20.convert import convert
 
@@ -314,13 +313,8 @@ def test_a_failed_conversion_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["ours.lmdb"]
 
 
-def test_script(
-    ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_script(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "x.aselmdb"
-    monkeypatch.setattr(
-        sys, "argv", ["convert_lmdb.py", "--data", str(ours), "--out", str(out), "--to", "ase"]
-    )
-    convert_lmdb.main()
+    assert run_command("data convert", "--data", ours, "--out", out, "--to", "ase") == 0
     assert capsys.readouterr().out == f"8 records in {out}\n"
     assert_equal_datasets(OC20Lmdb(ours), OC20Lmdb(out))

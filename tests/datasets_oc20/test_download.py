@@ -3,7 +3,7 @@
 import hashlib
 import json
 import multiprocessing
-import sys
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import run_command
 from http_server import Server
 from tar_files import GOOD, make_tar
 
-import download_oc20
 from datasets_oc20 import DataError, catalogue
 from datasets_oc20.download import Download, Retry, fetch
 from datasets_oc20.partial_file import PartialFile, md5_sum
@@ -255,19 +255,11 @@ def test_a_killed_download_goes_on(tmp_path: Path) -> None:
     assert target.read_bytes() == CONTENT
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    """The script, without the seconds that a new Python with torch takes."""
-    monkeypatch.setattr(sys, "argv", ["download_oc20.py", *map(str, arguments)])
-    download_oc20.main()
-
-
-def test_script_from_address_to_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_script_from_address_to_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive = make_tar(tmp_path / "file.tar", *GOOD).read_bytes()
     out, md5 = tmp_path / "oc20", hashlib.md5(archive).hexdigest()
     with Server(archive, ["no ranges"]) as server:
-        run(monkeypatch, "--url", server.url, "--md5", md5.upper(), "--out", out)
+        assert run_command("data download", "--url", server.url, "--md5", md5.upper(), "--out", out) == 0
     printed = capsys.readouterr()
     assert "file.tar: 100%" in printed.err
     assert "3 files, 16 B; 0 were there already" in printed.out
@@ -286,35 +278,39 @@ def test_script_checks_the_space_before_it_asks_the_net(
     monkeypatch.setattr(catalogue, "BASE_URL", "http://127.0.0.1:9")  # the discard port: nobody answers
     arguments = ["--task", "s2ef", "--split", "2M", "--out", str(tmp_path / "new")]
     free(10 << 30)
-    with pytest.raises(DataError, match=r"archive 3\.4 GiB, unpacked files 3\.4 GiB, LMDB files 10\.\d GiB"):
-        run(monkeypatch, *arguments)
+    assert run_command("data download", *arguments) == 2
+    needs = r"archive 3\.4 GiB, unpacked files 3\.4 GiB, LMDB files 10\.\d GiB"
+    assert re.search(needs, capsys.readouterr().err)
     assert not (tmp_path / "new").exists()
     free(100 << 30)
-    run(monkeypatch, *arguments, "--dry-run")
+    assert run_command("data download", *arguments, "--dry-run") == 0
     assert "MD5 953474cb93f0b08cdc523399f03f7c36" in capsys.readouterr().out
     assert not (tmp_path / "new").exists()
 
 
 def test_going_on_needs_no_room_for_what_is_there(
-    tmp_path: Path, free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    free: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, sizes = tmp_path / "oc20", {"size": 10_000, "unpacked": 1 << 20}
     out.mkdir()
     content = make_tar(out / "file.tar", *GOOD).read_bytes()
     archive = catalogue.Archive("file.tar", md5=hashlib.md5(content).hexdigest(), frames=1, **sizes)
-    monkeypatch.setattr(download_oc20, "find_archive", lambda task, split: archive)
+    monkeypatch.setattr("equiformer2.cli.data.find_archive", lambda task, split: archive)
     arguments = ["--task", "s2ef", "--split", "2M", "--out", out]
     free(archive.lmdb_bytes + 15)  # the files have 16 bytes
-    with pytest.raises(DataError, match=r"unpacked files 16 B, LMDB files 5\.4 KiB"):
-        run(monkeypatch, *arguments)
+    assert run_command("data download", *arguments) == 2
+    assert "unpacked files 16 B, LMDB files 5.4 KiB" in capsys.readouterr().err
     free(archive.lmdb_bytes + 16)
-    run(monkeypatch, *arguments)
+    assert run_command("data download", *arguments) == 0
     free(archive.lmdb_bytes)
-    run(monkeypatch, *arguments)
+    assert run_command("data download", *arguments) == 0
 
 
 def test_script_refuses_options_that_do_not_belong_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     for wrong in (
         ["--task", "s2ef"],
@@ -324,6 +320,5 @@ def test_script_refuses_options_that_do_not_belong_together(
         ["--url", "http://127.0.0.1:9/"],
         ["--url", "http://127.0.0.1:9/x.tar", "--md5", SUM[:-1]],
     ):
-        with pytest.raises(DataError):
-            run(monkeypatch, *wrong, "--out", tmp_path)
+        assert run_command("data download", *wrong, "--out", tmp_path) == 2
     assert not list(tmp_path.iterdir())

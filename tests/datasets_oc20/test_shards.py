@@ -5,14 +5,13 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from command_line import run_command
 from oc20_files import assert_same, frame_text
 
-import preprocess_oc20
 from datasets_oc20 import DataError, OC20Lmdb, shards
 from datasets_oc20.locking import exclusive
 from datasets_oc20.preprocess import FileResult, PreprocessOptions, PreprocessReport, preprocess
@@ -216,20 +215,17 @@ def test_filters_that_leave_nothing(release: Path, tmp_path: Path) -> None:
         preprocess_shards(release, tmp_path / "none", 2, PreprocessOptions(later_fraction=0.2))
 
 
-def test_script(
-    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_script(release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "lmdb"
     options = ["--data", str(release), "--out", str(out), "--shards", "3", "--num-workers", "1"]
-    monkeypatch.setattr(sys, "argv", ["preprocess_oc20.py", *options])
-    preprocess_oc20.main()
+    assert run_command("data preprocess", *options) == 0
     assert f"96 of 96 frames of 12 files to {out}" in capsys.readouterr().out
     assert json.loads((out / "report.json").read_text())["written"] == 96
     assert len(OC20Lmdb(out)) == 96
 
 
 def test_script_with_a_list_of_systems_that_names_none(
-    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "binary.txt").write_bytes(b"\xde\xc0")
@@ -239,8 +235,6 @@ def test_script_with_a_list_of_systems_that_names_none(
         (["--systems-file", str(tmp_path / "binary.txt")], "not a text file"),
         (["--systems-file", str(tmp_path / "empty.txt"), "--systems", "a"], "not both"),
     ):
-        given = ["preprocess_oc20.py", "--data", str(release), "--out", str(tmp_path / "x.lmdb"), *options]
-        monkeypatch.setattr(sys, "argv", given)
-        with pytest.raises(DataError, match=message):
-            preprocess_oc20.main()
+        assert run_command("data preprocess", "--data", release, "--out", tmp_path / "x.lmdb", *options) == 2
+        assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.lmdb"))

@@ -192,7 +192,7 @@ class Recovery:
 
     Attributes:
         train, val: structures, as in `distill`.
-        arguments: of `scripts/train.py`.
+        arguments: of `equiformer2 train`.
         scratch: also train the plans of the method `multi` from random weights, equally long.
     """
 

@@ -1,4 +1,4 @@
-"""Training of a token router beside a network, as a Lightning callback for `scripts/train.py`."""
+"""Training of a token router beside a network, as a Lightning callback for `equiformer2 train`."""
 
 import dataclasses
 import math
@@ -177,7 +177,7 @@ class TrainRouter(Callback):
 
     def _network(self, module: pl.LightningModule) -> EquiformerV2:
         if not isinstance(module, S2EFTask):
-            raise InputError("TrainRouter works with the network of scripts/train.py only")
+            raise InputError("TrainRouter works with the network of `equiformer2 train` only")
         if self.weights == "averaged" and module.averaged is None:
             raise InputError("TrainRouter: there are no averaged weights with task.ema_decay: 0: use raw")
         network = module.model if self.weights == "raw" else module.best_weights
