@@ -137,16 +137,45 @@ def test_the_network_is_pure_torch(room: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_package_never_imports_scripts_or_tests() -> None:
+def test_the_package_never_imports_what_is_not_installed() -> None:
     own_scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {name}"
         for folder in ("equiformer2", "datasets_oc20")
         for path in python_files(folder)
         for line, name in imported_modules(path)
-        if name.split(".")[0] in own_scripts | {"scripts", "tests"}
+        if name.split(".")[0] in own_scripts | {"benchmarks", "scripts", "studies", "tests"}
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(("folder", "other"), [("benchmarks", "studies"), ("studies", "benchmarks")])
+def test_benchmarks_and_studies_import_the_package_alone(folder: str, other: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in python_files(folder)
+        if "tests" not in path.parts
+        for line, name in imported_modules(path)
+        if name.split(".")[0] in {other, "scripts", "tests"}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "studies"])
+def test_modules_of_benchmarks_and_studies_form_no_circle(folder: str) -> None:
+    names = {f"{folder}.{path.stem}": path for path in (ROOT / folder).glob("*.py")}
+    imports = {
+        name: {
+            other
+            for _, imported in imported_modules(path)
+            for other in names
+            if imported == other or imported.startswith(f"{other}.")
+        }
+        for name, path in names.items()
+    }
+    while leaves := {name for name, needed in imports.items() if not needed}:
+        imports = {name: needed - leaves for name, needed in imports.items() if name not in leaves}
+    assert not imports, f"these import each other: {sorted(imports)}"
 
 
 def test_relative_and_aliased_imports_are_seen(tmp_path: Path) -> None:

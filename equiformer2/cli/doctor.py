@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,13 +161,13 @@ def _check_kernels(record: dict[str, Any]) -> list[Check]:
     import torch
 
     from equiformer2.kernels.backend import BACKENDS, CPP
-    from equiformer2.kernels.cpu.library import LIBRARIES, NO_COMPILER, Compiler, Unit
+    from equiformer2.kernels.cpu.library import NO_COMPILER, Compiler, KernelLibraries, Unit
 
     degrees = [(3, 2), (4, 2), (6, 2), (6, 3)]  # oc20_small, 31M, 83M, 153M
     dtypes = (torch.float32, torch.bfloat16)
     units = [unit for dtype in dtypes for each in degrees for unit in Unit.of_network(dtype, *each)]
     started = time.monotonic()
-    failure = LIBRARIES.load(dict.fromkeys(units))
+    failure = KernelLibraries().load(dict.fromkeys(units))
     seconds = time.monotonic() - started
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record["kernels"] = []
@@ -237,7 +237,7 @@ def _print(record: dict[str, Any]) -> None:
 
     console = Console()
 
-    def table(title: str, rows: list[tuple[str, ...]], style: Callable[[tuple[str, ...]], str]) -> None:
+    def table(title: str, rows: Sequence[tuple[str, ...]], style: Callable[[tuple[str, ...]], str]) -> None:
         grid = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
         for row in rows:
             grid.add_row(*row, style=style(row))
