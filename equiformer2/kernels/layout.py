@@ -63,15 +63,6 @@ class OrderLayout:
             return self.lmax + 1
         return self.radial_row(self.mmax, self.mmax, self.lmax, False) + self.lmax + 1 - self.mmax
 
-    def rows_of(self, m: int) -> tuple[int, int, int]:
-        """Locate order m in the m-major layout.
-
-        Returns:
-            The first row, the number of components (1 for m = 0, else 2: +m and -m) and that of degrees
-            l >= m, for each of which every component has a row.
-        """
-        return self.first_row(m, self.lmax), 1 if m == 0 else 2, self.lmax + 1 - m
-
     def rows(self) -> Iterator[tuple[int, int]]:
         """Give (l, m) of every m-major row, in sequence."""
         for m in range(self.mmax + 1):
