@@ -36,7 +36,7 @@ class DemoReport:
     figures: dict[str, Path]
     seconds: dict[str, float]
 
-    def html(self) -> str:
+    def to_html(self) -> str:
         """Write one HTML page with everything in it, figures included; missing figures are left out."""
 
         def figure(caption: str, path: Path) -> str:
@@ -99,14 +99,14 @@ class DemoReport:
             zero = item.result.baselines["zero_force"]["forces_mae"]
             sentences.append(
                 f"On {html.escape(name)} the energy error is {metrics['energy_mae'] / trivial:.2f} times the "
-                f"best trivial answer's, the force error {metrics['forces_mae'] / zero:.2f} times that of saying "
-                "zero."
+                f"best trivial answer's, the force error {metrics['forces_mae'] / zero:.2f} times that of "
+                "saying zero."
             )
         sentences.append(
             f"Only frames with a force of at least {self.plan.min_force:g} eV/Å on a free atom are judged, "
-            "in training as here: most frames of a relaxation are nearly at rest, where zero is hard to beat. "
-            "Later frames are one block of these in the second half of every relaxation; frames before and "
-            "behind it were trained on, so this is interpolation, easier than going on with a relaxation."
+            "in training as here: most frames of a relaxation are nearly at rest, where zero is hard to "
+            "beat. Later frames are one block of these in the second half of every relaxation; frames before "
+            "and behind it were trained on, so this is interpolation, easier than going on with a relaxation."
         )
         sentences.append(
             "Later frames belong to relaxations the model has learned other frames of: this should succeed. "

@@ -106,6 +106,5 @@ def run_demo(root: AnyPath, out: AnyPath, plan: DemoPlan) -> Path:
             "seconds": seconds,
         },
     )
-    return write_bytes(
-        out / "report.html", DemoReport(plan, judged, relaxed, figures, seconds).html().encode()
-    )
+    report = DemoReport(plan, judged, relaxed, figures, seconds)
+    return write_bytes(out / "report.html", report.to_html().encode())

@@ -107,6 +107,7 @@ def train_model(config: AnyPath, data: DemoData, folder: AnyPath, plan: DemoPlan
     Returns:
         Both run folders.
     """
+    config, folder = Path(config), Path(folder)
 
     def run(name: str, train_data: Path, val_data: Path, seconds: int, *options: str) -> Path:
         arguments = ["--config", str(config), "--runs_dir", str(folder), "--name", name]
@@ -132,9 +133,8 @@ def judge(predictor: Predictor, data: DemoData) -> dict[str, Judged]:
         return energies
 
     def mae(energies: dict[str, list[float]], guess: dict[str, float]) -> float:
-        return float(
-            np.mean([abs(value - guess[sid]) for sid, values in energies.items() for value in values])
-        )
+        errors = [abs(value - guess[sid]) for sid, values in energies.items() for value in values]
+        return float(np.mean(errors))
 
     train_energies = energies_of(OC20Lmdb(data.train))
     overall = float(np.mean([energy for energies in train_energies.values() for energy in energies]))

@@ -73,10 +73,10 @@ def convolve_edges(
         if neighbors is not None:
             return triton_path.convolve_edges(x, *edges[2:], weights, extra, lmax, shared_orders, neighbors)
         if backend.takes_expressions(packed.requires_grad):
-            return _plain(edges, weights, extra, lmax, shared_orders)
+            return _ConvolveEdges.expression(edges, weights, extra, lmax, shared_orders)
         options = InputOptions((lmax, len(weights.orders)), shared_orders, backend.takes_cpp(hidden.dtype))
         if not torch.is_grad_enabled():
-            return _streamed(edges, weights, extra, options)
+            return _ConvolveEdges.stream(edges, weights, extra, options)
         return _ConvolveEdges.apply(extra, options, *edges, *weights.flat)
 
 
@@ -241,40 +241,6 @@ def radial_of(radial: Tensor, width: int, lmax: int, m: int, shared_orders: bool
     return radial[:, first * width : (first + degrees) * width].unflatten(1, (1, degrees, width))
 
 
-def _plain(edges: Edges, weights: SO2Weights, extra: int, lmax: int, shared: bool) -> tuple[Tensor, Tensor]:
-    """Compute `convolve_edges` under ordinary autograd."""
-    matrices = rotation_matrices(edges.packed, (lmax, len(weights.orders)))
-    sides = ((edges.x, edges.source), (edges.x_target, edges.target))
-    rotated = torch.cat([torch.bmm(matrices, gather_rows(x, index)) for x, index in sides], dim=2)
-    radial = torch.nn.functional.linear(edges.hidden, edges.radial_weight, edges.radial_bias)
-    outputs = []
-    terms = weights.terms(radial.dtype)
-    for m in range(len(weights.orders) + 1):
-        product = order_of(rotated, lmax, m) * radial_of(radial, rotated.shape[2], lmax, m, shared)
-        inputs = product.flatten(2).to(radial.dtype)
-        if m == 0:
-            scalars = linear(inputs[:, 0], terms[0]) + weights.bias.to(radial.dtype)
-            outputs.append(scalars[:, extra:])
-        else:
-            outputs.append(complex_linear(inputs[:, 0], inputs[:, 1], terms[3 * m - 2 : 3 * m + 1]))
-    return scalars[:, :extra], torch.cat(outputs, dim=1)
-
-
-def _streamed(edges: Edges, weights: SO2Weights, extra: int, options: InputOptions) -> tuple[Tensor, Tensor]:
-    """Compute `convolve_edges` chunk by chunk, without derivatives."""
-    edges = edges.prepared(options)
-    terms = weights.terms(edges.hidden.dtype)
-    bias, first = weights.bias.to(edges.hidden.dtype), len(weights.scalar) - extra
-    scalars = edges.hidden.new_empty(len(edges.source), extra)
-    out = edges.hidden.new_empty(len(edges.source), first + sum(len(weight) for weight in weights.orders))
-    for part in edges.chunks(options):
-        inputs = edges.part(part).inputs(options)
-        result, *others = (linear(x, term) for x, term in zip(inputs, terms, strict=True))
-        torch.add(result[:, :extra], bias[:extra], out=scalars[part])
-        gauss_values([result[:, extra:], *others], bias[extra:], out[part])
-    return scalars, out
-
-
 class _ConvolveEdges(torch.autograd.Function):
     """Chunk by chunk; the backward pass rotates and weights the features of a chunk once more."""
 
@@ -282,7 +248,7 @@ class _ConvolveEdges(torch.autograd.Function):
     def forward(ctx, extra, options, *tensors):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(*tensors)
         ctx.extra, ctx.options = extra, options
-        return _streamed(Edges(*tensors[:8]), SO2Weights.from_flat(tensors[8:]), extra, options)
+        return _ConvolveEdges.stream(Edges(*tensors[:8]), SO2Weights.from_flat(tensors[8:]), extra, options)
 
     @staticmethod
     @once_differentiable
@@ -334,3 +300,39 @@ class _ConvolveEdges(torch.autograd.Function):
         dtype, first = terms[0].dtype, len(terms[0]) - grad_scalars.shape[1]
         of_scalars = torch.cat((grad_scalars, grad_out[:, :first]), dim=1).to(dtype)
         return [of_scalars, *gauss_gradients(grad_out[:, first:].to(dtype), [len(t) for t in terms[1:]])]
+
+    @staticmethod
+    def stream(edges: Edges, weights: SO2Weights, extra: int, options: InputOptions) -> tuple[Tensor, Tensor]:
+        """Compute `convolve_edges` chunk by chunk, without derivatives."""
+        edges = edges.prepared(options)
+        terms = weights.terms(edges.hidden.dtype)
+        bias, first = weights.bias.to(edges.hidden.dtype), len(weights.scalar) - extra
+        scalars = edges.hidden.new_empty(len(edges.source), extra)
+        out = edges.hidden.new_empty(len(edges.source), first + sum(len(weight) for weight in weights.orders))
+        for part in edges.chunks(options):
+            inputs = edges.part(part).inputs(options)
+            result, *others = (linear(x, term) for x, term in zip(inputs, terms, strict=True))
+            torch.add(result[:, :extra], bias[:extra], out=scalars[part])
+            gauss_values([result[:, extra:], *others], bias[extra:], out[part])
+        return scalars, out
+
+    @staticmethod
+    def expression(
+        edges: Edges, weights: SO2Weights, extra: int, lmax: int, shared: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Compute `convolve_edges` under ordinary autograd."""
+        matrices = rotation_matrices(edges.packed, (lmax, len(weights.orders)))
+        sides = ((edges.x, edges.source), (edges.x_target, edges.target))
+        rotated = torch.cat([torch.bmm(matrices, gather_rows(x, index)) for x, index in sides], dim=2)
+        radial = torch.nn.functional.linear(edges.hidden, edges.radial_weight, edges.radial_bias)
+        outputs = []
+        terms = weights.terms(radial.dtype)
+        for m in range(len(weights.orders) + 1):
+            product = order_of(rotated, lmax, m) * radial_of(radial, rotated.shape[2], lmax, m, shared)
+            inputs = product.flatten(2).to(radial.dtype)
+            if m == 0:
+                scalars = linear(inputs[:, 0], terms[0]) + weights.bias.to(radial.dtype)
+                outputs.append(scalars[:, extra:])
+            else:
+                outputs.append(complex_linear(inputs[:, 0], inputs[:, 1], terms[3 * m - 2 : 3 * m + 1]))
+        return scalars[:, :extra], torch.cat(outputs, dim=1)

@@ -52,7 +52,7 @@ def check_per_order(
 
 
 def empty_per_order(like: Tensor, degrees: tuple[int, int], channels: int) -> list[Tensor]:
-    """Make operands `[e, (L+1-m) channels]` of the GEMMs, one for m = 0 and three else; e rows as in `like`."""
+    """Make operands `[e, (L+1-m) channels]` of the GEMMs, with the e rows of `like`; three per m > 0."""
     return [like.new_empty(len(like), width) for width in widths_per_order(degrees, channels)]
 
 

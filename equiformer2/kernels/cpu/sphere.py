@@ -121,7 +121,7 @@ class _Grid:
         """Write the activation to `out`, or with `grad_out` the gradient to `out` and `grad_gates`."""
         channels, width = self.channels_of(hidden), hidden.shape[1]
         check("hidden", hidden, hidden.dtype, len(hidden), (1 + self.sizes[2]) * channels)
-        # Forward the rows of `out` are as long as it is; backward `out` is a part of the gradient of `hidden`.
+        # Backward, `out` is a part of the gradient of `hidden`, whose rows are longer.
         stride = self._rows * channels if grad_out is None else width
         sizes = *self.sizes, self._rows
         columns = hidden[:, channels:], hidden, width, grad_out, out, stride, grad_gates
