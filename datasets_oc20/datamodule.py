@@ -79,7 +79,7 @@ class NormalizerValues:
         energy_std: eV.
         forces_std: eV/Å.
         linear_references: `.npz` file whose array `coeff [100]` holds a reference per atomic number, eV (as
-            `scripts/fit_references.py` writes), for total energies.
+            `equiformer2 data references` writes), for total energies.
     """
 
     energy_mean: float

@@ -60,7 +60,7 @@ def named_on_an_index(text: str) -> list[str]:
     name = r"equiformer2"
     extras = re.findall(rf"{name}\[[\w, -]+\]", text)
     installed = re.findall(
-        rf"(?:pip3?|uv|pipx)\s+(?:add|download|install)\b[^\n`]*?[\s'\"]({name}(?:[=<>~!]\S*)?)(?![\w./[-])",
+        rf"(?:pip3?|uv|pipx)\s+(?:add|download|install)\b[^\n`]*?[ \t'\"]({name}(?:[=<>~!]\S*)?)(?![\w./[-])",
         text,
     )
     return extras + installed

@@ -82,7 +82,8 @@ def plain_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"the weights do not fit the parametrized network: {error}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"the weights do not fit the parametrized network: {reason}") from error
     plain = {name: value for name, value in state.items() if "parametrizations." not in name}
     with torch.no_grad():
         for weight in names:

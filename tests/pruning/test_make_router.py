@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from search_helpers import save_tiny, slab, write_lmdb
-from test_study import run_prune
+from test_pareto import run_prune
 from torch_geometric.data import Data
 
+from equiformer2.cli.main import build_parser
 from equiformer2.errors import InputError
 from equiformer2.pruning.analysis.pareto import Study, StudySettings
 from equiformer2.pruning.analysis.pareto_report import markdown, missed, summarise, write_report
@@ -27,7 +28,7 @@ from equiformer2.pruning.routing.make_router import MadeRouter, RouteRequest, ma
 from equiformer2.pruning.routing.router_files import router_to_dict
 from equiformer2.pruning.routing.schedule import Schedule
 
-QUICK = RoutingSettings(protected=(), population=4, generations=1, tolerance=0.1, steps=4)
+QUICK = RoutingSettings(population=4, generations=1, tolerance=0.1, steps=4)
 
 
 def rattled(sid: str, seed: int) -> Data:
@@ -179,7 +180,7 @@ def test_route_on_the_command_line(files, tmp_path) -> None:
     ran = run_prune(
         "route", "--checkpoint", files["dense"], "--data", files["calibration"], "--out", out,
         "--method", "ftp", "--target", "macs=0.7", "--population", 4, "--generations", 1,
-        "--tolerance", 0.1, "--router-steps", 2, "--protect",
+        "--tolerance", 0.1, "--router-steps", 2,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert "% of the MACs left" in ran.stdout
@@ -187,9 +188,17 @@ def test_route_on_the_command_line(files, tmp_path) -> None:
     report = json.loads((tmp_path / "router.report.json").read_text())
     assert report["achieved"]["macs"] == pytest.approx(0.7, abs=0.1)
     assert report["errors"]["force_mae"] > 0
+    assert report["request"]["settings"]["protected"] == []
     kept = {"trained": FTPRouter, "static": StaticRouter}[report["found"]["kept"]]
     assert type(load_router(out)) is kept
     assert (tmp_path / "router.state.pt").exists()
+
+
+def test_the_default_is_the_static_router_with_every_block_searched() -> None:
+    options = ("prune", "route", "--checkpoint", "a.pt", "--data", "a.lmdb", "--out", "router.json")
+    given = build_parser().parse_args(options)
+    assert (given.method, given.protect) == ("static", [])
+    assert RoutingSettings().protected == ()
 
 
 @pytest.mark.parametrize("option", [("--mode", "smooth"), ("--keep-free",), ("--protect", "0")], ids=str)

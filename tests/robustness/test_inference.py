@@ -633,7 +633,7 @@ def _dataset(path: Path, *, energies: bool = False) -> Path:
 
 
 IGNORED: list[tuple[str, list[str], str]] = [
-    ("relax", ["--structure", "x.traj", "--index", ":"], "relax_is2re.py"),
+    ("relax", ["--structure", "x.traj", "--index", ":"], "relax-is2re"),
     ("relax", ["--structure", "x.traj", "--index", "0:5"], "'0:5' is not the number of one frame"),
     ("relax", ["--structure", "x.traj", "--replan-every", "5"], "--router"),
     ("relax_is2re", ["--data", "d.lmdb", "--out", "o", "--max-atoms", "1"], "of d.lmdb has 4 atoms"),

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch_geometric.data import Batch, Data
@@ -25,7 +25,7 @@ from equiformer2.model import EquiformerV2
 from equiformer2.pruning.calibration import Calibration, Network
 from equiformer2.pruning.calibration_data import labelled_energies, read_structures
 from equiformer2.pruning.cost.latency import compare_latency
-from equiformer2.pruning.cost.targets import CombinedTarget, LatencyTarget, MacTarget, ParameterTarget, Target
+from equiformer2.pruning.cost.targets import CombinedTarget, MacTarget, ParameterTarget, Target
 from equiformer2.pruning.fingerprints import fingerprint_of_structures, fingerprint_of_weights
 from equiformer2.pruning.recovery.distillation import RUN, Paths, distill
 from equiformer2.pruning.routing import (
@@ -182,10 +182,7 @@ def routed_result(
 log = logging.getLogger("equiformer2")
 
 DENSE, SCRATCH = "dense", "scratch"
-TIMED = "multi_time"
-"""`multi` with a second target beside the operations: `StudySettings.latency`."""
-
-STUDIED = (*METHODS, TIMED, *ROUTED)
+STUDIED = (*METHODS, *ROUTED)
 _ANY = 0.5  # a target's fraction, where only its count is used
 
 
@@ -195,7 +192,7 @@ class Recovery:
 
     Attributes:
         train, val: structures, as in `distill`.
-        arguments: of `scripts/train.py`.
+        arguments: of `equiformer2 train`.
         scratch: also train the plans of the method `multi` from random weights, equally long.
     """
 
@@ -210,16 +207,16 @@ class StudySettings:
     """What to compare.
 
     Attributes:
-        methods: of `methods.METHODS`, `TIMED` and `study_routing.ROUTED`.
+        methods: of `known_methods`: plans (`METHODS`) and routers (`ROUTED`).
         keep: shares of the multiply-accumulates that stay.
         seeds: of the choice of calibration structures and of everything drawn.
         structures: calibration structures per seed.
         tries: cuts tried per step of a search.
         repeats: pairs of calls per measured latency.
         routing: how routers are made.
-        latency: share of the time of a force call that `multi_time` leaves.
-        threads: with which its times are measured; None for those that torch has.
     """
+
+    known_methods: ClassVar[tuple[str, ...]] = STUDIED
 
     methods: tuple[str, ...]
     keep: tuple[float, ...]
@@ -228,13 +225,12 @@ class StudySettings:
     tries: int = 8
     repeats: int = 10
     routing: RoutingSettings = field(default_factory=RoutingSettings)
-    latency: float = 0.6
-    threads: int | None = None
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.methods if name not in STUDIED]
+        unknown = [name for name in self.methods if name not in self.known_methods]
         if unknown:
-            raise InputError(f"the method {unknown[0]!r} is not known: use some of {', '.join(STUDIED)}")
+            known = ", ".join(self.known_methods)
+            raise InputError(f"the method {unknown[0]!r} is not known: use some of {known}")
         for name in ("structures", "tries", "repeats"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: give at least 1")
@@ -300,13 +296,6 @@ class Study:
             results.append(read_json(path))
         return results
 
-    def search_for_time(self, progress: bool = True) -> None:
-        """Make the plans of `TIMED`, and nothing else: when the machine does nothing else, before `run`."""
-        jobs = [(keep, seed) for keep in self.settings.keep for seed in self.settings.seeds]
-        for keep, seed in tqdm(jobs, desc="plans for time", unit="plans", disable=not progress):
-            if not (self.out / "results" / f"{result_name(TIMED, keep, seed)}.json").exists():
-                self._search(TIMED, keep, seed)
-
     def _result(self, method: str, keep: float, seed: int) -> dict[str, Any]:
         name, found = result_name(method, keep, seed), dict[str, Any]()
         calibration = self._calibration(seed)
@@ -351,22 +340,25 @@ class Study:
 
     def _search(self, method: str, keep: float, seed: int) -> tuple[PruningPlan, dict[str, Any]]:
         """The plan of a method and what `find_plan` tells of it; a search that was stopped goes on."""
-        calibration = self._calibration(seed)
-        targets: list[Target] = [MacTarget(self.model.config, keep, *calibration.size)]
-        if method == TIMED:
-            targets.append(self._latency_target())
+        target = MacTarget(self.model.config, keep, *self._calibration(seed).size)
+        return self._find_plan(method, [target], result_name(method, keep, seed), seed)
+
+    def _find_plan(
+        self, method: str, targets: Sequence[Target], name: str, seed: int
+    ) -> tuple[PruningPlan, dict[str, Any]]:
+        """Search a plan that reaches all targets, with the state of the search under `name`."""
         together = CombinedTarget(targets)
         return find_plan(
-            "multi" if method == TIMED else method,
+            method,
             self.model,
             self.checkpoint.normalizers,
-            calibration,
+            self._calibration(seed),
             together.cost,
             together.target,
             shares=together.shares,
             seed=seed,
             tries=self.settings.tries,
-            state_path=self.searches / f"{result_name(method, keep, seed)}.json",
+            state_path=self.searches / f"{name}.json",
             progress=False,
         )
 
@@ -389,12 +381,6 @@ class Study:
                 seed: Calibration(self.model, self.checkpoint.normalizers, self._structures(seed))
             }
         return self._calibrations[seed]
-
-    def _latency_target(self) -> LatencyTarget:
-        """Times for the first held-out structure, in a file that all seeds share."""
-        batch = Batch.from_data_list(self.held_out[0].calibration.structures[:1])
-        path, settings = self.searches / "times.json", self.settings
-        return LatencyTarget(self.model, batch, settings.latency, path, settings.threads)
 
     def _latency(self, small: EquiformerV2) -> dict[str, Any]:
         """Of one forward pass for the first held-out structure, prepared as for inference."""
@@ -426,12 +412,15 @@ class Study:
         # The last weights, not the best: nothing is chosen by any error.
         return load_checkpoint(run / "checkpoints" / "last.pt").model.eval()
 
+    def _later_options(self) -> dict[str, Any]:
+        """Settings that only some methods use, by key in `study.json`, to which they may be added later."""
+        routed = any(name in ROUTED for name in self.settings.methods)
+        return {"routing": asdict(self.settings.routing)} if routed else {}
+
     def _check_same_study(self) -> None:
-        options = asdict(self.settings)
-        for name in ("methods", "keep", "seeds"):
-            del options[name]  # a study may be extended
-        later = {"routing": options.pop("routing")}
-        later["timing"] = {name: options.pop(name) for name in ("latency", "threads")}
+        # Methods, shares and seeds are not compared: a study may be extended.
+        options = {name: getattr(self.settings, name) for name in ("structures", "tries", "repeats")}
+        later = self._later_options()
         identity: dict[str, Any] = {
             "model": fingerprint_of_weights(self.model),
             "calibration": _names(self.calibration_data),
@@ -441,15 +430,12 @@ class Study:
             "options": options,
             "recovery": None if self.recovery is None else asdict(self.recovery) | {"scratch": None},
         }
-        methods = self.settings.methods
-        used = {"routing": any(name in ROUTED for name in methods), "timing": TIMED in methods}
-        identity |= {name: later[name] for name in later if used[name]}
-        identity = json.loads(json.dumps(identity))
+        identity = json.loads(json.dumps(identity | later))
         path = self.out / "study.json"
         if path.exists():
             known = read_json(path)
-            # The first routers, or plans for time, of a study that had none.
-            added = {name: identity[name] for name in later if name in identity and name not in known}
+            # The first routers, say, of a study that had none.
+            added = {name: identity[name] for name in later if name not in known}
             self._check_identity(identity, known | added)
             if added:
                 write_json(path, known | added)

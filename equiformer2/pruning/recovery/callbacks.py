@@ -1,4 +1,4 @@
-"""Pruning during training, as Lightning callbacks for `scripts/train.py` (`configs/pruning/`).
+"""Pruning during training, as Lightning callbacks for `equiformer2 train` (`configs/pruning/`).
 
 Both go into `trainer.callbacks` of a configuration. `GradualPruning` cuts by masks while the network trains
 and lets native checkpoints hold the physically smaller network; `DenseTeacher` puts a dense network's
@@ -236,5 +236,5 @@ class GradualPruning(Callback):
 
 def _task_of(module: pl.LightningModule) -> S2EFTask:
     if not isinstance(module, S2EFTask):
-        raise InputError("GradualPruning works with the network of scripts/train.py only")
+        raise InputError("GradualPruning works with the network of `equiformer2 train` only")
     return module

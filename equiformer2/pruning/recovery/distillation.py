@@ -2,7 +2,7 @@
 
 No labels are needed. The dense network answers once for every structure, its answers are stored as an
 ordinary dataset, and training on that dataset is an ordinary run: energies of all structures, forces of
-free atoms only (`training.losses`), the run folder, resuming and all settings of `scripts/train.py`.
+free atoms only (`training.losses`), the run folder, resuming and all settings of `equiformer2 train`.
 """
 
 import logging
@@ -59,8 +59,8 @@ def distill(
         train_data: structures to learn on; labels in them are not read. As in `read_structures`.
         val_data: structures to validate on, best of other systems.
         out: folder of the run, `run/`, and of `train.lmdb` and `val.lmdb`, the teacher's answers.
-        arguments: of `scripts/train.py`, such as `--config FILE` and `--optim.lr 1e-4`; model, data, name and
-            starting point are decided here.
+        arguments: keys of `equiformer2 train`, such as `--config FILE` and `--optim.lr 1e-4`; model, data,
+            name and starting point are decided here.
         from_scratch: start from random weights instead of the student's: the baseline of the same size.
         device: that the teacher answers on.
         labels: folder of the teacher's answers, for several students of one teacher; None for `out`.

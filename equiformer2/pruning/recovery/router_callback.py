@@ -1,4 +1,4 @@
-"""Training of a token router beside a network, as a Lightning callback for `scripts/train.py`."""
+"""Training of a token router beside a network, as a Lightning callback for `equiformer2 train`."""
 
 import dataclasses
 import math
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch_geometric.data import Batch
 
 from equiformer2.errors import InputError
+from equiformer2.kernels.backend import Features
 from equiformer2.model import EquiformerV2
 from equiformer2.pruning.routing.ftp import FTPRouter
 from equiformer2.pruning.routing.ftp_training import (
@@ -114,7 +115,7 @@ class TrainRouter(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a backend that cannot skip atoms."""
-        self._network(pl_module).check_backend(routed=True)
+        self._network(pl_module).check_backend(Features(routing=True))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or go on."""
@@ -176,7 +177,7 @@ class TrainRouter(Callback):
 
     def _network(self, module: pl.LightningModule) -> EquiformerV2:
         if not isinstance(module, S2EFTask):
-            raise InputError("TrainRouter works with the network of scripts/train.py only")
+            raise InputError("TrainRouter works with the network of `equiformer2 train` only")
         if self.weights == "averaged" and module.averaged is None:
             raise InputError("TrainRouter: there are no averaged weights with task.ema_decay: 0: use raw")
         network = module.model if self.weights == "raw" else module.best_weights

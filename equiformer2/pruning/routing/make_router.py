@@ -1,4 +1,4 @@
-"""From a checkpoint and data to a router and a report of it: what `scripts/prune.py route` calls."""
+"""From a checkpoint and data to a router and a report of it: what `equiformer2 prune route` calls."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

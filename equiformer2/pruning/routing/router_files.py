@@ -144,6 +144,7 @@ def for_batched_relaxation(path: str | None) -> BaseRouter | None:
     if router is not None and jumps(router):
         raise InputError(
             f"what {path} skips jumps along a relaxation, and batches keep no plan: use a router of the mode "
-            "smooth or one that asks the tags alone (context_only), or relax one structure with relax.py"
+            "smooth or one that asks the tags alone (context_only), or relax one structure with "
+            "`equiformer2 relax`"
         )
     return router

@@ -56,7 +56,7 @@ class RoutingSettings:
             thresholds at the end; the `ftp` router is trained and searched in its mode.
         width: of the gates of `smooth`, in units of the score.
         keep_free: always compute free atoms and the adsorbate.
-        protected: blocks that compute all atoms; None for the first and the last, () for none.
+        protected: blocks that compute all atoms; the search decides for the others.
         population, generations, tolerance: of the genetic search.
         steps, learning_rate: of the training of `ftp`.
     """
@@ -64,7 +64,7 @@ class RoutingSettings:
     mode: str = "topk"
     width: float = 0.1
     keep_free: bool = False
-    protected: tuple[int, ...] | None = None
+    protected: tuple[int, ...] = ()
     population: int = 16
     generations: int = 10
     tolerance: float = 0.02
@@ -129,11 +129,10 @@ def find_router(
 
 def _protected(method: str, model: EquiformerV2, settings: RoutingSettings) -> tuple[int, ...]:
     last = len(model.blocks) - 1
-    wrong = [block for block in settings.protected or () if not 0 <= block <= last]
+    wrong = [block for block in settings.protected if not 0 <= block <= last]
     if wrong:
         raise InputError(f"block {wrong[0]} cannot be protected: the network has blocks 0 to {last}")
-    protected = (0, last) if settings.protected is None else settings.protected
-    return tuple(sorted({0, *protected} if method in _BY_ATTENTION else {*protected}))
+    return tuple(sorted({0, *settings.protected} if method in _BY_ATTENTION else {*settings.protected}))
 
 
 @dataclasses.dataclass

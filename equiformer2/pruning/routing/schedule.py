@@ -100,7 +100,7 @@ def search_schedule(
     target_macs: float,
     *,
     start: Sequence[Sequence[float]] = (),
-    protected: Sequence[int] | None = None,
+    protected: Sequence[int] = (),
     population: int = 16,
     generations: int = 10,
     tolerance: float = 0.02,
@@ -117,8 +117,9 @@ def search_schedule(
         evaluate: for instance `ScheduleObjective`.
         num_blocks: L.
         target_macs: fraction of the dense network's MACs.
-        start: schedules that are tried first, beside uniform, rising and falling ones.
-        protected: blocks that compute all atoms; None for the first and the last, () for none.
+        start: schedules that are tried first, beside uniform, rising and falling ones and one in which the
+            first and the last block compute everything.
+        protected: blocks that compute all atoms and are no part of the search.
         population, generations: size of the search.
         tolerance: a schedule reaches the target with `target_macs - tolerance` to `target_macs`.
         seed: of all random choices.
@@ -149,7 +150,7 @@ def uniform_schedule(
     num_blocks: int,
     target_macs: float,
     *,
-    protected: Sequence[int] | None = None,
+    protected: Sequence[int] = (),
     tolerance: float = 0.02,
 ) -> Schedule:
     """The same level in every block that is not protected: the baseline of `search_schedule`.
@@ -174,9 +175,8 @@ def uniform_schedule(
     return Schedule(best.levels, best.loss, best.macs, (best.loss,), len(tried))
 
 
-def _open_blocks(num_blocks: int, target_macs: float, protected: Sequence[int] | None) -> list[int]:
-    ends = (0, num_blocks - 1) if protected is None else tuple(protected)
-    open_blocks = [block for block in range(num_blocks) if block not in ends]
+def _open_blocks(num_blocks: int, target_macs: float, protected: Sequence[int]) -> list[int]:
+    open_blocks = [block for block in range(num_blocks) if block not in protected]
     if not open_blocks:
         raise InputError(f"all of the {num_blocks} blocks are protected: there is nothing to search")
     if not 0 < target_macs < 1:
@@ -240,6 +240,11 @@ class _Search:
         ramp = np.linspace(-1.0, 1.0, n) if n > 1 else np.zeros(1)
         shapes = [np.array([levels[b] for b in self.open]) for levels in given]
         shapes += [np.full(n, share), share * (1 + 0.5 * ramp), share * (1 - 0.5 * ramp)]
+        ends = [self.open.index(block) for block in (0, self.num_blocks - 1) if block in self.open]
+        if len(ends) < n:
+            inner = np.full(n, min(_MOST, share * n / (n - len(ends))))
+            inner[ends] = 0.0
+            shapes.append(inner)
         while len(shapes) < population:
             shapes.append(share + 0.3 * self.rng.standard_normal(n))
         return [self.try_near(shape) for shape in shapes]
