@@ -294,11 +294,11 @@ def test_checkpoints_of_other_models_are_named(v0: Edited, flat: Edited, hydra: 
 def test_heads_are_checked(hydra: Edited) -> None:
     heads = hydra.file["config"]["model"]["heads"]
     heads["stress"] = {"module": "rank2_symmetric_head"}
-    with pytest.raises(InputError, match="head 'stress' .*'rank2_symmetric_head'"):
+    with pytest.raises(InputError, match=r"head 'stress' .*'rank2_symmetric_head'"):
         hydra.load()
     del heads["stress"]
     heads["energy"] = {"module": "equiformerV2_scalar_head", "reduce": "mean", "output_name": "energy"}
-    with pytest.raises(InputError, match="head 'energy' .*: reduce"):
+    with pytest.raises(InputError, match=r"head 'energy' .*: reduce"):
         hydra.load()
     del heads["energy"]
     with pytest.raises(InputError, match=r"one energy head .*\['forces'\]"):

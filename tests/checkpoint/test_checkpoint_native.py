@@ -203,7 +203,7 @@ def test_weights_of_another_model_are_refused_before_writing(tmp_path: Path, mod
 
 def test_asking_for_the_other_kind_of_energy_is_an_error(native: Path) -> None:
     assert load_checkpoint(native, energy_kind="adsorption").energy_kind == "adsorption"
-    with pytest.raises(InputError, match="adsorption energies.* total energies"):
+    with pytest.raises(InputError, match=r"adsorption energies.* total energies"):
         load_checkpoint(native, energy_kind="total")
 
 

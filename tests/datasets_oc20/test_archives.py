@@ -63,7 +63,7 @@ def test_a_link_in_the_folder_leads_nowhere(tmp_path: Path) -> None:
     folder.mkdir()
     elsewhere.mkdir()
     (folder / "a").symlink_to(elsewhere)
-    with pytest.raises(DataError, match="a/README.* link"):
+    with pytest.raises(DataError, match=r"a/README.* link"):
         unpack(make_tar(tmp_path / "x.tar", *GOOD), folder, show_progress=False)
     assert not list(elsewhere.iterdir())
 
