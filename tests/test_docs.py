@@ -97,6 +97,7 @@ def test_nothing_installs_the_project_from_an_index() -> None:
         ("pip install .", False),
         ("pip install '.[wandb]'", False),
         ("pip install ./equiformer2", False),
+        ("pip install .\nequiformer2 doctor", False),
         ("pip install torch  # for equiformer2/kernels", False),
     ],
 )
