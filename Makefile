@@ -14,12 +14,13 @@ DEMO_ARGS ?=
 BENCHMARK_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-slow lint package docs api benchmark
+.PHONY: help setup demo test test-quick test-slow lint package docs api benchmark
 
 help:
 	@echo "make setup       install everything into $(VENV) (the other targets do it themselves)"
 	@echo "make demo        the main job on bundled OC20 data; DEMO_ARGS=\"--short\" for a quick run"
-	@echo "make test        fast tests            make test-slow   the longer ones too"
+	@echo "make test        fast tests            make test-quick  one per promise, under a minute"
+	@echo "make test-slow   all tests, those of benchmarks and studies included"
 	@echo "make lint        ruff and mypy         make docs        the pages: links, code, numbers"
 	@echo "make api         the API reference, in build/api"
 	@echo "make package     build wheel and source distribution, check them, use the wheel outside the clone"
@@ -44,6 +45,10 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+# One test per promise of the README, in one process: the files named in tests/quick.txt are all that is imported.
+test-quick: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q @tests/quick.txt
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'slow or not slow' tests benchmarks studies $(PYTEST_ARGS)

@@ -80,7 +80,7 @@ class _WholeEnergyHead(EnergyHead):
 
 
 class _WholeForceHead(VectorHead):
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, edges: EdgeGraph, backend: Backend, routing: BlockRouting = EVERYTHING
     ) -> Tensor:
         out = SO2EquivariantGraphAttention.forward(self, x, edges, backend, routing)
