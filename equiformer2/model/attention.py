@@ -252,7 +252,7 @@ class SO2EquivariantGraphAttention(DerivedConstants):
     def _logits(self, scalars: Tensor, alpha: Tensor, *norm: Tensor) -> Tensor:
         scalars = scalars.to(alpha.dtype).unflatten(1, (self.num_heads, -1))
         if norm:
-            scalars = nn.functional.layer_norm(scalars, norm[0].shape, *norm)
+            scalars = nn.functional.layer_norm(scalars, norm[0].shape, norm[0], norm[1])
         return (self.alpha_act(scalars) * alpha).sum(2)
 
 
