@@ -14,13 +14,15 @@ DEMO_ARGS ?=
 BENCHMARK_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-slow lint package docs benchmark
+.PHONY: help setup demo test test-quick test-slow lint package docs api benchmark
 
 help:
 	@echo "make setup       install everything into $(VENV) (the other targets do it themselves)"
 	@echo "make demo        the main job on bundled OC20 data; DEMO_ARGS=\"--short\" for a quick run"
-	@echo "make test        fast tests            make test-slow   the longer ones too"
+	@echo "make test        fast tests            make test-quick  one per promise, under a minute"
+	@echo "make test-slow   all tests, those of benchmarks and studies included"
 	@echo "make lint        ruff and mypy         make docs        the pages: links, code, numbers"
+	@echo "make api         the API reference, in build/api"
 	@echo "make package     build wheel and source distribution, check them, use the wheel outside the clone"
 	@echo "make benchmark   speed and memory against fairchem-core; BENCHMARK_ARGS=\"--quick\" for a smoke run"
 
@@ -44,6 +46,10 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
+# One test per promise of the README, in one process: the files named in tests/quick.txt are all that is imported.
+test-quick: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q @tests/quick.txt
+
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'slow or not slow' tests benchmarks studies $(PYTEST_ARGS)
 
@@ -58,6 +64,11 @@ package: setup
 
 docs: setup
 	$(BIN)/python -m pytest tests/test_docs.py tests/docs
+
+# Built from the docstrings; not part of continuous integration.
+api: setup
+	$(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python docs/build_api.py build/api
 
 # The reference implementation lives in an environment of its own: it needs older NumPy and SciPy.
 $(BENCH_VENV)/.complete: benchmarks/setup_reference.sh benchmarks/reference-constraints.txt

@@ -1,6 +1,6 @@
 """Train a small network twice, with the chunked kernels and with plain expressions, and draw the losses.
 
-    python scripts/preprocess_oc20.py --data data/teacher --out runs/data/teacher_train.lmdb
+    equiformer2 data preprocess --data data/teacher --out runs/data/teacher_train.lmdb
     python -m benchmarks.compare_loss_curves --data runs/data/teacher_train.lmdb \\
         --out docs/results/loss_curves
 
@@ -9,6 +9,7 @@ respect to positions are wanted, so the second training only asks for them.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ import torch
 from equiformer2.script import origin, run_script
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", required=True, help="LMDB with adsorption energies and forces")
     parser.add_argument("--out", required=True, type=Path, help="path without ending for the .png and .json")
     parser.add_argument("--steps", type=int, default=60, help="default: %(default)s")
-    parser.add_argument("--batch_size", type=int, default=4, help="default: %(default)s")
-    return parser.parse_args()
+    parser.add_argument("--batch-size", type=int, default=4, help="default: %(default)s")
+    return parser.parse_args(words)
 
 
 def losses(arguments: argparse.Namespace, plain: bool) -> list[float]:
@@ -80,8 +81,8 @@ def small_config(config: Any) -> Any:
     )
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(words: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(words)
     import matplotlib
 
     matplotlib.use("Agg")

@@ -10,6 +10,7 @@ published peak: the least that a perfect kernel would take. Without `--output` t
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from equiformer2.files import check_target, write_bytes
@@ -390,7 +391,7 @@ def markdown(presets: list[str], structures: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -398,7 +399,7 @@ def main() -> None:
     names = ("31M", "83M", "153M")
     parser.add_argument("--presets", nargs="+", choices=names, default=list(names), help="networks")
     parser.add_argument("--output", help=f"file to write, such as {OUTPUT}; default: print")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if arguments.output:
         check_target(arguments.output)
     page = markdown(arguments.presets, arguments.structures)

@@ -9,6 +9,7 @@ in docs/data.md comes from this script.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,13 +73,13 @@ def balanced(sizes: np.ndarray, ranks: int, batch_size: int, max_edges: int | No
     ).imbalance()
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", help="sizes of this dataset instead of the bundled ones")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--count", type=int, default=100_000, help="structures drawn without --data")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.json is not None:
         check_target(options.json, inputs=[] if options.data is None else [options.data])
     counted = edges_per_atom()

@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import itertools
 import multiprocessing
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -77,7 +78,7 @@ def measure(size: str, batch_name: str, way: str, threads: int) -> dict[str, Any
         "atoms": len(batch.pos),
         "edges": len(graph.distances),
         "before_step": held(),
-        "backend": "torch" if way == "stored" else model.chosen_backend(),
+        "backend": "torch" if way == "stored" else model.resolve_backend().name,
     }
     if way == "stored":
         model.backend = "torch"
@@ -158,7 +159,7 @@ def sentences(row: dict[str, Any]) -> list[str]:
     return lines
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS), help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="write the figures there")
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     for option, known in (("sizes", SIZES), ("batches", BATCHES), ("ways", WAYS)):
         unknown = set(getattr(given, option).split(",")) - set(known)
         if unknown:

@@ -11,6 +11,7 @@ import argparse
 import io
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -257,14 +258,14 @@ def draw(rows: list[dict[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3, help="networks of each kind")
     parser.add_argument("--trials", type=int, default=3, help="rotations of each network")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder of the report")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     with torch.no_grad():
         rows = sweep(args.seeds, args.trials)
     write_json(args.output / "equivariance.json", {**origin(), "rows": rows}, make_folder=True)

@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -113,7 +114,7 @@ def loaded_per_second(folder: str, workers: int, batch_size: int, reads: int) ->
     return found / (time.perf_counter() - start)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--keys", type=int, default=200_000)
     parser.add_argument("--shards", type=int, default=64)
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="records in a batch of the loader")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     found = []
     for keys in (options.keys // 10, options.keys):
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:

@@ -6,9 +6,10 @@ from typing import Any
 
 from datasets_oc20.untrusted import read_yaml
 from equiformer2.errors import InputError
-from equiformer2.pruning.analysis.pareto import Recovery, Study, StudySettings
+from equiformer2.pruning.analysis.pareto import Recovery
 from equiformer2.pruning.routing import RoutingSettings
 from equiformer2.training.config_values import check_finite
+from studies.timed_study import TimedSettings, TimedStudy
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,10 @@ class Campaign:
     speed: Speed
     jobs: int = 1
 
-    def settings(self, name: str) -> StudySettings:
+    def settings(self, name: str) -> TimedSettings:
         """Of the study `name`."""
         part = self.studies[name]
-        return StudySettings(
+        return TimedSettings(
             methods=part.methods,
             keep=part.keep,
             seeds=self.seeds,
@@ -95,7 +96,7 @@ class Campaign:
         distill = self.studies[name].distill
         return distill is not None and distill.scratch
 
-    def study(self, name: str, out: Path) -> Study:
+    def study(self, name: str, out: Path) -> TimedStudy:
         """The study `name` in a folder of its own, sharing searches with those of the same network."""
         part = self.studies[name]
         recovery = None
@@ -103,7 +104,7 @@ class Campaign:
             length = f"--trainer.max_steps={part.distill.steps}"
             arguments = ("--config", self.distill_config, "--trainer.max_epochs=-1", length)
             recovery = Recovery(self.calibration, (self.distill_val,), arguments, part.distill.scratch)
-        return Study(
+        return TimedStudy(
             self.models[part.model],
             list(self.calibration),
             {title: [path] for title, path in self.held_out.items()},

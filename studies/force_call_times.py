@@ -23,7 +23,6 @@ from equiformer2.files import read_json, write_json
 from equiformer2.inference import EquiformerV2Calculator, Predictor
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.pruning.analysis.lossless import measure_savings
-from equiformer2.pruning.analysis.pareto import TIMED
 from equiformer2.pruning.calibration_data import read_structures
 from equiformer2.pruning.cost.latency import compare_latency
 from equiformer2.pruning.cost.targets import MacTarget
@@ -35,6 +34,7 @@ from equiformer2.pruning.structured.apply import shrink
 from equiformer2.pruning.structured.baselines import uniform_plan
 from equiformer2.pruning.structured.plan import PruningPlan
 from studies.campaign import Campaign, Speed
+from studies.timed_study import TIMED
 
 _STRUCTURES = 3
 _STEP = 1e-3  # Å: every call is for a new structure, as in a relaxation

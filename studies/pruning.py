@@ -42,8 +42,8 @@ def main() -> None:
         with watch.part("lossless"):
             measure_lossless(campaign, options.out / "lossless")
     if "studies" in parts:
-        from equiformer2.pruning.analysis.pareto import TIMED
         from studies.parallel_studies import run_studies
+        from studies.timed_study import TIMED
 
         with watch.part("plans for time"):
             # Alone, before the others begin: what they choose by is measured.

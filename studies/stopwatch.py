@@ -3,14 +3,13 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from equiformer2.files import write_json
 
 _NAME = "seconds.json"
-_EVERY = 10.0  # s: what a killed call leaves out at most
 
 
 class Stopwatch:
@@ -20,9 +19,14 @@ class Stopwatch:
 
     Args:
         folder: of all results of the study.
+        clock: seconds from any start.
+        interval: seconds between two notes: what a killed call leaves out at most.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, clock: Callable[[], float] = time.monotonic, interval: float = 10.0
+    ) -> None:
+        self._clock, self._interval = clock, interval
         self._path = folder / _NAME
         self._seconds = read_seconds(folder)
         self._timed = bool(self._seconds) or not folder.exists()
@@ -33,14 +37,14 @@ class Stopwatch:
         if not self._timed:
             yield
             return
-        before, start, done = self._seconds.get(name, 0.0), time.monotonic(), threading.Event()
+        before, start, done = self._seconds.get(name, 0.0), self._clock(), threading.Event()
 
         def note() -> None:
-            self._seconds[name] = before + time.monotonic() - start
+            self._seconds[name] = before + self._clock() - start
             write_json(self._path, self._seconds, make_folder=True)
 
         def note_now_and_then() -> None:
-            while not done.wait(_EVERY):
+            while not done.wait(self._interval):
                 note()
 
         note()

@@ -5,8 +5,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from equiformer2.pruning.analysis.pareto import DENSE, SCRATCH, TIMED
+from equiformer2.pruning.analysis.pareto import DENSE, SCRATCH
 from studies.campaign import Campaign
+from studies.timed_study import TIMED
 
 _WORSE = 1.05
 _FASTER = 1.6

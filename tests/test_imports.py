@@ -67,7 +67,7 @@ PURE_TORCH = ("equiformer2/kernels", "equiformer2/model", "equiformer2/symmetry"
 
 def imported_modules(path: Path, root: Path = ROOT) -> list[tuple[int, str]]:
     """`(line, absolute dotted name)` of each import in a file, those inside functions too."""
-    package = list(path.relative_to(root).parts[:-1])
+    package = list(path.relative_to(root).parts[:-1]) if path.is_relative_to(root) else []
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
         if isinstance(node, ast.Import):
@@ -106,6 +106,64 @@ def test_room_imports_only_rooms_below(room: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def import_circles(files: dict[str, Path]) -> list[list[str]]:
+    """Strongly connected groups of modules; imports inside functions and for type checkers count.
+
+    A package stands for its own `__init__`, not for the modules in it.
+    """
+    edges: dict[str, set[str]] = {}
+    for name, path in files.items():
+        targets = {target for _, target in imported_modules(path)}
+        # The last part may be a name inside the module.
+        edges[name] = {t if t in files else t.rpartition(".")[0] for t in targets} & files.keys() - {name}
+
+    def reached(start: str) -> set[str]:
+        seen, waiting = set(), [start]
+        while waiting:
+            waiting += edges[waiting.pop()] - seen
+            seen |= set(waiting)
+        return seen
+
+    reachable = {name: reached(name) for name in files}
+    groups = {
+        tuple(sorted(other for other in reachable[name] if name in reachable[other]))
+        for name in files
+        if name in reachable[name]
+    }
+    return [list(group) for group in sorted(groups)]
+
+
+def modules() -> dict[str, Path]:
+    """Every module of both packages by its dotted name."""
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in ("equiformer2", "datasets_oc20")
+        for path in python_files(package)
+    }
+
+
+def test_imports_have_no_circles() -> None:
+    assert not import_circles(modules())
+
+
+def test_a_circle_is_found(tmp_path: Path) -> None:
+    texts = {"a": "from b import x", "b": "def f():\n    import c", "c": "import a", "d": "import a"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    files = {name: tmp_path / f"{name}.py" for name in texts}
+    assert import_circles(files) == [["a", "b", "c"]]
+
+
+def test_modules_import_from_modules_rather_than_from_the_package() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for name_of, path in modules().items()
+        for line, name in imported_modules(path)
+        if name_of != "equiformer2" and name.rpartition(".")[0] == "equiformer2" and name not in modules()
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_every_room_has_its_arrows() -> None:
     rooms = {
         path.relative_to(ROOT).as_posix()
@@ -137,16 +195,45 @@ def test_the_network_is_pure_torch(room: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_package_never_imports_scripts_or_tests() -> None:
+def test_the_package_never_imports_what_is_not_installed() -> None:
     own_scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {name}"
         for folder in ("equiformer2", "datasets_oc20")
         for path in python_files(folder)
         for line, name in imported_modules(path)
-        if name.split(".")[0] in own_scripts | {"scripts", "tests"}
+        if name.split(".")[0] in own_scripts | {"benchmarks", "scripts", "studies", "tests"}
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(("folder", "other"), [("benchmarks", "studies"), ("studies", "benchmarks")])
+def test_benchmarks_and_studies_import_the_package_alone(folder: str, other: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in python_files(folder)
+        if "tests" not in path.parts
+        for line, name in imported_modules(path)
+        if name.split(".")[0] in {other, "scripts", "tests"}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "studies"])
+def test_modules_of_benchmarks_and_studies_form_no_circle(folder: str) -> None:
+    names = {f"{folder}.{path.stem}": path for path in (ROOT / folder).glob("*.py")}
+    imports = {
+        name: {
+            other
+            for _, imported in imported_modules(path)
+            for other in names
+            if imported == other or imported.startswith(f"{other}.")
+        }
+        for name, path in names.items()
+    }
+    while leaves := {name for name, needed in imports.items() if not needed}:
+        imports = {name: needed - leaves for name, needed in imports.items() if name not in leaves}
+    assert not imports, f"these import each other: {sorted(imports)}"
 
 
 def test_relative_and_aliased_imports_are_seen(tmp_path: Path) -> None:

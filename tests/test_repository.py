@@ -71,6 +71,39 @@ def test_files_stay_short() -> None:
     assert not {name: count for name, count in lengths.items() if count > MAX_LINES}
 
 
+def test_the_packages_are_no_heap_of_fragments() -> None:
+    """At most 25 top-level functions and classes per 1,000 lines; nequip and e3nn have 15."""
+    texts = [path.read_text(encoding="utf-8") for path in sources("equiformer2", "datasets_oc20")]
+    lines = sum(len(text.splitlines()) for text in texts)
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    definitions = sum(isinstance(node, kinds) for text in texts for node in ast.parse(text).body)
+    assert definitions <= 0.025 * lines, f"{definitions} definitions in {lines} lines"
+
+
+def test_docstrings_open_with_a_verb_or_a_noun() -> None:
+    """At most 2 % open with a word that makes half a sentence of them."""
+    openers = ("What", "Whether", "Of", "Those", "How", "Who", "Where", "Why", "Every way")
+    documented = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
+    docstrings = {
+        f"{path.relative_to(ROOT)}: {text.splitlines()[0]}": text
+        for path in sources("equiformer2", "datasets_oc20")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, documented) and (text := ast.get_docstring(node))
+    }
+    wrong = [name for name, text in docstrings.items() if text.startswith(tuple(f"{o} " for o in openers))]
+    assert len(wrong) <= 0.02 * len(docstrings), "\n".join(wrong)
+
+
+def test_behaviour_is_observed_rather_than_replaced() -> None:
+    """At most 40 `setattr` of monkeypatch in all tests."""
+    count = sum(
+        isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".setattr", "mock.patch"))
+        for path in sources("tests", "benchmarks", "studies")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    )
+    assert count <= 40, f"{count} replaced attributes"
+
+
 def test_nothing_is_bound_to_one_machine() -> None:
     # Home and absolute work folders, and index addresses: a fresh clone has none of them.
     pattern = re.compile(r"/(?:work|root|home)/\w|(?:extra-)?index-url|find-links|\.\./shared")

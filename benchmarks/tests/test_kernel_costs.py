@@ -1,6 +1,5 @@
 """The script behind docs/results/kernel_costs.md."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,17 +33,13 @@ def test_roofline_takes_the_rate_of_the_precision() -> None:
     assert (copy.seconds(tf32), copy.bound(tf32)) == (pytest.approx(1e-2), "memory")
 
 
-def test_written_page_is_the_printed_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["kernel_costs.py", "--structures", "1", "--presets", "31M"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    script.main()
+def test_written_page_is_the_printed_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--structures", "1", "--presets", "31M"]
+    script.main(arguments)
     printed = capsys.readouterr().out
     assert "Counted, not measured" in printed
     assert printed.count("gather_rotate, backward") == 2
-    monkeypatch.setattr(sys, "argv", [*arguments, "--output", str(tmp_path / "costs.md")])
-    script.main()
+    script.main([*arguments, "--output", str(tmp_path / "costs.md")])
     assert (tmp_path / "costs.md").read_text(encoding="utf-8") == printed
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -48,8 +48,7 @@ def test_the_figures_are_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         return record(way, peaks[way], kept_by_forward=50) if way in peaks else None
 
     monkeypatch.setattr(measure_checkpointing, "in_fresh_process", made_up)
-    monkeypatch.setattr("sys.argv", ["measure_checkpointing.py", "--sizes", "toy", "--batches", "B1"])
-    measure_checkpointing.main()
+    measure_checkpointing.main(["--sizes", "toy", "--batches", "B1"])
     printed = capsys.readouterr().out.splitlines()
     assert "toy B1 stored: needs more than the" in printed[0]
     assert "25.0 % of that without, default kernels" in printed[-2]

@@ -1,7 +1,6 @@
 """The script behind docs/results/equivariance.md."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -50,8 +49,7 @@ def test_both_grids_are_really_replaced() -> None:
 @pytest.mark.usefixtures("small")
 def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["measure_equivariance.py", "--seeds", "1", "--trials", "1", "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    script.main()
+    script.main(arguments[1:])
     record = json.loads((tmp_path / "equivariance.json").read_text())
     assert len(record["rows"]) == 8
     coarse, fine = (

@@ -1,7 +1,6 @@
 """The script behind docs/results/reader.json."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,13 +23,10 @@ def test_too_few_records_are_no_rate(tmp_path: Path) -> None:
         measure_reader.loaded_per_second(str(tmp_path), 0, 2, 12)
 
 
-def test_the_file_has_both_numbers_of_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_has_both_numbers_of_records(tmp_path: Path) -> None:
     target = tmp_path / "reader.json"
     sizes = ["--keys=400", "--shards=2", "--atoms=3", "--reads=50", "--batch-size=4", "--workers=0"]
-    monkeypatch.setattr(
-        sys, "argv", ["measure_reader.py", *sizes, f"--folder={tmp_path}", f"--json={target}"]
-    )
-    measure_reader.main()
+    measure_reader.main([*sizes, f"--folder={tmp_path}", f"--json={target}"])
     found = json.loads(target.read_text())["datasets"]
     assert [one["keys"] for one in found] == [40, 400]
     for one in found:

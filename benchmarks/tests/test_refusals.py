@@ -1,6 +1,5 @@
 """Results never replace their input."""
 
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -23,7 +22,6 @@ def test_results_do_not_replace_the_input(
     monkeypatch.chdir(tmp_path)
     for name in ("there.lmdb", "there.json"):
         Path(name).write_text("keep")
-    monkeypatch.setattr(sys, "argv", [program.__name__, *arguments])
     with pytest.raises(InputError, match="input"):
-        program.main()
+        program.main(arguments)
     assert {path.read_text() for path in tmp_path.iterdir()} == {"keep"}

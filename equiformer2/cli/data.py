@@ -64,7 +64,9 @@ class Download(Command):
         archive, url = self._archive(options)
         needs = self._space_needs(archive, options)
         print(f"{url}: archive {human(archive.size)}, MD5 {archive.md5 or 'not known'}")
-        print("to write: " + ", ".join(f"{need.purpose} {human(need.size)} in {need.folder}" for need in needs))
+        print(
+            "to write: " + ", ".join(f"{need.purpose} {human(need.size)} in {need.folder}" for need in needs)
+        )
         require_space(needs)
         if options.dry_run:
             return Result({"url": url, "bytes": {need.purpose: need.size for need in needs}})

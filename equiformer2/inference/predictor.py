@@ -19,6 +19,7 @@ from equiformer2.graph.validation import locate_atom
 from equiformer2.inference.atoms import atoms_to_data, check_elements
 from equiformer2.inference.cuda_graph import GraphedNetwork, capture_unavailable_reason, check_captured
 from equiformer2.inference.meaning import warning_for
+from equiformer2.kernels.backend import Features
 from equiformer2.model.output_request import OutputRequest
 
 # Ampere: the first with TF32 and bfloat16 in its tensor cores.
@@ -179,7 +180,7 @@ class Predictor:
             model = copy.deepcopy(checkpoint.model)  # a model in training stays in training
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.model.backend = backend
-        self.model.check_backend(routed=router is not None)
+        self.model.check_backend(Features(routing=router is not None))
         self.router = router
         self.model.fold_weights(torch.bfloat16 if precision == "bf16" else None)
         self.graphed: GraphedNetwork | None = None

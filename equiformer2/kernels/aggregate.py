@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from equiformer2.kernels import triton_path
-from equiformer2.kernels.backend import cpp_kernels, plain_expressions, triton_neighbors, use_cpp_kernels
+from equiformer2.kernels.backend import Backend, Neighbors
 from equiformer2.kernels.chunks import chunks, no_autocast
 from equiformer2.kernels.edge_sums import (
     Messages,
@@ -43,6 +43,8 @@ def attend(
     weights: SO2Weights,
     degrees: tuple[int, int],
     kept: tuple[int, int],
+    backend: Backend,
+    neighbors: Neighbors | None = None,
 ) -> Tensor:
     """Sum over incoming edges of attention weight times second convolution of the activated hidden features.
 
@@ -59,6 +61,8 @@ def attend(
         weights: of the second convolution.
         degrees: highest degree and order of `packed`.
         kept: highest degree and order that the second convolution gives.
+        backend: the implementation; that of `activation`, too.
+        neighbors: of the edges, for the backend `triton`, which runs where they are given.
 
     Returns:
         `[N, (kept degree + 1)^2, channels]` in float32 or wider. Deterministic: edges are added in order.
@@ -68,48 +72,51 @@ def attend(
     rows = sum(2 * min(l, kept[1]) + 1 for l in range(kept[0] + 1))
     # hidden features, their activation, values twice, messages
     bytes_per_edge = 4 * (2 * hidden.shape[1] + outputs * (2 * rows + (kept[0] + 1) ** 2))
-    neighbors = triton_neighbors()
     with no_autocast(hidden):
         if neighbors is not None:
             edges = hidden, alpha, packed, target
             return triton_path.attend(*edges, activation, weights, dtype, degrees, kept, neighbors)
-        if plain_expressions(packed.requires_grad):
+        if backend.takes_expressions(packed.requires_grad):
             values = so2_linear(activation(hidden).to(dtype), weights.terms(dtype), weights.bias, degrees[0])
             by_head = values.unflatten(1, (rows, alpha.shape[1], outputs // alpha.shape[1]))
             weighted = (by_head * alpha.to(dtype)[:, None, :, None]).flatten(2)
             return sum_rows(
                 at_least_float32(_rotate_back(weighted, packed, degrees, kept)), target, num_targets
             )
-        plan = _Plan(
-            dtype, activation, num_targets, bytes_per_edge, SumOptions(degrees, kept, cpp_kernels(dtype))
-        )
+        options = SumOptions(degrees, kept, backend.takes_cpp(dtype))
+        plan = _Plan(dtype, activation, num_targets, bytes_per_edge, options)
         if not torch.is_grad_enabled():
             return _streamed(plan, hidden, alpha, packed, target, weights)
         return _Attend.apply(plan, hidden, alpha, packed, target, *weights.flat)
 
 
 def sum_rotated(
-    values: Tensor, packed: Tensor, target: Tensor, num_targets: int, degrees: tuple[int, int]
+    values: Tensor,
+    packed: Tensor,
+    target: Tensor,
+    num_targets: int,
+    degrees: tuple[int, int],
+    backend: Backend,
+    neighbors: Neighbors | None = None,
 ) -> Tensor:
     """Sum over incoming edges of coefficients of order m = 0, rotated back to the global frame.
 
     Args:
         values: `[E, L+1, C]` in the edge frames.
-        packed, target, num_targets, degrees: as in `attend`.
+        packed, target, num_targets, degrees, backend, neighbors: as in `attend`.
 
     Returns:
         `[N, K, C]` in float32 or wider.
     """
 
     kept = degrees[0], 0
-    neighbors = triton_neighbors()
     with no_autocast(values):
         if neighbors is not None:
             return triton_path.sum_rotated(values, None, packed, target, degrees, kept, neighbors)
-        if plain_expressions(packed.requires_grad):
+        if backend.takes_expressions(packed.requires_grad):
             rows = _rotate_back(at_least_float32(values), packed, degrees, kept)
             return sum_rows(rows, target, num_targets)
-        options = SumOptions(degrees, kept, cpp_kernels(at_least_float32(values[:0]).dtype))
+        options = SumOptions(degrees, kept, backend.takes_cpp(at_least_float32(values[:0]).dtype))
         return _SumRotated.apply(values, packed, target, num_targets, options)
 
 
@@ -161,8 +168,7 @@ class _Plan(NamedTuple):
 
     def inputs(self, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Activated hidden features of some edges, and the GEMM inputs that they are."""
-        with use_cpp_kernels(self.options.cpp):
-            activated = self.activation(hidden).to(self.dtype)
+        activated = self.activation(hidden).to(self.dtype)
         return activated, gauss_inputs(activated.detach(), self.options.degrees[0], self.options.kept[1])
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from equiformer2.kernels import triton_path
-from equiformer2.kernels.backend import cpp_kernels, plain_expressions, triton_neighbors
+from equiformer2.kernels.backend import Backend, Neighbors
 from equiformer2.kernels.chunks import cast_to_autocast, chunks, no_autocast
 from equiformer2.kernels.edge_inputs import (
     Edges,
@@ -43,6 +43,8 @@ def convolve_edges(
     extra: int,
     lmax: int,
     shared_orders: bool,
+    backend: Backend,
+    neighbors: Neighbors | None = None,
 ) -> tuple[Tensor, Tensor]:
     """SO(2) convolution of the concatenated source and target features (paper section 4.1 and Figure 1b).
 
@@ -60,19 +62,21 @@ def convolve_edges(
         weights: the SO(2) linear maps.
         extra: how many outputs of m = 0 are scalars of their own rather than coefficients.
         lmax: degree of `x`.
+        shared_orders: see `radial_weight`.
+        backend: the implementation.
+        neighbors: of the edges, for the backend `triton`, which runs where they are given.
 
     Returns:
         `[E, extra]` and the other outputs side by side, m-major `[E, W]`.
     """
     hidden, radial_weight, radial_bias = cast_to_autocast(hidden, radial_weight, radial_bias)
     edges = Edges(x, x_target, packed, source, target, hidden, radial_weight, radial_bias)
-    neighbors = triton_neighbors()
     with no_autocast(x):
         if neighbors is not None:
             return triton_path.convolve_edges(x, *edges[2:], weights, extra, lmax, shared_orders, neighbors)
-        if plain_expressions(packed.requires_grad):
+        if backend.takes_expressions(packed.requires_grad):
             return _plain(edges, weights, extra, lmax, shared_orders)
-        options = InputOptions((lmax, len(weights.orders)), shared_orders, cpp_kernels(hidden.dtype))
+        options = InputOptions((lmax, len(weights.orders)), shared_orders, backend.takes_cpp(hidden.dtype))
         if not torch.is_grad_enabled():
             return _streamed(edges, weights, extra, options)
         return _ConvolveEdges.apply(extra, options, *edges, *weights.flat)

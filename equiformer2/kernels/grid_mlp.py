@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from equiformer2.kernels import gpu
-from equiformer2.kernels.backend import cpp_kernels, plain_expressions, triton_neighbors
+from equiformer2.kernels.backend import TRITON, Backend
 from equiformer2.kernels.chunks import cast_to_autocast, no_autocast, point_chunks
 from equiformer2.kernels.cpu import sphere as cpu
 from equiformer2.kernels.linear import linear
@@ -20,7 +20,12 @@ from equiformer2.kernels.s2_grid import (
 
 
 def grid_mlp(
-    x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor, factors: GridFactors | None = None
+    x: Tensor,
+    to_grid: Tensor,
+    from_grid: Tensor,
+    weight: Tensor,
+    backend: Backend,
+    factors: GridFactors | None = None,
 ) -> Tensor:
     """Feed-forward network on the sphere: grid points of SiLU(weight @ SiLU(x)), back to coefficients.
 
@@ -30,6 +35,7 @@ def grid_mlp(
 
     Args:
         x: `[B, K, C]`; to_grid: `[G, K]`; from_grid: `[K, G]`; weight: `[D, C]`.
+        backend: the implementation.
         factors: of the grid, for the C++ kernels.
 
     Returns:
@@ -37,11 +43,11 @@ def grid_mlp(
     """
     x, to_grid, from_grid, weight = cast_to_autocast(x, to_grid, from_grid, weight)
     with no_autocast(x):
-        if triton_neighbors() is not None:
+        if backend is TRITON:
             return gpu.grid_mlp(x, to_grid, from_grid, weight)
-        if plain_expressions(False):
+        if backend.takes_expressions():
             return plain(x, to_grid, from_grid, weight)
-        if factors is not None and cpp_kernels(x.dtype):
+        if factors is not None and backend.takes_cpp(x.dtype):
             return _SeparableMlp.apply(x.contiguous(), to_grid, from_grid, weight, factors)
         return GridFunction.apply(x, to_grid, from_grid, weight)
 

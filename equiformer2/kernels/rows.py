@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from equiformer2.kernels import gpu
-from equiformer2.kernels.backend import triton_neighbors
+from equiformer2.kernels.backend import Neighbors
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -27,19 +27,21 @@ def sum_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
     return rows.new_zeros(size, *rows.shape[1:]).index_add(0, index, rows)
 
 
-def segment_softmax(logits: Tensor, target: Tensor, num_targets: int) -> Tensor:
+def segment_softmax(
+    logits: Tensor, target: Tensor, num_targets: int, neighbors: Neighbors | None = None
+) -> Tensor:
     """Softmax of attention logits over the incoming edges of each target atom.
 
     Args:
         logits: `[E, H]`.
         target: `[E]` target atom of each edge.
         num_targets: N.
+        neighbors: of the edges, for the Triton kernel, which runs where they are given.
 
     Returns:
         `[E, H]` weights; those of one target and head sum to one. Computed in at least float32.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    neighbors = triton_neighbors()
     if neighbors is not None:
         return gpu.segment_softmax(logits, neighbors.target_starts)
     index = target.unsqueeze(1).expand_as(logits)

@@ -7,19 +7,20 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from equiformer2.kernels import gpu
-from equiformer2.kernels.backend import plain_expressions, triton_neighbors
+from equiformer2.kernels.backend import TRITON, Backend
 from equiformer2.kernels.chunks import cast_to_autocast, no_autocast, point_chunks
 from equiformer2.kernels.cpu import sphere as cpu
 from equiformer2.kernels.linear import linear
 
 
-def grid_activation(x: Tensor, to_grid: Tensor, from_grid: Tensor) -> Tensor:
+def grid_activation(x: Tensor, to_grid: Tensor, from_grid: Tensor, backend: Backend) -> Tensor:
     """S2 activation (paper section 4.3): coefficients to grid points, SiLU, back to coefficients.
 
     Args:
         x: `[B, R, C]` coefficients of B edges or atoms.
         to_grid: `[G, R]`.
         from_grid: `[S, G]`; S may be smaller than R when only some coefficients are needed.
+        backend: the implementation.
 
     Returns:
         `[B, S, C]`.
@@ -27,9 +28,9 @@ def grid_activation(x: Tensor, to_grid: Tensor, from_grid: Tensor) -> Tensor:
     (x,) = cast_to_autocast(x)
     with no_autocast(x):
         matrices = to_grid.to(x.dtype), from_grid.to(x.dtype)
-        if triton_neighbors() is not None:
+        if backend is TRITON:
             return gpu.separable_s2_activation(x, None, *matrices)
-        if plain_expressions(False):
+        if backend.takes_expressions():
             return plain(x, *matrices, None)
         return GridFunction.apply(x, *matrices, None)
 
@@ -56,7 +57,7 @@ class GridFactors(NamedTuple):
 
 
 def separable_grid_activation(hidden: Tensor, factors: GridFactors, rows: int) -> Tensor:
-    """Separable S2 activation (paper section 4.3) by the C++ kernel, where `cpp_kernels()`.
+    """Separable S2 activation (paper section 4.3) by the C++ kernel (`Backend.takes_cpp`).
 
     Every point is made, activated and summed in registers.
 

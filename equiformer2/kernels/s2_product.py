@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from equiformer2.kernels.backend import plain_expressions
+from equiformer2.kernels.backend import Backend
 from equiformer2.kernels.chunks import cast_to_autocast, no_autocast, point_chunks
 
 
-def grid_product(pairs: Tensor, to_grid: Tensor, from_grid: Tensor) -> Tensor:
+def grid_product(pairs: Tensor, to_grid: Tensor, from_grid: Tensor, backend: Backend) -> Tensor:
     """Coefficients of the product of two functions on the sphere, point by point.
 
     Exact, and so equivariant, on grids that resolve the product (see `model.activation.SwiGLUS2Activation`).
@@ -16,6 +16,7 @@ def grid_product(pairs: Tensor, to_grid: Tensor, from_grid: Tensor) -> Tensor:
         pairs: `[B, R, 2 C]` coefficients of both functions, C channels of the first, then of the second.
         to_grid: `[G, R]`.
         from_grid: `[S, G]`; S may be smaller than R when only some coefficients are needed.
+        backend: the implementation.
 
     Returns:
         `[B, S, C]`.
@@ -23,7 +24,7 @@ def grid_product(pairs: Tensor, to_grid: Tensor, from_grid: Tensor) -> Tensor:
     (pairs,) = cast_to_autocast(pairs)
     with no_autocast(pairs):
         matrices = to_grid.to(pairs.dtype), from_grid.to(pairs.dtype)
-        if plain_expressions(False):
+        if backend.takes_expressions():
             return _plain(pairs, *matrices)
         out: Tensor = _GridProduct.apply(pairs, *matrices)
         return out

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from equiformer2.kernels import grid_activation, grid_product, separable_grid_activation
-from equiformer2.kernels.backend import cpp_kernels
+from equiformer2.kernels.backend import Backend
 from equiformer2.model.so3 import S2Grid
 
 
@@ -32,11 +32,11 @@ class EdgeActivation(nn.Module):
     num_gate_rows: int
     inputs_per_channel = 1
 
-    def of_columns(self, hidden: Tensor, channels: int, rows: int | None = None) -> Tensor:
+    def of_columns(self, hidden: Tensor, channels: int, backend: Backend, rows: int | None = None) -> Tensor:
         """`hidden [B, (gates + R inputs) C]`, gates first, to `[B, R, C]` or to the first `rows` of them."""
         gates = self.num_gate_rows * channels
         coefficients = hidden[:, gates:].unflatten(1, (-1, self.inputs_per_channel * channels))
-        out: Tensor = self(coefficients, hidden[:, :gates], rows)
+        out: Tensor = self(coefficients, hidden[:, :gates], backend, rows)
         return out
 
 
@@ -49,9 +49,9 @@ class S2Activation(EdgeActivation):
         super().__init__()
         self.grid = grid
 
-    def forward(self, x: Tensor, gates: Tensor | None, rows: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, gates: Tensor | None, backend: Backend, rows: int | None = None) -> Tensor:
         """`[B, R, C]` to `[B, R, C]`, or to the first `rows` coefficients alone."""
-        return grid_activation(x, self.grid.to_grid, self.grid.from_grid[:rows])
+        return grid_activation(x, self.grid.to_grid, self.grid.from_grid[:rows], backend)
 
 
 class SeparableS2Activation(EdgeActivation):
@@ -63,17 +63,17 @@ class SeparableS2Activation(EdgeActivation):
         super().__init__()
         self.s2_act = S2Activation(grid)
 
-    def forward(self, x: Tensor, gates: Tensor, rows: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, gates: Tensor, backend: Backend, rows: int | None = None) -> Tensor:
         """`x [B, R, C]`, `gates [B, C]`; row 0 is the scalar."""
         scalars = nn.functional.silu(gates).unsqueeze(1)
-        tensors = self.s2_act(x, None, rows)[:, 1:]
+        tensors = self.s2_act(x, None, backend, rows)[:, 1:]
         return torch.cat((scalars.to(tensors.dtype), tensors), dim=1)
 
-    def of_columns(self, hidden: Tensor, channels: int, rows: int | None = None) -> Tensor:
+    def of_columns(self, hidden: Tensor, channels: int, backend: Backend, rows: int | None = None) -> Tensor:
         """As that of the base class; the C++ kernel reads the columns where they are."""
         grid = self.s2_act.grid
-        if not grid.order_by_order or not cpp_kernels(hidden.dtype):
-            return super().of_columns(hidden, channels, rows)
+        if not grid.order_by_order or not backend.takes_cpp(hidden.dtype):
+            return super().of_columns(hidden, channels, backend, rows)
         return separable_grid_activation(hidden, grid.factors, rows or len(grid.row_of))
 
 
@@ -90,7 +90,7 @@ class GateActivation(EdgeActivation):
         self.register_buffer("_gate_of_row", torch.tensor(degrees[1:]) - 1, persistent=False)
         self._gate_of_row: Tensor
 
-    def forward(self, x: Tensor, gates: Tensor, rows: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, gates: Tensor, backend: Backend, rows: int | None = None) -> Tensor:
         """`x [B, R, C]`, `gates [B, lmax * C]`; row 0 is the scalar."""
         gates = torch.sigmoid(gates).unflatten(1, (self.num_gate_rows, -1))
         out = torch.cat((nn.functional.silu(x[:, :1]), x[:, 1:] * gates[:, self._gate_of_row]), dim=1)
@@ -116,10 +116,10 @@ class SwiGLUS2Activation(EdgeActivation):
         super().__init__()
         self.grid = grid
 
-    def forward(self, x: Tensor, gates: Tensor, rows: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, gates: Tensor, backend: Backend, rows: int | None = None) -> Tensor:
         """`x [B, R, 2 C]` (x1, then x2), `gates [B, 3 C]` (a, b, g) to `[B, R, C]` or to the first `rows`."""
         a, b, g = gates.chunk(3, dim=1)
-        product = grid_product(x, self.grid.to_grid, self.grid.from_grid[:rows])
+        product = grid_product(x, self.grid.to_grid, self.grid.from_grid[:rows], backend)
         return add_to_scalars(product * torch.sigmoid(g).unsqueeze(1), nn.functional.silu(a) * b)
 
 

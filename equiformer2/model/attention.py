@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from equiformer2.kernels import SO2Weights, attend, convolve_edges, segment_softmax
+from equiformer2.kernels.aggregate import at_least_float32
+from equiformer2.kernels.backend import Backend
 from equiformer2.kernels.chunks import no_autocast
 from equiformer2.model.activation import (
     EdgeActivation,
@@ -18,7 +20,7 @@ from equiformer2.model.activation import (
 )
 from equiformer2.model.block_config import ResolvedBlock
 from equiformer2.model.config import Activation, ModelConfig
-from equiformer2.model.edge_context import EdgeContext, by_parts
+from equiformer2.model.edge_context import EVERYTHING, BlockRouting, EdgeGraph, Part, joined
 from equiformer2.model.folding import read
 from equiformer2.model.radial import RadialFunction, RadialWeights
 from equiformer2.model.so2_convolution import SO2Convolution
@@ -48,6 +50,18 @@ class AttentionWeights(NamedTuple):
     alpha: Tensor
     alpha_norm: tuple[Tensor, ...]
     projection: SO3LinearWeights
+
+
+class AttentionOutput(NamedTuple):
+    """Result of an attention layer.
+
+    Attributes:
+        messages: `[n, K, out_channels]` sums over the edges into the n target atoms.
+        weights: `[e, H]` attention weights before dropout, None unless observed.
+    """
+
+    messages: Tensor
+    weights: Tensor | None
 
 
 class SO2EquivariantGraphAttention(DerivedConstants):
@@ -114,40 +128,45 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         self.so2_conv_2 = SO2Convolution(hidden, value_channels, lmax, mmax)
         self.proj = SO3Linear(value_channels, out_channels, lmax)
 
-    def forward(self, x: Tensor, edges: EdgeContext) -> Tensor:
-        """`x [N, K, C]` to `[n, K, out_channels]` of the n target atoms."""
+    def forward(
+        self,
+        x: Tensor,
+        edges: EdgeGraph,
+        backend: Backend,
+        routing: BlockRouting = EVERYTHING,
+        observe: bool = False,
+    ) -> AttentionOutput:
+        """Attend to the edges of `routing`'s target atoms.
+
+        Args:
+            x: `[N, K, C]` features.
+            edges: the edges into the target atoms.
+            backend: the implementation.
+            routing: which atoms the targets are, and gates of the edges.
+            observe: return the attention weights, too.
+        """
         weights = self._weights(edges, self.so2_conv_2.weights(), self.proj.weights())
         kept = self.lmax, self.mmax
         x = self._message_degrees(x)
-        x_target = edges.at_targets(x)
+        x_target = routing.at_targets(x)
 
-        def layer(part: EdgeContext, atoms: slice) -> Tensor:
-            total = self._sum(x, x_target[atoms], part, None, weights, kept)
-            return self.proj(total * self.scale, weights.projection)
+        def layer(part: Part) -> tuple[Tensor, Tensor | None]:
+            scalars, hidden = self._convolve(x, x_target[part.atoms], part.graph, weights, backend)
+            alpha = self._attention_weights(scalars, part, weights, backend, routing.edge_gates)
+            total = self._sum(hidden, alpha, part.graph, backend, None, weights, kept)
+            return self.proj(total * self.scale, weights.projection), alpha if observe else None
 
-        out = by_parts(layer, edges)
+        outputs = [layer(part) for part in edges.parts(backend)]
+        out = joined([total for total, _ in outputs])
+        observed = [alpha for _, alpha in outputs if alpha is not None]
         missing = (self.frame_degrees[0] + 1) ** 2 - out.shape[1]
-        return nn.functional.pad(out, (0, 0, 0, missing)) if missing else out
-
-    def vectors(self, x: Tensor, edges: EdgeContext) -> Tensor:
-        """The l = 1 output alone, `[n, 3, out_channels]`: what a force head does not read is not computed."""
-        order = min(1, self.mmax)
-        rows = (self.lmax + 1) + 2 * self.lmax * order
-        with no_autocast(x):
-            projection = self.proj.weights()
-        weights = self._weights(edges, self.so2_conv_2.weights_of_vectors(), projection)
-        x = self._message_degrees(x)
-        x_target = edges.at_targets(x)
-
-        def layer(part: EdgeContext, atoms: slice) -> Tensor:
-            total = self._sum(x, x_target[atoms], part, rows, weights, (1, order))
-            with no_autocast(total):  # what leaves the network is not rounded
-                return self.proj.degree(total[:, 1:4] * self.scale[1:4], 1, projection)
-
-        return by_parts(layer, edges)
+        return AttentionOutput(
+            nn.functional.pad(out, (0, 0, 0, missing)) if missing else out,
+            joined(observed) if observe else None,
+        )
 
     def _weights(
-        self, edges: EdgeContext, second: SO2Weights, projection: SO3LinearWeights
+        self, edges: EdgeGraph, second: SO2Weights, projection: SO3LinearWeights
     ) -> AttentionWeights:
         own = None
         if self.source_embedding is not None and self.target_embedding is not None:
@@ -169,14 +188,15 @@ class SO2EquivariantGraphAttention(DerivedConstants):
         """The coefficients `[N, (lmax + 1)^2, C]` that messages are made of."""
         return x[:, : (self.lmax + 1) ** 2].contiguous()
 
-    def _rotations(self, edges: EdgeContext) -> Tensor:
+    def _rotations(self, edges: EdgeGraph) -> Tensor:
         return edges.rotations_up_to((self.lmax, self.mmax), self.frame_degrees)
 
     def _sum(
         self,
-        x: Tensor,
-        x_target: Tensor,
-        edges: EdgeContext,
+        hidden: Tensor,
+        alpha: Tensor,
+        edges: EdgeGraph,
+        backend: Backend,
         rows: int | None,
         weights: AttentionWeights,
         kept: tuple[int, int],
@@ -185,14 +205,15 @@ class SO2EquivariantGraphAttention(DerivedConstants):
 
         `rows` of the activation's outputs are computed (None for all of them).
         """
-        scalars, hidden = self._convolve(x, x_target, edges, weights)
 
         def activate(hidden: Tensor) -> Tensor:
-            return self.activation.of_columns(hidden, self.hidden_channels, rows)
+            return self.activation.of_columns(hidden, self.hidden_channels, backend, rows)
 
+        with no_autocast(alpha):
+            alpha = self.alpha_dropout(alpha)
         return attend(
             hidden,
-            self._attention_weights(scalars, edges, weights),
+            alpha,
             self._rotations(edges),
             edges.edge_index[1],
             edges.num_atoms,
@@ -200,10 +221,12 @@ class SO2EquivariantGraphAttention(DerivedConstants):
             weights.second,
             (self.lmax, self.mmax),
             kept,
+            backend,
+            edges.neighbors(backend),
         )
 
     def _convolve(
-        self, x: Tensor, x_target: Tensor, edges: EdgeContext, weights: AttentionWeights
+        self, x: Tensor, x_target: Tensor, edges: EdgeGraph, weights: AttentionWeights, backend: Backend
     ) -> tuple[Tensor, Tensor]:
         """Inputs `[E, H * A]` of the attention weights and hidden features `[E, gates + R * hidden]`."""
         radial = weights.radial
@@ -219,10 +242,19 @@ class SO2EquivariantGraphAttention(DerivedConstants):
             weights.first,
             weights.alpha.numel(),
             self.lmax,
-            shared_orders=self.rad_func is not None,
+            self.rad_func is not None,
+            backend,
+            edges.neighbors(backend),
         )
 
-    def _attention_weights(self, scalars: Tensor, edges: EdgeContext, weights: AttentionWeights) -> Tensor:
+    def _attention_weights(
+        self,
+        scalars: Tensor,
+        part: Part,
+        weights: AttentionWeights,
+        backend: Backend,
+        gates: Tensor | None,
+    ) -> Tensor:
         """`[E, H * A]` scalars to `[E, H]` weights; renormalized before the nonlinearity (section 4.2).
 
         With a smooth cutoff they are env * env exp(logit) / sum of env exp(logit) (EquiformerV3). The first
@@ -235,25 +267,69 @@ class SO2EquivariantGraphAttention(DerivedConstants):
             else:
                 tensors = scalars, weights.alpha, *weights.alpha_norm
                 logits = checkpoint(self._logits, *tensors, use_reentrant=False, preserve_rng_state=False)
-            if edges.gates is not None:
-                logits = logits + torch.log(edges.gates.to(logits.dtype)).unsqueeze(1)
+            if gates is not None:
+                logits = logits + torch.log(gates[part.edges].to(logits.dtype)).unsqueeze(1)
+            edges = part.graph
             envelope = edges.envelope()
             if envelope is not None:
                 envelope = envelope.to(logits.dtype).unsqueeze(1)
                 # The logarithm of zero has no derivative; what is this small is cut by the factor below.
                 logits = logits + torch.log(envelope.clamp(min=_SMALLEST))
-            alpha = segment_softmax(logits, edges.edge_index[1], edges.num_atoms)
-            if envelope is not None:
-                alpha = alpha * envelope
-            if edges.observed is not None:
-                edges.observed.append(alpha)
-            return self.alpha_dropout(alpha)
+            near = edges.neighbors(backend)
+            alpha = segment_softmax(logits, edges.edge_index[1], edges.num_atoms, near)
+            return alpha if envelope is None else alpha * envelope
 
     def _logits(self, scalars: Tensor, alpha: Tensor, *norm: Tensor) -> Tensor:
         scalars = scalars.to(alpha.dtype).unflatten(1, (self.num_heads, -1))
         if norm:
             scalars = nn.functional.layer_norm(scalars, norm[0].shape, norm[0], norm[1])
         return (self.alpha_act(scalars) * alpha).sum(2)
+
+
+class VectorHead(SO2EquivariantGraphAttention):
+    """Attention of which the l = 1 output alone is read: one vector per target atom.
+
+    Args:
+        config: hyper-parameters.
+        grid: S2 grid of the coefficients of the messages in m-major order.
+    """
+
+    def __init__(self, config: ModelConfig, grid: S2Grid) -> None:
+        super().__init__(config, config.force_block, grid, 1, 0.0, config.force_activation)
+        # No output depends on these.
+        self.so2_conv_2.so2_m_conv[1:].requires_grad_(False)
+        self.proj.bias.requires_grad_(False)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, edges: EdgeGraph, backend: Backend, routing: BlockRouting = EVERYTHING
+    ) -> Tensor:
+        """Compute what is read and nothing else.
+
+        Args:
+            x: `[N, K, C]` normed features.
+            edges: the edges into the target atoms.
+            backend: the implementation.
+            routing: which atoms the targets are.
+
+        Returns:
+            `[n, 3]` in float32 or wider.
+        """
+        order = min(1, self.mmax)
+        rows = (self.lmax + 1) + 2 * self.lmax * order
+        with no_autocast(x):
+            projection = self.proj.weights()
+        weights = self._weights(edges, self.so2_conv_2.weights_of_vectors(), projection)
+        x = self._message_degrees(x)
+        x_target = routing.at_targets(x)
+
+        def layer(part: Part) -> Tensor:
+            scalars, hidden = self._convolve(x, x_target[part.atoms], part.graph, weights, backend)
+            alpha = self._attention_weights(scalars, part, weights, backend, routing.edge_gates)
+            total = self._sum(hidden, alpha, part.graph, backend, rows, weights, (1, order))
+            with no_autocast(total):  # what leaves the network is not rounded
+                return self.proj.degree(total[:, 1:4] * self.scale[1:4], 1, projection)
+
+        return at_least_float32(joined([layer(part) for part in edges.parts(backend)]).squeeze(2))
 
 
 def _activation(name: Activation, block: ResolvedBlock, grid: S2Grid) -> EdgeActivation:

@@ -1,15 +1,31 @@
 """Transformer block (paper Figure 1a)."""
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
+from equiformer2.kernels.backend import Backend
 from equiformer2.model.attention import SO2EquivariantGraphAttention
 from equiformer2.model.block_config import ResolvedBlock
 from equiformer2.model.config import ModelConfig
-from equiformer2.model.edge_context import EdgeContext
+from equiformer2.model.edge_context import EVERYTHING, BlockRouting, EdgeGraph
 from equiformer2.model.feed_forward import FeedForwardNetwork, SwiGLUFeedForwardNetwork
 from equiformer2.model.norm import make_norm
 from equiformer2.model.regularization import EquivariantDropout, GraphDropPath
 from equiformer2.model.so3 import S2Grid
+
+
+class BlockOutput(NamedTuple):
+    """Result of a block.
+
+    Attributes:
+        x: `[N, K, C]` features that leave it.
+        attention: `[e, H]` attention weights of the edges that it computed, None unless observed (or without
+            an attention branch).
+    """
+
+    x: Tensor
+    attention: Tensor | None
 
 
 class TransformerBlock(nn.Module):
@@ -39,24 +55,34 @@ class TransformerBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        edges: EdgeContext,
+        edges: EdgeGraph,
         structure: Tensor,
         num_structures: int,
-        gates: Tensor | None = None,
-    ) -> Tensor:
-        """`x [N, K, C]`; `structure [N]` index of each atom's structure.
+        backend: Backend,
+        routing: BlockRouting = EVERYTHING,
+        observe: bool = False,
+    ) -> BlockOutput:
+        """Update the target atoms; the others keep their features.
 
-        Only the target atoms of `edges` are updated, by `gates [n, 1, 1]` times each branch.
+        Args:
+            x: `[N, K, C]` features.
+            edges: the edges into the target atoms.
+            structure: `[N]` index of each atom's structure.
+            num_structures: B.
+            backend: the implementation of the hot operations.
+            routing: which atoms the targets are, and gates.
+            observe: return the attention weights, too.
         """
-        structure = edges.at_targets(structure)
+        structure = routing.at_targets(structure)
 
         def drop(branch: Tensor) -> Tensor:
             kept = self.proj_drop(self.drop_path(branch, structure, num_structures))
-            return kept if gates is None else gates * kept
+            return kept if routing.atom_gates is None else routing.atom_gates * kept
 
-        updated = edges.at_targets(x)
+        updated, weights = routing.at_targets(x), None
         if self.ga is not None and self.norm_1 is not None:
-            updated = updated + drop(self.ga(self.norm_1(x), edges))
+            messages, weights = self.ga(self.norm_1(x), edges, backend, routing, observe)
+            updated = updated + drop(messages)
         if self.ffn is not None and self.norm_2 is not None:
-            updated = updated + drop(self.ffn(self.norm_2(updated)))
-        return edges.put_targets(x, updated)
+            updated = updated + drop(self.ffn(self.norm_2(updated), backend))
+        return BlockOutput(routing.put_targets(x, updated), weights)

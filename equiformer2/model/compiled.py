@@ -9,28 +9,68 @@ edges between them avoid both, so that the number of graphs does not depend on t
 nothing to other atoms, and nothing reads them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
-from torch.utils.checkpoint import checkpoint
 
-from equiformer2.model.edge_context import EdgeContext
+from equiformer2.kernels.backend import COMPILE, Backend
+from equiformer2.model.block import BlockOutput
+from equiformer2.model.edge_context import EVERYTHING, BlockRouting, EdgeEncoding, EdgeGraph, GraphInputs
 from equiformer2.model.folding import Folding
-from equiformer2.model.radial import smooth_envelope
-
-if TYPE_CHECKING:
-    from equiformer2.model.equiformer import EquiformerV2
+from equiformer2.model.output_request import ALL_OUTPUTS, OutputRequest
 
 #: What turns traced graphs into code.
 COMPILER = "inductor"
 
 _GHOST_ATOMS = 2
 _GHOST_EDGES = 2
+
+
+class Steps(Protocol):
+    """Three kinds of steps of a forward pass: those of `EquiformerV2`, or their compiled regions."""
+
+    def embed(self, numbers: Tensor, edges: EdgeGraph, backend: Backend) -> Tensor:
+        """First features `[N, K, C]`."""
+
+    def run_block(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        edges: EdgeGraph,
+        structure: Tensor,
+        natoms: Tensor,
+        backend: Backend,
+        routing: BlockRouting = EVERYTHING,
+        observe: bool = False,
+    ) -> BlockOutput:
+        """Features after one block."""
+
+    def read_out(
+        self,
+        x: Tensor,
+        edges: EdgeGraph,
+        backend: Backend,
+        request: OutputRequest = ALL_OUTPUTS,
+        denoise: bool = False,
+    ) -> dict[str, Tensor]:
+        """Outputs of every atom."""
+
+
+class CompilableNetwork(Steps, Protocol):
+    """The network as its compiled regions see it."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The network and all modules inside."""
+
+    def propagate(
+        self, inputs: GraphInputs, backend: Backend, *, steps: Steps | None = None
+    ) -> dict[str, Tensor]:
+        """All outputs, computed by `steps`."""
 
 
 class CompiledNetwork:
@@ -42,7 +82,7 @@ class CompiledNetwork:
 
     def __init__(self) -> None:
         self.graphs = 0
-        self._embed, self._heads = self._compiled(_embed), self._compiled(_heads)
+        self.embed, self.read_out = self._compiled(_embed), self._compiled(_read_out)
         self._blocks: dict[Any, Callable[..., Any]] = {}
 
     def _compiled(self, region: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,7 +91,8 @@ class CompiledNetwork:
         own = FunctionType(region.__code__.replace(), region.__globals__, region.__name__)
         return torch.compile(own, fullgraph=True, backend=self._count_and_compile)
 
-    def _of_block(self, block: nn.Module) -> Callable[..., Any]:
+    def of_block(self, block: nn.Module) -> Callable[..., Any]:
+        """Find the region of all blocks with these sizes."""
         # Blocks of a pruned network differ: each kind has its own region, for the limit above.
         kind = tuple((name, *t.shape) for name, t in (*block.named_parameters(), *block.named_buffers()))
         if kind not in self._blocks:
@@ -64,125 +105,122 @@ class CompiledNetwork:
         self.graphs += 1
         return code  # type: ignore[no-any-return]
 
-    def __call__(
-        self,
-        model: "EquiformerV2",
-        numbers: Tensor,
-        structure: Tensor,
-        natoms: Tensor,
-        edge_index: Tensor,
-        rotations: Tensor,
-        distances: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Energies of the atoms `[N]` and, with a force head, forces `[N, 3]`."""
+    def __call__(self, model: CompilableNetwork, inputs: GraphInputs) -> dict[str, Tensor]:
+        """Run the forward pass of `model` through the compiled regions: all outputs."""
         for module in model.modules():
             if isinstance(module, Folding):
                 module.refresh()
-        num_atoms = len(numbers)
-        numbers, structure, *edges = _with_ghosts(
-            numbers, structure, len(natoms), edge_index, rotations, distances
-        )
-        edge_index, rotations, distances = edges
-        basis = model.distance_basis(distances)
-        envelope = None if model.fades_at is None else smooth_envelope(distances, model.fades_at)
-        tensors = (edge_index, rotations, distances, numbers[edge_index], basis, envelope)
-        structures = natoms.new_empty(len(natoms) + 1)  # only its size is read
-        for tensor in (numbers, structure, structures, rotations, distances, basis, envelope):
-            if tensor is not None:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        for tensor in (edge_index, tensors[3]):
-            torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        shared = model.source_embedding, model.target_embedding
-        x = self._embed(model, shared, numbers, tensors)
-        for block in model.blocks:
-            region = self._of_block(block)
-            torch._dynamo.maybe_mark_dynamic(x, 0)
-            arguments = block, shared, x, structure, structures, tensors
-            if model.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(region, *arguments, use_reentrant=False)
-            else:
-                x = region(*arguments)
+        padded = _with_ghosts(inputs)
+        for tensor in (padded.numbers, padded.structure, padded.natoms):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        out = model.propagate(padded, COMPILE, steps=_CompiledSteps(self, model))
+        sizes = {"energy": len(inputs.natoms), "forces": len(inputs.numbers)}
+        return {name: value[: sizes[name]] for name, value in out.items()}
+
+
+class _CompiledSteps:
+    """Compiled regions in place of the steps of a network, for one forward pass.
+
+    Regions take tensors alone: the edges are put together again inside.
+    """
+
+    def __init__(self, compiled: CompiledNetwork, model: CompilableNetwork) -> None:
+        self.compiled, self.model = compiled, model
+
+    def embed(self, numbers: Tensor, edges: EdgeGraph, backend: Backend) -> Tensor:
+        self.shared = edges.encoding.shared_embedding
+        one = (edges.rotations, edges.distances, edges.basis(), edges.envelope())
+        two = (edges.edge_index, edges.elements)
+        for dimension, tensors in enumerate((one, two)):
+            for tensor in tensors:
+                if tensor is not None:
+                    torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+        self.edges = (*two, *one)
+        return self.compiled.embed(self.model, self.shared, numbers, self.edges)  # type: ignore[no-any-return]
+
+    def run_block(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        edges: EdgeGraph,
+        structure: Tensor,
+        natoms: Tensor,
+        backend: Backend,
+        routing: BlockRouting = EVERYTHING,
+        observe: bool = False,
+    ) -> BlockOutput:
         torch._dynamo.maybe_mark_dynamic(x, 0)
-        energies, forces = self._heads(model, shared, x, tensors)
-        return energies[:num_atoms], None if forces is None else forces[:num_atoms]
+        region = self.compiled.of_block(block)
+        return BlockOutput(region(block, self.shared, x, structure, natoms, self.edges), None)
+
+    def read_out(
+        self,
+        x: Tensor,
+        edges: EdgeGraph,
+        backend: Backend,
+        request: OutputRequest = ALL_OUTPUTS,
+        denoise: bool = False,
+    ) -> dict[str, Tensor]:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        return self.compiled.read_out(self.model, self.shared, x, self.edges)  # type: ignore[no-any-return]
 
 
 _networks: "WeakKeyDictionary[nn.Module, CompiledNetwork]" = WeakKeyDictionary()
 
 
 def compiled_network(model: nn.Module) -> CompiledNetwork:
-    """That of `model`; nothing is compiled before its first call."""
+    """Find the regions of `model`; nothing is compiled before its first call."""
     return _networks.setdefault(model, CompiledNetwork())
 
 
 def compiled_graphs(model: nn.Module) -> int:
-    """How many graphs have been compiled for `model`."""
+    """Count the graphs that have been compiled for `model`."""
     return _networks[model].graphs if model in _networks else 0
 
 
-def _with_ghosts(
-    numbers: Tensor,
-    structure: Tensor,
-    num_structures: int,
-    edge_index: Tensor,
-    rotations: Tensor,
-    distances: Tensor,
-) -> tuple[Tensor, ...]:
-    """All but `num_structures`, with a structure of ghost atoms at the end; edges stay sorted by target."""
-    ghosts = numbers.new_zeros(_GHOST_ATOMS)
+def _with_ghosts(inputs: GraphInputs) -> GraphInputs:
+    """Add a structure of ghost atoms at the end; edges stay sorted by target."""
+    atoms, structures = len(inputs.numbers), len(inputs.natoms)
+    ghosts = inputs.numbers.new_zeros(_GHOST_ATOMS)
     # At least one atom per structure: more atoms than structures, and only the edges are left to differ.
-    sizes = len(numbers) + _GHOST_ATOMS, num_structures + 1
-    count = next(n for n in range(_GHOST_EDGES, _GHOST_EDGES + 3) if len(distances) + n not in sizes)
-    edges = torch.full((2, count), len(numbers), dtype=edge_index.dtype, device=edge_index.device)
-    return (
-        torch.cat((numbers, ghosts)),
-        torch.cat((structure, ghosts + num_structures)),
-        torch.cat((edge_index, edges), dim=1),
+    sizes = atoms + _GHOST_ATOMS, structures + 1
+    edges, rotations = len(inputs.distances), inputs.rotations
+    count = next(n for n in range(_GHOST_EDGES, _GHOST_EDGES + 3) if edges + n not in sizes)
+    between = torch.full((2, count), atoms, dtype=inputs.edge_index.dtype, device=inputs.edge_index.device)
+    return GraphInputs(
+        torch.cat((inputs.numbers, ghosts)),
+        torch.cat((inputs.structure, ghosts + structures)),
+        inputs.natoms.new_empty(structures + 1),
+        torch.cat((inputs.edge_index, between), dim=1),
         torch.cat((rotations, rotations.new_zeros(count, rotations.shape[1]))),
-        torch.cat((distances, distances.new_zeros(count))),
+        torch.cat((inputs.distances, inputs.distances.new_zeros(count))),
     )
 
 
-def _context(shared: Any, tensors: tuple[Any, ...], num_atoms: int) -> EdgeContext:
-    edge_index, rotations, distances, elements, basis, envelope = tensors
+def _edge_graph(shared: Any, edges: tuple[Any, ...], num_atoms: int) -> EdgeGraph:
+    edge_index, elements, rotations, distances, basis, envelope = edges
     memory = {"basis": basis}
     if envelope is not None:
         memory["envelope"] = envelope
-    return EdgeContext(
-        edge_index,
-        rotations,
-        distances,
-        _known,
-        elements,
-        None if shared[0] is None else shared,
-        num_atoms,
-        bytes_per_edge=0,  # nothing is cut into parts
-        _memory=memory,
-    )
+    # The basis is given, and nothing is cut into parts.
+    encoding = EdgeEncoding(_given, shared, bytes_per_edge=0, fades_at=None)
+    return EdgeGraph(edge_index, rotations, distances, elements, num_atoms, encoding, memory)
 
 
-def _known(distances: Tensor) -> Tensor:
+def _given(distances: Tensor) -> Tensor:
     raise AssertionError("the distance basis is given")
 
 
-def _embed(model: "EquiformerV2", shared: Any, numbers: Tensor, tensors: tuple[Any, ...]) -> Tensor:
-    return model.embed(numbers, _context(shared, tensors, len(numbers)))
+def _embed(model: CompilableNetwork, shared: Any, numbers: Tensor, edges: tuple[Any, ...]) -> Tensor:
+    return model.embed(numbers, _edge_graph(shared, edges, len(numbers)), COMPILE)
 
 
 def _block(
-    block: nn.Module,
-    shared: Any,
-    x: Tensor,
-    structure: Tensor,
-    structures: Tensor,
-    tensors: tuple[Any, ...],
+    block: nn.Module, shared: Any, x: Tensor, structure: Tensor, natoms: Tensor, edges: tuple[Any, ...]
 ) -> Tensor:
-    return block(x, _context(shared, tensors, len(x)), structure, len(structures))  # type: ignore[no-any-return]
+    out: BlockOutput = block(x, _edge_graph(shared, edges, len(x)), structure, len(natoms), COMPILE)
+    return out.x
 
 
-def _heads(
-    model: "EquiformerV2", shared: Any, x: Tensor, tensors: tuple[Any, ...]
-) -> tuple[Tensor, Tensor | None]:
-    x = model.norm(x)
-    edges = _context(shared, tensors, len(x))
-    return model.atomic_energies(x), None if model.force_block is None else model.atomic_forces(x, edges)
+def _read_out(model: CompilableNetwork, shared: Any, x: Tensor, edges: tuple[Any, ...]) -> dict[str, Tensor]:
+    return model.read_out(x, _edge_graph(shared, edges, len(x)), COMPILE)

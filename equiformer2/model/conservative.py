@@ -10,8 +10,9 @@ becomes r_e (1 + s). Hence
 which is what displacing every position and the cell would give, and the forces of a structure sum to zero.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,38 +22,10 @@ from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph
 from equiformer2.kernels.aggregate import at_least_float32
 from equiformer2.kernels.rows import sum_rows
-
-if TYPE_CHECKING:
-    from equiformer2.model.config import ModelConfig
-
-#: Why the others cannot be used; `auto` stands for `torch` here.
-_REASONS = {
-    "cpp": "the backend 'cpp' has no derivatives with respect to the edge frames",
-    "compile": "the backend 'compile' cannot be differentiated twice",
-    "triton": "the backend 'triton' has no derivatives with respect to the edge frames",
-}
+from equiformer2.model.config import ModelConfig
 
 
-def check_gradient(backend: str, routed: bool) -> None:
-    """Raise `InputError` where forces cannot be the gradient of the energy.
-
-    Args:
-        backend: as the user gave it.
-        routed: blocks are to update some of the atoms, or read some of the edges, only.
-    """
-    if routed:
-        raise InputError(
-            "this network's forces are the gradient of its energy, which jumps where other atoms or edges "
-            "are skipped: leave out the router or the masks"
-        )
-    if backend in _REASONS:
-        raise InputError(
-            f"{_REASONS[backend]}, which gradient forces (model.forces) need: "
-            "use the backend 'auto' or 'torch'"
-        )
-
-
-def check_config(config: "ModelConfig", purpose: str) -> None:
+def check_config(config: ModelConfig, purpose: str) -> None:
     """Raise `InputError` for a network with gradient forces, which `purpose` (a noun) does not take."""
     if config.forces == "gradient":
         raise InputError(
@@ -78,24 +51,22 @@ def _usable(value: Any) -> Any:
 
 
 def with_derivatives(
-    energies: Callable[[Tensor, Tensor], Tensor],
+    energies: Callable[[RadiusGraph], Tensor],
     graph: RadiusGraph,
-    num_atoms: int,
     structure: Tensor,
     dtype: torch.dtype,
     lattice: tuple[Tensor, Tensor] | None,
-    further: bool,
+    differentiable: bool,
 ) -> dict[str, Tensor]:
-    """Energies and their derivatives.
+    """Run a network for its energies, and differentiate them.
 
     Args:
-        energies: from edge vectors `[E, 3]` and their lengths `[E]` to energies `[B]`.
+        energies: from edges, whose vectors require gradients, to energies `[B]`.
         graph: the edges; no tensor of it is from inference mode.
-        num_atoms: N.
         structure: `[N]` index of the structure of each atom.
         dtype: of the network.
         lattice: cell `[B, 3, 3]` Å and pbc `[B, 3]` for the stress, None for no stress.
-        further: let the outputs be differentiated further: by parameters, and by positions and cell if the
+        differentiable: let the outputs be differentiated: by parameters, and by positions and cell if the
             graph was made of tensors that require it.
 
     Returns:
@@ -107,17 +78,19 @@ def with_derivatives(
         vectors = graph.in_precision(dtype).vectors
         if not vectors.requires_grad:
             vectors = vectors.detach().requires_grad_()
-        energy = energies(vectors, torch.linalg.vector_norm(vectors, dim=1))
-        (slope,) = torch.autograd.grad(energy.sum(), vectors, create_graph=further)
+        distances = torch.linalg.vector_norm(vectors, dim=1)
+        energy = energies(dataclasses.replace(graph, vectors=vectors, distances=distances))
+        (slope,) = torch.autograd.grad(energy.sum(), vectors, create_graph=differentiable)
         slope = at_least_float32(slope)
         source, target = graph.edge_index
+        num_atoms = len(structure)
         out = {
             "energy": energy,
             "forces": sum_rows(slope, target, num_atoms) - sum_rows(slope, source, num_atoms),
         }
         if lattice is not None:
             out["stress"] = _stress(vectors.to(slope.dtype), slope, structure[target], *lattice)
-    return out if further else {name: value.detach() for name, value in out.items()}
+    return out if differentiable else {name: value.detach() for name, value in out.items()}
 
 
 def _stress(vectors: Tensor, slope: Tensor, structure: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:

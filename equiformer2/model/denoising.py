@@ -9,29 +9,25 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from e3nn import o3
 from torch import Tensor, nn
 
-from equiformer2.errors import InputError
-from equiformer2.kernels.aggregate import at_least_float32
-from equiformer2.model.attention import SO2EquivariantGraphAttention
+from equiformer2.kernels.backend import Backend
+from equiformer2.model.attention import VectorHead
 from equiformer2.model.config import ModelConfig
-from equiformer2.model.edge_context import EdgeContext
+from equiformer2.model.edge_context import EdgeGraph
 from equiformer2.model.folding import read
 from equiformer2.model.initialization import initialize_weights
 from equiformer2.model.so3 import S2Grid
-
-if TYPE_CHECKING:
-    from equiformer2.model.equiformer import EquiformerV2
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
 class EncodedForces(NamedTuple):
-    """What the network is told of the original of a corrupted structure.
+    """Forces of the original of a corrupted structure, which say which original is meant.
 
     Attributes:
         forces: `[N, 3]` eV/Å, in the original structure.
@@ -81,28 +77,13 @@ class Denoising(nn.Module):
         super().__init__()
         self.force_embedding = ForceEmbedding(config.sphere_channels, config.lmax)
         head = config.force_block
-        grid = grids[head.lmax, head.mmax]
-        self.head = SO2EquivariantGraphAttention(config, head, grid, 1, 0.0, config.force_activation)
-        self.head.so2_conv_2.so2_m_conv[1:].requires_grad_(False)
-        self.head.proj.bias.requires_grad_(False)
+        self.head = VectorHead(config, grids[head.lmax, head.mmax])
         initialize_weights(self, config.weight_init)
 
-    def noise(self, x: Tensor, edges: EdgeContext) -> Tensor:
+    def noise(self, x: Tensor, edges: EdgeGraph, backend: Backend) -> Tensor:
         """Displacements `[N, 3]` in units of the noise, from the normed features `[N, K, C]`."""
-        return at_least_float32(self.head.vectors(x, edges).squeeze(2))
-
-
-def check_encoded(encoded: EncodedForces, model: "EquiformerV2", num_atoms: int) -> None:
-    """Raise `InputError` where `model` cannot take these forces as input."""
-    if model.dens is None:
-        raise InputError("this network has no parts for denoising: build it with dens: true")
-    if model.backend == "compile":
-        raise InputError("the backend 'compile' encodes no forces: use the backend 'auto' for denoising")
-    if encoded.forces.shape != (num_atoms, 3) or encoded.atoms.shape != (num_atoms,):
-        raise InputError(
-            f"encoded forces must be [{num_atoms}, 3] with a mask [{num_atoms}], "
-            f"not {tuple(encoded.forces.shape)} with {tuple(encoded.atoms.shape)}"
-        )
+        noise: Tensor = self.head(x, edges, backend)
+        return noise
 
 
 def without_denoising(model: Network) -> Network:

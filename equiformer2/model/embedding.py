@@ -3,9 +3,10 @@
 from torch import Tensor, nn
 
 from equiformer2.kernels import sum_rotated
+from equiformer2.kernels.backend import Backend
 from equiformer2.model.attention import element_embedding, radial_input_size
 from equiformer2.model.config import ModelConfig
-from equiformer2.model.edge_context import EdgeContext, by_parts
+from equiformer2.model.edge_context import EdgeGraph, joined
 from equiformer2.model.radial import RadialFunction, RadialWeights
 from equiformer2.model.so3 import DerivedConstants
 from equiformer2.model.so3.grid import truncation_scales
@@ -28,16 +29,20 @@ class EdgeDegreeEmbedding(DerivedConstants):
         scale = truncation_scales(config.lmax, config.mmax) / config.avg_degree
         self.add_constant("scale", scale)
 
-    def forward(self, edges: EdgeContext) -> Tensor:
-        """Compute the first features `[N, K, C]`."""
+    def forward(self, edges: EdgeGraph, backend: Backend) -> Tensor:
+        """Sum over the edges into every atom: `[N, K, C]`."""
         own = None
         if self.source_embedding is not None and self.target_embedding is not None:
             own = (self.source_embedding, self.target_embedding)
         weights, tables = self.rad_func.plain_weights(), edges.element_tables(own)
-        return by_parts(lambda part, _: self._sum(part, weights, tables), edges)
+        return joined([self._sum(part.graph, weights, tables, backend) for part in edges.parts(backend)])
 
     def _sum(
-        self, edges: EdgeContext, weights: RadialWeights, tables: tuple[Tensor, Tensor] | None
+        self,
+        edges: EdgeGraph,
+        weights: RadialWeights,
+        tables: tuple[Tensor, Tensor] | None,
+        backend: Backend,
     ) -> Tensor:
         hidden = weights.hidden(edges.basis(), edges.element_pairs(tables))
         radial = nn.functional.linear(hidden, weights.output, weights.bias)
@@ -46,5 +51,13 @@ class EdgeDegreeEmbedding(DerivedConstants):
             radial = radial * envelope.to(radial.dtype).unsqueeze(1)
         # Only m = 0 is non-zero in the edge frame.
         values = radial.unflatten(1, (self.degrees[0] + 1, -1))
-        total = sum_rotated(values, edges.rotations, edges.edge_index[1], edges.num_atoms, self.degrees)
+        total = sum_rotated(
+            values,
+            edges.rotations,
+            edges.edge_index[1],
+            edges.num_atoms,
+            self.degrees,
+            backend,
+            edges.neighbors(backend),
+        )
         return total * self.scale

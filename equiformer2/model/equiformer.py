@@ -1,8 +1,8 @@
 """EquiformerV2 (paper Figure 1)."""
 
-import contextvars
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,29 +13,23 @@ from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph, checked_graph, radius_graph, structure_index
 from equiformer2.graph.validation import locate_atom
-from equiformer2.kernels.aggregate import at_least_float32
-from equiformer2.kernels.backend import Neighbors, triton_kernels, use_cpp_kernels, why_not
+from equiformer2.kernels.backend import COMPILE, NOTHING_MORE, Backend, Features, resolve, validate
 from equiformer2.kernels.chunks import chunks
 from equiformer2.kernels.rows import gather_rows, sum_rows
 from equiformer2.kernels.scratch_buffers import keep_freed_memory
-from equiformer2.model.attention import SO2EquivariantGraphAttention, element_embedding
-from equiformer2.model.block import TransformerBlock
-from equiformer2.model.compiled import compiled_graphs, compiled_network
+from equiformer2.model.attention import VectorHead, element_embedding
+from equiformer2.model.block import BlockOutput, TransformerBlock
+from equiformer2.model.compiled import Steps, compiled_graphs, compiled_network
 from equiformer2.model.config import ModelConfig
-from equiformer2.model.conservative import (
-    check_config,
-    check_gradient,
-    outside_inference_mode,
-    with_derivatives,
-)
-from equiformer2.model.denoising import Denoising, EncodedForces, check_encoded
-from equiformer2.model.edge_context import EdgeContext
+from equiformer2.model.conservative import check_config, outside_inference_mode, with_derivatives
+from equiformer2.model.denoising import Denoising, EncodedForces
+from equiformer2.model.edge_context import EVERYTHING, BlockRouting, EdgeEncoding, EdgeGraph, GraphInputs
 from equiformer2.model.embedding import EdgeDegreeEmbedding
-from equiformer2.model.feed_forward import FeedForwardNetwork
+from equiformer2.model.feed_forward import EnergyHead
 from equiformer2.model.folding import Folding, Layout, plain_name, read
 from equiformer2.model.initialization import initialize_weights
 from equiformer2.model.norm import make_norm
-from equiformer2.model.output_request import OutputRequest, receptive_fields
+from equiformer2.model.output_request import ALL_OUTPUTS, OutputRequest, receptive_fields
 from equiformer2.model.parameters import count_parameters
 from equiformer2.model.radial import GaussianBasis
 from equiformer2.model.routing import FixedRouting, RoutedEdges, Router, Routing
@@ -97,16 +91,11 @@ class EquiformerV2(nn.Module):
             TransformerBlock(config, block, edge_grids[block.lmax, block.mmax], node_grid) for block in blocks
         )
         self.norm = make_norm(config.norm_type, lmax, config.sphere_channels)
-        self.energy_block = FeedForwardNetwork(config, config.energy_block, node_grid, 1)
-        self.energy_block.freeze_unread()
-        self.force_block: SO2EquivariantGraphAttention | None = None
+        self.energy_block = EnergyHead(config, node_grid)
+        self.force_block: VectorHead | None = None
         if config.regress_forces:
             head = config.force_block
-            self.force_block = SO2EquivariantGraphAttention(
-                config, head, edge_grids[head.lmax, head.mmax], 1, 0.0, config.force_activation
-            )
-            self.force_block.so2_conv_2.so2_m_conv[1:].requires_grad_(False)
-            self.force_block.proj.bias.requires_grad_(False)
+            self.force_block = VectorHead(config, edge_grids[head.lmax, head.mmax])
         self.bytes_per_edge = 4 * _floats_per_edge(config)
         self.fades_at = config.max_radius if config.smooth_cutoff else None
         initialize_weights(self, config.weight_init)
@@ -141,122 +130,100 @@ class EquiformerV2(nn.Module):
             InputError: an element is not below `max_num_elements`, the structure or `graph` is malformed,
                 `request` does not fit, or the backend cannot do what is asked for.
         """
-        with own_defaults():
-            return self._forward(batch, graph, frames, active, request, dens)
+        request, conservative = request or OutputRequest(), self.config.forces == "gradient"
+        differentiable = torch.is_grad_enabled()
+        with own_defaults(), torch.inference_mode(False) if conservative else nullcontext():
+            if conservative:
+                backend = self.check_backend(Features(routing=active is not None))
+                if frames is not None:
+                    raise InputError("gradient forces need the network's own edge frames: leave out frames")
+                batch, graph = outside_inference_mode(batch, graph)
+            numbers = self._checked_numbers(batch)
+            request.check(len(numbers), self.config.forces != "none")
+            natoms = torch.as_tensor(batch.natoms, device=numbers.device).reshape(-1)
+            structure = structure_index(natoms, len(numbers))
+            atoms = numbers, structure, natoms
+            graph = self.build_graph(batch) if graph is None else checked_graph(graph, len(numbers))
+            dtype = self.sphere_embedding.weight.dtype
+            if conservative:
 
-    def _forward(
+                def energies(moved: RadiusGraph) -> Tensor:
+                    return self.propagate(self._inputs(*atoms, moved), backend)["energy"]
+
+                lattice = (batch.cell, batch.pbc) if self.config.stress else None
+                out = with_derivatives(energies, graph, structure, dtype, lattice, differentiable)
+                return request.cut(out)
+            graph = graph.in_precision(dtype)
+            inputs = self._inputs(*atoms, graph, frames)
+            differentiated = differentiable and inputs.rotations.requires_grad
+            backend = self.check_backend(Features(differentiated, active is not None, dens is not None))
+            if dens is not None:
+                self._check_denoising(dens, len(numbers))
+            if backend is COMPILE:
+                return request.cut(compiled_network(self)(self, inputs))
+            if not backend.routing:
+                return request.cut(self.propagate(inputs, backend, dens=dens))
+            if active is None and not request.energy and request.force_atoms is not None:
+                active = receptive_fields(graph.edge_index, request.force_atoms, len(self.blocks))
+            return self.propagate(inputs, backend, self._routing(active, batch, graph), request, dens)
+
+    def propagate(
         self,
-        batch: Batch | Data,
-        graph: RadiusGraph | None,
-        frames: EdgeFrames | None,
-        active: Sequence[Tensor | None] | Router | None,
-        request: OutputRequest | None,
-        dens: EncodedForces | None,
-    ) -> dict[str, Tensor]:
-        request = request or OutputRequest()
-        if dens is not None:
-            check_encoded(dens, self, len(batch.pos))
-        if self.config.forces == "gradient":
-            self.check_backend(routed=active is not None)
-            if frames is not None:
-                raise InputError("gradient forces need the network's own edge frames: leave out frames")
-            further = torch.is_grad_enabled()
-            with torch.inference_mode(False):
-                return self._with_gradient(*outside_inference_mode(batch, graph), request, further)
-        numbers = self._checked_numbers(batch)
-        natoms = torch.as_tensor(batch.natoms, device=numbers.device).reshape(-1)
-        graph = self.build_graph(batch) if graph is None else checked_graph(graph, len(numbers))
-        structure = structure_index(natoms, len(numbers))
-        dtype = self.sphere_embedding.weight.dtype
-        graph = graph.in_precision(dtype)
-        rotations = self._rotations(graph.vectors, graph.distances) if frames is None else frames.entries
-        self.check_backend(torch.is_grad_enabled() and rotations.requires_grad, active is not None)
-        tensors = (numbers, structure, natoms, graph.edge_index, rotations, graph.distances)
-        request.check(len(numbers), self.force_block is not None)
-        if self.backend == "compile":
-            return request.cut(self._outputs(*compiled_network(self)(self, *tensors), structure, natoms))
-        if self.backend == "triton":
-            with triton_kernels(Neighbors.of(graph.edge_index, len(numbers))):
-                return request.cut(self._network(*tensors, dens=dens))
-        if active is None and not request.energy and request.force_atoms is not None:
-            active = receptive_fields(graph.edge_index, request.force_atoms, len(self.blocks))
-        with use_cpp_kernels(self.chosen_backend() == "cpp"):
-            return self._network(*tensors, self._routing(active, batch, graph), request, dens)
-
-    def _with_gradient(
-        self, batch: Data, graph: RadiusGraph | None, request: OutputRequest, further: bool
-    ) -> dict[str, Tensor]:
-        """`forward` with gradient forces; `further`: whether the outputs will be differentiated."""
-        numbers = self._checked_numbers(batch)
-        natoms = torch.as_tensor(batch.natoms, device=numbers.device).reshape(-1)
-        request.check(len(numbers), True)
-        edges = self.build_graph(batch) if graph is None else checked_graph(graph, len(numbers))
-        structure = structure_index(natoms, len(numbers))
-
-        def energies(vectors: Tensor, distances: Tensor) -> Tensor:
-            rotations = self._rotations(vectors, distances)
-            return self._network(numbers, structure, natoms, edges.edge_index, rotations, distances)["energy"]
-
-        lattice = (batch.cell, batch.pbc) if self.config.stress else None
-        dtype = self.sphere_embedding.weight.dtype
-        out = with_derivatives(energies, edges, len(numbers), structure, dtype, lattice, further)
-        return request.cut(out)
-
-    def _network(
-        self,
-        numbers: Tensor,
-        structure: Tensor,
-        natoms: Tensor,
-        edge_index: Tensor,
-        rotations: Tensor,
-        distances: Tensor,
+        inputs: GraphInputs,
+        backend: Backend,
         routing: Routing | None = None,
-        request: OutputRequest = OutputRequest(),  # noqa: B008  immutable
+        request: OutputRequest = ALL_OUTPUTS,
         dens: EncodedForces | None = None,
+        steps: Steps | None = None,
     ) -> dict[str, Tensor]:
-        """From edges to outputs: tensors in, tensors out."""
+        """Go from edges to outputs: embedding, blocks, norm, heads.
+
+        Args:
+            inputs: atoms and edges, checked.
+            backend: the implementation of the hot operations.
+            routing: decides what each block computes; None for everything.
+            request: which of the outputs are read.
+            dens: forces to encode.
+            steps: compiled regions in place of the network's own steps.
+
+        Returns:
+            As `forward`.
+        """
+        steps = steps or self
+        numbers, structure, natoms = inputs.numbers, inputs.structure, inputs.natoms
         shared = None
         if self.source_embedding is not None and self.target_embedding is not None:
             shared = (self.source_embedding, self.target_embedding)
-        edges = EdgeContext(
-            edge_index,
-            rotations,
-            distances,
-            self.distance_basis,
-            numbers[edge_index],
-            shared,
-            len(numbers),
-            self.bytes_per_edge,
-            self.fades_at,
+        encoding = EdgeEncoding(self.distance_basis, shared, self.bytes_per_edge, self.fades_at)
+        elements = numbers[inputs.edge_index]
+        edges = EdgeGraph(
+            inputs.edge_index, inputs.rotations, inputs.distances, elements, len(numbers), encoding
         )
-        x = self.embed(numbers, edges)
+        x = steps.embed(numbers, edges, backend)
         if dens is not None and self.dens is not None:
             x = x + self.dens.force_embedding(dens)
-        routed = None if routing is None else RoutedEdges(edges, routing)
-        for number, block in enumerate(self.blocks):
-            here, gates = (edges, None) if routed is None else routed.of_block(number, x)
-            if routed is not None and here.num_atoms == 0:
-                continue
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                # The second forward pass happens outside this one: in its choice of kernels all the same.
-                run = contextvars.copy_context().run
-                x = checkpoint(run, block, x, here, structure, len(natoms), gates, use_reentrant=False)
-            else:
-                x = block(x, here, structure, len(natoms), gates)
-            if routed is not None:
-                routed.record(here)
-        x = self.norm(x)
 
-        forces = None
-        if self.force_block is not None:
-            here = edges if request.force_atoms is None else edges.restricted(request.force_atoms)
-            forces = self.atomic_forces(x, here)
-            forces = here.put_targets(forces.new_zeros(len(x), 3), forces)
-        atomic = self.atomic_energies(x) if request.energy else None
-        out = self._outputs(atomic, forces, structure, natoms)
-        if dens is not None and self.dens is not None:
-            out["noise"] = self.dens.noise(x, edges)
-        return out
+        routed = None if routing is None else RoutedEdges(edges, routing)
+        observe = routing is not None and routing.observes_attention
+        here, places = edges, EVERYTHING
+        for number, block in enumerate(self.blocks):
+            if routed is not None:
+                decision, here, places = routed.decide(number, x)
+                if here.num_atoms == 0:
+                    continue
+            arguments = block, x, here, structure, natoms, backend, places, observe
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, attention = checkpoint(steps.run_block, *arguments, use_reentrant=False)
+            else:
+                x, attention = steps.run_block(*arguments)
+            if routed is not None:
+                routed.observe(decision, here, places, attention)
+
+        outputs = steps.read_out(x, edges, backend, request, dens is not None)
+        if "energy" in outputs:
+            energy = sum_rows(outputs["energy"], structure, len(natoms))
+            outputs["energy"] = energy / self.config.avg_num_nodes
+        return outputs
 
     def from_edges(
         self,
@@ -278,37 +245,63 @@ class EquiformerV2(nn.Module):
             edge_index, vectors, distances: see `RadiusGraph`; in the network's precision.
         """
         check_config(self.config, "from_edges")
-        tensors = numbers, structure, natoms, edge_index, self._rotations(vectors, distances), distances
-        if self.backend == "triton":
-            with triton_kernels(Neighbors.of(edge_index, len(numbers))):
-                return self._network(*tensors)
-        with use_cpp_kernels(self.chosen_backend() == "cpp"):
-            return self._network(*tensors)
+        rotations = self._rotations(vectors, distances)
+        inputs = GraphInputs(numbers, structure, natoms, edge_index, rotations, distances)
+        return self.propagate(inputs, self.resolve_backend())
 
-    def embed(self, numbers: Tensor, edges: EdgeContext) -> Tensor:
+    def _inputs(
+        self,
+        numbers: Tensor,
+        structure: Tensor,
+        natoms: Tensor,
+        graph: RadiusGraph,
+        frames: EdgeFrames | None = None,
+    ) -> GraphInputs:
+        """Add the edge frames; `graph` is in the network's precision."""
+        rotations = self._rotations(graph.vectors, graph.distances) if frames is None else frames.entries
+        return GraphInputs(numbers, structure, natoms, graph.edge_index, rotations, graph.distances)
+
+    def embed(self, numbers: Tensor, edges: EdgeGraph, backend: Backend) -> Tensor:
         """First features `[N, K, C]`: the elements of the atoms and their surroundings."""
-        x = self.edge_degree_embedding(edges)
+        x = self.edge_degree_embedding(edges, backend)
         elements = gather_rows(read(self.sphere_embedding), numbers)
         return torch.cat((x[:, :1] + elements.unsqueeze(1), x[:, 1:]), dim=1)
 
-    def atomic_energies(self, x: Tensor) -> Tensor:
-        """`[N]` from the normed features `[N, K, C]`, in float32 or wider."""
-        return at_least_float32(self.energy_block.scalars(x)[:, 0])
+    def run_block(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        edges: EdgeGraph,
+        structure: Tensor,
+        natoms: Tensor,
+        backend: Backend,
+        routing: BlockRouting = EVERYTHING,
+        observe: bool = False,
+    ) -> BlockOutput:
+        """Call one block; see `TransformerBlock.forward`."""
+        out: BlockOutput = block(x, edges, structure, len(natoms), backend, routing, observe)
+        return out
 
-    def atomic_forces(self, x: Tensor, edges: EdgeContext) -> Tensor:
-        """`[n, 3]` of the target atoms of `edges`, from the normed features, in float32 or wider."""
-        assert self.force_block is not None
-        return at_least_float32(self.force_block.vectors(x, edges).squeeze(2))
-
-    def _outputs(
-        self, atomic: Tensor | None, forces: Tensor | None, structure: Tensor, natoms: Tensor
+    def read_out(
+        self,
+        x: Tensor,
+        edges: EdgeGraph,
+        backend: Backend,
+        request: OutputRequest = ALL_OUTPUTS,
+        denoise: bool = False,
     ) -> dict[str, Tensor]:
-        out = {}
-        if atomic is not None:
-            energy = sum_rows(atomic, structure, len(natoms))
-            out["energy"] = energy / self.config.avg_num_nodes
-        if forces is not None:
-            out["forces"] = forces
+        """Norm and heads: `energy [N]` of every atom, `forces [N, 3]` and, to `denoise`, `noise [N, 3]`."""
+        x, out = self.norm(x), {}
+        if self.force_block is not None and request.force_atoms is None:
+            out["forces"] = self.force_block(x, edges, backend)
+        elif self.force_block is not None:
+            here, places = edges.restricted(request.force_atoms)
+            forces = self.force_block(x, here, backend, places)
+            out["forces"] = places.put_targets(forces.new_zeros(len(x), 3), forces)
+        if request.energy:
+            out = {"energy": self.energy_block(x, backend), **out}
+        if denoise and self.dens is not None:
+            out["noise"] = self.dens.noise(x, edges, backend)
         return out
 
     @property
@@ -325,35 +318,25 @@ class EquiformerV2(nn.Module):
             return FixedRouting(active, len(batch.pos), len(self.blocks))
         return active.start(batch, graph, len(self.blocks))
 
-    def check_backend(self, frames_need_grad: bool = False, routed: bool = False) -> None:
-        """Raise `InputError` if `backend` cannot run this network where it is.
+    def check_backend(self, features: Features = NOTHING_MORE) -> Backend:
+        """Refuse, before the first step, what `backend` cannot do.
 
         Args:
-            frames_need_grad: derivatives with respect to positions are wanted.
-            routed: blocks will update some of the atoms only (`active`).
+            features: what the run will ask for.
+
+        Returns:
+            The backend; for `auto` the one that it stands for where the network is.
+
+        Raises:
+            InputError: `backend` cannot run this network here, or lacks one of `features`.
         """
-        if self.config.forces == "gradient":
-            check_gradient(self.backend, routed)
-        if routed and self.backend in ("compile", "triton"):
-            raise InputError(
-                f"the backend {self.backend!r} updates all atoms in every block: "
-                "use the backend 'auto' to skip some"
-            )
-        reason = self._why_not(self.backend, frames_need_grad)
-        if reason is not None:
-            raise InputError(f"the backend {self.backend!r} cannot be used: {reason}")
+        weight = self.sphere_embedding.weight
+        return validate(self.backend, self.config, weight.device, weight.dtype, features)
 
-    def chosen_backend(self) -> str:
-        """`backend`, or what `auto` stands for where the network is."""
-        if self.backend != "auto":
-            return self.backend
-        if self.config.forces == "gradient":
-            return "torch"
-        return "torch" if self._why_not("cpp") else "cpp"
-
-    def _why_not(self, backend: str, frames_need_grad: bool = False) -> str | None:
-        weight, degrees = self.sphere_embedding.weight, (self.config.lmax, self.config.mmax)
-        return why_not(backend, weight.device, weight.dtype, *degrees, frames_need_grad)
+    def resolve_backend(self) -> Backend:
+        """`backend`, or the one that `auto` stands for where the network is; nothing is checked."""
+        weight = self.sphere_embedding.weight
+        return resolve(self.backend, self.config, weight.device, weight.dtype)
 
     def build_graph(self, batch: Batch | Data) -> RadiusGraph:
         """The edges that `forward` uses for these structures."""
@@ -410,6 +393,15 @@ class EquiformerV2(nn.Module):
             parts = [slice(None)]
         packed = [EdgeFrames.from_vectors(vectors[p], distances[p], lmax, mmax).entries for p in parts]
         return packed[0] if len(packed) == 1 else torch.cat(packed)
+
+    def _check_denoising(self, encoded: EncodedForces, num_atoms: int) -> None:
+        if self.dens is None:
+            raise InputError("this network has no parts for denoising: build it with dens: true")
+        if encoded.forces.shape != (num_atoms, 3) or encoded.atoms.shape != (num_atoms,):
+            raise InputError(
+                f"encoded forces must be [{num_atoms}, 3] with a mask [{num_atoms}], "
+                f"not {tuple(encoded.forces.shape)} with {tuple(encoded.atoms.shape)}"
+            )
 
     def _checked_numbers(self, batch: Batch | Data) -> Tensor:
         numbers = batch.atomic_numbers.long()

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from equiformer2.kernels import grid_mlp, grid_product
+from equiformer2.kernels.aggregate import at_least_float32
+from equiformer2.kernels.backend import Backend
 from equiformer2.kernels.chunks import no_autocast
 from equiformer2.model.activation import (
     GateActivation,
@@ -78,10 +80,12 @@ class FeedForwardNetwork(Folding):
             self.activation = S2Activation(grid)
         self.so3_linear_2 = SO3Linear(hidden, out_channels, lmax)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, backend: Backend) -> Tensor:
         """Map `[N, K, C]` to `[N, K, out_channels]`."""
         merged: MergedMaps | None = self.folded()
-        return self.so3_linear_2(self._hidden(x)) if merged is None else self._merged(x, merged)
+        if merged is not None:
+            return self._merged(x, merged, backend)
+        return self.so3_linear_2(self._hidden(x, backend))
 
     def fold(self, layout: Layout) -> None:
         """Keep the linear maps around the grid merged; without a grid there is nothing to merge."""
@@ -100,37 +104,11 @@ class FeedForwardNetwork(Folding):
             read(exit_, "bias"),
         )
 
-    def scalars(self, x: Tensor) -> Tensor:
-        """Compute the l = 0 output alone, `[N, out_channels]`; separate scalar inputs need no grid."""
-        if self.scalar_mlp is not None:
-            hidden = self.scalar_mlp(x[:, 0])
-        elif isinstance(self.activation, GateActivation):
-            hidden = nn.functional.silu(self.so3_linear_1.degree(x[:, :1], 0))[:, 0]
-        elif isinstance(self.activation, SeparableS2Activation):
-            assert self.gating_linear is not None
-            hidden = nn.functional.silu(self.gating_linear(x[:, 0]))
-        else:
-            hidden = self._hidden(x)[:, 0]
-        with no_autocast(x):  # what leaves the network is not rounded
-            weights = self.so3_linear_2.weights()
-            return self.so3_linear_2.degree(hidden.to(weights.bias.dtype), 0, weights)
-
-    def freeze_unread(self) -> None:
-        """Freeze what `scalars` never reads, for a network of which only the scalars are used."""
-        if self.scalar_mlp is not None:
-            self.so3_linear_1.requires_grad_(False)
-            self.grid_mlp.requires_grad_(False)
-        elif isinstance(self.activation, SeparableS2Activation):
-            self.so3_linear_1.requires_grad_(False)
-        elif isinstance(self.activation, GateActivation):
-            assert self.gating_linear is not None
-            self.gating_linear.requires_grad_(False)
-
-    def _merged(self, x: Tensor, maps: MergedMaps) -> Tensor:
+    def _merged(self, x: Tensor, maps: MergedMaps, backend: Backend) -> Tensor:
         """Map `[N, K, C]` to `[N, K, out_channels]` with merged maps."""
         grid = self.grid
         hidden = linear_per_degree(x, maps.inwards, maps.bias)
-        hidden = grid_mlp(hidden, grid.to_grid, grid.from_grid, maps.on_grid, grid.factors)
+        hidden = grid_mlp(hidden, grid.to_grid, grid.from_grid, maps.on_grid, backend, grid.factors)
         if self.scalar_mlp is None:
             return linear_per_degree(hidden, maps.outwards, maps.last_bias)
         return torch.cat(
@@ -145,18 +123,19 @@ class FeedForwardNetwork(Folding):
             dim=1,
         )
 
-    def _hidden(self, x: Tensor) -> Tensor:
+    def _hidden(self, x: Tensor, backend: Backend) -> Tensor:
         """Compute the features `[N, K, hidden]` before the last linear map."""
         hidden = self.so3_linear_1(x)
         if not self.use_grid_mlp:
             gates = None if self.gating_linear is None else self.gating_linear(x[:, 0])
             assert self.activation is not None
-            return self.activation(hidden, gates)
+            return self.activation(hidden, gates, backend)
         first, second, third = self.grid_mlp[0], self.grid_mlp[2], self.grid_mlp[4]
         assert isinstance(second, nn.Linear)
         # The first and the last layer act on channels only: K coefficients cost less than G points.
         grid = self.grid
-        hidden = third(grid_mlp(first(hidden), grid.to_grid, grid.from_grid, read(second), grid.factors))
+        hidden = grid_mlp(first(hidden), grid.to_grid, grid.from_grid, read(second), backend, grid.factors)
+        hidden = third(hidden)
         if self.scalar_mlp is None:
             return hidden
         return _replace_scalars(hidden, self.scalar_mlp(x[:, 0]))
@@ -164,6 +143,44 @@ class FeedForwardNetwork(Folding):
 
 def _replace_scalars(x: Tensor, scalars: Tensor) -> Tensor:
     return torch.cat((scalars.unsqueeze(1).to(x.dtype), x[:, 1:]), dim=1)
+
+
+class EnergyHead(FeedForwardNetwork):
+    """Feed-forward network of which the l = 0 output alone is read.
+
+    What that output does not depend on is there, for the reference's checkpoints, and frozen.
+
+    Args:
+        config: hyper-parameters.
+        grid: S2 grid of all K coefficients.
+    """
+
+    def __init__(self, config: ModelConfig, grid: S2Grid) -> None:
+        super().__init__(config, config.energy_block, grid, 1)
+        if self.scalar_mlp is not None:
+            self.so3_linear_1.requires_grad_(False)
+            self.grid_mlp.requires_grad_(False)
+        elif isinstance(self.activation, SeparableS2Activation):
+            self.so3_linear_1.requires_grad_(False)
+        elif isinstance(self.activation, GateActivation):
+            assert self.gating_linear is not None
+            self.gating_linear.requires_grad_(False)
+
+    def forward(self, x: Tensor, backend: Backend) -> Tensor:
+        """`[N, K, C]` normed features to `[N]` energies in float32 or wider; mostly without the grid."""
+        if self.scalar_mlp is not None:
+            hidden = self.scalar_mlp(x[:, 0])
+        elif isinstance(self.activation, GateActivation):
+            hidden = nn.functional.silu(self.so3_linear_1.degree(x[:, :1], 0))[:, 0]
+        elif isinstance(self.activation, SeparableS2Activation):
+            assert self.gating_linear is not None
+            hidden = nn.functional.silu(self.gating_linear(x[:, 0]))
+        else:
+            hidden = self._hidden(x, backend)[:, 0]
+        with no_autocast(x):  # what leaves the network is not rounded
+            weights = self.so3_linear_2.weights()
+            out = self.so3_linear_2.degree(hidden.to(weights.bias.dtype), 0, weights)
+        return at_least_float32(out[:, 0])
 
 
 class SwiGLUFeedForwardNetwork(nn.Module):
@@ -194,10 +211,10 @@ class SwiGLUFeedForwardNetwork(nn.Module):
         self.grid = grid
         self.so3_linear_2 = SO3Linear(hidden, out_channels, config.lmax)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, backend: Backend) -> Tensor:
         """`[N, K, C]` to `[N, K, out_channels]`."""
         pairs = self.grid_linear_1(self.so3_linear_1(x))
-        product = grid_product(pairs, self.grid.to_grid, self.grid.from_grid)
+        product = grid_product(pairs, self.grid.to_grid, self.grid.from_grid, backend)
         gate = torch.sigmoid(self.gating_linear(x[:, 0]))
         hidden = self.grid_linear_2(product * gate.unsqueeze(1))
         a, b = self.scalar_linear(x[:, 0]).chunk(2, dim=1)

@@ -1,4 +1,4 @@
-"""Which outputs a caller reads, and what follows for the blocks."""
+"""Choice of the outputs that a caller reads, and the atoms that blocks must update for them."""
 
 from typing import NamedTuple
 
@@ -9,13 +9,13 @@ from equiformer2.errors import InputError
 
 
 class OutputRequest(NamedTuple):
-    """What of the outputs is read; what only the rest needs is not computed.
+    """Choice of outputs; what only the others need is not computed.
 
     What is read has the same values as without a request.
 
     Attributes:
-        energy: whether energies are wanted.
-        force_atoms: bool `[N]`: the atoms whose forces are wanted, None for all. The others get zero.
+        energy: give energies.
+        force_atoms: bool `[N]`: the atoms whose forces are given, None for all. The others get zero.
     """
 
     energy: bool = True
@@ -33,15 +33,18 @@ class OutputRequest(NamedTuple):
             )
 
     def cut(self, out: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From all outputs, those that are wanted."""
-        found = {name: value for name, value in out.items() if self.energy or name != "energy"}
+        """Take the chosen outputs from all of them."""
+        chosen = {name: value for name, value in out.items() if self.energy or name != "energy"}
         if self.force_atoms is not None:
-            found["forces"] = torch.where(self.force_atoms[:, None], found["forces"], 0.0)
-        return found
+            chosen["forces"] = torch.where(self.force_atoms[:, None], chosen["forces"], 0.0)
+        return chosen
+
+
+ALL_OUTPUTS = OutputRequest()
 
 
 def receptive_fields(edge_index: Tensor, force_atoms: Tensor, num_blocks: int) -> list[Tensor]:
-    """Which atoms every block has to update so that the forces on some atoms come out unchanged.
+    """Atoms that every block has to update so that the forces on some atoms come out unchanged.
 
     The force head reads the final features of these atoms and of the sources of the edges into them; the last
     block has to update those. Every block before it has to update what the next one reads: the atoms that the

@@ -1,4 +1,4 @@
-"""Which atoms a block updates, decided before the first block or between blocks.
+"""Choice of the atoms that a block updates, made before the first block or between blocks.
 
 An atom that a block skips keeps its features (x^{l+1} = x^l) and stays a source for the others: its incoming
 edges and its feed-forward network are not computed.
@@ -14,11 +14,11 @@ from torch_geometric.data import Batch, Data
 
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph
-from equiformer2.model.edge_context import EdgeContext
+from equiformer2.model.edge_context import EVERYTHING, BlockRouting, EdgeGraph
 
 
 class Decision(NamedTuple):
-    """What one block computes.
+    """The atoms and edges that one block computes.
 
     Attributes:
         atoms: `[N]`, None for all atoms. Bool: the atoms to update. Floating point: gates g in [0, 1]; both
@@ -35,7 +35,7 @@ class Decision(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BlockState:
-    """What is known before a block.
+    """Everything that is known before a block.
 
     Attributes:
         block: its number, from 0.
@@ -55,7 +55,7 @@ class Routing(Protocol):
 
     @property
     def observes_attention(self) -> bool:
-        """Whether `BlockState.attention` is wanted."""
+        """`BlockState.attention` is read."""
 
     def decide(self, state: BlockState) -> Decision:
         """The decision for block `state.block`."""
@@ -84,7 +84,7 @@ class FixedRouting:
         self.active = active
 
     def decide(self, state: BlockState) -> Decision:
-        """The given one."""
+        """Return the given one."""
         return Decision(self.active[state.block])
 
 
@@ -96,61 +96,69 @@ class RoutedEdges:
         routing: the decisions.
     """
 
-    def __init__(self, edges: EdgeContext, routing: Routing) -> None:
+    def __init__(self, edges: EdgeGraph, routing: Routing) -> None:
         self.edges, self.routing = edges, routing
-        self._restricted: list[tuple[Tensor | None, Tensor | None, EdgeContext]] = []
+        self._restricted: list[tuple[Tensor | None, Tensor | None, EdgeGraph, BlockRouting]] = []
         self._attention: Tensor | None = None
-        self._decision = Decision()
 
-    def of_block(self, block: int, x: Tensor) -> tuple[EdgeContext, Tensor | None]:
-        """The edges that a block computes and the gates `[n, 1, 1]` of its target atoms (None for 1)."""
+    def decide(self, block: int, x: Tensor) -> tuple[Decision, EdgeGraph, BlockRouting]:
+        """Ask the routing for a block's decision.
+
+        Args:
+            block: number of the block, from 0.
+            x: `[N, K, C]` features that enter it.
+
+        Returns:
+            The decision, the edges that the block computes, and their places and gates.
+        """
         if self.routing.observes_attention and self._attention is None:
             self._attention = x.new_zeros(len(self.edges.distances), 1)
         decision = self.routing.decide(BlockState(block, x, self._attention))
-        atoms, edges, everywhere = self._decision = decision
+        atoms, edges, everywhere = decision
         updated = None if atoms is None or everywhere else atoms > 0
         kept = None if edges is None else edges > 0
-        context = self._restrict(updated, kept)
-        gates = None
+        graph, places = self._restrict(updated, kept)
+        atom_gates = edge_gates = None
         if atoms is not None and atoms.is_floating_point():
-            gates = context.at_targets(atoms.to(x.dtype))[:, None, None]
-        changes: dict[str, object] = {}
+            atom_gates = places.at_targets(atoms.to(x.dtype))[:, None, None]
         if edges is not None and edges.is_floating_point():
-            changes["gates"] = context.at_edges(edges)
-        if self.routing.observes_attention:
-            changes["observed"] = []
-        return dataclasses.replace(context, **changes) if changes else context, gates  # type: ignore[arg-type]
+            edge_gates = places.at_edges(edges)
+        if atom_gates is not None or edge_gates is not None:
+            places = dataclasses.replace(places, atom_gates=atom_gates, edge_gates=edge_gates)
+        return decision, graph, places
 
-    def record(self, edges: EdgeContext) -> None:
-        """Keep the attention weights that a block computed with `edges`."""
-        if self._attention is None or not edges.observed:
+    def observe(
+        self, decision: Decision, graph: EdgeGraph, places: BlockRouting, weights: Tensor | None
+    ) -> None:
+        """Keep the attention weights of a block for the decisions of the next ones.
+
+        Args:
+            decision, graph, places: as `decide` gave them.
+            weights: `[e, H]` of the block's edges; None for a block without attention.
+        """
+        if self._attention is None or weights is None:
             return
-        alpha = torch.cat(edges.observed).to(self._attention.dtype)
-        older = self._attention
+        alpha, older = weights.to(self._attention.dtype), self._attention
         if older.shape[1] != alpha.shape[1]:
             older = older.mean(dim=1, keepdim=True).repeat(1, alpha.shape[1])
         # In proportion to the gates: as a gate closes, the table goes over into the one without the edge.
-        share = self._share(edges)
+        share = places.edge_gates
+        if decision.atoms is not None and decision.atoms.is_floating_point():
+            of_targets = places.at_targets(decision.atoms)[graph.edge_index[1]]
+            share = of_targets if share is None else of_targets * share
         if share is not None:
-            alpha = torch.lerp(edges.at_edges(older), alpha, share.unsqueeze(1).to(alpha.dtype))
-        self._attention = alpha if edges.kept is None else older.index_copy(0, edges.kept, alpha)
+            alpha = torch.lerp(places.at_edges(older), alpha, share.unsqueeze(1).to(alpha.dtype))
+        self._attention = alpha if places.edges is None else older.index_copy(0, places.edges, alpha)
 
-    def _share(self, edges: EdgeContext) -> Tensor | None:
-        atoms, gates = self._decision.atoms, edges.gates
-        if atoms is not None and atoms.is_floating_point():
-            of_targets = edges.at_targets(atoms)[edges.edge_index[1]]
-            return of_targets if gates is None else of_targets * gates
-        return gates
-
-    def _restrict(self, atoms: Tensor | None, edges: Tensor | None) -> EdgeContext:
+    def _restrict(self, atoms: Tensor | None, edges: Tensor | None) -> tuple[EdgeGraph, BlockRouting]:
         if (atoms is None or bool(atoms.all())) and (edges is None or bool(edges.all())):
-            return self.edges
-        for known_atoms, known_edges, context in self._restricted:
+            return self.edges, EVERYTHING
+        for known_atoms, known_edges, graph, places in self._restricted:
             if _equal(atoms, known_atoms) and _equal(edges, known_edges):
-                return context
-        context = self.edges.restricted(atoms, edges)
-        self._restricted.append((atoms, edges, context))
-        return context
+                return graph, places
+        graph, places = self.edges.restricted(atoms, edges)
+        self._restricted.append((atoms, edges, graph, places))
+        return graph, places
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

@@ -192,6 +192,28 @@ def _lossless(data: dict[str, Any]) -> list[str]:
     return rows
 
 
+def _speed(data: dict[str, Any]) -> list[str]:
+    """Ratios to the reference by network and batch, for the README."""
+    known = _benchmark(data["units"])
+
+    rows = []
+    for size, batch in (("31M", "B1"), ("31M", "B4"), ("83M", "B1"), ("153M", "B1")):
+        on = (size, batch)
+        single = batch == "B1"
+        cells = [
+            size,
+            str(data["units"][f"memory/{size}/{batch}"]["record"]["atoms"]),
+            f"{known['speed'](*on):.1f} x",
+            f"{known['speed'](*on, precision='bf16'):.1f} x",
+            f"{known['speed'](*on, 'training_step'):.1f} x",
+            f"{100 * known['memory'](*on):.0f} %",
+            f"{known['step'](size):.1f} x" if single else "not measured",
+            f"{known['step'](size, precision='bf16'):.1f} x" if single else "not measured",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
 def _grid(data: dict[str, Any]) -> list[str]:
     def size(grid: list[int]) -> str:
         return f"{grid[0]} x {grid[1]}"
@@ -235,5 +257,6 @@ TABLES: dict[str, Callable[[Any], list[str]]] = {
     "grid": _grid,
     "lossless": _lossless,
     "sites": _sites,
+    "speed": _speed,
     "sites_reference": _sites_reference,
 }

@@ -88,6 +88,8 @@ def _run_command(place: str, words: list[str]) -> None:
         status, output = done.returncode, done.stderr
     elif words[0] == "python" and len(words) > 1 and words[1].startswith("scripts/"):
         status, output = run_script_file(words[1], words[2:])
+    elif words[0] == "equiformer2":
+        status, output = run_console_command(words[1:])
     else:
         raise BlockError(
             f"{told}\nis no command that the tests run: mark the block `<!-- not run: reason -->`"
@@ -111,6 +113,19 @@ def run_script_file(name: str, arguments: list[str]) -> tuple[int, str]:
         output.write(traceback.format_exc())
     finally:
         sys.argv, sys.path = argv, path
+    return status, output.getvalue()
+
+
+def run_console_command(words: list[str]) -> tuple[int, str]:
+    """(exit status, what it printed) of `equiformer2 …`, executed in this process."""
+    from equiformer2.cli.main import main
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            status = main([*words, "--debug"])
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
     return status, output.getvalue()
 
 
@@ -140,7 +155,9 @@ def check_without_running(block: Block, options: dict[str, str]) -> None:
         for line, words in commands(block):
             words = [_file_of_module(word) for word in words]
             names = [place for place, word in enumerate(words) if _PROGRAM.fullmatch(word)]
-            if names:
+            if words[0] == "equiformer2":
+                _check_console_options(f"{block.page}:{line}", words[1:], options)
+            elif names:
                 _check_options(f"{block.page}:{line}", words[names[0] :], options)
 
 
@@ -167,11 +184,31 @@ def _check_options(place: str, words: list[str], seen: dict[str, str]) -> None:
     if name.endswith("prune.py") and arguments and not arguments[0].startswith("-"):
         name = f"{name} {arguments[0]}"
     if name not in seen:
-        status, seen[name] = run_script_file(name.split()[0], [*name.split()[1:], "--help"])
+        flag = "--help-all" if name == "scripts/train.py" else "--help"
+        status, seen[name] = run_script_file(name.split()[0], [*name.split()[1:], flag])
         if status != 0:
             raise BlockError(f"{place}: {name} --help ends with status {status}:\n{seen[name][-_TAIL:]}")
+    _check_given(place, name, arguments, seen[name])
+
+
+def _check_console_options(place: str, words: list[str], seen: dict[str, str]) -> None:
+    """The same for `equiformer2 …`; words before the first option that is a command or a file."""
+    from equiformer2.cli.main import COMMANDS
+
+    name = next((name for count in (2, 1) if (name := " ".join(words[:count])) in COMMANDS), None)
+    if name is None:
+        raise BlockError(f"{place}: equiformer2 has no command {' '.join(words[:2])}")
+    if name not in seen:
+        flag = "--help-all" if name == "train" else "--help"
+        status, seen[name] = run_console_command([*name.split(), flag])
+        if status != 0:
+            raise BlockError(f"{place}: {name} --help ends with status {status}:\n{seen[name][-_TAIL:]}")
+    _check_given(place, f"equiformer2 {name}", words[len(name.split()) :], seen[name])
+
+
+def _check_given(place: str, name: str, arguments: list[str], text: str) -> None:
     given = [word.split("=")[0] for word in arguments if word.startswith("--")]
-    missing = [word for word in given if not re.search(rf"{re.escape(word)}(?![\w-])", seen[name])]
+    missing = [word for word in given if not re.search(rf"{re.escape(word)}(?![\w-])", text)]
     if missing:
         raise BlockError(f"{place}: {name} has no option {', '.join(missing)}")
 

@@ -15,7 +15,7 @@ from equiformer2.kernels import (
     pack_blocks,
     sum_rotated,
 )
-from equiformer2.kernels.backend import use_cpp_kernels
+from equiformer2.kernels.backend import CPP, TORCH, Backend
 from equiformer2.kernels.cpu import edges as cpu
 from equiformer2.kernels.cpu import sphere
 from equiformer2.kernels.cpu.library import NO_COMPILER, Compiler
@@ -48,8 +48,8 @@ def run(call: Callable[..., list[Tensor]], inputs: list[Tensor], dtype: torch.dt
     wide = torch.float64 if dtype in (None, torch.float64) else torch.float32
     inputs = [tensor.detach().to(wide).requires_grad_() for tensor in inputs]
     rounding = torch.autocast("cpu", dtype) if dtype == torch.bfloat16 else nullcontext()
-    with use_cpp_kernels(dtype is not None), rounding:
-        outputs = call(*inputs)
+    with rounding:
+        outputs = call(TORCH if dtype is None else CPP, *inputs)
     return [tensor.double() for tensor in [*outputs, *gradients(outputs, inputs)]]
 
 
@@ -72,13 +72,15 @@ def test_convolution(
     target = (arguments["target"] % 3).sort().values if own_targets else arguments["target"]
     inputs = list(leaves(arguments, "x", "hidden", "radial_weight", "radial_bias", "weights", "bias"))
 
-    def call(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> list[Tensor]:
+    def call(
+        backend: Backend, x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor
+    ) -> list[Tensor]:
         so2 = SO2Weights(rest[0], rest[mmax + 1], rest[1 : mmax + 1])
         packed = pack_blocks(arguments["blocks"]).to(x.dtype)
         x_target = rest[-1] if own_targets else x
         sides = x, x_target, packed, arguments["source"], target
         shared = arguments["shared_orders"]
-        return list(convolve_edges(*sides, hidden, weight, bias, so2, 2, lmax, shared))
+        return list(convolve_edges(*sides, hidden, weight, bias, so2, 2, lmax, shared, backend))
 
     assert_close(call, [*inputs, targets] if own_targets else inputs, dtype)
 
@@ -93,11 +95,12 @@ def test_attention(lmax: int, mmax: int, channels: int, heads: int, dtype: torch
     weights = [random((1 + (m > 0)) * n * channels, n * 2) for m, n in enumerate(counts)]
     inputs = [random(5, rows * 2), random(5, heads), random(counts[0] * channels), *weights]
 
-    def call(hidden: Tensor, alpha: Tensor, bias: Tensor, *weights: Tensor) -> list[Tensor]:
+    def call(backend: Backend, hidden: Tensor, alpha: Tensor, bias: Tensor, *weights: Tensor) -> list[Tensor]:
         so2 = SO2Weights(weights[0], bias, weights[1:])
         some = hidden, alpha, packed.to(alpha.dtype), target, 5
         degrees = lmax, mmax
-        return [attend(*some, lambda h: h.unflatten(1, (rows, 2)).sin(), so2, degrees, degrees)]
+        activate = lambda h: h.unflatten(1, (rows, 2)).sin()  # noqa: E731
+        return [attend(*some, activate, so2, degrees, degrees, backend)]
 
     assert_close(call, inputs, dtype)
 
@@ -107,8 +110,8 @@ def test_embedding(lmax: int, mmax: int, channels: int, heads: int) -> None:
     random = Random()
     packed, target = pack_blocks(random.blocks(5, lmax, mmax)), torch.tensor([0, 2, 2, 2, 3])
 
-    def call(values: Tensor) -> list[Tensor]:
-        return [sum_rotated(values, packed.to(values.dtype), target, 5, (lmax, mmax))]
+    def call(backend: Backend, values: Tensor) -> list[Tensor]:
+        return [sum_rotated(values, packed.to(values.dtype), target, 5, (lmax, mmax), backend)]
 
     for dtype in (torch.float64, torch.float32):
         assert_close(call, [random(5, lmax + 1, channels)], dtype)

@@ -6,7 +6,7 @@ from kernel_twins import Random, factors_in, mlp_on_grid, orders, sphere_factors
 from torch import Tensor
 
 from equiformer2.kernels import GridFactors, chunks, grid_mlp, separable_grid_activation
-from equiformer2.kernels.backend import use_cpp_kernels
+from equiformer2.kernels.backend import CPP
 from equiformer2.kernels.cpu.library import NO_COMPILER, Compiler
 
 
@@ -90,10 +90,8 @@ def test_network_on_the_sphere(
         if dtype is None:
             out = mlp_on_grid(x, *matrices, weight)
         else:
-            with use_cpp_kernels():
-                out = grid_mlp(
-                    x, *matrices, weight, factors_in(factors, torch.promote_types(x.dtype, torch.float32))
-                )
+            wide = factors_in(factors, torch.promote_types(x.dtype, torch.float32))
+            out = grid_mlp(x, *matrices, weight, CPP, wide)
         first = torch.autograd.grad(out.square().sum(), inputs, retain_graph=True)
         slopes = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
         found = [out, *first, *slopes]
@@ -109,5 +107,4 @@ def test_network_on_the_sphere(
 def test_no_atoms() -> None:
     factors, to_grid, from_grid = anywhere(sphere_factors(2, 2))
     x, weight = torch.zeros(0, 9, 4, dtype=torch.float64), Random()(4, 4)
-    with use_cpp_kernels():
-        assert grid_mlp(x, to_grid, from_grid, weight, factors).shape == (0, 9, 4)
+    assert grid_mlp(x, to_grid, from_grid, weight, CPP, factors).shape == (0, 9, 4)

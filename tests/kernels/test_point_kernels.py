@@ -10,6 +10,7 @@ from kernel_twins import Random, gradients
 from torch import Tensor
 
 from equiformer2.kernels import chunks, grid_activation, grid_mlp, segment_softmax
+from equiformer2.kernels.backend import TORCH
 
 # 1 byte: every row is a chunk. 3,000: an uneven last chunk. None: one chunk.
 budgets = pytest.mark.parametrize("budget", [None, 3_000, 1])
@@ -29,7 +30,10 @@ def test_grid_activation(budget: int | None, rows: int, kept: int, monkeypatch: 
         monkeypatch.setattr(chunks, "CPU_POINT_BYTES", budget)
     random = Random()
     x, to_grid, from_grid = random(rows, 9, 3).requires_grad_(), random(20, 9), random(9, 20)[:kept]
-    ours, theirs = grid_activation(x, to_grid, from_grid), twins.activate_on_grid(x, to_grid, from_grid)
+    ours, theirs = (
+        grid_activation(x, to_grid, from_grid, TORCH),
+        twins.activate_on_grid(x, to_grid, from_grid),
+    )
     assert_equal([ours], [theirs])
     assert_equal(gradients([ours], [x]), gradients([theirs], [x]))
 
@@ -43,7 +47,10 @@ def test_grid_mlp(budget: int | None, rows: int, width: int, monkeypatch: pytest
     random = Random()
     x, weight = random(rows, 9, 3).requires_grad_(), random(width, 3).requires_grad_()
     to_grid, from_grid = random(20, 9), random(9, 20)
-    ours, theirs = grid_mlp(x, to_grid, from_grid, weight), twins.mlp_on_grid(x, to_grid, from_grid, weight)
+    ours, theirs = (
+        grid_mlp(x, to_grid, from_grid, weight, TORCH),
+        twins.mlp_on_grid(x, to_grid, from_grid, weight),
+    )
     assert_equal([ours], [theirs])
     assert_equal(gradients([ours], [x, weight]), gradients([theirs], [x, weight]))
 
@@ -53,7 +60,9 @@ def test_inputs_that_are_views() -> None:
     x = random(9, 4, 3).transpose(0, 1)
     to_grid, from_grid = random(9, 20).t(), random(20, 9).t()
     assert not x.is_contiguous()
-    assert_equal([grid_activation(x, to_grid, from_grid)], [twins.activate_on_grid(x, to_grid, from_grid)])
+    assert_equal(
+        [grid_activation(x, to_grid, from_grid, TORCH)], [twins.activate_on_grid(x, to_grid, from_grid)]
+    )
 
 
 def test_first_and_second_derivatives() -> None:
@@ -61,9 +70,9 @@ def test_first_and_second_derivatives() -> None:
     x, weight = random(2, 4, 2).requires_grad_(), random(3, 2).requires_grad_()
     to_grid, from_grid = random(6, 4), random(4, 6)
     cases: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
-        (lambda x: grid_activation(x, to_grid, from_grid), (x,)),
-        (lambda x, weight: grid_mlp(x, to_grid, from_grid, weight), (x, weight)),
-        (lambda x: grid_mlp(x, to_grid, from_grid, weight.detach()), (x,)),
+        (lambda x: grid_activation(x, to_grid, from_grid, TORCH), (x,)),
+        (lambda x, weight: grid_mlp(x, to_grid, from_grid, weight, TORCH), (x, weight)),
+        (lambda x: grid_mlp(x, to_grid, from_grid, weight.detach(), TORCH), (x,)),
     ]
     for call, inputs in cases:
         assert torch.autograd.gradcheck(call, inputs)
@@ -74,7 +83,7 @@ def test_two_calls_have_equal_bits() -> None:
     random = Random(dtype=torch.float32)
     x, weight = random(101, 9, 8).requires_grad_(), random(8, 8).requires_grad_()
     to_grid, from_grid = random(20, 9), random(9, 20)
-    first, second = (grid_mlp(x, to_grid, from_grid, weight) for _ in range(2))
+    first, second = (grid_mlp(x, to_grid, from_grid, weight, TORCH) for _ in range(2))
     assert torch.equal(first, second)
     for a, b in zip(gradients([first], [x, weight]), gradients([second], [x, weight]), strict=True):
         assert torch.equal(a, b)
@@ -85,8 +94,11 @@ def test_bfloat16() -> None:
     x, weight = random(50, 9, 8).requires_grad_(), random(8, 8).requires_grad_()
     to_grid, from_grid = random(20, 9) / 3, random(9, 20) / 4
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = [grid_activation(x, to_grid, from_grid), grid_mlp(x, to_grid, from_grid, weight)]
-    exact = [grid_activation(x, to_grid, from_grid), grid_mlp(x, to_grid, from_grid, weight)]
+        rounded = [
+            grid_activation(x, to_grid, from_grid, TORCH),
+            grid_mlp(x, to_grid, from_grid, weight, TORCH),
+        ]
+    exact = [grid_activation(x, to_grid, from_grid, TORCH), grid_mlp(x, to_grid, from_grid, weight, TORCH)]
     assert {out.dtype for out in rounded} == {torch.bfloat16}
     for ours, theirs in zip(
         [*rounded, *gradients(rounded, [x, weight])], [*exact, *gradients(exact, [x, weight])], strict=True

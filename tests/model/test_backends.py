@@ -10,6 +10,7 @@ from torch_geometric.data import Batch
 
 from equiformer2 import EquiformerV2
 from equiformer2.errors import InputError
+from equiformer2.kernels.backend import CPP, TORCH
 from equiformer2.kernels.cpu import library
 from equiformer2.model import compiled
 
@@ -108,7 +109,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
     model.backend = "compile"
-    monkeypatch.setattr(library, "compiler", lambda: None)
+    monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match=r"'compile' cannot be used: no C\+\+ compiler was found"):
         model.check_backend()
 
@@ -135,10 +136,10 @@ def test_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = random_model(), structures()
     assert model.backend == "auto"
     if library.Compiler.find() is not None:
-        assert model.chosen_backend() == "cpp"
+        assert model.resolve_backend() is CPP
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.warns(RuntimeWarning, match="slower 'torch'"):
-        assert model.chosen_backend() == "torch"
+        assert model.resolve_backend() is TORCH
     model(batch)
     model.backend = "cpp"
     with pytest.raises(InputError, match=r"'cpp' cannot be used: no C\+\+ compiler was found"):

@@ -10,7 +10,7 @@ from torch_geometric.data import Batch
 
 from equiformer2 import EquiformerV2
 from equiformer2.errors import InputError
-from equiformer2.kernels.backend import why_not
+from equiformer2.kernels.backend import BACKENDS
 from equiformer2.model.denoising import EncodedForces, ForceEmbedding, without_denoising
 
 WHOLE_SHELLS = {"max_neighbors": 20, "enforce_max_neighbors_strictly": False}
@@ -106,7 +106,7 @@ def test_encoded_values() -> None:
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
 def test_backends_agree(backend: str) -> None:
     model = random_model(small_config(dens=True), torch.float32)
-    reason = why_not(backend, torch.device("cpu"), torch.float32, 2, 1, False)
+    reason = BACKENDS[backend].unavailable_reason(torch.device("cpu"), torch.float32, 2, 1)
     if reason is not None:
         pytest.skip(reason)
     batch, encoded = corrupted(torch.float32)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from equiformer2 import EquiformerV2
 from equiformer2.errors import InputError
-from equiformer2.kernels.backend import BACKENDS
+from equiformer2.kernels.backend import BACKEND_NAMES
 from equiformer2.kernels.cpu import library
 
 backends = pytest.mark.parametrize("backend", ["torch", "cpp"])
@@ -57,7 +57,7 @@ def test_positions_in_bfloat16_are_rounded_once(backend: str, parameters: torch.
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
 def test_parameters_in_half_precision_are_refused(backend: str, dtype: torch.dtype) -> None:
     model = EquiformerV2(small_config()).to(dtype)
     model.backend = backend

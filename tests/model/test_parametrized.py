@@ -126,8 +126,8 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
 
 
 def use_backend(model: EquiformerV2, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backend == "cpp" and (reason := library.why_missing()) is not None:
-        pytest.skip(reason)
+    if backend == "cpp" and library.Compiler.find() is None:
+        pytest.skip(library.NO_COMPILER)
     if backend == "triton":
         pytest.importorskip("triton")
         if not torch.cuda.is_available():

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from equiformer2 import EquiformerV2
 from equiformer2.kernels import chunks, grid_product
+from equiformer2.kernels.backend import TORCH
 from equiformer2.model.activation import SwiGLUS2Activation
 from equiformer2.model.feed_forward import SwiGLUFeedForwardNetwork
 from equiformer2.model.norm import RMSNorm
@@ -86,13 +87,13 @@ def test_swiglu_activation() -> None:
     grid = S2Grid(2, 1, (6, 4), m_major_order(2, 1)).double()
     rows = grid.to_grid.shape[1]
     x, gates = torch.randn(5, rows, 6, dtype=F64), torch.randn(5, 9, dtype=F64)
-    found = SwiGLUS2Activation(grid).of_columns(torch.cat((gates, x.flatten(1)), dim=1), 3)
+    found = SwiGLUS2Activation(grid).of_columns(torch.cat((gates, x.flatten(1)), dim=1), 3, TORCH)
     first, second = (torch.einsum("gr,brc->bgc", grid.to_grid, part) for part in (x[..., :3], x[..., 3:]))
     expected = torch.einsum("rg,bgc->brc", grid.from_grid, first * second)
     expected = expected * torch.sigmoid(gates[:, None, 6:])
     expected[:, 0] += nn.functional.silu(gates[:, :3]) * gates[:, 3:6]
     torch.testing.assert_close(found, expected)
-    some = SwiGLUS2Activation(grid).of_columns(torch.cat((gates, x.flatten(1)), dim=1), 3, rows=2)
+    some = SwiGLUS2Activation(grid).of_columns(torch.cat((gates, x.flatten(1)), dim=1), 3, TORCH, rows=2)
     torch.testing.assert_close(some, expected[:, :2])
 
 
@@ -109,7 +110,7 @@ def test_feed_forward_network_on_grid_points() -> None:
     hidden = torch.einsum("kg,ngc->nkc", network.grid.from_grid, points)
     a, b = network.scalar_linear(x[:, 0]).chunk(2, dim=1)
     hidden[:, 0] += nn.functional.silu(a) * b
-    torch.testing.assert_close(network(x), network.so3_linear_2(hidden))
+    torch.testing.assert_close(network(x, TORCH), network.so3_linear_2(hidden))
 
 
 def test_product_of_functions_and_its_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +119,7 @@ def test_product_of_functions_and_its_derivatives(monkeypatch: pytest.MonkeyPatc
     pairs = torch.randn(3, 9, 4, dtype=F64, requires_grad=True)
 
     def product(pairs: Tensor) -> Tensor:
-        return grid_product(pairs, grid.to_grid, grid.from_grid)
+        return grid_product(pairs, grid.to_grid, grid.from_grid, TORCH)
 
     assert torch.autograd.gradcheck(product, pairs)
     assert torch.autograd.gradgradcheck(product, pairs)

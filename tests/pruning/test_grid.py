@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import run_command
 from model_helpers import cluster, random_model, slab, small_config, water
 from torch_geometric.data import Data
 
-import prune
 from equiformer2 import EquiformerV2
 from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
@@ -111,7 +111,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     )
     out = tmp_path / "tuned.pt"
     files = ["--checkpoint", str(tmp_path / "model.pt"), "--data", DATA, "--out", str(out)]
-    prune.main(["grid", *files, "--structures", "1", "--tol", "0.05"])
+    assert run_command("prune grid", *files, "--structures", "1", "--tol", "0.05") == 0
     record = json.loads((tmp_path / "tuned.json").read_text())
     chosen = GridResolution.read(record["resolution"])
     assert record["rows"][-1]["drift"] < 0.05

@@ -49,6 +49,11 @@ def difference(model: EquiformerV2, structure: Any, hook: Callable[[float], list
     return (values[0] - values[1]) / (2 * STEP)
 
 
+def multiplied(out: Any, factor: float) -> Any:
+    """The output of a branch (of attention with its weights) times a factor."""
+    return (out[0] * factor, *out[1:]) if isinstance(out, tuple) else out * factor
+
+
 def gates(block: Any, unit: str, index: int) -> Callable[[float], list[Any]]:
     """Hooks that scale what one unit contributes."""
     attention = block.ga
@@ -68,7 +73,7 @@ def gates(block: Any, unit: str, index: int) -> Callable[[float], list[Any]]:
             ]
         if unit == "branches":
             branch = (block.ga, block.ffn)[index]
-            return [branch.register_forward_hook(lambda m, a, out: out * factor)]
+            return [branch.register_forward_hook(lambda m, a, out: multiplied(out, factor))]
         layer = attention.proj if unit == "values" else block.ffn.so3_linear_2
         return [layer.register_forward_pre_hook(lambda m, a: (scaled(a[0], (..., index), factor),))]
 

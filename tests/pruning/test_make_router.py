@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from search_helpers import save_tiny, slab, write_lmdb
-from test_study import run_prune
+from test_pareto import run_prune
 from torch_geometric.data import Data
 
+from equiformer2.cli.main import build_parser
 from equiformer2.errors import InputError
 from equiformer2.pruning.analysis.pareto import Study, StudySettings
 from equiformer2.pruning.analysis.pareto_report import markdown, missed, summarise, write_report
@@ -23,11 +24,11 @@ from equiformer2.pruning.routing import (
     load_router,
     router_search,
 )
-from equiformer2.pruning.routing.make_router import MadeRouter, RouteRequest, make_router
+from equiformer2.pruning.routing.route_request import RouteRequest, RouteResult, make_router
 from equiformer2.pruning.routing.router_files import router_to_dict
-from equiformer2.pruning.routing.schedule import Schedule
+from equiformer2.pruning.routing.sparsity_schedule import Schedule
 
-QUICK = RoutingSettings(protected=(), population=4, generations=1, tolerance=0.1, steps=4)
+QUICK = RoutingSettings(population=4, generations=1, tolerance=0.1, steps=4)
 
 
 def rattled(sid: str, seed: int) -> Data:
@@ -48,7 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def made(files: dict[str, Path], method: str, state: Path | None = None, **changes: object) -> MadeRouter:
+def made(files: dict[str, Path], method: str, state: Path | None = None, **changes: object) -> RouteResult:
     settings = replace(QUICK, **changes)
     target = None if method == "context_only" else "macs=0.7"
     request = RouteRequest(str(files["dense"]), (str(files["calibration"]),), method, target, settings)
@@ -60,9 +61,9 @@ def test_every_method_comes_to_its_target(files, method) -> None:
     found = made(files, method)
     assert found.errors["loss"] > 0
     if method == "context_only":
-        assert found.achieved.macs < 1
+        assert found.shares.macs < 1
     else:
-        assert 0.7 - QUICK.tolerance <= found.achieved.macs <= 0.7
+        assert 0.7 - QUICK.tolerance <= found.shares.macs <= 0.7
     if method in ("atom", "edge"):
         assert found.router.levels[0] is None
     assert "% of the MACs left" in str(found)
@@ -147,13 +148,13 @@ def test_training_changes_the_router(files, trained_loss) -> None:
     few, many = made(files, "ftp", steps=1), made(files, "ftp", steps=5)
     assert isinstance(few.router, FTPRouter)
     assert few.router.settings()["weights"] != many.router.settings()["weights"]
-    assert many.found["kept"] == "trained"
+    assert many.search["kept"] == "trained"
 
 
 def test_a_training_that_makes_it_worse_is_not_kept(files, trained_loss, caplog) -> None:
     trained_loss(1e9)
     found, static = made(files, "ftp"), made(files, "static")
-    assert found.found["kept"] == "static"
+    assert found.search["kept"] == "static"
     assert router_to_dict(found.router) == router_to_dict(static.router)
     assert "the static one is kept" in caplog.text
 
@@ -179,7 +180,7 @@ def test_route_on_the_command_line(files, tmp_path) -> None:
     ran = run_prune(
         "route", "--checkpoint", files["dense"], "--data", files["calibration"], "--out", out,
         "--method", "ftp", "--target", "macs=0.7", "--population", 4, "--generations", 1,
-        "--tolerance", 0.1, "--router-steps", 2, "--protect",
+        "--tolerance", 0.1, "--router-steps", 2,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert "% of the MACs left" in ran.stdout
@@ -187,9 +188,17 @@ def test_route_on_the_command_line(files, tmp_path) -> None:
     report = json.loads((tmp_path / "router.report.json").read_text())
     assert report["achieved"]["macs"] == pytest.approx(0.7, abs=0.1)
     assert report["errors"]["force_mae"] > 0
+    assert report["request"]["settings"]["protected"] == []
     kept = {"trained": FTPRouter, "static": StaticRouter}[report["found"]["kept"]]
     assert type(load_router(out)) is kept
     assert (tmp_path / "router.state.pt").exists()
+
+
+def test_the_default_is_the_static_router_with_every_block_searched() -> None:
+    options = ("prune", "route", "--checkpoint", "a.pt", "--data", "a.lmdb", "--out", "router.json")
+    given = build_parser().parse_args(options)
+    assert (given.method, given.protect) == ("static", [])
+    assert RoutingSettings().protected == ()
 
 
 @pytest.mark.parametrize("option", [("--mode", "smooth"), ("--keep-free",), ("--protect", "0")], ids=str)

@@ -17,7 +17,7 @@ from equiformer2.errors import InputError
 from equiformer2.graph import radius_graph
 from equiformer2.kernels.cpu import library
 from equiformer2.model.attention import SO2EquivariantGraphAttention
-from equiformer2.model.edge_context import EdgeContext
+from equiformer2.model.edge_context import EdgeGraph
 from equiformer2.training import task as task_module
 from equiformer2.training.configuration import parse
 from equiformer2.training.folder import read_rows
@@ -82,7 +82,7 @@ def test_edges_are_those_of_float32(batch: Batch) -> None:
     seen: list[list[Tensor]] = []
 
     def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        edges: EdgeContext = arguments[1]
+        edges: EdgeGraph = arguments[1]
         seen.append([edges.rotations, edges.distances, edges.basis()])
 
     task = make_task()

@@ -316,8 +316,8 @@ class KernelLibraries:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             seconds = _SECONDS_EACH * -(-len(todo) // cores)
             print(
-                f"equiformer2: compiling {len(todo)} CPU kernel libraries with {compiler.name} "
-                f"(about {seconds:.0f} s, once per machine; kept in {folder})",
+                f"equiformer2: compiling CPU kernels with {compiler.name} ({len(todo)} of their libraries, "
+                f"about {seconds:.0f} s, once per machine; kept in {folder})",
                 file=sys.stderr,
                 flush=True,
             )

@@ -1,28 +1,34 @@
-"""What inference leaves out because nobody reads it: operations, time, and that no answer changes.
+"""Savings of inference by leaving out what nobody reads: operations and time, with equal answers.
 
 The first two cuts are part of the network's forward pass and have no switch. The other two depend on what the
 caller reads (`model.output_request.OutputRequest`); a relaxation leaves out the forces on fixed atoms.
 """
 
+import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from equiformer2.checkpoint import Normalizers
 from equiformer2.graph import RadiusGraph
+from equiformer2.kernels.backend import Backend
 from equiformer2.model import EquiformerV2
+from equiformer2.model.attention import SO2EquivariantGraphAttention, VectorHead
 from equiformer2.model.block_config import BlockConfig
 from equiformer2.model.config import ModelConfig
+from equiformer2.model.edge_context import EVERYTHING, BlockRouting, EdgeGraph
+from equiformer2.model.feed_forward import EnergyHead, FeedForwardNetwork
 from equiformer2.model.output_request import OutputRequest, receptive_fields
 from equiformer2.pruning.cost.latency import Latency, compare_latency
 from equiformer2.pruning.cost.operations import count_macs
+
+Head = TypeVar("Head", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -51,28 +57,41 @@ class Saving:
         return dataclasses.asdict(self)
 
 
-@contextmanager
-def whole_heads(model: EquiformerV2, energy: bool = True, force: bool = True) -> Iterator[None]:
-    """Context in which heads are computed as the paper writes them, with what no output depends on.
+def with_whole_heads(model: EquiformerV2, energy: bool = True, force: bool = True) -> EquiformerV2:
+    """A network on the same parameters whose heads compute all that the paper writes, read or not.
 
     Args:
+        model: left as it is.
         energy: the feed-forward network of the energy head with all degrees, of which l = 0 is read.
         force: the attention of the force head with all degrees, of which l = 1 is read.
     """
-    changed: list[tuple[torch.nn.Module, str]] = []
+    whole = copy.copy(model)
+    whole._modules = dict(model._modules)
     if energy:
-        head = model.energy_block
-        head.__dict__["scalars"] = lambda x: head(x)[:, 0]
-        changed.append((head, "scalars"))
-    attention = model.force_block
-    if force and attention is not None:
-        attention.__dict__["vectors"] = lambda x, edges: attention(x, edges)[:, 1:4]
-        changed.append((attention, "vectors"))
-    try:
-        yield
-    finally:
-        for module, name in changed:
-            del module.__dict__[name]
+        whole.energy_block = _on_same_state(_WholeEnergyHead, model.energy_block)
+    if force and model.force_block is not None:
+        whole.force_block = _on_same_state(_WholeForceHead, model.force_block)
+    return whole
+
+
+class _WholeEnergyHead(EnergyHead):
+    def forward(self, x: Tensor, backend: Backend) -> Tensor:
+        return FeedForwardNetwork.forward(self, x, backend)[:, 0, 0]
+
+
+class _WholeForceHead(VectorHead):
+    def forward(  # type: ignore[override]
+        self, x: Tensor, edges: EdgeGraph, backend: Backend, routing: BlockRouting = EVERYTHING
+    ) -> Tensor:
+        out = SO2EquivariantGraphAttention.forward(self, x, edges, backend, routing)
+        return out.messages[:, 1:4, 0]
+
+
+def _on_same_state(kind: type[Head], head: nn.Module) -> Head:
+    """A module of another class with the parameters, buffers and folded weights of `head`."""
+    other = kind.__new__(kind)
+    other.__dict__ = dict(head.__dict__)
+    return other
 
 
 @torch.no_grad()
@@ -93,12 +112,11 @@ def measure_savings(
     executed = count_macs(model, atoms, edges).total
     extra = _unread_in_heads(model.config, atoms, edges)
 
-    def run(request: OutputRequest | None = None, **heads: bool) -> Callable[[], dict[str, Tensor]]:
-        def call() -> dict[str, Tensor]:
-            with whole_heads(model, heads.get("energy", False), heads.get("force", False)):
-                return model(batch, graph=graph, request=request)
-
-        return call
+    def run(
+        request: OutputRequest | None = None, energy: bool = False, force: bool = False
+    ) -> Callable[[], dict[str, Tensor]]:
+        network = with_whole_heads(model, energy, force)
+        return lambda: network(batch, graph=graph, request=request)
 
     compare = functools.partial(_compare, normalizers=normalizers, free=free, repeats=repeats)
     found = [

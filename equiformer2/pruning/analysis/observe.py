@@ -1,8 +1,8 @@
-"""What blocks see and do: features, attention weights and seconds, taken by hooks from a forward pass."""
+"""Features, attention weights and seconds of every block, taken by hooks from a forward pass."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ def observe(model: EquiformerV2, batch: Batch) -> Observation:
         try:
             for number, block in enumerate(model.blocks):
                 handles.append(block.register_forward_pre_hook(lambda m, a: entered.append(a[0])))
-                handles.append(block.register_forward_hook(lambda m, a, out: left.append(out)))
+                handles.append(block.register_forward_hook(lambda m, a, out: left.append(out.x)))
                 for name, module in block.named_modules():
                     if name == "norm_2":
                         handles.append(module.register_forward_pre_hook(keep(between, number)))
@@ -90,45 +90,46 @@ def observe(model: EquiformerV2, batch: Batch) -> Observation:
 def time_parts(model: EquiformerV2, batch: Batch, repeats: int = 5) -> dict[str, float]:
     """Seconds of every part of a forward pass in evaluation mode, the least of `repeats` passes.
 
-    Parts: `graph`, `edges` (frames, distance basis, embeddings of atoms and edges), `blocks.0.attention`,
+    Parts: `graph`, `edges` (checks, frames, distance basis, embedding of the edges), `blocks.0.attention`,
     `blocks.0.feed_forward`, … (each with its norm), `energy_head`, `force_head`, and `other`, which is what
     the others leave of the whole; `total` is the least whole.
     """
     device = model.sphere_embedding.weight.device
     seconds: dict[str, float] = {}
+    started: list[float] = []
 
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*arguments: Any, **keywords: Any) -> Any:
-            start = _now(device)
-            result = function(*arguments, **keywords)
-            seconds[name] = seconds.get(name, 0.0) + _now(device) - start
-            return result
+    def start(module: nn.Module, inputs: Any) -> None:
+        started.append(_now(device))
 
-        return wrapped
+    def stop(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            seconds[name] = seconds.get(name, 0.0) + _now(device) - started.pop()
 
-    parts: list[tuple[nn.Module, str, str]] = [
-        (model, "build_graph", "graph"),
-        (model, "_rotations", "edges"),
-        (model.edge_degree_embedding, "forward", "edges"),
-        (model.energy_block, "scalars", "energy_head"),
-    ]
-    if model.force_block is not None:
-        parts.append((model.force_block, "vectors", "force_head"))
+        return hook
+
+    modules: list[tuple[Any, str]] = [(model.energy_block, "energy_head"), (model.force_block, "force_head")]
     for number, block in enumerate(model.blocks):
         for name, part in (
             *(("norm_1", "attention"), ("ga", "attention")),
             *(("norm_2", "feed_forward"), ("ffn", "feed_forward")),
         ):
-            module = getattr(block, name, None)
-            if isinstance(module, nn.Module):
-                parts.append((module, "forward", f"blocks.{number}.{part}"))
+            modules.append((getattr(block, name, None), f"blocks.{number}.{part}"))
     passes = []
-    with torch.no_grad(), _hookable(model), _replaced(parts, timed):
+    with torch.no_grad(), _hookable(model), ExitStack() as hooks:
+        for module, name in modules:
+            if module is not None:
+                hooks.callback(module.register_forward_pre_hook(start).remove)
+                hooks.callback(module.register_forward_hook(stop(name)).remove)
+        # From the call of the network on.
+        hooks.callback(model.edge_degree_embedding.register_forward_hook(stop("edges")).remove)
         for turn in range(repeats + 1):
             seconds.clear()
-            start = _now(device)
-            model(batch)
-            total = _now(device) - start
+            begin = _now(device)
+            graph = model.build_graph(batch)
+            seconds["graph"] = _now(device) - begin
+            started.append(_now(device))
+            model(batch, graph=graph)
+            total = _now(device) - begin
             if turn:  # the first pass warms up
                 passes.append(seconds | {"other": total - sum(seconds.values()), "total": total})
     return {name: min(one[name] for one in passes) for name in passes[0]}
@@ -145,23 +146,9 @@ def _hookable(model: EquiformerV2) -> Iterator[None]:
     """Evaluation mode; a backend in which every module is called."""
     training, backend = model.training, model.backend
     model.eval()
-    model.backend = "torch" if backend == "compile" else backend
+    model.backend = backend if model.resolve_backend().observing else "torch"
     try:
         yield
     finally:
         model.backend = backend
         model.train(training)
-
-
-@contextmanager
-def _replaced(
-    parts: list[tuple[nn.Module, str, str]], wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]
-) -> Iterator[None]:
-    """Methods of module instances wrapped for as long as it lasts."""
-    try:
-        for module, method, name in parts:
-            module.__dict__[method] = wrap(name, getattr(module, method))
-        yield
-    finally:
-        for module, method, _ in parts:
-            module.__dict__.pop(method, None)

@@ -1,6 +1,6 @@
-"""Methods times budgets times seeds on held-out systems, one small file per result.
+"""Comparison of pruning methods on held-out systems: methods times budgets times seeds, one file per result.
 
-A result that is there is not computed again, so a study can be killed, continued and extended. Errors against
+A stored result is not computed again, so a study can be killed, continued and extended. Errors against
 the dense network and against labels are kept apart, and so are held-out sets of different labels.
 """
 
@@ -11,21 +11,21 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 from tqdm import tqdm
 
 from datasets_oc20.untrusted import AnyPath
-from equiformer2.checkpoint import Checkpoint, Normalizers, load_checkpoint, save_checkpoint
+from equiformer2.checkpoint import Normalizers, load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
 from equiformer2.model import EquiformerV2
 from equiformer2.pruning.calibration import Calibration, Network
 from equiformer2.pruning.calibration_data import labelled_energies, read_structures
 from equiformer2.pruning.cost.latency import compare_latency
-from equiformer2.pruning.cost.targets import CombinedTarget, LatencyTarget, MacTarget, ParameterTarget, Target
+from equiformer2.pruning.cost.targets import CombinedTarget, MacTarget, ParameterTarget, Target
 from equiformer2.pruning.fingerprints import fingerprint_of_structures, fingerprint_of_weights
 from equiformer2.pruning.recovery.distillation import RUN, Paths, distill
 from equiformer2.pruning.routing import (
@@ -50,9 +50,9 @@ class HeldOut:
     `HeldOut` of its own.
 
     Attributes:
-        name: of the set, such as `dft`.
+        name: name of the set, such as `dft`.
         calibration: the structures and the dense answers.
-        labels: per batch, in normalised units; what the data do not have is absent.
+        labels: labels per batch, in normalised units; fields that the data lack are absent.
     """
 
     name: str
@@ -70,14 +70,38 @@ class HeldOut:
         limit: int | None = None,
         batch_size: int = 8,
     ) -> "HeldOut":
-        """From files, see `read_structures`; energies of another kind than the model's are no labels."""
+        """Read a held-out set from files.
+
+        Args:
+            name: name of the set.
+            paths: files, as in `read_structures`.
+            model: dense network.
+            normalizers: units of its outputs.
+            energy_kind: kind of energy that it predicts; stored energies of another kind are no labels.
+            limit: maximum number of structures; None for all.
+            batch_size: structures per forward pass.
+
+        Returns:
+            The set.
+
+        Raises:
+            InputError: there are no structures, or one that the network cannot take.
+            datasets_oc20.DataError: a file cannot be read.
+        """
         structures = read_structures(paths, limit)
         calibration = Calibration(model, normalizers, structures, batch_size)
         energies = labelled_energies(paths, energy_kind)
         labels = []
         for start in range(0, len(structures), batch_size):
             part = structures[start : start + batch_size]
-            labels.append(_labels(part, normalizers, energies, calibration.batches[start // batch_size]))
+            batch = Batch.from_data_list(part)
+            fields: dict[str, Tensor] = {}
+            if energies and all("energy" in structure for structure in part):
+                fields["energy"] = normalizers.normalize_energy(batch.energy.view(-1), batch)
+            if all("forces" in structure for structure in part):
+                fields["forces"] = normalizers.normalize_forces(batch.forces)
+            device = calibration.batches[start // batch_size].pos.device
+            labels.append({field: value.to(device) for field, value in fields.items()})
         return cls(name, calibration, labels)
 
     @property
@@ -86,41 +110,42 @@ class HeldOut:
         return self.calibration.systems
 
     def errors(self, network: Network) -> dict[str, Any]:
-        """`to_dense` and `to_labels`, each with averages over systems (`Discrepancy.averages`)."""
+        """Measure a network.
+
+        Args:
+            network: called as `network(batch, graph=…)`.
+
+        Returns:
+            `to_dense` and `to_labels` (None without labels), each with averages over systems
+            (`Discrepancy.averages`).
+        """
         answers = self.calibration.answers(network)
-        found: dict[str, Any] = {"to_dense": self.calibration.compare(answers).averages(), "to_labels": None}
+        errors: dict[str, Any] = {"to_dense": self.calibration.compare(answers).averages(), "to_labels": None}
         if any(self.labels):
-            found["to_labels"] = self.calibration.compare(answers, self.labels).averages()
-        return found
+            errors["to_labels"] = self.calibration.compare(answers, self.labels).averages()
+        return errors
 
+    def check_unseen(self, used: Sequence[Data], purpose: str) -> None:
+        """Refuse structures of systems that are held out.
 
-def check_unseen(held_out: Sequence[HeldOut], used: Sequence[Data], what: str) -> None:
-    """Raise `InputError` when a system of `used` is held out; `what` says what it was used for."""
-    seen = {structure.sid for structure in used}
-    for part in held_out:
-        both = sorted(seen & set(part.systems))
+        Args:
+            used: structures that methods may see.
+            purpose: use of these structures, for errors.
+
+        Raises:
+            InputError: a system is in both.
+        """
+        both = sorted({structure.sid for structure in used} & set(self.systems))
         if both:
             raise InputError(
-                f"the system {both[0]} is in {what} and in the held-out set {part.name}: hold out others"
+                f"the system {both[0]} is in {purpose} and in the held-out set {self.name}: hold out others"
             )
-
-
-def _labels(
-    structures: Sequence[Data], normalizers: Normalizers, energies: bool, batch: Batch
-) -> dict[str, Tensor]:
-    labels = {}
-    batched = Batch.from_data_list(list(structures))
-    if energies and all("energy" in structure for structure in structures):
-        labels["energy"] = normalizers.normalize_energy(batched.energy.view(-1), batched)
-    if all("forces" in structure for structure in structures):
-        labels["forces"] = normalizers.normalize_forces(batched.forces)
-    return {name: value.to(batch.pos.device) for name, value in labels.items()}
 
 
 PREFIX = "route_"
 ROUTED = tuple(PREFIX + name for name in ROUTING_METHODS)
 NO_BUDGET = PREFIX + CONTEXT_ONLY
-"""What it leaves is decided by the structures: one result, whatever the budgets and seeds."""
+"""Its cost is decided by the structures: one result for all budgets and seeds."""
 
 
 def routed_result(
@@ -134,14 +159,27 @@ def routed_result(
     state_path: Path,
     repeats: int,
 ) -> dict[str, Any]:
-    """The record of one router, in the form of `Study`.
+    """Make one router and measure it on all held-out sets.
 
-    `macs` is the share on the calibration structures; `macs_on` has it for each held-out set, where it
-    differs. Where no schedule comes near `keep`, there is only `missed`, the reason.
+    Args:
+        method: name of the method, of `ROUTED`.
+        keep: share of the MACs that is to stay.
+        seed: random seed.
+        model: dense network.
+        calibration: structures with its answers.
+        held_out: held-out sets; the first structure of the first set is timed.
+        settings: settings of the search for a router.
+        state_path: file of the search's state, from which it continues.
+        repeats: number of timed pairs of calls.
+
+    Returns:
+        The record of the router, in the form of `Study`. `macs` is the share on the calibration structures;
+        `macs_on` has it for each held-out set, where it differs. `missed`, the reason, stands in place of
+        results where no schedule comes near `keep`.
     """
     record: dict[str, Any] = {"method": method, "keep": keep, "seed": seed}
     try:
-        router, found = find_router(
+        router, search = find_router(
             method.removeprefix(PREFIX),
             model,
             calibration,
@@ -155,12 +193,12 @@ def routed_result(
         return record | {"missed": str(error)}
     routed = RoutedModel(model, router)
     loss = calibration.loss(routed)
-    achieved = {"calibration": routed.achieved()}
+    achieved = {"calibration": routed.computed_shares()}
     errors = {}
     for part in held_out:
         routed = RoutedModel(model, router)
         errors[part.name] = part.errors(routed)
-        achieved[part.name] = routed.achieved()
+        achieved[part.name] = routed.computed_shares()
     batch = Batch.from_data_list(held_out[0].calibration.structures[:1])
     ready = deepcopy(model).requires_grad_(False)
     ready.fold_weights()
@@ -170,7 +208,7 @@ def routed_result(
         "macs_on": {part.name: achieved[part.name].macs for part in held_out},
         "parameters": 1.0,
         "latency": latency.to_dict(),
-        "search": found,
+        "search": search,
         "router": router_to_dict(router),
         "achieved": {name: counts.to_dict() for name, counts in achieved.items()},
         "calibration_loss": loss,
@@ -182,20 +220,18 @@ def routed_result(
 log = logging.getLogger("equiformer2")
 
 DENSE, SCRATCH = "dense", "scratch"
-TIMED = "multi_time"
-"""`multi` with a second target beside the operations: `StudySettings.latency`."""
-
-STUDIED = (*METHODS, TIMED, *ROUTED)
+STUDIED = (*METHODS, *ROUTED)
 _ANY = 0.5  # a target's fraction, where only its count is used
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """Distillation of every pruned network.
+    """Settings for the distillation of every pruned network.
 
     Attributes:
-        train, val: structures, as in `distill`.
-        arguments: of `scripts/train.py`.
+        train: training structures, as in `distill`.
+        val: validation structures, as in `distill`.
+        arguments: arguments of `equiformer2 train`.
         scratch: also train the plans of the method `multi` from random weights, equally long.
     """
 
@@ -207,19 +243,23 @@ class Recovery:
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What to compare.
+    """Methods, budgets and seeds to compare, and the settings of each result.
 
     Attributes:
-        methods: of `methods.METHODS`, `TIMED` and `study_routing.ROUTED`.
+        methods: names of methods, of `known_methods`: plans (`METHODS`) and routers (`ROUTED`).
         keep: shares of the multiply-accumulates that stay.
-        seeds: of the choice of calibration structures and of everything drawn.
-        structures: calibration structures per seed.
-        tries: cuts tried per step of a search.
+        seeds: random seeds, also of the choice of calibration structures.
+        structures: number of calibration structures per seed.
+        tries: number of cuts tried per step of a search.
         repeats: pairs of calls per measured latency.
-        routing: how routers are made.
-        latency: share of the time of a force call that `multi_time` leaves.
-        threads: with which its times are measured; None for those that torch has.
+        routing: settings of the search for routers.
+        known_methods: names that `methods` may hold.
+
+    Raises:
+        InputError: an unknown method, or a number out of its range.
     """
+
+    known_methods: ClassVar[tuple[str, ...]] = STUDIED
 
     methods: tuple[str, ...]
     keep: tuple[float, ...]
@@ -228,13 +268,12 @@ class StudySettings:
     tries: int = 8
     repeats: int = 10
     routing: RoutingSettings = field(default_factory=RoutingSettings)
-    latency: float = 0.6
-    threads: int | None = None
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.methods if name not in STUDIED]
+        unknown = [name for name in self.methods if name not in self.known_methods]
         if unknown:
-            raise InputError(f"the method {unknown[0]!r} is not known: use some of {', '.join(STUDIED)}")
+            known = ", ".join(self.known_methods)
+            raise InputError(f"the method {unknown[0]!r} is not known: use some of {known}")
         for name in ("structures", "tries", "repeats"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: give at least 1")
@@ -243,16 +282,16 @@ class StudySettings:
 
 
 class Study:
-    """See the module.
+    """Comparison of methods on one network, kept in a folder, so that it can be interrupted and extended.
 
     Args:
         path: checkpoint of the dense network.
         calibration: data to calibrate on, as in `read_structures`.
         held_out: name -> data to test on; no system of the calibration (or distillation) data may be in them.
-        settings: what to compare.
+        settings: methods, budgets and seeds.
         out: folder of the study.
-        recovery: distill every network; None for the networks as they are cut.
-        limit: most structures per held-out set.
+        recovery: distillation of every network; None for the networks as they are cut.
+        limit: maximum number of structures per held-out set.
         searches: folder of the searches' states that studies of one network share; None for one in `out`.
 
     Raises:
@@ -282,33 +321,38 @@ class Study:
             )
             for name, data in held_out.items()
         ]
-        for seed in settings.seeds:
-            check_unseen(self.held_out, self._structures(seed), "the calibration data")
-        if recovery is not None:
-            check_unseen(self.held_out, read_structures(recovery.train), "the data to distill on")
+        for part in self.held_out:
+            for seed in settings.seeds:
+                part.check_unseen(self._structures(seed), "the calibration data")
+            if recovery is not None:
+                part.check_unseen(read_structures(recovery.train), "the data to distill on")
         self._check_same_study()
         self._calibrations: dict[int, Calibration] = {}
 
     def run(self, progress: bool = True) -> list[dict[str, Any]]:
-        """Compute what is missing; all results in a fixed sequence."""
+        """Compute the missing results.
+
+        Args:
+            progress: show a progress bar.
+
+        Returns:
+            All results in a fixed sequence.
+        """
         planned = planned_results(self.settings, self.recovery is not None and self.recovery.scratch)
         results = []
         for name, job in tqdm(planned.items(), desc="study", unit="results", disable=not progress):
             path = self.out / "results" / f"{name}.json"
             if not path.exists():
-                write_json(path, _checked(self._result(*job)), make_folder=True)
+                record = self._result(*job)
+                if not _is_finite(record):
+                    reason = "the network breaks down: its answers are not finite"
+                    record = dict(zip(("method", "keep", "seed"), job, strict=True)) | {"missed": reason}
+                write_json(path, record, make_folder=True)
             results.append(read_json(path))
         return results
 
-    def search_for_time(self, progress: bool = True) -> None:
-        """Make the plans of `TIMED`, and nothing else: when the machine does nothing else, before `run`."""
-        jobs = [(keep, seed) for keep in self.settings.keep for seed in self.settings.seeds]
-        for keep, seed in tqdm(jobs, desc="plans for time", unit="plans", disable=not progress):
-            if not (self.out / "results" / f"{result_name(TIMED, keep, seed)}.json").exists():
-                self._search(TIMED, keep, seed)
-
     def _result(self, method: str, keep: float, seed: int) -> dict[str, Any]:
-        name, found = result_name(method, keep, seed), dict[str, Any]()
+        name, search = result_name(method, keep, seed), dict[str, Any]()
         calibration = self._calibration(seed)
         if method in ROUTED:
             return routed_result(
@@ -328,7 +372,7 @@ class Study:
         elif method == SCRATCH:
             plan = self._plan_of("multi", keep, seed)
         else:
-            plan, found = self._search(method, keep, seed)
+            plan, search = self._search(method, keep, seed)
         small = shrink(self.model, plan)
         record: dict[str, Any] = {
             "method": method,
@@ -337,7 +381,7 @@ class Study:
             "macs": macs.fraction_of(plan),
             "parameters": ParameterTarget(self.model.config, _ANY).fraction_of(plan),
             "latency": self._latency(small),
-            "search": found,
+            "search": search,
             "plan": plan.to_dict(),
             "cut": None,
             "distilled": None,
@@ -350,23 +394,26 @@ class Study:
         return record
 
     def _search(self, method: str, keep: float, seed: int) -> tuple[PruningPlan, dict[str, Any]]:
-        """The plan of a method and what `find_plan` tells of it; a search that was stopped goes on."""
-        calibration = self._calibration(seed)
-        targets: list[Target] = [MacTarget(self.model.config, keep, *calibration.size)]
-        if method == TIMED:
-            targets.append(self._latency_target())
-        together = CombinedTarget(targets)
+        """The plan of a method and the record of its search; a search that was stopped goes on."""
+        target = MacTarget(self.model.config, keep, *self._calibration(seed).size)
+        return self._find_plan(method, [target], result_name(method, keep, seed), seed)
+
+    def _find_plan(
+        self, method: str, targets: Sequence[Target], name: str, seed: int
+    ) -> tuple[PruningPlan, dict[str, Any]]:
+        """A plan that reaches all targets; the state of the search is kept under `name`."""
+        combined = CombinedTarget(targets)
         return find_plan(
-            "multi" if method == TIMED else method,
+            method,
             self.model,
             self.checkpoint.normalizers,
-            calibration,
-            together.cost,
-            together.target,
-            shares=together.shares,
+            self._calibration(seed),
+            combined.cost,
+            combined.target,
+            shares=combined.shares,
             seed=seed,
             tries=self.settings.tries,
-            state_path=self.searches / f"{result_name(method, keep, seed)}.json",
+            state_path=self.searches / f"{name}.json",
             progress=False,
         )
 
@@ -390,14 +437,8 @@ class Study:
             }
         return self._calibrations[seed]
 
-    def _latency_target(self) -> LatencyTarget:
-        """Times for the first held-out structure, in a file that all seeds share."""
-        batch = Batch.from_data_list(self.held_out[0].calibration.structures[:1])
-        path, settings = self.searches / "times.json", self.settings
-        return LatencyTarget(self.model, batch, settings.latency, path, settings.threads)
-
     def _latency(self, small: EquiformerV2) -> dict[str, Any]:
-        """Of one forward pass for the first held-out structure, prepared as for inference."""
+        """Time of one forward pass for the first held-out structure, prepared as for inference."""
         batch = Batch.from_data_list(self.held_out[0].calibration.structures[:1])
         networks = [deepcopy(network).requires_grad_(False) for network in (small, self.model)]
         for network in networks:
@@ -411,7 +452,17 @@ class Study:
         assert self.recovery is not None
         student = self.out / "students" / f"{name}.pt"
         student.parent.mkdir(parents=True, exist_ok=True)
-        save_pruned(student, self.checkpoint, small, {"study": name})
+        dense = self.checkpoint
+        # Its weights count as those that they were taken from: averaged or raw.
+        states = {"raw_state": None, "averaged_state": None, f"{dense.weights}_state": small.state_dict()}
+        save_checkpoint(
+            student,
+            model=small,
+            normalizers=dense.normalizers,
+            energy_kind=dense.energy_kind,
+            provenance={"pruned_from": dense.provenance, "study": name},
+            **states,
+        )
         run = distill(
             student,
             self.path,
@@ -426,65 +477,49 @@ class Study:
         # The last weights, not the best: nothing is chosen by any error.
         return load_checkpoint(run / "checkpoints" / "last.pt").model.eval()
 
+    def _later_options(self) -> dict[str, Any]:
+        """Settings that only some methods use, by key in `study.json`, to which they may be added later."""
+        routed = any(name in ROUTED for name in self.settings.methods)
+        return {"routing": asdict(self.settings.routing)} if routed else {}
+
     def _check_same_study(self) -> None:
-        options = asdict(self.settings)
-        for name in ("methods", "keep", "seeds"):
-            del options[name]  # a study may be extended
-        later = {"routing": options.pop("routing")}
-        later["timing"] = {name: options.pop(name) for name in ("latency", "threads")}
+        # Methods, shares and seeds are not compared: a study may be extended.
+        options = {name: getattr(self.settings, name) for name in ("structures", "tries", "repeats")}
+        later, calibration = self._later_options(), self.calibration_data
+        calibration = [calibration] if isinstance(calibration, str | Path) else calibration
         identity: dict[str, Any] = {
             "model": fingerprint_of_weights(self.model),
-            "calibration": _names(self.calibration_data),
+            "calibration": [str(path) for path in calibration],
             "held_out": {
                 part.name: fingerprint_of_structures(part.calibration.structures) for part in self.held_out
             },
             "options": options,
             "recovery": None if self.recovery is None else asdict(self.recovery) | {"scratch": None},
         }
-        methods = self.settings.methods
-        used = {"routing": any(name in ROUTED for name in methods), "timing": TIMED in methods}
-        identity |= {name: later[name] for name in later if used[name]}
-        identity = json.loads(json.dumps(identity))
+        identity = json.loads(json.dumps(identity | later))
         path = self.out / "study.json"
         if path.exists():
             known = read_json(path)
-            # The first routers, or plans for time, of a study that had none.
-            added = {name: identity[name] for name in later if name in identity and name not in known}
-            self._check_identity(identity, known | added)
+            # The first routers, say, of a study that had none.
+            added = {name: identity[name] for name in later if name not in known}
+            different = [key for key in identity if (known | added).get(key) != identity[key]]
+            if different:
+                raise InputError(f"{self.out} holds a study with other {different[0]}: name another folder")
             if added:
                 write_json(path, known | added)
             return
         write_json(path, identity, make_folder=True)
 
-    def _check_identity(self, identity: dict[str, Any], known: dict[str, Any]) -> None:
-        different = [key for key in identity if known.get(key) != identity[key]]
-        if different:
-            raise InputError(f"{self.out} holds a study with other {different[0]}: name another folder")
-
-
-def save_pruned(path: AnyPath, dense: Checkpoint, small: EquiformerV2, provenance: dict[str, Any]) -> None:
-    """Write a pruned network as an ordinary native checkpoint, with the units and the energies of `dense`.
-
-    Its weights count as what they were taken from: averaged or raw.
-    """
-    path = Path(path)
-    states = {"raw_state": None, "averaged_state": None, f"{dense.weights}_state": small.state_dict()}
-    save_checkpoint(
-        path,
-        model=small,
-        normalizers=dense.normalizers,
-        energy_kind=dense.energy_kind,
-        provenance={"pruned_from": dense.provenance, **provenance},
-        **states,
-    )
-
 
 def planned_results(settings: StudySettings, scratch: bool) -> dict[str, tuple[str, float, int]]:
-    """Names of the results of a study, each with its method, share of the operations and seed.
+    """List the results of a study.
 
     Args:
-        settings: of the study.
-        scratch: whether it also trains from random weights.
+        settings: settings of the study.
+        scratch: True if it also trains from random weights.
+
+    Returns:
+        Name of each result -> its method, share of the operations and seed.
     """
     jobs = [(DENSE, 1.0, 0)]
     methods = [name for name in settings.methods if name != NO_BUDGET]
@@ -498,16 +533,8 @@ def planned_results(settings: StudySettings, scratch: bool) -> dict[str, tuple[s
 
 
 def result_name(method: str, keep: float, seed: int) -> str:
-    """Name of the file of a result, without ending."""
+    """Return the name of the file of a result, without its ending."""
     return DENSE if method == DENSE else f"{method}_{keep:g}_{seed}"
-
-
-def _checked(record: dict[str, Any]) -> dict[str, Any]:
-    """The record; of a network whose answers are not finite only that, as of a missed budget."""
-    if _is_finite(record):
-        return record
-    reason = "the network breaks down: its answers are not finite"
-    return {name: record[name] for name in ("method", "keep", "seed")} | {"missed": reason}
 
 
 def _is_finite(value: Any) -> bool:
@@ -516,8 +543,3 @@ def _is_finite(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_finite, value))
     return not isinstance(value, float) or math.isfinite(value)
-
-
-def _names(paths: Paths) -> list[str]:
-    named: Sequence[str | Path] = [paths] if isinstance(paths, str | Path) else paths
-    return [str(path) for path in named]

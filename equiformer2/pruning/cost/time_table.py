@@ -23,7 +23,6 @@ from torch_geometric.data import Batch, Data
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
-from equiformer2.kernels.backend import use_cpp_kernels
 from equiformer2.model import EquiformerV2
 from equiformer2.model.block_config import GRID_MLP_WIDTHS, BlockConfig, ResolvedBlock
 from equiformer2.model.config import ModelConfig
@@ -247,7 +246,7 @@ class PartTimer:
             "structure": [len(self._batch.pos), len(self._model.build_graph(self._batch).distances)],
             "forces": None if self._request.force_atoms is None else int(self._request.force_atoms.sum()),
             "device": str(self._model.sphere_embedding.weight.device),
-            "backend": self._model.chosen_backend(),
+            "backend": self._model.resolve_backend().name,
             "threads": self._threads or torch.get_num_threads(),
         }
 
@@ -267,24 +266,11 @@ class PartTimer:
         network.fold_weights()
         calls: list[tuple[Any, ...]] = []
         module: Any = network.force_block if part.kind == "force_head" else network.blocks[0]
-        name = "vectors" if part.kind == "force_head" else "forward"
-        method = getattr(module, name)
-
-        def recording(*arguments: Any) -> Any:
-            calls.append(arguments)
-            return method(*arguments)
-
-        module.__dict__[name] = recording
+        hook = module.register_forward_pre_hook(lambda module, arguments: calls.append(arguments))
         with torch.no_grad():
             network(self._batch, request=self._request)
-        del module.__dict__[name]
-        fast = network.chosen_backend() == "cpp"
-
-        def call() -> object:
-            with use_cpp_kernels(fast):
-                return getattr(module, name)(*calls[0])
-
-        return call
+        hook.remove()
+        return lambda: module(*calls[0])
 
     def _single_part(self, part: Part) -> EquiformerV2:
         """Network of one block that has nothing but `part`, with random weights."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from equiformer2.model.folding import check_plain
 from equiformer2.model.norm import make_norm
 from equiformer2.pruning.structured.index_maps import IndexMaps, kept_state
 from equiformer2.pruning.structured.plan import PruningPlan
+
+#: Networks whose sphere channels are masked at present.
+_MASKED_CHANNELS: WeakSet[EquiformerV2] = WeakSet()
 
 
 def weight_masks(model: EquiformerV2, plan: PruningPlan) -> dict[str, Tensor]:
@@ -57,7 +61,7 @@ def masked(model: EquiformerV2, plan: PruningPlan) -> Iterator[EquiformerV2]:
             or of a network with the backend `compile`. Or weights are parametrized.
     """
     plan = plan.checked(model.config)
-    if plan.sphere_channels is not None and (model.backend == "compile" or "forward" in vars(model.norm)):
+    if plan.sphere_channels is not None and (model.backend == "compile" or model in _MASKED_CHANNELS):
         raise InputError(
             "sphere channels are masked in the norms, which a compiled or already masked network "
             "does not allow: use shrink"
@@ -76,9 +80,10 @@ def masked(model: EquiformerV2, plan: PruningPlan) -> Iterator[EquiformerV2]:
         if plan.sphere_channels is not None:
             kept = torch.tensor(plan.sphere_channels, device=model.sphere_embedding.weight.device)
             for norm in _norms(model):
-                # An attribute of the instance goes before the method of its class.
-                norm.forward = _on_channels(norm, model, kept)  # type: ignore[method-assign]
-                cleanup.callback(delattr, norm, "forward")
+                hook = norm.register_forward_hook(_on_channels(norm, model, kept))
+                cleanup.callback(hook.remove)
+            _MASKED_CHANNELS.add(model)
+            cleanup.callback(_MASKED_CHANNELS.discard, model)
         yield model
 
 
@@ -103,17 +108,18 @@ def _norms(model: EquiformerV2) -> Iterator[nn.Module]:
         yield from (norm for norm in (block.norm_1, block.norm_2) if isinstance(norm, nn.Module))
 
 
-def _on_channels(norm: nn.Module, model: EquiformerV2, kept: Tensor) -> Callable[[Tensor], Tensor]:
-    """The forward pass of `norm` on the kept channels alone; zero on the others."""
+def _on_channels(norm: nn.Module, model: EquiformerV2, kept: Tensor) -> Callable[..., Tensor]:
+    """A forward hook of `norm`: its output on the kept channels alone, zero on the others."""
     config, like = model.config, model.sphere_embedding.weight
     narrow = make_norm(config.norm_type, config.lmax, len(kept)).to(like)
 
-    def forward(x: Tensor) -> Tensor:
+    def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        (x,) = inputs
         weights = {name: weight.index_select(-1, kept) for name, weight in norm.named_parameters()}
         out = torch.func.functional_call(narrow, weights, (x.index_select(2, kept),))
         return out.new_zeros(x.shape).index_copy(2, kept, out)
 
-    return forward
+    return hook
 
 
 def shrink(model: EquiformerV2, plan: PruningPlan) -> EquiformerV2:

@@ -1,0 +1,60 @@
+"""A study with plans for operations and time: `multi` with a second target, the time of a force call."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch_geometric.data import Batch
+from tqdm import tqdm
+
+from equiformer2.pruning.analysis.pareto import STUDIED, Study, StudySettings, result_name
+from equiformer2.pruning.cost.targets import LatencyTarget, MacTarget, Target
+from equiformer2.pruning.structured.plan import PruningPlan
+
+TIMED = "multi_time"
+
+
+@dataclass(frozen=True)
+class TimedSettings(StudySettings):
+    """Settings of a study that also knows the method `multi_time`.
+
+    Attributes:
+        latency: share of the time of a force call that `multi_time` leaves.
+        threads: number of threads with which its times are measured; None for those that torch has.
+    """
+
+    known_methods: ClassVar[tuple[str, ...]] = (*STUDIED, TIMED)
+
+    latency: float = 0.6
+    threads: int | None = None
+
+
+class TimedStudy(Study):
+    """`Study` with plans of `multi_time`."""
+
+    settings: TimedSettings
+
+    def search_for_time(self, progress: bool = True) -> None:
+        """Make the plans of `TIMED` and nothing else: before `run`, when the machine does nothing else."""
+        jobs = [(keep, seed) for keep in self.settings.keep for seed in self.settings.seeds]
+        for keep, seed in tqdm(jobs, desc="plans for time", unit="plans", disable=not progress):
+            if not (self.out / "results" / f"{result_name(TIMED, keep, seed)}.json").exists():
+                self._search(TIMED, keep, seed)
+
+    def _search(self, method: str, keep: float, seed: int) -> tuple[PruningPlan, dict[str, Any]]:
+        if method != TIMED:
+            return super()._search(method, keep, seed)
+        # Times are of the first held-out structure, in a file that all seeds share.
+        batch = Batch.from_data_list(self.held_out[0].calibration.structures[:1])
+        path, settings = self.searches / "times.json", self.settings
+        targets: Sequence[Target] = (
+            MacTarget(self.model.config, keep, *self._calibration(seed).size),
+            LatencyTarget(self.model, batch, settings.latency, path, settings.threads),
+        )
+        return self._find_plan("multi", targets, result_name(TIMED, keep, seed), seed)
+
+    def _later_options(self) -> dict[str, Any]:
+        options = super()._later_options()
+        if TIMED in self.settings.methods:
+            options["timing"] = {"latency": self.settings.latency, "threads": self.settings.threads}
+        return options
