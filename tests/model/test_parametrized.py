@@ -16,7 +16,7 @@ from equiformer2 import EquiformerV2
 from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.kernels import chunks
-from equiformer2.kernels.backend import BACKENDS
+from equiformer2.kernels.cpu import library
 from equiformer2.model import compiled
 from equiformer2.model.denoising import EncodedForces
 from equiformer2.model.folding import Snapshot, plain_state
