@@ -131,7 +131,6 @@ def test_failures_name_page_and_line(tmp_path: Path, text: str, told: str) -> No
         ("bash", "equiformer2 train --model.num_layer 1", "train has no option --model.num_layer"),
         ("bash", "torchrun scripts/train.py --model.num_layer 1", "train.py has no option --model.num_layer"),
         ("bash", "python scripts/prune.py plan --nothing", "prune.py plan has no option --nothing"),
-        ("bash", "equiformer2 prune plan --nothing", "equiformer2 prune plan has no option --nothing"),
         ("bash", "equiformer2 nothing", "equiformer2 has no command nothing"),
     ],
 )

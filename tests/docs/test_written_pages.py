@@ -1,5 +1,7 @@
 """Pages in docs/results are what commands of the package write from the results files beside them."""
 
+import runpy
+
 from figures import content_of
 from pages import ROOT
 

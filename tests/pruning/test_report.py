@@ -12,7 +12,6 @@ from model_helpers import random_model, small_config
 
 from equiformer2 import ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
-from equiformer2.errors import InputError
 from equiformer2.pruning.analysis.redundancy_report import units_holding
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +40,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 def status(checkpoint: str, out: Path, *more: str) -> int:
     files = ["--checkpoint", checkpoint, "--data", DATA, "--out", str(out)]
     sizes = ["--structures", "3", "--batch-size", "2", "--repeats", "1"]
-    run_command("prune report", *files, *sizes, *more)
+    return run_command("prune report", *files, *sizes, *more)
+
+
+def run(checkpoint: str, out: Path, *more: str) -> dict[str, Any]:
+    assert status(checkpoint, out, *more) == 0
     return json.loads((out / "report.json").read_text())
 
 
