@@ -82,7 +82,7 @@ class Evaluate(Command):
         from equiformer2.checkpoint import load_checkpoint
         from equiformer2.files import write_json
         from equiformer2.inference import Predictor
-        from equiformer2.pruning.routing.router_files import for_evaluation
+        from equiformer2.pruning.routing.router_files import evaluation_router
         from equiformer2.script import header
         from equiformer2.training import evaluation
 
@@ -97,7 +97,7 @@ class Evaluate(Command):
             options.device,
             precision=options.precision,
             backend=options.backend,
-            router=for_evaluation(options.router),
+            router=evaluation_router(options.router),
         )
         print(f"{options.checkpoint}: {checkpoint.weights} weights, {checkpoint.energy_kind} energies")
         results = self._evaluate_all(options, predictor, paths)
@@ -303,13 +303,13 @@ class Relax(Command):
         )
         from equiformer2.inference.structure_files import read_structure
         from equiformer2.pruning.routing import FrozenPlan
-        from equiformer2.pruning.routing.router_files import for_relaxation
+        from equiformer2.pruning.routing.router_files import relaxation_router
         from equiformer2.script import show_log
 
         show_log()
         file = options.structure or options.file
         structure = read_structure(file, options.index)
-        router = for_relaxation(options.router, options.replan_every)
+        router = relaxation_router(options.router, options.replan_every)
         calculator = EquiformerV2Calculator(
             options.checkpoint,
             device=options.device,
@@ -451,7 +451,7 @@ class RelaxIs2re(Command):
         from datasets_oc20.catalogue import VALIDATION_SPLITS, find_splits
         from equiformer2.inference import Predictor
         from equiformer2.inference.batched import RelaxationSettings
-        from equiformer2.pruning.routing.router_files import for_batched_relaxation
+        from equiformer2.pruning.routing.router_files import batched_relaxation_router
         from equiformer2.script import show_log
         from equiformer2.training.relaxation_run import open_starts, relax_dataset, relaxation_table
 
@@ -469,7 +469,7 @@ class RelaxIs2re(Command):
             options.energy_kind,
             options.precision,
             options.backend,
-            for_batched_relaxation(options.router),
+            batched_relaxation_router(options.router),
         )
         show_log()
         datasets = {name: open_starts(path, predictor, options.energy_kind) for name, path in paths.items()}

@@ -131,8 +131,8 @@ class Report(Command):
         from equiformer2.checkpoint import load_checkpoint
         from equiformer2.inference import Predictor
         from equiformer2.inference.record import claim_folder
-        from equiformer2.pruning.analysis.redundancy_report import RECORD, make_report, write
-        from equiformer2.pruning.analysis.report_tables import show
+        from equiformer2.pruning.analysis.redundancy_report import RECORD, make_report
+        from equiformer2.pruning.analysis.report_tables import print_report
         from equiformer2.pruning.calibration_data import labelled_energies, read_structures
 
         show_log()
@@ -157,8 +157,8 @@ class Report(Command):
             seed=options.seed,
             source={"checkpoint": options.checkpoint, "data": options.data},
         )
-        show(report)
-        for path in write(report, folder):
+        print_report(report)
+        for path in report.write(folder):
             print(f"wrote {path}")
         return Result(read_json(folder / RECORD), checkpoint=options.checkpoint)
 
@@ -181,7 +181,7 @@ class Plan(Command):
         parser.add_argument(
             "--method",
             default="multi",
-            help="search or baseline: multi, multi_staged, block, random, magnitude or uniform "
+            help="search: multi (all dimensions at once) or multi_staged (one after the other) "
             "(default: %(default)s)",
         )
         parser.add_argument(
@@ -289,7 +289,7 @@ class Route(Command):
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.pruning.routing import save_router
-        from equiformer2.pruning.routing.make_router import RouteRequest, make_router
+        from equiformer2.pruning.routing.route_request import RouteRequest, make_router
 
         show_log()
         self._check_unused(options)
@@ -500,8 +500,8 @@ class Pareto(Command):
             "--methods",
             nargs="+",
             default=["multi", "multi_staged", "block", "random", "magnitude", "uniform"],
-            help="methods of `equiformer2 prune plan` (default: all) and routers: route_static, route_ftp, "
-            "route_atom, route_edge, route_context_only",
+            help="methods of `equiformer2 prune plan`, its baselines (default: all) and routers: "
+            "route_static, route_ftp, route_atom, route_edge, route_context_only",
         )
         parser.add_argument(
             "--keep",

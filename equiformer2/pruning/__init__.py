@@ -1,7 +1,8 @@
-"""Make a trained network smaller.
+"""Make a trained network cheaper.
 
-What is kept is a `PruningPlan`, tried out with `masked`, applied by `shrink`; what that saves is counted by
-`count_macs` and compared with a target.
+`structured` removes units, `routing` skips atoms, `recovery` trains afterwards, `cost` counts or
+measures, `analysis` reports and compares. Imports run one way: `cost`, then `structured` and `routing`, then
+`recovery`, then `analysis`.
 """
 
 from equiformer2.pruning.cost.operations import MacCount, count_macs

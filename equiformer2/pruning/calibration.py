@@ -1,4 +1,4 @@
-"""How far a changed network is from the dense one, on structures without labels.
+"""Discrepancy of a changed network to the dense one, on structures without labels.
 
     L = mean over systems of ( |E - E_dense| / atoms + λ * mean over free atoms of ||F - F_dense|| )
 
@@ -19,11 +19,14 @@ from equiformer2.errors import InputError, naming_structures
 from equiformer2.graph import RadiusGraph
 from equiformer2.model import EquiformerV2
 
-#: What a network reads, and what the discrepancy needs; labels are not among them.
+#: Fields that a network reads or the discrepancy needs; labels are not among them.
 UNLABELLED = ("pos", "atomic_numbers", "cell", "pbc", "natoms", "tags", "fixed", "sid", "fid")
 FORCE_WEIGHT = 1.0
-"""λ, Å. The paper's training loss weighs forces 50 times as much as the energy of a structure; per atom
-of an OC20 structure (78 on average) that is 0.6."""
+"""Weight λ of forces in the loss, Å.
+
+The paper's training loss weighs forces 50 times as much as the energy of a structure; per atom of an OC20
+structure (78 on average) that is 0.6.
+"""
 
 Network = Callable[..., Mapping[str, Tensor]]
 
@@ -46,19 +49,43 @@ class Discrepancy:
     force_mae: np.ndarray
     force_weight: float
 
+    @classmethod
+    def from_structures(
+        cls, systems: Sequence[str], system_of: np.ndarray, table: np.ndarray, force_weight: float
+    ) -> "Discrepancy":
+        """Average the errors of structures over the frames of each system.
+
+        Args:
+            systems: names of the S systems.
+            system_of: `[structures]` index of each structure's system.
+            table: `[structures, 3]` of `structure_errors`.
+            force_weight: λ, Å.
+
+        Returns:
+            Errors by system.
+        """
+        means = np.full((len(systems), 3), np.nan)
+        for index in range(len(systems)):
+            rows = table[system_of == index]
+            for column in range(3):
+                known = rows[~np.isnan(rows[:, column]), column]
+                if len(known):
+                    means[index, column] = known.mean()
+        return cls(tuple(systems), means[:, 0], means[:, 1], means[:, 2], force_weight)
+
     @property
     def by_system(self) -> np.ndarray:
-        """`[S]` losses, eV; what a system does not have counts as 0."""
+        """Losses of the systems, `[S]` eV; errors that a system does not have count as 0."""
         energy, forces = (np.where(np.isnan(values), 0.0, values) for values in (self.energy, self.forces))
         return energy + self.force_weight * forces
 
     @property
     def loss(self) -> float:
-        """L, eV."""
+        """Loss L, eV."""
         return float(self.by_system.mean())
 
     def averages(self) -> dict[str, float | None]:
-        """Means over systems; None for what no system has."""
+        """Return means over systems; None for errors that no system has."""
         values = {
             "loss": self.by_system,
             "energy_per_atom": self.energy,
@@ -72,16 +99,18 @@ class Calibration:
     """Structures with the dense network's answers, computed once and kept.
 
     Args:
-        model: the dense network, in evaluation mode while it answers.
-        normalizers: from its units to eV and eV/Å.
+        model: dense network; it answers in evaluation mode.
+        normalizers: units of its outputs, for eV and eV/Å.
         structures: at least one; labels are not read.
         batch_size: structures per forward pass.
         force_weight: λ, Å.
 
     Attributes:
-        structures: without labels.
-        batches: the same on the network's device.
-        graphs: their edges; cuts do not change them.
+        structures: the structures without labels.
+        systems: names of their systems (`sid`).
+        batches: the structures in batches, on the network's device.
+        graphs: edges of the batches; cuts do not change them.
+        dense: answers of the dense network for the batches, normalised units.
 
     Raises:
         InputError: no structures, or one that the network cannot take (named by `sid` and `fid`).
@@ -119,13 +148,20 @@ class Calibration:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Atoms and edges of all structures."""
+        """Numbers of atoms and of edges of all structures."""
         edges = sum(graph.edge_index.shape[1] for graph in self.graphs)
         return sum(structure.pos.shape[0] for structure in self.structures), edges
 
     @torch.no_grad()
     def answers(self, model: Network) -> list[dict[str, Tensor]]:
-        """Outputs of `model` for every batch, normalised units; it runs in evaluation mode."""
+        """Run a network on every batch, in evaluation mode.
+
+        Args:
+            model: called as `model(batch, graph=…)`.
+
+        Returns:
+            Outputs per batch, normalised units.
+        """
         training = isinstance(model, torch.nn.Module) and model.training
         if training:
             model.eval()  # type: ignore[attr-defined]
@@ -136,11 +172,11 @@ class Calibration:
                 model.train()  # type: ignore[attr-defined]
 
     def discrepancy(self, model: Network) -> Discrepancy:
-        """`model` (called as `model(batch, graph=…)`) against the dense network."""
+        """Compare a network, called as `model(batch, graph=…)`, with the dense one."""
         return self.compare(self.answers(model))
 
     def loss(self, model: Network) -> float:
-        """L of `model`, eV; infinite when it answers something that is not finite."""
+        """Return the loss L of a network, eV; infinite if one of its answers is not finite."""
         loss = self.discrepancy(model).loss
         return loss if np.isfinite(loss) else float("inf")
 
@@ -149,17 +185,25 @@ class Calibration:
         answers: Sequence[Mapping[str, Tensor]],
         reference: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> Discrepancy:
-        """`answers` (as `answers()` gives them) against the dense network's, or against `reference`."""
+        """Compare stored answers with those of the dense network.
+
+        Args:
+            answers: outputs per batch, as `answers()` gives them.
+            reference: outputs to compare with instead of the dense network's.
+
+        Returns:
+            Errors by system.
+        """
         columns = [
             structure_errors(out, expected, batch, self.energy_std, self.force_std)
             for out, expected, batch in zip(answers, reference or self.dense, self.batches, strict=True)
         ]
         table = torch.cat(columns).cpu().numpy()
-        return by_system(self.systems, self._system_of, table, self.force_weight)
+        return Discrepancy.from_structures(self.systems, self._system_of, table, self.force_weight)
 
 
 def unlabelled(structure: Data) -> Data:
-    """A copy with nothing but what a network may know."""
+    """Copy a structure without its labels: `UNLABELLED` fields alone."""
     return Data(**{name: structure[name] for name in UNLABELLED})
 
 
@@ -170,11 +214,18 @@ def structure_errors(
     energy_std: float,
     force_std: float,
 ) -> Tensor:
-    """Per structure |ΔE| / atoms (eV), mean ||ΔF|| and mean |ΔF component| (eV/Å), `[B, 3]` float64.
+    """Compute the errors of every structure of a batch, of forces over free atoms.
 
-    `out` and `reference` hold `energy [B]` and `forces [N, 3]`, in units of `energy_std` and `force_std`.
-    Forces are those of free atoms; without any, and where one of the two lacks a field, there is NaN. An
-    error that is no number because the network broke down is infinite.
+    Args:
+        out: `energy [B]` and `forces [N, 3]`, in normalised units; both may be absent.
+        reference: outputs to compare with, in the same units.
+        batch: the structures.
+        energy_std: unit of the energies, eV.
+        force_std: unit of the forces, eV/Å.
+
+    Returns:
+        `[B, 3]` float64: |ΔE| / atoms (eV), mean ||ΔF|| and mean |ΔF component| (eV/Å). NaN where one of the
+        two lacks a field or there are no free atoms; infinite where the network broke down.
     """
     natoms = batch.natoms.view(-1).double()
     missing = torch.full_like(natoms, float("nan"))
@@ -191,17 +242,3 @@ def structure_errors(
     count = torch.zeros_like(natoms).index_add(0, structure, torch.ones_like(per_atom[:, 0]))
     total = natoms.new_zeros(len(natoms), 2).index_add(0, structure, per_atom)
     return torch.cat((energy[:, None], total / count[:, None]), dim=1)  # 0 / 0 is NaN
-
-
-def by_system(
-    systems: Sequence[str], system_of: np.ndarray, table: np.ndarray, force_weight: float
-) -> Discrepancy:
-    """Average `table` `[structures, 3]` of `structure_errors` over the frames of each system."""
-    means = np.full((len(systems), 3), np.nan)
-    for index in range(len(systems)):
-        rows = table[system_of == index]
-        for column in range(3):
-            known = rows[~np.isnan(rows[:, column]), column]
-            if len(known):
-                means[index, column] = known.mean()
-    return Discrepancy(tuple(systems), means[:, 0], means[:, 1], means[:, 2], force_weight)

@@ -1,4 +1,4 @@
-"""Structures for calibration and held-out tests, from LMDB files or raw extended XYZ files."""
+"""Reading of structures for calibration and held-out tests, from LMDB files or raw extended XYZ files."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,24 +13,27 @@ from datasets_oc20.extxyz import read_frames
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 
-#: Random records looked at per wanted structure, to find enough systems in a dataset of millions.
-_DRAWN_PER_WANTED = 16
+_DRAWN_PER_STRUCTURE = 16
+"""Random records read per structure, to find enough systems in a dataset of millions."""
 _RAW_ENDINGS = (".extxyz", ".extxyz.xz")
 
 
 def read_structures(
     paths: str | Path | Sequence[str | Path], limit: int | None = None, seed: int = 0
 ) -> list[Data]:
-    """Structures of all `paths`, at most `limit`, spread over as many systems as possible.
+    """Read structures, spread over as many systems as possible.
 
-    Raw frames get the name of their file as `sid` and their forces, but no energy: what they store is a total
-    energy, which says nothing about a model of adsorption energies.
+    Raw frames get the name of their file as `sid` and their forces, but no energy: they store a total energy,
+    which says nothing about a model of adsorption energies.
 
     Args:
         paths: LMDB files, folders of LMDB shards, extended XYZ files (`.extxyz`, `.extxyz.xz`) or folders
             of those.
-        limit: most structures; None for all of them.
-        seed: which frames of a system, and which systems when there are more than `limit`.
+        limit: maximum number of structures; None for all of them.
+        seed: random seed of the choice of frames, and of systems when there are more than `limit`.
+
+    Returns:
+        Structures in stored order.
 
     Raises:
         InputError: `limit` is not positive, or nothing is named.
@@ -42,18 +45,29 @@ def read_structures(
     if not named:
         raise InputError("no data are named: give LMDB files or folders of extended XYZ files")
     rng = np.random.default_rng(seed)
-    found: list[Data] = []
+    structures: list[Data] = []
     for path in map(Path, named):
-        found += _raw(path) if raw_files(path) else _stored(path, limit, rng)
-    return _spread(found, limit, rng)
+        structures += _read_frames(path) if raw_files(path) else _read_dataset(path, limit, rng)
+    if limit is None or limit >= len(structures):
+        return structures
+    # One random frame of every system in turn until there are `limit`; in stored order.
+    by_system: dict[str, list[int]] = {}
+    for position in rng.permutation(len(structures)).tolist():
+        by_system.setdefault(structures[position].sid, []).append(position)
+    ranked = [(turn, p) for frames in by_system.values() for turn, p in enumerate(frames)]
+    chosen = [position for _, position in sorted(ranked, key=lambda item: item[0])[:limit]]
+    return [structures[position] for position in sorted(chosen)]
 
 
 def labelled_energies(
     paths: str | Path | Sequence[str | Path], energy_kind: str, declared: str | None = None
 ) -> bool:
-    """Whether the energies stored in all `paths` are of the model's kind, so that they can be its labels.
+    """Return True if stored energies are of the model's kind, so that they can be its labels.
 
-    `declared` is the kind of files that do not say theirs.
+    Args:
+        paths: files, as in `read_structures`.
+        energy_kind: kind of energy of the model.
+        declared: kind of energy of files that do not state theirs.
 
     Raises:
         datasets_oc20.DataError: a file is missing or damaged.
@@ -65,14 +79,14 @@ def labelled_energies(
 
 
 def raw_files(path: AnyPath) -> list[Path]:
-    """The extended XYZ files that `path` names or holds; none where it is something else."""
+    """List the extended XYZ files that `path` names or, as a folder, holds; none for anything else."""
     path = Path(path)
     if path.is_dir():
         return sorted(item for item in path.iterdir() if item.name.endswith(_RAW_ENDINGS))
     return [path] if path.name.endswith(_RAW_ENDINGS) else []
 
 
-def _raw(path: Path) -> list[Data]:
+def _read_frames(path: Path) -> list[Data]:
     structures = []
     for file in raw_files(path):
         sid = file.name.removesuffix(".xz").removesuffix(".extxyz")
@@ -89,25 +103,13 @@ def _raw(path: Path) -> list[Data]:
     return structures
 
 
-def _stored(path: Path, limit: int | None, rng: np.random.Generator) -> list[Data]:
+def _read_dataset(path: Path, limit: int | None, rng: np.random.Generator) -> list[Data]:
     dataset = OC20Lmdb(path)
     indices = np.arange(len(dataset))
-    if limit is not None and limit * _DRAWN_PER_WANTED < len(dataset):
-        indices = np.sort(rng.choice(len(dataset), limit * _DRAWN_PER_WANTED, replace=False))
+    if limit is not None and limit * _DRAWN_PER_STRUCTURE < len(dataset):
+        indices = np.sort(rng.choice(len(dataset), limit * _DRAWN_PER_STRUCTURE, replace=False))
     structures = [dataset[int(index)] for index in indices]
     for index, data in zip(indices.tolist(), structures, strict=True):
         if not data.sid:  # of an unknown system: counts as one of its own
             data.sid = dataset.describe(index)
     return structures
-
-
-def _spread(structures: list[Data], limit: int | None, rng: np.random.Generator) -> list[Data]:
-    """One random frame of every system in turn until there are `limit`; in stored order."""
-    if limit is None or limit >= len(structures):
-        return structures
-    by_system: dict[str, list[int]] = {}
-    for position in rng.permutation(len(structures)).tolist():
-        by_system.setdefault(structures[position].sid, []).append(position)
-    ranked = [(turn, p) for frames in by_system.values() for turn, p in enumerate(frames)]
-    chosen = [position for _, position in sorted(ranked, key=lambda item: item[0])[:limit]]
-    return [structures[position] for position in sorted(chosen)]

@@ -1,4 +1,4 @@
-"""Short names for what a result depends on, so that none is mistaken for another's."""
+"""Fingerprints of networks and structures, by which stored results are told apart."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,13 +11,22 @@ from equiformer2.model import EquiformerV2, ModelConfig
 
 
 def chosen_options(config: ModelConfig) -> dict[str, Any]:
-    """The options of `config` that differ from the defaults; some are named by pruned networks only."""
+    """Return the options of `config` that differ from the defaults, name -> value."""
     default = ModelConfig().to_dict()
     return {name: value for name, value in config.to_dict().items() if value != default.get(name)}
 
 
 def fingerprint_of_weights(model: EquiformerV2) -> str:
-    """Changes with any weight and any option, but not with options that a later version adds."""
+    """Hash the weights and options of a network.
+
+    The hash changes with any weight and any option, but not with options that a later version adds.
+
+    Args:
+        model: the network.
+
+    Returns:
+        16 hexadecimal digits.
+    """
     digest = hashlib.sha256(repr(sorted(chosen_options(model.config).items())).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(
@@ -27,7 +36,14 @@ def fingerprint_of_weights(model: EquiformerV2) -> str:
 
 
 def fingerprint_of_structures(structures: Sequence[Data]) -> str:
-    """Changes with any position, element, tag or held atom, and with the sequence of the structures."""
+    """Hash structures: positions, elements, cells, tags, held atoms, and their sequence.
+
+    Args:
+        structures: the structures.
+
+    Returns:
+        16 hexadecimal digits.
+    """
     digest = hashlib.sha256()
     for structure in structures:
         digest.update(str(structure.sid).encode())

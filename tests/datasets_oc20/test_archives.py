@@ -156,7 +156,7 @@ def test_the_page_has_the_sizes_of_the_catalogue() -> None:
 
 def test_forecast_of_the_lmdb(tmp_path: Path) -> None:
     # 78 atoms on average, as in OC20, from 20 to 225.
-    sizes = np.clip(np.random.default_rng(0).normal(78, 35, 1500), 20, 225).astype(int)
+    sizes = np.clip(np.random.default_rng(0).normal(78, 35, 500), 20, 225).astype(int)
     with LmdbWriter(tmp_path / "x.lmdb", "adsorption") as writer:
         for natoms in sizes:
             writer.write(structure(natoms=int(natoms)))

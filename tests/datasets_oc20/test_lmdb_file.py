@@ -79,7 +79,7 @@ def _read_damaged(folder: str, trials: int, seed: int, results: "multiprocessing
     results.put(refused)
 
 
-@pytest.mark.parametrize("trials", [20, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trials", [10, pytest.param(400, marks=pytest.mark.slow)])
 def test_no_changed_page_ends_the_process(trials: int, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     results: multiprocessing.SimpleQueue[int] = context.SimpleQueue()

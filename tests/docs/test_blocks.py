@@ -131,6 +131,7 @@ def test_failures_name_page_and_line(tmp_path: Path, text: str, told: str) -> No
         ("bash", "equiformer2 train --model.num_layer 1", "train has no option --model.num_layer"),
         ("bash", "torchrun scripts/train.py --model.num_layer 1", "train.py has no option --model.num_layer"),
         ("bash", "python scripts/prune.py plan --nothing", "prune.py plan has no option --nothing"),
+        ("bash", "equiformer2 nothing", "equiformer2 has no command nothing"),
     ],
 )
 def test_blocks_that_are_not_run_are_looked_at(language: str, code: str, told: str) -> None:

@@ -24,9 +24,9 @@ from equiformer2.pruning.routing import (
     load_router,
     router_search,
 )
-from equiformer2.pruning.routing.make_router import MadeRouter, RouteRequest, make_router
+from equiformer2.pruning.routing.route_request import RouteRequest, RouteResult, make_router
 from equiformer2.pruning.routing.router_files import router_to_dict
-from equiformer2.pruning.routing.schedule import Schedule
+from equiformer2.pruning.routing.sparsity_schedule import Schedule
 
 QUICK = RoutingSettings(population=4, generations=1, tolerance=0.1, steps=4)
 
@@ -49,7 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def made(files: dict[str, Path], method: str, state: Path | None = None, **changes: object) -> MadeRouter:
+def made(files: dict[str, Path], method: str, state: Path | None = None, **changes: object) -> RouteResult:
     settings = replace(QUICK, **changes)
     target = None if method == "context_only" else "macs=0.7"
     request = RouteRequest(str(files["dense"]), (str(files["calibration"]),), method, target, settings)
@@ -61,9 +61,9 @@ def test_every_method_comes_to_its_target(files, method) -> None:
     found = made(files, method)
     assert found.errors["loss"] > 0
     if method == "context_only":
-        assert found.achieved.macs < 1
+        assert found.shares.macs < 1
     else:
-        assert 0.7 - QUICK.tolerance <= found.achieved.macs <= 0.7
+        assert 0.7 - QUICK.tolerance <= found.shares.macs <= 0.7
     if method in ("atom", "edge"):
         assert found.router.levels[0] is None
     assert "% of the MACs left" in str(found)
@@ -148,13 +148,13 @@ def test_training_changes_the_router(files, trained_loss) -> None:
     few, many = made(files, "ftp", steps=1), made(files, "ftp", steps=5)
     assert isinstance(few.router, FTPRouter)
     assert few.router.settings()["weights"] != many.router.settings()["weights"]
-    assert many.found["kept"] == "trained"
+    assert many.search["kept"] == "trained"
 
 
 def test_a_training_that_makes_it_worse_is_not_kept(files, trained_loss, caplog) -> None:
     trained_loss(1e9)
     found, static = made(files, "ftp"), made(files, "static")
-    assert found.found["kept"] == "static"
+    assert found.search["kept"] == "static"
     assert router_to_dict(found.router) == router_to_dict(static.router)
     assert "the static one is kept" in caplog.text
 

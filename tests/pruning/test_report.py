@@ -12,7 +12,7 @@ from model_helpers import random_model, small_config
 
 from equiformer2 import ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
-from equiformer2.pruning.analysis.redundancy_report import needed
+from equiformer2.pruning.analysis.redundancy_report import units_holding
 
 ROOT = Path(__file__).parents[2]
 DATA = str(ROOT / "tests/fixtures/datasets_oc20/s2ef_val_20.lmdb")
@@ -109,7 +109,7 @@ def test_an_earlier_report_is_kept(
 
 
 def test_units_that_hold_most_of_the_importance() -> None:
-    assert needed(torch.tensor([0.0, 9.0, 1.0])) == 1
-    assert needed(torch.tensor([1.0, 1.0, 1.0, 1.0])) == 4
-    assert needed(torch.tensor([1.0, 1.0, 1.0, 1.0]), share=0.5) == 2
-    assert needed(torch.zeros(3)) == needed(torch.zeros(0)) == 0
+    assert units_holding(torch.tensor([0.0, 9.0, 1.0])) == 1
+    assert units_holding(torch.tensor([1.0, 1.0, 1.0, 1.0])) == 4
+    assert units_holding(torch.tensor([1.0, 1.0, 1.0, 1.0]), share=0.5) == 2
+    assert units_holding(torch.zeros(3)) == units_holding(torch.zeros(0)) == 0

@@ -239,4 +239,4 @@ def test_the_example_is_read() -> None:
     (callback,) = config.trainer["callbacks"]
     assert isinstance(callback, TrainRouter)
     assert callback.freeze_network
-    assert callback.router.of_blocks(config.model.num_layers) == (None, 0.6, 0.6, None)
+    assert callback.router.block_levels(config.model.num_layers) == (None, 0.6, 0.6, None)

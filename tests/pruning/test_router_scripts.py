@@ -26,10 +26,9 @@ from equiformer2.pruning.routing import (
     save_router,
 )
 from equiformer2.pruning.routing.router_files import (
-    for_batched_relaxation,
-    for_evaluation,
-    for_relaxation,
-    jumps,
+    batched_relaxation_router,
+    evaluation_router,
+    relaxation_router,
 )
 from equiformer2.training.evaluation import evaluate
 
@@ -137,21 +136,21 @@ def test_relax_is2re(files, tmp_path, capsys) -> None:
 
 
 def test_the_plan_of_a_file_and_of_the_command_line(files) -> None:
-    stored = for_relaxation(str(files["plan"]))
+    stored = relaxation_router(str(files["plan"]))
     assert isinstance(stored, FrozenPlan)
     assert (stored.replan_every, stored.max_move) == (3, 0.2)
-    again = for_relaxation(str(files["plan"]), 5)
+    again = relaxation_router(str(files["plan"]), 5)
     assert isinstance(again, FrozenPlan)
     assert (again.replan_every, again.max_move) == (5, 0.2)
-    default = for_relaxation(str(files["static"]))
+    default = relaxation_router(str(files["static"]))
     assert isinstance(default, FrozenPlan)
     assert default.replan_every == 10
     for name in ("smooth", "context"):
-        for use in (for_relaxation, for_batched_relaxation, for_evaluation):
+        for use in (relaxation_router, batched_relaxation_router, evaluation_router):
             assert type(use(str(files[name]))) is type(load_router(files[name]))
-    assert isinstance(for_evaluation(str(files["plan"])), StaticRouter)
+    assert isinstance(evaluation_router(str(files["plan"])), StaticRouter)
     with pytest.raises(InputError, match="batches keep no plan"):
-        for_batched_relaxation(str(files["plan"]))
-    assert for_relaxation(None) is for_batched_relaxation(None) is for_evaluation(None) is None
-    assert jumps(EdgePruner(0.1, mode="threshold"))
-    assert not jumps(EdgePruner(0.1, mode="smooth"))
+        batched_relaxation_router(str(files["plan"]))
+    assert relaxation_router(None) is batched_relaxation_router(None) is evaluation_router(None) is None
+    assert EdgePruner(0.1, mode="threshold").abrupt
+    assert not EdgePruner(0.1, mode="smooth").abrupt

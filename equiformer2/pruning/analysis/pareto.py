@@ -1,6 +1,6 @@
-"""Methods times budgets times seeds on held-out systems, one small file per result.
+"""Comparison of pruning methods on held-out systems: methods times budgets times seeds, one file per result.
 
-A result that is there is not computed again, so a study can be killed, continued and extended. Errors against
+A stored result is not computed again, so a study can be killed, continued and extended. Errors against
 the dense network and against labels are kept apart, and so are held-out sets of different labels.
 """
 
@@ -18,7 +18,7 @@ from torch_geometric.data import Batch, Data
 from tqdm import tqdm
 
 from datasets_oc20.untrusted import AnyPath
-from equiformer2.checkpoint import Checkpoint, Normalizers, load_checkpoint, save_checkpoint
+from equiformer2.checkpoint import Normalizers, load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
 from equiformer2.model import EquiformerV2
@@ -50,9 +50,9 @@ class HeldOut:
     `HeldOut` of its own.
 
     Attributes:
-        name: of the set, such as `dft`.
+        name: name of the set, such as `dft`.
         calibration: the structures and the dense answers.
-        labels: per batch, in normalised units; what the data do not have is absent.
+        labels: labels per batch, in normalised units; fields that the data lack are absent.
     """
 
     name: str
@@ -70,14 +70,38 @@ class HeldOut:
         limit: int | None = None,
         batch_size: int = 8,
     ) -> "HeldOut":
-        """From files, see `read_structures`; energies of another kind than the model's are no labels."""
+        """Read a held-out set from files.
+
+        Args:
+            name: name of the set.
+            paths: files, as in `read_structures`.
+            model: dense network.
+            normalizers: units of its outputs.
+            energy_kind: kind of energy that it predicts; stored energies of another kind are no labels.
+            limit: maximum number of structures; None for all.
+            batch_size: structures per forward pass.
+
+        Returns:
+            The set.
+
+        Raises:
+            InputError: there are no structures, or one that the network cannot take.
+            datasets_oc20.DataError: a file cannot be read.
+        """
         structures = read_structures(paths, limit)
         calibration = Calibration(model, normalizers, structures, batch_size)
         energies = labelled_energies(paths, energy_kind)
         labels = []
         for start in range(0, len(structures), batch_size):
             part = structures[start : start + batch_size]
-            labels.append(_labels(part, normalizers, energies, calibration.batches[start // batch_size]))
+            batch = Batch.from_data_list(part)
+            fields: dict[str, Tensor] = {}
+            if energies and all("energy" in structure for structure in part):
+                fields["energy"] = normalizers.normalize_energy(batch.energy.view(-1), batch)
+            if all("forces" in structure for structure in part):
+                fields["forces"] = normalizers.normalize_forces(batch.forces)
+            device = calibration.batches[start // batch_size].pos.device
+            labels.append({field: value.to(device) for field, value in fields.items()})
         return cls(name, calibration, labels)
 
     @property
@@ -86,41 +110,42 @@ class HeldOut:
         return self.calibration.systems
 
     def errors(self, network: Network) -> dict[str, Any]:
-        """`to_dense` and `to_labels`, each with averages over systems (`Discrepancy.averages`)."""
+        """Measure a network.
+
+        Args:
+            network: called as `network(batch, graph=…)`.
+
+        Returns:
+            `to_dense` and `to_labels` (None without labels), each with averages over systems
+            (`Discrepancy.averages`).
+        """
         answers = self.calibration.answers(network)
-        found: dict[str, Any] = {"to_dense": self.calibration.compare(answers).averages(), "to_labels": None}
+        errors: dict[str, Any] = {"to_dense": self.calibration.compare(answers).averages(), "to_labels": None}
         if any(self.labels):
-            found["to_labels"] = self.calibration.compare(answers, self.labels).averages()
-        return found
+            errors["to_labels"] = self.calibration.compare(answers, self.labels).averages()
+        return errors
 
+    def check_unseen(self, used: Sequence[Data], purpose: str) -> None:
+        """Refuse structures of systems that are held out.
 
-def check_unseen(held_out: Sequence[HeldOut], used: Sequence[Data], what: str) -> None:
-    """Raise `InputError` when a system of `used` is held out; `what` says what it was used for."""
-    seen = {structure.sid for structure in used}
-    for part in held_out:
-        both = sorted(seen & set(part.systems))
+        Args:
+            used: structures that methods may see.
+            purpose: use of these structures, for errors.
+
+        Raises:
+            InputError: a system is in both.
+        """
+        both = sorted({structure.sid for structure in used} & set(self.systems))
         if both:
             raise InputError(
-                f"the system {both[0]} is in {what} and in the held-out set {part.name}: hold out others"
+                f"the system {both[0]} is in {purpose} and in the held-out set {self.name}: hold out others"
             )
-
-
-def _labels(
-    structures: Sequence[Data], normalizers: Normalizers, energies: bool, batch: Batch
-) -> dict[str, Tensor]:
-    labels = {}
-    batched = Batch.from_data_list(list(structures))
-    if energies and all("energy" in structure for structure in structures):
-        labels["energy"] = normalizers.normalize_energy(batched.energy.view(-1), batched)
-    if all("forces" in structure for structure in structures):
-        labels["forces"] = normalizers.normalize_forces(batched.forces)
-    return {name: value.to(batch.pos.device) for name, value in labels.items()}
 
 
 PREFIX = "route_"
 ROUTED = tuple(PREFIX + name for name in ROUTING_METHODS)
 NO_BUDGET = PREFIX + CONTEXT_ONLY
-"""What it leaves is decided by the structures: one result, whatever the budgets and seeds."""
+"""Its cost is decided by the structures: one result for all budgets and seeds."""
 
 
 def routed_result(
@@ -134,14 +159,27 @@ def routed_result(
     state_path: Path,
     repeats: int,
 ) -> dict[str, Any]:
-    """The record of one router, in the form of `Study`.
+    """Make one router and measure it on all held-out sets.
 
-    `macs` is the share on the calibration structures; `macs_on` has it for each held-out set, where it
-    differs. Where no schedule comes near `keep`, there is only `missed`, the reason.
+    Args:
+        method: name of the method, of `ROUTED`.
+        keep: share of the MACs that is to stay.
+        seed: random seed.
+        model: dense network.
+        calibration: structures with its answers.
+        held_out: held-out sets; the first structure of the first set is timed.
+        settings: settings of the search for a router.
+        state_path: file of the search's state, from which it continues.
+        repeats: number of timed pairs of calls.
+
+    Returns:
+        The record of the router, in the form of `Study`. `macs` is the share on the calibration structures;
+        `macs_on` has it for each held-out set, where it differs. `missed`, the reason, stands in place of
+        results where no schedule comes near `keep`.
     """
     record: dict[str, Any] = {"method": method, "keep": keep, "seed": seed}
     try:
-        router, found = find_router(
+        router, search = find_router(
             method.removeprefix(PREFIX),
             model,
             calibration,
@@ -155,12 +193,12 @@ def routed_result(
         return record | {"missed": str(error)}
     routed = RoutedModel(model, router)
     loss = calibration.loss(routed)
-    achieved = {"calibration": routed.achieved()}
+    achieved = {"calibration": routed.computed_shares()}
     errors = {}
     for part in held_out:
         routed = RoutedModel(model, router)
         errors[part.name] = part.errors(routed)
-        achieved[part.name] = routed.achieved()
+        achieved[part.name] = routed.computed_shares()
     batch = Batch.from_data_list(held_out[0].calibration.structures[:1])
     ready = deepcopy(model).requires_grad_(False)
     ready.fold_weights()
@@ -170,7 +208,7 @@ def routed_result(
         "macs_on": {part.name: achieved[part.name].macs for part in held_out},
         "parameters": 1.0,
         "latency": latency.to_dict(),
-        "search": found,
+        "search": search,
         "router": router_to_dict(router),
         "achieved": {name: counts.to_dict() for name, counts in achieved.items()},
         "calibration_loss": loss,
@@ -188,11 +226,12 @@ _ANY = 0.5  # a target's fraction, where only its count is used
 
 @dataclass(frozen=True)
 class Recovery:
-    """Distillation of every pruned network.
+    """Settings for the distillation of every pruned network.
 
     Attributes:
-        train, val: structures, as in `distill`.
-        arguments: of `equiformer2 train`.
+        train: training structures, as in `distill`.
+        val: validation structures, as in `distill`.
+        arguments: arguments of `equiformer2 train`.
         scratch: also train the plans of the method `multi` from random weights, equally long.
     """
 
@@ -204,16 +243,20 @@ class Recovery:
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What to compare.
+    """Methods, budgets and seeds to compare, and the settings of each result.
 
     Attributes:
-        methods: of `known_methods`: plans (`METHODS`) and routers (`ROUTED`).
+        methods: names of methods, of `known_methods`: plans (`METHODS`) and routers (`ROUTED`).
         keep: shares of the multiply-accumulates that stay.
-        seeds: of the choice of calibration structures and of everything drawn.
-        structures: calibration structures per seed.
-        tries: cuts tried per step of a search.
+        seeds: random seeds, also of the choice of calibration structures.
+        structures: number of calibration structures per seed.
+        tries: number of cuts tried per step of a search.
         repeats: pairs of calls per measured latency.
-        routing: how routers are made.
+        routing: settings of the search for routers.
+        known_methods: names that `methods` may hold.
+
+    Raises:
+        InputError: an unknown method, or a number out of its range.
     """
 
     known_methods: ClassVar[tuple[str, ...]] = STUDIED
@@ -239,16 +282,16 @@ class StudySettings:
 
 
 class Study:
-    """See the module.
+    """Comparison of methods on one network, kept in a folder, so that it can be interrupted and extended.
 
     Args:
         path: checkpoint of the dense network.
         calibration: data to calibrate on, as in `read_structures`.
         held_out: name -> data to test on; no system of the calibration (or distillation) data may be in them.
-        settings: what to compare.
+        settings: methods, budgets and seeds.
         out: folder of the study.
-        recovery: distill every network; None for the networks as they are cut.
-        limit: most structures per held-out set.
+        recovery: distillation of every network; None for the networks as they are cut.
+        limit: maximum number of structures per held-out set.
         searches: folder of the searches' states that studies of one network share; None for one in `out`.
 
     Raises:
@@ -278,26 +321,38 @@ class Study:
             )
             for name, data in held_out.items()
         ]
-        for seed in settings.seeds:
-            check_unseen(self.held_out, self._structures(seed), "the calibration data")
-        if recovery is not None:
-            check_unseen(self.held_out, read_structures(recovery.train), "the data to distill on")
+        for part in self.held_out:
+            for seed in settings.seeds:
+                part.check_unseen(self._structures(seed), "the calibration data")
+            if recovery is not None:
+                part.check_unseen(read_structures(recovery.train), "the data to distill on")
         self._check_same_study()
         self._calibrations: dict[int, Calibration] = {}
 
     def run(self, progress: bool = True) -> list[dict[str, Any]]:
-        """Compute what is missing; all results in a fixed sequence."""
+        """Compute the missing results.
+
+        Args:
+            progress: show a progress bar.
+
+        Returns:
+            All results in a fixed sequence.
+        """
         planned = planned_results(self.settings, self.recovery is not None and self.recovery.scratch)
         results = []
         for name, job in tqdm(planned.items(), desc="study", unit="results", disable=not progress):
             path = self.out / "results" / f"{name}.json"
             if not path.exists():
-                write_json(path, _checked(self._result(*job)), make_folder=True)
+                record = self._result(*job)
+                if not _is_finite(record):
+                    reason = "the network breaks down: its answers are not finite"
+                    record = dict(zip(("method", "keep", "seed"), job, strict=True)) | {"missed": reason}
+                write_json(path, record, make_folder=True)
             results.append(read_json(path))
         return results
 
     def _result(self, method: str, keep: float, seed: int) -> dict[str, Any]:
-        name, found = result_name(method, keep, seed), dict[str, Any]()
+        name, search = result_name(method, keep, seed), dict[str, Any]()
         calibration = self._calibration(seed)
         if method in ROUTED:
             return routed_result(
@@ -317,7 +372,7 @@ class Study:
         elif method == SCRATCH:
             plan = self._plan_of("multi", keep, seed)
         else:
-            plan, found = self._search(method, keep, seed)
+            plan, search = self._search(method, keep, seed)
         small = shrink(self.model, plan)
         record: dict[str, Any] = {
             "method": method,
@@ -326,7 +381,7 @@ class Study:
             "macs": macs.fraction_of(plan),
             "parameters": ParameterTarget(self.model.config, _ANY).fraction_of(plan),
             "latency": self._latency(small),
-            "search": found,
+            "search": search,
             "plan": plan.to_dict(),
             "cut": None,
             "distilled": None,
@@ -339,23 +394,23 @@ class Study:
         return record
 
     def _search(self, method: str, keep: float, seed: int) -> tuple[PruningPlan, dict[str, Any]]:
-        """The plan of a method and what `find_plan` tells of it; a search that was stopped goes on."""
+        """The plan of a method and the record of its search; a search that was stopped goes on."""
         target = MacTarget(self.model.config, keep, *self._calibration(seed).size)
         return self._find_plan(method, [target], result_name(method, keep, seed), seed)
 
     def _find_plan(
         self, method: str, targets: Sequence[Target], name: str, seed: int
     ) -> tuple[PruningPlan, dict[str, Any]]:
-        """Search a plan that reaches all targets, with the state of the search under `name`."""
-        together = CombinedTarget(targets)
+        """A plan that reaches all targets; the state of the search is kept under `name`."""
+        combined = CombinedTarget(targets)
         return find_plan(
             method,
             self.model,
             self.checkpoint.normalizers,
             self._calibration(seed),
-            together.cost,
-            together.target,
-            shares=together.shares,
+            combined.cost,
+            combined.target,
+            shares=combined.shares,
             seed=seed,
             tries=self.settings.tries,
             state_path=self.searches / f"{name}.json",
@@ -383,7 +438,7 @@ class Study:
         return self._calibrations[seed]
 
     def _latency(self, small: EquiformerV2) -> dict[str, Any]:
-        """Of one forward pass for the first held-out structure, prepared as for inference."""
+        """Time of one forward pass for the first held-out structure, prepared as for inference."""
         batch = Batch.from_data_list(self.held_out[0].calibration.structures[:1])
         networks = [deepcopy(network).requires_grad_(False) for network in (small, self.model)]
         for network in networks:
@@ -397,7 +452,17 @@ class Study:
         assert self.recovery is not None
         student = self.out / "students" / f"{name}.pt"
         student.parent.mkdir(parents=True, exist_ok=True)
-        save_pruned(student, self.checkpoint, small, {"study": name})
+        dense = self.checkpoint
+        # Its weights count as those that they were taken from: averaged or raw.
+        states = {"raw_state": None, "averaged_state": None, f"{dense.weights}_state": small.state_dict()}
+        save_checkpoint(
+            student,
+            model=small,
+            normalizers=dense.normalizers,
+            energy_kind=dense.energy_kind,
+            provenance={"pruned_from": dense.provenance, "study": name},
+            **states,
+        )
         run = distill(
             student,
             self.path,
@@ -420,10 +485,11 @@ class Study:
     def _check_same_study(self) -> None:
         # Methods, shares and seeds are not compared: a study may be extended.
         options = {name: getattr(self.settings, name) for name in ("structures", "tries", "repeats")}
-        later = self._later_options()
+        later, calibration = self._later_options(), self.calibration_data
+        calibration = [calibration] if isinstance(calibration, str | Path) else calibration
         identity: dict[str, Any] = {
             "model": fingerprint_of_weights(self.model),
-            "calibration": _names(self.calibration_data),
+            "calibration": [str(path) for path in calibration],
             "held_out": {
                 part.name: fingerprint_of_structures(part.calibration.structures) for part in self.held_out
             },
@@ -436,41 +502,24 @@ class Study:
             known = read_json(path)
             # The first routers, say, of a study that had none.
             added = {name: identity[name] for name in later if name not in known}
-            self._check_identity(identity, known | added)
+            different = [key for key in identity if (known | added).get(key) != identity[key]]
+            if different:
+                raise InputError(f"{self.out} holds a study with other {different[0]}: name another folder")
             if added:
                 write_json(path, known | added)
             return
         write_json(path, identity, make_folder=True)
 
-    def _check_identity(self, identity: dict[str, Any], known: dict[str, Any]) -> None:
-        different = [key for key in identity if known.get(key) != identity[key]]
-        if different:
-            raise InputError(f"{self.out} holds a study with other {different[0]}: name another folder")
-
-
-def save_pruned(path: AnyPath, dense: Checkpoint, small: EquiformerV2, provenance: dict[str, Any]) -> None:
-    """Write a pruned network as an ordinary native checkpoint, with the units and the energies of `dense`.
-
-    Its weights count as what they were taken from: averaged or raw.
-    """
-    path = Path(path)
-    states = {"raw_state": None, "averaged_state": None, f"{dense.weights}_state": small.state_dict()}
-    save_checkpoint(
-        path,
-        model=small,
-        normalizers=dense.normalizers,
-        energy_kind=dense.energy_kind,
-        provenance={"pruned_from": dense.provenance, **provenance},
-        **states,
-    )
-
 
 def planned_results(settings: StudySettings, scratch: bool) -> dict[str, tuple[str, float, int]]:
-    """Names of the results of a study, each with its method, share of the operations and seed.
+    """List the results of a study.
 
     Args:
-        settings: of the study.
-        scratch: whether it also trains from random weights.
+        settings: settings of the study.
+        scratch: True if it also trains from random weights.
+
+    Returns:
+        Name of each result -> its method, share of the operations and seed.
     """
     jobs = [(DENSE, 1.0, 0)]
     methods = [name for name in settings.methods if name != NO_BUDGET]
@@ -484,16 +533,8 @@ def planned_results(settings: StudySettings, scratch: bool) -> dict[str, tuple[s
 
 
 def result_name(method: str, keep: float, seed: int) -> str:
-    """Name of the file of a result, without ending."""
+    """Return the name of the file of a result, without its ending."""
     return DENSE if method == DENSE else f"{method}_{keep:g}_{seed}"
-
-
-def _checked(record: dict[str, Any]) -> dict[str, Any]:
-    """The record; of a network whose answers are not finite only that, as of a missed budget."""
-    if _is_finite(record):
-        return record
-    reason = "the network breaks down: its answers are not finite"
-    return {name: record[name] for name in ("method", "keep", "seed")} | {"missed": reason}
 
 
 def _is_finite(value: Any) -> bool:
@@ -502,8 +543,3 @@ def _is_finite(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_finite, value))
     return not isinstance(value, float) or math.isfinite(value)
-
-
-def _names(paths: Paths) -> list[str]:
-    named: Sequence[str | Path] = [paths] if isinstance(paths, str | Path) else paths
-    return [str(path) for path in named]

@@ -1,5 +1,6 @@
-"""Table and figure of a study: what each method costs in accuracy, at equal operations and in time."""
+"""Table and figure of a study: accuracy of each method at equal operations and in measured time."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,47 @@ from equiformer2.files import write_bytes, write_json
 from equiformer2.pruning.analysis.pareto import DENSE
 from equiformer2.training.figures import save_figure
 
-#: What the errors are measured against: key of a result and its words.
+#: References of the errors: key of a result and its words.
 REFERENCES = {"to_dense": "the dense network", "to_labels": "labels"}
 _TRAINED = {"cut": "as cut", "distilled": "distilled"}
 _MARKERS = "osD^vP*X<>hpd"
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per method, budget and state of training: means over seeds, and standard deviations of errors.
+    """Average results over seeds: one row per method, budget and state of training.
 
     Each row has `method`, `keep`, `trained` (`cut` or `distilled`), `seeds`, `macs`, `macs_on[set]` (of a
     router they depend on the structures), `parameters`, `latency`, and `errors[set][reference][metric]` with
-    `mean` and `std` (0 for one seed). What missed its budget has no row, see `missed`.
+    `mean` and `std` (0 for one seed). Results that missed their budget have no row, see `missed`.
+
+    Args:
+        results: results of `Study.run`.
+
+    Returns:
+        The rows.
     """
+
+    def mean(values: Sequence[float]) -> float:
+        return float(np.mean(values))
+
+    def distribution(values: Sequence[float | None]) -> dict[str, float] | None:
+        known = [value for value in values if value is not None]
+        if not known:
+            return None
+        deviation = float(np.std(known, ddof=1)) if len(known) > 1 else 0.0
+        return {"mean": mean(known), "std": deviation}
+
+    def errors(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        means: dict[str, Any] = {name: {} for name in results[0]}
+        for name, reference in itertools.product(means, REFERENCES):
+            having = [result[name][reference] for result in results if result[name][reference] is not None]
+            means[name][reference] = (
+                {metric: distribution([item[metric] for item in having]) for metric in having[0]}
+                if having
+                else None
+            )
+        return means
+
     rows = []
     results = [result for result in results if "missed" not in result]
     groups = dict.fromkeys((result["method"], result["keep"]) for result in results)
@@ -40,21 +69,28 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                         "keep": keep,
                         "trained": trained,
                         "seeds": [result["seed"] for result in having],
-                        "macs": _mean([result["macs"] for result in having]),
+                        "macs": mean([result["macs"] for result in having]),
                         "macs_on": {
-                            name: _mean([_macs_on(result, name) for result in having])
+                            name: mean([_macs_on(result, name) for result in having])
                             for name in having[0][trained]
                         },
-                        "parameters": _mean([result["parameters"] for result in having]),
-                        "latency": _mean([result["latency"]["ratio"] for result in having]),
-                        "errors": _errors([result[trained] for result in having]),
+                        "parameters": mean([result["parameters"] for result in having]),
+                        "latency": mean([result["latency"]["ratio"] for result in having]),
+                        "errors": errors([result[trained] for result in having]),
                     }
                 )
     return rows
 
 
 def missed(results: Sequence[dict[str, Any]]) -> str:
-    """A list of the results that do not exist, because no schedule comes near the budget; empty for none."""
+    """List the results that do not exist, because no schedule comes near the budget.
+
+    Args:
+        results: results of `Study.run`.
+
+    Returns:
+        Markdown; empty for none.
+    """
     lines = [
         f"- {result['method']} at {result['keep']:.0%}, seed {result['seed']}: {result['missed']}"
         for result in results
@@ -64,7 +100,12 @@ def missed(results: Sequence[dict[str, Any]]) -> str:
 
 
 def write_report(results: Sequence[dict[str, Any]], out: AnyPath) -> None:
-    """Write `pareto.json`, `pareto.md` and `pareto.png` to the folder `out`."""
+    """Write `pareto.json`, `pareto.md` and `pareto.png`.
+
+    Args:
+        results: results of `Study.run`.
+        out: folder to write to.
+    """
     out = Path(out)
     rows = summarise(results)
     write_json(out / "pareto.json", {"rows": rows, "results": list(results)}, make_folder=True)
@@ -73,12 +114,19 @@ def write_report(results: Sequence[dict[str, Any]], out: AnyPath) -> None:
 
 
 def markdown(rows: Sequence[dict[str, Any]], times: bool = True) -> str:
-    """One table per held-out set and reference: force MAE and energy error per atom (mean ± std).
+    """Write one table per held-out set and reference: force MAE and energy error per atom (mean ± std).
 
     Args:
-        rows: of `summarise`.
-        times: with a column of the measured times; without where the machine did something else beside.
+        rows: rows of `summarise`.
+        times: with a column of the measured times; without where the machine was busy with something else.
+
+    Returns:
+        Markdown.
     """
+
+    def text(value: dict[str, float] | None) -> str:
+        return "" if value is None else f"{value['mean']:.4f} ± {value['std']:.4f}"
+
     parts = []
     time, line = (" time |", "---|") if times else ("", "")
     for name, reference in _panels(rows):
@@ -96,7 +144,7 @@ def markdown(rows: Sequence[dict[str, Any]], times: bool = True) -> str:
                 f"| {row['method']} | {'' if row['method'] == DENSE else _TRAINED[row['trained']]} "
                 f"| {row['macs_on'][name]:.1%} | {row['parameters']:.1%} "
                 + (f"| {row['latency']:.2f} x " if times else "")
-                + f"| {_text(errors['force_mae'])} | {_text(errors['energy_per_atom'])} "
+                + f"| {text(errors['force_mae'])} | {text(errors['energy_per_atom'])} "
                 + f"| {len(row['seeds'])} |"
             )
         parts.append("")
@@ -104,7 +152,13 @@ def markdown(rows: Sequence[dict[str, Any]], times: bool = True) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]], target: AnyPath) -> None:
-    """Force MAE against operations (left) and measured time (right), one row per set and reference."""
+    """Draw the force MAE against operations (left) and measured time (right), one row per set and reference.
+
+    Args:
+        rows: rows of `summarise`.
+        results: results of `Study.run`, whose seeds are drawn as points.
+        target: picture to write.
+    """
     target = Path(target)
     results = [result for result in results if "missed" not in result]
     panels = _panels(rows)
@@ -170,41 +224,12 @@ def _macs_on(result: dict[str, Any], name: str) -> float:
 
 
 def _panels(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    found = dict.fromkeys(
+    """Held-out sets and references that have errors."""
+    panels = dict.fromkeys(
         (name, reference)
         for row in rows
         for name, errors in row["errors"].items()
         for reference in REFERENCES
         if errors[reference] is not None
     )
-    return list(found)
-
-
-def _errors(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    means: dict[str, Any] = {}
-    for name in results[0]:
-        means[name] = {}
-        for reference in REFERENCES:
-            having = [result[name][reference] for result in results if result[name][reference] is not None]
-            means[name][reference] = (
-                {metric: _spread([item[metric] for item in having]) for metric in having[0]}
-                if having
-                else None
-            )
-    return means
-
-
-def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    deviation = float(np.std(known, ddof=1)) if len(known) > 1 else 0.0
-    return {"mean": _mean(known), "std": deviation}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
-
-
-def _text(value: dict[str, float] | None) -> str:
-    return "" if value is None else f"{value['mean']:.4f} ± {value['std']:.4f}"
+    return list(panels)

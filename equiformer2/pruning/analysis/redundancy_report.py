@@ -1,4 +1,4 @@
-"""The redundancy report: what every block, head, channel and part of a network does and costs."""
+"""Redundancy report: use and cost of every block, head, channel and part of a network."""
 
 import csv
 import dataclasses
@@ -22,7 +22,8 @@ from equiformer2.inference.predictor import matmul_precision
 from equiformer2.pruning.analysis.lossless import Saving, measure_savings
 from equiformer2.pruning.analysis.observe import time_parts
 from equiformer2.pruning.analysis.redundancy import BlockStatistics, block_statistics
-from equiformer2.pruning.analysis.report_figure import PartCost, draw
+from equiformer2.pruning.analysis.report_figure import PartCost, draw_report
+from equiformer2.pruning.calibration import unlabelled
 from equiformer2.pruning.cost.operations import MacCount, count_macs
 from equiformer2.pruning.structured.importance import (
     UNITS,
@@ -33,20 +34,20 @@ from equiformer2.pruning.structured.importance import (
     probe,
 )
 
-#: Written last: a folder without it holds an unfinished report.
 RECORD = "report.json"
+"""File that is written last: a folder without it holds an unfinished report."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything in it, as plain numbers.
+class RedundancyReport:
+    """Use and cost of the parts of a network, as plain numbers.
 
     Attributes:
-        source: what was looked at: files, weights, backend, numbers of structures, atoms and edges.
-        statistics: per block and tag.
-        importance: by method (`michel`, `taylor`, `magnitude`).
-        parts: of a forward pass over the first batch.
-        savings: what inference leaves out, measured on the first batch.
+        source: files, weights, backend, numbers of structures, atoms and edges.
+        statistics: statistics per block and tag.
+        importance: importance of units by method (`michel`, `taylor`, `magnitude`).
+        parts: costs of the parts of a forward pass over the first batch.
+        savings: savings of inference, measured on the first batch.
     """
 
     source: Mapping[str, Any]
@@ -56,7 +57,7 @@ class Report:
     savings: Sequence[Saving]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {
             "source": dict(self.source),
             "blocks": [dataclasses.asdict(row) for row in self.statistics],
@@ -64,6 +65,68 @@ class Report:
             "parts": [dataclasses.asdict(part) for part in self.parts],
             "lossless": [saving.to_dict() for saving in self.savings],
         }
+
+    def write(self, folder: AnyPath) -> list[Path]:
+        """Write tables as CSV, the figure, and last everything as JSON.
+
+        Args:
+            folder: folder to write to; it is made if it does not exist.
+
+        Returns:
+            Paths of the files.
+        """
+        folder = Path(folder)
+        tables = {
+            "blocks.csv": self._block_rows(),
+            "units.csv": self._unit_rows(),
+            "parts.csv": [dataclasses.asdict(part) for part in self.parts],
+            "lossless.csv": self._saving_rows(),
+        }
+        written = []
+        for name, rows in tables.items():
+            text = io.StringIO()
+            columns = list(dict.fromkeys(column for row in rows for column in row))
+            writer = csv.DictWriter(text, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            written.append(write_bytes(folder / name, text.getvalue().encode(), make_folder=True))
+        figure = draw_report(self.statistics, self.importance, self.parts)
+        written.append(write_bytes(folder / "report.png", figure))
+        return [*written, write_json(folder / RECORD, self.to_dict())]
+
+    def _block_rows(self) -> list[dict[str, Any]]:
+        """Statistics with a column per degree and head."""
+        rows = []
+        for row in self.statistics:
+            values = dataclasses.asdict(row)
+            degrees, heads = values.pop("cosine_by_degree"), values.pop("entropy")
+            values |= {f"cosine_l{l}": value for l, value in enumerate(degrees)}
+            values |= {f"entropy_head{head}": value for head, value in enumerate(heads)}
+            rows.append(values)
+        return rows
+
+    def _unit_rows(self) -> list[dict[str, Any]]:
+        """Importance with a row per unit and a column per method."""
+        blocks = len(self.importance["magnitude"].heads)
+        rows: list[dict[str, Any]] = []
+        for unit, block in itertools.product(UNITS, range(blocks)):
+            columns = {
+                method: getattr(values, unit)[block].tolist() for method, values in self.importance.items()
+            }
+            for index, values in enumerate(zip(*columns.values(), strict=True)):
+                row = {"unit": unit, "block": block, "index": index}
+                rows.append(row | dict(zip(columns, values, strict=True)))
+        return rows
+
+    def _saving_rows(self) -> list[dict[str, Any]]:
+        """Savings with a column per quartile of the time."""
+        rows = []
+        for saving in self.savings:
+            values = saving.to_dict()
+            latency, edges = values.pop("latency"), values.pop("edges") or {}
+            values |= {f"latency_{name}": value for name, value in latency.items()}
+            rows.append(values | {"edges_in_force_head": edges.get("force head")})
+        return rows
 
 
 def make_report(
@@ -75,17 +138,20 @@ def make_report(
     repeats: int = 10,
     seed: int = 0,
     source: Mapping[str, Any] | None = None,
-) -> Report:
-    """Measure everything on `structures`; progress is shown on a terminal.
+) -> RedundancyReport:
+    """Measure use and cost of the parts of a network; progress is shown on a terminal.
 
     Args:
         predictor: the network as inference runs it.
         structures: at least one; with `energy` and `forces` for the objective `labels`.
         batch_size: structures per forward pass; the first batch is the timed one.
-        objective: of the importance; see `importance.probe` and `importance.labelled`.
-        repeats: timed passes.
-        seed: of the directions of `probe`.
-        source: what to say about the origin of network and structures.
+        objective: objective of the importance: `importance.probe` or `importance.labelled`.
+        repeats: number of timed passes.
+        seed: random seed of the directions of `probe`.
+        source: origin of network and structures, for the record.
+
+    Returns:
+        The report.
 
     Raises:
         InputError: no structures, missing labels, a structure that the network cannot take.
@@ -96,9 +162,9 @@ def make_report(
         raise InputError(f"batch_size is {batch_size} and repeats is {repeats}: give 1 or more")
     model, normalizers = predictor.model, predictor.checkpoint.normalizers
     if objective == "labels":
-        wanted = ("energy", "forces") if predictor.has_forces else ("energy",)
+        labels = ("energy", "forces") if predictor.has_forces else ("energy",)
         for structure in structures:
-            lacking = [name for name in wanted if name not in structure]
+            lacking = [name for name in labels if name not in structure]
             if lacking:
                 raise InputError(
                     f"structure {structure.sid}/{structure.fid} has no {lacking[0]}: "
@@ -106,17 +172,22 @@ def make_report(
                 )
     chosen = labelled(normalizers) if objective == "labels" else probe(normalizers, seed=seed)
     batches = [
-        Batch.from_data_list(_alike(structures[start : start + batch_size]))
+        # Labels are left out: a batch needs the same fields of all structures.
+        Batch.from_data_list([unlabelled(one) for one in structures[start : start + batch_size]])
         for start in range(0, len(structures), batch_size)
     ]
+
+    def with_progress(items: Sequence[Any], label: str) -> Any:
+        return tqdm(items, desc=label, disable=None, leave=False)
+
     first = batches[0].clone().to(predictor.device)
     with matmul_precision(predictor.precision, predictor.device):
-        statistics = block_statistics(model, _shown(batches, "features"))
+        statistics = block_statistics(model, with_progress(batches, "features"))
         seconds = time_parts(model, first, repeats)
         savings = measure_savings(model, first, normalizers, repeats)
         edges = len(model.build_graph(first).distances)
     importance = {
-        **gradient_importances(model, _shown(structures, "importance"), chosen),
+        **gradient_importances(model, with_progress(structures, "importance"), chosen),
         "magnitude": magnitude_importance(model),
     }
     facts = {
@@ -132,47 +203,33 @@ def make_report(
         "timed_batch": {"structures": len(first.natoms), "atoms": len(first.pos), "edges": edges},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    return Report(
+    return RedundancyReport(
         source={**(source or {}), **facts},
         statistics=statistics,
         importance=importance,
-        parts=_parts(count_macs(model, len(first.pos), edges), seconds),
+        parts=_part_costs(count_macs(model, len(first.pos), edges), seconds),
         savings=savings,
     )
 
 
-def write(report: Report, folder: AnyPath) -> list[Path]:
-    """Tables as CSV, the figure, and last everything as JSON; returns the paths."""
-    folder = Path(folder)
-    written = [
-        _csv(folder / "blocks.csv", _block_rows(report)),
-        _csv(folder / "units.csv", _unit_rows(report)),
-        _csv(folder / "parts.csv", [dataclasses.asdict(part) for part in report.parts]),
-        _csv(folder / "lossless.csv", _saving_rows(report)),
-        write_bytes(folder / "report.png", draw(report.statistics, report.importance, report.parts)),
-    ]
-    return [*written, write_json(folder / RECORD, report.to_dict())]
+def units_holding(importance: Tensor, share: float = 0.9) -> int:
+    """Count the units, the most important ones first, that hold a share of the importance.
 
+    Args:
+        importance: `[n]` importance of the units.
+        share: share of the sum, from 0 to 1.
 
-def needed(importance: Tensor, share: float = 0.9) -> int:
-    """How many units, the most important ones first, hold `share` of the importance of all."""
+    Returns:
+        Number of units; 0 if all have none.
+    """
     ranked = importance.double().sort(descending=True).values.cumsum(0)
     if not len(ranked) or float(ranked[-1]) == 0:
         return 0
     return int((ranked < share * ranked[-1]).sum()) + 1
 
 
-def _alike(structures: Sequence[Data]) -> list[Data]:
-    """Copies with the same fields, which a batch needs: labels are left out."""
-    fields = ("pos", "atomic_numbers", "cell", "pbc", "natoms", "tags", "fixed", "sid", "fid")
-    return [Data(**{name: structure[name] for name in fields}) for structure in structures]
-
-
-def _shown(items: Sequence[Any], label: str) -> Any:
-    return tqdm(items, desc=label, disable=None, leave=False)
-
-
-def _parts(macs: MacCount, seconds: Mapping[str, float]) -> list[PartCost]:
+def _part_costs(macs: MacCount, seconds: Mapping[str, float]) -> list[PartCost]:
+    """Join operations and seconds by part, in the order of a forward pass."""
     counts = {"edges": macs.edge_degree, "energy_head": macs.energy_head}
     counts["force_head"] = sum(macs.force_head.values())
     for number, block in enumerate(macs.blocks):
@@ -184,46 +241,3 @@ def _parts(macs: MacCount, seconds: Mapping[str, float]) -> list[PartCost]:
         ordered += [f"blocks.{number}.attention", f"blocks.{number}.feed_forward"]
     ordered += ["energy_head", "force_head", "other"]
     return [PartCost(name, counts.get(name, 0), seconds[name]) for name in ordered if name in seconds]
-
-
-def _block_rows(report: Report) -> list[dict[str, Any]]:
-    rows = []
-    for row in report.statistics:
-        values = dataclasses.asdict(row)
-        degrees, heads = values.pop("cosine_by_degree"), values.pop("entropy")
-        values |= {f"cosine_l{l}": value for l, value in enumerate(degrees)}
-        values |= {f"entropy_head{head}": value for head, value in enumerate(heads)}
-        rows.append(values)
-    return rows
-
-
-def _unit_rows(report: Report) -> list[dict[str, Any]]:
-    blocks = len(report.importance["magnitude"].heads)
-    rows: list[dict[str, Any]] = []
-    for unit, block in itertools.product(UNITS, range(blocks)):
-        columns = {
-            method: getattr(values, unit)[block].tolist() for method, values in report.importance.items()
-        }
-        for index, values in enumerate(zip(*columns.values(), strict=True)):
-            row = {"unit": unit, "block": block, "index": index}
-            rows.append(row | dict(zip(columns, values, strict=True)))
-    return rows
-
-
-def _saving_rows(report: Report) -> list[dict[str, Any]]:
-    rows = []
-    for saving in report.savings:
-        values = saving.to_dict()
-        latency, edges = values.pop("latency"), values.pop("edges") or {}
-        values |= {f"latency_{name}": value for name, value in latency.items()}
-        rows.append(values | {"edges_in_force_head": edges.get("force head")})
-    return rows
-
-
-def _csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return write_bytes(path, text.getvalue().encode(), make_folder=True)

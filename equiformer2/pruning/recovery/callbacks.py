@@ -39,11 +39,11 @@ PLAN_FILE = "pruning_plan.json"
 
 
 class DenseTeacher(Callback):
-    """Energies and forces of every batch become the answers of a dense network.
+    """Callback that replaces the labels of every batch by the answers of a dense network.
 
     Args:
-        checkpoint: of the dense network.
-        validation: what validation compares with: the teacher's answers or the labels of the data.
+        checkpoint: file of the dense network.
+        validation: reference of the validation: answers of the teacher, or labels of the data.
     """
 
     def __init__(self, checkpoint: str, validation: Literal["teacher", "labels"] = "teacher") -> None:
@@ -77,7 +77,7 @@ class DenseTeacher(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Replace the labels if asked to."""
+        """Replace the labels unless validation compares with those of the data."""
         if self.validation == "teacher":
             self._answer(batch)
 
@@ -93,24 +93,27 @@ class DenseTeacher(Callback):
 
 
 class GradualPruning(Callback):
-    """Cuts in several steps while the network trains, so that the rest can take over from what goes.
+    """Callback that cuts in several steps while the network trains, so that the rest can take over.
 
     Each cut is a search (`search.GreedySearch`) or a choice by magnitude that starts from the network as it
-    is then, acts through masks on the raw and the averaged weights, and goes as far as the cubic schedule
-    of Zhu & Gupta (2017) says: 1 - (1 - k / cuts)^3 of all that is to go after cut k. Native checkpoints
+    is then and acts through masks on the raw and the averaged weights. Its size follows the cubic schedule of
+    Zhu & Gupta (2017): 1 - (1 - k / cuts)^3 of the whole reduction is made after cut k. Native checkpoints
     written by the run hold the physically smaller network at any time, and `pruning_plan.json` in the run
     folder its plan.
 
     Args:
         keep: share of the multiply-accumulates that stays in the end.
-        data: structures to calibrate on, as in `structures.read_structures`; labels are not read.
+        data: files of calibration structures, as in `read_structures`; labels are not read.
         first_step: optimizer step of the first cut.
         every_n_steps: optimizer steps from one cut to the next.
-        cuts: how many.
+        cuts: number of cuts.
         method: `search` (by the change of the outputs) or `magnitude`.
-        structures: how many to calibrate on.
-        tries: cuts tried per step of the search.
-        seed: of the choice of structures and of the search.
+        structures: number of calibration structures.
+        tries: number of cuts tried per step of the search.
+        seed: random seed of the choice of structures and of the search.
+
+    Raises:
+        InputError: a number out of its range.
     """
 
     def __init__(
@@ -140,7 +143,7 @@ class GradualPruning(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the calibration structures; put the masks of a resumed run back."""
-        task = _task_of(pl_module)
+        task = self._task(pl_module)
         self._structures = read_structures(self.data, self.structures, self.seed)
         config = task.model.config
         if self.plan is None:
@@ -151,11 +154,11 @@ class GradualPruning(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Cut when it is time."""
+        """Cut if a cut is due at this step."""
         due = self.first_step + self.done * self.every_n_steps
         if self.done == self.cuts or trainer.global_step < due or trainer.global_step == 0:
             return
-        task = _task_of(pl_module)
+        task = self._task(pl_module)
         text = self._next_plan(task).to_json() if trainer.is_global_zero else ""
         self.plan = PruningPlan.from_json(trainer.strategy.broadcast(text))
         self.done += 1
@@ -167,7 +170,7 @@ class GradualPruning(Callback):
             self.plan.save(Path(trainer.default_root_dir) / PLAN_FILE)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so when training ended before the last cut."""
+        """Warn when training ended before the last cut."""
         if self.done < self.cuts:
             log.warning(
                 f"training ended after {self.done} of {self.cuts} cuts: the network is larger than asked for"
@@ -178,15 +181,17 @@ class GradualPruning(Callback):
         self._masks.close()
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the plan and the number of cuts made, for the checkpoint of the run."""
         return {"plan": None if self.plan is None else self.plan.to_dict(), "done": self.done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the plan and the number of cuts from the checkpoint of a resumed run."""
         plan = state_dict["plan"]
         self.plan = None if plan is None else PruningPlan.from_dict(plan)
         self.done = state_dict["done"]
 
     def _share(self, cut: int) -> float:
-        """What stays after cut number `cut`, counted from 1."""
+        """Share of the operations that stays after cut number `cut`, counted from 1."""
         return 1 - (1 - self.keep) * (1 - (1 - cut / self.cuts) ** 3)
 
     def _next_plan(self, task: S2EFTask) -> PruningPlan:
@@ -233,8 +238,8 @@ class GradualPruning(Callback):
         assert self.plan is not None
         return shrink(network, self.plan)
 
-
-def _task_of(module: pl.LightningModule) -> S2EFTask:
-    if not isinstance(module, S2EFTask):
-        raise InputError("GradualPruning works with the network of `equiformer2 train` only")
-    return module
+    @staticmethod
+    def _task(module: pl.LightningModule) -> S2EFTask:
+        if not isinstance(module, S2EFTask):
+            raise InputError("GradualPruning works with the network of equiformer2 train only")
+        return module

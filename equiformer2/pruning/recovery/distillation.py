@@ -51,18 +51,18 @@ def distill(
     device: str = "cpu",
     labels: AnyPath | None = None,
 ) -> Path:
-    """Train `student` on the answers of `teacher`; an interrupted call with the same `out` is continued.
+    """Train a pruned network on the answers of the dense one; an interrupted call is continued.
 
     Args:
         student: native checkpoint of the pruned network.
         teacher: checkpoint of the dense network.
-        train_data: structures to learn on; labels in them are not read. As in `read_structures`.
-        val_data: structures to validate on, best of other systems.
+        train_data: files of training structures, as in `read_structures`; labels in them are not read.
+        val_data: files of validation structures, best of other systems.
         out: folder of the run, `run/`, and of `train.lmdb` and `val.lmdb`, the teacher's answers.
-        arguments: keys of `equiformer2 train`, such as `--config FILE` and `--optim.lr 1e-4`; model, data,
-            name and starting point are decided here.
+        arguments: arguments of `equiformer2 train`, such as `--config FILE` and `--optim.lr 1e-4`; model,
+            data, name and starting point are decided here.
         from_scratch: start from random weights instead of the student's: the baseline of the same size.
-        device: that the teacher answers on.
+        device: device that the teacher answers on.
         labels: folder of the teacher's answers, for several students of one teacher; None for `out`.
 
     Returns:
@@ -114,9 +114,18 @@ def _check_same_distillation(path: Path, small: Checkpoint, dense: Checkpoint, f
 
 
 def label(teacher: Predictor, paths: Paths, target: AnyPath, batch_size: int = 8) -> Path:
-    """Write the structures of `paths` with the teacher's energies and forces to the LMDB `target`.
+    """Write structures with the teacher's energies and forces to an LMDB file.
 
-    Skipped when `target` holds this teacher's answers for these paths already.
+    Skipped when the file holds this teacher's answers for these structures already.
+
+    Args:
+        teacher: the dense network.
+        paths: files of structures, as in `read_structures`.
+        target: LMDB file to write.
+        batch_size: structures per forward pass.
+
+    Returns:
+        The path of the file.
 
     Raises:
         InputError: `target` holds something else, or is one of `paths`.
@@ -139,20 +148,28 @@ def label(teacher: Predictor, paths: Paths, target: AnyPath, batch_size: int = 8
             )
         return target
     with LmdbWriter(target, teacher.energy_kind, origin) as writer:
+
+        def write(structures: list[Data]) -> None:
+            out = teacher.predict(Batch.from_data_list(structures))
+            forces = out["forces"].split([int(structure.natoms) for structure in structures])
+            for structure, energy, force in zip(structures, out["energy"], forces, strict=True):
+                structure.energy, structure.forces = energy.view(1), force
+                writer.write(structure)
+
         batch: list[Data] = []
         for structure in tqdm(_structures(named), desc=f"dense answers for {target.name}", unit="structures"):
             batch.append(unlabelled(structure))
             if len(batch) == batch_size:
-                _write(writer, teacher, batch)
+                write(batch)
                 batch = []
         if batch:
-            _write(writer, teacher, batch)
+            write(batch)
     write_json(record, origin)
     return target
 
 
 def _structures(paths: Sequence[str | Path]) -> Iterator[Data]:
-    """One by one, so that a large dataset need not fit into memory."""
+    """Read structures one by one, so that a large dataset need not fit into memory."""
     for path in map(Path, paths):
         if raw_files(path):
             yield from read_structures(path)
@@ -162,29 +179,28 @@ def _structures(paths: Sequence[str | Path]) -> Iterator[Data]:
                 yield dataset[index]
 
 
-def _write(writer: LmdbWriter, teacher: Predictor, structures: list[Data]) -> None:
-    batch = Batch.from_data_list(structures)
-    out = teacher.predict(batch)
-    forces = out["forces"].split([int(structure.natoms) for structure in structures])
-    for structure, energy, force in zip(structures, out["energy"], forces, strict=True):
-        structure.energy, structure.forces = energy.view(1), force
-        writer.write(structure)
-
-
 def _run_config(
     student: Checkpoint, out: Path, files: dict[str, Path], arguments: Sequence[str]
 ) -> RunConfig:
+    """Configuration of the run, with the model and the normalizers of the student."""
+
+    def plain(values: Any) -> Any:
+        """Tuples as lists, for YAML."""
+        if isinstance(values, dict):
+            return {key: plain(value) for key, value in values.items()}
+        return [plain(value) for value in values] if isinstance(values, list | tuple) else values
+
     own = [f"--data.{name}={path}" for name, path in files.items()]
     own += [f"--data.energy_kind={student.energy_kind}", f"--runs_dir={out}", f"--name={RUN}"]
     config = parse([f"--checkpoint_every_n_steps={_EVERY}", *arguments, *own])
     values = yaml.safe_load(config.text) | {"model": student.config.to_dict()}
-    text = yaml.safe_dump(_plain(values), sort_keys=False)
+    text = yaml.safe_dump(plain(values), sort_keys=False)
     data = config.data | {"normalizers": _normalizer_values(student.normalizers, out)}
     return replace(config, model=student.config, data=data, text=text)
 
 
 def _normalizer_values(normalizers: Normalizers, out: Path) -> NormalizerValues:
-    """The student's own: its weights were trained with them."""
+    """Normalizers of the student, whose weights were trained with them."""
     references = None
     if normalizers.linear_references is not None:
         references = out / "references.npz"
@@ -197,10 +213,3 @@ def _normalizer_values(normalizers: Normalizers, out: Path) -> NormalizerValues:
         forces_std=normalizers.forces.std,
         linear_references=None if references is None else str(references),
     )
-
-
-def _plain(values: Any) -> Any:
-    """Tuples as lists, for YAML."""
-    if isinstance(values, dict):
-        return {key: _plain(value) for key, value in values.items()}
-    return [_plain(value) for value in values] if isinstance(values, list | tuple) else values

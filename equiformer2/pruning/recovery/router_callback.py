@@ -22,7 +22,6 @@ from equiformer2.pruning.routing.ftp_training import (
     RouterTraining,
     dense_answer,
     frozen,
-    routed_levels,
 )
 from equiformer2.pruning.routing.router_files import save_router
 from equiformer2.training.task import S2EFTask
@@ -31,7 +30,7 @@ ROUTER_FILE = "router.json"
 
 
 class TrainRouter(Callback):
-    """An `FTPRouter` that learns to follow the network as the network is at the time.
+    """Callback that trains an `FTPRouter` to follow the network as it is at each step.
 
     After every n-th optimizer step it takes one step of its own on the batch at hand, without labels (see
     `RouterTrainer`). The network's training does not notice: the same weights come out of it as without this
@@ -43,14 +42,25 @@ class TrainRouter(Callback):
         levels: share of the atoms to skip: of every block but the protected ones, or one per block (None:
             all atoms are computed).
         every_n_steps: optimizer steps of the network from one step of the router to the next.
-        steps: of the router, after which it stays as it is; None for all of the run's.
-        weights: which of the network's it follows, `raw` or `averaged`; None for averaged where there are.
+        steps: number of the router's steps, after which it stays as it is; None for all of the run's.
+        weights: weights of the network that it follows, `raw` or `averaged`; None for the averaged ones where
+            there are any.
         freeze_network: train the router alone. The network keeps the weights that it starts with: give
             `init_from`. Its losses are still logged.
-        mode, width, keep_free, protect_ends: of the router, see `ScoreRouter`.
-        learning_rate, guide_weight, sparsity_weight, energy_weight, force_weight, temperature: see
-            `RouterTraining`.
-        seed: of the router's first weights and of the Gumbel noise.
+        mode: mode of the router, see `ScoreRouter`.
+        width: width of the router's gates, see `ScoreRouter`.
+        keep_free: always compute free atoms and the adsorbate.
+        protect_ends: compute all atoms in the first and in the last block if `levels` is one number.
+        learning_rate: learning rate of the router, see `RouterTraining`.
+        guide_weight: weight of the guide loss at the start.
+        sparsity_weight: weight of the sparsity loss.
+        energy_weight: weight of the change of the energy.
+        force_weight: weight of the change of the forces.
+        temperature: temperature of the Gumbel noise; 0 for none.
+        seed: random seed of the router's first weights and of the Gumbel noise.
+
+    Raises:
+        InputError: a number out of its range.
     """
 
     def __init__(
@@ -105,7 +115,7 @@ class TrainRouter(Callback):
             raise InputError(
                 "TrainRouter: the router is trained on direct forces, too: use model.forces: direct"
             )
-        routed_levels(self.router, len(network.blocks))
+        self.router.trainable_levels(len(network.blocks))
         if self.freeze_network:
             # One parameter stays: Lightning's loop needs a loss to differentiate. It gets no step, either.
             assert isinstance(pl_module, S2EFTask)
@@ -118,7 +128,7 @@ class TrainRouter(Callback):
         self._network(pl_module).check_backend(Features(routing=True))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin, or go on."""
+        """Begin the training of the router, or continue that of a resumed run."""
         steps = self.steps
         if steps is None:
             whole_run = trainer.estimated_stepping_batches
@@ -138,14 +148,14 @@ class TrainRouter(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Leave a frozen network's optimizer nothing to do."""
+        """Remove the gradients of a frozen network, so that its optimizer changes nothing."""
         if self.freeze_network:
             optimizer.zero_grad()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """One step of the router when it is time."""
+        """Take a step of the router if one is due."""
         training, step = self._training, trainer.global_step
         assert training is not None
         if step == self._seen:  # gradients are accumulated
@@ -177,14 +187,14 @@ class TrainRouter(Callback):
 
     def _network(self, module: pl.LightningModule) -> EquiformerV2:
         if not isinstance(module, S2EFTask):
-            raise InputError("TrainRouter works with the network of `equiformer2 train` only")
+            raise InputError("TrainRouter works with the network of equiformer2 train only")
         if self.weights == "averaged" and module.averaged is None:
             raise InputError("TrainRouter: there are no averaged weights with task.ema_decay: 0: use raw")
         network = module.model if self.weights == "raw" else module.best_weights
         assert isinstance(network, EquiformerV2)
         return network
 
-    # ---- what is kept
+    # ---- files and checkpoints
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -197,7 +207,7 @@ class TrainRouter(Callback):
         self._save(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """The network can be trained again."""
+        """Let the weights of a frozen network be trained again."""
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
@@ -207,10 +217,16 @@ class TrainRouter(Callback):
             save_router(Path(trainer.default_root_dir) / ROUTER_FILE, self.router)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the router's settings and the state of its training, for the checkpoint of the run."""
         training = self._stored if self._training is None else self._training.state_dict()
         return {"router": self._rule(), "training": training}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of the training from the checkpoint of a resumed run.
+
+        Raises:
+            InputError: the run trained a router with other settings.
+        """
         for name, mine in self._rule().items():
             theirs = state_dict["router"][name]
             if theirs != mine:

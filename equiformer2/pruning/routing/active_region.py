@@ -1,4 +1,4 @@
-"""Which part of a slab the network works on: held subsurface atoms as context only, removed, or lumped.
+"""Active region of a slab: held subsurface atoms are context only, removed, or lumped.
 
 After PhAST (arXiv 2211.12020), which removes tag-0 atoms or replaces them by super-nodes. Its super-nodes
 stand at means of Cartesian coordinates and lose their periodic images; here the mean is circular, in
@@ -20,17 +20,18 @@ from equiformer2.model import EquiformerV2
 from equiformer2.model.output_request import OutputRequest
 from equiformer2.model.routing import BlockState, Decision
 from equiformer2.pruning.routing.batch_geometry import ADSORBATE, BatchGeometry
-from equiformer2.pruning.routing.router import BaseRouter, BaseRouting, spread
+from equiformer2.pruning.routing.router import BaseRouter, BaseRouting, levels_per_block
 from equiformer2.values import Switch, shown
 
 MODES = ("context_only", "remove_tag0", "supernode", "supernode_per_element")
 _APART = 0.5
+"""Least distance of super-nodes, Å: edges between them need a direction."""
 _DEFINED = 1e-3
 """Length of the mean of unit vectors below which atoms have no circular mean along an axis."""
 
 
 class ActiveRegion(BaseRouter):
-    """Tag-0 atoms that are held are context.
+    """Router by tags: held atoms with tag 0 are context.
 
     Modes:
 
@@ -45,8 +46,11 @@ class ActiveRegion(BaseRouter):
     lattice has several sets of shortest vectors (hexagonal ones), its place depends on which are given.
 
     Args:
-        mode: see above.
-        protect_ends: `context_only`: update all atoms in the first and in the last block.
+        mode: one of the modes above.
+        protect_ends: with `context_only`, update all atoms in the first and in the last block.
+
+    Raises:
+        InputError: an unknown mode.
     """
 
     def __init__(self, mode: str = "context_only", protect_ends: bool = False) -> None:
@@ -54,8 +58,21 @@ class ActiveRegion(BaseRouter):
             raise InputError(f"the mode {shown(mode)} is not known: use one of {', '.join(MODES)}")
         self.mode, self.protect_ends = mode, Switch().read(protect_ends, "protect_ends")
 
+    @property
+    def abrupt(self) -> bool:
+        """False: the selection depends on tags alone."""
+        return False
+
     def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> BaseRouting:
-        """See `BaseRouter`.
+        """Begin the decisions of `context_only` for one batch.
+
+        Args:
+            batch: structures with `tags` and `fixed`.
+            graph: their edges.
+            num_blocks: number of blocks of the network.
+
+        Returns:
+            Decisions, block after block.
 
         Raises:
             InputError: the mode changes the structure, so that `router(model, batch)` must be called.
@@ -63,7 +80,7 @@ class ActiveRegion(BaseRouter):
         if self.mode != "context_only":
             raise InputError(f"{self.mode} changes the structure: call router(model, batch)")
         return _ContextOnly(
-            BatchGeometry.from_batch(batch, graph), spread(0.0, num_blocks, self.protect_ends)
+            BatchGeometry.from_batch(batch, graph), levels_per_block(0.0, num_blocks, self.protect_ends)
         )
 
     def __call__(
@@ -73,13 +90,23 @@ class ActiveRegion(BaseRouter):
         graph: RadiusGraph | None = None,
         request: OutputRequest | None = None,
     ) -> dict[str, Tensor]:
-        """See `BaseRouter`; a `graph` of the whole structure is of no use to the modes that change it."""
+        """Run `model` on the active region.
+
+        Args:
+            model: the network.
+            batch: structures with `tags` and `fixed`.
+            graph: edges of the whole structures, which only `context_only` can use; None to find them.
+            request: outputs that are wanted; None for all.
+
+        Returns:
+            `energy [B]` and `forces [N, 3]`, in normalised units; removed atoms have zero forces.
+        """
         if self.mode == "context_only":
             return super().__call__(model, batch, graph, request)
         smaller, kept = self.reduce(batch)
         if request is not None and request.force_atoms is not None:
-            wanted = request.force_atoms[smaller.atom_of.clamp(min=0)] & (smaller.atom_of >= 0)
-            request = request._replace(force_atoms=wanted)
+            force_atoms = request.force_atoms[smaller.atom_of.clamp(min=0)] & (smaller.atom_of >= 0)
+            request = request._replace(force_atoms=force_atoms)
         out = model(smaller, request=request)
         if "forces" in out:
             forces = out["forces"].new_zeros(len(batch.pos), 3)
@@ -88,9 +115,14 @@ class ActiveRegion(BaseRouter):
         return out
 
     def reduce(self, batch: Batch | Data) -> tuple[Batch, Tensor]:
-        """The smaller structures and which atoms (`[n]`) of the batch they still hold, in their order.
+        """Make the smaller structures.
 
-        `atom_of` of the result is the atom of the batch, or -1 for super-nodes, which come last.
+        Args:
+            batch: structures with `tags` and `fixed`.
+
+        Returns:
+            The smaller structures, and the atoms `[n]` of the batch that they still hold, in their order.
+            `atom_of` of the structures is the atom of the batch, or -1 for super-nodes, which come last.
 
         Raises:
             InputError: a structure would have no atoms left.
@@ -114,7 +146,7 @@ class ActiveRegion(BaseRouter):
         return smaller, atom_of[atom_of >= 0]
 
     def settings(self) -> dict[str, Any]:
-        """See `BaseRouter`."""
+        """Return the arguments that make this router again."""
         return {"mode": self.mode, "protect_ends": self.protect_ends}
 
     def _smaller(self, batch: Batch, keep: Tensor, context: Tensor, index: int) -> Data:
@@ -129,9 +161,13 @@ class ActiveRegion(BaseRouter):
                 groups = [(z, context[numbers[context] == z]) for z in elements]
         adsorbate = keep[batch.tags[keep] == ADSORBATE]
         anchors = adsorbate if len(adsorbate) else keep
-        nodes = [circular_mean(batch.pos[g], batch.pos[anchors], cell, pbc) for _, g in groups]
         new = len(groups)
-        _check_apart(nodes, cell, pbc, index)
+        lattice = _Lattice(cell, pbc)
+        nodes = [lattice.circular_mean(batch.pos[group], batch.pos[anchors]) for _, group in groups]
+        if lattice.closest(nodes) < _APART:
+            raise InputError(
+                f"super-nodes of two elements are less than {_APART} Å apart: use the mode 'supernode'", index
+            )
 
         def joined(values: Tensor, extra: list[Tensor]) -> Tensor:
             return torch.cat((values[keep], torch.stack(extra).to(values))) if new else values[keep]
@@ -149,66 +185,64 @@ class ActiveRegion(BaseRouter):
         )
 
 
-def circular_mean(pos: Tensor, anchors: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
-    """Mean position `[3]` of atoms in a periodic cell.
+class _Lattice:
+    """Shortest lattice vectors of a cell `[3, 3]` Å, as float64; non-periodic axes are made orthogonal."""
 
-    Fractional coordinates of the reduced cell are averaged as angles along periodic axes and plainly along
-    the others. Atoms that are spread evenly along an axis (a whole layer) have no mean there: then that of
-    the anchors is taken.
+    def __init__(self, cell: Tensor, pbc: Tensor) -> None:
+        reduced, _ = minkowski_reduce(cell.detach().cpu().double().numpy(), pbc.cpu().numpy())
+        self.pbc, self.vectors = pbc, torch.as_tensor(np.array(reduced)).to(cell.device)
+        axes, rest = pbc.nonzero().flatten().tolist(), (~pbc).nonzero().flatten().tolist()
+        if rest:
+            basis = torch.eye(3, dtype=self.vectors.dtype, device=cell.device)
+            self.vectors[rest] = torch.linalg.svd(self.vectors[axes])[2][len(axes) :] if axes else basis
+        self.inverse = torch.linalg.inv(self.vectors)
 
-    Args:
-        pos: `[n, 3]` Å.
-        anchors: `[m, 3]` Å, for instance the adsorbate.
-        cell, pbc: `[3, 3]` Å, `[3]`.
+    def circular_mean(self, pos: Tensor, anchors: Tensor) -> Tensor:
+        """Mean position `[3]` Å of atoms.
 
-    Raises:
-        InputError: neither the atoms nor the anchors have a mean.
-    """
-    lattice = _reduced(cell, pbc)
-    inverse = torch.linalg.inv(lattice)
-    fractional, anchor = pos.double() @ inverse, anchors.double() @ inverse
-    mean = fractional.mean(dim=0)
-    for axis in pbc.nonzero().flatten().tolist():
-        found = None
-        for values in (fractional[:, axis], anchor[:, axis]):
-            vector = torch.exp(2j * math.pi * values).mean()
-            if vector.abs() > _DEFINED:
-                found = vector.angle() / (2 * math.pi)
-                break
-        if found is None:
-            raise InputError("held atoms and adsorbate are spread evenly: there is no place for a super-node")
-        mean[axis] = found
-    return (mean @ lattice).to(pos.dtype)
+        Fractional coordinates are averaged as angles along periodic axes and plainly along the others. Atoms
+        that are spread evenly along an axis (a whole layer) have no mean there: then that of the anchors is
+        taken.
 
+        Args:
+            pos: `[n, 3]` Å.
+            anchors: `[m, 3]` Å, for instance the adsorbate.
 
-def _check_apart(nodes: list[Tensor], cell: Tensor, pbc: Tensor, index: int) -> None:
-    """Raise `InputError` where super-nodes of two elements all but coincide: edges need a direction."""
-    lattice = _reduced(cell, pbc)
-    for i, node in enumerate(nodes):
-        for other in nodes[:i]:
-            fractional = (node - other).double() @ torch.linalg.inv(lattice)
-            vector = (fractional - torch.round(fractional) * pbc) @ lattice
-            if float(vector.norm()) < _APART:
+        Raises:
+            InputError: neither the atoms nor the anchors have a mean.
+        """
+        fractional, anchor = pos.double() @ self.inverse, anchors.double() @ self.inverse
+        mean = fractional.mean(dim=0)
+        for axis in self.pbc.nonzero().flatten().tolist():
+            place = None
+            for values in (fractional[:, axis], anchor[:, axis]):
+                vector = torch.exp(2j * math.pi * values).mean()
+                if vector.abs() > _DEFINED:
+                    place = vector.angle() / (2 * math.pi)
+                    break
+            if place is None:
                 raise InputError(
-                    f"super-nodes of two elements are less than {_APART} Å apart: use the mode 'supernode'",
-                    index,
+                    "held atoms and adsorbate are spread evenly: there is no place for a super-node"
                 )
+            mean[axis] = place
+        return (mean @ self.vectors).to(pos.dtype)
 
-
-def _reduced(cell: Tensor, pbc: Tensor) -> Tensor:
-    """`[3, 3]` float64 shortest vectors of the lattice; non-periodic axes are made orthogonal."""
-    reduced, _ = minkowski_reduce(cell.detach().cpu().double().numpy(), pbc.cpu().numpy())
-    lattice = torch.as_tensor(np.array(reduced)).to(cell.device)
-    axes, rest = pbc.nonzero().flatten().tolist(), (~pbc).nonzero().flatten().tolist()
-    if rest:
-        basis = torch.eye(3, dtype=lattice.dtype, device=lattice.device)
-        lattice[rest] = torch.linalg.svd(lattice[axes])[2][len(axes) :] if axes else basis
-    return lattice
+    def closest(self, nodes: list[Tensor]) -> float:
+        """Smallest distance of two points, Å, over periodic images; infinite for fewer than two."""
+        distances = [math.inf]
+        for i, node in enumerate(nodes):
+            for other in nodes[:i]:
+                fractional = (node - other).double() @ self.inverse
+                vector = (fractional - torch.round(fractional) * self.pbc) @ self.vectors
+                distances.append(float(vector.norm()))
+        return min(distances)
 
 
 class _ContextOnly(BaseRouting):
-    def __init__(self, system: BatchGeometry, levels: tuple[float | None, ...]) -> None:
-        self.system, self.levels = system, levels
+    """Decisions that update all atoms but the context."""
+
+    def __init__(self, geometry: BatchGeometry, levels: tuple[float | None, ...]) -> None:
+        self.geometry, self.levels = geometry, levels
 
     def decide(self, state: BlockState) -> Decision:
-        return Decision(None if self.levels[state.block] is None else ~self.system.context)
+        return Decision(None if self.levels[state.block] is None else ~self.geometry.context)

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from equiformer2.errors import InputError
 from equiformer2.model.routing import BlockState, Decision
-from equiformer2.pruning.routing.attention import received_attention
 from equiformer2.pruning.routing.batch_geometry import ADSORBATE, FAR, BatchGeometry
 from equiformer2.pruning.routing.geometric_routers import MOST_STATIC, static_priority
 from equiformer2.pruning.routing.router import Levels, ScoreRouter
@@ -18,12 +17,12 @@ _RANK_WIDTH = 0.2
 
 
 class FTPRouter(ScoreRouter):
-    """Keep or skip by an MLP (7 -> 64 -> 1), shared by all blocks.
+    """Router that keeps or skips atoms by an MLP (7 -> 64 -> 1), shared by all blocks.
 
     Factors of an atom in block l, all invariant:
 
     1. position: tag 1, tag 2 (tag 0 is neither), distance to the nearest adsorbate atom, and the place in the
-       order of the static router, which is what a token's position is to the original: its rank in the
+       order of the static router, which stands for the original's position of a token: its rank in the
        structure (`topk`) or `static_priority` itself (`threshold`, `smooth`);
     2. a_j, the attention that the atom received in the last block that was computed;
     3. the rank of a_j: in the structure, ties averaged (`topk`); among the atoms that attend to it or
@@ -37,9 +36,15 @@ class FTPRouter(ScoreRouter):
     Args:
         levels: s^l (see `ScoreRouter`).
         cut: probability from which on an atom is kept (`threshold`, `smooth`).
-        weights: of the MLP, as `settings` gives them; None for random ones.
-        seed: of random weights.
-        options: see `ScoreRouter`.
+        weights: weights of the MLP, as `settings` gives them; None for random ones.
+        seed: random seed of random weights.
+        **options: options of `ScoreRouter`.
+
+    Attributes:
+        mlp: the MLP, float32.
+
+    Raises:
+        InputError: weights of another MLP, or an argument out of its range.
     """
 
     observes_attention = True
@@ -67,54 +72,74 @@ class FTPRouter(ScoreRouter):
         if weights is not None:
             self._load(weights)
 
-    def factors(self, system: BatchGeometry, state: BlockState, sparsity: float) -> Tensor:
-        """`[N, 7]`, about from 0 to 1."""
+    def factors(self, geometry: BatchGeometry, state: BlockState, sparsity: float) -> Tensor:
+        """Return the factors of every atom, about from 0 to 1.
+
+        Args:
+            geometry: geometry of the batch.
+            state: features and attention before the block.
+            sparsity: s^l of the block.
+
+        Returns:
+            `[N, 7]`.
+        """
         assert state.attention is not None
-        source, target = system.graph.edge_index
-        received = received_attention(state.attention.detach(), source, len(system.pos))
+        source, target = geometry.graph.edge_index
+        received = received_attention(state.attention.detach(), source, len(geometry.pos))
         in_structure = self.mode == "topk"
-        rank = system.rank(received) if in_structure else _local_rank(received, source, target)
-        priority = static_priority(system)
+        rank = geometry.rank(received) if in_structure else self._local_rank(received, source, target)
+        priority = static_priority(geometry)
         columns = (
-            system.tags == 1,
-            system.tags == ADSORBATE,
-            system.to_adsorbate / FAR,
-            system.rank(priority) if in_structure else priority / MOST_STATIC,
+            geometry.tags == 1,
+            geometry.tags == ADSORBATE,
+            geometry.to_adsorbate / FAR,
+            geometry.rank(priority) if in_structure else priority / MOST_STATIC,
             received / (1 + received),
             rank,
             torch.full_like(received, sparsity),
         )
         return torch.stack([column.to(received.dtype) for column in columns], dim=1)
 
-    def logits(self, system: BatchGeometry, state: BlockState, sparsity: float) -> Tensor:
-        """`[N]` of the probability to keep."""
+    def logits(self, geometry: BatchGeometry, state: BlockState, sparsity: float) -> Tensor:
+        """Return the logits of the probability to keep, `[N]`; arguments as of `factors`."""
         first, last = self.mlp[0], self.mlp[2]
         assert isinstance(first, nn.Linear)
         assert isinstance(last, nn.Linear)
         # In the precision of the features.
-        factors = self.factors(system, state, sparsity).to(state.x.dtype)
+        factors = self.factors(geometry, state, sparsity).to(state.x.dtype)
         hidden = nn.functional.linear(factors, first.weight.to(factors), first.bias.to(factors))
         hidden = nn.functional.silu(hidden)
         return nn.functional.linear(hidden, last.weight.to(factors), last.bias.to(factors)).squeeze(1)
 
-    def scores(self, system: BatchGeometry, state: BlockState, level: float) -> Tensor:
-        """`[N]` probability to keep."""
-        return torch.sigmoid(self.logits(system, state, level))
+    def scores(self, geometry: BatchGeometry, state: BlockState, level: float) -> Tensor:
+        """Return the probability to keep, `[N]`; `level` is s^l."""
+        return torch.sigmoid(self.logits(geometry, state, level))
 
     def decide(
-        self, system: BatchGeometry, state: BlockState, level: float, before: Tensor | None
+        self, geometry: BatchGeometry, state: BlockState, level: float, before: Tensor | None
     ) -> Decision:
-        """See the class."""
+        """Select by the probability to keep: its best 1 - s^l (`topk`), or all from `cut` on."""
         at = level if self.mode == "topk" else self.cut
-        return Decision(self.choose(self.scores(system, state, level), system, at, before))
+        return Decision(self.choose(self.scores(geometry, state, level), geometry, at, before))
+
+    def trainable_levels(self, num_blocks: int) -> tuple[float | None, ...]:
+        """Return the level of every block (None: all atoms) for training.
+
+        Raises:
+            InputError: there are levels for another number of blocks, or no block has one.
+        """
+        levels = self.block_levels(num_blocks)
+        if all(level is None for level in levels):
+            raise InputError("no block is routed: give levels, or a network of more than two blocks")
+        return levels
 
     def to(self, device: torch.device | str) -> "FTPRouter":
-        """Move the MLP."""
+        """Move the MLP to a device."""
         self.mlp.to(device)
         return self
 
     def settings(self) -> dict[str, Any]:
-        """See `BaseRouter`."""
+        """Return the arguments that make this router again, the weights among them."""
         weights = {name: value.tolist() for name, value in self.mlp.state_dict().items()}
         return super().settings() | {"cut": self.cut, "weights": weights}
 
@@ -122,24 +147,39 @@ class FTPRouter(ScoreRouter):
         expected = self.mlp.state_dict()
         check_size(weights, "the router's weights")
         try:
-            found = {
+            stored = {
                 name: torch.tensor(value, dtype=torch.float32)
                 for name, value in mapping(weights, "the router's weights").items()
             }
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise InputError(f"the router's weights are no numbers: {error}") from error
-        if not all(bool(torch.isfinite(value).all()) for value in found.values()):
+        if not all(bool(torch.isfinite(value).all()) for value in stored.values()):
             raise InputError("the router's weights hold numbers that are not finite")
-        if {n: v.shape for n, v in found.items()} != {n: v.shape for n, v in expected.items()}:
+        if {n: v.shape for n, v in stored.items()} != {n: v.shape for n, v in expected.items()}:
             raise InputError("the router's weights have other names or shapes than an MLP 7 -> 64 -> 1")
-        self.mlp.load_state_dict(found)
+        self.mlp.load_state_dict(stored)
+
+    @staticmethod
+    def _local_rank(values: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        """`[N]` fraction of the neighbours that have a smaller value, smoothed; 1/2 without neighbours."""
+        at = torch.cat((target, source))
+        other = torch.cat((source, target))
+        smaller = torch.sigmoid((values[at] - values[other]) / _RANK_WIDTH)
+        sums = values.new_zeros(len(values)).index_add(0, at, smaller)
+        count = torch.bincount(at, minlength=len(values))
+        return (sums + 0.5 * (count == 0)) / count.clamp(min=1)
 
 
-def _local_rank(values: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """`[N]` fraction of the neighbours that have a smaller value, smoothed; 1/2 without neighbours."""
-    at = torch.cat((target, source))
-    other = torch.cat((source, target))
-    smaller = torch.sigmoid((values[at] - values[other]) / _RANK_WIDTH)
-    sums = values.new_zeros(len(values)).index_add(0, at, smaller)
-    count = torch.bincount(at, minlength=len(values))
-    return (sums + 0.5 * (count == 0)) / count.clamp(min=1)
+def received_attention(attention: Tensor, source: Tensor, num_atoms: int) -> Tensor:
+    """Sum the attention that every atom receives; 1 on average.
+
+    Args:
+        attention: `[E, H]` weights α_{j->i}.
+        source: `[E]` atom j.
+        num_atoms: N.
+
+    Returns:
+        `[N]` a_j = mean over heads of the sum over i of α_{j->i}.
+    """
+    mean = attention.mean(dim=1)
+    return mean.new_zeros(num_atoms).index_add(0, source, mean)

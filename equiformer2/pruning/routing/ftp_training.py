@@ -23,7 +23,7 @@ from equiformer2.pruning.routing.score_selection import select
 _KEEP_EVERY = 10
 
 DenseAnswer = tuple[RadiusGraph, dict[str, Tensor]]
-"""Edges and outputs in normalised units."""
+"""Edges and outputs of the dense network, in normalised units."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +31,18 @@ class RouterTraining:
     """Settings of `RouterTrainer`.
 
     Attributes:
-        steps: batches in all.
-        learning_rate: of AdamW; it falls to 0 as a cosine.
-        guide_weight: of the guide loss at the start; it falls linearly to 0 over `guide_steps`.
-        guide_steps: None for half of `steps`.
-        sparsity_weight: of (s - s_achieved)², summed over blocks.
-        energy_weight: of |E - E_dense| in normalised units.
-        force_weight: of the mean ||F - F_dense|| over free atoms in normalised units.
-        temperature: of the Gumbel noise on the logits; 0 for none.
-        seed: of the noise and of the order of the batches.
+        steps: number of steps, one batch each.
+        learning_rate: learning rate of AdamW; it falls to 0 as a cosine.
+        guide_weight: weight of the guide loss at the start; it falls linearly to 0 over `guide_steps`.
+        guide_steps: steps with a guide loss; None for half of `steps`.
+        sparsity_weight: weight of (s - s_achieved)², summed over blocks.
+        energy_weight: weight of |E - E_dense| in normalised units.
+        force_weight: weight of the mean ||F - F_dense|| over free atoms in normalised units.
+        temperature: temperature of the Gumbel noise on the logits; 0 for none.
+        seed: random seed of the noise and of the order of the batches.
+
+    Raises:
+        InputError: fewer than one step.
     """
 
     steps: int = 200
@@ -59,7 +62,7 @@ class RouterTraining:
 
 @dataclasses.dataclass(frozen=True)
 class RouterLosses:
-    """One step.
+    """Losses of one training step of a router.
 
     Attributes:
         guide: binary cross entropy against the static router's choice, averaged over atoms and blocks.
@@ -75,7 +78,7 @@ class RouterLosses:
 
 
 class RouterTrainer:
-    """The training of a router's MLP, one step at a time.
+    """Training of a router's MLP, one step at a time.
 
     In the forward pass an atom is kept or skipped as later in use (keep where the probability is above 1/2);
     derivatives go through the probability (straight-through), for which the branches of skipped atoms
@@ -93,7 +96,7 @@ class RouterTrainer:
 
     @property
     def done(self) -> int:
-        """Steps that were taken."""
+        """Number of steps taken."""
         return self._decay.last_epoch
 
     def step(
@@ -104,14 +107,17 @@ class RouterTrainer:
         generator: torch.Generator,
         average: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> RouterLosses:
-        """One step of the optimizer.
+        """Take one step of the optimizer.
 
         Args:
             model: the network, `frozen`.
             batch: structures, labels are not read.
             dense: `dense_answer(model, batch)`.
-            generator: of the Gumbel noise.
-            average: of gradients and losses over the processes that take this step together.
+            generator: random generator of the Gumbel noise.
+            average: average of a tensor over the processes that take this step together.
+
+        Returns:
+            Losses of the step, averaged over the processes.
         """
         graph, expected = dense
         settings = self.settings
@@ -119,9 +125,8 @@ class RouterTrainer:
         with torch.enable_grad():
             out = model(batch, graph=graph, active=training)
             energy = (out["energy"] - expected["energy"]).abs().mean()
-            system = training.system
-            assert system is not None
-            error = (out["forces"] - expected["forces"])[system.free]
+            geometry = training.geometry
+            error = (out["forces"] - expected["forces"])[geometry.free]
             forces = (error.square().sum(dim=1) + 1e-12).sqrt().sum() / max(1, len(error))
             guide_steps = settings.guide_steps or max(1, settings.steps // 2)
             fading = max(0.0, 1 - self.done / guide_steps)
@@ -142,7 +147,7 @@ class RouterTrainer:
         return RouterLosses(*average(parts).tolist())
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on as if nothing had stopped; readable with `weights_only`."""
+        """Return the state from which `load_state_dict` goes on; readable with `weights_only`."""
         return {
             "mlp": self.router.mlp.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -179,8 +184,12 @@ def train_router(
         batches: structures, labels are not read.
         settings: see `RouterTraining`.
         after_step: called with the number of the step and its losses.
-        resume: what `keep` was given earlier; training goes on from there as if it had not stopped.
+        resume: state that an earlier training gave to `keep`; training goes on from there as if it had not
+            stopped.
         keep: called with the state of the training after every 10 steps and at the end.
+
+    Returns:
+        Losses of all steps, the earlier ones included.
 
     Raises:
         InputError: no batches, or the network predicts no forces.
@@ -203,8 +212,8 @@ def train_router(
             losses = trainer.step(model, batches[number], dense[number], generator)
             history.append(losses)
             if keep is not None and ((step + 1) % _KEEP_EVERY == 0 or step + 1 == settings.steps):
-                told = [dataclasses.astuple(losses) for losses in history]
-                keep({**trainer.state_dict(), "generator": generator.get_state(), "history": told})
+                state = trainer.state_dict() | {"generator": generator.get_state()}
+                keep(state | {"history": [dataclasses.astuple(losses) for losses in history]})
             if after_step is not None:
                 after_step(step, losses)
     return history
@@ -212,7 +221,7 @@ def train_router(
 
 @contextmanager
 def frozen(model: EquiformerV2) -> Iterator[None]:
-    """Evaluation mode and no derivatives by the network's weights; afterwards as it was before."""
+    """Keep a network in evaluation mode and its weights without derivatives within the context."""
     trained = [p for p in model.parameters() if p.requires_grad]
     was_training = model.training
     model.eval().requires_grad_(False)
@@ -226,7 +235,14 @@ def frozen(model: EquiformerV2) -> Iterator[None]:
 
 @torch.no_grad()
 def dense_answer(model: EquiformerV2, batch: Batch) -> DenseAnswer:
-    """What the router is compared with: edges and outputs of the whole network.
+    """Compute the answer that a router is compared with.
+
+    Args:
+        model: the network, in evaluation mode.
+        batch: structures.
+
+    Returns:
+        Edges and outputs of the dense network, in normalised units.
 
     Raises:
         InputError: the network predicts no forces.
@@ -237,64 +253,44 @@ def dense_answer(model: EquiformerV2, batch: Batch) -> DenseAnswer:
     return graph, model(batch, graph=graph)
 
 
-def routed_levels(router: FTPRouter, num_blocks: int) -> tuple[float | None, ...]:
-    """Level of every block (None: all atoms), of which there is something to train.
+class _StraightThrough(BaseRouter, BaseRouting):
+    """The router's hard choice with the derivative of its probability, and the losses of the choice.
 
-    Raises:
-        InputError: there are levels for another number of blocks, or no block has one.
+    Router and routing of one forward pass.
     """
-    levels = router.of_blocks(num_blocks)
-    if all(level is None for level in levels):
-        raise InputError("no block is routed: give levels, or a network of more than two blocks")
-    return levels
 
-
-class _StraightThrough(BaseRouter):
-    """The router's hard choice with the derivative of its probability, and the losses of the choice."""
+    observes_attention = True
+    geometry: BatchGeometry
 
     def __init__(self, router: FTPRouter, temperature: float, generator: torch.Generator) -> None:
         self.router, self.temperature, self.generator = router, temperature, generator
-        self.system: BatchGeometry | None = None
         self.guide, self.sparsity = torch.zeros(()), torch.zeros(())
 
     def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> BaseRouting:
-        self.system = BatchGeometry.from_batch(batch, graph)
-        return _Training(self, self.system, routed_levels(self.router, num_blocks))
+        self.geometry = BatchGeometry.from_batch(batch, graph)
+        self.levels = self.router.trainable_levels(num_blocks)
+        self.routed = sum(level is not None for level in self.levels)
+        self.priority = static_priority(self.geometry).detach()
+        return self
 
     def settings(self) -> dict[str, Any]:
         return self.router.settings()
 
-
-class _Training(BaseRouting):
-    observes_attention = True
-
-    def __init__(
-        self, owner: _StraightThrough, system: BatchGeometry, levels: tuple[float | None, ...]
-    ) -> None:
-        self.owner, self.system, self.levels = owner, system, levels
-        self.routed = sum(level is not None for level in levels)
-        self.priority = static_priority(system).detach()
-
     def decide(self, state: BlockState) -> Decision:
-        level = self.levels[state.block]
+        level, geometry = self.levels[state.block], self.geometry
         if level is None:
             return Decision()
-        system, owner = self.system, self.owner
-        detached = dataclasses.replace(state, attention=_detached(state.attention))
-        logits = owner.router.logits(system, detached, level)
-        static = select(self.priority, system.structure, system.natoms, "topk", level, 1.0)
+        attention = None if state.attention is None else state.attention.detach()
+        logits = self.router.logits(geometry, dataclasses.replace(state, attention=attention), level)
+        static = select(self.priority, geometry.structure, geometry.natoms, "topk", level, 1.0)
         guide = torch.nn.functional.binary_cross_entropy_with_logits(logits, static.to(logits.dtype))
-        owner.guide = owner.guide + guide / self.routed
-        if owner.temperature > 0:
-            uniform = torch.rand(len(logits), generator=owner.generator).clamp(1e-6, 1 - 1e-6).to(logits)
-            logits = logits + owner.temperature * torch.log(uniform / (1 - uniform))
+        self.guide = self.guide + guide / self.routed
+        if self.temperature > 0:
+            uniform = torch.rand(len(logits), generator=self.generator).clamp(1e-6, 1 - 1e-6).to(logits)
+            logits = logits + self.temperature * torch.log(uniform / (1 - uniform))
         keep = torch.sigmoid(logits)
         gates = (keep > 0.5).to(keep.dtype) + keep - keep.detach()
-        kept = gates.new_zeros(len(system.natoms)).index_add(0, system.structure, gates)
-        achieved = 1 - kept / system.natoms
-        owner.sparsity = owner.sparsity + (level - achieved).square().mean()
+        kept = gates.new_zeros(len(geometry.natoms)).index_add(0, geometry.structure, gates)
+        achieved = 1 - kept / geometry.natoms
+        self.sparsity = self.sparsity + (level - achieved).square().mean()
         return Decision(gates, everywhere=True)
-
-
-def _detached(attention: Tensor | None) -> Tensor | None:
-    return None if attention is None else attention.detach()

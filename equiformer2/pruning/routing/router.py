@@ -1,9 +1,9 @@
-"""What all routers have in common: scores of atoms, block by block, and a level to cut them at."""
+"""Base classes of routers: scores of atoms, block by block, and a level to cut them at."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,15 +26,36 @@ Levels = float | Sequence[float | None]
 
 
 class BaseRouter(ABC):
-    """A rule for what each block computes; call it like the network, `router(model, batch)`."""
+    """Rule for the atoms and edges that each block computes.
+
+    Call it like the network, `router(model, batch)`, or pass it on, `model(batch, active=router)`.
+    """
+
+    @property
+    def abrupt(self) -> bool:
+        """True if the selection can change at once while atoms move, so that forces jump."""
+        return True
 
     @abstractmethod
     def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> "BaseRouting":
-        """Decisions for one batch, see `model.routing.Router`."""
+        """Begin the decisions for one batch (`model.routing.Router`).
+
+        Args:
+            batch: structures.
+            graph: their edges.
+            num_blocks: number of blocks of the network.
+
+        Returns:
+            Decisions, block after block.
+
+        Raises:
+            InputError: the batch lacks something that the router needs, or the network has another number
+                of blocks.
+        """
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What makes this router again, as JSON can hold it (see `files`)."""
+        """Return the arguments that make this router again, as JSON can hold them (`router_files`)."""
 
     def __call__(
         self,
@@ -43,7 +64,17 @@ class BaseRouter(ABC):
         graph: RadiusGraph | None = None,
         request: OutputRequest | None = None,
     ) -> dict[str, Tensor]:
-        """`model`'s energies and forces with this routing; arguments as of the network."""
+        """Run `model` with this routing.
+
+        Args:
+            model: the network.
+            batch: structures.
+            graph: their edges; None to find them.
+            request: outputs that are wanted; None for all.
+
+        Returns:
+            `energy [B]` and `forces [N, 3]`, in normalised units.
+        """
         return model(batch, graph=graph, active=self, request=request)
 
 
@@ -51,6 +82,7 @@ class BaseRouting(ABC):
     """Decisions for one batch.
 
     Attributes:
+        observes_attention: True if decisions need the attention weights of the block before.
         previous: decisions of an earlier call on the same structures, for hysteresis; None at first.
     """
 
@@ -59,26 +91,29 @@ class BaseRouting(ABC):
 
     @abstractmethod
     def decide(self, state: BlockState) -> Decision:
-        """The decision for block `state.block`."""
+        """Decide for block `state.block`; blocks are asked in their order."""
 
     def before(self, block: int) -> Tensor | None:
-        """Mask of the atoms that this block computed in `previous`, None for all."""
+        """Return the mask of the atoms that `block` computed in `previous`; None for all."""
         atoms = None if self.previous is None else self.previous[block].atoms
         return None if atoms is None else atoms > 0
 
 
 class ScoreRouter(BaseRouter):
-    """Atoms with the highest scores are computed.
+    """Router that computes the atoms with the highest scores.
 
     Args:
         levels: fraction to skip (`topk`) or score to pass (`threshold`, `smooth`); one for all blocks but the
             protected ones, or one per block.
-        mode: `topk`, `threshold` or `smooth` (see `selection`).
-        width: of the gates of `smooth`, in units of the score.
-        hysteresis: bonus of atoms that were computed before, in units of the score (see `frozen`).
+        mode: `topk`, `threshold` or `smooth` (see `score_selection`).
+        width: width of the gates of `smooth`, in units of the score.
+        hysteresis: bonus of atoms that were computed before, in units of the score (see `frozen_plan`).
         protect_ends: compute all atoms in the first and in the last block when `levels` is one number.
         keep_free: always compute free atoms and the adsorbate, whatever their scores; in the mode `topk` the
-            others share what is left of the budget.
+            others share the rest of the budget.
+
+    Raises:
+        InputError: an argument that is out of its range.
     """
 
     observes_attention = False
@@ -116,41 +151,86 @@ class ScoreRouter(BaseRouter):
             if mode == "topk" and level is not None and not 0 <= level <= 1:
                 raise InputError(f"a level is {level}: in the mode topk it is a fraction from 0 to 1")
 
-    @abstractmethod
-    def scores(self, system: BatchGeometry, state: BlockState, level: float) -> Tensor:
-        """`[N]`, higher is more important. Intensive and invariant, equal for equivalent atoms.
+    @property
+    def abrupt(self) -> bool:
+        """True unless gates open and close smoothly."""
+        return self.mode != "smooth"
 
-        `level` is that of the block, for routers whose scores depend on it.
+    @abstractmethod
+    def scores(self, geometry: BatchGeometry, state: BlockState, level: float) -> Tensor:
+        """Score the atoms of a batch; intensive and invariant, equal for equivalent atoms.
+
+        Args:
+            geometry: geometry of the batch.
+            state: features and attention before the block.
+            level: level of the block, for routers whose scores depend on it.
+
+        Returns:
+            `[N]`, higher is more important.
         """
 
     def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> "ScoreRouting":
-        """See `BaseRouter`."""
-        return ScoreRouting(self, BatchGeometry.from_batch(batch, graph), self.of_blocks(num_blocks))
+        """Begin the decisions for one batch; its geometry is taken once."""
+        return ScoreRouting(self, BatchGeometry.from_batch(batch, graph), self.block_levels(num_blocks))
 
-    def of_blocks(self, num_blocks: int) -> tuple[float | None, ...]:
-        """Level of every block, None where all atoms are computed."""
-        return spread(self.levels, num_blocks, self.protect_ends)
+    def block_levels(self, num_blocks: int) -> tuple[float | None, ...]:
+        """Return the level of every block, None where all atoms are computed.
+
+        Raises:
+            InputError: there is one level per block, but of another number of blocks.
+        """
+        return levels_per_block(self.levels, num_blocks, self.protect_ends)
+
+    def with_levels(self, levels: Levels, **changes: Any) -> Self:
+        """Return the same router with other levels.
+
+        Args:
+            levels: one level for all blocks that are not protected, or one per block.
+            **changes: other arguments to change.
+        """
+        levels = levels if isinstance(levels, int | float) else list(levels)
+        return type(self)(**self.settings() | {"levels": levels} | changes)
 
     def decide(
-        self, system: BatchGeometry, state: BlockState, level: float, before: Tensor | None
+        self, geometry: BatchGeometry, state: BlockState, level: float, before: Tensor | None
     ) -> Decision:
-        """The decision of a block that is not protected."""
-        return Decision(self.choose(self.scores(system, state, level), system, level, before))
+        """Decide for a block that is not protected.
+
+        Args:
+            geometry: geometry of the batch.
+            state: features and attention before the block.
+            level: level of the block.
+            before: mask of the atoms that it computed in an earlier call; None for none.
+
+        Returns:
+            Mask or gates of atoms or edges.
+        """
+        return Decision(self.choose(self.scores(geometry, state, level), geometry, level, before))
 
     def choose(
-        self, scores: Tensor, system: BatchGeometry, level: float, before: Tensor | None = None
+        self, scores: Tensor, geometry: BatchGeometry, level: float, before: Tensor | None = None
     ) -> Tensor:
-        """Mask or gates `[N]` by scores."""
+        """Select atoms by scores in the mode of this router.
+
+        Args:
+            scores: `[N]`.
+            geometry: geometry of the batch.
+            level: level of the block.
+            before: mask of the atoms that were computed in an earlier call; None for none.
+
+        Returns:
+            Mask (bool) or gates, `[N]`.
+        """
         options = self.mode, level, self.width, before, self.hysteresis
         if not self.keep_free:
-            return select(scores, system.structure, system.natoms, *options)
-        kept = system.free | (system.tags == ADSORBATE)
+            return select(scores, geometry.structure, geometry.natoms, *options)
+        kept = geometry.free | (geometry.tags == ADSORBATE)
         first = torch.where(kept, torch.full_like(scores, _ABOVE_ALL), scores)
-        chosen = select(first, system.structure, system.natoms, *options)
+        chosen = select(first, geometry.structure, geometry.natoms, *options)
         return torch.where(kept, torch.ones_like(chosen), chosen)
 
     def settings(self) -> dict[str, Any]:
-        """See `BaseRouter`."""
+        """Return the arguments that make this router again."""
         levels = self.levels if isinstance(self.levels, float) else list(self.levels)
         return {
             "levels": levels,
@@ -163,24 +243,38 @@ class ScoreRouter(BaseRouter):
 
 
 class ScoreRouting(BaseRouting):
-    """The decisions of a `ScoreRouter` for one batch."""
+    """Decisions of a `ScoreRouter` for one batch.
 
-    def __init__(self, router: ScoreRouter, system: BatchGeometry, levels: Sequence[float | None]) -> None:
-        self.router, self.system, self.levels = router, system, levels
+    Args:
+        router: the router.
+        geometry: geometry of the batch.
+        levels: level of every block; None where all atoms are computed.
+    """
+
+    def __init__(self, router: ScoreRouter, geometry: BatchGeometry, levels: Sequence[float | None]) -> None:
+        self.router, self.geometry, self.levels = router, geometry, levels
         self.observes_attention = router.observes_attention
 
     def decide(self, state: BlockState) -> Decision:
-        """The decision for block `state.block`."""
+        """Decide for block `state.block`; all atoms where there is no level."""
         level = self.levels[state.block]
         if level is None:
             return Decision()
-        return self.router.decide(self.system, state, level, self.before(state.block))
+        return self.router.decide(self.geometry, state, level, self.before(state.block))
 
 
-def spread(
+def levels_per_block(
     levels: float | Sequence[float | None], num_blocks: int, protect_ends: bool
 ) -> tuple[float | None, ...]:
-    """Level of every block.
+    """Write out the level of every block.
+
+    Args:
+        levels: one level for all blocks, or one per block.
+        num_blocks: number of blocks.
+        protect_ends: compute all atoms in the first and in the last block if there is one level for all.
+
+    Returns:
+        One level per block; None where all atoms are computed.
 
     Raises:
         InputError: there is one level per block, but of another number of blocks.

@@ -1,4 +1,4 @@
-"""Routers in JSON files."""
+"""Routers in JSON files, and as evaluations and relaxations use them."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from datasets_oc20.untrusted import read_json
 from equiformer2.errors import InputError
 from equiformer2.files import as_input_error, write_json
 from equiformer2.pruning.routing.active_region import ActiveRegion
-from equiformer2.pruning.routing.frozen import FrozenPlan
+from equiformer2.pruning.routing.frozen_plan import FrozenPlan
 from equiformer2.pruning.routing.ftp import FTPRouter
 from equiformer2.pruning.routing.geometric_routers import (
     DegreeRouter,
@@ -16,7 +16,7 @@ from equiformer2.pruning.routing.geometric_routers import (
     RandomRouter,
     StaticRouter,
 )
-from equiformer2.pruning.routing.router import BaseRouter, ScoreRouter
+from equiformer2.pruning.routing.router import BaseRouter
 from equiformer2.pruning.routing.zero_tprune import AtomPruner, EdgePruner
 from equiformer2.values import mapping, shown
 
@@ -36,7 +36,13 @@ KINDS = {kind.__name__: kind for kind in _KINDS}
 
 
 def router_to_dict(router: BaseRouter) -> dict[str, Any]:
-    """As JSON can hold it: the name of its class and its settings.
+    """Describe a router by the name of its class and its settings, as JSON can hold them.
+
+    Args:
+        router: a router of one of `KINDS`.
+
+    Returns:
+        `{"kind": …, "settings": …}`.
 
     Raises:
         InputError: it is none of `KINDS`.
@@ -51,10 +57,16 @@ def router_to_dict(router: BaseRouter) -> dict[str, Any]:
 
 
 def router_from_dict(record: Any) -> BaseRouter:
-    """Inverse of `router_to_dict`.
+    """Make the router of a description.
+
+    Args:
+        record: value of `router_to_dict`.
+
+    Returns:
+        The router.
 
     Raises:
-        InputError: the record is not one of a router.
+        InputError: the record does not describe a router.
     """
     if not isinstance(record, dict) or set(record) != {"kind", "settings"}:
         raise InputError("this is not a router: it needs the keys kind and settings")
@@ -70,12 +82,29 @@ def router_from_dict(record: Any) -> BaseRouter:
 
 
 def save_router(path: str | os.PathLike[str], router: BaseRouter) -> Path:
-    """Write a router as JSON, whole or not at all."""
+    """Write a router as JSON, atomically.
+
+    Args:
+        path: file to write.
+        router: a router of one of `KINDS`.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: the router is none of `KINDS`.
+    """
     return write_json(path, router_to_dict(router))
 
 
 def load_router(path: str | os.PathLike[str]) -> BaseRouter:
-    """Read a router.
+    """Read a router from a JSON file.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        The router.
 
     Raises:
         InputError: the file holds no router; it is named.
@@ -89,15 +118,14 @@ def load_router(path: str | os.PathLike[str]) -> BaseRouter:
         raise InputError(f"{path}: {error}") from error
 
 
-def jumps(router: BaseRouter) -> bool:
-    """Whether what it skips can change at once while atoms move, so that forces jump."""
-    if isinstance(router, ScoreRouter):
-        return router.mode != "smooth"
-    return not isinstance(router, ActiveRegion)
+def evaluation_router(path: str | None) -> BaseRouter | None:
+    """Read a router for single structures: a stored plan of a relaxation is left out.
 
+    Args:
+        path: file of the router; None for none.
 
-def for_evaluation(path: str | None) -> BaseRouter | None:
-    """Chooses for every structure by itself: a stored plan of a relaxation is left out.
+    Returns:
+        The router that decides for every structure by itself, or None.
 
     Raises:
         InputError: the file holds no router.
@@ -108,12 +136,15 @@ def for_evaluation(path: str | None) -> BaseRouter | None:
     return router.router if isinstance(router, FrozenPlan) else router
 
 
-def for_relaxation(path: str | None, replan_every: int | None = None) -> BaseRouter | None:
-    """For one structure that moves: with a `FrozenPlan` if its choice jumps.
+def relaxation_router(path: str | None, replan_every: int | None = None) -> BaseRouter | None:
+    """Read a router for one structure that moves, with a `FrozenPlan` if its selection is abrupt.
 
     Args:
-        path: of the router; None for none.
-        replan_every: steps per plan; None for what is stored, or 10.
+        path: file of the router; None for none.
+        replan_every: evaluations per plan; None for the number in the file, or 10.
+
+    Returns:
+        The router, which is for one trajectory only, or None.
 
     Raises:
         InputError: the file holds no router, or there is nothing to plan.
@@ -124,7 +155,7 @@ def for_relaxation(path: str | None, replan_every: int | None = None) -> BaseRou
         return None
     stored = load_router(path)
     inner = stored.router if isinstance(stored, FrozenPlan) else stored
-    if not jumps(inner):
+    if not inner.abrupt:
         if replan_every is not None:
             raise InputError(f"what {path} skips does not jump along a relaxation: leave out --replan-every")
         return inner
@@ -134,14 +165,20 @@ def for_relaxation(path: str | None, replan_every: int | None = None) -> BaseRou
     return FrozenPlan(inner, replan_every, plan.max_move)
 
 
-def for_batched_relaxation(path: str | None) -> BaseRouter | None:
-    """For batches of structures that move, which come and go: a plan for each of them is not kept.
+def batched_relaxation_router(path: str | None) -> BaseRouter | None:
+    """Read a router for batches of structures that move and come and go: no plan is kept for each of them.
+
+    Args:
+        path: file of the router; None for none.
+
+    Returns:
+        The router, or None.
 
     Raises:
-        InputError: the file holds no router, or one whose choice jumps.
+        InputError: the file holds no router, or one whose selection is abrupt.
     """
-    router = for_evaluation(path)
-    if router is not None and jumps(router):
+    router = evaluation_router(path)
+    if router is not None and router.abrupt:
         raise InputError(
             f"what {path} skips jumps along a relaxation, and batches keep no plan: use a router of the mode "
             "smooth or one that asks the tags alone (context_only), or relax one structure with "

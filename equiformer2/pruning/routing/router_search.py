@@ -1,4 +1,4 @@
-"""Every way to a router by its name: schedule, training, thresholds."""
+"""Search for a router by the name of a method: schedule, training, thresholds."""
 
 import dataclasses
 import logging
@@ -24,14 +24,14 @@ from equiformer2.pruning.routing.geometric_routers import (
 )
 from equiformer2.pruning.routing.router import BaseRouter, ScoreRouter
 from equiformer2.pruning.routing.router_state import RoutingState
-from equiformer2.pruning.routing.schedule import (
+from equiformer2.pruning.routing.score_selection import check_mode
+from equiformer2.pruning.routing.sparsity_schedule import (
+    Evaluate,
     Schedule,
     ScheduleObjective,
     search_schedule,
     uniform_schedule,
-    with_levels,
 )
-from equiformer2.pruning.routing.score_selection import check_mode
 from equiformer2.pruning.routing.thresholds import with_thresholds
 from equiformer2.pruning.routing.zero_tprune import AtomPruner, EdgePruner
 
@@ -39,7 +39,7 @@ log = logging.getLogger("equiformer2")
 
 CONTEXT_ONLY = "context_only"
 UNIFORM = "uniform"
-"""FTP's fixed order of the atoms with the same level in every block: what a searched schedule has to beat."""
+"""FTP's fixed order of the atoms with the same level in every block: the baseline of searched schedules."""
 ROUTING_METHODS = ("static", "ftp", "atom", "edge", CONTEXT_ONLY, UNIFORM, "distance", "degree", "random")
 _BY_ATTENTION = ("atom", "edge")
 """They compute all of the first block, before which there is no attention."""
@@ -49,16 +49,22 @@ MakeRouter = Callable[[Sequence[float | None]], ScoreRouter]
 
 @dataclasses.dataclass(frozen=True)
 class RoutingSettings:
-    """How a router is made.
+    """Settings of the search for a router.
 
     Attributes:
         mode: `topk`, `threshold` or `smooth`. Schedules are searched as budgets (topk) and turned into
             thresholds at the end; the `ftp` router is trained and searched in its mode.
-        width: of the gates of `smooth`, in units of the score.
+        width: width of the gates of `smooth`, in units of the score.
         keep_free: always compute free atoms and the adsorbate.
         protected: blocks that compute all atoms; the search decides for the others.
-        population, generations, tolerance: of the genetic search.
-        steps, learning_rate: of the training of `ftp`.
+        population: schedules per generation of the genetic search.
+        generations: number of its generations.
+        tolerance: share of the MACs by which a schedule may end below the target.
+        steps: training steps of `ftp`.
+        learning_rate: learning rate of that training.
+
+    Raises:
+        InputError: an unknown mode, or a width that is not positive.
     """
 
     mode: str = "topk"
@@ -86,17 +92,21 @@ def find_router(
     state_path: AnyPath | None = None,
     progress: bool = True,
 ) -> tuple[BaseRouter, dict[str, Any]]:
-    """A router that leaves about `target_macs` of the MACs, and what there is to say about how it was found.
+    """Find a router that leaves about a given share of the MACs.
 
     Args:
-        method: of `ROUTING_METHODS`.
+        method: name of the method, of `ROUTING_METHODS`.
         model: the network, in evaluation mode; it is not changed.
         calibration: structures with its dense answers; labels are not read.
-        target_macs: fraction of the dense network's MACs; None for `context_only`, which has no budget.
-        settings: see `RoutingSettings`.
-        seed: of the search, of the training and of random routers.
-        state_path: where the search and the training keep their state, from which they continue.
+        target_macs: share of the dense network's MACs that is to stay; None for `context_only`, which has no
+            budget.
+        settings: settings of the search; None for the defaults.
+        seed: random seed of the search, of the training and of random routers.
+        state_path: file of the search's and the training's state, from which they continue; None keeps none.
         progress: show progress bars.
+
+    Returns:
+        The router, and a record of the search for JSON (schedules, losses of the training).
 
     Raises:
         InputError: an unknown method, settings that leave nothing to search, a state of another router.
@@ -122,42 +132,44 @@ def find_router(
         "settings": dataclasses.asdict(settings),
     }
     state = RoutingState(state_path, fingerprint)
-    finder = _Finder(model, calibration, target_macs, settings, _protected(method, model, settings), seed)
-    finder.state, finder.progress = state, progress
-    return finder.ftp() if method == "ftp" else finder.untrained(method)
+    search = _RouterSearch(model, calibration, target_macs, settings, seed, state, progress)
+    return search.ftp() if method == "ftp" else search.untrained(method)
 
 
-def _protected(method: str, model: EquiformerV2, settings: RoutingSettings) -> tuple[int, ...]:
-    last = len(model.blocks) - 1
-    wrong = [block for block in settings.protected if not 0 <= block <= last]
-    if wrong:
-        raise InputError(f"block {wrong[0]} cannot be protected: the network has blocks 0 to {last}")
-    return tuple(sorted({0, *settings.protected} if method in _BY_ATTENTION else {*settings.protected}))
+class _RouterSearch:
+    """Stages of the search for one router: schedules of routers, and the training of `ftp`."""
 
-
-@dataclasses.dataclass
-class _Finder:
-    model: EquiformerV2
-    calibration: Calibration
-    target: float
-    settings: RoutingSettings
-    protected: tuple[int, ...]
-    seed: int
-    state: RoutingState = dataclasses.field(init=False)
-    progress: bool = dataclasses.field(init=False)
+    def __init__(
+        self,
+        model: EquiformerV2,
+        calibration: Calibration,
+        target: float,
+        settings: RoutingSettings,
+        seed: int,
+        state: RoutingState,
+        progress: bool,
+    ) -> None:
+        last = len(model.blocks) - 1
+        wrong = [block for block in settings.protected if not 0 <= block <= last]
+        if wrong:
+            raise InputError(f"block {wrong[0]} cannot be protected: the network has blocks 0 to {last}")
+        self.protected = set(settings.protected)
+        self.model, self.calibration, self.target, self.settings = model, calibration, target, settings
+        self.seed, self.state, self.progress = seed, state, progress
 
     def untrained(self, method: str) -> tuple[BaseRouter, dict[str, Any]]:
+        """A router without training."""
+        if method in _BY_ATTENTION:
+            self.protected.add(0)
         make = self.maker(method)
-        found = self.uniform(make) if method == UNIFORM else self.search("schedule", make)
-        return self.chosen(make, found), {"schedule": _told(found)}
+        schedule = self.uniform(make) if method == UNIFORM else self.search("schedule", make)
+        return self.in_mode(make(self.levels(schedule.levels))), {"schedule": schedule.to_dict()}
 
-    def chosen(self, make: MakeRouter, found: Schedule) -> BaseRouter:
-        """The router of a schedule, in the mode that was asked for."""
-        router = make(open_levels(found.levels))
+    def in_mode(self, router: ScoreRouter) -> ScoreRouter:
+        """A router of budgets, in the mode of the settings."""
         if self.settings.mode != "topk":
-            changes = {"width": self.settings.width}
-            batches = self.calibration.batches
-            router = with_thresholds(router, self.model, batches, self.settings.mode, **changes)
+            batches, settings = self.calibration.batches, self.settings
+            router = with_thresholds(router, self.model, batches, settings.mode, width=settings.width)
         return router
 
     def ftp(self) -> tuple[BaseRouter, dict[str, Any]]:
@@ -168,36 +180,30 @@ class _Finder:
         settings = self.settings
         first = self.search("static schedule", self.maker("static"))
         router = FTPRouter(
-            open_levels(first.levels),
+            self.levels(first.levels),
             mode=settings.mode,
             width=settings.width,
             keep_free=settings.keep_free,
             seed=self.seed,
         )
         losses = self.train(router)
-
-        def make(levels: Sequence[float | None]) -> ScoreRouter:
-            again = with_levels(router, levels)
-            assert isinstance(again, ScoreRouter)
-            return again
-
-        found = self.search("schedule", make, [first.levels])
-        told = {
-            "static_schedule": _told(first),
+        schedule = self.search("schedule", router.with_levels, [first.levels])
+        record = {
+            "static_schedule": first.to_dict(),
             "training": [dataclasses.asdict(losses[step]) for step in (0, -1)],
-            "schedule": _told(found),
-            "kept": "trained" if found.loss <= first.loss else "static",
+            "schedule": schedule.to_dict(),
+            "kept": "trained" if schedule.loss <= first.loss else "static",
         }
-        if found.loss > first.loss:
+        if schedule.loss > first.loss:
             log.warning(
-                f"the trained router (loss {found.loss:.4f}) is worse than the static one it began with "
+                f"the trained router (loss {schedule.loss:.4f}) is worse than the static one it began with "
                 f"({first.loss:.4f}): the static one is kept; train for more steps or on more structures"
             )
-            return self.chosen(self.maker("static"), first), told
-        return make(open_levels(found.levels)), told
+            return self.in_mode(self.maker("static")(self.levels(first.levels))), record
+        return router.with_levels(self.levels(schedule.levels)), record
 
     def maker(self, method: str) -> MakeRouter:
-        """From levels to the router as it is searched."""
+        """Function from levels to the router of budgets that a schedule is searched for."""
         options: dict[str, Any] = {"keep_free": self.settings.keep_free}
         kinds: dict[str, type[ScoreRouter]] = {
             "static": StaticRouter,
@@ -220,16 +226,16 @@ class _Finder:
         return lambda levels: kinds[method](levels, **options)
 
     def search(self, stage: str, make: MakeRouter, start: Sequence[Sequence[float]] = ()) -> Schedule:
+        """A schedule by genetic search."""
         settings = self.settings
-        objective = ScheduleObjective(self.model, self.calibration, lambda levels: make(open_levels(levels)))
         total = settings.population * (settings.generations + 1)
         with tqdm(total=total, desc=stage, unit="schedules", disable=not self.progress) as bar:
             return search_schedule(
-                self.state.remembered(stage, objective),
+                self.objective(stage, make),
                 len(self.model.blocks),
                 self.target,
                 start=start,
-                protected=self.protected,
+                protected=sorted(self.protected),
                 population=settings.population,
                 generations=settings.generations,
                 tolerance=settings.tolerance,
@@ -238,16 +244,27 @@ class _Finder:
             )
 
     def uniform(self, make: MakeRouter) -> Schedule:
-        objective = ScheduleObjective(self.model, self.calibration, lambda levels: make(open_levels(levels)))
+        """The schedule with the same level everywhere."""
         return uniform_schedule(
-            self.state.remembered("schedule", objective),
+            self.objective("schedule", make),
             len(self.model.blocks),
             self.target,
-            protected=self.protected,
+            protected=sorted(self.protected),
             tolerance=self.settings.tolerance,
         )
 
+    def objective(self, stage: str, make: MakeRouter) -> Evaluate:
+        """Loss and MACs of a schedule, looked up if it was tried before the search was interrupted."""
+        objective = ScheduleObjective(self.model, self.calibration, lambda levels: make(self.levels(levels)))
+        return self.state.remembered(stage, objective)
+
+    @staticmethod
+    def levels(levels: Sequence[float]) -> list[float | None]:
+        """Levels of a router; None for blocks that skip nothing and need no scores."""
+        return [level if level > 0 else None for level in levels]
+
     def train(self, router: FTPRouter) -> list[RouterLosses]:
+        """Train the router's MLP in place."""
         settings = RouterTraining(
             steps=self.settings.steps, learning_rate=self.settings.learning_rate, seed=self.seed
         )
@@ -272,15 +289,3 @@ class _Finder:
                 resume=resume,
                 keep=self.state.keep_training,
             )
-
-
-def open_levels(levels: Sequence[float]) -> list[float | None]:
-    """Blocks that skip nothing need no scores."""
-    return [level if level > 0 else None for level in levels]
-
-
-def _told(found: Schedule) -> dict[str, Any]:
-    """For JSON, which has no infinity."""
-    told = dataclasses.asdict(found)
-    told["history"] = [loss if loss < float("inf") else None for loss in found.history]
-    return told

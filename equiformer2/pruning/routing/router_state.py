@@ -1,4 +1,4 @@
-"""What the making of a router has found so far, on disk: killed, it goes on to the same router."""
+"""State of the search for a router on disk: after an interruption it goes on to the same router."""
 
 import io
 import json
@@ -23,8 +23,12 @@ class RoutingState:
     that were tried before.
 
     Args:
-        path: of the file, read where it exists; None to keep nothing.
-        fingerprint: what the result depends on, as JSON can hold it.
+        path: file of the state, read if it exists; None keeps nothing.
+        fingerprint: everything that the result depends on, as JSON can hold it.
+
+    Attributes:
+        tried: stage -> levels of all blocks -> loss (eV) and share of the MACs.
+        training: state of the training, as `train_router` gives it to `keep`; None before.
 
     Raises:
         InputError: the file is none of this kind, or belongs to another fingerprint.
@@ -40,7 +44,15 @@ class RoutingState:
     def remembered(
         self, stage: str, evaluate: Callable[[Sequence[float]], tuple[float, float]]
     ) -> Callable[[Sequence[float]], tuple[float, float]]:
-        """`evaluate` that looks up what was evaluated before under this name."""
+        """Wrap `evaluate` so that it looks up the results of earlier calls.
+
+        Args:
+            stage: name of the search; each has results of its own.
+            evaluate: levels of all blocks to loss (eV) and share of the MACs.
+
+        Returns:
+            A function like `evaluate`, which stores every new result.
+        """
         known = self.tried.setdefault(stage, {})
 
         def look_up(levels: Sequence[float]) -> tuple[float, float]:
@@ -53,12 +65,12 @@ class RoutingState:
         return look_up
 
     def keep_training(self, training: dict[str, Any]) -> None:
-        """`keep` of `train_router`."""
+        """Store the state of a training; for `keep` of `train_router`."""
         self.training = training
         self.save()
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         if self.path is None:
             return
         buffer = io.BytesIO()
@@ -80,7 +92,7 @@ class RoutingState:
                 raise InputError("its format is another one")
             known = mapping(stored.get("fingerprint"), "fingerprint")
             tried = mapping(stored.get("tried"), "tried")
-            self.tried = {stage: dict(map(_attempt, items)) for stage, items in tried.items()}
+            self.tried = {stage: dict(map(self._read_trial, items)) for stage, items in tried.items()}
             training = stored.get("training")
             self.training = None if training is None else dict(mapping(training, "training"))
         except (TypeError, ValueError) as error:
@@ -94,11 +106,11 @@ class RoutingState:
                     f"{shown(self.fingerprint.get(key))} now; give another file or remove it"
                 )
 
-
-def _attempt(item: Any) -> tuple[tuple[float, ...], tuple[float, float]]:
-    """The levels of all blocks, and the loss (infinite where the network broke down) and share of MACs."""
-    levels, (loss, macs) = item
-    levels = Items(Number(), 256).read(levels, "levels")
-    if not isinstance(loss, float) or loss != loss:
-        raise InputError(f"a loss is {shown(loss)}")
-    return tuple(levels), (loss, Number(0.0, 100.0).read(macs, "macs"))
+    @staticmethod
+    def _read_trial(item: Any) -> tuple[tuple[float, ...], tuple[float, float]]:
+        """Levels of all blocks, and the loss (infinite where the network broke down) and share of MACs."""
+        levels, (loss, macs) = item
+        levels = Items(Number(), 256).read(levels, "levels")
+        if not isinstance(loss, float) or loss != loss:
+            raise InputError(f"a loss is {shown(loss)}")
+        return tuple(levels), (loss, Number(0.0, 100.0).read(macs, "macs"))

@@ -1,4 +1,4 @@
-"""Levels of a router in score units from levels that are fractions."""
+"""Conversion of a router's levels from fractions to thresholds of its score."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph
 from equiformer2.model import EquiformerV2
 from equiformer2.model.routing import BlockState, Decision
-from equiformer2.pruning.routing.router import BaseRouter, BaseRouting, ScoreRouter, ScoreRouting
+from equiformer2.pruning.routing.router import BaseRouter, BaseRouting, ScoreRouter
 from equiformer2.pruning.routing.zero_tprune import AtomPruner, redundancy
 
 AnyRouter = TypeVar("AnyRouter", bound=ScoreRouter)
@@ -21,7 +21,7 @@ AnyRouter = TypeVar("AnyRouter", bound=ScoreRouter)
 def with_thresholds(
     router: AnyRouter, model: EquiformerV2, batches: Sequence[Batch], mode: str = "threshold", **changes: Any
 ) -> AnyRouter:
-    """The same router with thresholds in place of budgets.
+    """Make the same router with thresholds in place of budgets.
 
     The threshold of a block is the quantile of the scores there at its fraction, over the atoms of all
     calibration structures; with `smooth`, the middle of the gates lies there. An `AtomPruner` gets its
@@ -33,7 +33,10 @@ def with_thresholds(
         model: the network; it runs with the budgets, block after block.
         batches: calibration structures without labels.
         mode: `threshold` or `smooth`.
-        changes: further options of the router, for instance `width`.
+        **changes: other options of the router to change, for instance `width`.
+
+    Returns:
+        A router of the same class in the new mode.
 
     Raises:
         InputError: the router is not in the mode `topk`, or there are no batches.
@@ -45,10 +48,10 @@ def with_thresholds(
     if not batches:
         raise InputError("thresholds need at least one calibration batch")
     settings = router.settings() | {"mode": mode} | changes
-    fractions = router.of_blocks(len(model.blocks))
+    fractions = router.block_levels(len(model.blocks))
     if hasattr(router, "cut"):
         return type(router)(**settings | {"levels": fractions})
-    collected = _Collected(router, len(model.blocks))
+    collected = _ScoreCollector(router, len(model.blocks))
     for batch in batches:
         model(batch, active=collected)
     middle = settings["width"] / 2 if mode == "smooth" else 0.0
@@ -59,7 +62,7 @@ def with_thresholds(
             continue
         importance = fraction
         if isinstance(router, AtomPruner):
-            # What the similarity stage skips is not there to be skipped by importance.
+            # Atoms that the similarity stage skips cannot be skipped by importance again.
             similar = router.similar * fraction
             importance = (fraction - similar) / max(1 - similar, 1e-9)
         levels.append(float(torch.cat(scores).double().quantile(importance)) - middle)
@@ -72,31 +75,26 @@ def with_thresholds(
     return type(router)(**settings)
 
 
-class _Collected(BaseRouter):
-    """Runs a router and keeps its scores."""
+class _ScoreCollector(BaseRouter, BaseRouting):
+    """Router that keeps the scores of another one over all calls; also the routing of the latest batch."""
 
     def __init__(self, router: ScoreRouter, num_blocks: int) -> None:
-        self.router = router
+        self.router, self.observes_attention = router, router.observes_attention
         self.scores: list[list[Tensor]] = [[] for _ in range(num_blocks)]
         self.likeness: list[list[Tensor]] = [[] for _ in range(num_blocks)]
 
     def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> BaseRouting:
-        return _Collecting(self, self.router.start(batch, graph, num_blocks))
+        self.routing = self.router.start(batch, graph, num_blocks)
+        return self
 
     def settings(self) -> dict[str, Any]:
         return self.router.settings()
 
-
-class _Collecting(BaseRouting):
-    def __init__(self, kept: _Collected, routing: ScoreRouting) -> None:
-        self.kept, self.routing = kept, routing
-        self.observes_attention = routing.observes_attention
-
     def decide(self, state: BlockState) -> Decision:
-        level, system = self.routing.levels[state.block], self.routing.system
+        level, geometry = self.routing.levels[state.block], self.routing.geometry
         if level is not None:
-            scores = self.kept.router.scores(system, state, level)
-            self.kept.scores[state.block].append(scores)
-            if isinstance(self.kept.router, AtomPruner):
-                self.kept.likeness[state.block].append(redundancy(system, state.x, scores))
+            scores = self.router.scores(geometry, state, level)
+            self.scores[state.block].append(scores)
+            if isinstance(self.router, AtomPruner):
+                self.likeness[state.block].append(redundancy(geometry, state.x, scores))
         return self.routing.decide(state)

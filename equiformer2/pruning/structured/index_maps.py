@@ -226,7 +226,7 @@ class _AttentionChannels:
         self.values = self._values(), old.num_heads * old.attn_value_channels
 
     def _values(self) -> Kept:
-        """Of all heads, head-major."""
+        """Kept value channels of all heads, head-major."""
         cut, width = self.cut, self.old.attn_value_channels
         if cut.heads is None and cut.value_channels is None:
             return None

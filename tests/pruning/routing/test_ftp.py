@@ -10,7 +10,7 @@ from torch_geometric.data import Batch
 
 from equiformer2.errors import InputError
 from equiformer2.model.routing import BlockState
-from equiformer2.pruning.routing import FTPRouter, Recorder, RouterTraining, train_router
+from equiformer2.pruning.routing import CountingRouter, FTPRouter, RouterTraining, train_router
 from equiformer2.pruning.routing.batch_geometry import BatchGeometry
 from equiformer2.pruning.routing.geometric_routers import static_priority
 
@@ -54,11 +54,11 @@ def test_training_lowers_the_discrepancy_and_meets_the_sparsity() -> None:
     history = train_router(model, router, batches(), RouterTraining(steps=60, learning_rate=0.02))
     assert history[-1].guide < 0.8 * history[0].guide
     assert sum(step.sparsity for step in history[-10:]) / 10 < 0.05
-    recorder = Recorder(router)
+    recorder = CountingRouter(router)
     with torch.no_grad():
         for batch in batches():
             recorder(model, batch)
-    achieved = recorder.achieved(model.config)
+    achieved = recorder.computed_shares(model.config)
     assert achieved.atoms[0] == achieved.atoms[-1] == 1.0
     assert achieved.atoms[1] == pytest.approx(0.6, abs=0.12)
     # The network is as it was.

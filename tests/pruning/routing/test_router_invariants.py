@@ -8,7 +8,7 @@ from routers import LOCAL_MODES, SCORED, local, routers
 from routing_helpers import as_data, exact_model, masks, molecule_data, slab_atoms
 from torch_geometric.data import Batch, Data
 
-from equiformer2.pruning.routing import ActiveRegion, BaseRouter, Recorder
+from equiformer2.pruning.routing import ActiveRegion, BaseRouter, CountingRouter
 from equiformer2.symmetry import SYMMETRIES, assert_symmetries
 
 ROUTERS = routers()
@@ -43,10 +43,10 @@ def test_symmetries(name: str, model) -> None:  # type: ignore[no-untyped-def]
 
 @every
 def test_something_is_skipped_and_something_is_not(name: str, model) -> None:  # type: ignore[no-untyped-def]
-    recorder, batch = Recorder(ROUTERS[name]), Batch.from_data_list(structures())
+    recorder, batch = CountingRouter(ROUTERS[name]), Batch.from_data_list(structures())
     with torch.no_grad():
         out, dense = recorder(model, batch), model(batch)
-    achieved = recorder.achieved(model.config)
+    achieved = recorder.computed_shares(model.config)
     assert 0.02 < achieved.edge_sparsity < 0.98
     assert achieved.macs < 0.99
     assert (out["energy"] - dense["energy"]).abs().max() > 1e-6

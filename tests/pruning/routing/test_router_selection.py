@@ -18,9 +18,9 @@ from equiformer2.pruning.routing import (
     StaticRouter,
     with_thresholds,
 )
-from equiformer2.pruning.routing.batch_geometry import FAR, BatchGeometry, tie_groups
+from equiformer2.pruning.routing.batch_geometry import FAR, BatchGeometry
 from equiformer2.pruning.routing.geometric_routers import static_priority
-from equiformer2.pruning.routing.score_selection import select, smoothstep
+from equiformer2.pruning.routing.score_selection import select, smoothstep, tie_groups
 
 
 def pick(

@@ -18,9 +18,8 @@ from equiformer2.pruning.routing import (
     ScheduleObjective,
     StaticRouter,
     search_schedule,
-    with_levels,
 )
-from equiformer2.pruning.routing.schedule import uniform_schedule
+from equiformer2.pruning.routing.sparsity_schedule import uniform_schedule
 
 WEIGHTS = (0.0, 5.0, 1.0, 0.2, 3.0, 0.0)
 
@@ -105,7 +104,7 @@ def test_a_schedule_on_the_network() -> None:
     found = search_schedule(objective, 5, 0.8, population=6, generations=2, tolerance=0.03)
     assert 0.77 <= found.macs <= 0.8
     assert found.loss == pytest.approx(objective(found.levels)[0])
-    router = with_levels(RandomRouter(0.1, seed=4), found.levels)
+    router = RandomRouter(0.1, seed=4).with_levels(found.levels)
     assert isinstance(router, RandomRouter)
     assert (router.seed, router.levels) == (4, found.levels)
 
@@ -121,7 +120,7 @@ def test_achieved_counts_what_is_computed() -> None:
         routed(batch)
         routed(batch)
     active = ~((batch.tags == 0) & batch.fixed)
-    achieved = routed.achieved()
+    achieved = routed.computed_shares()
     assert achieved.atoms == pytest.approx([float(active.double().mean())] * 4)
     assert achieved.edges == pytest.approx([float(active[target].double().mean())] * 4)
     assert achieved.token_sparsity == pytest.approx(1 - float(active.double().mean()))
@@ -144,4 +143,4 @@ def test_removed_atoms_are_counted_in_the_heads_too() -> None:
     with torch.no_grad():
         removed(batch)
         context(batch)
-    assert removed.achieved().macs < context.achieved().macs < 0.8
+    assert removed.computed_shares().macs < context.computed_shares().macs < 0.8

@@ -7,14 +7,15 @@ from torch_geometric.data import Batch
 
 from equiformer2.errors import InputError
 from equiformer2.pruning.routing import AtomPruner, EdgePruner
-from equiformer2.pruning.routing.attention import (
+from equiformer2.pruning.routing.batch_geometry import BatchGeometry
+from equiformer2.pruning.routing.ftp import received_attention
+from equiformer2.pruning.routing.zero_tprune import (
     combine_heads,
     heads_between_quantiles,
-    received_attention,
+    invariant_key,
+    redundancy,
     weighted_pagerank,
 )
-from equiformer2.pruning.routing.batch_geometry import BatchGeometry
-from equiformer2.pruning.routing.zero_tprune import invariant_key, redundancy
 
 
 def attention_graph(num_atoms: int = 6, heads: int = 3):  # type: ignore[no-untyped-def]

@@ -1,6 +1,7 @@
-"""What a router really saves: atoms, edges and MACs, counted from its decisions."""
+"""Shares of atoms, edges and MACs that a routed network computes, counted from the router's decisions."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,19 +12,19 @@ from equiformer2.graph import RadiusGraph
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.model.output_request import OutputRequest
 from equiformer2.model.routing import BlockState, Decision
-from equiformer2.pruning.cost.operations import count_macs
+from equiformer2.pruning.cost.operations import MacCount, count_macs
 from equiformer2.pruning.routing.active_region import ActiveRegion
 from equiformer2.pruning.routing.router import BaseRouter, BaseRouting
 
 
 @dataclasses.dataclass(frozen=True)
-class Achieved:
-    """Fractions of what the dense network computes.
+class ComputedShares:
+    """Shares of the dense network's work that a routed one does; as text, a table by block.
 
     Attributes:
-        atoms: `L` fractions of the atoms that each block updates.
-        edges: `L` fractions of the edges that each block computes.
-        macs: fraction of the multiply-accumulate operations of the whole network, heads included.
+        atoms: `L` shares of the atoms that each block updates.
+        edges: `L` shares of the edges that each block computes.
+        macs: share of the multiply-accumulate operations of the whole network, heads included.
     """
 
     atoms: tuple[float, ...]
@@ -32,16 +33,16 @@ class Achieved:
 
     @property
     def token_sparsity(self) -> float:
-        """Skipped updates of atoms over all blocks."""
+        """Share of the updates of atoms that are skipped, over all blocks."""
         return 1 - sum(self.atoms) / len(self.atoms)
 
     @property
     def edge_sparsity(self) -> float:
-        """Skipped edges over all blocks."""
+        """Share of the edges that are skipped, over all blocks."""
         return 1 - sum(self.edges) / len(self.edges)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         rest = {"token_sparsity": self.token_sparsity, "edge_sparsity": self.edge_sparsity}
         return dataclasses.asdict(self) | rest
 
@@ -56,11 +57,11 @@ class Achieved:
         return "\n".join(lines)
 
 
-class Recorder(BaseRouter):
-    """A router that counts what another one decides, over all calls.
+class CountingRouter(BaseRouter):
+    """Router that counts the decisions of another one, over all calls.
 
     Args:
-        router: what decides.
+        router: router that decides.
     """
 
     def __init__(self, router: BaseRouter) -> None:
@@ -68,17 +69,17 @@ class Recorder(BaseRouter):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all counts."""
+        """Set all counts to zero."""
         self._dense = torch.zeros(2, dtype=torch.float64)
         self._heads = torch.zeros(2, dtype=torch.float64)
         self._blocks: list[Tensor] = []
 
     def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> BaseRouting:
-        """See `BaseRouter`."""
+        """Begin the decisions of the inner router, which are counted."""
         size = torch.tensor([len(batch.pos), len(graph.distances)], dtype=torch.float64)
         self._dense += size
         self._heads += size
-        return _Counting(self.router.start(batch, graph, num_blocks), graph, self._block)
+        return _CountedRouting(self.router.start(batch, graph, num_blocks), graph, self._count)
 
     def __call__(
         self,
@@ -87,7 +88,7 @@ class Recorder(BaseRouter):
         graph: RadiusGraph | None = None,
         request: OutputRequest | None = None,
     ) -> dict[str, Tensor]:
-        """See `BaseRouter`."""
+        """Run `model` with the inner router; an `ActiveRegion` counts the smaller structures."""
         if isinstance(self.router, ActiveRegion) and self.router.mode != "context_only":
             graph = model.build_graph(batch) if graph is None else graph
             smaller, _ = self.router.reduce(batch)
@@ -100,23 +101,30 @@ class Recorder(BaseRouter):
             return self.router(model, batch, request=request)
         return super().__call__(model, batch, graph, request)
 
-    def achieved(self, config: ModelConfig) -> Achieved:
-        """Of all calls since `reset`, on a network of this configuration."""
+    def computed_shares(self, config: ModelConfig) -> ComputedShares:
+        """Return the shares over all calls since `reset`.
+
+        Args:
+            config: configuration of the network that was called, at least once.
+
+        Returns:
+            Shares of atoms, edges and operations.
+        """
         atoms, edges = self._dense.tolist()
-        per_block, rest = costs(config)
+        per_block, rest = self._costs(config)
         left = sum(float(cost @ count) for cost, count in zip(per_block, self._blocks, strict=True))
         dense = float(sum(per_block, rest) @ self._dense)
-        return Achieved(
+        return ComputedShares(
             tuple(float(count[0]) / atoms for count in self._blocks),
             tuple(float(count[1]) / max(edges, 1.0) for count in self._blocks),
             (left + float(rest @ self._heads)) / dense,
         )
 
     def settings(self) -> dict[str, Any]:
-        """See `BaseRouter`."""
+        """Return the inner router."""
         return {"router": self.router}
 
-    def _block(self, block: int, decision: Decision, graph: RadiusGraph, num_atoms: int) -> None:
+    def _count(self, block: int, decision: Decision, graph: RadiusGraph, num_atoms: int) -> None:
         target = graph.edge_index[1]
         computed = torch.ones_like(target, dtype=torch.bool)
         atoms = num_atoms
@@ -132,25 +140,31 @@ class Recorder(BaseRouter):
             self._blocks.append(torch.zeros(2, dtype=torch.float64))
         self._blocks[block] += count
 
+    @staticmethod
+    def _costs(config: ModelConfig) -> tuple[list[Tensor], Tensor]:
+        """MACs `[2]` per atom and per edge: of every block, and of the rest of the network."""
+        empty = count_macs(config, atoms=0, edges=0)
+        atom, edge = count_macs(config, atoms=1, edges=0), count_macs(config, atoms=0, edges=1)
 
-def costs(config: ModelConfig) -> tuple[list[Tensor], Tensor]:
-    """MACs `[2]` per atom and per edge: of every block, and of the rest of the network."""
-    empty = count_macs(config, atoms=0, edges=0)
-    atom, edge = count_macs(config, atoms=1, edges=0), count_macs(config, atoms=0, edges=1)
+        def column(macs_of: Callable[[MacCount], int]) -> Tensor:
+            fixed = macs_of(empty)
+            return torch.tensor([macs_of(atom) - fixed, macs_of(edge) - fixed], dtype=torch.float64)
 
-    def column(of: Any) -> Tensor:
-        return torch.tensor([of(atom) - of(empty), of(edge) - of(empty)], dtype=torch.float64)
-
-    blocks = [column(lambda macs, b=b: sum(macs.blocks[b].values())) for b in range(config.num_layers)]
-    return blocks, column(lambda macs: macs.total) - sum(blocks)
+        blocks = [column(lambda macs, b=b: sum(macs.blocks[b].values())) for b in range(config.num_layers)]  # type: ignore[misc]
+        return blocks, column(lambda macs: macs.total) - sum(blocks)
 
 
-class _Counting(BaseRouting):
-    def __init__(self, routing: BaseRouting, graph: RadiusGraph, add: Any) -> None:
-        self.routing, self.graph, self.add = routing, graph, add
+class _CountedRouting(BaseRouting):
+    def __init__(
+        self,
+        routing: BaseRouting,
+        graph: RadiusGraph,
+        count: Callable[[int, Decision, RadiusGraph, int], None],
+    ) -> None:
+        self.routing, self.graph, self.count = routing, graph, count
         self.observes_attention = routing.observes_attention
 
     def decide(self, state: BlockState) -> Decision:
         decision = self.routing.decide(state)
-        self.add(state.block, decision, self.graph, len(state.x))
+        self.count(state.block, decision, self.graph, len(state.x))
         return decision

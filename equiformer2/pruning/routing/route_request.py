@@ -1,4 +1,4 @@
-"""From a checkpoint and data to a router and a report of it: what `equiformer2 prune route` calls."""
+"""Make a router from a checkpoint and data, with a report of it."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,25 +9,28 @@ from equiformer2.checkpoint import load_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.pruning.calibration import FORCE_WEIGHT, Calibration
 from equiformer2.pruning.calibration_data import read_structures
-from equiformer2.pruning.routing import Achieved, BaseRouter, RoutedModel, RoutingSettings, find_router
+from equiformer2.pruning.routing.computed_shares import ComputedShares
+from equiformer2.pruning.routing.router import BaseRouter
+from equiformer2.pruning.routing.router_search import RoutingSettings, find_router
+from equiformer2.pruning.routing.sparsity_schedule import RoutedModel
 
 
 @dataclass(frozen=True)
 class RouteRequest:
-    """What to make a router for.
+    """Order of a router: network, calibration structures, target and method.
 
     Attributes:
-        checkpoint: of the network.
-        data: structures to calibrate and train on, as in `read_structures`; labels are not read.
-        method: of `routing.ROUTING_METHODS`.
+        checkpoint: file of the network.
+        data: files of calibration structures, as in `read_structures`; labels are not read.
+        method: name of the method, of `routing.ROUTING_METHODS`.
         target: `macs=F` with the share F that stays; None for `context_only`.
-        settings: of the search and the training.
+        settings: settings of the search and the training.
         weights: `raw` or `averaged`; None for the averaged ones where there are any.
-        structures: how many to calibrate on.
+        structures: number of calibration structures.
         force_weight: λ of the loss, Å.
         batch_size: structures per forward pass.
-        device: to compute on.
-        seed: of the choice of structures and of everything drawn.
+        device: device to compute on.
+        seed: random seed, also of the choice of structures.
     """
 
     checkpoint: str
@@ -44,28 +47,28 @@ class RouteRequest:
 
 
 @dataclass(frozen=True)
-class MadeRouter:
-    """A router and what it does on the calibration structures.
+class RouteResult:
+    """Router with its costs and errors on the calibration structures; as text, a table by block.
 
     Attributes:
         router: the router.
-        achieved: atoms, edges and MACs that it leaves.
-        errors: against the dense network (`Discrepancy.averages`).
-        found: how it was found.
+        shares: shares of atoms, edges and MACs that it leaves.
+        errors: errors against the dense network (`Discrepancy.averages`).
+        search: record of the search (`find_router`).
     """
 
     router: BaseRouter
-    achieved: Achieved
+    shares: ComputedShares
     errors: dict[str, float | None]
-    found: dict[str, Any]
+    search: dict[str, Any]
 
     def to_dict(self, request: RouteRequest) -> dict[str, Any]:
-        """The report, for JSON."""
+        """Return the report with its request, plain values for JSON."""
         return {
             "request": asdict(request),
-            "achieved": self.achieved.to_dict(),
+            "achieved": self.shares.to_dict(),
             "errors": self.errors,
-            "found": self.found,
+            "found": self.search,
         }
 
     def __str__(self) -> str:
@@ -74,28 +77,46 @@ class MadeRouter:
             ("energy", self.errors["energy_per_atom"], "eV/atom"),
             ("loss", self.errors["loss"], "eV"),
         )
-        told = ", ".join(f"{name} {value:.4f} {unit}" for name, value, unit in errors if value is not None)
-        return f"{self.achieved}\nagainst the dense network, calibration structures: {told}"
+        text = ", ".join(f"{name} {value:.4f} {unit}" for name, value, unit in errors if value is not None)
+        return f"{self.shares}\nagainst the dense network, calibration structures: {text}"
 
 
 def make_router(
     request: RouteRequest, state_path: AnyPath | None = None, progress: bool = True
-) -> MadeRouter:
-    """Make the router; search and training continue from `state_path` where there is one.
+) -> RouteResult:
+    """Find the router of a request.
+
+    Args:
+        request: network, data, target and method.
+        state_path: file of the search's and the training's state, from which they continue; None keeps none.
+        progress: show progress bars.
+
+    Returns:
+        The router with its costs and errors.
 
     Raises:
         InputError: a target that is not understood or cannot be reached, an unknown method.
         datasets_oc20.DataError: data that cannot be read.
     """
     state_path = None if state_path is None else Path(state_path)
-    target = None if request.target is None else _parse_target(request.target)
+    target = None
+    if request.target is not None:
+        quantity, _, number = request.target.partition("=")
+        try:
+            target = float(number)
+        except ValueError:
+            target = float("nan")
+        if quantity != "macs" or not 0 < target < 1:
+            raise InputError(
+                f"the target {request.target!r} is not understood: give a share of the MACs, such as macs=0.7"
+            )
     checkpoint = load_checkpoint(request.checkpoint, request.weights, device=request.device)
     model = checkpoint.model.eval()
     structures = read_structures(request.data, request.structures, request.seed)
     calibration = Calibration(
         model, checkpoint.normalizers, structures, request.batch_size, request.force_weight
     )
-    router, found = find_router(
+    router, search = find_router(
         request.method,
         model,
         calibration,
@@ -107,15 +128,4 @@ def make_router(
     )
     routed = RoutedModel(model, router)
     errors = calibration.discrepancy(routed).averages()
-    return MadeRouter(router, routed.achieved(), errors, found)
-
-
-def _parse_target(text: str) -> float:
-    quantity, _, number = text.partition("=")
-    try:
-        share = float(number)
-    except ValueError:
-        share = float("nan")
-    if quantity != "macs" or not 0 < share < 1:
-        raise InputError(f"the target {text!r} is not understood: give a share of the MACs, such as macs=0.7")
-    return share
+    return RouteResult(router, routed.computed_shares(), errors, search)

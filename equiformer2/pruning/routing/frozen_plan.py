@@ -1,4 +1,4 @@
-"""One plan for a stretch of a relaxation: the choice of atoms does not jump from step to step."""
+"""One plan for a stretch of a relaxation, so that the choice of atoms does not jump from step to step."""
 
 from typing import Any
 
@@ -27,12 +27,15 @@ class FrozenPlan(BaseRouter):
     The plan is the state of one trajectory: use one object per calculator.
 
     Args:
-        router: what decides.
-        replan_every: evaluations per plan; at least 1.
-        max_move: Å.
+        router: router that decides.
+        replan_every: evaluations per plan, at least 1.
+        max_move: displacement of an atom that makes a new plan, Å.
 
     Attributes:
-        plans: how often it has planned.
+        plans: number of plans made so far.
+
+    Raises:
+        InputError: `router` is none or keeps a plan itself, or a number is out of its range.
     """
 
     def __init__(self, router: BaseRouter, replan_every: int = 10, max_move: float = 0.5) -> None:
@@ -42,33 +45,33 @@ class FrozenPlan(BaseRouter):
         self.replan_every = Whole(1, 2**31).read(replan_every, "replan_every")
         self.max_move = Number(0.0, above=True).read(max_move, "max_move (Å)")
         self.plans = 0
-        self._plan: _Plan | None = None
+        self._plan: _StoredPlan | None = None
 
     def reset(self) -> None:
-        """Forget the plan."""
+        """Discard the plan."""
         self._plan = None
 
     def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> BaseRouting:
-        """See `BaseRouter`."""
+        """Replay the plan if it holds for `batch`, else plan again."""
         plan = self._plan
         if plan is not None and not plan.fits(batch, num_blocks, self.max_move):
             plan = None
         if plan is not None and plan.uses < self.replan_every and plan.complete:
             plan.uses += 1
-            return _Replay(plan, graph, len(batch.pos))
+            return _Replay(plan, graph)
         routing = self.router.start(batch, graph, num_blocks)
         if plan is not None and plan.complete:
             routing.previous = plan.decisions
-        self._plan = _Plan(batch, graph, num_blocks)
+        self._plan = _StoredPlan(batch, graph, num_blocks)
         self.plans += 1
         return _Planning(routing, self._plan)
 
     def settings(self) -> dict[str, Any]:
-        """See `BaseRouter`; of the inner router too."""
+        """Return the arguments that make this router again, the inner router among them."""
         return {"replan_every": self.replan_every, "max_move": self.max_move, "router": self.router}
 
 
-class _Plan:
+class _StoredPlan:
     """Decisions, and the structures that they were made for."""
 
     def __init__(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> None:
@@ -76,17 +79,17 @@ class _Plan:
                      if name in batch and batch[name] is not None}  # fmt: skip
         self.natoms = torch.as_tensor(batch.natoms).reshape(-1).clone()
         self.pos = batch.pos.detach().clone()
-        self.keys = _edge_keys(graph, len(batch.pos))
+        self.keys = self.edge_keys(graph)
         self.num_blocks, self.uses = num_blocks, 1
         self.decisions: list[Decision] = []
 
     @property
     def complete(self) -> bool:
-        """Whether the forward pass that made it came to the end."""
+        """True if the forward pass that made the plan came to its end."""
         return len(self.decisions) == self.num_blocks
 
     def fits(self, batch: Batch | Data, num_blocks: int, max_move: float) -> bool:
-        """Whether `batch` holds the same structures, little moved."""
+        """Return True if `batch` holds the same structures, moved by at most `max_move` Å."""
         natoms = torch.as_tensor(batch.natoms).reshape(-1)
         if num_blocks != self.num_blocks or not torch.equal(natoms, self.natoms):
             return False
@@ -104,11 +107,19 @@ class _Plan:
         images = torch.round(moved @ torch.linalg.inv(lattice)[structure])
         return (moved - images @ lattice[structure]).norm(dim=2).max()
 
+    def edge_keys(self, graph: RadiusGraph) -> Tensor:
+        """`[E]` one integer for (j, i, offset)."""
+        source, target = graph.edge_index
+        key = source * len(self.pos) + target
+        for axis in range(3):
+            key = key * _STEP + graph.cell_offsets[:, axis] + _STEP // 2
+        return key
+
 
 class _Planning(BaseRouting):
-    """Passes decisions on and keeps them."""
+    """Decisions of a router, which are passed on and kept."""
 
-    def __init__(self, routing: BaseRouting, plan: _Plan) -> None:
+    def __init__(self, routing: BaseRouting, plan: _StoredPlan) -> None:
         self.routing, self.plan = routing, plan
         self.observes_attention = routing.observes_attention
 
@@ -120,30 +131,20 @@ class _Planning(BaseRouting):
 
 
 class _Replay(BaseRouting):
-    """The decisions of a plan on the present edges."""
+    """Decisions of a plan on the present edges; edges that are new since the plan are computed."""
 
-    def __init__(self, plan: _Plan, graph: RadiusGraph, num_atoms: int) -> None:
+    def __init__(self, plan: _StoredPlan, graph: RadiusGraph) -> None:
         self.plan = plan
-        self._found: Tensor | None = None
+        self._place: Tensor | None = None  # of each edge in the plan, -1 for a new one
         if any(decision.edges is not None for decision in plan.decisions):
-            keys = _edge_keys(graph, num_atoms)
+            keys = plan.edge_keys(graph)
             order = torch.argsort(plan.keys)
             at = torch.searchsorted(plan.keys[order], keys).clamp(max=len(order) - 1)
-            self._found = torch.where(plan.keys[order][at] == keys, order[at], -1)
+            self._place = torch.where(plan.keys[order][at] == keys, order[at], -1)
 
     def decide(self, state: BlockState) -> Decision:
         atoms, edges, _ = self.plan.decisions[state.block]
-        if edges is not None and self._found is not None:
-            known = self._found >= 0
+        if edges is not None and self._place is not None:
             new = torch.ones((), dtype=edges.dtype, device=edges.device)
-            edges = torch.where(known, edges[self._found.clamp(min=0)], new)
+            edges = torch.where(self._place >= 0, edges[self._place.clamp(min=0)], new)
         return Decision(atoms, edges)
-
-
-def _edge_keys(graph: RadiusGraph, num_atoms: int) -> Tensor:
-    """`[E]` one integer for (j, i, offset)."""
-    source, target = graph.edge_index
-    key = source * num_atoms + target
-    for axis in range(3):
-        key = key * _STEP + graph.cell_offsets[:, axis] + _STEP // 2
-    return key

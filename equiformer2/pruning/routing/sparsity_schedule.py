@@ -12,38 +12,38 @@ from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph
 from equiformer2.model import EquiformerV2
 from equiformer2.pruning.calibration import Calibration
-from equiformer2.pruning.routing.achieved import Achieved, Recorder
+from equiformer2.pruning.routing.computed_shares import ComputedShares, CountingRouter
 from equiformer2.pruning.routing.router import BaseRouter
 
 
 class RoutedModel:
-    """A network under a router, called like a network; counts what it computes.
+    """Network under a router, called like a network; counts the computed atoms, edges and MACs.
 
     Args:
         model: the network.
-        router: what decides.
+        router: router that decides.
     """
 
     def __init__(self, model: EquiformerV2, router: BaseRouter) -> None:
-        self.model, self.recorder = model, Recorder(router)
+        self.model, self._router = model, CountingRouter(router)
 
     def __call__(self, batch: Batch, graph: RadiusGraph | None = None) -> Mapping[str, Tensor]:
-        """Energies and forces."""
-        return self.recorder(self.model, batch, graph)
+        """Return `energy [B]` and `forces [N, 3]`, in normalised units."""
+        return self._router(self.model, batch, graph)
 
-    def achieved(self) -> Achieved:
-        """Of all calls so far."""
-        return self.recorder.achieved(self.model.config)
+    def computed_shares(self) -> ComputedShares:
+        """Return the shares of the dense network's work over all calls so far."""
+        return self._router.computed_shares(self.model.config)
 
 
 @dataclasses.dataclass
 class ScheduleObjective:
-    """`evaluate` of `search_schedule`: discrepancy to the dense network and MACs, without labels.
+    """Objective of `search_schedule`: discrepancy to the dense network and MACs, without labels.
 
     Attributes:
         model: the network.
         calibration: structures with the dense network's answers.
-        make_router: from levels to a router, for instance `StaticRouter` or a trained router with new levels.
+        make_router: from levels to a router, for instance `StaticRouter` or `router.with_levels`.
     """
 
     model: EquiformerV2
@@ -51,40 +51,39 @@ class ScheduleObjective:
     make_router: Callable[[Sequence[float]], BaseRouter]
 
     def __call__(self, levels: Sequence[float]) -> tuple[float, float]:
-        """Loss (eV) and fraction of the dense MACs."""
+        """Return the loss (eV) and the share of the dense MACs of a schedule.
+
+        Args:
+            levels: fraction of the atoms to skip in every block.
+        """
         routed = RoutedModel(self.model, self.make_router(levels))
         loss = self.calibration.loss(routed)
-        return loss, routed.achieved().macs
-
-
-def with_levels(router: BaseRouter, levels: Sequence[float | None], **changes: Any) -> BaseRouter:
-    """The same router with other levels."""
-    return type(router)(**router.settings() | {"levels": list(levels)} | changes)
+        return loss, routed.computed_shares().macs
 
 
 Evaluate = Callable[[Sequence[float]], tuple[float, float]]
-"""Levels of all blocks to (loss, fraction of the dense MACs)."""
+"""Function from the levels of all blocks to the loss and the share of the dense MACs."""
 _MOST = 0.95
 _BISECTIONS = 10
 _CLOSE = 5
-"""A bisection ends within this part of the tolerance."""
+"""A bisection ends within this part of the tolerance: tolerance / 5."""
 _SHIFTS = 3
 
 
 class TargetMissedError(InputError):
-    """No schedule comes near the wanted share of the MACs."""
+    """No schedule comes near the target share of the MACs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The best schedule of a search.
+    """Best schedule of a search.
 
     Attributes:
         levels: fraction of the atoms to skip in every block.
         loss: its loss.
-        macs: the fraction of the dense MACs that it reaches.
+        macs: share of the dense MACs that it leaves.
         history: best loss after every generation, among those that reach the target.
-        evaluations: schedules that were tried.
+        evaluations: number of schedules that were tried.
     """
 
     levels: tuple[float, ...]
@@ -92,6 +91,11 @@ class Schedule:
     macs: float
     history: tuple[float, ...]
     evaluations: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, which has no infinity: None stands for it."""
+        values = dataclasses.asdict(self)
+        return values | {"history": [loss if loss < float("inf") else None for loss in self.history]}
 
 
 def search_schedule(
@@ -107,42 +111,43 @@ def search_schedule(
     seed: int = 0,
     after_try: Callable[[], None] | None = None,
 ) -> Schedule:
-    """The schedule with the lowest loss at `target_macs`.
+    """Find the schedule with the lowest loss at a share of the MACs.
 
     Tournaments, crossover between two parents, Gaussian mutation; the best ones are always kept. A child that
     misses the target is moved towards it. Those that reach it are ranked by their loss, the others after them
     by their distance. The target is an upper bound: more operations would make a schedule look better.
 
     Args:
-        evaluate: for instance `ScheduleObjective`.
-        num_blocks: L.
-        target_macs: fraction of the dense network's MACs.
+        evaluate: objective, for instance `ScheduleObjective`.
+        num_blocks: number of blocks.
+        target_macs: share of the dense network's MACs that is to stay.
         start: schedules that are tried first, beside uniform, rising and falling ones and one in which the
             first and the last block compute everything.
         protected: blocks that compute all atoms and are no part of the search.
-        population, generations: size of the search.
+        population: schedules per generation, at least 4.
+        generations: number of generations after the first.
         tolerance: a schedule reaches the target with `target_macs - tolerance` to `target_macs`.
-        seed: of all random choices.
+        seed: random seed.
         after_try: called for every member of every generation, population * (generations + 1) times
             or some more.
+
+    Returns:
+        The best schedule that reaches the target.
 
     Raises:
         InputError: the settings leave nothing to search.
         TargetMissedError: no schedule reached the target.
     """
-    open_blocks = _open_blocks(num_blocks, target_macs, protected)
+    trials = _Trials(evaluate, num_blocks, target_macs, tolerance, protected)
     if population < 4 or generations < 1:
         raise InputError("the search needs a population of at least 4 and at least 1 generation")
-    rng = np.random.default_rng(seed)
-    search = _Search(evaluate, num_blocks, open_blocks, target_macs, tolerance, rng, after_try)
+    search = _GeneticSearch(trials, np.random.default_rng(seed), after_try)
     people = search.first(start, population)
     history = [search.best(people).shown_loss]
     for _ in range(generations):
         people = search.next_generation(people, population)
         history.append(search.best(people).shown_loss)
-    best = search.best(people)
-    _check_reached(best, target_macs, tolerance)
-    return Schedule(best.levels, best.loss, best.macs, tuple(history), search.evaluations)
+    return trials.schedule(search.best(people), history)
 
 
 def uniform_schedule(
@@ -153,53 +158,43 @@ def uniform_schedule(
     protected: Sequence[int] = (),
     tolerance: float = 0.02,
 ) -> Schedule:
-    """The same level in every block that is not protected: the baseline of `search_schedule`.
+    """Find one level for all blocks that are not protected: the baseline of `search_schedule`.
 
-    Found by bisection, since the MACs fall with the level. Arguments and errors as there.
+    Found by bisection, since the MACs fall with the level.
+
+    Args:
+        evaluate: objective, for instance `ScheduleObjective`.
+        num_blocks: number of blocks.
+        target_macs: share of the dense network's MACs that is to stay.
+        protected: blocks that compute all atoms and are no part of the search.
+        tolerance: a schedule reaches the target with `target_macs - tolerance` to `target_macs`.
+
+    Returns:
+        The schedule nearest below the target.
+
+    Raises:
+        InputError: the settings leave nothing to search.
+        TargetMissedError: no schedule reached the target.
     """
-    open_blocks = _open_blocks(num_blocks, target_macs, protected)
-    low, high, tried = 0.0, _MOST, dict[float, _Individual]()
+    trials = _Trials(evaluate, num_blocks, target_macs, tolerance, protected)
+    low, high = 0.0, _MOST
     for _ in range(_BISECTIONS):
-        level = round((low + high) / 2, 3)
-        levels = tuple(level if block in open_blocks else 0.0 for block in range(num_blocks))
-        loss, macs = evaluate(levels)
-        tried[level] = _Individual(levels, loss, macs, _miss(macs, target_macs, tolerance))
+        level = (low + high) / 2
+        macs = trials.individual(np.full(len(trials.open), level)).macs
         if 0 <= target_macs - macs < tolerance / _CLOSE:
             break
         if macs > target_macs:
-            low = level
+            low = round(level, 3)
         else:
-            high = level
-    best = min(tried.values(), key=lambda person: (person.miss, target_macs - person.macs))
-    _check_reached(best, target_macs, tolerance)
-    return Schedule(best.levels, best.loss, best.macs, (best.loss,), len(tried))
-
-
-def _open_blocks(num_blocks: int, target_macs: float, protected: Sequence[int]) -> list[int]:
-    open_blocks = [block for block in range(num_blocks) if block not in protected]
-    if not open_blocks:
-        raise InputError(f"all of the {num_blocks} blocks are protected: there is nothing to search")
-    if not 0 < target_macs < 1:
-        raise InputError(f"target_macs is {target_macs}: give a fraction between 0 and 1")
-    return open_blocks
-
-
-def _miss(macs: float, target_macs: float, tolerance: float) -> float:
-    """How far from the allowed range."""
-    return max(macs - target_macs, target_macs - tolerance - macs, 0.0)
-
-
-def _check_reached(best: "_Individual", target_macs: float, tolerance: float) -> None:
-    if best.miss > 0:
-        raise TargetMissedError(
-            f"no schedule came within {target_macs - tolerance:.3g} to {target_macs:.3g} of the MACs "
-            f"(nearest: {best.macs:.3f}): choose another target or a larger tolerance, protect fewer blocks "
-            "or search longer"
-        )
+            high = round(level, 3)
+    best = min(trials.known.values(), key=lambda person: (person.miss, target_macs - person.macs))
+    return trials.schedule(best, [best.loss])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Individual:
+    """Schedule that was tried; `miss` is its distance from the allowed range of MACs."""
+
     levels: tuple[float, ...]
     loss: float
     macs: float
@@ -215,26 +210,60 @@ class _Individual:
         return self.loss if self.miss == 0 else float("inf")
 
 
-class _Search:
+class _Trials:
+    """Schedules at levels of the blocks that are not protected, each evaluated once."""
+
     def __init__(
         self,
         evaluate: Evaluate,
         num_blocks: int,
-        open_blocks: list[int],
         target: float,
         tolerance: float,
-        rng: np.random.Generator,
-        after_try: Callable[[], None] | None,
+        protected: Sequence[int],
     ) -> None:
-        self.evaluate, self.num_blocks, self.open = evaluate, num_blocks, open_blocks
-        self.target, self.tolerance, self.rng, self.after_try = target, tolerance, rng, after_try
+        self.open = [block for block in range(num_blocks) if block not in protected]
+        if not self.open:
+            raise InputError(f"all of the {num_blocks} blocks are protected: there is nothing to search")
+        if not 0 < target < 1:
+            raise InputError(f"target_macs is {target}: give a fraction between 0 and 1")
+        self.evaluate, self.num_blocks, self.target, self.tolerance = evaluate, num_blocks, target, tolerance
         self.known: dict[tuple[float, ...], _Individual] = {}
 
-    @property
-    def evaluations(self) -> int:
-        return len(self.known)
+    def individual(self, genes: np.ndarray) -> _Individual:
+        """The schedule with these levels of the open blocks, cut to the allowed range and rounded."""
+        levels = [0.0] * self.num_blocks
+        for block, gene in zip(self.open, genes, strict=True):
+            levels[block] = round(float(np.clip(gene, 0.0, _MOST)), 3)
+        key = tuple(levels)
+        if key not in self.known:
+            loss, macs = self.evaluate(key)
+            loss = loss if np.isfinite(loss) else float("inf")
+            miss = max(macs - self.target, self.target - self.tolerance - macs, 0.0)
+            self.known[key] = _Individual(key, loss, macs, miss)
+        return self.known[key]
+
+    def schedule(self, best: _Individual, history: Sequence[float]) -> Schedule:
+        """The result of a search; `TargetMissedError` if the best schedule does not reach the target."""
+        if best.miss > 0:
+            raise TargetMissedError(
+                f"no schedule came within {self.target - self.tolerance:.3g} to {self.target:.3g} of the "
+                f"MACs (nearest: {best.macs:.3f}): choose another target or a larger tolerance, protect "
+                "fewer blocks or search longer"
+            )
+        return Schedule(best.levels, best.loss, best.macs, tuple(history), len(self.known))
+
+
+class _GeneticSearch:
+    """Generations of schedules."""
+
+    def __init__(
+        self, trials: _Trials, rng: np.random.Generator, after_try: Callable[[], None] | None
+    ) -> None:
+        self.trials, self.rng, self.after_try = trials, rng, after_try
+        self.open, self.num_blocks, self.target = trials.open, trials.num_blocks, trials.target
 
     def first(self, given: Sequence[Sequence[float]], population: int) -> list[_Individual]:
+        """The first generation: given, uniform, rising, falling and random schedules."""
         n = len(self.open)
         share = min(_MOST, (1 - self.target) * self.num_blocks / n)
         ramp = np.linspace(-1.0, 1.0, n) if n > 1 else np.zeros(1)
@@ -250,6 +279,7 @@ class _Search:
         return [self.try_near(shape) for shape in shapes]
 
     def next_generation(self, people: list[_Individual], population: int) -> list[_Individual]:
+        """The best of a generation and its children."""
         children = []
         for _ in range(population):
             mother, father = self.tournament(people), self.tournament(people)
@@ -271,31 +301,20 @@ class _Search:
 
     def try_near(self, genes: np.ndarray) -> _Individual:
         """Evaluate, and again after shifts towards the middle of the range (MACs fall nearly linearly)."""
-        aim = self.target - self.tolerance / 2
-        found = self.individual(genes)
+        aim = self.target - self.trials.tolerance / 2
+        person = self.trials.individual(genes)
         for _ in range(_SHIFTS):
-            if found.miss == 0:
+            if person.miss == 0:
                 break
             # Each level removes about its share of the MACs of one block.
-            saved = 1 - found.macs
-            shift = (found.macs - aim) * self.num_blocks / len(self.open)
+            saved = 1 - person.macs
+            shift = (person.macs - aim) * self.num_blocks / len(self.open)
             if saved > 0.02:
-                shift = float(self.genes(found).mean()) * ((1 - aim) / saved - 1)
-            again = self.individual(self.genes(found) + shift)
-            if again.miss >= found.miss:
+                shift = float(self.genes(person).mean()) * ((1 - aim) / saved - 1)
+            again = self.trials.individual(self.genes(person) + shift)
+            if again.miss >= person.miss:
                 break
-            found = again
+            person = again
         if self.after_try is not None:
             self.after_try()
-        return found
-
-    def individual(self, genes: np.ndarray) -> _Individual:
-        levels = [0.0] * self.num_blocks
-        for block, gene in zip(self.open, genes, strict=True):
-            levels[block] = round(float(np.clip(gene, 0.0, _MOST)), 3)
-        key = tuple(levels)
-        if key not in self.known:
-            loss, macs = self.evaluate(key)
-            loss = loss if np.isfinite(loss) else float("inf")
-            self.known[key] = _Individual(key, loss, macs, _miss(macs, self.target, self.tolerance))
-        return self.known[key]
+        return person
