@@ -160,7 +160,8 @@ def compare(
                 )
                 row = rows[-1]
                 print(
-                    f"{size:5} {backend:6} {row['what']:14} {row['before_ms']:8.1f} ms {row['after_ms']:8.1f} ms  "
+                    f"{size:5} {backend:6} {row['what']:14} "
+                    f"{row['before_ms']:8.1f} ms {row['after_ms']:8.1f} ms  "
                     f"ratio {middle:.3f} ({low:.3f} to {high:.3f})  "
                     f"answers differ by {row['answers_differ']:.1e}",
                     flush=True,
