@@ -33,7 +33,8 @@ from equiformer2 import EquiformerV2, ModelConfig
 stored = torch.load(sys.argv[1], weights_only=True)[0]
 data = Data(
     pos=stored["positions"].float(), atomic_numbers=stored["numbers"].long(),
-    cell=stored["cell"].float().view(1, 3, 3), pbc=stored["pbc"].bool().view(1, 3), natoms=len(stored["numbers"]),
+    cell=stored["cell"].float().view(1, 3, 3), pbc=stored["pbc"].bool().view(1, 3),
+    natoms=len(stored["numbers"]),
 )
 batch = Batch.from_data_list([data])
 models = {}
