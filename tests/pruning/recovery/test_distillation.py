@@ -26,7 +26,7 @@ from equiformer2.training.optim import OptimSettings
 from equiformer2.training.run import train
 from equiformer2.training.task import S2EFTask, TaskSettings
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "pruning"
+CONFIGS = Path(__file__).parents[3] / "configs" / "pruning"
 QUICK = [
     "--trainer.accelerator=cpu",
     "--trainer.max_epochs=2",

@@ -23,7 +23,7 @@ from equiformer2.training.configuration import parse
 from equiformer2.training.folder import read_rows
 from equiformer2.training.run import train
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LAYERS = {"num_layers": 3, "alpha_drop": 0.2, "drop_path_rate": 0.1}
 TRAINED = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
 
