@@ -1,6 +1,6 @@
 """Train a small network twice, with the chunked kernels and with plain expressions, and draw the losses.
 
-    python scripts/preprocess_oc20.py --data data/teacher --out runs/data/teacher_train.lmdb
+    equiformer2 data preprocess --data data/teacher --out runs/data/teacher_train.lmdb
     python -m benchmarks.compare_loss_curves --data runs/data/teacher_train.lmdb \\
         --out docs/results/loss_curves
 

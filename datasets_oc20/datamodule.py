@@ -31,7 +31,7 @@ _CHECKED_RECORDS = 200
 _MAX_CHECKED_FIELDS = 50_000
 
 
-class WithForcesOnly(Dataset):
+class MixedLabelDataset(Dataset):
     """Concatenation of labelled and forces-only records, each with a field `has_energy [1]` (bool).
 
     Forces of another method (a universal potential, say) can be learned beside DFT labels; its energies
@@ -79,7 +79,7 @@ class NormalizerValues:
         energy_std: eV.
         forces_std: eV/Å.
         linear_references: `.npz` file whose array `coeff [100]` holds a reference per atomic number, eV (as
-            `scripts/fit_references.py` writes), for total energies.
+            `equiformer2 data references` writes), for total energies.
     """
 
     energy_mean: float
@@ -181,9 +181,9 @@ class OC20DataModule(pl.LightningDataModule):
         for path, sample in self._samples.items():
             check_energies_match_kind(sample, self.energy_kind, path)
         self.normalizers = self._normalizers(datasets["train"])
-        self._training: OC20Lmdb | WithForcesOnly = datasets["train"]
+        self._training: OC20Lmdb | MixedLabelDataset = datasets["train"]
         if more is not None:
-            self._training = WithForcesOnly(datasets["train"], more)
+            self._training = MixedLabelDataset(datasets["train"], more)
             check_same_fields(more, datasets["train"].fields(0))
         self.datasets = datasets
         self._report()

@@ -97,7 +97,8 @@ def fit_references(dataset: OC20Lmdb, num_workers: int | None = None, progress: 
         raise DataError(
             f"{dataset.path}: holds adsorption energies, which are total energies less those of the clean "
             "slab and of the adsorbate's reference molecules; what elements contribute cancels in them, so "
-            "they need no linear references; fit to total energies (preprocess_oc20.py --energy total)."
+            "they need no linear references; fit to total energies "
+            "(`equiformer2 data preprocess --energy total`)."
         )
     sample = sample_targets(dataset, _CHECKED_RECORDS)
     check_energies_match_kind(sample, "total", dataset.path)

@@ -91,8 +91,8 @@ class TargetSample:
             raise DataError(
                 f"{name}: with the normalizers in use (mean {mean:.4g} eV, std {std:.4g} eV, {without} "
                 f"linear references) energies are {size:.3g} standard deviations from the mean on average, "
-                "so these are of other data; give data.normalizers of this data (scripts/fit_references.py "
-                "prints those of total energies)."
+                "so these are of other data; give data.normalizers of this data (`equiformer2 data "
+                "references` prints those of total energies)."
             )
 
 

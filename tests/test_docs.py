@@ -60,7 +60,7 @@ def named_on_an_index(text: str) -> list[str]:
     name = r"equiformer2"
     extras = re.findall(rf"{name}\[[\w, -]+\]", text)
     installed = re.findall(
-        rf"(?:pip3?|uv|pipx)\s+(?:add|download|install)\b[^\n`]*?[\s'\"]({name}(?:[=<>~!]\S*)?)(?![\w./[-])",
+        rf"(?:pip3?|uv|pipx)\s+(?:add|download|install)\b[^\n`]*?[ \t'\"]({name}(?:[=<>~!]\S*)?)(?![\w./[-])",
         text,
     )
     return extras + installed
@@ -97,6 +97,7 @@ def test_nothing_installs_the_project_from_an_index() -> None:
         ("pip install .", False),
         ("pip install '.[wandb]'", False),
         ("pip install ./equiformer2", False),
+        ("pip install .\nequiformer2 doctor", False),
         ("pip install torch  # for equiformer2/kernels", False),
     ],
 )

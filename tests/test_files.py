@@ -1,6 +1,5 @@
 """Files appear whole or not at all, and errors name them."""
 
-import errno
 import json
 import os
 from pathlib import Path
@@ -9,9 +8,10 @@ import pytest
 
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, read_json, whole_file, write_bytes, write_json
+from tests.disk import full_disk
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     assert write_json(path, {"energy": 1.0}) == path
     with pytest.raises(InputError, match=r"record\.json was not written.*not finite"):
@@ -19,11 +19,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(TypeError):
         write_bytes(path, "text")  # type: ignore[arg-type]
 
-    def full_disk(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match=r"No space left on device.*'.*/record\.json'"):
+    with full_disk(4), pytest.raises(OSError, match=r"'.*/record\.json'"):
         write_json(path, {"energy": 2.0})
     assert json.loads(path.read_text()) == {"energy": 1.0}
     assert list(tmp_path.iterdir()) == [path]

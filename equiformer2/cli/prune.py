@@ -181,7 +181,7 @@ class Plan(Command):
         parser.add_argument(
             "--method",
             default="multi",
-            help="search or baseline: multi, multi_staged, block, random, magnitude or uniform "
+            help="search: multi (all dimensions at once) or multi_staged (one after the other) "
             "(default: %(default)s)",
         )
         parser.add_argument(
@@ -500,8 +500,8 @@ class Pareto(Command):
             "--methods",
             nargs="+",
             default=["multi", "multi_staged", "block", "random", "magnitude", "uniform"],
-            help="methods of `equiformer2 prune plan` (default: all) and routers: route_static, route_ftp, "
-            "route_atom, route_edge, route_context_only",
+            help="methods of `equiformer2 prune plan`, its baselines (default: all) and routers: "
+            "route_static, route_ftp, route_atom, route_edge, route_context_only",
         )
         parser.add_argument(
             "--keep",

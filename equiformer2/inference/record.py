@@ -41,7 +41,7 @@ RUN_FILES = (
     *(ADSORPTION_RECORD, RELAXATION_RECORD, TRAJECTORY),
     *("slab.traj", "relaxed.extxyz", "structure.png", "relaxation.png"),
 )
-"""Records that `relax.py` and `adsorption_energy.py` leave in a folder, one or the other."""
+"""Files that `equiformer2 relax` and `equiformer2 adsorption energy` write into a folder."""
 
 
 def claim_folder(

@@ -161,15 +161,21 @@ class ParityFigures(Callback):
     Of a large validation set an even sample of about `limit` energies and as many force components is kept;
     with several processes, of what the first one saw. It stays on the device until the end of the epoch: no
     batch makes the host wait.
+
+    Args:
+        limit: largest size of a sample.
+
+    Attributes:
+        pairs: `[n, 2]` target and predicted values after an epoch, by `energy` (eV) and `forces` (eV/Å).
     """
 
     def __init__(self, limit: int = 50_000) -> None:
         self.limit = limit
         self._samples: dict[str, list[Tensor]] = {}
-        self._pairs: dict[str, np.ndarray] = {}
+        self.pairs: dict[str, np.ndarray] = {}
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._samples, self._pairs = {"energy": [], "forces": []}, {}
+        self._samples, self.pairs = {"energy": [], "forces": []}, {}
 
     def on_validation_batch_end(
         self,
@@ -195,7 +201,7 @@ class ParityFigures(Callback):
             # The one time that the host waits.
             samples = torch.cat([*energies, *forces]).cpu().numpy()
             parts = np.split(samples, [sum(map(len, energies))])
-            self._pairs = {
+            self.pairs = {
                 name: part[part[:, 2] > 0, :2] for name, part in zip(("energy", "forces"), parts, strict=True)
             }
         self._samples = {}
@@ -223,7 +229,7 @@ class ParityFigures(Callback):
     @property
     def is_empty(self) -> bool:
         """True until the first validation."""
-        return not self._pairs
+        return not self.pairs
 
     def draw(self, folder: Path) -> list[Path]:
         """Write `parity_energy.png` and `parity_forces.png`, where there are values.
@@ -233,7 +239,7 @@ class ParityFigures(Callback):
         """
         written = []
         for name, label, unit in (("energy", "energy", "eV"), ("forces", "force component", "eV/Å")):
-            pairs = self._pairs.get(name, np.zeros((0, 2)))
+            pairs = self.pairs.get(name, np.zeros((0, 2)))
             if len(pairs):
                 mae = np.abs(pairs[:, 0] - pairs[:, 1]).mean()
                 note = f"validation, MAE {mae:.4f} {unit}, n = {len(pairs)}"

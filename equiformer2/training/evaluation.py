@@ -322,7 +322,8 @@ def check_targets(data: Data, forces: bool, path: str) -> None:
     if missing:
         name = data.sid[0] if isinstance(data.sid, list) else data.sid
         raise InputError(
-            f"{path} holds no targets to compare with (structure {name} has no {missing[0]}): use predict.py"
+            f"{path} holds no targets to compare with (structure {name} has no {missing[0]}): "
+            "use `equiformer2 predict`"
         )
 
 

@@ -90,12 +90,14 @@ class FiniteGuard:
         allowed: how many such steps may follow each other before the run stops.
 
     Attributes:
-        folder: where the batch of the step that stopped the run is written; None for nowhere.
+        folder: folder for the batch of the step that stopped the run; None writes none.
+        max_atoms: largest number of atoms in its file.
     """
 
     def __init__(self, allowed: int = 0) -> None:
         self.allowed = allowed
         self.folder: Path | None = None
+        self.max_atoms = MAX_ATOMS
         self._counts = torch.zeros(2)  # skipped in all, skipped one after the other
         self._running: list[MicroBatch] = []
         self._judged: list[MicroBatch] = []
@@ -181,7 +183,7 @@ class FiniteGuard:
         process = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
         path = self.folder / f"{DUMP_PREFIX}step{judged[0].step}_process{process}.pt"
         try:
-            write_dump(path, judged, what)
+            write_dump(path, judged, what, self.max_atoms)
         except OSError as error:
             return f"the batch could not be written ({error}); "
         return f"the batch is in {path}; "
@@ -195,8 +197,10 @@ class FiniteGuard:
         self._counts = state["counts"].clone()
 
 
-def write_dump(path: Path, micro_batches: Iterable[MicroBatch], what: str) -> None:
-    """Write the structures of a step to a file, non-finite ones first, as many as `MAX_ATOMS` allow.
+def write_dump(
+    path: Path, micro_batches: Iterable[MicroBatch], what: str, max_atoms: int = MAX_ATOMS
+) -> None:
+    """Write the structures of a step to a file, non-finite ones first.
 
     The file holds plain values and tensors, for `torch.load(path, weights_only=True)`: `step`, `what` (loss
     or gradient), `losses` of the micro-batches, `structures` (a dictionary of the data object's fields each,
@@ -206,6 +210,7 @@ def write_dump(path: Path, micro_batches: Iterable[MicroBatch], what: str) -> No
         path: file to write.
         micro_batches: those of one optimizer step.
         what: `loss` or `gradient`, whichever is not finite.
+        max_atoms: largest number of atoms in the file, unless a single structure has more.
 
     Raises:
         OSError: it could not be written.
@@ -219,7 +224,7 @@ def write_dump(path: Path, micro_batches: Iterable[MicroBatch], what: str) -> No
     atoms = 0
     for _, record in structures:
         atoms += len(record["pos"])
-        if kept and atoms > MAX_ATOMS:
+        if kept and atoms > max_atoms:
             break
         kept.append(record)
     content = {

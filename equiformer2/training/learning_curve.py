@@ -63,7 +63,7 @@ def read_validations(run: AnyPath) -> list[Validation]:
     run = Path(run)
     for name in ("metrics.csv", "log.txt"):
         if not (run / name).is_file():
-            raise InputError(f"{run} is no run folder of train.py: it has no {name}")
+            raise InputError(f"{run} is no run folder of `equiformer2 train`: it has no {name}")
     seconds = {
         int(step): float(time) for step, time in _VALIDATION_LINE.findall((run / "log.txt").read_text())
     }
@@ -90,7 +90,9 @@ def errors_by_system(predictor: Predictor, dataset: OC20Lmdb, batch_size: int = 
         InputError: the model predicts no forces, or the records have no energies or forces.
     """
     if not predictor.has_forces:
-        raise InputError("the model predicts no forces: errors by system are of both, use evaluate.py")
+        raise InputError(
+            "the model predicts no forces: errors by system are of both, use `equiformer2 evaluate`"
+        )
     check_targets(dataset[0], True, dataset.path)
     energies: dict[str, list[tuple[float, float, float]]] = {}
     forces: dict[str, list[np.ndarray]] = {}

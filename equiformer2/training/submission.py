@@ -77,8 +77,9 @@ def make_submission(
 
     Args:
         task: "s2ef" or "is2re".
-        predictions: file for every split of `SPLITS`. For S2EF the `.npz` of `predict.py`; for IS2RE that
-            of a model trained to give the relaxed energy at once, or a folder of `relax_is2re.py`.
+        predictions: file for every split of `SPLITS`. For S2EF the `.npz` of `equiformer2 predict`; for IS2RE
+            that of a model trained to give the relaxed energy at once, or a folder of
+            `equiformer2 relax-is2re`.
         atoms: whose forces go in, "free" or "all". The leaderboard scores free atoms.
         dtype: of energies and forces.
 
@@ -123,7 +124,8 @@ def _read_s2ef(path: Path, atoms: str) -> Arrays:
     for key in ("sid", "fid", "natoms", "energy", "forces", "fixed"):
         if key not in found:
             raise InputError(
-                f"{path}: key {key} is missing: make the file with predict.py and a model with forces"
+                f"{path}: key {key} is missing: make the file with `equiformer2 predict` and a model with "
+                "forces"
             )
     natoms, fid = found["natoms"], found["fid"]
     for key in ("natoms", "fid"):
@@ -152,23 +154,27 @@ def _read_s2ef(path: Path, atoms: str) -> Arrays:
 def _read_is2re(path: Path) -> Arrays:
     if path.is_dir():
         if not (path / RELAXED).is_file():
-            raise InputError(f"{path} has no {RELAXED}: let relax_is2re.py finish all its relaxations")
+            raise InputError(f"{path} has no {RELAXED}: let `equiformer2 relax-is2re` finish its relaxations")
         path = path / RELAXED
     found = read_arrays(path)
     for key in ("sid", "energy"):
         if key not in found:
-            raise InputError(f"{path}: key {key} is missing: make the file with relax_is2re.py or predict.py")
+            raise InputError(
+                f"{path}: key {key} is missing: make the file with `equiformer2 relax-is2re` or "
+                "`equiformer2 predict`"
+            )
     if "forces" in found:
         raise InputError(
             f"{path} holds energies of structures that were not relaxed, from a model with forces: relax "
-            "them with relax_is2re.py and give its folder"
+            "them with `equiformer2 relax-is2re` and give its folder"
         )
     skipped = found.get("skipped", np.zeros(0, dtype=str)).astype(str).tolist()
     if skipped:
         more = f" and {len(skipped) - _MOST_NAMED} more" if len(skipped) > _MOST_NAMED else ""
         systems = len(found["sid"]) + len(skipped)
         raise InputError(
-            f"{path} lacks {len(skipped)} of {systems} systems, which relax_is2re.py could not relax: "
+            f"{path} lacks {len(skipped)} of {systems} systems, which `equiformer2 relax-is2re` could not "
+            "relax: "
             f"{', '.join(skipped[:_MOST_NAMED])}{more}; the leaderboard needs all, so repair these in "
             "the data (skipped.jsonl beside it has the reasons) and give the same command again"
         )

@@ -1,6 +1,5 @@
 """ASE-LMDB files: nothing is lost on the way there and back, and both kinds train."""
 
-import builtins
 import sys
 import zlib
 from pathlib import Path
@@ -15,11 +14,12 @@ from ase import Atoms
 from ase.build import fcc111
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixCartesianParametricRelations
+from command_line import run_command
+from limited_process import error_with_limited_files
 from oc20_files import assert_same, dumps_pyg1, is2re_fields, s2ef_fields, structure, write_lmdb
 from torch.utils.data import DataLoader
 from torch_geometric.data import Batch
 
-import convert_lmdb
 from datasets_oc20 import DataError, LmdbWriter, OC20DataModule, OC20Lmdb
 from datasets_oc20.convert import convert
 
@@ -96,7 +96,7 @@ def test_the_stress_there_and_back(tmp_path: Path) -> None:
 def test_files_of_oc20(tmp_path: Path, fields: Any) -> None:
     values = [dumps_pyg1(fields(5 + seed, seed)) for seed in range(4)]
     source = write_lmdb(tmp_path / "oc20.lmdb", values)
-    with pytest.raises(DataError, match=r"oc20\.lmdb: does not say which energies it holds; declare"):
+    with pytest.raises(DataError, match=r"oc20\.lmdb: .*energies.*declare"):
         convert(source, tmp_path / "x.aselmdb", "ase")
     convert(source, tmp_path / "x.aselmdb", "ase", "adsorption")
     assert_equal_datasets(OC20Lmdb(source, "adsorption"), OC20Lmdb(tmp_path / "x.aselmdb"))
@@ -246,12 +246,12 @@ def test_folders_of_shards(ours: Path, tmp_path: Path) -> None:
     assert convert(source, there, "ase", num_workers=1) == 6
     assert (there / "b.aselmdb").stat().st_mtime_ns == before
     assert_equal_datasets(OC20Lmdb(source), OC20Lmdb(there))
-    with pytest.raises(DataError, match=r"b\.aselmdb: is there already with 3 records instead of 8"):
+    with pytest.raises(DataError, match=r"b\.aselmdb: .*3 records instead of 8"):
         convert(ours, there / "b.aselmdb", "ase")
     with pytest.raises(DataError, match="source: is the source"):
         convert(source, source, "ase")
     (source / "c.aselmdb").write_bytes((there / "a.aselmdb").read_bytes())
-    with pytest.raises(DataError, match=r"holds \*\.lmdb and \*\.aselmdb files, perhaps of the same data"):
+    with pytest.raises(DataError, match=r"\*\.lmdb and \*\.aselmdb"):
         OC20Lmdb(source)
 
 
@@ -284,43 +284,23 @@ def test_loaders_and_batches(ours: Path, tmp_path: Path) -> None:
 def test_a_missing_package_is_one_sentence(
     ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *arguments: Any, **options: Any) -> Any:
-        if name.startswith("ase_db_backends"):
-            raise ImportError(name)
-        return real(name, *arguments, **options)
-
     convert(ours, tmp_path / "x.aselmdb", "ase")
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(DataError) as caught:
+    monkeypatch.setitem(sys.modules, "ase_db_backends.aselmdb", None)  # as if it were not installed
+    with pytest.raises(DataError, match=r"needs the package ase-db-backends; .*pip install '\.\[ase-lmdb\]'"):
         convert(ours, tmp_path / "y.aselmdb", "ase")
-    assert str(caught.value) == (
-        "writing ASE-LMDB files needs the package ase-db-backends; install it with pip install '.[ase-lmdb]'."
-    )
-    assert len(OC20Lmdb(tmp_path / "x.aselmdb")) == 8  # reading needs nothing more
+    assert len(OC20Lmdb(tmp_path / "x.aselmdb")) == 8  # reading needs no other package
     assert OC20Lmdb(tmp_path / "x.aselmdb")[0].natoms == 7
 
 
-def test_a_failed_conversion_leaves_nothing(
-    ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("datasets_oc20.ase_lmdb_writer.publish", fail)
-    with pytest.raises(OSError, match="No space left"):
-        convert(ours, tmp_path / "x.aselmdb", "ase")
+def test_a_failed_conversion_leaves_nothing(ours: Path, tmp_path: Path) -> None:
+    error = error_with_limited_files(10_000, convert, ours, tmp_path / "x.aselmdb", "ase")
+    assert isinstance(error, OSError)
+    assert "x.aselmdb" in str(error)
     assert [path.name for path in tmp_path.iterdir()] == ["ours.lmdb"]
 
 
-def test_script(
-    ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "x.aselmdb"
-    monkeypatch.setattr(
-        sys, "argv", ["convert_lmdb.py", "--data", str(ours), "--out", str(out), "--to", "ase"]
-    )
-    convert_lmdb.main()
+    assert run_command("data convert", "--data", ours, "--out", out, "--to", "ase") == 0
     assert capsys.readouterr().out == f"8 records in {out}\n"
     assert_equal_datasets(OC20Lmdb(ours), OC20Lmdb(out))

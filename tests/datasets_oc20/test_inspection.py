@@ -1,18 +1,17 @@
-"""What the inspection of a dataset says: true numbers, and every kind of frame that is wrong."""
+"""Inspection of datasets: its numbers, and every kind of frame that is wrong."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command_line import run_command
 from matplotlib.image import imread
 from oc20_files import dumps_pyg1, s2ef_fields, structure, write_lmdb
 from torch_geometric.data import Data
 
-import inspect_data
 from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
 from datasets_oc20.inspection import PROBLEMS, Inspection, inspect_dataset
 from datasets_oc20.inspection_figure import draw_inspection, element_position
@@ -174,13 +173,13 @@ def test_kind_of_energy(tmp_path: Path, declared: str | None, energy: float, sen
 
 
 def test_a_sample_and_several_processes(tmp_path: Path) -> None:
-    frames = [good(seed, energy=0.001 * seed) for seed in range(700)]
+    frames = [good(seed, energy=0.001 * seed) for seed in range(450)]
     whole = inspect_frames(tmp_path / "x.lmdb", frames)
     dataset = OC20Lmdb(tmp_path / "x.lmdb")
     assert to_record(inspect_dataset(dataset, num_workers=2), dataset) == to_record(whole, dataset)
     part = inspect_dataset(dataset, max_frames=8)
-    assert part.energy == pytest.approx(np.arange(0, 700, 699 / 7).astype(int) * 0.001, abs=1e-6)
-    assert "700 frames, 8 of them inspected, evenly spread" in to_text(to_record(part, dataset))
+    assert part.energy == pytest.approx(np.linspace(0, 449, 8).astype(int) * 0.001, abs=1e-6)
+    assert "450 frames, 8 of them inspected, evenly spread" in to_text(to_record(part, dataset))
     with pytest.raises(DataError, match="max_frames is -1; it must be at least 1"):
         inspect_dataset(dataset, max_frames=-1)
 
@@ -203,21 +202,16 @@ def test_the_periodic_table() -> None:
     assert len({element_position(z) for z in range(1, 119)}) == 118
 
 
-def test_script_on_bundled_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_on_bundled_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = tmp_path / "small.lmdb", tmp_path / "new" / "report"
     preprocess(ROOT / "data" / "oc20_trajs", data, systems=["random1447590"], num_workers=1)
-    options = ["--data", str(data), "--out", str(out), "--num-workers", "1"]
-    monkeypatch.setattr(sys, "argv", ["inspect_data.py", *options])
     capsys.readouterr()
-    inspect_data.main()
+    assert run_command("data inspect", "--data", data, "--out", out, "--num-workers", 1) == 0
     printed = capsys.readouterr().out
     assert "1 file(s), 47 frames, all inspected" in printed
     assert "suspicious frames: 0" in printed
     assert sorted(path.name for path in out.iterdir()) == ["inspection.json", "inspection.png"]
     record = json.loads((out / "inspection.json").read_text())
     assert (record["frames"], record["systems"], record["energy_kind"]) == (47, 1, "adsorption")
-    monkeypatch.setattr(sys, "argv", ["x", "--data", "absent", "--out", str(out), "--overwrite"])
-    with pytest.raises(DataError, match="absent: no such file"):
-        inspect_data.main()
+    assert run_command("data inspect", "--data", "absent", "--out", out, "--overwrite") == 2
+    assert "absent: no such file" in capsys.readouterr().err

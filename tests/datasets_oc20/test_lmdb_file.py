@@ -45,7 +45,7 @@ def test_cut_while_it_is_open(tmp_path: Path) -> None:
     items = _write(tmp_path / "a.lmdb")
     file = LmdbFile(tmp_path / "a.lmdb")
     os.truncate(tmp_path / "a.lmdb", 8192)
-    with pytest.raises(DataError, match=r"a\.lmdb: the file was changed while it was read"):
+    with pytest.raises(DataError, match=r"a\.lmdb: .*changed"):
         [file.get(key) for key in items]
 
 
@@ -79,7 +79,7 @@ def _read_damaged(folder: str, trials: int, seed: int, results: "multiprocessing
     results.put(refused)
 
 
-@pytest.mark.parametrize("trials", [20, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trials", [10, pytest.param(400, marks=pytest.mark.slow)])
 def test_no_changed_page_ends_the_process(trials: int, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     results: multiprocessing.SimpleQueue[int] = context.SimpleQueue()

@@ -1,19 +1,17 @@
 """Raw releases to LMDB: energies, filters, choices, and errors before anything is written."""
 
 import lzma
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import run_command
 from oc20_files import assert_same, frame_text
 
 from datasets_oc20 import DataError, OC20Lmdb
 from datasets_oc20.preprocess import PreprocessOptions, preprocess
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "preprocess_oc20.py"
 
 
 @pytest.fixture
@@ -95,7 +93,7 @@ def test_later_frames_and_informative_frames(raw: Path, tmp_path: Path) -> None:
 
 def test_the_later_frames_need_a_file_of_their_own(raw: Path, tmp_path: Path) -> None:
     out, again = tmp_path / "out.lmdb", tmp_path / "raw" / ".." / "out.lmdb"
-    with pytest.raises(DataError, match=r"out\.lmdb: is to hold the later frames too; name another file"):
+    with pytest.raises(DataError, match=r"out\.lmdb: .*later frames"):
         preprocess(raw, out, PreprocessOptions(later_fraction=0.3), later_out=again, num_workers=1)
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
@@ -185,17 +183,11 @@ def test_wrong_options(wrong: dict) -> None:
         PreprocessOptions(**wrong)
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-
-
-def test_script_on_a_bundled_relaxation(tmp_path: Path) -> None:
+def test_command_on_a_bundled_relaxation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "small.lmdb"
-    done = run("--data", ROOT / "data" / "oc20_trajs", "--out", out, "--systems", "random1447590")
-    assert done.returncode == 0, done.stderr
-    assert "47 of 47 frames of 1 files" in done.stdout
+    options = ["--data", ROOT / "data" / "oc20_trajs", "--out", out, "--systems", "random1447590"]
+    assert run_command("data preprocess", *options) == 0
+    assert "47 of 47 frames of 1 files" in capsys.readouterr().out
     dataset = OC20Lmdb(out)
     assert len(dataset) == 47
     # Last frame: DFT energy in the raw file less the reference in system.txt.
@@ -218,7 +210,8 @@ def test_script_on_a_bundled_relaxation(tmp_path: Path) -> None:
     assert_same(total, dataset[46])
 
 
-def test_script_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
-    done = run("--data", tmp_path / "absent", "--out", tmp_path / "out.lmdb")
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [f"error: {tmp_path / 'absent'}: no such folder."]
+def test_the_command_reports_an_error_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("data preprocess", "--data", tmp_path / "absent", "--out", tmp_path / "out.lmdb") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert str(tmp_path / "absent") in line

@@ -1,31 +1,30 @@
-"""Releases in shards: runs that are killed, go on, or were begun for something else."""
+"""Releases in shards: runs that are killed, resumed, or begun with other options."""
 
 import json
 import logging
 import multiprocessing
-import os
+import shutil
 import signal
-import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from command_line import run_command
 from oc20_files import assert_same, frame_text
 
-import preprocess_oc20
-from datasets_oc20 import DataError, OC20Lmdb, shards
+from datasets_oc20 import DataError, OC20Lmdb
 from datasets_oc20.locking import exclusive
-from datasets_oc20.preprocess import FileResult, PreprocessOptions, PreprocessReport, preprocess
-from datasets_oc20.raw_release import RawFile
+from datasets_oc20.preprocess import PreprocessOptions, PreprocessReport, preprocess
 from datasets_oc20.shards import preprocess_shards
 
 FILES, FRAMES = 12, 8
 
 
-@pytest.fixture
-def release(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release as its archive unpacks: a folder in a folder, chunks of mixed systems."""
-    folder = tmp_path / "s2ef_train_1K" / "s2ef_train_1K"
+    folder = tmp_path_factory.mktemp("release") / "s2ef_train_1K" / "s2ef_train_1K"
     folder.mkdir(parents=True)
     (folder.parent / "README").write_text("read me")
     for chunk in range(FILES):
@@ -34,6 +33,12 @@ def release(tmp_path: Path) -> Path:
         index = "".join(f"random{k % 3},frame{chunk * FRAMES + k},{-19.5 - k}\n" for k in range(FRAMES))
         (folder / f"{chunk}.txt").write_text(index)
     return folder.parent
+
+
+@pytest.fixture
+def release(unpacked: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(unpacked, tmp_path / unpacked.name))
 
 
 def names(folder: Path) -> list[str]:
@@ -68,79 +73,68 @@ def test_the_number_of_workers_does_not_change_the_files(release: Path, tmp_path
     assert [path.read_bytes() for path in shards_of[0]] == [path.read_bytes() for path in shards_of[1]]
 
 
-def test_killed_at_any_moment_and_going_on(
-    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_at_any_moment_and_going_on(release: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     expected = preprocess_shards(release, whole, 6, num_workers=1)
-
-    read = shards.read_raw_file
-
-    def slowly(file: RawFile, options: PreprocessOptions) -> FileResult:
-        time.sleep(0.02)
-        return read(file, options)
-
-    monkeypatch.setattr(shards, "read_raw_file", slowly)
     killed_before_the_end = 0
-    for moment in (0.03, 0.06, 0.09, 0.12):
+    for finished in range(4):
         process = multiprocessing.get_context("fork").Process(
             target=preprocess_shards, args=(release, out, 6), kwargs={"num_workers": 2}
         )
         process.start()
-        time.sleep(moment)
+        while process.is_alive() and not (
+            (out / "plan.json").exists() and len(list(out.glob("data.*.json"))) >= finished
+        ):
+            time.sleep(0.001)
         process.kill()
         process.join()
         killed_before_the_end += process.exitcode == -signal.SIGKILL
-        for path in out.glob("data.*.lmdb"):  # what has its name is whole
+        for path in out.glob("data.*.lmdb"):  # files under their final names are whole
             assert path.read_bytes() == (whole / path.name).read_bytes()
             assert len(OC20Lmdb(path)) > 0
     assert killed_before_the_end >= 2
-    made = {path.name: path.stat().st_mtime_ns for path in out.glob("data.*.json")}
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("data.*.json")}
     assert preprocess_shards(release, out, 6, num_workers=2) == expected
     assert names(out) == names(whole)
     for path in whole.glob("*.lmdb"):
         assert (out / path.name).read_bytes() == path.read_bytes()
-    assert {name: (out / name).stat().st_mtime_ns for name in made} == made  # none was made again
+    assert {name: (out / name).stat().st_mtime_ns for name in times} == times  # none was written again
 
 
-def test_only_what_is_missing_is_made(
-    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_only_missing_shards_are_written(
+    release: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def times() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in out.glob("data.*.json")}
+
     out = tmp_path / "out"
     expected = preprocess_shards(release, out, 6, num_workers=1)
     whole = {path.name: path.read_bytes() for path in out.glob("*.lmdb")}
+    before = times()
     (out / "data.0001.lmdb").write_bytes(whole["data.0001.lmdb"][:5000])  # truncated
     (out / "data.0002.lmdb").unlink()
     (out / "data.0003.json").unlink()  # killed between the shard and its counts
     for name in (".data.0004.lmdb.77.tmp", ".data.0004.json.77.tmp", ".plan.json.77.tmp"):
         (out / name).write_bytes(b"half")
     (out / "notes.txt").write_text("mine")
-    read = shards.read_raw_file
-    seen: list[str] = []
-
-    def note(file: RawFile, options: PreprocessOptions) -> FileResult:
-        seen.append(file.path.name)
-        return read(file, options)
-
-    monkeypatch.setattr(shards, "read_raw_file", note)
     with caplog.at_level(logging.INFO, logger="datasets_oc20"):
         assert preprocess_shards(release, out, 6, num_workers=1) == expected
-    assert len(seen) == 3 * FILES // 6
+    after = times()
+    assert {name for name in after if after[name] != before[name]} == {
+        f"data.000{number}.json" for number in (1, 2, 3)
+    }
     assert "3 of 6 shards are there already" in caplog.text
     assert {path.name: path.read_bytes() for path in out.glob("*.lmdb")} == whole
     assert not list(out.glob(".*.tmp"))
     assert (out / "notes.txt").read_text() == "mine"
-    seen.clear()
     assert preprocess_shards(release, out, 6, num_workers=1) == expected
-    assert not seen
+    assert times() == after
 
 
 def test_a_folder_begun_for_something_else(release: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     preprocess_shards(release, out, 3, num_workers=1)
-    with pytest.raises(
-        DataError, match=r"plan\.json: the folder was begun with other shards; name a new folder"
-    ):
+    with pytest.raises(DataError, match=r"plan\.json: .*other shards; .*new folder"):
         preprocess_shards(release, out, 4, num_workers=1)
     with pytest.raises(DataError, match="begun with other options"):
         preprocess_shards(release, out, 3, PreprocessOptions(max_energy=None), num_workers=1)
@@ -151,7 +145,7 @@ def test_a_folder_begun_for_something_else(release: Path, tmp_path: Path) -> Non
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     (stranger / "data.0000.lmdb").write_bytes(b"mine")
-    with pytest.raises(DataError, match=r"data\.0000\.lmdb: was not made by this command"):
+    with pytest.raises(DataError, match=r"data\.0000\.lmdb: was not made"):
         preprocess_shards(release, stranger, 3, num_workers=1)
     assert (stranger / "data.0000.lmdb").read_bytes() == b"mine"
 
@@ -189,14 +183,18 @@ def test_a_wrong_file_keeps_the_good_shards(release: Path, tmp_path: Path, worke
     assert OC20Lmdb(out / changed.pop())[3].energy.item() == -0.75
 
 
-def test_a_killed_worker_is_not_waited_for(
-    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shards, "read_raw_file", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(OSError, match="a worker process was killed, perhaps because the memory was full"):
-        preprocess_shards(release, tmp_path / "out", 4, num_workers=2)
-    monkeypatch.undo()
-    preprocess_shards(release, tmp_path / "out", 4, num_workers=2)
+def test_a_killed_worker_is_an_error(release: Path, tmp_path: Path) -> None:
+    def kill_a_worker() -> None:
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.001)
+        workers[0].kill()
+
+    killer = threading.Thread(target=kill_a_worker, daemon=True)
+    killer.start()
+    with pytest.raises(OSError, match="worker process was killed"):
+        preprocess_shards(release, tmp_path / "out", FILES, num_workers=2)
+    killer.join()
+    preprocess_shards(release, tmp_path / "out", FILES, num_workers=2)
     assert len(OC20Lmdb(tmp_path / "out")) == FILES * FRAMES
 
 
@@ -216,31 +214,27 @@ def test_filters_that_leave_nothing(release: Path, tmp_path: Path) -> None:
         preprocess_shards(release, tmp_path / "none", 2, PreprocessOptions(later_fraction=0.2))
 
 
-def test_script(
-    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command(release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "lmdb"
-    options = ["--data", str(release), "--out", str(out), "--shards", "3", "--num-workers", "1"]
-    monkeypatch.setattr(sys, "argv", ["preprocess_oc20.py", *options])
-    preprocess_oc20.main()
+    options = ["--data", release, "--out", out, "--shards", 3, "--num-workers", 1]
+    assert run_command("data preprocess", *options) == 0
     assert f"96 of 96 frames of 12 files to {out}" in capsys.readouterr().out
     assert json.loads((out / "report.json").read_text())["written"] == 96
     assert len(OC20Lmdb(out)) == 96
 
 
-def test_script_with_a_list_of_systems_that_names_none(
-    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_command_with_a_list_of_systems_that_names_none(
+    release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "binary.txt").write_bytes(b"\xde\xc0")
     for options, message in (
         (["--systems", ""], "must name a system"),
-        (["--systems-file", str(tmp_path / "empty.txt")], "must name a system"),
-        (["--systems-file", str(tmp_path / "binary.txt")], "not a text file"),
-        (["--systems-file", str(tmp_path / "empty.txt"), "--systems", "a"], "not both"),
+        (["--systems-file", tmp_path / "empty.txt"], "must name a system"),
+        (["--systems-file", tmp_path / "binary.txt"], "not a text file"),
+        (["--systems-file", tmp_path / "empty.txt", "--systems", "a"], "not both"),
     ):
-        given = ["preprocess_oc20.py", "--data", str(release), "--out", str(tmp_path / "x.lmdb"), *options]
-        monkeypatch.setattr(sys, "argv", given)
-        with pytest.raises(DataError, match=message):
-            preprocess_oc20.main()
+        out = tmp_path / "x.lmdb"
+        assert run_command("data preprocess", "--data", release, "--out", out, *options) == 2
+        assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.lmdb"))

@@ -166,7 +166,7 @@ def test_inflate() -> None:
     assert untrusted.inflate(packed, 1000, "row 3") == b"x" * 1000
     for content, limit, expected in (
         (packed, 999, "more than 999"),
-        (zlib.compress(b"\0" * 100_000_000), 1000, "more than 1000"),
+        (zlib.compress(b"\0" * 10_000_000), 1000, "more than 1000"),
         (packed[:-2], 1000, "truncated"),
         (b"", 1000, "truncated"),
         (b"nonsense", 1000, "damaged"),
@@ -178,7 +178,7 @@ def test_inflate() -> None:
 @pytest.mark.parametrize("packer", [lzma.compress, gzip.compress])
 def test_compressed_streams(packer: Callable[[bytes], bytes], tmp_path: Path) -> None:
     suffix = ".xz" if packer is lzma.compress else ".gz"
-    text = b"some line\n" * 100_000
+    text = b"some line\n" * 20_000
 
     def read(content: bytes, limit: int = len(text)) -> bytes:
         path = tmp_path / f"x{suffix}"
@@ -192,7 +192,7 @@ def test_compressed_streams(packer: Callable[[bytes], bytes], tmp_path: Path) ->
     assert read(packer(b"")) == b""
     for content, expected in (
         (packer(text + b"1"), "more than"),
-        (packer(b"\0" * 100_000_000), "more than"),
+        (packer(b"\0" * 20_000_000), "more than"),
         (packer(text)[:-9], "truncated"),
         (packer(text)[:30] + b"\0\1\2" + packer(text)[33:], "damaged"),
         (b"", "truncated"),

@@ -1,8 +1,6 @@
 """Our LMDB files: exact, whole or absent, and free of pickles."""
 
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import lmdb
 import orjson
 import pytest
 import torch
+from limited_process import error_with_limited_files
 from oc20_files import assert_same, structure
 from torch_geometric.data import Data
 
@@ -65,14 +64,16 @@ def test_keys_are_as_documented(tmp_path: Path) -> None:
     assert not (tmp_path / "out.lmdb.natoms.npz").exists()
 
 
-def test_the_map_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets_oc20.writer._FIRST_MAP_SIZE", 1 << 16)
+def test_files_beyond_the_first_map(tmp_path: Path) -> None:
+    large = structure(natoms=250_000)
+    value = structure_record.pack(large)
     with LmdbWriter(tmp_path / "out.lmdb", "total") as writer:
-        for seed in range(600):
-            writer.write(structure(natoms=30, seed=seed))
+        for _ in range(8):
+            writer.write_packed(value, 250_000)
+    assert (tmp_path / "out.lmdb").stat().st_size > 1 << 26  # bytes of the first map
     dataset = OC20Lmdb(tmp_path / "out.lmdb")
-    assert len(dataset) == 600
-    assert_same(dataset[599], structure(natoms=30, seed=599))
+    assert len(dataset) == 8
+    assert_same(dataset[7], large)
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -94,23 +95,14 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
-    # A limit on the size of a file fails its writes just as a full disk does.
-    program = f"""
-import resource, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from oc20_files import structure
-from datasets_oc20 import LmdbWriter
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-try:
-    with LmdbWriter({str(tmp_path / "out.lmdb")!r}, "total") as writer:
-        for seed in range(2000):
-            writer.write(structure(natoms=30, seed=0))
-except OSError as error:
-    print("caught", error)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "caught" in done.stdout
-    assert "out.lmdb: cannot be written" in done.stdout
+    def write() -> None:
+        with LmdbWriter(tmp_path / "out.lmdb", "total") as writer:
+            for _ in range(600):
+                writer.write(structure(natoms=30))
+
+    error = error_with_limited_files(200_000, write)
+    assert isinstance(error, OSError)
+    assert "out.lmdb: cannot be written" in str(error)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -123,12 +115,18 @@ def test_impossible_places(tmp_path: Path) -> None:
         LmdbWriter(tmp_path / "out.lmdb", "free")
 
 
-def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets_oc20.writer.FORMAT_VERSION", 3)
-    with LmdbWriter(tmp_path / "out.lmdb", "total") as writer:
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "out.lmdb"
+    with LmdbWriter(path, "total") as writer:
         writer.write(structure())
-    with pytest.raises(DataError, match=r"out\.lmdb: the file has format 3, .* up to 2; update"):
-        OC20Lmdb(tmp_path / "out.lmdb")
+    with (
+        lmdb.open(str(path), subdir=False, lock=False) as environment,
+        environment.begin(write=True) as transaction,
+    ):
+        metadata = orjson.loads(transaction.get(b"metadata"))
+        transaction.put(b"metadata", orjson.dumps(metadata | {"format_version": 3}))
+    with pytest.raises(DataError, match=r"out\.lmdb: .*format 3.*up to 2"):
+        OC20Lmdb(path)
 
 
 @pytest.mark.parametrize("cut", [1, 7, 9, 60, -1, -200])

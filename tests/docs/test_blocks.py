@@ -24,7 +24,9 @@ def wrong_blocks(page: Path) -> list[str]:
             if reason is not None and len(reason.split()) < 2:
                 found.append(f"{block.place}: the marker '{marker}' needs a reason")
         if block.language == "text" and re.search(
-            r"^\s*(\$ )?(python|make|pip|torchrun|srun|import|from \w+ import)\b", block.code, re.MULTILINE
+            r"^\s*(\$ )?(equiformer2|python|make|pip|torchrun|srun|import|from \w+ import)\b",
+            block.code,
+            re.MULTILINE,
         ):
             found.append(f"{block.place}: code that is called text")
     return found
@@ -125,8 +127,11 @@ def test_failures_name_page_and_line(tmp_path: Path, text: str, told: str) -> No
     [
         ("python", "from equiformer2 import Nothing", "page.md:7: equiformer2 has no"),
         ("bash", "python scripts/relax.py --no-such 1", "relax.py has no option --no-such"),
+        ("bash", "equiformer2 prune plan --nothing", "equiformer2 prune plan has no option --nothing"),
+        ("bash", "equiformer2 train --model.num_layer 1", "train has no option --model.num_layer"),
         ("bash", "torchrun scripts/train.py --model.num_layer 1", "train.py has no option --model.num_layer"),
         ("bash", "python scripts/prune.py plan --nothing", "prune.py plan has no option --nothing"),
+        ("bash", "equiformer2 nothing", "equiformer2 has no command nothing"),
     ],
 )
 def test_blocks_that_are_not_run_are_looked_at(language: str, code: str, told: str) -> None:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 from ase import Atoms
 from torch_geometric.data import Batch
@@ -27,9 +26,7 @@ def test_it_is_what_collation_makes(oxygen_on_copper: Atoms) -> None:
             assert batch[key] == expected[key], key
 
 
-def test_moving_leaves_the_callers_batch(
-    checkpoint: Path, oxygen_on_copper: Atoms, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_moving_leaves_the_callers_batch(checkpoint: Path, oxygen_on_copper: Atoms) -> None:
     predictor = Predictor(checkpoint)
     seen = []
 
@@ -37,8 +34,8 @@ def test_moving_leaves_the_callers_batch(
         seen.append(batch)
         return {}
 
-    monkeypatch.setattr(predictor, "device", torch.device("meta"))
-    monkeypatch.setattr(predictor, "router", lambda model, batch, request: network(batch, request))
+    predictor.device = torch.device("meta")
+    predictor.router = lambda model, batch, request: network(batch, request)
     batch = batch_of_one(atoms_to_data(oxygen_on_copper))
     predictor._run(batch, OutputRequest())
     assert seen[0].pos.device.type == seen[0].batch.device.type == "meta"

@@ -31,7 +31,6 @@ from equiformer2.pruning.routing.router_files import load_router
 from equiformer2.pruning.structured.grid_tuning import write_with_grids
 from equiformer2.pruning.structured.plan import PruningPlan
 from equiformer2.pruning.structured.plan_request import apply_plan
-from equiformer2.script import run_script
 
 ROOT = Path(__file__).parents[2]
 VAL_20 = ROOT / "tests/fixtures/datasets_oc20/s2ef_val_20.lmdb"
@@ -430,10 +429,12 @@ def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([ours.name, "x.json"])
 
 
-def _python(code: str, *, input_: bytes = b"", **environment: str) -> "subprocess.CompletedProcess[bytes]":
+def _python(
+    code: str, *arguments: str, input_: bytes = b"", **environment: str
+) -> "subprocess.CompletedProcess[bytes]":
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         env=variables,
         input=input_,
         capture_output=True,
@@ -471,14 +472,11 @@ def test_a_signal_leaves_nothing_unfinished(number: int, status: int, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "shown"), [([], False), (["--debug"], True)], ids=["one line", "traceback"]
 )
-def test_a_bug_has_status_1(
-    arguments: list[str], shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["x.py", *arguments])
-    with pytest.raises(SystemExit) as end:
-        run_script(lambda: {}["absent"])
-    printed = capsys.readouterr().err
-    assert end.value.code == 1
+def test_a_bug_has_status_1(arguments: list[str], shown: bool) -> None:
+    code = "from equiformer2.script import run_script; run_script(lambda: {}['absent'])"
+    process = _python(code, *arguments)
+    printed = process.stderr.decode()
+    assert process.returncode == 1
     assert "this is a bug (KeyError" in printed
     assert "--debug" in printed or shown
     assert ("Traceback" in printed) is shown

@@ -31,8 +31,8 @@ from equiformer2.training.learning_curve import errors_by_system
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.resume_state import read_resume_state
 from equiformer2.training.run import train
-from equiformer2.training.task import S2EFTask
 from equiformer2.training.wandb_logging import WandbSettings
+from tests.hooks import fails, with_hooks
 
 ROOT = Path(__file__).parents[2]
 LMDB = ROOT / "tests" / "fixtures" / "datasets_oc20" / "s2ef_val_20.lmdb"
@@ -271,49 +271,40 @@ def _answers_to_ctrl_c() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGHUP], ids=["Ctrl-C", "lost terminal"])
-def test_a_run_that_is_interrupted_saves_and_goes_on(
-    sent: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_is_interrupted_saves_and_goes_on(sent: signal.Signals, tmp_path: Path) -> None:
     arguments = [*SMALL, f"--runs_dir={tmp_path}", "--name=stopped"]
     if sent is signal.SIGHUP:
         signal.signal(sent, signal.SIG_DFL)  # as without nohup
-    monkeypatch.setattr(S2EFTask, "on_train_batch_start", lambda *_: os.kill(os.getpid(), sent), False)
+    interrupted = with_hooks(parse(arguments), on_train_batch_start=lambda *_: os.kill(os.getpid(), sent))
     with pytest.raises(SystemExit) as stopped:
-        train(parse(arguments))
+        train(interrupted)
     assert stopped.value.code == 128 + sent
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     last = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
     assert read_resume_state(last)["global_step"] == 1
-    monkeypatch.undo()
     train(parse([*arguments, "--ckpt_path=last"]))
     assert read_resume_state(last)["global_step"] == 4
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     def twice(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(S2EFTask, "on_train_batch_start", twice, raising=False)
     arguments = [*SMALL, f"--runs_dir={tmp_path}", "--name=now"]
     with pytest.raises(SystemExit) as stopped:
-        train(parse(arguments))
+        train(with_hooks(parse(arguments), on_train_batch_start=twice))
     assert stopped.value.code == 130
     assert not (tmp_path / "now" / "checkpoints" / "last.ckpt").exists()
-    monkeypatch.undo()
     train(parse(arguments))  # nothing was trained, so its name is free
 
 
-def test_ctrl_c_in_the_last_validation_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_in_the_last_validation_is_one(tmp_path: Path) -> None:
     """Lightning would exit with status 1 and ignore every later Ctrl-C."""
-
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(S2EFTask, "validation_step", interrupt)
     limits = ["--trainer.max_steps=1", "--trainer.max_epochs=-1", "--trainer.limit_val_batches=1"]
+    config = parse([*SMALL, *limits, f"--runs_dir={tmp_path}", "--name=valid"])
     with pytest.raises(KeyboardInterrupt):
-        train(parse([*SMALL, *limits, f"--runs_dir={tmp_path}", "--name=valid"]))
+        train(with_hooks(config, on_validation_batch_start=fails(KeyboardInterrupt())))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert (tmp_path / "valid" / "checkpoints" / "last.ckpt").exists()
 

@@ -1,4 +1,4 @@
-"""evaluate.py over several splits: averages, error tables, what is kept after a stop, W&B."""
+"""`equiformer2 evaluate` over several splits: averages, error tables, what is kept after a stop, W&B."""
 
 import json
 import os

@@ -20,7 +20,6 @@ from torch_geometric.data import Batch, Data
 from datasets_oc20 import OC20Lmdb
 from equiformer2.checkpoint import Normalizer, Normalizers
 from equiformer2.errors import InputError
-from equiformer2.training import guard as batch_dump
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.task import S2EFTask, TaskSettings
 
@@ -170,11 +169,12 @@ def test_the_count_is_part_of_a_checkpoint(batches: list[Batch]) -> None:
         fit(resumed, [spoiled(batches[3])])
 
 
-def test_the_file_is_bounded(batches: list[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_is_bounded(batches: list[Batch], tmp_path: Path) -> None:
     bad = spoiled(batches[0])
-    monkeypatch.setattr(batch_dump, "MAX_ATOMS", int(bad.natoms[1]) + 1)
+    task = make_task(tmp_path)
+    task.guard.max_atoms = int(bad.natoms[1]) + 1
     with pytest.raises(InputError):
-        fit(make_task(tmp_path), [bad])
+        fit(task, [bad])
     path = tmp_path / "non_finite_step0_process0.pt"
     content = torch.load(path, weights_only=True)
     assert [each["sid"] for each in content["structures"]] == [bad.sid[1]]

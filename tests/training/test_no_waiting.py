@@ -28,7 +28,6 @@ from datasets_oc20.datamodule import collate
 from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers
 from equiformer2.training.callbacks import Summary
-from equiformer2.training.corruption import corrupt
 from equiformer2.training.guard import FiniteGuard
 from equiformer2.training.loader import ResumableDataModule
 from equiformer2.training.optim import OptimSettings, update_average
@@ -147,37 +146,64 @@ class Watch(pl.Callback):
 NORMALIZERS = Normalizers(energy=Normalizer(2.5, 0.5), forces=Normalizer(0.0, 0.2))
 
 
+class WaitsForEdges(EquiformerV2):
+    """The network, whose edges may be waited for."""
+
+    build_graph = may_wait(EquiformerV2.build_graph)
+    _checked_numbers = may_wait(EquiformerV2._checked_numbers)
+
+
+class UnreadGuard(FiniteGuard):
+    """On a GPU the guard reads the verdict on a step during the next one."""
+
+    def check(self) -> None:
+        """Read nothing."""
+
+
+class Watched(S2EFTask):
+    """The task on a CPU, without what it does on the host in any case."""
+
+    _corrupted = may_wait(S2EFTask._corrupted)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.guard = UnreadGuard()
+
+
+class Unlogged(Watched):
+    def _log_training(self, *_: Any) -> None:
+        """Log nothing: there is no trainer."""
+
+
+class WatchedSummary(Summary):
+    on_train_batch_end = watched(Summary.on_train_batch_end)
+
+
+class WatchedCheckpoint(ResumeCheckpoint):
+    on_train_batch_end = watched(ResumeCheckpoint.on_train_batch_end)
+
+
 def network(**changes: Any) -> EquiformerV2:
-    """With everything that only training has; the edges may be waited for."""
+    """With everything that only training has."""
     config = TINY | {"alpha_drop": 0.1, "drop_path_rate": 0.1, "proj_drop": 0.1, "num_layers": 2, **changes}
-    return EquiformerV2(ModelConfig(**config))
-
-
-@pytest.fixture
-def edges_may_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("build_graph", "_checked_numbers"):
-        monkeypatch.setattr(EquiformerV2, name, may_wait(getattr(EquiformerV2, name)))
+    return WaitsForEdges(ModelConfig(**config))
 
 
 def some_batch(lmdb_path: Path, *numbers: int) -> Batch:
     return collate([OC20Lmdb(lmdb_path)[number] for number in numbers])
 
 
-def task_of(model: nn.Module, **settings: Any) -> S2EFTask:
+def task_of(model: nn.Module, kind: type[S2EFTask] = Watched, **settings: Any) -> S2EFTask:
     settings = {"backend": "torch", **settings}
     normalizers = NORMALIZERS.for_gradient() if model.config.forces == "gradient" else NORMALIZERS  # type: ignore[union-attr]
-    return S2EFTask(model, normalizers, "adsorption", TaskSettings(**settings), OptimSettings(), seed=7)
+    return kind(model, normalizers, "adsorption", TaskSettings(**settings), OptimSettings(), seed=7)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}])
 def test_a_step_reads_nothing_from_the_device(
-    tmp_path: Path, lmdb_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+    tmp_path: Path, lmdb_path: Path, settings: dict[str, Any]
 ) -> None:
-    # On a GPU the guard reads the verdict on a step during the next one.
-    monkeypatch.setattr(FiniteGuard, "check", lambda _: None)
-    for callback in (Summary, ResumeCheckpoint):
-        monkeypatch.setattr(callback, "on_train_batch_end", watched(callback.on_train_batch_end))
     task = task_of(StandIn())
     data = ResumableDataModule(
         train=str(lmdb_path), val=str(lmdb_path), energy_kind="adsorption", batch_size=3, seed=7
@@ -186,7 +212,7 @@ def test_a_step_reads_nothing_from_the_device(
     trainer = pl.Trainer(
         max_steps=6,
         accelerator="cpu",
-        callbacks=[watch, Summary(), ResumeCheckpoint(tmp_path / "last.ckpt")],
+        callbacks=[watch, WatchedSummary(), WatchedCheckpoint(tmp_path / "last.ckpt")],
         logger=CSVLogger(tmp_path, name="", version=""),
         log_every_n_steps=100,
         limit_val_batches=0,
@@ -198,7 +224,6 @@ def test_a_step_reads_nothing_from_the_device(
     assert watch.steps == (11 if "accumulate_grad_batches" in settings else 6)  # seven in an epoch
 
 
-@pytest.mark.usefixtures("edges_may_be_waited_for")
 @pytest.mark.parametrize(
     ("changes", "settings"),
     [
@@ -213,12 +238,9 @@ def test_a_step_reads_nothing_from_the_device(
     ids=["direct", "checkpointing", "energy", "gradient", "stress", "dens", "v3"],
 )
 def test_the_network_reads_nothing_from_the_device(
-    lmdb_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], settings: dict[str, Any]
+    lmdb_path: Path, changes: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    task = task_of(network(**changes), **settings).train()
-    monkeypatch.setattr("equiformer2.training.task.corrupt", may_wait(corrupt))  # it draws on the host
-    monkeypatch.setattr(FiniteGuard, "check", lambda _: None)
-    monkeypatch.setattr(S2EFTask, "_log_training", lambda *_: None)
+    task = task_of(network(**changes), Unlogged, **settings).train()
     task._trainer = SimpleNamespace(accumulate_grad_batches=1, current_epoch=0, global_step=0, global_rank=0)  # type: ignore[assignment]
     batch = some_batch(lmdb_path, 0, 7, 13)
     if "stress" in changes:

@@ -1,4 +1,4 @@
-"""evaluate.py and predict.py look at where their results go before they do anything else."""
+"""`equiformer2 evaluate` and `predict` look at where their results go before they do anything else."""
 
 from pathlib import Path
 

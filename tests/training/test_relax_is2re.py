@@ -1,4 +1,4 @@
-"""relax_is2re.py: relaxations in a folder that a killed run comes back to, and their metrics."""
+"""`equiformer2 relax-is2re`: relaxations in a folder that a killed run comes back to, and their metrics."""
 
 import json
 import signal
@@ -248,7 +248,7 @@ def test_unusable_systems_are_skipped_and_named(
     wanted = tmp_path / "is2re.npz"
     assert run_script_file("make_submission", "--task", "is2re", *splits, "--out", wanted) == 2
     error = capsys.readouterr().err
-    assert "lacks 3 of 5 systems, which relax_is2re.py could not relax: 101, 102, 104;" in error
+    assert "lacks 3 of 5 systems, which `equiformer2 relax-is2re` could not relax: 101, 102, 104;" in error
     assert not wanted.exists()
 
     # Repaired, the same command relaxes what is missing.

@@ -29,8 +29,9 @@ from equiformer2.training.evaluation import (
 from equiformer2.training.folder import WholeFiles
 from equiformer2.training.metrics import ENERGY_METRICS
 from equiformer2.training.prediction import predict_dataset, write_predictions
-from equiformer2.training.run import train
-from equiformer2.training.task import S2EFTask
+from equiformer2.training.run import RunConfig, train
+from tests.disk import full_disk
+from tests.hooks import with_hooks
 
 
 @pytest.fixture(scope="module")
@@ -230,28 +231,28 @@ def test_fine_tuning_starts_from_the_weights_and_units(
 
 
 def test_a_stopped_fine_tuning_says_how_it_goes_on(
-    first_run: Path, tiny_arguments: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
+    first_run: Path, tiny_arguments: list[str], runs: Path
 ) -> None:
-    monkeypatch.setattr(
-        S2EFTask, "on_train_batch_start", lambda *_: os.kill(os.getpid(), signal.SIGTERM), False
-    )
+    def stopped(arguments: list[str]) -> RunConfig:
+        stop = {"on_train_batch_start": lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+        return with_hooks(parse(arguments), **stop)
+
     start = f"--init_from={first_run / 'checkpoints/last.pt'}"
     arguments = [*tiny_arguments, f"--runs_dir={runs}", "--name=stopped", "--trainer.max_epochs=1", start]
     folder = runs / "stopped"
     with pytest.raises(SystemExit):
-        train(parse([*arguments]))
+        train(stopped(arguments))
     assert list(train_losses(folder)) == [0]
     hint = re.findall(r"step 1; (--\w+ \w+) goes on", (folder / "log.txt").read_text())[0]
     with pytest.raises(InputError, match=f"continue it with {hint}"):
         train(parse(arguments))
     # Stopped again at the next step, so that there is a checkpoint before the last one.
     with pytest.raises(SystemExit):
-        train(parse([*arguments, *hint.split()]))
+        train(stopped([*arguments, *hint.split()]))
     last = folder / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:1000])
     with pytest.raises(InputError, match="give --ckpt_path ") as damaged:
         train(parse([*arguments, *hint.split()]))
-    monkeypatch.undo()
     train(parse([*arguments, *str(damaged.value).partition("give ")[2].split()]))
     assert list(train_losses(folder)) == [0, 1, 2, 3]
 
@@ -333,15 +334,10 @@ def test_a_run_that_ends_in_mid_epoch_is_validated(tiny_arguments: list[str], ru
     assert sorted(train_losses(folder)) == [0, 1, 2]
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     target = tmp_path / "last.ckpt"
     WholeFiles().save_checkpoint({"global_step": 1}, target)
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with full_disk(100), pytest.raises(OSError, match=r"last\.ckpt"):
         WholeFiles().save_checkpoint({"global_step": 2}, target)
     assert torch.load(target, weights_only=True) == {"global_step": 1}
     assert list(tmp_path.iterdir()) == [target]

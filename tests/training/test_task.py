@@ -171,16 +171,14 @@ def test_activation_checkpointing_is_passed_on() -> None:
 
 
 @pytest.mark.parametrize(("backend", "logged"), [("compile", 6.0), ("torch", None)])
-def test_the_number_of_compiled_graphs_is_logged(
-    backend: str, logged: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_number_of_compiled_graphs_is_logged(backend: str, logged: float | None) -> None:
     task = make_task(backend=backend)
     for network in (task.model, task.averaged):
         network.compiled_graphs = 3
     values: dict[str, Any] = {}
-    monkeypatch.setattr(task, "_trainer", SimpleNamespace(world_size=1))
-    monkeypatch.setattr(task, "log", lambda name, value, **_: values.update({name: value}))
-    monkeypatch.setattr(task, "log_dict", lambda *_, **__: None)
+    task._trainer = SimpleNamespace(world_size=1)  # type: ignore[assignment]
+    task.log = lambda name, value, **_: values.update({name: value})  # type: ignore[method-assign]
+    task.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
     task._log_training(torch.tensor(1.0), {"train/energy_mae": torch.tensor(1.0)}, 3)
     assert values.get("train/compiled_graphs") == logged
 

@@ -188,7 +188,7 @@ class ScoreRouter(BaseRouter):
             levels: one level for all blocks that are not protected, or one per block.
             **changes: other arguments to change.
         """
-        levels = levels if isinstance(levels, Real) else list(levels)
+        levels = levels if isinstance(levels, int | float) else list(levels)
         return type(self)(**self.settings() | {"levels": levels} | changes)
 
     def decide(

@@ -181,6 +181,7 @@ def batched_relaxation_router(path: str | None) -> BaseRouter | None:
     if router is not None and router.abrupt:
         raise InputError(
             f"what {path} skips jumps along a relaxation, and batches keep no plan: use a router of the mode "
-            "smooth or one that asks the tags alone (context_only), or relax one structure with relax.py"
+            "smooth or one that asks the tags alone (context_only), or relax one structure with "
+            "`equiformer2 relax`"
         )
     return router
