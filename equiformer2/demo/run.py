@@ -6,7 +6,7 @@ from pathlib import Path
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.record import adsorption_report, write_adsorption_record
 from equiformer2.demo import steps
-from equiformer2.demo.demo_report import error_lines, report_html
+from equiformer2.demo.demo_report import DemoReport, error_lines
 from equiformer2.demo.plan import RELAXED_SYSTEM, UNSEEN_SYSTEMS, DemoPlan
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes, write_json
@@ -108,4 +108,6 @@ def run_demo(root: AnyPath, out: AnyPath, plan: DemoPlan) -> Path:
             "seconds_per_step": seconds,
         },
     )
-    return write_bytes(out / "report.html", report_html(plan, judged, relaxed, figures, seconds).encode())
+    return write_bytes(
+        out / "report.html", DemoReport(plan, judged, relaxed, figures, seconds).html().encode()
+    )
