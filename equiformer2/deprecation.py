@@ -1,4 +1,4 @@
-"""The warning about a name that is going to be removed; CONTRIBUTING.md has the policy."""
+"""Warning about a replaced name; CONTRIBUTING.md has the policy."""
 
 import logging
 
@@ -11,7 +11,7 @@ def warn_once(message: str) -> None:
     """Log a warning, once per process and message; without any logging set up it appears on standard error.
 
     Args:
-        message: the old name, the new one, and the version that removes the old one.
+        message: the old name and its replacement.
     """
     if message not in _given:
         _given.add(message)

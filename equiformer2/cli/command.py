@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
             name, equals, value = argument.partition("=")
             dashed = name.replace("_", "-")
             if name.startswith("--") and name != dashed and dashed in self._option_string_actions:
-                warn_once(f"{name} is now spelt {dashed}; the old spelling will go with version 1.0")
+                warn_once(f"{name} is now spelt {dashed}")
                 given[position] = f"{dashed}{equals}{value}"
         return super().parse_known_args(given, namespace)
 

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -42,8 +41,6 @@ COMMANDS = {
     "completion": "main:Completion",
 }
 """Words of a command -> file in this folder and class."""
-if find_spec("equiformer2.cli.doctor") is None:
-    del COMMANDS["doctor"]
 
 GROUPS = {
     "adsorption": "Adsorption energies of molecules on slabs.",

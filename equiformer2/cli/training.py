@@ -73,6 +73,7 @@ class Train(Command):
 
         if "--help-all" in options.keys:
             build_parser().print_help()
+            print("\nOptions of the command line alone: --help, --help-all, --json, --debug.")
             return Result()
         folder = train(parse(options.keys))
         print(f"done: {folder}")

@@ -12,6 +12,7 @@ from equiformer2.errors import InputError
 from equiformer2.files import write_bytes, write_json
 from equiformer2.inference import Predictor
 from equiformer2.inference.record import model_record
+from equiformer2.script import header
 from equiformer2.training.evaluation import draw_figures
 
 
@@ -86,6 +87,7 @@ def run_demo(root: AnyPath, out: AnyPath, plan: DemoPlan) -> Path:
     write_json(
         out / "results.json",
         {
+            **header("demo/1", checkpoint),
             "errors": {
                 name: {
                     **item.result.to_dict(),
@@ -103,7 +105,7 @@ def run_demo(root: AnyPath, out: AnyPath, plan: DemoPlan) -> Path:
                 }
                 for item in relaxed
             ],
-            "seconds": seconds,
+            "seconds_per_step": seconds,
         },
     )
     report = DemoReport(plan, judged, relaxed, figures, seconds)

@@ -29,9 +29,7 @@ def test_a_pickle_that_would_execute_is_refused(tmp_path: Path, zipped: bool) ->
     path, marker = tmp_path / "evil.pt", tmp_path / "executed"
     content = {"state_dict": {}, "config": {"x": Malicious(marker)}, "normalizers": {}}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(
-        InputError, match=r"evil\.pt contains the Python object posix\.system, which could run"
-    ):
+    with pytest.raises(InputError, match=r"evil\.pt .*posix\.system"):
         load_checkpoint(path)
     path.write_bytes(pickle.dumps(content))
     with pytest.raises(InputError, match=r"evil\.pt"):
@@ -92,9 +90,7 @@ def test_other_dictionaries_are_described(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="state of a training run"):
         load_checkpoint(path)
     torch.save({"model": torch.zeros(1), "epoch": 3}, path)
-    with pytest.raises(
-        InputError, match=r"no equiformer2, OCP or fairchem v1 checkpoint: it holds epoch, model"
-    ):
+    with pytest.raises(InputError, match=r"checkpoint: .*epoch, model"):
         load_checkpoint(path)
     torch.save([1, 2], path)
     with pytest.raises(InputError, match="holds a list"):

@@ -202,7 +202,7 @@ def test_a_frozen_backbone_has_no_average(hydra: Edited) -> None:
 
 def test_the_kind_of_energy_is_never_guessed(flat: Edited) -> None:
     flat.file["normalizers"]["energy"]["mean"] = torch.tensor(0.5)
-    with pytest.raises(InputError, match=r"edited\.pt does not state what kind of energy .* energy_kind="):
+    with pytest.raises(InputError, match=r"edited\.pt .*energy_kind="):
         flat.load()
     assert flat.load(energy_kind="total").energy_kind == "total"
     assert flat.load(energy_kind="total").provenance["energy_kind_from"] == "given on import"
@@ -281,7 +281,7 @@ def test_normalizers_are_checked(flat: Edited, values: dict, message: str) -> No
 
 def test_checkpoints_of_other_models_are_named(v0: Edited, flat: Edited, hydra: Edited) -> None:
     v0.file["config"]["model"] = "gemnet_oc"
-    with pytest.raises(InputError, match=r"edited\.pt: the model config is for a model called 'gemnet_oc'"):
+    with pytest.raises(InputError, match=r"edited\.pt: .*'gemnet_oc'"):
         v0.load()
     flat.file["config"]["model"]["name"] = "escn"
     with pytest.raises(InputError, match="called 'escn'"):
@@ -294,16 +294,14 @@ def test_checkpoints_of_other_models_are_named(v0: Edited, flat: Edited, hydra: 
 def test_heads_are_checked(hydra: Edited) -> None:
     heads = hydra.file["config"]["model"]["heads"]
     heads["stress"] = {"module": "rank2_symmetric_head"}
-    with pytest.raises(
-        InputError, match="head 'stress' of type 'rank2_symmetric_head', which is not supported"
-    ):
+    with pytest.raises(InputError, match=r"head 'stress' .*'rank2_symmetric_head'"):
         hydra.load()
     del heads["stress"]
     heads["energy"] = {"module": "equiformerV2_scalar_head", "reduce": "mean", "output_name": "energy"}
-    with pytest.raises(InputError, match="head 'energy' with options that are not supported: reduce"):
+    with pytest.raises(InputError, match=r"head 'energy' .*: reduce"):
         hydra.load()
     del heads["energy"]
-    with pytest.raises(InputError, match=r"one energy head and at most one force head, not \['forces'\]"):
+    with pytest.raises(InputError, match=r"one energy head .*\['forces'\]"):
         hydra.load()
 
 
@@ -322,7 +320,7 @@ def test_a_hydra_without_force_head_has_no_forces(hydra: Edited) -> None:
 
 def test_unknown_parts_are_listed(flat: Edited) -> None:
     flat.file["scale_dict"] = {"a": 1.0}
-    with pytest.raises(InputError, match="parts that no OCP or fairchem v1 checkpoint has: scale_dict"):
+    with pytest.raises(InputError, match="scale_dict"):
         flat.load()
 
 

@@ -88,7 +88,7 @@ def test_the_log_says_which_weights_are_used(native: Path, caplog: pytest.LogCap
 def test_without_an_average_the_raw_weights_are_used(tmp_path: Path, model: EquiformerV2) -> None:
     path = save(tmp_path / "raw.pt", model, averaged_state=None)
     assert load_checkpoint(path).weights == "raw"
-    with pytest.raises(InputError, match=r"raw\.pt does not hold averaged weights, only raw ones"):
+    with pytest.raises(InputError, match=r"raw\.pt .*averaged.* raw"):
         load_checkpoint(path, weights="averaged")
     with pytest.raises(InputError, match="'raw' or 'averaged', not 'ema'"):
         load_checkpoint(path, weights="ema")
@@ -121,9 +121,7 @@ def test_a_view_does_not_drag_its_storage_along(tmp_path: Path, model: Equiforme
 
 def test_a_newer_format_is_refused(native: Path) -> None:
     edit(native, format_version=2, something_new=1)
-    with pytest.raises(
-        InputError, match=r"model\.pt is of checkpoint format version 2, newer than the 1 .* update"
-    ):
+    with pytest.raises(InputError, match=r"model\.pt .*version 2, .* update"):
         load_checkpoint(native)
 
 
@@ -138,7 +136,7 @@ def test_parts_are_checked(native: Path) -> None:
     del content["normalizers"]
     content["extra"] = 1
     torch.save(content, native)
-    with pytest.raises(InputError, match=r"missing parts \['normalizers'\], unknown parts \['extra'\]"):
+    with pytest.raises(InputError, match=r"\['normalizers'\].*\['extra'\]"):
         load_checkpoint(native)
 
 
@@ -205,7 +203,7 @@ def test_weights_of_another_model_are_refused_before_writing(tmp_path: Path, mod
 
 def test_asking_for_the_other_kind_of_energy_is_an_error(native: Path) -> None:
     assert load_checkpoint(native, energy_kind="adsorption").energy_kind == "adsorption"
-    with pytest.raises(InputError, match="predicts adsorption energies; total energies were asked for"):
+    with pytest.raises(InputError, match=r"adsorption energies.* total energies"):
         load_checkpoint(native, energy_kind="total")
 
 

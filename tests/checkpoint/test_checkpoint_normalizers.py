@@ -88,7 +88,7 @@ def test_half_precision_ends_here(normalizers: Normalizers) -> None:
 
 def test_element_without_reference_is_named() -> None:
     normalizers = Normalizers(Normalizer(0.0, 1.0), Normalizer(0.0, 1.0), torch.zeros(50))
-    with pytest.raises(InputError, match="atomic number 78 has no linear reference: the table ends at 49"):
+    with pytest.raises(InputError, match=r"atomic number 78 .* 49"):
         normalizers.denormalize({"energy": torch.zeros(2)}, two_structures())
 
 

@@ -52,7 +52,7 @@ def test_unpack_and_again(tmp_path: Path, name: str) -> None:
 def test_members_that_would_leave_the_folder(tmp_path: Path, evil: Any, name: str) -> None:
     archive = make_tar(tmp_path / name, *GOOD, evil, ("a/last", b"x"))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DataError, match=f"{name}: member '.*evil' is .*nothing of it was unpacked"):
+    with pytest.raises(DataError, match=f"{name}: .*'.*evil'"):
         unpack(archive, tmp_path / "in" / "out", show_progress=False)
     assert sorted(tmp_path.rglob("*")) == before
     assert not Path("/tmp/evil").exists()
@@ -63,7 +63,7 @@ def test_a_link_in_the_folder_leads_nowhere(tmp_path: Path) -> None:
     folder.mkdir()
     elsewhere.mkdir()
     (folder / "a").symlink_to(elsewhere)
-    with pytest.raises(DataError, match="is a name that a link in the folder leads elsewhere"):
+    with pytest.raises(DataError, match=r"a/README.* link"):
         unpack(make_tar(tmp_path / "x.tar", *GOOD), folder, show_progress=False)
     assert not list(elsewhere.iterdir())
 
@@ -87,7 +87,7 @@ def test_damaged_archives(tmp_path: Path, name: str) -> None:
     whole = archive.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"not an archive" * 100, b""):
         archive.write_bytes(damaged)
-        with pytest.raises(DataError, match=f"{name}: the archive (is truncated or damaged|holds no file)"):
+        with pytest.raises(DataError, match=f"{name}: .*(damaged|no file)"):
             unpack(archive, tmp_path / "out", show_progress=False)
         assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     with pytest.raises(DataError, match="absent: no such file"):
@@ -99,7 +99,7 @@ def test_a_wrong_byte_in_a_compressed_archive_is_found_before_anything_is_writte
     damaged = bytearray(archive.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     archive.write_bytes(damaged)
-    with pytest.raises(DataError, match=r"x\.tar\.gz: the archive is truncated or damaged"):
+    with pytest.raises(DataError, match=r"x\.tar\.gz: .*damaged"):
         unpack(archive, tmp_path / "out", show_progress=False)
     assert not (tmp_path / "out").exists()
 
@@ -113,9 +113,7 @@ def test_space_is_added_up_by_disk(tmp_path: Path, free: Callable[[int], None]) 
     free(5 << 30)
     require_space(needs)
     free((5 << 30) - 1)
-    with pytest.raises(
-        DataError, match=r"5\.0 GiB are needed \(archive 3\.0 GiB, LMDB files 2\.0 GiB\) but 5\.0"
-    ):
+    with pytest.raises(DataError, match=r"5\.0 GiB .*archive 3\.0 GiB, LMDB files 2\.0 GiB.*5\.0"):
         require_space(needs)
 
 

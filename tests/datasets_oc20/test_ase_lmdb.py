@@ -96,7 +96,7 @@ def test_the_stress_there_and_back(tmp_path: Path) -> None:
 def test_files_of_oc20(tmp_path: Path, fields: Any) -> None:
     values = [dumps_pyg1(fields(5 + seed, seed)) for seed in range(4)]
     source = write_lmdb(tmp_path / "oc20.lmdb", values)
-    with pytest.raises(DataError, match=r"oc20\.lmdb: does not say which energies it holds; declare"):
+    with pytest.raises(DataError, match=r"oc20\.lmdb: .*energies.*declare"):
         convert(source, tmp_path / "x.aselmdb", "ase")
     convert(source, tmp_path / "x.aselmdb", "ase", "adsorption")
     assert_equal_datasets(OC20Lmdb(source, "adsorption"), OC20Lmdb(tmp_path / "x.aselmdb"))
@@ -246,12 +246,12 @@ def test_folders_of_shards(ours: Path, tmp_path: Path) -> None:
     assert convert(source, there, "ase", num_workers=1) == 6
     assert (there / "b.aselmdb").stat().st_mtime_ns == before
     assert_equal_datasets(OC20Lmdb(source), OC20Lmdb(there))
-    with pytest.raises(DataError, match=r"b\.aselmdb: is there already with 3 records instead of 8"):
+    with pytest.raises(DataError, match=r"b\.aselmdb: .*3 records instead of 8"):
         convert(ours, there / "b.aselmdb", "ase")
     with pytest.raises(DataError, match="source: is the source"):
         convert(source, source, "ase")
     (source / "c.aselmdb").write_bytes((there / "a.aselmdb").read_bytes())
-    with pytest.raises(DataError, match=r"holds \*\.lmdb and \*\.aselmdb files, perhaps of the same data"):
+    with pytest.raises(DataError, match=r"\*\.lmdb and \*\.aselmdb"):
         OC20Lmdb(source)
 
 

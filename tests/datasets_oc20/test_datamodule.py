@@ -102,7 +102,7 @@ def test_given_normalizers_are_used(tmp_path: Path, train: str) -> None:
     assert module.normalizers["energy"] == (-0.75, 2887.0)
     assert module.normalizers["forces"] == (0.0, 2.5)
     assert module.normalizers["linear_references"].tolist() == list(range(100))
-    with pytest.raises(DataError, match=r"linref\.npz holds per-element parts of total energies"):
+    with pytest.raises(DataError, match=r"linref\.npz .*total energies"):
         OC20DataModule(train=adsorption, val=adsorption, normalizers=values).setup()
     with pytest.raises(DataError, match="standard deviations from the mean"):
         OC20DataModule(train=train, val=val, normalizers=NormalizerValues(-0.755, 2.887, 2.5)).setup()
@@ -140,7 +140,7 @@ def test_oc20s_own_files_need_the_kind(val_20: Path, train: str) -> None:
 
 def test_mixed_kinds_are_refused(tmp_path: Path, train: str, val: str) -> None:
     total = write(tmp_path / "total.lmdb", "total", scale=100.0)
-    with pytest.raises(DataError, match=r"mix kinds of energy \(train adsorption, val total\)"):
+    with pytest.raises(DataError, match=r"train adsorption, val total"):
         OC20DataModule(train=train, val=total).setup()
     with pytest.raises(DataError, match="mix adsorption and total"):
         OC20DataModule(train=[train, total], val=val).setup()

@@ -84,9 +84,7 @@ def test_waits_grow_and_obey_the_server(tmp_path: Path, caplog: pytest.LogCaptur
 def test_giving_up_keeps_what_has_arrived(tmp_path: Path) -> None:
     target = tmp_path / "file.tar"
     with Server(CONTENT, ["cut:1000000", 503, 503, 503]) as server:
-        with pytest.raises(
-            DataError, match=r"failed 4 times in a row \(the server answers 503\); 976.6 KiB are"
-        ):
+        with pytest.raises(DataError, match=r"4 times .*503.* 976\.6 KiB"):
             get(server, target)
         assert not target.exists()
         done = get(server, target)  # a later run of the program
@@ -99,9 +97,7 @@ def test_giving_up_keeps_what_has_arrived(tmp_path: Path) -> None:
 def test_no_server(tmp_path: Path) -> None:
     with Server(CONTENT) as server:
         pass
-    with pytest.raises(
-        DataError, match=r"failed 4 times in a row \(the connection failed, ConnectionError\)"
-    ):
+    with pytest.raises(DataError, match=r"4 times .*ConnectionError"):
         get(server, tmp_path / "file.tar")
 
 
@@ -138,7 +134,7 @@ def test_wrong_bytes_are_found_and_removed(tmp_path: Path) -> None:
     wrong = bytearray(CONTENT)
     wrong[1_234_567] ^= 1
     with Server(bytes(wrong)) as server:
-        with pytest.raises(DataError, match=f"instead of {SUM}; it was removed, run the same command again"):
+        with pytest.raises(DataError, match=f"instead of {SUM}; .*again"):
             get(server, tmp_path / "file.tar")
         assert not list(tmp_path.iterdir())
         server.content = CONTENT

@@ -94,7 +94,5 @@ def test_missing_and_truncated_files(tmp_path: Path) -> None:
     whole = lzma.compress(GOOD.encode())
     for content in (whole[: len(whole) // 2], b"", b"plain text", whole[:-4]):
         (tmp_path / "a.extxyz.xz").write_bytes(content)
-        with pytest.raises(
-            DataError, match=r"a\.extxyz\.xz: (the file is truncated|the file holds no frame)"
-        ):
+        with pytest.raises(DataError, match=r"a\.extxyz\.xz: .*(truncated|no frame)"):
             list(read_frames(tmp_path / "a.extxyz.xz"))

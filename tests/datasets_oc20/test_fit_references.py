@@ -72,7 +72,7 @@ def test_elements_that_never_vary_alone_share_their_sum(tmp_path: Path) -> None:
 
 def test_what_is_no_total_energy_is_refused(tmp_path: Path) -> None:
     adsorption = write(tmp_path / "adsorption.lmdb", mixed(5), "adsorption")
-    with pytest.raises(DataError, match=r"adsorption\.lmdb: holds adsorption energies, .* total energies"):
+    with pytest.raises(DataError, match=r"adsorption\.lmdb: .* adsorption energies.* total energies"):
         fit_references(OC20Lmdb(adsorption))
     undeclared = write(tmp_path / "undeclared.lmdb", mixed(5), None)
     with pytest.raises(DataError, match=r"undeclared\.lmdb: .*--energy-kind total"):
@@ -86,7 +86,7 @@ def test_what_is_no_total_energy_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, -1])
 def test_fewer_than_one_process(workers: int, tmp_path: Path) -> None:
     dataset = OC20Lmdb(write(tmp_path / "a.lmdb", mixed(5)))
-    with pytest.raises(DataError, match=f"num_workers is {workers}; it must be at least 1"):
+    with pytest.raises(DataError, match=f"num_workers is {workers};.* 1"):
         fit_references(dataset, workers)
 
 

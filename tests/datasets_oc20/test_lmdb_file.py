@@ -45,7 +45,7 @@ def test_cut_while_it_is_open(tmp_path: Path) -> None:
     items = _write(tmp_path / "a.lmdb")
     file = LmdbFile(tmp_path / "a.lmdb")
     os.truncate(tmp_path / "a.lmdb", 8192)
-    with pytest.raises(DataError, match=r"a\.lmdb: the file was changed while it was read"):
+    with pytest.raises(DataError, match=r"a\.lmdb: .*changed"):
         [file.get(key) for key in items]
 
 

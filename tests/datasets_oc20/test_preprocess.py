@@ -93,7 +93,7 @@ def test_later_frames_and_informative_frames(raw: Path, tmp_path: Path) -> None:
 
 def test_the_later_frames_need_a_file_of_their_own(raw: Path, tmp_path: Path) -> None:
     out, again = tmp_path / "out.lmdb", tmp_path / "raw" / ".." / "out.lmdb"
-    with pytest.raises(DataError, match=r"out\.lmdb: is to hold the later frames too; name another file"):
+    with pytest.raises(DataError, match=r"out\.lmdb: .*later frames"):
         preprocess(raw, out, PreprocessOptions(later_fraction=0.3), later_out=again, num_workers=1)
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 

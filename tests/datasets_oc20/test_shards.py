@@ -134,9 +134,7 @@ def test_only_missing_shards_are_written(
 def test_a_folder_begun_for_something_else(release: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     preprocess_shards(release, out, 3, num_workers=1)
-    with pytest.raises(
-        DataError, match=r"plan\.json: the folder was begun with other shards; name a new folder"
-    ):
+    with pytest.raises(DataError, match=r"plan\.json: .*other shards; .*new folder"):
         preprocess_shards(release, out, 4, num_workers=1)
     with pytest.raises(DataError, match="begun with other options"):
         preprocess_shards(release, out, 3, PreprocessOptions(max_energy=None), num_workers=1)
@@ -147,7 +145,7 @@ def test_a_folder_begun_for_something_else(release: Path, tmp_path: Path) -> Non
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     (stranger / "data.0000.lmdb").write_bytes(b"mine")
-    with pytest.raises(DataError, match=r"data\.0000\.lmdb: was not made by this command"):
+    with pytest.raises(DataError, match=r"data\.0000\.lmdb: was not made"):
         preprocess_shards(release, stranger, 3, num_workers=1)
     assert (stranger / "data.0000.lmdb").read_bytes() == b"mine"
 

@@ -78,11 +78,9 @@ def sample_of(energy: list[float], natoms: int) -> TargetSample:
 
 
 def test_energies_of_the_other_kind_are_refused(val_20: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"data\.lmdb: declared as adsorption .* mean size is 300 eV \(5 eV per"
-    ):
+    with pytest.raises(DataError, match=r"data\.lmdb: .*adsorption .* 300 eV \(5 eV per"):
         check_energies_match_kind(sample_of([-200.0, -400.0], 60), "adsorption", "data.lmdb")
-    with pytest.warns(UserWarning, match=r"data\.lmdb: taken as total energies, as declared"):
+    with pytest.warns(UserWarning, match=r"data\.lmdb: .*total energies"):
         check_energies_match_kind(sample_of([-1.0, 2.0], 60), "total", "data.lmdb")
     check_energies_match_kind(sample_of([-200.0, -400.0], 60), "total", "data.lmdb")
     check_energies_match_kind(sample_of([-1.0, 2.0], 60), "adsorption", "data.lmdb")
@@ -98,7 +96,7 @@ def test_normalizers_of_other_data_are_refused() -> None:
     """Raw energies under OC20's normalizers: the most common failed reproduction."""
     totals = sample_of([-200.0, -400.0, -310.0], 60)
     oc20 = (-0.7554450631141663, 2.887317180633545)
-    with pytest.raises(DataError, match=r"data: with the normalizers in use \(mean -0\.7554 eV, .* without"):
+    with pytest.raises(DataError, match=r"data: .*mean -0\.7554 eV, .* without"):
         totals.check_normalized(*oc20, None, "data")
     references = torch.zeros(100, dtype=torch.float64)
     references[29] = -300.0 / 60

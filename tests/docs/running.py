@@ -199,8 +199,9 @@ def _check_console_options(place: str, words: list[str], seen: dict[str, str]) -
     if name is None:
         raise BlockError(f"{place}: equiformer2 has no command {' '.join(words[:2])}")
     if name not in seen:
-        flag = "--help-all" if name == "train" else "--help"
-        status, seen[name] = run_console_command([*name.split(), flag])
+        status, seen[name] = run_console_command([*name.split(), "--help"])
+        if name == "train":
+            seen[name] += run_console_command(["train", "--help-all"])[1]
         if status != 0:
             raise BlockError(f"{place}: {name} --help ends with status {status}:\n{seen[name][-_TAIL:]}")
     _check_given(place, f"equiformer2 {name}", words[len(name.split()) :], seen[name])

@@ -1,13 +1,17 @@
 """The C++ kernels of the sphere grid against all points of the grid at once."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from kernel_twins import Random, factors_in, mlp_on_grid, orders, sphere_factors
 from torch import Tensor
 
-from equiformer2.kernels import GridFactors, chunks, grid_mlp, separable_grid_activation
+from equiformer2.kernels import GridFactors, grid_mlp, separable_grid_activation
 from equiformer2.kernels.backend import CPP
 from equiformer2.kernels.cpu.library import NO_COMPILER, Compiler
+
+SetBudget = Callable[[int | None], None]
 
 
 @pytest.fixture(autouse=True)
@@ -75,11 +79,15 @@ def anywhere(factors: GridFactors) -> tuple[GridFactors, Tensor, Tensor]:
 @spheres
 @pytest.mark.parametrize("budget", [None, 1])
 def test_network_on_the_sphere(
-    lmax: int, mmax: int, channels: int, pairs: int, budget: int | None, monkeypatch: pytest.MonkeyPatch
+    lmax: int,
+    mmax: int,
+    channels: int,
+    pairs: int,
+    budget: int | None,
+    set_budget: SetBudget,
 ) -> None:
     """Values, gradients and second derivatives; coefficients in any sequence."""
-    if budget is not None:
-        monkeypatch.setattr(chunks, "CPU_POINT_BYTES", budget)
+    set_budget(budget)
     factors, to_grid, from_grid = anywhere(sphere_factors(lmax, mmax, pairs))
     random, results = Random(1), []
     given = random(3, to_grid.shape[1], channels), random(channels + 2, channels) / channels**0.5

@@ -28,17 +28,6 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
 
 
-@pytest.fixture
-def set_budget(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
-    def set_to(budget: int | None) -> None:
-        if budget is not None:
-            monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", budget)
-        # Every edge is a part of a chunk's inputs.
-        monkeypatch.setattr(chunks, "CPU_CACHED_BYTES", 1)
-
-    return set_to
-
-
 def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)

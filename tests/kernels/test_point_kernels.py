@@ -9,8 +9,10 @@ import torch_geometric.utils
 from kernel_twins import Random, gradients
 from torch import Tensor
 
-from equiformer2.kernels import chunks, grid_activation, grid_mlp, segment_softmax
+from equiformer2.kernels import grid_activation, grid_mlp, segment_softmax
 from equiformer2.kernels.backend import TORCH
+
+SetBudget = Callable[[int | None], None]
 
 # 1 byte: every row is a chunk. 3,000: an uneven last chunk. None: one chunk.
 budgets = pytest.mark.parametrize("budget", [None, 3_000, 1])
@@ -25,9 +27,8 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
 @budgets
 @numbers_of_rows
 @pytest.mark.parametrize("kept", [2, 9])
-def test_grid_activation(budget: int | None, rows: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if budget is not None:
-        monkeypatch.setattr(chunks, "CPU_POINT_BYTES", budget)
+def test_grid_activation(budget: int | None, rows: int, kept: int, set_budget: SetBudget) -> None:
+    set_budget(budget)
     random = Random()
     x, to_grid, from_grid = random(rows, 9, 3).requires_grad_(), random(20, 9), random(9, 20)[:kept]
     ours, theirs = (
@@ -41,9 +42,8 @@ def test_grid_activation(budget: int | None, rows: int, kept: int, monkeypatch: 
 @budgets
 @numbers_of_rows
 @pytest.mark.parametrize("width", [2, 3, 5])
-def test_grid_mlp(budget: int | None, rows: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if budget is not None:
-        monkeypatch.setattr(chunks, "CPU_POINT_BYTES", budget)
+def test_grid_mlp(budget: int | None, rows: int, width: int, set_budget: SetBudget) -> None:
+    set_budget(budget)
     random = Random()
     x, weight = random(rows, 9, 3).requires_grad_(), random(width, 3).requires_grad_()
     to_grid, from_grid = random(20, 9), random(9, 20)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from ase import Atoms
 from ase.build import add_adsorbate, fcc111, molecule
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 
 from equiformer2 import EquiformerV2, ModelConfig
+from equiformer2.model import compiled
 
 SMALL: dict[str, Any] = {
     "num_layers": 2,
@@ -106,3 +108,8 @@ def loss_of(out: dict[str, Tensor]) -> Tensor:
     """A scalar that depends on every output."""
     weights = torch.linspace(-1, 1, out["forces"].numel(), dtype=out["forces"].dtype)
     return out["energy"].square().sum() + (out["forces"].flatten() * weights).sum()
+
+
+def trace_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace as for inductor, then run what was traced: no C++ compiler is needed."""
+    monkeypatch.setattr(compiled, "COMPILER", "aot_eager")

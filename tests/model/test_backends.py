@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from model_helpers import batch_of, cluster, lone_atom, loss_of, random_model, small_config, water
+from model_helpers import batch_of, cluster, lone_atom, loss_of, random_model, small_config, trace_only, water
 from torch import Tensor
 from torch_geometric.data import Batch
 
@@ -12,7 +12,6 @@ from equiformer2 import EquiformerV2
 from equiformer2.errors import InputError
 from equiformer2.kernels.backend import CPP, TORCH
 from equiformer2.kernels.cpu import library
-from equiformer2.model import compiled
 
 SMALLEST = {"num_layers": 1, "grid_resolution": 6, "num_distance_basis": 8, "max_neighbors": 6}
 VARIANTS = [
@@ -46,7 +45,7 @@ def test_same_answers_and_gradients(
     elif backend == "cpp":
         cpp_compiler()
     else:
-        plain_compiler(monkeypatch)
+        trace_only(monkeypatch)
     model, batch = random_model(small_config(**(SMALLEST | changes))), structures()
     # In float32 the plain path itself is up to 2.3e-5 away from float64.
     exact, same_batch = copy.deepcopy(model).double(), structures()
@@ -75,13 +74,8 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-def plain_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace as for inductor, then run what was traced: no C++ compiler is needed."""
-    monkeypatch.setattr(compiled, "COMPILER", "aot_eager")
-
-
 def test_derivatives_with_respect_to_positions_under_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain_compiler(monkeypatch)
+    trace_only(monkeypatch)
     model, batch = random_model(small_config(**SMALLEST)), batch_of(cluster())
     batch.pos.requires_grad_()
     (expected,) = torch.autograd.grad(model(batch)["energy"].sum(), batch.pos)

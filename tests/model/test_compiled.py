@@ -15,6 +15,7 @@ from model_helpers import (
     random_model,
     slab,
     small_config,
+    trace_only,
     water,
 )
 from torch import Tensor
@@ -22,7 +23,6 @@ from torch_geometric.data import Batch, Data
 
 from equiformer2 import EquiformerV2
 from equiformer2.kernels.rows import sum_sorted_rows
-from equiformer2.model import compiled
 
 SMALLEST = {"num_layers": 2, "lmax": 1, "grid_resolution": 4, "num_distance_basis": 8, "max_neighbors": 6}
 # Numbers of structures, atoms and edges that are equal to 0, to 1 and to each other.
@@ -43,8 +43,7 @@ def small_model(**changes: object) -> EquiformerV2:
 
 @pytest.fixture
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace as for inductor, then run what was traced: no C++ compiler is needed."""
-    monkeypatch.setattr(compiled, "COMPILER", "aot_eager")
+    trace_only(monkeypatch)
 
 
 def with_gradients(model: EquiformerV2, batch: Batch) -> dict[str, Tensor]:

@@ -30,10 +30,10 @@ def some_atoms(batch: Any) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("pieces", [False, True], ids=["whole", "in pieces"])
-def test_forces_of_some_atoms(dtype: torch.dtype, pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if pieces:
-        monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", 1)
+def test_forces_of_some_atoms(dtype: torch.dtype, pieces: bool) -> None:
     model = random_model(small_config(max_radius=3.0), dtype)
+    if pieces:
+        model.bytes_per_edge = chunks.CPU_CHUNK_BYTES  # every atom is a part of its own
     batch = batch_of(*(make(dtype) for make in (slab, lone_atom, water, far_apart, cluster)))
     wanted = some_atoms(batch)
     with torch.no_grad():

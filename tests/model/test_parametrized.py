@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_helpers import batch_of, cluster, lone_atom, loss_of, random_model, small_config, water
+from model_helpers import (
+    batch_of,
+    cluster,
+    lone_atom,
+    loss_of,
+    random_model,
+    small_config,
+    trace_only,
+    water,
+)
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch_geometric.data import Batch
@@ -17,7 +26,6 @@ from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint, sav
 from equiformer2.errors import InputError
 from equiformer2.kernels import chunks
 from equiformer2.kernels.cpu import library
-from equiformer2.model import compiled
 from equiformer2.model.denoising import EncodedForces
 from equiformer2.model.folding import Snapshot, plain_state
 from equiformer2.pruning.structured.apply import masked, shrink
@@ -133,7 +141,7 @@ def use_backend(model: EquiformerV2, backend: str, monkeypatch: pytest.MonkeyPat
         if not torch.cuda.is_available():
             monkeypatch.setenv("TRITON_INTERPRET", "1")
     if backend == "compile":
-        monkeypatch.setattr(compiled, "COMPILER", "aot_eager")
+        trace_only(monkeypatch)
     model.backend = backend
 
 
@@ -359,9 +367,7 @@ def test_a_parametrization_whose_state_cannot_be_compared_is_computed_each_time(
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_every_weight_is_computed_once_for_all_parts_of_the_edges(
-    flavour: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_weight_is_computed_once_for_all_parts_of_the_edges(flavour: str) -> None:
     model, batch = wrapped(flavour), structures()
     calls: Counter[nn.Module] = Counter()
     for module in model.modules():
@@ -369,8 +375,8 @@ def test_every_weight_is_computed_once_for_all_parts_of_the_edges(
             module.register_forward_pre_hook(lambda called, _: calls.update([called]))
     counts = []
     with torch.no_grad():
-        for budget in (10**9, 1):
-            monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", budget)
+        for bytes_per_edge in (1, chunks.CPU_CHUNK_BYTES):  # one part; every atom is a part of its own
+            model.bytes_per_edge = bytes_per_edge
             answers(model, batch)
             counts.append(dict(calls))
             calls.clear()

@@ -113,8 +113,7 @@ def test_feed_forward_network_on_grid_points() -> None:
     torch.testing.assert_close(network(x, TORCH), network.so3_linear_2(hidden))
 
 
-def test_product_of_functions_and_its_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CPU_POINT_BYTES", 1)  # one atom at a time
+def test_product_of_functions_and_its_derivatives() -> None:
     grid = S2Grid(2, 2, (8, 7), list(range(9))).double()
     pairs = torch.randn(3, 9, 4, dtype=F64, requires_grad=True)
 
@@ -123,6 +122,17 @@ def test_product_of_functions_and_its_derivatives(monkeypatch: pytest.MonkeyPatc
 
     assert torch.autograd.gradcheck(product, pairs)
     assert torch.autograd.gradgradcheck(product, pairs)
+    # So many channels that every atom is a chunk of its own.
+    channels = 2 * chunks.CPU_POINT_BYTES // (8 * 56)
+    wide = torch.randn(3, 9, channels, dtype=F64, requires_grad=True)
+    (slope,) = torch.autograd.grad(product(wide).square().sum(), wide)
+    for part in (slice(0, 2), slice(channels // 2, channels // 2 + 2)):
+        assert slope[:, :, part].any()
+    narrow = torch.cat((wide[:, :, :2], wide[:, :, channels // 2 : channels // 2 + 2]), dim=2).detach()
+    narrow.requires_grad_()
+    (expected,) = torch.autograd.grad(product(narrow).square().sum(), narrow)
+    torch.testing.assert_close(product(wide)[:, :, :2], product(narrow))
+    torch.testing.assert_close(slope[:, :, :2], expected[:, :, :2])
 
 
 def test_merged_layer_norm() -> None:
@@ -138,7 +148,7 @@ def test_merged_layer_norm() -> None:
 def test_radial_weights_per_degree_commute_with_the_rotation() -> None:
     """EquiformerV3 multiplies before the rotation: 2 C (lmax + 1) weights, one per degree."""
     layer = random_model(small_config(use_m_share_rad=True)).blocks[0].ga
-    assert layer.rad_func.output.out_features == 2 * 8 * 3
+    assert layer.rad_func.net[6].out_features == 2 * 8 * 3
     assert layer.so2_conv_1.rad_func is None
 
 

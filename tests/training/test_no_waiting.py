@@ -183,10 +183,10 @@ class WatchedCheckpoint(ResumeCheckpoint):
     on_train_batch_end = watched(ResumeCheckpoint.on_train_batch_end)
 
 
-def network(**changes: Any) -> EquiformerV2:
+def network(kind: type[EquiformerV2] = WaitsForEdges, **changes: Any) -> EquiformerV2:
     """With everything that only training has."""
     config = TINY | {"alpha_drop": 0.1, "drop_path_rate": 0.1, "proj_drop": 0.1, "num_layers": 2, **changes}
-    return WaitsForEdges(ModelConfig(**config))
+    return kind(ModelConfig(**config))
 
 
 def some_batch(lmdb_path: Path, *numbers: int) -> Batch:
@@ -264,7 +264,7 @@ def test_the_search_of_edges_waits_three_times(
     input_read = []
     on_host = may_wait(module._on_host)
     monkeypatch.setattr(module, "_on_host", lambda *tensors: input_read.append(1) or on_host(*tensors))
-    model = network(max_neighbors=5, enforce_max_neighbors_strictly=strict)
+    model = network(EquiformerV2, max_neighbors=5, enforce_max_neighbors_strictly=strict)
     for numbers in ([0], [0, 7], [0, 7, 13, 19]):
         seen: list[str] = []
         input_read.clear()

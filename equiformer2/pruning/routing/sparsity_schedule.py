@@ -22,18 +22,22 @@ class RoutedModel:
     Args:
         model: the network.
         router: router that decides.
+
+    Attributes:
+        model: the network.
+        router: the router.
     """
 
     def __init__(self, model: EquiformerV2, router: BaseRouter) -> None:
-        self.model, self._router = model, CountingRouter(router)
+        self.model, self.router, self._counter = model, router, CountingRouter(router)
 
     def __call__(self, batch: Batch, graph: RadiusGraph | None = None) -> Mapping[str, Tensor]:
         """Return `energy [B]` and `forces [N, 3]`, in normalised units."""
-        return self._router(self.model, batch, graph)
+        return self._counter(self.model, batch, graph)
 
     def computed_shares(self) -> ComputedShares:
         """Return the shares of the dense network's work over all calls so far."""
-        return self._router.computed_shares(self.model.config)
+        return self._counter.computed_shares(self.model.config)
 
 
 @dataclasses.dataclass

@@ -1,28 +1,26 @@
 """Studies of methods times budgets times seeds, and the command line of pruning."""
 
 import json
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command_line import run_command
 from search_helpers import save_tiny, slab, slabs, tiny_model, write_lmdb
 
 from datasets_oc20 import OC20Lmdb
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
-from equiformer2.pruning.analysis import pareto as study_module
 from equiformer2.pruning.analysis.pareto import Recovery, Study, StudySettings
 from equiformer2.pruning.analysis.pareto_report import markdown, summarise, write_report
 from equiformer2.pruning.cost.latency import compare_latency
-from equiformer2.pruning.cost.targets import LatencyTarget, MacTarget
+from equiformer2.pruning.cost.targets import MacTarget
+from equiformer2.pruning.structured import plan_request
 from equiformer2.pruning.structured.plan import PruningPlan
 from equiformer2.pruning.structured.plan_request import PlanRequest, make_plan
-
-PRUNE = Path(__file__).parents[2] / "scripts" / "prune.py"
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +44,21 @@ def make_study(files, out: Path, **changes: object) -> Study:
         "structures": 3,
         "tries": 1,
     }
-    recovery = changes.pop("recovery", None)
+    recovery, kind = changes.pop("recovery", None), changes.pop("kind", Study)
     held_out = changes.pop("held_out", {"dft": files["dft"], "bare": files["bare"]})
     settings |= {"repeats": 2} | changes
-    return Study(files["dense"], files["calibration"], held_out, StudySettings(**settings), out, recovery)
+    return kind(files["dense"], files["calibration"], held_out, StudySettings(**settings), out, recovery)
 
 
-def test_results_are_what_they_say(files, tmp_path) -> None:
-    results = make_study(files, tmp_path).run(progress=False)
+@pytest.fixture(scope="module")
+def study(files, tmp_path_factory) -> tuple[Path, list[dict]]:
+    """Folder and results of a study of two methods and two seeds."""
+    folder = tmp_path_factory.mktemp("study")
+    return folder, make_study(files, folder).run(progress=False)
+
+
+def test_results_are_what_they_say(files, study) -> None:
+    _, results = study
     assert [(r["method"], r["seed"]) for r in results] == [
         ("dense", 0), ("random", 0), ("random", 1), ("magnitude", 0), ("magnitude", 1),
     ]  # fmt: skip
@@ -75,8 +80,9 @@ def test_results_are_what_they_say(files, tmp_path) -> None:
     assert results[1]["plan"] != results[2]["plan"]
 
 
-def test_a_study_goes_on_where_it_stopped(files, tmp_path) -> None:
-    first = make_study(files, tmp_path).run(progress=False)
+def test_a_study_goes_on_where_it_stopped(files, study, tmp_path) -> None:
+    folder, first = study
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     results = tmp_path / "results"
     (results / "random_0.7_1.json").unlink()
     kept = {path.name: path.stat().st_mtime_ns for path in results.iterdir()}
@@ -93,21 +99,22 @@ def test_a_study_goes_on_where_it_stopped(files, tmp_path) -> None:
         make_study(files, tmp_path, held_out={"dft": files["dft"]})
 
 
-def test_a_network_that_breaks_down_does_not_stop_a_study(files, tmp_path, monkeypatch) -> None:
-    shrink = study_module.shrink
+class BreakingStudy(Study):
+    """Pruned networks answer with numbers that are not finite."""
 
-    def broken(model, plan):
-        small = shrink(model, plan)
-        if plan != PruningPlan.keep_all(model.config):
-            torch.nn.init.constant_(small.energy_block.so3_linear_2.weight, float("nan"))
-        return small
+    def _errors(self, network):
+        if network.config != self.model.config:
+            torch.nn.init.constant_(network.energy_block.so3_linear_2.weight, float("nan"))
+        return super()._errors(network)
 
-    monkeypatch.setattr(study_module, "shrink", broken)
-    results = make_study(files, tmp_path, methods=("uniform",), seeds=(0,)).run(progress=False)
+
+def test_a_network_that_breaks_down_does_not_stop_a_study(files, tmp_path) -> None:
+    options = {"methods": ("uniform",), "seeds": (0,), "kind": BreakingStudy}
+    results = make_study(files, tmp_path, **options).run(progress=False)
     assert "cut" in results[0]
     reason = "the network breaks down: its answers are not finite"
     assert results[1] == {"method": "uniform", "keep": 0.7, "seed": 0, "missed": reason}
-    assert make_study(files, tmp_path, methods=("uniform",), seeds=(0,)).run(progress=False) == results
+    assert make_study(files, tmp_path, **options).run(progress=False) == results
     write_report(results, tmp_path)
     assert reason in (tmp_path / "pareto.md").read_text()
 
@@ -138,8 +145,8 @@ def test_networks_are_distilled_and_trained_from_scratch(files, tmp_path) -> Non
     assert small.weights == "averaged"
 
 
-def test_tables_and_figure(files, tmp_path) -> None:
-    results = make_study(files, tmp_path).run(progress=False)
+def test_tables_and_figure(study, tmp_path) -> None:
+    _, results = study
     write_report(results, tmp_path)
     rows = summarise(results)
     row = next(row for row in rows if row["method"] == "random")
@@ -166,10 +173,16 @@ def test_latency_is_measured_in_turns() -> None:
     "targets", [["macs=0.8"], ["parameters=0.9"], ["latency=0.9"], ["macs=0.9", "latency=0.8"]]
 )
 def test_every_kind_of_target(files, targets, monkeypatch) -> None:
-    # Time of a tiny network is noise: operations stand in for it.
-    stand_in = MacTarget(tiny_model().config, 0.5, 8, 48)
-    monkeypatch.setattr(LatencyTarget, "fraction_of", lambda self, plan: stand_in.fraction_of(plan))
-    monkeypatch.setattr(LatencyTarget, "measured", lambda self, plan: stand_in.fraction_of(plan))
+    class Operations(MacTarget):
+        """Operations in place of time, which is noise for a tiny network."""
+
+        quantity = "latency"
+
+        def __init__(self, model, batch, fraction, path) -> None:
+            super().__init__(model.config, fraction, 8, 48)
+            self.measured = self.fraction_of
+
+    monkeypatch.setattr(plan_request, "LatencyTarget", Operations)
     data = (str(files["calibration"]),)
     request = PlanRequest(str(files["dense"]), data, tuple(targets), tries=1, structures=2)
     made = make_plan(request, progress=False)
@@ -191,36 +204,29 @@ def test_targets_that_say_nothing(files, targets) -> None:
         )
 
 
-def run_prune(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(PRUNE), *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-
-
-def test_plan_and_apply_on_the_command_line(files, tmp_path) -> None:
+def test_plan_and_apply_on_the_command_line(files, tmp_path, capsys) -> None:
     plan, small = tmp_path / "plan.json", tmp_path / "small.pt"
-    made = run_prune(
-        "plan", "--checkpoint", files["dense"], "--data", files["calibration"], "--target", "macs=0.8",
+    status = run_command(
+        "prune plan", "--checkpoint", files["dense"], "--data", files["calibration"], "--target", "macs=0.8",
         "--tries", 1, "--structures", 2, "--out", plan,
     )  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    assert "of the MACs" in made.stdout
-    applied = run_prune("apply", "--checkpoint", files["dense"], "--plan", plan, "--out", small)
-    assert applied.returncode == 0, applied.stderr
+    assert status == 0
+    assert "of the MACs" in capsys.readouterr().out
+    apply = ("prune apply", "--plan", plan)
+    assert run_command(*apply, "--checkpoint", files["dense"], "--out", small) == 0
     loaded = load_checkpoint(small)
     assert loaded.available_weights == ("raw", "averaged")
     assert loaded.config == PruningPlan.load(plan).applied_to(tiny_model().config)
-    wrong = run_prune("apply", "--checkpoint", small, "--plan", plan, "--out", tmp_path / "again.pt")
-    assert wrong.returncode == 2
-    assert wrong.stderr.strip().splitlines()[-1].startswith("error: pruning plan")
+    assert run_command(*apply, "--checkpoint", small, "--out", tmp_path / "again.pt") == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: pruning plan")
 
 
-def test_studies_on_the_command_line(files, tmp_path) -> None:
-    made = run_prune(
-        "pareto", "--checkpoint", files["dense"], "--calibration", files["calibration"], "--held-out",
+def test_studies_on_the_command_line(files, tmp_path, capsys) -> None:
+    status = run_command(
+        "prune pareto", "--checkpoint", files["dense"], "--calibration", files["calibration"], "--held-out",
         f"dft={files['dft']}", "--methods", "uniform", "--keep", 0.7, "--seeds", 0, "--structures", 2,
         "--repeats", 1, "--out", tmp_path / "study",
     )  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    assert "| uniform | as cut |" in made.stdout
+    assert status == 0
+    assert "| uniform | as cut |" in capsys.readouterr().out
     assert (tmp_path / "study" / "pareto.png").exists()

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from equiformer2 import EquiformerV2
 from equiformer2.errors import InputError
-from equiformer2.kernels import chunks
 from equiformer2.pruning import BlockPlan, PruningPlan, masked
 from equiformer2.pruning.structured.apply import shrink
 from equiformer2.pruning.structured.index_maps import kept_state
@@ -179,11 +179,11 @@ def test_a_pruned_network_keeps_the_symmetries(name: str) -> None:
 
 
 @torch.no_grad()
-def test_a_pruned_network_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pruned_network_in_parts(chunk_bytes: Callable[[int], None]) -> None:
     small = shrink(random_model(config_of(), torch.float64), MANY)
     batch = batch_of(slab(torch.float64), lone_atom(torch.float64))
     whole = small(batch)
-    monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", 100_000)
+    chunk_bytes(100_000)
     assert relative(small(batch), whole) < 1e-10
 
 

@@ -1,12 +1,13 @@
 """The table of what inference leaves out: nothing changes, and the counted savings are those of the cuts."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from model_helpers import batch_of, random_model, slab, small_config, water
 from torch_geometric.data import Batch
 
 from equiformer2.checkpoint import Normalizer, Normalizers
-from equiformer2.kernels import chunks
 from equiformer2.pruning.analysis.lossless import measure_savings, with_whole_heads
 from equiformer2.pruning.cost.operations import count_macs
 
@@ -54,8 +55,8 @@ def test_whole_heads_compute_everything() -> None:
     assert shapes == [(17, 9, 1), (17, 9, 1)]
 
 
-def test_savings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", 10_000)
+def test_savings(chunk_bytes: Callable[[int], None]) -> None:
+    chunk_bytes(10_000)
     model, batch = random_model(small_config(max_radius=3.0)), held_slab()
     found = measure_savings(model, batch, NORMALIZERS, repeats=1)
     energy, force, fixed, alone, together = found

@@ -1,10 +1,11 @@
 """Features, attention weights and times that hooks take from a forward pass."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from model_helpers import batch_of, cluster, far_apart, random_model, slab, small_config, water
 
-from equiformer2.kernels import chunks
 from equiformer2.kernels.backend import TORCH
 from equiformer2.pruning.analysis.observe import observe, time_parts
 
@@ -22,8 +23,8 @@ def test_the_answers_do_not_change() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_features_follow_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", 1)  # every atom is a part of its own
+def test_features_follow_the_blocks(chunk_bytes: Callable[[int], None]) -> None:
+    chunk_bytes(1)  # every atom is a part of its own
     model, batch = random_model(), batch_of(slab(), cluster())
     seen = observe(model, batch)
     atoms, edges = len(batch.pos), len(seen.graph.distances)

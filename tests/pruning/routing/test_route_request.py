@@ -1,32 +1,34 @@
 """Routers by name: targets, resuming, the command line, and as methods of a study."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import run_command
 from search_helpers import save_tiny, slab, write_lmdb
-from test_pareto import run_prune
-from torch_geometric.data import Data
+from torch_geometric.data import Batch, Data
 
+from equiformer2.checkpoint import load_checkpoint
 from equiformer2.cli.main import build_parser
 from equiformer2.errors import InputError
 from equiformer2.pruning.analysis.pareto import Study, StudySettings
 from equiformer2.pruning.analysis.pareto_report import markdown, missed, summarise, write_report
+from equiformer2.pruning.calibration import Calibration, Network
+from equiformer2.pruning.calibration_data import read_structures
 from equiformer2.pruning.routing import (
     ROUTING_METHODS,
     FTPRouter,
+    RoutedModel,
     RoutingSettings,
     ScoreRouter,
     StaticRouter,
+    find_router,
     load_router,
-    router_search,
 )
 from equiformer2.pruning.routing.route_request import RouteRequest, RouteResult, make_router
 from equiformer2.pruning.routing.router_files import router_to_dict
-from equiformer2.pruning.routing.sparsity_schedule import Schedule
 
 QUICK = RoutingSettings(population=4, generations=1, tolerance=0.1, steps=4)
 
@@ -85,77 +87,79 @@ def test_budgets_become_thresholds(files, mode) -> None:
     assert (router.mode, router.width) == (mode, 0.3)
 
 
-def test_what_was_killed_goes_on_to_the_same_router(files, tmp_path, monkeypatch) -> None:
-    steps = {"steps": 13}
-    whole = made(files, "ftp", **steps)
-    state = tmp_path / "state.pt"
-    train = router_search.train_router
+class Batches(list):
+    """Batches that count the steps of a training, and end it after some."""
 
-    def killed(*arguments: object, **options: object) -> object:
-        keep = options["keep"]
+    def __init__(self, batches: list[Batch], most: float = float("inf")) -> None:
+        super().__init__(batches)
+        self.steps, self.most = 0, most
 
-        def keep_and_die(training: dict[str, object]) -> None:
-            keep(training)
+    def __getitem__(self, index: int) -> Batch:
+        if self.steps == self.most:
             raise KeyboardInterrupt
+        self.steps += 1
+        return super().__getitem__(index)
 
-        return train(*arguments, **(options | {"keep": keep_and_die}))
 
-    monkeypatch.setattr(router_search, "train_router", killed)
-    with pytest.raises(KeyboardInterrupt):
-        made(files, "ftp", state, **steps)
-    steps_done: list[int] = []
+class WatchedCalibration(Calibration):
+    """Counts losses; those of trained routers may be invented, so that training is or is not worth it."""
 
-    def counted(*arguments: object, **options: object) -> object:
-        return train(*arguments, **(options | {"after_step": lambda step, _: steps_done.append(step)}))
+    losses = 0
+    trained_loss: float | None = None
 
-    monkeypatch.setattr(router_search, "train_router", counted)
-    again = made(files, "ftp", state, **steps)
-    assert steps_done == [10, 11, 12]
-    assert router_to_dict(again.router) == router_to_dict(whole.router)
-    evaluated: list[object] = []
-    objective = router_search.ScheduleObjective.__call__
-    monkeypatch.setattr(
-        router_search.ScheduleObjective,
-        "__call__",
-        lambda self, levels: evaluated.append(levels) or objective(self, levels),
-    )
-    made(files, "ftp", state, **steps)
-    assert not evaluated
-    with pytest.raises(InputError, match="the state of another router: settings was"):
-        made(files, "ftp", state, steps=14)
-    state.write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="is no state of a router"):
-        made(files, "ftp", state, **steps)
+    def loss(self, model: Network) -> float:
+        self.losses += 1
+        loss = super().loss(model)
+        trained = isinstance(model, RoutedModel) and isinstance(model.router, FTPRouter)
+        return self.trained_loss if trained and self.trained_loss is not None else loss
 
 
 @pytest.fixture
-def trained_loss(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Sets what schedules of the trained router lose, so that training is or is not worth it."""
-    search = router_search._Finder.search
-
-    def fake(loss: float) -> None:
-        def found(finder: router_search._Finder, stage: str, make: object, start: object = ()) -> Schedule:
-            schedule = search(finder, stage, make, start)
-            return schedule if stage == "static schedule" else replace(schedule, loss=loss)
-
-        monkeypatch.setattr(router_search._Finder, "search", found)
-
-    return fake
+def calibration(files: dict[str, Path]) -> WatchedCalibration:
+    checkpoint = load_checkpoint(files["dense"])
+    structures = read_structures(files["calibration"])
+    return WatchedCalibration(checkpoint.model.eval(), checkpoint.normalizers, structures)
 
 
-def test_training_changes_the_router(files, trained_loss) -> None:
-    trained_loss(0.0)
-    few, many = made(files, "ftp", steps=1), made(files, "ftp", steps=5)
-    assert isinstance(few.router, FTPRouter)
-    assert few.router.settings()["weights"] != many.router.settings()["weights"]
-    assert many.search["kept"] == "trained"
+def find_ftp(files: dict[str, Path], calibration: Calibration, state: Path | None = None, steps: int = 4):
+    model = load_checkpoint(files["dense"]).model.eval()
+    settings = replace(QUICK, steps=steps)
+    return find_router("ftp", model, calibration, 0.7, settings, state_path=state, progress=False)
 
 
-def test_a_training_that_makes_it_worse_is_not_kept(files, trained_loss, caplog) -> None:
-    trained_loss(1e9)
-    found, static = made(files, "ftp"), made(files, "static")
-    assert found.search["kept"] == "static"
-    assert router_to_dict(found.router) == router_to_dict(static.router)
+def test_what_was_killed_goes_on_to_the_same_router(files, calibration, tmp_path) -> None:
+    whole, _ = find_ftp(files, calibration, steps=13)
+    state, batches = tmp_path / "state.pt", list(calibration.batches)
+    calibration.batches = Batches(batches, most=11)
+    with pytest.raises(KeyboardInterrupt):
+        find_ftp(files, calibration, state, steps=13)
+    calibration.batches = Batches(batches)
+    again, _ = find_ftp(files, calibration, state, steps=13)
+    assert calibration.batches.steps == 3  # from the tenth on
+    assert router_to_dict(again) == router_to_dict(whole)
+    calibration.losses = 0
+    find_ftp(files, calibration, state, steps=13)
+    assert calibration.losses == 0
+    with pytest.raises(InputError, match="the state of another router: settings was"):
+        find_ftp(files, calibration, state, steps=14)
+    state.write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="is no state of a router"):
+        find_ftp(files, calibration, state, steps=13)
+
+
+def test_training_changes_the_router(files, calibration) -> None:
+    calibration.trained_loss = 0.0
+    (few, _), (many, record) = (find_ftp(files, calibration, steps=steps) for steps in (1, 5))
+    assert isinstance(few, FTPRouter)
+    assert few.settings()["weights"] != many.settings()["weights"]
+    assert record["kept"] == "trained"
+
+
+def test_a_training_that_makes_it_worse_is_not_kept(files, calibration, caplog) -> None:
+    calibration.trained_loss = 1e9
+    router, record = find_ftp(files, calibration)
+    assert record["kept"] == "static"
+    assert router_to_dict(router) == router_to_dict(made(files, "static").router)
     assert "the static one is kept" in caplog.text
 
 
@@ -175,16 +179,17 @@ def test_output_request_that_say_nothing(files, method, target, message) -> None
         make_router(request, progress=False)
 
 
-def test_route_on_the_command_line(files, tmp_path) -> None:
+def test_route_on_the_command_line(files, tmp_path, capsys) -> None:
     out = tmp_path / "router.json"
-    ran = run_prune(
-        "route", "--checkpoint", files["dense"], "--data", files["calibration"], "--out", out,
+    status = run_command(
+        "prune route", "--checkpoint", files["dense"], "--data", files["calibration"], "--out", out,
         "--method", "ftp", "--target", "macs=0.7", "--population", 4, "--generations", 1,
         "--tolerance", 0.1, "--router-steps", 2,
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    assert "% of the MACs left" in ran.stdout
-    assert "100%" in ran.stderr  # the progress bars
+    printed = capsys.readouterr()
+    assert status == 0
+    assert "% of the MACs left" in printed.out
+    assert "100%" in printed.err  # the progress bars
     report = json.loads((tmp_path / "router.report.json").read_text())
     assert report["achieved"]["macs"] == pytest.approx(0.7, abs=0.1)
     assert report["errors"]["force_mae"] > 0
@@ -202,13 +207,15 @@ def test_the_default_is_the_static_router_with_every_block_searched() -> None:
 
 
 @pytest.mark.parametrize("option", [("--mode", "smooth"), ("--keep-free",), ("--protect", "0")], ids=str)
-def test_options_that_context_only_would_ignore(files, tmp_path, option) -> None:
-    ran = run_prune(
-        "route", "--checkpoint", files["dense"], "--data", files["calibration"],
+def test_options_that_context_only_would_ignore(files, tmp_path, capsys, option) -> None:
+    status = run_command(
+        "prune route", "--checkpoint", files["dense"], "--data", files["calibration"],
         "--out", tmp_path / "router.json", "--method", "context_only", *option,
     )  # fmt: skip
-    assert ran.returncode == 2
-    assert f"error: {option[0]} has no meaning for context_only" in ran.stderr
+    assert status == 2
+    message = capsys.readouterr().err
+    assert option[0] in message
+    assert "context_only" in message
 
 
 def make_study(files: dict[str, Path], out: Path, methods: tuple[str, ...], keep: float = 0.7) -> Study:

@@ -25,6 +25,18 @@ class KilledError(Exception):
     pass
 
 
+class DyingCalibration(Calibration):
+    """Raises at the tenth loss that a search asks for."""
+
+    losses = 0
+
+    def loss(self, model) -> float:
+        self.losses += 1
+        if self.losses > 9:
+            raise KilledError
+        return super().loss(model)
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
@@ -80,9 +92,15 @@ def test_cuts_end_where_nothing_is_left(model) -> None:
     assert (after.block(0).lmax, after.block(0).mmax) == (1, 0)
 
 
+@pytest.fixture(scope="module")
+def multi(model, calibration):
+    """State of the default search at its end."""
+    return search(model, calibration).run()
+
+
 @pytest.mark.parametrize("method", ["multi", "multi_staged", "block"])
-def test_a_search_reaches_its_target_and_knows_its_loss(model, calibration, method) -> None:
-    found = search(model, calibration, method=method).run()
+def test_a_search_reaches_its_target_and_knows_its_loss(model, calibration, multi, method) -> None:
+    found = multi if method == "multi" else search(model, calibration, method=method).run()
     cost = fraction(model.config)
     assert found.done
     assert cost(found.plan) <= 0.7
@@ -94,8 +112,7 @@ def test_a_search_reaches_its_target_and_knows_its_loss(model, calibration, meth
     assert calibration.loss(model) == 0.0
 
 
-def test_a_search_beats_random_and_magnitude_cuts_at_equal_cost(model, calibration) -> None:
-    found = search(model, calibration).run()
+def test_a_search_beats_random_and_magnitude_cuts_at_equal_cost(model, calibration, multi) -> None:
     cost = fraction(model.config)
 
     def loss(plan: PruningPlan) -> float:
@@ -105,33 +122,21 @@ def test_a_search_beats_random_and_magnitude_cuts_at_equal_cost(model, calibrati
 
     rivals = [random_plan(model, cost, 0.7, seed) for seed in range(3)]
     rivals += [magnitude_plan(model, cost, 0.7), uniform_plan(model, cost, 0.7)]
-    assert found.loss < min(loss(plan) for plan in rivals)
+    assert multi.loss < min(loss(plan) for plan in rivals)
 
 
-def test_a_killed_search_continues_to_the_same_plan(model, calibration, tmp_path, monkeypatch) -> None:
-    whole = search(model, calibration).run()
+def test_a_killed_search_continues_to_the_same_plan(model, calibration, tmp_path) -> None:
+    whole = search(model, calibration, target=0.8).run()
     path = tmp_path / "state.json"
     for _ in range(2):  # killed twice, in the middle of a step
-        victim = search(model, calibration, state_path=path)
-        calls = 0
-        before = Calibration.loss
-
-        def dying(self, network, before=before):
-            nonlocal calls
-            calls += 1
-            if calls > 9:
-                raise KilledError
-            return before(self, network)
-
-        monkeypatch.setattr(Calibration, "loss", dying)
+        dying = DyingCalibration(model, NORMALIZERS, slabs())
         with pytest.raises(KilledError):
-            victim.run()
-        monkeypatch.undo()
+            search(model, dying, target=0.8, state_path=path).run()
     assert json.loads(path.read_text())["steps"]
-    continued = search(model, calibration, state_path=path).run()
+    continued = search(model, calibration, target=0.8, state_path=path).run()
     assert continued.plan == whole.plan
     assert continued.steps == whole.steps
-    assert search(model, calibration, state_path=path).run().plan == whole.plan
+    assert search(model, calibration, target=0.8, state_path=path).run().plan == whole.plan
 
 
 def test_another_search_does_not_continue_a_state(model, calibration, tmp_path: Path) -> None:

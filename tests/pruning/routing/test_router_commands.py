@@ -32,7 +32,7 @@ from equiformer2.pruning.routing.router_files import (
 )
 from equiformer2.training.evaluation import evaluate
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[3] / "scripts"
 
 
 @pytest.fixture(scope="module")
