@@ -52,6 +52,7 @@ def to_points(
         `[n, G, C]`.
     """
     grid = _Grid(factors, x.dtype)
+    grid.check_inputs(x, inputs)
     out = x.new_empty(len(x), grid.points, x.shape[2])
     check("x", x, x.dtype, len(x), latitude.shape[1], x.shape[2])
     grid.transform("to_points", latitude, x, inputs, activate, out)
@@ -77,6 +78,7 @@ def from_points(
         inputs: `[n, G, C]`, of the values times the slope of SiLU at these instead.
     """
     grid = _Grid(factors, points.dtype)
+    grid.check_inputs(points, inputs)
     check("points", points, points.dtype, len(points), grid.points, points.shape[2])
     check("out", out, points.dtype, len(points), latitude.shape[1], points.shape[2])
     grid.transform("from_points", latitude, points, inputs, activate, out)
@@ -128,12 +130,15 @@ class _Grid:
         batch = len(hidden), channels, self._mmax
         call("sphere_activation", hidden.dtype, self._mmax, *self._factors[:4], *sizes, *columns, *batch)
 
+    def check_inputs(self, x: Tensor, inputs: Tensor | None) -> None:
+        """Refuse inputs of SiLU that do not fit to the coefficients or points `x`."""
+        if inputs is not None:
+            check("inputs", inputs, x.dtype, len(x), self.points, x.shape[2])
+
     def transform(
         self, name: str, latitude: Tensor, x: Tensor, inputs: Tensor | None, activate: bool, out: Tensor
     ) -> None:
         """Run the kernel `to_points` or `from_points` on `x`."""
-        if inputs is not None:
-            check("inputs", inputs, x.dtype, len(x), self.points, x.shape[2])
         check("latitude", latitude, arithmetic(x.dtype), *self._factors[0].shape)
         grid = latitude, *self._factors[2:], *self.sizes
         batch = len(x), x.shape[2], self._mmax
