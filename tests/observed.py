@@ -39,7 +39,7 @@ def observed(
     open_calls: dict[FrameType, Call] = {}
 
     def profile(frame: FrameType, event: str, value: Any) -> None:
-        if before is not None:
+        if callable(before):
             before(frame, event, value)
         if frame.f_code not in codes:
             return

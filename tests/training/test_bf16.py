@@ -19,6 +19,7 @@ from equiformer2.kernels import attend, segment_softmax
 from equiformer2.kernels.cpu import library
 from equiformer2.model.attention import SO2EquivariantGraphAttention
 from equiformer2.model.edge_context import EdgeGraph
+from equiformer2.model.radial import RadialWeights
 from equiformer2.training.configuration import parse
 from equiformer2.training.folder import read_rows
 from equiformer2.training.losses import energy_l1, force_l2
@@ -139,13 +140,11 @@ def test_what_stays_in_float32(batch: Batch, backend: str) -> None:
     }
     for name, module in named.items():
         module.forward = watched(places, name, module.forward)  # type: ignore[method-assign,union-attr]
-    radial = model.blocks[0].ga.so2_conv_1.rad_func
-    radial.hidden = watched(places, "bf16: radial function", radial.hidden)
     head: SO2EquivariantGraphAttention = model.force_block  # type: ignore[assignment]
     for name, linear in (("energy head", model.energy_block.so3_linear_2), ("force head", head.proj)):
         linear.degree = watched(places, name, linear.degree)  # type: ignore[method-assign]
     normalize = Normalizers.normalize_energy, Normalizers.normalize_forces
-    with observed(energy_l1, force_l2, *normalize, segment_softmax, attend) as calls:
+    with observed(energy_l1, force_l2, *normalize, segment_softmax, attend, RadialWeights.hidden) as calls:
         loss, _ = step(task, batch, bf16=True)
     for call in calls:
         note_dtypes(places, call.name, tuple(call.arguments.values()), call.result)
@@ -161,7 +160,7 @@ def test_what_stays_in_float32(batch: Batch, backend: str) -> None:
         assert places[place] == {torch.float32}, place
     assert places["normalize_energy out"] == {torch.float64}  # energy_l1 rounds it
     assert places["energy_l1 in"] == {torch.float32, torch.float64}
-    for place in ("bf16: feed-forward out", "bf16: radial function out"):
+    for place in ("bf16: feed-forward out", "hidden out"):
         assert places[place] == {torch.bfloat16}, place
 
 
