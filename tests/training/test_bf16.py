@@ -132,7 +132,6 @@ def test_what_stays_in_float32(batch: Batch, backend: str) -> None:
     named = {
         "network norm": model.norm,
         "block norm": model.blocks[1].norm_2,
-        "attention norm": model.blocks[1].ga.alpha_norm,
         "distance basis": model.distance_basis,
         "block": model.blocks[1],
         "head": model.energy_block.so3_linear_2,
@@ -144,10 +143,14 @@ def test_what_stays_in_float32(batch: Batch, backend: str) -> None:
     for name, linear in (("energy head", model.energy_block.so3_linear_2), ("force head", head.proj)):
         linear.degree = watched(places, name, linear.degree)  # type: ignore[method-assign]
     normalize = Normalizers.normalize_energy, Normalizers.normalize_forces
-    with observed(energy_l1, force_l2, *normalize, segment_softmax, attend, RadialWeights.hidden) as calls:
+    functions = energy_l1, force_l2, *normalize, segment_softmax, attend, RadialWeights.hidden
+    with observed(*functions, nn.functional.layer_norm) as calls:
         loss, _ = step(task, batch, bf16=True)
     for call in calls:
-        note_dtypes(places, call.name, tuple(call.arguments.values()), call.result)
+        name = call.name
+        if name == "layer_norm" and tuple(call.arguments["normalized_shape"]) == (CONFIG.attn_alpha_channels,):
+            name = "attention norm"
+        note_dtypes(places, name, tuple(call.arguments.values()), call.result)
     assert loss.dtype == torch.float32
     float32 = (
         *("energy_l1 out", "force_l2 in", "force_l2 out"),
