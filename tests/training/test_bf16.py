@@ -148,7 +148,9 @@ def test_what_stays_in_float32(batch: Batch, backend: str) -> None:
         loss, _ = step(task, batch, bf16=True)
     for call in calls:
         name = call.name
-        if name == "layer_norm" and tuple(call.arguments["normalized_shape"]) == (CONFIG.attn_alpha_channels,):
+        if name == "layer_norm" and tuple(call.arguments["normalized_shape"]) == (
+            CONFIG.attn_alpha_channels,
+        ):
             name = "attention norm"
         note_dtypes(places, name, tuple(call.arguments.values()), call.result)
     assert loss.dtype == torch.float32
