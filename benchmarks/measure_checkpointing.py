@@ -19,7 +19,7 @@ import dataclasses
 import hashlib
 import itertools
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -96,11 +96,11 @@ def measure(size: str, batch_name: str, way: str, threads: int) -> dict[str, Any
     return record | {"loss": total.item(), "gradients": digest.hexdigest()[:16], "peak": peak_memory("cpu")}
 
 
-def in_fresh_process(size: str, batch: str, way: str, threads: int) -> dict[str, Any] | None:
-    """The record of `measure`; None where the memory does not suffice."""
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of `function` in a process of its own; None where the memory does not suffice."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(measure, size, batch, way, threads).result()
+            return pool.submit(function, *arguments).result()
         except (BrokenProcessPool, MemoryError):
             return None
         except RuntimeError as error:
@@ -159,7 +159,7 @@ def sentences(row: dict[str, Any]) -> list[str]:
     return lines
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None, in_process: Callable[..., Any] = in_fresh_process) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -182,7 +182,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for size, batch, way in cases:
         free = free_memory()
         fits = expected_peak(records, size, len(load_batch(batch).pos), way) <= free
-        record = in_fresh_process(size, batch, way, given.threads) if fits else None
+        record = in_process(measure, size, batch, way, given.threads) if fits else None
         if record is None:
             left_out.append(f"{size} {batch} {way}: needs more than the {free / 2**30:.1f} GiB that are free")
             print(left_out[-1], flush=True)

@@ -1,6 +1,7 @@
 """Measure the equivariance error of the network for each degree and resolution of its two sphere grids.
 
-    python -m benchmarks.measure_equivariance [--seeds 3] [--trials 3] [--output docs/results]
+    python -m benchmarks.measure_equivariance [--seeds 3] [--trials 3] [--lmax 2 4 6] [--grids 18x18 …]
+        [--output docs/results]
 
 A small network with random weights on a displaced CO/Pt(111) slab. The model configuration has one resolution
 for both grids; here the grid of the attention (on edges) is varied beside a very fine one of the feed-forward
@@ -33,8 +34,8 @@ from equiformer2.symmetry import check_symmetries
 
 FINE = (40, 41)
 PAPER = (18, 18)
-DEGREES = {2: 2, 4: 2, 6: 2}
-"""mmax of each lmax."""
+LMAX = (2, 4, 6)
+MMAX = 2  # or lmax where that is smaller
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 Grid = tuple[int, int]
 
@@ -54,6 +55,12 @@ def feed_forward_grids(lmax: int) -> list[Grid]:
     first = smallest(lmax, lmax)
     grids = {first, (14, 14), (18, 18), (18, 19), (24, 25), (32, 33), FINE}
     return sorted((grid for grid in grids if grid[0] >= first[0]), key=math.prod)
+
+
+def grid_of(text: str) -> Grid:
+    """Latitudes and longitudes of `LATxLON`; `ValueError` for other texts."""
+    latitudes, longitudes = text.split("x")
+    return int(latitudes), int(longitudes)
 
 
 def structure() -> Data:
@@ -152,12 +159,22 @@ def measure(
     return errors
 
 
-def sweep(seeds: int, trials: int) -> list[dict[str, Any]]:
-    """One row per degree, varied grid and kind of weights; every error a list with one value per seed."""
+def sweep(
+    seeds: int, trials: int, degrees: Sequence[int] = LMAX, grids: Sequence[Grid] | None = None
+) -> list[dict[str, Any]]:
+    """One row per degree, varied grid and kind of weights; every error a list with one value per seed.
+
+    Args:
+        seeds: networks of each kind.
+        trials: rotations of each network.
+        degrees: lmax of the networks.
+        grids: resolutions of the varied grid; None for a choice that begins with the smallest possible one.
+    """
     data, rows = structure(), []
-    for lmax, mmax in DEGREES.items():
-        choices = [("attention", grid, (grid, FINE)) for grid in attention_grids(lmax, mmax)]
-        choices += [("feed-forward", grid, (PAPER, grid)) for grid in feed_forward_grids(lmax)]
+    for lmax in degrees:
+        mmax = min(lmax, MMAX)
+        choices = [("attention", grid, (grid, FINE)) for grid in grids or attention_grids(lmax, mmax)]
+        choices += [("feed-forward", grid, (PAPER, grid)) for grid in grids or feed_forward_grids(lmax)]
         for weights in ("random", "initial"):
             models = [random_network(lmax, mmax, weights, seed) for seed in range(seeds)]
             for varied, grid, both in choices:
@@ -218,7 +235,7 @@ def markdown(rows: list[dict[str, Any]], seeds: int, trials: int) -> str:
         "",
         "![error against grid points](equivariance.png)",
     ]
-    for lmax, mmax in DEGREES.items():
+    for lmax, mmax in {row["lmax"]: row["mmax"] for row in rows}.items():
         lines += ["", f"## L = {lmax}, M = {mmax}", "", f"Feed-forward grid {FINE[0]} x {FINE[1]}:", ""]
         lines += table(rows, lmax, "attention")
         lines += ["", f"Attention grid {PAPER[0]} x {PAPER[1]}:", "", *table(rows, lmax, "feed-forward")]
@@ -234,7 +251,7 @@ def draw(rows: list[dict[str, Any]]) -> bytes:
     )
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (varied, kind, title) in zip(axes, panels, strict=True):
-        for color, lmax in enumerate(DEGREES):
+        for color, lmax in enumerate(dict.fromkeys(row["lmax"] for row in rows)):
             for dtype, style in (("float64", "o-"), ("float32", "x:")):
                 chosen = [
                     (math.prod(row["grid"]), row[kind][dtype])
@@ -264,10 +281,18 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, help="networks of each kind")
     parser.add_argument("--trials", type=int, default=3, help="rotations of each network")
+    parser.add_argument("--lmax", type=int, nargs="+", default=LMAX, help="degrees of the networks")
+    parser.add_argument(
+        "--grids",
+        type=grid_of,
+        nargs="+",
+        metavar="LATxLON",
+        help="resolutions of the varied grid (default: a choice for each degree)",
+    )
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder of the report")
     args = parser.parse_args(words)
     with torch.no_grad():
-        rows = sweep(args.seeds, args.trials)
+        rows = sweep(args.seeds, args.trials, args.lmax, args.grids)
     write_json(args.output / "equivariance.json", {**origin(), "rows": rows}, make_folder=True)
     write_bytes(args.output / "equivariance.png", draw(rows))
     write_bytes(args.output / "equivariance.md", markdown(rows, args.seeds, args.trials).encode())

@@ -237,7 +237,12 @@ class Relaxation:
         return float(self.atoms.get_potential_energy())
 
 
-def measure_bandwidth(device: str, repeats: int, array_bytes: int = ARRAY_BYTES) -> dict[str, Any]:
+def measure_bandwidth(
+    device: str,
+    repeats: int,
+    array_bytes: int = ARRAY_BYTES,
+    clock: Callable[[str], float] = now,
+) -> dict[str, Any]:
     """Bytes per second read and written by a copy and by a triad `a = b + 2 c`, with torch's threads.
 
     Every array counts once per pass, as it is read or written: two in the copy, three in the triad. What a
@@ -249,8 +254,9 @@ def measure_bandwidth(device: str, repeats: int, array_bytes: int = ARRAY_BYTES)
     size = array_bytes // torch.float32.itemsize
     # Written once here: untouched pages would be read from one page of zeros.
     a, b, c = (torch.full((size,), float(value), device=device) for value in range(3))
-    copy = 2 * array_bytes / median_seconds(lambda: a.copy_(b), device, repeats)
-    triad = 3 * array_bytes / median_seconds(lambda: torch.add(b, c, alpha=2.0, out=a), device, repeats)
+    copy = 2 * array_bytes / median_seconds(lambda: a.copy_(b), device, repeats, clock)
+    add = partial(torch.add, b, c, alpha=2.0, out=a)
+    triad = 3 * array_bytes / median_seconds(add, device, repeats, clock)
     return {"copy": copy, "triad": triad, "rate": max(copy, triad), "array_bytes": array_bytes}
 
 
@@ -291,13 +297,15 @@ def _libraries(device: str, dtype: torch.dtype) -> list[Callable[[torch.Tensor, 
     return found
 
 
-def median_seconds(call: Callable[[], torch.Tensor], device: str, repeats: int) -> float:
-    """Median time of `repeats` calls, s, after one warm-up."""
+def median_seconds(
+    call: Callable[[], torch.Tensor], device: str, repeats: int, clock: Callable[[str], float] = now
+) -> float:
+    """Median time of `repeats` calls, s by `clock` of the device, after one warm-up."""
     times = []
     for _ in range(repeats + 1):
-        start = now(device)
+        start = clock(device)
         call()
-        times.append(now(device) - start)
+        times.append(clock(device) - start)
     return statistics.median(times[1:])
 
 

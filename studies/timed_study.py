@@ -30,8 +30,13 @@ class TimedSettings(StudySettings):
 
 
 class TimedStudy(Study):
-    """`Study` with plans of `multi_time`."""
+    """`Study` with plans of `multi_time`.
 
+    Attributes:
+        latency_target: class of the target that measures times of force calls.
+    """
+
+    latency_target: ClassVar[type[LatencyTarget]] = LatencyTarget
     settings: TimedSettings
 
     def search_for_time(self, progress: bool = True) -> None:
@@ -49,7 +54,7 @@ class TimedStudy(Study):
         path, settings = self.searches / "times.json", self.settings
         targets: Sequence[Target] = (
             MacTarget(self.model.config, keep, *self._calibration(seed).size),
-            LatencyTarget(self.model, batch, settings.latency, path, settings.threads),
+            self.latency_target(self.model, batch, settings.latency, path, settings.threads),
         )
         return self._find_plan("multi", targets, result_name(TIMED, keep, seed), seed)
 

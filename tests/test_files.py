@@ -1,7 +1,10 @@
 """Files appear whole or not at all, and errors name them."""
 
 import json
+import multiprocessing
 import os
+import tempfile
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -58,7 +61,7 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
-def test_a_target_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_is_checked_before_the_work(tmp_path: Path) -> None:
     check_target(tmp_path / "new" / "folder" / "out.json")
     check_target(tmp_path, is_folder=True)
     check_target(tmp_path / "new", is_folder=True)
@@ -70,9 +73,31 @@ def test_a_target_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest
     for path, is_folder in ((tmp_path / "file" / "a" / "out.json", False), (tmp_path / "file", True)):
         with pytest.raises(InputError, match=r"cannot be written, because .*/file is no folder"):
             check_target(path, is_folder)
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(InputError, match=r"out\.json cannot be written, because .* is not writable"):
-        check_target(tmp_path / "out.json")
+
+
+def test_a_folder_without_permission_to_write_is_refused() -> None:
+    """As an ordinary user: root may write everywhere."""
+
+    def check(folder: str, answer: Connection) -> None:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        try:
+            check_target(Path(folder) / "out.json")
+        except InputError as error:
+            answer.send(str(error))
+        answer.close()
+
+    # Beside, not in, pytest's folders, which other users cannot enter.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("fork").Process(target=check, args=(folder, sender))
+        process.start()
+        sender.close()
+        message = receiver.recv()
+        process.join()
+        os.chmod(folder, 0o755)
+    assert f"{folder} is not writable" in message
 
 
 @pytest.mark.parametrize("content", ["", '{"a": ', "[1]", "null", "\x00"])

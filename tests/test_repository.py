@@ -104,6 +104,18 @@ def test_behaviour_is_observed_rather_than_replaced() -> None:
     assert count <= 40, f"{count} replaced attributes"
 
 
+def test_the_quick_tests_exist() -> None:
+    """Every line of quick.txt is a file, or `file::name` of a test or class in it with its parameters."""
+    for line in (ROOT / "tests/quick.txt").read_text(encoding="utf-8").splitlines():
+        file, *names = line.partition("[")[0].split("::")
+        tree: ast.Module | ast.ClassDef = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        for name in names:
+            inside = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+            assert name in inside, f"{line}: {file} has no {name}"
+            if isinstance(inside[name], ast.ClassDef):
+                tree = inside[name]
+
+
 def test_nothing_is_bound_to_one_machine() -> None:
     # Home and absolute work folders, and index addresses: a fresh clone has none of them.
     pattern = re.compile(r"/(?:work|root|home)/\w|(?:extra-)?index-url|find-links|\.\./shared")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import worker
 from benchmarks.worker import measure_bandwidth, measure_rate, median_seconds
 
 MIB = 2**20
@@ -24,12 +23,11 @@ def test_the_first_call_is_a_warm_up_and_the_median_counts() -> None:
     assert next(waits, None) is None
 
 
-def test_bytes_are_those_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_are_those_read_and_written() -> None:
     """A clock that gives the warm-ups 9 s; then the copies 1, 2 and 4 s, the triads 2, 3 and 6 s."""
     passes = [9.0, 1.0, 4.0, 2.0, 9.0, 6.0, 2.0, 3.0]
     ticks = iter([tick for seconds in passes for tick in (0.0, seconds)])
-    monkeypatch.setattr(worker, "now", lambda device: next(ticks))
-    found = measure_bandwidth("cpu", 3, MIB)
+    found = measure_bandwidth("cpu", 3, MIB, clock=lambda device: next(ticks))
     assert found == {"copy": 2 * MIB / 2.0, "triad": 3 * MIB / 3.0, "rate": MIB, "array_bytes": MIB}
     assert next(ticks, None) is None
 

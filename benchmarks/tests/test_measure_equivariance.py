@@ -3,21 +3,10 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from torch_geometric.data import Batch
 
 from benchmarks import measure_equivariance as script
-
-DEGREES = {1: 1}
-GRIDS = [(4, 5), (18, 18)]
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "DEGREES", DEGREES)
-    monkeypatch.setattr(script, "attention_grids", lambda lmax, mmax: GRIDS)
-    monkeypatch.setattr(script, "feed_forward_grids", lambda lmax: GRIDS)
 
 
 def test_turned_frames_are_rotations_with_the_same_axis() -> None:
@@ -46,10 +35,9 @@ def test_both_grids_are_really_replaced() -> None:
     assert torch.equal(released, fresh)
 
 
-@pytest.mark.usefixtures("small")
-def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["measure_equivariance.py", "--seeds", "1", "--trials", "1", "--output", str(tmp_path)]
-    script.main(arguments[1:])
+def test_report(tmp_path: Path) -> None:
+    few = ["--seeds", "1", "--trials", "1", "--lmax", "1", "--grids", "4x5", "18x18"]
+    script.main([*few, "--output", str(tmp_path)])
     record = json.loads((tmp_path / "equivariance.json").read_text())
     assert len(record["rows"]) == 8
     coarse, fine = (

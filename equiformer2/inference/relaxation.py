@@ -1,9 +1,10 @@
 """Relaxation of one structure with ASE's optimisers."""
 
+import errno
 import logging
 import math
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ def relax(
         writer = None
         if trajectory is not None:
             Path(trajectory).parent.mkdir(parents=True, exist_ok=True)
-            writer = stack.enter_context(Trajectory(str(trajectory), "w"))
+            writer = stack.enter_context(_TrajectoryFile(trajectory))
         show = stack.enter_context(_ProgressLine(label)) if progress else None
         dynamics = stack.enter_context(OPTIMIZERS[optimizer](atoms, logfile=None))
         dynamics.log = lambda gradient: None  # ASE's asks for the energy of every step, to write it nowhere
@@ -181,14 +182,7 @@ def relax(
             energies.append(energy)
             max_forces.append(max_force)
             if writer is not None:
-                # ASE's trajectories hold plain values only.
-                own, atoms.info = atoms.info, plain(atoms.info)
-                try:
-                    writer.write(atoms)
-                except OSError as error:  # a full disk: ASE does not say which file
-                    raise OSError(error.errno, error.strerror, str(trajectory)) from error
-                finally:
-                    atoms.info = own
+                writer.write(atoms)
             if show is not None:
                 show.update(len(energies) - 1, steps, energy, max_force)
         energies[-1] = _finite_energy(atoms, step=len(energies) - 1)
@@ -218,6 +212,46 @@ def restraint_energy(atoms: Atoms) -> float:
             if hasattr(constraint, "adjust_potential_energy")
         )
     )
+
+
+class _TrajectoryFile:
+    """A `.traj` file that keeps its earlier frames where a write fails, and is named in the error.
+
+    ASE's own writer would finish the frame that failed when it is closed: half of it would count as a frame,
+    or a second error without the file's name would replace the first.
+
+    Args:
+        path: file to write.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        self.frames: Any = Trajectory(self.path, "w")
+
+    def __enter__(self) -> "_TrajectoryFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.frames.backend.fd.closed:
+            self.frames.close()
+
+    def write(self, atoms: Atoms) -> None:
+        """Append `atoms` with the calculator's results.
+
+        Raises:
+            OSError: the disk is full or the file cannot be written; nothing more is written to it.
+        """
+        # ASE's trajectories hold plain values only.
+        own, atoms.info = atoms.info, plain(atoms.info)
+        try:
+            self.frames.write(atoms)
+        except OSError as error:
+            with suppress(OSError):  # closing tries to write what is buffered
+                self.frames.backend.fd.close()
+            # NumPy's errors of short writes have a text and no number.
+            raise OSError(error.errno or errno.EIO, error.strerror or str(error), self.path) from error
+        finally:
+            atoms.info = own
 
 
 def _finite_energy(atoms: Atoms, step: int) -> float:

@@ -9,6 +9,7 @@ A line is written after its trajectory, so whatever has a line is complete. What
 was stopped starts again, and what could not be relaxed is tried again.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -197,7 +198,7 @@ class RelaxationFolder:
                     atoms.calc = SinglePointCalculator(atoms, energy=frame.energy, forces=frame.forces)
                     writer.write(atoms)
             publish(temporary, path)
-        except OSError as error:  # a full disk: ASE does not say which file
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        except OSError as error:  # a full disk: ASE names no file, NumPy gives no number
+            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
         finally:
             temporary.unlink(missing_ok=True)

@@ -1,11 +1,13 @@
 """Plans of a study that are searched for operations and time."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from equiformer2.errors import InputError
 from equiformer2.pruning.cost.targets import LatencyTarget, MacTarget
+from equiformer2.pruning.structured.plan import PruningPlan
 from studies.timed_study import TIMED, TimedSettings, TimedStudy
 from tests.pruning.search_helpers import save_tiny, slab, slabs, tiny_model, write_lmdb
 
@@ -23,7 +25,32 @@ def files(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-def make_study(files, out: Path, **changes: object) -> TimedStudy:
+class ByHeads(LatencyTarget):
+    """Half a call is the attention of block 0, in proportion to its heads; nothing else takes time."""
+
+    def fraction_of(self, plan: PruningPlan) -> float:
+        return 0.5 + 0.25 * plan.applied_to(tiny_model().config).block(0).num_heads
+
+
+class ByMacs(LatencyTarget):
+    """Time is in proportion to the MACs; notes every plan that it is asked for."""
+
+    asked: ClassVar[list[PruningPlan]] = []
+
+    def fraction_of(self, plan: PruningPlan) -> float:
+        self.asked.append(plan)
+        return MacTarget(tiny_model().config, 0.5, 8, 48).fraction_of(plan)
+
+
+class HeadsStudy(TimedStudy):
+    latency_target = ByHeads
+
+
+class MacsStudy(TimedStudy):
+    latency_target = ByMacs
+
+
+def make_study(files, out: Path, kind: type[TimedStudy] = HeadsStudy, **changes: object) -> TimedStudy:
     settings = {
         "methods": ("random", "magnitude"),
         "keep": (0.7,),
@@ -34,16 +61,10 @@ def make_study(files, out: Path, **changes: object) -> TimedStudy:
     recovery = changes.pop("recovery", None)
     held_out = changes.pop("held_out", {"dft": files["dft"], "bare": files["bare"]})
     settings |= {"repeats": 2} | changes
-    return TimedStudy(
-        files["dense"], files["calibration"], held_out, TimedSettings(**settings), out, recovery
-    )
+    return kind(files["dense"], files["calibration"], held_out, TimedSettings(**settings), out, recovery)
 
 
-def test_plans_for_time_join_a_study_that_had_none(files, tmp_path, monkeypatch) -> None:
-    config = tiny_model().config
-    # All that takes time: half a call is the attention of block 0, in proportion to its heads.
-    heads = lambda self, plan: 0.5 + 0.25 * plan.applied_to(config).block(0).num_heads  # noqa: E731
-    monkeypatch.setattr(LatencyTarget, "fraction_of", heads)
+def test_plans_for_time_join_a_study_that_had_none(files, tmp_path) -> None:
     make_study(files, tmp_path, methods=("random",)).run(progress=False)
     options = {"methods": ("random", TIMED), "seeds": (0,), "latency": 0.8}
     made = make_study(files, tmp_path, **options).run(progress=False)
@@ -55,14 +76,10 @@ def test_plans_for_time_join_a_study_that_had_none(files, tmp_path, monkeypatch)
     make_study(files, tmp_path, methods=("random",))
 
 
-def test_plans_for_time_can_be_searched_before(files, tmp_path, monkeypatch) -> None:
-    stand_in = MacTarget(tiny_model().config, 0.5, 8, 48)
-    asked = []
-    monkeypatch.setattr(
-        LatencyTarget, "fraction_of", lambda self, plan: asked.append(plan) or stand_in.fraction_of(plan)
-    )
+def test_plans_for_time_can_be_searched_before(files, tmp_path) -> None:
+    asked = ByMacs.asked
     options = {"methods": ("uniform", TIMED), "seeds": (0,), "latency": 0.8}
-    study = make_study(files, tmp_path, **options)
+    study = make_study(files, tmp_path, MacsStudy, **options)
     study.search_for_time(progress=False)
     assert not (tmp_path / "results").exists()
     searched = len(asked)

@@ -15,13 +15,13 @@ from ase.build import fcc111
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixCartesianParametricRelations
 from command_line import run_command
-from limited_process import error_with_limited_files
 from oc20_files import assert_same, dumps_pyg1, is2re_fields, s2ef_fields, structure, write_lmdb
 from torch.utils.data import DataLoader
 from torch_geometric.data import Batch
 
 from datasets_oc20 import DataError, LmdbWriter, OC20DataModule, OC20Lmdb
 from datasets_oc20.convert import convert
+from tests.disk import full_disk
 
 aselmdb = pytest.importorskip("ase_db_backends.aselmdb")
 
@@ -293,9 +293,8 @@ def test_a_missing_package_is_one_sentence(
 
 
 def test_a_failed_conversion_leaves_nothing(ours: Path, tmp_path: Path) -> None:
-    error = error_with_limited_files(10_000, convert, ours, tmp_path / "x.aselmdb", "ase")
-    assert isinstance(error, OSError)
-    assert "x.aselmdb" in str(error)
+    with full_disk(10_000), pytest.raises(OSError, match=r"x\.aselmdb"):
+        convert(ours, tmp_path / "x.aselmdb", "ase")
     assert [path.name for path in tmp_path.iterdir()] == ["ours.lmdb"]
 
 

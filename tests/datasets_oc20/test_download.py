@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from command_line import run_command
 from http_server import Server
-from limited_process import error_with_limited_files
 from tar_files import GOOD, make_tar
 
 from datasets_oc20 import DataError
@@ -21,6 +20,7 @@ from datasets_oc20.catalogue import LMDB_BYTES_PER_FRAME
 from datasets_oc20.disk_space import Need
 from datasets_oc20.download import Download, Retry, fetch
 from datasets_oc20.partial_file import PartialFile, md5_sum
+from tests.disk import full_disk
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
 SUM = hashlib.md5(CONTENT).hexdigest()
@@ -221,9 +221,8 @@ def test_a_full_disk_is_no_reason_to_try_again(tmp_path: Path) -> None:
     def waits(seconds: float) -> None:
         raise AssertionError(f"a wait of {seconds} s for another try")
 
-    with Server(CONTENT) as server:
-        error = error_with_limited_files(1_500_000, get, server, tmp_path / "file.tar", SUM, 4, waits)
-    assert isinstance(error, OSError)
+    with Server(CONTENT) as server, full_disk(1_500_000), pytest.raises(OSError, match="too large"):
+        get(server, tmp_path / "file.tar", SUM, 4, waits)
     assert (tmp_path / "file.tar.part").stat().st_size <= 1_500_000
 
 

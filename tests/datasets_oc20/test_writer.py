@@ -8,12 +8,12 @@ import lmdb
 import orjson
 import pytest
 import torch
-from limited_process import error_with_limited_files
 from oc20_files import assert_same, structure
 from torch_geometric.data import Data
 
 from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb, structure_record
 from datasets_oc20.structure_record import PackedRecord
+from tests.disk import full_disk
 
 
 def test_round_trip_is_exact(tmp_path: Path, val_20: Path) -> None:
@@ -100,9 +100,8 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
             for _ in range(600):
                 writer.write(structure(natoms=30))
 
-    error = error_with_limited_files(200_000, write)
-    assert isinstance(error, OSError)
-    assert "out.lmdb: cannot be written" in str(error)
+    with full_disk(200_000), pytest.raises(OSError, match=r"out\.lmdb: cannot be written"):
+        write()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,6 +17,7 @@ rounded to as many digits as it has. A table must be what the function of that n
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ NUMBER = re.compile(
 )
 _CODE = re.compile(r"`[^`]*`")
 _LINK = re.compile(r"\]\([^)]*\)")
-_CACHE: dict[str, Any] = {}
 
 
 def plain(text: str) -> str:
@@ -42,10 +42,9 @@ def numbers(text: str) -> list[str]:
     return NUMBER.findall(text)
 
 
-def content_of(name: str) -> Any:
-    if name not in _CACHE:
-        _CACHE[name] = json.loads((ROOT / name).read_text(encoding="utf-8"))
-    return _CACHE[name]
+@cache
+def content_of(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def agrees(number: str, value: float) -> bool:
@@ -78,8 +77,8 @@ def quotes(comment: Comment) -> list[Quote]:
     return found
 
 
-def faults(page: str, part: Part) -> list[str]:
-    """`page:line: …` of every number of a part with `figures` comments that its file does not hold."""
+def faults(page: str, part: Part, root: Path = ROOT) -> list[str]:
+    """`page:line: …` of every number of a part with `figures` comments that its file in `root` lacks."""
     found = []
     text = plain(part.text)
     left = text
@@ -90,7 +89,7 @@ def faults(page: str, part: Part) -> list[str]:
                 left = re.sub(rf"(?<![\w.,]){re.escape(given)}(?![\w]|[.,]\d)", "", left)
         elif comment.kind == "table":
             file, _, name = (word.strip() for word in comment.argument.partition(":"))
-            expected = [" ".join(row.split()) for row in TABLES[name](content_of(file))]
+            expected = [" ".join(row.split()) for row in TABLES[name](content_of(root / file))]
             rows = [" ".join(row.split()) for row in part.text.split("\n")][2:]
             wrong = [(a, b) for a, b in zip(rows, expected, strict=False) if a != b]
             if len(rows) != len(expected) or wrong:
@@ -98,7 +97,7 @@ def faults(page: str, part: Part) -> list[str]:
                 found.append(f"{page}:{part.line}: the table is not that of {file}, which gives\n{shown}")
             left = ""
         else:
-            known = names(content_of(comment.argument))
+            known = names(content_of(root / comment.argument))
             for quote in quotes(comment):
                 here = f"{page}:{quote.line}"
                 if quote.words not in text:
@@ -106,7 +105,7 @@ def faults(page: str, part: Part) -> list[str]:
                     continue
                 left = left.replace(quote.words, "", 1)
                 found += [f"{here}: {fault}" for fault in compare(quote, known)]
-        if not (ROOT / comment.argument.partition(":")[0].strip()).is_file() and comment.kind != "given":
+        if not (root / comment.argument.partition(":")[0].strip()).is_file() and comment.kind != "given":
             found.append(f"{place}: there is no {comment.argument}")
     rest = numbers(left)
     if rest:

@@ -41,6 +41,10 @@ def content(folders: tuple[str, ...]) -> set[str]:
     }
 
 
+#: Pages whose blocks take longer than 8 s together; `make test-slow` runs them.
+LONG = {"docs/adsorption.md"}
+
+
 def run(page: Path, folder: Path, slow: bool) -> None:
     before = content(KEPT)
     run_page(blocks(page), folder, slow)
@@ -52,7 +56,11 @@ def test_blocks_have_a_language_and_markers_a_reason(page: Path) -> None:
     assert not wrong_blocks(page)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if name_of(page) in LONG else ()) for page in PAGES],
+    ids=name_of,
+)
 def test_blocks_run(page: Path, tmp_path: Path) -> None:
     run(page, tmp_path, slow=False)
 

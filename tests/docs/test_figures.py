@@ -43,7 +43,7 @@ def program_file(command: str) -> Path:
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_results_say_what_made_them(path: Path) -> None:
-    content = content_of(path.relative_to(ROOT).as_posix())
+    content = content_of(path)
     for made in content.get("runs") if "units" in content else [content]:
         program = re.match(r"python (?:scripts/\w+\.py|-m (?:benchmarks|studies)\.\w+)", made["command"])
         assert program, path.name
@@ -115,8 +115,6 @@ RIGHT = [
 @pytest.fixture
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "results.json").write_text(json.dumps({"mean": 0.0184}))
-    monkeypatch.setattr("figures.ROOT", tmp_path)
-    monkeypatch.setattr("figures._CACHE", {})
     monkeypatch.setitem(TABLES, "pair", lambda data: ["| 1 | 2 |"])
     return tmp_path / "page.md"
 
@@ -127,11 +125,15 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_wrong_figures_are_found(page: Path, text: str, comment: str, told: str) -> None:
     page.write_text(f"{text}\n\n<!-- {comment.replace('FILE', 'results.json')}\n-->\n")
     (part,) = parts(page)
-    assert [fault for fault in faults("page.md", part) if told in fault and fault.startswith("page.md:")]
+    assert [
+        fault
+        for fault in faults("page.md", part, page.parent)
+        if told in fault and fault.startswith("page.md:")
+    ]
 
 
 @pytest.mark.parametrize(("text", "comment"), [case[1:] for case in RIGHT], ids=[case[0] for case in RIGHT])
 def test_right_figures_pass(page: Path, text: str, comment: str) -> None:
     page.write_text(f"{text}\n\n<!-- {comment.replace('FILE', 'results.json')}\n-->\n")
     (part,) = parts(page)
-    assert not faults("page.md", part)
+    assert not faults("page.md", part, page.parent)

@@ -9,7 +9,7 @@ from equiformer2.training.learning_curve import SystemErrors, Validation, markdo
 
 
 def test_page_of_the_small_network_is_what_the_results_say() -> None:
-    data = content_of("docs/results/oc20_small.json")
+    data = content_of(ROOT / "docs/results/oc20_small.json")
     runs = {name: [Validation(**one) for one in validations] for name, validations in data["runs"].items()}
     systems = {
         name: {sid: SystemErrors(**one) for sid, one in errors.items()}

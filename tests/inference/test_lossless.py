@@ -1,5 +1,6 @@
 """What nobody reads is not computed by default, and nothing that is read changes."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,23 @@ from datasets_oc20 import OC20Lmdb
 from equiformer2.errors import InputError
 from equiformer2.inference import EquiformerV2Calculator, Predictor, relax
 from equiformer2.model.output_request import OutputRequest
+from tests.observed import Call, observed
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int | None]]:
+def requests() -> Iterator[list[tuple[bool, int | None]]]:
     """Of every pass: whether with energies, and the number of atoms whose forces were asked for."""
     seen: list[tuple[bool, int | None]] = []
-    cut = OutputRequest.check
 
-    def check(self: OutputRequest, *arguments: Any) -> None:
-        seen.append((self.energy, None if self.force_atoms is None else int(self.force_atoms.sum())))
-        cut(self, *arguments)
+    def note(calls: list[Call]) -> None:
+        request: OutputRequest = calls[-1].arguments["self"]
+        mask = request.force_atoms
+        seen.append((request.energy, None if mask is None else int(mask.sum())))
 
-    monkeypatch.setattr(OutputRequest, "check", check)
-    return seen
+    with observed(OutputRequest.check, on_call=note):
+        yield seen
 
 
 def test_real_structures_with_a_trained_network() -> None:

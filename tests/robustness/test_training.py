@@ -128,7 +128,7 @@ def test_a_mistaken_file_is_one_sentence(text: str, told: list[str], config: Pat
     [
         ("--config=.", "is a folder"),
         ("--config=/dev/zero", "is a device"),
-        ("--config=a\0b", "not a possible file name"),
+        ("--config=a\0b", "there is no configuration a\0b"),
         ("--trainer.callbacks=" + "[" * 5000, "nested"),
         ('--model={"lmax": 1, "lmax": 2}', "duplicate"),
         ("--model=model.yaml", "use --config"),

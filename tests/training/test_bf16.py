@@ -15,15 +15,18 @@ from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers
 from equiformer2.errors import InputError
 from equiformer2.graph import radius_graph
+from equiformer2.kernels import attend, segment_softmax
 from equiformer2.kernels.cpu import library
 from equiformer2.model.attention import SO2EquivariantGraphAttention
 from equiformer2.model.edge_context import EdgeGraph
-from equiformer2.training import task as task_module
+from equiformer2.model.radial import RadialWeights
 from equiformer2.training.configuration import parse
 from equiformer2.training.folder import read_rows
+from equiformer2.training.losses import energy_l1, force_l2
 from equiformer2.training.optim import OptimSettings
 from equiformer2.training.run import train
 from equiformer2.training.task import S2EFTask, TaskSettings
+from tests.observed import observed
 
 Places = dict[str, set[torch.dtype]]
 
@@ -106,36 +109,29 @@ def watched(
 
     def called(*arguments: Any, **named: Any) -> Any:
         result = function(*arguments, **named)
-        for where, values in (
-            (" in", arguments),
-            (" out", result if isinstance(result, tuple) else (result,)),
-        ):
-            dtypes = {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()}
-            places.setdefault(name + where, set()).update(dtypes)
+        note_dtypes(places, name, arguments, result)
         return result
 
     return called
 
 
+def note_dtypes(places: Places, name: str, arguments: tuple[Any, ...], result: Any) -> None:
+    """Add the dtypes of the tensors of a call to `places`, under `name` + ` in` and ` out`."""
+    results = result if isinstance(result, tuple) else (result,)
+    for where, values in ((" in", arguments), (" out", results)):
+        dtypes = {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()}
+        places.setdefault(name + where, set()).update(dtypes)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_stays_in_float32(batch: Batch, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_stays_in_float32(batch: Batch, backend: str) -> None:
     places: Places = {}
     task = make_task(backend)
-    for name in ("energy_l1", "force_l2"):
-        monkeypatch.setattr(task_module, name, watched(places, name, getattr(task_module, name)))
-    for name in ("normalize_energy", "normalize_forces"):
-        function = watched(places, name, getattr(Normalizers, name))
-        monkeypatch.setattr(Normalizers, name, function)
-    for name in ("segment_softmax", "attend"):
-        module = "equiformer2.model.attention"
-        function = getattr(__import__(module, fromlist=[name]), name)
-        monkeypatch.setattr(f"{module}.{name}", watched(places, name, function))
     model = task.model
     assert isinstance(model, EquiformerV2)
     named = {
         "network norm": model.norm,
         "block norm": model.blocks[1].norm_2,
-        "attention norm": model.blocks[1].ga.alpha_norm,
         "distance basis": model.distance_basis,
         "block": model.blocks[1],
         "head": model.energy_block.so3_linear_2,
@@ -143,12 +139,20 @@ def test_what_stays_in_float32(batch: Batch, backend: str, monkeypatch: pytest.M
     }
     for name, module in named.items():
         module.forward = watched(places, name, module.forward)  # type: ignore[method-assign,union-attr]
-    radial = model.blocks[0].ga.so2_conv_1.rad_func
-    radial.hidden = watched(places, "bf16: radial function", radial.hidden)
     head: SO2EquivariantGraphAttention = model.force_block  # type: ignore[assignment]
     for name, linear in (("energy head", model.energy_block.so3_linear_2), ("force head", head.proj)):
         linear.degree = watched(places, name, linear.degree)  # type: ignore[method-assign]
-    loss, _ = step(task, batch, bf16=True)
+    normalize = Normalizers.normalize_energy, Normalizers.normalize_forces
+    functions = energy_l1, force_l2, *normalize, segment_softmax, attend, RadialWeights.hidden
+    with observed(*functions, nn.functional.layer_norm) as calls:
+        loss, _ = step(task, batch, bf16=True)
+    for call in calls:
+        name = call.name
+        if name == "layer_norm" and tuple(call.arguments["normalized_shape"]) == (
+            CONFIG.attn_alpha_channels,
+        ):
+            name = "attention norm"
+        note_dtypes(places, name, tuple(call.arguments.values()), call.result)
     assert loss.dtype == torch.float32
     float32 = (
         *("energy_l1 out", "force_l2 in", "force_l2 out"),
@@ -161,7 +165,7 @@ def test_what_stays_in_float32(batch: Batch, backend: str, monkeypatch: pytest.M
         assert places[place] == {torch.float32}, place
     assert places["normalize_energy out"] == {torch.float64}  # energy_l1 rounds it
     assert places["energy_l1 in"] == {torch.float32, torch.float64}
-    for place in ("bf16: feed-forward out", "bf16: radial function out"):
+    for place in ("bf16: feed-forward out", "hidden out"):
         assert places[place] == {torch.bfloat16}, place
 
 

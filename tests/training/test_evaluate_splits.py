@@ -3,8 +3,10 @@
 import json
 import os
 import pickle
+import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +16,9 @@ from tiny_checkpoint import write_tiny_checkpoint
 from torch_geometric.data import Batch, Data
 
 from datasets_oc20 import LmdbWriter, OC20Lmdb
-from equiformer2.training import evaluation, wandb_logging
+from equiformer2.training import evaluation
 from equiformer2.training.breakdown import Breakdown, adsorbate_formula
-from equiformer2.training.wandb_logging import WandbSettings, log_results
+from tests.observed import Call, observed
 
 
 @pytest.fixture
@@ -37,6 +39,11 @@ def root(tmp_path: Path, lmdb_path: Path) -> Path:
     return folder
 
 
+def without_time(report: dict[str, Any]) -> dict[str, Any]:
+    """The record without its time and the words of its command."""
+    return {key: value for key, value in report.items() if key not in ("seconds", "command")}
+
+
 def test_splits_their_average_and_going_on_after_a_stop(
     checkpoint: Path,
     root: Path,
@@ -47,30 +54,24 @@ def test_splits_their_average_and_going_on_after_a_stop(
     out, figures = tmp_path / "results.json", tmp_path / "figures"
     arguments = ("--checkpoint", checkpoint, "--data-root", root, "--splits", "val_id", "val_ood_ads")
     arguments += ("--out", out, "--batch_size", 2)
-    evaluated = []
-    judge = evaluation.evaluate
 
-    def stops_at_the_second(predictor: object, dataset: OC20Lmdb, **options: object) -> object:
-        evaluated.append(dataset.path)
-        if len(evaluated) == 2:
-            raise KeyboardInterrupt
-        return judge(predictor, dataset, **options)  # type: ignore[arg-type]
+    def ctrl_c_in_the_second(calls: list[Call]) -> None:
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(evaluation, "evaluate", stops_at_the_second)
-    assert run_script_file("evaluate", *arguments) == 130
+    with observed(evaluation.evaluate, on_call=ctrl_c_in_the_second) as stopped:
+        assert run_script_file("evaluate", *arguments) == 130
     assert not out.exists()
-    logged = []
-    monkeypatch.setattr(wandb_logging, "log_results", lambda *given: logged.append(given))
-    more = ("--figures", figures, "--wandb-project", "project", "--wandb-offline")
-    assert run_script_file("evaluate", *arguments, *more) == 0
+    with observed(evaluation.evaluate) as later:
+        assert run_script_file("evaluate", *arguments, "--figures", figures) == 0
     # The first split was not evaluated again, and the result is as if nothing had happened.
-    assert [Path(path).name for path in evaluated] == ["val_id", "val_ood_ads.lmdb", "val_ood_ads.lmdb"]
+    evaluated = [Path(call.arguments["dataset"].path).name for call in stopped + later]
+    assert evaluated == ["val_id", "val_ood_ads.lmdb", "val_ood_ads.lmdb"]
     assert "val_id: 3 structures of 1 systems (finished before" in capsys.readouterr().out
     report = json.loads(out.read_text())
     again = tmp_path / "again.json"
     assert run_script_file("evaluate", *arguments[:-4], "--out", again, "--batch-size", 2) == 0
-    own = {key: report[key] for key in ("command", "seconds")}  # each call has its own
-    assert json.loads(again.read_text()) | own == report
+    assert without_time(json.loads(again.read_text())) == without_time(report)
 
     assert list(report["datasets"]) == ["val_id", "val_ood_ads"]
     for name, value in report["average"]["metrics"].items():
@@ -82,12 +83,6 @@ def test_splits_their_average_and_going_on_after_a_stop(
         assert row["structures"] == 3
         assert row["energy_mae"] == pytest.approx(split["metrics"]["energy_mae"])
         assert row["forces_mae"] == pytest.approx(split["metrics"]["forces_mae"], rel=1e-5)
-    ((settings, folder, _, _, metrics, tables, drawn),) = logged
-    assert settings == WandbSettings("project", offline=True)
-    assert folder == tmp_path
-    assert metrics["average"] == pytest.approx(report["average"]["metrics"])
-    assert set(tables) == {"adsorbates", "elements"}
-    assert all(path.exists() for path in drawn)
     names = {path.name for path in figures.iterdir()}
     assert {"errors_by_adsorbate.png", "errors_by_element.png", "parity_energy_0_val_id.png"} <= names
 
@@ -211,21 +206,16 @@ def test_adsorbates_are_named_by_formula() -> None:
     assert adsorbate_formula(np.array([29]), np.array([1])) == "(none)"
 
 
-def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline(checkpoint: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
-    log_results(
-        WandbSettings("project", offline=True),
-        tmp_path,
-        "model",
-        {"checkpoint": "model.pt"},
-        {"val_id": {"energy_mae": 0.1}},
-        {"adsorbates": {"*O": {"structures": 3}, "*H": {"structures": 1, "forces_mae": 0.2}}},
-        [],
-    )
+    arguments = ("--checkpoint", checkpoint, "--data-root", root, "--splits", "val_id")
+    arguments += ("--out", tmp_path / "results.json", "--figures", tmp_path / "figures")
+    arguments += ("--wandb-project", "project", "--wandb-offline")
+    assert run_script_file("evaluate", *arguments) == 0
     (log,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     until = time.monotonic() + 30
     while time.monotonic() < until and b"val_id/energy_mae" not in log.read_bytes():
         time.sleep(0.05)  # W&B's own process writes it
     content = log.read_bytes()
-    assert b"val_id/energy_mae" in content
-    assert b"adsorbates" in content
+    for name in (b"val_id/energy_mae", b"adsorbates", b"elements", b"errors_by_adsorbate"):
+        assert name in content, name

@@ -1,13 +1,15 @@
 """`equiformer2 relax-is2re`: relaxations in a folder that a killed run comes back to, and their metrics."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -16,8 +18,8 @@ from command_line import ROOT, run_script_file
 from tiny_checkpoint import write_tiny_checkpoint
 from torch_geometric.data import Data
 
-from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb, structure_record
-from datasets_oc20.schema import FIELDS
+from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
+from datasets_oc20.structure_record import PackedRecord
 from equiformer2.inference.relaxation_folder import RelaxationFolder
 from equiformer2.training.relaxation_run import is2rs_metrics, position_errors
 
@@ -67,27 +69,31 @@ UNUSABLE = {
 }
 
 
-def unchecked(fields: dict[str, Any], where: str) -> dict[str, np.ndarray]:
-    return {name: np.asarray(fields[name]) for name in FIELDS if fields.get(name) is not None}
-
-
-def write_with_unusable(path: Path, lmdb_path: Path, monkeypatch: pytest.MonkeyPatch, sids: set[str]) -> Path:
-    """As `write_is2re`, with what `UNUSABLE` says of the systems `sids`."""
-    good = OC20Lmdb(write_is2re(path.with_name("good.lmdb"), lmdb_path))
-    with monkeypatch.context() as patch, LmdbWriter(path, "adsorption") as writer:
-        patch.setattr(structure_record, "checked_arrays", unchecked)  # other programs check less
-        for record in (good[index] for index in range(SYSTEMS)):
-            if record.sid in sids:
-                if record.sid == "101":
-                    record.pos[4, 1] = torch.nan
-                elif record.sid == "102":
-                    record.atomic_numbers[0] = 108
-                elif record.sid == "104":
-                    record.cell[0, 0] = 0.0
-                    record.pbc[0, 2] = False
-                else:
-                    record.pos[1] = record.pos[0]
-            writer.write(record)
+def write_with_unusable(path: Path, lmdb_path: Path, sids: set[str]) -> Path:
+    """As `write_is2re`, with what `UNUSABLE` says of the systems `sids`: other programs check less."""
+    write_is2re(path, lmdb_path)
+    frames = [OC20Lmdb(path)[index] for index in range(SYSTEMS)]
+    with lmdb.open(str(path), subdir=False, map_size=2**28) as file, file.begin(write=True) as transaction:
+        for key, value in list(transaction.cursor()):
+            if not PackedRecord.matches(value) or frames[int(key)].sid not in sids:
+                continue
+            content = bytearray(value)
+            arrays = {
+                name: np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape)
+                for name, dtype, shape, offset in PackedRecord(value, str(path)).arrays
+            }
+            sid = frames[int(key)].sid
+            if sid == "101":
+                arrays["pos"][4, 1] = np.nan
+            elif sid == "102":
+                arrays["atomic_numbers"][0] = 108
+            elif sid == "104":
+                arrays["cell"][0, 0, 0] = 0.0
+                arrays["pbc"][0, 2] = False
+            else:
+                arrays["pos"][1] = arrays["pos"][0]
+            content[4:8] = zlib.crc32(content[8:]).to_bytes(4, "little")
+            transaction.put(key, bytes(content))
     return path
 
 
@@ -222,7 +228,7 @@ def test_unusable_systems_are_skipped_and_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    data = write_with_unusable(tmp_path / "val_id.lmdb", lmdb_path, monkeypatch, set(UNUSABLE))
+    data = write_with_unusable(tmp_path / "val_id.lmdb", lmdb_path, set(UNUSABLE))
     out = tmp_path / "out"
     folder = out / "val_id"
     for _ in range(2):  # and when the same command comes again
@@ -304,7 +310,7 @@ def test_nothing_to_relax_is_an_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     everything = {str(100 + index) for index in range(SYSTEMS)}
-    data = write_with_unusable(tmp_path / "val_id.lmdb", lmdb_path, monkeypatch, everything)
+    data = write_with_unusable(tmp_path / "val_id.lmdb", lmdb_path, everything)
     assert run_script_file("relax_is2re", *arguments(checkpoint, data, tmp_path / "out")) == 2
     error = capsys.readouterr().err
     assert "none of its 5 structures can be relaxed, 100 for instance: " in error
