@@ -48,12 +48,24 @@ def exit_status(main: Callable[[], int | None], debug: bool = False) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal in ASCII prints Å as \\xc5
             stream.reconfigure(errors="backslashreplace")
-    _end_blocks_on_signals()
+    # Signals that would kill the process at once end it as an exception does.
+    owner = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        if os.getpid() != owner:  # a forked worker has nothing to remove
+            os.kill(os.getpid(), number)
+        sys.exit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, end)
     try:
         status = main()
         sys.stdout.flush()
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -75,22 +87,6 @@ def exit_status(main: Callable[[], int | None], debug: bool = False) -> int:
         print("" if debug else ", which --debug shows", file=sys.stderr)
         return 1
     return status or 0
-
-
-def _end_blocks_on_signals() -> None:
-    """Let signals that would kill the process at once end it like an exception does."""
-    owner = os.getpid()
-
-    def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-        if os.getpid() != owner:  # a forked worker has nothing to remove
-            os.kill(os.getpid(), number)
-        sys.exit(128 + number)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) == signal.SIG_DFL:
-                signal.signal(number, end)
 
 
 def origin() -> dict[str, str]:

@@ -78,6 +78,12 @@ class AdsorptionResult:
         return str(self.initial[self.initial.get_tags() == ADSORBATE].get_chemical_formula())
 
     @property
+    def name(self) -> str:
+        """Formulas of adsorbate and slab, as "O on Pt36"."""
+        slab = self.initial[self.initial.get_tags() != ADSORBATE]
+        return f"{self.adsorbate_formula} on {slab.get_chemical_formula()}"
+
+    @property
     def converged(self) -> bool:
         """Whether every relaxation reached its threshold."""
         others = [part.converged for part in (self.slab, self.gas) if part is not None]
@@ -172,7 +178,7 @@ def adsorption_energy(
     relaxed = relax(
         initial,
         calculator,
-        trajectory=_inside(folder, "relaxation.traj"),
+        trajectory=None if folder is None else Path(folder) / "relaxation.traj",
         label="slab + adsorbate",
         **settings,
     )
@@ -184,7 +190,7 @@ def adsorption_energy(
             slab = relax(
                 initial[~adsorbate],
                 calculator,
-                trajectory=_inside(folder, "slab.traj"),
+                trajectory=None if folder is None else Path(folder) / "slab.traj",
                 label="clean slab",
                 **settings,
             )
@@ -222,7 +228,10 @@ def resolve_energy_kind(calculator: Calculator, declared: str | None = None) -> 
     """
     if declared is not None and declared not in ENERGY_KINDS:
         raise InputError(f"the energy kind {declared!r} is unknown: use one of {', '.join(ENERGY_KINDS)}")
-    own = getattr(calculator, "energy_kind", "total" if _is_plain_ase(calculator) else None)
+    # ASE's own calculators give total energies, unless they wrap another one.
+    package, _, module = type(calculator).__module__.rpartition("ase.calculators.")
+    is_plain = package == "" and bool(module) and module not in WRAPPERS
+    own = getattr(calculator, "energy_kind", "total" if is_plain else None)
     if own is None and declared is None:
         raise InputError(
             "the calculator or checkpoint does not say whether it predicts adsorption or total energies: "
@@ -234,12 +243,6 @@ def resolve_energy_kind(calculator: Calculator, declared: str | None = None) -> 
             "drop the declaration or use another checkpoint"
         )
     return str(own if own is not None else declared)
-
-
-def _is_plain_ase(calculator: Calculator) -> bool:
-    """Tell whether it is one of ASE's own, which give total energies, and wraps no other calculator."""
-    package, _, module = type(calculator).__module__.rpartition("ase.calculators.")
-    return package == "" and bool(module) and module not in WRAPPERS
 
 
 def _with_adsorbate_tags(system: Atoms) -> Atoms:
@@ -267,7 +270,3 @@ def _with_adsorbate_tags(system: Atoms) -> Atoms:
     system = system.copy()
     system.set_tags(tags)
     return system
-
-
-def _inside(folder: str | Path | None, name: str) -> Path | None:
-    return None if folder is None else Path(folder) / name

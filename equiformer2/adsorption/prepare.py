@@ -84,7 +84,24 @@ def prepare_system(
     placement = placement or PlacementOptions()
     if placement.site is not None and placement.position is not None:
         raise InputError("site and position were both given: give one of them")
-    base = _slab_from_file(slab, slab_options) if is_file(slab) else build_slab(slab, **slab_options.given())  # type: ignore[arg-type]
+    if not is_file(slab):
+        base = build_slab(slab, **slab_options.given())  # type: ignore[arg-type]
+    else:
+        if slab_options.given():
+            raise InputError(
+                f"{slab} is a file: {', '.join(slab_options.given())} only apply to a slab built by name"
+            )
+        base = read_structure(slab)
+        check_atoms(base)
+        tags, notice = oc20_tags(base)
+        if notice:
+            logger.warning(f"{slab}: {notice}")
+        if (tags == ADSORBATE).any():
+            raise InputError(
+                f"{slab} already has adsorbate atoms (tag 2): give it as the whole system instead"
+            )
+        base.set_tags(tags)
+        base.info = {}  # ASE's site names no longer fit once a slab was moved or relaxed
     if is_file(adsorbate):
         if placement.flat:
             raise InputError(f"{adsorbate} is a file and keeps its orientation: leave out flat")
@@ -139,18 +156,3 @@ def load_system(path: str, adsorbate_indices: Sequence[int] | None = None) -> At
 def is_file(name: str) -> bool:
     """Tell whether a text means a file rather than the name of a slab or molecule."""
     return "." in name or "/" in name
-
-
-def _slab_from_file(path: str, options: SlabOptions) -> Atoms:
-    if options.given():
-        raise InputError(f"{path} is a file: {', '.join(options.given())} only apply to a slab built by name")
-    slab = read_structure(path)
-    check_atoms(slab)
-    tags, notice = oc20_tags(slab)
-    if notice:
-        logger.warning(f"{path}: {notice}")
-    if (tags == ADSORBATE).any():
-        raise InputError(f"{path} already has adsorbate atoms (tag 2): give it as the whole system instead")
-    slab.set_tags(tags)
-    slab.info = {}  # ASE's site names no longer fit once a slab was moved or relaxed
-    return slab

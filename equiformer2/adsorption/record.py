@@ -6,7 +6,6 @@ from typing import Any
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.energy import AdsorptionResult
 from equiformer2.files import write_json
-from equiformer2.inference.atoms import ADSORBATE
 from equiformer2.inference.extras import extras
 from equiformer2.inference.record import ADSORPTION_RECORD, write_pictures, write_structure
 from equiformer2.script import header
@@ -24,7 +23,7 @@ def write_adsorption_record(folder: AnyPath, result: AdsorptionResult, model: di
         The files written.
     """
     folder = Path(folder)
-    title = f"{_names(result)}: adsorption energy {result.energy:.3f} eV" + (
+    title = f"{result.name}: adsorption energy {result.energy:.3f} eV" + (
         "" if result.converged else " (not converged)"
     )
     label = "adsorption energy (eV)" if result.energy_kind == "adsorption" else "total energy (eV)"
@@ -50,7 +49,7 @@ def adsorption_report(result: AdsorptionResult) -> str:
     """Format the result in plain words, for the terminal."""
     system = result.system
     lines = [
-        f"{_names(result)} ({len(system.atoms)} atoms)",
+        f"{result.name} ({len(system.atoms)} atoms)",
         f"adsorption energy: {result.energy:.4f} eV",
     ]
     if result.energy_kind == "adsorption":
@@ -78,8 +77,3 @@ def adsorption_report(result: AdsorptionResult) -> str:
         elif verdict.borderline:
             lines.append(f"note: {verdict} [not {verdict.name}, margin {verdict.margin:.3f} Å]")
     return "\n".join(lines)
-
-
-def _names(result: AdsorptionResult) -> str:
-    slab = result.initial[result.initial.get_tags() != ADSORBATE]
-    return f"{result.adsorbate_formula} on {slab.get_chemical_formula()}"

@@ -123,11 +123,6 @@ def add_overwrite_argument(
     parser.add_argument("--overwrite", action="store_true", help=text)
 
 
-def add_seed_argument(parser: Options) -> None:
-    """Add `--seed`."""
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-
-
 def add_relaxation_arguments(parser: Options) -> None:
     """Add `--optimizer`, `--fmax` and `--steps` of one relaxation."""
     parser.add_argument(
@@ -153,7 +148,7 @@ def add_calibration_arguments(parser: Options, structures: int = 32, batch_size:
         help="maximum number of structures that are drawn from the data (default: %(default)s)",
     )
     add_batch_size_argument(parser, batch_size)
-    add_seed_argument(parser)
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
 
 def parse_checked(

@@ -184,7 +184,9 @@ class Demo(Command):
         )
 
     def run(self, options: argparse.Namespace) -> Result:
-        root = next((path for path in _checkouts() if (path / "data" / "oc20_trajs").is_dir()), None)
+        # A checkout: that of this file, or the present folder.
+        folders = Path(__file__).resolve().parents[2], Path.cwd()
+        root = next((path for path in folders if (path / "data" / "oc20_trajs").is_dir()), None)
         if root is None:
             raise InputError(
                 "the demo needs the data of a checkout of the project, which an installed package does not "
@@ -200,8 +202,3 @@ class Demo(Command):
         report = run_demo(root, out, DemoPlan.short() if options.short else DemoPlan())
         print(f"report: {report}")
         return Result({"report": str(report), "results": str(out / "results.json")})
-
-
-def _checkouts() -> tuple[Path, Path]:
-    """Folders that may be a checkout: that of this file, and the present one."""
-    return Path(__file__).resolve().parents[2], Path.cwd()

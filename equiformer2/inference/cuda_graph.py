@@ -94,7 +94,10 @@ class GraphedNetwork:
         recording = self._recordings[size]
         if recording is None or recording.buffers.capacity < len(inputs.distances):
             capacity = edge_capacity(self.model, len(inputs.distances), size[0])
-            if not _in_one_part(self.model, capacity):
+            # Attention asks the device where to cut more edges than one part takes; that many keep a GPU busy
+            # without a graph.
+            device = self.model.sphere_embedding.weight.device
+            if len(list(chunks(capacity, self.model.bytes_per_edge, device))) > 1:
                 self._too_large.add(size)
                 return None
             self._keep(size, None)  # its memory is free before the next capture
@@ -211,15 +214,6 @@ class _Buffers:
 class _Recording(NamedTuple):
     buffers: _Buffers
     replay: Callable[[], Outputs]
-
-
-def _in_one_part(model: EquiformerV2, num_edges: int) -> bool:
-    """Whether attention works on all edges at once: where to cut, it asks the device.
-
-    A network with more edges keeps a GPU busy without a graph.
-    """
-    device = model.sphere_embedding.weight.device
-    return len(list(chunks(num_edges, model.bytes_per_edge, device))) <= 1
 
 
 def check_captured(device: torch.device, backend: str, routed: bool, gradient: bool) -> None:

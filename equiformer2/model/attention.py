@@ -108,7 +108,7 @@ class SO2EquivariantGraphAttention(DerivedConstants):
                 radial_inputs, config.edge_channels, 2 * config.sphere_channels * (lmax + 1)
             )
         self.hidden_channels = hidden
-        self.activation = _activation(activation, block, grid)
+        self.activation = self._make_activation(activation, block, grid)
         alpha_channels = block.num_heads * config.attn_alpha_channels
         self.so2_conv_1 = SO2Convolution(
             2 * config.sphere_channels,
@@ -279,6 +279,14 @@ class SO2EquivariantGraphAttention(DerivedConstants):
             alpha = segment_softmax(logits, edges.edge_index[1], edges.num_atoms, near)
             return alpha if envelope is None else alpha * envelope
 
+    @staticmethod
+    def _make_activation(name: Activation, block: ResolvedBlock, grid: S2Grid) -> EdgeActivation:
+        if name == "gate":
+            return GateActivation([int(k**0.5) for k in m_major_order(block.lmax, block.mmax)])
+        if name == "swiglu_s2":
+            return SwiGLUS2Activation(grid)
+        return SeparableS2Activation(grid) if name == "separable_s2" else S2Activation(grid)
+
     def _logits(self, scalars: Tensor, alpha: Tensor, *norm: Tensor) -> Tensor:
         scalars = scalars.to(alpha.dtype).unflatten(1, (self.num_heads, -1))
         if norm:
@@ -330,14 +338,6 @@ class VectorHead(SO2EquivariantGraphAttention):
                 return self.proj.degree(total[:, 1:4] * self.scale[1:4], 1, projection)
 
         return at_least_float32(joined([layer(part) for part in edges.parts(backend)]).squeeze(2))
-
-
-def _activation(name: Activation, block: ResolvedBlock, grid: S2Grid) -> EdgeActivation:
-    if name == "gate":
-        return GateActivation([int(k**0.5) for k in m_major_order(block.lmax, block.mmax)])
-    if name == "swiglu_s2":
-        return SwiGLUS2Activation(grid)
-    return SeparableS2Activation(grid) if name == "separable_s2" else S2Activation(grid)
 
 
 def radial_input_size(config: ModelConfig) -> int:

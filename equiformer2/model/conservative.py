@@ -89,15 +89,13 @@ def with_derivatives(
             "forces": sum_rows(slope, target, num_atoms) - sum_rows(slope, source, num_atoms),
         }
         if lattice is not None:
-            out["stress"] = _stress(vectors.to(slope.dtype), slope, structure[target], *lattice)
+            cell, pbc = lattice
+            products = vectors.to(slope.dtype).unsqueeze(2) * slope.unsqueeze(1)
+            virial = sum_rows(products, structure[target], len(cell))
+            volume = torch.linalg.det(cell.to(virial.dtype)).abs()
+            periodic = pbc.all(dim=1)
+            # A cell without volume must not put a NaN into the gradients of the others.
+            volume = torch.where(periodic, volume, 1.0)[:, None, None]
+            stress = 0.5 * (virial + virial.transpose(1, 2)) / volume
+            out["stress"] = torch.where(periodic[:, None, None], stress, torch.nan)
     return out if differentiable else {name: value.detach() for name, value in out.items()}
-
-
-def _stress(vectors: Tensor, slope: Tensor, structure: Tensor, cell: Tensor, pbc: Tensor) -> Tensor:
-    virial = sum_rows(vectors.unsqueeze(2) * slope.unsqueeze(1), structure, len(cell))
-    volume = torch.linalg.det(cell.to(virial.dtype)).abs()
-    periodic = pbc.all(dim=1)
-    # A cell without volume must not put a NaN into the gradients of the others.
-    volume = torch.where(periodic, volume, 1.0)[:, None, None]
-    stress = 0.5 * (virial + virial.transpose(1, 2)) / volume
-    return torch.where(periodic[:, None, None], stress, torch.nan)

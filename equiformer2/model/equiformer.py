@@ -64,7 +64,7 @@ class EquiformerV2(nn.Module):
     def __init__(self, config: ModelConfig, device: str | torch.device = "cpu") -> None:
         super().__init__()
         if torch.device(device).type != "meta":
-            _check_memory(config)
+            self._check_memory(config)
         self.config = config
         with own_defaults(device):
             self._build(config)
@@ -96,7 +96,7 @@ class EquiformerV2(nn.Module):
         if config.regress_forces:
             head = config.force_block
             self.force_block = VectorHead(config, edge_grids[head.lmax, head.mmax])
-        self.bytes_per_edge = 4 * _floats_per_edge(config)
+        self.bytes_per_edge = 4 * self._floats_per_edge(config)
         self.fades_at = config.max_radius if config.smooth_cutoff else None
         initialize_weights(self, config.weight_init)
         self.dens = Denoising(config, edge_grids) if config.dens else None
@@ -416,24 +416,24 @@ class EquiformerV2(nn.Module):
             )
         return numbers
 
+    @staticmethod
+    def _check_memory(config: ModelConfig) -> None:
+        """Raise `InputError` before memory is asked for that the machine does not have."""
+        needed = 4 * count_parameters(config)
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > available:
+            raise InputError(
+                f"a network of this configuration has {needed // 4:,} parameters, which take "
+                f"{needed / 2**30:,.0f} GiB, and this machine has {available / 2**30:,.0f} GiB of "
+                "memory: give fewer layers or channels"
+            )
 
-def _check_memory(config: ModelConfig) -> None:
-    """Raise `InputError` before memory is asked for that the machine does not have."""
-    needed = 4 * count_parameters(config)
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > available:
-        raise InputError(
-            f"a network of this configuration has {needed // 4:,} parameters, which take "
-            f"{needed / 2**30:,.0f} GiB, and this machine has {available / 2**30:,.0f} GiB of "
-            "memory: give fewer layers or channels"
-        )
-
-
-def _floats_per_edge(config: ModelConfig) -> int:
-    """What an attention layer keeps per edge: distance basis, radial function, first convolution."""
-    rows = sum(2 * min(l, config.mmax) + 1 for l in range(config.lmax + 1))
-    widths = 2 * rows + 3 if config.use_swiglu_s2_act else rows + config.lmax
-    outputs = widths * config.attn_hidden_channels
-    outputs += config.num_heads * config.attn_alpha_channels
-    degrees = (config.lmax + 1) * config.sphere_channels
-    return config.num_distance_basis + 4 * config.edge_channels + 2 * outputs + degrees
+    @staticmethod
+    def _floats_per_edge(config: ModelConfig) -> int:
+        """Count the numbers per edge in distance basis, radial function and first convolution."""
+        rows = sum(2 * min(l, config.mmax) + 1 for l in range(config.lmax + 1))
+        widths = 2 * rows + 3 if config.use_swiglu_s2_act else rows + config.lmax
+        outputs = widths * config.attn_hidden_channels
+        outputs += config.num_heads * config.attn_alpha_channels
+        degrees = (config.lmax + 1) * config.sphere_channels
+        return config.num_distance_basis + 4 * config.edge_channels + 2 * outputs + degrees

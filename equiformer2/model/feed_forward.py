@@ -138,11 +138,8 @@ class FeedForwardNetwork(Folding):
         hidden = third(hidden)
         if self.scalar_mlp is None:
             return hidden
-        return _replace_scalars(hidden, self.scalar_mlp(x[:, 0]))
-
-
-def _replace_scalars(x: Tensor, scalars: Tensor) -> Tensor:
-    return torch.cat((scalars.unsqueeze(1).to(x.dtype), x[:, 1:]), dim=1)
+        scalars = self.scalar_mlp(x[:, 0])
+        return torch.cat((scalars.unsqueeze(1).to(hidden.dtype), hidden[:, 1:]), dim=1)
 
 
 class EnergyHead(FeedForwardNetwork):

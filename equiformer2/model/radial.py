@@ -127,15 +127,15 @@ class ElementPairs:
 
     def look_up_source(self, table: Tensor) -> Tensor:
         """Take the rows of `table [Z, D]` for the source atoms, `[E, D]`."""
-        return _look_up(table, self.source)
+        return self._look_up(table, self.source)
 
     def look_up_target(self, table: Tensor) -> Tensor:
         """Take the rows of `table [Z, D]` for the target atoms, `[E, D]`."""
-        return _look_up(table, self.target)
+        return self._look_up(table, self.target)
 
-
-def _look_up(table: Tensor, index: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
-        return gather_rows(table, index)
-    # F.embedding has a faster backward pass than indexing when there are few rows.
-    return nn.functional.embedding(index, table)
+    @staticmethod
+    def _look_up(table: Tensor, index: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return gather_rows(table, index)
+        # F.embedding has a faster backward pass than indexing when there are few rows.
+        return nn.functional.embedding(index, table)

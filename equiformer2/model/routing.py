@@ -154,14 +154,14 @@ class RoutedEdges:
         if (atoms is None or bool(atoms.all())) and (edges is None or bool(edges.all())):
             return self.edges, EVERYTHING
         for known_atoms, known_edges, graph, places in self._restricted:
-            if _equal(atoms, known_atoms) and _equal(edges, known_edges):
+            if self._equal(atoms, known_atoms) and self._equal(edges, known_edges):
                 return graph, places
         graph, places = self.edges.restricted(atoms, edges)
         self._restricted.append((atoms, edges, graph, places))
         return graph, places
 
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return torch.equal(a, b)
+    @staticmethod
+    def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+        if a is None or b is None:
+            return a is b
+        return torch.equal(a, b)

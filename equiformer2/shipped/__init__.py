@@ -19,7 +19,7 @@ def find_config(name: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: there is neither a file nor a shipped configuration of this bare name.
     """
-    return _find(name, "configs", ".yaml", "configuration")
+    return _Shipped("configs", ".yaml", "configuration").find(name)
 
 
 def find_checkpoint(name: str | os.PathLike[str]) -> Path:
@@ -28,35 +28,35 @@ def find_checkpoint(name: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: there is neither a file nor a shipped model of this bare name.
     """
-    return _find(name, "models", ".pt", "checkpoint")
+    return _Shipped("models", ".pt", "checkpoint").find(name)
 
 
-def shipped_names(kind: str) -> list[str]:
-    """Return the bare names of what is shipped.
+class _Shipped:
+    """Files of one kind that come with the package.
 
     Args:
-        kind: `"configs"` or `"models"`.
+        kind: name of their folder.
+        suffix: ending of their names.
+        noun: what messages call one.
     """
-    suffix = {"configs": ".yaml", "models": ".pt"}[kind]
-    folder = _folder(kind)
-    files = sorted(folder.rglob(f"*{suffix}"))
-    return [path.relative_to(folder).with_suffix("").as_posix() for path in files]
 
+    def __init__(self, kind: str, suffix: str, noun: str) -> None:
+        folder = _HERE / kind
+        self.folder = folder if folder.is_dir() else _HERE.parents[1] / kind
+        self.suffix, self.noun = suffix, noun
 
-def _folder(kind: str) -> Path:
-    folder = _HERE / kind
-    return folder if folder.is_dir() else _HERE.parents[1] / kind
-
-
-def _find(name: str | os.PathLike[str], kind: str, suffix: str, noun: str) -> Path:
-    path = Path(name)
-    if path.suffix or path.is_absolute() or path.is_file() or str(path).startswith("."):
-        return path
-    names = shipped_names(kind)
-    if path.as_posix() in names:
-        return (_folder(kind) / path).with_suffix(suffix)
-    if path.exists() or len(path.parts) > 1:
-        return path  # for its reader to refuse
-    raise InputError(
-        f"there is no {noun} {path}: neither a file, nor a shipped {noun}, which are {', '.join(names)}"
-    )
+    def find(self, name: str | os.PathLike[str]) -> Path:
+        """Return a path as it is, and the file of a bare name."""
+        path = Path(name)
+        if path.suffix or path.is_absolute() or path.is_file() or str(path).startswith("."):
+            return path
+        files = sorted(self.folder.rglob(f"*{self.suffix}"))
+        names = [file.relative_to(self.folder).with_suffix("").as_posix() for file in files]
+        if path.as_posix() in names:
+            return (self.folder / path).with_suffix(self.suffix)
+        if path.exists() or len(path.parts) > 1:
+            return path  # for its reader to refuse
+        raise InputError(
+            f"there is no {self.noun} {path}: neither a file, nor a shipped {self.noun}, which are "
+            f"{', '.join(names)}"
+        )

@@ -205,6 +205,18 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 def _check_trainer(trainer: Namespace) -> None:
     """Raise `InputError` for numbers that Lightning takes and that would fail in the first step."""
+
+    def is_nothing(value: Any) -> bool:
+        """Tell whether a length of training is zero: a number, a time (00:00:00:00), or its parts by name."""
+        if isinstance(value, Mapping | Namespace):
+            value = list(dict(value if isinstance(value, Mapping) else vars(value)).values())
+            return bool(value) and not any(value)
+        if isinstance(value, timedelta):
+            return value <= timedelta(0)
+        if isinstance(value, str):
+            return bool(value.strip()) and not value.strip(" 0:")
+        return value is not None and value == 0
+
     if trainer.plugins is not None:
         raise InputError("trainer.plugins is decided by this program and cannot be set")
     for name in ("accumulate_grad_batches", "log_every_n_steps"):
@@ -212,7 +224,7 @@ def _check_trainer(trainer: Namespace) -> None:
             raise InputError(f"trainer.{name} must be at least 1, not {trainer[name]}")
     for name in ("max_epochs", "max_steps", "limit_train_batches", "max_time"):
         value = trainer[name]
-        if _is_nothing(value):
+        if is_nothing(value):
             raise InputError(
                 f"trainer.{name} is {value!r}, so that nothing would be trained; to judge a checkpoint use "
                 "equiformer2 evaluate"
@@ -227,18 +239,6 @@ def _check_trainer(trainer: Namespace) -> None:
         raise InputError(
             "trainer.val_check_interval is 0; to validate never, set trainer.limit_val_batches: 0"
         )
-
-
-def _is_nothing(value: Any) -> bool:
-    """Tell whether a length of training is zero: a number, a time (00:00:00:00), or its parts by name."""
-    if isinstance(value, Mapping | Namespace):
-        value = list(dict(value if isinstance(value, Mapping) else vars(value)).values())
-        return bool(value) and not any(value)
-    if isinstance(value, timedelta):
-        return value <= timedelta(0)
-    if isinstance(value, str):
-        return bool(value.strip()) and not value.strip(" 0:")
-    return value is not None and value == 0
 
 
 def _reason(message: str) -> str:

@@ -53,6 +53,31 @@ class SystemErrors:
     zero_force_mae: float
     force_cosine: float
 
+    @classmethod
+    def from_frames(cls, energy: np.ndarray, force: np.ndarray, mean: float) -> "SystemErrors":
+        """Compute the errors of one system.
+
+        Args:
+            energy: `[n, 3]` eV: target, prediction and linear reference of every frame.
+            force: `[2, m, 3]` eV/Å: target and prediction of all free atoms.
+            mean: mean energy, less references, that the trivial answer takes, eV.
+        """
+        target, predicted, references = energy.T
+        true, found = force
+        error = predicted - target
+        norms = np.linalg.norm(true, axis=1) * np.linalg.norm(found, axis=1)
+        cosine = (true * found).sum(1) / np.maximum(norms, 1e-12)
+        return cls(
+            frames=len(energy),
+            energy_mae=float(np.abs(error).mean()),
+            mean_energy_mae=float(np.abs(target - references - mean).mean()),
+            energy_spread=float(np.abs(error - np.median(error)).mean()),
+            own_spread=float(np.abs(target - np.median(target)).mean()),
+            forces_mae=float(np.abs(true - found).mean()),
+            zero_force_mae=float(np.abs(true).mean()),
+            force_cosine=float(cosine.mean()),
+        )
+
 
 def read_validations(run: AnyPath) -> list[Validation]:
     """All validations of a run folder, in order.
@@ -113,27 +138,9 @@ def errors_by_system(predictor: Predictor, dataset: OC20Lmdb, batch_size: int = 
     if mean is None:
         mean = float(np.mean([target - part for found in energies.values() for target, _, part in found]))
     return {
-        sid: _summarize(np.array(energies[sid]), np.concatenate(forces[sid], axis=1), mean)
+        sid: SystemErrors.from_frames(np.array(energies[sid]), np.concatenate(forces[sid], axis=1), mean)
         for sid in energies
     }
-
-
-def _summarize(energy: np.ndarray, force: np.ndarray, mean: float) -> SystemErrors:
-    target, predicted, references = energy.T
-    true, found = force
-    error = predicted - target
-    norms = np.linalg.norm(true, axis=1) * np.linalg.norm(found, axis=1)
-    cosine = (true * found).sum(1) / np.maximum(norms, 1e-12)
-    return SystemErrors(
-        frames=len(energy),
-        energy_mae=float(np.abs(error).mean()),
-        mean_energy_mae=float(np.abs(target - references - mean).mean()),
-        energy_spread=float(np.abs(error - np.median(error)).mean()),
-        own_spread=float(np.abs(target - np.median(target)).mean()),
-        forces_mae=float(np.abs(true - found).mean()),
-        zero_force_mae=float(np.abs(true).mean()),
-        force_cosine=float(cosine.mean()),
-    )
 
 
 def draw_learning_curve(runs: dict[str, list[Validation]], zero_force: float | None, target: AnyPath) -> None:

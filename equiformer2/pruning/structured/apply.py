@@ -76,10 +76,15 @@ def masked(model: EquiformerV2, plan: PruningPlan) -> Iterator[EquiformerV2]:
                 parameters[name].masked_fill_(~mask, 0.0)
         for name, mask in masks.items():
             if parameters[name].requires_grad:
-                cleanup.callback(parameters[name].register_hook(_masking(mask)).remove)
+                cleanup.callback(
+                    parameters[name]
+                    .register_hook(lambda grad, mask=mask: grad.masked_fill(~mask, 0.0))
+                    .remove
+                )
         if plan.sphere_channels is not None:
             kept = torch.tensor(plan.sphere_channels, device=model.sphere_embedding.weight.device)
-            for norm in _norms(model):
+            block_norms = [norm for block in model.blocks for norm in (block.norm_1, block.norm_2)]
+            for norm in (model.norm, *(norm for norm in block_norms if isinstance(norm, nn.Module))):
                 hook = norm.register_forward_hook(_on_channels(norm, model, kept))
                 cleanup.callback(hook.remove)
             _MASKED_CHANNELS.add(model)
@@ -96,16 +101,6 @@ def _restore(
     with torch.no_grad():
         for name, mask in masks.items():
             parameters[name][~mask] = removed[name]
-
-
-def _masking(mask: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda grad: grad.masked_fill(~mask, 0.0)
-
-
-def _norms(model: EquiformerV2) -> Iterator[nn.Module]:
-    yield model.norm
-    for block in model.blocks:
-        yield from (norm for norm in (block.norm_1, block.norm_2) if isinstance(norm, nn.Module))
 
 
 def _on_channels(norm: nn.Module, model: EquiformerV2, kept: Tensor) -> Callable[..., Tensor]:
