@@ -2,9 +2,9 @@
 
     python -m benchmarks.compare_versions --before ../old --after . [--json FILE]
 
-One process per checkout holds the networks; the two take turns call by call, so that a slow minute of the machine
-meets both. Networks have the sizes of the paper and random weights of one seed, the structure is the benchmark's first
-slab (73 atoms). The answers of both checkouts are compared before anything is timed.
+One process per checkout holds the networks; the two take turns call by call, so that a slow minute of the
+machine meets both. Networks have the sizes of the paper and random weights of one seed, the structure is the
+benchmark's first slab (73 atoms). The answers of both checkouts are compared before anything is timed.
 """
 
 import argparse
@@ -32,8 +32,9 @@ from equiformer2 import EquiformerV2, ModelConfig
 
 stored = torch.load(sys.argv[1], weights_only=True)[0]
 data = Data(
-    pos=stored["positions"].float(), atomic_numbers=stored["numbers"].long(), cell=stored["cell"].float().view(1, 3, 3),
-    pbc=stored["pbc"].bool().view(1, 3), natoms=len(stored["numbers"]),
+    pos=stored["positions"].float(), atomic_numbers=stored["numbers"].long(),
+    cell=stored["cell"].float().view(1, 3, 3), pbc=stored["pbc"].bool().view(1, 3),
+    natoms=len(stored["numbers"]),
 )
 batch = Batch.from_data_list([data])
 models = {}
@@ -93,6 +94,7 @@ class Checkout:
     def __init__(self, folder: Path, threads: int) -> None:
         if not (folder / "equiformer2" / "model").is_dir():
             raise InputError(f"{folder} is no checkout of this project: it has no folder equiformer2/model")
+        self.folder = folder
         environment = {**os.environ, "PYTHONPATH": str(folder.resolve()), "OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", WORKER, str(STRUCTURES.resolve())],
@@ -111,7 +113,7 @@ class Checkout:
         stdin.flush()
         line = stdout.readline()
         if not line:
-            raise InputError(f"the checkout {self.process.args[-1]} stopped in the case {case}")  # type: ignore[index]
+            raise InputError(f"the checkout {self.folder} stopped in the case {case}")
         return json.loads(line)  # type: ignore[no-any-return]
 
 
@@ -129,8 +131,8 @@ def compare(
     """Time every case in both checkouts, taking turns.
 
     Returns:
-        One row per case: medians in ms before and after, the median of the ratios of neighbouring calls with its
-        quartiles, and the largest relative difference of the answers.
+        One row per case: medians in ms before and after, the median of the ratios of neighbouring calls with
+        its quartiles, and the largest relative difference of the answers.
     """
     checkouts = [Checkout(folder, threads) for folder in (before, after)]
     rows = []
@@ -157,11 +159,12 @@ def compare(
                         "answers_differ": largest_difference(first, second),
                     }
                 )
+                row = rows[-1]
                 print(
-                    "{size:5} {backend:6} {what:14} {before_ms:8.1f} ms  {after_ms:8.1f} ms  ratio {ratio:.3f} "
-                    "({q[0]:.3f} to {q[1]:.3f})  answers differ by {answers_differ:.1e}".format(
-                        q=rows[-1]["ratio_quartiles"], **rows[-1]
-                    ),
+                    f"{size:5} {backend:6} {row['what']:14} "
+                    f"{row['before_ms']:8.1f} ms {row['after_ms']:8.1f} ms  "
+                    f"ratio {middle:.3f} ({low:.3f} to {high:.3f})  "
+                    f"answers differ by {row['answers_differ']:.1e}",
                     flush=True,
                 )
     for checkout in checkouts:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from equiformer2.files import check_target, write_bytes
-from equiformer2.kernels.gpu.tables import num_rows, packed_size, radial_rows
+from equiformer2.kernels.layout import OrderLayout
 from equiformer2.model.config import AVG_NUM_NODES, ModelConfig
 from equiformer2.model.so3.grid import smallest_resolution
 from equiformer2.script import run_script
@@ -69,11 +69,12 @@ def gather_rotate(
     backward: bool = False,
 ) -> Cost:
     """Plain: gather twice, concatenate, rotate, multiply by the radial weights."""
-    coefficients, rows, size = (lmax + 1) ** 2, num_rows(lmax, mmax), packed_size(lmax, mmax)
+    layout = OrderLayout(lmax, mmax)
+    coefficients, rows, size = (lmax + 1) ** 2, layout.num_rows, layout.packed_size
     width = 2 * channels
     x = atoms * coefficients * channels * element_bytes
     full, cut = edges * coefficients * width * element_bytes, edges * rows * width * element_bytes
-    radial = edges * radial_rows(lmax, mmax, shared_orders) * width * element_bytes
+    radial = edges * OrderLayout(lmax, mmax).radial_rows(shared_orders) * width * element_bytes
     blocks, indices = edges * size * _WIDE_BYTES, 2 * edges * _INDEX_BYTES
     rotation = 2 * edges * size * width
     if not backward:
@@ -114,9 +115,9 @@ def rotate_aggregate(
     backward: bool = False,
 ) -> Cost:
     """Plain: weigh the values, rotate back, scatter to the atoms."""
-    coefficients, rows = (lmax + 1) ** 2, num_rows(lmax, values_mmax)
+    coefficients, rows = (lmax + 1) ** 2, OrderLayout(lmax, values_mmax).num_rows
     # Of a block with more orders than the values have, only these rows are read.
-    size = packed_size(lmax, values_mmax)
+    size = OrderLayout(lmax, values_mmax).packed_size
     values, out = edges * rows * channels * element_bytes, atoms * coefficients * channels * _WIDE_BYTES
     full = edges * coefficients * channels * element_bytes
     blocks, weights = edges * size * _WIDE_BYTES, edges * (heads or 0) * _WIDE_BYTES
@@ -291,7 +292,7 @@ def kernels(config: ModelConfig, atoms: int, edges: int, element_bytes: int) -> 
     The heads and the embedding, which come once, are left out.
     """
     lmax, mmax, layers = config.lmax, config.mmax, config.num_layers
-    rows, coefficients = num_rows(lmax, mmax), (lmax + 1) ** 2
+    rows, coefficients = OrderLayout(lmax, mmax).num_rows, (lmax + 1) ** 2
     values = config.num_heads * config.attn_value_channels
     points = {
         "edges": _points(config.attn_grid, lmax, mmax),

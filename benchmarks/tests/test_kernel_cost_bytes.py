@@ -6,7 +6,7 @@ import torch
 from benchmarks import kernel_costs as cost
 from equiformer2.kernels.gpu.aggregate import rotate_aggregate
 from equiformer2.kernels.gpu.rotate import gather_rotate
-from equiformer2.kernels.gpu.tables import num_rows
+from equiformer2.kernels.layout import OrderLayout
 from tests.kernels.gpu.gpu_twins import Random
 
 pytest.importorskip("triton")
@@ -37,7 +37,10 @@ def test_edges(dtype: torch.dtype, device: torch.device) -> None:
     assert found.flops == edges * 2 * channels * (2 * (1 + 9 + 15) + 7)
     assert found.plain_bytes > 3 * found.bytes
 
-    values, alpha = random(edges, num_rows(lmax, mmax), 6), random(edges, heads, dtype=torch.float32)
+    values, alpha = (
+        random(edges, OrderLayout(lmax, mmax).num_rows, 6),
+        random(edges, heads, dtype=torch.float32),
+    )
     out = rotate_aggregate(values, alpha, packed, graph["target"], graph["target_ptr"], 2, 1, 1, [1.0] * 3)
     found = cost.rotate_aggregate(atoms, edges, lmax, mmax, mmax, 6, heads, dtype.itemsize)
     assert found.bytes == size(values, alpha, packed, out) + 2 * size(graph["target_ptr"])

@@ -358,9 +358,9 @@ def _frame(text: str) -> int:
 
 
 class RelaxIs2re(Command):
-    """Relax the systems of IS2RE data with a checkpoint and compare with DFT (IS2RE and IS2RS).
+    r"""Relax the systems of IS2RE data with a checkpoint and compare with DFT (IS2RE and IS2RS).
 
-        equiformer2 relax-is2re --checkpoint best.pt --data-root is2re/all --splits val_id val_ood_ads \\
+        equiformer2 relax-is2re --checkpoint best.pt --data-root is2re/all --splits val_id val_ood_ads \
             --energy-kind adsorption --device cuda --out runs/is2re
 
     Each dataset has a folder in --out with one trajectory per system. The same command goes on after a stop;
@@ -491,9 +491,9 @@ class RelaxIs2re(Command):
 
 
 class Submission(Command):
-    """Make a file for the OC20 leaderboard from predictions on its four test sets, or check one.
+    r"""Make a file for the OC20 leaderboard from predictions on its four test sets, or check one.
 
-        equiformer2 submission --task s2ef --id id.npz --ood-ads ood_ads.npz --ood-cat ood_cat.npz \\
+        equiformer2 submission --task s2ef --id id.npz --ood-ads ood_ads.npz --ood-cat ood_cat.npz \
             --ood-both ood_both.npz --out s2ef.npz
         equiformer2 submission --task is2re --id runs/is2re/test_id ... --out is2re.npz
         equiformer2 submission --validate s2ef.npz

@@ -576,7 +576,7 @@ class Pareto(Command):
             options.limit,
         )
         results = study.run()
-        write_report(results, options.out)
+        write_report(results, options.out, options.checkpoint)
         print(markdown(summarise(results)))
         print(missed(results))
         print(f"wrote {options.out}/pareto.md, pareto.json and pareto.png")

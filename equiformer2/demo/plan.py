@@ -1,4 +1,4 @@
-"""What the demo trains on, for how long, and what it keeps unseen."""
+"""Systems, training times and sizes of the demo."""
 
 from dataclasses import dataclass
 

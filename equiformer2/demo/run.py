@@ -6,12 +6,13 @@ from pathlib import Path
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.record import adsorption_report, write_adsorption_record
 from equiformer2.demo import steps
-from equiformer2.demo.demo_report import error_lines, report_html
+from equiformer2.demo.demo_report import DemoReport, error_lines
 from equiformer2.demo.plan import RELAXED_SYSTEM, UNSEEN_SYSTEMS, DemoPlan
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes, write_json
 from equiformer2.inference import Predictor
 from equiformer2.inference.record import model_record
+from equiformer2.script import header
 from equiformer2.training.evaluation import draw_figures
 
 
@@ -86,6 +87,7 @@ def run_demo(root: AnyPath, out: AnyPath, plan: DemoPlan) -> Path:
     write_json(
         out / "results.json",
         {
+            **header("demo/1", checkpoint),
             "errors": {
                 name: {
                     **item.result.to_dict(),
@@ -103,7 +105,8 @@ def run_demo(root: AnyPath, out: AnyPath, plan: DemoPlan) -> Path:
                 }
                 for item in relaxed
             ],
-            "seconds": seconds,
+            "seconds_per_step": seconds,
         },
     )
-    return write_bytes(out / "report.html", report_html(plan, judged, relaxed, figures, seconds).encode())
+    report = DemoReport(plan, judged, relaxed, figures, seconds)
+    return write_bytes(out / "report.html", report.to_html().encode())

@@ -1,4 +1,4 @@
-"""The steps of the demo, each a call of what users call themselves."""
+"""Steps of the demo, each a call of a function that users call themselves."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ class DemoData:
 
 @dataclass(frozen=True)
 class Judged:
-    """A model on one dataset, beside what knows nothing of the structure.
+    """Errors of a model on one dataset, beside those of answers that ignore the structure.
 
     Attributes:
         result: metrics and baselines of `equiformer2.training.evaluation`.
@@ -58,7 +58,16 @@ class Relaxed:
 
 
 def prepare(raw: AnyPath, folder: AnyPath, plan: DemoPlan) -> DemoData:
-    """Raw relaxations to LMDB files."""
+    """Convert raw relaxations to LMDB files.
+
+    Args:
+        raw: folder with `teacher` and `oc20_trajs`.
+        folder: a folder that does not exist yet.
+        plan: sizes.
+
+    Returns:
+        The files.
+    """
     raw, folder = Path(raw), Path(folder)
     data = DemoData(
         *(folder / f"{name}.lmdb" for name in ("teacher", "teacher_unseen", "train", "later", "unseen"))
@@ -87,27 +96,47 @@ def prepare(raw: AnyPath, folder: AnyPath, plan: DemoPlan) -> DemoData:
 
 
 def train_model(config: AnyPath, data: DemoData, folder: AnyPath, plan: DemoPlan) -> tuple[Path, Path]:
-    """Train on the teacher's labels, then on DFT frames; returns both run folders."""
+    """Train on the teacher's labels, then on DFT frames.
+
+    Args:
+        config: YAML file of the run.
+        data: LMDB files of `prepare`.
+        folder: folder of the runs.
+        plan: sizes; its training times are in seconds.
+
+    Returns:
+        Both run folders.
+    """
     config, folder = Path(config), Path(folder)
-    first = _train(config, folder, "teacher", data.teacher, data.teacher_unseen, plan.teacher_time, [])
+
+    def run(name: str, train_data: Path, val_data: Path, seconds: int, *options: str) -> Path:
+        arguments = ["--config", str(config), "--runs_dir", str(folder), "--name", name]
+        arguments += ["--data.train", str(train_data), "--data.val", str(val_data)]
+        arguments += ["--trainer.max_time", f"00:00:{seconds // 60:02d}:{seconds % 60:02d}"]
+        return train(cli.parse([*arguments, *options]))
+
+    first = run("teacher", data.teacher, data.teacher_unseen, plan.teacher_time)
+    start = "--init_from", str(first / "checkpoints" / "last.pt")
     # The energies of a handful of slabs differ by much more than the energies along one relaxation.
-    more = ["--init_from", str(first / "checkpoints" / "last.pt"), "--task.energy_coefficient", "60"]
-    second = _train(config, folder, "dft", data.train, data.later, plan.dft_time, more)
-    return first, second
-
-
-def _train(
-    config: Path, folder: Path, name: str, train_data: Path, val_data: Path, seconds: int, more: list[str]
-) -> Path:
-    arguments = ["--config", str(config), "--runs_dir", str(folder), "--name", name]
-    arguments += ["--data.train", str(train_data), "--data.val", str(val_data)]
-    arguments += ["--trainer.max_time", f"00:00:{seconds // 60:02d}:{seconds % 60:02d}"]
-    return train(cli.parse([*arguments, *more]))
+    coefficient = "--task.energy_coefficient", "60"
+    return first, run("dft", data.train, data.later, plan.dft_time, *start, *coefficient)
 
 
 def judge(predictor: Predictor, data: DemoData) -> dict[str, Judged]:
-    """Errors on later frames of the training systems and on systems never seen."""
-    train_energies = _energies(OC20Lmdb(data.train))
+    """Compute errors on later frames of the training systems and on systems never seen, by dataset."""
+
+    def energies_of(dataset: OC20Lmdb) -> dict[str, list[float]]:
+        energies: dict[str, list[float]] = {}
+        for index in range(len(dataset)):
+            record = dataset[index]
+            energies.setdefault(str(record.sid), []).append(float(record.energy))
+        return energies
+
+    def mae(energies: dict[str, list[float]], guess: dict[str, float]) -> float:
+        errors = [abs(value - guess[sid]) for sid, values in energies.items() for value in values]
+        return float(np.mean(errors))
+
+    train_energies = energies_of(OC20Lmdb(data.train))
     overall = float(np.mean([energy for energies in train_energies.values() for energy in energies]))
     judged = {}
     for name, path in (
@@ -115,12 +144,12 @@ def judge(predictor: Predictor, data: DemoData) -> dict[str, Judged]:
         ("systems never seen", data.unseen),
     ):
         dataset = evaluation.open_dataset(path, predictor, None)
-        found = _energies(dataset)
-        known = {sid: float(np.mean(train_energies[sid])) for sid in found if sid in train_energies}
+        energies = energies_of(dataset)
+        known = {sid: float(np.mean(train_energies[sid])) for sid in energies if sid in train_energies}
         judged[name] = Judged(
             evaluation.evaluate(predictor, dataset),
-            _mae(found, dict.fromkeys(found, overall)),
-            _mae(found, known) if len(known) == len(found) else None,
+            mae(energies, dict.fromkeys(energies, overall)),
+            mae(energies, known) if len(known) == len(energies) else None,
         )
     return judged
 
@@ -128,7 +157,18 @@ def judge(predictor: Predictor, data: DemoData) -> dict[str, Judged]:
 def relax_with_model(
     predictor: Predictor, raw: AnyPath, folder: AnyPath, plan: DemoPlan, systems: tuple[str, ...]
 ) -> list[Relaxed]:
-    """Relax the first frame of DFT relaxations with the model."""
+    """Relax the first frame of DFT relaxations with the model.
+
+    Args:
+        predictor: the trained model.
+        raw: folder with `oc20_trajs`.
+        folder: folder for one folder per system.
+        plan: sizes.
+        systems: names of the relaxations.
+
+    Returns:
+        One relaxation per system, in that order.
+    """
     raw, folder = Path(raw), Path(folder)
     references = read_references(raw / "oc20_trajs")
     relaxed = []
@@ -148,17 +188,3 @@ def relax_with_model(
         dft = [atoms.get_potential_energy() - references[system] for atoms in (start, end)]
         relaxed.append(Relaxed(system, system not in UNSEEN_SYSTEMS, result, *dft))
     return relaxed
-
-
-def _energies(dataset: OC20Lmdb) -> dict[str, list[float]]:
-    energies: dict[str, list[float]] = {}
-    for index in range(len(dataset)):
-        record = dataset[index]
-        energies.setdefault(str(record.sid), []).append(float(record.energy))
-    return energies
-
-
-def _mae(found: dict[str, list[float]], guess: dict[str, float]) -> float:
-    return float(
-        np.mean([abs(energy - guess[sid]) for sid, energies in found.items() for energy in energies])
-    )

@@ -1,6 +1,6 @@
-"""The neighbour search where the positions are: plain torch, for the small structures of a GPU's batch.
+"""Search neighbours on the device of the positions, in plain torch, for the small structures of a batch.
 
-All structures of a batch are looked at together, so that the host waits for the device once and not for each.
+All structures of a batch are searched together, so that the host waits for the device once and not for each.
 """
 
 import math
@@ -58,7 +58,7 @@ def find_pairs_on_device(
     natoms: list[int],
     max_radius: float,
 ) -> DevicePairs | None:
-    """Every pair within `max_radius`, as `search.find_pairs` finds them.
+    """Find every pair within `max_radius`, as `search.find_pairs` does.
 
     All images in reach are tried, so the work grows with the square of the number of atoms. The host waits
     for the device once for every 2e7 candidates, so mostly once.
@@ -86,10 +86,13 @@ def find_pairs_on_device(
     lattices, inverses = to_device(torch.from_numpy(np.stack((own_lattices, own_inverses))), device)
     cell_of_atom = torch.floor(torch.bmm(positions.unsqueeze(1), inverses[structure])).squeeze(1)
     wrapped = positions - torch.bmm(cell_of_atom.unsqueeze(1), lattices[structure]).squeeze(1)
-    shifts = torch.cat([_shifts(along, device) for along in reach]) if reach else _shifts([0, 0, 0], device)
+    # All `[S, 3]` images in reach along each axis, structure after structure.
+    axes = [[torch.arange(-n, n + 1, dtype=torch.int32, device=device) for n in along] for along in reach]
+    shifts = torch.cat([torch.cartesian_prod(*each) for each in axes]) if axes else None
     found = [
         _pairs_of(pieces, wrapped, cell_of_atom, lattices, shifts, max_radius)
-        for pieces in _together(_pieces(natoms, images))
+        for pieces in _groups(natoms, images)
+        if shifts is not None
     ]
     if not found:
         index = torch.zeros(0, dtype=torch.int64, device=device)
@@ -138,34 +141,26 @@ def _pairs_of(
     return DevicePairs(target, source, shifts[image] + moved, distance[candidate], closest)
 
 
-def _pieces(natoms: list[int], images: list[int]) -> Iterator[_Piece]:
-    """All candidates, in pieces of at most `_CANDIDATES_AT_A_TIME` or a single image."""
-    first_atom = first_image = 0
+def _groups(natoms: list[int], images: list[int]) -> Iterator[list[_Piece]]:
+    """Split all candidates into groups of at most `_CANDIDATES_AT_A_TIME`, or of a single image.
+
+    Args:
+        natoms: number of atoms of every structure.
+        images: number of images of every structure.
+    """
+    group: list[_Piece] = []
+    candidates = first_atom = first_image = 0
     for structure, (atoms, count) in enumerate(zip(natoms, images, strict=True)):
-        if atoms:
-            size = max(1, _CANDIDATES_AT_A_TIME // (atoms * atoms))
-            for start in range(0, count, size):
-                # The images are symmetric about the one in the middle.
-                some, home = min(size, count - start), count // 2 - start
-                yield _Piece(structure, first_atom, atoms, first_image + start, some, home)
+        size = max(1, _CANDIDATES_AT_A_TIME // (atoms * atoms)) if atoms else 1
+        for start in range(0, count if atoms else 0, size):
+            # The images are symmetric about the one in the middle.
+            some, home = min(size, count - start), count // 2 - start
+            piece = _Piece(structure, first_atom, atoms, first_image + start, some, home)
+            if group and candidates + piece.candidates > _CANDIDATES_AT_A_TIME:
+                yield group
+                group, candidates = [], 0
+            group.append(piece)
+            candidates += piece.candidates
         first_atom, first_image = first_atom + atoms, first_image + count
-
-
-def _together(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
-    """Neighbouring pieces that have at most `_CANDIDATES_AT_A_TIME` in all."""
-    some: list[_Piece] = []
-    candidates = 0
-    for piece in pieces:
-        if some and candidates + piece.candidates > _CANDIDATES_AT_A_TIME:
-            yield some
-            some, candidates = [], 0
-        some.append(piece)
-        candidates += piece.candidates
-    if some:
-        yield some
-
-
-def _shifts(reach: list[int], device: torch.device) -> Tensor:
-    """All `[S, 3]` int32 images up to `reach` along each axis."""
-    axes = [torch.arange(-n, n + 1, dtype=torch.int32, device=device) for n in reach]
-    return torch.cartesian_prod(*axes)
+    if group:
+        yield group

@@ -1,4 +1,4 @@
-"""The graph that the network sees: atoms as nodes, neighbours within a radius as edges."""
+"""Build the graph of the network: atoms as nodes, neighbours within a radius as edges."""
 
 import math
 from dataclasses import dataclass, replace
@@ -126,6 +126,14 @@ def radius_graph(
     def vectors_of(edges: Tensor) -> Tensor:
         return _edge_vectors(positions64, cells64, structure, source[edges], target[edges], shifts[edges])
 
+    tolerance = None
+    if pos.dtype != torch.float64 and len(pos):
+        # Positions in float32 have the fewer digits behind the point, the farther they are from the origin.
+        filled = natoms_array[natoms_array > 0]
+        starts = (np.cumsum(natoms_array) - natoms_array)[natoms_array > 0]
+        farthest = np.maximum.reduceat(np.abs(positions_array).max(axis=1), starts)
+        rounding = 4 * float(np.finfo(np.float32).eps) * farthest
+        tolerance = np.repeat(np.maximum(TIE_TOLERANCE, rounding), filled)
     edges = nearest_edges(
         target,
         distance,
@@ -133,7 +141,7 @@ def radius_graph(
         len(pos),
         max_neighbors=max_neighbors,
         strict=strict,
-        tie_tolerance=_tie_tolerance(pos.dtype, positions_array, natoms_array),
+        tie_tolerance=tolerance,
     )
     edges = sorted_edges(edges, target, distance, vectors_of)
     edge_index = torch.stack((source[edges], target[edges])).to(pos.device)
@@ -146,22 +154,8 @@ def radius_graph(
     return RadiusGraph(edge_index, cell_offsets, vectors.to(dtype), distances.to(dtype))
 
 
-def _tie_tolerance(
-    dtype: torch.dtype, positions: NDArray[np.float64], natoms: NDArray[np.int64]
-) -> NDArray[np.float64] | None:
-    """Tolerance for equal distances after rounding, `[N]` Å per atom; None for `TIE_TOLERANCE`."""
-    if dtype == torch.float64 or not len(positions):
-        return None
-    # Positions in float32 have the fewer digits behind the point, the farther they are from the origin.
-    ends = np.cumsum(natoms)
-    starts = (ends - natoms)[natoms > 0]
-    farthest = np.maximum.reduceat(np.abs(positions).max(axis=1), starts)
-    rounding = 4 * float(np.finfo(np.float32).eps) * farthest
-    return np.repeat(np.maximum(TIE_TOLERANCE, rounding), natoms[natoms > 0])
-
-
 def _on_host(pos: Tensor, *others: Tensor) -> list[NDArray[Any]]:
-    """The tensors as float64 arrays; the host waits for the device once, not for each of them."""
+    """Copy tensors to float64 arrays; the host waits for the device once, not for each of them."""
     tensors = [tensor.detach() for tensor in (pos, *others)]
     if on_device(pos.device):
         together = torch.cat([tensor.to(pos.device, torch.float64).reshape(-1) for tensor in tensors]).cpu()
@@ -171,14 +165,14 @@ def _on_host(pos: Tensor, *others: Tensor) -> list[NDArray[Any]]:
 
 
 def on_device(device: torch.device) -> bool:
-    """Whether the search runs where the positions are."""
+    """Tell whether the search runs on the device of the positions."""
     return device.type == "cuda"
 
 
 def _edge_vectors(
     pos: Tensor, cell: Tensor, structure: Tensor, source: Tensor, target: Tensor, shifts: Tensor
 ) -> Tensor:
-    """`pos[source] - pos[target] + shifts @ cell`, `[E, 3]` Å; positions and cell in float64."""
+    """Compute `pos[source] - pos[target] + shifts @ cell`, `[E, 3]` Å; positions and cell in float64."""
     lattice = cell[structure[target]]
     # Not as a matrix product: autocast would round it to bf16, by 0.03 Å in a cell of 10 Å.
     return pos[source] - pos[target] + (shifts.to(pos.dtype).unsqueeze(2) * lattice).sum(dim=1)

@@ -43,7 +43,7 @@ def wrap(
     pbc: NDArray[np.bool_],
     structure: NDArray[np.int64],
 ) -> Wrapped:
-    """Positions moved into the cell along its periodic directions.
+    """Move positions into the cell along its periodic directions.
 
     Args:
         positions: `[N, 3]` Å.
@@ -68,7 +68,7 @@ def find_pairs(
     max_radius: float,
     max_neighbors: int,
 ) -> Pairs:
-    """Every pair within `max_radius`, or fewer where no other can pass the rule of `max_neighbors`.
+    """Find every pair within `max_radius`, or fewer where no other can pass the rule of `max_neighbors`.
 
     Args:
         wrapped: the positions, see `wrap`. Shifts are for the positions before they were wrapped.
@@ -87,7 +87,8 @@ def find_pairs(
             parts.append(Pairs(pairs.target + first, pairs.source + first, pairs.shifts, pairs.distance))
         first += atoms
     if not parts:
-        return _no_pairs()
+        index = np.zeros(0, dtype=np.int64)
+        return Pairs(index, index, np.zeros((0, 3), dtype=np.int32), np.zeros(0))
     pairs = (
         parts[0]
         if len(parts) == 1
@@ -105,29 +106,22 @@ def _search(
     max_neighbors: int,
 ) -> Pairs:
     """Search one structure, with a shorter cutoff first when that is likely to be enough."""
+
+    def within(cutoff: float) -> Pairs:
+        # One thread: small structures gain nothing from more, and the order of the pairs stays the same.
+        search = NeighborList(cutoff=cutoff + _CUTOFF_MARGIN, full_list=True, n_threads=1)
+        indices, shifts, distance = search.compute(positions, cell, periodic, "PSd", copy=False)
+        near = distance <= cutoff
+        # Indexing copies: the arrays above are views of memory that belongs to `search`.
+        indices = indices[near].astype(np.int64)
+        return Pairs(indices[:, 0], indices[:, 1], shifts[near], distance[near])
+
     cutoff = FIRST_CUTOFF * max_neighbors ** (1 / 3)
     if cutoff < max_radius:
-        pairs = _search_within(positions, cell, periodic, cutoff)
+        pairs = within(cutoff)
         # Exact if the shell kept behind neighbour k + 1 in the non-strict rule lies inside the cutoff too,
         # for every atom. The strict rule and its ties need less.
         near = pairs.distance**2 <= cutoff**2 - DEGENERACY_TOLERANCE
         if np.bincount(pairs.target[near], minlength=len(positions)).min() > max_neighbors:
             return pairs
-    return _search_within(positions, cell, periodic, max_radius)
-
-
-def _search_within(
-    positions: NDArray[np.float64], cell: NDArray[np.float64], periodic: NDArray[np.bool_], cutoff: float
-) -> Pairs:
-    # One thread: small structures gain nothing from more, and the order of the pairs stays the same.
-    search = NeighborList(cutoff=cutoff + _CUTOFF_MARGIN, full_list=True, n_threads=1)
-    indices, shifts, distance = search.compute(positions, cell, periodic, "PSd", copy=False)
-    within = distance <= cutoff
-    # Indexing copies: the arrays above are views of memory that belongs to `search`.
-    indices = indices[within].astype(np.int64)
-    return Pairs(indices[:, 0], indices[:, 1], shifts[within], distance[within])
-
-
-def _no_pairs() -> Pairs:
-    index = np.zeros(0, dtype=np.int64)
-    return Pairs(index, index, np.zeros((0, 3), dtype=np.int32), np.zeros(0))
+    return within(max_radius)

@@ -85,7 +85,9 @@ def nearest_edges(
     num_tied, num_staying = torch.stack((ties.sum(), stays.sum())).tolist()
     if num_tied:
         tied = numbers_of(ties, num_tied)
-        projection = vectors_of(order[tied]) @ _tie_direction(distance)
+        projection = vectors_of(order[tied]) @ to_device(
+            torch.tensor(_TIE_DIRECTION, dtype=distance.dtype), distance.device
+        )
         # The tied edges of an atom stand together, so sorting them by atom first leaves the others in place.
         order[tied] = order[tied[torch.argsort(_sort_key(target[tied], projection), stable=True)]]
     return order[numbers_of(stays, num_staying)]
@@ -94,7 +96,7 @@ def nearest_edges(
 def sorted_edges(
     edges: Tensor, target: Tensor, distance: Tensor, vectors_of: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """`edges` `[E]`, numbers of candidates, in an order that no rounding error changes.
+    """Sort `edges` `[E]`, numbers of candidates, into an order that no rounding error changes.
 
     Sums over an atom's edges then have the same bits wherever the structure stands. Arguments as for
     `nearest_edges`.
@@ -103,13 +105,11 @@ def sorted_edges(
         `[E]`, sorted by target, then by distance, then by projection on a fixed direction; values count in
         steps of `GRID`.
     """
-    projection = vectors_of(edges) @ _tie_direction(distance)
+    projection = vectors_of(edges) @ to_device(
+        torch.tensor(_TIE_DIRECTION, dtype=distance.dtype), distance.device
+    )
     edges = edges[torch.argsort(_sort_key(target[edges], projection), stable=True)]
     return edges[torch.argsort(_sort_key(target[edges], distance[edges]), stable=True)]
-
-
-def _tie_direction(like: Tensor) -> Tensor:
-    return to_device(torch.tensor(_TIE_DIRECTION, dtype=like.dtype), like.device)
 
 
 def _sort_key(target: Tensor, value: Tensor) -> Tensor:

@@ -43,21 +43,29 @@ def check_parameters(max_radius: float, max_neighbors: int) -> None:
 
 
 def counts(natoms: Tensor | int) -> Tensor:
-    """Numbers of atoms as `[B]`; one number is that of one structure.
+    """Convert numbers of atoms to `[B]`; one number is that of one structure.
+
+    Args:
+        natoms: number of atoms of every structure, or of the only one.
 
     Raises:
         InputError: they are not whole numbers from 0, in one dimension.
     """
     try:
-        found = torch.as_tensor(natoms)
+        numbers = torch.as_tensor(natoms)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"natoms is {natoms!r}; give the number of atoms of every structure, [B]") from error
-    if found.dtype.is_floating_point or found.dtype.is_complex or found.dtype == torch.bool or found.ndim > 1:
+    if (
+        numbers.dtype.is_floating_point
+        or numbers.dtype.is_complex
+        or numbers.dtype == torch.bool
+        or numbers.ndim > 1
+    ):
         raise InputError(
-            f"natoms has the type {found.dtype} and the shape {list(found.shape)}; "
+            f"natoms has the type {numbers.dtype} and the shape {list(numbers.shape)}; "
             "give whole numbers, [B], or one for one structure"
         )
-    return found.reshape(-1)
+    return numbers.reshape(-1)
 
 
 def check_shapes(
@@ -131,7 +139,7 @@ def check_extents(
     axis = int(np.argmax(np.ptp(here, axis=0)))
     atom = int(np.argmax(np.abs(here[:, axis] - np.median(here[:, axis]))))
     raise InputError(
-        f"{_name_structure(structure, natoms)} spans {np.ptp(here[:, axis]):.3g} Å along {'xyz'[axis]}, "
+        f"{name_structure(structure, natoms)} spans {np.ptp(here[:, axis]):.3g} Å along {'xyz'[axis]}, "
         f"where at most {MAX_EXTENT:.0f} Å make sense; atom {atom} is farthest out, at {here[atom].tolist()} "
         "Å: remove it or give positions in Å",
         structure,
@@ -143,7 +151,7 @@ def check_cells(cells: NDArray[np.float64], pbc: NDArray[np.bool_], natoms: NDAr
     if not np.isfinite(cells).all():
         structure = int(np.flatnonzero(~np.isfinite(cells).all(axis=(1, 2)))[0])
         raise InputError(
-            f"the cell of {_name_structure(structure, natoms)} holds NaN or infinite numbers; "
+            f"the cell of {name_structure(structure, natoms)} holds NaN or infinite numbers; "
             "repair it or remove the structure",
             structure,
         )
@@ -160,7 +168,7 @@ def check_cells(cells: NDArray[np.float64], pbc: NDArray[np.bool_], natoms: NDAr
     if not (short.any() or long.any() or flat.any() or dense.any()):
         return
     structure = int(np.flatnonzero((short | long).any(axis=1) | flat | dense)[0])
-    name = _name_structure(structure, natoms)
+    name = name_structure(structure, natoms)
     if short[structure].any():
         axis = int(np.flatnonzero(short[structure])[0])
         raise InputError(
@@ -202,17 +210,31 @@ def check_distances(
     structure = int(np.searchsorted(np.cumsum(natoms), first, side="right"))
     offset = int(natoms[:structure].sum())
     raise InputError(
-        f"atoms {first - offset} and {second - offset} of {_name_structure(structure, natoms)} are "
+        f"atoms {first - offset} and {second - offset} of {name_structure(structure, natoms)} are "
         f"{distance[pair]:.2g} Å apart (a periodic image counts); move or remove one of them",
         structure,
     )
 
 
-def locate_atom(atom: int, natoms: NDArray[np.int64]) -> tuple[str, int]:
-    """An atom of the batch as "atom 3 of structure 1 of the batch", and the index of its structure."""
-    structure = int(np.searchsorted(np.cumsum(natoms)[:-1], atom, side="right"))
-    return f"atom {atom - int(natoms[:structure].sum())} of {_name_structure(structure, natoms)}", structure
+def name_structure(structure: int, natoms: NDArray[np.int64]) -> str:
+    """Name a structure in a message; its number is left out where there is only one.
 
-
-def _name_structure(structure: int, natoms: NDArray[np.int64]) -> str:
+    Args:
+        structure: index in the batch.
+        natoms: `[B]` number of atoms of every structure.
+    """
     return f"structure {structure} of the batch" if len(natoms) > 1 else "the structure"
+
+
+def locate_atom(atom: int, natoms: NDArray[np.int64]) -> tuple[str, int]:
+    """Name an atom of a batch as "atom 3 of structure 1 of the batch".
+
+    Args:
+        atom: index in the batch.
+        natoms: `[B]` number of atoms of every structure.
+
+    Returns:
+        The name, and the index of the atom's structure.
+    """
+    structure = int(np.searchsorted(np.cumsum(natoms)[:-1], atom, side="right"))
+    return f"atom {atom - int(natoms[:structure].sum())} of {name_structure(structure, natoms)}", structure

@@ -11,12 +11,16 @@ is needed, the same forward code runs under ordinary autograd in one piece.
 
 from equiformer2.kernels.aggregate import attend, sum_rotated
 from equiformer2.kernels.convolve import convolve_edges
-from equiformer2.kernels.grid_mlp import grid_mlp
 from equiformer2.kernels.linear import linear
 from equiformer2.kernels.rotation import pack_blocks
 from equiformer2.kernels.rows import segment_softmax
-from equiformer2.kernels.s2_grid import GridFactors, grid_activation, separable_grid_activation
-from equiformer2.kernels.s2_product import grid_product
+from equiformer2.kernels.s2_grid import (
+    GridFactors,
+    grid_activation,
+    grid_mlp,
+    grid_product,
+    separable_grid_activation,
+)
 from equiformer2.kernels.so2 import SO2Weights
 
 __all__ = [

@@ -1,6 +1,7 @@
-"""How many rows a chunked operation works on at a time, and its precision under autocast."""
+"""Sizes of chunks of work, and the precision of chunked operations under autocast."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,22 +15,27 @@ CPU_POINT_BYTES = 2 * 2**20
 GPU_CHUNK_BYTES = 2**30
 
 
-def chunks(rows: int, bytes_per_row: int, device: torch.device) -> Iterator[slice]:
-    """Consecutive slices that cover `range(rows)`, each with a working set near the device's budget."""
-    yield from _slices(rows, bytes_per_row, CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES)
+def chunks(
+    rows: int,
+    bytes_per_row: int,
+    device: torch.device,
+    reuse: Literal["chunk", "cached", "points"] = "chunk",
+) -> Iterator[slice]:
+    """Cut `range(rows)` into even consecutive slices with a working set near the device's budget.
 
+    Args:
+        rows: edges, atoms or other rows of work.
+        bytes_per_row: working set of one row.
+        device: the device that does the work.
+        reuse: use of the working set, which chooses the budget on a CPU: `chunk` for a whole operation,
+            `cached` for numbers that are made and read at once, `points` for point-wise work on a grid.
 
-def cached_chunks(rows: int, bytes_per_row: int, device: torch.device) -> Iterator[slice]:
-    """The same for what is made and read at once."""
-    yield from _slices(rows, bytes_per_row, CPU_CACHED_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES)
-
-
-def point_chunks(rows: int, bytes_per_row: int, device: torch.device) -> Iterator[slice]:
-    """The same for point-wise work on a grid."""
-    yield from _slices(rows, bytes_per_row, CPU_POINT_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES)
-
-
-def _slices(rows: int, bytes_per_row: int, budget: int) -> Iterator[slice]:
+    Yields:
+        Slices that cover the rows in order.
+    """
+    budget = GPU_CHUNK_BYTES
+    if device.type == "cpu":
+        budget = {"chunk": CPU_CHUNK_BYTES, "cached": CPU_CACHED_BYTES, "points": CPU_POINT_BYTES}[reuse]
     size = max(1, budget // max(1, bytes_per_row))
     if size < rows:
         # Even chunks: a short last one would waste a pass over the weights.
@@ -39,7 +45,7 @@ def _slices(rows: int, bytes_per_row: int, budget: int) -> Iterator[slice]:
 
 
 def no_autocast(tensor: Tensor) -> torch.autocast:
-    """Context in which the precision of every operation is that of its inputs."""
+    """Context on the device of `tensor` in which every operation keeps the precision of its inputs."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -48,6 +54,9 @@ def cast_to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     The chunked operations are autograd functions that autocast cannot look into, so the casts are made
     (and differentiated) in front of them.
+
+    Args:
+        tensors: on one device. Those in float32 are cast; others keep their type, as under autocast.
     """
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
@@ -57,5 +66,5 @@ def cast_to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """`x[index]` for `x [N, K, C]`; whole rows of a matrix are copied several times faster."""
+    """Gather `x[index]` of `x [N, K, C]`: whole rows of a matrix are copied several times faster."""
     return x.flatten(1).index_select(0, index).view(-1, *x.shape[1:])

@@ -3,35 +3,38 @@
 import torch
 from torch import Tensor
 
-
-def _takes_bfloat16() -> bool:
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return supported is not None and bool(supported())
-
-
 # What torch.compile emits for a linear layer on a CPU: oneDNN, up to a quarter faster in float32 than the
 # BLAS behind torch.mm where we measured it (an AMD EPYC).
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Without AVX-512 (or AVX-NE-CONVERT) oneDNN refuses bfloat16, which torch then multiplies by itself.
-_ONEDNN_DTYPES = (torch.float32, torch.bfloat16) if _HAS_ONEDNN and _takes_bfloat16() else (torch.float32,)
+_TAKES_BFLOAT16 = _HAS_ONEDNN and bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)())
+_ONEDNN_DTYPES = (torch.float32, torch.bfloat16) if _TAKES_BFLOAT16 else (torch.float32,)
 _CAN_PACK = _HAS_ONEDNN and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x [n, in] @ weight [out, in]^T`, differentiable any number of times unless `weight` is packed."""
+    """Multiply `x @ weight^T`, differentiable any number of times unless `weight` is packed.
+
+    Args:
+        x: `[n, in]`.
+        weight: `[out, in]` in the data type of `x`, or what `pack` made of it.
+
+    Returns:
+        `[n, out]`.
+    """
     if weight.is_mkldnn:
-        return _onednn(x.contiguous(), weight) if len(x) else x.new_empty(0, len(weight))
-    if _onednn_takes(x, weight):
+        return _OneDnnLinear.multiply(x.contiguous(), weight) if len(x) else x.new_empty(0, len(weight))
+    if _OneDnnLinear.takes(x, weight):
         if not torch.is_grad_enabled():
-            return _onednn(x, weight)
+            return _OneDnnLinear.multiply(x, weight)
         return _OneDnnLinear.apply(x, weight)
     return torch.nn.functional.linear(x, weight)
 
 
 def pack(weight: Tensor) -> Tensor:
-    """`weight [out, in]` in the layout in which oneDNN multiplies, for `linear` without gradients.
+    """Reorder `weight [out, in]` into the layout in which oneDNN multiplies, for `linear` without gradients.
 
-    What it gives has shape and dtype, but nothing except `linear` can read it. Without oneDNN it is `weight`.
+    The result has shape and dtype, but nothing except `linear` can read it. Without oneDNN it is `weight`.
     """
     if not (_CAN_PACK and weight.device.type == "cpu" and weight.dtype in _ONEDNN_DTYPES and weight.numel()):
         return weight
@@ -39,30 +42,34 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype
-        and x.dtype in _ONEDNN_DTYPES
-        # oneDNN has no fast kernel for transposed inputs that are slices of something larger.
-        and x.stride(1) == 1
-        and x.numel() > 0
-        and weight.numel() > 0
-        and _HAS_ONEDNN
-        and not torch.compiler.is_compiling()
-    )
-
-
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return out
-
-
 class _OneDnnLinear(torch.autograd.Function):
+    """Matrix product by oneDNN."""
+
+    @staticmethod
+    def takes(x: Tensor, weight: Tensor) -> bool:
+        """Say whether oneDNN multiplies these, and faster than BLAS."""
+        return (
+            x.device.type == "cpu"
+            and x.dtype == weight.dtype
+            and x.dtype in _ONEDNN_DTYPES
+            # oneDNN has no fast kernel for transposed inputs that are slices of something larger.
+            and x.stride(1) == 1
+            and x.numel() > 0
+            and weight.numel() > 0
+            and _HAS_ONEDNN
+            and not torch.compiler.is_compiling()
+        )
+
+    @staticmethod
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply without a derivative."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return out
+
     @staticmethod
     def forward(ctx, x, weight):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight)
+        return _OneDnnLinear.multiply(x, weight)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

@@ -15,15 +15,32 @@ from equiformer2.kernels.backend import Neighbors
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
-    """`x[index]` for `x [N, …]` and `index [E]`: `[E, …]`."""
+    """Gather `x[index]`.
+
+    Args:
+        x: `[N, …]`.
+        index: `[E]`, int64.
+
+    Returns:
+        `[E, …]`.
+    """
     # Not `x[index]`: its derivative adds atomically as soon as several threads share it.
-    return _gather(x, index) if _own_operators(x) else x.index_select(0, index)
+    return _RowOperators.gather(x, index) if _RowOperators.needed(x) else x.index_select(0, index)
 
 
 def sum_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
-    """Sums `[size, …]` of the `rows [E, …]` with the same `index [E]`; zero where there are none."""
-    if _own_operators(rows):
-        return _sum(rows, index, size)
+    """Sum the rows that have the same index.
+
+    Args:
+        rows: `[E, …]`.
+        index: `[E]`, int64, in any order.
+        size: number of sums, above every index.
+
+    Returns:
+        `[size, …]`; zero where no row has the index.
+    """
+    if _RowOperators.needed(rows):
+        return _RowOperators.sum(rows, index, size)
     return rows.new_zeros(size, *rows.shape[1:]).index_add(0, index, rows)
 
 
@@ -55,42 +72,15 @@ def segment_softmax(
 
 
 def add_rows_(out: Tensor, index: Tensor, rows: Tensor) -> None:
-    """Adds the `rows [E, …]` with the same `index [E]` to `out [size, …]`, in place; without derivatives."""
+    """Add the `rows [E, …]` with the same `index [E]` to `out [size, …]`, in place; without derivatives."""
     if out.device.type == "cpu":
         out.index_add_(0, index, rows)
     else:
         out.add_(sum_sorted_rows(rows, index, out.shape[0]))
 
 
-def _own_operators(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() or x.device.type != "cpu"
-
-
-@torch.library.custom_op("equiformer2::gather_rows", mutates_args=())
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    return x.index_select(0, index)
-
-
-@_gather.register_fake
-def _(x: Tensor, index: Tensor) -> Tensor:
-    return x.new_empty(index.shape[0], *x.shape[1:])
-
-
-@torch.library.custom_op("equiformer2::sum_rows", mutates_args=())
-def _sum(rows: Tensor, index: Tensor, size: int) -> Tensor:
-    if rows.device.type == "cpu":
-        # Row after row.
-        return rows.new_zeros(size, *rows.shape[1:]).index_add_(0, index, rows)
-    return sum_sorted_rows(rows, index, size)
-
-
-@_sum.register_fake
-def _(rows: Tensor, index: Tensor, size: int) -> Tensor:
-    return rows.new_empty(size, *rows.shape[1:])
-
-
 def sum_sorted_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
-    """`sum_rows` by sorting: no atomic additions, which is what `index_add` takes on a GPU."""
+    """Compute `sum_rows` by sorting, without the atomic additions that `index_add` takes on a GPU."""
     index, order = torch.sort(index, stable=True)
     starts = torch.searchsorted(index, torch.arange(size + 1, device=index.device))
     flat = rows.index_select(0, order).view(len(rows), math.prod(rows.shape[1:]))
@@ -99,23 +89,50 @@ def sum_sorted_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
     return sums.view(size, *rows.shape[1:])
 
 
-def _gather_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, index = inputs
-    ctx.save_for_backward(index)
-    ctx.size = x.shape[0]
+class _RowOperators:
+    """Both operators, each the other's derivative."""
+
+    @staticmethod
+    def needed(x: Tensor) -> bool:
+        """Say whether torch's own operators would add in a sequence that changes from run to run."""
+        return torch.compiler.is_compiling() or x.device.type != "cpu"
+
+    @staticmethod
+    @torch.library.custom_op("equiformer2::gather_rows", mutates_args=())
+    def gather(x: Tensor, index: Tensor) -> Tensor:
+        """Compute `gather_rows`."""
+        return x.index_select(0, index)
+
+    @staticmethod
+    @torch.library.custom_op("equiformer2::sum_rows", mutates_args=())
+    def sum(rows: Tensor, index: Tensor, size: int) -> Tensor:
+        """Compute `sum_rows`, on a CPU row after row."""
+        if rows.device.type == "cpu":
+            return rows.new_zeros(size, *rows.shape[1:]).index_add_(0, index, rows)
+        return sum_sorted_rows(rows, index, size)
+
+    @classmethod
+    def register(cls) -> None:
+        """Tell compilers the shapes of the outputs, and autograd the derivatives."""
+        cls.gather.register_fake(lambda x, index: x.new_empty(index.shape[0], *x.shape[1:]))
+        cls.sum.register_fake(lambda rows, index, size: rows.new_empty(size, *rows.shape[1:]))
+
+        def setup_gather(ctx, inputs, output):  # type: ignore[no-untyped-def]
+            x, index = inputs
+            ctx.save_for_backward(index)
+            ctx.size = x.shape[0]
+
+        def gather_backward(ctx, grad):  # type: ignore[no-untyped-def]
+            return cls.sum(grad, ctx.saved_tensors[0], ctx.size), None
+
+        def setup_sum(ctx, inputs, output):  # type: ignore[no-untyped-def]
+            ctx.save_for_backward(inputs[1])
+
+        def sum_backward(ctx, grad):  # type: ignore[no-untyped-def]
+            return cls.gather(grad, ctx.saved_tensors[0]), None, None
+
+        cls.gather.register_autograd(gather_backward, setup_context=setup_gather)
+        cls.sum.register_autograd(sum_backward, setup_context=setup_sum)
 
 
-def _gather_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    return _sum(grad, ctx.saved_tensors[0], ctx.size), None
-
-
-def _sum_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(inputs[1])
-
-
-def _sum_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    return _gather(grad, ctx.saved_tensors[0]), None, None
-
-
-_gather.register_autograd(_gather_backward, setup_context=_gather_setup)
-_sum.register_autograd(_sum_backward, setup_context=_sum_setup)
+_RowOperators.register()

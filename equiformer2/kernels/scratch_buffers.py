@@ -28,38 +28,47 @@ def keep_freed_memory() -> None:
 
 
 class _Kept(threading.local):
-    """One buffer per purpose, for each thread its own."""
+    """Buffers by purpose, for each thread its own."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
+
+    def bytes(self, purpose: str, size: int) -> Tensor:
+        """Give the buffer of a purpose, of `size` bytes or more."""
+        buffer = self.buffers.get(purpose)
+        if buffer is None or len(buffer) < size:
+            # A multiple of the widest number, so that the bytes can be read as any type.
+            with torch.inference_mode(False):
+                buffer = self.buffers[purpose] = torch.empty(
+                    -(-size // 64) * 64, dtype=torch.uint8, device="cpu"
+                )
+        return buffer
 
 
 _kept = _Kept()
 
 
 def scratch(purpose: str, rows: int, widths: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-    """Uninitialised contiguous tensors `[rows, width]` on the CPU.
+    """Give uninitialised contiguous tensors on the CPU, in memory that is used again.
 
     They are valid until the next call for the same purpose in the same thread, so nothing that outlives a
     chunk may be put there.
+
+    Args:
+        purpose: name of the buffer.
+        rows: rows of every tensor.
+        widths: columns of each tensor.
+        dtype: of all tensors.
+
+    Returns:
+        Tensors `[rows, width]`, one for each width.
     """
     numbers = rows * sum(widths)
     if numbers * dtype.itemsize > MOST_BYTES:
         flat = torch.empty(numbers, dtype=dtype, device="cpu")
     else:
-        flat = _buffer(purpose, numbers * dtype.itemsize).view(dtype)[:numbers]
+        flat = _kept.bytes(purpose, numbers * dtype.itemsize).view(dtype)[:numbers]
     return [
         part.view(rows, width)
         for part, width in zip(flat.split([rows * w for w in widths]), widths, strict=True)
     ]
-
-
-def _buffer(purpose: str, size: int) -> Tensor:
-    buffer = _kept.buffers.get(purpose)
-    if buffer is None or len(buffer) < size:
-        # A multiple of the widest number, so that the bytes can be read as any type.
-        with torch.inference_mode(False):
-            buffer = _kept.buffers[purpose] = torch.empty(
-                -(-size // 64) * 64, dtype=torch.uint8, device="cpu"
-            )
-    return buffer

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from equiformer2.kernels.chunks import cast_to_autocast
 from equiformer2.kernels.linear import linear
-from equiformer2.kernels.rotation import order_rows
 
 
 class SO2Weights(NamedTuple):
@@ -40,8 +39,18 @@ class SO2Weights(NamedTuple):
         """Compute the matrices of the GEMMs: m = 0, then `gauss_terms` of the others, rounded at the end."""
         if self.folded is not None and self.folded[0].dtype == dtype:
             return list(self.folded)
-        orders = (term.to(dtype) for weight in self.orders for term in gauss_terms(weight))
+        orders = (term.to(dtype) for weight in self.orders for term in self.gauss_terms(weight))
         return [self.scalar.to(dtype), *orders]
+
+    @staticmethod
+    def gauss_terms(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute W_r, W_i - W_r and W_r + W_i, each `[out, in]`, of `weight [2 out, in]` (W_r above W_i)."""
+        real, imaginary = weight.unflatten(0, (2, -1))
+        return real, imaginary - real, real + imaginary
+
+    def gemm_dtype(self, x: Tensor) -> torch.dtype:
+        """Precision of the GEMMs with `x`: autocast's where it is on, else that of the weights."""
+        return cast_to_autocast(x, self.bias)[1].dtype
 
     @staticmethod
     def gradients(grad_terms: Sequence[Tensor]) -> list[Tensor]:
@@ -53,19 +62,8 @@ class SO2Weights(NamedTuple):
         return [grad_terms[0], *orders]
 
 
-def gauss_terms(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """W_r, W_i - W_r and W_r + W_i, each `[out, in]`, of `weight [2 out, in]` (W_r above W_i)."""
-    real, imaginary = weight.unflatten(0, (2, -1))
-    return real, imaginary - real, real + imaginary
-
-
-def gemm_dtype(x: Tensor, weights: SO2Weights) -> torch.dtype:
-    """Precision of the GEMMs: autocast's where it is on, else that of the weights."""
-    return cast_to_autocast(x, weights.bias)[1].dtype
-
-
 def gauss_triple(positive: Tensor, negative: Tensor) -> list[Tensor]:
-    """The three GEMM inputs of an order m > 0: the sum of the coefficients of +m and -m, and both of them.
+    """Make the three GEMM inputs of an order m > 0: the sum of the coefficients of +m and -m, and both.
 
     "GEMM inputs" are one tensor `[E, n]` for m = 0, then three for every other order; multiplied by
     `SO2Weights.terms` they give the "products" k1, k2 and k3 of `complex_linear`.
@@ -74,29 +72,27 @@ def gauss_triple(positive: Tensor, negative: Tensor) -> list[Tensor]:
 
 
 def gauss_inputs(x: Tensor, lmax: int, mmax: int) -> list[Tensor]:
-    """The GEMM inputs of orders 0 … mmax from m-major `[E, R, C]`."""
+    """Cut the GEMM inputs of orders 0 … mmax out of m-major `x [E, R, C]` (see `gauss_triple`)."""
     start = lmax + 1
     inputs = [x[:, :start].flatten(1)]
     for m in range(1, mmax + 1):
-        _, degrees = order_rows(lmax, m)
+        degrees = lmax + 1 - m
         pair = x[:, start : start + 2 * degrees].flatten(1)
         start += 2 * degrees
         inputs += gauss_triple(*pair.chunk(2, dim=1))
     return inputs
 
 
-def gauss_sum_backward(grads: Sequence[Tensor], m: int) -> list[Tensor]:
-    """Gradients of the coefficients of +m and -m (or of m = 0) from those of the GEMM inputs."""
-    if m == 0:
-        return [grads[0]]
-    total, positive, negative = grads[3 * m - 2 : 3 * m + 1]
-    return [total + positive, total + negative]
-
-
 def gauss_values(products: Sequence[Tensor], bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """Put the outputs of all orders side by side, m-major, from the products of the GEMMs.
 
-    They are written to `out` where it is given.
+    Args:
+        products: of m = 0 and three of every other order, each `[E, out_m]`.
+        bias: `[out_0]`, or None.
+        out: `[E, out_0 + 2 out_1 + …]` that is written to, if not a new tensor.
+
+    Returns:
+        `out`.
     """
     pairs = [products[i : i + 3] for i in range(1, len(products), 3)]
     start = products[0].shape[1]
@@ -116,7 +112,15 @@ def gauss_values(products: Sequence[Tensor], bias: Tensor | None, out: Tensor | 
 
 
 def gauss_gradients(grad: Tensor, widths: Sequence[int]) -> list[Tensor]:
-    """Gradients of the products of orders m > 0, which have these widths, from that of their values."""
+    """Compute the gradients of the products of orders m > 0 from that of their values.
+
+    Args:
+        grad: `[E, 2 out_1 + 2 out_2 + …]`.
+        widths: columns of each product, three equal ones for every order.
+
+    Returns:
+        One gradient for each width.
+    """
     out, start = [], 0
     for width in widths[::3]:
         positive, negative = grad[:, start : start + width], grad[:, start + width : start + 2 * width]
@@ -128,14 +132,24 @@ def gauss_gradients(grad: Tensor, widths: Sequence[int]) -> list[Tensor]:
 def products_backward(
     inputs: Sequence[Tensor], grads: Sequence[Tensor], terms: Sequence[Tensor], totals: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Gradients of the GEMM inputs from those of the products; adds those of the terms to `totals`."""
+    """Differentiate the GEMMs of some edges.
+
+    Args:
+        inputs: `[e, in]` of every GEMM.
+        grads: `[e, out]`, gradients of the products.
+        terms: `[out, in]`, see `SO2Weights.terms`.
+        totals: `[out, in]` sums over edges, to which the gradients of the terms are added.
+
+    Returns:
+        The gradients of the inputs.
+    """
     for x, grad, total in zip(inputs, grads, totals, strict=True):
         accumulate(total, grad.t(), x)
     return [linear(grad, term.t()) for grad, term in zip(grads, terms, strict=True)]
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right`, without a temporary where the precisions allow it."""
+    """Add `left @ right` to `total`, without a temporary where the precisions allow it."""
     if total.dtype == right.dtype:
         total.addmm_(left, right)
     else:
@@ -150,7 +164,7 @@ def complex_linear(positive: Tensor, negative: Tensor, terms: Sequence[Tensor]) 
 
     Args:
         positive, negative: `[E, in]`.
-        terms: `gauss_terms`.
+        terms: `SO2Weights.gauss_terms` of the order.
 
     Returns:
         `[E, 2 out]`: +m, then -m.
@@ -175,9 +189,9 @@ def so2_linear(x: Tensor, terms: Sequence[Tensor], bias: Tensor, lmax: int) -> T
     start = lmax + 1
     outputs = [linear(x[:, :start].flatten(1), terms[0]) + bias.to(x.dtype)]
     for m in range(1, len(terms) // 3 + 1):
-        components, degrees = order_rows(lmax, m)
-        pair = x[:, start : start + components * degrees]
-        start += components * degrees
+        degrees = lmax + 1 - m
+        pair = x[:, start : start + 2 * degrees]
+        start += 2 * degrees
         sides = pair[:, :degrees].flatten(1), pair[:, degrees:].flatten(1)
         outputs.append(complex_linear(*sides, terms[3 * m - 2 : 3 * m + 1]))
     return torch.cat(outputs, dim=1)

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from equiformer2.kernels import gpu
 from equiformer2.kernels.backend import Neighbors
+from equiformer2.kernels.layout import OrderLayout
 from equiformer2.kernels.linear import linear
-from equiformer2.kernels.rotation import m_major_starts
 from equiformer2.kernels.so2 import SO2Weights, so2_linear
 
 
@@ -32,7 +32,7 @@ def convolve_edges(
     shared_orders: bool,
     neighbors: Neighbors,
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.convolve_edges`; all atoms are targets."""
+    """Compute `kernels.convolve_edges`, whose arguments these are; all atoms are targets."""
     radial = torch.nn.functional.linear(hidden, radial_weight, radial_bias)
     mmax = len(weights.orders)
     geometry = (packed.detach(), source, target, lmax, mmax, shared_orders, neighbors)
@@ -43,11 +43,6 @@ def convolve_edges(
     return scalars[:, :extra], rest
 
 
-def _rotate(x: Tensor, radial: Tensor, geometry: Any) -> Tensor:
-    entries, source, target, lmax, mmax, shared, near = geometry
-    return gpu.gather_rotate(x, entries, source, target, radial, lmax, mmax, shared, *near)
-
-
 class _RotateAndMultiply(torch.autograd.Function):
     """`gather_rotate` and the SO(2) GEMMs; the rotated features are made again for the backward pass."""
 
@@ -56,7 +51,9 @@ class _RotateAndMultiply(torch.autograd.Function):
         ctx.save_for_backward(x, radial, *terms)
         ctx.geometry = geometry
         lmax, mmax = geometry[3:5]
-        return _multiply(_rotate(x, radial, geometry), terms, lmax, mmax, 2 * x.shape[2])
+        return _RotateAndMultiply.multiply(
+            _RotateAndMultiply.rotate(x, radial, geometry), terms, lmax, mmax, 2 * x.shape[2]
+        )
 
     @staticmethod
     @once_differentiable
@@ -65,26 +62,33 @@ class _RotateAndMultiply(torch.autograd.Function):
         lmax, mmax = ctx.geometry[3:5]
         with torch.enable_grad():
             x, radial = x.detach().requires_grad_(), radial.detach().requires_grad_()
-            inputs = _rotate(x, radial, ctx.geometry)
+            inputs = _RotateAndMultiply.rotate(x, radial, ctx.geometry)
             # A graph of its own: its backward pass ends at the rotated features.
             leaf = inputs.detach().requires_grad_()
             leaves = [term.detach().requires_grad_() for term in terms]
-            out = _multiply(leaf, leaves, lmax, mmax, 2 * x.shape[2])
+            out = _RotateAndMultiply.multiply(leaf, leaves, lmax, mmax, 2 * x.shape[2])
         grad_inputs, *grad_terms = torch.autograd.grad(out, [leaf, *leaves], grad)
         grad_x, grad_radial = torch.autograd.grad(inputs, [x, radial], grad_inputs)
         return grad_x, grad_radial, None, *grad_terms
 
+    @staticmethod
+    def rotate(x: Tensor, radial: Tensor, geometry: Any) -> Tensor:
+        """Gather and rotate the features of both atoms, `[E, R * 2C]`."""
+        entries, source, target, lmax, mmax, shared, near = geometry
+        return gpu.gather_rotate(x, entries, source, target, radial, lmax, mmax, shared, *near)
 
-def _multiply(inputs: Tensor, terms: Any, lmax: int, mmax: int, width: int) -> Tensor:
-    starts = m_major_starts(lmax, mmax)
-    outputs = [linear(inputs[:, : starts[1] * width], terms[0])]
-    for m in range(1, mmax + 1):
-        pair = inputs[:, starts[m] * width : starts[m + 1] * width]
-        positive, negative = pair.chunk(2, dim=1)
-        first, second, third = terms[3 * m - 2 : 3 * m + 1]
-        common = linear(positive + negative, first)
-        outputs += [common - linear(negative, third), common + linear(positive, second)]
-    return torch.cat(outputs, dim=1)
+    @staticmethod
+    def multiply(inputs: Tensor, terms: Any, lmax: int, mmax: int, width: int) -> Tensor:
+        """Multiply inputs of `width` channels by the terms of every order."""
+        starts = [OrderLayout.first_row(m, lmax) for m in range(mmax + 2)]
+        outputs = [linear(inputs[:, : starts[1] * width], terms[0])]
+        for m in range(1, mmax + 1):
+            pair = inputs[:, starts[m] * width : starts[m + 1] * width]
+            positive, negative = pair.chunk(2, dim=1)
+            first, second, third = terms[3 * m - 2 : 3 * m + 1]
+            common = linear(positive + negative, first)
+            outputs += [common - linear(negative, third), common + linear(positive, second)]
+        return torch.cat(outputs, dim=1)
 
 
 def attend(
@@ -99,8 +103,8 @@ def attend(
     kept: tuple[int, int],
     neighbors: Neighbors,
 ) -> Tensor:
-    """See `kernels.attend`."""
-    rows = sum(2 * min(l, kept[1]) + 1 for l in range(kept[0] + 1))
+    """Compute `kernels.attend`, whose arguments these are; `dtype` is that of the GEMMs."""
+    rows = OrderLayout(*kept).num_rows
 
     def values(hidden: Tensor, bias: Tensor, *terms: Tensor) -> Tensor:
         return so2_linear(activation(hidden).to(dtype), terms, bias, degrees[0]).unflatten(1, (rows, -1))
@@ -127,7 +131,7 @@ def sum_rotated(
     kept: tuple[int, int],
     neighbors: Neighbors,
 ) -> Tensor:
-    """`gpu.rotate_aggregate` of values `[E, rows, C]` up to the degree and order `kept`."""
+    """Compute `gpu.rotate_aggregate` of values `[E, R, C]` up to the degree and order `kept`."""
     scale = [1.0] * (kept[0] + 1)
     sizes = kept[0], degrees[1], kept[1], scale
     return gpu.rotate_aggregate(values, alpha, packed.detach(), target, neighbors.target_starts, *sizes)

@@ -17,6 +17,7 @@ class SmoothLeakyReLU(nn.Module):
     negative_slope = 0.2
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the nonlinearity to `x` of any shape."""
         a = self.negative_slope
         return torch.add(a * x, nn.functional.silu(x), alpha=1 - a)
 

@@ -39,15 +39,15 @@ def outside_inference_mode(batch: Batch | Data, graph: RadiusGraph | None) -> tu
 
     Autograd does not take those, and Lightning validates in that mode.
     """
+
+    def usable(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
     names = ("pos", "atomic_numbers", "cell", "pbc", "natoms")
-    batch = Data(**{name: _usable(batch[name]) for name in names})
+    batch = Data(**{name: usable(batch[name]) for name in names})
     if graph is not None:
-        graph = RadiusGraph(**{name: _usable(value) for name, value in vars(graph).items()})
+        graph = RadiusGraph(**{name: usable(value) for name, value in vars(graph).items()})
     return batch, graph
-
-
-def _usable(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def with_derivatives(

@@ -195,7 +195,9 @@ class Folded(Protocol):
     """Matrices in the form of a `Layout`, with a bias in the precision of the weights."""
 
     @property
-    def bias(self) -> Tensor: ...
+    def bias(self) -> Tensor:
+        """Bias of the layer."""
+        ...
 
 
 class _Kept:

@@ -45,6 +45,7 @@ class SeparableLayerNorm(_DegreeNorm):
         self.affine_weight = nn.Parameter(torch.ones(lmax, num_channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise features `[N, K, C]`."""
         with no_autocast(x):
             tensors = x[:, 1:]
             weight = gather_rows(read(self, "affine_weight"), self.degree)
@@ -61,6 +62,7 @@ class RMSNorm(_DegreeNorm):
         self.affine_bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise features `[N, K, C]`."""
         with no_autocast(x):
             scalars = x[:, :1]
             x = torch.cat((scalars - scalars.mean(dim=2, keepdim=True), x[:, 1:]), dim=1)
@@ -77,6 +79,7 @@ class LayerNorm(nn.Module):
         self.affine_bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise features `[N, K, C]`."""
         with no_autocast(x):
             out = []
             for l, weight in enumerate(read(self, "affine_weight")):

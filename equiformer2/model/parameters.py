@@ -1,92 +1,107 @@
-"""Parameters of a network, counted from its shapes."""
+"""Count the parameters of a network from its shapes."""
 
 from equiformer2.model.block_config import ResolvedBlock
 from equiformer2.model.config import Activation, ModelConfig
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """How many numbers the network's parameters hold, those that no output depends on included."""
-    channels = config.sphere_channels
-    total = config.max_num_elements * channels + _norm(config)
-    if config.share_atom_edge_embedding:
-        total += _embeddings(config)
-    total += _radial(config, (config.lmax + 1) * channels)
-    for index in range(config.num_layers):
-        block = config.block(index)
-        if block.attention:
-            total += _norm(config) + _attention(config, block, channels, config.attn_activation)
-        if block.feed_forward:
-            feed_forward = _swiglu_feed_forward if config.use_swiglu_s2_act else _feed_forward
-            total += _norm(config) + feed_forward(config, block, channels)
-    total += _feed_forward(config, config.energy_block, 1)
-    if config.regress_forces:
-        total += _attention(config, config.force_block, 1, config.force_activation)
-    return total
+    """Count the numbers in a network's parameters, those included that no output depends on.
+
+    Args:
+        config: hyper-parameters; no network is built.
+    """
+    return _Counter(config).network()
 
 
 def num_gates(block: ResolvedBlock, activation: Activation) -> int:
-    """Scalars that the activation of messages takes per channel."""
+    """Count the scalars that the activation of messages takes per channel.
+
+    Args:
+        block: degrees and orders of the messages.
+        activation: nonlinearity of the messages.
+    """
     return {"gate": block.lmax, "s2": 0, "separable_s2": 1, "swiglu_s2": 3}[activation]
 
 
-def _attention(config: ModelConfig, block: ResolvedBlock, outputs: int, activation: Activation) -> int:
-    inputs, hidden = 2 * config.sphere_channels, block.attn_hidden_channels
-    alpha = block.num_heads * config.attn_alpha_channels
-    values = block.num_heads * block.attn_value_channels
-    coefficients = 2 * hidden if activation == "swiglu_s2" else hidden
-    degrees = [block.lmax + 1 - m for m in range(block.mmax + 1)]
-    radial = (degrees[0] if config.use_m_share_rad else sum(degrees)) * inputs
-    return (
-        alpha
-        + (2 * config.attn_alpha_channels if config.use_attn_renorm else 0)
-        + _radial(config, radial)
-        + _convolution(degrees, inputs, coefficients, alpha + num_gates(block, activation) * hidden)
-        + _convolution(degrees, hidden, values, 0)
-        + _linear(degrees[0], values, outputs)
-    )
+class _Counter:
+    """Numbers in the parameters of each part of a network.
 
+    Args:
+        config: hyper-parameters.
+    """
 
-def _convolution(degrees: list[int], inputs: int, outputs: int, extra: int) -> int:
-    first = degrees[0] * outputs + extra
-    higher = sum(2 * n * n for n in degrees[1:]) * inputs * outputs
-    return (degrees[0] * inputs + 1) * first + higher
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        # Scalars have a weight and a bias, the other degrees a weight, in all kinds of norms.
+        self.norm = (config.lmax + 2) * config.sphere_channels
+        self.embeddings = 2 * config.max_num_elements * config.edge_channels
 
+    def network(self) -> int:
+        """All parts together."""
+        config, channels = self.config, self.config.sphere_channels
+        total = config.max_num_elements * channels + self.norm
+        if config.share_atom_edge_embedding:
+            total += self.embeddings
+        total += self.radial((config.lmax + 1) * channels)
+        for index in range(config.num_layers):
+            block = config.block(index)
+            if block.attention:
+                total += self.norm + self.attention(block, channels, config.attn_activation)
+            if block.feed_forward:
+                total += self.norm + self.feed_forward(block, channels, config.use_swiglu_s2_act)
+        total += self.feed_forward(config.energy_block, 1, False)
+        if config.regress_forces:
+            total += self.attention(config.force_block, 1, config.force_activation)
+        return total
 
-def _radial(config: ModelConfig, outputs: int) -> int:
-    """With its own element embeddings and two layer norms."""
-    depth = config.edge_channels
-    inputs = config.num_distance_basis + (2 * depth if config.use_atom_edge_embedding else 0)
-    own = _embeddings(config) if config.block_atom_edge_embedding else 0
-    return own + (inputs + 1) * depth + (depth + 1) * depth + 4 * depth + (depth + 1) * outputs
+    def attention(self, block: ResolvedBlock, outputs: int, activation: Activation) -> int:
+        """Attention with `outputs` output channels."""
+        config = self.config
+        inputs, hidden = 2 * config.sphere_channels, block.attn_hidden_channels
+        alpha = block.num_heads * config.attn_alpha_channels
+        values = block.num_heads * block.attn_value_channels
+        coefficients = 2 * hidden if activation == "swiglu_s2" else hidden
+        degrees = [block.lmax + 1 - m for m in range(block.mmax + 1)]
 
+        def convolution(inputs: int, outputs: int, extra: int) -> int:
+            first = degrees[0] * outputs + extra
+            higher = sum(2 * n * n for n in degrees[1:]) * inputs * outputs
+            return (degrees[0] * inputs + 1) * first + higher
 
-def _embeddings(config: ModelConfig) -> int:
-    return 2 * config.max_num_elements * config.edge_channels
+        radial = (degrees[0] if config.use_m_share_rad else sum(degrees)) * inputs
+        return (
+            alpha
+            + (2 * config.attn_alpha_channels if config.use_attn_renorm else 0)
+            + self.radial(radial)
+            + convolution(inputs, coefficients, alpha + num_gates(block, activation) * hidden)
+            + convolution(hidden, values, 0)
+            + self.linear(degrees[0], values, outputs)
+        )
 
+    def radial(self, outputs: int) -> int:
+        """Radial function, with its own element embeddings and two layer norms."""
+        config, depth = self.config, self.config.edge_channels
+        inputs = config.num_distance_basis + (2 * depth if config.use_atom_edge_embedding else 0)
+        own = self.embeddings if config.block_atom_edge_embedding else 0
+        return own + (inputs + 1) * depth + (depth + 1) * depth + 4 * depth + (depth + 1) * outputs
 
-def _norm(config: ModelConfig) -> int:
-    # Scalars have a weight and a bias, the other degrees a weight, in all of the norms.
-    return (config.lmax + 2) * config.sphere_channels
-
-
-def _feed_forward(config: ModelConfig, block: ResolvedBlock, outputs: int) -> int:
-    channels, hidden = config.sphere_channels, block.ffn_hidden_channels
-    if config.use_grid_mlp:
-        inner, one, two = block.ffn_input_channels, block.ffn_grid_channels_1, block.ffn_grid_channels_2
-        middle = inner * one + one * two + two * hidden
-        gates = hidden if config.use_sep_s2_act else 0
-    else:
+    def feed_forward(self, block: ResolvedBlock, outputs: int, swiglu: bool) -> int:
+        """Feed-forward network with `outputs` output channels."""
+        config = self.config
+        channels, hidden, degrees = config.sphere_channels, block.ffn_hidden_channels, config.lmax + 1
         inner, middle = hidden, 0
-        gates = config.lmax * hidden if config.use_gate_act else int(config.use_sep_s2_act) * hidden
-    first, last = _linear(config.lmax + 1, channels, inner), _linear(config.lmax + 1, hidden, outputs)
-    return first + middle + (channels + 1) * gates + last
+        if swiglu:
+            middle, gates = 3 * hidden * hidden, 3 * hidden
+        elif config.use_grid_mlp:
+            inner, one, two = block.ffn_input_channels, block.ffn_grid_channels_1, block.ffn_grid_channels_2
+            middle = inner * one + one * two + two * hidden
+            gates = hidden if config.use_sep_s2_act else 0
+        else:
+            gates = config.lmax * hidden if config.use_gate_act else int(config.use_sep_s2_act) * hidden
+        first, last = self.linear(degrees, channels, inner), self.linear(degrees, hidden, outputs)
+        return first + middle + (channels + 1) * gates + last
 
-
-def _swiglu_feed_forward(config: ModelConfig, block: ResolvedBlock, outputs: int) -> int:
-    channels, hidden, degrees = config.sphere_channels, block.ffn_hidden_channels, config.lmax + 1
-    first, last = _linear(degrees, channels, hidden), _linear(degrees, hidden, outputs)
-    return first + 3 * hidden * hidden + (channels + 1) * 3 * hidden + last
-
-
-def _linear(degrees: int, inputs: int, outputs: int) -> int:
-    return degrees * inputs * outputs + outputs
+    @staticmethod
+    def linear(degrees: int, inputs: int, outputs: int) -> int:
+        """Linear map per degree, with a bias of the scalars."""
+        return degrees * inputs * outputs + outputs

@@ -27,6 +27,7 @@ class EquivariantDropout(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
+        """Drop channels of features `[N, K, C]`, all coefficients of a channel together."""
         if not self.training or self.drop_prob == 0.0:
             return x
         mask = x.new_ones(x.shape[0], 1, x.shape[2])

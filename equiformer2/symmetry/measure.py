@@ -48,6 +48,19 @@ class SymmetryError:
         """The larger of the two root mean squares."""
         return max(self.energy_rms, self.forces_rms or 0.0)
 
+    @classmethod
+    def from_deviations(
+        cls, deviations: list[tuple[Tensor, Tensor | None]], energy_scale: float, forces_scale: float
+    ) -> "SymmetryError":
+        """Summarize deviations of the energy per atom `[1]` and of the forces, in units of the scales."""
+        energies = torch.cat([energy for energy, _ in deviations]) / energy_scale
+        largest, rms = energies.abs().max().item(), _rms([energies])
+        parts = [forces.flatten() for _, forces in deviations if forces is not None]
+        if not parts:
+            return cls(largest, rms, None, None)
+        forces = torch.cat(parts) / forces_scale
+        return cls(largest, rms, forces.abs().max().item(), _rms([forces]))
+
 
 @dataclasses.dataclass(frozen=True)
 class SymmetryReport:
@@ -91,6 +104,12 @@ def check_symmetries(
             the mean of a normalizer, in the model's unit. It is subtracted before energies are compared,
             since two cells have it once and not twice. None: the attribute `energy_per_structure` of what
             `predict` is a method of (`Predictor` has it), else 0.
+
+    Returns:
+        The errors by symmetry.
+
+    Raises:
+        InputError: a name is not in `SYMMETRIES`.
     """
     if energy_per_structure is None:
         owner = getattr(predict, "__self__", None)
@@ -124,7 +143,7 @@ def check_symmetries(
                         forces = answer[1] - expected[1]
                     deviations.append((energy, forces))
         if deviations:
-            errors[name] = _summary(deviations, energy_scale, forces_scale)
+            errors[name] = SymmetryError.from_deviations(deviations, energy_scale, forces_scale)
     return SymmetryReport(errors)
 
 
@@ -142,6 +161,13 @@ def assert_symmetries(
     Args:
         tolerance: one number for all of `SYMMETRIES`, or one for each symmetry that shall be checked.
         predict, data, trials, seed, energy_per_structure: as for `check_symmetries`.
+
+    Returns:
+        The report of `check_symmetries`.
+
+    Raises:
+        AssertionError: the root mean square error of a symmetry exceeds its tolerance or is not a number.
+        InputError: a name is not in `SYMMETRIES`.
     """
     limits = tolerance if isinstance(tolerance, Mapping) else dict.fromkeys(SYMMETRIES, tolerance)
     report = check_symmetries(
@@ -198,19 +224,6 @@ class _Model:
         batch = [transformations.rotate(first, generator).data, structure, last]
         energy, forces = self.predict(batch)[1]
         return energy, None if forces is None else forces.unsqueeze(0)
-
-
-def _summary(
-    deviations: list[tuple[Tensor, Tensor | None]], energy_scale: float, forces_scale: float
-) -> SymmetryError:
-    energies = torch.cat([energy for energy, _ in deviations]) / energy_scale
-    parts = [forces.flatten() for _, forces in deviations if forces is not None]
-    if not parts:
-        return SymmetryError(energies.abs().max().item(), _rms([energies]), None, None)
-    forces = torch.cat(parts) / forces_scale
-    return SymmetryError(
-        energies.abs().max().item(), _rms([energies]), forces.abs().max().item(), _rms([forces])
-    )
 
 
 def _rms(tensors: list[Tensor]) -> float:

@@ -28,7 +28,7 @@ class Transformed:
     """
 
     data: Data
-    restore_forces: Callable[[Tensor], Tensor]
+    restore_forces: Callable[[Tensor], Tensor] = lambda forces: forces.unsqueeze(0)
     copies: int = 1
 
 
@@ -36,7 +36,15 @@ Transformation = Callable[[Data, torch.Generator], Transformed | None]
 
 
 def essential(data: Data, **changes: object) -> Data:
-    """A new structure of the fields that a model may read, some of them changed."""
+    """Copy the fields that a model may read into a new structure.
+
+    Args:
+        data: one structure.
+        changes: values of fields that replace those of `data`.
+
+    Returns:
+        The structure, with `cell [1, 3, 3]` and `pbc [1, 3]`.
+    """
     fields = {name: data[name] for name in _ATOM_FIELDS if name in data}
     fields |= {"pos": data.pos, "cell": data.cell.view(1, 3, 3), "pbc": data.pbc.view(1, 3)}
     fields |= {"natoms": len(data.pos)}
@@ -44,46 +52,46 @@ def essential(data: Data, **changes: object) -> Data:
 
 
 def repeat_call(data: Data, generator: torch.Generator) -> Transformed:
-    """Nothing changes: what is left is the scatter between two calls."""
-    return Transformed(essential(data), _add_copies)
+    """Change nothing: the deviation is the scatter between two calls."""
+    return Transformed(essential(data))
 
 
 def rotate(data: Data, generator: torch.Generator) -> Transformed:
-    """A random proper rotation of positions and cell; forces turn along."""
-    matrix = _random_rotation(generator)
+    """Turn positions and cell by a uniformly distributed proper rotation; forces turn along."""
+    q, r = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))
+    q = q * torch.sign(torch.diagonal(r))
+    matrix = q * torch.sign(torch.linalg.det(q))
     here = matrix.to(data.pos)
     turned = essential(data, pos=data.pos @ here.t(), cell=data.cell.view(1, 3, 3) @ here.t())
-    return Transformed(turned, lambda forces: _add_copies(forces @ matrix.to(forces)))
+    return Transformed(turned, lambda forces: (forces @ matrix.to(forces)).unsqueeze(0))
 
 
 def translate(data: Data, generator: torch.Generator) -> Transformed:
-    """Another origin."""
+    """Move the origin by up to 10 Å along each axis."""
     shift = _MAX_SHIFT * (2 * torch.rand(3, generator=generator, dtype=torch.float64) - 1)
-    return Transformed(essential(data, pos=data.pos + shift.to(data.pos)), _add_copies)
+    return Transformed(essential(data, pos=data.pos + shift.to(data.pos)))
 
 
 def permute(data: Data, generator: torch.Generator) -> Transformed:
-    """Another numbering of the atoms."""
+    """Number the atoms in another sequence."""
     order = torch.randperm(len(data.pos), generator=generator)
     back = torch.argsort(order)
     fields = {name: data[name][order] for name in _ATOM_FIELDS if name in data}
     moved = essential(data, pos=data.pos[order], **fields)
-    return Transformed(moved, lambda forces: _add_copies(forces[back]))
+    return Transformed(moved, lambda forces: forces[back].unsqueeze(0))
 
 
 def choose_images(data: Data, generator: torch.Generator) -> Transformed | None:
-    """Other periodic images of the atoms: wrapped or not is the same structure."""
+    """Move atoms to other periodic images: wrapped or not is the same structure."""
     periodic = data.pbc.view(3)
     if not periodic.any():
         return None
     images = torch.randint(-2, 3, (len(data.pos), 3), generator=generator) * periodic
-    return Transformed(
-        essential(data, pos=data.pos + images.to(data.pos) @ data.cell.view(3, 3)), _add_copies
-    )
+    return Transformed(essential(data, pos=data.pos + images.to(data.pos) @ data.cell.view(3, 3)))
 
 
 def choose_lattice_vectors(data: Data, generator: torch.Generator) -> Transformed | None:
-    """Other vectors of the same lattice: sums of the old ones, a left-handed set."""
+    """Choose other vectors of the same lattice: sums of the old ones, a left-handed set."""
     axes = data.pbc.view(3).nonzero().flatten()
     if not len(axes):
         return None
@@ -95,11 +103,11 @@ def choose_lattice_vectors(data: Data, generator: torch.Generator) -> Transforme
                 change[axis] += step * change[other]
     change[axes[0]] *= -1
     cell = (change.to(data.cell) @ data.cell.view(3, 3)).unsqueeze(0)
-    return Transformed(essential(data, cell=cell), _add_copies)
+    return Transformed(essential(data, cell=cell))
 
 
 def repeat_cell(data: Data, generator: torch.Generator) -> Transformed | None:
-    """A cell twice as long along one periodic axis: twice the extensive energy, the same forces."""
+    """Double the cell along one periodic axis: twice the extensive energy, the same forces."""
     axes = data.pbc.view(3).nonzero().flatten()
     if not len(axes):
         return None
@@ -116,15 +124,3 @@ def repeat_cell(data: Data, generator: torch.Generator) -> Transformed | None:
         **fields,
     )
     return Transformed(doubled, lambda forces: forces.unflatten(0, (2, -1)), copies=2)
-
-
-def _add_copies(forces: Tensor) -> Tensor:
-    return forces.unsqueeze(0)
-
-
-def _random_rotation(generator: torch.Generator) -> Tensor:
-    """Uniformly distributed proper rotation `[3, 3]`, float64."""
-    matrix = torch.randn(3, 3, generator=generator, dtype=torch.float64)
-    q, r = torch.linalg.qr(matrix)
-    q = q * torch.sign(torch.diagonal(r))
-    return q * torch.sign(torch.linalg.det(q))

@@ -242,7 +242,7 @@ def _is_nothing(value: Any) -> bool:
 
 
 def _reason(message: str) -> str:
-    """jsonargparse's message in one line; of a key that may be null, why its value is nothing else."""
+    """Shorten a message of jsonargparse to one line; for a key that may be null, to the other reason."""
     line = " ".join(message.split())
     found = re.match(r'(?:Parser key "(\S+)": )?Does not validate against any .*? Errors: (.*)', line)
     if found is None:

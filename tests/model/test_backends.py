@@ -36,7 +36,11 @@ def structures() -> Batch:
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-@pytest.mark.parametrize("backend", ["cpp", "compile", "triton"])
+# Minutes of compilation and interpretation; faster tests of both are in test_compiled and test_parametrized.
+@pytest.mark.parametrize(
+    "backend",
+    ["cpp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("compile", "triton"))],
+)
 def test_same_answers_and_gradients(
     changes: dict[str, object], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

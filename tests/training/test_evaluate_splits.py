@@ -70,7 +70,7 @@ def test_splits_their_average_and_going_on_after_a_stop(
     assert "val_id: 3 structures of 1 systems (finished before" in capsys.readouterr().out
     report = json.loads(out.read_text())
     again = tmp_path / "again.json"
-    assert run_script_file("evaluate", *arguments[:-4], "--out", again, "--batch_size", 2) == 0
+    assert run_script_file("evaluate", *arguments[:-4], "--out", again, "--batch-size", 2) == 0
     assert without_time(json.loads(again.read_text())) == without_time(report)
 
     assert list(report["datasets"]) == ["val_id", "val_ood_ads"]

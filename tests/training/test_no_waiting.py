@@ -185,10 +185,10 @@ class WatchedCheckpoint(ResumeCheckpoint):
     on_train_batch_end = watched(ResumeCheckpoint.on_train_batch_end)
 
 
-def network(**changes: Any) -> EquiformerV2:
+def network(kind: type[EquiformerV2] = WaitsForEdges, **changes: Any) -> EquiformerV2:
     """With everything that only training has."""
     config = TINY | {"alpha_drop": 0.1, "drop_path_rate": 0.1, "proj_drop": 0.1, "num_layers": 2, **changes}
-    return WaitsForEdges(ModelConfig(**config))
+    return kind(ModelConfig(**config))
 
 
 def some_batch(lmdb_path: Path, *numbers: int) -> Batch:

@@ -67,7 +67,7 @@ def test_a_validation_batch_is_named(error: Exception, tmp_path: Path, tiny_argu
     with pytest.raises(
         InputError, match=r"^out of memory in validation, in a batch of 5 .* data\.batch_size$"
     ):
-        run(tiny_arguments, tmp_path, *limits, on_validation_batch_start=fails(error))
+        run(tiny_arguments, tmp_path, *limits, on_validation_batch_end=fails(error))
 
 
 def test_other_errors_stay_as_they_are(tmp_path: Path, tiny_arguments: list[str]) -> None:

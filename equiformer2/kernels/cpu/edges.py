@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from equiformer2.kernels.cpu.ctypes_call import arithmetic, call, check, check_per_order, empty_per_order
+from equiformer2.kernels.layout import OrderLayout
 
 
 def gather_rotate(
@@ -22,9 +23,23 @@ def gather_rotate(
     shared: bool,
     out: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """GEMM inputs of every order: `kernels.edge_inputs.edge_inputs`, with `radial` before its bias.
+    """Compute the GEMM inputs of every order: `Edges.inputs` of `kernels.convolve`.
 
-    They are written to `out` where it is given.
+    Args:
+        x, x_target: `[N, K, C]` and `[N', K, C]` features of sources and targets.
+        source, target: `[e]` atoms of the edges.
+        packed: `[e, P + 1]` Wigner-D entries.
+        radial: `[e, Q]` radial weights before their bias is added, in the type of the GEMMs.
+        bias: `[Q]`.
+        degrees: highest degree and order.
+        shared: all orders of a degree share their radial weights.
+        out: tensors as `ctypes_call.empty_per_order` makes them, to be written to.
+
+    Returns:
+        `out`, or new tensors.
+
+    Raises:
+        ValueError: a tensor has another type, shape or layout.
     """
     _check_inputs(x, x_target, source, target, packed, radial, bias, degrees, shared)
     if out is None:
@@ -52,7 +67,19 @@ def gather_rotate_backward(
     shared: bool,
     grad_radial: Tensor | None = None,
 ) -> Tensor:
-    """Adds to the gradients of the features; returns that of the radial weights (`grad_radial` if given)."""
+    """Differentiate `gather_rotate`, whose other arguments these are.
+
+    Args:
+        grads: gradients of the GEMM inputs.
+        grad_x, grad_x_target: as `x` and `x_target`; the gradients of the features are added.
+        grad_radial: `[e, Q]` to be written to, if not a new tensor.
+
+    Returns:
+        The gradient of the radial weights.
+
+    Raises:
+        ValueError: a tensor has another type, shape or layout.
+    """
     _check_inputs(x, x_target, source, target, packed, radial, bias, degrees, shared)
     check_per_order("grads", grads, radial.dtype, len(source), degrees, 2 * x.shape[2])
     check("grad_x", grad_x, x.dtype, *x.shape)
@@ -77,7 +104,21 @@ def rotate_sum(
     degrees: tuple[int, int],
     kept: tuple[int, int],
 ) -> None:
-    """Adds the messages of some edges to `out`: `kernels.edge_sums.add_messages`."""
+    """Add the messages of some edges to `out`: `Messages.add_to` of `kernels.aggregate`.
+
+    Args:
+        products: GEMM outputs of every order.
+        bias: `[(kept l + 1) C]` of order m = 0, or None.
+        alpha: `[e, H]` attention weights, or None.
+        packed: `[e, P + 1]` Wigner-D entries.
+        target: `[e]` sorted target atoms.
+        out: `[N, (kept l + 1)^2, C]`.
+        degrees: highest degree and order of `packed`.
+        kept: those of the products.
+
+    Raises:
+        ValueError: a tensor has another type, shape or layout.
+    """
     target, dtype = target.contiguous(), products[0].dtype
     _check_sum(alpha, packed, target, out, degrees, kept, arithmetic(dtype))
     check_per_order("products", products, dtype, len(target), kept, out.shape[2])
@@ -99,11 +140,24 @@ def rotate_sum_backward(
     kept: tuple[int, int],
     dtype: torch.dtype,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Gradients of the products and of the attention weights: `kernels.edge_sums.messages_backward`."""
+    """Differentiate `rotate_sum`: `SummedMessages.gradients` of `kernels.aggregate`.
+
+    Args:
+        grad: gradient of the sums, `[N, (kept l + 1)^2, C]`.
+        values: `[e, R C]`, `so2.gauss_values` of the products; needed with attention weights.
+        alpha, packed, target, degrees, kept: as in `rotate_sum`.
+        dtype: type of the products.
+
+    Returns:
+        The gradients of the products, and that of the attention weights, if there are any.
+
+    Raises:
+        ValueError: a tensor has another type, shape or layout, or `values` are missing.
+    """
     edges, channels = len(target), grad.shape[2]
     target = target.contiguous()
     _check_sum(alpha, packed, target, grad, degrees, kept, arithmetic(dtype))
-    rows = sum(2 * min(l, kept[1]) + 1 for l in range(kept[0] + 1))
+    rows = OrderLayout(*kept).num_rows
     grad_alpha = None
     if alpha is not None:
         if values is None:
@@ -131,12 +185,12 @@ def _check_inputs(
 ) -> None:
     lmax, mmax = degrees
     wide, edges, channels = arithmetic(radial.dtype), len(source), x.shape[-1]
-    groups = lmax + 1 if shared else sum(lmax + 1 - m for m in range(mmax + 1))
+    groups = OrderLayout(lmax, mmax).radial_rows(shared)
     check("x", x, wide, len(x), (lmax + 1) ** 2, channels)
     check("x_target", x_target, wide, len(x_target), (lmax + 1) ** 2, channels)
     check("source", source, torch.int64, edges)
     check("target", target, torch.int64, edges)
-    check("packed", packed, wide, edges, _packed_width(degrees))
+    check("packed", packed, wide, edges, OrderLayout(*degrees).packed_size + 1)
     check("radial", radial, radial.dtype, edges, groups * 2 * channels)
     check("bias", bias, radial.dtype, groups * 2 * channels)
 
@@ -152,15 +206,9 @@ def _check_sum(
 ) -> None:
     edges, channels = len(target), total.shape[-1]
     check("target", target, torch.int64, edges)
-    check("packed", packed, wide, edges, _packed_width(degrees))
+    check("packed", packed, wide, edges, OrderLayout(*degrees).packed_size + 1)
     check("the sum over edges", total, wide, len(total), (kept[0] + 1) ** 2, channels)
     if alpha is not None:
         check("alpha", alpha, wide, edges, alpha.shape[-1])
         if channels % alpha.shape[1]:
             raise ValueError(f"{channels} channels cannot be shared by {alpha.shape[1]} heads")
-
-
-def _packed_width(degrees: tuple[int, int]) -> int:
-    """Entries of `packed` per edge, and its zero."""
-    lmax, mmax = degrees
-    return sum((2 * min(l, mmax) + 1) * (2 * l + 1) for l in range(lmax + 1)) + 1

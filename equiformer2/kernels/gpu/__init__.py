@@ -12,8 +12,7 @@ TRITON_INTERPRET=1 is set before that import, the kernels run on CPU tensors in 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from equiformer2.kernels.gpu.support import supports
-from equiformer2.kernels.gpu.tables import csr, segment_starts
+from equiformer2.kernels.gpu.support import csr, segment_starts, supports
 
 if TYPE_CHECKING:
     from equiformer2.kernels.gpu.aggregate import rotate_aggregate

@@ -10,7 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from equiformer2.kernels.gpu.degrees import add, add_rotated_back, load_degree, rotate_row, zero_degree
+from equiformer2.kernels.gpu.device_functions import (
+    add,
+    add_rotated_back,
+    load_degree,
+    rotate_row,
+    zero_degree,
+)
 from equiformer2.kernels.gpu.launch import (
     TRITON_DTYPES,
     accumulator,
@@ -24,7 +30,7 @@ from equiformer2.kernels.gpu.launch import (
     tl,
     triton,
 )
-from equiformer2.kernels.gpu.tables import num_rows, packed_size
+from equiformer2.kernels.layout import OrderLayout
 
 
 def rotate_aggregate(
@@ -57,140 +63,145 @@ def rotate_aggregate(
     """
     alpha = None if alpha is None else alpha.contiguous()
     sizes = lmax, mmax, values_mmax, [float(factor) for factor in scale[: lmax + 1]]
-    return _rotate_aggregate(_rows_contiguous(values), alpha, packed.contiguous(), target, target_ptr, *sizes)
-
-
-def _rows_contiguous(values: Tensor) -> Tensor:
-    """Only the stride between edges is free, so that slices of a GEMM's output need no copy."""
+    # Only the stride between edges is free, so that slices of a GEMM's output need no copy.
     fits = values.stride(2) == 1 and values.stride(1) == values.shape[2]
-    return values if fits else values.contiguous()
+    values = values if fits else values.contiguous()
+    return _RotateAggregate.forward(values, alpha, packed.contiguous(), target, target_ptr, *sizes)
 
 
-@torch.library.custom_op("equiformer2::rotate_aggregate", mutates_args=())
-def _rotate_aggregate(
-    values: Tensor,
-    alpha: Tensor | None,
-    packed: Tensor,
-    target: Tensor,
-    target_ptr: Tensor,
-    lmax: int,
-    mmax: int,
-    values_mmax: int,
-    scale: Sequence[float],
-) -> Tensor:
-    num_atoms, channels = len(target_ptr) - 1, values.shape[2]
-    edges, rows = len(target), num_rows(lmax, values_mmax)
-    expect(values_mmax <= mmax, f"rotate_aggregate: values_mmax {values_mmax} is above mmax {mmax}")
-    expect(values.shape[:2] == (edges, rows), f"rotate_aggregate: values are not [{edges}, {rows}, C]")
-    fits = len(packed) == edges and packed.shape[1] >= packed_size(lmax, mmax)
-    expect(fits, "rotate_aggregate: packed does not fit lmax, mmax and E")
-    expect(len(scale) == lmax + 1, f"rotate_aggregate: {len(scale)} factors for degrees 0 to {lmax}")
-    if alpha is not None:
-        fits = len(alpha) == edges and channels % alpha.shape[1] == 0
-        expect(fits, f"rotate_aggregate: alpha is not [{edges}, a divisor of {channels}]")
-    dtype = accumulator(values)
-    out = values.new_empty(num_atoms, (lmax + 1) ** 2, channels, dtype=dtype)
-    block, tiles = channel_tile(channels)
-    launch(
-        _aggregate_kernel,
-        (num_atoms, (lmax + 1) * tiles),
-        values,
-        values if alpha is None else alpha,
-        packed,
-        target_ptr,
-        out,
-        values.stride(0),
-        packed.shape[1],
-        SCALE=tuple(scale),
-        LMAX=lmax,
-        MMAX=mmax,
-        VALUES_MMAX=values_mmax,
-        C=channels,
-        HEADS=0 if alpha is None else alpha.shape[1],
-        BLOCK=block,
-        TILES=tiles,
-        ACC=TRITON_DTYPES[dtype],
-        num_warps=1,
-    )
-    return out
+class _RotateAggregate:
+    """The operator, and its gradient."""
+
+    @staticmethod
+    @torch.library.custom_op("equiformer2::rotate_aggregate", mutates_args=())
+    def forward(
+        values: Tensor,
+        alpha: Tensor | None,
+        packed: Tensor,
+        target: Tensor,
+        target_ptr: Tensor,
+        lmax: int,
+        mmax: int,
+        values_mmax: int,
+        scale: Sequence[float],
+    ) -> Tensor:
+        """Compute `rotate_aggregate` of contiguous arguments."""
+        num_atoms, channels = len(target_ptr) - 1, values.shape[2]
+        edges, rows = len(target), OrderLayout(lmax, values_mmax).num_rows
+        expect(values_mmax <= mmax, f"rotate_aggregate: values_mmax {values_mmax} is above mmax {mmax}")
+        expect(values.shape[:2] == (edges, rows), f"rotate_aggregate: values are not [{edges}, {rows}, C]")
+        fits = len(packed) == edges and packed.shape[1] >= OrderLayout(lmax, mmax).packed_size
+        expect(fits, "rotate_aggregate: packed does not fit lmax, mmax and E")
+        expect(len(scale) == lmax + 1, f"rotate_aggregate: {len(scale)} factors for degrees 0 to {lmax}")
+        if alpha is not None:
+            fits = len(alpha) == edges and channels % alpha.shape[1] == 0
+            expect(fits, f"rotate_aggregate: alpha is not [{edges}, a divisor of {channels}]")
+        dtype = accumulator(values)
+        out = values.new_empty(num_atoms, (lmax + 1) ** 2, channels, dtype=dtype)
+        block, tiles = channel_tile(channels)
+        launch(
+            _aggregate_kernel,
+            (num_atoms, (lmax + 1) * tiles),
+            values,
+            values if alpha is None else alpha,
+            packed,
+            target_ptr,
+            out,
+            values.stride(0),
+            packed.shape[1],
+            SCALE=tuple(scale),
+            LMAX=lmax,
+            MMAX=mmax,
+            VALUES_MMAX=values_mmax,
+            C=channels,
+            HEADS=0 if alpha is None else alpha.shape[1],
+            BLOCK=block,
+            TILES=tiles,
+            ACC=TRITON_DTYPES[dtype],
+            num_warps=1,
+        )
+        return out
+
+    @staticmethod
+    @torch.library.custom_op("equiformer2::rotate_aggregate_backward", mutates_args=())
+    def gradients(
+        grad: Tensor,
+        values: Tensor,
+        alpha: Tensor | None,
+        packed: Tensor,
+        target: Tensor,
+        lmax: int,
+        mmax: int,
+        values_mmax: int,
+        scale: Sequence[float],
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of the values and of the attention weights (empty where there are none)."""
+        edges, rows, channels = values.shape
+        grad_values = values.new_empty(edges, rows, channels)
+        grad_alpha = values.new_empty(0) if alpha is None else torch.empty_like(alpha)
+        if alpha is None:
+            width, groups = channel_tile(channels)
+        else:
+            width, groups = channels // alpha.shape[1], alpha.shape[1]
+        # A program holds whole heads, so that it can add up their channels.
+        head_channels = power_of_two(width, 1)
+        heads = max(1, min(power_of_two(groups, 1), 128 // head_channels))
+        launch(
+            _aggregate_backward_kernel,
+            (edges, -(-groups // heads)),
+            grad,
+            values,
+            values if alpha is None else alpha,
+            packed,
+            target,
+            grad_values,
+            grad_alpha,
+            values.stride(0),
+            packed.shape[1],
+            SCALE=tuple(scale),
+            LMAX=lmax,
+            MMAX=mmax,
+            VALUES_MMAX=values_mmax,
+            C=channels,
+            ROWS=rows,
+            WEIGHTED=alpha is not None,
+            GROUPS=groups,
+            WIDTH=width,
+            BLOCK_GROUPS=heads,
+            BLOCK_WIDTH=head_channels,
+            ACC=TRITON_DTYPES[accumulator(values)],
+            num_warps=min(8, max(1, heads * head_channels // 128)),
+        )
+        return grad_values, grad_alpha
+
+    @classmethod
+    def register(cls) -> None:
+        """Tell compilers the shapes of the outputs, and autograd the derivative."""
+
+        @cls.forward.register_fake
+        def _(values, alpha, packed, target, target_ptr, lmax, *rest):  # type: ignore[no-untyped-def]
+            shape = target_ptr.shape[0] - 1, (lmax + 1) ** 2, values.shape[2]
+            return values.new_empty(shape, dtype=accumulator(values))
+
+        @cls.gradients.register_fake
+        def _(grad, values, alpha, *rest):  # type: ignore[no-untyped-def]
+            grad_alpha = values.new_empty(0) if alpha is None else torch.empty_like(alpha)
+            return values.new_empty(values.shape), grad_alpha
+
+        def setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+            values, alpha, packed, target, _, *ctx.sizes = inputs
+            ctx.save_for_backward(values, alpha, packed, target)
+
+        def backward(ctx, grad):  # type: ignore[no-untyped-def]
+            # Read once: activation checkpointing allows no more.
+            saved = ctx.saved_tensors
+            grad_values, grad_alpha = cls.gradients(grad.contiguous(), *saved, *ctx.sizes)
+            return grad_values, grad_alpha if saved[1] is not None else None, *[None] * 7
+
+        cls.forward.register_autograd(backward, setup_context=setup)
 
 
-@_rotate_aggregate.register_fake
-def _(values, alpha, packed, target, target_ptr, lmax, *rest):  # type: ignore[no-untyped-def]
-    shape = target_ptr.shape[0] - 1, (lmax + 1) ** 2, values.shape[2]
-    return values.new_empty(shape, dtype=accumulator(values))
-
-
-@torch.library.custom_op("equiformer2::rotate_aggregate_backward", mutates_args=())
-def _aggregate_backward(
-    grad: Tensor,
-    values: Tensor,
-    alpha: Tensor | None,
-    packed: Tensor,
-    target: Tensor,
-    lmax: int,
-    mmax: int,
-    values_mmax: int,
-    scale: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the values and of the attention weights (empty where there are none)."""
-    edges, rows, channels = values.shape
-    grad_values = values.new_empty(edges, rows, channels)
-    grad_alpha = values.new_empty(0) if alpha is None else torch.empty_like(alpha)
-    if alpha is None:
-        width, groups = channel_tile(channels)
-    else:
-        width, groups = channels // alpha.shape[1], alpha.shape[1]
-    # A program holds whole heads, so that it can add up their channels.
-    head_channels = power_of_two(width, 1)
-    heads = max(1, min(power_of_two(groups, 1), 128 // head_channels))
-    launch(
-        _aggregate_backward_kernel,
-        (edges, -(-groups // heads)),
-        grad,
-        values,
-        values if alpha is None else alpha,
-        packed,
-        target,
-        grad_values,
-        grad_alpha,
-        values.stride(0),
-        packed.shape[1],
-        SCALE=tuple(scale),
-        LMAX=lmax,
-        MMAX=mmax,
-        VALUES_MMAX=values_mmax,
-        C=channels,
-        ROWS=rows,
-        WEIGHTED=alpha is not None,
-        GROUPS=groups,
-        WIDTH=width,
-        BLOCK_GROUPS=heads,
-        BLOCK_WIDTH=head_channels,
-        ACC=TRITON_DTYPES[accumulator(values)],
-        num_warps=min(8, max(1, heads * head_channels // 128)),
-    )
-    return grad_values, grad_alpha
-
-
-@_aggregate_backward.register_fake
-def _(grad, values, alpha, *rest):  # type: ignore[no-untyped-def]
-    return values.new_empty(values.shape), values.new_empty(0) if alpha is None else torch.empty_like(alpha)
-
-
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    values, alpha, packed, target, _, *ctx.sizes = inputs
-    ctx.save_for_backward(values, alpha, packed, target)
-
-
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    # Read once: activation checkpointing allows no more.
-    saved = ctx.saved_tensors
-    grad_values, grad_alpha = _aggregate_backward(grad.contiguous(), *saved, *ctx.sizes)
-    return grad_values, grad_alpha if saved[1] is not None else None, None, None, None, None, None, None, None
-
-
-_rotate_aggregate.register_autograd(_backward, setup_context=_setup)
+_RotateAggregate.register()
 
 
 @triton.jit

@@ -6,16 +6,15 @@ factor is never stored. Bound by the evaluation of SiLU rather than by memory; t
 the grid again.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from equiformer2.kernels.gpu.device_functions import dot, silu, silu_slope
 from equiformer2.kernels.gpu.launch import (
-    INTERPRETED,
-    TRITON_DTYPES,
-    accumulator,
     columns_per_program,
-    dot_precision,
-    dot_warps,
+    dot_constants,
     expect,
     launch,
     padded,
@@ -24,7 +23,6 @@ from equiformer2.kernels.gpu.launch import (
     tl,
     triton,
 )
-from equiformer2.kernels.gpu.pointwise import dot, silu, silu_slope
 
 
 def separable_s2_activation(x: Tensor, gates: Tensor | None, to_grid: Tensor, from_grid: Tensor) -> Tensor:
@@ -36,7 +34,7 @@ def separable_s2_activation(x: Tensor, gates: Tensor | None, to_grid: Tensor, fr
         to_grid: `[G, R]`; from_grid: `[S, G]`, S <= R. Constants: they get no gradient.
 
     Returns:
-        `[B, S, C]` in the data type of `x`. Products in that type (float32: see `launch.dot_precision`), sums
+        `[B, S, C]` in the data type of `x`. Products in that type (float32: see `launch.dot_constants`), sums
         in float32.
     """
     fits = x.stride(2) == 1 and x.stride(1) == x.shape[2]
@@ -45,92 +43,99 @@ def separable_s2_activation(x: Tensor, gates: Tensor | None, to_grid: Tensor, fr
         gates = gates.to(x.dtype)
         gates = gates if gates.stride(1) == 1 else gates.contiguous()
     constants = to_grid.to(x.dtype).contiguous(), from_grid.to(x.dtype).contiguous()
-    return _s2_activation(x, gates, *constants)
+    return _S2Activation.forward(x, gates, *constants)
 
 
-@torch.library.custom_op("equiformer2::s2_activation", mutates_args=())
-def _s2_activation(x: Tensor, gates: Tensor | None, to_grid: Tensor, from_grid: Tensor) -> Tensor:
-    fits = to_grid.shape[1] == x.shape[1] and from_grid.shape[1] == to_grid.shape[0]
-    expect(fits, "s2_activation: the grid matrices are not [G, R] and [S, G]")
-    expect(gates is None or gates.shape == x[:, 0].shape, "s2_activation: gates are not [B, C]")
-    out = x.new_empty(x.shape[0], from_grid.shape[0], x.shape[2])
-    _launch(_s2_kernel, x, gates, to_grid, from_grid, (out,))
-    return out
+class _S2Activation:
+    """The operator, and its gradient."""
+
+    @staticmethod
+    @torch.library.custom_op("equiformer2::s2_activation", mutates_args=())
+    def forward(x: Tensor, gates: Tensor | None, to_grid: Tensor, from_grid: Tensor) -> Tensor:
+        """Compute `separable_s2_activation` of arguments of one type."""
+        fits = to_grid.shape[1] == x.shape[1] and from_grid.shape[1] == to_grid.shape[0]
+        expect(fits, "s2_activation: the grid matrices are not [G, R] and [S, G]")
+        expect(gates is None or gates.shape == x[:, 0].shape, "s2_activation: gates are not [B, C]")
+        out = x.new_empty(x.shape[0], from_grid.shape[0], x.shape[2])
+        _S2Activation.launch(_s2_kernel, x, gates, to_grid, from_grid, (out,))
+        return out
+
+    @staticmethod
+    @torch.library.custom_op("equiformer2::s2_activation_backward", mutates_args=())
+    def gradients(
+        grad: Tensor, x: Tensor, gates: Tensor | None, to_grid: Tensor, from_grid: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of the coefficients and of the gates (empty where there are none)."""
+        grad_x = x.new_empty(x.shape)
+        grad_gates = x.new_empty((0,) if gates is None else gates.shape)
+        _S2Activation.launch(_s2_backward_kernel, x, gates, to_grid, from_grid, (grad, grad_x, grad_gates))
+        return grad_x, grad_gates
+
+    @staticmethod
+    def launch(
+        kernel: Any,
+        x: Tensor,
+        gates: Tensor | None,
+        to_grid: Tensor,
+        from_grid: Tensor,
+        outputs: tuple[Tensor, ...],
+    ) -> None:
+        """Run a kernel over all columns (edge or atom, channel) of the coefficients."""
+        batch, rows, channels = x.shape
+        columns = batch * channels
+        out_rows, points = len(from_grid), points_per_step(x.dtype)
+        block = columns_per_program(rows, out_rows)
+        block_rows, block_out_rows = power_of_two(rows), power_of_two(out_rows)
+        # Padded grid points have zeros in `from_grid`.
+        to_grid, from_grid = padded(to_grid, points, block_rows), padded(from_grid, block_out_rows, points)
+        launch(
+            kernel,
+            (-(-columns // block),),
+            x,
+            x if gates is None else gates,
+            to_grid,
+            from_grid,
+            *outputs,
+            columns,
+            x.stride(0),
+            0 if gates is None else gates.stride(0),
+            ROWS=rows,
+            OUT_ROWS=out_rows,
+            POINTS=len(to_grid),
+            C=channels,
+            GATED=gates is not None,
+            BLOCK=block,
+            BLOCK_ROWS=block_rows,
+            BLOCK_OUT_ROWS=block_out_rows,
+            BLOCK_POINTS=points,
+            **dot_constants(x),
+            num_stages=2,
+        )
+
+    @classmethod
+    def register(cls) -> None:
+        """Tell compilers the shapes of the outputs, and autograd the derivative."""
+
+        @cls.forward.register_fake
+        def _(x, gates, to_grid, from_grid):  # type: ignore[no-untyped-def]
+            return x.new_empty(x.shape[0], from_grid.shape[0], x.shape[2])
+
+        @cls.gradients.register_fake
+        def _(grad, x, gates, to_grid, from_grid):  # type: ignore[no-untyped-def]
+            return x.new_empty(x.shape), x.new_empty((0,) if gates is None else gates.shape)
+
+        def backward(ctx, grad):  # type: ignore[no-untyped-def]
+            # Read once: activation checkpointing allows no more.
+            saved = ctx.saved_tensors
+            grad_x, grad_gates = cls.gradients(grad.contiguous(), *saved)
+            return grad_x, grad_gates if saved[1] is not None else None, None, None
+
+        cls.forward.register_autograd(
+            backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+        )
 
 
-@_s2_activation.register_fake
-def _(x, gates, to_grid, from_grid):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], from_grid.shape[0], x.shape[2])
-
-
-@torch.library.custom_op("equiformer2::s2_activation_backward", mutates_args=())
-def _s2_backward(
-    grad: Tensor, x: Tensor, gates: Tensor | None, to_grid: Tensor, from_grid: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the coefficients and of the gates (empty where there are none)."""
-    grad_x = x.new_empty(x.shape)
-    grad_gates = x.new_empty((0,) if gates is None else gates.shape)
-    _launch(_s2_backward_kernel, x, gates, to_grid, from_grid, (grad, grad_x, grad_gates))
-    return grad_x, grad_gates
-
-
-@_s2_backward.register_fake
-def _(grad, x, gates, to_grid, from_grid):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), x.new_empty((0,) if gates is None else gates.shape)
-
-
-def _launch(kernel, x, gates, to_grid, from_grid, outputs):  # type: ignore[no-untyped-def]
-    batch, rows, channels = x.shape
-    columns = batch * channels
-    block, points, out_rows = (
-        columns_per_program(rows, len(from_grid)),
-        points_per_step(x.dtype),
-        len(from_grid),
-    )
-    block_rows, block_out_rows = power_of_two(rows), power_of_two(out_rows)
-    # Padded grid points have zeros in `from_grid`.
-    to_grid, from_grid = padded(to_grid, points, block_rows), padded(from_grid, block_out_rows, points)
-    launch(
-        kernel,
-        (-(-columns // block),),
-        x,
-        x if gates is None else gates,
-        to_grid,
-        from_grid,
-        *outputs,
-        columns,
-        x.stride(0),
-        0 if gates is None else gates.stride(0),
-        ROWS=rows,
-        OUT_ROWS=out_rows,
-        POINTS=len(to_grid),
-        C=channels,
-        GATED=gates is not None,
-        BLOCK=block,
-        BLOCK_ROWS=block_rows,
-        BLOCK_OUT_ROWS=block_out_rows,
-        BLOCK_POINTS=points,
-        ACC=TRITON_DTYPES[accumulator(x)],
-        PRECISION=dot_precision(x.dtype),
-        WIDEN=INTERPRETED,
-        num_warps=dot_warps(x.dtype),
-        num_stages=2,
-    )
-
-
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    # Read once: activation checkpointing allows no more.
-    saved = ctx.saved_tensors
-    gated = saved[1] is not None
-    grad_x, grad_gates = _s2_backward(grad.contiguous(), *saved)
-    return grad_x, grad_gates if gated else None, None, None
-
-
-_s2_activation.register_autograd(_backward, setup_context=_setup)
+_S2Activation.register()
 
 
 @triton.jit

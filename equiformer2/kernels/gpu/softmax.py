@@ -1,9 +1,11 @@
 """Softmax over the incoming edges of each atom. One program holds one atom and all its heads."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from equiformer2.kernels.gpu.degrees import add, maximum
+from equiformer2.kernels.gpu.device_functions import add, maximum
 from equiformer2.kernels.gpu.launch import TRITON_DTYPES, accumulator, launch, power_of_two, tl, triton
 
 # Edges that a program looks at together: the usual limit of neighbours is 20.
@@ -20,60 +22,67 @@ def segment_softmax(logits: Tensor, target_ptr: Tensor) -> Tensor:
     Returns:
         `[E, H]` float32 (float64 for float64 logits); those of one target and head sum to one.
     """
-    return _segment_softmax(logits.contiguous(), target_ptr)
+    return _SegmentSoftmax.forward(logits.contiguous(), target_ptr)
 
 
-@torch.library.custom_op("equiformer2::segment_softmax", mutates_args=())
-def _segment_softmax(logits: Tensor, target_ptr: Tensor) -> Tensor:
-    out = torch.empty_like(logits, dtype=accumulator(logits))
-    _launch(_softmax_kernel, out, logits, logits, target_ptr)
-    return out
+class _SegmentSoftmax:
+    """The operator, and its gradient."""
+
+    @staticmethod
+    @torch.library.custom_op("equiformer2::segment_softmax", mutates_args=())
+    def forward(logits: Tensor, target_ptr: Tensor) -> Tensor:
+        """Compute `segment_softmax` of contiguous logits."""
+        out = torch.empty_like(logits, dtype=accumulator(logits))
+        _SegmentSoftmax.launch(_softmax_kernel, out, logits, logits, target_ptr)
+        return out
+
+    @staticmethod
+    @torch.library.custom_op("equiformer2::segment_softmax_backward", mutates_args=())
+    def gradient(grad: Tensor, weights: Tensor, target_ptr: Tensor, dtype: torch.dtype) -> Tensor:
+        """Compute the gradient of the logits, in their `dtype`, from that of the weights."""
+        out = torch.empty_like(weights, dtype=dtype)
+        _SegmentSoftmax.launch(_softmax_backward_kernel, out, grad, weights, target_ptr)
+        return out
+
+    @staticmethod
+    def launch(kernel: Any, out: Tensor, first: Tensor, second: Tensor, target_ptr: Tensor) -> None:
+        """Run a kernel for every target atom."""
+        heads = out.shape[1]
+        launch(
+            kernel,
+            (len(target_ptr) - 1,),
+            first,
+            second,
+            target_ptr,
+            out,
+            HEADS=heads,
+            BLOCK_HEADS=power_of_two(heads, 1),
+            BLOCK_EDGES=_EDGES,
+            ACC=TRITON_DTYPES[accumulator(out)],
+            num_warps=1,
+        )
+
+    @classmethod
+    def register(cls) -> None:
+        """Tell compilers the shapes of the outputs, and autograd the derivative."""
+        cls.forward.register_fake(
+            lambda logits, target_ptr: torch.empty_like(logits, dtype=accumulator(logits))
+        )
+        cls.gradient.register_fake(
+            lambda grad, weights, target_ptr, dtype: torch.empty_like(weights, dtype=dtype)
+        )
+
+        def setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+            ctx.dtype = inputs[0].dtype
+            ctx.save_for_backward(output, inputs[1])
+
+        def backward(ctx, grad):  # type: ignore[no-untyped-def]
+            return cls.gradient(grad.contiguous(), *ctx.saved_tensors, ctx.dtype), None
+
+        cls.forward.register_autograd(backward, setup_context=setup)
 
 
-@_segment_softmax.register_fake
-def _(logits, target_ptr):  # type: ignore[no-untyped-def]
-    return torch.empty_like(logits, dtype=accumulator(logits))
-
-
-@torch.library.custom_op("equiformer2::segment_softmax_backward", mutates_args=())
-def _softmax_backward(grad: Tensor, weights: Tensor, target_ptr: Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.empty_like(weights, dtype=dtype)
-    _launch(_softmax_backward_kernel, out, grad, weights, target_ptr)
-    return out
-
-
-@_softmax_backward.register_fake
-def _(grad, weights, target_ptr, dtype):  # type: ignore[no-untyped-def]
-    return torch.empty_like(weights, dtype=dtype)
-
-
-def _launch(kernel, out: Tensor, first: Tensor, second: Tensor, target_ptr: Tensor) -> None:  # type: ignore[no-untyped-def]
-    heads = out.shape[1]
-    launch(
-        kernel,
-        (len(target_ptr) - 1,),
-        first,
-        second,
-        target_ptr,
-        out,
-        HEADS=heads,
-        BLOCK_HEADS=power_of_two(heads, 1),
-        BLOCK_EDGES=_EDGES,
-        ACC=TRITON_DTYPES[accumulator(out)],
-        num_warps=1,
-    )
-
-
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output, inputs[1])
-
-
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    return _softmax_backward(grad.contiguous(), *ctx.saved_tensors, ctx.dtype), None
-
-
-_segment_softmax.register_autograd(_backward, setup_context=_setup)
+_SegmentSoftmax.register()
 
 
 @triton.jit

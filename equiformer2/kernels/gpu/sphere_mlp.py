@@ -12,13 +12,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from equiformer2.kernels.gpu.device_functions import dot, silu, silu_slope
 from equiformer2.kernels.gpu.launch import (
-    INTERPRETED,
-    TRITON_DTYPES,
     accumulator,
     columns_per_program,
-    dot_precision,
-    dot_warps,
+    dot_constants,
     expect,
     launch,
     padded,
@@ -27,7 +25,6 @@ from equiformer2.kernels.gpu.launch import (
     tl,
     triton,
 )
-from equiformer2.kernels.gpu.pointwise import dot, silu, silu_slope
 
 # Bytes of the grids of one chunk: two of them leave half of an A100's or H100's L2 cache to the rest.
 _CHUNK_BYTES = 24 * 2**20
@@ -35,7 +32,7 @@ _CHUNK_BYTES = 24 * 2**20
 # Grid points of one tile; the matrices are padded to whole tiles.
 _POINTS = 64
 
-# What the kernels apply to the grid points.
+# Functions of the grid points that the kernels apply (`MODE`).
 _SILU, _TIMES_SLOPE = 0, 1
 
 
@@ -50,144 +47,146 @@ def grid_mlp(x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor) -> T
         `[B, K, D]` in the data type of `x`.
     """
     constants = to_grid.to(x.dtype).contiguous(), from_grid.to(x.dtype).contiguous()
-    return _grid_mlp(x.contiguous(), *constants, weight.to(x.dtype).contiguous())
+    return _GridMlp.forward(x.contiguous(), *constants, weight.to(x.dtype).contiguous())
 
 
-def _chunks(batch: int, to_grid: Tensor, weight: Tensor) -> Iterator[slice]:
-    size = max(1, _CHUNK_BYTES // (len(to_grid) * sum(weight.shape) * weight.element_size()))
-    for start in range(0, batch, size):
-        yield slice(start, min(start + size, batch))
+class _GridMlp:
+    """The operator, and its gradient."""
+
+    @staticmethod
+    @torch.library.custom_op("equiformer2::grid_mlp", mutates_args=())
+    def forward(x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor) -> Tensor:
+        """Compute `grid_mlp` of contiguous arguments of one type."""
+        fits = to_grid.shape[1] == x.shape[1] and from_grid.shape[1] == to_grid.shape[0]
+        expect(fits, "grid_mlp: the grid matrices are not [G, K] and [K, G]")
+        expect(weight.shape[1] == x.shape[2], f"grid_mlp: weight is not [D, {x.shape[2]}]")
+        out = x.new_empty(len(x), len(from_grid), len(weight))
+        sample, project = _GridMlp.padded_points(to_grid), _GridMlp.padded_rows(from_grid)
+        with torch.autocast(x.device.type, enabled=False):
+            for part in _GridMlp.chunks(len(x), to_grid, weight):
+                activated = _GridMlp.sample(x[part], sample, len(to_grid), None)
+                hidden = activated @ weight.t()
+                _GridMlp.project(hidden, None, project, project, out[part])
+        return out
+
+    @staticmethod
+    @torch.library.custom_op("equiformer2::grid_mlp_backward", mutates_args=())
+    def gradients(
+        grad: Tensor, x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of the coefficients and of the weight."""
+        grad_x = torch.empty_like(x)
+        grad_weight = torch.zeros_like(weight, dtype=accumulator(weight))
+        points = len(to_grid)
+        sample, sample_grad = _GridMlp.padded_points(to_grid), _GridMlp.padded_points(from_grid.t())
+        project_grad = _GridMlp.padded_rows(to_grid.t())
+        with torch.autocast(x.device.type, enabled=False):
+            for part in _GridMlp.chunks(len(x), to_grid, weight):
+                activated = _GridMlp.sample(x[part], sample, points, None)
+                hidden = activated @ weight.t()
+                grad_hidden = _GridMlp.sample(grad[part], sample_grad, points, hidden)
+                grad_weight += grad_hidden.flatten(0, 1).t() @ activated.flatten(0, 1)
+                grad_activated = grad_hidden @ weight
+                _GridMlp.project(grad_activated, x[part], sample, project_grad, grad_x[part])
+        return grad_x, grad_weight.to(weight.dtype)
+
+    @staticmethod
+    def chunks(batch: int, to_grid: Tensor, weight: Tensor) -> Iterator[slice]:
+        """Cut the atoms so that the grids of one chunk stay in the L2 cache."""
+        size = max(1, _CHUNK_BYTES // (len(to_grid) * sum(weight.shape) * weight.element_size()))
+        for start in range(0, batch, size):
+            yield slice(start, min(start + size, batch))
+
+    @staticmethod
+    def padded_points(matrix: Tensor) -> Tensor:
+        """Fill `matrix [G, K]` with zeros up to whole tiles."""
+        return padded(matrix, _POINTS, power_of_two(matrix.shape[1]))
+
+    @staticmethod
+    def padded_rows(matrix: Tensor) -> Tensor:
+        """Fill `matrix [K, G]` with zeros up to whole tiles."""
+        return padded(matrix, power_of_two(matrix.shape[0]), _POINTS)
+
+    @staticmethod
+    def sample(x: Tensor, matrix: Tensor, points: int, other: Tensor | None) -> Tensor:
+        """Apply `matrix [G, K]` to `x [B, K, C]`, then SiLU, or multiply by its slope at `other`."""
+        batch, rows, channels = x.shape
+        out = x.new_empty(batch, points, channels)
+        block = columns_per_program(rows)
+        launch(
+            _sample_kernel,
+            (-(-batch * channels // block), len(matrix) // _POINTS),
+            x,
+            matrix,
+            x if other is None else other,
+            out,
+            batch * channels,
+            ROWS=rows,
+            POINTS=points,
+            C=channels,
+            MODE=_SILU if other is None else _TIMES_SLOPE,
+            BLOCK=block,
+            BLOCK_ROWS=matrix.shape[1],
+            BLOCK_POINTS=_POINTS,
+            **dot_constants(x),
+            num_stages=1,
+        )
+        return out
+
+    @staticmethod
+    def project(grid: Tensor, x: Tensor | None, to_grid: Tensor, matrix: Tensor, out: Tensor) -> None:
+        """Write to `out [B, S, C]` the product of `matrix [S, G]` and SiLU of `grid [B, G, C]`.
+
+        With `x`, `grid` is multiplied by the slope of SiLU at `to_grid @ x` instead.
+        """
+        batch, points, channels = grid.shape
+        rows = 1 if x is None else x.shape[1]
+        block = columns_per_program(rows, out.shape[1])
+        launch(
+            _project_kernel,
+            (-(-batch * channels // block),),
+            grid,
+            grid if x is None else x,
+            to_grid,
+            matrix,
+            out,
+            batch * channels,
+            ROWS=rows,
+            OUT_ROWS=out.shape[1],
+            POINTS=points,
+            PADDED_POINTS=matrix.shape[1],
+            C=channels,
+            MODE=_SILU if x is None else _TIMES_SLOPE,
+            BLOCK=block,
+            BLOCK_ROWS=power_of_two(rows),
+            BLOCK_OUT_ROWS=len(matrix),
+            BLOCK_POINTS=points_per_step(grid.dtype),
+            **dot_constants(grid),
+            num_stages=2,
+        )
+
+    @classmethod
+    def register(cls) -> None:
+        """Tell compilers the shapes of the outputs, and autograd the derivative."""
+
+        @cls.forward.register_fake
+        def _(x, to_grid, from_grid, weight):  # type: ignore[no-untyped-def]
+            return x.new_empty(x.shape[0], from_grid.shape[0], weight.shape[0])
+
+        @cls.gradients.register_fake
+        def _(grad, x, to_grid, from_grid, weight):  # type: ignore[no-untyped-def]
+            return torch.empty_like(x), torch.empty_like(weight)
+
+        def backward(ctx, grad):  # type: ignore[no-untyped-def]
+            grad_x, grad_weight = cls.gradients(grad.contiguous(), *ctx.saved_tensors)
+            return grad_x, None, None, grad_weight
+
+        cls.forward.register_autograd(
+            backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+        )
 
 
-@torch.library.custom_op("equiformer2::grid_mlp", mutates_args=())
-def _grid_mlp(x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor) -> Tensor:
-    fits = to_grid.shape[1] == x.shape[1] and from_grid.shape[1] == to_grid.shape[0]
-    expect(fits, "grid_mlp: the grid matrices are not [G, K] and [K, G]")
-    expect(weight.shape[1] == x.shape[2], f"grid_mlp: weight is not [D, {x.shape[2]}]")
-    out = x.new_empty(len(x), len(from_grid), len(weight))
-    sample, project = _padded_points(to_grid), _padded_rows(from_grid)
-    with torch.autocast(x.device.type, enabled=False):
-        for part in _chunks(len(x), to_grid, weight):
-            activated = _sample(x[part], sample, len(to_grid), None)
-            hidden = activated @ weight.t()
-            _project(hidden, None, project, project, out[part])
-    return out
-
-
-@_grid_mlp.register_fake
-def _(x, to_grid, from_grid, weight):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], from_grid.shape[0], weight.shape[0])
-
-
-@torch.library.custom_op("equiformer2::grid_mlp_backward", mutates_args=())
-def _grid_mlp_backward(
-    grad: Tensor, x: Tensor, to_grid: Tensor, from_grid: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    grad_x = torch.empty_like(x)
-    grad_weight = torch.zeros_like(weight, dtype=accumulator(weight))
-    points = len(to_grid)
-    sample, sample_grad = _padded_points(to_grid), _padded_points(from_grid.t())
-    project_grad = _padded_rows(to_grid.t())
-    with torch.autocast(x.device.type, enabled=False):
-        for part in _chunks(len(x), to_grid, weight):
-            activated = _sample(x[part], sample, points, None)
-            hidden = activated @ weight.t()
-            grad_hidden = _sample(grad[part], sample_grad, points, hidden)
-            grad_weight += grad_hidden.flatten(0, 1).t() @ activated.flatten(0, 1)
-            grad_activated = grad_hidden @ weight
-            _project(grad_activated, x[part], sample, project_grad, grad_x[part])
-    return grad_x, grad_weight.to(weight.dtype)
-
-
-@_grid_mlp_backward.register_fake
-def _(grad, x, to_grid, from_grid, weight):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), torch.empty_like(weight)
-
-
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    grad_x, grad_weight = _grid_mlp_backward(grad.contiguous(), *ctx.saved_tensors)
-    return grad_x, None, None, grad_weight
-
-
-_grid_mlp.register_autograd(_backward, setup_context=_setup)
-
-
-def _padded_points(matrix: Tensor) -> Tensor:
-    """`[G, K]` with zeros up to whole tiles."""
-    return padded(matrix, _POINTS, power_of_two(matrix.shape[1]))
-
-
-def _padded_rows(matrix: Tensor) -> Tensor:
-    """`[K, G]` with zeros up to whole tiles."""
-    return padded(matrix, power_of_two(matrix.shape[0]), _POINTS)
-
-
-def _sample(x: Tensor, matrix: Tensor, points: int, other: Tensor | None) -> Tensor:
-    """`matrix [G, K]` on `x [B, K, C]`, then SiLU, or times the slope of SiLU at `other [B, G, C]`."""
-    batch, rows, channels = x.shape
-    out = x.new_empty(batch, points, channels)
-    block = columns_per_program(rows)
-    launch(
-        _sample_kernel,
-        (-(-batch * channels // block), len(matrix) // _POINTS),
-        x,
-        matrix,
-        x if other is None else other,
-        out,
-        batch * channels,
-        ROWS=rows,
-        POINTS=points,
-        C=channels,
-        MODE=_SILU if other is None else _TIMES_SLOPE,
-        BLOCK=block,
-        BLOCK_ROWS=matrix.shape[1],
-        BLOCK_POINTS=_POINTS,
-        ACC=TRITON_DTYPES[accumulator(x)],
-        PRECISION=dot_precision(x.dtype),
-        WIDEN=INTERPRETED,
-        num_warps=dot_warps(x.dtype),
-        num_stages=1,
-    )
-    return out
-
-
-def _project(grid: Tensor, x: Tensor | None, to_grid: Tensor, matrix: Tensor, out: Tensor) -> None:
-    """`matrix [S, G]` on SiLU of `grid [B, G, C]`, or on `grid` times the slope of SiLU at `to_grid @ x`.
-
-    Written to `out [B, S, C]`.
-    """
-    batch, points, channels = grid.shape
-    rows = 1 if x is None else x.shape[1]
-    block = columns_per_program(rows, out.shape[1])
-    launch(
-        _project_kernel,
-        (-(-batch * channels // block),),
-        grid,
-        grid if x is None else x,
-        to_grid,
-        matrix,
-        out,
-        batch * channels,
-        ROWS=rows,
-        OUT_ROWS=out.shape[1],
-        POINTS=points,
-        PADDED_POINTS=matrix.shape[1],
-        C=channels,
-        MODE=_SILU if x is None else _TIMES_SLOPE,
-        BLOCK=block,
-        BLOCK_ROWS=power_of_two(rows),
-        BLOCK_OUT_ROWS=len(matrix),
-        BLOCK_POINTS=points_per_step(grid.dtype),
-        ACC=TRITON_DTYPES[accumulator(grid)],
-        PRECISION=dot_precision(grid.dtype),
-        WIDEN=INTERPRETED,
-        num_warps=dot_warps(grid.dtype),
-        num_stages=2,
-    )
+_GridMlp.register()
 
 
 @triton.jit

@@ -1,9 +1,10 @@
-"""Whether the Triton kernels can do what a model asks of them, answered before its first step."""
+"""Preparations that need no Triton: limits of the kernels, and edges grouped by atom."""
 
 import importlib.util
 import os
 
 import torch
+from torch import Tensor
 
 MAX_DEGREE = 8
 
@@ -21,7 +22,7 @@ def supports(
     frames_need_grad: bool,
     second_derivatives: bool,
 ) -> str | None:
-    """Why the Triton kernels cannot be used, as half a sentence, or None if they can.
+    """Reason why the Triton kernels cannot be used, as half a sentence; None if they can.
 
     Args:
         device: of the model.
@@ -52,3 +53,31 @@ def supports(
     if second_derivatives:
         return "they have no second derivatives"
     return None
+
+
+def segment_starts(index: Tensor, num: int) -> Tensor:
+    """Find the first edge of each atom, without waiting for the device.
+
+    Args:
+        index: `[E]` atom of each edge, sorted.
+        num: N.
+
+    Returns:
+        `[N + 1]`, with E at the end.
+    """
+    return torch.searchsorted(index, torch.arange(num + 1, device=index.device, dtype=index.dtype))
+
+
+def csr(index: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Group edges by atom, once per batch.
+
+    Args:
+        index: `[E]` atom of each edge, in any order.
+        num: N.
+
+    Returns:
+        `order [E]`, a stable permutation that sorts the edges by atom, and `starts [N + 1]`: the edges of
+        atom n are `order[starts[n]:starts[n + 1]]`, in their original sequence.
+    """
+    ordered, order = torch.sort(index, stable=True)
+    return order, segment_starts(ordered, num)

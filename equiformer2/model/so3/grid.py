@@ -7,7 +7,7 @@ from e3nn.o3 import ToS2Grid
 from torch import Tensor
 
 from equiformer2.kernels import GridFactors
-from equiformer2.kernels.rotation import m_major_orders
+from equiformer2.kernels.layout import OrderLayout
 from equiformer2.model.so3.constants import DerivedConstants
 
 
@@ -134,4 +134,4 @@ def truncation_scales(lmax: int, mmax: int) -> Tensor:
 
 def m_major_order(lmax: int, mmax: int) -> list[int]:
     """Coefficients in the layout of the SO(2) convolutions, as indices l^2 + l + m."""
-    return [l * l + l + m for l, m in m_major_orders(lmax, mmax)]
+    return [l * l + l + m for l, m in OrderLayout(lmax, mmax).rows()]

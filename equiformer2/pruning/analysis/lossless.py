@@ -1,4 +1,4 @@
-"""Savings of inference by leaving out what nobody reads: operations and time, with equal answers.
+"""Savings of inference without a change of its answers: operations and time.
 
 The first two cuts are part of the network's forward pass and have no switch. The other two depend on what the
 caller reads (`model.output_request.OutputRequest`); a relaxation leaves out the forces on fixed atoms.
@@ -36,10 +36,11 @@ class Saving:
     """One cut, compared with the same pass without it; all other cuts are on.
 
     Attributes:
-        name: what is left out.
-        macs, macs_without_cut: operations of a whole pass.
-        latency: of whole passes; `ratio` is with / without the cut.
-        energy_deviation: largest difference of an energy, eV; None where energies are not wanted.
+        name: parts that the cut leaves out.
+        macs: operations of a whole pass.
+        macs_without_cut: operations of a whole pass without this cut.
+        latency: times of whole passes; `ratio` is with / without the cut.
+        energy_deviation: largest difference of an energy, eV; None where energies are not computed.
         force_deviation: largest difference of a force component that is read, eV/Å.
         edges: share of the edges that are computed, in every block and in the force head; None for all.
     """
@@ -53,17 +54,20 @@ class Saving:
     edges: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self)
 
 
 def with_whole_heads(model: EquiformerV2, energy: bool = True, force: bool = True) -> EquiformerV2:
-    """A network on the same parameters whose heads compute all that the paper writes, read or not.
+    """Make a network on the same parameters whose heads compute all degrees, as the paper writes them.
 
     Args:
-        model: left as it is.
-        energy: the feed-forward network of the energy head with all degrees, of which l = 0 is read.
-        force: the attention of the force head with all degrees, of which l = 1 is read.
+        model: the network; it is left as it is.
+        energy: compute the feed-forward network of the energy head with all degrees, of which l = 0 is read.
+        force: compute the attention of the force head with all degrees, of which l = 1 is read.
+
+    Returns:
+        The network, with the same answers.
     """
     whole = copy.copy(model)
     whole._modules = dict(model._modules)
@@ -75,11 +79,15 @@ def with_whole_heads(model: EquiformerV2, energy: bool = True, force: bool = Tru
 
 
 class _WholeEnergyHead(EnergyHead):
+    """Energy head that computes all degrees of its feed-forward network."""
+
     def forward(self, x: Tensor, backend: Backend) -> Tensor:
         return FeedForwardNetwork.forward(self, x, backend)[:, 0, 0]
 
 
 class _WholeForceHead(VectorHead):
+    """Force head that computes all degrees of its attention."""
+
     def forward(  # type: ignore[override]
         self, x: Tensor, edges: EdgeGraph, backend: Backend, routing: BlockRouting = EVERYTHING
     ) -> Tensor:
@@ -98,13 +106,16 @@ def _on_same_state(kind: type[Head], head: nn.Module) -> Head:
 def measure_savings(
     model: EquiformerV2, batch: Batch, normalizers: Normalizers, repeats: int = 10
 ) -> list[Saving]:
-    """Every cut on one batch, in evaluation mode; without a force head only the first.
+    """Measure every cut on one batch.
 
     Args:
-        model: in evaluation mode.
-        batch: on the network's device, with `fixed`.
+        model: the network, in evaluation mode.
+        batch: structures with `fixed`, on the network's device.
         normalizers: units of the deviations.
-        repeats: pairs of timed passes.
+        repeats: number of timed pairs of passes.
+
+    Returns:
+        All cuts; without a force head only the first.
     """
     graph = model.build_graph(batch)
     atoms, edges = len(batch.pos), len(graph.distances)
@@ -119,7 +130,7 @@ def measure_savings(
         return lambda: network(batch, graph=graph, request=request)
 
     compare = functools.partial(_compare, normalizers=normalizers, free=free, repeats=repeats)
-    found = [
+    savings = [
         compare(
             "energy head: degrees l > 0 and their grid",
             (run(), executed),
@@ -127,10 +138,10 @@ def measure_savings(
         )
     ]
     if model.force_block is None:
-        return found
+        return savings
     on_free, forces_alone = OutputRequest(True, free), OutputRequest(False, free)
     lean, share = _requested_macs(model.config, graph, free)
-    found += [
+    savings += [
         compare(
             "force head: degrees l != 1 and orders |m| > 1",
             (run(), executed),
@@ -155,7 +166,7 @@ def measure_savings(
             edges=share,
         ),
     ]
-    return found
+    return savings
 
 
 def _compare(
@@ -168,14 +179,14 @@ def _compare(
     repeats: int,
     edges: dict[str, float] | None = None,
 ) -> Saving:
-    found, expected = cut[0](), whole[0]()
+    answer, expected = cut[0](), whole[0]()
     energy = force = None
-    if "energy" in found:
-        energy = float((found["energy"] - expected["energy"]).abs().max()) * normalizers.energy.std
-    if "forces" in found:
+    if "energy" in answer:
+        energy = float((answer["energy"] - expected["energy"]).abs().max()) * normalizers.energy.std
+    if "forces" in answer:
         # Both answers hold all forces unless the cut is about those on fixed atoms.
         read = free if edges is not None else torch.ones_like(free)
-        difference = (found["forces"] - expected["forces"])[read].abs()
+        difference = (answer["forces"] - expected["forces"])[read].abs()
         force = float(difference.max()) * normalizers.forces.std if difference.numel() else 0.0
     latency = compare_latency(cut[0], whole[0], repeats)
     return Saving(name, cut[1], whole[1], latency, energy, force, edges)
@@ -200,13 +211,13 @@ def _unread_in_heads(config: ModelConfig, atoms: int, edges: int) -> dict[str, i
     hidden = config.energy_block.ffn_hidden_channels
     last = atoms * coefficients * hidden
     energy = as_block(config.energy_head, config.use_gate_act)["feed_forward"] - last * (channels - 1)
-    found = {"energy": energy - executed.energy_head, "force": 0}
+    unread = {"energy": energy - executed.energy_head, "force": 0}
     if config.regress_forces:
         parts = as_block(config.force_head, config.force_activation == "gate")
         parts.pop("feed_forward")
         parts["projection"] //= channels
-        found["force"] = sum(parts.values()) - sum(executed.force_head.values())
-    return found
+        unread["force"] = sum(parts.values()) - sum(executed.force_head.values())
+    return unread
 
 
 def _requested_macs(

@@ -21,7 +21,7 @@ class Observation:
     Attributes:
         out: the outputs, as the network gives them.
         graph: the edges, sorted by target.
-        features: L + 1 of `[N, K, C]`: what enters each block, and what leaves the last.
+        features: L + 1 of `[N, K, C]`: inputs of each block, and outputs of the last.
         between: L of `[N, K, C]`: after a block's attention branch, in front of its feed-forward branch.
         attention: L of `[E, H]`: attention weights; `[E, 0]` for a block without attention.
     """
@@ -35,12 +35,19 @@ class Observation:
 
 @torch.no_grad()
 def observe(model: EquiformerV2, batch: Batch) -> Observation:
-    """Run `model` in evaluation mode on `batch` (on its device) and keep what passes between its parts.
+    """Run a network in evaluation mode and keep the features and attention weights of its blocks.
 
     The answers are those of an unobserved pass, bit by bit.
 
+    Args:
+        model: the network; its mode and backend are kept.
+        batch: structures on its device.
+
+    Returns:
+        Outputs, edges, features and attention weights.
+
     Raises:
-        InputError: what the network raises.
+        InputError: the network cannot take a structure.
     """
     entered: list[Tensor] = []
     left: list[Tensor] = []
@@ -88,11 +95,19 @@ def observe(model: EquiformerV2, batch: Batch) -> Observation:
 
 
 def time_parts(model: EquiformerV2, batch: Batch, repeats: int = 5) -> dict[str, float]:
-    """Seconds of every part of a forward pass in evaluation mode, the least of `repeats` passes.
+    """Time every part of a forward pass in evaluation mode.
 
     Parts: `graph`, `edges` (checks, frames, distance basis, embedding of the edges), `blocks.0.attention`,
     `blocks.0.feed_forward`, … (each with its norm), `energy_head`, `force_head`, and `other`, which is what
     the others leave of the whole; `total` is the least whole.
+
+    Args:
+        model: the network; its mode and backend are kept.
+        batch: structures on its device.
+        repeats: number of timed passes.
+
+    Returns:
+        Part -> seconds, the least of all passes.
     """
     device = model.sphere_embedding.weight.device
     seconds: dict[str, float] = {}

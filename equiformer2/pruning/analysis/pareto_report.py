@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.files import write_bytes, write_json
 from equiformer2.pruning.analysis.pareto import DENSE
+from equiformer2.script import header
 from equiformer2.training.figures import save_figure
 
 #: References of the errors: key of a result and its words.
@@ -99,16 +100,18 @@ def missed(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(["## Not reached", "", *lines, ""]) if lines else ""
 
 
-def write_report(results: Sequence[dict[str, Any]], out: AnyPath) -> None:
+def write_report(results: Sequence[dict[str, Any]], out: AnyPath, checkpoint: AnyPath | None = None) -> None:
     """Write `pareto.json`, `pareto.md` and `pareto.png`.
 
     Args:
         results: results of `Study.run`.
         out: folder to write to.
+        checkpoint: file of the dense network, whose SHA-256 is noted.
     """
     out = Path(out)
     rows = summarise(results)
-    write_json(out / "pareto.json", {"rows": rows, "results": list(results)}, make_folder=True)
+    record = {**header("prune-pareto/1", checkpoint), "rows": rows, "results": list(results)}
+    write_json(out / "pareto.json", record, make_folder=True)
     write_bytes(out / "pareto.md", "\n".join((markdown(rows), missed(results))).encode())
     draw(rows, results, out / "pareto.png")
 

@@ -33,6 +33,7 @@ from equiformer2.pruning.structured.importance import (
     magnitude_importance,
     probe,
 )
+from equiformer2.script import header
 
 RECORD = "report.json"
 """File that is written last: a folder without it holds an unfinished report."""
@@ -92,7 +93,8 @@ class RedundancyReport:
             written.append(write_bytes(folder / name, text.getvalue().encode(), make_folder=True))
         figure = draw_report(self.statistics, self.importance, self.parts)
         written.append(write_bytes(folder / "report.png", figure))
-        return [*written, write_json(folder / RECORD, self.to_dict())]
+        record = {**header("prune-report/1", self.source.get("checkpoint")), **self.to_dict()}
+        return [*written, write_json(folder / RECORD, record)]
 
     def _block_rows(self) -> list[dict[str, Any]]:
         """Statistics with a column per degree and head."""

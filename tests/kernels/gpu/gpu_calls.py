@@ -13,7 +13,7 @@ from equiformer2.kernels.gpu.rotate import gather_rotate
 from equiformer2.kernels.gpu.s2_activation import separable_s2_activation
 from equiformer2.kernels.gpu.softmax import segment_softmax
 from equiformer2.kernels.gpu.sphere_mlp import grid_mlp
-from equiformer2.kernels.gpu.tables import num_rows
+from equiformer2.kernels.layout import OrderLayout
 
 Call = tuple[Callable[..., Tensor], tuple[object, ...]]
 
@@ -48,14 +48,14 @@ def calls(
         (" of the force head", 1, mmax, alpha),
         (" of the edge degree embedding", lmax, 0, None),
     ):
-        values = random(edges, num_rows(degrees, orders), channels).requires_grad_()
+        values = random(edges, OrderLayout(degrees, orders).num_rows, channels).requires_grad_()
         scale = [1.0 / (l + 1) for l in range(degrees + 1)]
         found["rotate_aggregate" + name] = (
             rotate_aggregate,
             (values, weights, packed, *target, degrees, mmax, orders, scale),
         )
     found["segment_softmax"] = (segment_softmax, (alpha, target[1]))
-    rows, points = num_rows(lmax, mmax), 2 * (lmax + 1) * (2 * mmax + 1)
+    rows, points = OrderLayout(lmax, mmax).num_rows, 2 * (lmax + 1) * (2 * mmax + 1)
     hidden, gates = (random(edges, *shape, channels).requires_grad_() for shape in ((rows,), ()))
     to_grid, from_grid = random(points, rows) / rows, random(rows, points) / points
     found["separable_s2_activation"] = (separable_s2_activation, (hidden, gates, to_grid, from_grid))

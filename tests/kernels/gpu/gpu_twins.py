@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from equiformer2.kernels.gpu.tables import csr, num_rows, radial_row, radial_rows, segment_starts
+from equiformer2.kernels.gpu import csr, segment_starts
+from equiformer2.kernels.layout import OrderLayout
 
 
 class Random:
@@ -36,7 +37,7 @@ class Random:
         return self(num_edges, size, dtype=torch.promote_types(self.dtype, torch.float32))
 
     def radial(self, num_edges: int, lmax: int, mmax: int, channels: int, shared: bool) -> Tensor:
-        return self(num_edges, radial_rows(lmax, mmax, shared) * 2 * channels)
+        return self(num_edges, OrderLayout(lmax, mmax).radial_rows(shared) * 2 * channels)
 
 
 def m_major(lmax: int, mmax: int) -> list[tuple[int, int]]:
@@ -72,8 +73,8 @@ def gather_rotate(
 ) -> Tensor:
     both = torch.cat((x[graph["source"]], x[graph["target"]]), dim=2)
     rotated = dense(packed, lmax, mmax, mmax).to(both.dtype) @ both
-    groups = [radial_row(l, abs(m), lmax, shared) for l, m in m_major(lmax, min(lmax, mmax))]
-    weights = radial.view(len(radial), radial_rows(lmax, mmax, shared), 2 * x.shape[2])
+    groups = [OrderLayout.radial_row(l, abs(m), lmax, shared) for l, m in m_major(lmax, min(lmax, mmax))]
+    weights = radial.view(len(radial), OrderLayout(lmax, mmax).radial_rows(shared), 2 * x.shape[2])
     return (rotated * weights[:, groups]).flatten(1)
 
 
@@ -88,7 +89,7 @@ def rotate_aggregate(
     values_mmax: int,
     scale: list[float],
 ) -> Tensor:
-    assert values.shape[1] == num_rows(lmax, values_mmax)
+    assert values.shape[1] == OrderLayout(lmax, values_mmax).num_rows
     if alpha is not None:
         values = values * alpha.repeat_interleave(values.shape[2] // alpha.shape[1], dim=1)[:, None]
     messages = dense(packed, lmax, mmax, values_mmax).mT @ values

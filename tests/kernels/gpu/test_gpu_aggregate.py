@@ -7,7 +7,7 @@ from gpu_twins import Random, assert_near, gradients
 
 from equiformer2.kernels.gpu.aggregate import rotate_aggregate
 from equiformer2.kernels.gpu.softmax import segment_softmax
-from equiformer2.kernels.gpu.tables import num_rows
+from equiformer2.kernels.layout import OrderLayout
 
 CASES = [
     # lmax of the blocks, lmax, mmax, mmax of the values, heads, channels per head, edges
@@ -37,7 +37,7 @@ def test_aggregation(
     random = Random(device)
     graph = random.graph(4, edges)
     packed = random.packed(edges, blocks_lmax, mmax)
-    values = random(edges, num_rows(lmax, values_mmax), (heads or 1) * width).requires_grad_()
+    values = random(edges, OrderLayout(lmax, values_mmax).num_rows, (heads or 1) * width).requires_grad_()
     alpha = None if heads is None else random(edges, heads).requires_grad_()
     scale = [1.0 + 0.5 * l for l in range(lmax + 1)]
     inputs = [values] if alpha is None else [values, alpha]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from killing import train_until_killed
 from search_helpers import save_tiny, slab, tiny_model, write_lmdb
 from torch_geometric.data import Batch
 
@@ -129,23 +130,11 @@ def test_a_stopped_run_goes_on_exactly(files, whole, tmp_path, frozen) -> None:
     more = ["--trainer.callbacks.every_n_steps=2", f"--trainer.callbacks.freeze_network={frozen}"]
     expected = run(files, tmp_path, "whole", *more)
 
-    class KilledError(Exception):
-        pass
-
-    def save_and_die(*_: object) -> None:
-        if calls.append(1) or len(calls) == 4:
-            raise KilledError
-
-    calls: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        step = TrainRouter.on_train_batch_end
-        patch.setattr(TrainRouter, "on_train_batch_end", lambda *values: (step(*values), save_and_die())[0])
-        with pytest.raises(KilledError):
-            run(files, tmp_path, "killed", *more, "--checkpoint_every_n_steps=1")
+    given = arguments(files, tmp_path, "killed", *more)
+    train_until_killed(parse([*given, "--checkpoint_every_n_steps=1"]), step=3)
     killed = tmp_path / "killed"
     assert last(killed)["global_step"] == 3
     assert (killed / ROUTER_FILE).exists()
-    given = arguments(files, tmp_path, "killed", *more)
     train(parse([*given, "--checkpoint_every_n_steps=1", "--ckpt_path=auto"]))
     assert_same(callback_state(killed), callback_state(expected))
     assert (killed / ROUTER_FILE).read_text() == (expected / ROUTER_FILE).read_text()

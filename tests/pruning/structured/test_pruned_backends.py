@@ -27,7 +27,9 @@ def with_gradients(model: EquiformerV2) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in (out | dict(zip(trained, grads, strict=True))).items()}
 
 
-@pytest.mark.parametrize("backend", ["cpp", "compile", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["cpp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("compile", "triton"))]
+)
 def test_same_answers_and_gradients(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "triton":
         pytest.importorskip("triton")

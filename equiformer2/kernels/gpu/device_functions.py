@@ -1,8 +1,9 @@
-"""Device functions: one degree of the block-diagonal rotation, in registers.
+"""Device functions that several kernels share: rotations of one degree in registers, and work on grid points.
 
 A Wigner-D block is at most 17 x 17 and mostly much smaller, and differs between edges: too small for a
 tensor core. Its entries are read one by one and broadcast over the channels that a program holds. The
-coefficients of a degree are a tuple of vectors over these channels.
+coefficients of a degree are a tuple of vectors over these channels. Grid points are made by tensor cores,
+tile by tile.
 """
 # ruff: noqa: RUF005 (Triton adds tuples, but does not unpack them)
 
@@ -11,13 +12,13 @@ from equiformer2.kernels.gpu.launch import tl, triton
 
 @triton.jit
 def add(a, b):  # type: ignore[no-untyped-def]
-    """For reductions."""
+    """Combine two summands, for `tl.reduce`."""
     return a + b
 
 
 @triton.jit
 def maximum(a, b):  # type: ignore[no-untyped-def]
-    """For reductions."""
+    """Combine two operands of a maximum, for `tl.reduce`."""
     return tl.maximum(a, b)
 
 
@@ -61,3 +62,24 @@ def add_rotated_back(  # type: ignore[no-untyped-def]
     for k in tl.static_range(2 * l + 1):
         updated = updated + (columns[k] + tl.load(block + row * (2 * l + 1) + k).to(ACC) * value,)  # type: ignore[assignment]
     return updated
+
+
+@triton.jit
+def dot(a, b, total, ACC: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`total + a @ b`, summed in ACC."""
+    if WIDEN:
+        a, b = a.to(ACC), b.to(ACC)
+    return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def silu(x):  # type: ignore[no-untyped-def]
+    """`x * sigmoid(x)`."""
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def silu_slope(x):  # type: ignore[no-untyped-def]
+    """Derivative of `silu` at `x`."""
+    sigmoid = 1.0 / (1.0 + tl.exp(-x))
+    return sigmoid * (1.0 + x * (1.0 - sigmoid))
