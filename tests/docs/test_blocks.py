@@ -42,7 +42,7 @@ def content(folders: tuple[str, ...]) -> set[str]:
 
 
 #: Pages whose blocks take longer than 8 s together; `make test-slow` runs them.
-LONG = {"docs/adsorption.md"}
+LONG = {"docs/adsorption.md", "docs/model.md"}
 
 
 def run(page: Path, folder: Path, slow: bool) -> None:

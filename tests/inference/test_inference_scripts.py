@@ -39,6 +39,7 @@ def check_pictures(folder: Path) -> None:
         assert picture[..., :3].std() > 0.02  # something is drawn
 
 
+@pytest.mark.slow
 def test_adsorption_energy_by_name(checkpoint: Path, tmp_path: Path) -> None:
     done = run(
         "adsorption_energy.py", "--checkpoint", checkpoint, *SLAB, "--adsorbate", "*CO",

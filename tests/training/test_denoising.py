@@ -209,6 +209,7 @@ def test_the_noise_of_a_few_structures_is_learned(batch: Batch) -> None:
     assert errors[-1] < 0.6 * torch.linalg.vector_norm(noisy.target, dim=1)[atoms].mean()
 
 
+@pytest.mark.slow
 def test_a_run_leaves_and_starts_from_ordinary_checkpoints(tmp_path: Path, tiny_arguments: list[str]) -> None:
     arguments = [*tiny_arguments, f"--runs_dir={tmp_path}", "--trainer.max_steps=2"]
     folder = train(parse([*arguments, "--name=dens", "--task.dens.noise_std=0.15"]))

@@ -1,15 +1,13 @@
 """The checkpoints before the last one, and that a full disk costs none of them."""
 
 import os
-import resource
 import shutil
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import run_script_file
 
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes
@@ -17,8 +15,7 @@ from equiformer2.training.configuration import parse
 from equiformer2.training.folder import RunFolder
 from equiformer2.training.resume_state import OlderCheckpoints, read_resume_state
 from equiformer2.training.run import train
-
-ROOT = Path(__file__).parents[2]
+from tests.disk import full_disk
 
 
 def save(last: Path, before: int, step: int, count: int) -> None:
@@ -108,32 +105,23 @@ def test_what_a_killed_process_was_writing_is_removed(run: Path, tmp_path: Path)
         assert not list(folder.checkpoints.iterdir())
 
 
-def test_a_full_disk_costs_no_checkpoint(run: Path, tmp_path: Path, tiny_arguments: list[str]) -> None:
+def test_a_full_disk_costs_no_checkpoint(
+    run: Path, tmp_path: Path, tiny_arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     """A write that fails half way: one sentence, and the run goes on from where it was when there is room."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     size = (folder / "checkpoints/last.ckpt").stat().st_size
     own = [f"--runs_dir={tmp_path}", "--name=run", "--checkpoint_every_n_steps=1", "--ckpt_path=last"]
     limits = ["--trainer.max_epochs=-1", "--trainer.max_steps=5", "--trainer.limit_val_batches=0"]
-    command = [sys.executable, str(ROOT / "scripts/train.py"), *tiny_arguments, *own, *limits]
-
-    def no_larger_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=500,
-        check=False,
-        preexec_fn=no_larger_files,
-    )
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 2, done.stderr[-2000:]
+    with full_disk(size // 2):
+        status = run_script_file("train", *tiny_arguments, *own, *limits)
+    written = capsys.readouterr().err
+    errors = [line for line in written.splitlines() if line.startswith("error:")]
+    assert status == 2, written[-2000:]
     assert len(errors) == 1
     assert "last.ckpt" in errors[0]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in written
     assert not list(folder.rglob("*.tmp"))
     for path, step in ((folder / "checkpoints/last.ckpt", 3), (folder / "checkpoints/step_2.ckpt", 2)):
         assert torch.load(path, weights_only=True)["global_step"] == step

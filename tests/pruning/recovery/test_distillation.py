@@ -120,7 +120,11 @@ distill(student, teacher, train, val, Path(out), arguments)
 """
 
 
-@pytest.mark.parametrize("every", [100, 10], ids=["before-the-first-checkpoint", "after-some"])
+@pytest.mark.parametrize(
+    "every",
+    [pytest.param(100, marks=pytest.mark.slow), 10],
+    ids=["before-the-first-checkpoint", "after-some"],
+)
 def test_a_killed_distillation_ends_as_one_that_was_not(files, tmp_path, every: int) -> None:
     many = write_lmdb(tmp_path / "many.lmdb", [slab("a"), slab("b", "Pt")] * 60, labels=False)
     arguments = [*QUICK, "--trainer.max_epochs=1", f"--checkpoint_every_n_steps={every}"]
@@ -223,7 +227,7 @@ def test_masked_weights_stay_zero_and_the_small_network_is_the_masked_one(files,
         torch.testing.assert_close(weight, small.state_dict()[name])
 
 
-@pytest.mark.parametrize("method", ["magnitude", "search"])
+@pytest.mark.parametrize("method", ["magnitude", pytest.param("search", marks=pytest.mark.slow)])
 def test_a_stopped_gradual_pruning_ends_as_one_that_was_not(files, tmp_path, method) -> None:
     extra = (f"--trainer.callbacks.method={method}", "--checkpoint_every_n_steps=1")
     whole = gradual(files, tmp_path, "whole", *extra)

@@ -167,7 +167,9 @@ def test_plans_after_one_another() -> None:
     assert both.force_head.attn_hidden_channels == (1, 4)
 
 
-@pytest.mark.parametrize("name", [*PLANS, *GRID_PLANS, "many"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in (*PLANS, *GRID_PLANS)), "many"]
+)
 def test_a_pruned_network_keeps_the_symmetries(name: str) -> None:
     config = config_of(enforce_max_neighbors_strictly=False, grid_resolution=30)
     plan = {**PLANS, **GRID_PLANS, "many": MANY}[name]
