@@ -44,7 +44,7 @@ demo: setup
 	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # One test per promise of the README, in one process: the files named in tests/quick.txt are all that is imported.
 test-quick: setup

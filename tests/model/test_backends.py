@@ -78,6 +78,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
+@pytest.mark.slow
 def test_derivatives_with_respect_to_positions_under_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     trace_only(monkeypatch)
     model, batch = random_model(small_config(**SMALLEST)), batch_of(cluster())

@@ -83,6 +83,7 @@ def test_answers_and_number_of_graphs_for_all_kinds_of_batches() -> None:
     assert model.compiled_graphs == 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 def test_an_epoch_of_different_batches_compiles_three_graphs() -> None:
     model = small_model(alpha_drop=0.1, drop_path_rate=0.1).train()
