@@ -102,7 +102,7 @@ class Checkout:
             stdout=subprocess.PIPE,
             env=environment,
             cwd=folder,
-            text=True,
+            encoding="utf-8",
         )
 
     def run(self, case: dict[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_an_epoch_cut_short_ends_with_a_step_of_what_there_is(tmp_path: Path, lm
         def on_train_batch_end(
             self, trainer: Any, task: Any, outputs: Any, batch: Batch, number: int
         ) -> None:
-            seen.append(3 * Terms.of(batch).energies)
+            seen.append(3 * Terms.from_batch(batch).energies)
 
     lmdb = write_uneven(lmdb_path, tmp_path / "uneven.lmdb", SIZES)
     task = fit(tmp_path / "cut", lmdb, 2, 3, limit_train_batches=4, callbacks=[Note()])
@@ -97,7 +97,7 @@ def test_the_terms_of_a_step_are_counted_ahead() -> None:
 
     found, read = [], []
     for batch in with_terms(source(), first=0, together=3, last=7):
-        found.append(Terms.of(batch))
+        found.append(Terms.from_batch(batch))
         read.append(len(taken))
     assert [terms.free_atoms * 3 for terms in found] == pytest.approx([3, 3, 3, 7, 7, 7, 1])
     assert [terms.energies * 3 for terms in found] == pytest.approx([3, 3, 3, 3, 3, 3, 1])
@@ -107,7 +107,7 @@ def test_the_terms_of_a_step_are_counted_ahead() -> None:
 def test_steps_are_counted_from_the_beginning_of_the_epoch() -> None:
     def free(first: int, last: int) -> list[float]:
         found = with_terms(batches(7)[first:], first=first, together=3, last=last)
-        return [3 * Terms.of(batch).free_atoms for batch in found]
+        return [3 * Terms.from_batch(batch).free_atoms for batch in found]
 
     assert free(2, 7) == pytest.approx([2, 7, 7, 7, 1])
     assert free(3, 5) == pytest.approx([7, 7])
@@ -118,6 +118,6 @@ def test_structures_without_an_energy_do_not_count() -> None:
     data = batches(2)
     for number, batch in enumerate(data):
         batch.has_energy = torch.tensor([number == 1])
-    assert [2 * Terms.of(batch).energies for batch in with_terms(data, 0, 2, 2)] == [1, 1]
-    assert Terms.of(data[0].clone().to("cpu")) == Terms.of(data[1])
-    assert Terms.of(batches(1)[0]) is None
+    assert [2 * Terms.from_batch(batch).energies for batch in with_terms(data, 0, 2, 2)] == [1, 1]
+    assert Terms.from_batch(data[0].clone().to("cpu")) == Terms.of(data[1])
+    assert Terms.from_batch(batches(1)[0]) is None

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -365,11 +364,3 @@ def test_bf16_energy_only_with_checkpointing_and_accumulation(tiny_arguments: li
     validation = load_checkpoint(folder / "checkpoints/best.pt").provenance["validation"]
     assert set(validation) == {"energy_mae", "energy_mse", "energy_within_threshold"}
     assert not (folder / "figures/parity_forces.png").exists()
-
-
-def test_missing_wandb_is_one_sentence(
-    tiny_arguments: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match="wandb is not installed"):
-        train(parse([*tiny_arguments, f"--runs_dir={runs}", "--wandb.project=x", "--name=nowandb"]))
