@@ -74,6 +74,7 @@ def assert_as_torch(model: EquiformerV2, batch: Batch) -> None:
         assert torch.equal(value, inference_again[name])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_only")
 def test_answers_and_number_of_graphs_for_all_kinds_of_batches() -> None:
     model = small_model()

@@ -99,6 +99,7 @@ def test_float64_answers_in_the_references_frames(name: str, system: str) -> Non
     assert_forces(out, expected.get("forces_f64_seed0"), tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "system"), EXACT)
 def test_float32_answers_in_the_references_frames(name: str, system: str) -> None:
     """Rounding alone, without the scatter of random frames."""

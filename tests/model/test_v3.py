@@ -155,6 +155,7 @@ def test_radial_weights_per_degree_commute_with_the_rotation() -> None:
 # --- symmetries -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @EACH
 def test_symmetries(changes: dict[str, Any]) -> None:
     config = small_config(**({"grid_resolution": 36} | SHELLS | changes))

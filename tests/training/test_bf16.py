@@ -179,6 +179,7 @@ def test_loss_and_gradients_are_near_those_of_float32(batch: Batch, backend: str
     assert (rounded - gradient).norm() <= 0.02 * gradient.norm()
 
 
+@pytest.mark.slow
 def test_a_run_decreases_the_loss_as_float32_does(tmp_path: Path, tiny_arguments: list[str]) -> None:
     short = ["--trainer.max_epochs=4", "--trainer.limit_val_batches=1", "--optim.lr=5e-3"]
     runs = {}

@@ -132,6 +132,7 @@ def test_missing_data_is_named() -> None:
         parse(["--data.val=b.lmdb"])
 
 
+@pytest.mark.slow
 def test_the_script_says_one_line_and_fails(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--model.num_layer=4"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

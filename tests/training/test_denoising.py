@@ -192,6 +192,7 @@ TINY = ModelConfig(
 )
 
 
+@pytest.mark.slow
 def test_the_noise_of_a_few_structures_is_learned(batch: Batch) -> None:
     torch.manual_seed(1)
     model = EquiformerV2(TINY)

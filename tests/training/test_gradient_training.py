@@ -90,6 +90,7 @@ def test_energies_forces_and_stress_are_trained_together(strained: Path, tmp_pat
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_direct_network_is_tuned_for_gradient_forces(strained: Path, tmp_path: Path) -> None:
     short = ("--trainer.max_epochs=1", "--optim.lr=1e-9", "--task.ema_decay=0")

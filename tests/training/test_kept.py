@@ -105,6 +105,7 @@ def test_what_a_killed_process_was_writing_is_removed(run: Path, tmp_path: Path)
         assert not list(folder.checkpoints.iterdir())
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_no_checkpoint(
     run: Path, tmp_path: Path, tiny_arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

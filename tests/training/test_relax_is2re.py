@@ -151,6 +151,7 @@ def test_metrics_and_trajectories(
     assert json.loads((out / "is2re.json").read_text())["average"] == report["metrics"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(
     checkpoint: Path,
     lmdb_path: Path,

@@ -310,6 +310,7 @@ def test_a_native_checkpoint_is_not_a_place_to_resume(
         train(parse([*arguments, "--ckpt_path=last"]))
 
 
+@pytest.mark.slow
 def test_a_time_limit_ends_the_schedule_too(tiny_arguments: list[str], runs: Path) -> None:
     limit = ["--trainer.max_time=00:00:00:03", "--trainer.max_epochs=null", "--name=timed"]
     folder = train(parse([*tiny_arguments, f"--runs_dir={runs}", *limit]))
@@ -319,6 +320,7 @@ def test_a_time_limit_ends_the_schedule_too(tiny_arguments: list[str], runs: Pat
     assert (folder / "checkpoints/best.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_in_mid_epoch_is_validated(tiny_arguments: list[str], runs: Path) -> None:
     limit = ["--trainer.max_steps=2", "--trainer.max_epochs=-1", "--name=steps"]
     folder = train(parse([*tiny_arguments, f"--runs_dir={runs}", *limit]))
@@ -351,6 +353,7 @@ def test_weights_and_biases_offline(tiny_arguments: list[str], runs: Path) -> No
     assert (folder / "metrics.csv").exists()
 
 
+@pytest.mark.slow
 def test_bf16_energy_only_with_checkpointing_and_accumulation(tiny_arguments: list[str], runs: Path) -> None:
     arguments = [
         "--trainer.precision=bf16-mixed",

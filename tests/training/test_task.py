@@ -81,9 +81,14 @@ def losses(folder: Path) -> dict[str, str]:
     ("settings", "places"),
     [
         ({"max_epochs": 2}, ["batch2", "validation7", "batch10"]),
-        ({"max_epochs": 2, "accumulate_grad_batches": 2}, ["batch2", "validation4", "batch6"]),
-        ({"max_epochs": 2, "val_check_interval": 3}, ["validation3", "batch4", "validation10"]),
-        ({"max_epochs": -1, "max_steps": 10}, ["batch4", "validation7"]),
+        *(
+            pytest.param(settings, places, marks=pytest.mark.slow)
+            for settings, places in (
+                ({"max_epochs": 2, "accumulate_grad_batches": 2}, ["batch2", "validation4", "batch6"]),
+                ({"max_epochs": 2, "val_check_interval": 3}, ["validation3", "batch4", "validation10"]),
+                ({"max_epochs": -1, "max_steps": 10}, ["batch4", "validation7"]),
+            )
+        ),
     ],
     ids=["plain", "accumulation", "validation in mid-epoch", "limited by steps"],
 )

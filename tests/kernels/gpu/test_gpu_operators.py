@@ -51,6 +51,7 @@ def _wants_gradient(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
 
 
+@pytest.mark.slow
 @operations
 def test_compiles_without_graph_breaks(name: str, device: torch.device) -> None:
     function, arguments = gpu_calls.calls(device, torch.float32, *SIZES)[name]

@@ -55,6 +55,7 @@ def test_whole_heads_compute_everything() -> None:
     assert shapes == [(17, 9, 1), (17, 9, 1)]
 
 
+@pytest.mark.slow
 def test_savings(chunk_bytes: Callable[[int], None]) -> None:
     chunk_bytes(10_000)
     model, batch = random_model(small_config(max_radius=3.0)), held_slab()

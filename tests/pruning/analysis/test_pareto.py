@@ -108,6 +108,7 @@ class BreakingStudy(Study):
         return super()._errors(network)
 
 
+@pytest.mark.slow
 def test_a_network_that_breaks_down_does_not_stop_a_study(files, tmp_path) -> None:
     options = {"methods": ("uniform",), "seeds": (0,), "kind": BreakingStudy}
     results = make_study(files, tmp_path, **options).run(progress=False)
@@ -127,6 +128,7 @@ def test_held_out_systems_are_really_held_out(files, tmp_path) -> None:
         make_study(files, tmp_path, recovery=recovery)
 
 
+@pytest.mark.slow
 def test_networks_are_distilled_and_trained_from_scratch(files, tmp_path) -> None:
     quick = ("--trainer.accelerator=cpu", "--trainer.max_steps=2", "--data.batch_size=2")
     recovery = Recovery((str(files["calibration"]),), (str(files["bare"]),), quick, scratch=True)

@@ -85,6 +85,7 @@ def test_a_pruned_network_learns_from_the_dense_one_without_labels(files, tmp_pa
     assert steps == 3 * result.provenance["step"] // 2
 
 
+@pytest.mark.slow
 def test_the_baseline_starts_from_random_weights(files, tmp_path) -> None:
     data = (files["train"], files["val"])
     run = distill(
@@ -120,6 +121,7 @@ distill(student, teacher, train, val, Path(out), arguments)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "every",
     [pytest.param(100, marks=pytest.mark.slow), 10],
@@ -227,6 +229,7 @@ def test_masked_weights_stay_zero_and_the_small_network_is_the_masked_one(files,
         torch.testing.assert_close(weight, small.state_dict()[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["magnitude", pytest.param("search", marks=pytest.mark.slow)])
 def test_a_stopped_gradual_pruning_ends_as_one_that_was_not(files, tmp_path, method) -> None:
     extra = (f"--trainer.callbacks.method={method}", "--checkpoint_every_n_steps=1")

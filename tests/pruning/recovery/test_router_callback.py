@@ -109,6 +109,7 @@ def test_the_network_does_not_notice(files, whole, tmp_path, weights) -> None:
     assert callback_state(beside)["training"]["decay"]["last_epoch"] == 6
 
 
+@pytest.mark.slow
 def test_the_router_learns_and_is_logged(whole) -> None:
     rows = [row for row in read_rows(whole / "metrics.csv") if row["train/loss"]]
     assert len(rows) == 6
@@ -124,6 +125,7 @@ def test_the_router_learns_and_is_logged(whole) -> None:
     assert not torch.equal(weights["0.weight"], FTPRouter(0.4).mlp[0].weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_stopped_run_goes_on_exactly(files, whole, tmp_path, frozen) -> None:
     """It stops in the middle of an epoch; the router takes every other step."""
@@ -154,6 +156,7 @@ def test_a_frozen_network_stays_as_it_is(files, tmp_path) -> None:
     assert not torch.equal(load_router(frozen / ROUTER_FILE).mlp[0].weight, first)
 
 
+@pytest.mark.slow
 def test_a_frozen_network_trains_the_router_as_train_router_does(files, tmp_path) -> None:
     """One structure, so that the order of batches is no matter."""
     data = write_lmdb(tmp_path / "one.lmdb", [slab("a")])

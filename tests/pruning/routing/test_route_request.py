@@ -127,6 +127,7 @@ def find_ftp(files: dict[str, Path], calibration: Calibration, state: Path | Non
     return find_router("ftp", model, calibration, 0.7, settings, state_path=state, progress=False)
 
 
+@pytest.mark.slow
 def test_what_was_killed_goes_on_to_the_same_router(files, calibration, tmp_path) -> None:
     whole, _ = find_ftp(files, calibration, steps=13)
     state, batches = tmp_path / "state.pt", list(calibration.batches)
@@ -223,6 +224,7 @@ def make_study(files: dict[str, Path], out: Path, methods: tuple[str, ...], keep
     return Study(files["dense"], files["calibration"], {"dft": files["held_out"]}, settings, out)
 
 
+@pytest.mark.slow
 def test_routers_in_a_study(files, tmp_path) -> None:
     make_study(files, tmp_path, ("uniform",)).run(progress=False)
     # A study of plans may be extended by routers.

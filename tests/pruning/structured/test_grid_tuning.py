@@ -98,6 +98,7 @@ def test_wrong_input(tol: float) -> None:
         tune_grid(one_block(), [], 0.1)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, averaged = one_block(10), random_model(small_config(num_layers=1, grid_resolution=10), seed=1)
     save_checkpoint(

@@ -125,6 +125,7 @@ def test_a_search_beats_random_and_magnitude_cuts_at_equal_cost(model, calibrati
     assert multi.loss < min(loss(plan) for plan in rivals)
 
 
+@pytest.mark.slow
 def test_a_killed_search_continues_to_the_same_plan(model, calibration, tmp_path) -> None:
     whole = search(model, calibration, target=0.8).run()
     path = tmp_path / "state.json"
