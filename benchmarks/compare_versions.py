@@ -96,6 +96,8 @@ class Checkout:
             raise InputError(f"{folder} is no checkout of this project: it has no folder equiformer2/model")
         self.folder = folder
         environment = {**os.environ, "PYTHONPATH": str(folder.resolve()), "OMP_NUM_THREADS": str(threads)}
+        # An idle process must not spin against the one that is timed.
+        environment["OMP_WAIT_POLICY"] = "passive"
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", WORKER, str(STRUCTURES.resolve())],
             stdin=subprocess.PIPE,
