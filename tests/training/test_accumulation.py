@@ -119,5 +119,5 @@ def test_structures_without_an_energy_do_not_count() -> None:
     for number, batch in enumerate(data):
         batch.has_energy = torch.tensor([number == 1])
     assert [2 * Terms.from_batch(batch).energies for batch in with_terms(data, 0, 2, 2)] == [1, 1]
-    assert Terms.from_batch(data[0].clone().to("cpu")) == Terms.of(data[1])
+    assert Terms.from_batch(data[0].clone().to("cpu")) == Terms.from_batch(data[1])
     assert Terms.from_batch(batches(1)[0]) is None
