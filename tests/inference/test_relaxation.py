@@ -130,6 +130,7 @@ relax(atoms, Slow(), fmax=1e-9, steps=10000, trajectory=sys.argv[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 def test_a_killed_run_leaves_a_readable_trajectory(tmp_path: Path) -> None:
     path = tmp_path / "run.traj"

@@ -1,6 +1,7 @@
 """Molecular dynamics with gradient forces keeps its energy, with direct forces it does not."""
 
 import numpy as np
+import pytest
 import torch
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator, all_changes
@@ -57,6 +58,7 @@ def energies(forces: str, time_step: float, time: float = 12.0) -> tuple[np.ndar
     return potential, total
 
 
+@pytest.mark.slow
 def test_dynamics_with_gradient_forces_keep_the_energy() -> None:
     potential, total = energies("gradient", 0.5)
     _, fine = energies("gradient", 0.25)

@@ -500,6 +500,7 @@ def test_a_nul_in_the_path_is_one_sentence() -> None:
         load_checkpoint("model\0.pt")
 
 
+@pytest.mark.slow
 def test_changed_bytes_raise_nothing_but_input_errors(native: Path, tmp_path: Path) -> None:
     """A short fuzz of the pickle in the archive, with right checksums."""
     random = np.random.default_rng(0)

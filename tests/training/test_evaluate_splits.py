@@ -206,6 +206,7 @@ def test_adsorbates_are_named_by_formula() -> None:
     assert adsorbate_formula(np.array([29]), np.array([1])) == "(none)"
 
 
+@pytest.mark.slow
 def test_wandb_offline(checkpoint: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     arguments = ("--checkpoint", checkpoint, "--data-root", root, "--splits", "val_id")

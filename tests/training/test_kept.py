@@ -97,6 +97,7 @@ def test_a_damaged_checkpoint_leads_to_the_one_before(run: Path, tmp_path: Path)
     assert RunFolder(folder, str(before)).resume_from == before
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_was_writing_is_removed(run: Path, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run", None)
     folder.checkpoints.mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -13,6 +14,7 @@ from equiformer2.training.configuration import parse
 from equiformer2.training.run import train
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_blocks_of_its_start(tiny_arguments: list[str], tmp_path: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -98,6 +98,7 @@ def test_the_native_checkpoint_keeps_both_sets_of_weights(first_run: Path) -> No
     assert any(different)
 
 
+@pytest.mark.slow
 def test_the_saved_config_repeats_the_run(first_run: Path, runs: Path) -> None:
     arguments = ["--config", str(first_run / "config.yaml"), "--name=again"]
     again = train(parse(arguments))
@@ -229,6 +230,7 @@ def test_fine_tuning_starts_from_the_weights_and_units(
         torch.testing.assert_close(after.model.state_dict()[name], value, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_stopped_fine_tuning_says_how_it_goes_on(
     first_run: Path, tiny_arguments: list[str], runs: Path
 ) -> None:

@@ -211,6 +211,7 @@ def test_a_structure_without_a_graph_is_named(batch: Batch, step: str) -> None:
         training_loss(task, spoiled) if step == "training" else task.validation_step(spoiled, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_resumed_run_has_the_optimizer_settings_that_it_is_given(tmp_path: Path, lmdb_path: Path) -> None:
     class Slower(pl.Callback):

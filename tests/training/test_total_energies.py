@@ -96,6 +96,7 @@ def test_references_are_fitted_trained_with_and_used(
         train(parse([*arguments, start, "--name=tuned"]))
 
 
+@pytest.mark.slow
 def test_evaluation_refuses_energies_of_the_other_kind(
     totals: Path,
     tmp_path: Path,

@@ -26,6 +26,7 @@ def test_twice_the_same_bits(name: str, device: torch.device) -> None:
         assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 @operations
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.bfloat16, 0.05)])
 def test_other_data_types(name: str, dtype: torch.dtype, tolerance: float, device: torch.device) -> None:

@@ -171,6 +171,7 @@ def test_latency_is_measured_in_turns() -> None:
     assert calls[2:] == ["dense", "small", "small", "dense"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "targets", [["macs=0.8"], ["parameters=0.9"], ["latency=0.9"], ["macs=0.9", "latency=0.8"]]
 )

@@ -81,6 +81,7 @@ def test_from_checkpoint_to_tables(
         assert text in printed
 
 
+@pytest.mark.slow
 def test_a_network_whose_blocks_lack_branches(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,6 +98,7 @@ def test_the_baseline_starts_from_random_weights(files, tmp_path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_folder_belongs_to_one_distillation(files, tmp_path) -> None:
     data, out = (files["train"], files["val"]), tmp_path / "out"
     distill(files["student"], files["teacher"], *data, out, [*QUICK, "--trainer.max_epochs=1"])
@@ -197,6 +198,7 @@ def gradual(files, tmp_path, name: str, *extra: str) -> Path:
     return train(gradual_config(files, tmp_path, name, *extra))
 
 
+@pytest.mark.slow
 def test_gradual_pruning_leaves_a_small_network(files, tmp_path) -> None:
     run = gradual(files, tmp_path, "gradual")
     plan = PruningPlan.load(run / PLAN_FILE)

@@ -146,6 +146,7 @@ def test_a_stopped_run_goes_on_exactly(files, whole, tmp_path, frozen) -> None:
         train(parse([*given, "--ckpt_path=auto", "--trainer.callbacks.levels=0.5"]))
 
 
+@pytest.mark.slow
 def test_a_frozen_network_stays_as_it_is(files, tmp_path) -> None:
     frozen = run(files, tmp_path, "frozen", "--trainer.callbacks.freeze_network=true")
     start = load_checkpoint(files["start"]).model.state_dict()

@@ -47,6 +47,7 @@ def test_the_four_factors() -> None:
     assert torch.equal(local[:, 3], order / 4)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_discrepancy_and_meets_the_sparsity() -> None:
     model = exact_model(torch.float32)
     before = {name: p.clone() for name, p in model.named_parameters()}

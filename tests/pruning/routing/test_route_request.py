@@ -148,6 +148,7 @@ def test_what_was_killed_goes_on_to_the_same_router(files, calibration, tmp_path
         find_ftp(files, calibration, state, steps=13)
 
 
+@pytest.mark.slow
 def test_training_changes_the_router(files, calibration) -> None:
     calibration.trained_loss = 0.0
     (few, _), (many, record) = (find_ftp(files, calibration, steps=steps) for steps in (1, 5))
@@ -156,6 +157,7 @@ def test_training_changes_the_router(files, calibration) -> None:
     assert record["kept"] == "trained"
 
 
+@pytest.mark.slow
 def test_a_training_that_makes_it_worse_is_not_kept(files, calibration, caplog) -> None:
     calibration.trained_loss = 1e9
     router, record = find_ftp(files, calibration)

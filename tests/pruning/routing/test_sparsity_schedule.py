@@ -97,6 +97,7 @@ def calibration(model) -> Calibration:  # type: ignore[no-untyped-def]
     return Calibration(model, Normalizers(energy=one, forces=one), structures, batch_size=2)
 
 
+@pytest.mark.slow
 def test_a_schedule_on_the_network() -> None:
     model = exact_model(torch.float32, num_layers=5)
     data = calibration(model)

@@ -57,6 +57,7 @@ def test_masked_is_shrunk(
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_variants_of_the_network(variant: str) -> None:

@@ -154,6 +154,7 @@ def test_another_search_does_not_continue_a_state(model, calibration, tmp_path: 
         search(model, calibration, target=0.95, state_path=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("importance", ["michel", "taylor"])
 def test_units_are_ranked_by_what_was_asked_for(importance, model, calibration) -> None:
     looking = search(model, calibration, importance=importance)
