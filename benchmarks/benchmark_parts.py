@@ -119,7 +119,7 @@ def _measure_timings(bench: Benchmark, size: str, batch: str, allocator: str) ->
 
 
 def list_calls(bench: Benchmark, operation: str, variants: list[Variant], as_shipped: bool) -> list[Call]:
-    """What is timed for one operation, in the sequence of the calls."""
+    """List the calls that are timed for one operation, in their sequence."""
     calls = []
     for precision in bench.settings.reference_precisions():
         calls.append(Call("reference", operation, precision))

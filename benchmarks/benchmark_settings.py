@@ -1,4 +1,4 @@
-"""What one run of the benchmark was asked to measure."""
+"""Settings of one run of the benchmark: sizes, operations, precisions, repetitions."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -159,7 +159,7 @@ def make_settings(given: argparse.Namespace) -> Settings:
 
 
 def command(settings: Settings) -> str:
-    """What to type to measure this again."""
+    """Format the command that measures this again."""
     options: dict[str, Any] = {
         "parts": ",".join(settings.parts),
         "sizes": ",".join(settings.sizes),

@@ -243,7 +243,7 @@ TERAFLOPS = {"bf16": 989.0, "TF32": 494.0, "float32": 67.0}
 
 @dataclass(frozen=True)
 class Precision:
-    """What the products of a network are computed in.
+    """Arithmetic in which the products of a network are computed.
 
     Attributes:
         name: as in the table.
@@ -281,7 +281,7 @@ class Kernel:
         return self.total.seconds(GIGABYTES_PER_SECOND, TERAFLOPS[rate])
 
     def bound(self, precision: Precision) -> str:
-        """What the roofline is made of there."""
+        """Name the side of the roofline that bounds it: memory or arithmetic."""
         memory = self.total.bytes / (GIGABYTES_PER_SECOND * 1e9)
         return "memory" if self.seconds(precision) == memory else "arithmetic"
 

@@ -181,7 +181,7 @@ def shown(value: Any) -> str:
         return f"a whole number of {int(math.log10(abs(value))) + 1} digits"
     try:
         text = " ".join(repr(value[:_SHOWN] if isinstance(value, str | bytes) else value).split())
-    except Exception:
+    except Exception:  # `repr` of somebody else's object can raise anything
         return f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 

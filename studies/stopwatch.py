@@ -1,4 +1,4 @@
-"""How long a study takes, over all the calls in which it was computed."""
+"""Time that a study takes, over all the calls in which it was computed."""
 
 import json
 import threading

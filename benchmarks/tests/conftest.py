@@ -131,7 +131,7 @@ class FakeSettings(Settings):
 
 @pytest.fixture
 def log() -> list[tuple[str, dict[str, Any]]]:
-    """What was asked of the sessions of settings that were made with it."""
+    """List that records the requests to the sessions of settings that were made with it."""
     return []
 
 

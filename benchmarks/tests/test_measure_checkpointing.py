@@ -1,4 +1,4 @@
-"""What benchmarks/measure_checkpointing.py makes of its measurements."""
+"""Tables and verdicts that benchmarks/measure_checkpointing.py makes of its measurements."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What the host can do about tensors on a device without waiting for it."""
+"""Operations on tensors of a device for which the host does not wait."""
 
 import torch
 from torch import Tensor

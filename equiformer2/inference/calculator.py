@@ -124,7 +124,7 @@ class EquiformerV2Calculator(Calculator):
                 self.reset()
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """What has changed since the last calculation; constraints, too, where forces were left out."""
+        """List the changes since the last calculation; constraints, too, where forces were left out."""
         changes: list[str] = super().check_state(atoms, tol)
         if self.predictor.router is not None and self.atoms is not None and not changes:
             if not np.array_equal(atoms.get_tags(), self.atoms.get_tags()):

@@ -124,7 +124,7 @@ def _rotate_back(x: Tensor, packed: Tensor, degrees: tuple[int, int], kept: tupl
 
 
 class SumOptions(NamedTuple):
-    """How messages are summed.
+    """Options of the sum of messages.
 
     Attributes:
         degrees: highest degree and order of the Wigner-D entries.
