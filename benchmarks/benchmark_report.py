@@ -97,7 +97,7 @@ def _left_out(units: list[dict[str, Any]]) -> list[str]:
 
 
 def _runs(content: dict[str, Any]) -> list[str]:
-    """Which command measured what, on which commit and how busy a machine."""
+    """Return the lines that name the commands, the commits and the load of the machine behind the numbers."""
     lines = [
         "## Runs",
         "",

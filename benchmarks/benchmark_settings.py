@@ -43,7 +43,7 @@ class Call:
 
     @property
     def request(self) -> dict[str, str]:
-        """What the worker is told."""
+        """Return the settings that are sent to the worker."""
         return {key: value for key, value in asdict(self).items() if key != "implementation"}
 
 
@@ -75,7 +75,7 @@ class Settings:
         return Session(implementation, python, self.threads, allocator, self.device, memory_limit)
 
     def variants(self) -> list[Variant]:
-        """Of ours: every backend in every precision."""
+        """Return the settings of equiformer2: every backend in every precision."""
         return [Variant(precision, backend) for backend in self.backends for precision in self.precisions]
 
     def reference_precisions(self) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ Array = NDArray[np.float64]
 Search = Callable[[Array, Array, NDArray[np.bool_], float], tuple[Array, Array]]
 """(positions, cell, pbc, cutoff) -> pairs [P, 2] and shifts [P, 3]."""
 Pairs = Counter[tuple[int, ...]]
-"""How often each (i, j, shift) is there."""
+"""Number of occurrences of each (i, j, shift)."""
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "oc20_trajs"
 
@@ -92,7 +92,7 @@ def all_pairs(positions: Array, cell: Array, pbc: NDArray[np.bool_], cutoff: flo
 
 
 def wrong_answers(find: Search, trials: int) -> dict[str, str]:
-    """How often a library differs from `all_pairs`, for kinds of input that some library got wrong once."""
+    """Count wrong answers against `all_pairs`, by kind of input that some library got wrong."""
     rng = np.random.default_rng(0)
     kinds = {
         "periodic, wrapped": lambda: (np.ones(3, bool), False, True),
@@ -172,7 +172,7 @@ def graph_times(repeats: int, cutoff: float) -> dict[str, dict[str, float]]:
 
 
 def count_ties(cutoff: float, max_neighbors: int) -> dict[str, int]:
-    """How many of the bundled DFT structures have a tie between the last neighbour kept and the next."""
+    """Count the bundled DFT structures with a tie between the last neighbour kept and the next."""
     counts = {"structures": 0, "structures with a tie": 0, "atoms": 0, "atoms with a tie": 0}
     for path in sorted(DATA.glob("*.extxyz.xz")):
         atoms = read(path, index=-1, format="extxyz")

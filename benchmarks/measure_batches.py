@@ -1,4 +1,4 @@
-"""How evenly batches share the work between ranks, against batches drawn at random.
+"""Measure how evenly batches share the work between ranks, against batches drawn at random.
 
     python -m benchmarks.measure_batches [--data LMDB] [--ranks 8] [--json FILE]
 

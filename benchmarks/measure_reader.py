@@ -31,7 +31,7 @@ from equiformer2.script import origin, run_script
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one dataset; memory in MiB before the dataset is opened, opened, and after reading at random.
+    """Readings of one dataset: memory in MiB before and after it is opened, and after reading at random.
 
     `loaded_per_second`: records in batches of `batch_size` from a loader with `workers`.
     """

@@ -100,7 +100,7 @@ def _convolutions(config: ModelConfig) -> list[tuple[int, int, int]]:
 
 
 def _orders(config: ModelConfig, inputs: int, outputs: int, extra: int) -> list[tuple[int, int, int]]:
-    """How many real products of which inner and outer dimension each order m takes."""
+    """Return the number, inner and outer dimension of the real matrix products of each order m."""
     found = []
     for m in range(config.mmax + 1):
         degrees = config.lmax + 1 - m

@@ -1,4 +1,4 @@
-"""Where the time of one call goes: torch's profiler, its events sorted into the parts of the network.
+"""Profile one call: the events of torch's profiler, sorted into the parts of the network.
 
 Every module's forward, every other method of the package's modules and every function of its kernels becomes
 a named range for the time of the measurement. An operation belongs to the part that its enclosing ranges

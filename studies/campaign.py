@@ -78,7 +78,7 @@ class Campaign:
     jobs: int = 1
 
     def settings(self, name: str) -> TimedSettings:
-        """Of the study `name`."""
+        """Return the settings of the study `name`."""
         part = self.studies[name]
         return TimedSettings(
             methods=part.methods,

@@ -1,4 +1,4 @@
-"""What a pruning study was to show, and whether its results show it."""
+"""Claims that a pruning study tests, each with the verdict of its results."""
 
 import itertools
 import re
@@ -31,7 +31,7 @@ class Verdict:
 def verdicts(
     campaign: Campaign, tables: dict[str, Rows], lossless: dict[str, Any], speed: dict[str, Any]
 ) -> list[Verdict]:
-    """Of everything that was computed.
+    """Return the verdicts on everything that was computed.
 
     Args:
         campaign: what was asked.
@@ -75,7 +75,7 @@ def lossless_verdicts(lossless: dict[str, Any]) -> list[Verdict]:
 
 
 def routers_verdicts(campaign: Campaign, name: str, rows: Rows) -> list[Verdict]:
-    """Of FTP's trained router, and of the static one at a searched schedule, which is its first stage."""
+    """Judge FTP's trained router, and the static one at a searched schedule, which is its first stage."""
     dense = row_of(rows, DENSE, 1.0, "cut")
     verdicts = []
     for keep, method, held_out in itertools.product(
@@ -102,7 +102,7 @@ def routers_verdicts(campaign: Campaign, name: str, rows: Rows) -> list[Verdict]
 
 
 def cuts_verdicts(campaign: Campaign, name: str, rows: Rows) -> list[Verdict]:
-    """Of the searched plans against what must lose, as cut; blocks are large steps and leave less."""
+    """Compare the searched plans with the baselines, as cut; blocks are large steps and leave less."""
     verdicts = []
     for keep, held_out, (reference, words) in itertools.product(
         campaign.studies[name].keep, campaign.held_out, _AGAINST.items()
@@ -118,7 +118,7 @@ def cuts_verdicts(campaign: Campaign, name: str, rows: Rows) -> list[Verdict]:
 
 
 def _nearest(question: str, row: dict[str, Any], others: Rows, held_out: str, reference: str) -> Verdict:
-    """Whether the mean of `row` is below all others; MACs and deviations over seeds are told with it."""
+    """Judge whether the mean of `row` is below all others, with MACs and deviations over seeds."""
     told = [
         f"{one['method'].removeprefix('route_')} {mae_of(one, held_out, reference):.4f} ± "
         f"{one['errors'][held_out][reference]['force_mae']['std']:.4f} ({one['macs_on'][held_out]:.1%})"
@@ -162,7 +162,7 @@ def distilled_verdicts(campaign: Campaign, name: str, rows: Rows) -> list[Verdic
 
 
 def speed_verdicts(campaign: Campaign, speed: dict[str, Any]) -> list[Verdict]:
-    """Of the mean over the plans of all seeds."""
+    """Judge the mean over the plans of all seeds."""
     ways: dict[str, list[dict[str, Any]]] = {}
     for name, record in speed.items():
         if found := _TIMED_WAYS.fullmatch(name):

@@ -16,7 +16,7 @@ Log = list[tuple[str, dict[str, Any]]]
 
 
 def calls(log: Log, *operations: str) -> list[tuple[str, ...]]:
-    """Who was asked to run what, in order."""
+    """Worker and task of every request, in order."""
     return [
         (name, request["operation"], request.get("precision", "float32"))
         for name, request in log

@@ -1,4 +1,4 @@
-"""What the report makes of the measurements."""
+"""Benchmark report: its text for given measurements."""
 
 from pathlib import Path
 from typing import Any

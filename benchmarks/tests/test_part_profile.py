@@ -1,4 +1,4 @@
-"""Where the time goes: operations find their part, and counts follow the shapes."""
+"""Profile by part: operations find their part, and counts follow the shapes."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Which structure of a batch each atom belongs to."""
+"""Index of the structure that each atom of a batch belongs to."""
 
 import torch
 from torch import Tensor

@@ -413,7 +413,7 @@ class _Running:
         return atoms
 
     def _collate(self) -> None:
-        """What changes only with the composition of the batch."""
+        """Tensors that change only with the composition of the batch."""
         starts = [relaxing.start for relaxing in self.relaxing]
         natoms = [start.pos.shape[0] for start in starts]
         self._natoms = torch.tensor(natoms, dtype=torch.int64)

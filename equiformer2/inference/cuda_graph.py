@@ -34,7 +34,7 @@ _WARM_UP_RUNS = 2
 def capture_unavailable_reason(
     device: torch.device, backend: str, routed: bool, gradient: bool
 ) -> str | None:
-    """Why CUDA graphs cannot be used, as half a sentence, or None if they can."""
+    """Return the reason why CUDA graphs cannot be used, as half a sentence, or None if they can."""
     if device.type != "cuda":
         return f"they need a CUDA device, not {device.type}"
     if backend not in CAPTURED_BACKENDS:
@@ -160,7 +160,7 @@ def record_cuda_graph(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
 
 
 class _Inputs(NamedTuple):
-    """What the network computes from, on its device."""
+    """Inputs of the network, on its device."""
 
     numbers: Tensor
     structure: Tensor

@@ -132,7 +132,7 @@ def write_relaxation_record(
 
 
 def model_record(predictor: Predictor, path: str | Path) -> dict[str, Any]:
-    """Which checkpoint and weights gave a result."""
+    """Checkpoint and weights behind a result."""
     return {
         "checkpoint": str(path),
         "weights": predictor.checkpoint.weights,

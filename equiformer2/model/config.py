@@ -201,12 +201,12 @@ class ModelConfig:
 
     @property
     def force_block(self) -> ResolvedBlock:
-        """Those of the force head."""
+        """Degrees of the force head."""
         return (self.force_head or BlockConfig()).resolved(self.widths)
 
     @property
     def energy_block(self) -> ResolvedBlock:
-        """Those of the energy head."""
+        """Degrees of the energy head."""
         return (self.energy_head or BlockConfig()).resolved(self.widths)
 
     @property
@@ -218,7 +218,7 @@ class ModelConfig:
 
     @property
     def force_activation(self) -> Activation:
-        """That of the messages of the force head."""
+        """Nonlinearity of the messages of the force head."""
         if self.use_gate_act or self.use_swiglu_s2_act:
             return "gate"
         return "separable_s2" if self.use_sep_s2_act else "s2"

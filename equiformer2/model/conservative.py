@@ -35,7 +35,7 @@ def check_config(config: ModelConfig, purpose: str) -> None:
 
 
 def outside_inference_mode(batch: Batch | Data, graph: RadiusGraph | None) -> tuple[Data, RadiusGraph | None]:
-    """What the network reads of `batch`, and `graph`, without tensors from inference mode.
+    """Copy the inputs of the network in `batch`, and `graph`, without tensors from inference mode.
 
     Autograd does not take those, and Lightning validates in that mode.
     """

@@ -306,7 +306,7 @@ class EquiformerV2(nn.Module):
 
     @property
     def compiled_graphs(self) -> int:
-        """How many graphs the backend `compile` has compiled for this network so far."""
+        """Number of graphs that the backend `compile` has compiled for this network so far."""
         return compiled_graphs(self)
 
     def _routing(

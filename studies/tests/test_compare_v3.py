@@ -1,4 +1,4 @@
-"""What the comparison of EquiformerV2 and EquiformerV3's switches says of its numbers."""
+"""Comparison of EquiformerV2 and EquiformerV3's switches: its conclusions from given numbers."""
 
 from typing import Any
 

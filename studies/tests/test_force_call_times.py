@@ -47,7 +47,7 @@ def campaign(tmp_path: Path) -> Campaign:
 
 @pytest.fixture
 def calls() -> Iterator[list[tuple[str, int]]]:
-    """Which network was called, with how many threads; calls of the dense one take 0.05 s more."""
+    """Network and number of threads of every call; calls of the dense one take 0.05 s more."""
     made: list[tuple[str, int]] = []
 
     def note(observed_calls: list[Call]) -> None:

@@ -1,4 +1,4 @@
-"""How long a study took, over calls that were stopped."""
+"""Duration of a study over calls that were stopped."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which structure each atom belongs to."""
+"""Index of the structure that each atom belongs to."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What nobody reads is not computed by default, and nothing that is read changes."""
+"""Unread outputs are not computed by default, and nothing that is read changes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def requests() -> Iterator[list[tuple[bool, int | None]]]:
-    """Of every pass: whether with energies, and the number of atoms whose forces were asked for."""
+    """For every pass: whether with energies, and the number of atoms whose forces were asked for."""
     seen: list[tuple[bool, int | None]] = []
 
     def note(calls: list[Call]) -> None:

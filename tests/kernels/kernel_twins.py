@@ -165,9 +165,9 @@ def gradients(outputs: list[Tensor], inputs: list[Tensor], seed: int = 1) -> lis
 
 
 def sphere_factors(lmax: int, mmax: int, pairs: int = 0) -> GridFactors:
-    """Of any functions: the kernel does not rely on their being harmonics. Few latitudes and longitudes.
+    """Grid factors of arbitrary functions, with few latitudes and longitudes.
 
-    `pairs` of the longitudes are opposite.
+    The kernel does not rely on their being harmonics. `pairs` of the longitudes are opposite.
     """
     random, counts = Random(), [lmax + 1 - abs(m) for m in orders(mmax)]
     longitude = random(7 + 2 * pairs, len(counts)) / 7**0.5

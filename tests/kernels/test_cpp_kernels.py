@@ -118,7 +118,7 @@ def test_embedding(lmax: int, mmax: int, channels: int, heads: int) -> None:
 
 
 class Arguments:
-    """Of every kernel: 41 edges of 7 atoms, most of them into one; bits that they write."""
+    """Arguments for every kernel: 41 edges of 7 atoms, most of them into one."""
 
     def __init__(self, channels: int) -> None:
         random, self.degrees = Random(dtype=torch.float32), (3, 2)

@@ -55,7 +55,7 @@ def test_what_onednn_does_not_take_stays_as_it_is(dtype: torch.dtype) -> None:
 
 
 def test_first_and_second_derivatives() -> None:
-    """Those of the operator for float32 against those of float64, which goes through torch."""
+    """Gradients of the operator for float32 against those of float64, which goes through torch."""
     gradients = {}
     for dtype in (torch.float32, torch.float64):
         x, weight = (t.to(dtype).requires_grad_() for t in operands(9, torch.float64))

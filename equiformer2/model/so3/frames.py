@@ -128,7 +128,7 @@ def _turn_rows(block: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @functools.cache
 def _entry_map(lmax: int, mmax: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What makes the entries of products of cosines and sines, `[2 (2 lmax + 1)^2, P + 1]`.
+    """Coefficients of the entries in products of cosines and sines, `[2 (2 lmax + 1)^2, P + 1]`.
 
     Rows: axes as they are or permuted; then for beta, and within it for alpha, cos(m angle) for m = 0..lmax
     and sin(m angle) for m = 1..lmax. On the device, once: a copy to a GPU waits for it, and CUDA graphs can

@@ -23,7 +23,7 @@ RESOURCES = re.compile(r"(\d+) bytes spill stores.*?Used (\d+) registers", re.DO
 
 
 class Target:
-    """What Triton's compiler asks of a driver."""
+    """The driver interface that Triton's compiler calls."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch

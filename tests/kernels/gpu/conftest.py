@@ -1,4 +1,4 @@
-"""Where there is no GPU, kernels run in Triton's interpreter, which is chosen when a kernel is defined."""
+"""Without a GPU, kernels run in Triton's interpreter, which is chosen when a kernel is defined."""
 
 import os
 

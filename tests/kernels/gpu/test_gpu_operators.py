@@ -1,4 +1,4 @@
-"""What all operations have in common: data types, determinism, torch.compile, refusals."""
+"""Properties that all operations share: data types, determinism, torch.compile, refusals."""
 
 import importlib
 import sys
