@@ -10,7 +10,7 @@ from equiformer2.model.config import ModelConfig
 from equiformer2.pruning.cost.operations import count_macs
 
 GRADIENT = 3.0
-"""Passes that one pass with gradients counts as: its backward part has two products for each of the forward."""
+"""Passes that one with gradients counts as: two products in the backward part for each of the forward one."""
 
 
 class Work:

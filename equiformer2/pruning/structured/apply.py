@@ -92,7 +92,7 @@ def masked(
             or of a network with the backend `compile`. Or weights are parametrized.
     """
     plan = plan.checked(model.config)
-    if within is not None and within.sphere_channels != plan.sphere_channels:
+    if within is not None and within.checked(model.config).sphere_channels != plan.sphere_channels:
         raise InputError("plans with other sphere channels cannot be masked one within the other")
     channels = plan.sphere_channels if within is None else None
     if channels is not None and (model.backend == "compile" or model in _MASKED_CHANNELS):
