@@ -56,6 +56,21 @@ def test_batches_do_not_matter_and_labels_are_not_read() -> None:
     assert "forces" not in all_at_once.batches[0]
 
 
+def test_the_loss_on_some_batches_is_that_of_their_structures() -> None:
+    model, other, structures = tiny_model(), tiny_model(seed=1), slabs()
+    found = Calibration(model, NORMALIZERS, structures, batch_size=1)
+    errors = {index: found.errors(index, other) for index in range(4)}
+    assert found.loss_on(range(4), errors) == pytest.approx(found.loss(other))
+    for some in ([0, 1], [1, 3], [2]):
+        alone = Calibration(model, NORMALIZERS, [structures[index] for index in some], batch_size=1)
+        assert found.loss_on(some, errors) == pytest.approx(alone.loss(other))
+    part = {0: errors[0], 2: errors[2]}
+    losses = [found.loss_on(range(4), known) for known in ({}, {0: errors[0]}, part, errors)]
+    assert losses == sorted(losses)
+    assert losses[0] == 0.0 < losses[1] < losses[-1]
+    assert found.loss_on([0, 2], errors | {2: torch.full((1, 3), float("inf"))}) == float("inf")
+
+
 def test_forces_of_held_atoms_do_not_count() -> None:
     calibration = Calibration(tiny_model(), NORMALIZERS, slabs())
     answers = [dict(out) for out in calibration.dense]

@@ -158,7 +158,7 @@ def test_another_search_does_not_continue_a_state(model, calibration, tmp_path: 
 @pytest.mark.parametrize("importance", ["michel", "taylor"])
 def test_units_are_ranked_by_what_was_asked_for(importance, model, calibration) -> None:
     looking = search(model, calibration, importance=importance)
-    scores = looking._scores()
+    scores = looking.scores()
     chosen = [calibration.structures[i] for i in range(len(calibration.structures))]
     objective = probe(NORMALIZERS, calibration.force_weight, int(_after_choice(len(chosen))))
     expected = gradient_importances(model, chosen, objective)[importance]
@@ -176,7 +176,7 @@ def _after_choice(count: int) -> int:
 
 
 def test_the_two_rankings_are_two(model, calibration, tmp_path: Path) -> None:
-    scores = [search(model, calibration, importance=name)._scores() for name in ("michel", "taylor")]
+    scores = [search(model, calibration, importance=name).scores() for name in ("michel", "taylor")]
     assert not np.allclose(scores[0][0, "attn_hidden_channels"], scores[1][0, "attn_hidden_channels"])
     path = tmp_path / "state.json"
     search(model, calibration, target=0.95, state_path=path).run()
