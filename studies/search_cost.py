@@ -275,7 +275,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         "",
         "Written by `python -m studies.search_cost`, which says what is compared. Work is counted in passes",
         "of the dense network over a structure of mean size. Losses are those of the finished plans or",
-        "routers against the dense network ([calibration error](../pruning_structured.md#calibration-error)),",
+        "routers against the dense network ([defined here](../pruning_structured.md#calibration-error)),",
         "in eV, seed by seed.",
     ]
     for name, part in found.items():
@@ -303,7 +303,8 @@ def markdown(found: Mapping[str, Any]) -> str:
                 error = change["standard_error"]
                 about = "one seed" if error is None else f"± {error:.4f}, standard error"
                 lines.append(
-                    f"Loss on {where} structures, default minus exhaustive: {change['mean']:+.4f} eV ({about})."
+                    f"Loss on {where} structures, default minus exhaustive: {change['mean']:+.4f} eV "
+                    f"({about})."
                 )
         for kind, passes in part["counted"].items():
             lines += ["", f"A {kind} network (random weights, tiny slabs): {passes:,.0f} passes."]
