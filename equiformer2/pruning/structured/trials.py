@@ -131,8 +131,12 @@ class Trials:
         self._extend(trial, batches)
         for index in batches:
             self._passes.put(index, trial.passes[index], -1 if start is None else start)
-        self.plan = trial.cut.plan
-        self.errors = dict(trial.errors)
+        if start is None:
+            self._outer.close()
+        self._outer.enter_context(
+            masked(self.model, trial.cut.plan, within=None if start is None else self.plan)
+        )
+        self.plan, self.errors = trial.cut.plan, dict(trial.errors)
         return self.calibration.loss_on(batches, self.errors)
 
     def _batches_of(self, structures: int | None) -> int:
