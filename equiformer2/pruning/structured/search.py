@@ -13,6 +13,7 @@ orders) are tried at once.
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -35,7 +36,7 @@ from equiformer2.pruning.structured.importance import gradient_importance, probe
 from equiformer2.pruning.structured.plan import PruningPlan
 from equiformer2.pruning.structured.search_state import SearchState, Step
 from equiformer2.pruning.structured.trials import Trial, Trials
-from equiformer2.pruning.structured.unit_scores import UnitScores, gradient_scores
+from equiformer2.pruning.structured.unit_scores import NETWORK, UnitScores, gradient_scores
 
 log = logging.getLogger("equiformer2")
 
@@ -73,6 +74,9 @@ class SearchSettings:
         first: number of structures on which all cuts of a step are tried; the better half goes on to twice as
             many, and so on, and the cut that is made runs on all. None tries every cut on all structures.
         bounds: end the trial of a cut once it cannot be the best any more. It then has no exact damage.
+        least: share of the dense cost that a step saves at least: the winner is made together with the next
+            best cuts of other blocks. They would mostly win the next steps, and without it a network of many
+            blocks would take many.
         refresh: share of the dense cost by which the cost falls until importance is computed anew.
         importance: importance of units by which cuts are ranked before any is tried: `michel` or `taylor`
             (see `importance`).
@@ -89,6 +93,7 @@ class SearchSettings:
     tolerance: float = 0.01
     first: int | None = 4
     bounds: bool = True
+    least: float = 0.01
     refresh: float = 0.05
     importance: Literal["michel", "taylor"] = "michel"
     importance_structures: int = 8
@@ -105,16 +110,16 @@ class SearchSettings:
         for name in ("tries", "importance_structures", "first"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: give at least 1")
-        for name in ("tolerance", "refresh"):
+        for name in ("tolerance", "refresh", "least"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: give a share of the dense cost")
 
     def exhaustive(self) -> "SearchSettings":
-        """Return the same search without savings: all cuts on all structures, ranked anew in every step.
+        """Return the same search without savings: every cut on all structures, one cut and ranking per step.
 
         It takes several times the work, and shows what the savings cost in accuracy (studies/search_cost.py).
         """
-        return dataclasses.replace(self, first=None, bounds=False, refresh=0.0)
+        return dataclasses.replace(self, first=None, bounds=False, refresh=0.0, least=0.0)
 
 
 class GreedySearch:
@@ -229,8 +234,29 @@ class GreedySearch:
             tried = [trial for trial in trials if trial.errors]
             for trial in tried:
                 self._learn(trial)
-            loss = self._trials.take(best)
-        self._take(best.cut, loss, len(tried))
+            made = [best.cut] if final else self._together(best, tried, budget)
+            joint = functools.reduce(Cut.joined, made)
+            loss = self._trials.take(best if len(made) == 1 else Trial(joint))
+        self._take(joint, loss, len(tried))
+        for cut in made:  # the next cut at this place is another one
+            state.damages.pop(cut.name, None)
+
+    def _together(self, best: Trial, tried: Sequence[Trial], budget: float) -> list[Cut]:
+        """Choose cuts of other places that are made with the winner, so that the step saves enough."""
+        made, enough = [best.cut], self.cost(self.state.plan) - self.settings.least * self.dense_cost
+
+        def rank(trial: Trial) -> tuple[int, float]:
+            return -len(trial.errors), self._damage_per_cost(trial.cut, *self._trials.losses(trial))
+
+        for trial in sorted(tried, key=rank)[: (len(tried) + 1) // 2]:
+            places, joint = [cut.site for cut in made], functools.reduce(Cut.joined, made)
+            if joint.site == NETWORK or self.cost(joint.plan) <= enough:
+                break
+            if trial.cut.site in (*places, NETWORK):
+                continue
+            if self.cost(joint.joined(trial.cut).plan) >= budget - self._slack:
+                made.append(trial.cut)
+        return made
 
     @property
     def _slack(self) -> float:
@@ -306,8 +332,6 @@ class GreedySearch:
     def _take(self, cut: Cut, loss: float, tried: int) -> None:
         state = self.state
         state.plan, state.loss = cut.plan, min(loss, _WORST)
-        # The next cut at this place is another one.
-        state.damages.pop(cut.name, None)
         state.steps.append(Step(cut.name, self.cost(state.plan), state.loss, tried, self.work.passes))
 
     def _show(self, bar: "tqdm[None]") -> None:
