@@ -8,11 +8,11 @@ from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.pruning.calibration import FORCE_WEIGHT, Calibration
-from equiformer2.pruning.calibration_data import read_structures
+from equiformer2.pruning.calibration_data import mixed_systems, read_structures
 from equiformer2.pruning.routing.computed_shares import ComputedShares
 from equiformer2.pruning.routing.router import BaseRouter
 from equiformer2.pruning.routing.router_search import RoutingSettings, find_router
-from equiformer2.pruning.routing.sparsity_schedule import RoutedModel
+from equiformer2.pruning.routing.schedule_objective import RoutedModel
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class RouteRequest:
         weights: `raw` or `averaged`; None for the averaged ones where there are any.
         structures: number of calibration structures.
         force_weight: λ of the loss, Å.
-        batch_size: structures per forward pass.
+        batch_size: structures per forward pass; a search begins with those of the first one.
         device: device to compute on.
         seed: random seed, also of the choice of structures.
     """
@@ -41,7 +41,7 @@ class RouteRequest:
     weights: str | None = None
     structures: int = 32
     force_weight: float = FORCE_WEIGHT
-    batch_size: int = 8
+    batch_size: int = 4
     device: str = "cpu"
     seed: int = 0
 
@@ -112,7 +112,7 @@ def make_router(
             )
     checkpoint = load_checkpoint(request.checkpoint, request.weights, device=request.device)
     model = checkpoint.model.eval()
-    structures = read_structures(request.data, request.structures, request.seed)
+    structures = mixed_systems(read_structures(request.data, request.structures, request.seed), request.seed)
     calibration = Calibration(
         model, checkpoint.normalizers, structures, request.batch_size, request.force_weight
     )
