@@ -103,7 +103,8 @@ class Calibration:
     Args:
         model: dense network; it answers in evaluation mode.
         normalizers: units of its outputs, for eV and eV/Å.
-        structures: at least one; labels are not read.
+        structures: at least one; labels are not read. Searches try most cuts on the first ones alone: arrange
+            them by `mixed_systems`.
         batch_size: structures per forward pass.
         force_weight: λ, Å.
 
@@ -123,7 +124,7 @@ class Calibration:
         model: EquiformerV2,
         normalizers: Normalizers,
         structures: Sequence[Data],
-        batch_size: int = 8,
+        batch_size: int = 4,
         force_weight: float = FORCE_WEIGHT,
     ) -> None:
         if not structures:
