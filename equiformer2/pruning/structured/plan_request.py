@@ -52,7 +52,7 @@ class PlanRequest:
     sphere: bool = False
     importance: Literal["michel", "taylor"] = "michel"
     force_weight: float = FORCE_WEIGHT
-    batch_size: int = 4
+    batch_size: int = 2
     device: str = "cpu"
     seed: int = 0
 
