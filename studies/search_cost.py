@@ -47,7 +47,7 @@ from equiformer2.script import origin, run_script
 from studies.exhaustive_schedules import ExhaustiveSearch
 
 KINDS = ("exhaustive", "default")
-BATCH_SIZE = 4
+BATCH_SIZE = 2
 _METALS = {"Cu": 3.61, "Ag": 4.09, "Au": 4.08, "Pt": 3.92, "Pd": 3.89, "Ni": 3.52, "Al": 4.05, "Ir": 3.84}
 
 Row = dict[str, Any]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
+from equiformer2.batch_threads import map_batches
 from equiformer2.checkpoint import Normalizers
 from equiformer2.errors import InputError, naming_structures
 from equiformer2.graph import RadiusGraph
@@ -103,7 +104,8 @@ class Calibration:
     Args:
         model: dense network; it answers in evaluation mode.
         normalizers: units of its outputs, for eV and eV/Å.
-        structures: at least one; labels are not read.
+        structures: at least one; labels are not read. Searches try most cuts on the first ones alone: arrange
+            them by `mixed_systems`.
         batch_size: structures per forward pass.
         force_weight: λ, Å.
 
@@ -123,7 +125,7 @@ class Calibration:
         model: EquiformerV2,
         normalizers: Normalizers,
         structures: Sequence[Data],
-        batch_size: int = 8,
+        batch_size: int = 2,
         force_weight: float = FORCE_WEIGHT,
     ) -> None:
         if not structures:
@@ -165,16 +167,26 @@ class Calibration:
         ]
 
     def answers(self, model: Network) -> list[dict[str, Tensor]]:
-        """Run a network on every batch, in evaluation mode.
+        """Run a network on every batch, in evaluation mode; on a CPU several batches at a time.
 
         Args:
-            model: called as `model(batch, graph=…)`.
+            model: called as `model(batch, graph=…)`. What is no plain network gets one batch at a time: it
+                may count what it does.
 
         Returns:
             Outputs per batch, normalised units.
         """
         with in_evaluation_mode(model):
-            return [self.answer(index, model) for index in range(len(self.batches))]
+            plain = isinstance(model, EquiformerV2) and model.backend != "compile"
+            batches = range(len(self.batches))
+            return list(
+                map_batches(
+                    lambda index: self.answer(index, model),
+                    batches,
+                    count=len(batches) if plain else 1,
+                    device=self.batches[0].pos.device,
+                )
+            )
 
     @torch.no_grad()
     def answer(self, index: int, model: Network, **given: Any) -> dict[str, Tensor]:

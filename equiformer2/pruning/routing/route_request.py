@@ -28,7 +28,7 @@ class RouteRequest:
         weights: `raw` or `averaged`; None for the averaged ones where there are any.
         structures: number of calibration structures.
         force_weight: λ of the loss, Å.
-        batch_size: structures per forward pass; a search begins with those of the first one.
+        batch_size: structures per forward pass.
         device: device to compute on.
         seed: random seed, also of the choice of structures.
     """
@@ -41,7 +41,7 @@ class RouteRequest:
     weights: str | None = None
     structures: int = 32
     force_weight: float = FORCE_WEIGHT
-    batch_size: int = 4
+    batch_size: int = 2
     device: str = "cpu"
     seed: int = 0
 

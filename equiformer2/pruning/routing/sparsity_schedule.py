@@ -3,10 +3,10 @@
 Most of a search's cost is the network's, so that a schedule that will not be chosen is to see little of it:
 
 - Where the MACs follow from the structures alone, a schedule is moved to the target before the network runs.
-- At first each block skips alone, on the first part of the structures. Schedules that skip the less in a
-  block the more it does to the loss are good ones to begin with.
-- Successive halving: all new schedules of a generation run on the first part of the structures, the better
-  half on as much again, and so on; the last ones on all. One that cannot be better than the best is dropped.
+- At first each block skips alone, on an eighth of the structures. Schedules that skip the less in a block the
+  more it does to the loss are good ones to begin with.
+- Successive halving: all new schedules of a generation run on an eighth of the structures, the better half on
+  as many again, and so on; the last ones on all. One that cannot be better than the best is dropped.
 - Most children take the levels of the first blocks from one parent, so that the features there are known.
 
 The schedule that is chosen has run on all structures.
@@ -48,9 +48,11 @@ _CLOSE = 5
 _SHIFTS = 12
 _CORRECTIONS = 3
 """Most runs again of one schedule whose MACs only the network tells, until they are right."""
+_FIRST = 8
+"""New schedules run on an eighth of the structures first."""
 _SLACK = 0.1
-"""On one part of the structures a schedule may be worse than the best one by this share of the loss and still
-go on; on n parts by this over the root of n."""
+"""There a schedule may be worse than the best one by this share of the loss and still go on; on n times as many
+structures by this over the root of n."""
 _ONE_POINT = 0.8
 """Share of the children that take the levels of the first blocks from one parent."""
 _POWERS = (0.5, 1.0, 2.0)
@@ -219,6 +221,7 @@ class _Trials:
         )
         self.known: dict[tuple[float, ...], _Individual] = {}
         self.exact = objective.macs([0.0] * num_blocks) is not None
+        self.first = math.ceil(objective.parts / _FIRST)
         self._profile = np.full(objective.parts, 1 / objective.parts)
         self._ratios: dict[tuple[float, ...], float] = {}
 
@@ -415,7 +418,7 @@ class _GeneticSearch:
     def by_damage(self, share: float) -> list[np.ndarray]:
         """Levels that are the lower the more a block does to the loss when it skips `share` alone."""
         alone = [self.trials.alone(block, share) for block in self.open]
-        self.trials.run(alone, 1)
+        self.trials.run(alone, self.trials.first)
         damages = np.array([person.loss for person in alone])
         if not 0 < damages.min() <= damages.max() < float("inf"):
             return []
@@ -452,8 +455,10 @@ class _GeneticSearch:
             The schedules; some of them moved to the target where the network alone tells their MACs.
         """
         trials, parts = self.trials, self.trials.objective.parts
-        people = people if trials.exact else [trials.settled(person, 1) for person in people]
-        rungs = [min(2**rung, parts) for rung in range(math.ceil(math.log2(parts)) + 1)]
+        people = people if trials.exact else [trials.settled(person, trials.first) for person in people]
+        rungs = [trials.first]
+        while rungs[-1] < parts:
+            rungs.append(min(2 * rungs[-1], parts))
         going = list(dict.fromkeys(person for person in people if person.miss == 0))
         for number, rung in enumerate(rungs):
             going = self.promising(going)[: math.ceil(len(people) / 2**number)]
@@ -476,7 +481,7 @@ class _GeneticSearch:
             if done == 0:
                 return False
             certain = sum(result.loss for result in person.results) >= limit
-            return person is not best and (certain or person.loss > limit * (1 + _SLACK / math.sqrt(done)))
+            return person is not best and (certain or person.loss > limit * (1 + _SLACK * math.sqrt(self.trials.first / done)))
 
         return sorted((p for p in people if not hopeless(p)), key=lambda person: person.loss)
 

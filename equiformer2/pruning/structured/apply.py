@@ -140,10 +140,11 @@ def _restore(
 def _on_channels(norm: nn.Module, model: EquiformerV2, kept: Tensor) -> Callable[..., Tensor]:
     """A forward hook of `norm`: its output on the kept channels alone, zero on the others."""
     config, like = model.config, model.sphere_embedding.weight
-    narrow = make_norm(config.norm_type, config.lmax, len(kept)).to(like)
 
     def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         (x,) = inputs
+        # Of its own in every call: several threads may run the network.
+        narrow = make_norm(config.norm_type, config.lmax, len(kept)).to(like)
         weights = {name: weight.index_select(-1, kept) for name, weight in norm.named_parameters()}
         out = torch.func.functional_call(narrow, weights, (x.index_select(2, kept),))
         return out.new_zeros(x.shape).index_copy(2, kept, out)

@@ -93,7 +93,7 @@ class SearchSettings:
     tolerance: float = 0.01
     first: int | None = 4
     bounds: bool = True
-    least: float = 0.01
+    least: float = 0.015
     refresh: float = 0.05
     importance: Literal["michel", "taylor"] = "michel"
     importance_structures: int = 8

@@ -7,17 +7,19 @@
 - A candidate ends early once the part of its loss that is known is more than the candidates that go on have.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from equiformer2.batch_threads import map_all, side_by_side
 from equiformer2.model import EquiformerV2
 from equiformer2.model.routing import Prefix
 from equiformer2.pruning.calibration import Calibration, in_evaluation_mode
 from equiformer2.pruning.cost.work import Work
-from equiformer2.pruning.stored_passes import StoredPasses
+from equiformer2.pruning.stored_passes import LIMIT_BYTES, StoredPasses
 from equiformer2.pruning.structured.apply import masked
 from equiformer2.pruning.structured.candidate_cuts import Cut
 from equiformer2.pruning.structured.plan import PruningPlan
@@ -62,7 +64,11 @@ class Trials:
     def __init__(self, model: EquiformerV2, calibration: Calibration, work: Work, plan: PruningPlan) -> None:
         self.model, self.calibration, self.work, self.plan = model, calibration, work, plan
         self.errors: dict[int, Tensor] = {}
-        self._passes = StoredPasses(model.config, calibration.sizes)
+        device = model.sphere_embedding.weight.device
+        limit = LIMIT_BYTES if model.resolve_backend().partial else 0
+        self._passes = StoredPasses(model.config, calibration.sizes, limit)
+        self._map = functools.partial(map_all, device=device)
+        self._at_once = side_by_side(None, device)
         self._outer = ExitStack()
 
     @contextmanager
@@ -156,11 +162,10 @@ class Trials:
 
     def _complete(self, batches: Sequence[int]) -> None:
         """Run the present plan where this has not been done: at the beginning of a search."""
-        for index in batches:
-            if index not in self.errors:
-                passes: list[Prefix] = []
-                self.errors[index] = self._run(index, None, passes)
-                self._passes.put(index, passes)
+        missing = [index for index in batches if index not in self.errors]
+        for index, (errors, passes) in self._run(missing, None):
+            self.errors[index] = errors
+            self._passes.put(index, passes)
 
     def _extend(
         self,
@@ -171,30 +176,42 @@ class Trials:
     ) -> bool:
         """Run a trial on more batches; False if it has ended because its value is above `limit`."""
         before = self.loss_before(batches)
+        missing = [index for index in batches if index not in trial.errors]
         with self._cut(trial.cut):
-            for index in batches:
-                if index in trial.errors:
-                    continue
+            while missing:
                 if value is not None and limit is not None:
                     known = self.calibration.loss_on(batches, trial.errors)
                     if value(trial.cut, known, before) > limit:
                         return False
-                passes: list[Prefix] = []
-                start = self._passes.before(index, self._start(trial.cut))
-                trial.errors[index] = self._run(index, start, passes)
-                trial.passes[index] = passes
+                for index, (errors, passes) in self._run(missing[: self._at_once], self._start(trial.cut)):
+                    trial.errors[index], trial.passes[index] = errors, passes
+                missing = missing[self._at_once :]
         return True
 
-    def _run(self, index: int, start: Prefix | None, passes: list[Prefix]) -> Tensor:
-        """Errors of the network as it is masked now on one batch."""
+    def _run(
+        self, batches: Sequence[int], first: int | None
+    ) -> Iterator[tuple[int, tuple[Tensor, list[Prefix]]]]:
+        """Run the network as it is masked now on some batches, from block `first` on; several at a time.
 
-        def keep(prefix: Prefix) -> None:
-            if prefix.block in self._passes.blocks and (start is None or prefix.block > start.block):
-                passes.append(prefix)
+        Yields:
+            Number, errors and passes of each batch.
+        """
+        starts = {index: self._passes.before(index, first) for index in batches}
 
-        errors = self.calibration.errors(index, self.model, start=start, keep=keep)
-        self.work.add(self.work.of_pass(index, None if start is None else start.block))
-        return errors
+        def run(index: int) -> tuple[Tensor, list[Prefix]]:
+            start, passes = starts[index], list[Prefix]()
+
+            def keep(prefix: Prefix) -> None:
+                if prefix.block in self._passes.blocks and (start is None or prefix.block > start.block):
+                    passes.append(prefix)
+
+            given = {"start": start, "keep": keep} if self._passes.blocks else {}
+            return self.calibration.errors(index, self.model, **given), passes
+
+        for index, result in zip(batches, self._map(run, batches), strict=True):
+            start = starts[index]
+            self.work.add(self.work.of_pass(index, None if start is None else start.block))
+            yield index, result
 
     @contextmanager
     def _cut(self, cut: Cut) -> Iterator[None]:

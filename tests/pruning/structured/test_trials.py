@@ -120,7 +120,7 @@ def test_work_counts_what_is_run(model, calibration, cut_already) -> None:
         trials.race([Cut("block", 2, "feed_forward", last, None)], lambda cut, after, before: after)
     heads = macs.energy_head + sum(macs.force_head.values())
     run = macs.total + sum(macs.blocks[2].values()) + heads
-    assert trials.work.passes == pytest.approx(4 * run / macs.total, rel=1e-3)
+    assert trials.work.passes == pytest.approx(4 * run / macs.total, rel=3e-3)
 
 
 def test_features_are_kept_as_far_as_the_memory_goes() -> None:
