@@ -47,7 +47,7 @@ _IDEAL_RATIO = {"hcp": np.sqrt(8 / 3), "L10": 1.0}
 _ATOMS_PER_CELL = {"L12": 4, "L10": 4, "B2": 2}
 
 
-class Unsuitable(ValueError):
+class UnsuitableError(ValueError):
     """A bulk, slab or structure that does not fit the data; the message says why, for the record."""
 
 
@@ -136,7 +136,7 @@ class Prototypes:
         """Draw a kind and its elements at random, and relax the lattice constant.
 
         Raises:
-            Unsuitable: an alloy that is not stable, or a crystal without a lowest energy near its guess.
+            UnsuitableError: an alloy that is not stable, or a crystal without a lowest energy near its guess.
         """
         kind = str(rng.choice(KINDS))
         if kind == "pure":
@@ -152,14 +152,14 @@ class Prototypes:
         crystal = self.relaxed(kind, pair)
         formation = self.formation_energy(crystal)
         if formation > MAX_FORMATION:
-            raise Unsuitable(f"{kind} {'-'.join(pair)}: energy of formation {formation:.3f} eV per atom")
+            raise UnsuitableError(f"{kind} {'-'.join(pair)}: energy of formation {formation:.3f} eV per atom")
         return Bulk(crystal.atoms(), kind)
 
     def formation_energy(self, crystal: Crystal) -> float:
         """Energy of formation from the elements, eV per atom.
 
         Raises:
-            Unsuitable: an element has no crystal of lowest energy.
+            UnsuitableError: an element has no crystal of lowest energy.
         """
         symbols = crystal.atoms().get_chemical_symbols()
         return crystal.energy - float(np.mean([self.element(symbol).energy for symbol in symbols]))
@@ -168,16 +168,16 @@ class Prototypes:
         """Find the crystal of an element with the lowest energy among `ELEMENT_CRYSTALS`.
 
         Raises:
-            Unsuitable: there is none.
+            UnsuitableError: there is none.
         """
         crystals = []
         for kind in ELEMENT_CRYSTALS:
             try:
                 crystals.append(self.relaxed(kind, (symbol,)))
-            except Unsuitable:
+            except UnsuitableError:
                 continue
         if not crystals:
-            raise Unsuitable(f"{symbol}: no crystal has a lowest energy near its covalent radius")
+            raise UnsuitableError(f"{symbol}: no crystal has a lowest energy near its covalent radius")
         return min(crystals, key=lambda crystal: crystal.energy)
 
     def relaxed(self, kind: str, symbols: tuple[str, ...]) -> Crystal:
@@ -187,7 +187,7 @@ class Prototypes:
             kind, symbols: as the attributes of `Crystal`.
 
         Raises:
-            Unsuitable: the energy is lowest at the end of the range that was searched.
+            UnsuitableError: the energy is lowest at the end of the range that was searched.
         """
         name = f"{kind} {'-'.join(symbols)}"
         if name not in self.found:
@@ -204,7 +204,7 @@ class Prototypes:
         sizes = [energy(guess * factor, ratio) for factor in _GRID]
         lowest = int(np.argmin(sizes))
         if lowest in (0, len(sizes) - 1):
-            raise Unsuitable(f"{name}: no lowest energy near a lattice constant of {guess:.2f} Å")
+            raise UnsuitableError(f"{name}: no lowest energy near a lattice constant of {guess:.2f} Å")
         a = _lowest(lambda a: energy(a, ratio), guess * _GRID[lowest - 1], guess * _GRID[lowest + 1])
         if kind in _IDEAL_RATIO:
             volume, ideal = a**3 * ratio, ratio

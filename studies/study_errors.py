@@ -1,7 +1,8 @@
-"""Errors of checkpoints on the larger teacher set: all frames, and by element, adsorbate, bulk and trajectory.
+"""Errors of checkpoints on the larger teacher set: of all frames, by element, adsorbate, bulk and trajectory.
 
     python -m studies.study_errors --checkpoints models/study_teacher.pt oc20_small
-    python -m studies.study_errors --checkpoints models/study_teacher.pt --trained-on runs/data/study/train.lmdb \
+    python -m studies.study_errors --checkpoints models/study_teacher.pt \
+        --trained-on runs/data/study/train.lmdb \
         --data data/teacher_large/test runs/data/study/val.lmdb runs/data/study/older.lmdb
 
 Data are raw folders with an `index.jsonl`, or LMDB files made of them (the systems are then looked up in
@@ -258,9 +259,7 @@ def seen_bulks(sources: Sequence[AnyPath], index: Sequence[AnyPath]) -> frozense
     return frozenset(bulks)
 
 
-def frame_errors(
-    predictor: Predictor, checkpoint: Path, source: Path, runs: Path, batch_size: int
-) -> Frames:
+def frame_errors(predictor: Predictor, checkpoint: Path, source: Path, runs: Path, batch_size: int) -> Frames:
     """Compute the errors by frame, or read them where they were computed before.
 
     Args:
@@ -313,11 +312,11 @@ def collect(frames: Frames, systems: Sequence[System], seen: frozenset[str] | No
     }
 
 
-def _cell(value: float | None, digits: int) -> str:
+def cell(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
     return [*(f"| {' | '.join(line)} |" for line in lines), ""]
 
@@ -333,8 +332,8 @@ def markdown(record: Mapping[str, Any], figure: str) -> str:
         "# Errors on the larger teacher set",
         "",
         "Written by `python -m studies.study_errors`, whose help defines every number. The labels are",
-        "SevenNet-0's, not DFT ([data](../../data/README.md)). Adsorption energies; forces of free atoms; means",
-        "over frames. Ratios are to zero forces and to the mean energy of the same frames.",
+        "SevenNet-0's, not DFT ([data](../../data/README.md)). Adsorption energies; forces of free atoms;",
+        "means over frames. Ratios are to zero forces and to the mean energy of the same frames.",
         "",
         f"![errors by element and by size of the adsorbate]({figure})",
         "",
@@ -345,40 +344,40 @@ def markdown(record: Mapping[str, Any], figure: str) -> str:
         lines += [
             f"## {source}",
             "",
-            f"{whole['frames']} frames of {whole['systems']} systems with {first['bulks']} bulk formulas. Zero "
-            f"forces have a force MAE of {whole['trivial_force_mae_eV_A']:.4f} eV/Å, the frames' mean energy "
-            f"an energy MAE of {whole['trivial_energy_mae_eV']:.3f} eV.",
+            f"{whole['frames']} frames of {whole['systems']} systems with {first['bulks']} bulk formulas. "
+            f"Zero forces have a force MAE of {whole['trivial_force_mae_eV_A']:.4f} eV/Å, the frames' mean "
+            f"energy an energy MAE of {whole['trivial_energy_mae_eV']:.3f} eV.",
             "",
         ]
         for columns in (COLUMNS, OTHER_MEANS):
             rows = [
-                [name, *(_cell(result["all"][key], digits) for key, _, digits in columns)]
+                [name, *(cell(result["all"][key], digits) for key, _, digits in columns)]
                 for name, result in results.items()
             ]
-            lines += _table(["checkpoint", *(title for _, title, _ in columns)], rows)
+            lines += table(["checkpoint", *(title for _, title, _ in columns)], rows)
         lines += ["Force ratio, cosine and energy ratio of groups of frames:", ""]
         rows = [
             [f"{title}: {name}" if name.isdigit() else name, str(row["frames"]), str(row["systems"])]
             + [
-                _cell(result["groups"][title][name][key], 2)
+                cell(result["groups"][title][name][key], 2)
                 for result in results.values()
                 for key in IN_BREAKDOWNS
             ]
             for title, groups in first["groups"].items()
             for name, row in groups.items()
         ]
-        lines += _table(["frames with", "frames", "systems", *_heads(results, ("F", "cos", "E"))], rows)
+        lines += table(["frames with", "frames", "systems", *_heads(results, ("F", "cos", "E"))], rows)
         lines += ["By element: ratio of the force MAE of its free atoms, and of the energy MAE:", ""]
         rows = [
             [name, str(row["frames"]), str(row["free_atoms"])]
             + [
-                _cell(result["elements"][name][key], 2)
+                cell(result["elements"][name][key], 2)
                 for result in results.values()
                 for key in ("force_ratio", "energy_ratio")
             ]
             for name, row in first["elements"].items()
         ]
-        lines += _table(["element", "frames", "free atoms", *_heads(results, ("F", "E"))], rows)
+        lines += table(["element", "frames", "free atoms", *_heads(results, ("F", "E"))], rows)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -475,7 +474,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             systems = look_up(frames.sid, known[source], source)
             result = collect(frames, systems, seen)
             data.setdefault(source.as_posix(), {})[name] = result
-            shown = ", ".join(f"{title} {_cell(result['all'][key], d)}" for key, title, d in COLUMNS)
+            shown = ", ".join(f"{title} {cell(result['all'][key], d)}" for key, title, d in COLUMNS)
             print(f"{name} on {source}: {shown}")
     sums = {name: sha256(Path(path)) for name, path in checkpoints.items()}
     record = {**header(SCHEMA), "checkpoints_sha256": sums, "data": data}
