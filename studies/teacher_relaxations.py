@@ -230,7 +230,10 @@ def relax_starts(
                     yield index, start.data()
 
         with tqdm(
-            total=len(starts), initial=len(relaxations.rows), desc=folder.name, unit="system"
+            total=len(starts),
+            initial=sum(index < len(starts) for index in relaxations.rows),
+            desc=folder.name,
+            unit="system",
         ) as progress:
             for relaxed in relax_batched(predict, missing(), settings, batch_size=batch_size):
                 if relaxed.frames:
@@ -238,7 +241,8 @@ def relax_starts(
                 else:
                     relaxations.skip(relaxed.index, relaxed.name, str(relaxed.failure))
                 progress.update()
-        rows = dict(relaxations.rows)
+        # Systems of a call that asked for more of them stay in the folder.
+        rows = {index: row for index, row in relaxations.rows.items() if index < len(starts)}
     ends = {}
     for row in rows.values():
         with Trajectory(str(folder / "trajectories" / f"{row['sid']}.traj")) as frames:
@@ -527,7 +531,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if predictor.energy_kind != "adsorption":
             raise InputError(f"{path} predicts {predictor.energy_kind} energies, not adsorption energies")
         digest = sha256(Path(path))
-        asked = {"checkpoint": digest, "seed": arguments.seed, "systems": arguments.systems}
+        asked = {"checkpoint": digest, "seed": arguments.seed}
         folder = arguments.runs / f"{name}-{digest[:8]}"
         ends = relax_starts(
             free_forces(predictor), starts, settings, folder, asked, batch_size=arguments.batch_size
@@ -574,7 +578,7 @@ def _relax_teacher(
             "use the bundled folder data/teacher_large/relaxed"
         )
     references = {start.system.sid: start.reference for start in starts}
-    asked = {"checkpoint": "7net-0", "seed": arguments.seed, "systems": arguments.systems}
+    asked = {"checkpoint": "7net-0", "seed": arguments.seed}
     ends = relax_starts(
         teacher_predict(teacher, references), starts, settings, arguments.runs / "teacher", asked, 1
     )
