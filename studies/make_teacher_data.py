@@ -106,8 +106,8 @@ class Settings:
 
 
 #: Of a trajectory that the teacher, or a network, drives.
-BY_TEACHER = {"steps": 28, "frames": 8, "rattled": 3}
-BY_NETWORK = {"steps": 20, "frames": 6, "rattled": 2}
+BY_TEACHER: dict[str, Any] = {"steps": 28, "frames": 8, "rattled": 3}
+BY_NETWORK: dict[str, Any] = {"steps": 20, "frames": 6, "rattled": 2}
 
 
 @dataclass(frozen=True)

@@ -397,7 +397,7 @@ def draw(results: Mapping[str, Any], title: str, target: AnyPath) -> None:
     names = list(results)
     elements = list(results[names[0]]["elements"])
     figure = Figure(figsize=(max(8.0, 0.32 * len(elements) + 1), 6.4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1)
+    top, bottom = np.atleast_1d(figure.subfigures(2, 1))
     axis = top.subplots()
     width = 0.8 / len(names)
     for number, name in enumerate(names):

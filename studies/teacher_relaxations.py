@@ -267,7 +267,7 @@ def write_ends(
         packed = lzma.compress(raw_text(atoms, [frame]).encode(), preset=9)
         write_bytes(folder / f"{system.sid}.extxyz.xz", packed, make_folder=True)
         references.append(f"{system.sid},{start.reference:.6f}\n")
-        entry = {"sid": system.sid, "bulk": system.bulk, "mpid": system.mpid, "ads": system.adsorbate}
+        entry: Row = {"sid": system.sid, "bulk": system.bulk, "mpid": system.mpid, "ads": system.adsorbate}
         entry |= {"frames": 1, "driven": "teacher", "steps": end.steps, "converged": end.converged}
         entry |= {"fmax_eV_A": settings.fmax, "max_steps": settings.steps}
         lines.append(json.dumps(entry) + "\n")
