@@ -186,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = {"older": arguments.data / "teacher", "test": large / "test"}
     train, older, test = (read_index(folder) for folder in (large / "train", *folders.values()))
     parts = divide(train, older, test, arguments.validation_share, arguments.seed)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     listing: dict[str, Any] = {}
     for name, systems in parts.items():
         out = arguments.out / f"{name}.lmdb"
