@@ -30,7 +30,7 @@ import json
 import lzma
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 from ase.constraints import FixAtoms
+from ase.data import chemical_symbols
 from ase.formula import Formula
 from ase.optimize import FIRE
 from tqdm import tqdm
@@ -435,7 +436,7 @@ def _make_group(
     return [sid for sid in data.index if sid.startswith(group)]
 
 
-def sevennet() -> Calculator:
+def sevennet() -> Any:
     """SevenNet-0 of 11 July 2024, whose weights are inside the `sevenn` package.
 
     Raises:
@@ -538,6 +539,17 @@ def read_bulks(files: Sequence[Path]) -> list[Bulk]:
     return bulks
 
 
+def check_elements(bulks: Sequence[Bulk], known: Collection[int]) -> None:
+    """Raise `InputError` for a bulk with an element whose atomic number is not `known` to the teacher."""
+    for bulk in bulks:
+        unknown = [number for number in bulk.atoms.numbers if number not in known]
+        if unknown:
+            raise InputError(
+                f"the bulk {bulk.origin} holds {chemical_symbols[unknown[0]]}, which the teacher does not "
+                "know: leave it out of --bulks"
+            )
+
+
 def _structures(path: Path) -> Iterator[tuple[str, Atoms]]:
     if path.suffix != ".db":
         yield path.stem, read_structure(path)
@@ -585,6 +597,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     bulks = read_bulks(arguments.bulks)
     teacher = sevennet()
+    check_elements(bulks, teacher.type_map)
     _import_placement()
     data = DataFolder(arguments.out, settings)
     prototypes = Prototypes(teacher, data.crystals)

@@ -35,7 +35,8 @@ import torch
 from matplotlib.figure import Figure
 
 from datasets_oc20 import DataError, OC20Lmdb
-from datasets_oc20.preprocess import preprocess
+from datasets_oc20.preprocess import PreprocessOptions, preprocess
+from datasets_oc20.targets import check_energies_match_kind, sample_targets
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.errors import InputError
@@ -90,21 +91,29 @@ class Frames:
     elements: dict[str, Row]
 
     @classmethod
-    def compute(cls, predictor: Predictor, dataset: OC20Lmdb, batch_size: int) -> "Frames":
+    def compute(cls, predictor: Predictor, dataset: OC20Lmdb, batch_size: int, name: str) -> "Frames":
         """Predict every frame of a data set.
 
+        Args:
+            predictor: with forces, of the data's kind of energy.
+            dataset: frames with targets.
+            batch_size: maximum number of frames per batch.
+            name: of the data in messages.
+
         Raises:
-            InputError: no forces, a frame without targets or without a free atom.
+            InputError: no forces, a frame without targets or without a free atom, energies that cannot be
+                adsorption energies.
         """
         if not predictor.has_forces:
             raise InputError("the checkpoint predicts no forces: this study compares forces")
-        check_targets(dataset[0], True, dataset.path)
+        check_targets(dataset[0], True, name)
+        check_energies_match_kind(sample_targets(dataset, 200), str(dataset.energy_kind), name)
         mean = float(np.mean([float(dataset[index].energy) for index in range(len(dataset))]))
         found, trivial = Breakdown(), Breakdown()
         sids: list[str] = []
         numbers, sizes = [], []
         for batch in batches(dataset, batch_size, None, 0):
-            check_targets(batch, True, dataset.path)
+            check_targets(batch, True, name)
             out = predictor.predict(batch)
             found.update(out, batch)
             zero = torch.zeros_like(out["forces"])
@@ -115,7 +124,7 @@ class Frames:
                 start += count
                 free = ~batch.fixed[part].bool()
                 if not free.any():
-                    raise InputError(f"{dataset.path}: a frame of {batch.sid[at]} has no free atom to judge")
+                    raise InputError(f"{name}: a frame of {batch.sid[at]} has no free atom to judge")
                 true, predicted = (each[part][free].double() for each in (batch.forces, out["forces"]))
                 whole = torch.cosine_similarity(true.flatten(), predicted.flatten(), dim=0)
                 atoms = torch.cosine_similarity(true, predicted, dim=1).mean()
@@ -289,8 +298,9 @@ def frame_errors(predictor: Predictor, checkpoint: Path, source: Path, runs: Pat
         path = source
         if (source / "system.txt").is_file():
             path = Path(scratch) / f"{source.name}.lmdb"
-            preprocess(source, path, num_workers=1)
-        frames = Frames.compute(predictor, open_dataset(path, predictor, None), batch_size)
+            everything = PreprocessOptions(max_energy=None, max_force=None)
+            preprocess(source, path, everything, num_workers=1)
+        frames = Frames.compute(predictor, open_dataset(path, predictor, None), batch_size, str(source))
     arrays = {"numbers": frames.numbers.tolist(), "adsorbate_atoms": frames.adsorbate_atoms.tolist()}
     record = {"evaluated": settings, "sid": frames.sid, **arrays, "elements": frames.elements}
     write_json(stored, record, make_folder=True)

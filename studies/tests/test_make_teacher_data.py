@@ -17,9 +17,10 @@ from datasets_oc20.extxyz import read_frames
 from datasets_oc20.preprocess import preprocess
 from datasets_oc20.raw_release import read_references
 from equiformer2 import EquiformerV2Calculator
-from studies.make_teacher_data import DataFolder, Settings, Start, main, make, read_bulks
+from studies.make_teacher_data import DataFolder, Settings, Start, check_elements, main, make, read_bulks
 from studies.prototypes import Bulk, UnsuitableError
 from studies.study_data import read_index
+from tests.disk import full_disk
 from tests.pruning.search_helpers import save_tiny
 
 QUICK = Settings("teacher", steps=6, frames=4, rattled=2, clean_steps=3)
@@ -187,6 +188,25 @@ def test_bulks_of_files(tmp_path: Path) -> None:
         read_bulks([tmp_path / "broken.db"])
     with pytest.raises(ValueError, match="no such file"):
         read_bulks([tmp_path / "missing.db"])
+
+
+def test_an_element_that_the_teacher_does_not_know_is_named() -> None:
+    bulks = [Bulk(bulk("Cu"), "mp-30"), Bulk(bulk("Po", "sc", a=3.35), "mp-404")]
+    check_elements(bulks, {29, 84})
+    with pytest.raises(ValueError, match="the bulk mp-404 holds Po, which the teacher does not know"):
+        check_elements(bulks, {29, 78})
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+    fill(tmp_path / "whole", 3)
+    folder = tmp_path / "data"
+    fill(folder, 1)
+    before = contents(folder)
+    with full_disk(600), pytest.raises(OSError, match=r"made\.json"):
+        fill(folder, 3)
+    assert contents(folder) == before
+    fill(folder, 3)
+    assert contents(folder) == contents(tmp_path / "whole")
 
 
 @pytest.mark.skipif(not MISSING_PACKAGES, reason="the package is installed")

@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def frames(folder: Path, checkpoint: Path) -> Frames:
     lmdb = folder.with_suffix(".lmdb")
     preprocess(folder, lmdb, num_workers=1)
-    return Frames.compute(Predictor(checkpoint), OC20Lmdb(lmdb), batch_size=3)
+    return Frames.compute(Predictor(checkpoint), OC20Lmdb(lmdb), batch_size=3, name="data")
 
 
 def test_averages_are_those_of_the_definitions(folder: Path, checkpoint: Path, frames: Frames) -> None:
@@ -154,6 +154,7 @@ def test_command_writes_the_page_and_keeps_what_is_finished(
         (["--checkpoints", "CHECKPOINT", "elsewhere/tiny.pt"], "have one file name"),
         (["--checkpoints", "CHECKPOINT", "--data", "missing"], "no such file or folder"),
         (["--checkpoints", "CHECKPOINT", "--batch-size", "0"], "give 1 or more"),
+        (["--checkpoints", "CHECKPOINT", "--data", "FAR"], "far.*energies"),
         (["--checkpoints", "no_such_model"], "neither a file, nor a shipped"),
     ],
 )
@@ -161,7 +162,9 @@ def test_bad_input_is_told_in_a_sentence(
     arguments: list[str], told: str, folder: Path, checkpoint: Path, frames: Frames, tmp_path: Path
 ) -> None:
     other = copy_systems(tmp_path / "other", [COPPER])
-    words = {"CHECKPOINT": checkpoint, "LMDB": folder.with_suffix(".lmdb"), "OTHER": other}
+    far = copy_systems(tmp_path / "far", [COPPER])
+    (far / "system.txt").write_text(f"{COPPER},100000.0\n", encoding="utf-8")
+    words = {"FAR": far, "CHECKPOINT": checkpoint, "LMDB": folder.with_suffix(".lmdb"), "OTHER": other}
     given = [str(words.get(word, word)) for word in arguments]
     with pytest.raises(ValueError, match=told):
         main([*given, "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "out")])
