@@ -45,7 +45,7 @@ from equiformer2.inference import Predictor
 from equiformer2.script import header, run_script
 from equiformer2.shipped import find_checkpoint
 from equiformer2.training.breakdown import ADSORBATE, Breakdown
-from equiformer2.training.evaluation import batches, check_targets, open_dataset
+from equiformer2.training.evaluation import check_targets, open_dataset, predicted_batches
 from equiformer2.training.figures import save_figure
 from studies.study_data import System, read_index
 
@@ -112,9 +112,7 @@ class Frames:
         found, trivial = Breakdown(), Breakdown()
         sids: list[str] = []
         numbers, sizes = [], []
-        for batch in batches(dataset, batch_size, None, 0):
-            check_targets(batch, True, name)
-            out = predictor.predict(batch)
+        for batch, out in predicted_batches(predictor.predict_batches, dataset, batch_size, None, 0, True):
             found.update(out, batch)
             zero = torch.zeros_like(out["forces"])
             trivial.update({"energy": torch.full_like(out["energy"], mean), "forces": zero}, batch)
