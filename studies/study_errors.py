@@ -363,7 +363,9 @@ def markdown(record: Mapping[str, Any], figure: str) -> str:
                 for name, result in results.items()
             ]
             lines += table(["checkpoint", *(title for _, title, _ in columns)], rows)
-        lines += ["Force ratio, cosine and energy ratio of groups of frames:", ""]
+        known = ", ".join(f"`{path}`" for path in record["trained_on"])
+        seen = f" Seen are the bulk formulas of {known}." if known else ""
+        lines += [f"Force ratio, cosine and energy ratio of groups of frames.{seen}", ""]
         rows = [
             [f"{title}: {name}" if name.isdigit() else name, str(row["frames"]), str(row["systems"])]
             + [
@@ -375,7 +377,7 @@ def markdown(record: Mapping[str, Any], figure: str) -> str:
             for name, row in groups.items()
         ]
         lines += table(["frames with", "frames", "systems", *_heads(results, ("F", "cos", "E"))], rows)
-        lines += ["By element: ratio of the force MAE of its free atoms, and of the energy MAE:", ""]
+        lines += ["By element: ratios of the force MAE of its free atoms and of the energy MAE.", ""]
         rows = [
             [name, str(row["frames"]), str(row["free_atoms"])]
             + [
@@ -485,7 +487,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             shown = ", ".join(f"{title} {cell(result['all'][key], d)}" for key, title, d in COLUMNS)
             print(f"{name} on {source}: {shown}")
     sums = {name: sha256(Path(path)) for name, path in checkpoints.items()}
-    record = {**header(SCHEMA), "checkpoints_sha256": sums, "data": data}
+    trained_on = [path.as_posix() for path in arguments.trained_on]
+    record = {**header(SCHEMA), "checkpoints_sha256": sums, "trained_on": trained_on, "data": data}
     write_json(arguments.results.with_suffix(".json"), record, make_folder=True)
     picture = arguments.results.with_suffix(".png")
     source = arguments.data[0].as_posix()
