@@ -51,8 +51,8 @@ _CORRECTIONS = 3
 _FIRST = 8
 """New schedules run on an eighth of the structures first."""
 _SLACK = 0.1
-"""There a schedule may be worse than the best one by this share of the loss and still go on; on n times as many
-structures by this over the root of n."""
+"""There a schedule may be worse than the best one by this share of the loss and still go on; on n times as
+many structures by this over the root of n."""
 _ONE_POINT = 0.8
 """Share of the children that take the levels of the first blocks from one parent."""
 _POWERS = (0.5, 1.0, 2.0)
@@ -481,7 +481,9 @@ class _GeneticSearch:
             if done == 0:
                 return False
             certain = sum(result.loss for result in person.results) >= limit
-            return person is not best and (certain or person.loss > limit * (1 + _SLACK * math.sqrt(self.trials.first / done)))
+            return person is not best and (
+                certain or person.loss > limit * (1 + _SLACK * math.sqrt(self.trials.first / done))
+            )
 
         return sorted((p for p in people if not hopeless(p)), key=lambda person: person.loss)
 
