@@ -78,7 +78,11 @@ class RouteResult:
             ("loss", self.errors["loss"], "eV"),
         )
         text = ", ".join(f"{name} {value:.4f} {unit}" for name, value, unit in errors if value is not None)
-        return f"{self.shares}\nagainst the dense network, calibration structures: {text}"
+        lines = [str(self.shares), f"against the dense network, calibration structures: {text}"]
+        passes = [found["passes"] for found in self.search.values() if "passes" in found]
+        if passes:
+            lines.append(f"the search took {sum(passes):,.0f} passes of the dense network over one structure")
+        return "\n".join(lines)
 
 
 def make_router(

@@ -136,7 +136,7 @@ class ScheduleObjective:
         Returns:
             Contributions of the part.
         """
-        graph, num_atoms = self.calibration.graphs[part], self.calibration.batches[part].num_nodes
+        graph, num_atoms = self.calibration.graphs[part], int(self._sizes[part, 0])
         router, keys = self.make_router(levels), list[Hashable](levels)
         active: BaseRouter | list[Tensor | None] = router
         decided = self._geometric.decide(router)
