@@ -71,8 +71,9 @@ class SearchSettings:
         per_cost: choose by damage per saved cost; else by the loss alone.
         tolerance: share of the dense cost by which a plan may end below the target, as long as some cut does
             not go further.
-        first: number of structures on which all cuts of a step are tried; the better half goes on to twice as
-            many, and so on, and the cut that is made runs on all. None tries every cut on all structures.
+        first: number of structures on which all cuts of a step are tried, others in every step; the better
+            half goes on to twice as many, and so on, and the cut that is made runs on all. None tries every
+            cut on all structures.
         bounds: end the trial of a cut once it cannot be the best any more. It then has no exact damage.
         least: share of the dense cost that a step saves at least: the winner is made together with the next
             best cuts of other blocks. They would mostly win the next steps, and without it a network of many
@@ -230,6 +231,7 @@ class GreedySearch:
                 self._loss_alone if final else self._damage_per_cost,
                 self.settings.first,
                 self.settings.bounds,
+                turn=len(state.steps),
             )
             tried = [trial for trial in trials if trial.errors]
             for trial in tried:

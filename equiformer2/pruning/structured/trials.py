@@ -88,7 +88,12 @@ class Trials:
         return self.calibration.loss_on(batches, self.errors)
 
     def race(
-        self, cuts: Sequence[Cut], value: Value, first: int | None = None, bounds: bool = True
+        self,
+        cuts: Sequence[Cut],
+        value: Value,
+        first: int | None = None,
+        bounds: bool = True,
+        turn: int = 0,
     ) -> tuple[Trial, list[Trial]]:
         """Find the best of several cuts.
 
@@ -98,15 +103,18 @@ class Trials:
             first: number of structures of the first round, doubled in every other; None for all of them at
                 once. Whole batches are used.
             bounds: end the trial of a cut that cannot go on any more.
+            turn: number of the race; every one begins with other structures, so that cuts which are harmless
+                on some by chance do not add up.
 
         Returns:
             The winner, and the trials of all cuts in the given order.
         """
         live = trials = [Trial(cut) for cut in cuts]
-        count = self._batches_of(first)
+        total, count = len(self.calibration.batches), self._batches_of(first)
+        order = [(turn * count + place) % total for place in range(total)]
         while True:
-            batches, done = range(count), list[tuple[float, Trial]]()
-            staying = 1 if count == len(self.calibration.batches) else (len(live) + 1) // 2
+            batches, done = order[:count], list[tuple[float, Trial]]()
+            staying = 1 if count == total else (len(live) + 1) // 2
             self._complete(batches)
             before = self.loss_before(batches)
             for trial in live:
@@ -121,7 +129,7 @@ class Trials:
             live = best
             if staying == 1:
                 return live[0], trials
-            count = min(2 * count, len(self.calibration.batches))
+            count = min(2 * count, total)
 
     def take(self, trial: Trial) -> float:
         """Make the plan after a cut the present one, with its errors on all batches.
