@@ -34,6 +34,7 @@ from equiformer2.pruning.cost.targets import MacTarget
 from equiformer2.pruning.cost.work import GRADIENT
 from equiformer2.pruning.fingerprints import fingerprint_of_structures, fingerprint_of_weights
 from equiformer2.pruning.routing import (
+    BaseRouter,
     RoutedModel,
     Schedule,
     ScheduleObjective,
@@ -129,6 +130,7 @@ def search_router(setting: Setting, kind: str, held_out: Calibration | None) -> 
         Work, share of the MACs, and errors against the dense network.
     """
     model, calibration = setting.model, setting.calibration
+    router: BaseRouter
     if kind == "exhaustive":
         objective = ScheduleObjective(model, calibration, static_router)
         found = ExhaustiveSearch(objective, len(model.blocks), setting.keep, seed=setting.seed).run()
