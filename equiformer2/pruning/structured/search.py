@@ -95,7 +95,7 @@ class SearchSettings:
     first: int | None = 4
     bounds: bool = True
     least: float = 0.015
-    refresh: float = 0.05
+    refresh: float = 0.03
     importance: Literal["michel", "taylor"] = "michel"
     importance_structures: int = 8
     seed: int = 0
