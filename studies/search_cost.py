@@ -232,9 +232,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows: results of single searches.
 
     Returns:
-        By search: `setting` as a sentence, `kinds` with means over seeds, `times_less_work` than without savings,
-        `loss_difference` (default minus exhaustive on held-out structures, eV) with its standard error, and
-        `counted`: kind of a larger network -> passes.
+        By search: `setting` as a sentence, `kinds` with means over seeds, `times_less_work` than without
+        savings, `calibration_difference` and `held_out_difference` (loss of default minus exhaustive, eV, with
+        its standard error), and `counted`: kind of a larger network -> passes.
     """
     found: dict[str, Any] = {}
     for name in sorted({row["search"] for row in rows}):
@@ -247,8 +247,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         pairs = {kind: [own[kind, seed] for seed in seeds] for kind in KINDS}
         one = pairs["default"][0]
         found[name]["setting"] = (
-            f"{one['structures']} calibration structures and {one['held_out_structures']} of other systems, a "
-            f"network of {one['parameters']:,} parameters, {one['keep']:.0%} of its MACs, seeds "
+            f"{one['structures']} calibration structures and {one['held_out_structures']} of other systems, "
+            f"a network of {one['parameters']:,} parameters, {one['keep']:.0%} of its MACs, seeds "
             f"{', '.join(map(str, seeds))}."
         )
         found[name]["kinds"] = {
