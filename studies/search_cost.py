@@ -233,8 +233,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         By search: `setting` as a sentence, `kinds` with means over seeds, `times_less_work` than without
-        savings, `calibration_difference` and `held_out_difference` (loss of default minus exhaustive, eV, with
-        its standard error), and `counted`: kind of a larger network -> passes.
+        savings, `calibration_difference` and `held_out_difference` (loss of default minus exhaustive, eV,
+        with its standard error), and `counted`: kind of a larger network -> passes.
     """
     found: dict[str, Any] = {}
     for name in sorted({row["search"] for row in rows}):
