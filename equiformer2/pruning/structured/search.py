@@ -256,7 +256,8 @@ class GreedySearch:
                 break
             if trial.cut.site in (*places, NETWORK):
                 continue
-            if self.cost(joint.joined(trial.cut).plan) >= budget - self._slack:
+            # The last step is a single cut: of those that reach the target, the best.
+            if self.cost(joint.joined(trial.cut).plan) > budget:
                 made.append(trial.cut)
         return made
 
