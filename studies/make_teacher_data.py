@@ -4,7 +4,7 @@
     python -m studies.make_teacher_data --out runs/data/more --systems 100
     python -m studies.make_teacher_data --out runs/data/mine --systems 100 --bulks mine.db FeNi.cif
     python -m studies.make_teacher_data --out runs/data/driven --systems 100 --checkpoint oc20_small
-    equiformer2 data preprocess runs/data/more --out more.lmdb
+    equiformer2 data preprocess --data runs/data/more --out more.lmdb
 
 Written is OC20's raw release format: `<system>.extxyz.xz` with total energies (eV) and forces (eV/Å),
 `system.txt` with the reference energies and `index.jsonl` with the origin of every system.
