@@ -135,7 +135,8 @@ def divide(
 
     def first(order: Sequence[str], share: float) -> set[str]:
         """Take the first bulks that together have this share of all frames of `order`."""
-        taken, limit = set(), share * sum(frames[bulk] for bulk in order)
+        taken: set[str] = set()
+        limit = share * sum(frames[bulk] for bulk in order)
         for bulk in order:
             if sum(frames[one] for one in taken) + frames[bulk] / 2 > limit:
                 break
@@ -149,7 +150,7 @@ def divide(
     rest = [bulk for bulk in order if bulk not in validation]
     parts = {"train": of(rest, allowed)}
     for fraction in FRACTIONS:
-        parts[f"train_{fraction.numerator}_{fraction.denominator}"] = of(first(rest, fraction), allowed)
+        parts[f"train_{fraction.numerator}_{fraction.denominator}"] = of(first(rest, float(fraction)), allowed)
     parts["older"] = [
         system
         for system in older
