@@ -149,8 +149,8 @@ def divide(
     validation = first(order, validation_share)
     rest = [bulk for bulk in order if bulk not in validation]
     parts = {"train": of(rest, allowed)}
-    for fraction in FRACTIONS:
-        parts[f"train_{fraction.numerator}_{fraction.denominator}"] = of(first(rest, float(fraction)), allowed)
+    for share in FRACTIONS:
+        parts[f"train_{share.numerator}_{share.denominator}"] = of(first(rest, float(share)), allowed)
     parts["older"] = [
         system
         for system in older
