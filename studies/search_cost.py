@@ -257,6 +257,8 @@ def _row(name: str, kind: str, setting: Setting, held_out: Calibration | None, p
     start = time.process_time()
     row = SEARCHES[name](setting, kind, held_out)
     row |= {"search": name, "kind": kind, "seed": setting.seed, "about": about}
+    row |= {"keep": setting.keep, "structures": len(setting.calibration.structures)}
+    row |= {"held_out_structures": 0 if held_out is None else len(held_out.structures)}
     row |= {"parameters": sum(weights.numel() for weights in setting.model.parameters())}
     # Of a search that was interrupted, the time of its last part: take the passes.
     row |= {"cpu_seconds": round(time.process_time() - start, 1), **origin()}
@@ -281,9 +283,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows: results of single searches.
 
     Returns:
-        By search: `kinds` with means over seeds, `times_less_work` than without savings,
-        `loss_difference` (default minus exhaustive on held-out structures, eV) with its standard error, and
-        `counted`: kind of a larger network -> passes.
+        By search: `setting` as a sentence, `kinds` with means over seeds, `times_less_work` than without
+        savings, `calibration_difference` and `held_out_difference` (loss of default minus exhaustive, eV,
+        with its standard error), and `counted`: kind of a larger network -> passes.
     """
     found: dict[str, Any] = {}
     for name in sorted({row["search"] for row in rows}):
@@ -294,6 +296,12 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not seeds:
             continue
         pairs = {kind: [own[kind, seed] for seed in seeds] for kind in KINDS}
+        one = pairs["default"][0]
+        found[name]["setting"] = (
+            f"{one['structures']} calibration structures and {one['held_out_structures']} of other systems, "
+            f"a network of {one['parameters']:,} parameters, {one['keep']:.0%} of its MACs, seeds "
+            f"{', '.join(map(str, seeds))}."
+        )
         found[name]["kinds"] = {
             kind: {
                 "passes": statistics.fmean(row["passes"] for row in of_kind),
@@ -333,6 +341,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         lines += ["", f"## {name}", ""]
         if "kinds" in part:
             lines += [
+                part["setting"],
+                "",
                 "| search | passes | candidates | CPU s | MACs left | loss, calibration | loss, held out |",
                 "|---|---|---|---|---|---|---|",
             ]

@@ -73,7 +73,7 @@ def mixed_systems(structures: Sequence[Data], seed: int = 0) -> list[Data]:
     """
     rng = np.random.default_rng(seed)
     turns: dict[str, int] = {}
-    ranked = []
+    ranked: list[tuple[int, int, int]] = []
     for position in rng.permutation(len(structures)).tolist():
         sid = structures[position].sid
         turns[sid] = turns.get(sid, -1) + 1

@@ -27,6 +27,10 @@ def row(kind: str, seed: int, passes: float, loss: float) -> dict[str, Any]:
         "passes": passes,
         "passes_without_savings": 2 * passes,
         "candidates": 10,
+        "keep": 0.7,
+        "structures": 32,
+        "held_out_structures": 64,
+        "parameters": 1_000_000,
         "macs": 0.7,
         "cpu_seconds": 1.0,
         "calibration": errors,
@@ -45,6 +49,7 @@ def test_searches_are_compared_seed_by_seed() -> None:
     assert change["mean"] == pytest.approx(0.04 / 3)
     assert change["standard_error"] == pytest.approx(0.01 / 3)
     page = markdown({"plan": found})
+    assert "32 calibration structures and 64 of other systems" in page
     assert "10.0 times the work" in page
     assert "default minus exhaustive: +0.0133 eV (± 0.0033, standard error)" in page
     assert "A 31M network (random weights, tiny slabs): 1,234 passes." in page

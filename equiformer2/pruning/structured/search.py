@@ -95,7 +95,7 @@ class SearchSettings:
     first: int | None = 4
     bounds: bool = True
     least: float = 0.015
-    refresh: float = 0.05
+    refresh: float = 0.03
     importance: Literal["michel", "taylor"] = "michel"
     importance_structures: int = 8
     seed: int = 0
@@ -256,7 +256,8 @@ class GreedySearch:
                 break
             if trial.cut.site in (*places, NETWORK):
                 continue
-            if self.cost(joint.joined(trial.cut).plan) >= budget - self._slack:
+            # The last step is a single cut: of those that reach the target, the best.
+            if self.cost(joint.joined(trial.cut).plan) > budget:
                 made.append(trial.cut)
         return made
 

@@ -92,8 +92,8 @@ def test_bounds_never_end_the_winner(model, calibration, cut_already, cuts, meas
 
     rng = np.random.default_rng(0)
     work = {True: 0.0, False: 0.0}
-    for _ in range(5):
-        chosen = [cuts[index] for index in rng.choice(len(cuts), 6, replace=False)]
+    for _ in range(3):
+        chosen = [cuts[index] for index in rng.choice(len(cuts), 5, replace=False)]
         found = {bounds: race(chosen, bounds) for bounds in (True, False)}
         assert found[True][0] == found[False][0]
         for bounds, (_, passes) in found.items():
@@ -152,14 +152,14 @@ def test_less_memory_changes_no_loss(model, calibration, cut_already, cuts, room
 @pytest.mark.slow
 def test_without_noise_halving_finds_the_plan_of_the_exhaustive_search(model) -> None:
     """All systems are alike, so that few say what all say."""
-    copies = [slab(f"{number}") for number in range(8)]
+    copies = [slab(f"{number}") for number in range(4)]
     calibration = Calibration(model, NORMALIZERS, copies, batch_size=1)
     cost = MacTarget(model.config, 0.5, atoms=16, edges=96).fraction_of
-    settings = dataclasses.replace(search_settings("multi", tries=6), refresh=0.0, first=1)
+    settings = dataclasses.replace(search_settings("multi", tries=4), refresh=0.0, least=0.0, first=1)
     found = [
-        GreedySearch(model, NORMALIZERS, calibration, cost, 0.7, each, progress=False)
+        GreedySearch(model, NORMALIZERS, calibration, cost, 0.85, each, progress=False)
         for each in (settings, settings.exhaustive())
     ]
     plans = [search.run().plan for search in found]
     assert plans[0] == plans[1]
-    assert found[0].work.passes < 0.5 * found[1].work.passes
+    assert found[0].work.passes < 0.8 * found[1].work.passes
