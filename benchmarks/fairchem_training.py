@@ -4,8 +4,8 @@
 
 Runs in the reference's environment and imports nothing of this project's packages. The trainer is
 `equiformerv2_forces` (`OCPTrainer` with the cosine schedule) as fairchem-core 1.10 ships it: its data set,
-collation, normalizers, losses, AdamW with its groups, schedule, clipping, moving average and checkpoint. Three
-things are told to it from outside: the initial weights, the order of the structures and where its log goes.
+collation, normalizers, losses, AdamW with its groups, schedule, clipping, moving average and checkpoint.
+Three things are told to it from outside: initial weights, order of the structures and the place of its log.
 
 Standard output has one JSON object per line: the comparison of graphs, then one per step, then the end.
 """
@@ -88,7 +88,10 @@ def train(folder: Path, seed: int, write: Write) -> None:
 
 def trainer_arguments(shared: dict[str, Any], folder: Path, seed: int) -> dict[str, Any]:
     """Translate the shared settings to the keys of fairchem's trainer."""
-    optim, forces = shared["optim"], {"level": "atom", "train_on_free_atoms": True, "eval_on_free_atoms": True}
+    optim, forces = (
+        shared["optim"],
+        {"level": "atom", "train_on_free_atoms": True, "eval_on_free_atoms": True},
+    )
     return {
         "task": {},
         "model": {"name": "equiformer_v2", **shared["model"]},
@@ -128,7 +131,10 @@ def trainer_arguments(shared: dict[str, Any], folder: Path, seed: int) -> dict[s
             {"energy": {"fn": "mae", "coefficient": shared["energy_coefficient"]}},
             {"forces": {"fn": "l2mae", "coefficient": shared["force_coefficient"]}},
         ],
-        "evaluation_metrics": {"metrics": {"energy": ["mae"], "forces": ["mae"]}, "primary_metric": "forces_mae"},
+        "evaluation_metrics": {
+            "metrics": {"energy": ["mae"], "forces": ["mae"]},
+            "primary_metric": "forces_mae",
+        },
         "identifier": "",
         "timestamp_id": "run",
         "local_rank": 0,
@@ -145,9 +151,8 @@ def compare_graphs(trainer: EquiformerV2ForcesTrainer) -> dict[str, float]:
     """Compare the stored edges, which both trainings use, with those that fairchem would choose itself.
 
     Returns:
-        Numbers of structures, of those with another edge, of edges, of other edges, and the largest difference
-        (Å) between the length of an edge that is only there and that of the one in its place, which is
-        rounding where they are tied.
+        Numbers of structures, of those with another edge, of edges, of other edges; and the largest
+        difference in length (Å) between an edge and the one in its place: rounding where they are tied.
     """
     model, counts = trainer.model, {"structures": 0, "structures_differ": 0, "edges": 0, "edges_differ": 0}
     widest = 0.0
@@ -161,18 +166,17 @@ def compare_graphs(trainer: EquiformerV2ForcesTrainer) -> dict[str, float]:
             rows = torch.cat([graph.edge_index.T, graph.cell_offsets.long()], dim=1).tolist()
             distances = graph.edge_distance.tolist()
             lengths.append({tuple(row): value for row, value in zip(rows, distances, strict=True)})
-        structures = set()
-        for target in {edge[1] for edge in lengths[0].keys() ^ lengths[1].keys()}:
-            structures.add(int(batch.batch[target]))
-            own, other = (
-                sorted(one[edge] for edge in one.keys() - another.keys() if edge[1] == target)
-                for one, another in (lengths, lengths[::-1])
-            )
-            widest = max(widest, *(abs(a - b) for a, b in zip(own, other, strict=True)))
+        alone = [
+            sorted((edge[1], one[edge]) for edge in one.keys() - other.keys())
+            for one, other in (lengths, lengths[::-1])
+        ]
+        structures = {int(batch.batch[target]) for target, _ in alone[0]}
+        # Both keep the same number of edges per atom, so the sorted ones stand beside each other.
+        widest = max([widest, *(abs(a - b) for (_, a), (_, b) in zip(*alone, strict=True))])
         counts["structures"] += batch.num_graphs
         counts["structures_differ"] += len(structures)
         counts["edges"] += len(lengths[0])
-        counts["edges_differ"] += len(lengths[0].keys() - lengths[1].keys())
+        counts["edges_differ"] += len(alone[0])
     return {**counts, "widest_tie": widest}
 
 

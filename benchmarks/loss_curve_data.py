@@ -8,8 +8,8 @@
 | `weights.pt` | initial weights and normalizers, a native checkpoint |
 | `shared.json` | the order of the structures, the network and all settings, for the reference's process |
 
-The settings are those of a configuration file of this package, with dropout and the warm-up of the average off,
-since the reference has no such warm-up, and with the 600 Gaussians of the distance that it always uses.
+The settings are those of a configuration file of this package with three changes: no dropout, no warm-up of
+the average, which the reference has not, and the 600 Gaussians of the distance that it always uses.
 """
 
 import json
@@ -39,12 +39,14 @@ from equiformer2.training.run import RunConfig
 
 # The reference ignores `num_distance_basis`.
 REFERENCE_GAUSSIANS = 600
+# Keys that mean the same in both configurations.
 _SAME_NAME = (
-    "max_neighbors", "max_radius", "max_num_elements", "num_layers", "sphere_channels", "attn_hidden_channels",
-    "num_heads", "attn_alpha_channels", "attn_value_channels", "ffn_hidden_channels", "norm_type",
-    "grid_resolution", "edge_channels", "use_atom_edge_embedding", "share_atom_edge_embedding",
-    "use_m_share_rad", "use_attn_renorm", "use_gate_act", "use_grid_mlp", "use_sep_s2_act", "alpha_drop",
-    "drop_path_rate", "proj_drop", "weight_init", "enforce_max_neighbors_strictly", "avg_num_nodes", "avg_degree",
+    "max_neighbors", "max_radius", "max_num_elements", "num_layers", "sphere_channels",
+    "attn_hidden_channels", "num_heads", "attn_alpha_channels", "attn_value_channels",
+    "ffn_hidden_channels", "norm_type", "grid_resolution", "edge_channels", "use_atom_edge_embedding",
+    "share_atom_edge_embedding", "use_m_share_rad", "use_attn_renorm", "use_gate_act", "use_grid_mlp",
+    "use_sep_s2_act", "alpha_drop", "drop_path_rate", "proj_drop", "weight_init",
+    "enforce_max_neighbors_strictly", "avg_num_nodes", "avg_degree",
 )  # fmt: skip
 
 
@@ -117,7 +119,7 @@ def prepare(settings: CurveSettings) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         model = EquiformerV2(config.model)
-    normalizers = {name: module.normalizers[name] for name in ("energy", "forces")}  # type: ignore[literal-required]
+    normalizers = {"energy": module.normalizers["energy"], "forces": module.normalizers["forces"]}
     save_checkpoint(
         settings.folder / "weights.pt",
         model=model,
@@ -144,7 +146,15 @@ def prepare(settings: CurveSettings) -> dict[str, Any]:
 
 def training_settings(config: RunConfig) -> dict[str, Any]:
     """Settings of loss, optimizer, schedule and average, under our names."""
-    names = ("lr", "weight_decay", "betas", "warmup_epochs", "warmup_factor", "lr_min_factor", "clip_grad_norm")
+    names = (
+        "lr",
+        "weight_decay",
+        "betas",
+        "warmup_epochs",
+        "warmup_factor",
+        "lr_min_factor",
+        "clip_grad_norm",
+    )
     return {
         "energy_coefficient": config.task.energy_coefficient,
         "force_coefficient": config.task.force_coefficient,
@@ -164,7 +174,9 @@ def reference_config(model: ModelConfig) -> dict[str, Any]:
     keys |= {"otf_graph": False, "attn_activation": "silu", "ffn_activation": "silu"}
     keys |= {"distance_function": "gaussian", "use_s2_act_attn": False}
     if config_from_reference(keys) != model:
-        raise InputError("the configuration's network is none that the reference can build: leave its switches off")
+        raise InputError(
+            "the configuration's network is none that the reference can build: leave its switches off"
+        )
     return keys
 
 
