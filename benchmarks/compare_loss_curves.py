@@ -182,8 +182,8 @@ def make_curves(given: argparse.Namespace, settings: CurveSettings) -> dict[str,
 
 def main(words: Sequence[str] | None = None) -> int:
     given = parse_arguments(words)
-    if min(given.steps, given.batch_size, given.seeds, given.threads) < 1:
-        raise InputError("--steps, --batch-size, --seeds and --threads must be at least 1")
+    if min(given.steps, given.batch_size, given.threads) < 1 or given.seeds < 2:
+        raise InputError("--steps, --batch-size and --threads must be at least 1, --seeds at least 2")
     for ending in (".json", ".png", ".md"):
         check_target(given.out.with_suffix(ending), inputs=[given.data, given.config])
     if not Path(given.reference_python).exists():

@@ -89,6 +89,7 @@ class CurveSettings:
             "runs_dir": self.folder,
             "name": name,
             "ckpt_path": "auto",
+            "checkpoint_every_n_steps": 50,
         }
         return [f"--config={self.config}", *(f"--{key}={value}" for key, value in keys.items())]
 

@@ -18,8 +18,8 @@ from equiformer2.checkpoint.checkpoint import read_contents
 
 #: Relative difference of the losses before any update beyond which the comparison is none.
 FIRST_TOLERANCE = 1e-5
-#: Steps of a window of the table, and of the running mean in the figure.
-WINDOW, SMOOTHED = 50, 25
+#: Windows of the table; the running mean in the figure is over half a window.
+WINDOWS = 10
 #: Relative differences whose first step is told.
 DEPARTURES = (1e-5, 1e-4, 1e-3, 1e-2)
 OURS, PLAIN = "equiformer2", "equiformer2_plain"
@@ -48,8 +48,8 @@ def summarize(
     references = np.array([losses[name] for name in names])
     ours, plain = np.array(losses[OURS]), np.array(losses[PLAIN])
     windows = []
-    for start in range(0, len(ours), WINDOW):
-        part = slice(start, min(start + WINDOW, len(ours)))
+    for steps in np.array_split(np.arange(len(ours)), min(WINDOWS, len(ours))):
+        part = slice(int(steps[0]), int(steps[-1]) + 1)
         means = references[:, part].mean(axis=1)
         mean, low, high = float(ours[part].mean()), float(means.min()), float(means.max())
         windows.append(
@@ -64,9 +64,7 @@ def summarize(
         )
     apart = {
         "ours": relative(ours[None], references).max(axis=0),
-        "seeds": np.max(
-            [relative(a, b) for a, b in itertools.combinations(references, 2)] or [0 * ours], axis=0
-        ),
+        "seeds": between_seeds(references),
         "plain": relative(ours, plain),
     }
     learning_rates = [
@@ -88,13 +86,12 @@ def summarize(
         "largest_band": max(window["band"] for window in windows),
         "final": {
             "ours": windows[-1]["ours"],
-            "plain": float(plain[-WINDOW:].mean()),
+            "plain": float(plain[windows[-1]["first"] :].mean()),
             "reference_mean": statistics.fmean(windows[-1]["reference"]),
-            "reference_deviation": statistics.stdev(windows[-1]["reference"]) if len(names) > 1 else 0.0,
+            "reference_deviation": statistics.stdev(windows[-1]["reference"]),
         },
         "departures": {
-            name: {f"{limit:g}": first_above(values, limit) for limit in DEPARTURES}
-            for name, values in apart.items()
+            name: [first_above(values, limit) for limit in DEPARTURES] for name, values in apart.items()
         },
         "largest_difference": {name: float(values.max()) for name, values in apart.items()},
         "clipped_steps": {
@@ -160,69 +157,62 @@ def parameter_distances(initial: Path, curves: dict[str, dict[str, Any]]) -> dic
         }
         result[kind] = {
             "travelled": {name: float((end - origin).norm() / origin.norm()) for name, end in ends.items()},
-            **{key: [min(values), max(values)] if values else None for key, values in between.items()},
+            **{key: [min(values), max(values)] for key, values in between.items()},
         }
     return result
 
 
-def smooth(values: Sequence[float]) -> np.ndarray:
-    """Running mean over `SMOOTHED` steps, fewer at both ends."""
-    weights = np.ones(min(SMOOTHED, len(values)))
-    total: np.ndarray = np.convolve(values, weights, "same") / np.convolve(
-        np.ones(len(values)), weights, "same"
-    )
-    return total
+def smooth(values: Sequence[float], length: int) -> np.ndarray:
+    """Running mean over `length` steps, fewer at both ends."""
+    weights = np.ones(length)
+    total: np.ndarray = np.convolve(values, weights, "same")
+    return total / np.convolve(np.ones(len(values)), weights, "same")
 
 
 def draw(record: dict[str, Any]) -> bytes:
     """Draw losses with the band of the reference's seeds above, and relative differences below; a PNG."""
-    losses = record["losses"]
+    losses, seeds = record["losses"], record["seeds"]
     references = np.array([values for name, values in losses.items() if name.startswith("reference_")])
     ours, plain = np.array(losses[OURS]), np.array(losses[PLAIN])
-    steps = np.arange(len(ours))
+    steps, length = np.arange(len(ours)), max(1, len(ours) // WINDOWS // 2)
     figure = Figure(figsize=(8.0, 7.0), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for number, values in enumerate(references):
-        label = "fairchem-core, each step" if number == 0 else None
-        above.plot(steps, values, color=_GREY, linewidth=0.6, alpha=0.7, label=label)
-    above.plot(steps, ours, color=_BLUE, linewidth=0.6, alpha=0.5, label="equiformer2, each step")
-    smoothed = np.array([smooth(values) for values in references])
-    seeds = len(references)
+        label = f"fairchem-core, each step of {seeds} seeds" if number == 0 else None
+        above.plot(steps, values, color=_GREY, linewidth=2.0, alpha=0.4, label=label)
+    above.plot(steps, ours, color=_BLUE, linewidth=0.5, label="equiformer2, each step")
+    smoothed = np.array([smooth(values, length) for values in references])
     above.fill_between(
         steps,
         smoothed.min(axis=0),
         smoothed.max(axis=0),
         color=_RED,
         alpha=0.35,
-        linewidth=2.5,
-        label=f"fairchem-core, band of {seeds} seeds, mean of {SMOOTHED} steps",
+        linewidth=4.0,
+        label=f"fairchem-core, band of {seeds} seeds, mean of {length} steps",
     )
-    above.plot(
-        steps,
-        smooth(losses[OURS]),
-        color=_BLUE,
-        linewidth=1.4,
-        label=f"equiformer2, mean of {SMOOTHED} steps",
-    )
-    above.set(
-        ylabel="loss", yscale="log", title="Loss of both implementations, same structures, order and weights"
-    )
+    mean = smooth(losses[OURS], length)
+    above.plot(steps, mean, color="black", linewidth=1.0, label=f"equiformer2, mean of {length} steps")
+    above.set(ylabel="loss", yscale="log", title="Same structures, order, edges and initial weights")
+    for place in (above.yaxis.set_major_formatter, above.yaxis.set_minor_formatter):
+        place("{x:.0f}")
     curves = (
         (
-            "equiformer2 and fairchem-core (largest of the seeds)",
-            relative(ours[None], references).max(axis=0),
+            "equiformer2 and fairchem-core, largest of the seeds",
             _BLUE,
+            relative(ours[None], references).max(axis=0),
         ),
-        ("two seeds of fairchem-core (largest of the pairs)", _between_seeds(references), _RED),
-        ("equiformer2 and itself with plain expressions", relative(ours, plain), _GREY),
+        ("two seeds of fairchem-core, largest of the pairs", _RED, between_seeds(references)),
+        ("equiformer2 and itself with plain expressions", _GREY, relative(ours, plain)),
     )
-    for label, values, color in curves:
-        below.plot(steps, np.maximum(values, 1e-9), color=color, linewidth=0.9, label=label)
+    for label, color, values in curves:
+        # Equal losses have no place on a logarithmic axis.
+        below.plot(steps, np.where(values > 0, values, np.nan), color=color, linewidth=0.9, label=label)
     below.axhline(FIRST_TOLERANCE, color="black", linewidth=0.6, linestyle=":")
     below.set(ylabel="relative difference of the losses", yscale="log", xlabel="step")
-    for axis in (above, below):
-        axis.legend(frameon=False, fontsize=8)
+    for axis, place in ((above, "upper right"), (below, "lower right")):
+        axis.legend(frameon=False, fontsize=8, loc=place)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.01)
     image = io.BytesIO()
@@ -230,9 +220,9 @@ def draw(record: dict[str, Any]) -> bytes:
     return image.getvalue()
 
 
-def _between_seeds(references: np.ndarray) -> np.ndarray:
-    pairs = [relative(a, b) for a, b in itertools.combinations(references, 2)]
-    largest: np.ndarray = np.max(pairs, axis=0) if pairs else np.zeros(references.shape[1])
+def between_seeds(references: np.ndarray) -> np.ndarray:
+    """Largest relative difference `[steps]` between two curves of `references` `[seeds, steps]`."""
+    largest: np.ndarray = np.max([relative(a, b) for a, b in itertools.combinations(references, 2)], axis=0)
     return largest
 
 
@@ -294,14 +284,14 @@ def _introduction(record: dict[str, Any], picture: str) -> list[str]:
         )
         + "\n"
         + _wrapped(
-            f"- Mean of the last {WINDOW} steps: equiformer2 {final['ours']:.3f}, with plain expressions "
-            f"{final['plain']:.3f}, fairchem-core {final['reference_mean']:.3f} ± "
+            f"- Mean from step {windows[-1]['first']} on: equiformer2 {final['ours']:.3f}, with plain "
+            f"expressions {final['plain']:.3f}, fairchem-core {final['reference_mean']:.3f} ± "
             f"{final['reference_deviation']:.3f} (standard deviation of the seeds).",
             2,
         )
         + "\n"
         + _wrapped(
-            f"- In {inside} of {len(windows)} windows of {WINDOW} steps our mean lies inside the band; at "
+            f"- In {inside} of {len(windows)} windows our mean lies inside the band; at "
             f"most it lies {100 * record['largest_outside']:.2g} % outside, and the band is up to "
             f"{100 * record['largest_band']:.2g} % wide.",
             2,
@@ -327,17 +317,19 @@ def _windows(record: dict[str, Any]) -> str:
 def _departures(record: dict[str, Any]) -> str:
     rows = []
     for key, text in PAIRS.items():
-        first = [record["departures"][key][f"{limit:g}"] for limit in DEPARTURES]
+        first = record["departures"][key]
         largest = f"{record['largest_difference'][key]:.2g}"
         rows.append((text, *("never" if step is None else str(step) for step in first), largest))
-    return _table(("between", *(f"above {limit:g}" for limit in DEPARTURES), "largest"), rows)
+    return _table(
+        ("between", *(f"above {limit:g}".replace("e-0", "e-") for limit in DEPARTURES), "largest"), rows
+    )
 
 
 def _weights(record: dict[str, Any]) -> list[str]:
     distances = record["distances"]
 
-    def extent(values: list[float] | None) -> str:
-        return "not measured" if values is None else f"{100 * values[0]:.2g} to {100 * values[1]:.2g} %"
+    def extent(values: list[float]) -> str:
+        return f"{100 * values[0]:.2g} to {100 * values[1]:.2g} %"
 
     between = [
         (text, extent(distances["raw"][key]), extent(distances["averaged"][key]))
