@@ -89,7 +89,7 @@ def train_ours(settings: CurveSettings, name: str) -> dict[str, Any]:
     steps = [
         {name: float(row[column]) for name, column in columns.items()} for row in rows if row["train/loss"]
     ]
-    return {"steps": steps, "checkpoint": str(folder / "checkpoints" / "last.pt")}
+    return {"steps": steps, "checkpoint": f"{name}/checkpoints/last.pt"}
 
 
 def train_reference(

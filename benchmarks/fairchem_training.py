@@ -80,7 +80,7 @@ def train(folder: Path, seed: int, write: Write) -> None:
     checkpoint = Path(trainer.config["cmd"]["checkpoint_dir"]) / "checkpoint.pt"
     write(
         {
-            "checkpoint": str(checkpoint),
+            "checkpoint": str(checkpoint.relative_to(folder)),
             "decaying": sorted(name for name, p in trainer.model.named_parameters() if id(p) in decaying),
         }
     )

@@ -122,7 +122,7 @@ def parameter_distances(initial: Path, curves: dict[str, dict[str, Any]]) -> dic
 
     Args:
         initial: checkpoint of the initial weights.
-        curves: by name, each with its `checkpoint`.
+        curves: by name, each with the place of its `checkpoint` in the folder of `initial`.
 
     Returns:
         Per kind (`raw`, `averaged`): the way that each curve has `travelled`, as a share of the norm of the
@@ -133,7 +133,7 @@ def parameter_distances(initial: Path, curves: dict[str, dict[str, Any]]) -> dic
     with torch.random.fork_rng(devices=[]):
         model = EquiformerV2(start.config)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    contents = {name: read_contents(curve["checkpoint"]) for name, curve in curves.items()}
+    contents = {name: read_contents(initial.parent / curve["checkpoint"]) for name, curve in curves.items()}
     references = [name for name in curves if name.startswith("reference_")]
     decaying = set(trained) - model.no_weight_decay()
     result: dict[str, Any] = {
