@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,13 +171,11 @@ def make_curves(given: argparse.Namespace, settings: CurveSettings) -> dict[str,
         if abs(loss - ours) > FIRST_TOLERANCE * loss:
             raise DifferentLossError(f"before any update the reference's loss is {loss!r} and ours {ours!r}")
 
-    curve(OURS, lambda: train_ours(settings, OURS))
+    curve(OURS, partial(train_ours, settings, OURS))
     for seed in range(given.seeds):
-        curve(
-            f"reference_{seed}",
-            lambda seed=seed: train_reference(given.reference_python, settings, seed, given.threads, check),
-        )
-    curve(PLAIN, lambda: train_ours(settings, PLAIN))
+        python, threads = given.reference_python, given.threads
+        curve(f"reference_{seed}", partial(train_reference, python, settings, seed, threads, check))
+    curve(PLAIN, partial(train_ours, settings, PLAIN))
     return curves
 
 

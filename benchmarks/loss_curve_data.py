@@ -126,7 +126,9 @@ def prepare(settings: CurveSettings) -> dict[str, Any]:
         model=model,
         raw_state=model.state_dict(),
         averaged_state=None,
-        normalizers=Normalizers(**{name: Normalizer(*values) for name, values in normalizers.items()}),
+        normalizers=Normalizers(
+            energy=Normalizer(*normalizers["energy"]), forces=Normalizer(*normalizers["forces"])
+        ),
         energy_kind="adsorption",
         provenance={},
     )

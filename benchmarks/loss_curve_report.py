@@ -29,7 +29,7 @@ PAIRS = {
     "seeds": "two seeds of fairchem-core, all pairs",
     "plain": "equiformer2 and itself with plain expressions",
 }
-_GREY, _BLUE, _RED = "#9aa5b1", "#1f77b4", "#c0392b"
+_GREY, _BLUE, _RED, _PALE = "#9aa5b1", "#1f77b4", "#c0392b", "#ecbdb6"
 
 
 def summarize(
@@ -174,7 +174,7 @@ def draw(record: dict[str, Any]) -> bytes:
     losses, seeds = record["losses"], record["seeds"]
     references = np.array([values for name, values in losses.items() if name.startswith("reference_")])
     ours, plain = np.array(losses[OURS]), np.array(losses[PLAIN])
-    steps, length = np.arange(len(ours)), max(1, len(ours) // WINDOWS // 2)
+    steps, length = np.arange(len(ours)), max(3, len(ours) // WINDOWS // 2)
     figure = Figure(figsize=(8.0, 7.0), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -187,14 +187,13 @@ def draw(record: dict[str, Any]) -> bytes:
         steps,
         smoothed.min(axis=0),
         smoothed.max(axis=0),
-        color=_RED,
-        alpha=0.35,
+        color=_PALE,
         linewidth=4.0,
         label=f"fairchem-core, band of {seeds} seeds, mean of {length} steps",
     )
     mean = smooth(losses[OURS], length)
     above.plot(steps, mean, color="black", linewidth=1.0, label=f"equiformer2, mean of {length} steps")
-    above.set(ylabel="loss", yscale="log", title="Same structures, order, edges and initial weights")
+    above.set(ylabel="loss", yscale="log")
     for place in (above.yaxis.set_major_formatter, above.yaxis.set_minor_formatter):
         place("{x:.0f}")
     curves = (
@@ -208,11 +207,13 @@ def draw(record: dict[str, Any]) -> bytes:
     )
     for label, color, values in curves:
         # Equal losses have no place on a logarithmic axis.
-        below.plot(steps, np.where(values > 0, values, np.nan), color=color, linewidth=0.9, label=label)
+        below.plot(
+            steps, np.where(values > 0, values, np.nan), color=color, lw=0.9, marker=".", ms=2, label=label
+        )
     below.axhline(FIRST_TOLERANCE, color="black", linewidth=0.6, linestyle=":")
     below.set(ylabel="relative difference of the losses", yscale="log", xlabel="step")
-    for axis, place in ((above, "upper right"), (below, "lower right")):
-        axis.legend(frameon=False, fontsize=8, loc=place)
+    for axis in (above, below):
+        axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.01)
     image = io.BytesIO()
@@ -321,7 +322,7 @@ def _departures(record: dict[str, Any]) -> str:
         largest = f"{record['largest_difference'][key]:.2g}"
         rows.append((text, *("never" if step is None else str(step) for step in first), largest))
     return _table(
-        ("between", *(f"above {limit:g}".replace("e-0", "e-") for limit in DEPARTURES), "largest"), rows
+        ("between", *(f"above {limit:.0e}".replace("e-0", "e-") for limit in DEPARTURES), "largest"), rows
     )
 
 
