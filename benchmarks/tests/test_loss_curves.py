@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import numpy as np
 import pytest
 import torch
+from torch_geometric.data import Data
 
 from benchmarks import compare_loss_curves
 from benchmarks.compare_loss_curves import DifferentLossError, make_curves, parse_arguments, train_reference
@@ -16,6 +18,7 @@ from benchmarks.loss_curve_data import CurveSettings, prepare, reference_config
 from benchmarks.loss_curve_report import DEPARTURES, draw, markdown, summarize
 from benchmarks.worker_session import BenchmarkError
 from datasets_oc20 import OC20Lmdb
+from datasets_oc20.safe_pickle import load_inert
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.checkpoint.reference import config_from_reference
 from equiformer2.errors import InputError
@@ -39,10 +42,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[CurveSettings, d
 
 def test_stored_edges_are_those_of_our_graph(prepared: tuple[CurveSettings, dict[str, Any]]) -> None:
     wish, _ = prepared
-    lmdb = OC20Lmdb(str(wish.folder / "structures.lmdb"), "adsorption")
-    assert len(lmdb) == 4
+    dataset = OC20Lmdb(str(wish.folder / "structures.lmdb"), "adsorption")
+    assert len(dataset) == 4
     stored = reference_record(wish.folder / "structures.lmdb", 1)
-    data = lmdb[1]
+    data = dataset[1]
     graph = radius_graph(
         data.pos, data.cell, data.pbc, data.natoms, max_radius=8.0, max_neighbors=12, strict=True
     )
@@ -55,14 +58,12 @@ def test_stored_edges_are_those_of_our_graph(prepared: tuple[CurveSettings, dict
     assert torch.equal(stored.force, data.forces)
 
 
-def reference_record(path: Path, key: int) -> Any:
-    """A record as fairchem's `LmdbDataset` reads it; the file is the test's own."""
-    import pickle
-
-    import lmdb
-
+def reference_record(path: Path, key: int) -> Data:
+    """A record with its edges, which our reader drops."""
     with lmdb.open(str(path), subdir=False, lock=False, readonly=True) as environment:
-        return pickle.loads(environment.begin().get(str(key).encode()))
+        record = load_inert(environment.begin().get(str(key).encode()))
+    fields = record.state["_store"].state["_mapping"]
+    return Data(**{name: value.tensor() for name, value in fields.items() if hasattr(value, "tensor")})
 
 
 def test_order_is_that_of_our_training(prepared: tuple[CurveSettings, dict[str, Any]]) -> None:
