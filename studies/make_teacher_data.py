@@ -4,7 +4,7 @@
     python -m studies.make_teacher_data --out runs/data/more --systems 100
     python -m studies.make_teacher_data --out runs/data/mine --systems 100 --bulks mine.db FeNi.cif
     python -m studies.make_teacher_data --out runs/data/driven --systems 100 --checkpoint oc20_small
-    equiformer2 data preprocess runs/data/more --out more.lmdb
+    equiformer2 data preprocess --data runs/data/more --out more.lmdb
 
 Written is OC20's raw release format: `<system>.extxyz.xz` with total energies (eV) and forces (eV/Å),
 `system.txt` with the reference energies and `index.jsonl` with the origin of every system.
@@ -26,6 +26,7 @@ fairchem-core an empty module stands in for it.
 """
 
 import argparse
+import hashlib
 import json
 import lzma
 import sys
@@ -99,6 +100,12 @@ class Settings:
     max_force: float = 30.0
     seed: int = 0
     bulks: tuple[str, ...] = ()
+
+    @property
+    def prefix(self) -> str:
+        """Begin of the ids of the systems; folders made with different settings share none."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode())
+        return f"made{digest.hexdigest()[:6]}"
 
     @property
     def by_teacher(self) -> bool:
@@ -400,7 +407,7 @@ def _make_group(
     """Add the systems of one slab; return their names, None where there were enough before its end."""
     clean: float | None = None
     for position, (adsorbate, atoms) in enumerate(start.adsorbed):
-        sid = f"made{settings.seed}s{number}a{position}"
+        sid = f"{settings.prefix}s{number}a{position}"
         if sid in data.index or sid in data.rejected:
             continue
         if len(data.index) >= systems:
@@ -432,7 +439,7 @@ def _make_group(
         }
         data.add(entry, reference, atoms, frames)
         progress.update()
-    group = f"made{settings.seed}s{number}a"
+    group = f"{settings.prefix}s{number}a"
     return [sid for sid in data.index if sid.startswith(group)]
 
 

@@ -407,8 +407,8 @@ def draw(results: Mapping[str, Any], title: str, target: AnyPath) -> None:
     names = list(results)
     elements = list(results[names[0]]["elements"])
     figure = Figure(figsize=(max(8.0, 0.32 * len(elements) + 1), 6.4), layout="constrained")
-    top, bottom = np.atleast_1d(figure.subfigures(2, 1))
-    axis = top.subplots()
+    grid = figure.add_gridspec(2, 3)
+    axis = figure.add_subplot(grid[0, :])
     width = 0.8 / len(names)
     for number, name in enumerate(names):
         heights = [results[name]["elements"][element]["force_ratio"] or 0.0 for element in elements]
@@ -419,7 +419,8 @@ def draw(results: Mapping[str, Any], title: str, target: AnyPath) -> None:
     axis.legend(fontsize="small")
     axis.grid(axis="y", alpha=0.3)
     labels = ("force MAE / zero forces", "cosine", "energy MAE / mean energy")
-    for panel, key, label in zip(bottom.subplots(1, 3), IN_BREAKDOWNS, labels, strict=True):
+    for column, (key, label) in enumerate(zip(IN_BREAKDOWNS, labels, strict=True)):
+        panel = figure.add_subplot(grid[1, column])
         for name in names:
             rows = results[name]["groups"]["atoms of the adsorbate"]
             points = [(int(size), row[key]) for size, row in rows.items() if row[key] is not None]

@@ -67,7 +67,9 @@ class Setting:
 SETTINGS: dict[str, Setting] = {
     "base": Setting("variants", ("train_1_4",), 2400),
     "learning rate x 2": Setting("variants", ("train_1_4",), 2400, ("--optim.lr=2e-3",)),
-    "batch of 2": Setting("variants", ("train_1_4",), 4800, ("--data.batch_size=2",)),
+    "dropout": Setting(
+        "variants", ("train_1_4",), 2400, ("--model.alpha_drop=0.1", "--model.drop_path_rate=0.05")
+    ),
     "energy weight 50": Setting("variants", ("train_1_4",), 2400, ("--task.energy_coefficient=50",)),
     "1/8": Setting("curve", ("train_1_8",), 6000, MILLION, ("val", "test")),
     "1/4": Setting("curve", ("train_1_4",), 6000, MILLION, ("val", "test")),

@@ -24,6 +24,7 @@ from tests.disk import full_disk
 from tests.pruning.search_helpers import save_tiny
 
 QUICK = Settings("teacher", steps=6, frames=4, rattled=2, clean_steps=3)
+NAME = QUICK.prefix
 MISSING_PACKAGES = importlib.util.find_spec("sevenn") is None
 
 
@@ -60,8 +61,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_frames_hold_what_the_teacher_says_of_them(tmp_path: Path) -> None:
     data = fill(tmp_path / "data", 3)
-    assert [system.sid for system in read_index(tmp_path / "data")] == ["made0s0a0", "made0s0a1", "made0s2a0"]
-    assert data.groups == {"0": ["made0s0a0", "made0s0a1"], "1": "Ni4: no slab can be cut"}
+    names = [NAME + end for end in ("s0a0", "s0a1", "s2a0")]
+    assert [system.sid for system in read_index(tmp_path / "data")] == names
+    assert data.groups == {"0": names[:2], "1": "Ni4: no slab can be cut"}
     references = read_references(tmp_path / "data")
     for entry in data.index.values():
         frames = list(read_frames(tmp_path / "data" / f"{entry['sid']}.extxyz.xz"))
@@ -102,11 +104,11 @@ def test_a_stopped_command_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> N
 
     with pytest.raises(AttributeError):
         make(DataFolder(folder, QUICK), stopping, EMT(), None, QUICK, 4)
-    assert [system.sid for system in read_index(folder)] == ["made0s0a0"]
+    assert [system.sid for system in read_index(folder)] == [NAME + "s0a0"]
     assert preprocess(folder, tmp_path / "part.lmdb", num_workers=1).written == 6
-    kept = (folder / "made0s0a0.extxyz.xz").stat().st_mtime_ns
+    kept = (folder / f"{NAME}s0a0.extxyz.xz").stat().st_mtime_ns
     fill(folder, 4)
-    assert (folder / "made0s0a0.extxyz.xz").stat().st_mtime_ns == kept
+    assert (folder / f"{NAME}s0a0.extxyz.xz").stat().st_mtime_ns == kept
     assert contents(folder) == contents(tmp_path / "whole")
     fill(folder, 5)
     assert len(read_index(folder)) == 5
@@ -135,7 +137,7 @@ def test_a_network_drives_and_the_teacher_labels(tmp_path: Path) -> None:
     (entry,) = data.index.values()
     assert entry["driven"] == "network"
     frames = list(read_frames(tmp_path / "data" / f"{entry['sid']}.extxyz.xz"))
-    by_teacher = list(read_frames(fill(tmp_path / "other", 1).folder / f"{entry['sid']}.extxyz.xz"))
+    by_teacher = list(read_frames(fill(tmp_path / "other", 1).folder / f"{NAME}s0a0.extxyz.xz"))
     assert np.array_equal(frames[0].pos, by_teacher[0].pos)
     assert np.abs(frames[1].pos - by_teacher[1].pos).max() > 1e-4
     for frame in frames:
@@ -145,22 +147,24 @@ def test_a_network_drives_and_the_teacher_labels(tmp_path: Path) -> None:
 
 def test_frames_beyond_the_limits_are_left_out(tmp_path: Path) -> None:
     """A limit between the forces of the frames keeps some of them, a lower one rejects the system."""
-    frames = list(read_frames(fill(tmp_path / "all", 1).folder / "made0s0a0.extxyz.xz"))
+    frames = list(read_frames(fill(tmp_path / "all", 1).folder / f"{NAME}s0a0.extxyz.xz"))
     forces = sorted(frame.max_free_force for frame in frames)
     some = Settings("teacher", 6, 4, 2, clean_steps=3, max_force=(forces[-1] + forces[-2]) / 2)
     kept = fill(tmp_path / "some", 1, some)
-    assert kept.index["made0s0a0"]["frames"] == 5
+    assert kept.index[some.prefix + "s0a0"]["frames"] == 5
     none = Settings("teacher", 6, 4, 2, clean_steps=3, max_force=forces[0] / 2)
     data = DataFolder(tmp_path / "none", none)
     with pytest.raises(ValueError, match="the last 50 slabs gave no system"):
         make(data, lambda number: slab_of("Cu") if number == 0 else source(1), EMT(), None, none, 1)
     assert data.rejected == {
-        f"made0s0a{at}": "0 frames within the limits of energy and force" for at in range(2)
+        f"{none.prefix}s0a{at}": "0 frames within the limits of energy and force" for at in range(2)
     }
 
 
 def test_other_settings_and_other_files_are_refused(tmp_path: Path) -> None:
     fill(tmp_path / "data", 1)
+    # Systems of two folders can be told apart, also in one data set.
+    assert Settings("teacher", 7, 4, 2, clean_steps=3).prefix != NAME
     with pytest.raises(ValueError, match="was made with another steps"):
         DataFolder(tmp_path / "data", Settings("teacher", 7, 4, 2, clean_steps=3))
     (tmp_path / "other").mkdir()
