@@ -18,11 +18,20 @@ def build(config: dict[str, Any], parameters: dict[str, torch.Tensor] | None) ->
     logging.disable(logging.WARNING)
     model = EquiformerV2(**config)
     if parameters is not None:
-        missing, unexpected = model.load_state_dict(parameters, strict=False)
-        absent = set(missing) - {name for name, _ in model.named_buffers(remove_duplicate=False)}
-        if unexpected or absent:
-            raise ValueError(f"parameters do not fit: unexpected {unexpected}, absent {sorted(absent)}")
+        load_parameters(model, parameters)
     return model
+
+
+def load_parameters(model: EquiformerV2, parameters: dict[str, torch.Tensor]) -> None:
+    """Load parameters by name; the buffers, which are constants, stay.
+
+    Raises:
+        ValueError: a parameter is missing, or there is none of that name.
+    """
+    missing, unexpected = model.load_state_dict(parameters, strict=False)
+    absent = set(missing) - {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    if unexpected or absent:
+        raise ValueError(f"parameters do not fit: unexpected {unexpected}, absent {sorted(absent)}")
 
 
 def select_backend(model: EquiformerV2, backend: str) -> None:
