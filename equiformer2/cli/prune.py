@@ -44,7 +44,7 @@ def _add_search_arguments(parser: Parser, out: str) -> None:
         default=1.0,
         help="weight of forces in the loss, Å (default: %(default)s)",
     )
-    add_calibration_arguments(parser)
+    add_calibration_arguments(parser, batch_size=2)
     add_device_argument(parser)
     parser.add_argument("--state", type=Path, help="file for resumable search state (default: beside --out)")
     add_overwrite_argument(parser)

@@ -52,6 +52,7 @@ class Backend:
         routing: can compute some of the atoms and edges alone.
         denoising: can encode forces (`model.denoising`).
         observing: calls every module, so that its hooks run.
+        partial: can begin a pass at a later block (`model.routing.Prefix`).
         gradient_force_limit: the reason, as a clause, why forces cannot be the gradient of the energy; empty
             where they can.
     """
@@ -61,6 +62,7 @@ class Backend:
     routing: bool = True
     denoising: bool = True
     observing: bool = True
+    partial: bool = True
     gradient_force_limit: str = ""
 
     def takes_cpp(self, dtype: torch.dtype) -> bool:
@@ -113,6 +115,7 @@ COMPILE = Backend(
     routing=False,
     denoising=False,
     observing=False,
+    partial=False,
     gradient_force_limit="the backend 'compile' cannot be differentiated twice",
 )
 TRITON = Backend(
@@ -149,12 +152,14 @@ class Features(NamedTuple):
         routing: blocks compute some of the atoms or edges alone.
         denoising: forces are encoded (`model.denoising`).
         observing: hooks of the modules inside the network are to run.
+        partial: the pass begins at a later block, or hands out what another one can begin with.
     """
 
     position_gradients: bool = False
     routing: bool = False
     denoising: bool = False
     observing: bool = False
+    partial: bool = False
 
 
 NOTHING_MORE = Features()
@@ -200,6 +205,8 @@ def validate(
                 "this network's forces are the gradient of its energy, which jumps where other atoms or "
                 "edges are skipped: leave out the router or the masks"
             )
+        if features.partial:
+            raise InputError("gradient forces need the whole network: leave out start and keep")
         if backend.gradient_force_limit:
             raise InputError(
                 f"{backend.gradient_force_limit}, which gradient forces (model.forces) need: "
@@ -213,6 +220,8 @@ def validate(
         raise InputError(f"the backend {name!r} encodes no forces: use the backend 'auto' for denoising")
     if features.observing and not backend.observing:
         raise InputError(f"the backend {name!r} runs no hooks: use the backend 'auto' to observe or mask")
+    if features.partial and not backend.partial:
+        raise InputError(f"the backend {name!r} runs whole passes alone: use the backend 'auto' for parts")
     reason = backend.unavailable_reason(device, dtype, config.lmax, config.mmax, features.position_gradients)
     if reason is not None:
         raise InputError(f"the backend {name!r} cannot be used: {reason}")

@@ -1,7 +1,7 @@
 """EquiformerV2 (paper Figure 1)."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -32,7 +32,7 @@ from equiformer2.model.norm import make_norm
 from equiformer2.model.output_request import ALL_OUTPUTS, OutputRequest, receptive_fields
 from equiformer2.model.parameters import count_parameters
 from equiformer2.model.radial import GaussianBasis
-from equiformer2.model.routing import FixedRouting, RoutedEdges, Router, Routing
+from equiformer2.model.routing import Decision, FixedRouting, Prefix, RoutedEdges, Router, Routing
 from equiformer2.model.so3 import EdgeFrames, S2Grid
 from equiformer2.model.so3.grid import m_major_order, smallest_resolution
 
@@ -109,6 +109,8 @@ class EquiformerV2(nn.Module):
         active: Sequence[Tensor | None] | Router | None = None,
         request: OutputRequest | None = None,
         dens: EncodedForces | None = None,
+        start: Prefix | None = None,
+        keep: Callable[[Prefix], None] | None = None,
     ) -> dict[str, Tensor]:
         """Energies and forces in normalised units.
 
@@ -121,6 +123,10 @@ class EquiformerV2(nn.Module):
             request: which of the outputs are read; None for all of them.
             dens: forces to encode, with `config.dens`; adds `noise [N, 3]` to the outputs (see
                 `model.denoising`).
+            start: an earlier pass over the same structures, to go on from; only later blocks are run. Its
+                edges stand for `graph` and `frames`.
+            keep: called before every block that is run, and before the heads, with the pass so far, from
+                which others can start.
 
         Returns:
             `energy [B]`, `forces [N, 3]` unless `config.forces` is none, and with `config.stress`
@@ -128,13 +134,14 @@ class EquiformerV2(nn.Module):
 
         Raises:
             InputError: an element is not below `max_num_elements`, the structure or `graph` is malformed,
-                `request` does not fit, or the backend cannot do what is asked for.
+                `request` or `start` does not fit, or the backend cannot do what is asked for.
         """
+        partial = start is not None or keep is not None
         request, conservative = request or OutputRequest(), self.config.forces == "gradient"
         differentiable = torch.is_grad_enabled()
         with own_defaults(), torch.inference_mode(False) if conservative else nullcontext():
             if conservative:
-                backend = self.check_backend(Features(routing=active is not None))
+                backend = self.check_backend(Features(routing=active is not None, partial=partial))
                 if frames is not None:
                     raise InputError("gradient forces need the network's own edge frames: leave out frames")
                 batch, graph = outside_inference_mode(batch, graph)
@@ -143,6 +150,8 @@ class EquiformerV2(nn.Module):
             natoms = torch.as_tensor(batch.natoms, device=numbers.device).reshape(-1)
             structure = structure_index(natoms, len(numbers))
             atoms = numbers, structure, natoms
+            if start is not None:
+                start.check(len(numbers), len(self.blocks))
             graph = self.build_graph(batch) if graph is None else checked_graph(graph, len(numbers))
             dtype = self.sphere_embedding.weight.dtype
             if conservative:
@@ -154,18 +163,20 @@ class EquiformerV2(nn.Module):
                 out = with_derivatives(energies, graph, structure, dtype, lattice, differentiable)
                 return request.cut(out)
             graph = graph.in_precision(dtype)
-            inputs = self._inputs(*atoms, graph, frames)
+            inputs = self._inputs(*atoms, graph, frames) if start is None else start.inputs(*atoms)
             differentiated = differentiable and inputs.rotations.requires_grad
-            backend = self.check_backend(Features(differentiated, active is not None, dens is not None))
+            features = Features(differentiated, active is not None, dens is not None, partial=partial)
+            backend = self.check_backend(features)
             if dens is not None:
                 self._check_denoising(dens, len(numbers))
             if backend is COMPILE:
                 return request.cut(compiled_network(self)(self, inputs))
             if not backend.routing:
-                return request.cut(self.propagate(inputs, backend, dens=dens))
+                return request.cut(self.propagate(inputs, backend, dens=dens, start=start, keep=keep))
             if active is None and not request.energy and request.force_atoms is not None:
                 active = receptive_fields(graph.edge_index, request.force_atoms, len(self.blocks))
-            return self.propagate(inputs, backend, self._routing(active, batch, graph), request, dens)
+            routing = self._routing(active, batch, graph)
+            return self.propagate(inputs, backend, routing, request, dens, start=start, keep=keep)
 
     def propagate(
         self,
@@ -175,6 +186,8 @@ class EquiformerV2(nn.Module):
         request: OutputRequest = ALL_OUTPUTS,
         dens: EncodedForces | None = None,
         steps: Steps | None = None,
+        start: Prefix | None = None,
+        keep: Callable[[Prefix], None] | None = None,
     ) -> dict[str, Tensor]:
         """Go from edges to outputs: embedding, blocks, norm, heads.
 
@@ -185,30 +198,36 @@ class EquiformerV2(nn.Module):
             request: which of the outputs are read.
             dens: forces to encode.
             steps: compiled regions in place of the network's own steps.
+            start: an earlier pass over the same edges, to go on from.
+            keep: called with the pass so far before every block that is run, and before the heads.
 
         Returns:
             As `forward`.
         """
         steps = steps or self
         numbers, structure, natoms = inputs.numbers, inputs.structure, inputs.natoms
-        shared = None
-        if self.source_embedding is not None and self.target_embedding is not None:
-            shared = (self.source_embedding, self.target_embedding)
-        encoding = EdgeEncoding(self.distance_basis, shared, self.bytes_per_edge, self.fades_at)
-        elements = numbers[inputs.edge_index]
-        edges = EdgeGraph(
-            inputs.edge_index, inputs.rotations, inputs.distances, elements, len(numbers), encoding
-        )
-        x = steps.embed(numbers, edges, backend)
-        if dens is not None and self.dens is not None:
-            x = x + self.dens.force_embedding(dens)
+        if start is None:
+            edges = self._edges(inputs)
+            x = steps.embed(numbers, edges, backend)
+            if dens is not None and self.dens is not None:
+                x = x + self.dens.force_embedding(dens)
+        else:
+            edges, x = start.edges, start.x
+        first = 0 if start is None else start.block
+        decisions: tuple[Decision, ...] = () if start is None else start.decisions
 
-        routed = None if routing is None else RoutedEdges(edges, routing)
+        def hand_out(number: int) -> None:
+            if keep is not None:
+                keep(Prefix(number, x, edges, None if routed is None else routed.attention, decisions))
+
+        routed = None if routing is None else RoutedEdges(edges, routing, start)
         observe = routing is not None and routing.observes_attention
         here, places = edges, EVERYTHING
-        for number, block in enumerate(self.blocks):
+        for number, block in enumerate(self.blocks[first:], first):
+            hand_out(number)
             if routed is not None:
                 decision, here, places = routed.decide(number, x)
+                decisions = (*decisions, decision)
                 if here.num_atoms == 0:
                     continue
             arguments = block, x, here, structure, natoms, backend, places, observe
@@ -218,6 +237,7 @@ class EquiformerV2(nn.Module):
                 x, attention = steps.run_block(*arguments)
             if routed is not None:
                 routed.observe(decision, here, places, attention)
+        hand_out(len(self.blocks))
 
         outputs = steps.read_out(x, edges, backend, request, dens is not None)
         if "energy" in outputs:
@@ -260,6 +280,17 @@ class EquiformerV2(nn.Module):
         """Add the edge frames; `graph` is in the network's precision."""
         rotations = self._rotations(graph.vectors, graph.distances) if frames is None else frames.entries
         return GraphInputs(numbers, structure, natoms, graph.edge_index, rotations, graph.distances)
+
+    def _edges(self, inputs: GraphInputs) -> EdgeGraph:
+        """Edges as all layers read them."""
+        shared = None
+        if self.source_embedding is not None and self.target_embedding is not None:
+            shared = (self.source_embedding, self.target_embedding)
+        encoding = EdgeEncoding(self.distance_basis, shared, self.bytes_per_edge, self.fades_at)
+        elements = inputs.numbers[inputs.edge_index]
+        return EdgeGraph(
+            inputs.edge_index, inputs.rotations, inputs.distances, elements, len(inputs.numbers), encoding
+        )
 
     def embed(self, numbers: Tensor, edges: EdgeGraph, backend: Backend) -> Tensor:
         """First features `[N, K, C]`: the elements of the atoms and their surroundings."""

@@ -14,7 +14,7 @@ from torch_geometric.data import Batch, Data
 
 from equiformer2.errors import InputError
 from equiformer2.graph import RadiusGraph
-from equiformer2.model.edge_context import EVERYTHING, BlockRouting, EdgeGraph
+from equiformer2.model.edge_context import EVERYTHING, BlockRouting, EdgeGraph, GraphInputs
 
 
 class Decision(NamedTuple):
@@ -48,6 +48,46 @@ class BlockState:
     block: int
     x: Tensor
     attention: Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Pass over a batch up to a block, from which other passes over the same structures can go on.
+
+    They have the same bits as whole passes as long as nothing has changed before the block: the weights of
+    the embedding and of the earlier blocks, and the decisions for these blocks.
+
+    Attributes:
+        block: number of the block that is next, from 0; the number of blocks where only the heads are left.
+        x: `[N, K, C]` features that enter it.
+        edges: edges of the batch with their geometry, which the passes share.
+        attention: as in `BlockState`; None without a routing that observes it.
+        decisions: decisions for the blocks before; empty without a routing.
+    """
+
+    block: int
+    x: Tensor
+    edges: EdgeGraph
+    attention: Tensor | None = None
+    decisions: tuple[Decision, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the features and of the attention; those of the shared edges are not counted."""
+        tensors = [self.x] if self.attention is None else [self.x, self.attention]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def inputs(self, numbers: Tensor, structure: Tensor, natoms: Tensor) -> GraphInputs:
+        """Complete the atoms (see `GraphInputs`) by the edges of this pass."""
+        edges = self.edges
+        return GraphInputs(numbers, structure, natoms, edges.edge_index, edges.rotations, edges.distances)
+
+    def check(self, num_atoms: int, num_blocks: int) -> None:
+        """Raise `InputError` where it does not fit a batch of `num_atoms` or a network of `num_blocks`."""
+        if len(self.x) != num_atoms:
+            raise InputError(f"the pass was begun on {len(self.x)} atoms and is continued on {num_atoms}")
+        if not 0 <= self.block <= num_blocks:
+            raise InputError(f"the pass goes on at block {self.block}, and the network has {num_blocks}")
 
 
 class Routing(Protocol):
@@ -94,12 +134,26 @@ class RoutedEdges:
     Args:
         edges: all edges.
         routing: the decisions.
+        start: the pass so far; None at the beginning of a pass.
+
+    Attributes:
+        attention: `[E, H]` attention weights so far (see `BlockState`); None where the routing reads none.
+
+    Raises:
+        InputError: the routing reads attention weights of earlier blocks that `start` does not hold.
     """
 
-    def __init__(self, edges: EdgeGraph, routing: Routing) -> None:
+    def __init__(self, edges: EdgeGraph, routing: Routing, start: Prefix | None = None) -> None:
         self.edges, self.routing = edges, routing
         self._restricted: list[tuple[Tensor | None, Tensor | None, EdgeGraph, BlockRouting]] = []
-        self._attention: Tensor | None = None
+        self.attention: Tensor | None = None
+        if routing.observes_attention and start is not None:
+            self.attention = start.attention
+            if start.block > 0 and start.attention is None:
+                raise InputError(
+                    "the router reads attention weights of blocks that are not run again: begin at block 0, "
+                    "or with a pass under such a router"
+                )
 
     def decide(self, block: int, x: Tensor) -> tuple[Decision, EdgeGraph, BlockRouting]:
         """Ask the routing for a block's decision.
@@ -111,9 +165,9 @@ class RoutedEdges:
         Returns:
             The decision, the edges that the block computes, and their places and gates.
         """
-        if self.routing.observes_attention and self._attention is None:
-            self._attention = x.new_zeros(len(self.edges.distances), 1)
-        decision = self.routing.decide(BlockState(block, x, self._attention))
+        if self.routing.observes_attention and self.attention is None:
+            self.attention = x.new_zeros(len(self.edges.distances), 1)
+        decision = self.routing.decide(BlockState(block, x, self.attention))
         atoms, edges, everywhere = decision
         updated = None if atoms is None or everywhere else atoms > 0
         kept = None if edges is None else edges > 0
@@ -136,9 +190,9 @@ class RoutedEdges:
             decision, graph, places: as `decide` gave them.
             weights: `[e, H]` of the block's edges; None for a block without attention.
         """
-        if self._attention is None or weights is None:
+        if self.attention is None or weights is None:
             return
-        alpha, older = weights.to(self._attention.dtype), self._attention
+        alpha, older = weights.to(self.attention.dtype), self.attention
         if older.shape[1] != alpha.shape[1]:
             older = older.mean(dim=1, keepdim=True).repeat(1, alpha.shape[1])
         # In proportion to the gates: as a gate closes, the table goes over into the one without the edge.
@@ -148,7 +202,7 @@ class RoutedEdges:
             share = of_targets if share is None else of_targets * share
         if share is not None:
             alpha = torch.lerp(places.at_edges(older), alpha, share.unsqueeze(1).to(alpha.dtype))
-        self._attention = alpha if places.edges is None else older.index_copy(0, places.edges, alpha)
+        self.attention = alpha if places.edges is None else older.index_copy(0, places.edges, alpha)
 
     def _restrict(self, atoms: Tensor | None, edges: Tensor | None) -> tuple[EdgeGraph, BlockRouting]:
         if (atoms is None or bool(atoms.all())) and (edges is None or bool(edges.all())):

@@ -6,14 +6,17 @@ The dense network is its own teacher, so any structures of the users' domain wil
 however many frames each has: frames of one relaxation are near copies of each other.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
+from equiformer2.batch_threads import map_batches
 from equiformer2.checkpoint import Normalizers
 from equiformer2.errors import InputError, naming_structures
 from equiformer2.graph import RadiusGraph
@@ -101,7 +104,8 @@ class Calibration:
     Args:
         model: dense network; it answers in evaluation mode.
         normalizers: units of its outputs, for eV and eV/Å.
-        structures: at least one; labels are not read.
+        structures: at least one; labels are not read. Searches try most cuts on the first ones alone: arrange
+            them by `mixed_systems`.
         batch_size: structures per forward pass.
         force_weight: λ, Å.
 
@@ -121,7 +125,7 @@ class Calibration:
         model: EquiformerV2,
         normalizers: Normalizers,
         structures: Sequence[Data],
-        batch_size: int = 8,
+        batch_size: int = 2,
         force_weight: float = FORCE_WEIGHT,
     ) -> None:
         if not structures:
@@ -140,6 +144,8 @@ class Calibration:
         names = [name for batch in self.batches for name in batch.sid]
         self.systems = tuple(dict.fromkeys(names))
         self._system_of = np.array([self.systems.index(name) for name in names])
+        ends = np.cumsum([batch.num_graphs for batch in self.batches]).tolist()
+        self._rows = [slice(*pair) for pair in zip([0, *ends[:-1]], ends, strict=True)]
         self.graphs: list[RadiusGraph] = []
         for batch in self.batches:
             with naming_structures(batch):
@@ -152,24 +158,73 @@ class Calibration:
         edges = sum(graph.edge_index.shape[1] for graph in self.graphs)
         return sum(structure.pos.shape[0] for structure in self.structures), edges
 
-    @torch.no_grad()
+    @property
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Numbers of structures, atoms and edges of every batch."""
+        return [
+            (batch.num_graphs, batch.num_nodes, graph.edge_index.shape[1])
+            for batch, graph in zip(self.batches, self.graphs, strict=True)
+        ]
+
     def answers(self, model: Network) -> list[dict[str, Tensor]]:
-        """Run a network on every batch, in evaluation mode.
+        """Run a network on every batch, in evaluation mode; on a CPU several batches at a time.
 
         Args:
-            model: called as `model(batch, graph=…)`.
+            model: called as `model(batch, graph=…)`. What is no plain network gets one batch at a time: it
+                may count what it does.
 
         Returns:
             Outputs per batch, normalised units.
         """
-        training = isinstance(model, torch.nn.Module) and model.training
-        if training:
-            model.eval()  # type: ignore[attr-defined]
-        try:
-            return [dict(model(b, graph=g)) for b, g in zip(self.batches, self.graphs, strict=True)]
-        finally:
-            if training:
-                model.train()  # type: ignore[attr-defined]
+        with in_evaluation_mode(model):
+            plain = isinstance(model, EquiformerV2) and model.backend != "compile"
+            batches = range(len(self.batches))
+            return list(
+                map_batches(
+                    lambda index: self.answer(index, model),
+                    batches,
+                    count=len(batches) if plain else 1,
+                    device=self.batches[0].pos.device,
+                )
+            )
+
+    @torch.no_grad()
+    def answer(self, index: int, model: Network, **given: Any) -> dict[str, Tensor]:
+        """Run a network on one batch. Calls for several batches do not depend on each other.
+
+        Args:
+            index: number of the batch.
+            model: network in evaluation mode, called as `model(batch, graph=…)`.
+            **given: further arguments of that call, such as `start` and `keep` of `EquiformerV2`.
+
+        Returns:
+            Outputs, normalised units.
+        """
+        return dict(model(self.batches[index], graph=self.graphs[index], **given))
+
+    def errors(self, index: int, model: Network, **given: Any) -> Tensor:
+        """Compare a network with the dense one on one batch, as `structure_errors`; arguments of `answer`."""
+        out = self.answer(index, model, **given)
+        return structure_errors(out, self.dense[index], self.batches[index], self.energy_std, self.force_std)
+
+    def loss_on(self, batches: Sequence[int], errors: Mapping[int, Tensor]) -> float:
+        """Average errors over the systems of some batches.
+
+        Args:
+            batches: numbers of the batches.
+            errors: number of a batch -> `errors` of it. Batches that are missing count as if they had none,
+                so that the result is a lower bound of the loss: it is a mean of terms that are not negative.
+
+        Returns:
+            Loss L on these batches alone, eV; infinite if an answer was not finite.
+        """
+        rows = [errors.get(index, torch.zeros(self.batches[index].num_graphs, 3)).cpu() for index in batches]
+        systems = np.concatenate([self._system_of[self._rows[index]] for index in batches])
+        present, places = np.unique(systems, return_inverse=True)
+        names = [self.systems[index] for index in present]
+        table = torch.cat([values.double() for values in rows]).numpy()
+        loss = Discrepancy.from_structures(names, places, table, self.force_weight).loss
+        return loss if np.isfinite(loss) else float("inf")
 
     def discrepancy(self, model: Network) -> Discrepancy:
         """Compare a network, called as `model(batch, graph=…)`, with the dense one."""
@@ -200,6 +255,19 @@ class Calibration:
         ]
         table = torch.cat(columns).cpu().numpy()
         return Discrepancy.from_structures(self.systems, self._system_of, table, self.force_weight)
+
+
+@contextmanager
+def in_evaluation_mode(model: Network) -> Iterator[None]:
+    """Context in which a network is in evaluation mode; other callables are left alone."""
+    training = isinstance(model, torch.nn.Module) and model.training
+    if training:
+        model.eval()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if training:
+            model.train()  # type: ignore[attr-defined]
 
 
 def unlabelled(structure: Data) -> Data:

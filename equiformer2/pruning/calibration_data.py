@@ -59,6 +59,28 @@ def read_structures(
     return [structures[position] for position in sorted(chosen)]
 
 
+def mixed_systems(structures: Sequence[Data], seed: int = 0) -> list[Data]:
+    """Arrange structures so that the first ones, however many, represent all of them.
+
+    Stored order puts relatives side by side: frames of one system, slabs of one bulk.
+
+    Args:
+        structures: structures in any order.
+        seed: random seed.
+
+    Returns:
+        One structure of every system in turn, systems and their frames in random order.
+    """
+    rng = np.random.default_rng(seed)
+    turns: dict[str, int] = {}
+    ranked: list[tuple[int, int, int]] = []
+    for position in rng.permutation(len(structures)).tolist():
+        sid = structures[position].sid
+        turns[sid] = turns.get(sid, -1) + 1
+        ranked.append((turns[sid], len(ranked), position))
+    return [structures[position] for _, _, position in sorted(ranked)]
+
+
 def labelled_energies(
     paths: str | Path | Sequence[str | Path], energy_kind: str, declared: str | None = None
 ) -> bool:

@@ -19,6 +19,7 @@ FEATURES = {
     "routers and masks of atoms and edges": Features(routing=True),
     "denoising (`model.dens`)": Features(denoising=True),
     "hooks of the modules inside: observing, masking of sphere channels": Features(observing=True),
+    "passes that begin at a later block (`model.routing.Prefix`)": Features(partial=True),
 }
 OTHERS = {
     "gradients of the parameters",

@@ -10,7 +10,7 @@ from torch_geometric.data import Batch
 
 from equiformer2.errors import InputError
 from equiformer2.pruning.calibration import Calibration
-from equiformer2.pruning.calibration_data import labelled_energies, read_structures
+from equiformer2.pruning.calibration_data import labelled_energies, mixed_systems, read_structures
 
 LMDB = Path(__file__).parents[1] / "fixtures" / "datasets_oc20" / "s2ef_val_20.lmdb"
 COLUMNS = "species:S:1:pos:R:3:move_mask:L:1:tags:I:1:forces:R:3"
@@ -54,6 +54,21 @@ def test_batches_do_not_matter_and_labels_are_not_read() -> None:
     all_at_once = Calibration(model, NORMALIZERS, labelled, batch_size=8)
     assert all_at_once.loss(other) == pytest.approx(one, rel=1e-5)
     assert "forces" not in all_at_once.batches[0]
+
+
+def test_the_loss_on_some_batches_is_that_of_their_structures() -> None:
+    model, other, structures = tiny_model(), tiny_model(seed=1), slabs()
+    found = Calibration(model, NORMALIZERS, structures, batch_size=1)
+    errors = {index: found.errors(index, other) for index in range(4)}
+    assert found.loss_on(range(4), errors) == pytest.approx(found.loss(other))
+    for some in ([0, 1], [1, 3], [2]):
+        alone = Calibration(model, NORMALIZERS, [structures[index] for index in some], batch_size=1)
+        assert found.loss_on(some, errors) == pytest.approx(alone.loss(other))
+    part = {0: errors[0], 2: errors[2]}
+    losses = [found.loss_on(range(4), known) for known in ({}, {0: errors[0]}, part, errors)]
+    assert losses == sorted(losses)
+    assert losses[0] == 0.0 < losses[1] < losses[-1]
+    assert found.loss_on([0, 2], errors | {2: torch.full((1, 3), float("inf"))}) == float("inf")
 
 
 def test_forces_of_held_atoms_do_not_count() -> None:
@@ -126,3 +141,13 @@ def test_lmdb_files_are_read() -> None:
 def test_batches_hold_something(batch_size: int) -> None:
     with pytest.raises(InputError, match=f"batch size is {batch_size}: give at least 1"):
         Calibration(tiny_model(), NORMALIZERS, slabs(), batch_size=batch_size)
+
+
+def test_the_first_structures_are_of_different_systems() -> None:
+    stored = [slab(sid, height=1.3 + 0.1 * frame) for sid in "abcd" for frame in range(3)]
+    mixed = mixed_systems(stored, seed=1)
+    assert {id(data) for data in mixed} == {id(data) for data in stored}
+    for turn in range(3):
+        assert {data.sid for data in mixed[4 * turn : 4 * turn + 4]} == set("abcd")
+    assert [id(data) for data in mixed_systems(stored, seed=1)] == [id(data) for data in mixed]
+    assert [id(data) for data in mixed_systems(stored, seed=2)] != [id(data) for data in mixed]

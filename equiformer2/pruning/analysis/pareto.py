@@ -23,7 +23,7 @@ from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
 from equiformer2.model import EquiformerV2
 from equiformer2.pruning.calibration import Calibration, Network
-from equiformer2.pruning.calibration_data import labelled_energies, read_structures
+from equiformer2.pruning.calibration_data import labelled_energies, mixed_systems, read_structures
 from equiformer2.pruning.cost.latency import compare_latency
 from equiformer2.pruning.cost.targets import CombinedTarget, MacTarget, ParameterTarget, Target
 from equiformer2.pruning.fingerprints import fingerprint_of_structures, fingerprint_of_weights
@@ -427,7 +427,7 @@ class Study:
         return {part.name: part.errors(network) for part in self.held_out}
 
     def _structures(self, seed: int) -> list[Any]:
-        return read_structures(self.calibration_data, self.settings.structures, seed)
+        return mixed_systems(read_structures(self.calibration_data, self.settings.structures, seed), seed)
 
     def _calibration(self, seed: int) -> Calibration:
         if seed not in self._calibrations:

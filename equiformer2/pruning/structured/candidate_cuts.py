@@ -44,6 +44,25 @@ class Cut:
         """Dimension, site and units, such as `order/2/mmax`."""
         return f"{self.dimension}/{self.site}/{self.units}"
 
+    def joined(self, other: "Cut") -> "Cut":
+        """Make one cut of this one and of another that follows the same plan at another place.
+
+        Args:
+            other: cut of another block or head; neither may be of the sphere channels.
+
+        Returns:
+            The cut of both, at the place that comes first; its units name the other one.
+        """
+        heads_last = sorted((self, other), key=lambda cut: (cut.site == FORCE_HEAD, cut.site))
+        if other.site == FORCE_HEAD:
+            plan = dataclasses.replace(self.plan, force_head=other.plan.force_head)
+        else:
+            index = int(other.site)
+            blocks = (*self.plan.blocks[:index], other.plan.blocks[index], *self.plan.blocks[index + 1 :])
+            plan = dataclasses.replace(self.plan, blocks=blocks)
+        first, second = heads_last
+        return Cut(first.dimension, first.site, f"{first.units} + {second.name}", plan, None)
+
 
 def possible_cuts(
     plan: PruningPlan, config: ModelConfig, scores: UnitScores, dimensions: Sequence[str]

@@ -95,8 +95,8 @@ def find_plan(
         progress: show a progress bar.
 
     Returns:
-        The plan in canonical form, and the numbers of cuts made and tried by a search (empty for a
-        baseline).
+        The plan in canonical form, and of a search the numbers of steps (`cuts`) and of cuts `tried`, and its
+        work in `passes` of the dense network (see `cost.work`); empty for a baseline.
 
     Raises:
         InputError: an unknown method, a target that it cannot reach, a state of another search.
@@ -115,5 +115,9 @@ def find_plan(
         model, normalizers, calibration, cost, target, settings, state_path, progress=progress, shares=shares
     )
     state = search.run()
-    counts = {"cuts": len(state.steps), "tried": sum(step.tried for step in state.steps)}
+    counts = {
+        "cuts": len(state.steps),
+        "tried": sum(step.tried for step in state.steps),
+        "passes": round(state.passes, 1),
+    }
     return state.plan.checked(model.config), counts

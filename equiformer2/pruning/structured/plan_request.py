@@ -13,7 +13,7 @@ from equiformer2.errors import InputError
 from equiformer2.files import check_target
 from equiformer2.model.parameters import count_parameters
 from equiformer2.pruning.calibration import FORCE_WEIGHT, Calibration
-from equiformer2.pruning.calibration_data import read_structures
+from equiformer2.pruning.calibration_data import mixed_systems, read_structures
 from equiformer2.pruning.cost.targets import CombinedTarget, LatencyTarget, MacTarget, ParameterTarget, Target
 from equiformer2.pruning.structured.apply import masked, shrink
 from equiformer2.pruning.structured.plan import PruningPlan
@@ -52,14 +52,14 @@ class PlanRequest:
     sphere: bool = False
     importance: Literal["michel", "taylor"] = "michel"
     force_weight: float = FORCE_WEIGHT
-    batch_size: int = 8
+    batch_size: int = 2
     device: str = "cpu"
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class PlanResult:
-    """Plan with its costs and errors; as text, a summary in two lines.
+    """Plan with its costs and errors; as text, a summary in two or three lines.
 
     Attributes:
         plan: the plan.
@@ -67,7 +67,8 @@ class PlanResult:
         parameters: share of the parameters that stays.
         latency: measured share of the time where that was a target.
         errors: errors against the dense network on the calibration structures (`Discrepancy.averages`).
-        search: numbers of cuts that a search made and tried.
+        search: numbers of cuts that a search made and tried, and its work in passes of the dense network;
+            empty for a baseline.
     """
 
     plan: PruningPlan
@@ -90,10 +91,16 @@ class PlanResult:
             )
             if self.errors[name] is not None
         ]
-        return (
-            f"stays: {', '.join(costs)}\n"
-            f"against the dense network, calibration structures: {', '.join(errors)}"
-        )
+        lines = [
+            f"stays: {', '.join(costs)}",
+            f"against the dense network, calibration structures: {', '.join(errors)}",
+        ]
+        if self.search:
+            lines.append(
+                f"search: {self.search['cuts']} steps, {self.search['tried']} cuts tried, the work of "
+                f"{self.search['passes']:,.0f} passes of the dense network over one structure"
+            )
+        return "\n".join(lines)
 
 
 def make_plan(request: PlanRequest, state_path: AnyPath | None = None, progress: bool = True) -> PlanResult:
@@ -116,7 +123,7 @@ def make_plan(request: PlanRequest, state_path: AnyPath | None = None, progress:
     shares = _parse_targets(request.targets)
     checkpoint = load_checkpoint(request.checkpoint, request.weights, device=request.device)
     model = checkpoint.model.eval()
-    structures = read_structures(request.data, request.structures, request.seed)
+    structures = mixed_systems(read_structures(request.data, request.structures, request.seed), request.seed)
     calibration = Calibration(
         model, checkpoint.normalizers, structures, request.batch_size, request.force_weight
     )

@@ -1,8 +1,8 @@
 """Greedy search for a plan: the one loop behind MultiPruner and BlockPruner.
 
 Every step lists the possible cuts, orders them by what they are expected to damage per saved cost, tries the
-most promising ones with masks on the calibration structures, and makes the cut that did least damage per
-saved cost. Nothing is trained.
+most promising ones with masks on the calibration structures (see `trials`), and makes the cut that did least
+damage per saved cost. Nothing is trained.
 
     damage = L(after)² - L(before)²
 
@@ -12,10 +12,11 @@ units times a factor per dimension, which is fitted to the trials so far. Cuts w
 orders) are tried at once.
 """
 
-import json
+import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,142 +26,26 @@ from tqdm import tqdm
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import Normalizers
 from equiformer2.errors import InputError
-from equiformer2.files import read_json, write_json
 from equiformer2.model import EquiformerV2
 from equiformer2.pruning.calibration import Calibration
+from equiformer2.pruning.cost.work import GRADIENT, Work
 from equiformer2.pruning.fingerprints import fingerprint_of_structures, fingerprint_of_weights
 from equiformer2.pruning.structured.apply import masked
 from equiformer2.pruning.structured.candidate_cuts import Cut, possible_cuts
 from equiformer2.pruning.structured.importance import gradient_importance, probe
 from equiformer2.pruning.structured.plan import PruningPlan
-from equiformer2.pruning.structured.unit_scores import UnitScores, gradient_scores
-from equiformer2.values import Items, Number, Optional, Rule, Switch, Whole, mapping
+from equiformer2.pruning.structured.search_state import SearchState, Step
+from equiformer2.pruning.structured.trials import Trial, Trials
+from equiformer2.pruning.structured.unit_scores import NETWORK, UnitScores, gradient_scores
 
 log = logging.getLogger("equiformer2")
 
 Cost = Callable[[PruningPlan], float]
 IMPORTANCES = ("michel", "taylor")
-_FORMAT = "equiformer2.pruning_search"
-_VERSION = 1
-_NUMBER = Number(-1e300, 1e300)
 _KEPT_RATIOS = 20
 _WORST = 1e30  # JSON holds no infinity
-
-
-@dataclass(frozen=True)
-class Step:
-    """One cut that was made.
-
-    Attributes:
-        cut: name of the cut.
-        cost: cost of the plan afterwards, in the unit of the target.
-        loss: loss of the plan afterwards on the calibration structures, eV; None where nothing was tried.
-        tried: number of cuts that were tried on the calibration structures.
-    """
-
-    cut: str
-    cost: float
-    loss: float | None
-    tried: int
-
-    @staticmethod
-    def read(value: Any, name: str) -> "Step":
-        """Check a stored step; a `values.Rule`."""
-        if set(mapping(value, name)) != {"cut", "cost", "loss", "tried"} or not isinstance(value["cut"], str):
-            raise InputError(f"{name} must hold cut (a text), cost, loss and tried")
-        return Step(
-            value["cut"],
-            _NUMBER.read(value["cost"], f"{name}.cost"),
-            Optional(_NUMBER).read(value["loss"], f"{name}.loss"),
-            Whole(0, 2**31).read(value["tried"], f"{name}.tried"),
-        )
-
-
-@dataclass
-class SearchState:
-    """State of a search between two steps.
-
-    Attributes:
-        fingerprint: everything that the search depends on; a state of another search is refused.
-        plan: cuts made so far.
-        loss: loss of `plan`, eV.
-        steps: the cuts one by one.
-        damages: name of a cut -> its damage when it was last tried, eV².
-        ratios: dimension -> root of the damage over the score of the latest trials.
-        stage: number of the present stage.
-        done: True once the search has ended.
-    """
-
-    fingerprint: dict[str, Any]
-    plan: PruningPlan
-    loss: float = 0.0
-    steps: list[Step] = field(default_factory=list)
-    damages: dict[str, float] = field(default_factory=dict)
-    ratios: dict[str, list[float]] = field(default_factory=dict)
-    stage: int = 0
-    done: bool = False
-
-    def save(self, path: Path) -> None:
-        """Write the state as JSON, atomically."""
-        values = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "fingerprint": self.fingerprint,
-            "plan": self.plan.to_dict(),
-            "loss": self.loss,
-            "steps": [asdict(step) for step in self.steps],
-            "damages": self.damages,
-            "ratios": self.ratios,
-            "stage": self.stage,
-            "done": self.done,
-        }
-        write_json(path, values, make_folder=True)
-
-    @classmethod
-    def load(cls, path: Path, fingerprint: dict[str, Any]) -> "SearchState":
-        """Read a file of `save` for a search of this `fingerprint`.
-
-        Args:
-            path: file to read.
-            fingerprint: everything that the present search depends on.
-
-        Returns:
-            The stored state.
-
-        Raises:
-            InputError: the file is no such state, or one of another search; the difference is named.
-        """
-
-        def named(values: Any, rule: Rule, name: str) -> dict[str, Any]:
-            return {key: rule.read(value, f"{name}.{key}") for key, value in mapping(values, name).items()}
-
-        try:
-            values = read_json(path)
-            if values.get("format") != _FORMAT or values.get("version") != _VERSION:
-                raise InputError("its format is another one")
-            state = cls(
-                fingerprint=dict(mapping(values.get("fingerprint"), "fingerprint")),
-                plan=PruningPlan.from_dict(values.get("plan"), "plan"),
-                loss=_NUMBER.read(values.get("loss"), "loss"),
-                steps=Items(Step).read(values.get("steps"), "steps"),
-                damages=named(values.get("damages"), _NUMBER, "damages"),
-                ratios=named(values.get("ratios"), Items(_NUMBER), "ratios"),
-                stage=Whole(0, 1000).read(values.get("stage"), "stage"),
-                done=Switch().read(values.get("done"), "done"),
-            )
-        except InputError as error:
-            raise InputError(
-                f"{path} is no state of a pruning search ({error}): give another file or remove it"
-            ) from error
-        # Through JSON, because tuples come back as lists.
-        present = json.loads(json.dumps(fingerprint))
-        for key in sorted({*present, *state.fingerprint}):
-            if present.get(key) != state.fingerprint.get(key):
-                raise InputError(
-                    f"{path} is the state of another search: {key} was {state.fingerprint.get(key)!r} and is "
-                    f"{present.get(key)!r} now; give another file or remove it"
-                )
-        return state
+_RECENT = 10
+"""Steps from whose work the work left is estimated."""
 
 
 @dataclass(frozen=True)
@@ -186,9 +71,17 @@ class SearchSettings:
         per_cost: choose by damage per saved cost; else by the loss alone.
         tolerance: share of the dense cost by which a plan may end below the target, as long as some cut does
             not go further.
+        first: number of structures on which all cuts of a step are tried, others in every step; the better
+            half goes on to twice as many, and so on, and the cut that is made runs on all. None tries every
+            cut on all structures.
+        bounds: end the trial of a cut once it cannot be the best any more. It then has no exact damage.
+        least: share of the dense cost that a step saves at least: the winner is made together with the next
+            best cuts of other blocks. They would mostly win the next steps, and without it a network of many
+            blocks would take many.
+        refresh: share of the dense cost by which the cost falls until importance is computed anew.
         importance: importance of units by which cuts are ranked before any is tried: `michel` or `taylor`
             (see `importance`).
-        importance_structures: number of structures that gradients are taken on, drawn anew for every step.
+        importance_structures: number of structures that gradients are taken on, drawn anew every time.
         seed: random seed of that draw and of the gradients' directions.
 
     Raises:
@@ -199,6 +92,10 @@ class SearchSettings:
     tries: int = 8
     per_cost: bool = True
     tolerance: float = 0.01
+    first: int | None = 4
+    bounds: bool = True
+    least: float = 0.015
+    refresh: float = 0.03
     importance: Literal["michel", "taylor"] = "michel"
     importance_structures: int = 8
     seed: int = 0
@@ -211,26 +108,19 @@ class SearchSettings:
             raise InputError(
                 f"the importance {self.importance!r} is not known: use one of {', '.join(IMPORTANCES)}"
             )
-        for name in ("tries", "importance_structures"):
-            if getattr(self, name) < 1:
+        for name in ("tries", "importance_structures", "first"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: give at least 1")
-        if not 0 <= self.tolerance < 1:
-            raise InputError(f"tolerance is {self.tolerance}: give a share of the dense cost")
+        for name in ("tolerance", "refresh", "least"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}: give a share of the dense cost")
 
+    def exhaustive(self) -> "SearchSettings":
+        """Return the same search without savings: every cut on all structures, one cut and ranking per step.
 
-@dataclass(frozen=True)
-class Trial:
-    """Cut that was tried on the calibration structures.
-
-    Attributes:
-        cut: the cut.
-        loss: loss afterwards, eV.
-        damage: L(after)² - L(before)², eV².
-    """
-
-    cut: Cut
-    loss: float
-    damage: float
+        It takes several times the work, and shows what the savings cost in accuracy (studies/search_cost.py).
+        """
+        return dataclasses.replace(self, first=None, bounds=False, refresh=0.0, least=0.0)
 
 
 class GreedySearch:
@@ -284,6 +174,9 @@ class GreedySearch:
         if state_path is not None and state_path.exists():
             self.state = SearchState.load(state_path, self.state.fingerprint)
             log.info(f"continuing the search in {state_path} after {len(self.state.steps)} cuts")
+        self.work = Work(model.config, calibration.sizes, self.state.passes)
+        self._trials = Trials(model, calibration, self.work, self.state.plan)
+        self._scores: tuple[int, UnitScores] | None = None
 
     def cost(self, plan: PruningPlan) -> float:
         """Return the cost of `plan`, which is computed once."""
@@ -300,13 +193,16 @@ class GreedySearch:
         Raises:
             InputError: the dimensions cannot reach the target.
         """
-        with tqdm(total=100, desc="pruning", unit="%", disable=not self.progress) as bar:
-            self._show(bar)
+        passes = round(self.work.passes)
+        with tqdm(
+            desc="pruning", unit="passes", initial=passes, smoothing=0.05, disable=not self.progress
+        ) as bar:
+            self.work.show = lambda _: bar.update(round(self.work.passes) - bar.n)
             while not self.state.done:
+                self._show(bar)
                 self._step()
                 if self.state_path is not None:
                     self.state.save(self.state_path)
-                self._show(bar)
         return self.state
 
     def _step(self) -> None:
@@ -315,21 +211,55 @@ class GreedySearch:
         if self.cost(state.plan) <= budget:
             state.stage, state.done = (state.stage, True) if last else (state.stage + 1, False)
             return
-        cuts = self._affordable(
-            possible_cuts(state.plan, self.model.config, self._scores(), stage.dimensions)
-        )
+        cuts = self._affordable(possible_cuts(state.plan, self.model.config, self.scores(), stage.dimensions))
         allowed = [cut for cut in cuts if self.cost(cut.plan) >= budget - self._slack]
         if not allowed and not last:
             state.stage += 1
             return
-        trials = [self._try(cut) for cut in self._promising(allowed or cuts)]
-        if not trials:
+        promising = self._promising(allowed or cuts)
+        if not promising:
             raise InputError(
                 f"the target cannot be reached: cuts of {', '.join(stage.dimensions)} end at "
                 f"{self.cost(state.plan) / self.dense_cost:.1%} of the dense cost; aim higher or allow more "
                 "dimensions"
             )
-        self._take(self._best(trials, budget), len(trials))
+        # Of those that reach the target, the one with the least loss.
+        final = [cut for cut in promising if self.cost(cut.plan) <= budget] if last else []
+        with self._trials.present():
+            best, trials = self._trials.race(
+                final or promising,
+                self._loss_alone if final else self._damage_per_cost,
+                self.settings.first,
+                self.settings.bounds,
+                turn=len(state.steps),
+            )
+            tried = [trial for trial in trials if trial.errors]
+            for trial in tried:
+                self._learn(trial)
+            made = [best.cut] if final else self._together(best, tried, budget)
+            joint = functools.reduce(Cut.joined, made)
+            loss = self._trials.take(best if len(made) == 1 else Trial(joint))
+        self._take(joint, loss, len(tried))
+        for cut in made:  # the next cut at this place is another one
+            state.damages.pop(cut.name, None)
+
+    def _together(self, best: Trial, tried: Sequence[Trial], budget: float) -> list[Cut]:
+        """Choose cuts of other places that are made with the winner, so that the step saves enough."""
+        made, enough = [best.cut], self.cost(self.state.plan) - self.settings.least * self.dense_cost
+
+        def rank(trial: Trial) -> tuple[int, float]:
+            return -len(trial.errors), self._damage_per_cost(trial.cut, *self._trials.losses(trial))
+
+        for trial in sorted(tried, key=rank)[: (len(tried) + 1) // 2]:
+            places, joint = [cut.site for cut in made], functools.reduce(Cut.joined, made)
+            if joint.site == NETWORK or self.cost(joint.plan) <= enough:
+                break
+            if trial.cut.site in (*places, NETWORK):
+                continue
+            # The last step is a single cut: of those that reach the target, the best.
+            if self.cost(joint.joined(trial.cut).plan) > budget:
+                made.append(trial.cut)
+        return made
 
     @property
     def _slack(self) -> float:
@@ -339,21 +269,28 @@ class GreedySearch:
         now = self.cost(self.state.plan)
         return [cut for cut in cuts if self.cost(cut.plan) < now]
 
-    def _scores(self) -> UnitScores:
-        """Importance of all units: by gradients in the network as it is cut now, else by weights."""
-        settings, step = self.settings, len(self.state.steps)
-        rng = np.random.default_rng((settings.seed, step))
-        count = min(settings.importance_structures, len(self.calibration.structures))
-        chosen = rng.choice(len(self.calibration.structures), count, replace=False)
-        objective = probe(self.normalizers, self.calibration.force_weight, int(rng.integers(2**31)))
-        with masked(self.model, self.state.plan):
-            importance = gradient_importance(
-                self.model,
-                [self.calibration.structures[i] for i in sorted(chosen.tolist())],
-                objective,
-                settings.importance,
-            )
-        return gradient_scores(self.model, importance)
+    def scores(self) -> UnitScores:
+        """Importance of all units by gradients, else by weights, in the network as it was cut lately."""
+        settings, state = self.settings, self.state
+        old = state.ranked_plan
+        if old is None or self.cost(old) - self.cost(state.plan) >= settings.refresh * self.dense_cost:
+            state.ranked, state.ranked_plan = len(state.steps), state.plan
+        if self._scores is None or self._scores[0] != state.ranked:
+            assert state.ranked_plan is not None
+            rng = np.random.default_rng((settings.seed, state.ranked))
+            count = min(settings.importance_structures, len(self.calibration.structures))
+            chosen = rng.choice(len(self.calibration.structures), count, replace=False)
+            objective = probe(self.normalizers, self.calibration.force_weight, int(rng.integers(2**31)))
+            with masked(self.model, state.ranked_plan):
+                importance = gradient_importance(
+                    self.model,
+                    [self.calibration.structures[i] for i in sorted(chosen.tolist())],
+                    objective,
+                    settings.importance,
+                )
+            self._scores = state.ranked, gradient_scores(self.model, importance)
+            self.work.add(GRADIENT * count)
+        return self._scores[1]
 
     def _expected(self, cut: Cut) -> float | None:
         """Damage that `cut` is expected to do, eV²."""
@@ -378,38 +315,38 @@ class GreedySearch:
             cut for _, _, cut in sorted(known, key=lambda item: item[:2])[: self.settings.tries]
         ]
 
-    def _try(self, cut: Cut) -> Trial:
-        with masked(self.model, cut.plan):
-            loss = self.calibration.loss(self.model)
-        damage = min(loss**2 - self.state.loss**2, _WORST)
+    @staticmethod
+    def _loss_alone(cut: Cut, after: float, before: float) -> float:
+        return after
+
+    def _damage_per_cost(self, cut: Cut, after: float, before: float) -> float:
+        return self._value(cut, min(after**2 - before**2, _WORST))
+
+    def _learn(self, trial: Trial) -> None:
+        """Remember the damage of a trial for the next steps."""
+        after, before = self._trials.losses(trial)
+        damage, cut = min(after**2 - before**2, _WORST), trial.cut
         self.state.damages[cut.name] = damage
         if cut.score:
             ratios = self.state.ratios.setdefault(cut.dimension, [])
             ratios.append(max(damage, 0.0) ** 0.5 / cut.score)
             del ratios[:-_KEPT_RATIOS]
-        return Trial(cut, loss, damage)
 
-    def _best(self, trials: Sequence[Trial], budget: float) -> Trial:
-        """The least damage per saved cost; of those that reach the target, the least loss."""
-        final = [trial for trial in trials if self.cost(trial.cut.plan) <= budget]
-        if final and self.state.stage == len(self._budgets) - 1:
-            return min(final, key=lambda trial: trial.loss)
-        return min(trials, key=lambda trial: self._value(trial.cut, trial.damage))
-
-    def _take(self, trial: Trial, tried: int) -> None:
+    def _take(self, cut: Cut, loss: float, tried: int) -> None:
         state = self.state
-        state.plan, state.loss = trial.cut.plan, min(trial.loss, _WORST)
-        # The next cut at this place is another one.
-        state.damages.pop(trial.cut.name, None)
-        state.steps.append(Step(trial.cut.name, self.cost(state.plan), state.loss, tried))
+        state.plan, state.loss = cut.plan, min(loss, _WORST)
+        state.steps.append(Step(cut.name, self.cost(state.plan), state.loss, tried, self.work.passes))
 
     def _show(self, bar: "tqdm[None]") -> None:
-        removed = self.start_cost - self.cost(self.state.plan)
-        surplus = self.start_cost - self._budgets[-1]
-        bar.n = min(100, round(100 * removed / surplus)) if surplus > 0 else 100
-        bar.set_postfix(
-            cost=f"{self.cost(self.state.plan) / self.dense_cost:.1%}", loss=f"{self.state.loss:.4f}"
-        )
+        """Estimate the work left from that of the last steps and from what they saved."""
+        cost, steps = self.cost(self.state.plan), self.state.steps
+        recent = steps[-_RECENT:]
+        if recent:
+            earlier = steps[-_RECENT - 1] if len(steps) > _RECENT else None
+            saved = (self.start_cost if earlier is None else earlier.cost) - cost
+            spent = self.work.passes - (0.0 if earlier is None else earlier.passes)
+            bar.total = round(self.work.passes + max(0.0, cost - self._budgets[-1]) * spent / saved)
+        bar.set_postfix(cost=f"{cost / self.dense_cost:.1%}", loss=f"{self.state.loss:.4f}")
 
     def _fingerprint(self, target: float, start: PruningPlan) -> dict[str, Any]:
         return {

@@ -138,6 +138,31 @@ def test_sphere_channels_are_masked_once() -> None:
         pass
 
 
+@pytest.mark.parametrize("first", ["heads", "mmax 1", "sphere"])
+def test_a_further_cut_is_masked_within_the_first(first: str) -> None:
+    model, outer = random_model(config_of()), PLANS[first]
+    before = copy.deepcopy(model.state_dict())
+    for other in ("no attention", "attention hidden channels", "lmax 1", "output heads"):
+        cut = PLANS[other]
+        blocks = tuple(
+            b if not b.attention else dataclasses.replace(a, **b.to_dict())
+            for a, b in zip(outer.blocks, cut.blocks, strict=True)
+        )
+        plan = dataclasses.replace(
+            outer, blocks=blocks, force_head=cut.force_head, energy_head=cut.energy_head
+        )
+        with masked(model, plan):
+            expected = {name: value.clone() for name, value in model.state_dict().items()}
+        with masked(model, outer):
+            around = {name: value.clone() for name, value in model.state_dict().items()}
+            with masked(model, plan, within=outer):
+                assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+            assert all(torch.equal(value, around[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(InputError, match="other sphere channels"), masked(model, PLANS["sphere"], KEEP):
+        pass
+
+
 def test_a_missing_branch_is_no_part_of_the_network() -> None:
     small = shrink(random_model(config_of()), PLANS["empty block"])
     assert not list(small.blocks[1].parameters())

@@ -26,15 +26,16 @@ class KilledError(Exception):
 
 
 class DyingCalibration(Calibration):
-    """Raises at the tenth loss that a search asks for."""
+    """Raises after some batches that a search asks for."""
 
-    losses = 0
+    batches_run = 0
+    batches_left = 0
 
-    def loss(self, model) -> float:
-        self.losses += 1
-        if self.losses > 9:
+    def errors(self, index, model, **given):
+        self.batches_run += 1
+        if self.batches_run > self.batches_left:
             raise KilledError
-        return super().loss(model)
+        return super().errors(index, model, **given)
 
 
 @pytest.fixture(scope="module")
@@ -127,17 +128,21 @@ def test_a_search_beats_random_and_magnitude_cuts_at_equal_cost(model, calibrati
 
 @pytest.mark.slow
 def test_a_killed_search_continues_to_the_same_plan(model, calibration, tmp_path) -> None:
-    whole = search(model, calibration, target=0.8).run()
+    whole = search(model, calibration).run()
     path = tmp_path / "state.json"
-    for _ in range(2):  # killed twice, in the middle of a step
+    for batches in (29, 12):  # killed twice, in the middle of a step
         dying = DyingCalibration(model, NORMALIZERS, slabs())
+        dying.batches_left = batches
         with pytest.raises(KilledError):
-            search(model, dying, target=0.8, state_path=path).run()
+            search(model, dying, state_path=path).run()
     assert json.loads(path.read_text())["steps"]
-    continued = search(model, calibration, target=0.8, state_path=path).run()
+    continued = search(model, calibration, state_path=path).run()
     assert continued.plan == whole.plan
-    assert continued.steps == whole.steps
-    assert search(model, calibration, target=0.8, state_path=path).run().plan == whole.plan
+    # What was lost in the middle of a step is run again.
+    assert [step.cut for step in continued.steps] == [step.cut for step in whole.steps]
+    assert [step.loss for step in continued.steps] == [step.loss for step in whole.steps]
+    assert continued.passes > whole.passes
+    assert search(model, calibration, state_path=path).run().plan == whole.plan
 
 
 def test_another_search_does_not_continue_a_state(model, calibration, tmp_path: Path) -> None:
@@ -149,6 +154,9 @@ def test_another_search_does_not_continue_a_state(model, calibration, tmp_path: 
         search(tiny_model(seed=5), calibration, target=0.95, state_path=path)
     with pytest.raises(InputError, match="wanted was"):
         search(model, calibration, target=0.95, state_path=path, shares={"parameters": 0.95})
+    path.write_text(path.read_text().replace('"version": 2,\n  "fing', '"version": 1,\n  "fing'))
+    with pytest.raises(InputError, match="another version of the package has written it"):
+        search(model, calibration, target=0.95, state_path=path)
     path.write_text("{}")
     with pytest.raises(InputError, match="is no state"):
         search(model, calibration, target=0.95, state_path=path)
@@ -158,7 +166,7 @@ def test_another_search_does_not_continue_a_state(model, calibration, tmp_path: 
 @pytest.mark.parametrize("importance", ["michel", "taylor"])
 def test_units_are_ranked_by_what_was_asked_for(importance, model, calibration) -> None:
     looking = search(model, calibration, importance=importance)
-    scores = looking._scores()
+    scores = looking.scores()
     chosen = [calibration.structures[i] for i in range(len(calibration.structures))]
     objective = probe(NORMALIZERS, calibration.force_weight, int(_after_choice(len(chosen))))
     expected = gradient_importances(model, chosen, objective)[importance]
@@ -176,7 +184,7 @@ def _after_choice(count: int) -> int:
 
 
 def test_the_two_rankings_are_two(model, calibration, tmp_path: Path) -> None:
-    scores = [search(model, calibration, importance=name)._scores() for name in ("michel", "taylor")]
+    scores = [search(model, calibration, importance=name).scores() for name in ("michel", "taylor")]
     assert not np.allclose(scores[0][0, "attn_hidden_channels"], scores[1][0, "attn_hidden_channels"])
     path = tmp_path / "state.json"
     search(model, calibration, target=0.95, state_path=path).run()

@@ -1,0 +1,66 @@
+"""Work of a search, counted in passes of the dense network over a structure of mean size.
+
+Times depend on the machine and on what else it does; this number does not, and a limit that is stated in it
+holds for any network: 3,000 passes of a network are 3,000 times what one force call costs.
+"""
+
+from collections.abc import Callable, Sequence
+
+from equiformer2.model.config import ModelConfig
+from equiformer2.pruning.cost.operations import count_macs
+
+GRADIENT = 3.0
+"""Passes that one with gradients counts as: two products in the backward part for each of the forward one."""
+
+
+class Work:
+    """Count of the passes that a search has made over batches of structures.
+
+    The unit is one pass of the dense network over a structure of mean size: multiply-accumulates of the
+    blocks and heads that were run, over those of a whole pass. Masked networks count at their full size,
+    because they are computed so.
+
+    Args:
+        config: configuration of the dense network.
+        sizes: numbers of structures, atoms and edges of every batch (`Calibration.sizes`).
+        passes: passes made before.
+        show: called with every increase.
+
+    Attributes:
+        passes: passes made so far.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        sizes: Sequence[tuple[int, int, int]],
+        passes: float = 0.0,
+        show: Callable[[float], None] = lambda passes: None,
+    ) -> None:
+        self.passes, self.show = passes, show
+        counts = [count_macs(config, atoms, edges) for _, atoms, edges in sizes]
+        unit = sum(count.total for count in counts) / sum(structures for structures, _, _ in sizes)
+        self._steps = [
+            [count.edge_degree / unit]
+            + [sum(block.values()) / unit for block in count.blocks]
+            + [(count.energy_head + sum(count.force_head.values())) / unit]
+            for count in counts
+        ]
+
+    def of_pass(self, batch: int, start: int | None = None) -> float:
+        """Return the passes that a batch is worth.
+
+        Args:
+            batch: its number.
+            start: block that the pass begins at, the number of blocks for the heads alone; None for a whole
+                pass, which also embeds the edges.
+
+        Returns:
+            At most the number of structures of a batch of mean sizes.
+        """
+        return sum(self._steps[batch][0 if start is None else 1 + start :])
+
+    def add(self, passes: float) -> None:
+        """Count `passes` more."""
+        self.passes += passes
+        self.show(passes)

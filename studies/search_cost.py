@@ -1,0 +1,325 @@
+"""Work and quality of the searches for plans, with their savings and without.
+
+    python -m studies.search_cost --checkpoint models/oc20_small.pt --data TRAIN.lmdb --held-out TEST.lmdb
+    python -m studies.search_cost --count 31M       # work of a large network
+
+Both kinds of a search get the same calibration structures and the same target: `exhaustive` tries every
+candidate on all structures, `default` is what the command runs. Work is counted in passes of the dense
+network over a structure of mean size (`equiformer2.pruning.cost.work`); what the exhaustive search would take
+without reused features stands beside it. One file per search in --out: a killed program continues where it
+was, and more seeds add to what is there.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase.build import add_adsorbate, fcc111
+from torch_geometric.data import Data
+from tqdm import tqdm
+
+from equiformer2 import EquiformerV2, ModelConfig
+from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint
+from equiformer2.errors import InputError
+from equiformer2.files import read_json, write_json
+from equiformer2.inference.atoms import atoms_to_data
+from equiformer2.pruning.calibration import Calibration
+from equiformer2.pruning.calibration_data import mixed_systems, read_structures
+from equiformer2.pruning.cost.targets import MacTarget
+from equiformer2.pruning.cost.work import GRADIENT
+from equiformer2.pruning.fingerprints import fingerprint_of_structures, fingerprint_of_weights
+from equiformer2.pruning.structured.apply import masked
+from equiformer2.pruning.structured.plan_methods import search_settings
+from equiformer2.pruning.structured.search import GreedySearch
+from equiformer2.script import origin, run_script
+
+KINDS = ("exhaustive", "default")
+BATCH_SIZE = 2
+_METALS = {"Cu": 3.61, "Ag": 4.09, "Au": 4.08, "Pt": 3.92, "Pd": 3.89, "Ni": 3.52, "Al": 4.05, "Ir": 3.84}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One network with what its searches get.
+
+    Attributes:
+        model: dense network.
+        normalizers: units of its outputs.
+        calibration: structures to search on.
+        keep: share of the MACs that is to stay.
+        seed: random seed of the search.
+        state: file of the search's state.
+    """
+
+    model: EquiformerV2
+    normalizers: Normalizers
+    calibration: Calibration
+    keep: float
+    seed: int
+    state: Path
+
+
+def search_plan(setting: Setting, kind: str, held_out: Calibration | None) -> Row:
+    """Search a structured plan with the method `multi`.
+
+    Args:
+        setting: network, structures and target.
+        kind: one of `KINDS`.
+        held_out: structures that the plan is tested on; None for none.
+
+    Returns:
+        Work, share of the MACs, and errors against the dense network.
+    """
+    model, calibration = setting.model, setting.calibration
+    settings = search_settings("multi", seed=setting.seed)
+    if kind == "exhaustive":
+        settings = settings.exhaustive()
+    target = MacTarget(model.config, setting.keep, *calibration.size)
+    search = GreedySearch(
+        model,
+        setting.normalizers,
+        calibration,
+        target.fraction_of,
+        setting.keep,
+        settings,
+        setting.state,
+        shares={"macs": setting.keep},
+    )
+    state = search.run()
+    tried = sum(step.tried for step in state.steps)
+    row: Row = {
+        "macs": target.fraction_of(state.plan),
+        "candidates": tried,
+        "cuts": len(state.steps),
+        "passes": state.passes,
+        # As many structures for every cut, from the first block on, and gradients in every step.
+        "passes_without_savings": len(calibration.structures) * tried
+        + GRADIENT * len(state.steps) * min(settings.importance_structures, len(calibration.structures)),
+    }
+    with masked(model, state.plan):
+        row["calibration"] = calibration.discrepancy(model).averages()
+        row["held_out"] = None if held_out is None else held_out.discrepancy(model).averages()
+    return row | {"plan": state.plan.to_dict()}
+
+
+#: Name of a search -> its function.
+SEARCHES: dict[str, Callable[[Setting, str, Calibration | None], Row]] = {"plan": search_plan}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", help="checkpoint of the dense network")
+    parser.add_argument("--data", nargs="+", help="files of structures to calibrate on")
+    parser.add_argument("--held-out", nargs="+", help="files of other systems to test on")
+    parser.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=list(SEARCHES))
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--keep", type=float, default=0.7, help="share of the MACs (default: %(default)s)")
+    parser.add_argument("--structures", type=int, default=32, help="to calibrate on (default: %(default)s)")
+    parser.add_argument("--held-out-structures", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument(
+        "--count",
+        choices=("31M", "83M", "153M"),
+        help="count the work of a network of this size with random weights, on tiny slabs",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/search_cost"), help="folder of all searches")
+    parser.add_argument("--results", type=Path, default=Path("docs/results/search_cost"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.count is not None:
+        _count(options)
+    elif not (options.checkpoint and options.data and options.held_out):
+        raise InputError("give --checkpoint, --data and --held-out, or --count")
+    else:
+        _compare(options)
+    _report(options.out, options.results)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    checkpoint = load_checkpoint(options.checkpoint)
+    model, normalizers = checkpoint.model.eval(), checkpoint.normalizers
+    tested = read_structures(options.held_out, options.held_out_structures)
+    held_out = Calibration(model, normalizers, tested, 8)
+    calibrations: dict[int, Calibration] = {}
+    # Seeds outermost: whenever the program is stopped, all searches have as many of them.
+    planned = [(s, name, kind) for s in options.seeds for name in options.searches for kind in options.kinds]
+    for seed, name, kind in tqdm(planned, desc="searches", unit="search"):
+        if seed not in calibrations:
+            found = read_structures(options.data, options.structures, seed)
+            both = {data.sid for data in found} & set(held_out.systems)
+            if both:
+                raise InputError(f"the system {min(both)} is in --data and in --held-out: hold out others")
+            calibrations[seed] = Calibration(model, normalizers, mixed_systems(found, seed), BATCH_SIZE)
+        stem = options.out / f"{name}-{kind}-{seed}"
+        setting = Setting(
+            model, normalizers, calibrations[seed], options.keep, seed, stem.with_suffix(".state")
+        )
+        _row(name, kind, setting, held_out, stem.with_suffix(".json"))
+
+
+def _count(options: argparse.Namespace) -> None:
+    """Run the default searches of a large network with random weights, for their work alone."""
+    torch.manual_seed(0)
+    one = Normalizer(0.0, 1.0)
+    model, normalizers = EquiformerV2(ModelConfig.preset(options.count)), Normalizers(one, one)
+    calibration = Calibration(model, normalizers, mixed_systems(tiny_slabs(options.structures)), BATCH_SIZE)
+    for name in options.searches:
+        stem = options.out / f"{name}-{options.count}"
+        setting = Setting(model, normalizers, calibration, options.keep, 0, stem.with_suffix(".state"))
+        _row(name, options.count, setting, None, stem.with_suffix(".json"))
+
+
+def tiny_slabs(count: int) -> list[Data]:
+    """Build O on slabs of four atoms, of several metals and heights: cheap structures of `count` systems."""
+    structures = []
+    for number in range(count):
+        metal = list(_METALS)[number % len(_METALS)]
+        slab = fcc111(metal, (1, 1, 3), a=_METALS[metal], vacuum=6.0, periodic=True)
+        add_adsorbate(slab, "O", 1.1 + 0.1 * (number // len(_METALS)), "fcc")
+        data = atoms_to_data(slab)
+        data.sid = f"{metal}{number}"
+        structures.append(data)
+    return structures
+
+
+def _row(name: str, kind: str, setting: Setting, held_out: Calibration | None, path: Path) -> None:
+    """Run one search unless its file is there; a file of other structures or another network is refused."""
+    about = {
+        "model": fingerprint_of_weights(setting.model),
+        "structures": fingerprint_of_structures(setting.calibration.structures),
+        "keep": setting.keep,
+        "held_out": None if held_out is None else fingerprint_of_structures(held_out.structures),
+    }
+    if path.exists():
+        if read_json(path)["about"] != about:
+            raise InputError(f"{path} is of another network, target or data: use another --out or remove it")
+        return
+    start = time.process_time()
+    row = SEARCHES[name](setting, kind, held_out)
+    row |= {"search": name, "kind": kind, "seed": setting.seed, "about": about}
+    row |= {"keep": setting.keep, "structures": len(setting.calibration.structures)}
+    row |= {"held_out_structures": 0 if held_out is None else len(held_out.structures)}
+    row |= {"parameters": sum(weights.numel() for weights in setting.model.parameters())}
+    # Of a search that was interrupted, the time of its last part: take the passes.
+    row |= {"cpu_seconds": round(time.process_time() - start, 1), **origin()}
+    write_json(path, row, make_folder=True)
+    tqdm.write(f"{path.name}: {row['passes']:,.0f} passes, loss {row['calibration']['loss']:.4f} eV")
+
+
+def _report(folder: Path, stem: Path) -> None:
+    rows = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    found = summary(rows)
+    write_json(stem.with_suffix(".json"), {**origin(), "rows": rows, "summary": found})
+    text = markdown(found)
+    stem.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Compare the kinds of every search over the seeds that both have.
+
+    Args:
+        rows: results of single searches.
+
+    Returns:
+        By search: `setting` as a sentence, `kinds` with means over seeds, `times_less_work` than without
+        savings, `calibration_difference` and `held_out_difference` (loss of default minus exhaustive, eV,
+        with its standard error), and `counted`: kind of a larger network -> passes.
+    """
+    found: dict[str, Any] = {}
+    for name in sorted({row["search"] for row in rows}):
+        own = {(row["kind"], row["seed"]): row for row in rows if row["search"] == name}
+        counted = {kind: row["passes"] for (kind, _), row in own.items() if kind not in KINDS}
+        seeds = [seed for kind, seed in sorted(own) if kind == "default" and ("exhaustive", seed) in own]
+        found[name] = {"seeds": seeds, "counted": counted}
+        if not seeds:
+            continue
+        pairs = {kind: [own[kind, seed] for seed in seeds] for kind in KINDS}
+        one = pairs["default"][0]
+        found[name]["setting"] = (
+            f"{one['structures']} calibration structures and {one['held_out_structures']} of other systems, "
+            f"a network of {one['parameters']:,} parameters, {one['keep']:.0%} of its MACs, seeds "
+            f"{', '.join(map(str, seeds))}."
+        )
+        found[name]["kinds"] = {
+            kind: {
+                "passes": statistics.fmean(row["passes"] for row in of_kind),
+                "candidates": statistics.fmean(row["candidates"] for row in of_kind),
+                "macs": statistics.fmean(row["macs"] for row in of_kind),
+                "cpu_seconds": statistics.fmean(row["cpu_seconds"] for row in of_kind),
+                "calibration_loss": [row["calibration"]["loss"] for row in of_kind],
+                "held_out_loss": [row["held_out"]["loss"] for row in of_kind],
+                "held_out_force_mae": [row["held_out"]["force_mae"] for row in of_kind],
+            }
+            for kind, of_kind in pairs.items()
+        }
+        before = statistics.fmean(row["passes_without_savings"] for row in pairs["exhaustive"])
+        found[name]["passes_without_savings"] = before
+        found[name]["times_less_work"] = before / found[name]["kinds"]["default"]["passes"]
+        for part in ("calibration", "held_out"):
+            changes = [
+                new[part]["loss"] - old[part]["loss"]
+                for old, new in zip(pairs["exhaustive"], pairs["default"], strict=True)
+            ]
+            error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else None
+            found[name][f"{part}_difference"] = {"mean": statistics.fmean(changes), "standard_error": error}
+    return found
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """Write the summary as a page."""
+    lines = [
+        "# Work of the searches",
+        "",
+        "Written by `python -m studies.search_cost`, which says what is compared. Work is counted in passes",
+        "of the dense network over a structure of mean size. Losses are those of the finished plans or",
+        "routers against the dense network ([defined here](../pruning_structured.md#calibration-error)),",
+        "in eV, seed by seed.",
+    ]
+    for name, part in found.items():
+        lines += ["", f"## {name}", ""]
+        if "kinds" in part:
+            lines += [
+                part["setting"],
+                "",
+                "| search | passes | candidates | CPU s | MACs left | loss, calibration | loss, held out |",
+                "|---|---|---|---|---|---|---|",
+            ]
+            for kind, row in part["kinds"].items():
+                losses = [
+                    ", ".join(f"{loss:.4f}" for loss in row[key])
+                    for key in ("calibration_loss", "held_out_loss")
+                ]
+                macs = f"{row['macs']:.1%}"
+                numbers = [f"{row[key]:,.0f}" for key in ("passes", "candidates", "cpu_seconds")]
+                lines.append(f"| {' | '.join([kind, *numbers, macs, *losses])} |")
+            lines += [
+                "",
+                f"Without savings the exhaustive search takes {part['passes_without_savings']:,.0f} passes: "
+                f"{part['times_less_work']:.1f} times the work of the default one.",
+            ]
+            for key, where in (("calibration", "calibration"), ("held_out", "held-out")):
+                change = part[f"{key}_difference"]
+                error = change["standard_error"]
+                about = "one seed" if error is None else f"± {error:.4f}, standard error"
+                lines.append(
+                    f"Loss on {where} structures, default minus exhaustive: {change['mean']:+.4f} eV "
+                    f"({about})."
+                )
+        for kind, passes in part["counted"].items():
+            lines += ["", f"A {kind} network (random weights, tiny slabs): {passes:,.0f} passes."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_script(main)

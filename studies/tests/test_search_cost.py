@@ -1,0 +1,83 @@
+"""Work and quality of searches: the table from given rows, and a tiny comparison from end to end."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from equiformer2.files import read_json
+from studies.search_cost import markdown, summary, tiny_slabs
+
+FOLDER = Path(__file__).parents[2]
+
+
+def row(kind: str, seed: int, passes: float, loss: float) -> dict[str, Any]:
+    errors = {"loss": loss, "force_mae": loss / 2}
+    return {
+        "search": "plan",
+        "kind": kind,
+        "seed": seed,
+        "passes": passes,
+        "passes_without_savings": 2 * passes,
+        "candidates": 10,
+        "keep": 0.7,
+        "structures": 32,
+        "held_out_structures": 64,
+        "parameters": 1_000_000,
+        "macs": 0.7,
+        "cpu_seconds": 1.0,
+        "calibration": errors,
+        "held_out": errors,
+    }
+
+
+def test_searches_are_compared_seed_by_seed() -> None:
+    rows = [row("exhaustive", seed, 500.0, 0.10 + 0.02 * seed) for seed in range(3)]
+    rows += [row("default", seed, 100.0, 0.11 + 0.02 * seed + 0.01 * (seed == 2)) for seed in range(3)]
+    rows += [row("default", 7, 1.0, 9.0), row("31M", 0, 1234.0, 1.0)]  # no pair; not compared
+    found = summary(rows)["plan"]
+    assert found["seeds"] == [0, 1, 2]
+    assert found["times_less_work"] == pytest.approx(1000 / 100)
+    change = found["held_out_difference"]
+    assert change["mean"] == pytest.approx(0.04 / 3)
+    assert change["standard_error"] == pytest.approx(0.01 / 3)
+    page = markdown({"plan": found})
+    assert "32 calibration structures and 64 of other systems" in page
+    assert "10.0 times the work" in page
+    assert "default minus exhaustive: +0.0133 eV (± 0.0033, standard error)" in page
+    assert "A 31M network (random weights, tiny slabs): 1,234 passes." in page
+
+
+def test_tiny_slabs_are_of_different_systems() -> None:
+    assert len({data.sid for data in tiny_slabs(20)}) == 20
+
+
+@pytest.mark.slow
+def test_a_comparison_is_continued(tmp_path: Path) -> None:
+    """Both searches of one seed with the shipped network on two structures, then nothing is left to do."""
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        words = ["--checkpoint", "models/oc20_small.pt", "--data", "data/oc20_trajs/random1000100.extxyz.xz"]
+        words += ["--held-out", "data/oc20_trajs/random1000103.extxyz.xz", "--structures", "2"]
+        words += ["--held-out-structures", "1", "--keep", "0.97", "--seeds", "0", "--out", str(tmp_path)]
+        return subprocess.run(
+            [sys.executable, "-m", "studies.search_cost", *words, "--results", str(tmp_path / "page"), *more],
+            cwd=FOLDER,
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+        )
+
+    first = run()
+    assert first.returncode == 0, first.stderr
+    rows = {kind: read_json(tmp_path / f"plan-{kind}-0.json") for kind in ("exhaustive", "default")}
+    assert all(found["macs"] <= 0.97 for found in rows.values())
+    assert rows["default"]["passes"] < rows["exhaustive"]["passes_without_savings"]
+    times = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("plan-*"))]
+    assert run().returncode == 0
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("plan-*"))] == times
+    other = run("--keep", "0.96")
+    assert other.returncode == 2
+    assert "is of another network, target or data" in other.stderr
