@@ -1,4 +1,4 @@
-"""Work and quality of the searches for plans, with their savings and without.
+"""Work and quality of the searches for plans and for routers, with their savings and without.
 
     python -m studies.search_cost --checkpoint models/oc20_small.pt --data TRAIN.lmdb --held-out TEST.lmdb
     python -m studies.search_cost --count 31M       # work of a large network
@@ -33,10 +33,19 @@ from equiformer2.pruning.calibration_data import mixed_systems, read_structures
 from equiformer2.pruning.cost.targets import MacTarget
 from equiformer2.pruning.cost.work import GRADIENT
 from equiformer2.pruning.fingerprints import fingerprint_of_structures, fingerprint_of_weights
+from equiformer2.pruning.routing import (
+    BaseRouter,
+    RoutedModel,
+    Schedule,
+    ScheduleObjective,
+    StaticRouter,
+    find_router,
+)
 from equiformer2.pruning.structured.apply import masked
 from equiformer2.pruning.structured.plan_methods import search_settings
 from equiformer2.pruning.structured.search import GreedySearch
 from equiformer2.script import origin, run_script
+from studies.exhaustive_schedules import ExhaustiveSearch
 
 KINDS = ("exhaustive", "default")
 BATCH_SIZE = 2
@@ -109,8 +118,50 @@ def search_plan(setting: Setting, kind: str, held_out: Calibration | None) -> Ro
     return row | {"plan": state.plan.to_dict()}
 
 
+def search_router(setting: Setting, kind: str, held_out: Calibration | None) -> Row:
+    """Search the schedule of a static router.
+
+    Args:
+        setting: network, structures and target.
+        kind: one of `KINDS`.
+        held_out: structures that the router is tested on; None for none.
+
+    Returns:
+        Work, share of the MACs, and errors against the dense network.
+    """
+    model, calibration = setting.model, setting.calibration
+    router: BaseRouter
+    if kind == "exhaustive":
+        objective = ScheduleObjective(model, calibration, static_router)
+        found = ExhaustiveSearch(objective, len(model.blocks), setting.keep, seed=setting.seed).run()
+        router = static_router(found.levels)
+    else:
+        router, record = find_router(
+            "static", model, calibration, setting.keep, seed=setting.seed, state_path=setting.state
+        )
+        found = Schedule(**record["schedule"])
+    routed = RoutedModel(model, router)
+    row: Row = {
+        "calibration": calibration.discrepancy(routed).averages(),
+        "macs": routed.computed_shares().macs,
+        "candidates": found.evaluations,
+        "passes": found.passes,
+        "passes_without_savings": found.passes,
+    }
+    row["held_out"] = None if held_out is None else held_out.discrepancy(routed).averages()
+    return row | {"levels": list(found.levels)}
+
+
+def static_router(levels: Sequence[float]) -> StaticRouter:
+    """Make a static router; blocks at level 0 compute everything."""
+    return StaticRouter([level if level > 0 else None for level in levels])
+
+
 #: Name of a search -> its function.
-SEARCHES: dict[str, Callable[[Setting, str, Calibration | None], Row]] = {"plan": search_plan}
+SEARCHES: dict[str, Callable[[Setting, str, Calibration | None], Row]] = {
+    "plan": search_plan,
+    "route": search_router,
+}
 
 
 def main() -> None:

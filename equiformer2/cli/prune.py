@@ -69,7 +69,7 @@ def _add_schedule_arguments(parser: Options) -> None:
     parser.add_argument(
         "--generations",
         type=int,
-        default=10,
+        default=8,
         help="number of generations of the search (default: %(default)s)",
     )
     parser.add_argument(

@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 
+from equiformer2.checkpoint import load_checkpoint
 from equiformer2.files import read_json
-from studies.search_cost import markdown, summary, tiny_slabs
+from equiformer2.pruning.calibration import Calibration
+from equiformer2.pruning.calibration_data import read_structures
+from equiformer2.pruning.routing import RoutedModel, ScheduleObjective, search_schedule
+from studies.exhaustive_schedules import ExhaustiveSearch
+from studies.search_cost import markdown, static_router, summary, tiny_slabs
 
 FOLDER = Path(__file__).parents[2]
 
@@ -62,6 +67,7 @@ def test_a_comparison_is_continued(tmp_path: Path) -> None:
         words = ["--checkpoint", "models/oc20_small.pt", "--data", "data/oc20_trajs/random1000100.extxyz.xz"]
         words += ["--held-out", "data/oc20_trajs/random1000103.extxyz.xz", "--structures", "2"]
         words += ["--held-out-structures", "1", "--keep", "0.97", "--seeds", "0", "--out", str(tmp_path)]
+        words += ["--searches", "plan"]
         return subprocess.run(
             [sys.executable, "-m", "studies.search_cost", *words, "--results", str(tmp_path / "page"), *more],
             cwd=FOLDER,
@@ -81,3 +87,24 @@ def test_a_comparison_is_continued(tmp_path: Path) -> None:
     other = run("--keep", "0.96")
     assert other.returncode == 2
     assert "is of another network, target or data" in other.stderr
+
+
+@pytest.mark.slow
+def test_routers_without_savings_and_with_them() -> None:
+    """Two generations on two structures of the shipped network, at the same share of the operations."""
+    checkpoint = load_checkpoint("models/oc20_small.pt")
+    model = checkpoint.model.eval()
+    structures = read_structures(["data/oc20_trajs/random1000100.extxyz.xz"], 2)
+    calibration = Calibration(model, checkpoint.normalizers, structures, 1)
+    objective = ScheduleObjective(model, calibration, static_router)
+    options = {"population": 6, "generations": 2, "seed": 0}
+    whole = ExhaustiveSearch(objective, 4, 0.7, **options).run()  # type: ignore[arg-type]
+    quick = search_schedule(objective, 4, 0.7, **options)  # type: ignore[arg-type]
+    for found in (whole, quick):
+        assert 0.68 <= found.macs <= 0.7
+        routed = RoutedModel(model, static_router(found.levels))
+        assert found.loss == pytest.approx(calibration.loss(routed))
+        assert list(found.history) == sorted(found.history, reverse=True)
+    # Every schedule on both structures.
+    assert 2 * 0.5 * whole.evaluations < whole.passes < 2 * whole.evaluations
+    assert quick.passes < 0.6 * whole.passes

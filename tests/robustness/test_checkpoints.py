@@ -33,6 +33,7 @@ from equiformer2.pruning import PruningPlan
 from equiformer2.pruning.cost.time_table import TimeTable
 from equiformer2.pruning.routing import load_router
 from equiformer2.pruning.routing.router_state import RoutingState
+from equiformer2.pruning.routing.schedule_objective import Measurement
 from equiformer2.pruning.structured.search import SearchState
 
 SMALL: dict[str, Any] = {
@@ -733,15 +734,17 @@ ATTEMPTS: list[Any] = [
     3,
     {"a": 3},
     {"a": [1]},
-    {"a": [[["x"], [0.1, 0.5]]]},
-    {"a": [[[0.5], [math.nan, 0.5]]]},
+    {"a": [[["x"], 0, [0.1, 0.5, 1.0, 2.0]]]},
+    {"a": [[[0.5], -1, [0.1, 0.5, 1.0, 2.0]]]},
+    {"a": [[[0.5], 0, [0.1, 0.5]]]},
+    {"a": [[[0.5], 0, [math.nan, 0.5, 1.0, 2.0]]]},
 ]
 
 
 @pytest.mark.parametrize("tried", ATTEMPTS, ids=str)
 def test_a_wrong_state_of_a_router_is_refused(tried: Any, tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
-    content = {"format": "equiformer2.routing_state/1", "fingerprint": {}, "tried": tried, "training": None}
+    content = {"format": "equiformer2.routing_state/2", "fingerprint": {}, "tried": tried, "training": None}
     torch.save(content, path)
     with soon(), pytest.raises(InputError, match=r"state\.pt is no state of a router"):
         RoutingState(path, {})
@@ -749,9 +752,10 @@ def test_a_wrong_state_of_a_router_is_refused(tried: Any, tmp_path: Path) -> Non
 
 def test_a_state_of_a_router_with_a_network_that_broke_down_is_read(tmp_path: Path) -> None:
     state = RoutingState(tmp_path / "state.pt", {"a": 1})
-    state.remembered("s", lambda levels: (math.inf, 0.5))([0.25, 0.0])
+    state.tried["s"] = {((0.25, 0.0), 1): Measurement(math.inf, 0.5, 1.0, 2.0)}
+    state.save()
     again = RoutingState(tmp_path / "state.pt", {"a": 1})
-    assert again.tried == {"s": {(0.25, 0.0): (math.inf, 0.5)}}
+    assert again.tried == state.tried
 
 
 def test_plain_leaves_what_it_is_given() -> None:

@@ -9,9 +9,12 @@ softmax and other element-wise work are not counted.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2
@@ -111,6 +114,42 @@ def count_macs(
         force_head=counter.vectors(config.force_block) if config.regress_forces else {},
         parameters=count_parameters(config),
     )
+
+
+@dataclass(frozen=True)
+class MacRates:
+    """Operations per atom and per edge, for blocks that compute different numbers of them.
+
+    What is computed once per element, however many atoms there are, is left out.
+
+    Attributes:
+        blocks: `[2]` float64 per block: operations per atom and per edge.
+        embedding: `[2]` of the embedding of atoms and edges before the first block.
+        heads: `[2]` of both heads.
+    """
+
+    blocks: tuple[Tensor, ...]
+    embedding: Tensor
+    heads: Tensor
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "MacRates":
+        """Count the operations of a network of this configuration per atom and per edge."""
+        empty, atom, edge = (count_macs(config, *size) for size in ((0, 0), (1, 0), (0, 1)))
+
+        def rate(macs_of: Callable[[MacCount], int]) -> Tensor:
+            return torch.tensor(
+                [macs_of(more) - macs_of(empty) for more in (atom, edge)], dtype=torch.float64
+            )
+
+        blocks = tuple(rate(lambda m, b=b: sum(m.blocks[b].values())) for b in range(config.num_layers))  # type: ignore[misc]
+        heads = rate(lambda macs: macs.energy_head + sum(macs.force_head.values()))
+        return cls(blocks, rate(lambda macs: macs.edge_degree), heads)
+
+    @property
+    def total(self) -> Tensor:
+        """Operations of the whole network per atom and per edge, `[2]`."""
+        return torch.stack((*self.blocks, self.embedding, self.heads)).sum(0)
 
 
 class _Counter:

@@ -6,8 +6,11 @@ holds for any network: 3,000 passes of a network are 3,000 times what one force 
 
 from collections.abc import Callable, Sequence
 
+import torch
+from torch import Tensor
+
 from equiformer2.model.config import ModelConfig
-from equiformer2.pruning.cost.operations import count_macs
+from equiformer2.pruning.cost.operations import MacRates, count_macs
 
 GRADIENT = 3.0
 """Passes that one with gradients counts as: two products in the backward part for each of the forward one."""
@@ -38,8 +41,10 @@ class Work:
         show: Callable[[float], None] = lambda passes: None,
     ) -> None:
         self.passes, self.show = passes, show
+        self._rates = MacRates.of(config)
         counts = [count_macs(config, atoms, edges) for _, atoms, edges in sizes]
         unit = sum(count.total for count in counts) / sum(structures for structures, _, _ in sizes)
+        self._unit, self._sizes = unit, [torch.tensor(size[1:], dtype=torch.float64) for size in sizes]
         self._steps = [
             [count.edge_degree / unit]
             + [sum(block.values()) / unit for block in count.blocks]
@@ -59,6 +64,22 @@ class Work:
             At most the number of structures of a batch of mean sizes.
         """
         return sum(self._steps[batch][0 if start is None else 1 + start :])
+
+    def of_routed_pass(self, batch: int, computed: Sequence[Tensor], start: int | None = None) -> float:
+        """Return the passes that a batch is worth whose blocks skip atoms or edges.
+
+        Args:
+            batch: its number.
+            computed: `[2]` per block: numbers of atoms and of edges that it computes.
+            start: as in `of_pass`.
+
+        Returns:
+            At most `of_pass`.
+        """
+        size, rates = self._sizes[batch], self._rates
+        blocks = list(zip(rates.blocks, computed, strict=True))[start or 0 :]
+        macs = float(rates.heads @ size) + sum(float(rate @ count) for rate, count in blocks)
+        return (macs + (float(rates.embedding @ size) if start is None else 0.0)) / self._unit
 
     def add(self, passes: float) -> None:
         """Count `passes` more."""

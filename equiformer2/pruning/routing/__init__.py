@@ -25,10 +25,9 @@ from equiformer2.pruning.routing.router_files import (
     save_router,
 )
 from equiformer2.pruning.routing.router_search import ROUTING_METHODS, RoutingSettings, find_router
+from equiformer2.pruning.routing.schedule_objective import RoutedModel, ScheduleObjective
 from equiformer2.pruning.routing.sparsity_schedule import (
-    RoutedModel,
     Schedule,
-    ScheduleObjective,
     TargetMissedError,
     search_schedule,
     uniform_schedule,

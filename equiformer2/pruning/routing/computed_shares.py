@@ -12,7 +12,7 @@ from equiformer2.graph import RadiusGraph
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.model.output_request import OutputRequest
 from equiformer2.model.routing import BlockState, Decision
-from equiformer2.pruning.cost.operations import MacCount, count_macs
+from equiformer2.pruning.cost.operations import MacRates
 from equiformer2.pruning.routing.active_region import ActiveRegion
 from equiformer2.pruning.routing.router import BaseRouter, BaseRouting
 
@@ -111,13 +111,13 @@ class CountingRouter(BaseRouter):
             Shares of atoms, edges and operations.
         """
         atoms, edges = self._dense.tolist()
-        per_block, rest = self._costs(config)
-        left = sum(float(cost @ count) for cost, count in zip(per_block, self._blocks, strict=True))
-        dense = float(sum(per_block, rest) @ self._dense)
+        rates = MacRates.of(config)
+        left = sum(float(rate @ count) for rate, count in zip(rates.blocks, self._blocks, strict=True))
+        left += float((rates.embedding + rates.heads) @ self._heads)
         return ComputedShares(
             tuple(float(count[0]) / atoms for count in self._blocks),
             tuple(float(count[1]) / max(edges, 1.0) for count in self._blocks),
-            (left + float(rest @ self._heads)) / dense,
+            left / float(rates.total @ self._dense),
         )
 
     def settings(self) -> dict[str, Any]:
@@ -125,33 +125,12 @@ class CountingRouter(BaseRouter):
         return {"router": self.router}
 
     def _count(self, block: int, decision: Decision, graph: RadiusGraph, num_atoms: int) -> None:
-        target = graph.edge_index[1]
-        computed = torch.ones_like(target, dtype=torch.bool)
-        atoms = num_atoms
-        if decision.atoms is not None:
-            mask = decision.atoms > 0
-            atoms, computed = int(mask.sum()), mask[target]
-        if decision.edges is not None:
-            computed = computed & (decision.edges > 0)
-        self._add(block, torch.tensor([atoms, int(computed.sum())], dtype=torch.float64))
+        self._add(block, count_decision(decision, graph, num_atoms))
 
     def _add(self, block: int, count: Tensor) -> None:
         while len(self._blocks) <= block:
             self._blocks.append(torch.zeros(2, dtype=torch.float64))
         self._blocks[block] += count
-
-    @staticmethod
-    def _costs(config: ModelConfig) -> tuple[list[Tensor], Tensor]:
-        """MACs `[2]` per atom and per edge: of every block, and of the rest of the network."""
-        empty = count_macs(config, atoms=0, edges=0)
-        atom, edge = count_macs(config, atoms=1, edges=0), count_macs(config, atoms=0, edges=1)
-
-        def column(macs_of: Callable[[MacCount], int]) -> Tensor:
-            fixed = macs_of(empty)
-            return torch.tensor([macs_of(atom) - fixed, macs_of(edge) - fixed], dtype=torch.float64)
-
-        blocks = [column(lambda macs, b=b: sum(macs.blocks[b].values())) for b in range(config.num_layers)]  # type: ignore[misc]
-        return blocks, column(lambda macs: macs.total) - sum(blocks)
 
 
 class _CountedRouting(BaseRouting):
@@ -168,3 +147,24 @@ class _CountedRouting(BaseRouting):
         decision = self.routing.decide(state)
         self.count(state.block, decision, self.graph, len(state.x))
         return decision
+
+
+def count_decision(decision: Decision, graph: RadiusGraph, num_atoms: int) -> Tensor:
+    """Count the atoms and edges that a block computes.
+
+    Args:
+        decision: decision for the block.
+        graph: all edges of the batch.
+        num_atoms: N, atoms of the batch.
+
+    Returns:
+        `[2]` float64: numbers of computed atoms and of computed edges.
+    """
+    target = graph.edge_index[1]
+    atoms, computed = num_atoms, torch.ones_like(target, dtype=torch.bool)
+    if decision.atoms is not None:
+        mask = decision.atoms > 0
+        atoms, computed = int(mask.sum()), mask[target]
+    if decision.edges is not None:
+        computed = computed & (decision.edges > 0)
+    return torch.tensor([atoms, int(computed.sum())], dtype=torch.float64)

@@ -41,6 +41,10 @@ class StaticRouter(ScoreRouter):
     The original keeps the first and the latest tokens; on a slab the atoms that are read are at one end, too.
     """
 
+    def scores_of(self, block: int) -> int:
+        """Return 0: the scores are the same in all blocks."""
+        return 0
+
     def scores(self, geometry: BatchGeometry, state: BlockState, level: float) -> Tensor:
         """Return `static_priority`."""
         return static_priority(geometry)
@@ -48,6 +52,10 @@ class StaticRouter(ScoreRouter):
 
 class DistanceRouter(ScoreRouter):
     """Baseline: nearest to the adsorbate first; 1 at the adsorbate, 0 from `FAR` on."""
+
+    def scores_of(self, block: int) -> int:
+        """Return 0: the scores are the same in all blocks."""
+        return 0
 
     def scores(self, geometry: BatchGeometry, state: BlockState, level: float) -> Tensor:
         """Return 1 at the adsorbate, falling to 0 at the distance `FAR`."""
@@ -60,6 +68,10 @@ class DegreeRouter(ScoreRouter):
     Outgoing edges are weighted by (1 + cos(π d / FAR)) / 2, so that one at the cutoff does not count. (The
     number of incoming edges is the same for all atoms where neighbours are limited.)
     """
+
+    def scores_of(self, block: int) -> int:
+        """Return 0: the scores are the same in all blocks."""
+        return 0
 
     def scores(self, geometry: BatchGeometry, state: BlockState, level: float) -> Tensor:
         """Return the weighted number of outgoing edges."""
@@ -83,6 +95,10 @@ class RandomRouter(ScoreRouter):
     def __init__(self, levels: Levels, seed: int = 0, **options: Any) -> None:
         super().__init__(levels, **options)
         self.seed = Whole(0, 2**40).read(seed, "seed")
+
+    def scores_of(self, block: int) -> int:
+        """Return the block: each draws its own scores."""
+        return block
 
     def scores(self, geometry: BatchGeometry, state: BlockState, level: float) -> Tensor:
         """Return a random function of the surroundings, drawn by seed and block."""

@@ -8,11 +8,11 @@ from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.pruning.calibration import FORCE_WEIGHT, Calibration
-from equiformer2.pruning.calibration_data import read_structures
+from equiformer2.pruning.calibration_data import mixed_systems, read_structures
 from equiformer2.pruning.routing.computed_shares import ComputedShares
 from equiformer2.pruning.routing.router import BaseRouter
 from equiformer2.pruning.routing.router_search import RoutingSettings, find_router
-from equiformer2.pruning.routing.sparsity_schedule import RoutedModel
+from equiformer2.pruning.routing.schedule_objective import RoutedModel
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RouteRequest:
     weights: str | None = None
     structures: int = 32
     force_weight: float = FORCE_WEIGHT
-    batch_size: int = 8
+    batch_size: int = 2
     device: str = "cpu"
     seed: int = 0
 
@@ -78,7 +78,11 @@ class RouteResult:
             ("loss", self.errors["loss"], "eV"),
         )
         text = ", ".join(f"{name} {value:.4f} {unit}" for name, value, unit in errors if value is not None)
-        return f"{self.shares}\nagainst the dense network, calibration structures: {text}"
+        lines = [str(self.shares), f"against the dense network, calibration structures: {text}"]
+        passes = [found["passes"] for found in self.search.values() if "passes" in found]
+        if passes:
+            lines.append(f"the search took {sum(passes):,.0f} passes of the dense network over one structure")
+        return "\n".join(lines)
 
 
 def make_router(
@@ -112,7 +116,7 @@ def make_router(
             )
     checkpoint = load_checkpoint(request.checkpoint, request.weights, device=request.device)
     model = checkpoint.model.eval()
-    structures = read_structures(request.data, request.structures, request.seed)
+    structures = mixed_systems(read_structures(request.data, request.structures, request.seed), request.seed)
     calibration = Calibration(
         model, checkpoint.normalizers, structures, request.batch_size, request.force_weight
     )

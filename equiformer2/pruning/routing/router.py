@@ -169,6 +169,13 @@ class ScoreRouter(BaseRouter):
             `[N]`, higher is more important.
         """
 
+    def scores_of(self, block: int) -> int | None:
+        """Return a number that blocks with equal scores share, or None for scores that depend on features.
+
+        With a number, decisions are about atoms alone and follow from the structure without a network.
+        """
+        return None
+
     def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> "ScoreRouting":
         """Begin the decisions for one batch; its geometry is taken once."""
         return ScoreRouting(self, BatchGeometry.from_batch(batch, graph), self.block_levels(num_blocks))

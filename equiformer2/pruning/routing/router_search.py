@@ -24,11 +24,11 @@ from equiformer2.pruning.routing.geometric_routers import (
 )
 from equiformer2.pruning.routing.router import BaseRouter, ScoreRouter
 from equiformer2.pruning.routing.router_state import RoutingState
+from equiformer2.pruning.routing.schedule_objective import ScheduleObjective
 from equiformer2.pruning.routing.score_selection import check_mode
 from equiformer2.pruning.routing.sparsity_schedule import (
-    Evaluate,
+    Objective,
     Schedule,
-    ScheduleObjective,
     search_schedule,
     uniform_schedule,
 )
@@ -72,7 +72,7 @@ class RoutingSettings:
     keep_free: bool = False
     protected: tuple[int, ...] = ()
     population: int = 16
-    generations: int = 10
+    generations: int = 8
     tolerance: float = 0.02
     steps: int = 200
     learning_rate: float = 1e-2
@@ -125,6 +125,7 @@ def find_router(
     fingerprint = {
         "model": fingerprint_of_weights(model),
         "structures": fingerprint_of_structures(calibration.structures),
+        "batches": [batch.num_graphs for batch in calibration.batches],
         "method": method,
         "target": target_macs,
         "seed": seed,
@@ -133,7 +134,10 @@ def find_router(
     }
     state = RoutingState(state_path, fingerprint)
     search = _RouterSearch(model, calibration, target_macs, settings, seed, state, progress)
-    return search.ftp() if method == "ftp" else search.untrained(method)
+    try:
+        return search.ftp() if method == "ftp" else search.untrained(method)
+    finally:
+        state.save()
 
 
 class _RouterSearch:
@@ -228,8 +232,12 @@ class _RouterSearch:
     def search(self, stage: str, make: MakeRouter, start: Sequence[Sequence[float]] = ()) -> Schedule:
         """A schedule by genetic search."""
         settings = self.settings
-        total = settings.population * (settings.generations + 1)
-        with tqdm(total=total, desc=stage, unit="schedules", disable=not self.progress) as bar:
+        with tqdm(total=100, desc=stage, unit="%", disable=not self.progress) as bar:
+
+            def show(done: float, loss: float) -> None:
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                bar.update(round(100 * done, 1) - bar.n)
+
             return search_schedule(
                 self.objective(stage, make),
                 len(self.model.blocks),
@@ -240,7 +248,7 @@ class _RouterSearch:
                 generations=settings.generations,
                 tolerance=settings.tolerance,
                 seed=self.seed,
-                after_try=lambda: bar.update(),
+                progress=show,
             )
 
     def uniform(self, make: MakeRouter) -> Schedule:
@@ -253,7 +261,7 @@ class _RouterSearch:
             tolerance=self.settings.tolerance,
         )
 
-    def objective(self, stage: str, make: MakeRouter) -> Evaluate:
+    def objective(self, stage: str, make: MakeRouter) -> Objective:
         """Loss and MACs of a schedule, looked up if it was tried before the search was interrupted."""
         objective = ScheduleObjective(self.model, self.calibration, lambda levels: make(self.levels(levels)))
         return self.state.remembered(stage, objective)

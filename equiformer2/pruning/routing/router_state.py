@@ -1,9 +1,12 @@
 """State of the search for a router on disk: after an interruption it goes on to the same router."""
 
+import dataclasses
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -11,9 +14,13 @@ import torch
 from equiformer2.checkpoint.tensor_files import read_tensors
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes
-from equiformer2.values import Items, Number, mapping, shown
+from equiformer2.pruning.routing.schedule_objective import Measurement
+from equiformer2.pruning.routing.sparsity_schedule import Objective
+from equiformer2.values import Items, Number, Whole, mapping, shown
 
-_FORMAT = "equiformer2.routing_state/1"
+_FORMAT = "equiformer2.routing_state/2"
+_SAVE_EVERY = 5.0
+"""Seconds of a search that may be lost."""
 
 
 class RoutingState:
@@ -27,7 +34,7 @@ class RoutingState:
         fingerprint: everything that the result depends on, as JSON can hold it.
 
     Attributes:
-        tried: stage -> levels of all blocks -> loss (eV) and share of the MACs.
+        tried: stage -> levels of all blocks and number of the part of the structures -> results there.
         training: state of the training, as `train_router` gives it to `keep`; None before.
 
     Raises:
@@ -36,33 +43,39 @@ class RoutingState:
 
     def __init__(self, path: Path | None, fingerprint: Mapping[str, Any]) -> None:
         self.path, self.fingerprint = path, json.loads(json.dumps(fingerprint))
-        self.tried: dict[str, dict[tuple[float, ...], tuple[float, float]]] = {}
+        self.tried: dict[str, dict[tuple[tuple[float, ...], int], Measurement]] = {}
+        self._saved, self._lock = time.monotonic(), Lock()
         self.training: dict[str, Any] | None = None
         if path is not None and path.exists():
             self._load(path)
 
-    def remembered(
-        self, stage: str, evaluate: Callable[[Sequence[float]], tuple[float, float]]
-    ) -> Callable[[Sequence[float]], tuple[float, float]]:
-        """Wrap `evaluate` so that it looks up the results of earlier calls.
+    def remembered(self, stage: str, objective: Objective) -> Objective:
+        """Wrap an objective so that it looks up the results of earlier calls and stores new ones.
 
         Args:
             stage: name of the search; each has results of its own.
-            evaluate: levels of all blocks to loss (eV) and share of the MACs.
+            objective: loss and operations of schedules.
 
         Returns:
-            A function like `evaluate`, which stores every new result.
+            An objective with the same results.
         """
         known = self.tried.setdefault(stage, {})
 
-        def look_up(levels: Sequence[float]) -> tuple[float, float]:
-            key = tuple(levels)
-            if key not in known:
-                known[key] = evaluate(levels)
-                self.save()
-            return known[key]
+        class Remembered:
+            parts, threads = objective.parts, objective.threads
+            macs = staticmethod(objective.macs)
 
-        return look_up
+            @staticmethod
+            def measure(levels: Sequence[float], part: int) -> Measurement:
+                key = tuple(levels), part
+                if key not in known:
+                    known[key] = objective.measure(levels, part)
+                    with self._lock:
+                        if time.monotonic() - self._saved > _SAVE_EVERY:
+                            self.save()
+                return known[key]
+
+        return Remembered()
 
     def keep_training(self, training: dict[str, Any]) -> None:
         """Store the state of a training; for `keep` of `train_router`."""
@@ -71,14 +84,20 @@ class RoutingState:
 
     def save(self) -> None:
         """Write the file atomically."""
+        self._saved = time.monotonic()
         if self.path is None:
             return
+        # Other threads may add results meanwhile.
+        tried = {stage: list(known.items()) for stage, known in self.tried.items()}
         buffer = io.BytesIO()
         torch.save(
             {
                 "format": _FORMAT,
                 "fingerprint": self.fingerprint,
-                "tried": {stage: list(known.items()) for stage, known in self.tried.items()},
+                "tried": {
+                    stage: [(*key, dataclasses.astuple(result)) for key, result in known]
+                    for stage, known in tried.items()
+                },
                 "training": self.training,
             },
             buffer,
@@ -107,10 +126,12 @@ class RoutingState:
                 )
 
     @staticmethod
-    def _read_trial(item: Any) -> tuple[tuple[float, ...], tuple[float, float]]:
-        """Levels of all blocks, and the loss (infinite where the network broke down) and share of MACs."""
-        levels, (loss, macs) = item
+    def _read_trial(item: Any) -> tuple[tuple[tuple[float, ...], int], Measurement]:
+        """Levels of all blocks and number of the part; results, with an infinite loss of a broken network."""
+        levels, part, (loss, *rest) = item
         levels = Items(Number(), 256).read(levels, "levels")
         if not isinstance(loss, float) or loss != loss:
             raise InputError(f"a loss is {shown(loss)}")
-        return tuple(levels), (loss, Number(0.0, 100.0).read(macs, "macs"))
+        names = ("macs", "dense", "passes")
+        numbers = [Number(0.0, 1e9).read(value, name) for name, value in zip(names, rest, strict=True)]
+        return (tuple(levels), Whole(0, 2**31).read(part, "part")), Measurement(loss, *numbers)

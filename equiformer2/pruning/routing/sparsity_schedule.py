@@ -1,77 +1,62 @@
-"""Sparsity of every block, found by a genetic search (FTP, arXiv 2412.11494)."""
+"""Sparsity of every block, found by a genetic search (FTP, arXiv 2412.11494).
+
+Most of a search's cost is the network's, so that a schedule that will not be chosen is to see little of it:
+
+- Where the MACs follow from the structures alone, a schedule is moved to the target before the network runs.
+- At first each block skips alone, on an eighth of the structures. Schedules that skip the less in a block the
+  more it does to the loss are good ones to begin with.
+- Successive halving: all new schedules of a generation run on an eighth of the structures, the better half on
+  as many again, and so on; the last ones on all. One that cannot be better than the best is dropped.
+- Most children take the levels of the first blocks from one parent, so that the features there are known.
+
+The schedule that is chosen has run on all structures.
+"""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
-from torch import Tensor
-from torch_geometric.data import Batch
 
+from equiformer2.batch_threads import map_batches
 from equiformer2.errors import InputError
-from equiformer2.graph import RadiusGraph
-from equiformer2.model import EquiformerV2
-from equiformer2.pruning.calibration import Calibration
-from equiformer2.pruning.routing.computed_shares import ComputedShares, CountingRouter
-from equiformer2.pruning.routing.router import BaseRouter
+from equiformer2.pruning.routing.schedule_objective import Measurement
 
 
-class RoutedModel:
-    """Network under a router, called like a network; counts the computed atoms, edges and MACs.
+class Objective(Protocol):
+    """Loss and operations of schedules, for instance `ScheduleObjective`."""
 
-    Args:
-        model: the network.
-        router: router that decides.
+    @property
+    def parts(self) -> int:
+        """Number of parts of the structures."""
 
-    Attributes:
-        model: the network.
-        router: the router.
-    """
+    @property
+    def threads(self) -> int:
+        """Number of measurements that can be made at a time."""
 
-    def __init__(self, model: EquiformerV2, router: BaseRouter) -> None:
-        self.model, self.router, self._counter = model, router, CountingRouter(router)
+    def macs(self, levels: Sequence[float]) -> float | None:
+        """Return the share of the dense MACs on all structures; None where only `measure` can tell."""
 
-    def __call__(self, batch: Batch, graph: RadiusGraph | None = None) -> Mapping[str, Tensor]:
-        """Return `energy [B]` and `forces [N, 3]`, in normalised units."""
-        return self._counter(self.model, batch, graph)
-
-    def computed_shares(self) -> ComputedShares:
-        """Return the shares of the dense network's work over all calls so far."""
-        return self._counter.computed_shares(self.model.config)
+    def measure(self, levels: Sequence[float], part: int) -> Measurement:
+        """Run a schedule on one part of the structures."""
 
 
-@dataclasses.dataclass
-class ScheduleObjective:
-    """Objective of `search_schedule`: discrepancy to the dense network and MACs, without labels.
-
-    Attributes:
-        model: the network.
-        calibration: structures with the dense network's answers.
-        make_router: from levels to a router, for instance `StaticRouter` or `router.with_levels`.
-    """
-
-    model: EquiformerV2
-    calibration: Calibration
-    make_router: Callable[[Sequence[float]], BaseRouter]
-
-    def __call__(self, levels: Sequence[float]) -> tuple[float, float]:
-        """Return the loss (eV) and the share of the dense MACs of a schedule.
-
-        Args:
-            levels: fraction of the atoms to skip in every block.
-        """
-        routed = RoutedModel(self.model, self.make_router(levels))
-        loss = self.calibration.loss(routed)
-        return loss, routed.computed_shares().macs
-
-
-Evaluate = Callable[[Sequence[float]], tuple[float, float]]
-"""Function from the levels of all blocks to the loss and the share of the dense MACs."""
 _MOST = 0.95
-_BISECTIONS = 10
 _CLOSE = 5
-"""A bisection ends within this part of the tolerance: tolerance / 5."""
-_SHIFTS = 3
+"""A schedule is moved to within this part of the tolerance below the target: tolerance / 5."""
+_SHIFTS = 12
+_CORRECTIONS = 3
+"""Most runs again of one schedule whose MACs only the network tells, until they are right."""
+_FIRST = 8
+"""New schedules run on an eighth of the structures first."""
+_SLACK = 0.1
+"""There a schedule may be worse than the best one by this share of the loss and still go on; on n times as
+many structures by this over the root of n."""
+_ONE_POINT = 0.8
+"""Share of the children that take the levels of the first blocks from one parent."""
+_POWERS = (0.5, 1.0, 2.0)
+"""Powers of the damage by which the levels of blocks fall in schedules to begin with."""
 
 
 class TargetMissedError(InputError):
@@ -84,10 +69,11 @@ class Schedule:
 
     Attributes:
         levels: fraction of the atoms to skip in every block.
-        loss: its loss.
+        loss: its loss on all structures.
         macs: share of the dense MACs that it leaves.
         history: best loss after every generation, among those that reach the target.
-        evaluations: number of schedules that were tried.
+        evaluations: number of schedules that the network ran on some of the structures.
+        passes: what the search ran, in passes of the dense network over one structure.
     """
 
     levels: tuple[float, ...]
@@ -95,6 +81,7 @@ class Schedule:
     macs: float
     history: tuple[float, ...]
     evaluations: int
+    passes: float
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, which has no infinity: None stands for it."""
@@ -103,17 +90,17 @@ class Schedule:
 
 
 def search_schedule(
-    evaluate: Evaluate,
+    objective: Objective,
     num_blocks: int,
     target_macs: float,
     *,
     start: Sequence[Sequence[float]] = (),
     protected: Sequence[int] = (),
     population: int = 16,
-    generations: int = 10,
+    generations: int = 8,
     tolerance: float = 0.02,
     seed: int = 0,
-    after_try: Callable[[], None] | None = None,
+    progress: Callable[[float, float], None] | None = None,
 ) -> Schedule:
     """Find the schedule with the lowest loss at a share of the MACs.
 
@@ -122,7 +109,7 @@ def search_schedule(
     by their distance. The target is an upper bound: more operations would make a schedule look better.
 
     Args:
-        evaluate: objective, for instance `ScheduleObjective`.
+        objective: loss and operations, for instance `ScheduleObjective`.
         num_blocks: number of blocks.
         target_macs: share of the dense network's MACs that is to stay.
         start: schedules that are tried first, beside uniform, rising and falling ones and one in which the
@@ -132,8 +119,7 @@ def search_schedule(
         generations: number of generations after the first.
         tolerance: a schedule reaches the target with `target_macs - tolerance` to `target_macs`.
         seed: random seed.
-        after_try: called for every member of every generation, population * (generations + 1) times
-            or some more.
+        progress: called with the share of the search that is done and the best loss so far (infinite before).
 
     Returns:
         The best schedule that reaches the target.
@@ -142,20 +128,20 @@ def search_schedule(
         InputError: the settings leave nothing to search.
         TargetMissedError: no schedule reached the target.
     """
-    trials = _Trials(evaluate, num_blocks, target_macs, tolerance, protected)
+    trials = _Trials(objective, num_blocks, target_macs, tolerance, protected)
     if population < 4 or generations < 1:
         raise InputError("the search needs a population of at least 4 and at least 1 generation")
-    search = _GeneticSearch(trials, np.random.default_rng(seed), after_try)
+    search = _GeneticSearch(trials, np.random.default_rng(seed), generations, progress)
     people = search.first(start, population)
-    history = [search.best(people).shown_loss]
+    history = [trials.best().shown_loss]
     for _ in range(generations):
         people = search.next_generation(people, population)
-        history.append(search.best(people).shown_loss)
-    return trials.schedule(search.best(people), history)
+        history.append(trials.best().shown_loss)
+    return trials.schedule(trials.best(), history)
 
 
 def uniform_schedule(
-    evaluate: Evaluate,
+    objective: Objective,
     num_blocks: int,
     target_macs: float,
     *,
@@ -164,10 +150,8 @@ def uniform_schedule(
 ) -> Schedule:
     """Find one level for all blocks that are not protected: the baseline of `search_schedule`.
 
-    Found by bisection, since the MACs fall with the level.
-
     Args:
-        evaluate: objective, for instance `ScheduleObjective`.
+        objective: loss and operations, for instance `ScheduleObjective`.
         num_blocks: number of blocks.
         target_macs: share of the dense network's MACs that is to stay.
         protected: blocks that compute all atoms and are no part of the search.
@@ -180,29 +164,28 @@ def uniform_schedule(
         InputError: the settings leave nothing to search.
         TargetMissedError: no schedule reached the target.
     """
-    trials = _Trials(evaluate, num_blocks, target_macs, tolerance, protected)
-    low, high = 0.0, _MOST
-    for _ in range(_BISECTIONS):
-        level = (low + high) / 2
-        macs = trials.individual(np.full(len(trials.open), level)).macs
-        if 0 <= target_macs - macs < tolerance / _CLOSE:
-            break
-        if macs > target_macs:
-            low = round(level, 3)
-        else:
-            high = round(level, 3)
-    best = min(trials.known.values(), key=lambda person: (person.miss, target_macs - person.macs))
+    trials = _Trials(objective, num_blocks, target_macs, tolerance, protected)
+    best = trials.settled(trials.near(np.full(len(trials.open), 1 - target_macs)), objective.parts)
     return trials.schedule(best, [best.loss])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class _Individual:
-    """Schedule that was tried; `miss` is its distance from the allowed range of MACs."""
+    """Schedule with what is known of it.
+
+    Attributes:
+        levels: fraction of the atoms to skip in every block.
+        macs: share of the dense MACs; predicted or estimated until all parts have run.
+        miss: distance of `macs` from the allowed range.
+        results: measurements on the first parts of the structures.
+        loss: loss on all structures, estimated from `results`; infinite before.
+    """
 
     levels: tuple[float, ...]
-    loss: float
     macs: float
     miss: float
+    results: list[Measurement] = dataclasses.field(default_factory=list)
+    loss: float = float("inf")
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -215,11 +198,11 @@ class _Individual:
 
 
 class _Trials:
-    """Schedules at levels of the blocks that are not protected, each evaluated once."""
+    """Schedules at levels of the blocks that are not protected, each measured once on each part."""
 
     def __init__(
         self,
-        evaluate: Evaluate,
+        objective: Objective,
         num_blocks: int,
         target: float,
         tolerance: float,
@@ -230,21 +213,131 @@ class _Trials:
             raise InputError(f"all of the {num_blocks} blocks are protected: there is nothing to search")
         if not 0 < target < 1:
             raise InputError(f"target_macs is {target}: give a fraction between 0 and 1")
-        self.evaluate, self.num_blocks, self.target, self.tolerance = evaluate, num_blocks, target, tolerance
+        self.objective, self.num_blocks, self.target, self.tolerance = (
+            objective,
+            num_blocks,
+            target,
+            tolerance,
+        )
         self.known: dict[tuple[float, ...], _Individual] = {}
+        self.exact = objective.macs([0.0] * num_blocks) is not None
+        self.first = math.ceil(objective.parts / _FIRST)
+        self._profile = np.full(objective.parts, 1 / objective.parts)
+        self._ratios: dict[tuple[float, ...], float] = {}
 
-    def individual(self, genes: np.ndarray) -> _Individual:
-        """The schedule with these levels of the open blocks, cut to the allowed range and rounded."""
+    def genes(self, person: _Individual) -> np.ndarray:
+        """Levels of the open blocks."""
+        return np.array([person.levels[block] for block in self.open])
+
+    def near(self, genes: np.ndarray, first: int = 0, like: _Individual | None = None) -> _Individual:
+        """The schedule with these levels of the open blocks, all moved to the target by an equal step.
+
+        Args:
+            genes: levels of the open blocks.
+            first: the first open block that may be moved, if that is enough.
+            like: a similar schedule whose MACs are known, where they do not follow from the structures.
+
+        Returns:
+            The schedule; its MACs are predicted.
+        """
+        aim, close = self.target, self.tolerance / _CLOSE
+        if not self.exact:
+            aim, close = self.target - 0.3 * self.tolerance, 0.4 * self.tolerance
+        low, high, step = -1.0, 1.0, 0.0
+        best: tuple[float, tuple[float, ...], float] | None = None
+        for _ in range(_SHIFTS):
+            levels = self._rounded(np.concatenate((genes[:first], genes[first:] + step)))
+            macs = self._predicted(levels, like)
+            distance = macs - aim if macs > aim else max(aim - close - macs, 0.0)
+            if best is None or distance < best[0]:
+                best = distance, levels, macs
+            if distance == 0:
+                break
+            low, high = (step, high) if macs > aim else (low, step)
+            # Each level removes about its share of the MACs of one block.
+            step += (macs - aim + close / 2) * self.num_blocks / (len(self.open) - first)
+            if not low < step < high:
+                step = (low + high) / 2
+        assert best is not None
+        miss = self._miss(best[2])
+        if miss > 0 and first > 0:
+            return self.near(genes, 0, like)
+        return self.known.setdefault(best[1], _Individual(best[1], best[2], miss))
+
+    def alone(self, block: int, level: float) -> _Individual:
+        """The schedule that skips in one block alone."""
         levels = [0.0] * self.num_blocks
-        for block, gene in zip(self.open, genes, strict=True):
-            levels[block] = round(float(np.clip(gene, 0.0, _MOST)), 3)
-        key = tuple(levels)
-        if key not in self.known:
-            loss, macs = self.evaluate(key)
-            loss = loss if np.isfinite(loss) else float("inf")
-            miss = max(macs - self.target, self.target - self.tolerance - macs, 0.0)
-            self.known[key] = _Individual(key, loss, macs, miss)
-        return self.known[key]
+        levels[block] = round(level, 3)
+        macs = self._predicted(tuple(levels), None)
+        return self.known.setdefault(tuple(levels), _Individual(tuple(levels), macs, self._miss(macs)))
+
+    def run(
+        self, people: Sequence[_Individual], parts: int, show: Callable[[float], None] = lambda done: None
+    ) -> None:
+        """Measure schedules on the first parts of the structures, where they are not known yet.
+
+        Args:
+            people: the schedules.
+            parts: number of parts.
+            show: called after every measurement with the share of them that is done.
+        """
+        # Neighbours share the features of the first blocks, so they follow each other on one thread.
+        people = sorted(people, key=lambda person: person.levels)
+        missing = [
+            (part, [person for person in people if len(person.results) <= part]) for part in range(parts)
+        ]
+        missing = [(part, group) for part, group in missing if group]
+        threads = self.objective.threads
+        pieces = math.ceil(threads / max(1, len(missing)))
+        tasks = [
+            (part, group[len(group) * piece // pieces : len(group) * (piece + 1) // pieces])
+            for part, group in missing
+            for piece in range(pieces)
+        ]
+
+        finished: list[int] = []
+
+        def measure(task: tuple[int, list[_Individual]]) -> list[tuple[_Individual, Measurement]]:
+            out = []
+            for person in task[1]:
+                out.append((person, self.objective.measure(person.levels, task[0])))
+                finished.append(task[0])
+                show(len(finished) / sum(len(group) for _, group in missing))
+            return out
+
+        for results in map_batches(measure, tasks, count=threads):
+            for person, result in results:
+                person.results.append(result)
+        for person in people:
+            self._judge(person)
+
+    def settled(self, person: _Individual, parts: int) -> _Individual:
+        """Measure a schedule on some parts; if only that tells its MACs, move it until they are right."""
+        self.run([person], parts)
+        for _ in range(_CORRECTIONS):
+            if self.exact or person.miss == 0:
+                break
+            person = self.near(self.genes(person), like=person)
+            self.run([person], parts)
+        return person
+
+    def weigh(self) -> None:
+        """Estimate losses by the share that each part has in those of the complete schedules."""
+        rows = [[result.loss for result in person.results] for person in self.complete]
+        table = np.array([row for row in rows if 0 < sum(row) < float("inf")])
+        if len(table):
+            self._profile = (table / table.sum(axis=1, keepdims=True)).mean(axis=0)
+        for person in self.known.values():
+            self._judge(person)
+
+    @property
+    def complete(self) -> list[_Individual]:
+        """Schedules that ran on all structures."""
+        return [person for person in self.known.values() if len(person.results) == self.objective.parts]
+
+    def best(self) -> _Individual:
+        """The best schedule that ran on all structures; without one, the nearest to the target."""
+        return min(self.complete or self.known.values(), key=lambda person: person.rank)
 
     def schedule(self, best: _Individual, history: Sequence[float]) -> Schedule:
         """The result of a search; `TargetMissedError` if the best schedule does not reach the target."""
@@ -254,17 +347,56 @@ class _Trials:
                 f"MACs (nearest: {best.macs:.3f}): choose another target or a larger tolerance, protect "
                 "fewer blocks or search longer"
             )
-        return Schedule(best.levels, best.loss, best.macs, tuple(history), len(self.known))
+        ran = [person.results for person in self.known.values() if person.results]
+        passes = sum(result.passes for results in ran for result in results)
+        return Schedule(best.levels, best.loss, best.macs, tuple(history), len(ran), passes)
+
+    def _rounded(self, genes: np.ndarray) -> tuple[float, ...]:
+        levels = [0.0] * self.num_blocks
+        for block, gene in zip(self.open, genes, strict=True):
+            levels[block] = round(float(np.clip(gene, 0.0, _MOST)), 3)
+        return tuple(levels)
+
+    def _predicted(self, levels: tuple[float, ...], like: _Individual | None) -> float:
+        """Share of the MACs: from the structures, else in proportion to the levels."""
+        if self.exact:
+            macs = self.objective.macs(levels)
+            assert macs is not None
+            return macs
+        ratio = float(np.median([*self._ratios.values()] or 1.0)) if like is None else self._ratio(like)
+        return 1 - ratio * sum(levels) / self.num_blocks
+
+    def _ratio(self, person: _Individual) -> float:
+        return (1 - person.macs) * self.num_blocks / max(sum(person.levels), 1e-3)
+
+    def _judge(self, person: _Individual) -> None:
+        """Estimate loss and MACs from the results so far; of all parts they are exact."""
+        done, results = len(person.results), person.results
+        if done:
+            loss, whole = sum(result.loss for result in results), done == self.objective.parts
+            person.loss = loss if whole else loss / float(self._profile[:done].sum())
+        if done and not self.exact:
+            person.macs = sum(result.macs for result in results) / sum(result.dense for result in results)
+            person.miss = self._miss(person.macs)
+            self._ratios[person.levels] = self._ratio(person)
+
+    def _miss(self, macs: float) -> float:
+        return max(macs - self.target, self.target - self.tolerance - macs, 0.0)
 
 
 class _GeneticSearch:
     """Generations of schedules."""
 
     def __init__(
-        self, trials: _Trials, rng: np.random.Generator, after_try: Callable[[], None] | None
+        self,
+        trials: _Trials,
+        rng: np.random.Generator,
+        generations: int,
+        progress: Callable[[float, float], None] | None,
     ) -> None:
-        self.trials, self.rng, self.after_try = trials, rng, after_try
+        self.trials, self.rng, self.progress = trials, rng, progress
         self.open, self.num_blocks, self.target = trials.open, trials.num_blocks, trials.target
+        self.generation, self.generations = 0, generations
 
     def first(self, given: Sequence[Sequence[float]], population: int) -> list[_Individual]:
         """The first generation: given, uniform, rising, falling and random schedules."""
@@ -278,47 +410,85 @@ class _GeneticSearch:
             inner = np.full(n, min(_MOST, share * n / (n - len(ends))))
             inner[ends] = 0.0
             shapes.append(inner)
+        shapes += self.by_damage(share)
         while len(shapes) < population:
             shapes.append(share + 0.3 * self.rng.standard_normal(n))
-        return [self.try_near(shape) for shape in shapes]
+        return self.race([self.trials.near(shape) for shape in shapes])
+
+    def by_damage(self, share: float) -> list[np.ndarray]:
+        """Levels that are the lower the more a block does to the loss when it skips `share` alone."""
+        alone = [self.trials.alone(block, share) for block in self.open]
+        self.trials.run(alone, self.trials.first)
+        damages = np.array([person.loss for person in alone])
+        if not 0 < damages.min() <= damages.max() < float("inf"):
+            return []
+        genes = [damages**-power for power in _POWERS]
+        return [np.minimum(_MOST, share * values / values.mean()) for values in genes]
 
     def next_generation(self, people: list[_Individual], population: int) -> list[_Individual]:
         """The best of a generation and its children."""
-        children = []
-        for _ in range(population):
-            mother, father = self.tournament(people), self.tournament(people)
-            weight = self.rng.uniform(-0.25, 1.25, len(self.open))
-            genes = weight * self.genes(mother) + (1 - weight) * self.genes(father)
-            mutated = self.rng.random(len(genes)) < max(0.3, 1 / len(genes))
-            children.append(self.try_near(genes + 0.1 * mutated * self.rng.standard_normal(len(genes))))
-        unique = {person.levels: person for person in (*people, *children)}
-        return sorted(unique.values(), key=lambda person: person.rank)[:population]
+        children = [self.child(people) for _ in range(population)]
+        people = list(dict.fromkeys((*people, *self.race(children))))
+        return sorted(people, key=lambda person: person.rank)[:population]
 
-    def best(self, people: list[_Individual]) -> _Individual:
-        return min(people, key=lambda person: person.rank)
+    def child(self, people: list[_Individual]) -> _Individual:
+        """A schedule with the first levels of one parent and a mixture of both after them."""
+        mother, father = self.tournament(people), self.tournament(people)
+        genes, n = self.trials.genes(mother), len(self.open)
+        first = int(self.rng.integers(n)) if self.rng.random() < _ONE_POINT else 0
+        weight = self.rng.uniform(-0.25, 1.25, n)
+        mixed = weight * genes + (1 - weight) * self.trials.genes(father)
+        mutated = self.rng.random(n) < max(0.3, 1 / n)
+        mixed = mixed + 0.1 * mutated * self.rng.standard_normal(n)
+        first = min(first, n - 2) if n > 1 else 0
+        return self.trials.near(np.concatenate((genes[:first], mixed[first:])), first)
 
     def tournament(self, people: list[_Individual]) -> _Individual:
-        return self.best([people[i] for i in self.rng.integers(len(people), size=3)])
+        return min(
+            [people[i] for i in self.rng.integers(len(people), size=3)], key=lambda person: person.rank
+        )
 
-    def genes(self, person: _Individual) -> np.ndarray:
-        return np.array([person.levels[block] for block in self.open])
+    def race(self, people: list[_Individual]) -> list[_Individual]:
+        """Run schedules on more and more parts of the structures, fewer and fewer of them.
 
-    def try_near(self, genes: np.ndarray) -> _Individual:
-        """Evaluate, and again after shifts towards the middle of the range (MACs fall nearly linearly)."""
-        aim = self.target - self.trials.tolerance / 2
-        person = self.trials.individual(genes)
-        for _ in range(_SHIFTS):
-            if person.miss == 0:
-                break
-            # Each level removes about its share of the MACs of one block.
-            saved = 1 - person.macs
-            shift = (person.macs - aim) * self.num_blocks / len(self.open)
-            if saved > 0.02:
-                shift = float(self.genes(person).mean()) * ((1 - aim) / saved - 1)
-            again = self.trials.individual(self.genes(person) + shift)
-            if again.miss >= person.miss:
-                break
-            person = again
-        if self.after_try is not None:
-            self.after_try()
-        return person
+        Returns:
+            The schedules; some of them moved to the target where the network alone tells their MACs.
+        """
+        trials, parts = self.trials, self.trials.objective.parts
+        people = people if trials.exact else [trials.settled(person, trials.first) for person in people]
+        rungs = [trials.first]
+        while rungs[-1] < parts:
+            rungs.append(min(2 * rungs[-1], parts))
+        going = list(dict.fromkeys(person for person in people if person.miss == 0))
+        for number, rung in enumerate(rungs):
+            going = self.promising(going)[: math.ceil(len(people) / 2**number)]
+            before = number / len(rungs)
+            trials.run(going, rung, lambda done, before=before: self.show(before + done / len(rungs)))  # type: ignore[misc]
+            trials.weigh()
+        if not trials.exact:
+            people = people + [trials.settled(person, parts) for person in going]
+        self.generation += 1
+        self.show(0.0)
+        return people
+
+    def promising(self, people: list[_Individual]) -> list[_Individual]:
+        """Those that can still be better than the best one, the most promising first."""
+        best = self.trials.best()
+        limit = best.loss if len(best.results) == self.trials.objective.parts else float("inf")
+
+        def hopeless(person: _Individual) -> bool:
+            done = len(person.results)
+            if done == 0:
+                return False
+            certain = sum(result.loss for result in person.results) >= limit
+            return person is not best and (
+                certain or person.loss > limit * (1 + _SLACK * math.sqrt(self.trials.first / done))
+            )
+
+        return sorted((p for p in people if not hopeless(p)), key=lambda person: person.loss)
+
+    def show(self, share: float) -> None:
+        """Report the share of the search that is done, of which `share` of the present generation."""
+        if self.progress is not None:
+            done = min(1.0, (self.generation + share) / (self.generations + 1))
+            self.progress(done, self.trials.best().shown_loss)
