@@ -67,8 +67,9 @@ class DemoReport:
             f"<p>{html.escape(result.adsorbate_formula)} on {html.escape(self.shown.system)}, which no "
             f"training has seen, relaxed with the fine-tuned network: <b>{result.energy:.2f} eV</b> "
             f"({html.escape(result.system.outcome())}). DFT, relaxed by DFT: "
-            f"<b>{self.shown.known:.2f} eV</b>. The network as shipped is compared with SevenNet-0, whose labels it has learned, on slabs of "
-            "bulks that it has not seen.</p>",
+            f"<b>{self.shown.known:.2f} eV</b>. The network as shipped is compared with SevenNet-0, whose "
+            "labels "
+            "it has learned, on slabs of bulks that it has not seen.</p>",
             self._relaxation_table(),
             _list(self._relaxation_verdicts()),
             "<h2>Before and after pruning</h2>",
@@ -117,6 +118,13 @@ class DemoReport:
             sentences.append(
                 f"{name}, the force error is {metrics['forces_mae'] / zero:.2f} times that of zero forces, "
                 f"the energy error {metrics['energy_mae'] / mean:.2f} times that of the mean."
+            )
+        missing = self.networks[1].unseen_elements
+        if missing:
+            sentences.append(
+                f"The unseen systems hold {', '.join(missing)}, of which the DFT frames for training have "
+                "none: "
+                "the fine-tuned network knows these elements from its first training only."
             )
         better = [
             name
@@ -215,7 +223,8 @@ class DemoReport:
         sentences += [
             f"{tuned.systems} systems are few: another choice of unseen systems gives other figures.",
             f"Only frames with a force of at least {self.plan.min_force:g} eV/Å on a free atom are judged, "
-            "in training as here: most frames of a relaxation are nearly at rest, where zero is hard to beat.",
+            "as "
+            "in training: most frames of a relaxation are nearly at rest, where zero is hard to beat.",
             "SevenNet-0's relaxations end at forces of 0.1 eV/Å, so their energies are upper bounds.",
             "Models in use are trained on OC20's hundreds of thousands of systems.",
         ]

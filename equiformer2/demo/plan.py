@@ -8,8 +8,12 @@ CHECKPOINT = "models/study_teacher.pt"
 PRUNING_PLAN = "configs/pruning/demo_plan.json"
 """Plan for a network of this architecture, found by `equiformer2 prune plan` on the network itself."""
 
+SCRATCH_LEARNING_RATE = 1e-3
+"""Learning rate of the training from nothing; that of fine-tuning is in configs/demo.yaml."""
+
 UNSEEN_SYSTEMS = ("random1000100", "random1000120", "random1000151", "random1000193")
-"""DFT relaxations that no training ever reads: 33 to 77 atoms. Every element occurs in the training data."""
+"""DFT relaxations that no training ever reads: 33 to 77 atoms. The network as shipped has seen all of their
+elements; the other DFT relaxations lack some of them."""
 
 RELAXED_SYSTEM = "random1000100"
 """The unseen DFT system that is shown in full: O on a gold-sodium slab."""

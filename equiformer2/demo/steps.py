@@ -12,7 +12,14 @@ from datasets_oc20.raw_release import read_references
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.energy import AdsorptionResult, adsorption_energy
 from equiformer2.demo.background import BackgroundCommand, wait_for
-from equiformer2.demo.plan import LARGE_SYSTEMS, TEACHER_END, TEACHER_SYSTEMS, UNSEEN_SYSTEMS, DemoPlan
+from equiformer2.demo.plan import (
+    LARGE_SYSTEMS,
+    SCRATCH_LEARNING_RATE,
+    TEACHER_END,
+    TEACHER_SYSTEMS,
+    UNSEEN_SYSTEMS,
+    DemoPlan,
+)
 from equiformer2.inference import EquiformerV2Calculator, Predictor, atoms_to_data
 from equiformer2.inference.structure_files import read_structure
 from equiformer2.model.parameters import count_parameters
@@ -43,6 +50,7 @@ class Network:
         steps: optimizer steps of its last training.
         parameters: how many.
         result: metrics and baselines of `equiformer2.training.evaluation`.
+        unseen_elements: elements of the unseen systems that it was not trained on, where it lists them.
         macs: multiply-accumulates of the structure that is timed.
         milliseconds: median time of a force call for that structure, ms.
     """
@@ -52,6 +60,7 @@ class Network:
     steps: int
     parameters: int
     result: Evaluation
+    unseen_elements: tuple[str, ...] = ()
     macs: float = np.nan
     milliseconds: float = np.nan
 
@@ -129,7 +138,8 @@ def train_both(
     words = ["train", "--config", Path(config), "--runs_dir", folder, "--trainer.max_time", limit]
     words += ["--data.train", data.train, "--data.val", data.unseen, "--trainer.enable_progress_bar", "false"]
     # The labels are of another method: new references and scale, and heads that keep the forces in eV/Å.
-    own = {"tuned": ["--init_from", Path(start), "--refit_normalizers", "true"], "scratch": []}
+    own = {"tuned": ["--init_from", Path(start), "--refit_normalizers", "true"]}
+    own["scratch"] = ["--optim.lr", str(SCRATCH_LEARNING_RATE)]
     with contextlib.ExitStack() as stack:
         commands = [
             stack.enter_context(
@@ -147,12 +157,14 @@ def judge(title: str, checkpoint: AnyPath, data: DemoData) -> Network:
     predictor = Predictor(checkpoint)
     dataset = evaluation.open_dataset(data.unseen, predictor, None)
     steps = predictor.checkpoint.provenance.get("step", 0)
+    result = evaluation.evaluate(predictor, dataset)
     return Network(
         title,
         checkpoint,
         steps if isinstance(steps, int) else 0,
         count_parameters(predictor.checkpoint.config),
-        evaluation.evaluate(predictor, dataset),
+        result,
+        tuple(predictor.unseen_elements),
     )
 
 
