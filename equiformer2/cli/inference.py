@@ -226,7 +226,7 @@ class Predict(Command):
             checkpoint, options.device, precision=options.precision, backend=options.backend
         )
         arrays = predict_dataset(
-            predictor.predict,
+            predictor.predict_batches,
             OC20Lmdb(options.data),
             options.batch_size,
             options.max_atoms,

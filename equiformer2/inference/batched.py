@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
+from equiformer2.batch_threads import map_all
 from equiformer2.errors import InputError
 from equiformer2.inference.predictor import Predictor
 
@@ -114,6 +115,9 @@ class BatchedLBFGS:
 
 
 FRAMES = ("all", "ends")
+#: On a CPU a batch is predicted in parts of as many structures, side by side (`batch_threads`). The number
+#: does not depend on the number of threads, so that the results have the same bits with any.
+STRUCTURES_AT_A_TIME = 4
 
 
 @dataclass(frozen=True)
@@ -265,7 +269,7 @@ def relax_batched(
         if not running.relaxing:
             return
         try:
-            out = predict(running.batch())
+            out = running.predict(predict)
         except torch.OutOfMemoryError as error:
             if len(running.relaxing) == 1:
                 raise InputError(
@@ -351,9 +355,23 @@ class _Running:
         self._keep(torch.arange(count) < first)
         return released
 
-    def batch(self) -> Batch:
-        self._batch.pos = self._positions.cpu()
-        return self._batch
+    def predict(self, predict: Predict) -> dict[str, Tensor]:
+        """Outputs for all structures; on a CPU some structures at a time, side by side."""
+        for batch, positions in zip(self._batches, self._positions.cpu().split(self._sizes), strict=True):
+            batch.pos = positions
+
+        def named(part: tuple[int, Batch]) -> dict[str, Tensor]:
+            first, batch = part
+            try:
+                return predict(batch)
+            except InputError as error:
+                if error.structure is not None:
+                    error.structure += first
+                raise
+
+        firsts = range(0, len(self.relaxing), STRUCTURES_AT_A_TIME)
+        outs = map_all(named, list(zip(firsts, self._batches, strict=False)), self.device)
+        return {name: torch.cat([out[name] for out in outs]) for name in outs[0]}
 
     def fail(self, at: int, reason: str) -> Relaxed:
         """Take out the structure `at`, which cannot go on."""
@@ -372,7 +390,7 @@ class _Running:
         good = forces.new_ones(count).scatter_reduce_(0, self._structure, finite, "amin").bool().cpu()
         energies = out["energy"].view(-1).double().cpu()
         good &= torch.isfinite(energies)
-        parts = zip(self._batch.pos.split(natoms), raw.cpu().split(natoms), strict=True)
+        parts = zip(self._positions.cpu().split(natoms), raw.cpu().split(natoms), strict=True)
         done = []
         for at, ((positions, part), force) in enumerate(zip(parts, largest.tolist(), strict=True)):
             relaxing = self.relaxing[at]
@@ -422,7 +440,8 @@ class _Running:
         self._fixed = (torch.cat(fixed) if fixed else torch.zeros(0, dtype=torch.bool)).to(self.device)
         # Targets, which only some structures may have, have no place in a batch.
         names = ("pos", "atomic_numbers", "cell", "pbc", "natoms", "tags", "fixed", "sid", "fid")
-        if starts:
-            self._batch = Batch.from_data_list(
-                [Data(**{name: start[name] for name in names if name in start}) for start in starts]
-            )
+        data = [Data(**{name: start[name] for name in names if name in start}) for start in starts]
+        size = STRUCTURES_AT_A_TIME if self.device.type == "cpu" else max(1, len(data))
+        parts = [data[first : first + size] for first in range(0, len(data), size)]
+        self._batches = [Batch.from_data_list(part) for part in parts]
+        self._sizes = [len(batch.pos) for batch in self._batches]

@@ -3,7 +3,7 @@
 import copy
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeAlias, TypeVar
@@ -13,6 +13,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from torch_geometric.data import Batch, Data
 
+from equiformer2.batch_threads import map_batches
 from equiformer2.checkpoint import Checkpoint, load_checkpoint
 from equiformer2.checkpoint.training_data import TrainingData
 from equiformer2.devices import own_defaults, usable_device
@@ -52,8 +53,11 @@ def matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
         with torch.autocast(device.type, torch.bfloat16):
             yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    before, wanted = torch.get_float32_matmul_precision(), "high" if precision == "tf32" else "highest"
+    if before == wanted:  # other threads may be computing: what is right is not touched
+        yield
+        return
+    torch.set_float32_matmul_precision(wanted)
     try:
         yield
     finally:
@@ -247,6 +251,29 @@ class Predictor:
         with naming_structures(batch):
             check_finite(physical, batch.natoms)
         return physical
+
+    def predict_batches(
+        self, batches: Iterable[Batch], count: int | None = None
+    ) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
+        """Predict many batches, in order; on a CPU several at a time (`batch_threads.map_batches`).
+
+        Args:
+            batches: read as they are needed.
+            count: number of batches; None for unknown, many.
+
+        Yields:
+            A batch with its outputs, as `predict` gives them.
+
+        Raises:
+            InputError: as `predict`, for the first batch that it refuses.
+        """
+
+        def predict(batch: Batch) -> tuple[Batch, dict[str, torch.Tensor]]:
+            return batch, self.predict(batch)
+
+        # A compiled network divides the threads by itself, and compiles in one of them.
+        count = 1 if self.model.backend == "compile" else count
+        return map_batches(predict, batches, count=count, device=self.device)
 
     @property
     def energy_per_structure(self) -> float:

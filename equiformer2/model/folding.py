@@ -260,6 +260,7 @@ class Folding(nn.Module):
             if snapshot.comparable:
                 with torch.inference_mode(False), torch.no_grad(), _own_precision(self):
                     value = self.prepare(form, kept.layout)
+            # In this order: another thread that finds the snapshot finds its matrices, too.
             kept.values[form], kept.snapshots[form] = value, snapshot
         return kept.values[form]
 

@@ -3,13 +3,14 @@
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch_geometric.data import Batch, Data
 from tqdm import tqdm
@@ -195,17 +196,33 @@ def open_dataset(path: str | Path, predictor: Predictor, energy_kind: str | None
     return dataset
 
 
-def batches(dataset: OC20Lmdb, batch_size: int, max_atoms: int | None, num_workers: int) -> Iterator[Batch]:
-    """Iterate over a dataset in stored order, with a progress bar on a terminal.
+PredictBatches = Callable[[Iterable[Batch], int], Iterable[tuple[Batch, dict[str, Tensor]]]]
+"""Function like `Predictor.predict_batches`: from batches and their number to each batch with its outputs."""
+
+
+def predicted_batches(
+    predict: PredictBatches,
+    dataset: OC20Lmdb,
+    batch_size: int,
+    max_atoms: int | None,
+    num_workers: int,
+    forces: bool | None = None,
+) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+    """Predict a dataset in stored order, with a progress bar on a terminal.
 
     Args:
+        predict: `predict_batches` of a predictor.
         dataset: structures.
         batch_size: maximum number of structures per batch.
         max_atoms: maximum number of atoms per batch; None for no limit.
         num_workers: number of loader processes.
+        forces: check that all structures have energies and, if true, forces to compare with; None: no check.
+
+    Yields:
+        A batch with its outputs, in eV and eV/Å.
 
     Raises:
-        InputError: `num_workers` is negative.
+        InputError: `num_workers` is negative, or a structure has no targets.
     """
     if num_workers < 0:
         raise InputError(f"num_workers is {num_workers}: give 0 or more")
@@ -213,11 +230,18 @@ def batches(dataset: OC20Lmdb, batch_size: int, max_atoms: int | None, num_worke
         len(dataset), batch_size, natoms=dataset.natoms if max_atoms else None, max_atoms=max_atoms
     )
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers)
+
+    def checked() -> Iterator[Batch]:
+        for batch in loader:
+            if forces is not None:
+                check_targets(batch, forces, dataset.path)
+            yield batch
+
     with tqdm(
         total=len(dataset), desc=str(dataset.path), unit="structures", disable=None, leave=False
     ) as progress:
-        for batch in loader:
-            yield batch
+        for batch, out in predict(checked(), len(loader)):
+            yield batch, out
             progress.update(batch.num_graphs)
 
 
@@ -249,9 +273,9 @@ def evaluate(
     breakdown = Breakdown(names=adsorbate_names)
     targets, predictions, sids, force_pairs, references = [], [], [], [], []
     free_atoms = 0
-    for batch in batches(dataset, batch_size, max_atoms, num_workers):
-        check_targets(batch, predictor.has_forces, dataset.path)
-        out = predictor.predict(batch)
+    for batch, out in predicted_batches(
+        predictor.predict_batches, dataset, batch_size, max_atoms, num_workers, predictor.has_forces
+    ):
         found.update(out, batch)
         trivial.update({name: torch.zeros_like(value) for name, value in out.items()}, batch)
         references.append(normalizers.reference_energy(batch, batch.num_graphs).numpy())

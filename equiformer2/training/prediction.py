@@ -1,22 +1,19 @@
 """Predictions of a checkpoint for a dataset, as one NumPy or JSON file."""
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
-from torch_geometric.data import Batch
 
 from datasets_oc20 import OC20Lmdb
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, write_bytes, write_json
-from equiformer2.training.evaluation import batches
+from equiformer2.training.evaluation import PredictBatches, predicted_batches
 
 
 def predict_dataset(
-    predict: Callable[[Batch], dict[str, Tensor]],
+    predict: PredictBatches,
     dataset: OC20Lmdb,
     batch_size: int = 8,
     max_atoms: int | None = None,
@@ -25,8 +22,7 @@ def predict_dataset(
     """Predict a dataset: arrays over its n structures and over all their N atoms, in stored order.
 
     Args:
-        predict: `Predictor.predict`: a batch to `energy` [B] eV and, where the model has them, `forces`
-            [N, 3] eV/Å.
+        predict: `predict_batches` of a predictor.
         dataset: structures.
         batch_size: maximum number of structures per batch.
         max_atoms: maximum number of atoms per batch; None for no limit.
@@ -37,8 +33,7 @@ def predict_dataset(
         [N, 3] eV/Å and `fixed` [N]: atoms that OC20 holds in place, where the forces were never trained.
     """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ("sid", "fid", "natoms", "energy")}
-    for batch in batches(dataset, batch_size, max_atoms, num_workers):
-        out = predict(batch)
+    for batch, out in predicted_batches(predict, dataset, batch_size, max_atoms, num_workers):
         parts["sid"].append(np.array([str(sid) for sid in batch.sid]))
         parts["fid"].append(batch.fid.view(-1).numpy())
         parts["natoms"].append(batch.natoms.view(-1).numpy())

@@ -28,8 +28,8 @@ def number_of_parameters(config: ModelConfig) -> int:
         (ModelConfig.preset("83M"), 83.16),
         # The other sizes of paper Table 8.
         (dataclasses.replace(ModelConfig.preset("83M"), lmax=4), 44.83),
-        (dataclasses.replace(ModelConfig.preset("83M"), lmax=8), 134.28),
-        (dataclasses.replace(ModelConfig.preset("83M"), mmax=3), 95.11),
+        pytest.param(dataclasses.replace(ModelConfig.preset("83M"), lmax=8), 134.28, marks=pytest.mark.slow),
+        pytest.param(dataclasses.replace(ModelConfig.preset("83M"), mmax=3), 95.11, marks=pytest.mark.slow),
     ],
 )
 def test_models_of_the_paper_have_its_sizes(config: ModelConfig, millions: float) -> None:

@@ -84,7 +84,13 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> No
     ],
     ids=["paper", "m = 2", "gate", "plain S2", "no grid network", "smallest grid"],
 )
-@pytest.mark.parametrize("structure", [crystal, lambda: cluster(torch.float64)], ids=["crystal", "cluster"])
+@pytest.mark.parametrize(
+    "structure",
+    [
+        pytest.param(crystal, id="crystal", marks=pytest.mark.slow),
+        pytest.param(lambda: cluster(torch.float64), id="cluster"),
+    ],
+)
 def test_forces_are_minus_the_derivative_of_the_energy(
     structure: Callable[[], Data], changes: dict[str, object]
 ) -> None:

@@ -162,7 +162,7 @@ def test_flavours_have_every_kind_of_weight() -> None:
         *((flavour, "torch") for flavour in FLAVOURS),
         ("grid MLP, DeNS", "cpp"),
         ("V3", "cpp"),
-        ("grid MLP, DeNS", "triton"),
+        pytest.param("grid MLP, DeNS", "triton", marks=pytest.mark.slow),
         pytest.param("V3", "triton", marks=pytest.mark.slow),
         pytest.param("gates, shared embeddings", "compile", marks=pytest.mark.slow),
     ],

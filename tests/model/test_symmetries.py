@@ -61,8 +61,15 @@ def test_all_symmetries_without_a_grid(source: str, dtype: torch.dtype) -> None:
     assert report.errors["repeated call"].forces_max == 0.0
 
 
-@dtypes
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    ("source", "dtype"),
+    [
+        ("random", torch.float64),
+        pytest.param("real", torch.float64, marks=pytest.mark.slow),
+        pytest.param("random", torch.float32, marks=pytest.mark.slow),
+        pytest.param("real", torch.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_all_symmetries_with_the_separable_s2_activation(source: str, dtype: torch.dtype) -> None:
     model = random_model(FINE_GRID, dtype)
     tolerance = dict.fromkeys(SYMMETRIES, ROUNDING[dtype]) | {"rotation": max(1e-6, ROUNDING[dtype])}

@@ -579,7 +579,11 @@ def answers(native: Path) -> list[torch.Tensor]:
 BATCH = Batch.from_data_list([co(), co(1.4)])
 
 
-@pytest.mark.parametrize("defaults", DEFAULTS, ids=str)
+@pytest.mark.parametrize(
+    "defaults",
+    [*(pytest.param(each, marks=pytest.mark.slow) for each in DEFAULTS[:-1]), DEFAULTS[-1]],
+    ids=str,
+)
 def test_answers_do_not_depend_on_torchs_defaults(defaults: dict[str, Any], native: Path) -> None:
     expected = answers(native)
     with torch_defaults(**defaults):

@@ -74,7 +74,14 @@ def test_structure_files_that_are_not_believed(
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("packer", [gzip, bz2, lzma], ids=["gz", "bz2", "xz"])
+@pytest.mark.parametrize(
+    "packer",
+    [
+        pytest.param(gzip, id="gz", marks=pytest.mark.slow),
+        pytest.param(bz2, id="bz2", marks=pytest.mark.slow),
+        pytest.param(lzma, id="xz"),
+    ],
+)
 def test_a_compressed_bomb(packer: object, tmp_path: Path) -> None:
     ending = {gzip: "gz", bz2: "bz2", lzma: "xz"}[packer]  # type: ignore[index]
     path = tmp_path / f"a.xyz.{ending}"

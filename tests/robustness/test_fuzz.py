@@ -5,7 +5,7 @@ and reads it. Anything but a sound value, a `DataError` or an `InputError` of on
 example of more than 2 s; hypothesis then shows the smallest input that it finds. What is found goes as a case
 into the file that holds the table of its kind.
 
-The targets share FUZZ_SECONDS (10 s), each round with examples of its own, the same in every run:
+The targets share FUZZ_SECONDS (5 s), each round with examples of its own, the same in every run:
 
     FUZZ_SECONDS=600 pytest tests/robustness/test_fuzz.py
 """
@@ -57,7 +57,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "datasets_oc20"))
 from oc20_files import dumps_pyg1, frame_text, is2re_fields, s2ef_fields, structure  # noqa: E402
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "10"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "5"))
 TARGETS = 8
 SLOW = 2.0
 """Most seconds of the processor for one example."""

@@ -242,7 +242,10 @@ def test_settings_without_effect_are_told(one: str, other: str, told: str, tmp_p
     assert told in (tmp_path / "told" / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("name", ["oc20_all_md_31M", "oc20_2m_83M", "oc20_small"])
+@pytest.mark.parametrize(
+    "name",
+    ["oc20_2m_83M", *(pytest.param(n, marks=pytest.mark.slow) for n in ("oc20_all_md_31M", "oc20_small"))],
+)
 def test_a_configuration_for_millions_begins_on_twenty(name: str, tmp_path: Path) -> None:
     """Only the network is made smaller; intervals and limits stay."""
     config = ROOT / "configs" / f"{name}.yaml"
@@ -270,7 +273,13 @@ def _answers_to_ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGHUP], ids=["Ctrl-C", "lost terminal"])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(signal.SIGINT, id="Ctrl-C"),
+        pytest.param(signal.SIGHUP, id="lost terminal", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_interrupted_saves_and_goes_on(sent: signal.Signals, tmp_path: Path) -> None:
     arguments = [*SMALL, f"--runs_dir={tmp_path}", "--name=stopped"]
     if sent is signal.SIGHUP:
@@ -509,7 +518,9 @@ def emt(_: int, data: Data) -> None:
     data.energy = data.energy * 0 + 0.23 * data.natoms + 0.01 * data.energy
 
 
-@pytest.mark.parametrize("change", [total, emt], ids=["of DFT", "of EMT"])
+@pytest.mark.parametrize(
+    "change", [pytest.param(total, id="of DFT"), pytest.param(emt, id="of EMT", marks=pytest.mark.slow)]
+)
 def test_total_energies_start_from_adsorption_energies(
     change: Callable[[int, Data], object], tmp_path: Path
 ) -> None:

@@ -137,7 +137,7 @@ def test_kinds_of_energy_are_not_mixed(first_run: Path, lmdb_path: Path) -> None
 @pytest.mark.parametrize("ending", ["npz", "json"])
 def test_predictions_are_written(first_run: Path, lmdb_path: Path, tmp_path: Path, ending: str) -> None:
     predictor = Predictor(first_run / "checkpoints/last.pt")
-    arrays = predict_dataset(predictor.predict, OC20Lmdb(lmdb_path))
+    arrays = predict_dataset(predictor.predict_batches, OC20Lmdb(lmdb_path))
     target = tmp_path / f"predictions.{ending}"
     write_predictions(target, arrays)
     stored = np.load(target) if ending == "npz" else json.loads(target.read_text())

@@ -1,6 +1,7 @@
 """Leaderboard files: keys, order, free atoms; and what the validator finds."""
 
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from command_line import run_script_file
 from tiny_checkpoint import write_tiny_checkpoint
+from torch_geometric.data import Batch
 
 from datasets_oc20 import LmdbWriter, OC20Lmdb
 from equiformer2.errors import InputError
@@ -32,9 +34,10 @@ def write_test_sets(root: Path, lmdb_path: Path) -> dict[str, Path]:
     return paths
 
 
-def guess(batch: object) -> dict[str, torch.Tensor]:
+def guess(batches: Iterable[Batch], count: int) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
     """Recognisable predictions: the energy from the frame, forces from the positions."""
-    return {"energy": -batch.fid.double() / 10, "forces": batch.pos * 0.01}  # type: ignore[attr-defined]
+    for batch in batches:
+        yield batch, {"energy": -batch.fid.double() / 10, "forces": batch.pos * 0.01}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-// Vectors of one 64-byte register, loads and stores of their numbers, and the sizes that a library is compiled for.
+// Vectors of one register, loads and stores of their numbers, and the sizes that a library is compiled for.
 //
 // A library holds one source file for one type of GEMM operands and one range of orders (library.py defines the
 // macros): ARITHMETIC and OPERAND are the types, LOWEST_ORDER and HIGHEST_ORDER the range.
@@ -17,18 +17,30 @@ struct bf16 {
     uint16_t bits;
 };
 
+// A vector wider than a register is taken apart, and what does not fit into registers goes through memory: with AVX2
+// alone vectors of 64 bytes made the grid kernels several times slower than torch.
+#if defined(__AVX512F__)
+static constexpr int64_t register_bytes = 64;
+#elif defined(__AVX__)
+static constexpr int64_t register_bytes = 32;
+#else
+static constexpr int64_t register_bytes = 16;
+#endif
+
 template <class A>
 struct Vector;
 template <>
 struct Vector<float> {
-    typedef float type __attribute__((vector_size(64)));
-    typedef int32_t integers __attribute__((vector_size(64)));
-    static constexpr int64_t width = 16;
+    static constexpr int64_t width = register_bytes / 4;
+    typedef float type __attribute__((vector_size(register_bytes)));
+    typedef int32_t integers __attribute__((vector_size(register_bytes)));
+    typedef uint32_t words __attribute__((vector_size(register_bytes)));
+    typedef uint16_t halves __attribute__((vector_size(register_bytes / 2)));
 };
 template <>
 struct Vector<double> {
-    typedef double type __attribute__((vector_size(64)));
-    static constexpr int64_t width = 8;
+    static constexpr int64_t width = register_bytes / 8;
+    typedef double type __attribute__((vector_size(register_bytes)));
 };
 template <class A>
 using V = typename Vector<A>::type;
@@ -46,14 +58,12 @@ static inline V<A> load(const A* from, int64_t count) {
 
 template <class A>
 static inline V<A> load(const bf16* from, int64_t count) {
-    typedef uint16_t Half __attribute__((vector_size(32)));
-    typedef uint32_t Word __attribute__((vector_size(64)));
-    Half h = {};
-    if (count >= 16)
+    Vector<float>::halves h = {};
+    if (count >= Vector<float>::width)
         std::memcpy(&h, from, sizeof h);
     else
         std::memcpy(&h, from, count * sizeof(bf16));
-    Word w = __builtin_convertvector(h, Word) << 16;
+    const Vector<float>::words w = __builtin_convertvector(h, Vector<float>::words) << 16;
     V<A> v;
     std::memcpy(&v, &w, sizeof v);
     return v;
@@ -72,17 +82,15 @@ static inline void store(bf16* to, V<float> v, int64_t count) {
 #ifdef __AVX512BF16__
     const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
 #else
-    typedef uint16_t Half __attribute__((vector_size(32)));
-    typedef uint32_t Word __attribute__((vector_size(64)));
-    Word w;
+    Vector<float>::words w;
     std::memcpy(&w, &v, sizeof w);
-    Word rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-    Word nan = (w >> 16) | 0x40;
+    const Vector<float>::words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+    const Vector<float>::words nan = (w >> 16) | 0x40;
     w = (w & 0x7fffffff) > 0x7f800000 ? nan : rounded;
-    const Half h = __builtin_convertvector(w, Half);
+    const Vector<float>::halves h = __builtin_convertvector(w, Vector<float>::halves);
 #endif
     // A copy of known size is one instruction, of unknown size a call.
-    if (count >= 16)
+    if (count >= Vector<float>::width)
         std::memcpy(to, &h, sizeof h);
     else
         std::memcpy(to, &h, count * sizeof(bf16));
@@ -143,7 +151,7 @@ static inline V<float> exponential(V<float> x) {
 // For results that are stored as T.
 template <class T>
 static inline V<double> sigmoid(V<double> x) {
-    for (int i = 0; i < 8; ++i) x[i] = 1.0 / (1.0 + std::exp(-x[i]));
+    for (int64_t i = 0; i < Vector<double>::width; ++i) x[i] = 1.0 / (1.0 + std::exp(-x[i]));
     return x;
 }
 

@@ -62,7 +62,14 @@ def test_compiles_without_graph_breaks(name: str, device: torch.device) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["gather_rotate shared=True", "rotate_aggregate", "separable_s2_activation"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("gather_rotate shared=True", marks=pytest.mark.slow),
+        "rotate_aggregate",
+        "separable_s2_activation",
+    ],
+)
 def test_operators_are_registered_as_torch_wants_them(name: str, device: torch.device) -> None:
     operator, arguments = gpu_calls.operator(*gpu_calls.calls(device, torch.float32, 1, 1, 4)[name])
     torch.library.opcheck(operator, arguments)

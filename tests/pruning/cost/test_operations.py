@@ -85,9 +85,15 @@ def test_operations_are_those_that_torch_executes(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_parameters_are_those_of_the_network(variant: str) -> None:
     config = config_of(**VARIANTS[variant])
-    plans = [PruningPlan.keep_all(config), plan_for(config)]
-    if variant == "paper":
-        plans += [*PLANS.values(), *GRID_PLANS.values()]
+    check_parameters(config, [PruningPlan.keep_all(config), plan_for(config)])
+
+
+@pytest.mark.slow
+def test_parameters_of_every_kind_of_plan() -> None:
+    check_parameters(config_of(), [*PLANS.values(), *GRID_PLANS.values()])
+
+
+def check_parameters(config: ModelConfig, plans: list[PruningPlan]) -> None:
     for plan in plans:
         pruned = plan.applied_to(config)
         expected = sum(parameter.numel() for parameter in EquiformerV2(pruned, "meta").parameters())

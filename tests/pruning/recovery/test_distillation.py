@@ -214,6 +214,7 @@ def test_gradual_pruning_leaves_a_small_network(files, tmp_path) -> None:
     json.dumps(saved)
 
 
+@pytest.mark.slow
 def test_masked_weights_stay_zero_and_the_small_network_is_the_masked_one(files, tmp_path) -> None:
     """Momentum from before a cut must not move what was cut."""
     from equiformer2.pruning.structured.apply import shrink, weight_masks

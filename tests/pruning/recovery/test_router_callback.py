@@ -95,7 +95,7 @@ def whole(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     return run(files, tmp_path_factory.mktemp("runs"), "whole")
 
 
-@pytest.mark.parametrize("weights", ["averaged", "raw"])
+@pytest.mark.parametrize("weights", ["averaged", pytest.param("raw", marks=pytest.mark.slow)])
 def test_the_network_does_not_notice(files, whole, tmp_path, weights) -> None:
     alone = run(files, tmp_path, "alone", router=False)
     beside = whole
@@ -173,6 +173,7 @@ def test_a_frozen_network_trains_the_router_as_train_router_does(files, tmp_path
     assert float(rows[-1]["router/energy"]) == pytest.approx(2.0 * history[-1].energy, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_step(files, tmp_path) -> None:
     more = ["--trainer.accumulate_grad_batches=2", "--trainer.callbacks.steps=2"]
     state = callback_state(run(files, tmp_path, "accumulated", *more))

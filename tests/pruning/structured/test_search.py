@@ -98,7 +98,7 @@ def multi(model, calibration):
     return search(model, calibration).run()
 
 
-@pytest.mark.parametrize("method", ["multi", "multi_staged", "block"])
+@pytest.mark.parametrize("method", ["multi", pytest.param("multi_staged", marks=pytest.mark.slow), "block"])
 def test_a_search_reaches_its_target_and_knows_its_loss(model, calibration, multi, method) -> None:
     found = multi if method == "multi" else search(model, calibration, method=method).run()
     cost = fraction(model.config)

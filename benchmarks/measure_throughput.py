@@ -1,0 +1,206 @@
+"""Measure the throughput of evaluation on a CPU, of several batches at a time and of one thread.
+
+    python -m benchmarks.measure_throughput --data val.lmdb      # or bundled structures without --data
+
+Every setting has a process of its own with the weights loaded; they take turns for several rounds. `side by
+side` computes several batches at a time on one thread each, which is what `evaluate`, `predict` and batched
+relaxations do; `inside` gives all threads to one batch. Predictions of the settings with one thread per batch
+are compared bit by bit. At the end each runs beside a process that keeps one thread busy.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from equiformer2.errors import InputError
+from equiformer2.files import write_json
+from equiformer2.script import origin, run_script
+
+BUNDLED = Path("data/teacher")
+#: Name of a setting -> threads of its process, and whether a batch gets all of them.
+SETTINGS = {"one thread": (1, False), "side by side": (None, False), "inside": (None, True)}
+
+
+def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", type=Path, help="LMDB file (default: frames of data/teacher)")
+    parser.add_argument("--checkpoint", default="oc20_small", help="default: %(default)s")
+    parser.add_argument(
+        "--structures", type=int, default=440, help="number of structures (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="structures per batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="measurements per setting (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, help="file for the results, .json")
+    parser.add_argument("--worker", choices=list(SETTINGS), help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Load network and structures, then predict them once for every line on standard input.
+
+    Prints a JSON line per round: `seconds` and a digest of the predictions.
+    """
+    import torch
+    from torch_geometric.data import Batch
+
+    from datasets_oc20 import OC20Lmdb
+    from datasets_oc20.datamodule import collate
+    from equiformer2.inference import Predictor
+
+    dataset = OC20Lmdb(arguments.data)
+    count = min(arguments.structures, len(dataset))
+    batches: list[Batch] = [
+        collate([dataset[index] for index in range(first, min(first + arguments.batch_size, count))])
+        for first in range(0, count, arguments.batch_size)
+    ]
+    predictor = Predictor(arguments.checkpoint)
+    inside = SETTINGS[arguments.worker][1]
+    predictor.predict(batches[0])
+
+    def round_() -> str:
+        digest = hashlib.sha256()
+        if inside:
+            outs = [predictor.predict(batch) for batch in batches]
+        else:
+            outs = [out for _, out in predictor.predict_batches(iter(batches), len(batches))]
+        for out in outs:
+            for name in sorted(out):
+                digest.update(out[name].numpy().tobytes())
+        return digest.hexdigest()
+
+    round_()
+    print(json.dumps({"structures": count, "threads": torch.get_num_threads()}), flush=True)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        answer = round_()
+        print(json.dumps({"seconds": time.perf_counter() - started, "answer": answer}), flush=True)
+
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """Context beside a process that keeps one thread busy."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run all settings in turn.
+
+    Returns:
+        `structures`, `threads`, `same_bits`, and per setting the seconds of each round, alone and `busy`.
+    """
+    workers = {}
+    results: dict[str, Any] = {"settings": {}}
+    try:
+        for name, (threads, _) in SETTINGS.items():
+            environment = dict(os.environ)
+            if threads is not None:
+                environment["OMP_NUM_THREADS"] = str(threads)
+            workers[name] = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "benchmarks.measure_throughput", *sys.argv[1:]),
+                    *("--data", str(arguments.data), "--worker", name),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+            results |= _answer(workers[name])
+            results["settings"][name] = {"alone": [], "busy": []}
+        answers = set()
+        for _ in range(arguments.rounds):
+            for name, worker in workers.items():
+                row = _ask(worker)
+                results["settings"][name]["alone"].append(row["seconds"])
+                answers |= set() if SETTINGS[name][1] else {row["answer"]}
+        with busy_process():
+            for name, worker in workers.items():
+                results["settings"][name]["busy"] += [_ask(worker)["seconds"] for _ in range(2)]
+        results["same_bits"] = len(answers) == 1
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
+    return results
+
+
+def _ask(worker: "subprocess.Popen[str]") -> dict[str, Any]:
+    assert worker.stdin is not None
+    worker.stdin.write("\n")
+    worker.stdin.flush()
+    return _answer(worker)
+
+
+def _answer(worker: "subprocess.Popen[str]") -> dict[str, Any]:
+    assert worker.stdout is not None
+    line = worker.stdout.readline()
+    if not line:
+        raise InputError("a measuring process has ended; its error stands above")
+    answer: dict[str, Any] = json.loads(line)
+    return answer
+
+
+def table(results: dict[str, Any]) -> str:
+    """Format the medians, the ratio to one thread, and the ratio beside a busy process, as text."""
+    medians = {
+        name: {kind: statistics.median(seconds) for kind, seconds in rows.items()}
+        for name, rows in results["settings"].items()
+    }
+    one = medians["one thread"]["alone"]
+    lines = [
+        f"{results['structures']} structures, {results['threads']} threads, predictions "
+        + ("equal bit by bit" if results["same_bits"] else "NOT equal"),
+        f"{'setting':14} {'alone, s':>10} {'speed':>7} {'beside a busy process, s':>26} {'slower':>7}",
+    ]
+    lines += [
+        f"{name:14} {row['alone']:10.2f} {one / row['alone']:6.2f}x {row['busy']:26.2f} "
+        f"{row['busy'] / row['alone']:6.2f}x"
+        for name, row in medians.items()
+    ]
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(words)
+    if arguments.worker:
+        serve(arguments)
+        return
+    if arguments.data is None:
+        arguments.data = bundled_structures()
+    results = measure(arguments)
+    print(table(results))
+    if arguments.out:
+        write_json(arguments.out, {**origin(), **results})
+
+
+def bundled_structures() -> Path:
+    """Write the frames of data/teacher to an LMDB in a temporary folder, and return its path."""
+    import tempfile
+
+    from datasets_oc20.preprocess import preprocess
+
+    path = Path(tempfile.mkdtemp()) / "teacher.lmdb"
+    preprocess(BUNDLED, path)
+    return path
+
+
+if __name__ == "__main__":
+    run_script(main)
