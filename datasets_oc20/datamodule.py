@@ -161,6 +161,7 @@ class OC20DataModule(pl.LightningDataModule):
         self.datasets: dict[str, OC20Lmdb] = {}
         self._samples: dict[str, TargetSample] = {}
         self._training_sample: TargetSample
+        self._fitted: dict[bytes | None, NormalizerStatistics] = {}
         self.energy_kind: str = ""
         self.labels: list[str] = []
         self.normalizers: NormalizerTable
@@ -215,7 +216,10 @@ class OC20DataModule(pl.LightningDataModule):
         Args:
             linear_references: `[100]` eV, or None.
         """
-        return fit_normalizers(self._training_sample, linear_references)
+        key = None if linear_references is None else linear_references.numpy().tobytes()
+        if key not in self._fitted:
+            self._fitted[key] = fit_normalizers(self._training_sample, linear_references)
+        return self._fitted[key]
 
     def train_dataloader(self) -> DataLoader:
         """Return the training batches, shuffled by (seed, epoch)."""
@@ -251,7 +255,7 @@ class OC20DataModule(pl.LightningDataModule):
             }
         sample = self._training_sample
         references = fit_linear_references(sample) if self.energy_kind == "total" else None
-        fitted = fit_normalizers(sample, references)
+        fitted = self.training_targets(references)
         return {"energy": fitted["energy"], "forces": fitted["forces"], "linear_references": references}
 
     @staticmethod

@@ -230,6 +230,14 @@ def preprocess(
             if later is not None:
                 for value, natoms in result.later:
                     later.write_packed(value, natoms)
+        if not report.written:
+            raise DataError(
+                f"{out}: no frame of {source} is left to write, of {report.read} that were read "
+                f"({report.removed_energy} removed by energy, {report.removed_force} by force, "
+                f"{report.removed_rest} nearly at rest, {report.written_later} for the later file): loosen "
+                "the "
+                "filters, or choose other systems."
+            )
     periodicity.log(source.name, _LOG)
     _LOG.info("%d frames read, %.0f frames/s", report.read, report.read / (time.monotonic() - started))
     return report
