@@ -9,6 +9,7 @@ H2O, CO and N2 with the same potential). A stopped command goes on with the next
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from equiformer2.adsorption import adsorption_energy
 from equiformer2.demo.plan import UNSEEN_SYSTEMS
@@ -34,7 +35,7 @@ def main() -> None:
     except ImportError as error:
         raise InputError("the package sevenn is missing: pip install sevenn==0.13.0") from error
     calculator = SevenNetCalculator("7net-0", device="cpu")
-    known = read_json(arguments.out)["systems"] if arguments.out.exists() else {}
+    known: dict[str, Any] = read_json(arguments.out)["systems"] if arguments.out.exists() else {}
     for system in arguments.systems:
         if system in known:
             continue
@@ -57,7 +58,12 @@ def main() -> None:
             "anomalies": [anomaly.name for anomaly in result.anomalies],
         }
         print(f"{system}: {result.energy:.3f} eV, {result.system.outcome()}")
-        write_json(arguments.out, {**origin(), "potential": "SevenNet-0, not DFT", "systems": known})
+        _write(arguments.out, known)
+    _write(arguments.out, known)
+
+
+def _write(path: Path, systems: dict[str, Any]) -> None:
+    write_json(path, {**origin(), "potential": "SevenNet-0, not DFT", "systems": systems})
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ class DemoReport:
             f"<p>{html.escape(result.adsorbate_formula)} on {html.escape(self.shown.system)}, which no "
             f"training has seen, relaxed with the fine-tuned network: <b>{result.energy:.2f} eV</b> "
             f"({html.escape(result.system.outcome())}). DFT, relaxed by DFT: "
-            f"<b>{self.shown.known:.2f} eV</b>. The network as shipped is compared with SevenNet-0, whose "
+            f"<b>{self.shown.dft:.2f} eV</b>. The network as shipped is compared with SevenNet-0, whose "
             "labels "
             "it has learned, on slabs of bulks that it has not seen.</p>",
             self._relaxation_table(),
@@ -163,14 +163,25 @@ class DemoReport:
         sentences = []
         for name in dict.fromkeys(item.network for item in self.relaxed):
             mine = [item for item in self.relaxed if item.network == name]
-            errors = [abs(item.result.energy - item.known) for item in mine]
-            whose = "DFT's" if mine[0].dft is not None else "SevenNet-0's"
+            whose = {"dft": "DFT's", "teacher": "SevenNet-0's"}[mine[0].imitates]
+            errors = [abs(item.result.energy - item.known) for item in mine if item.known is not None]
             converged = sum(item.result.system.converged for item in mine)
-            close = sum(error <= _ALIKE for error in errors)
             sentences.append(
                 f"Network {name}: {converged} of {len(mine)} relaxations converged (largest force below "
-                f"{mine[0].result.system.fmax:g} eV/Å); {close} of {len(mine)} energies within {_ALIKE:g} eV "
-                f"of {whose}, mean error {sum(errors) / len(errors):.2f} eV."
+                f"{mine[0].result.system.fmax:g} eV/Å)."
+            )
+            if errors:
+                close = sum(error <= _ALIKE for error in errors)
+                sentences[-1] += (
+                    f" {close} of {len(errors)} energies are within {_ALIKE:g} eV of {whose}, with a mean "
+                    f"error of {sum(errors) / len(errors):.2f} eV."
+                )
+        both = [item for item in self.relaxed if item.dft is not None and item.teacher is not None]
+        apart = {item.system: abs(item.dft - item.teacher) for item in both}  # type: ignore[operator]
+        if apart:
+            sentences.append(
+                f"SevenNet-0 and DFT themselves differ by {sum(apart.values()) / len(apart):.2f} eV on "
+                "average over these DFT systems: their labels are not the same."
             )
         return sentences
 

@@ -35,6 +35,10 @@ TEACHER_SYSTEMS = {"tn1000036": "*C*C on GaTa(100)", "tn700075": "*C on CuNiSb2(
 """Systems of data/teacher_large/test, whose bulks the network has not seen: those that SevenNet-0's own
 relaxation left closest to rest (largest force 0.1 eV/Å)."""
 
+TEACHER_ENERGIES = "teacher.json"
+"""File beside the DFT relaxations: SevenNet-0's adsorption energies of the unseen ones, relaxed by itself
+(`python -m studies.teacher_adsorption`)."""
+
 TEACHER_END = 7
 """Last frame of these relaxations; the frames behind it are rattled."""
 

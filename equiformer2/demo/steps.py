@@ -3,7 +3,7 @@
 import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,10 +16,12 @@ from equiformer2.demo.plan import (
     LARGE_SYSTEMS,
     SCRATCH_LEARNING_RATE,
     TEACHER_END,
+    TEACHER_ENERGIES,
     TEACHER_SYSTEMS,
     UNSEEN_SYSTEMS,
     DemoPlan,
 )
+from equiformer2.files import read_json
 from equiformer2.inference import EquiformerV2Calculator, Predictor, atoms_to_data
 from equiformer2.inference.structure_files import read_structure
 from equiformer2.model.parameters import count_parameters
@@ -74,7 +76,8 @@ class Relaxed:
         network: title of the network.
         result: relaxation and energy, eV.
         dft: adsorption energy of the system relaxed by DFT, eV; None where it is not known.
-        teacher: the same of SevenNet-0's own relaxation, eV.
+        teacher: the same of SevenNet-0's own relaxation, eV; None where it is not known.
+        imitates: whose labels the network has learned last, `dft` or `teacher`.
         start: adsorption energy of the start structure by whoever labelled it, eV.
     """
 
@@ -83,14 +86,13 @@ class Relaxed:
     result: AdsorptionResult
     dft: float | None
     teacher: float | None
+    imitates: Literal["dft", "teacher"]
     start: float
 
     @property
-    def known(self) -> float:
-        """The energy to compare with, by the method that the network was trained on, eV."""
-        known = self.dft if self.dft is not None else self.teacher
-        assert known is not None  # one of them is always there
-        return known
+    def known(self) -> float | None:
+        """The energy to compare with, by the method whose labels the network has learned last, eV."""
+        return self.dft if self.imitates == "dft" else self.teacher
 
 
 def prepare(raw: AnyPath, folder: AnyPath, plan: DemoPlan) -> DemoData:
@@ -169,22 +171,29 @@ def judge(title: str, checkpoint: AnyPath, data: DemoData) -> Network:
 
 
 def relax_unseen(
-    network: Network, raw: AnyPath, folder: AnyPath, plan: DemoPlan, systems: tuple[str, ...] = UNSEEN_SYSTEMS
+    network: Network,
+    raw: AnyPath,
+    folder: AnyPath,
+    plan: DemoPlan,
+    systems: tuple[str, ...] = UNSEEN_SYSTEMS,
+    imitates: Literal["dft", "teacher"] = "dft",
 ) -> list[Relaxed]:
     """Relax the first frame of DFT relaxations of unseen systems with a network.
 
     Args:
-        network: trained on DFT's labels.
+        network: to relax with.
         raw: folder with `oc20_trajs`.
         folder: folder for one folder per system.
         plan: sizes.
         systems: names of the relaxations.
+        imitates: whose labels the network has learned last.
 
     Returns:
         One relaxation per system, in that order.
     """
     source, folder = Path(raw) / "oc20_trajs", Path(folder)
     references = read_references(source)
+    teacher = read_json(source / TEACHER_ENERGIES)["systems"]
     relaxed = []
     for system in systems:
         path = source / f"{system}.extxyz.xz"
@@ -192,7 +201,8 @@ def relax_unseen(
             read_structure(path, frame).get_potential_energy() - references[system] for frame in (0, -1)
         )
         result = _relax(network, path, folder / system, plan)
-        relaxed.append(Relaxed(system, network.title, result, dft=end, teacher=None, start=start))
+        theirs = teacher[system]["adsorption_energy_eV"] if system in teacher else None
+        relaxed.append(Relaxed(system, network.title, result, end, theirs, imitates, start))
     return relaxed
 
 
@@ -218,7 +228,7 @@ def relax_teacher_systems(network: Network, raw: AnyPath, folder: AnyPath, plan:
             for frame in (0, TEACHER_END)
         )
         result = _relax(network, path, folder / system, plan)
-        relaxed.append(Relaxed(system, network.title, result, dft=None, teacher=end, start=start))
+        relaxed.append(Relaxed(system, network.title, result, None, end, "teacher", start))
     return relaxed
 
 
