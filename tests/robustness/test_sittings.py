@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ase import Atoms
 
 from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
 from datasets_oc20.preprocess import PreprocessOptions, preprocess
 from equiformer2.errors import InputError
+from equiformer2.inference import EquiformerV2Calculator
 from equiformer2.training.configuration import parse
 from equiformer2.training.folder import MetricsFile, RunFolder, read_rows
 from equiformer2.training.run import train
 from tests.disk import full_disk
-from tests.robustness.test_training import LMDB, SMALL
+from tests.robustness.test_training import LMDB, SMALL, start
 
 ROOT = Path(__file__).parents[2]
 RAW = ROOT / "data" / "oc20_trajs"
@@ -55,6 +57,39 @@ def test_one_structure_trains_and_is_told_once(tmp_path: Path, caplog: pytest.Lo
     train(parse([*SMALL, *own]))
     told = [entry for entry in caplog.records if "nothing can be learned of them" in entry.getMessage()]
     assert len(told) == 1
+
+
+# ---- elements
+
+# The fixture's first frame holds N, Na and Bi.
+SEEN: list[tuple[str, Any, list[str]]] = [
+    ("all", {"elements": {"N": 1, "Na": 1, "Bi": 2}, "earlier": []}, []),
+    ("all but one", {"elements": {"N": 1, "Na": 1}, "earlier": []}, ["Bi"]),
+    ("the adsorbate alone", {"elements": {"N": 3}, "earlier": []}, ["Na", "Bi"]),
+    ("an earlier training", {"elements": {"Bi": 1}, "earlier": [{"elements": {"N": 1, "Na": 2}}]}, []),
+    ("an earlier training that says nothing", {"elements": {"N": 1}, "earlier": None}, []),
+    ("no list", {"energy_mean_eV": 1.0}, []),
+]
+
+
+@pytest.mark.parametrize(("seen", "unseen"), [case[1:] for case in SEEN], ids=[case[0] for case in SEEN])
+def test_elements_unseen_in_training_are_named_once(
+    seen: Any, unseen: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calculator = EquiformerV2Calculator(start(tmp_path / "model.pt", training_data=seen))
+    record = OC20Lmdb(LMDB)[0]
+    atoms = Atoms(
+        record.atomic_numbers.numpy(), record.pos.numpy(), cell=record.cell[0].numpy(), pbc=True,
+        tags=record.tags.numpy(),
+    )  # fmt: skip
+    for _ in range(2):
+        calculator.calculate(atoms, ["energy", "forces"])
+        calculator.predictor.predict(record)
+    told = [entry.getMessage() for entry in caplog.records if "training data hold" in entry.getMessage()]
+    assert len(told) == bool(unseen)
+    assert calculator.predictor.unseen_elements == unseen
+    for symbol in unseen:
+        assert f"no {symbol}" in told[0]
 
 
 # ---- another configuration
