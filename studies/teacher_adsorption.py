@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from equiformer2.adsorption import adsorption_energy
-from equiformer2.demo.plan import UNSEEN_SYSTEMS
+from equiformer2.demo.plan import RELAXED_SYSTEMS
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
 from equiformer2.inference.structure_files import read_structure
@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--systems", nargs="+", default=list(UNSEEN_SYSTEMS))
+    parser.add_argument("--systems", nargs="+", default=list(RELAXED_SYSTEMS))
     parser.add_argument("--out", type=Path, default=DATA / "teacher.json")
     arguments = parser.parse_args()
     try:

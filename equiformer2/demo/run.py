@@ -9,7 +9,7 @@ from equiformer2.adsorption.record import adsorption_report, write_adsorption_re
 from equiformer2.demo import steps
 from equiformer2.demo.background import wait_for
 from equiformer2.demo.demo_report import DemoReport, table_lines
-from equiformer2.demo.plan import CHECKPOINT, PRUNING_PLAN, RELAXED_SYSTEM, UNSEEN_SYSTEMS, DemoPlan
+from equiformer2.demo.plan import CHECKPOINT, PRUNING_PLAN, RELAXED_SYSTEMS, UNSEEN_SYSTEMS, DemoPlan
 from equiformer2.demo.steps import Network, Relaxed
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes, write_json
@@ -75,7 +75,7 @@ def run_demo(root: AnyPath, out: AnyPath, plan: DemoPlan) -> Path:
     with steps.distillation(small_file, tuned_file, config, data, out / "distilled", plan) as distilling:
         relaxed = steps.relax_teacher_systems(shipped, raw, out / "relaxations", plan)
         relaxed += steps.relax_unseen(
-            shipped, raw, out / "relaxations_shipped", plan, (RELAXED_SYSTEM,), imitates="teacher"
+            shipped, raw, out / "relaxations_shipped", plan, RELAXED_SYSTEMS[:1], imitates="teacher"
         )
         relaxed += steps.relax_unseen(tuned, raw, out / "relaxations", plan)
         wait_for([distilling], "distillation", plan.distillation_time + 30)
@@ -83,21 +83,22 @@ def run_demo(root: AnyPath, out: AnyPath, plan: DemoPlan) -> Path:
     print("5/6 the pruned network beside the dense one", flush=True)
     cut = steps.judge(f"{PRUNED}, not distilled", small_file, data)
     pruned = steps.judge(PRUNED, out / "distilled" / "run" / "checkpoints" / "last.pt", data)
-    relaxed += steps.relax_unseen(pruned, raw, out / "relaxations_pruned", plan, (RELAXED_SYSTEM,))
+    relaxed += steps.relax_unseen(pruned, raw, out / "relaxations_pruned", plan, RELAXED_SYSTEMS[:1])
     tuned, pruned = steps.timed(tuned, pruned, raw, plan.timed_calls)
     done("the pruned network")
     print("6/6 report", flush=True)
     networks = [shipped, scratch, tuned, cut, pruned]
     print("\n".join(table_lines(networks)), flush=True)
-    shown = next(item for item in relaxed if item.system == RELAXED_SYSTEM and item.network == TUNED)
-    folder = out / "relaxations" / RELAXED_SYSTEM
+    name = RELAXED_SYSTEMS[0]
+    shown = next(item for item in relaxed if item.system == name and item.network == TUNED)
+    folder = out / "relaxations" / name
     write_adsorption_record(folder, shown.result, model_record(Predictor(tuned_file), tuned_file))
     print(adsorption_report(shown.result))
     print(f"DFT's own relaxation ends at {shown.dft:.3f} eV.", flush=True)
     parity = draw_figures(out / "figures", {"fine-tuned": tuned.result, "pruned": pruned.result})
     figures = {
-        f"{RELAXED_SYSTEM}: start and relaxed structure": folder / "structure.png",
-        f"{RELAXED_SYSTEM}: relaxation with the fine-tuned network": folder / "relaxation.png",
+        f"{name}: start and relaxed structure": folder / "structure.png",
+        f"{name}: relaxation with the fine-tuned network": folder / "relaxation.png",
         "Fine-tuning": runs[0] / "figures" / "loss.png",
         "Training from nothing": runs[1] / "figures" / "loss.png",
     } | {path.stem.replace("_", " "): path for path in parity}

@@ -14,6 +14,7 @@ from equiformer2.adsorption.energy import AdsorptionResult, adsorption_energy
 from equiformer2.demo.background import BackgroundCommand, wait_for
 from equiformer2.demo.plan import (
     LARGE_SYSTEMS,
+    RELAXED_SYSTEMS,
     SCRATCH_LEARNING_RATE,
     TEACHER_END,
     TEACHER_ENERGIES,
@@ -175,7 +176,7 @@ def relax_unseen(
     raw: AnyPath,
     folder: AnyPath,
     plan: DemoPlan,
-    systems: tuple[str, ...] = UNSEEN_SYSTEMS,
+    systems: tuple[str, ...] = RELAXED_SYSTEMS,
     imitates: Literal["dft", "teacher"] = "dft",
 ) -> list[Relaxed]:
     """Relax the first frame of DFT relaxations of unseen systems with a network.
