@@ -151,7 +151,7 @@ def score(result: Mapping[str, Any]) -> float:
 
 def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Mean and standard deviation over the seeds, by setting, best score first."""
-    table = {}
+    table: dict[str, dict[str, Any]] = {}
     for setting in SETTINGS:
         runs = [result for result in results if result["setting"] == setting]
         if not runs:

@@ -3,7 +3,7 @@
 import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -138,10 +138,18 @@ def train_both(
     """
     folder = Path(folder)
     limit = f"00:00:{plan.training_time // 60:02d}:{plan.training_time % 60:02d}"
-    words = ["train", "--config", Path(config), "--runs_dir", folder, "--trainer.max_time", limit]
+    words: list[str | Path] = [
+        "train",
+        "--config",
+        Path(config),
+        "--runs_dir",
+        folder,
+        "--trainer.max_time",
+        limit,
+    ]
     words += ["--data.train", data.train, "--data.val", data.unseen, "--trainer.enable_progress_bar", "false"]
     # The labels are of another method: new references and scale, and heads that keep the forces in eV/Å.
-    own = {"tuned": ["--init_from", Path(start), "--refit_normalizers", "true"]}
+    own: dict[str, list[str | Path]] = {"tuned": ["--init_from", Path(start), "--refit_normalizers", "true"]}
     own["scratch"] = ["--optim.lr", str(SCRATCH_LEARNING_RATE)]
     with contextlib.ExitStack() as stack:
         commands = [
@@ -246,12 +254,21 @@ def _relax(network: Network, path: Path, folder: Path, plan: DemoPlan) -> Adsorp
 
 
 def distillation(
-    student: AnyPath, teacher: AnyPath, config: AnyPath, data: DemoData, folder: AnyPath, plan: DemoPlan
+    student: Path, teacher: Path, config: Path, data: DemoData, folder: AnyPath, plan: DemoPlan
 ) -> BackgroundCommand:
     """Start the distillation of a pruned network in a process of its own, beside this one."""
     folder = Path(folder)
     limit = f"--trainer.max_time=00:00:{plan.distillation_time // 60:02d}:{plan.distillation_time % 60:02d}"
-    words: list[Any] = ["prune", "distill", "--student", student, "--teacher", teacher, "--out", folder]
+    words: list[str | Path] = [
+        "prune",
+        "distill",
+        "--student",
+        student,
+        "--teacher",
+        teacher,
+        "--out",
+        folder,
+    ]
     words += ["--data", data.distill, "--val", data.unseen, "--config", config]
     words += ["--", limit, "--trainer.max_epochs=-1", "--trainer.check_val_every_n_epoch=1000"]
     words += ["--trainer.enable_progress_bar=false"]

@@ -219,7 +219,7 @@ class RunFolder:
         for unfinished in self.checkpoints.glob(".*.tmp"):
             unfinished.unlink(missing_ok=True)
         file, console = logging.StreamHandler(stream), logging.Handler()
-        failed: list[Exception | None] = []
+        failed: list[BaseException | None] = []
 
         def tell_once(record: logging.LogRecord) -> None:
             """Say in one sentence that the log ends here: the run's results do not depend on it."""
