@@ -136,7 +136,8 @@ def divide(
 
     def first(order: Sequence[str], share: float) -> set[str]:
         """Take the first bulks that together have this share of all frames of `order`."""
-        taken, limit = set(), share * sum(frames[bulk] for bulk in order)
+        taken: set[str] = set()
+        limit = share * sum(frames[bulk] for bulk in order)
         for bulk in order:
             if sum(frames[one] for one in taken) + frames[bulk] / 2 > limit:
                 break
@@ -149,8 +150,8 @@ def divide(
     validation = first(order, validation_share)
     rest = [bulk for bulk in order if bulk not in validation]
     parts = {"train": of(rest, allowed)}
-    for fraction in FRACTIONS:
-        parts[f"train_{fraction.numerator}_{fraction.denominator}"] = of(first(rest, fraction), allowed)
+    for share in FRACTIONS:
+        parts[f"train_{share.numerator}_{share.denominator}"] = of(first(rest, float(share)), allowed)
     parts["older"] = [
         system
         for system in older

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from equiformer2.pruning.analysis.pareto_report import markdown as pareto_table
-from studies import compare_v3
+from studies import compare_v3, study_errors
 from studies.study_report import _lossless_table, _speed_table, _verdict_table
 from studies.verdicts import Verdict
 
@@ -26,3 +26,9 @@ def test_page_of_the_comparison_with_v3() -> None:
     data = json.loads((RESULTS / "v3_comparison.json").read_text(encoding="utf-8"))
     page = (RESULTS / "v3_comparison.md").read_text(encoding="utf-8")
     assert compare_v3.markdown(data["summary"], data["runs"], "v3_comparison.png").strip() in page
+
+
+def test_page_of_the_errors_on_the_teacher_set() -> None:
+    data = json.loads((RESULTS / "study_errors.json").read_text(encoding="utf-8"))
+    page = (RESULTS / "study_errors.md").read_text(encoding="utf-8")
+    assert page == study_errors.markdown(data, "study_errors.png")

@@ -8,6 +8,7 @@ import pytest
 from equiformer2.errors import InputError
 from equiformer2.pruning.cost.targets import LatencyTarget, MacTarget
 from equiformer2.pruning.structured.plan import PruningPlan
+from studies import branch_plans
 from studies.timed_study import TIMED, TimedSettings, TimedStudy
 from tests.pruning.search_helpers import save_tiny, slab, slabs, tiny_model, write_lmdb
 
@@ -91,3 +92,15 @@ def test_plans_for_time_can_be_searched_before(files, tmp_path) -> None:
     asked.clear()
     study.search_for_time(progress=False)
     assert asked == []
+
+
+def test_plans_of_whole_branches_have_the_operations_asked_for(files, tmp_path) -> None:
+    study = make_study(files, tmp_path, methods=("block", *branch_plans.METHODS), seeds=(0,), keep=(0.55,))
+    rows = {result["method"]: result for result in study.run(progress=False)}
+    assert rows["block"]["macs"] < 0.53
+    for method in branch_plans.METHODS:
+        assert 0.53 <= rows[method]["macs"] <= 0.55
+        blocks = rows[method]["plan"]["blocks"]
+        assert any(block.get(name) is False for block in blocks for name in ("attention", "feed_forward"))
+    removed = rows["cosine_filled"]["search"]["removed"]
+    assert [each["influence"] for each in removed] == sorted(each["influence"] for each in removed)

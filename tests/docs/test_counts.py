@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ase.formula import Formula
 from figures import agrees, numbers, plain
 from pages import ROOT
 
@@ -40,6 +41,32 @@ def teacher() -> tuple[int, ...]:
     return len(found), len(sizes), min(sizes), max(sizes)
 
 
+def teacher_large() -> tuple[int, ...]:
+    """Numbers of all parts together; atoms by their indexes, which is quick."""
+    lines = [line for part in PARTS for line in index(part)]
+    sizes = [line["natoms"] for line in lines]
+    return len(lines), sum(line["frames"] for line in lines), min(sizes), max(sizes)
+
+
+PARTS = ("train", "test", "shift_elements", "shift_adsorbates")
+
+
+def index(part: str) -> list[dict[str, Any]]:
+    path = ROOT / "data/teacher_large" / part / "index.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def part_counts(part: str) -> tuple[int, ...]:
+    """Systems, frames, bulks, systems without copper, and elements of the bulks."""
+    lines = index(part)
+    bulks = [Formula(line["bulk"]) for line in lines]
+    reduced = {str(bulk.reduce()[0].format("hill")) for bulk in bulks}
+    elements = {element for bulk in bulks for element in bulk.count()}
+    without_copper = sum("Cu" not in bulk.count() for bulk in bulks)
+    frames_of_part = sum(line["frames"] for line in lines)
+    return len(lines), frames_of_part, len(reduced), without_copper, len(elements)
+
+
 def ties() -> tuple[int, ...]:
     count = count_ties(12.0, 20)
     assert count["structures"] == count["structures with a tie"]
@@ -69,6 +96,7 @@ CLAIMS: list[tuple[str, str, Callable[[], tuple[Any, ...]]]] = [
         relaxations,
     ),
     ("data/README.md", "190 systems, 2,466 frames, 22 to 80 atoms", teacher),
+    ("data/README.md", "1,470 systems, 12,295 frames, 8 to 69 atoms", teacher_large),
     (
         "docs/graph.md",
         "all 23 bundled DFT relaxations have such a tie at their last frame, at 530 of 1,848 atoms",
@@ -101,3 +129,13 @@ def test_counts_on_pages(page: str, words: str, counted: Callable[[], tuple[Any,
         if not agrees(number, value)
     ]
     assert not wrong, f"{page}: {words} (quoted, counted: {wrong})"
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_table_of_the_larger_teacher_set_counts_its_files(part: str) -> None:
+    page = (ROOT / "data/README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{part}` |")]
+    told = tuple(int(cell.replace(",", "")) for cell in row.split("|")[2:7])
+    assert told == part_counts(part)
+    folder = ROOT / "data/teacher_large" / part
+    assert {path.name for path in folder.glob("*.xz")} == {f"{one['sid']}.extxyz.xz" for one in index(part)}

@@ -1,11 +1,15 @@
-"""Pages in docs/results are what benchmarks write from the results files beside them."""
+"""Results of benchmarks: pages follow from the files beside them, and no input is replaced."""
 
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 
-from benchmarks import measure_equivariance
+import pytest
+
+from benchmarks import compare_loss_curves, measure_batches, measure_equivariance
 from benchmarks.benchmark_report import markdown
+from equiformer2.errors import InputError
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -23,3 +27,21 @@ def test_page_of_equivariance() -> None:
     rows = [row | {"grid": tuple(row["grid"])} for row in data["rows"]]
     page = (RESULTS / "equivariance.md").read_text(encoding="utf-8")
     assert measure_equivariance.markdown(rows, seeds, trials).strip() in page
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        (measure_batches, ("--data", "there.lmdb", "--json", "there.lmdb")),
+        (compare_loss_curves, ("--data", "there.json", "--out", "there")),
+    ],
+)
+def test_results_do_not_replace_the_input(
+    program: ModuleType, arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("there.lmdb", "there.json"):
+        Path(name).write_text("keep")
+    with pytest.raises(InputError, match="input"):
+        program.main(arguments)
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"keep"}

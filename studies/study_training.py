@@ -1,0 +1,229 @@
+"""Training runs behind models/study_teacher.pt: variants, learning curve, EquiformerV3's switches.
+
+    python -m studies.study_data                          # the LMDB files
+    python -m studies.study_training --part variants      # four short runs on a quarter of the data
+    python -m studies.study_training --part curve         # 1/8, 1/4, 1/2 and all data at equal steps
+    python -m studies.study_training --part v3            # the network with EquiformerV3's switches
+    python -m studies.study_training                      # the page of all that is there
+
+All runs start from random weights and differ from configs/study.yaml in what SETTINGS says. Every run is
+resumed where it was stopped, and one result file is kept per run. Variants are judged on the validation bulks
+alone, the learning curve on the test bulks, too. One thread computes a run (`OMP_NUM_THREADS=1`); several
+programs may work on different `--only` runs at the same time.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from datasets_oc20 import OC20Lmdb
+from equiformer2.errors import InputError
+from equiformer2.files import read_json, write_json
+from equiformer2.inference import Predictor
+from equiformer2.script import origin, run_script
+from equiformer2.training.configuration import parse
+from equiformer2.training.figures import save_figure
+from equiformer2.training.run import train
+from studies.study_errors import Frames
+
+CONFIG = Path("configs/study.yaml")
+#: Options of `equiformer2 train` for the network of one million parameters: that of configs/oc20_small.yaml.
+MILLION = (
+    *("--model.sphere_channels=32", "--model.attn_hidden_channels=32", "--model.ffn_hidden_channels=64"),
+    *("--model.attn_alpha_channels=8", "--model.attn_value_channels=8", "--model.edge_channels=32"),
+)
+#: EquiformerV3's switches (docs/model.md).
+V3 = (
+    *("--model.smooth_cutoff=true", "--model.norm_type=rms_norm_sh"),
+    *("--model.use_swiglu_s2_act=true", "--model.use_m_share_rad=true"),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One training run.
+
+    Attributes:
+        part: part of the study that it belongs to.
+        data: names of its training files in the folder of `studies.study_data`.
+        steps: optimizer steps.
+        options: options of `equiformer2 train` in which it differs from configs/study.yaml.
+        judged: files that its errors are computed on.
+    """
+
+    part: str
+    data: tuple[str, ...]
+    steps: int
+    options: tuple[str, ...] = ()
+    judged: tuple[str, ...] = field(default=("val",))
+
+
+SETTINGS: dict[str, Setting] = {
+    "base": Setting("variants", ("train_1_4",), 2400),
+    "learning rate x 2": Setting("variants", ("train_1_4",), 2400, ("--optim.lr=2e-3",)),
+    "dropout": Setting(
+        "variants", ("train_1_4",), 2400, ("--model.alpha_drop=0.1", "--model.drop_path_rate=0.05")
+    ),
+    "energy weight 50": Setting("variants", ("train_1_4",), 2400, ("--task.energy_coefficient=50",)),
+    "1/8": Setting("curve", ("train_1_8",), 6000, MILLION, ("val", "test")),
+    "1/4": Setting("curve", ("train_1_4",), 6000, MILLION, ("val", "test")),
+    "1/2": Setting("curve", ("train_1_2",), 6000, MILLION, ("val", "test")),
+    "all": Setting("curve", ("train",), 6000, MILLION, ("val", "test")),
+    "V2": Setting("v3", ("train_1_4",), 2400),
+    "V3": Setting("v3", ("train_1_4",), 2400, V3),
+}
+PARTS = {
+    "variants": "Variants on a quarter of the data",
+    "curve": "Learning curve: one million parameters, equal steps",
+    "v3": "EquiformerV3's switches at equal steps",
+}
+COLUMNS = {
+    "force_ratio": "force MAE of zero forces",
+    "force_cosine": "cosine",
+    "energy_ratio": "energy MAE of the mean",
+}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", choices=list(PARTS), help="runs to train (default: none, write the page)")
+    parser.add_argument("--only", nargs="+", choices=list(SETTINGS), help="these runs of the part")
+    parser.add_argument("--data", type=Path, default=Path("runs/data/study"), help="folder of the LMDB files")
+    parser.add_argument("--runs", type=Path, default=Path("runs/study_training"), help="folder of the runs")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("docs/results/study_training"),
+        help="page, numbers and figure, as .md, .json and .png",
+    )
+    arguments = parser.parse_args(words)
+    chosen = [name for name, each in SETTINGS.items() if each.part == arguments.part]
+    for name in chosen:
+        if arguments.only is None or name in arguments.only:
+            run(name, arguments.data, arguments.runs)
+    report(arguments.runs, arguments.results)
+
+
+def run(name: str, data: Path, runs: Path) -> None:
+    """Train one setting to its end, going on where it was, and write its errors to a result file.
+
+    Args:
+        name: one of `SETTINGS`.
+        data: folder of the LMDB files.
+        runs: folder of runs and result files.
+
+    Raises:
+        InputError: a file is missing, or an earlier result is of other settings.
+    """
+    setting = SETTINGS[name]
+    slug = f"{setting.part}-{name.replace('/', '_').replace(' ', '_')}"
+    target = runs / f"{slug}.result.json"
+    asked = {"steps": setting.steps, "options": list(setting.options), "data": list(setting.data)}
+    if target.exists():
+        known = read_json(target)
+        if {key: known.get(key) for key in asked} != asked:
+            raise InputError(f"{target} is of other settings: remove it, or name another folder with --runs")
+        return
+    files = {part: data / f"{part}.lmdb" for part in (*setting.data, *setting.judged, "val")}
+    missing = [path for path in files.values() if not path.exists()]
+    if missing:
+        raise InputError(f"{missing[0]} is missing: run `python -m studies.study_data` first")
+    every = setting.steps // 4
+    folder = train(
+        parse(
+            [
+                *("--config", str(CONFIG), f"--name={slug}", f"--runs_dir={runs}", "--ckpt_path=auto"),
+                *("--data.train", json.dumps([str(files[part]) for part in setting.data])),
+                *(f"--data.val={files['val']}", f"--trainer.max_steps={setting.steps}"),
+                *("--trainer.max_epochs=-1", f"--trainer.val_check_interval={every}"),
+                *("--trainer.check_val_every_n_epoch=null", *setting.options),
+            ]
+        )
+    )
+    predictor = Predictor(folder / "checkpoints" / "last.pt")
+    errors = {}
+    for part in setting.judged:
+        frames = Frames.compute(predictor, OC20Lmdb(files[part]), 8, part)
+        errors[part] = frames.summary(torch.ones(len(frames.sid), dtype=torch.bool).numpy())
+    count = sum(len(OC20Lmdb(files[part])) for part in setting.data)
+    write_json(target, {"name": name, "part": setting.part, **asked, "frames": count, "errors": errors})
+
+
+def report(runs: Path, results: Path) -> None:
+    """Write page, numbers and figure of all result files.
+
+    Args:
+        runs: folder of the result files.
+        results: path without ending.
+
+    Raises:
+        InputError: there is no result yet.
+    """
+    rows = [read_json(path) for path in sorted(runs.glob("*.result.json"))]
+    if not rows:
+        raise InputError(f"{runs} holds no result yet: give --part")
+    order = list(SETTINGS)
+    rows.sort(key=lambda row: order.index(row["name"]))
+    results.parent.mkdir(parents=True, exist_ok=True)
+    write_json(results.with_suffix(".json"), {**origin(), "runs": rows})
+    draw(rows, results.with_suffix(".png"))
+    text = markdown(rows, results.with_suffix(".png").name)
+    results.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def markdown(rows: Sequence[dict[str, Any]], figure: str) -> str:
+    """Format the page of results."""
+    lines = [
+        "# Training runs of the study network",
+        "",
+        "Written by `python -m studies.study_training`, which says how the runs differ. Labels are those of",
+        "SevenNet-0, not DFT. Averaged weights; errors of free atoms and adsorption energies as",
+        "`studies.study_errors` defines them, on bulks that no training file holds.",
+        "",
+        f"![errors over the number of training frames]({figure})",
+    ]
+    for part, title in PARTS.items():
+        chosen = [row for row in rows if row["part"] == part]
+        if not chosen:
+            continue
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            f"| run | training frames | steps | judged on | {' | '.join(COLUMNS.values())} |",
+            "|" + "---|" * (4 + len(COLUMNS)),
+        ]
+        for row in chosen:
+            for judged, errors in row["errors"].items():
+                cells = [row["name"], f"{row['frames']:,}", f"{row['steps']:,}", judged]
+                cells += [f"{errors[key]:.3f}" for key in COLUMNS]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: Sequence[dict[str, Any]], target: Path) -> None:
+    """Draw the learning curve: each error over the number of training frames, a line per judged part."""
+    curve = [row for row in rows if row["part"] == "curve"]
+    figure = Figure(figsize=(4 * len(COLUMNS), 3.2), layout="constrained")
+    for axis, (key, title) in zip(figure.subplots(1, len(COLUMNS)), COLUMNS.items(), strict=True):
+        for judged in sorted({name for row in curve for name in row["errors"]}):
+            points = sorted((row["frames"], row["errors"][judged][key]) for row in curve)
+            axis.plot(*zip(*points, strict=True), "o-", label=judged)
+        axis.set(xscale="log", xlabel="training frames", title=title)
+        axis.grid(alpha=0.3)
+        if curve:
+            axis.legend()
+    save_figure(figure, target)
+
+
+if __name__ == "__main__":
+    run_script(main)
