@@ -1,5 +1,5 @@
 # Everything below works from a fresh clone with Python >= 3.11, git and make.
-#   make demo                        preprocess, train, evaluate, relax, report
+#   make demo                        preprocess, fine-tune, evaluate, relax, prune, report
 #   make demo DEMO_ARGS="--short"    the same path in a fraction of the time
 #   make test                        the fast tests
 SHELL := /bin/bash

@@ -104,8 +104,10 @@ class NormalizerTable(TypedDict):
 class OC20DataModule(pl.LightningDataModule):
     """Training, validation and test data, in batches limited by structures, atoms or edges.
 
-    After `setup()`, `energy_kind` and `normalizers` describe the training data. For total energies
-    per-element references are fitted and subtracted before the mean and standard deviation are taken.
+    After `setup()`, `energy_kind` and `normalizers` describe the training data, `training` is the dataset
+    that batches are drawn from (with `forces_only`), and `labels` lists what its files state about their
+    labels. For total energies per-element references are fitted and subtracted before the mean and standard
+    deviation are taken.
 
     For several processes give the Trainer `use_distributed_sampler=False`: this sampler deals the batches.
 
@@ -159,7 +161,9 @@ class OC20DataModule(pl.LightningDataModule):
         self.datasets: dict[str, OC20Lmdb] = {}
         self._samples: dict[str, TargetSample] = {}
         self._training_sample: TargetSample
+        self._fitted: dict[bytes | None, NormalizerStatistics] = {}
         self.energy_kind: str = ""
+        self.labels: list[str] = []
         self.normalizers: NormalizerTable
 
     def setup(self, stage: str | None = None) -> None:
@@ -181,10 +185,12 @@ class OC20DataModule(pl.LightningDataModule):
         for path, sample in self._samples.items():
             check_energies_match_kind(sample, self.energy_kind, path)
         self.normalizers = self._normalizers(datasets["train"])
-        self._training: OC20Lmdb | MixedLabelDataset = datasets["train"]
+        self.training: OC20Lmdb | MixedLabelDataset = datasets["train"]
         if more is not None:
-            self._training = MixedLabelDataset(datasets["train"], more)
+            self.training = MixedLabelDataset(datasets["train"], more)
             check_same_fields(more, datasets["train"].fields(0))
+        opened = [datasets["train"], *([] if more is None else [more])]
+        self.labels = sorted({statement for dataset in opened for statement in dataset.labels})
         self.datasets = datasets
         self._report()
 
@@ -210,7 +216,10 @@ class OC20DataModule(pl.LightningDataModule):
         Args:
             linear_references: `[100]` eV, or None.
         """
-        return fit_normalizers(self._training_sample, linear_references)
+        key = None if linear_references is None else linear_references.numpy().tobytes()
+        if key not in self._fitted:
+            self._fitted[key] = fit_normalizers(self._training_sample, linear_references)
+        return self._fitted[key]
 
     def train_dataloader(self) -> DataLoader:
         """Return the training batches, shuffled by (seed, epoch)."""
@@ -246,7 +255,7 @@ class OC20DataModule(pl.LightningDataModule):
             }
         sample = self._training_sample
         references = fit_linear_references(sample) if self.energy_kind == "total" else None
-        fitted = fit_normalizers(sample, references)
+        fitted = self.training_targets(references)
         return {"energy": fitted["energy"], "forces": fitted["forces"], "linear_references": references}
 
     @staticmethod
@@ -267,7 +276,7 @@ class OC20DataModule(pl.LightningDataModule):
     def _report(self) -> None:
         sizes = ", ".join(f"{name} {len(dataset)}" for name, dataset in self.datasets.items())
         if self._forces_only is not None:
-            sizes += f", forces only {len(self._training) - len(self.datasets['train'])}"
+            sizes += f", forces only {len(self.training) - len(self.datasets['train'])}"
         references = self.normalizers["linear_references"]
         targets = self.training_targets(references)
         mean, std = targets["energy"]
@@ -280,7 +289,7 @@ class OC20DataModule(pl.LightningDataModule):
         )
 
     def _loader(self, name: str, shuffle: bool) -> DataLoader:
-        dataset = self._training if name == "train" else self.datasets[name]
+        dataset = self.training if name == "train" else self.datasets[name]
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         counted = world_size > 1 or self.max_atoms is not None or self.max_edges is not None

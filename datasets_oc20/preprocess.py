@@ -41,6 +41,8 @@ class PreprocessOptions:
         later_gap: share beside it that goes to neither file.
         later_tail: share behind it (and a gap) that is for training again.
         later_frames: maximum number of evenly spread frames of a later part. None: all.
+        labels: statement about where the labels come from, such as "SevenNet-0, not DFT", for the files and
+            the checkpoints that are trained on them. None: no statement.
 
     Raises:
         DataError: a value is out of range; it is named.
@@ -55,6 +57,7 @@ class PreprocessOptions:
     later_gap: float = 0.1
     later_tail: float = 0.0
     later_frames: int | None = None
+    labels: str | None = None
 
     def __post_init__(self) -> None:
         if check_energy_kind(self.energy_kind) is None:
@@ -115,7 +118,12 @@ class PreprocessOptions:
 
     def provenance(self, source: AnyPath) -> dict[str, Any]:
         """Return the record of origin (name of the folder `source`, options) that an LMDB file keeps."""
-        return {"source": Path(source).resolve().name, "options": asdict(self)}
+        stated = {} if self.labels is None else {"labels": self.labels}
+        return {"source": Path(source).resolve().name, "options": self.to_dict(), **stated}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain values; `labels` only where there is such a statement."""
+        return {name: value for name, value in asdict(self).items() if name != "labels" or value is not None}
 
 
 @dataclass
@@ -222,6 +230,14 @@ def preprocess(
             if later is not None:
                 for value, natoms in result.later:
                     later.write_packed(value, natoms)
+        if not report.written:
+            raise DataError(
+                f"{out}: no frame of {source} is left to write, of {report.read} that were read "
+                f"({report.removed_energy} removed by energy, {report.removed_force} by force, "
+                f"{report.removed_rest} nearly at rest, {report.written_later} for the later file): loosen "
+                "the "
+                "filters, or choose other systems."
+            )
     periodicity.log(source.name, _LOG)
     _LOG.info("%d frames read, %.0f frames/s", report.read, report.read / (time.monotonic() - started))
     return report

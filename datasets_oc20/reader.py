@@ -141,6 +141,9 @@ class OC20Lmdb(Dataset[Data]):
         energy_kind: "adsorption" or "total". Our files declare it; for OC20's own files, which do not,
             it must be given. Another kind than the file declares is an error.
 
+    Attributes:
+        labels: statements of the files about their labels (`data preprocess --labels`), sorted.
+
     Raises:
         DataError: missing, empty, truncated or damaged file, file that is named twice, value that is not an
             OC20 record, pickle that would run code, NaN in a field; the message names the file and the key.
@@ -158,15 +161,19 @@ class OC20Lmdb(Dataset[Data]):
                 raise DataError(
                     f"{shard}: the file is named twice, its records would count twice; name it once."
                 )
-        lengths, kinds = [], set()
+        lengths, kinds, labels = [], set(), set()
         for shard in self.shards:
             opened = _Shard(open_shard(shard))
-            kinds.add(check_energy_kind(opened.metadata().get("energy_kind")))
+            metadata = opened.metadata()
+            kinds.add(check_energy_kind(metadata.get("energy_kind")))
+            origin = metadata.get("provenance")
+            labels.add(origin.get("labels") if isinstance(origin, dict) else None)
             lengths.append(opened.length())
         self._ends = list(accumulate(lengths))
         if self._ends[-1] == 0:
             raise DataError(f"{self.path}: the dataset has no records.")
         self.energy_kind = self._resolve_kind(kinds, check_energy_kind(energy_kind))
+        self.labels = sorted(statement for statement in labels if isinstance(statement, str))
         self._opened: dict[int, _Shard] = {}
         self._pid = os.getpid()
         self._natoms: np.ndarray | None = None

@@ -67,7 +67,7 @@ class _Shard:
             ]
             for file in files
         ]
-        return hashlib.sha256(orjson.dumps([sizes, asdict(options)])).hexdigest()
+        return hashlib.sha256(orjson.dumps([sizes, options.to_dict()])).hexdigest()
 
     def finished_report(self) -> PreprocessReport | None:
         """Return the counts if the shard is there, whole, and made of the same raw files."""
@@ -178,7 +178,7 @@ def _settle_plan(
     names = [file.path.name for file in files]
     plan = {
         "source": source.resolve().name,
-        "options": asdict(options),
+        "options": options.to_dict(),
         "shards": shards,
         "raw_files": len(names),
         "raw_file_names": hashlib.sha256(orjson.dumps(names)).hexdigest(),

@@ -29,13 +29,14 @@ import numpy as np
 from ase.formula import Formula
 
 from datasets_oc20 import DataError
-from datasets_oc20.preprocess import preprocess
+from datasets_oc20.preprocess import PreprocessOptions, preprocess
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
 from equiformer2.script import run_script
 
 DATA = Path("data")
+LABELS = "SevenNet-0, not DFT"
 FRACTIONS = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
 #: Elements of a bulk, and number of nitrogen atoms of an adsorbate, that only the shift parts hold.
 SHIFT_ELEMENTS = frozenset({"Se", "Te"})
@@ -192,7 +193,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, systems in parts.items():
         out = arguments.out / f"{name}.lmdb"
         folder = folders.get(name, large / "train")
-        report = preprocess(folder, out, systems=[system.sid for system in systems])
+        options = PreprocessOptions(labels=LABELS)
+        report = preprocess(folder, out, options, systems=[system.sid for system in systems])
         listing[name] = {
             "bulks": sorted({system.bulk for system in systems}),
             "systems": [system.sid for system in systems],

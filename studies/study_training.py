@@ -7,8 +7,8 @@
     python -m studies.study_training                      # the page of all that is there
 
 All runs start from random weights and differ from configs/study.yaml in what SETTINGS says, and in 128
-Gaussians of the distance instead of the reference's 600: a step then costs less. Every run is resumed where it
-was stopped, and one result file is kept per run. Variants are judged on the validation bulks alone, the
+Gaussians of the distance instead of the reference's 600: a step then costs less. Every run is resumed where
+it was stopped, and one result file is kept per run. Variants are judged on the validation bulks alone, the
 learning curve on the test bulks, too. One thread computes a run (`OMP_NUM_THREADS=1`); several programs may
 work on different `--only` runs at the same time.
 """

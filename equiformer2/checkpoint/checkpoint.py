@@ -161,27 +161,37 @@ def save_checkpoint(
 
 
 def import_checkpoint(
-    source: str | os.PathLike[str], out: str | os.PathLike[str], energy_kind: str | None = None
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    energy_kind: str | None = None,
+    weights: str | None = None,
 ) -> dict[str, Any]:
-    """Rewrite a checkpoint of OCP or fairchem v1 as a native file, with all weights in it.
+    """Rewrite a checkpoint of OCP or fairchem v1 as a native file; or any checkpoint with one set of weights.
 
     Args:
-        source: the file of OCP or fairchem v1.
+        source: the file of OCP or fairchem v1; with `weights` also a native one or a shipped model.
         out: the native file to write.
         energy_kind: as in `load_checkpoint`.
+        weights: `raw` or `averaged`, to leave out the other set, which halves the file; None for all.
 
     Returns:
         A summary of both files, in plain values.
 
     Raises:
-        InputError: as `load_checkpoint`, and if `source` is a native file already or is `out`.
+        InputError: as `load_checkpoint`, and if `source` is `out`, or is a native file and `weights` is None.
         OSError: if `out` cannot be written.
     """
     if Path(out).resolve() == Path(source).resolve():
         raise InputError(f"{out} is the file to import: give another name for the native file")
     contents = read_contents(source).with_energy_kind(energy_kind)
-    if contents.source_format == "equiformer2":
-        raise InputError(f"{source} is a native checkpoint already")
+    if contents.source_format == "equiformer2" and weights is None:
+        raise InputError(
+            f"{source} is a native checkpoint already: give --weights averaged or raw for a copy with these "
+            "weights alone"
+        )
+    if weights is not None:
+        kept = contents.choose_weights(weights)
+        contents = dataclasses.replace(contents, weights={kept: contents.weights[kept]})
     if contents.energy_kind is None:
         raise InputError(
             f"{source} does not state what kind of energy it predicts: give --energy-kind adsorption "
@@ -189,7 +199,7 @@ def import_checkpoint(
         )
     for kind, state in contents.weights.items():
         model = build_model(contents.config, state, f"{source} ({kind} weights)")
-    origin = {"source_file": Path(source).name, "source_sha256": sha256(source)}
+    origin = {"source_file": Path(source).name, "source_sha256": sha256(find_checkpoint(source))}
     write_native(out, dataclasses.replace(contents, provenance=contents.provenance | origin))
     return {
         "source": str(source),
@@ -199,7 +209,7 @@ def import_checkpoint(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "weights": list(contents.available_weights),
         "energy_kind": contents.energy_kind,
-        "energy_kind_from": contents.provenance["energy_kind_from"],
+        "energy_kind_from": contents.provenance.get("energy_kind_from", "the native file"),
         "normalizers": plain(contents.normalizers.to_dict()),
         "model_config": plain(contents.config.to_dict()),
     }

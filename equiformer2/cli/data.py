@@ -156,6 +156,10 @@ class Preprocess(Command):
             default="adsorption",
             help="kind of the energies that are written (default: %(default)s)",
         )
+        parser.add_argument(
+            "--labels",
+            help='statement about the labels, such as "VASP, RPBE", that files and checkpoints will carry',
+        )
         add_worker_argument(parser)
         self._add_filter_arguments(parser)
         self._add_later_arguments(parser)
@@ -245,6 +249,7 @@ class Preprocess(Command):
             later_gap=options.later_gap,
             later_tail=options.later_tail,
             later_frames=options.later_frames,
+            labels=options.labels,
         )
         _show_data_log()
         self._check_outputs(options)

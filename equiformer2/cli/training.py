@@ -11,6 +11,7 @@ from equiformer2.cli.options import (
     ENERGY_KINDS,
     add_checkpoint_arguments,
     add_overwrite_argument,
+    checkpoint_file,
 )
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, write_bytes, write_json
@@ -140,15 +141,30 @@ class ImportCheckpoint(Command):
     recorded training configuration. A summary is written beside it as JSON. See docs/checkpoints.md.
 
         equiformer2 checkpoint import --checkpoint eq2_31M_ec4_allmd.pt --out eq2_31M.pt
+
+    With --weights one set of weights is kept, also of a native file, whose copy is half as large:
+
+        equiformer2 checkpoint import --checkpoint last.pt --weights averaged --out my.pt
     """
 
     def add_arguments(self, parser: Parser) -> None:
-        parser.add_argument("--checkpoint", required=True, help="OCP or fairchem v1 checkpoint file")
+        parser.add_argument(
+            "--checkpoint",
+            required=True,
+            type=checkpoint_file,
+            metavar="FILE|NAME",
+            help="OCP or fairchem v1 checkpoint file; with --weights also a native one",
+        )
         parser.add_argument("--out", required=True, help="native checkpoint file to write")
         parser.add_argument(
             "--energy-kind",
             choices=ENERGY_KINDS,
             help="kind of energy that the model predicts, for a file that does not state it",
+        )
+        parser.add_argument(
+            "--weights",
+            choices=("raw", "averaged"),
+            help="the one set of weights to keep (default: all that the file holds)",
         )
         add_overwrite_argument(parser)
 
@@ -158,7 +174,8 @@ class ImportCheckpoint(Command):
         show_log()
         for path in (options.out, f"{options.out}.json"):
             check_target(path, inputs=[options.checkpoint], overwrite=options.overwrite)
-        summary = import_checkpoint(options.checkpoint, options.out, options.energy_kind)
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        summary = import_checkpoint(options.checkpoint, options.out, options.energy_kind, options.weights)
         record = {**header("checkpoint-import/1", options.out), **summary}
         write_json(f"{options.out}.json", record)
         print(
@@ -170,9 +187,11 @@ class ImportCheckpoint(Command):
 
 
 class Demo(Command):
-    """Train a small EquiformerV2 on bundled OC20 relaxations and relax an adsorbate with it.
+    """Fine-tune a network on bundled OC20 relaxations, relax adsorbates with it, prune it, write a report.
 
-    Needs a checkout of the project, which holds the data; it takes eight minutes on two cores.
+    It starts from the shipped network study_teacher and compares it with training from nothing, on systems
+    that no training has seen. Needs a checkout of the project, which holds the data; it takes eight minutes
+    on two cores.
     """
 
     def add_arguments(self, parser: Parser) -> None:

@@ -1,1 +1,1 @@
-"""The main job from raw OC20 relaxations to an adsorption energy, in minutes (`make demo`)."""
+"""The main job from raw OC20 relaxations to adsorption energies and a pruned network (`make demo`)."""

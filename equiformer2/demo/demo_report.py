@@ -2,20 +2,24 @@
 
 import base64
 import html
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from equiformer2.demo.plan import DemoPlan
-from equiformer2.demo.steps import Judged, Relaxed
+from equiformer2.demo.plan import TEACHER_SYSTEMS, DemoPlan
+from equiformer2.demo.steps import Network, Relaxed
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto;
   padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; } img { max-width: 100%; }
+.best { font-weight: bold; } .dim { color: #777; }
 .note { background: #f5f5f0; padding: .6rem 1rem; border-left: 4px solid #999; }
 """
+#: Energies are called alike within this, eV: the accuracy that adsorption energies are used at.
+_ALIKE = 0.1
 
 
 @dataclass(frozen=True)
@@ -24,15 +28,17 @@ class DemoReport:
 
     Attributes:
         plan: sizes of the demo.
-        judged: errors by dataset.
-        relaxed: relaxations; the first is shown in full.
+        networks: as shipped, from nothing, fine-tuned, pruned without and with distillation, in this order.
+        relaxed: relaxations.
+        shown: the one that is shown in full.
         figures: caption to PNG file.
         seconds: wall time of each step.
     """
 
     plan: DemoPlan
-    judged: dict[str, Judged]
-    relaxed: list[Relaxed]
+    networks: Sequence[Network]
+    relaxed: Sequence[Relaxed]
+    shown: Relaxed
     figures: dict[str, Path]
     seconds: dict[str, float]
 
@@ -44,106 +50,238 @@ class DemoReport:
             data = base64.b64encode(path.read_bytes()).decode()
             return f"<h3>{caption}</h3><img alt='{caption}' src='data:image/png;base64,{data}'>"
 
-        shown = self.relaxed[0]
+        result, tuned = self.shown.result, self.networks[2].result
         parts = [
             "<!doctype html><html lang='en'><meta charset='utf-8'><title>equiformer2 demo</title>",
             f"<style>{_STYLE}</style>",
             "<h1>equiformer2 demo</h1>",
-            "<p>A small EquiformerV2 was trained from nothing on this machine: first on adsorbate slabs "
-            "labelled by a universal potential (SevenNet-0, <b>not DFT</b>), then on frames of real OC20 DFT "
-            "relaxations (VASP, RPBE; Chanussot et al. 2021, CC-BY-4.0). All figures below are against "
-            "DFT.</p>",
-            f"<h2>Adsorption energy of {html.escape(shown.result.adsorbate_formula)} "
-            f"({html.escape(shown.system)})</h2>",
-            f"<p>Relaxed with the trained model: <b>{shown.result.energy:.2f} eV</b>. DFT, relaxed by DFT: "
-            f"<b>{shown.dft_relaxed:.2f} eV</b>. Frames of DFT's relaxation of this system were trained on; "
-            "of the other systems in the table nothing was.</p>",
-            self._relaxation_table(),
-            "<h2>Errors beside trivial answers</h2>",
+            "<p>An EquiformerV2 that imitates a universal potential (SevenNet-0, <b>not DFT</b>) was "
+            "fine-tuned on this machine on frames of OC20's DFT relaxations (VASP, RPBE; Chanussot et al. "
+            "2021, CC-BY-4.0), compared with the same network trained from random weights, used for "
+            "relaxations, and pruned.</p>",
+            f"<h2>Errors on {tuned.systems} DFT systems that no training has seen</h2>",
+            f"<p>{tuned.structures} frames, against DFT. Energies in eV, forces on free atoms in eV/Å.</p>",
             self._error_table(),
-            f"<div class='note'>{self._interpretation()}</div>",
+            _list(self._verdicts()),
+            "<h2>Adsorption energies of relaxed structures</h2>",
+            f"<p>{html.escape(result.adsorbate_formula)} on {html.escape(self.shown.system)}, which no "
+            f"training has seen, relaxed with the fine-tuned network: <b>{result.energy:.2f} eV</b> "
+            f"({html.escape(result.system.outcome())}). DFT, relaxed by DFT: "
+            f"<b>{self.shown.dft:.2f} eV</b>. The network as shipped is compared with SevenNet-0, whose "
+            "labels "
+            "it has learned, on slabs of bulks that it has not seen.</p>",
+            self._relaxation_table(),
+            _list(self._relaxation_verdicts()),
+            "<h2>Before and after pruning</h2>",
+            self._pruning_table(),
+            _list(self._pruning_verdicts()),
+            "<h2>Weak points</h2>",
+            f"<div class='note'>{_list(self._weak_points())}</div>",
             *(figure(caption, path) for caption, path in self.figures.items() if path.exists()),
             "<h2>Time</h2><p>"
             + ", ".join(f"{html.escape(name)} {value:.0f} s" for name, value in self.seconds.items())
-            + f". Training: {self.plan.teacher_time} s on teacher labels, {self.plan.dft_time} s on DFT "
-            "frames.</p></html>",
+            + f"; together {sum(self.seconds.values()) / 60:.1f} minutes.</p></html>",
         ]
         return "\n".join(parts)
 
-    def _error_table(self) -> str:
-        rows = ["<tr><th>frames</th><th>quantity</th><th>model</th><th>trivial answers</th></tr>"]
-        for name, item in self.judged.items():
-            metrics, zero = item.result.metrics, item.result.baselines["zero_force"]
-            own = (
-                ""
-                if item.system_mean is None
-                else f"; mean of the system's training frames {item.system_mean:.3f}"
-            )
-            label = f"{html.escape(name)}: {item.result.structures} of {item.result.systems} systems"
-            rows += [
-                f"<tr><td>{label}</td><td>energy MAE (eV)</td><td>{metrics['energy_mae']:.3f}</td>"
-                f"<td>mean of all training frames {item.mean_energy:.3f}{own}</td></tr>",
-                f"<tr><td></td><td>force MAE (eV/Å)</td><td>{metrics['forces_mae']:.4f}</td>"
-                f"<td>zero force {zero['forces_mae']:.4f}</td></tr>",
-                f"<tr><td></td><td>force cosine</td><td>{metrics['forces_cosine_similarity']:.3f}</td>"
-                "<td>zero force 0</td></tr>",
-            ]
-        return f"<table>{''.join(rows)}</table>"
+    @property
+    def _baselines(self) -> tuple[float, float]:
+        """Energy MAE of the mean of the training frames (eV), and force MAE of zero forces (eV/Å)."""
+        known = self.networks[2].result.baselines
+        return known["mean_energy"]["energy_mae"], known["zero_force"]["forces_mae"]
 
-    def _interpretation(self) -> str:
-        """Explain the errors in sentences that follow from the figures."""
+    def _error_table(self) -> str:
+        mean, zero = self._baselines
+        rows = [
+            [
+                "trivial: mean of the training energies, zero forces",
+                "",
+                f"{mean:.3f}",
+                f"{zero:.4f}",
+                "0",
+                "–",
+            ]
+        ]
+        for network in self.networks:
+            rows.append([*_title_and_steps(network), *_errors(network)])
+            if network is self.networks[0]:
+                rows[-1][2] += " (other labels)"
+        head = ["network", "steps", "energy MAE", "force MAE", "force cosine", "EFwT"]
+        return _table(head, rows, bold=3)
+
+    def _verdicts(self) -> list[str]:
+        """Sentences that follow from the errors."""
+        mean, zero = self._baselines
+        _, scratch, tuned, _, _ = (network.result.metrics for network in self.networks)
         sentences = []
-        for name, item in self.judged.items():
-            metrics = item.result.metrics
-            trivial = min(value for value in (item.mean_energy, item.system_mean) if value is not None)
-            zero = item.result.baselines["zero_force"]["forces_mae"]
+        for name, metrics in (("Fine-tuned", tuned), ("Trained from nothing", scratch)):
             sentences.append(
-                f"On {html.escape(name)} the energy error is {metrics['energy_mae'] / trivial:.2f} times the "
-                f"best trivial answer's, the force error {metrics['forces_mae'] / zero:.2f} times that of "
-                "saying zero."
+                f"{name}, the force error is {metrics['forces_mae'] / zero:.2f} times that of zero forces, "
+                f"the energy error {metrics['energy_mae'] / mean:.2f} times that of the mean."
             )
+        missing = self.networks[1].unseen_elements
+        if missing:
+            sentences.append(
+                f"The unseen systems hold {', '.join(missing)}, of which the DFT frames for training have "
+                "none: "
+                "the fine-tuned network knows these elements from its first training only."
+            )
+        better = [
+            name
+            for name, key in (("energies", "energy_mae"), ("forces", "forces_mae"))
+            if tuned[key] < scratch[key]
+        ]
         sentences.append(
-            f"Only frames with a force of at least {self.plan.min_force:g} eV/Å on a free atom are judged, "
-            "in training as here: most frames of a relaxation are nearly at rest, where zero is hard to "
-            "beat. Later frames are one block of these in the second half of every relaxation; frames before "
-            "and behind it were trained on, so this is interpolation, easier than going on with a relaxation."
+            f"In the same time, fine-tuning is better than training from nothing at {' and '.join(better)}."
+            if better
+            else "In the same time, fine-tuning is no better than training from nothing."
         )
-        sentences.append(
-            "Later frames belong to relaxations the model has learned other frames of: this should succeed. "
-            "Systems never seen are the honest hard case: minutes of training on some two hundred surfaces "
-            "teach how atoms push and pull on each other, but hardly the absolute energy of another surface. "
-            "Models in use are trained on OC20's hundreds of thousands of systems; do not use this one for "
-            "chemistry."
-        )
-        return " ".join(sentences)
+        return sentences
 
     def _relaxation_table(self) -> str:
-        rows = [
-            "<tr><th>system</th><th>in training</th><th>adsorbate</th><th>model, relaxed (eV)</th>"
-            "<th>DFT, relaxed (eV)</th>"
-            "<th>DFT, start (eV)</th><th>steps</th><th>converged</th></tr>"
-        ]
+        rows = []
         for item in self.relaxed:
             run = item.result.system
+            words = TEACHER_SYSTEMS.get(item.system, item.result.adsorbate_formula)
             rows.append(
-                f"<tr><td>{html.escape(item.system)}</td><td>{'yes' if item.seen else 'no'}</td>"
-                f"<td>{html.escape(item.result.adsorbate_formula)}</td>"
-                f"<td>{item.result.energy:.2f}</td><td>{item.dft_relaxed:.2f}</td><td>{item.dft_start:.2f}</td>"
-                f"<td>{run.steps}</td><td>{'yes' if item.result.converged else 'no'}</td></tr>"
+                [
+                    f"{item.system}: {words}",
+                    item.network,
+                    f"{item.result.energy:.2f}",
+                    "–" if item.dft is None else f"{item.dft:.2f}",
+                    "–" if item.teacher is None else f"{item.teacher:.2f}",
+                    f"{item.start:.2f}",
+                    f"{run.steps}",
+                    "yes" if run.converged else "no",
+                    ", ".join(anomaly.name for anomaly in item.result.anomalies) or "none",
+                ]
             )
-        return f"<table>{''.join(rows)}</table>"
+        head = ["system", "network", "network, relaxed (eV)", "DFT, relaxed (eV)", "SevenNet-0, relaxed (eV)"]
+        return _table([*head, "start (eV)", "steps", "converged", "anomalies"], rows)
 
+    def _relaxation_verdicts(self) -> list[str]:
+        sentences = []
+        for name in dict.fromkeys(item.network for item in self.relaxed):
+            mine = [item for item in self.relaxed if item.network == name]
+            whose = {"dft": "DFT's", "teacher": "SevenNet-0's"}[mine[0].imitates]
+            errors = [abs(item.result.energy - item.known) for item in mine if item.known is not None]
+            converged = sum(item.result.system.converged for item in mine)
+            sentences.append(
+                f"Network {name}: {converged} of {len(mine)} relaxations converged (largest force below "
+                f"{mine[0].result.system.fmax:g} eV/Å)."
+            )
+            if errors:
+                close = sum(error <= _ALIKE for error in errors)
+                sentences[-1] += (
+                    f" {close} of {len(errors)} energies are within {_ALIKE:g} eV of {whose}, with a mean "
+                    f"error of {sum(errors) / len(errors):.2f} eV."
+                )
+        both = [item for item in self.relaxed if item.dft is not None and item.teacher is not None]
+        apart = {item.system: abs(item.dft - item.teacher) for item in both}  # type: ignore[operator]
+        if apart:
+            sentences.append(
+                f"SevenNet-0 and DFT themselves differ by {sum(apart.values()) / len(apart):.2f} eV on "
+                "average over these DFT systems: their labels are not the same."
+            )
+        return sentences
 
-def error_lines(judged: dict[str, Judged]) -> list[str]:
-    """Lines of the table of errors as plain text, energies in eV and forces in eV/Å."""
-    lines = []
-    for name, item in judged.items():
-        metrics, zero = item.result.metrics, item.result.baselines["zero_force"]
-        own = "" if item.system_mean is None else f", per-system training mean {item.system_mean:.3f}"
-        lines += [
-            f"{name} ({item.result.structures} frames of {item.result.systems} systems)",
-            f"  energy MAE   {metrics['energy_mae']:.3f} eV    (training mean {item.mean_energy:.3f}{own})",
-            f"  force MAE    {metrics['forces_mae']:.4f} eV/Å (zero force {zero['forces_mae']:.4f})",
-            f"  force cosine {metrics['forces_cosine_similarity']:.3f}       (zero force 0)",
+    def _pruning_table(self) -> str:
+        dense, cut, small = self.networks[2:]
+        rows = []
+        for network in (dense, cut, small):
+            timed = network.milliseconds == network.milliseconds
+            rows.append(
+                [
+                    network.title,
+                    f"{network.parameters:,}",
+                    f"{network.macs / 1e6:,.0f}" if timed else "",
+                    f"{network.milliseconds:.1f}" if timed else "",
+                    *_errors(network)[:3],
+                ]
+            )
+        head = ["network", "parameters", "million multiply-accumulates", "force call (ms)"]
+        return _table([*head, "energy MAE (eV)", "force MAE (eV/Å)", "force cosine"], rows)
+
+    def _pruning_verdicts(self) -> list[str]:
+        dense, cut, small = self.networks[2:]
+        before, lost, after = (network.result.metrics["forces_mae"] for network in (dense, cut, small))
+        return [
+            f"The pruned network needs {small.macs / dense.macs:.0%} of the operations and "
+            f"{small.milliseconds / dense.milliseconds:.0%} of the time of a force call.",
+            f"Its force error on unseen systems is {after / before:.2f} times that of the dense network; "
+            f"without distillation {lost / before:.2f} times.",
         ]
+
+    def _weak_points(self) -> list[str]:
+        """Sentences about what these figures do not show, and what is bad about them."""
+        mean, zero = self._baselines
+        tuned = self.networks[2].result
+        sentences = []
+        ratio = tuned.metrics["energy_mae"] / mean
+        if ratio > 0.5:
+            sentences.append(
+                f"Energies of unseen systems are off by {tuned.metrics['energy_mae']:.2f} eV on average, "
+                "useless for chemistry: ten DFT relaxations do not teach the energy of another surface."
+            )
+        if tuned.metrics["forces_mae"] > zero:
+            sentences.append("Forces on unseen systems are worse than saying zero.")
+        open_ended = [item.system for item in self.relaxed if not item.result.system.converged]
+        if open_ended:
+            sentences.append(
+                f"{len(open_ended)} of {len(self.relaxed)} relaxations did not converge in "
+                f"{self.plan.relaxation_steps} steps ({', '.join(dict.fromkeys(open_ended))})."
+            )
+        sentences += [
+            f"{tuned.systems} systems are few: another choice of unseen systems gives other figures.",
+            f"Only frames with a force of at least {self.plan.min_force:g} eV/Å on a free atom are judged, "
+            "as "
+            "in training: most frames of a relaxation are nearly at rest, where zero is hard to beat.",
+            "SevenNet-0's relaxations end at forces of 0.1 eV/Å, so their energies are upper bounds.",
+            "Models in use are trained on OC20's hundreds of thousands of systems.",
+        ]
+        return sentences
+
+
+def _title_and_steps(network: Network) -> list[str]:
+    return [network.title, f"{network.steps:,}"]
+
+
+def _errors(network: Network) -> list[str]:
+    metrics = network.result.metrics
+    return [
+        f"{metrics['energy_mae']:.3f}",
+        f"{metrics['forces_mae']:.4f}",
+        f"{metrics['forces_cosine_similarity']:.3f}",
+        f"{metrics['energy_forces_within_threshold']:.1%}",
+    ]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], bold: int | None = None) -> str:
+    """Format a table; the row `bold` is set in bold type."""
+    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
+    for number, row in enumerate(rows):
+        kind = " class='best'" if number == bold else ""
+        lines.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _list(sentences: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences) + "</ul>"
+
+
+def table_lines(networks: Sequence[Network]) -> list[str]:
+    """Lines of the table of errors as plain text, energies in eV and forces in eV/Å."""
+    known = networks[2].result.baselines
+    width = max(len(network.title) for network in networks)
+    lines = [
+        f"{'':{width}}  energy MAE (eV)  force MAE (eV/Å)  force cosine",
+        f"{'trivial':{width}}  {known['mean_energy']['energy_mae']:15.3f}  "
+        f"{known['zero_force']['forces_mae']:16.4f}  {0:12.3f}",
+    ]
+    for network in networks:
+        metrics = network.result.metrics
+        lines.append(
+            f"{network.title:{width}}  {metrics['energy_mae']:15.3f}  {metrics['forces_mae']:16.4f}  "
+            f"{metrics['forces_cosine_similarity']:12.3f}"
+        )
     return lines

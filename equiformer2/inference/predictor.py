@@ -10,10 +10,12 @@ from typing import ParamSpec, TypeAlias, TypeVar
 
 import torch
 from ase import Atoms
+from ase.data import chemical_symbols
 from torch_geometric.data import Batch, Data
 
 from equiformer2.batch_threads import map_batches
 from equiformer2.checkpoint import Checkpoint, load_checkpoint
+from equiformer2.checkpoint.training_data import TrainingData
 from equiformer2.devices import own_defaults, usable_device
 from equiformer2.errors import InputError, naming_structures
 from equiformer2.graph.validation import locate_atom
@@ -143,6 +145,7 @@ class Predictor:
     Attributes:
         energy_kind: `"adsorption"` or `"total"`: what the energies are.
         checkpoint: the loaded `Checkpoint` (provenance, available weights, …).
+        unseen_elements: symbols met so far that the checkpoint lists as not among its training data.
 
     Raises:
         InputError: not a checkpoint, weights it does not hold, an energy kind that is missing or contradicts
@@ -195,6 +198,9 @@ class Predictor:
             self.graphed = GraphedNetwork(self.model)
         self.energy_kind: str = self.checkpoint.energy_kind
         self._warned = False
+        seen = TrainingData(self.checkpoint.provenance)
+        self._unseen = seen.unseen(self.checkpoint.config.max_num_elements)  # those not warned of yet
+        self.unseen_elements: list[str] = []
 
     @property
     def has_forces(self) -> bool:
@@ -233,6 +239,7 @@ class Predictor:
             batch = self._collated(batch)
         with naming_structures(batch):
             check_elements(batch.atomic_numbers, self.checkpoint.config.max_num_elements, batch.natoms)
+            self._warn_of_elements(batch.atomic_numbers)
             with matmul_precision(self.precision, self.device):
                 wanted = None if force_atoms is None else force_atoms.to(self.device)
                 out = self._run(batch, OutputRequest(energy, wanted))
@@ -283,6 +290,25 @@ class Predictor:
             self._warned = warning is not None
             if warning is not None:
                 logger.warning(warning)
+
+    def _warn_of_elements(self, atomic_numbers: torch.Tensor) -> None:
+        """Log once, by name, the elements of `atomic_numbers` `[N]` that the checkpoint was not trained on.
+
+        Nothing is said of a checkpoint that does not list the elements of its training data.
+        """
+        if self._unseen is None:
+            return
+        numbers = atomic_numbers.cpu()
+        marked = self._unseen[numbers]
+        if bool(marked.any()):
+            new = torch.unique(numbers[marked])
+            self._unseen[new] = False
+            names = [chemical_symbols[number] for number in new.tolist()]
+            self.unseen_elements += names
+            logger.warning(
+                f"the checkpoint's training data hold no {' and no '.join(names)}: its energies and forces "
+                "of structures with such atoms mean little"
+            )
 
     def _collated(self, structures: Data | Atoms | Sequence[Data] | Sequence[Atoms]) -> Batch:
         if isinstance(structures, Data):

@@ -132,12 +132,13 @@ def write_relaxation_record(
 
 
 def model_record(predictor: Predictor, path: str | Path) -> dict[str, Any]:
-    """Checkpoint and weights behind a result."""
+    """Checkpoint and weights behind a result, and the elements in it that these were not trained on."""
     return {
         "checkpoint": str(path),
         "weights": predictor.checkpoint.weights,
         "energy_kind": predictor.energy_kind,
         "source_format": predictor.checkpoint.source_format,
+        "unseen_elements": predictor.unseen_elements,
     }
 
 

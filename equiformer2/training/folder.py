@@ -5,10 +5,11 @@ import io
 import logging
 import os
 import re
+import sys
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,14 @@ class MetricsFile(Logger):
         row = {**{name: float(value) for name, value in metrics.items()}, "step": step}
         if "epoch" in row:
             row["epoch"] = int(row["epoch"])  # type: ignore[arg-type]
-        if set(row) <= set(self._columns):
+        if not set(row) <= set(self._columns):
+            self._write([row])
+            return
+        try:
             with self._path.open("a", newline="") as file:
                 file.write(self._csv(self._columns, [row]))
-        else:
-            self._write([row])
+        except OSError as error:  # the system's own names no file
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     @staticmethod
     def _csv(columns: list[str], rows: Iterable[Row]) -> str:
@@ -215,6 +219,15 @@ class RunFolder:
         for unfinished in self.checkpoints.glob(".*.tmp"):
             unfinished.unlink(missing_ok=True)
         file, console = logging.StreamHandler(stream), logging.Handler()
+        failed: list[BaseException | None] = []
+
+        def tell_once(record: logging.LogRecord) -> None:
+            """Say in one sentence that the log ends here: the run's results do not depend on it."""
+            if not failed:
+                failed.append(sys.exception())
+                tqdm.write(f"{stream.name} cannot be written any more ({failed[0]})", file=sys.stderr)
+
+        file.handleError = tell_once  # type: ignore[method-assign]
         # Above the progress bar instead of into it.
         console.emit = lambda record: tqdm.write(console.format(record))  # type: ignore[method-assign]
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -244,7 +257,8 @@ class RunFolder:
                 ours.removeHandler(console)
                 ours.setLevel(level)
                 ours.propagate = True
-                stream.close()
+                with suppress(OSError):  # told above; what was not written is tried again at the end
+                    stream.close()
 
     def loggers(self, wandb: WandbSettings) -> list[Logger]:
         """The CSV logger, always, and W&B when asked for.

@@ -16,6 +16,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from equiformer2.checkpoint.training_data import KEY
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.training.callbacks import BatchAtWork, NativeCheckpoints, ParityFigures, Summary
@@ -38,6 +39,7 @@ from equiformer2.training.resume import ResumeCheckpoint, seed_generators
 from equiformer2.training.resume_state import check_while_restoring, read_resume_state
 from equiformer2.training.start import (
     choose_normalizers,
+    describe_training_data,
     keep_predictions,
     load_start,
     read_start,
@@ -191,12 +193,10 @@ class _Training:
 
     def run(self) -> None:
         """Fit, complete the validation, and write logs and figures."""
-        targets = self.data.training_targets(self.task.normalizers.linear_references)["energy"]
         origin = {
             "config": self.config.text,
             "init_from": self.config.run.init_from,
-            # An evaluation compares with a model that always answers the mean.
-            "training_data": {"energy_mean_eV": targets[0], "energy_std_eV": targets[1]},
+            KEY: describe_training_data(self.data, self.start, self.task.normalizers),
         }
         self.native = NativeCheckpoints(self.folder.checkpoints, origin)
         self.task.guard.folder = self.folder.path
@@ -265,7 +265,7 @@ class _Training:
     def _make_task(self) -> S2EFTask:
         run = self.config.run
         path = run.init_from
-        start = None if path is None else read_start(path, self.data, run.refit_normalizers)
+        start = self.start = None if path is None else read_start(path, self.data, run.refit_normalizers)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             model = EquiformerV2(self.config.model)

@@ -350,7 +350,8 @@ class S2EFTask(pl.LightningModule):
         for name in ("energy_kind", "seed"):
             if state[name] != getattr(self, name):
                 raise InputError(
-                    f"the run to resume had {name} {state[name]!r}, this one has {getattr(self, name)!r}"
+                    f"the run to resume had {name} {state[name]!r}, this one has {getattr(self, name)!r}: "
+                    "resume with the run's own config.yaml"
                 )
         if "guard" in state:
             self.guard.load_state_dict(state["guard"])
@@ -380,6 +381,13 @@ class S2EFTask(pl.LightningModule):
             for name in sorted({*mine, *theirs})
             if name not in mine or name not in theirs or mine[name].shape != theirs[name].shape
         ]
+        if different and all(name.startswith("averaged.") for name in different):
+            here, there = ("no", "an") if self.averaged is None else ("an", "no")
+            raise InputError(
+                f"the run to resume keeps {there} average of its weights and this one {here} average: give "
+                "it the "
+                "run's own task.ema_decay"
+            )
         if different:
             raise InputError(
                 f"the run to resume trains another model: {len(different)} tensors are not in both or have "

@@ -52,6 +52,25 @@ def test_the_kind_of_energy_can_be_given(tmp_path: Path, capsys: pytest.CaptureF
     assert native.provenance["energy_kind_from"] == "given on import"
 
 
+def test_one_set_of_weights_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, both, one = FIXTURES / "ckpt_v0_ocp_checkpoint.pt", tmp_path / "both.pt", tmp_path / "new/one.pt"
+    assert run_command("checkpoint import", "--checkpoint", source, "--out", both) == 0
+    assert run_command("checkpoint import", "--checkpoint", both, "--out", tmp_path / "copy.pt") == 2
+    assert "--weights averaged" in capsys.readouterr().err
+    arguments = ["--checkpoint", both, "--weights", "averaged", "--out", one]
+    assert run_command("checkpoint import", *arguments) == 0
+    before, after = load_checkpoint(both), load_checkpoint(one)
+    assert (after.available_weights, after.weights) == (("averaged",), "averaged")
+    assert (after.normalizers, after.energy_kind) == (before.normalizers, before.energy_kind)
+    assert after.provenance["training_config"] == before.provenance["training_config"]
+    for name, tensor in before.model.state_dict().items():
+        assert torch.equal(after.model.state_dict()[name], tensor)
+    assert one.stat().st_size < 0.6 * both.stat().st_size
+    arguments = ["--checkpoint", one, "--weights", "raw", "--out", tmp_path / "raw.pt"]
+    assert run_command("checkpoint import", *arguments) == 2
+    assert "does not hold raw weights" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("case", ["native", "same", "absent", "truncated", "other"])
 def test_bad_input_is_one_line_and_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str

@@ -10,7 +10,7 @@ from torch_geometric.data import Batch
 
 from equiformer2.errors import InputError
 from equiformer2.pruning.calibration import Calibration
-from equiformer2.pruning.calibration_data import labelled_energies, read_structures
+from equiformer2.pruning.calibration_data import labelled_energies, mixed_systems, read_structures
 
 LMDB = Path(__file__).parents[1] / "fixtures" / "datasets_oc20" / "s2ef_val_20.lmdb"
 COLUMNS = "species:S:1:pos:R:3:move_mask:L:1:tags:I:1:forces:R:3"
@@ -141,3 +141,13 @@ def test_lmdb_files_are_read() -> None:
 def test_batches_hold_something(batch_size: int) -> None:
     with pytest.raises(InputError, match=f"batch size is {batch_size}: give at least 1"):
         Calibration(tiny_model(), NORMALIZERS, slabs(), batch_size=batch_size)
+
+
+def test_the_first_structures_are_of_different_systems() -> None:
+    stored = [slab(sid, height=1.3 + 0.1 * frame) for sid in "abcd" for frame in range(3)]
+    mixed = mixed_systems(stored, seed=1)
+    assert {id(data) for data in mixed} == {id(data) for data in stored}
+    for turn in range(3):
+        assert {data.sid for data in mixed[4 * turn : 4 * turn + 4]} == set("abcd")
+    assert [id(data) for data in mixed_systems(stored, seed=1)] == [id(data) for data in mixed]
+    assert [id(data) for data in mixed_systems(stored, seed=2)] != [id(data) for data in mixed]

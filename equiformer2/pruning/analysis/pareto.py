@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import Normalizers, load_checkpoint, save_checkpoint
+from equiformer2.checkpoint.training_data import inherited
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
 from equiformer2.model import EquiformerV2
@@ -460,7 +461,7 @@ class Study:
             model=small,
             normalizers=dense.normalizers,
             energy_kind=dense.energy_kind,
-            provenance={"pruned_from": dense.provenance, "study": name},
+            provenance={**inherited(dense.provenance), "pruned_from": dense.provenance, "study": name},
             **states,
         )
         run = distill(

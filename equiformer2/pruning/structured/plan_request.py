@@ -9,6 +9,7 @@ from torch_geometric.data import Batch
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import load_checkpoint, save_checkpoint
+from equiformer2.checkpoint.training_data import inherited
 from equiformer2.errors import InputError
 from equiformer2.files import check_target
 from equiformer2.model.parameters import count_parameters
@@ -186,7 +187,11 @@ def apply_plan(checkpoint: str | Path, plan: PruningPlan, out: AnyPath) -> tuple
         averaged_state=states["averaged"],
         normalizers=loaded.normalizers,
         energy_kind=loaded.energy_kind,
-        provenance={"pruned_from": loaded.provenance, "plan": plan.to_dict()},
+        provenance={
+            **inherited(loaded.provenance),
+            "pruned_from": loaded.provenance,
+            "plan": plan.to_dict(),
+        },
     )
     return count_parameters(loaded.config), count_parameters(small.config)
 
