@@ -66,7 +66,8 @@ def map_batches(
     """
     workers = side_by_side(count, device)
     if workers == 1:
-        yield from map(function, batches)
+        for batch in batches:  # `map` would end without a word at a StopIteration of the function
+            yield function(batch)
         return
     threads = torch.get_num_threads()
     key = workers, threads // workers
