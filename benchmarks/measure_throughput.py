@@ -120,7 +120,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                text=True,
+                encoding="utf-8",
                 env=environment,
             )
             results |= _answer(workers[name])

@@ -12,6 +12,7 @@ from types import TracebackType
 import torch
 from tqdm import tqdm
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 
 _SECONDS_TO_STOP = 30.0
@@ -29,11 +30,11 @@ class BackgroundCommand:
         beside: number of commands that run at the same time, which share the threads of this process.
     """
 
-    def __init__(self, words: Sequence[str | Path], log: Path, beside: int) -> None:
-        self._words, self._log = [str(word) for word in words], log
+    def __init__(self, words: Sequence[str | Path], log: AnyPath, beside: int) -> None:
+        self._words, self._log = [str(word) for word in words], Path(log)
         threads = max(1, torch.get_num_threads() // beside)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as stream:
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("wb") as stream:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "equiformer2", *self._words],
                 stdin=subprocess.DEVNULL,

@@ -254,7 +254,7 @@ def _relax(network: Network, path: Path, folder: Path, plan: DemoPlan) -> Adsorp
 
 
 def distillation(
-    student: Path, teacher: Path, config: Path, data: DemoData, folder: AnyPath, plan: DemoPlan
+    student: AnyPath, teacher: AnyPath, config: AnyPath, data: DemoData, folder: AnyPath, plan: DemoPlan
 ) -> BackgroundCommand:
     """Start the distillation of a pruned network in a process of its own, beside this one."""
     folder = Path(folder)
@@ -263,13 +263,13 @@ def distillation(
         "prune",
         "distill",
         "--student",
-        student,
+        Path(student),
         "--teacher",
-        teacher,
+        Path(teacher),
         "--out",
         folder,
     ]
-    words += ["--data", data.distill, "--val", data.unseen, "--config", config]
+    words += ["--data", data.distill, "--val", data.unseen, "--config", Path(config)]
     words += ["--", limit, "--trainer.max_epochs=-1", "--trainer.check_val_every_n_epoch=1000"]
     words += ["--trainer.enable_progress_bar=false"]
     return BackgroundCommand(words, folder.with_suffix(".log"), 2)

@@ -81,6 +81,7 @@ def test_an_earlier_result_is_kept(
     assert json.loads(record.read_text())["adsorbate"] == "O"
 
 
+@pytest.mark.slow
 def test_total_energy_model_from_a_file(
     make_checkpoint: Callable[..., Path],
     oxygen_on_copper: Atoms,

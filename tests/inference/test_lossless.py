@@ -125,6 +125,7 @@ def test_energies_of_every_third_call(
     assert atoms.get_potential_energy() == pytest.approx(reference.get_potential_energy(atoms), abs=1e-6)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("optimizer", ["LBFGS", "FIRE", "BFGS"])
 def test_relaxations_are_the_same(
     checkpoint: Path,

@@ -26,6 +26,7 @@ spheres = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.one_in(3)
 @spheres
 @pytest.mark.parametrize("kept", [4, None])
 def test_activation_on_the_sphere(lmax: int, mmax: int, channels: int, pairs: int, kept: int | None) -> None:
@@ -76,6 +77,7 @@ def anywhere(factors: GridFactors) -> tuple[GridFactors, Tensor, Tensor]:
     return factors._replace(row_of=rows), to_grid[:, back], from_grid[:, back].t()
 
 
+@pytest.mark.one_in(3)
 @spheres
 @pytest.mark.parametrize("budget", [None, 1])
 def test_network_on_the_sphere(

@@ -206,6 +206,7 @@ def test_a_second_derivative_through_fixed_frames_is_refused(backend: Backend) -
         grad.sum().backward()
 
 
+@pytest.mark.one_in(3)
 @budgets
 def test_two_calls_have_equal_bits(
     backend: Backend, budget: int | None, set_budget: Callable[[int | None], None]

@@ -116,6 +116,7 @@ DIRECTIONS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("direction", DIRECTIONS.values(), ids=DIRECTIONS)
 @pytest.mark.parametrize("changes", [{"lmax": 3, "mmax": 2}, GATE], ids=["S2", "gate"])
 def test_forces_where_edge_frames_are_special(

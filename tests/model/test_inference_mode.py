@@ -25,6 +25,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 @pytest.mark.parametrize("edges_per_part", [1, 40])
 def test_parts_of_the_edges_give_the_same_answers(changes: dict[str, object], edges_per_part: int) -> None:

@@ -196,6 +196,7 @@ def test_outputs_and_gradients(flavour: str, backend: str, monkeypatch: pytest.M
     assert reached > 30
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("flavour", "backend"),
     [
@@ -283,6 +284,7 @@ CHANGES: dict[str, Callable[[EquiformerV2], object]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("change", CHANGES)
 def test_folded_weights_follow_every_change(change: str) -> None:
     model, batch = wrapped("grid MLP, DeNS"), structures()

@@ -67,6 +67,7 @@ def test_our_graph_is_the_references(name: str) -> None:
             )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", [name for name in reference.NETWORKS if name != COARSE])
 def test_float32_answers_on_our_own_graph(name: str) -> None:
     """Within twice the scatter of the reference's own answers, which depend on its random edge frames.
@@ -84,6 +85,7 @@ def test_float32_answers_on_our_own_graph(name: str) -> None:
             assert error <= 2 * expected[f"{key}_f32_seedspread"] + 2e-6, (system, key, error)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("name", "system"), EXACT)
 def test_float64_answers_in_the_references_frames(name: str, system: str) -> None:
     model, stored = reference.network(name, torch.float64), reference.graphs(name)[system]

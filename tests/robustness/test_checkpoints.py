@@ -412,6 +412,7 @@ FOREIGN: list[tuple[str, Change, str]] = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("change", "sentence"), [case[1:] for case in FOREIGN], ids=[c[0] for c in FOREIGN])
 def test_a_changed_foreign_file_is_refused(change: Change, sentence: str, tmp_path: Path) -> None:
     content = torch.load(CHECKPOINT_FIXTURES / "ckpt_v1_flat_best.pt", weights_only=True)

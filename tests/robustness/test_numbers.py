@@ -53,6 +53,7 @@ def in_other_images(atoms: Atoms, random: np.random.Generator) -> Atoms:
     return shifted
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", SYMMETRIC)
 def test_images_change_no_edge_in_200_shifts(name: str, predictor: Predictor) -> None:
     atoms, random = SYMMETRIC[name], np.random.default_rng(0)
@@ -74,6 +75,7 @@ def unwrapped(atoms: Atoms) -> Data:
     return data
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", SYMMETRIC)
 def test_images_change_no_bit_of_an_answer(
     name: str, predictor: Predictor, calculator: EquiformerV2Calculator, tmp_path: Path

@@ -116,6 +116,7 @@ OTHER = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("other", "told"), [case[1:] for case in OTHER], ids=[case[0] for case in OTHER])
 def test_a_state_of_another_configuration_is_one_sentence_and_stays(
     other: list[str], told: list[str], run: Path

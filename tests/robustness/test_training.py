@@ -355,6 +355,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(parse([*SMALL, *own, "--trainer.max_epochs=-1"]))
 
 
+@pytest.mark.slow
 def test_the_rest_of_an_epoch_is_trained_after_a_limit_on_steps(run: Path, tmp_path: Path) -> None:
     class Mine(Callback):
         """One that only Python can give."""
@@ -410,6 +411,7 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("edit", "told"), [case[1:] for case in EDITS], ids=[case[0] for case in EDITS])
 def test_an_edited_checkpoint_is_one_sentence(
     edit: Callable[[dict[str, Any]], object], told: str, run: Path, tmp_path: Path
@@ -543,6 +545,7 @@ def test_total_energies_start_from_adsorption_energies(
     assert evaluation.baselines["mean_energy"] == pytest.approx(evaluation.baselines["data_mean_energy"])
 
 
+@pytest.mark.slow
 def test_normalizers_of_other_data_are_told_with_both_numbers(tmp_path: Path) -> None:
     arguments = [*SMALL, f"--runs_dir={tmp_path}", f"--init_from={start(tmp_path / 'start.pt')}"]
     log = (train(parse([*arguments, "--name=kept"])) / "log.txt").read_text()

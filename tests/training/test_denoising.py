@@ -158,6 +158,7 @@ def rows(folder: Path) -> dict[str, tuple[str, str]]:
     return {row["step"]: (row["train/loss"], row["train/denoising_l2"]) for row in found}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_resuming_repeats_the_noise(tmp_path: Path, lmdb_path: Path) -> None:
     whole = fit(tmp_path / "whole", lmdb_path)

@@ -201,6 +201,7 @@ def task_of(model: nn.Module, kind: type[S2EFTask] = Watched, **settings: Any) -
     return kind(model, normalizers, "adsorption", TaskSettings(**settings), OptimSettings(), seed=7)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}])
 def test_a_step_reads_nothing_from_the_device(
@@ -226,6 +227,7 @@ def test_a_step_reads_nothing_from_the_device(
     assert watch.steps == (11 if "accumulate_grad_batches" in settings else 6)  # seven in an epoch
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("changes", "settings"),
     [

@@ -183,6 +183,7 @@ def test_data_without_free_atoms_have_no_force_metrics(
     assert numbers["datasets"]["held"]["free_atoms"] == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_at_its_first_step_names_the_structure_and_leaves_its_name_free(
     tiny_arguments: list[str], runs: Path, lmdb_path: Path, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ CASES = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("blocks_lmax", "lmax", "mmax", "values_mmax", "heads", "width", "edges"), CASES)
 def test_aggregation(
     blocks_lmax: int,

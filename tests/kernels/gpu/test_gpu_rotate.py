@@ -20,6 +20,7 @@ CASES = [
 ]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("lmax", "mmax", "channels", "edges", "shared"), CASES)
 def test_values_and_gradients(
     lmax: int, mmax: int, channels: int, edges: int, shared: bool, device: torch.device

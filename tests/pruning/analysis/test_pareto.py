@@ -80,6 +80,7 @@ def test_results_are_what_they_say(files, study) -> None:
     assert results[1]["plan"] != results[2]["plan"]
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(files, study, tmp_path) -> None:
     folder, first = study
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
@@ -224,6 +225,7 @@ def test_plan_and_apply_on_the_command_line(files, tmp_path, capsys) -> None:
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: pruning plan")
 
 
+@pytest.mark.slow
 def test_studies_on_the_command_line(files, tmp_path, capsys) -> None:
     status = run_command(
         "prune pareto", "--checkpoint", files["dense"], "--calibration", files["calibration"], "--held-out",

@@ -70,6 +70,7 @@ def zeros_in_rectangles(config: ModelConfig) -> int:
     return total
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_operations_are_those_that_torch_executes(variant: str) -> None:
     # This norm has no matrix products of its own.
@@ -82,6 +83,7 @@ def test_operations_are_those_that_torch_executes(variant: str) -> None:
     assert count_macs(config, len(BATCH.pos), edges, plan_for(config)).total == counted
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_parameters_are_those_of_the_network(variant: str) -> None:
     config = config_of(**VARIANTS[variant])

@@ -81,6 +81,7 @@ def test_training_is_what_is_run_later() -> None:
     assert losses.forces == pytest.approx(float(error), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_training_is_reproducible_and_noise_is_seeded() -> None:
     model = exact_model(torch.float32)
     settings = RouterTraining(steps=5, temperature=0.5, seed=1)

@@ -60,6 +60,7 @@ def oxygen_on_copper() -> Atoms:
     return atoms
 
 
+@pytest.mark.slow
 def test_relax(files, tmp_path) -> None:
     out = tmp_path / "out"
     options = ("--checkpoint", files["model"], "--structure", files["structure"], "--steps", 4)

@@ -29,6 +29,7 @@ def model():  # type: ignore[no-untyped-def]
     return exact_model()
 
 
+@pytest.mark.one_in(4)
 @every
 def test_symmetries(name: str, model) -> None:  # type: ignore[no-untyped-def]
     router = ROUTERS[name]
@@ -118,6 +119,7 @@ def changes_of_slope(router: BaseRouter, model, step: float, around: float) -> t
     return float(changes.max()), float(path[changes.argmax() + 1])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", SCORED)
 def test_smooth_mode_has_no_jumps_and_no_kinks(name: str) -> None:
     """Closer and closer to the sharpest bend of the energy, the slope changes less and less."""

@@ -232,6 +232,7 @@ def measured() -> tuple[EquiformerV2, Calibration]:
     return model, calibration(model)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_a_schedule_is_measured_to_the_bit(measured, kind: str) -> None:
     """Losses with stored features, without, and of whole passes; MACs foretold and counted."""

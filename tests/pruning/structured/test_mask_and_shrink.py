@@ -38,6 +38,7 @@ def models() -> dict[torch.dtype, EquiformerV2]:
     return {dtype: random_model(config_of(), dtype) for dtype in (torch.float32, torch.float64)}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", [*PLANS, *GRID_PLANS, "many"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
 @torch.no_grad()

@@ -194,6 +194,7 @@ def test_the_two_rankings_are_two(model, calibration, tmp_path: Path) -> None:
         search(model, calibration, importance="best")
 
 
+@pytest.mark.slow
 def test_a_search_can_go_on_from_a_plan(model, calibration) -> None:
     start = PruningPlan.keep_all(model.config).with_block(0, heads=(1,))
     found = search(model, calibration, target=0.7, start=start).run()

@@ -54,6 +54,7 @@ def saved(model: EquiformerV2, plan: PruningPlan, cut: Cut) -> int:
     return before - after
 
 
+@pytest.mark.slow
 def test_a_trial_has_the_errors_of_a_whole_pass(model, calibration, cut_already, cuts) -> None:
     """Cuts of every block, of the heads and of the sphere channels, within a plan that is cut already."""
     trials = trials_of(model, calibration, cut_already)
@@ -76,6 +77,7 @@ def test_a_trial_has_the_errors_of_a_whole_pass(model, calibration, cut_already,
     assert calibration.loss(model) == 0.0
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("measure", ["loss", "damage per operation"])
 def test_bounds_never_end_the_winner(model, calibration, cut_already, cuts, measure: str) -> None:
     """On random choices of cuts, in random order."""
@@ -134,6 +136,7 @@ def test_features_are_kept_as_far_as_the_memory_goes() -> None:
         assert not blocks or blocks[-1] == 8
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("room", [0.0, 1.0, 2.5])
 def test_less_memory_changes_no_loss(model, calibration, cut_already, cuts, room: float) -> None:
     trials = trials_of(model, calibration, cut_already)
