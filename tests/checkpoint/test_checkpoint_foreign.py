@@ -43,6 +43,7 @@ def check_answers(checkpoint: Checkpoint, expected: str) -> None:
         assert force_error <= 4 * system["forces_seedspread"], (name, force_error)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("file", "weights", "expected", "source_format"),
     [
@@ -102,6 +103,7 @@ def training_state() -> dict[str, Any]:
     return load_file("ckpt_v0_ocp_checkpoint.pt")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("layout", [as_flat_checkpoint, as_hydra_checkpoint])
 @pytest.mark.parametrize("weights", ["raw", "averaged"])
 def test_training_states_of_v1_layouts(
@@ -212,6 +214,7 @@ def test_the_kind_of_energy_is_never_guessed(flat: Edited) -> None:
         flat.load(energy_kind="relaxed")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("known_from", ["normalizer", "total_energy", "element references"])
 def test_the_kind_that_a_file_shows_cannot_be_overridden(flat: Edited, known_from: str) -> None:
     if known_from == "total_energy":

@@ -41,6 +41,7 @@ def assert_forces(out: dict[str, Tensor], expected: Tensor | None, tolerance: fl
         assert reference.relative(out["forces"], expected) <= tolerance
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", reference.LAYOUTS)
 def test_parameters_have_the_references_names_and_shapes(name: str) -> None:
     config = reference.config_from_reference(reference.load(name)["config"])
@@ -143,6 +144,7 @@ def test_the_polar_edge_in_the_references_arithmetic() -> None:
     assert reference.relative(out["forces"], expected["forces_f64_seed0"]) <= 1e-12
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", reference.NETWORKS)
 def test_node_embeddings(name: str) -> None:
     """Of every stage of the network on a skewed cell, in float64 and in the reference's frames."""

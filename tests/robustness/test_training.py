@@ -112,6 +112,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("config") / "mistaken.yaml"
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("text", "told"), [case[1:] for case in FILE_CASES], ids=[case[0] for case in FILE_CASES]
 )
@@ -468,6 +469,7 @@ LACKS = [
 ]  # fmt: skip
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("part", ["train", "val"])
 @pytest.mark.parametrize(("change", "told"), [case[1:] for case in LACKS], ids=[case[0] for case in LACKS])
 def test_what_a_record_lacks_is_said_before_the_first_step(

@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ def without_time(report: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in report.items() if key not in ("seconds", "command")}
 
 
+@pytest.fixture
+def ctrl_c_is_heard() -> Iterator[None]:
+    """A process in the background of a shell is born with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_splits_their_average_and_going_on_after_a_stop(
     checkpoint: Path,
     root: Path,

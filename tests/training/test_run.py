@@ -218,6 +218,7 @@ def test_no_run_overwrites_another(first_run: Path, tiny_arguments: list[str], r
     assert (first_run / "metrics.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_weights_and_units(
     first_run: Path, tiny_arguments: list[str], runs: Path
 ) -> None:

@@ -31,6 +31,7 @@ def totals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_references_are_fitted_trained_with_and_used(
     totals: Path,
     tmp_path: Path,

@@ -57,6 +57,7 @@ def study(files, tmp_path_factory) -> tuple[Path, list[dict]]:
     return folder, make_study(files, folder).run(progress=False)
 
 
+@pytest.mark.slow
 def test_results_are_what_they_say(files, study) -> None:
     _, results = study
     assert [(r["method"], r["seed"]) for r in results] == [

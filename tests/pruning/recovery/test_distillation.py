@@ -67,6 +67,7 @@ def test_labels_are_the_teachers_answers_and_are_made_once(files, tmp_path) -> N
         label(Predictor(files["student"]), files["train"], path)
 
 
+@pytest.mark.slow
 def test_a_pruned_network_learns_from_the_dense_one_without_labels(files, tmp_path) -> None:
     out = tmp_path / "out"
     run = distill(files["student"], files["teacher"], files["train"], files["val"], out, QUICK)

@@ -95,6 +95,7 @@ def whole(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     return run(files, tmp_path_factory.mktemp("runs"), "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["averaged", pytest.param("raw", marks=pytest.mark.slow)])
 def test_the_network_does_not_notice(files, whole, tmp_path, weights) -> None:
     alone = run(files, tmp_path, "alone", router=False)

@@ -61,6 +61,7 @@ def made(files: dict[str, Path], method: str, state: Path | None = None, **chang
     return make_router(request, state, progress=False)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("method", ROUTING_METHODS)
 def test_every_method_comes_to_its_target(files, method) -> None:
     found = made(files, method)

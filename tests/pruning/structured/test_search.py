@@ -201,6 +201,7 @@ def test_a_search_can_go_on_from_a_plan(model, calibration) -> None:
     assert found.plan.blocks[0].heads == (1,) or not found.plan.blocks[0].attention
 
 
+@pytest.mark.slow
 def test_an_impossible_target_is_an_error(model, calibration) -> None:
     with pytest.raises(InputError, match="cannot be reached"):
         search(model, calibration, target=0.01, method="block").run()
