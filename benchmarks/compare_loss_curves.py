@@ -74,7 +74,7 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=500, help="default: %(default)s")
     add("--batch-size", type=int, default=4, help="structures per step (default: %(default)s)")
     add("--seeds", type=int, default=3, help="trainings of the reference (default: %(default)s)")
-    add("--threads", type=int, default=1, help="of each training (default: %(default)s)")
+    add("--threads", type=int, default=1, help="number of threads of each training (default: %(default)s)")
     add("--reference-python", default=".bench-venv/bin/python", help="default: %(default)s")
     return parser.parse_args(words)
 

@@ -1,4 +1,4 @@
-"""What both trainings of the loss curves share: structures, their order, initial weights and settings.
+"""Shared preparation of the loss curves: structures, their order, initial weights and settings.
 
 `prepare` writes into one folder:
 

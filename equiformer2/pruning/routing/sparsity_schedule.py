@@ -472,7 +472,7 @@ class _GeneticSearch:
         return people
 
     def promising(self, people: list[_Individual]) -> list[_Individual]:
-        """Those that can still be better than the best one, the most promising first."""
+        """Return the schedules that can still be better than the best one, the most promising first."""
         best = self.trials.best()
         limit = best.loss if len(best.results) == self.trials.objective.parts else float("inf")
 

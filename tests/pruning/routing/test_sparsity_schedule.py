@@ -273,7 +273,7 @@ def test_blocks_with_the_same_decisions_run_once(measured) -> None:
 
 
 def test_stored_features_keep_to_their_memory(measured) -> None:
-    """Those used lately stay."""
+    """Features used lately stay, and the others go first."""
     model, data = measured
     one = 4 * data.sizes[0][1] * 9 * model.config.sphere_channels
     objective = ScheduleObjective(model, data, StaticRouter, prefix_bytes=3 * one)
