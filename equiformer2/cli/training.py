@@ -190,8 +190,8 @@ class Demo(Command):
     """Fine-tune a network on bundled OC20 relaxations, relax adsorbates with it, prune it, write a report.
 
     It starts from the shipped network study_teacher and compares it with training from nothing, on systems
-    that no training has seen. Needs a checkout of the project, which holds the data; it takes eight minutes
-    on two cores.
+    that no training has seen. Needs a checkout of the project, which holds the data; it is planned
+    for eight minutes on two cores.
     """
 
     def add_arguments(self, parser: Parser) -> None:

@@ -12,8 +12,8 @@ SCRATCH_LEARNING_RATE = 1e-3
 """Learning rate of the training from nothing; that of fine-tuning is in configs/demo.yaml."""
 
 UNSEEN_SYSTEMS = ("random1000100", "random1000120", "random1000151", "random1000193")
-"""DFT relaxations that no training ever reads: 33 to 77 atoms. The network as shipped has seen all of their
-elements; the other DFT relaxations lack some of them."""
+"""DFT relaxations that no training ever reads: 33 to 77 atoms. The early version of the shipped network has
+not seen sodium, which one of them holds; the other DFT relaxations lack more of their elements."""
 
 RELAXED_SYSTEMS = ("random1000100", "random1000120", "random1000193")
 """The unseen DFT systems that are relaxed, of at most 50 atoms: a minute on two cores. The first one, O on a
