@@ -6,6 +6,11 @@ Every setting has a process of its own with the weights loaded; they take turns 
 side` computes several batches at a time on one thread each, which is what `evaluate`, `predict` and batched
 relaxations do; `inside` gives all threads to one batch. Predictions of the settings with one thread per batch
 are compared bit by bit. At the end each runs beside a process that keeps one thread busy.
+
+    python -m benchmarks.measure_throughput --data train.lmdb --structures 1760 --from-outside
+
+times whole calls of `equiformer2 evaluate` on the first structures of the file less calls on its first 13, so
+that starting threads counts and loading does not, with one thread, with all, and with a CPU mask of one core.
 """
 
 import argparse
@@ -15,6 +20,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +32,8 @@ from equiformer2.files import write_json
 from equiformer2.script import origin, run_script
 
 BUNDLED = Path("data/teacher")
+#: Structures of the short call of `--from-outside`.
+FEW = 13
 #: Name of a setting -> threads of its process, and whether a batch gets all of them.
 SETTINGS = {"one thread": (1, False), "side by side": (None, False), "inside": (None, True)}
 
@@ -42,6 +50,9 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--rounds", type=int, default=5, help="measurements per setting (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--from-outside", action="store_true", help="time whole calls of `equiformer2 evaluate`"
     )
     parser.add_argument("--out", type=Path, help="file for the results, .json")
     parser.add_argument("--worker", choices=list(SETTINGS), help=argparse.SUPPRESS)
@@ -158,6 +169,60 @@ def _answer(worker: "subprocess.Popen[str]") -> dict[str, Any]:
     return answer
 
 
+def measure_from_outside(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time whole calls of `equiformer2 evaluate`, in turn for every round.
+
+    Returns:
+        `structures` and, per setting, the seconds of each round for all structures less those for `FEW`.
+
+    Raises:
+        InputError: the file has fewer structures than asked for.
+    """
+    one_core = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
+    commands: dict[str, tuple[list[str], dict[str, str]]] = {
+        "one thread": ([], {"OMP_NUM_THREADS": "1"}),
+        "all threads": ([], {}),
+        "mask of one core": (one_core, {}),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {count: Path(folder) / f"{count}.lmdb" for count in (FEW, arguments.structures)}
+        for count, path in files.items():
+            _copy_first(arguments.data, count, path)
+        for _ in range(arguments.rounds):
+            for name, (prefix, environment) in commands.items():
+                taken = {}
+                for count, path in files.items():
+                    started = time.perf_counter()
+                    subprocess.run(
+                        [
+                            *(*prefix, sys.executable, "-m", "equiformer2", "evaluate"),
+                            *("--checkpoint", arguments.checkpoint, "--data", str(path)),
+                            *("--batch-size", str(arguments.batch_size)),
+                        ],
+                        env={**os.environ, **environment},
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.DEVNULL,
+                        check=True,
+                    )
+                    taken[count] = time.perf_counter() - started
+                seconds[name].append(taken[arguments.structures] - taken[FEW])
+    return {"structures": arguments.structures - FEW, "from_outside": seconds}
+
+
+def _copy_first(source: Path, count: int, target: Path) -> None:
+    """Write the first `count` structures of an LMDB file to another."""
+    from datasets_oc20 import OC20Lmdb
+    from datasets_oc20.writer import LmdbWriter
+
+    dataset = OC20Lmdb(source)
+    if len(dataset) < count:
+        raise InputError(f"{source} has {len(dataset)} structures: give --structures {len(dataset)} or less")
+    with LmdbWriter(target, dataset.energy_kind) as writer:
+        for index in range(count):
+            writer.write(dataset[index])
+
+
 def table(results: dict[str, Any]) -> str:
     """Format the medians, the ratio to one thread, and the ratio beside a busy process, as text."""
     medians = {
@@ -178,6 +243,14 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def table_from_outside(results: dict[str, Any]) -> str:
+    """Format the medians of `measure_from_outside` and their ratio to one thread, as text."""
+    medians = {name: statistics.median(seconds) for name, seconds in results["from_outside"].items()}
+    lines = [f"{results['structures']} structures more in a call", f"{'setting':18} {'s':>8} {'speed':>7}"]
+    lines += [f"{name:18} {each:8.2f} {medians['one thread'] / each:6.2f}x" for name, each in medians.items()]
+    return "\n".join(lines)
+
+
 def main(words: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(words)
     if arguments.worker:
@@ -185,16 +258,18 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     if arguments.data is None:
         arguments.data = bundled_structures()
-    results = measure(arguments)
-    print(table(results))
+    if arguments.from_outside:
+        results = measure_from_outside(arguments)
+        print(table_from_outside(results))
+    else:
+        results = measure(arguments)
+        print(table(results))
     if arguments.out:
         write_json(arguments.out, {**origin(), **results})
 
 
 def bundled_structures() -> Path:
     """Write the frames of data/teacher to an LMDB in a temporary folder, and return its path."""
-    import tempfile
-
     from datasets_oc20.preprocess import preprocess
 
     path = Path(tempfile.mkdtemp()) / "teacher.lmdb"

@@ -73,7 +73,7 @@ SETTINGS: dict[str, Setting] = {
     "dropout": Setting(
         "variants", ("train_1_4",), 2400, ("--model.alpha_drop=0.1", "--model.drop_path_rate=0.05")
     ),
-    "energy weight 50": Setting("variants", ("train_1_4",), 2400, ("--task.energy_coefficient=50",)),
+    "denoising": Setting("variants", ("train_1_4",), 2400, ("--task.dens.probability=0.5",)),
     "1/8": Setting("curve", ("train_1_8",), 6000, MILLION, ("val", "test")),
     "1/4": Setting("curve", ("train_1_4",), 6000, MILLION, ("val", "test")),
     "1/2": Setting("curve", ("train_1_2",), 6000, MILLION, ("val", "test")),
