@@ -41,6 +41,7 @@ ALLOWED = {
     "equiformer2/adsorption": FILES | {"datasets_oc20", "equiformer2.inference"},
     "equiformer2/pruning": FILES | {"datasets_oc20", "equiformer2.inference", "equiformer2.training"},
     "equiformer2/training": FILES | {"datasets_oc20"},
+    "equiformer2/finetuning": FILES | {"datasets_oc20", "equiformer2.inference", "equiformer2.training"},
     "equiformer2/demo": FILES
     | {"datasets_oc20", "equiformer2.adsorption", "equiformer2.inference", "equiformer2.pruning"}
     | {"equiformer2.training"},

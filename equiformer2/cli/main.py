@@ -16,6 +16,7 @@ from equiformer2.version import __version__
 
 COMMANDS = {
     "train": "training:Train",
+    "finetune": "finetune:FineTune",
     "evaluate": "inference:Evaluate",
     "predict": "inference:Predict",
     "relax": "inference:Relax",

@@ -31,6 +31,8 @@ log = logging.getLogger("equiformer2")
 _FACTOR, _DEVIATIONS = 3.0, 2.0
 _MOST_LOOKED_AT = 50_000
 _REFIT = "--refit_normalizers true takes those of the training data"
+FITTED = "normalizers_fitted"
+"""Key of the provenance of a start whose normalizers were made for the training data."""
 
 
 def with_pruned_blocks(model: ModelConfig, init_from: str | None, text: str) -> tuple[ModelConfig, str]:
@@ -123,12 +125,14 @@ def choose_normalizers(
         InputError, DataError: they cannot be of these data.
     """
     gradient = forces == "gradient"
+    fitted = start is not None and start.provenance.get(FITTED) is True
     if start is not None and not data.normalizers_are_given and not refit:
         used, source = start.normalizers, f"of init_from {path}"
         if gradient and used.forces.std != used.energy.std:
             used = used.for_gradient()
         try:
-            data.check_normalizers(used.energy.mean, used.energy.std, used.linear_references)
+            if not fitted:
+                data.check_normalizers(used.energy.mean, used.energy.std, used.linear_references)
         except DataError as error:
             raise DataError(f"init_from: {path}: {error} Or {_REFIT}.") from error
     else:
@@ -164,7 +168,7 @@ def choose_normalizers(
         far.append(
             f"forces ± {used.forces.std:.4f} eV/Å in use, ± {targets['forces'][1]:.4f} eV/Å in the data"
         )
-    if far:
+    if far and not fitted:
         remedy = "correct data.normalizers or leave it out" if data.normalizers_are_given else _REFIT
         log.warning(
             f"the normalizers {source} are far from the training data: {'; '.join(far)}; energies or forces "

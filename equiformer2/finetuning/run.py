@@ -1,0 +1,389 @@
+"""Fine-tune: read and divide, choose, train, judge, and tell everything in one table."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase.data import chemical_symbols
+
+from datasets_oc20 import OC20Lmdb
+from equiformer2.checkpoint import Normalizers, load_checkpoint
+from equiformer2.checkpoint.checkpoint import read_contents
+from equiformer2.checkpoint.native import write_native
+from equiformer2.checkpoint.tensor_files import sha256
+from equiformer2.devices import usable_device
+from equiformer2.files import read_json, write_json
+from equiformer2.finetuning import data_curve
+from equiformer2.finetuning.folder import FineTuneSettings, OutFolder
+from equiformer2.finetuning.judging import (
+    AFTER,
+    BEFORE,
+    NEW,
+    OLD,
+    SCRATCH,
+    TRIVIAL,
+    Errors,
+    judge,
+    judge_trivial,
+    over_seeds,
+    row_of,
+    to_text,
+)
+from equiformer2.finetuning.parts import Parts, divide_data, write_parts
+from equiformer2.finetuning.schedule import (
+    DEFAULT_MINUTES,
+    STARTUP_SECONDS,
+    Schedule,
+    Speed,
+    choose_schedule,
+    measure_speed,
+)
+from equiformer2.finetuning.start import Start, prepare_start
+from equiformer2.finetuning.trained_part import FrozenBlocks, TrainedPart, spoken
+from equiformer2.finetuning.training import Case, Trainer
+from equiformer2.inference import Predictor
+from equiformer2.script import header
+from equiformer2.shipped import find_checkpoint
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Decisions that are made once, before the first training, and kept for a continued call.
+
+    Attributes:
+        files: paths of the parts of the data.
+        keeps_zero: whether the tuned network's energies have the zero of the original data.
+        schedules: settings of the trainings by share of the data, in plain values.
+        speed: measured.
+        sentences: what was found and chosen.
+    """
+
+    files: dict[str, list[str]]
+    keeps_zero: bool
+    schedules: dict[str, dict[str, Any]]
+    speed: dict[str, float]
+    sentences: list[str]
+
+    def schedule(self, share: float) -> Schedule:
+        """Settings of the training on a share of the data."""
+        return Schedule(**self.schedules[f"{share:g}"])
+
+
+def fine_tune(settings: FineTuneSettings, say: Say = print) -> dict[str, Any]:
+    """Fine-tune a checkpoint on own data.
+
+    Stopped at any moment, the same call continues.
+
+    Args:
+        settings: what to do.
+        say: called with every line for people.
+
+    Returns:
+        The content of `finetune.json`, which is written last.
+
+    Raises:
+        InputError, datasets_oc20.DataError: wrong settings or data; file and frame are named.
+        OSError: something cannot be read or written.
+    """
+    usable_device(settings.device)
+    settings = replace(settings, checkpoint=str(find_checkpoint(settings.checkpoint)))
+    contents = read_contents(settings.checkpoint)
+    if settings.freeze is not None:
+        FrozenBlocks(settings.freeze, contents.config.num_layers)
+    folder = OutFolder(settings)
+    with folder.open() as continues:
+        if continues:
+            say(f"continuing the fine-tuning in {folder.path}")
+        parts = divide_data(settings, contents.config.max_num_elements - 1, contents.energy_kind)
+        checkpoint = load_checkpoint(
+            settings.checkpoint, settings.weights, contents.energy_kind or parts.frames.energy_kind
+        )
+        tuning = _FineTuning(settings, folder, parts, Predictor(checkpoint, settings.device), say)
+        return tuning.run()
+
+
+class _FineTuning:
+    """One call, from divided data to the table.
+
+    Args:
+        settings: what to do.
+        folder: for the results, open.
+        parts: division of the data.
+        before: the checkpoint's predictor.
+        say: prints a line.
+    """
+
+    def __init__(
+        self, settings: FineTuneSettings, folder: OutFolder, parts: Parts, before: Predictor, say: Say
+    ) -> None:
+        self.settings, self.folder, self.parts, self.before, self.say = settings, folder, parts, before, say
+        self.begin = time.monotonic()
+        networks = [AFTER, *([SCRATCH] if settings.scratch else [])]
+        seeds = range(settings.seed, settings.seed + settings.seeds)
+        # The whole data first: what is wanted most is there soonest.
+        shares = sorted(parts.train, reverse=True)
+        self.cases = [
+            Case(network, share, seed) for share in shares for seed in seeds for network in networks
+        ]
+
+    def run(self) -> dict[str, Any]:
+        """Prepare, train every case, judge, and write the results."""
+        kind = self.before.energy_kind
+        self.say(
+            f"checkpoint: {self.settings.checkpoint}, {kind} energies, {self.before.checkpoint.weights} "
+            "weights"
+        )
+        for sentence in self.parts.sentences:
+            self.say(sentence)
+        prepared = self._prepare()
+        self.say("")
+        rows = self._rows_before(prepared)
+        trainer = Trainer(self.settings, self.folder.runs, prepared.files, self.parts.frames.energy_kind)
+        results = {case: self._result(case, trainer, prepared) for case in self.cases}
+        return self._finish(prepared, rows, results)
+
+    def _start(self, case: Case) -> Start:
+        return prepare_start(
+            self.before,
+            self.parts.frames,
+            self.parts.train[case.share],
+            self.parts.isolated,
+            self.settings.reset_head,
+            case.seed,
+        )
+
+    def _prepare(self) -> Prepared:
+        """Decide, once, and write the parts of the data."""
+        file = self.folder.file("prepared.json")
+        if file.exists():
+            prepared = Prepared(**read_json(file))
+            for sentence in prepared.sentences:
+                self.say(sentence)
+            return prepared
+        start = self._start(self.cases[0])
+        files = write_parts(self.parts, self.folder, start.keeps_zero)
+        sentences = list(start.sentences)
+        if self.parts.replay:
+            used = (
+                "energies and forces"
+                if files["replay"]
+                else "forces alone, because energies have another zero"
+            )
+            sentences.append(f"replay: {used}")
+        part = TrainedPart()
+        if self.settings.freeze is not None:
+            part = FrozenBlocks(self.settings.freeze, start.checkpoint.config.num_layers)
+        sentences.append(f"trained: {part.describe()}")
+        speed = measure_speed(start.checkpoint.model, self.parts.frames, self.parts.all, self.settings.device)
+        start.checkpoint.model.cpu()
+        schedules = self._schedules(start, speed, sentences)
+        prepared = Prepared(files, start.keeps_zero, schedules, asdict(speed), sentences)
+        for sentence in sentences:
+            self.say(sentence)
+        write_json(file, asdict(prepared))
+        return prepared
+
+    def _schedules(self, start: Start, speed: Speed, sentences: list[str]) -> dict[str, dict[str, Any]]:
+        """Divide the time over the trainings."""
+        settings, count = self.settings, len(self.cases)
+        watched, judged = len(self.parts.watched[1]), len(self.parts.judged[1])
+        judged += sum(len(rows) for _, rows in self.parts.old)
+        minutes = settings.max_minutes
+        if minutes is None:
+            minutes = DEFAULT_MINUTES * settings.seeds * len(self.parts.train)
+        spent = time.monotonic() - self.begin
+        judging = (count + 1) * judged * speed.evaluation
+        each = (60 * minutes - spent - judging) / count - STARTUP_SECONDS
+        replayed = sum(len(rows) for _, rows in self.parts.replay)
+        schedules = {
+            share: choose_schedule(
+                start.checkpoint.config,
+                len(rows) + replayed,
+                watched,
+                speed,
+                each,
+                settings.steps,
+                settings.batch_size,
+                settings.learning_rate,
+            )
+            for share, rows in self.parts.train.items()
+        }
+        total = sum(schedules[case.share].seconds + STARTUP_SECONDS for case in self.cases) + judging
+        plural = f"{count} trainings take" if count > 1 else "one training takes"
+        sentences += [
+            f"schedule: {schedules[1.0].describe()}",
+            f"speed: {speed.training:.2g} s per frame in training, {speed.evaluation:.2g} s otherwise; "
+            f"{plural} "
+            f"about {spoken(total)} in all",
+        ]
+        return {f"{share:g}": asdict(schedule) for share, schedule in schedules.items()}
+
+    def _judge(self, predictor: Predictor, prepared: Prepared, is_new: bool) -> dict[str, Errors | None]:
+        """Errors on new and old data; `is_new` for the networks with the zero of the new data."""
+        frames = self.parts.frames
+        kept = prepared.keeps_zero
+        new = judge(
+            predictor, OC20Lmdb(prepared.files["judged"][0]), is_new or self._same_kind(frames.energy_kind)
+        )
+        old = None
+        if prepared.files["old"]:
+            data = OC20Lmdb(prepared.files["old"])
+            same = kept if is_new else self._same_kind(str(data.energy_kind))
+            old = judge(predictor, data, same)
+        return {NEW: new, OLD: old}
+
+    def _same_kind(self, kind: str) -> bool:
+        return self.before.energy_kind == kind
+
+    def _rows_before(self, prepared: Prepared) -> list[dict[str, Any]]:
+        """Rows of the checkpoint as it is, and of trivial answers."""
+        file = self.folder.file("before.json")
+        if file.exists():
+            rows: list[dict[str, Any]] = read_json(file)["rows"]
+            return rows
+        found = self._judge(self.before, prepared, False)
+        start = self._start(self.cases[0])
+        trivial = judge_trivial(start.own, OC20Lmdb(prepared.files["judged"][0]))
+        rows = [row_of(data, BEFORE, errors) for data, errors in found.items() if errors is not None]
+        rows.append(row_of(NEW, TRIVIAL, trivial))
+        write_json(file, {"rows": rows})
+        return rows
+
+    def _result(self, case: Case, trainer: Trainer, prepared: Prepared) -> dict[str, Any]:
+        """Train a case and judge it, or read what an earlier call has found."""
+        file = self.folder.runs / f"{case.name}.json"
+        if file.exists():
+            return read_json(file)
+        self.say(f"{case.title}:")
+        schedule = prepared.schedule(case.share)
+        following = self.cases[self.cases.index(case) + 1 :]
+        after = sum(prepared.schedule(other.share).seconds + STARTUP_SECONDS for other in following)
+        start = self._start(case)
+        best = trainer.run(case, start, schedule, after)
+        predictor = Predictor(best, self.settings.device)
+        found = self._judge(predictor, prepared, True)
+        step = predictor.checkpoint.provenance.get("step", 0)
+        last = load_checkpoint(best.with_name("last.pt")).provenance.get("step", 0)
+        result = {
+            **{data: None if errors is None else errors.to_dict() for data, errors in found.items()},
+            "frames": len(self.parts.train[case.share]),
+            "best_step": step,
+            "steps": last,
+            "planned_steps": schedule.steps,
+        }
+        write_json(file, result)
+        (self.folder.runs / f"{case.name}.start.pt").unlink(missing_ok=True)
+        return result
+
+    def _finish(
+        self, prepared: Prepared, rows: list[dict[str, Any]], results: dict[Case, dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Write the models and the table."""
+        table = (
+            rows[:1] + self._rows_of(AFTER, NEW, results) + self._rows_of(SCRATCH, NEW, results) + rows[-1:]
+        )
+        if prepared.files["old"]:
+            table += rows[1:-1] + self._rows_of(AFTER, OLD, results)
+        models = [
+            self._write_model(case, number)
+            for number, case in enumerate(
+                case for case in self.cases if case.network == AFTER and case.share == 1.0
+            )
+        ]
+        normalizers = load_checkpoint(models[0]["file"]).normalizers
+        per_atom = self.parts.frames.energy_kind == "total"
+        text = to_text(table, per_atom)
+        notices = self._notices(table)
+        record = {
+            **header("finetune/1", self.settings.checkpoint),
+            "table": table,
+            "references_eV": _references(normalizers, self.parts),
+            "energy_kind": self.parts.frames.energy_kind,
+            "models": models,
+            "decisions": [*self.parts.sentences, *prepared.sentences],
+            "notices": notices,
+            "schedule": prepared.schedules["1"],
+            "speed_s": prepared.speed,
+            "trainings": {case.title: result for case, result in results.items()},
+        }
+        self.say(f"\n{text}\n")
+        if len(self.parts.train) > 1:
+            record["curve"] = self._curve(results, table)
+        for notice in notices:
+            self.say(notice)
+        seconds = round(time.monotonic() - self.begin)
+        self.say(f"model: {', '.join(model['file'] for model in models)} ({spoken(seconds)})")
+        write_json(self.folder.file("finetune.json"), record)
+        return record
+
+    @staticmethod
+    def _rows_of(network: str, data: str, results: dict[Case, dict[str, Any]]) -> list[dict[str, Any]]:
+        """The row of a network on new or old data, over its seeds; none where it was not trained."""
+        rows = [
+            {"data": data, "network": network, **result[data], "seed": case.seed}
+            for case, result in results.items()
+            if case.network == network and case.share == 1.0 and result[data] is not None
+        ]
+        return [over_seeds(rows)] if rows else []
+
+    def _write_model(self, case: Case, number: int) -> dict[str, Any]:
+        """Copy the best weights of a training to the folder of results, with their origin."""
+        target = self.folder.file("model.pt" if number == 0 else f"model_{number}.pt")
+        contents = read_contents(self.folder.runs / case.name / "checkpoints" / "best.pt")
+        origin = {
+            "init_from": Path(self.settings.checkpoint).name,
+            "init_from_sha256": sha256(Path(self.settings.checkpoint)),
+            "seed": case.seed,
+        }
+        write_native(target, replace(contents, provenance=contents.provenance | origin))
+        return {"file": str(target), "seed": case.seed, "sha256": sha256(target)}
+
+    def _curve(self, results: dict[Case, dict[str, Any]], table: list[dict[str, Any]]) -> dict[str, Any]:
+        """Points, sentences and figure of the learning curve."""
+        points = [
+            {
+                "network": case.network,
+                "seed": case.seed,
+                "frames": result["frames"],
+                **{name: result[NEW][name] for name in data_curve.UNITS},
+            }
+            for case, result in results.items()
+        ]
+        told = data_curve.sentences(points)
+        trivial = next(row for row in table if row["network"] == TRIVIAL)
+        figure = self.folder.file("curve.png")
+        data_curve.draw(points, trivial, figure)
+        for sentence in told:
+            self.say(sentence)
+        self.say(f"learning curve: {figure}\n")
+        return {"points": points, "sentences": told, "figure": str(figure)}
+
+    def _notices(self, table: list[dict[str, Any]]) -> list[str]:
+        """Say where the tuned network is no better than others."""
+        new = {row["network"]: row for row in table if row["data"] == NEW}
+        after, told = new[AFTER], []
+        for key, (label, unit) in data_curve.UNITS.items():
+            for network, name in ((BEFORE, "the checkpoint before"), (TRIVIAL, "a trivial answer")):
+                other = new.get(network, {}).get(key)
+                if other is not None and after[key] is not None and after[key] >= other:
+                    told.append(
+                        f"warning: the {label} of the tuned network is {after[key]:.4f} {unit} and that of "
+                        f"{name} "
+                        f"{other:.4f}, so nothing was gained there"
+                    )
+        return told
+
+
+def _references(normalizers: Normalizers, parts: Parts) -> dict[str, float]:
+    """References of the elements of the training data, eV by symbol; empty for adsorption energies."""
+    if normalizers.linear_references is None:
+        return {}
+    numbers: list[int] = sorted({*parts.frames.elements(parts.all), *parts.isolated})
+    table = normalizers.linear_references.to(torch.float64).numpy()
+    return {chemical_symbols[number]: float(np.round(table[number], 9)) for number in numbers}

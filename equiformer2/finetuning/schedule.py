@@ -1,0 +1,159 @@
+"""Length, batch size and learning rate of a fine-tuning, by number of frames, network and time."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch_geometric.data import Batch
+
+from equiformer2.devices import usable_device
+from equiformer2.finetuning.frames import Frames
+from equiformer2.model import EquiformerV2, ModelConfig
+from equiformer2.model.parameters import count_parameters
+
+DEFAULT_MINUTES = 18.0
+"""Time that the whole command may take on this machine, table included."""
+VALIDATIONS = 12
+PATIENCE = 4
+"""Validations without a better one after which the training ends."""
+STARTUP_SECONDS = 8.0
+"""Seconds that a training takes beside its steps: reading, checking, checkpoints and figures."""
+# A run sees its frames 60 times when they are few and 5 times when they are many.
+_FRAME_VISITS, _MOST_VISITS, _LEAST_VISITS = 12_000, 60.0, 5.0
+_LEAST_STEPS = 10
+_LARGE = 10_000_000
+_PROBES = 3
+_MARGIN = 1.15
+"""Measured times are those of a quiet moment."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measured seconds per structure of a pass with gradients and an update, and of one without."""
+
+    training: float
+    evaluation: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Settings of one training.
+
+    Attributes:
+        frames: to train on, replay included.
+        batch_size: structures per step.
+        steps: optimizer steps.
+        interval: steps between validations.
+        learning_rate: largest, for a network from a checkpoint.
+        scratch_learning_rate: the same for one from random weights.
+        seconds: estimated time of one training, validations included.
+        wanted: steps without a limit of time.
+    """
+
+    frames: int
+    batch_size: int
+    steps: int
+    interval: int
+    learning_rate: float
+    scratch_learning_rate: float
+    seconds: float
+    wanted: int
+
+    @property
+    def visits(self) -> float:
+        """Times that a training sees every frame."""
+        return self.steps * self.batch_size / self.frames
+
+    def describe(self) -> str:
+        """Describe the choice and its reason."""
+        text = (
+            f"{self.steps} steps of {self.batch_size} frames ({self.visits:.1f} times each of "
+            f"{self.frames}), "
+            f"learning rate {self.learning_rate:g}, a validation every {self.interval} steps, early stop "
+            "after "
+            f"{PATIENCE} without a better one"
+        )
+        if self.steps < self.wanted:
+            text += f"; {self.wanted} steps would be usual, and the time allows these (--max-minutes)"
+        return text
+
+
+def choose_schedule(
+    config: ModelConfig,
+    frames: int,
+    watched: int,
+    speed: Speed,
+    seconds: float,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+) -> Schedule:
+    """Choose the settings of one training.
+
+    Args:
+        config: of the network.
+        frames: to train on, replay included.
+        watched: frames of the validation set.
+        speed: measured.
+        seconds: time for this training.
+        steps: given by the user, and then not limited by the time.
+        batch_size: given by the user.
+        learning_rate: given by the user.
+    """
+    size = batch_size or min(2 if frames < 50 else 4 if frames < 2000 else 8, frames)
+    visits = min(max(_FRAME_VISITS / frames, _LEAST_VISITS), _MOST_VISITS)
+    wanted = max(_LEAST_STEPS, math.ceil(visits * frames / size))
+    step = _MARGIN * size * speed.training
+    checks = _MARGIN * VALIDATIONS * watched * speed.evaluation
+    possible = int((seconds - checks) / step)
+    length = steps or max(_LEAST_STEPS, min(wanted, possible))
+    large = count_parameters(config) > _LARGE
+    usual = (1e-4 if large else 5e-4) * (0.5 if frames < 30 else 1.0)
+    return Schedule(
+        frames=frames,
+        batch_size=size,
+        steps=length,
+        interval=max(1, length // VALIDATIONS),
+        learning_rate=learning_rate or usual,
+        scratch_learning_rate=4e-4 if large else 1e-3,
+        seconds=length * step + checks,
+        wanted=steps or wanted,
+    )
+
+
+def measure_speed(model: EquiformerV2, frames: Frames, rows: np.ndarray, device: str) -> Speed:
+    """Time a few passes over frames of mean size, after one that does not count.
+
+    Args:
+        model: a network of the size to train; its weights stay as they are.
+        frames: all frames.
+        rows: those to train on.
+        device: to compute on.
+    """
+    where = usable_device(device)
+    by_size = rows[np.argsort(frames.natoms[rows], kind="stable")]
+    middle = by_size[np.unique(np.linspace(0, len(by_size) - 1, _PROBES + 2).astype(int))]
+    batches = [Batch.from_data_list([frames.dataset[row]]).to(where) for row in middle.tolist()]
+    model = model.to(where).train()
+    taken: dict[bool, float] = {}
+    for training in (True, False):
+        model.train(training)
+        _pass(model, batches[0], training)
+        begin = time.perf_counter()
+        for batch in batches:
+            _pass(model, batch, training)
+        taken[training] = (time.perf_counter() - begin) / len(batches)
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    return Speed(taken[True], taken[False])
+
+
+def _pass(model: EquiformerV2, batch: Batch, training: bool) -> None:
+    with torch.set_grad_enabled(training):
+        out = model(batch.clone())
+    if training:
+        sum(value.sum() for value in out.values()).backward()  # type: ignore[union-attr]
+    if batch.pos.is_cuda:
+        torch.cuda.synchronize()

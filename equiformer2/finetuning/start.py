@@ -1,0 +1,336 @@
+"""Network to start from: which parts of a checkpoint fit the data, its references and normalizers."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from ase.data import chemical_symbols
+
+from datasets_oc20 import OC20Lmdb
+from datasets_oc20.target_sums import NUM_ELEMENTS
+from datasets_oc20.targets import TargetSample, fit_linear_references, fit_normalizers
+from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers, save_checkpoint
+from equiformer2.checkpoint.training_data import inherited
+from equiformer2.errors import InputError
+from equiformer2.finetuning.frames import Frames
+from equiformer2.inference import Predictor
+from equiformer2.model import EquiformerV2
+from equiformer2.training.start import FITTED, keep_predictions
+
+_LOOKED_AT = 100
+"""Frames on which the checkpoint is compared with the data before the training."""
+# Energies of another method or code differ by eV per atom, and by a sum over atoms; the errors of a network
+# of the same method are some meV to tens of meV per atom and no such sum.
+_OTHER_ZERO, _EXPLAINED = 0.25, 5.0
+RESET = "--reset-head makes new normalizers, references and an energy head for them"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint made ready for the data.
+
+    Attributes:
+        checkpoint: network, normalizers and kind of energy to train from.
+        references: `[100]` eV per atomic number of the data's own fit (or as given), for a network from
+            random weights and the trivial answer; None for adsorption energies.
+        own: normalizers of the data alone, with these references.
+        keeps_zero: False where the energies of the checkpoint's original data have another zero.
+        sentences: what was decided, and why.
+    """
+
+    checkpoint: Checkpoint
+    references: np.ndarray | None
+    own: Normalizers
+    keeps_zero: bool
+    sentences: list[str]
+
+
+def reason_to_reset(checkpoint: Checkpoint, frames: Frames, predicted: "Predicted | None") -> str | None:
+    """Say why the checkpoint's heads cannot be kept for these data; None where they can.
+
+    Args:
+        checkpoint: to start from.
+        frames: to train on.
+        predicted: the checkpoint's own answers, where energies are of one kind.
+    """
+    if checkpoint.energy_kind != frames.energy_kind:
+        return (
+            f"the checkpoint predicts {checkpoint.energy_kind} energies and the data hold "
+            f"{frames.energy_kind} energies"
+        )
+    if not frames.has_forces and checkpoint.config.forces != "none":
+        return (
+            "the data have energies without forces, and the checkpoint predicts forces, which would be lost"
+        )
+    if frames.has_forces and checkpoint.config.forces == "none":
+        return "the data have forces, and the checkpoint predicts energies alone"
+    if predicted is not None and frames.energy_kind == "total":
+        offset = predicted.offset_per_atom()
+        if offset is not None:
+            return (
+                f"the total energies are {offset:+.3g} eV per atom from the checkpoint's, a constant per "
+                "element, as of another functional, code or pseudopotential"
+            )
+    return None
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A checkpoint's answers to some frames.
+
+    Attributes:
+        sample: compositions and true energies of the frames.
+        error: `[n]` true less predicted energy, eV.
+    """
+
+    sample: TargetSample
+    error: np.ndarray
+
+    @classmethod
+    def from_frames(cls, predictor: Predictor, frames: Frames, rows: np.ndarray) -> "Predicted":
+        """Predict at most 100 of the frames `rows`, evenly spread."""
+        chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(_LOOKED_AT, len(rows))).astype(int))]
+        energies = [
+            float(predictor.predict(frames.dataset[row], force_atoms=None)["energy"])
+            for row in chosen.tolist()
+        ]
+        return cls(frames.targets(chosen), frames.energy[chosen] - np.array(energies))
+
+    def shift(self) -> np.ndarray:
+        """Fit the error by a constant per element, `[100]` eV; 0 for elements that are not in the frames."""
+        table = fit_linear_references(
+            TargetSample(self.sample.composition, self.error, self.sample.forces_rms)
+        ).numpy()
+        return np.where(self.sample.composition.any(axis=0), table, 0.0)
+
+    def offset_per_atom(self) -> float | None:
+        """Mean error in eV per atom if it is large and a constant per element explains it, else None."""
+        atoms = self.sample.composition.sum(axis=1)
+        before = np.abs(self.error / atoms).mean()
+        after = np.abs((self.error - self.sample.composition @ self.shift()) / atoms).mean()
+        if before > _OTHER_ZERO and before > _EXPLAINED * after:
+            return float((self.error / atoms).mean())
+        return None
+
+
+def isolated_references(energies: dict[int, float], sample: TargetSample) -> tuple[np.ndarray, list[int]]:
+    """Complete references of isolated atoms by a fit of the elements that they lack.
+
+    Args:
+        energies: eV by atomic number.
+        sample: the frames to train on.
+
+    Returns:
+        `[100]` eV per atomic number, and the elements that were fitted.
+    """
+    known = np.zeros(NUM_ELEMENTS)
+    for number, energy in energies.items():
+        known[number] = energy
+    present = np.flatnonzero(sample.composition.any(axis=0))
+    missing = [int(number) for number in present if number not in energies]
+    if not missing:
+        return known, []
+    rest = np.zeros_like(sample.composition)
+    rest[:, missing] = sample.composition[:, missing]
+    rows = rest.any(axis=1)
+    fitted = fit_linear_references(
+        TargetSample(rest[rows], sample.energy[rows] - sample.composition[rows] @ known, None)
+    ).numpy()
+    known[missing] = fitted[missing]
+    return known, missing
+
+
+def read_isolated_atoms(dataset: OC20Lmdb) -> dict[int, float]:
+    """Read the energies of isolated atoms, eV by atomic number.
+
+    Raises:
+        InputError: a frame has several atoms or no energy, or an element occurs twice with other energies.
+    """
+    found: dict[int, float] = {}
+    for row in range(len(dataset)):
+        data = dataset[row]
+        where = dataset.describe(row)
+        if int(data.natoms) != 1 or "energy" not in data:
+            raise InputError(
+                f"{where} holds {int(data.natoms)} atoms{'' if 'energy' in data else ' and no energy'}: "
+                "--isolated-atoms takes frames of one atom each with its energy"
+            )
+        number, energy = int(data.atomic_numbers[0]), float(data.energy)
+        if abs(found.setdefault(number, energy) - energy) > 1e-3:
+            raise InputError(
+                f"{where}: the isolated atom {chemical_symbols[number]} has {energy:.6f} eV here and "
+                f"{found[number]:.6f} eV before: keep the one of the calculations' settings"
+            )
+    return found
+
+
+def prepare_start(
+    predictor: Predictor,
+    frames: Frames,
+    rows: np.ndarray,
+    isolated: dict[int, float],
+    reset: bool,
+    seed: int,
+) -> Start:
+    """Choose references, normalizers and heads.
+
+    Args:
+        predictor: of the checkpoint, on any device.
+        frames: all frames.
+        rows: those to train on.
+        isolated: energies of isolated atoms, eV by atomic number; may be empty.
+        reset: whether heads may be replaced.
+        seed: of new weights.
+
+    Raises:
+        InputError: the checkpoint does not fit the data, and `reset` is False.
+    """
+    checkpoint = predictor.checkpoint
+    same_kind = checkpoint.energy_kind == frames.energy_kind
+    predicted = Predicted.from_frames(predictor, frames, rows) if same_kind and not reset else None
+    reason = reason_to_reset(checkpoint, frames, predicted)
+    if reason is not None and not reset:
+        raise InputError(f"{reason}: {RESET}")
+    sample = frames.targets(rows)
+    references, told = _own_references(frames, sample, isolated)
+    sentences = [f"references: {told}"]
+    own = _normalizers(sample, references)
+    model = _fitting_model(checkpoint, frames.has_forces, seed)
+    if predicted is None:
+        normalizers = own
+        _forget_energies(model, seed)
+        what = reason or "asked for, though the checkpoint fits the data"
+        sentences.append(f"energy head: new ({what})")
+        if frames.has_forces and checkpoint.config.forces == "none":
+            sentences.append("force head: new, because the checkpoint has none")
+        elif frames.has_forces:
+            sentences.append("force head: the checkpoint's, with the same forces in eV/Å at the start")
+        else:
+            sentences.append("force head: left out, because the data have no forces")
+        if model.config.forces == "gradient":
+            normalizers = own.for_gradient()
+        elif frames.has_forces and checkpoint.config.forces != "none":
+            kept = Normalizers(own.energy, checkpoint.normalizers.forces)
+            keep_predictions(model, kept, own)
+    else:
+        normalizers, more = _adjusted(checkpoint.normalizers, predicted, own, isolated)
+        if model.config.forces == "gradient":
+            normalizers = normalizers.for_gradient()
+        keep_predictions(model, checkpoint.normalizers, normalizers)
+        sentences += ["heads: the checkpoint's, with the same answers at the start but for constants", more]
+    ready = replace(
+        checkpoint,
+        model=model,
+        config=model.config,
+        normalizers=normalizers,
+        energy_kind=frames.energy_kind,  # type: ignore[arg-type]
+    )
+    return Start(ready, references, own, predicted is not None, sentences)
+
+
+def _own_references(
+    frames: Frames, sample: TargetSample, isolated: dict[int, float]
+) -> tuple[np.ndarray | None, str]:
+    """References of the data, `[100]` eV or None, and a sentence about them."""
+    if frames.energy_kind == "adsorption":
+        if isolated:
+            raise InputError(
+                "isolated atoms are references of total energies, and these are adsorption energies: leave "
+                "them out"
+            )
+        return None, "none, because these are adsorption energies"
+    if not isolated:
+        return fit_linear_references(sample).numpy(), "fitted to the frames for training, one per element"
+    references, fitted = isolated_references(isolated, sample)
+    if not fitted:
+        return references, "energies of isolated atoms"
+    names = ", ".join(chemical_symbols[number] for number in fitted)
+    return references, f"energies of isolated atoms; fitted for {names}, of which there is none"
+
+
+def _normalizers(sample: TargetSample, references: np.ndarray | None) -> Normalizers:
+    """Normalizers of the data.
+
+    The energy's spread is at least that of the forces times 1 Å: frames of one relaxation differ by less, and
+    the energy would outweigh all forces.
+    """
+    table = None if references is None else torch.from_numpy(references)
+    (mean, energy), (_, forces) = (fit_normalizers(sample, table)[name] for name in ("energy", "forces"))
+    if sample.forces_rms is not None:
+        energy = max(energy, forces)
+    return Normalizers(Normalizer(mean, energy), Normalizer(0.0, forces), table)
+
+
+def _adjusted(
+    before: Normalizers, predicted: Predicted, own: Normalizers, isolated: dict[int, float]
+) -> tuple[Normalizers, str]:
+    """The checkpoint's normalizers in the units of the data, and corrected by constants.
+
+    The head keeps what it knows, so the constants are fitted to its errors and not to the energies.
+    """
+    references, error = before.linear_references, predicted.error
+    if own.linear_references is not None:
+        table = np.zeros(NUM_ELEMENTS)
+        if references is not None:
+            size = min(len(references), NUM_ELEMENTS)
+            table[:size] = references.numpy()[:size]
+        shift = predicted.shift()
+        for number, energy in isolated.items():
+            shift[number] = energy - table[number]
+        references = torch.from_numpy(table + shift)
+        error = error - predicted.sample.composition @ shift
+    constant = float(error.mean())
+    changed = Normalizers(
+        Normalizer(before.energy.mean + constant, own.energy.std),
+        Normalizer(0.0, own.forces.std),
+        references,
+    )
+    size = np.abs(predicted.error).mean()
+    by = (
+        "constants per element and one per structure" if own.linear_references is not None else "one constant"
+    )
+    return changed, (
+        f"energies: {by} fitted to the checkpoint's errors on the data lower its mean error there from "
+        f"{size:.3f} to {np.abs(error - constant).mean():.3f} eV"
+    )
+
+
+def _fitting_model(checkpoint: Checkpoint, has_forces: bool, seed: int) -> EquiformerV2:
+    """Copy the network, without the force head for data without forces, with a new one where it lacks one."""
+    config = checkpoint.config
+    wanted = config.forces if has_forces and config.forces != "none" else "direct" if has_forces else "none"
+    if wanted != config.forces:
+        config = replace(config, forces=wanted, stress=False, force_head=None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = EquiformerV2(config)
+    own = model.state_dict()
+    old = checkpoint.model.state_dict()
+    model.load_state_dict({name: old.get(name, own[name]).cpu() for name in own})
+    return model
+
+
+def _forget_energies(model: EquiformerV2, seed: int) -> None:
+    """Give the network a new energy head, whose first answer is 0: the references and the mean."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = EquiformerV2(model.config).energy_block
+    model.energy_block.load_state_dict(fresh.state_dict())
+    with torch.no_grad():
+        model.energy_block.so3_linear_2.weight.zero_()
+        model.energy_block.so3_linear_2.bias.zero_()
+
+
+def write_start(start: Start, path: Path, origin: dict[str, str]) -> None:
+    """Write the native checkpoint that the trainer starts from; `origin` goes into its provenance."""
+    checkpoint = start.checkpoint
+    save_checkpoint(
+        path,
+        model=checkpoint.model,
+        raw_state=checkpoint.model.state_dict(),
+        averaged_state=None,
+        normalizers=checkpoint.normalizers,
+        energy_kind=checkpoint.energy_kind,
+        provenance={**inherited(checkpoint.provenance), **origin, FITTED: True},
+    )
