@@ -12,6 +12,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from torch_geometric.data import Batch, Data
 
+from datasets_oc20.division import divide, group_names
 from datasets_oc20.errors import DataError
 from datasets_oc20.npz_file import read_npz
 from datasets_oc20.reader import OC20Lmdb
@@ -28,6 +29,7 @@ from datasets_oc20.targets import (
 
 Paths = str | list[str]
 _CHECKED_RECORDS = 200
+_VALIDATION_SHARE = 0.1
 _MAX_CHECKED_FIELDS = 50_000
 
 
@@ -113,7 +115,8 @@ class OC20DataModule(pl.LightningDataModule):
 
     Args:
         train: LMDB file, folder of shards, or list of them.
-        val: likewise.
+        val: likewise; None holds systems with a tenth of the frames out of `train`, or of a single
+            system its last frames.
         test: likewise.
         forces_only: further training structures of which only the forces are learned, such as labels of
             another method, whose energies have another zero. They do not enter the normalizers.
@@ -135,7 +138,7 @@ class OC20DataModule(pl.LightningDataModule):
     def __init__(
         self,
         train: Paths,
-        val: Paths,
+        val: Paths | None = None,
         test: Paths | None = None,
         forces_only: Paths | None = None,
         energy_kind: str | None = None,
@@ -173,6 +176,8 @@ class OC20DataModule(pl.LightningDataModule):
         datasets = {
             name: OC20Lmdb(path, self._given_kind) for name, path in self._paths.items() if path is not None
         }
+        if "val" not in datasets:
+            datasets = datasets | self._hold_out(datasets["train"])
         self.energy_kind = self._common_kind(datasets)
         more = None if self._forces_only is None else OC20Lmdb(self._forces_only)
         for name, dataset in datasets.items():
@@ -234,6 +239,21 @@ class OC20DataModule(pl.LightningDataModule):
         if "test" not in self.datasets:
             raise DataError("data.test is not set; name the dataset to test on.")
         return self._loader("test", shuffle=False)
+
+    def _hold_out(self, dataset: OC20Lmdb) -> dict[str, OC20Lmdb]:
+        """Divide the training data by system; read all of them once."""
+        sids, numbers, frames = [], [], []
+        for index in range(len(dataset)):
+            data = dataset[index]
+            sids.append(str(data.sid))
+            numbers.append(data.atomic_numbers.numpy())
+            frames.append(int(data.fid))
+        division = divide(group_names(sids, numbers), frames, _VALIDATION_SHARE, self.seed, dataset.path)
+        rank_zero_info(f"Validation (data.val is not set): {division.sentence}")
+        return {
+            "train": dataset.select(division.train, "training part"),
+            "val": dataset.select(division.held_out, "held-out part"),
+        }
 
     def _normalizers(self, train: OC20Lmdb) -> NormalizerTable:
         given = self._given_normalizers

@@ -91,8 +91,8 @@ def divide(
             np.sort(order[before]),
             np.sort(order[later]),
             True,
-            f"all {count} frames are of one system: its first {len(before)} frames are for training and its "
-            f"last {len(later)} to judge by, the easy case, which says nothing about other systems",
+            f"all {count} frames are of one system: its first {len(before)} frames to train on and its last "
+            f"{len(later)} to judge by, the easy case, which says nothing about other systems",
         )
     names = sorted(sizes)
     random.Random(seed).shuffle(names)
@@ -107,10 +107,11 @@ def divide(
         chosen = {min(names, key=lambda name: sizes[name])}
     is_held = np.array([name in chosen for name in systems])
     train, held_out = np.flatnonzero(~is_held), np.flatnonzero(is_held)
+    for_training = len(sizes) - len(chosen)
     return Division(
         train,
         held_out,
         False,
-        f"{len(sizes) - len(chosen)} systems ({len(train)} frames) are for training and {len(chosen)} others "
-        f"({len(held_out)} frames) to judge by",
+        f"{for_training} system{'s' * (for_training > 1)} ({len(train)} frames) to train on and "
+        f"{len(chosen)} other{'s' * (len(chosen) > 1)} ({len(held_out)} frames) to judge by",
     )

@@ -2,6 +2,7 @@
 
 import bisect
 import contextlib
+import copy
 import io
 import os
 from collections.abc import Iterable, Sequence
@@ -174,6 +175,7 @@ class OC20Lmdb(Dataset[Data]):
             raise DataError(f"{self.path}: the dataset has no records.")
         self.energy_kind = self._resolve_kind(kinds, check_energy_kind(energy_kind))
         self.labels = sorted(statement for statement in labels if isinstance(statement, str))
+        self._rows: np.ndarray | None = None
         self._opened: dict[int, _Shard] = {}
         self._pid = os.getpid()
         self._natoms: np.ndarray | None = None
@@ -181,7 +183,21 @@ class OC20Lmdb(Dataset[Data]):
 
     def __len__(self) -> int:
         """Return the number of structures."""
-        return self._ends[-1]
+        return self._ends[-1] if self._rows is None else len(self._rows)
+
+    def select(self, rows: Sequence[int] | np.ndarray, part: str) -> "OC20Lmdb":
+        """Return a dataset of some of the structures, which are read from the same files.
+
+        Args:
+            rows: indices of the structures, in the order in which the dataset gives them.
+            part: description of the part, for messages: it is put behind the path.
+        """
+        chosen = copy.copy(self)
+        given = np.asarray(rows, dtype=np.int64)
+        chosen._rows = given if self._rows is None else self._rows[given]
+        chosen.path = f"{self.path} ({part})"
+        chosen._opened, chosen._natoms = {}, None
+        return chosen
 
     def __getitem__(self, index: int) -> Data:
         """Read the structure `index`; fields, shapes and units in docs/architecture.md."""
@@ -218,7 +234,8 @@ class OC20Lmdb(Dataset[Data]):
                 self._open(index).natoms(end - start)
                 for index, (start, end) in enumerate(zip(starts, self._ends, strict=True))
             ]
-            self._natoms = np.concatenate(parts)
+            every = np.concatenate(parts)
+            self._natoms = every if self._rows is None else every[self._rows]
         return self._natoms
 
     def describe(self, index: int) -> str:
@@ -235,6 +252,8 @@ class OC20Lmdb(Dataset[Data]):
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
             raise IndexError(f"{self.path}: index {index} of {len(self)} records")
+        if self._rows is not None:
+            position = int(self._rows[position])
         shard = bisect.bisect_right(self._ends, position)
         return shard, position - (self._ends[shard - 1] if shard else 0)
 

@@ -25,7 +25,8 @@ MAIN_KEYS = {
     "init_from": "checkpoint whose weights a new run starts from, for fine-tuning",
     "ckpt_path": "Lightning checkpoint to resume from; last is the run's own, auto that one if it is there",
     "data.train": "LMDB file or folder of shards with training structures",
-    "data.val": "LMDB file or folder of shards with validation structures",
+    "data.val": "LMDB file or folder of shards with validation structures (default: systems held out of "
+    "data.train)",
     "data.energy_kind": "kind of the energies, adsorption or total, for data that does not declare it",
     "data.batch_size": "maximum number of structures per batch and process",
     "data.num_workers": "number of loader processes",
@@ -49,6 +50,7 @@ class Train(Command):
 
         equiformer2 train --config oc20_2m_83M --data.train train_lmdb --data.val val_lmdb --name shallow
             --model.num_layers 4
+        equiformer2 train --data.train my.lmdb   # own data: configuration own_data
 
     The keys below are those that matter most. `equiformer2 train --help-all` lists all of them, and
     `equiformer2 train --config FILE --print_config` prints the values that a run would have.

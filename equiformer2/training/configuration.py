@@ -57,6 +57,8 @@ _TEXT_TRAINER_KEYS: dict[str, tuple[str | None, str]] = {
 _GROUPS = {"model": ModelConfig, "task": TaskSettings, "optim": OptimSettings, "wandb": WandbSettings}
 #: Keys of a pruned network's parts, each of which holds keys of its own; `[]` stands for the items of a list.
 _BLOCKS = ("model.blocks[]", "model.force_head", "model.energy_head")
+DEFAULT_CONFIG = "own_data"
+"""Shipped configuration of runs that name training data and nothing else."""
 #: Keys that are null or hold keys of their own.
 _OPTIONAL_GROUPS = {"data.normalizers": NormalizerValues, "task.dens": DensSettings}
 
@@ -100,7 +102,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         InputError: an unknown key (the nearest known one is named), a value of the wrong type or out of
             range, an unreadable file. One sentence.
     """
-    arguments = list(_with_paths(arguments))
+    arguments = list(_with_paths(_with_default(arguments)))
     parser = build_parser()
     known = {action.dest for action in parser._actions if action.dest}
     known |= {
@@ -158,6 +160,14 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         text=yaml.safe_dump({**values, "name": run.name}, sort_keys=False),
         **groups,
     )
+
+
+def _with_default(arguments: Sequence[str]) -> Sequence[str]:
+    """The command line, with the shipped configuration for own data where it names training data alone."""
+    given = {key for key, _ in _options(arguments)}
+    if "config" in given or "data.val" in given or "data.train" not in given:
+        return arguments
+    return ["--config", DEFAULT_CONFIG, *arguments]
 
 
 def _with_paths(arguments: Sequence[str]) -> Iterator[str]:

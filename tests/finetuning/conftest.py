@@ -1,0 +1,36 @@
+"""EMT frames and tiny checkpoints, made once."""
+
+from pathlib import Path
+
+import pytest
+from emt_frames import SYSTEMS, emt_frames, write_frames
+from tiny_networks import write_checkpoint
+from torch_geometric.data import Data
+
+
+@pytest.fixture(scope="session")
+def frames() -> list[Data]:
+    return emt_frames()
+
+
+@pytest.fixture(scope="session")
+def emt(frames: list[Data], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 frames of 6 systems, total energies."""
+    return write_frames(tmp_path_factory.mktemp("emt") / "emt.lmdb", frames)
+
+
+@pytest.fixture(scope="session")
+def copper(frames: list[Data], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The frames of copper alone, two systems."""
+    chosen = [frame for frame in frames if frame.sid.startswith(SYSTEMS[0][0])]
+    return write_frames(tmp_path_factory.mktemp("copper") / "copper.lmdb", chosen)
+
+
+@pytest.fixture(scope="session")
+def adsorption_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "adsorption.pt", "adsorption")
+
+
+@pytest.fixture(scope="session")
+def total_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "total.pt", "total")

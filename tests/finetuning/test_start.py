@@ -1,0 +1,130 @@
+"""Which start fits the data: heads kept or reset, references fitted, given or of isolated atoms."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from emt_frames import write_frames
+from tiny_networks import write_checkpoint
+from torch_geometric.data import Data
+
+from equiformer2.errors import InputError
+from equiformer2.finetuning.frames import Frames, open_frames, read_frames
+from equiformer2.finetuning.start import isolated_references, prepare_start, read_isolated_atoms
+from equiformer2.inference import Predictor
+
+
+@pytest.fixture(scope="module")
+def found(emt: Path) -> Frames:
+    return read_frames(open_frames([emt]), 89)
+
+
+def start_of(path: Path, frames: Frames, reset: bool = False, isolated: dict[int, float] | None = None):  # type: ignore[no-untyped-def]
+    return prepare_start(Predictor(path), frames, np.arange(len(frames)), isolated or {}, reset, 0)
+
+
+def shifted(frames: Frames, per_atom: float) -> Frames:
+    return replace(frames, energy=frames.energy + per_atom * frames.natoms)
+
+
+@pytest.mark.parametrize(
+    ("kind", "forces", "change", "reason"),
+    [
+        ("adsorption", "direct", lambda f: f, "predicts adsorption energies and the data hold total"),
+        ("total", "direct", lambda f: replace(f, has_forces=False), "energies without forces"),
+        ("total", "none", lambda f: f, "predicts energies alone"),
+        ("total", "direct", lambda f: shifted(f, -1000.0), "another functional, code or pseudopotential"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_reset_on_request(
+    found: Frames,
+    tmp_path: Path,
+    kind: str,
+    forces: str,
+    change,
+    reason: str,  # type: ignore[no-untyped-def]
+) -> None:
+    path = write_checkpoint(tmp_path / "a.pt", kind, forces=forces)
+    frames = change(found)
+    with pytest.raises(InputError, match=f"{reason}.*--reset-head"):
+        start_of(path, frames)
+    start = start_of(path, frames, reset=True)
+    assert not start.keeps_zero
+    assert start.checkpoint.energy_kind == "total"
+    assert start.checkpoint.config.forces == ("direct" if frames.has_forces else "none")
+
+
+def test_a_reset_network_answers_references_and_the_same_forces(
+    found: Frames, adsorption_checkpoint: Path
+) -> None:
+    start = start_of(adsorption_checkpoint, found, reset=True)
+    data = found.dataset[0]
+    before, after = Predictor(adsorption_checkpoint).predict(data), Predictor(start.checkpoint).predict(data)
+    assert torch.allclose(before["forces"], after["forces"], atol=1e-5)
+    expected = start.own.reference_energy(data, 1) + start.own.energy.mean
+    assert torch.allclose(after["energy"], expected)
+
+
+def test_a_kept_head_is_corrected_by_constants(found: Frames, total_checkpoint: Path) -> None:
+    start = start_of(total_checkpoint, found)
+    assert start.keeps_zero
+    before, after = Predictor(total_checkpoint), Predictor(start.checkpoint)
+    errors = []
+    for predictor in (before, after):
+        answers = [predictor.predict(found.dataset[row]) for row in range(len(found))]
+        errors.append(np.abs([float(a["energy"]) for a in answers] - found.energy).mean())
+    assert errors[1] < 0.7 * errors[0]
+    forces = [predictor.predict(found.dataset[3])["forces"] for predictor in (before, after)]
+    assert torch.allclose(*forces, atol=1e-5)
+
+
+def test_references_of_isolated_atoms_are_taken_and_completed(found: Frames) -> None:
+    sample = found.targets(np.arange(len(found)))
+    table, fitted = isolated_references({29: -1.0, 78: -2.0, 28: -3.0}, sample)
+    assert (table[29], table[78], table[28]) == (-1.0, -2.0, -3.0)
+    assert fitted == [1, 8]
+    every = {number: -1.0 for number in found.elements()}
+    assert isolated_references(every, sample)[1] == []
+
+
+def test_references_of_isolated_atoms_are_in_the_start(found: Frames, adsorption_checkpoint: Path) -> None:
+    every = {number: -float(number) for number in found.elements()}
+    start = start_of(adsorption_checkpoint, found, reset=True, isolated=every)
+    assert start.checkpoint.normalizers.linear_references[29] == -29.0
+    adsorption = replace(found, energy_kind="adsorption")
+    with pytest.raises(InputError, match="isolated atoms are references of total energies"):
+        start_of(adsorption_checkpoint, adsorption, isolated=every)
+
+
+def atom(number: int, energy: float, count: int = 1) -> Data:
+    return Data(
+        pos=torch.arange(3 * count).reshape(count, 3).double() * 2,
+        atomic_numbers=torch.full((count,), number),
+        cell=torch.eye(3)[None].double() * 12,
+        pbc=torch.ones(1, 3, dtype=torch.bool),
+        tags=torch.zeros(count, dtype=torch.long),
+        fixed=torch.zeros(count, dtype=torch.bool),
+        energy=torch.tensor([energy]).double(),
+        sid="atom",
+        fid=0,
+    )
+
+
+def test_files_of_isolated_atoms_are_read_and_checked(tmp_path: Path) -> None:
+    good = open_frames([write_frames(tmp_path / "a.lmdb", [atom(8, -1.5), atom(29, -0.2)])])
+    assert read_isolated_atoms(good) == {8: -1.5, 29: -0.2}
+    with pytest.raises(InputError, match="holds 2 atoms"):
+        read_isolated_atoms(open_frames([write_frames(tmp_path / "b.lmdb", [atom(8, -1.0, 2)])]))
+    with pytest.raises(InputError, match=r"isolated atom O has -1\.0"):
+        read_isolated_atoms(open_frames([write_frames(tmp_path / "c.lmdb", [atom(8, -2.0), atom(8, -1.0)])]))
+
+
+def test_isolated_atoms_among_the_frames_are_seen(frames: list[Data], tmp_path: Path) -> None:
+    path = write_frames(tmp_path / "a.lmdb", [frames[0].clone(), *[f for f in frames[1:4]]])
+    assert not read_frames(open_frames([path]), 89).isolated.any()
+    lone = atom(8, -1.5)
+    lone.forces = torch.zeros(1, 3)
+    path = write_frames(tmp_path / "b.lmdb", [frames[0], lone])
+    assert read_frames(open_frames([path]), 89).isolated.tolist() == [False, True]
