@@ -97,7 +97,5 @@ def test_a_part_keeps_labels_and_drops_what_is_not_trained(frames: list[Data], t
     part = OC20Lmdb(write_part(found, np.array([2]), tmp_path / "parts" / "part.lmdb", True))
     assert len(part) == 1
     assert "stress" not in part[0]
-    assert torch.equal(
-        part[0].forces, torch.as_tensor(more.forces)
-    )
+    assert torch.equal(part[0].forces, torch.as_tensor(more.forces))
     assert part.energy_kind == "total"
