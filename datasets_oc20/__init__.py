@@ -12,12 +12,20 @@ from datasets_oc20.errors import DataError
 
 if TYPE_CHECKING:
     from datasets_oc20.datamodule import OC20DataModule
+    from datasets_oc20.own_data.opening import open_dataset
+    from datasets_oc20.own_data.writing import write_lmdb
     from datasets_oc20.reader import OC20Lmdb
     from datasets_oc20.writer import LmdbWriter
 
-__all__ = ["DataError", "LmdbWriter", "OC20DataModule", "OC20Lmdb"]
+__all__ = ["DataError", "LmdbWriter", "OC20DataModule", "OC20Lmdb", "open_dataset", "write_lmdb"]
 
-_HOMES = {"LmdbWriter": "writer", "OC20DataModule": "datamodule", "OC20Lmdb": "reader"}
+_HOMES = {
+    "LmdbWriter": "writer",
+    "OC20DataModule": "datamodule",
+    "OC20Lmdb": "reader",
+    "open_dataset": "own_data.opening",
+    "write_lmdb": "own_data.writing",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -96,12 +96,27 @@ class AseLmdbFile(LmdbFile):
                 ) from error
         if not key.isdigit() or int(key) >= self.length:
             return None
-        row_id = int(key) + 1 + int(np.searchsorted(self._deleted_below, int(key), side="right"))
-        row = self._json(str(row_id).encode("ascii"))
-        where = f"{self.path}, row {row_id}"
+        row, row_id, where = self._row(int(key))
+        return None if row is None else pack(AseRow(row, where).fields(row_id, self._is_ours), where)
+
+    def raw_fields(self, index: int) -> dict[str, Any]:
+        """Return the unchecked fields of a row, and its key-value pairs and data under `names`.
+
+        Args:
+            index: number of the row, from 0; a row needs neither tags nor constraints here.
+
+        Raises:
+            DataError: the row is missing or not readable.
+        """
+        row, row_id, where = self._row(index)
         if row is None:
-            return None
-        return pack(AseRow(row, where).fields(str(row_id), keep_tags=self._is_ours), where)
+            raise DataError(f"{where}: the file has no such row; write it again.")
+        return AseRow(row, where).fields(row_id, None, with_names=True)
+
+    def _row(self, index: int) -> tuple[Any, str, str]:
+        """Return the JSON of a row (None without one), its id, and its place for messages."""
+        row_id = index + 1 + int(np.searchsorted(self._deleted_below, index, side="right"))
+        return self._json(str(row_id).encode("ascii")), str(row_id), f"{self.path}, row {row_id}"
 
     def entries(self) -> int:
         """Return the number of our keys."""
@@ -145,12 +160,14 @@ class AseRow:
     def __init__(self, row: Any, where: str) -> None:
         self._row, self._where = row, where
 
-    def fields(self, row_id: str, keep_tags: bool) -> dict[str, Any]:
+    def fields(self, row_id: str, keep_tags: bool | None, with_names: bool = False) -> dict[str, Any]:
         """Return the fields of the data object (`structure_record.make_data`).
 
         Args:
             row_id: name of the system where the row has none.
-            keep_tags: take tags that are all 0 as OC20's; False takes them as missing.
+            keep_tags: take tags that are all 0 as OC20's; False takes them as missing; None takes any tags,
+                or none, as they are.
+            with_names: add the key-value pairs and data under `names`.
 
         Raises:
             DataError: not a row of an ASE database, or one without tags and constraints.
@@ -167,7 +184,9 @@ class AseRow:
                 "atomic_numbers": plain["numbers"],
                 "cell": plain.get("cell", np.zeros((3, 3))),
                 "pbc": plain.get("pbc", np.zeros(3, dtype=bool)),
-                "tags": self._tags(plain.get("tags"), fixed, keep_tags),
+                "tags": plain.get("tags")
+                if keep_tags is None
+                else self._tags(plain.get("tags"), fixed, keep_tags),
                 "fixed": fixed,
                 "energy": plain.get("energy"),
                 "forces": plain.get("forces"),
@@ -184,6 +203,8 @@ class AseRow:
                 f"{where}: not a row of an ASE database ({reason}); write the file again."
             ) from error
         fields |= {name: data[name] for name in EXTRA_FIELDS if name in data}
+        if with_names:
+            fields["names"] = names
         return {name: value for name, value in fields.items() if value is not None}
 
     def _stress(self, stress: Any) -> np.ndarray | None:

@@ -4,6 +4,7 @@ import contextlib
 import glob
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ def temporary_beside(path: Path) -> Path:
 
 
 def remove_stale(path: Path) -> None:
-    """Remove temporary files of `path` left by killed processes of this machine; living ones keep theirs."""
+    """Remove temporary files and folders of `path` that killed processes of this machine left."""
 
     def is_alive(process: int) -> bool:
         try:
@@ -34,7 +35,7 @@ def remove_stale(path: Path) -> None:
         process = stale.name.removesuffix(".tmp").rpartition("-")[2]
         if process.isdigit() and not is_alive(int(process)):
             with contextlib.suppress(OSError):
-                stale.unlink()
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
 
 
 def publish(temporary: Path, path: Path) -> None:

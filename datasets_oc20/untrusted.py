@@ -4,6 +4,7 @@ Every function here returns soon, uses a bounded amount of memory, and raises `D
 for any fault. Missing and unreadable files stay the `OSError` of opening them.
 """
 
+import bz2
 import errno
 import io
 import json
@@ -262,7 +263,9 @@ class _Decompressed(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             piece = self._piece(len(buffer))
-        except (lzma.LZMAError, zlib.error) as error:
+        except (lzma.LZMAError, zlib.error, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the disk; bz2 calls damaged bytes an OSError without a number
             raise DataError(
                 f"{self._where}: the file is truncated or damaged ({error}); download it again."
             ) from error
@@ -300,7 +303,7 @@ class _Decompressed(io.RawIOBase):
 
 
 def open_compressed(path: AnyPath, limit: int) -> io.BufferedReader:
-    """Open an `.xz`, `.gz` or plain file (by its name) for reading its binary content.
+    """Open an `.xz`, `.gz`, `.bz2` or plain file (by its name) for reading its binary content.
 
     Args:
         path: the file.
@@ -316,6 +319,8 @@ def open_compressed(path: AnyPath, limit: int) -> io.BufferedReader:
         start: Callable[[], Any] = partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, _XZ_MEMORY)
     elif suffix == ".gz":
         start = partial(zlib.decompressobj, wbits=31)
+    elif suffix == ".bz2":
+        start = bz2.BZ2Decompressor
     else:
         if os.fstat(file.fileno()).st_size > limit:
             file.close()

@@ -46,11 +46,11 @@ from ase.optimize import FIRE
 from tqdm import tqdm
 
 from datasets_oc20.frame_selection import spread_frames
+from datasets_oc20.structure_files import read_structure
 from equiformer2.adsorption.references import gas_reference
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, read_json, write_bytes, write_json
 from equiformer2.inference.calculator import EquiformerV2Calculator
-from equiformer2.inference.structure_files import read_structure
 from equiformer2.script import header, run_script
 from equiformer2.shipped import find_checkpoint
 from studies.prototypes import Bulk, Prototypes, UnsuitableError

@@ -11,11 +11,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from datasets_oc20.structure_files import read_structure
 from equiformer2.adsorption import adsorption_energy
 from equiformer2.demo.plan import RELAXED_SYSTEMS
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
-from equiformer2.inference.structure_files import read_structure
 from equiformer2.script import origin, run_script
 
 DATA = Path("data/oc20_trajs")

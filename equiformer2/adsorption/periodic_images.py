@@ -10,9 +10,9 @@ from ase import Atoms
 from ase.data import covalent_radii
 from ase.geometry import find_mic
 
+from datasets_oc20.tags import surface_height
 from equiformer2.adsorption.anomalies import CUSHION, SKIN
 from equiformer2.errors import InputError
-from equiformer2.inference.atoms import surface_height
 
 SMALLEST_GAP = 6.0
 """Å of vacuum between the atoms of a slab and of its image; layered bulks have up to 4 Å between layers."""

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from ase import Atoms
 
+from datasets_oc20.structure_files import read_structure
 from equiformer2.adsorption.named_structures import build_adsorbate, build_slab, lowest_atom, place_adsorbate
 from equiformer2.adsorption.periodic_images import whole_molecule
 from equiformer2.errors import InputError
+from equiformer2.files import as_input_error
 from equiformer2.inference.atoms import ADSORBATE, check_atoms, oc20_tags
-from equiformer2.inference.structure_files import read_structure
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,8 @@ def prepare_system(
             raise InputError(
                 f"{slab} is a file: {', '.join(slab_options.given())} only apply to a slab built by name"
             )
-        base = read_structure(slab)
+        with as_input_error():
+            base = read_structure(slab)
         check_atoms(base)
         tags, notice = oc20_tags(base)
         if notice:
@@ -105,7 +107,8 @@ def prepare_system(
     if is_file(adsorbate):
         if placement.flat:
             raise InputError(f"{adsorbate} is a file and keeps its orientation: leave out flat")
-        molecule = read_structure(adsorbate)
+        with as_input_error():
+            molecule = read_structure(adsorbate)
         check_atoms(molecule)
         molecule = whole_molecule(molecule, adsorbate)
         binding_atom = lowest_atom(molecule, placement.binding_atom, adsorbate)
@@ -136,7 +139,8 @@ def load_system(path: str, adsorbate_indices: Sequence[int] | None = None) -> At
         InputError: not a structure file, or an index it does not have.
         OSError: missing or unreadable.
     """
-    system = read_structure(path)
+    with as_input_error():
+        system = read_structure(path)
     if adsorbate_indices is not None:
         outside = [index for index in adsorbate_indices if not 0 <= index < len(system)]
         if outside or not adsorbate_indices:

@@ -291,6 +291,7 @@ class Relax(Command):
         add_overwrite_argument(parser)
 
     def run(self, options: argparse.Namespace) -> Result:
+        from datasets_oc20.structure_files import read_structure
         from equiformer2.files import read_json
         from equiformer2.inference import EquiformerV2Calculator, relax
         from equiformer2.inference.meaning import warning_for
@@ -301,7 +302,6 @@ class Relax(Command):
             model_record,
             write_relaxation_record,
         )
-        from equiformer2.inference.structure_files import read_structure
         from equiformer2.pruning.routing import FrozenPlan
         from equiformer2.pruning.routing.router_files import relaxation_router
         from equiformer2.script import show_log

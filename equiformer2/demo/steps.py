@@ -9,6 +9,7 @@ import numpy as np
 
 from datasets_oc20.preprocess import PreprocessOptions, preprocess
 from datasets_oc20.raw_release import read_references
+from datasets_oc20.structure_files import read_structure
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.energy import AdsorptionResult, adsorption_energy
 from equiformer2.demo.background import BackgroundCommand, wait_for
@@ -24,7 +25,6 @@ from equiformer2.demo.plan import (
 )
 from equiformer2.files import read_json
 from equiformer2.inference import EquiformerV2Calculator, Predictor, atoms_to_data
-from equiformer2.inference.structure_files import read_structure
 from equiformer2.model.parameters import count_parameters
 from equiformer2.pruning import count_macs
 from equiformer2.pruning.cost.latency import compare_latency

@@ -19,6 +19,7 @@ from vesin import NeighborList
 from datasets_oc20.constraints import held_atoms
 from datasets_oc20.errors import DataError
 from datasets_oc20.periodicity import unused_cell
+from datasets_oc20.tags import are_ase_layers
 from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
 from equiformer2.graph.validation import MAX_COORDINATE, MAX_EXTENT, check_extents, locate_atom
@@ -119,7 +120,7 @@ def oc20_tags(atoms: Atoms) -> tuple[np.ndarray, str | None]:
     """
     tags = atoms.get_tags().astype(np.int64)
     fixed = fixed_mask(atoms)
-    layers = _are_ase_layers(atoms, tags, fixed)
+    layers = are_ase_layers(atoms, tags, fixed)
     within = bool(tags.any()) and tags.min() >= SUBSURFACE and tags.max() <= ADSORBATE
     if within and not (layers and fixed[tags == ADSORBATE].any()):
         return tags, _DOUBTFUL if layers else None
@@ -139,16 +140,6 @@ def oc20_tags(atoms: Atoms) -> tuple[np.ndarray, str | None]:
         f"{reason}: held atoms get tag 0 and free atoms tag 1, none is marked as adsorbate (2); "
         "energies and forces do not depend on tags"
     )
-
-
-def surface_height(atoms: Atoms) -> np.ndarray:
-    """`[N]` height in Å along the normal of the first two lattice vectors (z where there are none)."""
-    normal = np.cross(atoms.cell[0], atoms.cell[1])
-    length = np.linalg.norm(normal)
-    if length < 1e-9:
-        return atoms.positions[:, 2].copy()
-    normal = normal / length
-    return atoms.positions @ (normal if normal @ atoms.cell[2] >= 0 else -normal)
 
 
 @own_defaults()
@@ -279,16 +270,3 @@ def _check_distances(atoms: Atoms, symbols: list[str]) -> None:
             f"atoms {a} ({symbols[a]}) and {b} ({symbols[b]}) are {where} (periodic images included): "
             "remove the duplicate or correct the positions"
         )
-
-
-def _are_ase_layers(atoms: Atoms, tags: np.ndarray, fixed: np.ndarray) -> bool:
-    layers = np.unique(tags[tags > 0])
-    if len(layers) < 2 or tags.min() < 0 or not np.array_equal(layers, np.arange(1, len(layers) + 1)):
-        return False
-    untagged = tags == 0
-    if fixed[untagged].any():
-        return False
-    height = surface_height(atoms)
-    means = np.array([height[tags == layer].mean() for layer in layers])
-    on_top = not untagged.any() or height[untagged].mean() > means[0]
-    return bool((np.diff(means) < 0).all() and on_top)

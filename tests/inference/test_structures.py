@@ -9,11 +9,12 @@ from ase.build import fcc111, molecule
 from ase.data import covalent_radii
 from ase.io import write
 
+from datasets_oc20.errors import DataError
+from datasets_oc20.structure_files import read_structure
 from equiformer2.adsorption import PlacementOptions, SlabOptions, load_system, prepare_system
 from equiformer2.adsorption.named_structures import build_adsorbate, build_slab, place_adsorbate
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import fixed_mask
-from equiformer2.inference.structure_files import read_structure
 
 
 @pytest.mark.parametrize("name", ["Pt111", "Cu100", "Ni110", "Fe110", "W100", "Ru0001", "Pt(111)"])
@@ -218,8 +219,8 @@ class TestLoad:
     def test_missing_file_folder_and_frame(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             read_structure(tmp_path / "missing.traj")
-        with pytest.raises(InputError, match="is a folder"):
+        with pytest.raises(DataError, match="is a folder"):
             read_structure(tmp_path)
         fcc111("Pt", (1, 1, 1), vacuum=5).write(tmp_path / "one.traj")
-        with pytest.raises(InputError, match=r"one\.traj: no structure could be read at index 3"):
+        with pytest.raises(DataError, match=r"one\.traj: no structure could be read at index 3"):
             read_structure(tmp_path / "one.traj", 3)

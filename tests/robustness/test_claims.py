@@ -20,8 +20,7 @@ from command_line import run_script_file
 
 from datasets_oc20.archives import unpack
 from datasets_oc20.errors import DataError
-from equiformer2.errors import InputError
-from equiformer2.inference.structure_files import MAX_UNPACKED, read_structure
+from datasets_oc20.structure_files import MAX_UNPACKED, read_structure
 
 ROOT = Path(__file__).parents[2]
 MANY = "10000000000"
@@ -66,7 +65,7 @@ def test_structure_files_that_are_not_believed(
 ) -> None:
     mark = tmp_path / "was_run"
     (tmp_path / name).write_text(content.replace("{}", str(mark)) if "touch" in content else content)
-    with pytest.raises(InputError) as refused:
+    with pytest.raises(DataError) as refused:
         read_structure(tmp_path / name)
     assert name in str(refused.value)
     assert expected in str(refused.value)
@@ -87,7 +86,7 @@ def test_a_compressed_bomb(packer: object, tmp_path: Path) -> None:
     path = tmp_path / f"a.xyz.{ending}"
     part = packer.compress(b"\n" * (32 << 20))  # type: ignore[attr-defined]
     path.write_bytes(part * (MAX_UNPACKED // (32 << 20) + 1))
-    with pytest.raises(InputError, match=rf"a\.xyz\.{ending}.*unpacks to more than"):
+    with pytest.raises(DataError, match=rf"a\.xyz\.{ending}.*unpacks to more than"):
         read_structure(path)
 
 
@@ -132,7 +131,7 @@ def test_damaged_files_end_in_a_sentence(name: str, tmp_path: Path) -> None:
         for place in random.integers(len(content), size=random.integers(1, 5)):
             content[place] = random.integers(256)
         (tmp_path / name).write_bytes(content[: random.integers(1, 2 * len(content))])
-        with contextlib.suppress(InputError):
+        with contextlib.suppress(DataError):
             read_structure(tmp_path / name)
 
 

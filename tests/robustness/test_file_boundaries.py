@@ -23,9 +23,9 @@ from datasets_oc20.errors import DataError
 from datasets_oc20.lmdb_file import open_lmdb
 from datasets_oc20.npz_file import read_npz
 from datasets_oc20.safe_pickle import RefusedPickleError, load_inert
+from datasets_oc20.structure_files import read_structure
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, read_json
-from equiformer2.inference.structure_files import read_structure
 from equiformer2.pruning.recovery.distillation import label
 from equiformer2.pruning.routing.router_files import load_router
 from equiformer2.pruning.structured.grid_tuning import write_with_grids

@@ -33,6 +33,7 @@ from torch_geometric.data import Batch
 from datasets_oc20 import LmdbWriter, OC20Lmdb, constraints, structure_record
 from datasets_oc20.ase_lmdb import AseRow
 from datasets_oc20.errors import DataError
+from datasets_oc20.structure_files import read_structure
 from equiformer2 import EquiformerV2, EquiformerV2Calculator, ModelConfig
 from equiformer2.adsorption.named_structures import build_slab
 from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
@@ -42,7 +43,6 @@ from equiformer2.inference.atoms import check_atoms, fixed_mask, oc20_tags
 from equiformer2.inference.extras import extras, plain, simple_info
 from equiformer2.inference.meaning import count_adsorbates, no_adsorption_energy
 from equiformer2.inference.record import write_relaxation_record
-from equiformer2.inference.structure_files import read_structure
 from equiformer2.symmetry import check_symmetries
 from equiformer2.training.prediction import write_predictions
 from equiformer2.training.submission import SPLITS, make_submission
@@ -565,7 +565,7 @@ def test_what_is_no_structure(
     tmp_path: Path, name: str, make: Callable[[Path], object], index: int, message: str
 ) -> None:
     make(tmp_path / name)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(DataError, match=message):
         read_structure(tmp_path / name, index)
 
 

@@ -1,6 +1,5 @@
 """Reading structures that users give: the content of a file is data, and what it claims is not believed."""
 
-import bz2
 import errno
 import io
 import json
@@ -8,6 +7,8 @@ import math
 import mmap
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,12 +18,13 @@ from ase.io.formats import filetype, ioformats
 
 from datasets_oc20.errors import DataError
 from datasets_oc20.untrusted import load_json, open_compressed, open_regular
-from equiformer2.errors import InputError
 
 MAX_FILE = 1 << 30
 """Most bytes of a file of structures."""
 MAX_UNPACKED = 1 << 28
 """Most bytes that a compressed file may hold; it is unpacked into memory."""
+COMPRESSED = (".gz", ".bz2", ".xz")
+"""Endings of compressed files that are unpacked."""
 _MOST_READS_AT_END = 1000
 _COUNT_LINES = {
     "extxyz": (0,),
@@ -50,51 +52,67 @@ def read_structure(path: str | Path, index: int = -1) -> Atoms:
     files of programs are refused. A number of atoms that the file cannot hold costs neither time nor memory.
 
     Raises:
-        InputError: not a structure file, no such frame, a pipe, device or folder, more than `MAX_FILE` bytes,
+        DataError: not a structure file, no such frame, a pipe, device or folder, more than `MAX_FILE` bytes,
             fewer atoms than it says.
         OSError: missing or unreadable.
     """
     path = Path(path)
     try:
-        if path.is_dir():
-            raise InputError(f"{path} is a folder: give a structure file")
-        # A missing or unreadable file is named before ASE guesses at formats.
-        with open_regular(path) as file:
-            if os.fstat(file.fileno()).st_size > MAX_FILE:
-                raise InputError(f"{path} has more than {MAX_FILE >> 20} MiB: give a smaller file")
+        check_file(path)
         atoms = _read(path, index)
-    except DataError as error:
-        raise InputError(str(error)) from error
-    except InputError:
+    except DataError:
         raise
     except Exception as error:  # each of ASE's many parsers fails in its own way
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise  # the file system's own; some parsers call a wrong format an OSError too
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"{path}: no structure could be read at index {index} ({reason})") from error
+        raise DataError(
+            f"{path}: no structure could be read at index {index} ({reason_of(error)})"
+        ) from error
     if not isinstance(atoms, Atoms):
-        raise InputError(f"{path}: index {index} is not a single structure")
+        raise DataError(f"{path}: index {index} is not a single structure")
     if len(atoms) == 0:
-        raise InputError(f"{path}: the structure at index {index} has no atoms")
+        raise DataError(f"{path}: the structure at index {index} has no atoms")
     return atoms
+
+
+def check_file(path: Path, limit: int | None = MAX_FILE) -> None:
+    """Check that `path` is a file of at most `limit` bytes, before ASE guesses at its format.
+
+    Raises:
+        DataError: a folder, pipe or device, or more bytes.
+        OSError: missing or unreadable.
+    """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: give a structure file")
+    with open_regular(path) as file:
+        if limit is not None and os.fstat(file.fileno()).st_size > limit:
+            raise DataError(f"{path} has more than {limit >> 20} MiB: give a smaller file")
+
+
+def reason_of(error: Exception) -> str:
+    """Return what a parser says about a fault, in one line."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, KeyError) and len(text) <= 5:  # in quotes: how ASE says that a symbol is unknown
+        return f"there is no element {text}"
+    if isinstance(error, KeyError | IndexError | UnicodeDecodeError) or not text:
+        return f"{type(error).__name__} {text}".strip()
+    return text
 
 
 def _read(path: Path, index: int) -> Any:
     format_ = filetype(str(path))
     if format_ in _NO_STRUCTURE:
-        raise InputError(f"{path} is {_NO_STRUCTURE[format_]}: export the structure to a file first")
+        raise DataError(f"{path} is {_NO_STRUCTURE[format_]}: export the structure to a file first")
     how = ioformats.get(format_)
     if how is None or not how.acceptsfd:
         # "@" in a name is ASE's frame syntax; do_not_split_by_at_sign takes the name as it is.
         return _frame(path, index, path, format=format_, do_not_split_by_at_sign=True)
-    with _opened(path) as file:
-        if format_ in ("json", "traj"):
-            _check_arrays(path, file, format_)
-        claimed = _claimed(path, file, format_)
-        given = file if how.isbinary else _Text(path, file)
+    with open_content(path) as file:
+        claimed = check_claims(path, file, format_)
+        given = file if how.isbinary else GuardedText(path, file)
         atoms = _frame(path, index, given, format=format_)
     if format_ in ("gen", "gromacs") and claimed != len(atoms):
-        raise InputError(f"{path} says that it holds {claimed} atoms and holds {len(atoms)}: it is truncated")
+        raise DataError(f"{path} says that it holds {claimed} atoms and holds {len(atoms)}: it is truncated")
     return atoms
 
 
@@ -111,43 +129,80 @@ def _frame(path: Path, index: int, given: Any, **options: Any) -> Any:
     return frames[0]
 
 
-def _opened(path: Path) -> IO[bytes]:
-    """The content, unpacked where the name says that it is compressed; it can be sought in."""
-    if path.suffix in (".gz", ".xz"):
-        with open_compressed(path, MAX_UNPACKED) as packed:
-            return io.BytesIO(packed.read())
-    if path.suffix == ".bz2":
-        with open_regular(path) as file, bz2.open(file) as unpacked:
-            content = unpacked.read(MAX_UNPACKED + 1)
-        if len(content) > MAX_UNPACKED:
-            raise InputError(f"{path} unpacks to more than {MAX_UNPACKED >> 20} MiB: give a smaller file")
-        return io.BytesIO(content)
-    return open_regular(path)
+def open_content(path: Path, limit: int = MAX_UNPACKED) -> IO[bytes]:
+    """Open the content of a file, unpacked where the name says that it is compressed; it can be sought in.
+
+    Args:
+        path: the file.
+        limit: most bytes that a compressed file may hold; what exceeds `MAX_UNPACKED` is unpacked to the
+            disk.
+
+    Raises:
+        DataError: more bytes, or a compressed file that is damaged or truncated.
+        OSError: missing or unreadable.
+    """
+    if path.suffix not in COMPRESSED:
+        return open_regular(path)
+    unpacked: Any = tempfile.SpooledTemporaryFile(max_size=MAX_UNPACKED)  # noqa: SIM115
+    try:
+        with open_compressed(path, limit) as packed:
+            shutil.copyfileobj(packed, unpacked, 1 << 20)
+        unpacked.seek(0)
+    except BaseException:
+        unpacked.close()
+        raise
+    return unpacked  # type: ignore[no-any-return]
 
 
-class _Text(io.TextIOWrapper):
-    """Text that stops a parser which reads on behind the end, for atoms that it was promised."""
+class GuardedText(io.TextIOWrapper):
+    """Text that stops a parser which reads on behind the end, for atoms that it was promised.
+
+    Args:
+        path: the file, for messages.
+        file: its content.
+    """
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         super().__init__(file, encoding="utf-8")
         self._path = path
         self._at_end = 0
 
+    @property
+    def name(self) -> str:
+        """Name in a folder that does not exist: ASE would read files beside it, without the checks here."""
+        return f"{os.devnull}/{self._path.name}"
+
     def readline(self, size: int = -1, /) -> str:  # type: ignore[override]
+        """Return a line; a parser that goes on reading at the end is stopped."""
         return self._counted(super().readline(size))
 
     def read(self, size: int | None = -1, /) -> str:
+        """Return text; a parser that goes on reading at the end is stopped."""
         return self._counted(super().read(size))
 
     def _counted(self, text: str) -> str:
         self._at_end += not text
         if self._at_end > _MOST_READS_AT_END:
-            raise InputError(f"{self._path} is truncated, or holds fewer atoms than it says: export it again")
+            raise DataError(f"{self._path} is truncated, or holds fewer atoms than it says: export it again")
         return text
 
 
-def _claimed(path: Path, file: IO[bytes], format_: str) -> int | None:
-    """The number of atoms in the head of a file, None for formats that have none in a place of its own."""
+def check_claims(path: Path, file: IO[bytes], format_: str) -> int | None:
+    """Check the sizes that a file claims against its bytes.
+
+    Args:
+        path: the file, for messages.
+        file: its content, which is read from the beginning again afterwards.
+        format_: its format, by ASE's name.
+
+    Returns:
+        Number of atoms in the head of the file, None for formats that have none in a place of its own.
+
+    Raises:
+        DataError: more atoms or larger arrays than the file can hold.
+    """
+    if format_ in ("json", "traj"):
+        _check_arrays(path, file, format_)
     if format_ not in _COUNT_LINES:
         return None
     size = file.seek(0, io.SEEK_END)
@@ -162,7 +217,7 @@ def _claimed(path: Path, file: IO[bytes], format_: str) -> int | None:
         claimed = sum(int(word[:30]) for word in words)
         # The line of an atom has at least a symbol and an end.
         if 2 * claimed > size:
-            raise InputError(
+            raise DataError(
                 f"{path} says that it holds {claimed} atoms, too many for its {size} bytes: "
                 "it is truncated or damaged; export it again"
             )
@@ -177,16 +232,16 @@ def _check_arrays(path: Path, file: IO[bytes], format_: str) -> None:
     content: Any
     if format_ == "json":  # written anew, names are without escapes
         content = json.dumps(load_json(file.read(), str(path), limit=MAX_FILE, nonfinite=True)).encode()
-    elif isinstance(file, io.BytesIO):
-        content = file.getvalue()
+    elif path.suffix in COMPRESSED and size <= MAX_UNPACKED:  # in memory
+        content = file.read()
     else:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     file.seek(0)
     if format_ == "traj" and _ESCAPED.search(content):
-        raise InputError(f"{path} hides names behind escapes, which ASE does not write: export it again")
+        raise DataError(f"{path} hides names behind escapes, which ASE does not write: export it again")
     for found in _ARRAY.finditer(content):
         shape = [int(length[:30]) for length in found[1].split(b",") if length.strip()]
         if math.prod(shape) > size:
-            raise InputError(
+            raise DataError(
                 f"{path} holds an array that claims the shape {shape}, more than its {size} bytes"
             )

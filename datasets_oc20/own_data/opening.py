@@ -1,0 +1,152 @@
+"""`open_dataset`: LMDB files, or small sets of own results read into memory, behind one interface."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch_geometric.data import Data
+
+from datasets_oc20.errors import DataError
+from datasets_oc20.own_data.discovery import find_sources
+from datasets_oc20.own_data.importer import ImportOptions, read_set
+from datasets_oc20.periodicity import Periodicity
+from datasets_oc20.reader import OC20Lmdb
+from datasets_oc20.structure_record import PackedRecord, check_energy_kind
+from datasets_oc20.untrusted import AnyPath
+
+_LOG = logging.getLogger(__name__)
+MAX_BYTES = 1 << 30
+"""Most bytes of files that are read into memory."""
+MAX_FRAMES = 20_000
+"""Most frames that are read into memory."""
+_LMDB_ENDINGS = (".lmdb", ".aselmdb", ".mdb")
+
+
+class MemoryDataset(OC20Lmdb):
+    """Frames of any files that ASE reads, in memory, with the interface of `OC20Lmdb`.
+
+    The files are read with all checks of an import; frames that it would drop are logged and left out.
+
+    Args:
+        paths: files and folders.
+        energy_kind: "adsorption" or "total"; None takes what files declare, else "total".
+        needs_energy: leave out frames without an energy; False keeps structures alone, too.
+
+    Raises:
+        DataError: no usable frame, too many for the memory, or a set that an import refuses.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], energy_kind: str | None = None, needs_energy: bool = True
+    ) -> None:
+        self.path = ", ".join(str(path) for path in paths)
+        found = find_sources(paths)
+        size = sum(source.size for source in found.sources)
+        if size > MAX_BYTES:
+            raise self._too_large(f"{size >> 20} MiB")
+        with tempfile.TemporaryDirectory() as folder:
+            frames = read_set(
+                found, ImportOptions(energy_kind=energy_kind), Path(folder), 1, needs_energy=needs_energy
+            )
+            dropped = frames.dropped()
+            for item in dropped:
+                place = item.file if item.index is None else f"{item.file}, frame {item.index}"
+                _LOG.warning("%s: left out: %s.", place, item.reason)
+            kept = sum(len(result.frames) for result in frames.results)
+            if kept > MAX_FRAMES:
+                raise self._too_large(f"{kept} frames")
+            if not kept:
+                first = dropped[0] if dropped else None
+                place = "" if first is None or first.index is None else f", frame {first.index}"
+                reason = (
+                    "no file with results of DFT" if first is None else f"{first.file}{place}: {first.reason}"
+                )
+                raise DataError(f"{self.path}: no frame can be used ({reason}).")
+            self._records: list[bytes] = []
+            self._places: list[str] = []
+            natoms: list[int] = []
+            for result, facts, record in frames.records():
+                self._records.append(record)
+                self._places.append(f"{result.file}, frame {facts.index}")
+                natoms.append(facts.natoms)
+        for text in frames.notices:
+            _LOG.warning("%s: %s.", self.path, text)
+        self.shards = [Path(source.name) for source in found.sources]
+        self.energy_kind = frames.energy_kind
+        self.labels = []
+        self._natoms = np.array(natoms, dtype=np.int32)
+        self._periodicity: Periodicity | None = None
+
+    def __len__(self) -> int:
+        """Return the number of structures."""
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Data:
+        """Build the structure `index`; fields, shapes and units in docs/architecture.md."""
+        return self._record(index).to_data()
+
+    def fields(self, index: int) -> frozenset[str]:
+        """Return the names of the arrays of structure `index`."""
+        return self._record(index).fields
+
+    def describe(self, index: int) -> str:
+        """Name file and frame of structure `index`, for messages."""
+        return self._places[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for another process."""
+        return self.__dict__
+
+    def _record(self, index: int) -> PackedRecord:
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"{self.path}: index {index} of {len(self)} records")
+        return PackedRecord(self._records[position], self._places[position])
+
+    def _too_large(self, size: str) -> DataError:
+        return DataError(
+            f"{self.path}: has {size}, too much to be read into memory at every start; write it to a file "
+            "once with "
+            "`equiformer2 data import FILES --out NAME.lmdb` and give that."
+        )
+
+
+def open_dataset(
+    path: AnyPath | Sequence[AnyPath], energy_kind: str | None = None, needs_energy: bool = True
+) -> OC20Lmdb:
+    """Open data of any kind: LMDB files, or files and folders with results of DFT.
+
+    LMDB and ASE-LMDB files and folders of them are opened as `OC20Lmdb`. Anything else (extended XYZ,
+    trajectories, `ase.db` databases, outputs of VASP, Quantum ESPRESSO and GPAW, folders of these) is read
+    into memory, with the checks of `equiformer2 data import`.
+
+    Args:
+        path: a file, a folder, or a list of them.
+        energy_kind: "adsorption" or "total", for files that do not declare it.
+        needs_energy: leave out frames without an energy; False for structures to predict.
+
+    Raises:
+        DataError: as `OC20Lmdb` and `MemoryDataset`.
+    """
+    paths = [Path(path)] if isinstance(path, str | os.PathLike) else [Path(item) for item in path]
+    check_energy_kind(energy_kind)
+    if not paths or any(is_lmdb(item) for item in paths):
+        return OC20Lmdb(path, energy_kind)
+    return MemoryDataset(paths, energy_kind, needs_energy)
+
+
+def is_lmdb(path: AnyPath) -> bool:
+    """Tell whether `OC20Lmdb` is to open a path: an LMDB file, a folder of such, or nothing that exists."""
+    path = Path(path)
+    if path.is_dir():
+        names = [item.name for item in path.iterdir()]
+        return not names or any(name.endswith(_LMDB_ENDINGS) for name in names)
+    if path.name.endswith(_LMDB_ENDINGS) or not path.exists() or not path.is_file():
+        return True
+    with path.open("rb") as file:  # LMDB's magic number, in the first page of data
+        head = file.read(20)
+    return head[16:20] == b"\xde\xc0\xef\xbe"

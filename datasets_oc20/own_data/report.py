@@ -1,0 +1,199 @@
+"""Report of an import: numbers, dropped frames and notices, as text and as JSON."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from ase.data import chemical_symbols
+
+from datasets_oc20.own_data.checks import MAX_FORCE, Place, duplicates, energy_outliers
+from datasets_oc20.own_data.labels import NOTICES
+from datasets_oc20.own_data.source_worker import Dropped, SourceResult
+
+_MOST_SHOWN = 20
+_MOST_LISTED = 1000
+
+
+@dataclass
+class ImportReport:
+    """Result of an import.
+
+    Attributes:
+        read: number of frames that were found.
+        kept: number of frames that were written.
+        dropped: frames and files that were not used.
+        energy_kind: "adsorption" or "total".
+        tags_from: origin of the tags.
+        fixed_from: origin of the fixed atoms.
+        splits: by part: file, number of frames and of systems; empty without a split.
+        out: file with the frames (of the part for training).
+        files: number of files that were read.
+        systems: number of systems.
+        targets: fields that are written besides the energy.
+        settings: settings of the calculations that all share.
+        differences: settings in which calculations differ.
+        duplicates: the same structures twice.
+        outliers: frames with a large force, or an energy far off a linear fit.
+        isolated_atoms: elements of structures of one atom.
+        notices: sentences for who reads the report.
+    """
+
+    read: int
+    kept: int
+    dropped: list[Dropped]
+    energy_kind: str
+    tags_from: str
+    fixed_from: str
+    out: str
+    files: int = 0
+    systems: int = 0
+    splits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    targets: list[str] = field(default_factory=list)
+    settings: dict[str, str | float] = field(default_factory=dict)
+    differences: list[str] = field(default_factory=list)
+    duplicates: list[dict[str, Any]] = field(default_factory=list)
+    outliers: list[dict[str, Any]] = field(default_factory=list)
+    isolated_atoms: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        listed = {
+            "dropped": [vars(item) for item in self.dropped],
+            "duplicates": self.duplicates[:_MOST_LISTED],
+            "outliers": self.outliers[:_MOST_LISTED],
+        }
+        counts = {"num_duplicates": len(self.duplicates), "num_outliers": len(self.outliers)}
+        return {**vars(self), **listed, **counts}
+
+    def to_text(self) -> str:
+        """Return the table for a terminal."""
+        lines = [
+            f"{numbered(self.read, 'frame')} of {numbered(self.files, 'file')} read, {self.kept} kept, "
+            f"{numbered(self.systems, 'system')}"
+        ]
+        lines += self._dropped_lines()
+        targets = " and ".join(["energy", *self.targets])
+        lines += [
+            f"energies: {self.energy_kind}; written: {targets}",
+            f"tags: {self.tags_from}",
+            f"fixed atoms: {self.fixed_from}",
+        ]
+        if self.settings:
+            short = {name: value for name, value in self.settings.items() if not name.startswith("potential")}
+            lines.append("settings: " + ", ".join(f"{name} {_plain(value)}" for name, value in short.items()))
+        lines += [f"different settings: {text}" for text in self.differences]
+        if self.isolated_atoms:
+            lines.append(f"isolated atoms: {', '.join(self.isolated_atoms)}")
+        lines += _shown(
+            "the same structure twice",
+            [
+                f"{item['file']}, frame {item['index']} and {item['other_file']}, frame "
+                f"{item['other_index']}: "
+                f"energies differ by {item['energy_difference_eV']:.6f} eV"
+                for item in self.duplicates
+            ],
+        )
+        lines += _shown(
+            "unusual, and kept", [f"{i['file']}, frame {i['index']}: {i['reason']}" for i in self.outliers]
+        )
+        lines += [f"note: {text}." for text in self.notices]
+        if self.splits:
+            lines.append(f"{'part':<6} {'frames':>8} {'systems':>8}  file")
+            lines += [
+                f"{name:<6} {part['frames']:>8} {part['systems']:>8}  {part['file']}"
+                for name, part in self.splits.items()
+            ]
+        return "\n".join(lines)
+
+    def _dropped_lines(self) -> list[str]:
+        if not self.dropped:
+            return []
+        rows = [
+            f"{item.file}{'' if item.index is None else f', frame {item.index}'}: {item.reason}"
+            for item in self.dropped
+        ]
+        return _shown("dropped", rows)
+
+
+def _shown(title: str, rows: list[str]) -> list[str]:
+    """Return a heading and the first rows below it."""
+    if not rows:
+        return []
+    more = [f"  and {len(rows) - _MOST_SHOWN} more, in the report"] if len(rows) > _MOST_SHOWN else []
+    return [f"{title}: {len(rows)}", *(f"  {row}" for row in rows[:_MOST_SHOWN]), *more]
+
+
+def numbered(count: int, noun: str) -> str:
+    """Write a number with its noun."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _plain(value: str | float) -> str:
+    return f"{value:g}" if isinstance(value, float) else value
+
+
+def origins(counts: Counter[str]) -> str:
+    """Write where something comes from, with numbers of frames where the frames differ."""
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{origin} ({number} frames)" for origin, number in counts.most_common())
+
+
+def shared_settings(results: list[SourceResult]) -> dict[str, str | float]:
+    """Return the settings that all calculations that tell them share, without +U of 0."""
+    values: dict[str, set[str | float]] = {}
+    for result in results:
+        if result.frames:
+            for name, value in result.calculation.settings.items():
+                values.setdefault(name, set()).add(value)
+    shared = {name: next(iter(known)) for name, known in values.items() if len(known) == 1}
+    return {name: value for name, value in shared.items() if not (name.startswith("+U") and value == 0.0)}
+
+
+def listed_duplicates(frames: list[Place]) -> list[dict[str, Any]]:
+    """Return the same structures twice, as plain values."""
+    return [
+        {
+            "file": later.file,
+            "index": later.facts.index,
+            "other_file": first.file,
+            "other_index": first.facts.index,
+            "energy_difference_eV": difference,
+        }
+        for later, first, difference in duplicates(frames)
+    ]
+
+
+def listed_outliers(frames: list[Place]) -> list[dict[str, Any]]:
+    """Return frames with a large force, or an energy far off a linear fit."""
+    found = [
+        {
+            "file": place.file,
+            "index": place.facts.index,
+            "reason": f"a force of {place.facts.max_force:.4g} eV/Å on a free atom (above {MAX_FORCE:g})",
+        }
+        for place in frames
+        if place.facts.max_force > MAX_FORCE
+    ]
+    found += [
+        {
+            "file": place.file,
+            "index": place.facts.index,
+            "reason": f"an energy {distance:+.4g} eV per atom off the linear fit by composition",
+        }
+        for place, distance in energy_outliers(frames)
+    ]
+    return found
+
+
+def isolated_atoms(frames: list[Place]) -> list[str]:
+    """Return the elements of structures of one atom."""
+    return sorted(
+        {chemical_symbols[place.facts.composition[0][0]] for place in frames if place.facts.natoms == 1}
+    )
+
+
+def notice_sentences(counts: Counter[str], kept: int) -> list[str]:
+    """Return the notices about single frames, one of each kind."""
+    return [f"{number} of {kept} frames: {NOTICES[kind]}" for kind, number in counts.items()]
