@@ -1,5 +1,6 @@
 """`open_dataset`: LMDB files, or small sets of own results read into memory, behind one interface."""
 
+import copy
 import logging
 import os
 import tempfile
@@ -92,6 +93,16 @@ class MemoryDataset(OC20Lmdb):
     def fields(self, index: int) -> frozenset[str]:
         """Return the names of the arrays of structure `index`."""
         return self._record(index).fields
+
+    def select(self, rows: Sequence[int] | np.ndarray, part: str) -> "MemoryDataset":
+        """Return a dataset of some of the structures, see `OC20Lmdb.select`."""
+        chosen = copy.copy(self)
+        chosen.path = f"{self.path} ({part})"
+        places = np.asarray(rows, dtype=np.int64).tolist()
+        chosen._records = [self._records[row] for row in places]
+        chosen._places = [self._places[row] for row in places]
+        chosen._natoms = self.natoms[places]
+        return chosen
 
     def describe(self, index: int) -> str:
         """Name file and frame of structure `index`, for messages."""

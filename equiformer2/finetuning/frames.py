@@ -13,6 +13,7 @@ from tqdm import tqdm
 from datasets_oc20 import LmdbWriter, OC20Lmdb
 from datasets_oc20.division import group_names
 from datasets_oc20.frame_selection import spread_frames
+from datasets_oc20.own_data.opening import open_dataset
 from datasets_oc20.schema import REQUIRED
 from datasets_oc20.target_sums import NUM_ELEMENTS
 from datasets_oc20.targets import TargetSample
@@ -92,13 +93,13 @@ def open_frames(paths: Sequence[str | Path], energy_kind: str | None = None) -> 
     """Open files of frames: the one place where this package opens data.
 
     Args:
-        paths: LMDB and ASE-LMDB files, or folders of them.
+        paths: LMDB files, any files that ASE reads, or folders of them.
         energy_kind: for files that do not declare it.
 
     Raises:
-        datasets_oc20.DataError: a file is missing or no such file.
+        datasets_oc20.DataError: a file is missing, or none of its frames can be used.
     """
-    return OC20Lmdb([str(path) for path in paths], energy_kind)
+    return open_dataset([str(path) for path in paths], energy_kind)
 
 
 def read_frames(dataset: OC20Lmdb, largest_element: int, energy_kind: str | None = None) -> Frames:
