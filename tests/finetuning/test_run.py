@@ -40,6 +40,7 @@ def test_everything_in_one_command(
     out = tmp_path / "out"
     old = Path(__file__).parents[1] / "fixtures" / "datasets_oc20" / "s2ef_val_20.lmdb"
     words = ["--data", emt, "--checkpoint", adsorption_checkpoint, "--out", out, "--reset-head", "--seeds", 2]
+    words += ["--no-scratch"]
     words += ["--steps", 1, "--batch-size", 8, "--replay", old, "--replay-weight", 0.1, "--json"]
     assert run_command("finetune", *words) == 0
     printed = capsys.readouterr()
@@ -47,7 +48,7 @@ def test_everything_in_one_command(
     assert record == json.loads((out / "finetune.json").read_text())
     assert {"schema", "command", "commit", "checkpoint_sha256", "seconds"} <= set(record)
     found = rows(record)
-    new, forgetting = ("before", "after", "scratch", "trivial"), ("before", "after")
+    new, forgetting = ("before", "after", "trivial"), ("before", "after")
     assert set(found) == {*(("new", name) for name in new), *(("old", name) for name in forgetting)}
     assert all(row["systems"] == len(row["by_system"]) for row in found.values())
     assert found["new", "before"]["energy_mae_eV"] is None  # of another kind
@@ -67,7 +68,7 @@ def test_everything_in_one_command(
     assert Predictor(out / "model.pt").unseen_elements == []
 
 
-def test_a_finished_folder_is_left_alone_and_overwritten_on_request(tuned: FineTuneSettings) -> None:
+def test_a_finished_folder_is_left_alone(tuned: FineTuneSettings) -> None:
     settings = replace(tuned, reset_head=True)
     fine_tune(settings)
     before = (settings.out / "model.pt").read_bytes()
@@ -78,12 +79,11 @@ def test_a_finished_folder_is_left_alone_and_overwritten_on_request(tuned: FineT
         with pytest.raises(InputError, match=message):
             fine_tune(change)
     assert (settings.out / "model.pt").read_bytes() == before
-    record = fine_tune(replace(settings, seed=3, overwrite=True))
-    assert record["models"][0]["seed"] == 3
     with pytest.raises(InputError, match="is read as input"):
         fine_tune(replace(settings, checkpoint=str(settings.out / "model.pt"), overwrite=True))
 
 
+@pytest.mark.slow
 def test_a_stopped_command_continues(
     tuned: FineTuneSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -130,6 +130,13 @@ def test_the_same_kind_keeps_the_head(
 
 
 @pytest.mark.slow
+def test_a_finished_folder_is_overwritten_on_request(tuned: FineTuneSettings) -> None:
+    fine_tune(replace(tuned, reset_head=True))
+    record = fine_tune(replace(tuned, reset_head=True, seed=3, overwrite=True))
+    assert record["models"][0]["seed"] == 3
+
+
+@pytest.mark.slow
 def test_a_curve_says_what_more_frames_would_bring(
     copper: Path, total_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +149,7 @@ def test_a_curve_says_what_more_frames_would_bring(
     assert all(sentence in capsys.readouterr().out for sentence in record["curve"]["sentences"][:1])
 
 
+@pytest.mark.slow
 def test_energies_alone(frames: list[Data], total_checkpoint: Path, tmp_path: Path) -> None:
     bare = [frame.clone() for frame in frames]
     for frame in bare:
