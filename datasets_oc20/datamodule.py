@@ -14,6 +14,7 @@ from torch_geometric.data import Batch, Data
 
 from datasets_oc20.errors import DataError
 from datasets_oc20.npz_file import read_npz
+from datasets_oc20.own_data.opening import open_dataset
 from datasets_oc20.reader import OC20Lmdb
 from datasets_oc20.sampler import BalancedBatchSampler
 from datasets_oc20.targets import (
@@ -112,7 +113,7 @@ class OC20DataModule(pl.LightningDataModule):
     For several processes give the Trainer `use_distributed_sampler=False`: this sampler deals the batches.
 
     Args:
-        train: LMDB file, folder of shards, or list of them.
+        train: LMDB file, folder of shards, small set of other files that ASE reads, or list of them.
         val: likewise.
         test: likewise.
         forces_only: further training structures of which only the forces are learned, such as labels of
@@ -171,10 +172,12 @@ class OC20DataModule(pl.LightningDataModule):
         if self.datasets:
             return
         datasets = {
-            name: OC20Lmdb(path, self._given_kind) for name, path in self._paths.items() if path is not None
+            name: open_dataset(path, self._given_kind)
+            for name, path in self._paths.items()
+            if path is not None
         }
         self.energy_kind = self._common_kind(datasets)
-        more = None if self._forces_only is None else OC20Lmdb(self._forces_only)
+        more = None if self._forces_only is None else open_dataset(self._forces_only)
         for name, dataset in datasets.items():
             check_same_fields(dataset, dataset.fields(0), needs_energy=name != "test")
         self._samples = {
