@@ -15,6 +15,7 @@ from torch_geometric.data import Batch, Data
 from datasets_oc20.division import divide, group_names
 from datasets_oc20.errors import DataError
 from datasets_oc20.npz_file import read_npz
+from datasets_oc20.own_data.opening import open_dataset
 from datasets_oc20.reader import OC20Lmdb
 from datasets_oc20.sampler import BalancedBatchSampler
 from datasets_oc20.targets import (
@@ -114,7 +115,7 @@ class OC20DataModule(pl.LightningDataModule):
     For several processes give the Trainer `use_distributed_sampler=False`: this sampler deals the batches.
 
     Args:
-        train: LMDB file, folder of shards, or list of them.
+        train: LMDB file, folder of shards, small set of other files that ASE reads, or list of them.
         val: likewise; None holds systems with a tenth of the frames out of `train`, or of a single
             system its last frames.
         test: likewise.
@@ -174,12 +175,14 @@ class OC20DataModule(pl.LightningDataModule):
         if self.datasets:
             return
         datasets = {
-            name: OC20Lmdb(path, self._given_kind) for name, path in self._paths.items() if path is not None
+            name: open_dataset(path, self._given_kind)
+            for name, path in self._paths.items()
+            if path is not None
         }
         if "val" not in datasets:
             datasets = datasets | self._hold_out(datasets["train"])
         self.energy_kind = self._common_kind(datasets)
-        more = None if self._forces_only is None else OC20Lmdb(self._forces_only)
+        more = None if self._forces_only is None else open_dataset(self._forces_only)
         for name, dataset in datasets.items():
             check_same_fields(dataset, dataset.fields(0), needs_energy=name != "test")
         self._samples = {

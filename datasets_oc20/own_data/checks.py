@@ -191,8 +191,7 @@ def _check_grows_with_size(frames: Sequence[Place]) -> None:
         first = frames[0]
         raise DataError(
             f"{first} has {first.facts.energy:.6g} eV for {first.facts.natoms} atoms, and energies of other "
-            "sizes "
-            f"({sizes.min()} to {sizes.max()} atoms) are alike: they are per atom; multiply each by its "
+            f"sizes ({sizes.min()} to {sizes.max()} atoms) are alike: they are per atom; multiply each by its "
             "number of "
             f"atoms (a factor of {first.facts.natoms} here), or give --mixed."
         )

@@ -28,7 +28,7 @@ class FrameFacts:
         energy: eV; NaN without.
         max_force: largest force on a free atom, eV/Å; NaN without forces.
         pbc: periodic directions.
-        targets: names of the fields besides the energy that it has, "forces" and "stress".
+        targets: names of the results that it has, of "energy", "forces" and "stress".
         atoms_digest: of the elements in their order and of the periodic directions.
         signature: numbers that agree for the same positions and cell, wherever atoms are wrapped.
         run: number of its trajectory in the file.
@@ -75,7 +75,7 @@ class FrameFacts:
             energy=float(fields.get("energy", np.nan)),
             max_force=largest,
             pbc=tuple(pbc.tolist()),
-            targets=frozenset(fields.keys() & {"forces", "stress"}),
+            targets=frozenset(fields.keys() & {"energy", "forces", "stress"}),
             atoms_digest=hashlib.blake2b(content, digest_size=8).digest(),
             signature=_signature(fields),
         )

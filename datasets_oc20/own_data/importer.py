@@ -73,7 +73,7 @@ class ReadSet:
         results: what was read of every source, in order.
         folder: folder with the records.
         energy_kind: kind of the energies.
-        targets: fields besides the energy that all frames have.
+        targets: results that all frames have, and that are written.
         notices: sentences about the set.
         differences: settings in which calculations differ.
     """
@@ -193,7 +193,7 @@ def read_set(
     """
     results = list(_read_all(found, options, folder, num_workers, progress, needs_energy))
     frames = ReadSet(found, results, folder)
-    _drop_other_targets(frames)
+    _share_targets(frames) if not needs_energy else _drop_other_targets(frames)
     if options.checked:
         _drop_other_units(frames)
     placed = places(results)
@@ -237,6 +237,12 @@ def _read_all(
             bar.update()
             bar.set_postfix(frames=frames, refresh=False)
             yield result
+
+
+def _share_targets(frames: ReadSet) -> None:
+    """Keep the results that all frames have; nothing is dropped for their sake."""
+    counts = Counter(facts.targets for result in frames.results for facts in result.frames)
+    frames.targets = frozenset.intersection(*counts) if counts else frozenset()
 
 
 def _drop_other_targets(frames: ReadSet) -> None:
@@ -299,8 +305,7 @@ def _energy_kind(results: Sequence[SourceResult], options: ImportOptions) -> str
         if undeclared is not None and given is None and kind == "adsorption":
             raise DataError(
                 f"{file} declares adsorption energies and {undeclared.file} does not say of which kind its "
-                "energies "
-                "are (total energies, as a code writes them); import them apart, or give --energy-kind."
+                "energies are (total energies, as a code writes them); import them apart, or give --energy-kind."
             )
         return kind
     return check_kind(given or "total")
@@ -319,8 +324,7 @@ def _check_size(frames: ReadSet, placed: Sequence[Place]) -> None:
     if frames.energy_kind == "adsorption":
         raise DataError(
             f"{placed[0]}: the energies are declared adsorption energies, but {size}, as of total energies; "
-            "give "
-            "--energy-kind total."
+            "give --energy-kind total."
         )
     frames.notices.append(
         f"the energies are taken as total energies, but {size}; if they are adsorption energies, give "
@@ -345,15 +349,6 @@ def _note(frames: ReadSet, placed: Sequence[Place]) -> None:
     if len(kinds) > 1:
         periodicity = Periodicity(directions={pbc: (1, str(place)) for pbc, place in kinds.items()})
         frames.notices += periodicity.notices().values()
-    if len(placed) == 1:
-        frames.notices.append("there is one frame, which is too few to train or to test on")
-    systems = {place.facts.sid for place in placed}
-    if len(systems) == 1 and len(placed) > 1:
-        frames.notices.append(
-            f"all frames are of one system ({next(iter(systems))}), so nothing is known about others; errors "
-            "on "
-            "held-out frames will look better than they are"
-        )
     total: Counter[str] = Counter()
     for result in frames.results:
         total.update(result.notices)
@@ -365,6 +360,20 @@ def _note(frames: ReadSet, placed: Sequence[Place]) -> None:
         if names:
             shown = ", ".join(names[:_MOST_NAMED]) + (", …" if len(names) > _MOST_NAMED else "")
             frames.notices.append(f"{numbered(len(names), 'file')} {text} ({shown})")
+
+
+def _size_notices(placed: Sequence[Place]) -> list[str]:
+    """Return notices about sets that are too small to learn from or to test on."""
+    notices: list[str] = []
+    if len(placed) == 1:
+        notices.append("there is one frame, which is too few to train or to test on")
+    systems = {place.facts.sid for place in placed}
+    if len(systems) == 1 and len(placed) > 1:
+        notices.append(
+            f"all frames are of one system ({next(iter(systems))}), so nothing is known about others; errors "
+            "on held-out frames will look better than they are"
+        )
+    return notices
 
 
 def _report(frames: ReadSet, placed: list[Place], out: str) -> ImportReport:
@@ -385,13 +394,13 @@ def _report(frames: ReadSet, placed: list[Place], out: str) -> ImportReport:
         out=out,
         files=len(frames.found.sources) + len(frames.found.missing),
         systems=len({place.facts.sid for place in placed}),
-        targets=sorted(frames.targets),
+        targets=sorted(frames.targets - {"energy"}),
         settings=shared_settings(frames.results),
         differences=frames.differences,
         duplicates=listed_duplicates(placed),
         outliers=listed_outliers(placed),
         isolated_atoms=isolated_atoms(placed),
-        notices=frames.notices,
+        notices=[*_size_notices(placed), *frames.notices],
     )
 
 

@@ -112,8 +112,7 @@ class Labelled:
 
 NOTICES = {
     "other tags": "tags beyond 0, 1, 2 (such as layer numbers of ASE's slab builders) were ignored: fixed "
-    "atoms "
-    "get tag 0 and others 1; --adsorbate marks the adsorbate",
+    "atoms get tag 0 and others 1; --adsorbate marks the adsorbate",
     "layer tags": "the tags were taken as OC20's (2 for the adsorbate), but look like numbers of two layers "
     "as ASE's "
     "slab builders count; if they are, give --adsorbate with the atoms of the adsorbate, or none",
@@ -190,8 +189,7 @@ def _check_cell(cell: np.ndarray, pbc: np.ndarray) -> set[str]:
     if missing:
         raise DataError(
             f"the structure is periodic along {' and '.join(missing)} but has no lattice vector there; set "
-            "the "
-            "cell, or --pbc"
+            "the cell, or --pbc"
         )
     if (lengths < 1e-6).any():
         return {"no cell"} if not pbc.any() else set()

@@ -20,9 +20,9 @@ from datasets_oc20.structure_record import PackedRecord, check_energy_kind
 from datasets_oc20.untrusted import AnyPath
 
 _LOG = logging.getLogger(__name__)
-MAX_BYTES = 1 << 30
+MAX_BYTES = 2 << 30
 """Most bytes of files that are read into memory."""
-MAX_FRAMES = 20_000
+MAX_FRAMES = 10_000
 """Most frames that are read into memory."""
 _LMDB_ENDINGS = (".lmdb", ".aselmdb", ".mdb")
 

@@ -73,7 +73,9 @@ class ImportReport:
             f"{numbered(self.systems, 'system')}"
         ]
         lines += self._dropped_lines()
-        targets = " and ".join(["energy", *self.targets])
+        if not self.kept:
+            return "\n".join(lines)
+        targets = ", ".join(["energy", *self.targets])
         lines += [
             f"energies: {self.energy_kind}; written: {targets}",
             f"tags: {self.tags_from}",

@@ -42,8 +42,7 @@ class SplitOptions:
         if not 2 <= len(sizes) <= len(PARTS) or not min(sizes) > 0 or abs(sum(sizes) - 1) > 1e-6:
             raise DataError(
                 f"the fractions {', '.join(f'{size:g}' for size in sizes)} must be two or three positive "
-                "numbers, "
-                "for train, val and test, that are 1 together."
+                "numbers, for train, val and test, that are 1 together."
             )
 
 
@@ -73,10 +72,8 @@ def split_frames(frames: Sequence[Place], options: SplitOptions) -> list[str]:
         what = {"key": "value of the group key", "source": "source file"}.get(options.by, options.by)
         raise DataError(
             f"the {len(frames)} frames are of {len(sizes)} {what}{'s' if len(sizes) > 1 else ''}, too few "
-            "for "
-            f"{len(parts)} parts ({', '.join(parts)}) without dividing one; add data, split by something "
-            "else "
-            f"({', '.join(GROUPINGS)}, or --group-key), or import without --split."
+            f"for {len(parts)} parts ({', '.join(parts)}) without dividing one; add data, split by something "
+            f"else ({', '.join(GROUPINGS)}, or --group-key), or import without --split."
         )
     wanted = [share * len(frames) for share in options.fractions]
     filled = [0.0] * len(parts)

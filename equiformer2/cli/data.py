@@ -334,12 +334,12 @@ class Inspect(Command):
         from datasets_oc20.inspection import inspect_dataset
         from datasets_oc20.inspection_figure import draw_inspection
         from datasets_oc20.inspection_report import to_record, to_text
-        from datasets_oc20.reader import OC20Lmdb
+        from datasets_oc20.own_data.opening import open_dataset
 
         check_target(options.out, is_folder=True)
         for name in ("inspection.json", "inspection.png"):
             check_target(options.out / name, inputs=options.data, overwrite=options.overwrite)
-        dataset = OC20Lmdb(options.data, options.energy_kind)
+        dataset = open_dataset(options.data, options.energy_kind)
         inspection = inspect_dataset(dataset, options.max_frames or None, options.num_workers)
         record = to_record(inspection, dataset)
         print(to_text(record))
@@ -408,13 +408,13 @@ class References(Command):
         return options
 
     def run(self, options: argparse.Namespace) -> Result:
-        from datasets_oc20.reader import OC20Lmdb
+        from datasets_oc20.own_data.opening import open_dataset
         from datasets_oc20.reference_fit import fit_references, to_text, write_references
 
         table = options.out.with_suffix(".json")
         for path in (options.out, table):
             check_target(path, inputs=options.data, overwrite=options.overwrite)
-        dataset = OC20Lmdb(options.data, options.energy_kind)
+        dataset = open_dataset(options.data, options.energy_kind)
         fit = fit_references(dataset, options.num_workers, progress=True)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         record = {**header("data-references/1"), **fit.to_record()}

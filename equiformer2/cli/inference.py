@@ -207,13 +207,17 @@ class Predict(Command):
 
     def add_arguments(self, parser: Parser) -> None:
         add_model_arguments(parser)
-        parser.add_argument("--data", required=True, help="LMDB file or folder of shards")
+        parser.add_argument(
+            "--data",
+            required=True,
+            help="LMDB file, folder of shards, or any file with structures that ASE reads",
+        )
         parser.add_argument("--out", required=True, type=Path, help="file to write, .npz or .json")
         add_batch_arguments(parser)
         add_overwrite_argument(parser)
 
     def run(self, options: argparse.Namespace) -> Result:
-        from datasets_oc20 import OC20Lmdb
+        from datasets_oc20 import open_dataset
         from equiformer2.checkpoint import load_checkpoint
         from equiformer2.files import check_target
         from equiformer2.inference import Predictor
@@ -227,7 +231,7 @@ class Predict(Command):
         )
         arrays = predict_dataset(
             predictor.predict_batches,
-            OC20Lmdb(options.data),
+            open_dataset(options.data, needs_energy=False),
             options.batch_size,
             options.max_atoms,
             options.num_workers,

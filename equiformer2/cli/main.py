@@ -25,6 +25,7 @@ COMMANDS = {
     "submission": "inference:Submission",
     "data download": "data:Download",
     "data preprocess": "data:Preprocess",
+    "data import": "data_import:Import",
     "data inspect": "data:Inspect",
     "data convert": "data:Convert",
     "data references": "data:References",

@@ -112,7 +112,8 @@ def add_data_argument(parser: Options) -> None:
         required=True,
         nargs="+",
         type=Path,
-        help="LMDB or ASE-LMDB files, or folders of them",
+        help="LMDB or ASE-LMDB files, small sets of other files that ASE reads (`equiformer2 data import`), "
+        "or folders of them",
     )
 
 

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 from torch_geometric.data import Data
 
-from datasets_oc20 import OC20Lmdb, structure_record
+from datasets_oc20 import open_dataset, structure_record
+from datasets_oc20.errors import DataError
 from datasets_oc20.extxyz import read_frames
-from datasets_oc20.untrusted import AnyPath
+from datasets_oc20.untrusted import AnyPath, open_compressed
 from equiformer2.errors import InputError
 
 _DRAWN_PER_STRUCTURE = 16
 """Random records read per structure, to find enough systems in a dataset of millions."""
+_MOST_HEAD = 4 << 30
 _RAW_ENDINGS = (".extxyz", ".extxyz.xz")
 
 
@@ -27,8 +29,8 @@ def read_structures(
     which says nothing about a model of adsorption energies.
 
     Args:
-        paths: LMDB files, folders of LMDB shards, extended XYZ files (`.extxyz`, `.extxyz.xz`) or folders
-            of those.
+        paths: LMDB files, folders of LMDB shards, OC20's extended XYZ files (`.extxyz`, `.extxyz.xz`), other
+            files that ASE reads, or folders of those.
         limit: maximum number of structures; None for all of them.
         seed: random seed of the choice of frames, and of systems when there are more than `limit`.
 
@@ -96,16 +98,33 @@ def labelled_energies(
     """
     named = [paths] if isinstance(paths, str | Path) else list(paths)
     return all(
-        not raw_files(Path(path)) and OC20Lmdb(path, declared).energy_kind == energy_kind for path in named
+        not raw_files(Path(path)) and open_dataset(path, declared).energy_kind == energy_kind
+        for path in named
     )
 
 
 def raw_files(path: AnyPath) -> list[Path]:
-    """List the extended XYZ files that `path` names or, as a folder, holds; none for anything else."""
+    """List OC20's raw extended XYZ files that `path` names or, as a folder, holds; none for anything else.
+
+    The first file tells: its frames have the columns `move_mask` and `tags`.
+    """
     path = Path(path)
     if path.is_dir():
-        return sorted(item for item in path.iterdir() if item.name.endswith(_RAW_ENDINGS))
-    return [path] if path.name.endswith(_RAW_ENDINGS) else []
+        files = sorted(item for item in path.iterdir() if item.name.endswith(_RAW_ENDINGS))
+    else:
+        files = [path] if path.name.endswith(_RAW_ENDINGS) else []
+    return files if files and _is_raw(files[0]) else []
+
+
+def _is_raw(file: Path) -> bool:
+    """Tell whether the first frame of a file has OC20's columns; True for one that the reader will refuse."""
+    try:
+        with open_compressed(file, _MOST_HEAD) as content:
+            content.readline(_MOST_HEAD // 2)
+            columns = content.readline(_MOST_HEAD // 2)
+    except (DataError, OSError):
+        return True
+    return b":move_mask:" in columns and b":tags:" in columns
 
 
 def _read_frames(path: Path) -> list[Data]:
@@ -126,7 +145,7 @@ def _read_frames(path: Path) -> list[Data]:
 
 
 def _read_dataset(path: Path, limit: int | None, rng: np.random.Generator) -> list[Data]:
-    dataset = OC20Lmdb(path)
+    dataset = open_dataset(path, needs_energy=False)
     indices = np.arange(len(dataset))
     if limit is not None and limit * _DRAWN_PER_STRUCTURE < len(dataset):
         indices = np.sort(rng.choice(len(dataset), limit * _DRAWN_PER_STRUCTURE, replace=False))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from datasets_oc20 import OC20Lmdb
 from datasets_oc20.datamodule import collate
 from datasets_oc20.npz_file import read_npz
+from datasets_oc20.own_data import opening
 from datasets_oc20.sampler import BalancedBatchSampler
 from datasets_oc20.targets import check_energies_match_kind, sample_targets
 from datasets_oc20.untrusted import AnyPath
@@ -177,13 +178,13 @@ def parts_folder(report: AnyPath) -> Path:
 
 
 def open_dataset(path: str | Path, predictor: Predictor, energy_kind: str | None) -> OC20Lmdb:
-    """Open a dataset for a checkpoint.
+    """Open a dataset (LMDB, or a small set of other files that ASE reads) for a checkpoint.
 
     Raises:
         InputError: the dataset's kind of energy is unknown or not the checkpoint's.
         datasets_oc20.DataError: the file cannot be used.
     """
-    dataset = OC20Lmdb(path, energy_kind)
+    dataset = opening.open_dataset(path, energy_kind)
     if dataset.energy_kind is None:
         raise InputError(
             f"{path} does not say whether its energies are adsorption or total energies: give --energy-kind"

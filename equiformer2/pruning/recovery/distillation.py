@@ -16,7 +16,7 @@ import yaml
 from torch_geometric.data import Batch, Data
 from tqdm import tqdm
 
-from datasets_oc20 import LmdbWriter, OC20Lmdb
+from datasets_oc20 import LmdbWriter, open_dataset
 from datasets_oc20.datamodule import NormalizerValues
 from datasets_oc20.targets import NUM_ELEMENTS
 from datasets_oc20.untrusted import AnyPath
@@ -174,7 +174,7 @@ def _structures(paths: Sequence[str | Path]) -> Iterator[Data]:
         if raw_files(path):
             yield from read_structures(path)
         else:
-            dataset = OC20Lmdb(path)
+            dataset = open_dataset(path, needs_energy=False)
             for index in range(len(dataset)):
                 yield dataset[index]
 
