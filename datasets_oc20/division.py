@@ -91,8 +91,8 @@ def divide(
             np.sort(order[before]),
             np.sort(order[later]),
             True,
-            f"all {count} frames are of one system: its first {len(before)} frames to train on and its last "
-            f"{len(later)} to judge by, the easy case, which says nothing about other systems",
+            f"all {count} frames are of one system, {systems[0]}: its first {len(before)} frames to train on "
+            f"and its last {len(later)} to judge by, the easy case, which says nothing about other systems",
         )
     names = sorted(sizes)
     random.Random(seed).shuffle(names)
