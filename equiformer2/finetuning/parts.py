@@ -1,7 +1,6 @@
 """Parts of the data: frames to train on, to watch, to judge by, and original data to replay."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from ase.data import chemical_symbols
@@ -207,13 +206,14 @@ def write_parts(parts: Parts, folder: OutFolder, keeps_zero: bool) -> dict[str, 
         keeps_zero: whether energies of the original data can be learned beside the new ones.
 
     Returns:
-        Paths by part: `train-SHARE`, `watched`, `judged`, `old`, `replay` and `forces_only`.
+        Names of the files in the folder's `data` by part: `train-SHARE`, `watched`, `judged`, `old`,
+        `replay` and `forces_only`.
     """
     forces = parts.frames.has_forces
     files: dict[str, list[str]] = {"old": [], "replay": [], "forces_only": []}
 
     def write(frames: Frames, rows: np.ndarray, name: str, with_forces: bool) -> list[str]:
-        return [str(write_part(frames, rows, Path(folder.data / f"{name}.lmdb"), with_forces))]
+        return [write_part(frames, rows, folder.data / f"{name}.lmdb", with_forces).name]
 
     for share, rows in parts.train.items():
         files[f"train-{share:g}"] = write(parts.frames, rows, f"train-{share:g}", forces)

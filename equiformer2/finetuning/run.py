@@ -57,7 +57,7 @@ class Prepared:
     """Decisions that are made once, before the first training, and kept for a continued call.
 
     Attributes:
-        files: paths of the parts of the data.
+        files: names of the parts of the data.
         keeps_zero: whether the tuned network's energies have the zero of the original data.
         schedules: settings of the trainings by share of the data, in plain values.
         speed: measured.
@@ -101,9 +101,10 @@ def fine_tune(settings: FineTuneSettings, say: Say = print) -> dict[str, Any]:
         if continues:
             say(f"continuing the fine-tuning in {folder.path}")
         parts = divide_data(settings, contents.config.max_num_elements - 1, contents.energy_kind)
-        checkpoint = load_checkpoint(
-            settings.checkpoint, settings.weights, contents.energy_kind or parts.frames.energy_kind
-        )
+        kind = parts.frames.energy_kind
+        if contents.energy_kind is None:
+            say(f"the checkpoint does not state its kind of energy: taken to be {kind}, as the data are")
+        checkpoint = load_checkpoint(settings.checkpoint, settings.weights, contents.energy_kind or kind)
         tuning = _FineTuning(settings, folder, parts, Predictor(checkpoint, settings.device), say)
         return tuning.run()
 
@@ -144,9 +145,14 @@ class _FineTuning:
         prepared = self._prepare()
         self.say("")
         rows = self._rows_before(prepared)
-        trainer = Trainer(self.settings, self.folder.runs, prepared.files, self.parts.frames.energy_kind)
+        paths = {part: self._paths(prepared, part) for part in prepared.files}
+        trainer = Trainer(self.settings, self.folder.runs, paths, self.parts.frames.energy_kind)
         results = {case: self._result(case, trainer, prepared) for case in self.cases}
         return self._finish(prepared, rows, results)
+
+    def _paths(self, prepared: Prepared, part: str) -> list[str]:
+        """Paths of the files of a part of the data."""
+        return [str(self.folder.data / name) for name in prepared.files[part]]
 
     def _start(self, case: Case) -> Start:
         return prepare_start(
@@ -229,11 +235,13 @@ class _FineTuning:
         frames = self.parts.frames
         kept = prepared.keeps_zero
         new = judge(
-            predictor, OC20Lmdb(prepared.files["judged"][0]), is_new or self._same_kind(frames.energy_kind)
+            predictor,
+            OC20Lmdb(self._paths(prepared, "judged")),
+            is_new or self._same_kind(frames.energy_kind),
         )
         old = None
         if prepared.files["old"]:
-            data = OC20Lmdb(prepared.files["old"])
+            data = OC20Lmdb(self._paths(prepared, "old"))
             same = kept if is_new else self._same_kind(str(data.energy_kind))
             old = judge(predictor, data, same)
         return {NEW: new, OLD: old}
@@ -249,7 +257,7 @@ class _FineTuning:
             return rows
         found = self._judge(self.before, prepared, False)
         start = self._start(self.cases[0])
-        trivial = judge_trivial(start.own, OC20Lmdb(prepared.files["judged"][0]))
+        trivial = judge_trivial(start.own, OC20Lmdb(self._paths(prepared, "judged")))
         rows = [row_of(data, BEFORE, errors) for data, errors in found.items() if errors is not None]
         rows.append(row_of(NEW, TRIVIAL, trivial))
         write_json(file, {"rows": rows})
