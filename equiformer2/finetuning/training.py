@@ -26,7 +26,7 @@ _ENERGY, _FORCES, _AVERAGE = 20.0, 100.0, 0.99
 _WARMUP = 0.05
 """Share of the steps in which the learning rate rises."""
 _CHECKPOINT_SECONDS = 60.0
-_OVERTIME = 2.0
+_OVERTIME = 1.3
 """A training ends after this many times its estimated time, on a machine that has become slow."""
 
 
@@ -131,7 +131,7 @@ class Trainer:
             **_accelerator(settings.device),
         }
         if settings.steps is None:
-            trainer["max_time"] = {"seconds": int(_OVERTIME * schedule.seconds) + 120}
+            trainer["max_time"] = {"seconds": int(_OVERTIME * schedule.seconds) + 30}
         values = {
             "name": case.name,
             "runs_dir": str(self.runs),
