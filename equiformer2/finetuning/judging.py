@@ -171,8 +171,8 @@ def to_text(table: Sequence[Mapping[str, Any]], per_atom: bool) -> str:
         f"{'data':5}{'network':9}" + "".join(f"{title:>19}" for title, _ in columns) + "  frames  systems"
     ]
     for row in table:
-        cells = "".join(f"{number(row, name):>19}" for _, name in columns)
-        lines.append(f"{row['data']:5}{row['network']:9}{cells}{row['frames']:>8}{row['systems']:>9}")
+        values = "".join(f"{number(row, name):>19}" for _, name in columns)
+        lines.append(f"{row['data']:5}{row['network']:9}{values}{row['frames']:>8}{row['systems']:>9}")
     shown = {(row["data"], row["network"]): row["by_system"] for row in table}
     before, after = (shown.get((NEW, name)) for name in (BEFORE, AFTER))
     if before and after and len(after) > 1:
@@ -183,12 +183,12 @@ def to_text(table: Sequence[Mapping[str, Any]], per_atom: bool) -> str:
         ]
         for system in list(after)[:_SHOWN_SYSTEMS]:
             cells = [each[system] for each in (before, after)]
-            text = "".join(
+            errors = "".join(
                 f"{number(cell, name):>{width}}"
                 for name, widths in (("energy_mae_eV", (16, 9)), ("force_mae_eV_A", (9, 9)))
                 for cell, width in zip(cells, widths, strict=True)
             )
-            lines.append(f"{system[:39]:40}{after[system]['frames']:>7}{text}")
+            lines.append(f"{system[:39]:40}{after[system]['frames']:>7}{errors}")
         if len(after) > _SHOWN_SYSTEMS:
             lines.append(f"… and {len(after) - _SHOWN_SYSTEMS} more in finetune.json")
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from equiformer2.finetuning.folder import FineTuneSettings, OutFolder
 from equiformer2.finetuning.frames import Frames, open_frames, read_frames, spread, write_part
 from equiformer2.finetuning.start import read_isolated_atoms
 
-_WATCHED, _JUDGED, _OLD_JUDGED = 64, 500, 40
+_WATCHED, _JUDGED, _OLD_JUDGED = 40, 500, 40
 """Most frames that a training watches, that the table is made of, and of a file of original data."""
 _MANY_SYSTEMS, _SHARE, _SHARE_OF_MANY, _OLD_SHARE = 20, 0.2, 0.1, 0.1
 

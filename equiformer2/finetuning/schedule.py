@@ -15,9 +15,8 @@ from equiformer2.model.parameters import count_parameters
 
 DEFAULT_MINUTES = 18.0
 """Time that the whole command may take on this machine, table included."""
-VALIDATIONS = 12
-PATIENCE = 4
-"""Validations without a better one after which the training ends."""
+_VALIDATIONS, _FEWEST, _VALIDATION_SHARE = 12, 2, 0.25
+"""Validations of a training, fewer where they would take more than this share of the time."""
 STARTUP_SECONDS = 8.0
 """Seconds that a training takes beside its steps: reading, checking, checkpoints and figures."""
 # A run sees its frames 60 times when they are few and 5 times when they are many.
@@ -46,6 +45,7 @@ class Schedule:
         batch_size: structures per step.
         steps: optimizer steps.
         interval: steps between validations.
+        patience: validations without a better one after which the training ends.
         learning_rate: largest, for a network from a checkpoint.
         scratch_learning_rate: the same for one from random weights.
         seconds: estimated time of one training, validations included.
@@ -56,6 +56,7 @@ class Schedule:
     batch_size: int
     steps: int
     interval: int
+    patience: int
     learning_rate: float
     scratch_learning_rate: float
     seconds: float
@@ -106,17 +107,20 @@ def choose_schedule(
     visits = min(max(_FRAME_VISITS / frames, _LEAST_VISITS), _MOST_VISITS)
     wanted = max(_LEAST_STEPS, math.ceil(visits * frames / size))
     step = _MARGIN * size * speed.training
-    checks = _MARGIN * VALIDATIONS * watched * speed.evaluation
+    check = _MARGIN * watched * speed.evaluation
+    affordable = int(_VALIDATION_SHARE * seconds / max(check, 1e-9))
+    validations = min(max(affordable, _FEWEST), _VALIDATIONS)
+    checks = validations * check
     possible = int((seconds - checks) / step)
     length = steps or max(_LEAST_STEPS, min(wanted, possible))
     large = count_parameters(config) > _LARGE
-    usual = (1e-4 if large else 5e-4) * (0.5 if frames < 30 else 1.0)
     return Schedule(
         frames=frames,
         batch_size=size,
         steps=length,
-        interval=max(1, length // VALIDATIONS),
-        learning_rate=learning_rate or usual,
+        interval=max(1, math.ceil(length / validations)),
+        patience=max(_FEWEST, validations // 2),
+        learning_rate=learning_rate or (1e-4 if large else 5e-4),
         scratch_learning_rate=4e-4 if large else 1e-3,
         seconds=length * step + checks,
         wanted=steps or wanted,

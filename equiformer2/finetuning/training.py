@@ -13,7 +13,7 @@ from equiformer2.checkpoint.tensor_files import plain
 from equiformer2.files import write_bytes
 from equiformer2.finetuning.folder import FineTuneSettings
 from equiformer2.finetuning.judging import AFTER, SCRATCH
-from equiformer2.finetuning.schedule import PATIENCE, Schedule
+from equiformer2.finetuning.schedule import Schedule
 from equiformer2.finetuning.start import Start, write_start
 from equiformer2.finetuning.trained_part import FrozenBlocks, TimeLeft, TrainedPart
 from equiformer2.model import EquiformerV2, ModelConfig
@@ -99,7 +99,11 @@ class Trainer:
         monitor = (
             f"val/{config.task.monitor}" if start.checkpoint.config.forces != "none" else "val/energy_mae"
         )
-        callbacks: list[Callback] = [EarlyStopping(monitor, patience=PATIENCE), part, TimeLeft(after)]
+        callbacks: list[Callback] = [
+            EarlyStopping(monitor, patience=schedule.patience),
+            part,
+            TimeLeft(after),
+        ]
         folder = train(replace(config, trainer=config.trainer | {"callbacks": callbacks}))
         return folder / "checkpoints" / "best.pt"
 

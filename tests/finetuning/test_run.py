@@ -10,14 +10,19 @@ import pytest
 import torch
 from command_line import run_command
 from emt_frames import write_frames
+from tiny_networks import TINY
 from torch_geometric.data import Data
 
+from equiformer2 import EquiformerV2
+from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
 from equiformer2.checkpoint.checkpoint import load_checkpoint, read_contents
 from equiformer2.errors import InputError
 from equiformer2.finetuning import run as run_module
 from equiformer2.finetuning.folder import FineTuneSettings
 from equiformer2.finetuning.run import fine_tune
 from equiformer2.inference import Predictor
+from equiformer2.pruning import PruningPlan
+from equiformer2.pruning.structured.apply import shrink
 
 COLUMNS = {"energy_mae_eV", "force_mae_eV_A"}
 
@@ -147,6 +152,39 @@ def test_a_curve_says_what_more_frames_would_bring(
     assert (out / "curve.png").exists()
     assert {point["network"] for point in record["curve"]["points"]} == {"after", "scratch"}
     assert all(sentence in capsys.readouterr().out for sentence in record["curve"]["sentences"][:1])
+
+
+@pytest.fixture
+def pruned(tmp_path: Path) -> Path:
+    """Fewer heads and orders in the first block, no attention in the second."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = EquiformerV2(replace(TINY, num_heads=2))
+    plan = PruningPlan.keep_all(model.config).with_block(0, heads=(1,)).with_block(1, attention=False)
+    small = shrink(model, plan)
+    save_checkpoint(
+        tmp_path / "pruned.pt",
+        model=small,
+        raw_state=small.state_dict(),
+        averaged_state=None,
+        normalizers=Normalizers(Normalizer(0.0, 1.0), Normalizer(0.0, 1.0)),
+        energy_kind="adsorption",
+        provenance={},
+    )
+    return tmp_path / "pruned.pt"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pruned", "ckpt_v0_ocp_best.pt", "ckpt_v1_hydra_best.pt", "oc20_small"])
+def test_the_network_is_that_of_the_checkpoint(copper: Path, pruned: Path, tmp_path: Path, name: str) -> None:
+    foreign = Path(__file__).parents[1] / "fixtures" / "checkpoint" / name
+    given = str(pruned if name == "pruned" else foreign if foreign.exists() else name)
+    settings = FineTuneSettings(
+        (str(copper),), given, tmp_path / "out", reset_head=True, steps=1, scratch=False
+    )
+    fine_tune(settings)
+    before, after = read_contents(given).config, read_contents(settings.out / "model.pt").config
+    assert replace(after, stress=before.stress) == before
 
 
 @pytest.mark.slow
