@@ -125,6 +125,7 @@ class _FineTuning:
     ) -> None:
         self.settings, self.folder, self.parts, self.before, self.say = settings, folder, parts, before, say
         self.begin = time.monotonic()
+        self.starts: dict[tuple[float, int], Start] = {}
         networks = [AFTER, *([SCRATCH] if settings.scratch else [])]
         seeds = range(settings.seed, settings.seed + settings.seeds)
         # The whole data first: what is wanted most is there soonest.
@@ -155,14 +156,19 @@ class _FineTuning:
         return [str(self.folder.data / name) for name in prepared.files[part]]
 
     def _start(self, case: Case) -> Start:
-        return prepare_start(
-            self.before,
-            self.parts.frames,
-            self.parts.train[case.share],
-            self.parts.isolated,
-            self.settings.reset_head,
-            case.seed,
-        )
+        """Start of a training; that of the case before is kept, which is mostly the same."""
+        key = case.share, case.seed
+        if key not in self.starts:
+            start = prepare_start(
+                self.before,
+                self.parts.frames,
+                self.parts.train[case.share],
+                self.parts.isolated,
+                self.settings.reset_head,
+                case.seed,
+            )
+            self.starts = {key: start}
+        return self.starts[key]
 
     def _prepare(self) -> Prepared:
         """Decide, once, and write the parts of the data."""

@@ -74,7 +74,7 @@ class Schedule:
             f"{self.frames}), "
             f"learning rate {self.learning_rate:g}, a validation every {self.interval} steps, early stop "
             "after "
-            f"{PATIENCE} without a better one"
+            f"{self.patience} without a better one"
         )
         if self.steps < self.wanted:
             text += f"; {self.wanted} steps would be usual, and the time allows these (--max-minutes)"

@@ -13,7 +13,8 @@ from datasets_oc20.targets import TargetSample, fit_linear_references, fit_norma
 from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers, save_checkpoint
 from equiformer2.checkpoint.training_data import inherited
 from equiformer2.errors import InputError
-from equiformer2.finetuning.frames import Frames
+from equiformer2.finetuning.energy_head import fit_last_layer
+from equiformer2.finetuning.frames import Frames, spread
 from equiformer2.inference import Predictor
 from equiformer2.model import EquiformerV2
 from equiformer2.training.start import FITTED, keep_predictions
@@ -90,11 +91,8 @@ class Predicted:
     @classmethod
     def from_frames(cls, predictor: Predictor, frames: Frames, rows: np.ndarray) -> "Predicted":
         """Predict at most 100 of the frames `rows`, evenly spread."""
-        chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(_LOOKED_AT, len(rows))).astype(int))]
-        energies = [
-            float(predictor.predict(frames.dataset[row], force_atoms=None)["energy"])
-            for row in chosen.tolist()
-        ]
+        chosen = spread(rows, _LOOKED_AT)
+        energies = [float(predictor.predict(frames.dataset[row])["energy"]) for row in chosen.tolist()]
         return cls(frames.targets(chosen), frames.energy[chosen] - np.array(energies))
 
     def shift(self) -> np.ndarray:
@@ -198,27 +196,15 @@ def prepare_start(
     own = _normalizers(sample, references)
     model = _fitting_model(checkpoint, frames.has_forces, seed)
     if predicted is None:
-        normalizers = own
-        _forget_energies(model, seed)
         what = reason or "asked for, though the checkpoint fits the data"
-        sentences.append(f"energy head: new ({what})")
-        if frames.has_forces and checkpoint.config.forces == "none":
-            sentences.append("force head: new, because the checkpoint has none")
-        elif frames.has_forces:
-            sentences.append("force head: the checkpoint's, with the same forces in eV/Å at the start")
-        else:
-            sentences.append("force head: left out, because the data have no forces")
-        if model.config.forces == "gradient":
-            normalizers = own.for_gradient()
-        elif frames.has_forces and checkpoint.config.forces != "none":
-            kept = Normalizers(own.energy, checkpoint.normalizers.forces)
-            keep_predictions(model, kept, own)
+        normalizers, more = _with_new_head(model, checkpoint, frames, rows, own, predictor.device)
+        sentences += [f"energy head: new last layer ({what}), {more[0]}", *more[1:]]
     else:
-        normalizers, more = _adjusted(checkpoint.normalizers, predicted, own, isolated)
+        normalizers, told = _adjusted(checkpoint.normalizers, predicted, own, isolated)
         if model.config.forces == "gradient":
             normalizers = normalizers.for_gradient()
         keep_predictions(model, checkpoint.normalizers, normalizers)
-        sentences += ["heads: the checkpoint's, with the same answers at the start but for constants", more]
+        sentences += ["heads: the checkpoint's, with the same answers at the start but for constants", told]
     ready = replace(
         checkpoint,
         model=model,
@@ -311,15 +297,42 @@ def _fitting_model(checkpoint: Checkpoint, has_forces: bool, seed: int) -> Equif
     return model
 
 
-def _forget_energies(model: EquiformerV2, seed: int) -> None:
-    """Give the network a new energy head, whose first answer is 0: the references and the mean."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fresh = EquiformerV2(model.config).energy_block
-    model.energy_block.load_state_dict(fresh.state_dict())
-    with torch.no_grad():
-        model.energy_block.so3_linear_2.weight.zero_()
-        model.energy_block.so3_linear_2.bias.zero_()
+def _with_new_head(
+    model: EquiformerV2,
+    checkpoint: Checkpoint,
+    frames: Frames,
+    rows: np.ndarray,
+    own: Normalizers,
+    device: torch.device,
+) -> tuple[Normalizers, list[str]]:
+    """Give `model` a new last layer of the energy head, fitted to frames, and forces in the data's units.
+
+    Returns:
+        The normalizers to use, and sentences about the energy head and about the force head.
+    """
+    used = own.for_gradient() if model.config.forces == "gradient" else own
+    chosen = spread(rows, _LOOKED_AT)
+    data = [frames.dataset[row] for row in chosen.tolist()]
+    targets = [float(used.normalize_energy(item.energy.view(1), item)[0]) for item in data]
+    before, after = fit_last_layer(
+        model.to(device), data, np.array(targets), [frames.systems[row] for row in chosen]
+    )
+    model.cpu()
+    if after < before:
+        std = used.energy.std
+        told = (
+            f"fitted to {len(chosen)} frames; on frames left out of the fit its error is {std * after:.3f} "
+            f"eV, without the fit {std * before:.3f} eV"
+        )
+    else:
+        told = f"answering the references at first, because a fit to {len(chosen)} frames fails on others"
+    if not frames.has_forces:
+        return used, [told, "force head: left out, because the data have no forces"]
+    if checkpoint.config.forces == "none":
+        return used, [told, "force head: new, because the checkpoint has none"]
+    if model.config.forces == "direct":
+        keep_predictions(model, Normalizers(own.energy, checkpoint.normalizers.forces), own)
+    return used, [told, "force head: the checkpoint's, with the same forces in eV/Å at the start"]
 
 
 def write_start(start: Start, path: Path, origin: dict[str, str]) -> None:

@@ -96,11 +96,9 @@ class Trainer:
                 write_start(start, begin, {"origin": "heads, references and normalizers for new data"})
         config = self._config(case, start.checkpoint.config, schedule, begin)
         part = self._part(case, config.model)
-        monitor = (
-            f"val/{config.task.monitor}" if start.checkpoint.config.forces != "none" else "val/energy_mae"
-        )
+        monitor = config.task.monitor if config.model.forces != "none" else "energy_mae"
         callbacks: list[Callback] = [
-            EarlyStopping(monitor, patience=schedule.patience),
+            EarlyStopping(f"val/{monitor}", patience=schedule.patience),
             part,
             TimeLeft(after),
         ]

@@ -56,15 +56,15 @@ def test_what_does_not_fit_is_refused_and_reset_on_request(
     assert start.checkpoint.config.forces == ("direct" if frames.has_forces else "none")
 
 
-def test_a_reset_network_answers_references_and_the_same_forces(
+def test_a_reset_network_answers_energies_of_the_data_and_the_same_forces(
     found: Frames, adsorption_checkpoint: Path
 ) -> None:
     start = start_of(adsorption_checkpoint, found, reset=True)
     data = found.dataset[0]
     before, after = Predictor(adsorption_checkpoint).predict(data), Predictor(start.checkpoint).predict(data)
     assert torch.allclose(before["forces"], after["forces"], atol=1e-5)
-    expected = start.own.reference_energy(data, 1) + start.own.energy.mean
-    assert torch.allclose(after["energy"], expected)
+    references = start.own.reference_energy(data, 1) + start.own.energy.mean
+    assert abs(float(after["energy"] - references)) < 3 * start.own.energy.std
 
 
 def test_a_kept_head_is_corrected_by_constants(found: Frames, total_checkpoint: Path) -> None:
