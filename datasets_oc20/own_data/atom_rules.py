@@ -91,15 +91,23 @@ class AtomRule:
         def fits(indices: np.ndarray) -> bool:
             return all((symbols[indices] == symbol).sum() == number for symbol, number in wanted.items())
 
-        candidates = np.flatnonzero(of_elements)
+        chosen = np.zeros(len(atoms), dtype=bool)
+        only = np.flatnonzero(of_elements)
         places = np.arange(len(atoms))
-        top = np.argsort(atoms.positions[:, 2], kind="stable")[::-1][:size]
-        for indices in (candidates, places[-size:], places[:size], top):
-            if len(indices) == size and fits(indices):
-                chosen = np.zeros(len(atoms), dtype=bool)
-                chosen[indices] = True
-                return chosen
-        raise DataError(
-            f"{text} cannot be told from the other atoms (it is neither all atoms of its elements, nor the "
-            "last, first or topmost ones); name the atoms, as in 'last 2' or 'indices 30,31'"
-        )
+        top = np.sort(np.argsort(atoms.positions[:, 2], kind="stable")[::-1][:size])
+        fitting = {
+            tuple(ends) for ends in (places[-size:], places[:size], top) if len(ends) == size and fits(ends)
+        }
+        if len(only) == size and fits(only):
+            chosen[only] = True
+        elif len(fitting) == 1:
+            chosen[list(fitting.pop())] = True
+        elif tuple(top) in fitting and len(fitting) == 2:  # the last or the first atoms are others
+            chosen[top] = True
+        else:
+            raise DataError(
+                f"{text} cannot be told from the other atoms (it is neither all atoms of its elements, nor "
+                "clearly the "
+                "last, first or topmost ones); name the atoms, as in 'last 2' or 'indices 30,31'"
+            )
+        return chosen

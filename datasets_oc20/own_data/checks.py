@@ -26,6 +26,7 @@ _SMALLEST_OUTLIER = 0.1
 """eV per atom off the linear fit, below which a frame is no outlier."""
 _NEAR_ZERO_PER_ATOM, _TOTAL_PER_ATOM, _KINDS_APART = 0.3, 1.5, 10.0
 """eV per atom below and above which energies of large structures are not of one kind, and their ratio."""
+_FEWEST_OF_A_KIND = 4
 _SMALLEST_BODY = 8
 """Atoms; isolated atoms and small molecules may have any energy per atom."""
 
@@ -139,35 +140,32 @@ def check_one_kind(frames: Sequence[Place]) -> None:
         sizes = np.array([abs(place.facts.energy) for place in same])
         natoms = same[0].facts.natoms
         small, large = same[int(sizes.argmin())], same[int(sizes.argmax())]
-        if natoms == 1 or not (
-            sizes.max() > 5 * sizes.min() and sizes.max() - sizes.min() > max(10.0, natoms)
-        ):
+        apart = sizes.max() > 5 * sizes.min() and sizes.max() - sizes.min() > max(10.0, natoms)
+        many_small = (sizes**2 < sizes.min() * sizes.max()).sum() >= _FEWEST_OF_A_KIND
+        one_large = (sizes**2 > sizes.min() * sizes.max()).sum() == 1
+        if natoms == 1 or not apart or (many_small and one_large):  # one among many is an outlier
             continue
         per_atom = abs(sizes.max() / natoms - sizes.min()) < 0.1 * sizes.min()
-        reason = (
-            f"the first is the second divided by {natoms} atoms"
-            if per_atom
-            else "these are two kinds of energy"
-        )
+        reason = f"the first is the second divided by {natoms} atoms" if per_atom else "of two kinds"
         raise DataError(
             f"{small} has {small.facts.energy:.6g} eV and {large} with the same atoms "
-            f"{large.facts.energy:.6g} eV: "
-            f"{reason}; import them apart, or give --mixed."
+            f"{large.facts.energy:.6g} eV: {reason}; import them apart, or give --mixed."
         )
     bodies = [place for place in frames if place.facts.natoms >= _SMALLEST_BODY]
     if len(bodies) < 2:
         return
     per_atom_energy = np.array([abs(place.facts.energy) / place.facts.natoms for place in bodies])
     near_zero, total = per_atom_energy < _NEAR_ZERO_PER_ATOM, per_atom_energy > _TOTAL_PER_ATOM
-    if near_zero.any() and total.any():
+    is_outlier = total.sum() == 1 and near_zero.sum() >= _FEWEST_OF_A_KIND
+    if near_zero.any() and total.any() and not is_outlier:
         apart = np.median(per_atom_energy[total]) / max(float(np.median(per_atom_energy[near_zero])), 1e-9)
         if apart > _KINDS_APART:
             small, large = bodies[int(near_zero.argmax())], bodies[int(total.argmax())]
             raise DataError(
                 f"{small} has {small.facts.energy:.6g} eV for {small.facts.natoms} atoms and {large} "
                 f"{large.facts.energy:.6g} eV for {large.facts.natoms}: these are two kinds of energy "
-                "(adsorption "
-                "energies or energies per atom among total energies); import them apart, or give --mixed."
+                "(adsorption energies or energies per atom among total energies); import them apart, or give "
+                "--mixed."
             )
     _check_grows_with_size(bodies)
 
@@ -191,9 +189,8 @@ def _check_grows_with_size(frames: Sequence[Place]) -> None:
         first = frames[0]
         raise DataError(
             f"{first} has {first.facts.energy:.6g} eV for {first.facts.natoms} atoms, and energies of other "
-            f"sizes ({sizes.min()} to {sizes.max()} atoms) are alike: they are per atom; multiply each by its "
-            "number of "
-            f"atoms (a factor of {first.facts.natoms} here), or give --mixed."
+            f"sizes ({sizes.min()} to {sizes.max()} atoms) are alike: they are per atom; multiply each by "
+            f"its number of atoms (a factor of {first.facts.natoms} here), or give --mixed."
         )
 
 

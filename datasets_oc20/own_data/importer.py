@@ -146,8 +146,9 @@ def import_files(
     return report
 
 
-def part_files(out: Path, split: SplitOptions | None) -> dict[str, Path]:
+def part_files(out: AnyPath, split: SplitOptions | None) -> dict[str, Path]:
     """Return the file of every part, by name."""
+    out = Path(out)
     names = ("train", "val", "test")[: len(split.fractions)] if split is not None else ("train",)
     return {
         name: out if name == "train" else out.with_name(f"{out.stem}.{name}{out.suffix}") for name in names
@@ -155,8 +156,9 @@ def part_files(out: Path, split: SplitOptions | None) -> dict[str, Path]:
 
 
 @contextmanager
-def scratch_folder(out: Path) -> Iterator[Path]:
+def scratch_folder(out: AnyPath) -> Iterator[Path]:
     """Make a hidden folder beside `out` for the time of an import."""
+    out = Path(out)
     if not out.parent.is_dir():
         raise DataError(f"{out.parent}: no such folder; make it first.")
     target = out.with_name(f"{out.name}.parts")
@@ -173,7 +175,7 @@ def scratch_folder(out: Path) -> Iterator[Path]:
 def read_set(
     found: Found,
     options: ImportOptions,
-    folder: Path,
+    folder: AnyPath,
     num_workers: int | None = None,
     progress: bool = True,
     needs_energy: bool = True,
@@ -191,6 +193,7 @@ def read_set(
     Raises:
         DataError: as `import_files`.
     """
+    folder = Path(folder)
     results = list(_read_all(found, options, folder, num_workers, progress, needs_energy))
     frames = ReadSet(found, results, folder)
     _share_targets(frames) if not needs_energy else _drop_other_targets(frames)
@@ -305,7 +308,7 @@ def _energy_kind(results: Sequence[SourceResult], options: ImportOptions) -> str
         if undeclared is not None and given is None and kind == "adsorption":
             raise DataError(
                 f"{file} declares adsorption energies and {undeclared.file} does not say of which kind its "
-                "energies are (total energies, as a code writes them); import them apart, or give --energy-kind."
+                "energies are (codes write total energies); import them apart, or give --energy-kind."
             )
         return kind
     return check_kind(given or "total")

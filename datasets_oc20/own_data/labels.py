@@ -173,7 +173,7 @@ def label(atoms: Atoms, options: LabelOptions, needs_energy: bool = True) -> Lab
     if np.any(np.abs(np.nan_to_num(np.asarray(magnetic, dtype=float))) > 1e-3):
         notices.add("magnetic")
     charge = next((atoms.info[key] for key in ("charge", "total_charge") if key in atoms.info), 0)
-    if isinstance(charge, int | float) and charge:
+    if isinstance(charge, int | float | np.number) and charge:
         notices.add("charged")
     return Labelled(fields, tags_from, fixed_from, notices, _system(atoms), _group(atoms, options))
 

@@ -41,7 +41,7 @@ from datasets_oc20.structure_files import (
     read_structure,
     reason_of,
 )
-from datasets_oc20.untrusted import open_compressed
+from datasets_oc20.untrusted import AnyPath, open_compressed
 
 MAX_STREAM = 1 << 40
 """Most bytes of a file that is read frame by frame."""
@@ -49,6 +49,15 @@ LMDB = "lmdb"
 """Name here of what ASE does not read: LMDB files of OC20, ours and of `ase-db-backends`."""
 _STREAMED = {"extxyz", "vasp-out", "traj", "db", LMDB}
 _MOST_BAD_FRAMES = 1000
+_HEAD = 1 << 16
+_SIGNATURES = {
+    "espresso-out": b"PWSCF",
+    "castep-md": b"BEGIN header",
+    "castep-castep": b"CASTEP",
+    "gaussian-out": b"Gaussian",
+    "onetep-out": b"ONETEP",
+}
+"""Words of outputs whose format ASE guesses by an ending that other texts have as well."""
 _MOST_ATOMS = 10_000_000
 _NOT_READ = {
     "mysql": "an address of a database",
@@ -101,8 +110,8 @@ class SourceFile:
         OSError: missing or unreadable.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: AnyPath) -> None:
+        self.path = path = Path(path)
         self.format = find_format(path)
         check_file(path, MAX_STREAM if self.format in _STREAMED else MAX_FILE)
         self.calculation = Calculation()
@@ -354,7 +363,7 @@ class _OutcarLines:
         return line
 
 
-def find_format(path: Path) -> str:
+def find_format(path: AnyPath) -> str:
     """Find the format of a file, by its name and its first bytes.
 
     Raises:
@@ -362,11 +371,12 @@ def find_format(path: Path) -> str:
         DataError: a pipe, device or folder.
         OSError: missing or unreadable.
     """
+    path = Path(path)
     check_file(path, None)
     if path.suffix in (".lmdb", ".aselmdb", ".mdb"):
         return LMDB
     with open_compressed(path, MAX_STREAM) as file:
-        head = file.read(4096)
+        head = file.read(_HEAD)
     if b"<modeling>" in head:
         return "vasp-xml"
     if head.lstrip().startswith(b"vasp.") and b"complex" in head + b"complex":
@@ -385,10 +395,8 @@ def find_format(path: Path) -> str:
         raise UnreadableError(f"is {_NOT_READ[found]}")
     if found == "xyz":
         return "extxyz"  # plain files are a part of it
-    if found == "espresso-out" and b"PWSCF" not in head:
-        raise UnreadableError(
-            "ASE does not know its format (its ending is of Quantum ESPRESSO, but not its text)"
-        )
+    if _SIGNATURES.get(found, b"") not in head:
+        raise UnreadableError(f"ASE does not know its format (its ending is of {found}, but not its text)")
     return str(found)
 
 

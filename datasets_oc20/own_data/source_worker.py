@@ -14,6 +14,7 @@ from datasets_oc20.own_data.frame_facts import FrameFacts, RunFinder
 from datasets_oc20.own_data.labels import Labelled, LabelOptions, label
 from datasets_oc20.own_data.reading import LMDB, SourceFile, UnreadableError
 from datasets_oc20.structure_record import pack
+from datasets_oc20.untrusted import AnyPath
 
 _COLLECTIONS = {"extxyz", "db", "json", LMDB}
 """Formats that hold any structures; others hold the steps of one calculation."""
@@ -61,15 +62,15 @@ class SourceResult:
     fixed_from: Counter[str] = field(default_factory=Counter)
 
 
-def part_file(folder: Path, source: Source) -> Path:
+def part_file(folder: AnyPath, source: Source) -> Path:
     """Path of the records of a source."""
-    return folder / f"{source.number:08d}.part"
+    return Path(folder) / f"{source.number:08d}.part"
 
 
 def read_source(
     source: Source,
     options: LabelOptions,
-    folder: Path,
+    folder: AnyPath,
     progress: Callable[[int], None] | None = None,
     needs_energy: bool = True,
 ) -> SourceResult:

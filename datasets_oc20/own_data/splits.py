@@ -70,6 +70,8 @@ def split_frames(frames: Sequence[Place], options: SplitOptions) -> list[str]:
     parts = PARTS[: len(options.fractions)]
     if len(sizes) < len(parts):
         what = {"key": "value of the group key", "source": "source file"}.get(options.by, options.by)
+        if len({name_of(place) for place in frames}) >= len(parts):
+            what = f"group of a {what} and the trajectories in it, which stay together"
         raise DataError(
             f"the {len(frames)} frames are of {len(sizes)} {what}{'s' if len(sizes) > 1 else ''}, too few "
             f"for {len(parts)} parts ({', '.join(parts)}) without dividing one; add data, split by something "

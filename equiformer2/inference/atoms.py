@@ -4,8 +4,8 @@ The network reads positions, atomic numbers, cell and pbc only. `tags` and `fixe
 (which atoms are the adsorbate, which are held in place) and never change an energy or a force.
 """
 
-import functools
 import logging
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -25,6 +25,7 @@ from equiformer2.errors import InputError
 from equiformer2.graph.validation import MAX_COORDINATE, MAX_EXTENT, check_extents, locate_atom
 
 logger = logging.getLogger(__name__)
+_told: set[str] = set()
 
 SUBSURFACE, SURFACE, ADSORBATE = 0, 1, 2
 """OC20's tags: held subsurface atoms, free slab atoms, adsorbate atoms."""
@@ -54,12 +55,17 @@ def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: 
 
     Positions are wrapped into the cell along periodic directions, as OC20's own conversion does, and stay in
     float64 with the cell: what is rounded to the network's precision are the short edge vectors only. Tags
-    follow `oc20_tags`.
+    follow `oc20_tags`; `fixed` are the atoms that constraints hold in every direction; `sid` is
+    `atoms.info["sid"]` and `fid` 0. Results of a calculator are not taken over, because a network needs none:
+    `datasets_oc20.write_lmdb` writes structures with energies and forces to a file for training.
+
+    The result is for `Batch.from_data_list` and `Predictor`. A notice is logged once per process for each
+    kind of doubt, whatever the number of structures.
 
     Args:
         atoms: the structure; Å.
         max_num_elements: size of the network's element table; atomic numbers must be smaller.
-        notify: log a warning when the tags had to be set (see `oc20_tags`).
+        notify: log a notice when tags had to be set (see `oc20_tags`), or a cell is not periodic.
 
     Raises:
         InputError: no atoms, positions or a cell that are not finite or too large, periodic without a lattice
@@ -68,9 +74,12 @@ def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: 
     check_atoms(atoms, max_num_elements)
     tags, notice = oc20_tags(atoms)
     if notice and notify:
-        logger.warning(notice)
+        _tell_once(notice)
     if notify and unused_cell(atoms.cell.array, atoms.pbc):
-        _warn_not_periodic(atoms.get_chemical_formula())
+        _tell_once(
+            "a structure has a whole cell but pbc F F F, so nothing is seen across its boundary; set "
+            f"atoms.pbc if it is a slab or a bulk (first {atoms.get_chemical_formula()})"
+        )
     positions = wrap_positions(atoms.get_positions(), atoms.cell, atoms.pbc, eps=0)
     return Data(
         pos=torch.tensor(positions, dtype=torch.float64),
@@ -85,13 +94,12 @@ def atoms_to_data(atoms: Atoms, *, max_num_elements: int | None = None, notify: 
     )
 
 
-@functools.cache
-def _warn_not_periodic(formula: str) -> None:
-    """Warn about a cell without pbc, once per composition."""
-    logger.warning(
-        f"{formula}: has a whole cell but pbc F F F, so nothing is seen across its boundary; "
-        "set atoms.pbc if it is a slab or a bulk"
-    )
+def _tell_once(notice: str) -> None:
+    """Log a notice once per process and kind, which are its first words: a thousand structures give one."""
+    kind = re.split(r"[\d(;]", notice)[0]
+    if kind not in _told:
+        _told.add(kind)
+        logger.warning(f"{notice} (said once)")
 
 
 def fixed_mask(atoms: Atoms) -> np.ndarray:

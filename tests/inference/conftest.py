@@ -11,6 +11,7 @@ from ase.constraints import FixAtoms
 
 from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
+from equiformer2.inference import atoms as atoms_module
 
 SMALL = {
     "num_layers": 1,
@@ -27,6 +28,12 @@ SMALL = {
     "num_distance_basis": 32,
     "max_radius": 6.0,
 }
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notices that are said once per process are said in every test."""
+    monkeypatch.setattr(atoms_module, "_told", set())
 
 
 @pytest.fixture(scope="session")

@@ -103,6 +103,15 @@ class TestTags:
             atoms_to_data(molecule("H2O"), notify=False)
         assert len(caplog.records) == 1
 
+    def test_a_thousand_structures_give_one_notice_of_a_kind(self, caplog: pytest.LogCaptureFixture) -> None:
+        structures = [fcc111("Pt", (1, 1, layers), vacuum=8.0, periodic=False) for layers in (1, 2, 3, 4)]
+        with caplog.at_level(logging.WARNING):
+            for atoms in [*structures, molecule("CO"), molecule("H2O")]:
+                atoms.set_tags(0)
+                atoms_to_data(atoms)
+        kinds = [record.getMessage().split()[:3] for record in caplog.records]
+        assert kinds == [["no", "tags", "are"]]
+
 
 def _nan() -> Atoms:
     atoms = molecule("H2O")
