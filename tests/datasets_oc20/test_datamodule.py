@@ -183,3 +183,22 @@ def test_records_with_different_fields_are_not_collated() -> None:
         collate(pair[1:])
         with pytest.raises(DataError, match="only one has forces"):
             collate(pair[1:], like=pair[0])
+
+
+def test_without_validation_data_systems_are_held_out(tmp_path: Path) -> None:
+    path = tmp_path / "own.lmdb"
+    with LmdbWriter(path, "adsorption") as writer:
+        for number in range(20):
+            data = structure(natoms=4, energy=0.1 * number, seed=number)
+            data.sid, data.fid = f"system{number // 4}", number
+            writer.write(data)
+    module = OC20DataModule(str(path), batch_size=4)
+    module.setup("fit")
+    train, val = module.datasets["train"], module.datasets["val"]
+    systems = [{data.sid for data in (part[i] for i in range(len(part)))} for part in (train, val)]
+    assert not systems[0] & systems[1]
+    assert (len(train), len(val)) == (16, 4)
+    assert len(train.natoms) == 16
+    assert train.describe(0).startswith(str(path))
+    fids = {fid for batch in module.train_dataloader() for fid in batch.fid.tolist()}
+    assert fids == {train[i].fid for i in range(16)}

@@ -149,3 +149,11 @@ def test_every_config_in_the_project_parses(config: Path) -> None:
     # The demo's data are made, and named, by scripts/demo.py.
     data = DATA if config.stem == "demo" else []
     assert parse([*data, "--config", str(config)]).run.name == config.stem
+
+
+def test_training_data_alone_take_the_configuration_for_own_data() -> None:
+    config = parse(["--data.train=my.lmdb", "--optim.lr=1e-4"])
+    assert config.run.name == "own_data"
+    assert config.data["val"] is None
+    assert (config.optim.lr, config.trainer["max_steps"]) == (1e-4, 2000)
+    assert parse(DATA).run.name is None
