@@ -15,6 +15,8 @@ from equiformer2.model import EquiformerV2
 _STRENGTHS = tuple(10.0**power for power in range(-4, 4))
 """Ridge, relative to the number of frames, for features of size 1; none at all is compared, too."""
 _FOLDS = 5
+_WORTHWHILE = 0.9
+"""Share of the error without a fit that a fit must stay below; less is chance with few frames."""
 
 
 def fit_last_layer(
@@ -22,8 +24,8 @@ def fit_last_layer(
 ) -> tuple[float, float]:
     """Replace the last layer so that the network answers energies.
 
-    The ridge is the one that is best on systems that are left out of the fit; where none is better than
-    0 everywhere, the layer becomes 0.
+    The ridge is the one that is best on systems that are left out of the fit; where none is clearly
+    better than 0 everywhere, the layer becomes 0.
 
     Args:
         model: changed in place.
@@ -43,14 +45,15 @@ def fit_last_layer(
     errors = {strength: _left_out(scaled, targets, folds, strength) for strength in _STRENGTHS}
     best = min(errors, key=lambda strength: errors[strength])
     weights = np.zeros(features.shape[1])
-    if errors[best] < zero:
+    is_better = errors[best] < _WORTHWHILE * zero
+    if is_better:
         weights = _ridge(scaled, targets, best) / scale
     layer = model.energy_block.so3_linear_2
     with torch.no_grad():
         layer.weight.zero_()
         layer.weight[0, 0] = torch.from_numpy(weights[:-1]).to(layer.weight)
         layer.bias.fill_(float(weights[-1]))
-    return zero, min(errors[best], zero)
+    return zero, errors[best] if is_better else zero
 
 
 def _features(model: EquiformerV2, frame: Data) -> np.ndarray:

@@ -222,7 +222,9 @@ def write_parts(parts: Parts, folder: OutFolder, keeps_zero: bool) -> dict[str, 
     for number, (frames, rows) in enumerate(parts.old):
         files["old"] += write(frames, rows, f"old-{number}", frames.has_forces)
     for number, (frames, rows) in enumerate(parts.replay):
-        energies = keeps_zero and frames.energy_kind == parts.frames.energy_kind
+        labels, new_labels = frames.dataset.labels, parts.frames.dataset.labels
+        same_method = labels == new_labels or not labels or not new_labels
+        energies = keeps_zero and same_method and frames.energy_kind == parts.frames.energy_kind
         if not frames.has_forces and (forces or not energies):
             raise InputError(
                 f"{frames.dataset.path} has no forces to replay"
