@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ _LOOKED_AT = 100
 # Energies of another method or code differ by eV per atom, and by a sum over atoms; the errors of a network
 # of the same method are some meV to tens of meV per atom and no such sum.
 _OTHER_ZERO, _EXPLAINED = 0.25, 5.0
+LEAST_FORCES = 0.05
+"""eV/Å; the usual threshold at which relaxations end: forces below it are hardly more than noise."""
 RESET = "--reset-head makes new normalizers, references and an energy head for them"
 
 
@@ -37,6 +40,7 @@ class Start:
             random weights and the trivial answer; None for adsorption energies.
         own: normalizers of the data alone, with these references.
         keeps_zero: False where the energies of the checkpoint's original data have another zero.
+        watched: validation metric that chooses the best weights.
         sentences: what was decided, and why.
     """
 
@@ -44,6 +48,7 @@ class Start:
     references: np.ndarray | None
     own: Normalizers
     keeps_zero: bool
+    watched: Literal["energy_mae", "forces_mae"]
     sentences: list[str]
 
 
@@ -212,7 +217,13 @@ def prepare_start(
         normalizers=normalizers,
         energy_kind=frames.energy_kind,  # type: ignore[arg-type]
     )
-    return Start(ready, references, own, predicted is not None, sentences)
+    small = frames.has_forces and (sample.forces_rms or 0.0) < LEAST_FORCES
+    if small:
+        sentences.append(
+            f"best weights: by the energy, because forces are small ({sample.forces_rms or 0.0:.3f} eV/Å rms)"
+        )
+    watched = "energy_mae" if small or not frames.has_forces else "forces_mae"
+    return Start(ready, references, own, predicted is not None, watched, sentences)
 
 
 def _own_references(
@@ -239,11 +250,13 @@ def _normalizers(sample: TargetSample, references: np.ndarray | None) -> Normali
     """Normalizers of the data.
 
     The energy's spread is at least that of the forces times 1 Å: frames of one relaxation differ by less, and
-    the energy would outweigh all forces.
+    the energy would outweigh all forces. That of the forces is at least `LEAST_FORCES`: those of relaxed
+    structures are noise, which would outweigh all energies.
     """
     table = None if references is None else torch.from_numpy(references)
     (mean, energy), (_, forces) = (fit_normalizers(sample, table)[name] for name in ("energy", "forces"))
     if sample.forces_rms is not None:
+        forces = max(forces, LEAST_FORCES)
         energy = max(energy, forces)
     return Normalizers(Normalizer(mean, energy), Normalizer(0.0, forces), table)
 

@@ -94,11 +94,10 @@ class Trainer:
                 write_scratch(start, begin, case.seed)
             else:
                 write_start(start, begin, {"origin": "heads, references and normalizers for new data"})
-        config = self._config(case, start.checkpoint.config, schedule, begin)
+        config = self._config(case, start, schedule, begin)
         part = self._part(case, config.model)
-        monitor = config.task.monitor if config.model.forces != "none" else "energy_mae"
         callbacks: list[Callback] = [
-            EarlyStopping(f"val/{monitor}", patience=schedule.patience),
+            EarlyStopping(f"val/{start.watched}", patience=schedule.patience),
             part,
             TimeLeft(after),
         ]
@@ -110,9 +109,9 @@ class Trainer:
             return TrainedPart()
         return FrozenBlocks(self.settings.freeze, model.num_layers)
 
-    def _config(self, case: Case, model: ModelConfig, schedule: Schedule, start: Path) -> RunConfig:
+    def _config(self, case: Case, start: Start, schedule: Schedule, begin: Path) -> RunConfig:
         """Write the configuration of a training beside its folder and read it as `train` does."""
-        settings = self.settings
+        settings, model = self.settings, start.checkpoint.config
         tuned = case.network == AFTER
         data: dict[str, Any] = {
             "train": [*self.files[f"train-{case.share:g}"], *(self.files["replay"] if tuned else [])],
@@ -138,12 +137,17 @@ class Trainer:
             "name": case.name,
             "runs_dir": str(self.runs),
             "seed": case.seed,
-            "init_from": str(start),
+            "init_from": str(begin),
             "ckpt_path": "auto",
             "keep_last": 1,
             "checkpoint_every_n_steps": max(1, int(_CHECKPOINT_SECONDS / step_seconds)),
             "model": plain(model.to_dict()),
-            "task": {"energy_coefficient": _ENERGY, "force_coefficient": _FORCES, "ema_decay": _AVERAGE},
+            "task": {
+                "energy_coefficient": _ENERGY,
+                "force_coefficient": _FORCES,
+                "ema_decay": _AVERAGE,
+                "monitor": start.watched,
+            },
             "optim": {
                 "lr": schedule.learning_rate if tuned else schedule.scratch_learning_rate,
                 "warmup_epochs": _WARMUP * schedule.steps / per_epoch,
