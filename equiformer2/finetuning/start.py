@@ -17,7 +17,7 @@ from equiformer2.errors import InputError
 from equiformer2.finetuning.energy_head import fit_last_layer
 from equiformer2.finetuning.frames import Frames, spread
 from equiformer2.inference import Predictor
-from equiformer2.model import EquiformerV2
+from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.training.start import FITTED, keep_predictions
 
 _LOOKED_AT = 100
@@ -41,6 +41,7 @@ class Start:
         own: normalizers of the data alone, with these references.
         keeps_zero: False where the energies of the checkpoint's original data have another zero.
         watched: validation metric that chooses the best weights.
+        energy_weight: factor of the energy's coefficient in the loss, for its unit.
         sentences: what was decided, and why.
     """
 
@@ -49,6 +50,7 @@ class Start:
     own: Normalizers
     keeps_zero: bool
     watched: Literal["energy_mae", "forces_mae"]
+    energy_weight: float
     sentences: list[str]
 
 
@@ -198,7 +200,8 @@ def prepare_start(
     sample = frames.targets(rows)
     references, told = _own_references(frames, sample, isolated)
     sentences = [f"references: {told}"]
-    own = _normalizers(sample, references)
+    weight = _size_ratio(checkpoint.config, sample)
+    own = _normalizers(sample, references, weight)
     model = _fitting_model(checkpoint, frames.has_forces, seed)
     if predicted is None:
         what = reason or "asked for, though the checkpoint fits the data"
@@ -223,7 +226,7 @@ def prepare_start(
             f"best weights: by the energy, because forces are small ({sample.forces_rms or 0.0:.3f} eV/Å rms)"
         )
     watched = "energy_mae" if small or not frames.has_forces else "forces_mae"
-    return Start(ready, references, own, predicted is not None, watched, sentences)
+    return Start(ready, references, own, predicted is not None, watched, weight, sentences)
 
 
 def _own_references(
@@ -246,7 +249,19 @@ def _own_references(
     return references, f"energies of isolated atoms; fitted for {names}, of which there is none"
 
 
-def _normalizers(sample: TargetSample, references: np.ndarray | None) -> Normalizers:
+def _size_ratio(config: ModelConfig, sample: TargetSample) -> float:
+    """Number of atoms that the network's energy is divided by, over the mean of the frames.
+
+    The energy is a sum over atoms divided by `avg_num_nodes`, OC20's mean. In cells of ten atoms every atom
+    would have to answer eight standard deviations; the unit is larger by this ratio, and so is the energy's
+    weight in the loss. Gradient forces have the energy's unit, which stays.
+    """
+    if config.forces == "gradient":
+        return 1.0
+    return float(np.clip(config.avg_num_nodes / sample.composition.sum(axis=1).mean(), 0.25, 40.0))
+
+
+def _normalizers(sample: TargetSample, references: np.ndarray | None, ratio: float) -> Normalizers:
     """Normalizers of the data.
 
     The energy's spread is at least that of the forces times 1 Å: frames of one relaxation differ by less, and
@@ -258,7 +273,7 @@ def _normalizers(sample: TargetSample, references: np.ndarray | None) -> Normali
     if sample.forces_rms is not None:
         forces = max(forces, LEAST_FORCES)
         energy = max(energy, forces)
-    return Normalizers(Normalizer(mean, energy), Normalizer(0.0, forces), table)
+    return Normalizers(Normalizer(mean, ratio * energy), Normalizer(0.0, forces), table)
 
 
 def _adjusted(

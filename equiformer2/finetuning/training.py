@@ -143,7 +143,7 @@ class Trainer:
             "checkpoint_every_n_steps": max(1, int(_CHECKPOINT_SECONDS / step_seconds)),
             "model": plain(model.to_dict()),
             "task": {
-                "energy_coefficient": _ENERGY,
+                "energy_coefficient": _ENERGY * start.energy_weight,
                 "force_coefficient": _FORCES,
                 "ema_decay": _AVERAGE,
                 "monitor": start.watched,
