@@ -17,6 +17,7 @@ from equiformer2.checkpoint.contents import Contents, EnergyKind, WeightsKind, c
 from equiformer2.checkpoint.fairchem_v1 import is_fairchem_v1, read_fairchem_v1
 from equiformer2.checkpoint.native import is_native, read_native, write_native
 from equiformer2.checkpoint.normalizers import Normalizers
+from equiformer2.checkpoint.surroundings import Surroundings
 from equiformer2.checkpoint.tensor_files import plain, read_tensors, sha256
 from equiformer2.checkpoint.weights import build_model, check_weights
 from equiformer2.devices import own_defaults, usable_device
@@ -43,6 +44,7 @@ class Checkpoint:
         available_weights: kinds of weights in the file.
         provenance: plain values about the origin of the file.
         source_format: `equiformer2`, `ocp-v0`, `fairchem-v1-flat` or `fairchem-v1-hydra`.
+        surroundings: of the atoms that these weights were trained on; None where the file does not hold them.
     """
 
     model: EquiformerV2
@@ -53,6 +55,7 @@ class Checkpoint:
     available_weights: tuple[WeightsKind, ...]
     provenance: dict[str, Any]
     source_format: str
+    surroundings: Surroundings | None = None
 
 
 def load_checkpoint(
@@ -106,6 +109,7 @@ def load_checkpoint(
         available_weights=contents.available_weights,
         provenance=contents.provenance,
         source_format=contents.source_format,
+        surroundings=contents.surroundings_of(used),
     )
 
 

@@ -332,7 +332,7 @@ class Relax(Command):
             forces_on_fixed=options.forces_on_fixed,
             energy_every=options.energy_every,
         )
-        model = model_record(calculator.predictor, options.checkpoint)
+        model = model_record(calculator.predictor, options.checkpoint, [structure, result.atoms])
         if router is not None:
             model["router"] = options.router
             model["replan_every"] = router.replan_every if isinstance(router, FrozenPlan) else None

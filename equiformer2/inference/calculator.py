@@ -177,6 +177,7 @@ class EquiformerV2Calculator(Calculator):
         self._notified_tags = True
         if set(system_changes) != {"positions"}:  # else it is the structure of the call before, moved
             self.predictor.warn_of(self.atoms)
+            self.predictor.warn_of_unfamiliar(data)
         self._warn_of_symmetry(data)
         # Forces that are the gradient of the energy come with it.
         asked = set(properties) != {"forces"} or config.forces == "gradient"

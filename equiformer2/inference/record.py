@@ -26,6 +26,7 @@ from equiformer2.files import check_target, write_bytes, write_json
 from equiformer2.inference.atoms import fixed_mask
 from equiformer2.inference.calculator import EquiformerV2Calculator
 from equiformer2.inference.extras import extras, simple_info
+from equiformer2.inference.familiarity import combined
 from equiformer2.inference.meaning import warning_for
 from equiformer2.inference.pictures import relaxation_picture, structure_picture
 from equiformer2.inference.predictor import Predictor
@@ -131,15 +132,25 @@ def write_relaxation_record(
     return written
 
 
-def model_record(predictor: Predictor, path: str | Path) -> dict[str, Any]:
-    """Checkpoint and weights behind a result, and the elements in it that these were not trained on."""
-    return {
+def model_record(predictor: Predictor, path: str | Path, structures: Sequence[Atoms] = ()) -> dict[str, Any]:
+    """Checkpoint and weights behind a result, and what of its structures these were not trained on.
+
+    Args:
+        predictor: of the checkpoint.
+        path: of the checkpoint.
+        structures: states of the structure that the result is about, such as both ends of a relaxation; what
+            the training data lack of them is under `familiarity` (see `familiarity.Judgement`).
+    """
+    record = {
         "checkpoint": str(path),
         "weights": predictor.checkpoint.weights,
         "energy_kind": predictor.energy_kind,
         "source_format": predictor.checkpoint.source_format,
         "unseen_elements": predictor.unseen_elements,
     }
+    if structures:
+        record["familiarity"] = combined(predictor.judge(list(structures))).record()
+    return record
 
 
 def write_structure(path: AnyPath, atoms: Atoms) -> Path:
