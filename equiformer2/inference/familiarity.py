@@ -213,7 +213,7 @@ def judge_dataset(predictor: Predictor, structures: Sequence[Data], most: int = 
     """
     counts = {name: Counter[str]() for name in ("elements", "pairs", "adsorbates")}
     looked_at, named, far = 0, 0, 0
-    for batch in _batches(structures, most, "comparing with the training data"):
+    for batch in evenly_spaced_batches(structures, most, "comparing with the training data"):
         for judgement in predictor.judge(batch):
             looked_at += 1
             named += not judgement.familiar
@@ -277,14 +277,14 @@ def fit_surroundings(
     """
     fit = SurroundingsFit(predictor.checkpoint.config.sphere_channels)
     counts = {"training_structures": 0, "held_out_structures": 0}
-    for batch in _batches(training, most, "surroundings of training atoms"):
+    for batch in evenly_spaced_batches(training, most, "surroundings of training atoms"):
         fit.add(predictor.embed(batch), batch.atomic_numbers)
         counts["training_structures"] += batch.num_graphs
     if not counts["training_structures"]:
         raise InputError("there are no training structures to take surroundings from: give the training data")
     fitted = fit.finish(predictor.checkpoint.weights, {})
     farthest = []
-    for batch in _batches(held_out, most, "distances of held-out structures"):
+    for batch in evenly_spaced_batches(held_out, most, "distances of held-out structures"):
         distances = fitted.distances(predictor.embed(batch), batch.atomic_numbers)
         seen = torch.isin(batch.atomic_numbers, fitted.elements)
         for part, whole in zip(
@@ -301,7 +301,7 @@ def fit_surroundings(
     return replace(fitted, quantiles=quantiles_of(farthest), description={**(description or {}), **counts})
 
 
-def _batches(structures: Sequence[Data], most: int, what: str) -> Iterator[Batch]:
+def evenly_spaced_batches(structures: Sequence[Data], most: int, what: str) -> Iterator[Batch]:
     """Yield batches of at most `most` structures, evenly spaced; those that cannot be read are left out."""
     chosen = np.linspace(0, len(structures) - 1, min(most, len(structures))).astype(np.int64).tolist()
     waiting: list[Data] = []
