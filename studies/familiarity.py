@@ -192,9 +192,9 @@ def markdown(record: Mapping[str, Any], picture: str) -> str:
     lines = [
         "# Distance of embeddings to the training set",
         "",
-        f"Made by `{record['command']}`. The score of a structure is the largest distance of an atom; areas",
-        "are under the ROC curve against structures of bulks kept back whose elements are all in the training",
-        "set (0.5: not told apart, 1: always). *Over the limit*: farther than 99 % of the structures on which",
+        f"Made by `{record['command']}`. A structure's score is the largest distance of an atom; areas",
+        "are under the ROC curve against structures of bulks kept back, with elements of the training",
+        "set alone (0.5: not told apart, 1: always). *Over the limit*: farther than 99 % of those on which",
         "the limit was calibrated (bulks kept back, seen elements), which the calculator then names.",
         "",
         f"![distances]({picture})",

@@ -257,13 +257,24 @@ class Relax(Command):
     all its steps is written all the same; the last line says so, and the exit status is 3.
 
         equiformer2 relax slab.traj --checkpoint oc20_small --out runs/relax
+
+    Several checkpoints are a committee: its mean relaxes, and the record and every frame of the trajectory
+    hold the spread. With --stop-at-spread the relaxation ends, with exit status 3, where its members differ.
+
+        equiformer2 relax slab.traj --checkpoint seed0.pt seed1.pt seed2.pt --stop-at-spread 0.5
     """
 
     def add_arguments(self, parser: Parser) -> None:
-        structure = parser.add_mutually_exclusive_group(required=True)
-        structure.add_argument("file", nargs="?", metavar="FILE", help="structure file of any format of ASE")
-        structure.add_argument("--structure", metavar="FILE", help="structure file, in place of FILE")
-        add_model_arguments(parser)
+        parser.add_argument("file", nargs="?", metavar="FILE", help="structure file of any format of ASE")
+        parser.add_argument("--structure", metavar="FILE", help="structure file, in place of FILE")
+        add_model_arguments(parser, committee=True)
+        parser.add_argument(
+            "--stop-at-spread",
+            type=float,
+            metavar="X",
+            help="end once the forces of a committee on an atom differ by more than this standard deviation, "
+            "eV/Å",
+        )
         add_router_argument(parser)
         parser.add_argument(
             "--replan-every",
@@ -290,6 +301,17 @@ class Relax(Command):
         parser.add_argument("--out", default="runs/relax", help="output folder (default: %(default)s)")
         add_overwrite_argument(parser)
 
+    def parse(self, parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+        options = parser.parse_args(arguments)
+        if options.structure is not None and options.file is not None:
+            parser.error("argument --structure: not allowed with argument FILE")
+        if options.structure is None and options.file is None:
+            # A FILE behind the checkpoints is read as one of them.
+            if len(options.checkpoint) == 1:
+                parser.error("one of the arguments FILE --structure is required")
+            options.file = options.checkpoint.pop()
+        return options
+
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.files import read_json
         from equiformer2.inference import EquiformerV2Calculator, relax
@@ -310,8 +332,10 @@ class Relax(Command):
         file = options.structure or options.file
         structure = read_structure(file, options.index)
         router = relaxation_router(options.router, options.replan_every)
+        committee = len(options.checkpoint) > 1
+        checkpoint = options.checkpoint if committee else options.checkpoint[0]
         calculator = EquiformerV2Calculator(
-            options.checkpoint,
+            checkpoint,
             device=options.device,
             weights=options.weights,
             energy_kind=options.energy_kind,
@@ -319,7 +343,7 @@ class Relax(Command):
             backend=options.backend,
             router=router,
         )
-        inputs = [file, options.checkpoint, *filter(None, [options.router])]
+        inputs = [file, *options.checkpoint, *filter(None, [options.router])]
         folder = claim_folder(options.out, RELAXATION_RECORD, options.overwrite, inputs, RUN_FILES)
         result = relax(
             structure,
@@ -331,8 +355,9 @@ class Relax(Command):
             progress=True,
             forces_on_fixed=options.forces_on_fixed,
             energy_every=options.energy_every,
+            stop_at_spread=options.stop_at_spread,
         )
-        model = model_record(calculator.predictor, options.checkpoint, [structure, result.atoms])
+        model = model_record(calculator.predictor, checkpoint, [structure, result.atoms])
         if router is not None:
             model["router"] = options.router
             model["replan_every"] = router.replan_every if isinstance(router, FrozenPlan) else None
@@ -342,9 +367,14 @@ class Relax(Command):
             print(f"{calculator.energy_kind} energy: {result.energy:.4f} eV")
         else:  # the log has said why
             print(f"model output: {result.energy:.4f}, which is not an energy of this structure")
+        if committee:
+            print(
+                f"spread of {len(options.checkpoint)} networks: energy {result.energy_std:.4f} eV, largest "
+                f"of a force {result.force_spreads[-1]:.4f} eV/Å (on the way {max(result.force_spreads):.4f})"
+            )
         print(f"{result.atoms.get_chemical_formula()}: {result.outcome()}")
         record = read_json(folder / RELAXATION_RECORD)
-        return Result(record, 0 if result.converged else 3, options.checkpoint)
+        return Result(record, 0 if result.converged else 3, checkpoint)
 
 
 def _frame(text: str) -> int:

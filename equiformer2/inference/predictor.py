@@ -333,17 +333,25 @@ class Predictor:
 
     def warn_of_unfamiliar(self, structure: Data) -> None:
         """Log, once each, what the training data do not hold; elements are named by `predict`."""
+        warning = self.unfamiliar_warning(structure)
+        if warning is not None:
+            logger.warning(warning)
+
+    def unfamiliar_warning(self, structure: Data) -> str | None:
+        """Word what `warn_of_unfamiliar` logs; None where there is nothing that was not said before."""
         if not self.familiarity.known:
-            return
+            return None
         (judgement,) = self.judge(structure)
         new = dataclasses.replace(
             judgement,
             elements=(),
-            **{name: self._unsaid(getattr(judgement, name)) for name in ("pairs", "adsorbates")},
+            pairs=self._unsaid(judgement.pairs),
+            adsorbates=self._unsaid(judgement.adsorbates),
             atoms=judgement.atoms if self._unsaid(["surroundings"] if judgement.atoms else []) else (),
         )
-        if not new.familiar:
-            logger.warning(f"{'; '.join(new.sentences())}: its energies and forces may be far off here")
+        if new.familiar:
+            return None
+        return f"{'; '.join(new.sentences())}: its energies and forces may be far off here"
 
     def _unsaid(self, names: Sequence[str]) -> tuple[str, ...]:
         new = tuple(name for name in names if name not in self._said)
