@@ -17,8 +17,19 @@ from equiformer2.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from datasets_oc20 import OC20Lmdb
     from equiformer2.inference import Predictor
     from equiformer2.training.evaluation import Evaluation
+
+
+def _judge(predictor: "Predictor", dataset: "OC20Lmdb") -> dict[str, Any]:
+    """Compare a dataset with the training data of a checkpoint, and print what is new to it."""
+    from equiformer2.inference.familiarity import judge_dataset
+
+    record = judge_dataset(predictor, dataset)
+    for sentence in record["sentences"] if record["compared"] else []:
+        print(f"WARNING: {sentence}")
+    return record
 
 
 def _add_split_arguments(parser: Parser, data: str, several: bool) -> None:
@@ -104,7 +115,14 @@ class Evaluate(Command):
         if len(results) > 1:
             print(f"average of {len(results)}")
             print(evaluation.table_of_average(list(results.values())))
-        record = {**header("evaluate/1", options.checkpoint), **evaluation.report(predictor, results)}
+        record = {
+            **header("evaluate/1", options.checkpoint),
+            **evaluation.report(predictor, results),
+            "familiarity": {
+                name: _judge(predictor, evaluation.open_dataset(path, predictor, options.energy_kind))
+                for name, path in paths.items()
+            },
+        }
         if options.out is not None:
             write_json(options.out, record, make_folder=True)
             print(f"numbers: {options.out}")
@@ -225,9 +243,10 @@ class Predict(Command):
         predictor = Predictor(
             checkpoint, options.device, precision=options.precision, backend=options.backend
         )
+        dataset = OC20Lmdb(options.data)
         arrays = predict_dataset(
             predictor.predict_batches,
-            OC20Lmdb(options.data),
+            dataset,
             options.batch_size,
             options.max_atoms,
             options.num_workers,
@@ -245,6 +264,7 @@ class Predict(Command):
             "energy_kind": checkpoint.energy_kind,
             "weights": checkpoint.weights,
             "arrays": sorted(arrays),
+            "familiarity": _judge(predictor, dataset),
         }
         return Result(record, checkpoint=options.checkpoint)
 

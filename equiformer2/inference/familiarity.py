@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,11 +24,14 @@ from tqdm import tqdm
 
 from datasets_oc20 import DataError
 from equiformer2.checkpoint import Checkpoint
+from equiformer2.checkpoint.checkpoint import SeenData, read_contents, with_seen_data
+from equiformer2.checkpoint.native import write_native
 from equiformer2.checkpoint.surroundings import Surroundings, SurroundingsFit, quantiles_of
 from equiformer2.checkpoint.training_data import (
     NO_ADSORBATE,
     TrainingData,
     adsorbate_formula,
+    count_contents,
     neighbour_pairs,
 )
 from equiformer2.errors import InputError
@@ -211,6 +215,8 @@ def judge_dataset(predictor: Predictor, structures: Sequence[Data], most: int = 
         for `unseen_elements`, `unseen_pairs` and `unseen_adsorbates` the number of structures by name,
         `structures_with_unfamiliar_surroundings`, and `sentences`.
     """
+    if not predictor.familiarity.known:
+        most = 0
     counts = {name: Counter[str]() for name in ("elements", "pairs", "adsorbates")}
     looked_at, named, far = 0, 0, 0
     for batch in evenly_spaced_batches(structures, most, "comparing with the training data"):
@@ -299,6 +305,39 @@ def fit_surroundings(
         )
     counts["held_out_structures"] = len(farthest)
     return replace(fitted, quantiles=quantiles_of(farthest), description={**(description or {}), **counts})
+
+
+def see_data(
+    predictor: Predictor,
+    training: Sequence[Data],
+    held_out: Sequence[Data],
+    most: int = 1000,
+    description: Mapping[str, Any] | None = None,
+) -> SeenData:
+    """Describe the data that a checkpoint was trained on, to be stored with it.
+
+    Args:
+        predictor: of the checkpoint.
+        training: all of the training data; elements, pairs and adsorbates are counted in up to 50,000.
+        held_out: see `fit_surroundings`.
+        most: see `fit_surroundings`.
+        description: see `fit_surroundings`.
+
+    Raises:
+        InputError: as `fit_surroundings`.
+    """
+    surroundings = fit_surroundings(predictor, training, held_out, most, description)
+    return SeenData({"frames": len(training), **count_contents(training)}, surroundings)
+
+
+def store_seen_data(path: str | Path, seen: SeenData) -> None:
+    """Store with a native checkpoint what it was trained on; the file is replaced in one step.
+
+    Args:
+        path: the checkpoint whose predictor `see_data` was given.
+        seen: from `see_data`.
+    """
+    write_native(path, with_seen_data(read_contents(path), seen))
 
 
 def evenly_spaced_batches(structures: Sequence[Data], most: int, what: str) -> Iterator[Batch]:

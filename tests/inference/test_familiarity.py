@@ -10,7 +10,9 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk
+from command_line import run_command
 
+from datasets_oc20 import LmdbWriter, OC20Lmdb
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.checkpoint.checkpoint import read_contents
 from equiformer2.checkpoint.native import write_native
@@ -18,8 +20,16 @@ from equiformer2.checkpoint.surroundings import Surroundings, SurroundingsFit
 from equiformer2.checkpoint.training_data import KEY, count_contents
 from equiformer2.errors import InputError
 from equiformer2.inference import EquiformerV2Calculator, Predictor, atoms_to_data
-from equiformer2.inference.familiarity import KINDS, combined, fit_surroundings, judge_dataset
+from equiformer2.inference.familiarity import (
+    KINDS,
+    combined,
+    fit_surroundings,
+    judge_dataset,
+    see_data,
+    store_seen_data,
+)
 
+LMDB = Path(__file__).parents[1] / "fixtures/datasets_oc20/s2ef_val_20.lmdb"
 MakeCheckpoint = Callable[..., Path]
 
 
@@ -198,3 +208,58 @@ def test_held_out_data_must_fit(checkpoint: Path, oxygen_on_copper: Atoms) -> No
     other = [atoms_to_data(bulk("Pt"), notify=False)]
     with pytest.raises(InputError, match="no held-out structure"):
         fit_surroundings(predictor, training, other)
+
+
+def test_a_checkpoint_is_told_what_it_was_trained_on(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a command; then predictions and evaluations of data unlike that say so."""
+    out = tmp_path / "knowing.pt"
+    arguments = ["--checkpoint", checkpoint, "--out", out, "--structures", "10"]
+    assert run_command("checkpoint import", *arguments, "--familiarity", LMDB, "--held-out", LMDB) == 0
+    assert "of 10 training structures, calibrated on 10 held-out" in capsys.readouterr().out
+    summary = json.loads(Path(f"{out}.json").read_text())
+    assert summary["training_data"]["frames"] == 20
+    assert summary["surroundings"]["training"] == [LMDB.name]
+    assert out.stat().st_size - checkpoint.stat().st_size < 20_000
+    told = Predictor(out).familiarity
+    assert told.known == KINDS
+
+    data = OC20Lmdb(LMDB)
+    foreign = tmp_path / "foreign.lmdb"
+    with LmdbWriter(foreign, "adsorption") as writer:
+        for index in range(3):
+            record = data[index]
+            record.atomic_numbers[record.tags == 0] = 52
+            writer.write(record)
+    for path, names in ((LMDB, {}), (foreign, {"Te": 3})):
+        arguments = ["--checkpoint", out, "--data", path, "--out", tmp_path / f"{path.stem}.npz"]
+        assert run_command("predict", *arguments, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["familiarity"]["unseen_elements"] == names
+    assert run_command("evaluate", "--checkpoint", out, "--data", foreign, "--out", tmp_path / "e.json") == 0
+    assert "WARNING: of 3 structures looked at, the checkpoint's training data hold no Te (in 3)" in (
+        capsys.readouterr().out
+    )
+    record = json.loads((tmp_path / "e.json").read_text())
+    assert record["familiarity"][str(foreign)]["structures_named"] == 3
+
+    # One set of weights is kept with what belongs to it; what is told once is not told anew.
+    again = tmp_path / "again.pt"
+    assert run_command("checkpoint import", "--checkpoint", out, "--weights", "raw", "--out", again) == 0
+    assert Predictor(again).familiarity.known == KINDS
+    assert load_checkpoint(again).provenance[KEY]["frames"] == 20
+    assert run_command("checkpoint import", "--checkpoint", out, "--out", again, "--familiarity", LMDB) == 2
+    assert "--held-out" in capsys.readouterr().err
+
+
+def test_data_seen_are_stored_in_place(checkpoint: Path, oxygen_on_copper: Atoms, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(checkpoint.read_bytes())
+    slabs = [atoms_to_data(atoms, notify=False) for atoms in rattled(oxygen_on_copper, range(4))]
+    for slab in slabs:
+        slab.sid = "O on Cu"
+    store_seen_data(path, see_data(Predictor(path), slabs[:2], slabs[2:], description={"source": "slabs"}))
+    predictor = Predictor(path)
+    assert predictor.familiarity.known == KINDS
+    assert predictor.familiarity.surroundings is not None
+    assert predictor.familiarity.surroundings.description["source"] == "slabs"
