@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KINDS = ("element", "pair", "adsorbate", "surroundings")
+NOTHING_TOLD = "the checkpoint does not tell what it was trained on, so it is not known whether"
 _MOST_NAMED = 8
 _STRUCTURES_AT_A_TIME = 8
 #: Targets, which only some structures may have, have no place in a batch.
@@ -74,11 +75,13 @@ class Judgement:
 
     @property
     def familiar(self) -> bool:
-        """True if nothing that could be compared is new."""
+        """True if nothing that could be compared is new; `known` says what that was."""
         return not (self.elements or self.pairs or self.adsorbates or self.atoms)
 
     def sentences(self) -> list[str]:
-        """Say in plain words what is new, most serious first."""
+        """Say in plain words what is new, most serious first, or that nothing is known."""
+        if not self.known:
+            return [f"{NOTHING_TOLD} this structure is like that"]
         said = []
         for names, text in (
             (self.elements, ""),
@@ -239,10 +242,7 @@ def judge_dataset(predictor: Predictor, structures: Sequence[Data], most: int = 
 def _dataset_sentences(record: Mapping[str, Any]) -> list[str]:
     """Say in plain words what `judge_dataset` found."""
     if not record["compared"]:
-        return [
-            "the checkpoint does not tell what it was trained on, so it is not known whether these "
-            "structures are like that"
-        ]
+        return [f"{NOTHING_TOLD} these structures are like that"]
     of = f"of {record['structures_looked_at']} structures looked at"
     said = []
     for name, text in (("elements", ""), ("pairs", "neighbours "), ("adsorbates", "adsorbate ")):

@@ -22,7 +22,7 @@ from equiformer2.errors import InputError, naming_structures
 from equiformer2.graph.validation import locate_atom
 from equiformer2.inference.atoms import atoms_to_data, check_elements
 from equiformer2.inference.cuda_graph import GraphedNetwork, capture_unavailable_reason, check_captured
-from equiformer2.inference.familiarity import Familiarity, Judgement
+from equiformer2.inference.familiarity import NOTHING_TOLD, Familiarity, Judgement
 from equiformer2.inference.meaning import warning_for
 from equiformer2.kernels.backend import Features
 from equiformer2.model.output_request import OutputRequest
@@ -340,6 +340,8 @@ class Predictor:
     def unfamiliar_warning(self, structure: Data) -> str | None:
         """Word what `warn_of_unfamiliar` logs; None where there is nothing that was not said before."""
         if not self.familiarity.known:
+            if self._unsaid(["nothing told"]):
+                logger.info(f"{NOTHING_TOLD} its energies and forces can be trusted for this structure")
             return None
         (judgement,) = self.judge(structure)
         new = dataclasses.replace(

@@ -105,6 +105,7 @@ def test_a_checkpoint_that_tells_nothing_judges_nothing(checkpoint: Path, oxygen
     predictor = Predictor(checkpoint)
     (judgement,) = predictor.judge(oxygen_on_copper)
     assert (judgement.known, judgement.distance, judgement.familiar) == ((), None, True)
+    assert "it is not known whether this structure is like that" in judgement.record()["sentences"][0]
     record = judge_dataset(predictor, [atoms_to_data(oxygen_on_copper, notify=False)])
     assert record["compared"] == []
     assert "does not tell what it was trained on" in record["sentences"][0]
