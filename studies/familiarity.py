@@ -29,7 +29,7 @@ from equiformer2.checkpoint.surroundings import Surroundings, SurroundingsFit, q
 from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.files import read_json, whole_file, write_bytes, write_json
 from equiformer2.inference import Predictor
-from equiformer2.inference.familiarity import evenly_spaced_batches
+from equiformer2.inference.seen_data import evenly_spaced_batches
 from equiformer2.script import header, run_script
 from equiformer2.shipped import find_checkpoint
 from equiformer2.training.figures import save_figure

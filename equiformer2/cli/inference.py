@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def _judge(predictor: "Predictor", dataset: "OC20Lmdb") -> dict[str, Any]:
     """Compare a dataset with the training data of a checkpoint, and print what is new to it."""
-    from equiformer2.inference.familiarity import judge_dataset
+    from equiformer2.inference.seen_data import judge_dataset
 
     record = judge_dataset(predictor, dataset)
     for sentence in record["sentences"] if record["compared"] else []:

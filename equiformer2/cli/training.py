@@ -245,7 +245,7 @@ class ImportCheckpoint(Command):
         from datasets_oc20 import OC20Lmdb
         from equiformer2.checkpoint import load_checkpoint
         from equiformer2.inference import Predictor
-        from equiformer2.inference.familiarity import see_data
+        from equiformer2.inference.seen_data import see_data
 
         if options.structures < 1:
             raise InputError(f"--structures is {options.structures}: give 1 or more")

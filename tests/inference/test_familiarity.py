@@ -20,9 +20,8 @@ from equiformer2.checkpoint.surroundings import Surroundings, SurroundingsFit
 from equiformer2.checkpoint.training_data import KEY, count_contents
 from equiformer2.errors import InputError
 from equiformer2.inference import EquiformerV2Calculator, Predictor, atoms_to_data
-from equiformer2.inference.familiarity import (
-    KINDS,
-    combined,
+from equiformer2.inference.familiarity import KINDS, combined
+from equiformer2.inference.seen_data import (
     fit_surroundings,
     judge_dataset,
     see_data,
