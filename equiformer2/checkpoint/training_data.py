@@ -17,9 +17,9 @@ nothing is concluded from it.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -41,6 +41,16 @@ _ADSORBATE = 2
 _MOST_STAGES = 1000
 _MOST_NEIGHBOURS = 64
 _MOST_FOR_PAIRS = 10_000
+
+
+class Structures(Protocol):
+    """A list or dataset of structures."""
+
+    def __len__(self) -> int:
+        """Count the structures."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Return a structure, a data object."""
 
 
 def adsorbate_formula(atomic_numbers: np.ndarray, tags: np.ndarray) -> str:
@@ -84,7 +94,7 @@ def neighbour_pairs(structure: Data | Batch) -> set[str]:
     }
 
 
-def count_contents(structures: Sequence[Data] | Any, most: int = 50_000) -> dict[str, Any]:
+def count_contents(structures: Structures, most: int = 50_000) -> dict[str, Any]:
     """Count systems, elements, pairs of neighbours and adsorbates, as a stage of training lists them.
 
     Pairs take longest: they are looked for in at most 10,000 structures. A structure whose neighbours cannot
@@ -202,6 +212,21 @@ class TrainingData:
         if self.stages is None:
             return None
         return [{name: value for name, value in stage.items() if name != "earlier"} for stage in self.stages]
+
+
+def validation_errors(provenance: Mapping[str, Any]) -> dict[str, float]:
+    """Read the errors on the validation data of the training that made the weights.
+
+    Returns:
+        `energy_mae_eV` and `forces_mae_eV_A` (by component); without what the provenance does not tell.
+    """
+    values = provenance.get("validation")
+    found = {}
+    for name, key in (("energy_mae", "energy_mae_eV"), ("forces_mae", "forces_mae_eV_A")):
+        value = values.get(name) if isinstance(values, Mapping) else None
+        if isinstance(value, float) and 0.0 <= value < float("inf"):
+            found[key] = value
+    return found
 
 
 def inherited(provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from equiformer2.cli.command import Command, Parser, Result
 from equiformer2.cli.options import (
@@ -251,7 +251,7 @@ class ImportCheckpoint(Command):
             raise InputError(f"--structures is {options.structures}: give 1 or more")
         predictor = Predictor(load_checkpoint(options.checkpoint, options.weights, options.energy_kind))
         training, held_out = (
-            ConcatDataset([OC20Lmdb(path) for path in paths])
+            ConcatDataset[Any]([OC20Lmdb(path) for path in paths])
             for paths in (options.familiarity, options.held_out)
         )
         given = {"training": options.familiarity, "held_out": options.held_out}

@@ -128,13 +128,10 @@ def open_model(model: Model | Sequence[Model], *settings: Any) -> Predictor | Co
     Raises:
         InputError: as `Predictor` and `Committee`; an empty list.
     """
-    if isinstance(model, Predictor):
-        return model
-    if not isinstance(model, list | tuple):
-        return Predictor(model, *settings)
-    if not model:
+    models = [model] if isinstance(model, Checkpoint | Predictor | str | Path) else list(model)
+    if not models:
         raise InputError("the list of checkpoints is empty: give at least one")
-    members = [one if isinstance(one, Predictor) else Predictor(one, *settings) for one in model]
+    members = [one if isinstance(one, Predictor) else Predictor(one, *settings) for one in models]
     return members[0] if len(members) == 1 else Committee(members)
 
 

@@ -185,7 +185,13 @@ def combined(judgements: Sequence[Judgement]) -> Judgement:
         found = dict.fromkeys(item for judgement in judgements for item in getattr(judgement, name))
         return tuple(sorted(found) if name == "atoms" else found)
 
-    return replace(farthest, **{name: union(name) for name in ("elements", "pairs", "adsorbates", "atoms")})
+    return replace(
+        farthest,
+        elements=union("elements"),
+        pairs=union("pairs"),
+        adsorbates=union("adsorbates"),
+        atoms=union("atoms"),
+    )
 
 
 def listed(items: Sequence[object], between: str = ", ") -> str:

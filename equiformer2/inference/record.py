@@ -21,6 +21,7 @@ from ase.io import write
 from ase.io.trajectory import Trajectory
 
 from datasets_oc20.untrusted import AnyPath
+from equiformer2.checkpoint.training_data import validation_errors
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, write_bytes, write_json
 from equiformer2.inference.atoms import fixed_mask
@@ -146,12 +147,13 @@ def model_record(
         structures: states of the structure that the result is about, such as both ends of a relaxation; what
             the training data lack of them is under `familiarity` (see `familiarity.Judgement`).
     """
-    record = {
+    record: dict[str, Any] = {
         "checkpoint": str(path) if isinstance(path, str | Path) else [str(one) for one in path],
         "weights": predictor.checkpoint.weights,
         "energy_kind": predictor.energy_kind,
         "source_format": predictor.checkpoint.source_format,
         "unseen_elements": predictor.unseen_elements,
+        "validation": validation_errors(predictor.checkpoint.provenance),
     }
     if structures:
         record["familiarity"] = combined(predictor.judge(list(structures))).record()

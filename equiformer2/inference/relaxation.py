@@ -19,6 +19,7 @@ from ase.optimize import BFGS, FIRE, LBFGS
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from equiformer2.checkpoint.training_data import validation_errors
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import check_atoms, fixed_mask
 from equiformer2.inference.calculator import EquiformerV2Calculator
@@ -179,6 +180,8 @@ def relax(
             "use a checkpoint trained with forces (model.forces)"
         )
     check_atoms(atoms)
+    if isinstance(calculator, EquiformerV2Calculator):
+        _warn_of_error(calculator, fmax)
     atoms = atoms.copy()
     atoms.calc = calculator
     energies: list[float | None] = []
@@ -242,6 +245,16 @@ def relax(
     if not result.converged:
         logger.warning(f"{label}: {result.outcome()}; the energy is not that of a relaxed structure")
     return result
+
+
+def _warn_of_error(calculator: EquiformerV2Calculator, fmax: float) -> None:
+    """Log that the network knows forces less well than `fmax`, where its checkpoint says so."""
+    error = validation_errors(calculator.predictor.checkpoint.provenance).get("forces_mae_eV_A", 0.0)
+    if error > fmax:
+        logger.warning(
+            f"the checkpoint's force error on its validation data is {error:.2f} eV/Å per component, above "
+            f"fmax {fmax:g}: smaller forces than that, and where they vanish, are not known from it"
+        )
 
 
 def _spread(calculator: BaseCalculator, free: np.ndarray) -> dict[str, float]:

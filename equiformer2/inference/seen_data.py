@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from datasets_oc20 import DataError
 from equiformer2.checkpoint.checkpoint import SeenData, read_contents, with_seen_data
 from equiformer2.checkpoint.native import write_native
 from equiformer2.checkpoint.surroundings import Surroundings, SurroundingsFit, quantiles_of
-from equiformer2.checkpoint.training_data import count_contents
+from equiformer2.checkpoint.training_data import Structures, count_contents
 from equiformer2.errors import InputError
 from equiformer2.inference.familiarity import NOTHING_TOLD, listed
 from equiformer2.inference.predictor import Predictor
@@ -30,7 +30,7 @@ _STRUCTURES_AT_A_TIME = 8
 _FIELDS = ("pos", "atomic_numbers", "cell", "pbc", "natoms", "tags", "fixed", "sid", "fid")
 
 
-def judge_dataset(predictor: Predictor, structures: Sequence[Data], most: int = 200) -> dict[str, Any]:
+def judge_dataset(predictor: Predictor, structures: Structures, most: int = 200) -> dict[str, Any]:
     """Compare structures of a dataset with the training data of a checkpoint.
 
     Args:
@@ -86,8 +86,8 @@ def _dataset_sentences(record: Mapping[str, Any]) -> list[str]:
 
 def fit_surroundings(
     predictor: Predictor,
-    training: Sequence[Data],
-    held_out: Sequence[Data],
+    training: Structures,
+    held_out: Structures,
     most: int = 1000,
     description: Mapping[str, Any] | None = None,
 ) -> Surroundings:
@@ -134,8 +134,8 @@ def fit_surroundings(
 
 def see_data(
     predictor: Predictor,
-    training: Sequence[Data],
-    held_out: Sequence[Data],
+    training: Structures,
+    held_out: Structures,
     most: int = 1000,
     description: Mapping[str, Any] | None = None,
 ) -> SeenData:
@@ -165,7 +165,7 @@ def store_seen_data(path: str | Path, seen: SeenData) -> None:
     write_native(path, with_seen_data(read_contents(path), seen))
 
 
-def evenly_spaced_batches(structures: Sequence[Data], most: int, what: str) -> Iterator[Batch]:
+def evenly_spaced_batches(structures: Structures, most: int, what: str) -> Iterator[Batch]:
     """Yield batches of at most `most` structures, evenly spaced; those that cannot be read are left out."""
     chosen = np.linspace(0, len(structures) - 1, min(most, len(structures))).astype(np.int64).tolist()
     waiting: list[Data] = []

@@ -19,8 +19,9 @@ from equiformer2.checkpoint.native import write_native
 from equiformer2.checkpoint.surroundings import Surroundings, SurroundingsFit
 from equiformer2.checkpoint.training_data import KEY, count_contents
 from equiformer2.errors import InputError
-from equiformer2.inference import EquiformerV2Calculator, Predictor, atoms_to_data
+from equiformer2.inference import EquiformerV2Calculator, Predictor, atoms_to_data, relax
 from equiformer2.inference.familiarity import KINDS, combined
+from equiformer2.inference.record import model_record
 from equiformer2.inference.seen_data import (
     fit_surroundings,
     judge_dataset,
@@ -250,6 +251,23 @@ def test_a_checkpoint_is_told_what_it_was_trained_on(
     assert load_checkpoint(again).provenance[KEY]["frames"] == 20
     assert run_command("checkpoint import", "--checkpoint", out, "--out", again, "--familiarity", LMDB) == 2
     assert "--held-out" in capsys.readouterr().err
+
+
+def test_a_force_error_above_the_threshold_is_named(
+    checkpoint: Path, oxygen_on_copper: Atoms, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("equiformer2").propagate = True
+    contents = read_contents(checkpoint)
+    path = tmp_path / "validated.pt"
+    validation = {"forces_mae": 0.174, "energy_mae": "unknown"}
+    write_native(path, dataclasses.replace(contents, provenance={"validation": validation}))
+    relax(oxygen_on_copper, path, fmax=0.5, steps=0)
+    assert not [entry for entry in caplog.records if "force error" in entry.getMessage()]
+    relax(oxygen_on_copper, path, fmax=0.05, steps=0)
+    said = [entry.getMessage() for entry in caplog.records if "force error" in entry.getMessage()]
+    assert len(said) == 1
+    assert "0.17 eV/Å per component, above fmax 0.05" in said[0]
+    assert model_record(Predictor(path), path)["validation"] == {"forces_mae_eV_A": 0.174}
 
 
 def test_data_seen_are_stored_in_place(checkpoint: Path, oxygen_on_copper: Atoms, tmp_path: Path) -> None:
