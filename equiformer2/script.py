@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -107,17 +107,26 @@ def origin() -> dict[str, str]:
     return {"command": shlex.join(words), "commit": commit()}
 
 
-def header(schema: str, checkpoint: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+def header(
+    schema: str, checkpoint: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None
+) -> dict[str, Any]:
     """First keys of every JSON document: `schema`, `command`, `commit`, `checkpoint_sha256`, `seconds`.
 
     Args:
         schema: name and version of the document's keys, such as `"relaxation/1"`.
-        checkpoint: file of the network behind the results; without one its sum is None.
+        checkpoint: file of the network behind the results; without one its sum is None. For the files of a
+            committee there is a list of sums.
     """
-    digest = None
-    if checkpoint is not None:
-        with open(checkpoint, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+
+    def digest_of(path: str | os.PathLike[str]) -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    digest: str | list[str] | None = None
+    if isinstance(checkpoint, str | os.PathLike):
+        digest = digest_of(checkpoint)
+    elif checkpoint is not None:
+        digest = [digest_of(path) for path in checkpoint]
     seconds = round(time.monotonic() - _began, 3)
     return {"schema": schema, **origin(), "checkpoint_sha256": digest, "seconds": seconds}
 

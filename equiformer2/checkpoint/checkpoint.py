@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from equiformer2.checkpoint.contents import Contents, EnergyKind, WeightsKind, c
 from equiformer2.checkpoint.fairchem_v1 import is_fairchem_v1, read_fairchem_v1
 from equiformer2.checkpoint.native import is_native, read_native, write_native
 from equiformer2.checkpoint.normalizers import Normalizers
+from equiformer2.checkpoint.surroundings import Surroundings
 from equiformer2.checkpoint.tensor_files import plain, read_tensors, sha256
+from equiformer2.checkpoint.training_data import KEY, TrainingData
 from equiformer2.checkpoint.weights import build_model, check_weights
 from equiformer2.devices import own_defaults, usable_device
 from equiformer2.errors import InputError
@@ -28,6 +30,18 @@ from equiformer2.shipped import find_checkpoint
 from equiformer2.values import shown_name
 
 logger = logging.getLogger(__name__)
+
+
+class SeenData(NamedTuple):
+    """Training data of a checkpoint, told afterwards.
+
+    Attributes:
+        stage: lists of what they hold, as a training writes them (`checkpoint.training_data`).
+        surroundings: of their atoms.
+    """
+
+    stage: Mapping[str, Any]
+    surroundings: Surroundings
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,7 @@ class Checkpoint:
         available_weights: kinds of weights in the file.
         provenance: plain values about the origin of the file.
         source_format: `equiformer2`, `ocp-v0`, `fairchem-v1-flat` or `fairchem-v1-hydra`.
+        surroundings: of the atoms that these weights were trained on; None where the file does not hold them.
     """
 
     model: EquiformerV2
@@ -53,6 +68,7 @@ class Checkpoint:
     available_weights: tuple[WeightsKind, ...]
     provenance: dict[str, Any]
     source_format: str
+    surroundings: Surroundings | None = None
 
 
 def load_checkpoint(
@@ -106,6 +122,7 @@ def load_checkpoint(
         available_weights=contents.available_weights,
         provenance=contents.provenance,
         source_format=contents.source_format,
+        surroundings=contents.surroundings_of(used),
     )
 
 
@@ -165,14 +182,17 @@ def import_checkpoint(
     out: str | os.PathLike[str],
     energy_kind: str | None = None,
     weights: str | None = None,
+    seen: SeenData | None = None,
 ) -> dict[str, Any]:
-    """Rewrite a checkpoint of OCP or fairchem v1 as a native file; or any checkpoint with one set of weights.
+    """Rewrite a checkpoint of OCP or fairchem v1 as a native file; or any checkpoint with changes.
 
     Args:
-        source: the file of OCP or fairchem v1; with `weights` also a native one or a shipped model.
+        source: the file of OCP or fairchem v1; with `weights` or `seen` also a native one or a shipped model.
         out: the native file to write.
         energy_kind: as in `load_checkpoint`.
         weights: `raw` or `averaged`, to leave out the other set, which halves the file; None for all.
+        seen: data that the weights were trained on, to be stored with them. Lists that the checkpoint has are
+            kept if they are complete.
 
     Returns:
         A summary of both files, in plain values.
@@ -184,14 +204,16 @@ def import_checkpoint(
     if Path(out).resolve() == Path(source).resolve():
         raise InputError(f"{out} is the file to import: give another name for the native file")
     contents = read_contents(source).with_energy_kind(energy_kind)
-    if contents.source_format == "equiformer2" and weights is None:
+    if contents.source_format == "equiformer2" and weights is None and seen is None:
         raise InputError(
             f"{source} is a native checkpoint already: give --weights averaged or raw for a copy with these "
-            "weights alone"
+            "weights alone, or --familiarity for one that tells what it was trained on"
         )
     if weights is not None:
         kept = contents.choose_weights(weights)
-        contents = dataclasses.replace(contents, weights={kept: contents.weights[kept]})
+        contents = dataclasses.replace(
+            contents, weights={kept: contents.weights[kept]}, surroundings=contents.surroundings_of(kept)
+        )
     if contents.energy_kind is None:
         raise InputError(
             f"{source} does not state what kind of energy it predicts: give --energy-kind adsorption "
@@ -199,6 +221,8 @@ def import_checkpoint(
         )
     for kind, state in contents.weights.items():
         model = build_model(contents.config, state, f"{source} ({kind} weights)")
+    if seen is not None:
+        contents = with_seen_data(contents, seen)
     origin = {"source_file": Path(source).name, "source_sha256": sha256(find_checkpoint(source))}
     write_native(out, dataclasses.replace(contents, provenance=contents.provenance | origin))
     return {
@@ -210,9 +234,21 @@ def import_checkpoint(
         "weights": list(contents.available_weights),
         "energy_kind": contents.energy_kind,
         "energy_kind_from": contents.provenance.get("energy_kind_from", "the native file"),
+        "training_data": contents.provenance.get(KEY),
+        "surroundings": None if contents.surroundings is None else contents.surroundings.description,
         "normalizers": plain(contents.normalizers.to_dict()),
         "model_config": plain(contents.config.to_dict()),
     }
+
+
+def with_seen_data(contents: Contents, seen: SeenData) -> Contents:
+    """Return contents that tell what the weights were trained on; complete lists of theirs are kept."""
+    told, provenance = TrainingData(contents.provenance), contents.provenance
+    if told.elements is None or told.pairs is None or told.adsorbates is None:
+        before = provenance.get(KEY)
+        stage = {**(before if isinstance(before, Mapping) else {}), **seen.stage, "earlier": []}
+        provenance = {**provenance, KEY: stage}
+    return dataclasses.replace(contents, provenance=provenance, surroundings=seen.surroundings)
 
 
 def read_contents(path: str | os.PathLike[str]) -> Contents:

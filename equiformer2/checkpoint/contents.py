@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from equiformer2.checkpoint.normalizers import Normalizers
+from equiformer2.checkpoint.surroundings import Surroundings
 from equiformer2.errors import InputError
 from equiformer2.model.config import ModelConfig
 from equiformer2.values import shown
@@ -31,6 +32,7 @@ class Contents:
         normalizers: to eV and eV/Å.
         energy_kind: None when a foreign file does not state it.
         provenance: plain values: where the weights come from.
+        surroundings: of the atoms that the weights were trained on; None where the file does not hold them.
     """
 
     source: str
@@ -40,6 +42,7 @@ class Contents:
     normalizers: Normalizers
     energy_kind: EnergyKind | None
     provenance: dict[str, Any]
+    surroundings: Surroundings | None = None
 
     @property
     def available_weights(self) -> tuple[WeightsKind, ...]:
@@ -62,6 +65,12 @@ class Contents:
                 return candidate  # type: ignore[return-value]
         raise InputError(
             f"{self.source} does not hold {kind} weights, only {' and '.join(self.available_weights)} ones"
+        )
+
+    def surroundings_of(self, kind: str) -> Surroundings | None:
+        """Return the surroundings if the weights `kind` gave them: others see the same atoms differently."""
+        return (
+            self.surroundings if self.surroundings is not None and self.surroundings.weights == kind else None
         )
 
     def with_energy_kind(self, kind: str | None) -> Contents:

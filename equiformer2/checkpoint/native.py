@@ -1,15 +1,16 @@
 """Native checkpoint format: one file of plain values and tensors with everything needed to predict in eV.
 
-Layout of version 1, a dictionary in `torch.save`'s format that loads with `weights_only=True`:
+Layout, a dictionary in `torch.save`'s format that loads with `weights_only=True`:
 
     format           "equiformer2.checkpoint"
-    format_version   1
+    format_version   1, or 2 with surroundings
     model_config     ModelConfig.to_dict()
     weights          {"raw": {name: tensor}, "averaged": {name: tensor}}, one of them at least
     normalizers      Normalizers.to_dict()
     energy_kind      "adsorption" or "total"
     units            {"energy": "eV", "forces": "eV/Å", "length": "Å"}
     provenance       plain values
+    surroundings     Surroundings.to_dict(); only where they are known
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from torch import Tensor
 
 from equiformer2.checkpoint.contents import Contents, WeightsKind, check_energy_kind
 from equiformer2.checkpoint.normalizers import Normalizers
+from equiformer2.checkpoint.surroundings import Surroundings
 from equiformer2.checkpoint.tensor_files import plain, write_tensors
 from equiformer2.checkpoint.weights import config_from_values
 from equiformer2.errors import InputError
 from equiformer2.values import mapping, shown, shown_name
 
 FORMAT = "equiformer2.checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_WITHOUT_SURROUNDINGS = 1
 UNITS = {"energy": "eV", "forces": "eV/Å", "length": "Å"}
 _KEYS = {
     "format",
@@ -43,6 +46,7 @@ _KEYS = {
     "units",
     "provenance",
 }
+_SURROUNDINGS = "surroundings"
 
 
 def write_native(path: str | os.PathLike[str], contents: Contents) -> None:
@@ -65,17 +69,19 @@ def write_native(path: str | os.PathLike[str], contents: Contents) -> None:
         "written_with": {"equiformer2": version("equiformer2"), "torch": str(torch.__version__)},
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    surroundings = contents.surroundings
     write_tensors(
         path,
         {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": _WITHOUT_SURROUNDINGS if surroundings is None else FORMAT_VERSION,
             "model_config": plain(contents.config.to_dict()),
             "weights": {kind: detached(state) for kind, state in contents.weights.items()},
             "normalizers": contents.normalizers.to_dict(),
             "energy_kind": check_energy_kind(contents.energy_kind, str(path)),
             "units": UNITS,
             "provenance": plain(contents.provenance) | written,
+            **({} if surroundings is None else {_SURROUNDINGS: surroundings.to_dict()}),
         },
     )
 
@@ -103,8 +109,9 @@ def read_native(file: Mapping[str, Any], source: str) -> Contents:
             f"{source} is of checkpoint format version {shown(file_version)}, newer than the "
             f"{FORMAT_VERSION} that equiformer2 {version('equiformer2')} reads: update equiformer2"
         )
-    if set(file) != _KEYS:
-        missing, unknown = sorted(_KEYS - set(file)), [shown_name(key) for key in file if key not in _KEYS]
+    known = _KEYS if file_version == _WITHOUT_SURROUNDINGS else _KEYS | {_SURROUNDINGS}
+    if set(file) != known:
+        missing, unknown = sorted(known - set(file)), [shown_name(key) for key in file if key not in known]
         raise InputError(
             f"{source} is not a valid checkpoint: missing parts {missing}, unknown parts {unknown[:5]}"
         )
@@ -120,6 +127,9 @@ def read_native(file: Mapping[str, Any], source: str) -> Contents:
         raise InputError(f"{source}: {error}") from error
     config = config_from_values(file["model_config"], source)
     normalizers.check_model(config, source)
+    surroundings = None
+    if _SURROUNDINGS in file:
+        surroundings = Surroundings.from_dict(file[_SURROUNDINGS], config.sphere_channels, source)
     return Contents(
         source=source,
         source_format="equiformer2",
@@ -128,6 +138,7 @@ def read_native(file: Mapping[str, Any], source: str) -> Contents:
         normalizers=normalizers,
         energy_kind=check_energy_kind(file["energy_kind"], source),
         provenance=dict(provenance),
+        surroundings=surroundings,
     )
 
 

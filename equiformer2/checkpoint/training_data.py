@@ -6,6 +6,7 @@ Every training writes one stage, plain values:
     frames, systems                 structures, and different systems (`sid`) among those looked at
     frames_looked_at                of which the rest was counted: all, or 50,000 evenly spaced ones
     elements                        {symbol: frames with it}
+    pairs                           {"Cu-O": frames in which such atoms are neighbours}
     adsorbates                      {formula of the atoms with tag 2 ("*CHO"): frames with it}
     labels                          statements of the data files about their labels; may be empty
     earlier                         stages of the checkpoint that the training started from, oldest first;
@@ -17,14 +18,118 @@ nothing is concluded from it.
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from contextlib import suppress
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-from ase.data import atomic_numbers, chemical_symbols
+from ase.data import atomic_numbers, chemical_symbols, covalent_radii
+from ase.formula import Formula
 from torch import Tensor
+from torch_geometric.data import Batch, Data
+from tqdm import tqdm
+
+from equiformer2.errors import InputError
+from equiformer2.graph import radius_graph
 
 KEY = "training_data"
+#: A structure without an atom of tag 2.
+NO_ADSORBATE = "(none)"
+#: Å by which neighbours may exceed the sum of their covalent radii (ASE's natural cutoffs with skin).
+NEIGHBOUR_SKIN = 0.6
+_ADSORBATE = 2
 _MOST_STAGES = 1000
+_MOST_NEIGHBOURS = 64
+_MOST_FOR_PAIRS = 10_000
+
+
+class Structures(Protocol):
+    """A list or dataset of structures."""
+
+    def __len__(self) -> int:
+        """Count the structures."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """Return a structure, a data object."""
+
+
+def adsorbate_formula(atomic_numbers: np.ndarray, tags: np.ndarray) -> str:
+    """Write the formula of the atoms with tag 2 in Hill order, as `*CHO`.
+
+    OC20's LMDB files do not name the adsorbate, so isomers (*CHO and *COH) share a formula.
+
+    Args:
+        atomic_numbers: `[N]`.
+        tags: `[N]`.
+    """
+    counts = Counter(chemical_symbols[number] for number in atomic_numbers[tags == _ADSORBATE])
+    return f"*{Formula.from_dict(counts):hill}" if counts else NO_ADSORBATE
+
+
+def neighbour_pairs(structure: Data | Batch) -> set[str]:
+    """Find the pairs of elements that touch, as `Cu-O`, the lighter element last.
+
+    Neighbours are at most `NEIGHBOUR_SKIN` farther apart than the sum of their covalent radii.
+
+    Args:
+        structure: one structure, or several whose pairs are put together.
+    """
+    numbers = structure.atomic_numbers.cpu()
+    radii = torch.from_numpy(covalent_radii)[numbers.long()]
+    graph = radius_graph(
+        structure.pos.detach().cpu().double(),
+        structure.cell.cpu(),
+        structure.pbc.cpu(),
+        torch.as_tensor(structure.natoms).reshape(-1).cpu(),
+        max_radius=float(2.0 * radii.max() + NEIGHBOUR_SKIN),
+        max_neighbors=_MOST_NEIGHBOURS,
+        strict=False,
+    )
+    source, target = graph.edge_index
+    near = graph.distances <= radii[source] + radii[target] + NEIGHBOUR_SKIN
+    ends = torch.stack([numbers[source[near]], numbers[target[near]]]).sort(dim=0, descending=True).values
+    return {
+        f"{chemical_symbols[heavy]}-{chemical_symbols[light]}"
+        for heavy, light in torch.unique(ends, dim=1).T.tolist()
+    }
+
+
+def count_contents(structures: Structures, most: int = 50_000) -> dict[str, Any]:
+    """Count systems, elements, pairs of neighbours and adsorbates, as a stage of training lists them.
+
+    Pairs take longest: they are looked for in at most 10,000 structures. A structure whose neighbours cannot
+    be found adds none; what uses it says why.
+
+    Args:
+        structures: with `tags` and `sid`; a list or dataset.
+        most: number of structures to look at, evenly spaced.
+
+    Returns:
+        `systems`, `frames_looked_at`, `elements`, `pairs` and `adsorbates` of a stage.
+    """
+    looked_at = np.linspace(0, len(structures) - 1, min(most, len(structures))).astype(np.int64).tolist()
+    every = -(-len(looked_at) // _MOST_FOR_PAIRS)
+    systems: set[str] = set()
+    elements: Counter[int] = Counter()
+    pairs: Counter[str] = Counter()
+    adsorbates: Counter[str] = Counter()
+    for place, index in enumerate(tqdm(looked_at, "elements and pairs", disable=None, leave=False, delay=5)):
+        structure = structures[index]
+        numbers = structure.atomic_numbers.numpy()
+        systems.add(str(structure.sid))
+        elements.update(np.unique(numbers).tolist())
+        if place % every == 0:
+            with suppress(InputError):
+                pairs.update(neighbour_pairs(structure))
+        adsorbates[adsorbate_formula(numbers, structure.tags.numpy())] += 1
+    adsorbates.pop(NO_ADSORBATE, None)
+    return {
+        "systems": len(systems),
+        "frames_looked_at": len(looked_at),
+        "elements": {chemical_symbols[number]: elements[number] for number in sorted(elements)},
+        "pairs": dict(sorted(pairs.items())),
+        "adsorbates": dict(sorted(adsorbates.items())),
+    }
 
 
 class TrainingData:
@@ -67,6 +172,25 @@ class TrainingData:
             frames.update(stage["elements"])
         return {symbol: frames[symbol] for symbol in sorted(frames, key=chemical_symbols.index)}
 
+    @property
+    def pairs(self) -> dict[str, int] | None:
+        """Frames by pair of neighbouring elements over all stages; None if not known."""
+        return self._counted("pairs")
+
+    @property
+    def adsorbates(self) -> dict[str, int] | None:
+        """Frames by formula of the adsorbate over all stages; None if not known."""
+        return self._counted("adsorbates")
+
+    def _counted(self, name: str) -> dict[str, int] | None:
+        frames: Counter[str] = Counter()
+        for stage in self.stages or ():
+            counts = stage.get(name)
+            if not isinstance(counts, Mapping) or not all(type(count) is int for count in counts.values()):
+                return None
+            frames.update(counts)
+        return None if self.stages is None else dict(frames)
+
     def unseen(self, size: int) -> Tensor | None:
         """Mark the elements that no training has seen.
 
@@ -88,6 +212,21 @@ class TrainingData:
         if self.stages is None:
             return None
         return [{name: value for name, value in stage.items() if name != "earlier"} for stage in self.stages]
+
+
+def validation_errors(provenance: Mapping[str, Any]) -> dict[str, float]:
+    """Read the errors on the validation data of the training that made the weights.
+
+    Returns:
+        `energy_mae_eV` and `forces_mae_eV_A` (by component); without what the provenance does not tell.
+    """
+    values = provenance.get("validation")
+    found = {}
+    for name, key in (("energy_mae", "energy_mae_eV"), ("forces_mae", "forces_mae_eV_A")):
+        value = values.get(name) if isinstance(values, Mapping) else None
+        if isinstance(value, float) and 0.0 <= value < float("inf"):
+            found[key] = value
+    return found
 
 
 def inherited(provenance: Mapping[str, Any]) -> dict[str, Any]:

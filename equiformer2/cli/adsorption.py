@@ -154,7 +154,9 @@ class AdsorptionEnergy(Command):
             folder=folder,
             progress=True,
         )
-        write_adsorption_record(folder, result, model_record(calculator.predictor, options.checkpoint))
+        states = [result.initial, result.system.atoms]
+        model = model_record(calculator.predictor, options.checkpoint, states)
+        write_adsorption_record(folder, result, model)
         print(adsorption_report(result))
         print(f"saved in {folder}: {ADSORPTION_RECORD}, trajectory, relaxed structure, pictures")
         if not result.converged:

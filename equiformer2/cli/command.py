@@ -16,12 +16,13 @@ class Result:
     Attributes:
         record: content of the JSON document that `--json` prints, without the keys of `script.header`.
         status: exit status of the process: 0, or 3 for a result that has not converged or misses a limit.
-        checkpoint: path of the checkpoint behind the result; its SHA-256 is printed with `--json`.
+        checkpoint: path of the checkpoint behind the result, or the paths of a committee; the SHA-256 is
+            printed with `--json`.
     """
 
     record: Mapping[str, Any] = field(default_factory=dict)
     status: int = 0
-    checkpoint: str | None = None
+    checkpoint: str | Sequence[str] | None = None
 
 
 class Parser(argparse.ArgumentParser):

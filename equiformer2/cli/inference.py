@@ -17,8 +17,19 @@ from equiformer2.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from datasets_oc20 import OC20Lmdb
     from equiformer2.inference import Predictor
     from equiformer2.training.evaluation import Evaluation
+
+
+def _judge(predictor: "Predictor", dataset: "OC20Lmdb") -> dict[str, Any]:
+    """Compare a dataset with the training data of a checkpoint, and print what is new to it."""
+    from equiformer2.inference.seen_data import judge_dataset
+
+    record = judge_dataset(predictor, dataset)
+    for sentence in record["sentences"] if record["compared"] else []:
+        print(f"WARNING: {sentence}")
+    return record
 
 
 def _add_split_arguments(parser: Parser, data: str, several: bool) -> None:
@@ -104,7 +115,14 @@ class Evaluate(Command):
         if len(results) > 1:
             print(f"average of {len(results)}")
             print(evaluation.table_of_average(list(results.values())))
-        record = {**header("evaluate/1", options.checkpoint), **evaluation.report(predictor, results)}
+        record = {
+            **header("evaluate/1", options.checkpoint),
+            **evaluation.report(predictor, results),
+            "familiarity": {
+                name: _judge(predictor, evaluation.open_dataset(path, predictor, options.energy_kind))
+                for name, path in paths.items()
+            },
+        }
         if options.out is not None:
             write_json(options.out, record, make_folder=True)
             print(f"numbers: {options.out}")
@@ -229,9 +247,10 @@ class Predict(Command):
         predictor = Predictor(
             checkpoint, options.device, precision=options.precision, backend=options.backend
         )
+        dataset = open_dataset(options.data, needs_energy=False)
         arrays = predict_dataset(
             predictor.predict_batches,
-            open_dataset(options.data, needs_energy=False),
+            dataset,
             options.batch_size,
             options.max_atoms,
             options.num_workers,
@@ -249,6 +268,7 @@ class Predict(Command):
             "energy_kind": checkpoint.energy_kind,
             "weights": checkpoint.weights,
             "arrays": sorted(arrays),
+            "familiarity": _judge(predictor, dataset),
         }
         return Result(record, checkpoint=options.checkpoint)
 
@@ -261,13 +281,24 @@ class Relax(Command):
     all its steps is written all the same; the last line says so, and the exit status is 3.
 
         equiformer2 relax slab.traj --checkpoint oc20_small --out runs/relax
+
+    Several checkpoints are a committee: its mean relaxes, and the record and every frame of the trajectory
+    hold the spread. With --stop-at-spread the relaxation ends, with exit status 3, where its members differ.
+
+        equiformer2 relax slab.traj --checkpoint seed0.pt seed1.pt seed2.pt --stop-at-spread 0.5
     """
 
     def add_arguments(self, parser: Parser) -> None:
-        structure = parser.add_mutually_exclusive_group(required=True)
-        structure.add_argument("file", nargs="?", metavar="FILE", help="structure file of any format of ASE")
-        structure.add_argument("--structure", metavar="FILE", help="structure file, in place of FILE")
-        add_model_arguments(parser)
+        parser.add_argument("file", nargs="?", metavar="FILE", help="structure file of any format of ASE")
+        parser.add_argument("--structure", metavar="FILE", help="structure file, in place of FILE")
+        add_model_arguments(parser, committee=True)
+        parser.add_argument(
+            "--stop-at-spread",
+            type=float,
+            metavar="X",
+            help="end once the forces of a committee on an atom differ by more than this standard deviation, "
+            "eV/Å",
+        )
         add_router_argument(parser)
         parser.add_argument(
             "--replan-every",
@@ -294,6 +325,17 @@ class Relax(Command):
         parser.add_argument("--out", default="runs/relax", help="output folder (default: %(default)s)")
         add_overwrite_argument(parser)
 
+    def parse(self, parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+        options = parser.parse_args(arguments)
+        if options.structure is not None and options.file is not None:
+            parser.error("argument --structure: not allowed with argument FILE")
+        if options.structure is None and options.file is None:
+            # A FILE behind the checkpoints is read as one of them.
+            if len(options.checkpoint) == 1:
+                parser.error("one of the arguments FILE --structure is required")
+            options.file = options.checkpoint.pop()
+        return options
+
     def run(self, options: argparse.Namespace) -> Result:
         from datasets_oc20.structure_files import read_structure
         from equiformer2.files import read_json
@@ -314,8 +356,10 @@ class Relax(Command):
         file = options.structure or options.file
         structure = read_structure(file, options.index)
         router = relaxation_router(options.router, options.replan_every)
+        committee = len(options.checkpoint) > 1
+        checkpoint = options.checkpoint if committee else options.checkpoint[0]
         calculator = EquiformerV2Calculator(
-            options.checkpoint,
+            checkpoint,
             device=options.device,
             weights=options.weights,
             energy_kind=options.energy_kind,
@@ -323,7 +367,7 @@ class Relax(Command):
             backend=options.backend,
             router=router,
         )
-        inputs = [file, options.checkpoint, *filter(None, [options.router])]
+        inputs = [file, *options.checkpoint, *filter(None, [options.router])]
         folder = claim_folder(options.out, RELAXATION_RECORD, options.overwrite, inputs, RUN_FILES)
         result = relax(
             structure,
@@ -335,8 +379,9 @@ class Relax(Command):
             progress=True,
             forces_on_fixed=options.forces_on_fixed,
             energy_every=options.energy_every,
+            stop_at_spread=options.stop_at_spread,
         )
-        model = model_record(calculator.predictor, options.checkpoint)
+        model = model_record(calculator.predictor, checkpoint, [structure, result.atoms])
         if router is not None:
             model["router"] = options.router
             model["replan_every"] = router.replan_every if isinstance(router, FrozenPlan) else None
@@ -346,9 +391,14 @@ class Relax(Command):
             print(f"{calculator.energy_kind} energy: {result.energy:.4f} eV")
         else:  # the log has said why
             print(f"model output: {result.energy:.4f}, which is not an energy of this structure")
+        if committee:
+            print(
+                f"spread of {len(options.checkpoint)} networks: energy {result.energy_std:.4f} eV, largest "
+                f"of a force {result.force_spreads[-1]:.4f} eV/Å (on the way {max(result.force_spreads):.4f})"
+            )
         print(f"{result.atoms.get_chemical_formula()}: {result.outcome()}")
         record = read_json(folder / RELAXATION_RECORD)
-        return Result(record, 0 if result.converged else 3, options.checkpoint)
+        return Result(record, 0 if result.converged else 3, checkpoint)
 
 
 def _frame(text: str) -> int:

@@ -22,14 +22,17 @@ def checkpoint_file(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def add_checkpoint_arguments(parser: Options, weights: bool = True) -> None:
-    """Add `--checkpoint` and, unless told otherwise, `--weights`."""
+def add_checkpoint_arguments(parser: Options, weights: bool = True, committee: bool = False) -> None:
+    """Add `--checkpoint`, which takes several for a `committee`, and, unless told otherwise, `--weights`."""
+    several = ", or several of them, a committee: their mean and spread" if committee else ""
     parser.add_argument(
         "--checkpoint",
         required=True,
+        nargs="+" if committee else None,
         type=checkpoint_file,
         metavar="FILE|NAME",
-        help="native, OCP or fairchem v1 checkpoint file, or the name of a shipped model such as oc20_small",
+        help="native, OCP or fairchem v1 checkpoint file, or the name of a shipped model such as oc20_small"
+        + several,
     )
     if weights:
         parser.add_argument(
@@ -51,9 +54,14 @@ def add_device_argument(parser: Options) -> None:
     )
 
 
-def add_model_arguments(parser: Options) -> None:
-    """Add all options of a network that is run: file, weights, energy kind, device, precision, backend."""
-    add_checkpoint_arguments(parser)
+def add_model_arguments(parser: Options, committee: bool = False) -> None:
+    """Add all options of a network that is run: file, weights, energy kind, device, precision, backend.
+
+    Args:
+        parser: of the command.
+        committee: let `--checkpoint` take several.
+    """
+    add_checkpoint_arguments(parser, committee=committee)
     add_energy_kind_argument(parser, "a checkpoint or data that do not declare it; must not contradict them")
     add_device_argument(parser)
     parser.add_argument(

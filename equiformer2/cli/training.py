@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from equiformer2.cli.command import Command, Parser, Result
 from equiformer2.cli.options import (
@@ -12,10 +13,14 @@ from equiformer2.cli.options import (
     add_checkpoint_arguments,
     add_overwrite_argument,
     checkpoint_file,
+    parse_checked,
 )
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, write_bytes, write_json
 from equiformer2.script import header, show_log
+
+if TYPE_CHECKING:
+    from equiformer2.checkpoint.checkpoint import SeenData
 
 MAIN_KEYS = {
     "config": "YAML file of a run, or the name of a shipped one such as oc20_2m_83M; later files win",
@@ -147,6 +152,12 @@ class ImportCheckpoint(Command):
     With --weights one set of weights is kept, also of a native file, whose copy is half as large:
 
         equiformer2 checkpoint import --checkpoint last.pt --weights averaged --out my.pt
+
+    With --familiarity the file tells what it was trained on, so that structures unlike that are named
+    wherever it is used (docs/own_data.md, "When not to trust"):
+
+        equiformer2 checkpoint import --checkpoint my.pt --familiarity train.lmdb --held-out val.lmdb \
+            --out knowing.pt
     """
 
     def add_arguments(self, parser: Parser) -> None:
@@ -168,16 +179,53 @@ class ImportCheckpoint(Command):
             choices=("raw", "averaged"),
             help="the one set of weights to keep (default: all that the file holds)",
         )
+        parser.add_argument(
+            "--familiarity",
+            nargs="+",
+            type=Path,
+            metavar="DATA",
+            help="LMDB files or folders that the checkpoint was trained on: their elements, pairs, "
+            "adsorbates and surroundings of atoms are stored with it",
+        )
+        parser.add_argument(
+            "--held-out",
+            nargs="+",
+            type=Path,
+            metavar="DATA",
+            help="LMDB files or folders of systems that it was not trained on and is trusted for, on which "
+            "the distance of familiar surroundings is calibrated",
+        )
+        parser.add_argument(
+            "--structures",
+            type=int,
+            default=1000,
+            help="maximum number of structures of either data that are embedded (default: %(default)s)",
+        )
         add_overwrite_argument(parser)
+
+    def parse(self, parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+        return parse_checked(
+            parser,
+            arguments,
+            needs=[
+                ("--familiarity", "--held-out"),
+                ("--held-out", "--familiarity"),
+                ("--structures", "--familiarity"),
+            ],
+        )
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.checkpoint import import_checkpoint
 
         show_log()
+        data = [*(options.familiarity or []), *(options.held_out or [])]
         for path in (options.out, f"{options.out}.json"):
-            check_target(path, inputs=[options.checkpoint], overwrite=options.overwrite)
+            check_target(path, inputs=[options.checkpoint, *data], overwrite=options.overwrite)
+        seen = self._seen_data(options) if options.familiarity else None
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        summary = import_checkpoint(options.checkpoint, options.out, options.energy_kind, options.weights)
+        summary = import_checkpoint(
+            options.checkpoint, options.out, options.energy_kind, options.weights, seen
+        )
         record = {**header("checkpoint-import/1", options.out), **summary}
         write_json(f"{options.out}.json", record)
         print(
@@ -185,7 +233,37 @@ class ImportCheckpoint(Command):
             f"parameters, {' and '.join(summary['weights'])} weights, {summary['energy_kind']} energies "
             f"(from {summary['energy_kind_from']}); summary in {options.out}.json"
         )
+        if seen is not None:
+            counts = seen.surroundings.description
+            print(
+                f"familiar surroundings: of {counts['training_structures']} training structures, calibrated "
+                f"on {counts['held_out_structures']} held-out structures of their elements"
+            )
         return Result(record)
+
+    def _seen_data(self, options: argparse.Namespace) -> "SeenData":
+        from torch.utils.data import ConcatDataset
+
+        from datasets_oc20 import OC20Lmdb
+        from equiformer2.checkpoint import load_checkpoint
+        from equiformer2.inference import Predictor
+        from equiformer2.inference.seen_data import see_data
+
+        if options.structures < 1:
+            raise InputError(f"--structures is {options.structures}: give 1 or more")
+        predictor = Predictor(load_checkpoint(options.checkpoint, options.weights, options.energy_kind))
+        training, held_out = (
+            ConcatDataset[Any]([OC20Lmdb(path) for path in paths])
+            for paths in (options.familiarity, options.held_out)
+        )
+        given = {"training": options.familiarity, "held_out": options.held_out}
+        return see_data(
+            predictor,
+            training,
+            held_out,
+            options.structures,
+            {name: [path.name for path in paths] for name, paths in given.items()},
+        )
 
 
 class Demo(Command):

@@ -297,6 +297,7 @@ def timed(dense: Network, small: Network, raw: AnyPath, calls: int) -> tuple[Net
     data, seconds = atoms_to_data(atoms), (latency.dense_seconds, latency.seconds)
     measured = []
     for network, calculator, time in zip((dense, small), calculators, seconds, strict=True):
+        assert isinstance(calculator.predictor, Predictor)  # one checkpoint, no committee
         model = calculator.predictor.model
         macs = count_macs(model, len(atoms), len(model.build_graph(data).distances)).total
         measured.append(replace(network, macs=macs, milliseconds=1e3 * time))

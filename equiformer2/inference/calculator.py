@@ -1,9 +1,8 @@
 """ASE calculator."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,11 @@ from ase.constraints import FixAtoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch_geometric.data import Data
 
-from equiformer2.checkpoint import Checkpoint
 from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import atoms_to_data, fixed_mask
-from equiformer2.inference.predictor import Predictor, answering_old_names
+from equiformer2.inference.committee import Model, open_model
+from equiformer2.inference.predictor import answering_old_names
 from equiformer2.inference.symmetric_sites import find_symmetric_sites
 
 logger = logging.getLogger(__name__)
@@ -45,9 +44,16 @@ class EquiformerV2Calculator(Calculator):
     Results are kept until positions, numbers, cell or pbc change. Tags and constraints do not enter the
     network; those of the atoms are left as they are (see `equiformer2.inference.atoms.oc20_tags`).
 
+    With a list of checkpoints, a committee, energy and forces are the means of its members, and there are two
+    more results: `energy_std` (eV) and `forces_std` (eV/Å, `[N, 3]`, by component), the standard deviations
+    over the members (`inference.committee`). They are read from `calc.results`.
+
+    Structures that hold what the training data lack are named in a warning, once each, as far as the
+    checkpoint tells what these were (`inference.familiarity`).
+
     Args:
         checkpoint: a path (native, OCP or fairchem v1 file), the name of a shipped model such as
-            `"oc20_small"`, or a loaded `Checkpoint`.
+            `"oc20_small"`, a loaded `Checkpoint` or `Predictor`, or a list of these, which is a committee.
         device: `"cpu"`, `"cuda"`, ….
         weights: `"raw"`, `"averaged"` or `None` (averaged where the file has them).
         energy_kind: only needed for a foreign file that does not say; must not contradict the checkpoint.
@@ -74,7 +80,7 @@ class EquiformerV2Calculator(Calculator):
     @answering_old_names
     def __init__(
         self,
-        checkpoint: Checkpoint | str | Path,
+        checkpoint: Model | Sequence[Model],
         device: str | torch.device = "cpu",
         weights: str | None = None,
         energy_kind: str | None = None,
@@ -91,7 +97,9 @@ class EquiformerV2Calculator(Calculator):
         self.forces_on_fixed, self.energy_every = forces_on_fixed, energy_every
         self._without_energy = energy_every  # calls since the last energy; the first call has one
         self._unread: np.ndarray | None = None  # atoms that the present forces leave out
-        self.predictor = Predictor(
+        if router is not None and isinstance(checkpoint, list | tuple) and len(checkpoint) > 1:
+            raise InputError("a router belongs to one network: leave it out, or give one checkpoint")
+        self.predictor = open_model(
             checkpoint, device, weights, energy_kind, precision, backend, router, cuda_graphs
         )
         if not self.predictor.has_forces:
@@ -177,6 +185,7 @@ class EquiformerV2Calculator(Calculator):
         self._notified_tags = True
         if set(system_changes) != {"positions"}:  # else it is the structure of the call before, moved
             self.predictor.warn_of(self.atoms)
+            self.predictor.warn_of_unfamiliar(data)
         self._warn_of_symmetry(data)
         # Forces that are the gradient of the energy come with it.
         asked = set(properties) != {"forces"} or config.forces == "gradient"
@@ -192,6 +201,10 @@ class EquiformerV2Calculator(Calculator):
             results["energy"] = results["free_energy"] = float(out["energy"][0])
         if "forces" in out:
             results["forces"] = out["forces"].double().numpy()
+        if "energy_std" in out:
+            results["energy_std"] = float(out["energy_std"][0])
+        if "forces_std" in out:
+            results["forces_std"] = out["forces_std"].double().numpy()
         if "stress" in out and self.atoms.pbc.all():
             results["stress"] = full_3x3_to_voigt_6_stress(out["stress"][0].double().numpy())
         self.results = results

@@ -1,6 +1,7 @@
 """Energies and forces in physical units from a checkpoint."""
 
 import copy
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from equiformer2.errors import InputError, naming_structures
 from equiformer2.graph.validation import locate_atom
 from equiformer2.inference.atoms import atoms_to_data, check_elements
 from equiformer2.inference.cuda_graph import GraphedNetwork, capture_unavailable_reason, check_captured
+from equiformer2.inference.familiarity import NOTHING_TOLD, Familiarity, Judgement
 from equiformer2.inference.meaning import warning_for
 from equiformer2.kernels.backend import Features
 from equiformer2.model.output_request import OutputRequest
@@ -146,6 +148,7 @@ class Predictor:
         energy_kind: `"adsorption"` or `"total"`: what the energies are.
         checkpoint: the loaded `Checkpoint` (provenance, available weights, …).
         unseen_elements: symbols met so far that the checkpoint lists as not among its training data.
+        familiarity: compares structures with the training data, as far as the checkpoint tells them.
 
     Raises:
         InputError: not a checkpoint, weights it does not hold, an energy kind that is missing or contradicts
@@ -201,6 +204,8 @@ class Predictor:
         seen = TrainingData(self.checkpoint.provenance)
         self._unseen = seen.unseen(self.checkpoint.config.max_num_elements)  # those not warned of yet
         self.unseen_elements: list[str] = []
+        self.familiarity = Familiarity(self.checkpoint, self.embed)
+        self._said: set[str] = set()
 
     @property
     def has_forces(self) -> bool:
@@ -252,6 +257,41 @@ class Predictor:
             check_finite(physical, batch.natoms)
         return physical
 
+    @torch.no_grad()
+    @own_defaults()
+    def embed(self, batch: Structures) -> torch.Tensor:
+        """Features of degree 0 `[N, C]` float32 on the CPU, which the heads read and no rotation changes.
+
+        Args:
+            batch: the structures, as for `predict`.
+
+        Raises:
+            InputError: as `predict`.
+        """
+        if not isinstance(batch, Batch):
+            batch = self._collated(batch)
+        with naming_structures(batch):
+            check_elements(batch.atomic_numbers, self.checkpoint.config.max_num_elements, batch.natoms)
+            with matmul_precision(self.precision, self.device):
+                return self.model.invariant_features(copy.copy(batch).to(self.device)).float().cpu()
+
+    def judge(self, batch: Structures) -> list[Judgement]:
+        """Compare structures with the training data of the checkpoint, as far as it tells them.
+
+        Args:
+            batch: the structures, as for `predict`.
+
+        Returns:
+            One judgement per structure.
+
+        Raises:
+            InputError: as `predict`.
+        """
+        if not isinstance(batch, Batch):
+            batch = self._collated(batch)
+        with naming_structures(batch):
+            return self.familiarity.judge(batch)
+
     def predict_batches(
         self, batches: Iterable[Batch], count: int | None = None
     ) -> Iterator[tuple[Batch, dict[str, torch.Tensor]]]:
@@ -290,6 +330,35 @@ class Predictor:
             self._warned = warning is not None
             if warning is not None:
                 logger.warning(warning)
+
+    def warn_of_unfamiliar(self, structure: Data) -> None:
+        """Log, once each, what the training data do not hold; elements are named by `predict`."""
+        warning = self.unfamiliar_warning(structure)
+        if warning is not None:
+            logger.warning(warning)
+
+    def unfamiliar_warning(self, structure: Data) -> str | None:
+        """Word what `warn_of_unfamiliar` logs; None where there is nothing that was not said before."""
+        if not self.familiarity.known:
+            if self._unsaid(["nothing told"]):
+                logger.info(f"{NOTHING_TOLD} its energies and forces can be trusted for this structure")
+            return None
+        (judgement,) = self.judge(structure)
+        new = dataclasses.replace(
+            judgement,
+            elements=(),
+            pairs=self._unsaid(judgement.pairs),
+            adsorbates=self._unsaid(judgement.adsorbates),
+            atoms=judgement.atoms if self._unsaid(["surroundings"] if judgement.atoms else []) else (),
+        )
+        if new.familiar:
+            return None
+        return f"{'; '.join(new.sentences())}: its energies and forces may be far off here"
+
+    def _unsaid(self, names: Sequence[str]) -> tuple[str, ...]:
+        new = tuple(name for name in names if name not in self._said)
+        self._said.update(new)
+        return new
 
     def _warn_of_elements(self, atomic_numbers: torch.Tensor) -> None:
         """Log once, by name, the elements of `atomic_numbers` `[N]` that the checkpoint was not trained on.

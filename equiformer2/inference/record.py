@@ -21,11 +21,14 @@ from ase.io import write
 from ase.io.trajectory import Trajectory
 
 from datasets_oc20.untrusted import AnyPath
+from equiformer2.checkpoint.training_data import validation_errors
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, write_bytes, write_json
 from equiformer2.inference.atoms import fixed_mask
 from equiformer2.inference.calculator import EquiformerV2Calculator
+from equiformer2.inference.committee import Committee
 from equiformer2.inference.extras import extras, simple_info
+from equiformer2.inference.familiarity import combined
 from equiformer2.inference.meaning import warning_for
 from equiformer2.inference.pictures import relaxation_picture, structure_picture
 from equiformer2.inference.predictor import Predictor
@@ -131,15 +134,30 @@ def write_relaxation_record(
     return written
 
 
-def model_record(predictor: Predictor, path: str | Path) -> dict[str, Any]:
-    """Checkpoint and weights behind a result, and the elements in it that these were not trained on."""
-    return {
-        "checkpoint": str(path),
+def model_record(
+    predictor: Predictor | Committee,
+    path: str | Path | Sequence[str | Path],
+    structures: Sequence[Atoms] = (),
+) -> dict[str, Any]:
+    """Checkpoint and weights behind a result, and what of its structures these were not trained on.
+
+    Args:
+        predictor: of the checkpoint, or a committee.
+        path: of the checkpoint, or the paths of the committee's.
+        structures: states of the structure that the result is about, such as both ends of a relaxation; what
+            the training data lack of them is under `familiarity` (see `familiarity.Judgement`).
+    """
+    record: dict[str, Any] = {
+        "checkpoint": str(path) if isinstance(path, str | Path) else [str(one) for one in path],
         "weights": predictor.checkpoint.weights,
         "energy_kind": predictor.energy_kind,
         "source_format": predictor.checkpoint.source_format,
         "unseen_elements": predictor.unseen_elements,
+        "validation": validation_errors(predictor.checkpoint.provenance),
     }
+    if structures:
+        record["familiarity"] = combined(predictor.judge(list(structures))).record()
+    return record
 
 
 def write_structure(path: AnyPath, atoms: Atoms) -> Path:

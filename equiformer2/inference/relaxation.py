@@ -4,8 +4,9 @@ import errno
 import logging
 import math
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from ase.optimize import BFGS, FIRE, LBFGS
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from equiformer2.checkpoint import Checkpoint
+from equiformer2.checkpoint.training_data import validation_errors
 from equiformer2.errors import InputError
-from equiformer2.inference.atoms import check_atoms
+from equiformer2.inference.atoms import check_atoms, fixed_mask
 from equiformer2.inference.calculator import EquiformerV2Calculator
+from equiformer2.inference.committee import Model, largest_spread
 from equiformer2.inference.extras import plain
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,10 @@ class RelaxationResult:
         fmax: threshold, eV/Å.
         optimizer: name of the optimiser.
         seconds: wall time.
+        energy_std: standard deviation of a committee's energies of the last structure, eV; None without one.
+        force_spreads: `[steps + 1]` eV/Å, the largest standard deviation of the force on a free atom over the
+            members of a committee; empty without one.
+        stopped: sentence about why the relaxation was ended early; None if it was not.
     """
 
     atoms: Atoms
@@ -55,6 +61,9 @@ class RelaxationResult:
     fmax: float
     optimizer: str
     seconds: float
+    energy_std: float | None = None
+    force_spreads: list[float] = field(default_factory=list)
+    stopped: str | None = None
 
     @property
     def energy(self) -> float:
@@ -76,6 +85,8 @@ class RelaxationResult:
     def outcome(self) -> str:
         """Tell whether it converged, in one line."""
         outcome = "converged" if self.converged else "NOT converged"
+        if self.stopped is not None:
+            outcome = f"STOPPED, {self.stopped}:"
         return (
             f"{outcome} after {self.steps} {self.optimizer} steps, "
             f"largest force {self.max_force:.4f} eV/Å (threshold {self.fmax:g})"
@@ -83,6 +94,13 @@ class RelaxationResult:
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for a JSON record."""
+        spread = {}
+        if self.force_spreads:
+            spread = {
+                "energy_std_eV": self.energy_std,
+                "max_force_std_eV_A": self.force_spreads[-1],
+                "max_force_std_by_step_eV_A": self.force_spreads,
+            }
         return {
             "formula": self.atoms.get_chemical_formula(),
             "energy_eV": self.energy,
@@ -94,12 +112,14 @@ class RelaxationResult:
             "optimizer": self.optimizer,
             "fmax_eV_A": self.fmax,
             "seconds": round(self.seconds, 3),
+            "stopped": self.stopped,
+            **spread,
         }
 
 
 def relax(
     atoms: Atoms,
-    calculator: Calculator | Checkpoint | str | Path,
+    calculator: Calculator | Model | Sequence[Model],
     *,
     optimizer: str = "LBFGS",
     fmax: float = 0.05,
@@ -109,6 +129,7 @@ def relax(
     label: str = "relaxing",
     forces_on_fixed: bool = False,
     energy_every: int = 1,
+    stop_at_spread: float | None = None,
 ) -> RelaxationResult:
     """Move the free atoms of a copy of `atoms` until no force exceeds `fmax`.
 
@@ -118,7 +139,9 @@ def relax(
     Args:
         atoms: start structure; its constraints hold, it is not changed.
         calculator: any ASE calculator with forces, or the checkpoint of an `EquiformerV2Calculator`: the path
-            of its file, the name of a shipped model such as `"oc20_small"`, or a loaded one.
+            of its file, the name of a shipped model such as `"oc20_small"`, a loaded one, or a list of these,
+            a committee, whose spread is then in the result and in every frame's `info` (`energy_std_eV`,
+            `max_force_std_eV_A`).
         optimizer: "LBFGS", "FIRE" or "BFGS".
         fmax: convergence threshold for the largest force on a free atom, eV/Å.
         steps: most optimiser steps; 0 evaluates the start structure only.
@@ -130,6 +153,8 @@ def relax(
             relaxation reads. Without it they are zero in the result and in `trajectory`.
         energy_every: evaluate the energy of every n-th frame, and of the first and the last. An
             `EquiformerV2Calculator` then computes less for the others; their frames hold no energy.
+        stop_at_spread: end once the standard deviation of a free atom's force over the members of a committee
+            exceeds this, eV/Å; needs a committee.
 
     Raises:
         InputError: wrong settings, a calculator without forces, a structure without meaning, or a
@@ -143,6 +168,8 @@ def relax(
         raise InputError(f"steps is {steps}: give 0 or more")
     if energy_every < 1:
         raise InputError(f"energy_every is {energy_every}: give 1 or more")
+    if stop_at_spread is not None and not (math.isfinite(stop_at_spread) and stop_at_spread > 0):
+        raise InputError(f"stop_at_spread is {stop_at_spread}: give a positive force in eV/Å")
     if trajectory is not None and Path(trajectory).suffix != ".traj":
         raise InputError(f"the trajectory {trajectory} must be an ASE .traj file")
     if not isinstance(calculator, BaseCalculator):
@@ -153,6 +180,8 @@ def relax(
             "use a checkpoint trained with forces (model.forces)"
         )
     check_atoms(atoms)
+    if isinstance(calculator, EquiformerV2Calculator):
+        _warn_of_error(calculator, fmax)
     atoms = atoms.copy()
     atoms.calc = calculator
     energies: list[float | None] = []
@@ -166,6 +195,9 @@ def relax(
         # Wrong input ends here, before anything is written.
         _finite_energy(atoms, step=0)
         _finite_max_force(atoms, step=0)
+        if stop_at_spread is not None and "forces_std" not in calculator.results:
+            raise InputError("stop_at_spread needs a committee: give a list of checkpoints")
+        free, spreads, stopped = ~fixed_mask(atoms), [], None
         writer = None
         if trajectory is not None:
             Path(trajectory).parent.mkdir(parents=True, exist_ok=True)
@@ -174,18 +206,27 @@ def relax(
         dynamics = stack.enter_context(OPTIMIZERS[optimizer](atoms, logfile=None))
         dynamics.log = lambda gradient: None  # ASE's asks for the energy of every step, to write it nowhere
         converged = False
-        for converged in dynamics.irun(fmax=fmax, steps=steps):  # noqa: B007  the last value is the outcome
+        for converged in dynamics.irun(fmax=fmax, steps=steps):
             max_force = _finite_max_force(atoms, step=len(energies))
             energy = None
             if len(energies) % energy_every == 0:
                 energy = _finite_energy(atoms, step=len(energies))
             energies.append(energy)
             max_forces.append(max_force)
+            notes = _spread(calculator, free)
+            spreads += [notes["max_force_std_eV_A"]] if notes else []
             if writer is not None:
-                writer.write(atoms)
+                writer.write(atoms, notes)
             if show is not None:
                 show.update(len(energies) - 1, steps, energy, max_force)
+            if stop_at_spread is not None and not converged and spreads[-1] > stop_at_spread:
+                stopped = (
+                    f"the committee's forces on an atom differ by {spreads[-1]:.3f} eV/Å, more than the "
+                    f"{stop_at_spread:g} of stop_at_spread"
+                )
+                break
         energies[-1] = _finite_energy(atoms, step=len(energies) - 1)
+        energy_std = calculator.results.get("energy_std")
         forces = atoms.get_forces(apply_constraint=False)
     atoms.calc = SinglePointCalculator(atoms, energy=energies[-1], forces=forces)
     result = RelaxationResult(
@@ -197,10 +238,39 @@ def relax(
         fmax=fmax,
         optimizer=optimizer,
         seconds=time.monotonic() - start,
+        energy_std=energy_std,
+        force_spreads=spreads,
+        stopped=stopped,
     )
     if not result.converged:
         logger.warning(f"{label}: {result.outcome()}; the energy is not that of a relaxed structure")
     return result
+
+
+def _warn_of_error(calculator: EquiformerV2Calculator, fmax: float) -> None:
+    """Log that the network knows forces less well than `fmax`, where its checkpoint says so."""
+    error = validation_errors(calculator.predictor.checkpoint.provenance).get("forces_mae_eV_A", 0.0)
+    if error > fmax:
+        logger.warning(
+            f"the checkpoint's force error on its validation data is {error:.2f} eV/Å per component, above "
+            f"fmax {fmax:g}: smaller forces than that, and where they vanish, are not known from it"
+        )
+
+
+def _spread(calculator: BaseCalculator, free: np.ndarray) -> dict[str, float]:
+    """Spread of a committee at the present structure; empty for another calculator.
+
+    Args:
+        calculator: with the results of the present structure.
+        free: `[N]` bool.
+    """
+    results = getattr(calculator, "results", {})
+    if "forces_std" not in results:
+        return {}
+    notes = {"max_force_std_eV_A": largest_spread(results["forces_std"], free)}
+    if "energy_std" in results:
+        notes["energy_std_eV"] = results["energy_std"]
+    return notes
 
 
 def restraint_energy(atoms: Atoms) -> float:
@@ -235,14 +305,14 @@ class _TrajectoryFile:
         if not self.frames.backend.fd.closed:
             self.frames.close()
 
-    def write(self, atoms: Atoms) -> None:
-        """Append `atoms` with the calculator's results.
+    def write(self, atoms: Atoms, notes: Mapping[str, float]) -> None:
+        """Append `atoms` with the calculator's results, and `notes` in its `info`.
 
         Raises:
             OSError: the disk is full or the file cannot be written; nothing more is written to it.
         """
         # ASE's trajectories hold plain values only.
-        own, atoms.info = atoms.info, plain(atoms.info)
+        own, atoms.info = atoms.info, {**plain(atoms.info), **notes}
         try:
             self.frames.write(atoms)
         except OSError as error:

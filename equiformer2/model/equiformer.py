@@ -245,6 +245,29 @@ class EquiformerV2(nn.Module):
             outputs["energy"] = energy / self.config.avg_num_nodes
         return outputs
 
+    @torch.no_grad()
+    def invariant_features(self, batch: Batch | Data) -> Tensor:
+        """Degree 0 `[N, C]` of the features that the heads read; all blocks, whatever a router would skip.
+
+        Args:
+            batch: structures, on the network's device.
+
+        Raises:
+            InputError: as `forward`.
+        """
+        with own_defaults():
+            numbers = self._checked_numbers(batch)
+            natoms = torch.as_tensor(batch.natoms, device=numbers.device).reshape(-1)
+            structure = structure_index(natoms, len(numbers))
+            graph = self.build_graph(batch).in_precision(self.sphere_embedding.weight.dtype)
+            edges = self._edges(self._inputs(numbers, structure, natoms, graph))
+            backend = self.resolve_backend()
+            x = self.embed(numbers, edges, backend)
+            for block in self.blocks:
+                x, _ = self.run_block(block, x, edges, structure, natoms, backend)
+            invariant: Tensor = self.norm(x)[:, 0]
+            return invariant
+
     def from_edges(
         self,
         numbers: Tensor,

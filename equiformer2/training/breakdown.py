@@ -1,21 +1,18 @@
 """Errors of a model by adsorbate and by element."""
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from ase.data import chemical_symbols
-from ase.formula import Formula
 from torch import Tensor
 from torch_geometric.data import Batch
 
 from datasets_oc20.raw_release import adsorbate_of
+from equiformer2.checkpoint.training_data import adsorbate_formula
 from equiformer2.training.metrics import ENERGY_THRESHOLD
 
 ADSORBATE = 2
-#: A structure without an atom of tag 2.
-NO_ADSORBATE = "(none)"
 #: Sums of one row: structures, |energy error| eV, structures within 0.02 eV, free atoms, |force error| over
 #: components eV/Å, and the same for free adsorbate atoms.
 SUMS = (
@@ -29,19 +26,6 @@ SUMS = (
 )
 Sums = dict[str, np.ndarray]
 Rows = dict[str, dict[str, Any]]
-
-
-def adsorbate_formula(atomic_numbers: np.ndarray, tags: np.ndarray) -> str:
-    """Write the formula of the atoms with tag 2 in Hill order, as `*CHO`.
-
-    OC20's LMDB files do not name the adsorbate, so isomers (*CHO and *COH) share a formula.
-
-    Args:
-        atomic_numbers: `[N]`.
-        tags: `[N]`.
-    """
-    counts = Counter(chemical_symbols[number] for number in atomic_numbers[tags == ADSORBATE])
-    return f"*{Formula.from_dict(counts):hill}" if counts else NO_ADSORBATE
 
 
 class Breakdown:

@@ -3,23 +3,19 @@
 import logging
 import math
 import os
-from collections import Counter
 from dataclasses import fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from ase.data import chemical_symbols
 
 from datasets_oc20 import DataError
 from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers, load_checkpoint
 from equiformer2.checkpoint.checkpoint import read_contents
 from equiformer2.checkpoint.tensor_files import plain
-from equiformer2.checkpoint.training_data import TrainingData
+from equiformer2.checkpoint.training_data import TrainingData, count_contents
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2, ModelConfig
-from equiformer2.training.breakdown import NO_ADSORBATE, adsorbate_formula
 from equiformer2.training.loader import ResumableDataModule
 from equiformer2.training.task import NOT_IN_WEIGHTS
 
@@ -209,26 +205,12 @@ def describe_training_data(
     """
     mean, std = data.training_targets(normalizers.linear_references)["energy"]
     training = data.training
-    looked_at = np.linspace(0, len(training) - 1, min(_MOST_LOOKED_AT, len(training))).astype(np.int64)
-    systems: set[str] = set()
-    elements: Counter[int] = Counter()
-    adsorbates: Counter[str] = Counter()
-    for index in looked_at.tolist():
-        structure = training[index]
-        numbers = structure.atomic_numbers.numpy()
-        systems.add(str(structure.sid))
-        elements.update(np.unique(numbers).tolist())
-        adsorbates[adsorbate_formula(numbers, structure.tags.numpy())] += 1
-    adsorbates.pop(NO_ADSORBATE, None)
     return {
         # An evaluation compares with a model that always answers the mean.
         "energy_mean_eV": mean,
         "energy_std_eV": std,
         "frames": len(training),
-        "systems": len(systems),
-        "frames_looked_at": len(looked_at),
-        "elements": {chemical_symbols[number]: elements[number] for number in sorted(elements)},
-        "adsorbates": dict(sorted(adsorbates.items())),
+        **count_contents(training, _MOST_LOOKED_AT),
         "labels": data.labels,
         "earlier": [] if start is None else TrainingData(start.provenance).before(),
     }

@@ -120,8 +120,8 @@ def test_a_view_does_not_drag_its_storage_along(tmp_path: Path, model: Equiforme
 
 
 def test_a_newer_format_is_refused(native: Path) -> None:
-    edit(native, format_version=2, something_new=1)
-    with pytest.raises(InputError, match=r"model\.pt .*version 2, .* update"):
+    edit(native, format_version=3, something_new=1)
+    with pytest.raises(InputError, match=r"model\.pt .*version 3, .* update"):
         load_checkpoint(native)
 
 

@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from ase import Atoms
+from ase.build import add_adsorbate, fcc111, molecule
 
-from equiformer2.checkpoint.training_data import TrainingData
+from equiformer2.checkpoint.training_data import TrainingData, count_contents
+from equiformer2.inference import atoms_to_data
 
 FIRST = {"elements": {"Cu": 5, "O": 5}, "earlier": []}
 SECOND = {"elements": {"H": 2, "O": 3}, "earlier": [{"elements": {"Cu": 5, "O": 5}}]}
@@ -51,3 +54,33 @@ def test_what_is_not_known_marks_nothing(stage: Any) -> None:
 
 def test_a_training_without_elements_marks_nothing() -> None:
     assert TrainingData({"training_data": {"elements": {}, "earlier": []}}).unseen(90) is None
+
+
+def test_pairs_and_adsorbates_of_all_stages_count() -> None:
+    first = {**FIRST, "pairs": {"Cu-Cu": 5, "Cu-O": 1}, "adsorbates": {"*O": 5}}
+    second = {**SECOND, "pairs": {"O-H": 2}, "adsorbates": {"*HO": 2}, "earlier": [first]}
+    seen = TrainingData({"training_data": second})
+    assert seen.pairs == {"Cu-Cu": 5, "Cu-O": 1, "O-H": 2}
+    assert seen.adsorbates == {"*O": 5, "*HO": 2}
+    # An earlier version did not list pairs: then they are not known, whatever the last stage lists.
+    older = TrainingData({"training_data": {**second, "earlier": [FIRST]}})
+    assert (older.pairs, older.adsorbates) == (None, None)
+    assert older.elements == {"H": 2, "O": 8, "Cu": 5}
+
+
+def test_what_structures_hold_is_counted() -> None:
+    slab = fcc111("Pt", (2, 2, 3), vacuum=8.0, periodic=True)
+    add_adsorbate(slab, molecule("CO"), 1.9, "ontop", mol_index=1)
+    slab.set_tags([0] * 12 + [2, 2])
+    bulk = Atoms("CsCl", [[0, 0, 0], [2.06, 2.06, 2.06]], cell=[4.12] * 3, pbc=True)
+    structures = [atoms_to_data(slab), atoms_to_data(slab), atoms_to_data(bulk)]
+    for name, structure in zip("aab", structures, strict=True):
+        structure.sid = name
+    assert count_contents(structures) == {
+        "systems": 2,
+        "frames_looked_at": 3,
+        "elements": {"C": 2, "O": 2, "Cl": 1, "Cs": 1, "Pt": 2},
+        "pairs": {"Cs-Cl": 1, "Cs-Cs": 1, "O-C": 2, "Pt-C": 2, "Pt-Pt": 2},
+        "adsorbates": {"*CO": 2},
+    }
+    assert count_contents(structures, most=2)["elements"] == {"C": 1, "O": 1, "Cl": 1, "Cs": 1, "Pt": 1}
