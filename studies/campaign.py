@@ -60,6 +60,7 @@ class Campaign:
     """Everything in the file; `Study` explains what it shares with it.
 
     Attributes:
+        name: file name of the report without its ending.
         jobs: studies at the same time, each with its share of the cores.
     """
 
@@ -76,6 +77,7 @@ class Campaign:
     distill_val: str
     speed: Speed
     jobs: int = 1
+    name: str = "pruning_study"
 
     def settings(self, name: str) -> TimedSettings:
         """Return the settings of the study `name`."""

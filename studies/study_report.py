@@ -16,8 +16,6 @@ from studies.stopwatch import in_words, read_seconds
 from studies.study_figures import draw, draw_times
 from studies.verdicts import Rows, Verdict, mae_of, row_of, verdicts
 
-NAME = "pruning_study"
-_TIMES = f"{NAME}_time"
 _READING = (
     "Figures: errors against operations, and against the measured time of a",
     "[force call](#force-calls-through-the-calculator). Open marks are as cut, filled ones are trained",
@@ -96,24 +94,27 @@ PUBLISHED = (
 
 def write_study(campaign: Campaign, out: Path, results: Path) -> list[Path]:
     """Write the report of what is there; parts that are missing are named in it."""
-    found = {name: _results(out / name) for name in campaign.studies}
-    tables = {name: summarise(items) for name, items in found.items() if items}
+    name = campaign.name
+    found = {study: _results(out / study) for study in campaign.studies}
+    tables = {study: summarise(items) for study, items in found.items() if items}
     speed, lossless = _records(out / "speed"), _records(out / "lossless")
     found_verdicts = verdicts(campaign, tables, lossless, speed)
-    text = [f"![errors against operations]({NAME}.png)", f"![errors against time]({_TIMES}.png)", ""]
+    text = [f"![errors against operations]({name}.png)"]
+    timed = draw_times(campaign, tables, speed, results / f"{name}_time.png")
+    text += [f"![errors against time]({name}_time.png)"] * timed + [""]
     text += ["Written by `python -m studies.pruning`.", *_READING, ""]
     text += [in_words(seconds), ""] if (seconds := read_seconds(out)) else []
     text += _verdict_table(found_verdicts)
-    for name, rows in tables.items():
-        part = campaign.studies[name]
+    for study, rows in tables.items():
+        part = campaign.studies[study]
         text += [
-            f"# {name} (network {part.model})",
+            f"# {study} (network {part.model})",
             "",
             _to_labels(rows),
             markdown(rows, times=False),
-            missed(found[name]),
+            missed(found[study]),
         ]
-        unfinished = _unfinished(campaign, name, found[name])
+        unfinished = _unfinished(campaign, study, found[study])
         if unfinished:
             text += [f"Not computed: {', '.join(unfinished)}.", ""]
     text += _lossless_table(lossless) + _speed_table(speed) + _published_table(campaign, tables, speed)
@@ -125,12 +126,12 @@ def write_study(campaign: Campaign, out: Path, results: Path) -> list[Path]:
         "lossless": lossless,
         "seconds": seconds,
     }
-    write_json(results / f"{NAME}.json", content, make_folder=True)
-    write_bytes(results / f"{NAME}.md", "\n".join(text).encode())
-    draw(campaign, tables, results / f"{NAME}.png")
-    written = [results / f"{NAME}.{ending}" for ending in ("md", "json", "png")]
-    if draw_times(campaign, tables, speed, results / f"{_TIMES}.png"):
-        written.append(results / f"{_TIMES}.png")
+    write_json(results / f"{name}.json", content, make_folder=True)
+    write_bytes(results / f"{name}.md", "\n".join(text).encode())
+    draw(campaign, tables, results / f"{name}.png")
+    written = [results / f"{name}.{ending}" for ending in ("md", "json", "png")]
+    if timed:
+        written.append(results / f"{name}_time.png")
     return written
 
 

@@ -12,7 +12,7 @@ from studies.timed_study import TIMED
 _WORSE = 1.05
 _FASTER = 1.6
 _ROUTER_BASELINES = ("route_random", "route_uniform", "route_distance")
-_CUT_BASELINES = ("block", "magnitude", "random", "uniform")
+_CUT_BASELINES = ("block", "block_filled", "cosine_filled", "magnitude", "random", "uniform")
 _TIMED_WAYS = re.compile(rf"(.*_(?:multi|{TIMED}|random_weights_(?:uniform|blocks)))(?:_seed\d+)?")
 _AGAINST = {"to_dense": "the dense network", "to_labels": "labels"}
 
@@ -102,16 +102,17 @@ def routers_verdicts(campaign: Campaign, name: str, rows: Rows) -> list[Verdict]
 
 
 def cuts_verdicts(campaign: Campaign, name: str, rows: Rows) -> list[Verdict]:
-    """Compare the searched plans with the baselines, as cut; blocks are large steps and leave less."""
+    """Compare the searched plans with the baselines of the study, as cut."""
     verdicts = []
+    baselines = [method for method in _CUT_BASELINES if method in campaign.studies[name].methods]
     for keep, held_out, (reference, words) in itertools.product(
         campaign.studies[name].keep, campaign.held_out, _AGAINST.items()
     ):
         row = row_of(rows, "multi", keep, "cut")
-        others = [row_of(rows, baseline, keep, "cut") for baseline in _CUT_BASELINES]
-        if row is None or any(other is None for other in others):
+        others = [row_of(rows, baseline, keep, "cut") for baseline in baselines]
+        if row is None or not others or any(other is None for other in others):
             continue
-        names = f"{', '.join(_CUT_BASELINES[:-1])} and {_CUT_BASELINES[-1]}"
+        names = f"{', '.join(baselines[:-1])} and {baselines[-1]}"
         question = f"{name}, {held_out}, multi as cut to {keep:.0%}: nearer to {words} than {names}"
         verdicts.append(_nearest(question, row, [o for o in others if o is not None], held_out, reference))
     return verdicts

@@ -267,7 +267,8 @@ class Route(Command):
             "--method",
             default="static",
             help="method: static (a fixed order of the atoms at a searched schedule), ftp (trained), atom or "
-            "edge (by attention), or context_only (no budget) (default: %(default)s)",
+            "edge (by attention), atom_importance (atom without its similarity stage), or context_only (no "
+            "budget) (default: %(default)s)",
         )
         parser.add_argument("--target", help="share of the MACs that stays, macs=0.7; not for context_only")
         parser.add_argument(
@@ -501,7 +502,7 @@ class Pareto(Command):
             nargs="+",
             default=["multi", "multi_staged", "block", "random", "magnitude", "uniform"],
             help="methods of `equiformer2 prune plan`, its baselines (default: all) and routers: "
-            "route_static, route_ftp, route_atom, route_edge, route_context_only",
+            "route_static, route_ftp, route_atom, route_atom_importance, route_edge, route_context_only",
         )
         parser.add_argument(
             "--keep",

@@ -40,8 +40,13 @@ log = logging.getLogger("equiformer2")
 CONTEXT_ONLY = "context_only"
 UNIFORM = "uniform"
 """FTP's fixed order of the atoms with the same level in every block: the baseline of searched schedules."""
-ROUTING_METHODS = ("static", "ftp", "atom", "edge", CONTEXT_ONLY, UNIFORM, "distance", "degree", "random")
-_BY_ATTENTION = ("atom", "edge")
+IMPORTANCE = "atom_importance"
+"""`atom` without its similarity stage."""
+ROUTING_METHODS = (
+    *("static", "ftp", "atom", IMPORTANCE, "edge"),
+    *(CONTEXT_ONLY, UNIFORM, "distance", "degree", "random"),
+)
+_BY_ATTENTION = ("atom", IMPORTANCE, "edge")
 """They compute all of the first block, before which there is no attention."""
 
 MakeRouter = Callable[[Sequence[float | None]], ScoreRouter]
@@ -216,11 +221,14 @@ class _RouterSearch:
             "degree": DegreeRouter,
             "random": RandomRouter,
             "atom": AtomPruner,
+            IMPORTANCE: AtomPruner,
             "edge": EdgePruner,
         }
         if method == "random":
             options["seed"] = self.seed
-        if method == "atom":
+        if method == IMPORTANCE:
+            options["similar"] = 0.0
+        if method in ("atom", IMPORTANCE):
             heads = {block.ga.num_heads for block in self.model.blocks if block.ga is not None}  # type: ignore[union-attr]
             if len(heads) > 1:
                 log.info("blocks have different numbers of heads: all heads count for the atoms' importance")
