@@ -62,7 +62,7 @@ def _bomb(path: Path) -> None:
 
 ODD: list[tuple[str, Callable[[Path], object], str]] = [
     ("pipe.traj", os.mkfifo, "named pipe"),
-    ("loop.traj", lambda path: path.symlink_to(path), "circle"),
+    ("loop.traj", lambda path: path.symlink_to(path.name), "circle"),
     ("zero.traj", lambda path: path.symlink_to("/dev/zero"), "device"),
     ("gone.traj", lambda path: path.symlink_to("nowhere"), "o such file"),
     ("OUTCAR", lambda path: path.write_text(""), "is empty"),
