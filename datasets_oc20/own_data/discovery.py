@@ -82,7 +82,7 @@ def find_sources(paths: Iterable[str | os.PathLike[str]]) -> Found:
         try:
             if path.is_dir():
                 files = _files_of(path, found)
-            elif not path.exists():
+            elif not os.path.lexists(path):
                 found.missing.append((str(path), "there is no such file"))
                 continue
             else:

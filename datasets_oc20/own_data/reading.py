@@ -5,18 +5,18 @@ import io
 import sqlite3
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO, cast
 
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.db import connect
-from ase.io import iread, read
+from ase.io import iread
 from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 from ase.io.trajectory import TrajectoryReader
 from ase.io.vasp_parsers.vasp_outcar_parsers import OutcarHeaderParser, outcarchunks
@@ -118,7 +118,7 @@ class SourceFile:
         self.energy_kind: str | None = None
         self.constraints_from = ""
 
-    def frames(self) -> Iterator[ReadFrame]:
+    def frames(self) -> Generator[ReadFrame, None, None]:
         """Read the frames in order.
 
         Yields:
@@ -199,7 +199,7 @@ class SourceFile:
                 yield ReadFrame(index, None, "the file ends inside the frame")
                 return
             try:
-                yield ReadFrame(index, read(io.StringIO("".join(lines)), index=0, format="extxyz"))
+                yield ReadFrame(index, next(iread(io.StringIO("".join(lines)), index=0, format="extxyz")))
             except Exception as error:  # of ASE's parser
                 bad += 1
                 if bad > _MOST_BAD_FRAMES:
@@ -208,7 +208,7 @@ class SourceFile:
 
     def _outcar(self, stack: contextlib.ExitStack) -> Iterator[ReadFrame]:
         lines = _OutcarLines(self._text(stack))
-        chunks = outcarchunks(lines, header_parser=OutcarHeaderParser(workdir=None))
+        chunks = outcarchunks(cast(TextIO, lines), header_parser=OutcarHeaderParser(workdir=None))
         for index, chunk in enumerate(chunks):
             if not index:
                 self.calculation = outcar_settings(lines.head)

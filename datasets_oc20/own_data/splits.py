@@ -82,9 +82,9 @@ def split_frames(frames: Sequence[Place], options: SplitOptions) -> list[str]:
     random = np.random.default_rng(options.seed)
     order = [sorted(sizes)[number] for number in random.permutation(len(sizes))]
     part_of: dict[tuple[str, str], str] = {}
-    for place, group in enumerate(order):
+    for turn, group in enumerate(order):
         empty = [number for number, size in enumerate(filled) if not size]
-        choices = empty if len(order) - place <= len(empty) else range(len(parts))
+        choices = empty if len(order) - turn <= len(empty) else range(len(parts))
         best = max(choices, key=lambda number: (wanted[number] - filled[number]) / wanted[number])
         filled[best] += sizes[group]
         part_of[group] = parts[best]
