@@ -46,6 +46,7 @@ from equiformer2.finetuning.start import Start, prepare_start
 from equiformer2.finetuning.trained_part import FrozenBlocks, TrainedPart, spoken
 from equiformer2.finetuning.training import Case, Trainer
 from equiformer2.inference import Predictor
+from equiformer2.inference.seen_data import judge_dataset
 from equiformer2.script import header
 from equiformer2.shipped import find_checkpoint
 
@@ -266,7 +267,10 @@ class _FineTuning:
         trivial = judge_trivial(start.own, OC20Lmdb(self._paths(prepared, "judged")))
         rows = [row_of(data, BEFORE, errors) for data, errors in found.items() if errors is not None]
         rows.append(row_of(NEW, TRIVIAL, trivial))
-        write_json(file, {"rows": rows})
+        known = judge_dataset(self.before, self.parts.frames.dataset)
+        write_json(file, {"rows": rows, "familiarity": known})
+        for sentence in known["sentences"]:
+            self.say(f"the checkpoint and these data: {sentence}")
         return rows
 
     def _result(self, case: Case, trainer: Trainer, prepared: Prepared) -> dict[str, Any]:
@@ -322,6 +326,7 @@ class _FineTuning:
             "models": models,
             "decisions": [*self.parts.sentences, *prepared.sentences],
             "notices": notices,
+            "familiarity": read_json(self.folder.file("before.json"))["familiarity"],
             "schedule": prepared.schedules["1"],
             "speed_s": prepared.speed,
             "trainings": {case.title: result for case, result in results.items()},

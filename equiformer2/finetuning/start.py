@@ -225,7 +225,9 @@ def prepare_start(
         sentences.append(
             f"best weights: by the energy, because forces are small ({sample.forces_rms or 0.0:.3f} eV/Å rms)"
         )
-    watched = "energy_mae" if small or not frames.has_forces else "forces_mae"
+    watched: Literal["energy_mae", "forces_mae"] = (
+        "energy_mae" if small or not frames.has_forces else "forces_mae"
+    )
     return Start(ready, references, own, predicted is not None, watched, weight, sentences)
 
 
