@@ -167,6 +167,7 @@ class _FineTuning:
                 self.parts.isolated,
                 self.settings.reset_head,
                 case.seed,
+                check=case.share == 1.0,
             )
             self.starts = {key: start}
         return self.starts[key]

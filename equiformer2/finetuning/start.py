@@ -177,6 +177,7 @@ def prepare_start(
     isolated: dict[int, float],
     reset: bool,
     seed: int,
+    check: bool = True,
 ) -> Start:
     """Choose references, normalizers and heads.
 
@@ -187,6 +188,7 @@ def prepare_start(
         isolated: energies of isolated atoms, eV by atomic number; may be empty.
         reset: whether heads may be replaced.
         seed: of new weights.
+        check: whether `reset` is compared with the data; False for a part of data that were compared.
 
     Raises:
         InputError: the checkpoint does not fit the data, and `reset` is False.
@@ -195,7 +197,7 @@ def prepare_start(
     same_kind = checkpoint.energy_kind == frames.energy_kind
     predicted = Predicted.from_frames(predictor, frames, rows) if same_kind and not reset else None
     reason = reason_to_reset(checkpoint, frames, predicted)
-    if reason is not None and not reset:
+    if reason is not None and not reset and check:
         raise InputError(f"{reason}: {RESET}")
     sample = frames.targets(rows)
     references, told = _own_references(frames, sample, isolated)
