@@ -71,8 +71,11 @@ def test_everything_in_one_command(
     assert model.energy_kind == "total"
     assert model.provenance["init_from"] == "adsorption.pt"
     assert Predictor(out / "model.pt").unseen_elements == []
+    assert run_command("finetune", *words) == 2
+    assert "is finished" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_finished_folder_is_left_alone(tuned: FineTuneSettings) -> None:
     settings = replace(tuned, reset_head=True)
     fine_tune(settings)
@@ -117,7 +120,7 @@ def test_a_stopped_command_continues(
 
 
 @pytest.mark.parametrize("options", [["--no-scratch"], ["--no-scratch", "--freeze", "all"]])
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 def test_the_same_kind_keeps_the_head(
     copper: Path, total_checkpoint: Path, tmp_path: Path, options: Sequence[str]
 ) -> None:
