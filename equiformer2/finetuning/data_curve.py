@@ -1,12 +1,12 @@
 """Errors against the number of training frames, and what more of them would bring."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.finetuning.judging import AFTER, SCRATCH
 from equiformer2.training.figures import save_figure
 
@@ -99,7 +99,7 @@ def means(points: Sequence[Mapping[str, Any]], network: str, key: str) -> tuple[
     return sorted(found), [float(np.mean(found[frames])) for frames in sorted(found)]
 
 
-def draw(points: Sequence[Mapping[str, Any]], trivial: Mapping[str, Any], target: Path) -> None:
+def draw(points: Sequence[Mapping[str, Any]], trivial: Mapping[str, Any], target: AnyPath) -> None:
     """Draw both errors against the number of frames, with the fit of the fine-tuned network.
 
     Args:

@@ -17,6 +17,7 @@ from datasets_oc20.own_data.opening import open_dataset
 from datasets_oc20.schema import REQUIRED
 from datasets_oc20.target_sums import NUM_ELEMENTS
 from datasets_oc20.targets import TargetSample
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 
 ISOLATED = 6.0
@@ -226,7 +227,7 @@ def _check_one_kind(
         )
 
 
-def write_part(frames: Frames, rows: np.ndarray, path: Path, forces: bool) -> Path:
+def write_part(frames: Frames, rows: np.ndarray, path: AnyPath, forces: bool) -> Path:
     """Write some of the frames to a file that the trainer reads, with their fields for training alone.
 
     Args:
@@ -239,6 +240,7 @@ def write_part(frames: Frames, rows: np.ndarray, path: Path, forces: bool) -> Pa
     metadata: dict[str, Any] = {"source": frames.dataset.path}
     if frames.dataset.labels:
         metadata["labels"] = "; ".join(frames.dataset.labels)
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with LmdbWriter(path, frames.energy_kind, metadata) as writer:
         for row in rows.tolist():

@@ -1,7 +1,6 @@
 """Network to start from: which parts of a checkpoint fit the data, its references and normalizers."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -11,6 +10,7 @@ from ase.data import chemical_symbols
 from datasets_oc20 import OC20Lmdb
 from datasets_oc20.target_sums import NUM_ELEMENTS
 from datasets_oc20.targets import TargetSample, fit_linear_references, fit_normalizers
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers, save_checkpoint
 from equiformer2.checkpoint.training_data import inherited
 from equiformer2.errors import InputError
@@ -367,7 +367,7 @@ def _with_new_head(
     return used, [told, "force head: the checkpoint's, with the same forces in eV/Å at the start"]
 
 
-def write_start(start: Start, path: Path, origin: dict[str, str]) -> None:
+def write_start(start: Start, path: AnyPath, origin: dict[str, str]) -> None:
     """Write the native checkpoint that the trainer starts from; `origin` goes into its provenance."""
     checkpoint = start.checkpoint
     save_checkpoint(

@@ -8,6 +8,7 @@ import torch
 import yaml
 from pytorch_lightning.callbacks import Callback, EarlyStopping
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import save_checkpoint
 from equiformer2.checkpoint.tensor_files import plain
 from equiformer2.files import write_bytes
@@ -164,7 +165,7 @@ class Trainer:
         return parse(["--config", str(path)])
 
 
-def write_scratch(start: Start, path: Path, seed: int) -> None:
+def write_scratch(start: Start, path: AnyPath, seed: int) -> None:
     """Write the same network with random weights and the normalizers of the data."""
     config = start.checkpoint.config
     with torch.random.fork_rng(devices=[]):

@@ -28,6 +28,8 @@ def names(data: Any) -> dict[str, Any]:
     if "shares" in data:
         known["case"] = lambda batch, way="checkpointed": one(data["measured"], batch=batch, way=way)
         known["share"] = lambda batch: one(data["shares"], batch=batch)
+    if "familiarity" in str(data.get("schema")):
+        known |= _familiarity(data["checkpoints"])
     if "systems" in data:
         known |= _small(data)
     if "rows" in data and "frame_angle_forces" in data["rows"][0]:
@@ -83,6 +85,18 @@ def _benchmark(units: dict[str, Any]) -> dict[str, Any]:
         "memory": lambda size, batch="B1": memory_ratio(units[f"memory/{size}/{batch}"]["record"]),
         "peak": lambda unit: units[unit]["record"]["peak"] / GIB,
     }
+
+
+def _familiarity(checkpoints: Any) -> dict[str, Any]:
+    def usual(name: str) -> Any:
+        return checkpoints[name]["kinds"]["mean of the element"]
+
+    def over(name: str, group: str | None = None) -> float:
+        """Share over the limit, of a group or of the familiar structures."""
+        kind = usual(name)
+        return kind["familiar_over_limit"] if group is None else kind["groups"][group]["over_limit"]
+
+    return {"area": lambda name, group: usual(name)["groups"][group]["area"], "over": over}
 
 
 def _study(data: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,365 @@
+"""Fine-tuning on own data, from two checkpoints, with and without replay, beside training from scratch.
+
+    python -m studies.study_data                 # original data of models/study_teacher.pt, for replay
+    python -m studies.own_data                   # everything: hours on one core; each run can be stopped
+    python -m studies.own_data --cases ch3_cu    # one case
+    python -m studies.own_data --collect         # only write the page of the runs that there are
+
+Every run is one call of `equiformer2 finetune` with its defaults, in a folder of its own, and is continued
+where it was stopped. OMP_NUM_THREADS=1 for runs side by side.
+"""
+
+import argparse
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.build import add_adsorbate, fcc111
+from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms
+from ase.io import read
+from ase.optimize import BFGS
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from datasets_oc20 import LmdbWriter, OC20Lmdb, write_lmdb
+from datasets_oc20.preprocess import preprocess
+from equiformer2.errors import InputError
+from equiformer2.files import read_json, write_json
+from equiformer2.finetuning.folder import FineTuneSettings
+from equiformer2.finetuning.run import fine_tune
+from equiformer2.script import origin, run_script
+from equiformer2.training.figures import save_figure
+
+OWN = Path("data/own_data")
+OC20 = Path("data/oc20_trajs")
+STUDY_DATA = Path("runs/data/study/train_1_8.lmdb")
+CHECKPOINTS = ("study_teacher", "oc20_small")
+KEYS = {"energy_mae_eV": "energy (eV)", "force_mae_eV_A": "forces (eV/Å)"}
+_METALS = ("Cu", "Ni", "Pd", "Pt")
+_ADSORBATES = ("H", "C", "N", "O")
+_SITES = ("ontop", "bridge", "fcc", "hcp")
+#: Steps of a relaxation that are kept, so that frames differ.
+_KEPT_STEPS = (0, 1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of own data.
+
+    Attributes:
+        title: words for the page.
+        write: writes its files into a folder.
+        files: file to learn from and file to judge by; without the second `finetune` divides the first.
+        minutes: time for a run.
+        seeds: number of trainings.
+        curve: whether parts of the data are tried, too.
+        resets: whether the energies are of another kind than the checkpoints'.
+        is_original: whether these are original data of `oc20_small`, which are not replayed.
+    """
+
+    title: str
+    write: Callable[[Path], object]
+    files: tuple[str, ...]
+    minutes: float
+    seeds: int = 1
+    curve: bool = False
+    resets: bool = True
+    is_original: bool = False
+
+
+def ch3_cu(folder: Path) -> None:
+    """Divide the relaxation of CH3 on Cu(111) into its first 14 and last 8 frames."""
+    frames = read(OWN / "ch3_cu111.extxyz", index=":")
+    write_lmdb(folder / "first.lmdb", frames[:14], energy_kind="total")
+    write_lmdb(folder / "last.lmdb", frames[14:], energy_kind="total")
+
+
+def hfo2(folder: Path) -> None:
+    """Divide HfO2 into cells of 12 and 60 atoms and cells of 96."""
+    frames = read(OWN / "hfo2.extxyz", index=":")
+    small, large = ([f for f in frames if (len(f) == 96) == is_large] for is_large in (False, True))
+    write_lmdb(folder / "small.lmdb", small, energy_kind="total")
+    write_lmdb(folder / "large.lmdb", large, energy_kind="total")
+
+
+def oxides(folder: Path) -> None:
+    """Take the oxides with more than five atoms, as the tutorial does."""
+    frames = [atoms for atoms in read(OWN / "oxides.db", index=":") if len(atoms) > 5]
+    write_lmdb(folder / "oxides.lmdb", frames, energy_kind="total")
+
+
+def emt(folder: Path) -> None:
+    """Relax atoms on (111) slabs of four metals with EMT, some steps of every relaxation."""
+    write_lmdb(folder / "emt.lmdb", emt_frames(), energy_kind="total")
+
+
+def oc20_later(folder: Path) -> None:
+    """Divide every bundled OC20 relaxation into its first 70 % and the rest."""
+    dataset = OC20Lmdb(oc20(folder / "all.lmdb"))
+    rows: dict[str, list[int]] = {}
+    for row in range(len(dataset)):
+        rows.setdefault(str(dataset[row].sid), []).append(row)
+    files = {name: folder / f"{name}.lmdb" for name in ("first", "later")}
+    for name, path in files.items():
+        with LmdbWriter(path, dataset.energy_kind) as writer:
+            for own in rows.values():
+                most = round(0.7 * len(own))
+                for row in own[:most] if name == "first" else own[most:]:
+                    writer.write(dataset[row])
+    dataset.close()
+    (folder / "all.lmdb").unlink()
+
+
+def oc20_other(folder: Path) -> None:
+    """Take the bundled OC20 relaxations, to be divided by system."""
+    oc20(folder / "oc20.lmdb")
+
+
+def oc20(path: Path) -> Path:
+    """Write the bundled OC20 relaxations to an LMDB file."""
+    preprocess(OC20, path)
+    return path
+
+
+CASES = {
+    "ch3_cu": Case(
+        "CH3 on Cu(111), first frames → last (the easy case)",
+        ch3_cu,
+        ("first.lmdb", "last.lmdb"),
+        minutes=25,
+        seeds=3,
+        curve=True,
+    ),
+    "emt": Case(
+        "EMT: atoms on Cu, Ni, Pd and Pt, other systems",
+        emt,
+        ("emt.lmdb",),
+        minutes=45,
+        seeds=3,
+        curve=True,
+    ),
+    "hfo2": Case("HfO2, 12 and 60 atoms → 96", hfo2, ("small.lmdb", "large.lmdb"), minutes=10),
+    "oxides": Case("oxides of the public tutorial, other compositions", oxides, ("oxides.lmdb",), minutes=12),
+    "oc20_later": Case(
+        "bundled OC20 relaxations, later frames",
+        oc20_later,
+        ("first.lmdb", "later.lmdb"),
+        minutes=18,
+        resets=False,
+        is_original=True,
+    ),
+    "oc20_other": Case(
+        "bundled OC20 relaxations, other systems",
+        oc20_other,
+        ("oc20.lmdb",),
+        minutes=18,
+        resets=False,
+        is_original=True,
+    ),
+}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--checkpoints", nargs="+", choices=list(CHECKPOINTS), default=list(CHECKPOINTS))
+    parser.add_argument("--runs", type=Path, default=Path("runs/own_data"), help="folder of the runs")
+    parser.add_argument(
+        "--results", type=Path, default=Path("docs/results/own_data"), help="page, without ending"
+    )
+    parser.add_argument("--collect", action="store_true", help="train nothing: write the results there are")
+    arguments = parser.parse_args(words)
+    if not arguments.collect:
+        runs = [
+            (case, name, replay)
+            for case in arguments.cases
+            for name in arguments.checkpoints
+            for replay in (False, True)
+            if not (replay and CASES[case].is_original and name == "oc20_small")
+        ]
+        for case, name, replay in tqdm(runs, desc="runs", unit="run"):
+            run(arguments.runs, case, name, replay)
+    report(arguments.runs, arguments.results)
+
+
+def run(runs: Path, case: str, checkpoint: str, replay: bool) -> None:
+    """Fine-tune one checkpoint on one set, unless it was done before."""
+    folder = runs / run_name(case, checkpoint, replay)
+    if (folder / "finetune.json").exists():
+        return
+    setting, data = CASES[case], runs / "data" / case
+    if not data.exists():
+        unfinished = data.with_name(f".{case}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        setting.write(unfinished)
+        unfinished.rename(data)
+    train, *judged = (data / name for name in setting.files)
+    original = [] if setting.is_original and checkpoint == "oc20_small" else [original_data(runs, checkpoint)]
+    fine_tune(
+        FineTuneSettings(
+            data=(str(train),),
+            val=tuple(map(str, judged)),
+            checkpoint=checkpoint,
+            out=folder,
+            reset_head=setting.resets,
+            replay=tuple(original) if replay else (),
+            old=() if replay else tuple(original),
+            seeds=setting.seeds,
+            curve=setting.curve,
+            max_minutes=setting.minutes,
+        )
+    )
+
+
+def original_data(runs: Path, checkpoint: str) -> str:
+    """File of frames that a checkpoint was trained on.
+
+    Raises:
+        InputError: it has not been made.
+    """
+    if checkpoint == "study_teacher":
+        if not STUDY_DATA.exists():
+            raise InputError(f"{STUDY_DATA} is missing: run `python -m studies.study_data` first")
+        return str(STUDY_DATA)
+    path = runs / "data" / "original.lmdb"
+    return str(path if path.exists() else oc20(path))
+
+
+def run_name(case: str, checkpoint: str, replay: bool) -> str:
+    """Name of the folder of a run."""
+    return f"{case}-{checkpoint}{'-replay' if replay else ''}"
+
+
+def emt_frames() -> list[Atoms]:
+    """Frames of EMT relaxations, with constraints, tags and the name of their system."""
+    frames = []
+    for seed, (metal, adsorbate, site) in enumerate(
+        (metal, adsorbate, site) for metal in _METALS for adsorbate in _ADSORBATES for site in _SITES
+    ):
+        slab = fcc111(metal, (3, 3, 3), vacuum=8.0, periodic=True)
+        add_adsorbate(slab, adsorbate, 1.5, site)
+        # Layers count from the surface; the adsorbate has tag 0 in ASE and 2 in OC20.
+        layer = slab.get_tags()
+        slab.set_tags(np.where(layer == 0, 2, np.where(layer == 1, 1, 0)))
+        slab.set_constraint(FixAtoms(mask=layer == 3))
+        slab.rattle(0.05, seed=seed)
+        slab.info["sid"] = f"{metal}_{adsorbate}_{site}"
+        slab.calc = EMT()
+        optimizer = BFGS(slab, logfile=None)
+        for step, _ in enumerate(optimizer.irun(fmax=0.02, steps=_KEPT_STEPS[-1])):
+            if step in _KEPT_STEPS:
+                frame = slab.copy()
+                frame.calc = EMT()
+                frame.get_forces()
+                frames.append(frame)
+    return frames
+
+
+def report(runs: Path, results: Path) -> None:
+    """Write page, numbers and figure of all finished runs.
+
+    Raises:
+        InputError: there is none.
+    """
+    rows = []
+    for case in CASES:
+        for checkpoint in CHECKPOINTS:
+            for replay in (False, True):
+                path = runs / run_name(case, checkpoint, replay) / "finetune.json"
+                if path.exists():
+                    content = read_json(path)
+                    kept = ("table", "curve", "schedule", "seconds", "checkpoint_sha256")
+                    rows.append(
+                        {
+                            "case": case,
+                            "checkpoint": checkpoint,
+                            "replay": replay,
+                            **{name: content[name] for name in kept if name in content},
+                        }
+                    )
+    if not rows:
+        raise InputError(f"{runs} holds no finished run: leave --collect out")
+    results.parent.mkdir(parents=True, exist_ok=True)
+    write_json(results.with_suffix(".json"), {**origin(), "runs": rows})
+    draw(rows, results.with_suffix(".png"))
+    text = markdown(rows, results.with_suffix(".png").name)
+    results.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def markdown(rows: Sequence[dict[str, Any]], figure: str) -> str:
+    """Format the page."""
+    lines = [
+        "# Fine-tuning on own data",
+        "",
+        "Written by `python -m studies.own_data`, which says what the sets are. Mean absolute errors on",
+        "frames that were not trained on, with the standard deviation over seeds. *Old* is the original",
+        "data of the checkpoint, before → after; energies of another kind are not compared.",
+        "",
+        f"![errors over the number of training frames]({figure})",
+    ]
+    for case, setting in CASES.items():
+        chosen = [row for row in rows if row["case"] == case]
+        if not chosen:
+            continue
+        lines += [
+            "",
+            f"## {setting.title}",
+            "",
+            "| checkpoint | replay | error | before | after | scratch | trivial | old, before → after |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in chosen:
+            for key, words in KEYS.items():
+                cells = [
+                    _cell(row, "new", network, key) for network in ("before", "after", "scratch", "trivial")
+                ]
+                old = f"{_cell(row, 'old', 'before', key)} → {_cell(row, 'old', 'after', key)}"
+                replay = "yes" if row["replay"] else "no"
+                lines.append(f"| {row['checkpoint']} | {replay} | {words} | {' | '.join(cells)} | {old} |")
+        for row in chosen:
+            for sentence in row.get("curve", {}).get("sentences", []):
+                lines += ["", f"{row['checkpoint']}{', with replay' * row['replay']}: {sentence}."]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict[str, Any], data: str, network: str, key: str) -> str:
+    for item in row["table"]:
+        if (item["data"], item["network"]) == (data, network) and item[key] is not None:
+            spread = item.get(f"{key}_std")
+            return f"{item[key]:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
+    return "–"
+
+
+def draw(rows: Sequence[dict[str, Any]], target: Path) -> None:
+    """Draw the force errors of the learning curves, tuned and from scratch, one panel per case."""
+    cases = [name for name in CASES if any(row["case"] == name and "curve" in row for row in rows)]
+    figure = Figure(figsize=(5 * max(1, len(cases)), 4), layout="constrained")
+    for axis, case in zip(np.atleast_1d(figure.subplots(1, max(1, len(cases)))), cases, strict=False):
+        for row in rows:
+            if row["case"] != case or "curve" not in row:
+                continue
+            for network, style in (("after", "-"), ("scratch", ":")):
+                points: dict[int, list[float]] = {}
+                for point in row["curve"]["points"]:
+                    if point["network"] == network and point["force_mae_eV_A"] is not None:
+                        points.setdefault(point["frames"], []).append(point["force_mae_eV_A"])
+                frames = sorted(points)
+                label = f"{row['checkpoint']}{' + replay' * row['replay']}, {network}"
+                axis.plot(frames, [np.mean(points[n]) for n in frames], style, marker="o", label=label)
+        axis.set(title=CASES[case].title, xlabel="training frames", ylabel="force MAE (eV/Å)")
+        axis.set(xscale="log", yscale="log")
+        axis.legend(fontsize="x-small")
+    save_figure(figure, target)
+
+
+if __name__ == "__main__":
+    run_script(main)
