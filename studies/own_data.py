@@ -111,7 +111,6 @@ def oc20_later(folder: Path) -> None:
                 most = round(0.7 * len(own))
                 for row in own[:most] if name == "first" else own[most:]:
                     writer.write(dataset[row])
-    dataset.close()
     (folder / "all.lmdb").unlink()
 
 
@@ -238,11 +237,11 @@ def run_name(case: str, checkpoint: str, replay: bool) -> str:
     return f"{case}-{checkpoint}{'-replay' if replay else ''}"
 
 
-def emt_frames() -> list[Atoms]:
+def emt_frames(metals: Sequence[str] = _METALS, adsorbates: Sequence[str] = _ADSORBATES) -> list[Atoms]:
     """Frames of EMT relaxations, with constraints, tags and the name of their system."""
     frames = []
     for seed, (metal, adsorbate, site) in enumerate(
-        (metal, adsorbate, site) for metal in _METALS for adsorbate in _ADSORBATES for site in _SITES
+        (metal, adsorbate, site) for metal in metals for adsorbate in adsorbates for site in _SITES
     ):
         slab = fcc111(metal, (3, 3, 3), vacuum=8.0, periodic=True)
         add_adsorbate(slab, adsorbate, 1.5, site)

@@ -389,13 +389,17 @@ class _FineTuning:
         new = {row["network"]: row for row in table if row["data"] == NEW}
         after, told = new[AFTER], []
         for key, (label, unit) in data_curve.UNITS.items():
-            for network, name in ((BEFORE, "the checkpoint before"), (TRIVIAL, "a trivial answer")):
+            others = {
+                BEFORE: "the checkpoint before",
+                SCRATCH: "the network trained from scratch",
+                TRIVIAL: "a trivial answer",
+            }
+            for network, name in others.items():
                 other = new.get(network, {}).get(key)
                 if other is not None and after[key] is not None and after[key] >= other:
                     told.append(
                         f"warning: the {label} of the tuned network is {after[key]:.4f} {unit} and that of "
-                        f"{name} "
-                        f"{other:.4f}, so nothing was gained there"
+                        f"{name} {other:.4f}, so nothing was gained there"
                     )
         return told
 

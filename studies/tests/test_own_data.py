@@ -1,0 +1,60 @@
+"""The study of fine-tuning on own data: its sets and its page."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from datasets_oc20 import OC20Lmdb
+from equiformer2.errors import InputError
+from equiformer2.files import write_json
+from studies.own_data import CASES, emt_frames, report, run_name
+
+
+@pytest.mark.parametrize(
+    ("name", "frames"), [("ch3_cu", (14, 8)), ("hfo2", (6, 4)), ("oxides", (245,)), ("oc20_later", None)]
+)
+def test_sets_have_the_frames_that_their_titles_say(name: str, frames: Any, tmp_path: Path) -> None:
+    CASES[name].write(tmp_path)
+    parts = [OC20Lmdb(tmp_path / file) for file in CASES[name].files]
+    if frames is not None:
+        assert tuple(len(part) for part in parts) == frames
+        return
+    last = {data.sid: data.fid for data in parts[0]}
+    assert all(data.fid > last[data.sid] for data in parts[1])
+
+
+def test_emt_frames_move_and_hold_their_lowest_layer() -> None:
+    frames = emt_frames(metals=("Cu",), adsorbates=("O",))
+    names = {frame.info["sid"] for frame in frames}
+    assert len(names) == 4
+    assert len(frames) > len(names)
+    for frame in frames:
+        fixed = frame.constraints[0].index
+        assert len(fixed) == 9
+        assert set(frame.get_tags()[fixed]) == {0}
+        assert frame.get_tags()[-1] == 2
+        assert frame.symbols[-1] == "O"
+        assert np.isfinite(frame.get_potential_energy())
+
+
+def row(data: str, network: str, error: float | None) -> dict[str, Any]:
+    return {"data": data, "network": network, "energy_mae_eV": error, "force_mae_eV_A": error}
+
+
+def test_the_page_of_what_is_there(tmp_path: Path) -> None:
+    runs, results = tmp_path / "runs", tmp_path / "page"
+    with pytest.raises(InputError, match="no finished run"):
+        report(runs, results)
+    errors = {"before": None, "after": 0.1, "scratch": 0.2, "trivial": 0.4}
+    table = [row("new", name, error) for name, error in errors.items()]
+    table += [row("old", "before", 0.3), row("old", "after", 0.5)]
+    points = [{"network": "after", "frames": n, "force_mae_eV_A": 1 / n, "seed": 0} for n in (2, 4)]
+    content = {"table": table, "curve": {"points": points, "sentences": ["twice the frames halve it"]}}
+    write_json(runs / run_name("ch3_cu", "study_teacher", True) / "finetune.json", content, make_folder=True)
+    report(runs, results)
+    text = results.with_suffix(".md").read_text()
+    assert "| study_teacher | yes | forces (eV/Å) | – | 0.100 | 0.200 | 0.400 | 0.300 → 0.500 |" in text
+    assert "study_teacher, with replay: twice the frames halve it." in text
+    assert results.with_suffix(".png").stat().st_size > 0
