@@ -12,8 +12,7 @@ SCRATCH_LEARNING_RATE = 1e-3
 """Learning rate of the training from nothing; that of fine-tuning is in configs/demo.yaml."""
 
 UNSEEN_SYSTEMS = ("random1000100", "random1000120", "random1000151", "random1000193")
-"""DFT relaxations that no training ever reads: 33 to 77 atoms. The early version of the shipped network has
-not seen sodium, which one of them holds; the other DFT relaxations lack more of their elements."""
+"""DFT relaxations that no training ever reads: 33 to 77 atoms, of elements that the network has seen."""
 
 RELAXED_SYSTEMS = ("random1000100", "random1000120", "random1000193")
 """The unseen DFT systems that are relaxed, of at most 50 atoms: a minute on two cores. The first one, O on a
