@@ -94,7 +94,7 @@ class Campaign:
         )
 
     def trains_from_scratch(self, name: str) -> bool:
-        """Whether the study `name` trains its plans from random weights, too."""
+        """Tell whether the study `name` trains its plans from random weights, too."""
         distill = self.studies[name].distill
         return distill is not None and distill.scratch
 

@@ -37,7 +37,7 @@ class Dropped:
 
 @dataclass
 class SourceResult:
-    """What was read of one source.
+    """Frames, dropped frames and settings of one source.
 
     Attributes:
         source: the source.

@@ -44,7 +44,7 @@ _WHOLE = 0.999
 _SEARCHED = 2.0
 """Å; a cell of 10 x 10 x 30 Å has 750 boxes of this size and 3 million of `COINCIDENT`."""
 _NEIGHBOURS = 50
-"""Of an atom, within the searched distance, at most."""
+"""Largest number of neighbours of an atom within the searched distance."""
 _MOST_BOXES = 1000
 """Along the longest direction of a structure; the search takes time and memory for empty ones too."""
 

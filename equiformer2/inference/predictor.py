@@ -209,12 +209,12 @@ class Predictor:
 
     @property
     def has_forces(self) -> bool:
-        """Whether the network predicts forces."""
+        """True if the network predicts forces."""
         return self.checkpoint.config.forces != "none"
 
     @property
     def has_stress(self) -> bool:
-        """Whether it gives the stress of structures that are periodic in all three directions."""
+        """True if it gives the stress of structures that are periodic in all three directions."""
         return self.checkpoint.config.stress
 
     @torch.no_grad()

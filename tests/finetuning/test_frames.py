@@ -1,4 +1,4 @@
-"""What is wrong with own data is said in one sentence with file and frame."""
+"""Faults of own data are named in one sentence with file and frame."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which start fits the data: heads kept or reset, references fitted, given or of isolated atoms."""
+"""Starts that fit the data: heads kept or reset, references fitted, given or of isolated atoms."""
 
 from dataclasses import replace
 from pathlib import Path

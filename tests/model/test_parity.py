@@ -147,7 +147,7 @@ def test_the_polar_edge_in_the_references_arithmetic() -> None:
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", reference.NETWORKS)
 def test_node_embeddings(name: str) -> None:
-    """Of every stage of the network on a skewed cell, in float64 and in the reference's frames."""
+    """Compare every stage of the network on a skewed cell, in float64 and in the reference's frames."""
     model, stored = reference.network(name, torch.float64), reference.graphs(name)["skewed"]
     seen: dict[str, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""What every router keeps: symmetries, batches, ties, extensivity, smoothness."""
+"""Invariants of every router: symmetries, batches, ties, extensivity, smoothness."""
 
 import numpy as np
 import pytest

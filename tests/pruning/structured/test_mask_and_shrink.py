@@ -73,7 +73,7 @@ def test_variants_of_the_network(variant: str) -> None:
 
 @pytest.mark.parametrize("name", ["many", "lmax 1", "inside the grid MLP", "mmax 1"])
 def test_gradients_through_the_mask(name: str) -> None:
-    """Those of the kept weights are those of the smaller network; those of removed weights are zero."""
+    """Gradients of the kept weights are those of the smaller network; those of removed weights are zero."""
     plan = (PLANS | GRID_PLANS | {"many": MANY})[name]
     model = random_model(config_of(), torch.float64)
     batch = batch_of(cluster(torch.float64))
