@@ -29,11 +29,12 @@ from tqdm import tqdm
 from datasets_oc20 import LmdbWriter, OC20Lmdb, write_lmdb
 from datasets_oc20.preprocess import preprocess
 from equiformer2.errors import InputError
-from equiformer2.files import read_json, write_json
+from equiformer2.files import read_json
 from equiformer2.finetuning.folder import FineTuneSettings
 from equiformer2.finetuning.run import fine_tune
-from equiformer2.script import origin, run_script
+from equiformer2.script import run_script
 from equiformer2.training.figures import save_figure
+from studies.study_training import write_page
 
 OWN = Path("data/own_data")
 OC20 = Path("data/oc20_trajs")
@@ -287,11 +288,8 @@ def report(runs: Path, results: Path) -> None:
     if not rows:
         raise InputError(f"{runs} holds no finished run: leave --collect out")
     results.parent.mkdir(parents=True, exist_ok=True)
-    write_json(results.with_suffix(".json"), {**origin(), "runs": rows})
     draw(rows, results.with_suffix(".png"))
-    text = markdown(rows, results.with_suffix(".png").name)
-    results.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    write_page(results, rows, markdown(rows, results.with_suffix(".png").name))
 
 
 def markdown(rows: Sequence[dict[str, Any]], figure: str) -> str:

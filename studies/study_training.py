@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from datasets_oc20 import OC20Lmdb
 from equiformer2.errors import InputError
-from equiformer2.files import read_json, write_json
+from equiformer2.files import read_json, write_bytes, write_json
 from equiformer2.inference import Predictor
 from equiformer2.script import origin, run_script
 from equiformer2.training.configuration import parse
@@ -176,10 +176,20 @@ def report(runs: Path, results: Path) -> None:
     order = list(SETTINGS)
     rows.sort(key=lambda row: order.index(row["name"]))
     results.parent.mkdir(parents=True, exist_ok=True)
-    write_json(results.with_suffix(".json"), {**origin(), "runs": rows})
     draw(rows, results.with_suffix(".png"))
-    text = markdown(rows, results.with_suffix(".png").name)
-    results.with_suffix(".md").write_text(text, encoding="utf-8")
+    write_page(results, rows, markdown(rows, results.with_suffix(".png").name))
+
+
+def write_page(results: Path, rows: Sequence[dict[str, Any]], text: str) -> None:
+    """Write the numbers of runs and the page about them, and print the page.
+
+    Args:
+        results: path without ending.
+        rows: one record per run.
+        text: the page.
+    """
+    write_json(results.with_suffix(".json"), {**origin(), "runs": list(rows)}, make_folder=True)
+    write_bytes(results.with_suffix(".md"), text.encode())
     print(text)
 
 

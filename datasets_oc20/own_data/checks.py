@@ -20,7 +20,7 @@ _AGREEMENT = 0.6
 """Share of the steps (by size) that must give nearly the same factor, before it is believed."""
 _FEWEST_STEPS = 3
 _SAME = 2e-5
-"""Largest difference of equal signatures: some 1e-5 Å of every atom, to which outputs of codes are rounded."""
+"""Largest difference of equal signatures: some 1e-5 Å of every atom, as outputs of codes are rounded."""
 _OUTLIER_WIDTHS = 6.0
 _SMALLEST_OUTLIER = 0.1
 """eV per atom off the linear fit, below which a frame is no outlier."""
