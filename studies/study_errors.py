@@ -42,6 +42,7 @@ from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, read_json, write_bytes, write_json
 from equiformer2.inference import Predictor
+from equiformer2.inference.familiarity import KINDS, Judgement
 from equiformer2.script import header, run_script
 from equiformer2.shipped import find_checkpoint
 from equiformer2.training.breakdown import ADSORBATE, Breakdown
@@ -53,7 +54,7 @@ LARGE = Path("data/teacher_large")
 INDEX = (LARGE / "train", LARGE / "test", Path("data/teacher"))
 SCHEMA = "study_errors/1"
 #: Rises when the stored numbers change their meaning.
-_VERSION = 1
+_VERSION = 2
 #: Columns of the tables: key of a row, title, digits.
 COLUMNS = (
     ("force_mae_eV_A", "force MAE (eV/Å)", 4),
@@ -83,12 +84,15 @@ class Frames:
         adsorbate_atoms: `[n]` atoms of the adsorbate.
         elements: by element `frames`, `free_atoms`, `force_mae_eV_A`, `force_ratio`, `energy_mae_eV`,
             `energy_ratio`.
+        named: for each frame the first thing that the checkpoint's training data do not hold, of
+            `familiarity.KINDS`, else "nothing"; empty for a checkpoint that tells nothing of them.
     """
 
     sid: list[str]
     numbers: np.ndarray
     adsorbate_atoms: np.ndarray
     elements: dict[str, Row]
+    named: list[str]
 
     @classmethod
     def compute(cls, predictor: Predictor, dataset: OC20Lmdb, batch_size: int, name: str) -> "Frames":
@@ -111,6 +115,7 @@ class Frames:
         mean = float(np.mean([float(dataset[index].energy) for index in range(len(dataset))]))
         found, trivial = Breakdown(), Breakdown()
         sids: list[str] = []
+        named: list[str] = []
         numbers, sizes = [], []
         for batch, out in predicted_batches(predictor.predict_batches, dataset, batch_size, None, 0, True):
             found.update(out, batch)
@@ -131,7 +136,9 @@ class Frames:
                 numbers.append([float(value) for value in (*energies, *errors)])
                 sizes.append(int((batch.tags[part] == ADSORBATE).sum()))
             sids += [str(sid) for sid in batch.sid]
-        return cls(sids, np.array(numbers), np.array(sizes), _element_rows(found, trivial))
+            if predictor.familiarity.known:
+                named += [_first_named(judgement) for judgement in predictor.judge(batch)]
+        return cls(sids, np.array(numbers), np.array(sizes), _element_rows(found, trivial), named)
 
     def summary(self, chosen: np.ndarray) -> Row:
         """Average over the frames of a mask `[n]`; a ratio to zero is None."""
@@ -161,6 +168,12 @@ class Frames:
             "force_cosine_by_atom": weighted[2],
         }
         return {name.replace("mae_ratio", "ratio"): value for name, value in row.items()}
+
+
+def _first_named(judgement: Judgement) -> str:
+    """Name the first thing of `familiarity.KINDS` that is new about a structure, or "nothing"."""
+    new = (judgement.elements, judgement.pairs, judgement.adsorbates, judgement.substrates, judgement.atoms)
+    return next((kind for kind, names in zip(KINDS, new, strict=True) if names), "nothing")
 
 
 def _element_rows(found: Breakdown, trivial: Breakdown) -> dict[str, Row]:
@@ -291,6 +304,7 @@ def frame_errors(predictor: Predictor, checkpoint: Path, source: Path, runs: Pat
                 np.array(known["numbers"]),
                 np.array(known["adsorbate_atoms"]),
                 known["elements"],
+                known["named"],
             )
     with tempfile.TemporaryDirectory() as scratch:
         path = source
@@ -300,13 +314,19 @@ def frame_errors(predictor: Predictor, checkpoint: Path, source: Path, runs: Pat
             preprocess(source, path, everything, num_workers=1)
         frames = Frames.compute(predictor, open_dataset(path, predictor, None), batch_size, str(source))
     arrays = {"numbers": frames.numbers.tolist(), "adsorbate_atoms": frames.adsorbate_atoms.tolist()}
-    record = {"evaluated": settings, "sid": frames.sid, **arrays, "elements": frames.elements}
+    record = {
+        "evaluated": settings,
+        "sid": frames.sid,
+        **arrays,
+        "elements": frames.elements,
+        "named": frames.named,
+    }
     write_json(stored, record, make_folder=True)
     return frames
 
 
 def collect(frames: Frames, systems: Sequence[System], seen: frozenset[str] | None) -> Row:
-    """Gather the averages of one checkpoint on one data set: `all`, `groups` and `elements`."""
+    """Gather the averages of one checkpoint on one data set: `all`, `groups`, `elements` and `named`."""
     everything = np.ones(len(frames.sid), dtype=bool)
     groups = groupings(systems, frames.adsorbate_atoms, seen)
     return {
@@ -317,6 +337,11 @@ def collect(frames: Frames, systems: Sequence[System], seen: frozenset[str] | No
             for title, rows in groups.items()
         },
         "elements": frames.elements,
+        "named": {
+            kind: frames.summary(np.array(frames.named) == kind)
+            for kind in (*KINDS, "nothing")
+            if kind in frames.named
+        },
     }
 
 
@@ -377,6 +402,20 @@ def markdown(record: Mapping[str, Any], figure: str) -> str:
             for name, row in groups.items()
         ]
         lines += table(["frames with", "frames", "systems", *_heads(results, ("F", "cos", "E"))], rows)
+        rows = [
+            [name, kind, str(row["frames"]), str(row["systems"])]
+            + [cell(row[key], 2) for key in IN_BREAKDOWNS]
+            for name, result in results.items()
+            for kind, row in result["named"].items()
+        ]
+        if rows:
+            head = ["checkpoint", "new", "frames", "systems", "force ratio", "cosine", "energy ratio"]
+            lines += [
+                "By the first thing of a frame that the checkpoint names as missing in its training data",
+                "([when not to trust](../own_data.md#when-not-to-trust)):",
+                "",
+                *table(head, rows),
+            ]
         lines += ["By element: ratios of the force MAE of its free atoms and of the energy MAE.", ""]
         rows = [
             [name, str(row["frames"]), str(row["free_atoms"])]

@@ -23,6 +23,7 @@ from equiformer2.checkpoint.training_data import KEY, TrainingData
 from equiformer2.checkpoint.weights import build_model, check_weights
 from equiformer2.devices import own_defaults, usable_device
 from equiformer2.errors import InputError
+from equiformer2.files import read_json
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.equiformer import EquiformerV2
 from equiformer2.model.folding import parametrized_weights, plain_state
@@ -244,11 +245,26 @@ def import_checkpoint(
 def with_seen_data(contents: Contents, seen: SeenData) -> Contents:
     """Return contents that tell what the weights were trained on; complete lists of theirs are kept."""
     told, provenance = TrainingData(contents.provenance), contents.provenance
-    if told.elements is None or told.pairs is None or told.adsorbates is None:
+    if None in (told.elements, told.pairs, told.adsorbates, told.substrates):
         before = provenance.get(KEY)
         stage = {**(before if isinstance(before, Mapping) else {}), **seen.stage, "earlier": []}
         provenance = {**provenance, KEY: stage}
     return dataclasses.replace(contents, provenance=provenance, surroundings=seen.surroundings)
+
+
+def _with_lists_beside(contents: Contents, path: Path) -> Contents:
+    """Add the lists of training data that lie beside a checkpoint without any, in `NAME.training_data.json`.
+
+    So a file whose bytes others rely on can be told about. The lists count if they name its SHA-256.
+    """
+    lists = path.with_suffix(".training_data.json")
+    if KEY in contents.provenance or not lists.is_file():
+        return contents
+    told = read_json(lists)
+    if told.get("checkpoint_sha256") != sha256(path):
+        logger.warning(f"{lists} is about another file than {path}: it is not used")
+        return contents
+    return dataclasses.replace(contents, provenance={**contents.provenance, KEY: told.get(KEY)})
 
 
 def read_contents(path: str | os.PathLike[str]) -> Contents:
@@ -262,9 +278,9 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     file = read_tensors(path)
     with own_defaults():
         if is_native(file):
-            return read_native(file, str(path))
+            return _with_lists_beside(read_native(file, str(path)), path)
         if is_fairchem_v1(file):
-            return read_fairchem_v1(file, str(path))
+            return _with_lists_beside(read_fairchem_v1(file, str(path)), path)
     if "pytorch-lightning_version" in file:
         raise InputError(
             f"{path} is the state of a training run, for resuming it: "

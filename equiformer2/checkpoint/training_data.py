@@ -8,6 +8,7 @@ Every training writes one stage, plain values:
     elements                        {symbol: frames with it}
     pairs                           {"Cu-O": frames in which such atoms are neighbours}
     adsorbates                      {formula of the atoms with tag 2 ("*CHO"): frames with it}
+    substrates                      {elements of the other atoms ("Pt-Cu"): frames with just these}
     labels                          statements of the data files about their labels; may be empty
     earlier                         stages of the checkpoint that the training started from, oldest first;
                                     empty for random weights, null where that checkpoint does not say
@@ -35,6 +36,8 @@ from equiformer2.graph import radius_graph
 KEY = "training_data"
 #: A structure without an atom of tag 2.
 NO_ADSORBATE = "(none)"
+#: A structure without any other atom.
+NO_SUBSTRATE = "(none)"
 #: Å by which neighbours may exceed the sum of their covalent radii (ASE's natural cutoffs with skin).
 NEIGHBOUR_SKIN = 0.6
 _ADSORBATE = 2
@@ -66,6 +69,20 @@ def adsorbate_formula(atomic_numbers: np.ndarray, tags: np.ndarray) -> str:
     return f"*{Formula.from_dict(counts):hill}" if counts else NO_ADSORBATE
 
 
+def substrate_elements(atomic_numbers: np.ndarray, tags: np.ndarray) -> str:
+    """Join the elements of the atoms that have not tag 2, heaviest first, as `Pt-Cu`.
+
+    Args:
+        atomic_numbers: `[N]`.
+        tags: `[N]`.
+
+    Returns:
+        `NO_SUBSTRATE` where all atoms have tag 2.
+    """
+    numbers = np.unique(atomic_numbers[tags != _ADSORBATE])[::-1]
+    return "-".join(chemical_symbols[number] for number in numbers.tolist()) or NO_SUBSTRATE
+
+
 def neighbour_pairs(structure: Data | Batch) -> set[str]:
     """Find the pairs of elements that touch, as `Cu-O`, the lighter element last.
 
@@ -95,7 +112,7 @@ def neighbour_pairs(structure: Data | Batch) -> set[str]:
 
 
 def count_contents(structures: Structures, most: int = 50_000) -> dict[str, Any]:
-    """Count systems, elements, pairs of neighbours and adsorbates, as a stage of training lists them.
+    """Count systems, elements, pairs of neighbours, adsorbates and substrates, as a stage of training lists.
 
     Pairs take longest: they are looked for in at most 10,000 structures. A structure whose neighbours cannot
     be found adds none; what uses it says why.
@@ -105,7 +122,7 @@ def count_contents(structures: Structures, most: int = 50_000) -> dict[str, Any]
         most: number of structures to look at, evenly spaced.
 
     Returns:
-        `systems`, `frames_looked_at`, `elements`, `pairs` and `adsorbates` of a stage.
+        `systems`, `frames_looked_at`, `elements`, `pairs`, `adsorbates` and `substrates` of a stage.
     """
     looked_at = np.linspace(0, len(structures) - 1, min(most, len(structures))).astype(np.int64).tolist()
     every = -(-len(looked_at) // _MOST_FOR_PAIRS)
@@ -113,6 +130,7 @@ def count_contents(structures: Structures, most: int = 50_000) -> dict[str, Any]
     elements: Counter[int] = Counter()
     pairs: Counter[str] = Counter()
     adsorbates: Counter[str] = Counter()
+    substrates: Counter[str] = Counter()
     for place, index in enumerate(tqdm(looked_at, "elements and pairs", disable=None, leave=False, delay=5)):
         structure = structures[index]
         numbers = structure.atomic_numbers.numpy()
@@ -122,13 +140,16 @@ def count_contents(structures: Structures, most: int = 50_000) -> dict[str, Any]
             with suppress(InputError):
                 pairs.update(neighbour_pairs(structure))
         adsorbates[adsorbate_formula(numbers, structure.tags.numpy())] += 1
+        substrates[substrate_elements(numbers, structure.tags.numpy())] += 1
     adsorbates.pop(NO_ADSORBATE, None)
+    substrates.pop(NO_SUBSTRATE, None)
     return {
         "systems": len(systems),
         "frames_looked_at": len(looked_at),
         "elements": {chemical_symbols[number]: elements[number] for number in sorted(elements)},
         "pairs": dict(sorted(pairs.items())),
         "adsorbates": dict(sorted(adsorbates.items())),
+        "substrates": dict(sorted(substrates.items())),
     }
 
 
@@ -181,6 +202,20 @@ class TrainingData:
     def adsorbates(self) -> dict[str, int] | None:
         """Frames by formula of the adsorbate over all stages; None if not known."""
         return self._counted("adsorbates")
+
+    @property
+    def substrates(self) -> dict[str, int] | None:
+        """Frames by elements of the substrate over all stages; None if not known."""
+        return self._counted("substrates")
+
+    @property
+    def counted_in_part(self) -> bool:
+        """True if a stage looked at some of its frames only, so that its lists may lack something."""
+        return any(
+            isinstance(looked_at := stage.get("frames_looked_at"), int)
+            and looked_at != stage.get("frames", looked_at)
+            for stage in self.stages or ()
+        )
 
     def _counted(self, name: str) -> dict[str, int] | None:
         frames: Counter[str] = Counter()

@@ -349,6 +349,7 @@ class Predictor:
             elements=(),
             pairs=self._unsaid(judgement.pairs),
             adsorbates=self._unsaid(judgement.adsorbates),
+            substrates=self._unsaid(judgement.substrates),
             atoms=judgement.atoms if self._unsaid(["surroundings"] if judgement.atoms else []) else (),
         )
         if new.familiar:

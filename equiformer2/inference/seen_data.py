@@ -20,12 +20,14 @@ from equiformer2.checkpoint.native import write_native
 from equiformer2.checkpoint.surroundings import Surroundings, SurroundingsFit, quantiles_of
 from equiformer2.checkpoint.training_data import Structures, count_contents
 from equiformer2.errors import InputError
-from equiformer2.inference.familiarity import NOTHING_TOLD, listed
+from equiformer2.inference.familiarity import NOTHING_TOLD, listed, substrate_name, training_data_named
 from equiformer2.inference.predictor import Predictor
 
 logger = logging.getLogger(__name__)
 
 _STRUCTURES_AT_A_TIME = 8
+#: Lists of the training data, and the word before a name from them.
+_LISTED = {"elements": "", "pairs": "neighbours ", "adsorbates": "adsorbate ", "substrates": "substrate of "}
 #: Targets, which only some structures may have, have no place in a batch.
 _FIELDS = ("pos", "atomic_numbers", "cell", "pbc", "natoms", "tags", "fixed", "sid", "fid")
 
@@ -40,12 +42,13 @@ def judge_dataset(predictor: Predictor, structures: Structures, most: int = 200)
 
     Returns:
         Plain values for a record: `compared` (of `KINDS`), `structures_looked_at`, `structures_named`,
-        for `unseen_elements`, `unseen_pairs` and `unseen_adsorbates` the number of structures by name,
+        for `unseen_elements`, `unseen_pairs`, `unseen_adsorbates` and `unseen_substrates` the number of
+        structures by name,
         `structures_with_unfamiliar_surroundings`, and `sentences`.
     """
     if not predictor.familiarity.known:
         most = 0
-    counts = {name: Counter[str]() for name in ("elements", "pairs", "adsorbates")}
+    counts = {name: Counter[str]() for name in _LISTED}
     looked_at, named, far = 0, 0, 0
     for batch in evenly_spaced_batches(structures, most, "comparing with the training data"):
         for judgement in predictor.judge(batch):
@@ -61,20 +64,21 @@ def judge_dataset(predictor: Predictor, structures: Structures, most: int = 200)
         **{f"unseen_{name}": dict(counter.most_common()) for name, counter in counts.items()},
         "structures_with_unfamiliar_surroundings": far,
     }
-    return {**record, "sentences": _dataset_sentences(record)}
+    return {**record, "sentences": _dataset_sentences(record, predictor.familiarity.counted_in_part)}
 
 
-def _dataset_sentences(record: Mapping[str, Any]) -> list[str]:
+def _dataset_sentences(record: Mapping[str, Any], counted_in_part: bool) -> list[str]:
     """Say in plain words what `judge_dataset` found."""
     if not record["compared"]:
         return [f"{NOTHING_TOLD} these structures are like that"]
     of = f"of {record['structures_looked_at']} structures looked at"
     said = []
-    for name, text in (("elements", ""), ("pairs", "neighbours "), ("adsorbates", "adsorbate ")):
-        found = record[f"unseen_{name}"]
-        if found:
-            shown = [f"{item} (in {count})" for item, count in found.items()]
-            said.append(f"{of}, the checkpoint's training data hold no {text}{listed(shown, ', no ')}")
+    data = training_data_named(counted_in_part)
+    for name, text in _LISTED.items():
+        word = substrate_name if name == "substrates" else str
+        shown = [f"{word(item)} (in {count})" for item, count in record[f"unseen_{name}"].items()]
+        if shown:
+            said.append(f"{of}, {data} hold no {text}{listed(shown, f', no {text}')}")
     far = record["structures_with_unfamiliar_surroundings"]
     if far:
         said.append(
@@ -143,7 +147,7 @@ def see_data(
 
     Args:
         predictor: of the checkpoint.
-        training: all of the training data; elements, pairs and adsorbates are counted in up to 50,000.
+        training: all of the training data; its contents are counted in up to 50,000 structures.
         held_out: see `fit_surroundings`.
         most: see `fit_surroundings`.
         description: see `fit_surroundings`.

@@ -1,5 +1,6 @@
 """Errors on the teacher set: the averages as they are defined, the groups, and what is kept."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from datasets_oc20 import OC20Lmdb
 from datasets_oc20.extxyz import read_frames
 from datasets_oc20.preprocess import preprocess
 from datasets_oc20.raw_release import read_references
+from equiformer2.checkpoint.checkpoint import read_contents
+from equiformer2.checkpoint.native import write_native
+from equiformer2.checkpoint.training_data import KEY, count_contents
 from equiformer2.inference import Predictor
 from studies.study_data import System, read_index
 from studies.study_errors import Frames, groupings, main, markdown, seen_bulks
@@ -81,6 +85,24 @@ def test_one_frame_has_no_ratio_of_energies(frames: Frames) -> None:
     chosen = np.zeros(len(frames.sid), dtype=bool)
     chosen[0] = True
     assert frames.summary(chosen)["energy_ratio"] is None
+
+
+def test_frames_are_divided_by_what_the_checkpoint_names_as_new(
+    folder: Path, checkpoint: Path, frames: Frames, tmp_path: Path
+) -> None:
+    assert frames.named == []  # the checkpoint tells nothing of its training data
+    contents = read_contents(checkpoint)
+    data = OC20Lmdb(folder.with_suffix(".lmdb"))
+    first = [data[index] for index in range(len(data)) if str(data[index].sid) == frames.sid[0]]
+    stage = {**count_contents(first), "earlier": []}
+    informed = dataclasses.replace(contents, provenance={**contents.provenance, KEY: stage})
+    write_native(tmp_path / "informed.pt", informed)
+    named = Frames.compute(Predictor(tmp_path / "informed.pt"), data, batch_size=3, name="data").named
+    assert dict(zip(frames.sid, named, strict=True)) == {frames.sid[0]: "nothing", frames.sid[-1]: "element"}
+    record = run(folder, tmp_path / "informed.pt", tmp_path)
+    page = (tmp_path / "errors.md").read_text(encoding="utf-8")
+    assert f"| informed | element | {named.count('element')} | 1 |" in page
+    assert page == markdown(record, "errors.png")
 
 
 def test_groups_divide_the_frames() -> None:

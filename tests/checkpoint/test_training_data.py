@@ -1,5 +1,9 @@
 """The lists of elements and adsorbates that a checkpoint was trained on, as files of any origin tell them."""
 
+import json
+import logging
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,8 +11,12 @@ import torch
 from ase import Atoms
 from ase.build import add_adsorbate, fcc111, molecule
 
+from equiformer2.checkpoint import load_checkpoint
+from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.checkpoint.training_data import TrainingData, count_contents
+from equiformer2.errors import InputError
 from equiformer2.inference import atoms_to_data
+from equiformer2.shipped import find_checkpoint
 
 FIRST = {"elements": {"Cu": 5, "O": 5}, "earlier": []}
 SECOND = {"elements": {"H": 2, "O": 3}, "earlier": [{"elements": {"Cu": 5, "O": 5}}]}
@@ -82,5 +90,31 @@ def test_what_structures_hold_is_counted() -> None:
         "elements": {"C": 2, "O": 2, "Cl": 1, "Cs": 1, "Pt": 2},
         "pairs": {"Cs-Cl": 1, "Cs-Cs": 1, "O-C": 2, "Pt-C": 2, "Pt-Pt": 2},
         "adsorbates": {"*CO": 2},
+        "substrates": {"Cs-Cl": 1, "Pt": 2},
     }
     assert count_contents(structures, most=2)["elements"] == {"C": 1, "O": 1, "Cl": 1, "Cs": 1, "Pt": 1}
+
+
+def test_lists_of_some_frames_are_told_from_those_of_all() -> None:
+    for frames, looked_at, in_part in ((5, 5, False), (9, 5, True), (None, None, False)):
+        sizes = {"frames": frames, "frames_looked_at": looked_at}
+        stage = {**FIRST, "earlier": [], **{name: size for name, size in sizes.items() if size is not None}}
+        assert TrainingData({"training_data": stage}).counted_in_part is in_part
+
+
+def test_lists_beside_a_checkpoint_count_for_that_file_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("equiformer2").propagate = True
+    path = tmp_path / "old.pt"
+    shutil.copy(find_checkpoint("oc20_small"), path)
+    lists = path.with_suffix(".training_data.json")
+    told = {"training_data": {**FIRST, "earlier": []}}
+    lists.write_text(json.dumps({"checkpoint_sha256": sha256(path), **told}), encoding="utf-8")
+    assert TrainingData(load_checkpoint(path).provenance).elements == FIRST["elements"]
+    lists.write_text(json.dumps({"checkpoint_sha256": "0" * 64, **told}), encoding="utf-8")
+    assert TrainingData(load_checkpoint(path).provenance).elements is None
+    assert "is about another file" in caplog.text
+    lists.write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match=r"old\.training_data\.json is broken"):
+        load_checkpoint(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from ase import Atoms
-from ase.build import bulk
+from ase.build import add_adsorbate, bulk, fcc111, molecule
 from command_line import run_command
 
 from datasets_oc20 import LmdbWriter, OC20Lmdb
@@ -99,6 +99,41 @@ def test_what_is_new_is_named(informed: Path, oxygen_on_copper: Atoms) -> None:
     both = combined(judged[:3])
     assert (both.elements, both.pairs, both.adsorbates) == (("Pt",), ("O-O",), ("*Cu", "*O2"))
     assert json.loads(json.dumps(both.record()))["unseen_pairs"] == ["O-O"]
+
+
+def test_a_substrate_of_known_elements_and_pairs_is_named(
+    checkpoint: Path, oxygen_on_copper: Atoms, tmp_path: Path
+) -> None:
+    """Trained on O on a Cu-Pt alloy, asked for O on either metal alone."""
+    alloy = changed(oxygen_on_copper, symbols=dict.fromkeys(range(6), "Pt"))
+    training = atoms_to_data(alloy, notify=False)
+    training.sid = "alloy"
+    contents = read_contents(checkpoint)
+    stage = {**count_contents([training]), "frames": 1, "earlier": []}
+    write_native(
+        tmp_path / "alloy.pt",
+        dataclasses.replace(contents, provenance={**contents.provenance, KEY: stage}),
+    )
+    predictor = Predictor(tmp_path / "alloy.pt")
+    seen, new = predictor.judge([alloy, oxygen_on_copper])
+    assert (seen.substrates, seen.familiar) == ((), True)
+    assert (new.pairs, new.substrates) == ((), ("Cu",))
+    assert new.sentences() == ["the checkpoint's training data hold no substrate of Cu alone"]
+    assert judge_dataset(predictor, [atoms_to_data(oxygen_on_copper, notify=False)])["sentences"] == [
+        "of 1 structures looked at, the checkpoint's training data hold no substrate of Cu alone (in 1)"
+    ]
+    # An element that is new says more than that its substrate is.
+    (third,) = predictor.judge(changed(oxygen_on_copper, symbols={0: "Au"}))
+    assert (third.elements, third.substrates) == (("Au",), ())
+
+
+def test_the_shipped_network_names_co_on_platinum() -> None:
+    """Its bulks all hold copper or are OC20's few: it is ten times worse than zero forces there."""
+    slab = fcc111("Pt", (2, 2, 4), vacuum=8.0, periodic=True)
+    add_adsorbate(slab, molecule("CO"), 1.85, "ontop", mol_index=1)
+    slab.set_tags([0] * 12 + [1] * 4 + [2] * 2)
+    (judgement,) = Predictor("oc20_small").judge(slab)
+    assert (judgement.adsorbates, judgement.substrates) == (("*CO",), ("Pt",))
 
 
 def test_a_checkpoint_that_tells_nothing_judges_nothing(checkpoint: Path, oxygen_on_copper: Atoms) -> None:
