@@ -387,8 +387,9 @@ def _report(frames: ReadSet, placed: list[Place], out: str) -> ImportReport:
         if result.frames:
             tags.update(result.tags_from)
             fixed.update(result.fixed_from)
+    not_selected = sum(result.not_selected for result in frames.results)
     return ImportReport(
-        read=len(placed) + sum(item.index is not None for item in dropped),
+        read=len(placed) + not_selected + sum(item.index is not None for item in dropped),
         kept=len(placed),
         dropped=dropped,
         energy_kind=frames.energy_kind,
@@ -397,6 +398,7 @@ def _report(frames: ReadSet, placed: list[Place], out: str) -> ImportReport:
         out=out,
         files=len(frames.found.sources) + len(frames.found.missing),
         systems=len({place.facts.sid for place in placed}),
+        not_selected=not_selected,
         targets=sorted(frames.targets - {"energy"}),
         settings=shared_settings(frames.results),
         differences=frames.differences,

@@ -14,6 +14,7 @@ from ase.units import Bohr, GPa, Hartree, Rydberg, kcal, kJ, mol
 from datasets_oc20.constraints import held_atoms
 from datasets_oc20.errors import DataError
 from datasets_oc20.own_data.atom_rules import AtomRule
+from datasets_oc20.own_data.selection import FrameSelection
 from datasets_oc20.structure_record import check_energy_kind
 from datasets_oc20.tags import are_ase_layers
 
@@ -58,6 +59,7 @@ class LabelOptions:
         adsorbate: rule for the atoms that get tag 2 (`AtomRule`); None takes the tags of the files.
         fixed: rule for the atoms that DFT held; None takes the constraints of the files.
         group_key: key of a structure that names its group for splits.
+        select: condition for frames to be used; None takes all.
 
     Raises:
         DataError: a value that is not among the choices.
@@ -75,6 +77,7 @@ class LabelOptions:
     adsorbate: AtomRule | None = None
     fixed: AtomRule | None = None
     group_key: str | None = None
+    select: FrameSelection | None = None
 
     def __post_init__(self) -> None:
         choices: Mapping[str, Any] = {

@@ -21,7 +21,7 @@ class ImportReport:
     Attributes:
         read: number of frames that were found.
         kept: number of frames that were written.
-        dropped: frames and files that were not used.
+        dropped: frames and files that could not be used.
         energy_kind: "adsorption" or "total".
         tags_from: origin of the tags.
         fixed_from: origin of the fixed atoms.
@@ -29,6 +29,7 @@ class ImportReport:
         out: file with the frames (of the part for training).
         files: number of files that were read.
         systems: number of systems.
+        not_selected: number of frames that the selection left out.
         targets: fields that are written besides the energy.
         settings: settings of the calculations that all share.
         differences: settings in which calculations differ.
@@ -47,6 +48,7 @@ class ImportReport:
     out: str
     files: int = 0
     systems: int = 0
+    not_selected: int = 0
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
     targets: list[str] = field(default_factory=list)
     settings: dict[str, str | float] = field(default_factory=dict)
@@ -72,6 +74,8 @@ class ImportReport:
             f"{numbered(self.read, 'frame')} of {numbered(self.files, 'file')} read, {self.kept} kept, "
             f"{numbered(self.systems, 'system')}"
         ]
+        if self.not_selected:
+            lines.append(f"{numbered(self.not_selected, 'frame')} left out by the selection")
         lines += self._dropped_lines()
         if not self.kept:
             return "\n".join(lines)

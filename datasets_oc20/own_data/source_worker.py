@@ -46,6 +46,7 @@ class SourceResult:
         dropped: the others.
         calculation: settings of the calculation.
         energy_kind: kind that the file declares, or None.
+        not_selected: number of frames that `LabelOptions.select` leaves out.
         notices: number of frames by kind of notice.
         tags_from: number of frames by origin of their tags.
         fixed_from: number of frames by origin of their fixed atoms.
@@ -57,6 +58,7 @@ class SourceResult:
     dropped: list[Dropped] = field(default_factory=list)
     calculation: Calculation = field(default_factory=Calculation)
     energy_kind: str | None = None
+    not_selected: int = 0
     notices: Counter[str] = field(default_factory=Counter)
     tags_from: Counter[str] = field(default_factory=Counter)
     fixed_from: Counter[str] = field(default_factory=Counter)
@@ -159,6 +161,9 @@ class _SourceReader:
                         self._drop(frame.index, frame.problem)
                         continue
                     try:
+                        if self._options.select is not None and not self._options.select.matches(frame.atoms):
+                            result.not_selected += 1
+                            continue
                         found = label(frame.atoms, self._options, self._needs_energy)
                         facts = FrameFacts.of(frame.index, found.fields)
                     except DataError as error:

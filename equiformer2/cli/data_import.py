@@ -95,6 +95,13 @@ class Import(Command):
 
     def _add_structure_arguments(self, parser: Parser) -> None:
         add = parser.add_argument_group("structures").add_argument
+        add(
+            "--select",
+            metavar="CONDITIONS",
+            help="frames to use, as ase db selects: comparisons of numbers of atoms, of natoms, formula, "
+            "volume, mass, energy, fmax, smax, charge and pbc, and of keys of the file, such as "
+            "'natoms>5,Cu>0' (default: all)",
+        )
         add("--pbc", metavar="T,T,F", help="periodic directions of all structures (default: as in the files)")
         add(
             "--adsorbate",
@@ -145,6 +152,7 @@ class Import(Command):
         from datasets_oc20.own_data.atom_rules import AtomRule
         from datasets_oc20.own_data.importer import ImportOptions, import_files, part_files, report_file
         from datasets_oc20.own_data.labels import LabelOptions
+        from datasets_oc20.own_data.selection import FrameSelection
         from datasets_oc20.own_data.splits import SplitOptions
 
         show_log()
@@ -162,6 +170,7 @@ class Import(Command):
             adsorbate=None if options.adsorbate is None else AtomRule(options.adsorbate),
             fixed=None if options.fixed is None else AtomRule(options.fixed),
             group_key=options.group_key,
+            select=None if options.select is None else FrameSelection(options.select),
         )
         split = None
         if options.split is not None or options.group_key is not None:
@@ -184,6 +193,11 @@ class Import(Command):
 
     def _nothing_kept(self, report: "ImportReport") -> str:
         """Sentence about an import of which nothing is left."""
+        if report.not_selected:
+            return (
+                f"the selection leaves out all {report.not_selected} frames that could be read, so nothing "
+                "was written"
+            )
         if not report.dropped:
             return "no file holds results of DFT: nothing was written"
         first = report.dropped[0]

@@ -84,6 +84,12 @@ REFUSED: list[tuple[str, list[str], str]] = [
         ["a.traj", "--out", "b.lmdb", "--split", "system"],
         "1 system, too few for 3 parts",
     ),
+    ("a condition", ["a.traj", "--out", "b.lmdb", "--select", "natoms>>5"], "'natoms>>5' is not understood"),
+    (
+        "a condition that none fulfils",
+        ["a.traj", "--out", "b.lmdb", "--select", "natoms>500"],
+        "leaves out all 3",
+    ),
     ("nothing", ["empty", "--out", "b.lmdb"], "no file holds results of DFT"),
 ]
 

@@ -20,6 +20,7 @@ from datasets_oc20.errors import DataError
 from datasets_oc20.own_data.importer import ImportOptions, import_files
 from datasets_oc20.own_data.labels import LabelOptions
 from datasets_oc20.own_data.report import ImportReport
+from datasets_oc20.own_data.selection import FrameSelection
 from datasets_oc20.own_data.splits import SplitOptions
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("in_folder")]
@@ -555,3 +556,43 @@ def test_a_report_is_plain_values() -> None:
     assert json.loads(json.dumps(record)) == record
     assert record["read"] == 3
     assert record["dropped"] == [{"file": "a.traj", "index": 1, "reason": "the energy is not finite (NaN)"}]
+
+
+def test_a_selection_chooses_as_ase_s_database_does() -> None:
+    database = DATA.parents[2] / "data/own_data/oxides.db"
+    for text in ("natoms>5", "Ti>0,O<4", "volume>60,natoms<=6", "Ti"):
+        expected = connect(database).count(text)
+        assert 0 < expected < 295
+        report = run(database, select=FrameSelection(text))
+        assert (report.read, report.kept, report.not_selected) == (295, expected, 295 - expected)
+        assert report.dropped == []
+        Path("out.lmdb").unlink()
+
+
+def test_a_selection_reads_keys_and_results_of_any_file() -> None:
+    frames = trajectory(slab(), 6)
+    for number, atoms in enumerate(frames):
+        atoms.info["stage"] = number
+    frames[1].info["stage"] = "first"
+    del frames[2].info["stage"]
+    write("run.extxyz", frames)
+    energies = sorted(float(atoms.get_potential_energy()) for atoms in frames)
+    middle = (energies[2] + energies[3]) / 2
+    report = run("run.extxyz", select=FrameSelection(f"energy<{middle}"))
+    assert (report.kept, report.not_selected) == (3, 3)
+    Path("out.lmdb").unlink()
+    report = run("run.extxyz", select=FrameSelection("stage>=4"))
+    assert (report.kept, report.not_selected) == (2, 3)
+    assert [(item.index, item.reason) for item in report.dropped] == [
+        (1, "its stage is 'first', which cannot be compared as in 'stage>=4'")
+    ]
+    Path("out.lmdb").unlink()
+    assert run("run.extxyz", select=FrameSelection("stage")).kept == 5
+    assert run("run.extxyz", out="none.lmdb", select=FrameSelection("Xy3zz")).kept == 0
+    assert not Path("none.lmdb").exists()
+
+
+@pytest.mark.parametrize("text", ["", "natoms>", "natoms>many", "formula<Cu", "a>b>c", "Cu>x"])
+def test_a_selection_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match=r"the selection .* is not understood"):
+        FrameSelection(text)
