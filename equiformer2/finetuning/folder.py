@@ -17,7 +17,7 @@ from equiformer2.shipped import find_checkpoint
 from equiformer2.training.wandb_logging import WandbSettings
 
 _FOLDERS = ("data", "runs")
-_FILES = ("task.json", "prepared.json", "before.json", "finetune.json", "curve.png")
+_FILES = ("task.json", "prepared.json", "before.json", "finetune.json", "curve.png", "parity.png")
 _MODELS = "model*.pt"
 #: Settings that change nothing of the results.
 _FREE = ("out", "overwrite", "wandb")

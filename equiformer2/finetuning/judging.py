@@ -8,6 +8,7 @@ import numpy as np
 
 from datasets_oc20 import OC20Lmdb
 from equiformer2.checkpoint import Normalizers
+from equiformer2.finetuning.parity import ParityPairs
 from equiformer2.inference import Predictor
 from equiformer2.training.evaluation import predicted_batches
 
@@ -82,13 +83,20 @@ class _Sums:
         return Errors(frames, len(parts), energy, per_atom, force, by_system)
 
 
-def judge(predictor: Predictor, dataset: OC20Lmdb, energies: bool, batch_size: int = 4) -> Errors:
+def judge(
+    predictor: Predictor,
+    dataset: OC20Lmdb,
+    energies: bool,
+    pairs: ParityPairs | None = None,
+    batch_size: int = 4,
+) -> Errors:
     """Compute the errors of a network.
 
     Args:
         predictor: the network's.
         dataset: frames with energies and perhaps forces.
         energies: whether the network's energies have the kind and the zero of the frames'.
+        pairs: gets labels and predictions.
         batch_size: frames per batch.
     """
     sums = _Sums()
@@ -97,12 +105,17 @@ def judge(predictor: Predictor, dataset: OC20Lmdb, energies: bool, batch_size: i
         free = ~batch.fixed.bool()
         for index in range(batch.num_graphs):
             atoms = slice(int(batch.ptr[index]), int(batch.ptr[index + 1]))
-            error = np.zeros((0, 3))
+            label, found = np.zeros((0, 3)), np.zeros((0, 3))
             if forces:
                 chosen = free[atoms]
-                error = (out["forces"][atoms] - batch.forces[atoms])[chosen].double().numpy()
-            energy = float(out["energy"][index]) - float(batch.energy[index]) if energies else float("nan")
-            sums.add(str(batch.sid[index]), atoms.stop - atoms.start, energy, error)
+                label, found = (
+                    each[atoms][chosen].double().numpy() for each in (batch.forces, out["forces"])
+                )
+            energy = float(batch.energy[index]), float(out["energy"][index]) if energies else float("nan")
+            count = atoms.stop - atoms.start
+            sums.add(str(batch.sid[index]), count, energy[1] - energy[0], found - label)
+            if pairs is not None:
+                pairs.add(batch.atomic_numbers[atoms], energy, (label, found))
     return sums.errors()
 
 

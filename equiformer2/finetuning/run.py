@@ -17,7 +17,7 @@ from equiformer2.checkpoint.native import write_native
 from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.devices import usable_device
 from equiformer2.files import read_json, write_json
-from equiformer2.finetuning import data_curve
+from equiformer2.finetuning import data_curve, parity
 from equiformer2.finetuning.folder import FineTuneSettings, OutFolder
 from equiformer2.finetuning.judging import (
     AFTER,
@@ -33,6 +33,7 @@ from equiformer2.finetuning.judging import (
     row_of,
     to_text,
 )
+from equiformer2.finetuning.parity import ParityPairs
 from equiformer2.finetuning.parts import Parts, divide_data, write_parts
 from equiformer2.finetuning.schedule import (
     DEFAULT_MINUTES,
@@ -238,7 +239,9 @@ class _FineTuning:
         ]
         return {f"{share:g}": asdict(schedule) for share, schedule in schedules.items()}
 
-    def _judge(self, predictor: Predictor, prepared: Prepared, is_new: bool) -> dict[str, Errors | None]:
+    def _judge(
+        self, predictor: Predictor, prepared: Prepared, is_new: bool, pairs: ParityPairs | None = None
+    ) -> dict[str, Errors | None]:
         """Errors on new and old data; `is_new` for the networks with the zero of the new data."""
         frames = self.parts.frames
         kept = prepared.keeps_zero
@@ -246,6 +249,7 @@ class _FineTuning:
             predictor,
             OC20Lmdb(self._paths(prepared, "judged")),
             is_new or self._same_kind(frames.energy_kind),
+            pairs,
         )
         old = None
         if prepared.files["old"]:
@@ -263,16 +267,22 @@ class _FineTuning:
         if file.exists():
             rows: list[dict[str, Any]] = read_json(file)["rows"]
             return rows
-        found = self._judge(self.before, prepared, False)
+        pairs = self._pairs()
+        found = self._judge(self.before, prepared, False, pairs)
         start = self._start(self.cases[0])
         trivial = judge_trivial(start.own, OC20Lmdb(self._paths(prepared, "judged")))
         rows = [row_of(data, BEFORE, errors) for data, errors in found.items() if errors is not None]
         rows.append(row_of(NEW, TRIVIAL, trivial))
         known = judge_dataset(self.before, self.parts.frames.dataset)
-        write_json(file, {"rows": rows, "familiarity": known})
+        write_json(file, {"rows": rows, "familiarity": known, "parity": pairs.to_dict()})
         for sentence in known["sentences"]:
             self.say(f"the checkpoint and these data: {sentence}")
         return rows
+
+    def _pairs(self) -> ParityPairs:
+        """Collect what the figure shows of one network."""
+        total = self.parts.frames.energy_kind == "total"
+        return ParityPairs(self._start(self.cases[0]).own if total else None)
 
     def _result(self, case: Case, trainer: Trainer, prepared: Prepared) -> dict[str, Any]:
         """Train a case and judge it, or read what an earlier call has found."""
@@ -286,7 +296,8 @@ class _FineTuning:
         start = self._start(case)
         best = trainer.run(case, start, schedule, after)
         predictor = Predictor(best, self.settings.device)
-        found = self._judge(predictor, prepared, True)
+        pairs = self._pairs() if case == self.cases[0] else None
+        found = self._judge(predictor, prepared, True, pairs)
         step = predictor.checkpoint.provenance.get("step", 0)
         last = load_checkpoint(best.with_name("last.pt")).provenance.get("step", 0)
         result = {
@@ -296,6 +307,8 @@ class _FineTuning:
             "steps": last,
             "planned_steps": schedule.steps,
         }
+        if pairs is not None:
+            result["parity"] = pairs.to_dict()
         write_json(file, result)
         (self.folder.runs / f"{case.name}.start.pt").unlink(missing_ok=True)
         return result
@@ -330,7 +343,11 @@ class _FineTuning:
             "familiarity": read_json(self.folder.file("before.json"))["familiarity"],
             "schedule": prepared.schedules["1"],
             "speed_s": prepared.speed,
-            "trainings": {case.title: result for case, result in results.items()},
+            "trainings": {
+                case.title: {name: value for name, value in result.items() if name != "parity"}
+                for case, result in results.items()
+            },
+            "parity": str(self._draw_parity(table, results)),
         }
         self.say(f"\n{text}\n")
         if len(self.parts.train) > 1:
@@ -338,6 +355,7 @@ class _FineTuning:
         for notice in notices:
             self.say(notice)
         seconds = round(time.monotonic() - self.begin)
+        self.say(f"predictions beside labels: {record['parity']}")
         self.say(f"model: {', '.join(model['file'] for model in models)} ({spoken(seconds)})")
         write_json(self.folder.file("finetune.json"), record)
         return record
@@ -363,6 +381,18 @@ class _FineTuning:
         }
         write_native(target, replace(contents, provenance=contents.provenance | origin))
         return {"file": str(target), "seed": case.seed, "sha256": sha256(target)}
+
+    def _draw_parity(self, table: list[dict[str, Any]], results: dict[Case, dict[str, Any]]) -> Path:
+        """Draw predictions of the frames to judge by, of the checkpoint and of the first tuned network."""
+        first = self.cases[0]
+        networks = {
+            BEFORE: read_json(self.folder.file("before.json"))["parity"],
+            AFTER: results[first]["parity"],
+        }
+        errors = {BEFORE: table[0], AFTER: results[first][NEW]}
+        figure = self.folder.file("parity.png")
+        parity.draw(networks, errors, self.parts.frames.energy_kind == "total", figure)
+        return figure
 
     def _curve(self, results: dict[Case, dict[str, Any]], table: list[dict[str, Any]]) -> dict[str, Any]:
         """Points, sentences and figure of the learning curve."""

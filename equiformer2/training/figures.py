@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -66,23 +67,25 @@ def draw_parity(
     target = Path(target)
     figure = Figure(figsize=(4.4, 4.2), layout="constrained")
     axis = figure.subplots()
-    values = np.concatenate([target_values, predicted])
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (-1.0, 1.0)
-    margin = (0.04 * (high - low) or 0.5) if finite.size else 0.0
-    low, high = low - margin, high + margin
-    axis.plot([low, high], [low, high], color="0.5", linewidth=1)
+    draw_diagonal(axis, np.concatenate([target_values, predicted]))
     axis.plot(target_values, predicted, ".", markersize=3, alpha=0.5, rasterized=True)
     axis.set(
-        xlim=(low, high),
-        ylim=(low, high),
-        aspect="equal",
         xlabel=f"{label}, target ({unit})",
         ylabel=f"{label}, predicted ({unit})",
         title=note,
     )
     axis.grid(alpha=0.3)
     save_figure(figure, target)
+
+
+def draw_diagonal(axis: Axes, values: np.ndarray) -> None:
+    """Give an axis the same limits in both directions, a little beyond `values`, and draw its diagonal."""
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (-1.0, 1.0)
+    margin = (0.04 * (high - low) or 0.5) if finite.size else 0.0
+    low, high = low - margin, high + margin
+    axis.plot([low, high], [low, high], color="0.5", linewidth=1)
+    axis.set(xlim=(low, high), ylim=(low, high), aspect="equal")
 
 
 def draw_error_bars(rows: dict[str, dict[str, Any]], title: str, target: AnyPath, most: int = 60) -> None:

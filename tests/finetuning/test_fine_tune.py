@@ -65,6 +65,8 @@ def test_everything_in_one_command(
     assert set(record["references_eV"]) <= {"H", "O", "Ni", "Cu", "Pt"}
     assert [Path(model["file"]).name for model in record["models"]] == ["model.pt", "model_1.pt"]
     assert sorted(path.name for path in out.glob("model*.pt")) == ["model.pt", "model_1.pt"]
+    assert (out / "parity.png").stat().st_size > 10_000
+    assert not any("parity" in training for training in record["trainings"].values())
     assert "forces alone" in printed.err
     assert "total energies" in printed.err
     model = load_checkpoint(out / "model.pt")
