@@ -49,6 +49,8 @@ class AdsorptionResult:
         clean_slab: the slab with which the surface was compared; where it was relaxed with the forces of an
             adsorption-energy model it has no energy, since that would have no meaning.
         compared_with: `clean_slab` in words: "initial slab" or "relaxed clean slab".
+        energy_std: standard deviation of the adsorption energy over the members of a committee, eV; None
+            without one, and for total energies, whose errors cancel in part in the differences.
     """
 
     energy: float
@@ -61,6 +63,7 @@ class AdsorptionResult:
     clean_slab: Atoms
     compared_with: str
     anomaly_checks: list[Anomaly] = field(default_factory=list)
+    energy_std: float | None = None
 
     @property
     def anomalies(self) -> list[Anomaly]:
@@ -93,6 +96,7 @@ class AdsorptionResult:
         """Plain numbers for a JSON record."""
         return {
             "adsorption_energy_eV": self.energy,
+            "adsorption_energy_std_eV": self.energy_std,
             "model_energy_kind": self.energy_kind,
             "terms_eV": self.terms,
             "gas_references_eV_per_atom": self.gas_references,
@@ -123,6 +127,7 @@ def adsorption_energy(
     optimizer: str = "LBFGS",
     fmax: float = 0.05,
     steps: int = 300,
+    stop_at_spread: float | None = None,
     folder: str | Path | None = None,
     progress: bool = False,
 ) -> AdsorptionResult:
@@ -148,6 +153,7 @@ def adsorption_energy(
         clean_slab: the relaxed clean slab, its atoms in the order of the system's; nothing is relaxed for the
             comparison then.
         optimizer, fmax, steps, progress: as in `relax`.
+        stop_at_spread: as in `relax`, for slab plus adsorbate.
         folder: where `relaxation.traj` (and `slab.traj`) go; nothing is written if None.
 
     Raises:
@@ -180,6 +186,7 @@ def adsorption_energy(
         calculator,
         trajectory=None if folder is None else Path(folder) / "relaxation.traj",
         label="slab + adsorbate",
+        stop_at_spread=stop_at_spread,
         **settings,
     )
     terms: dict[str, float] = {}
@@ -217,6 +224,7 @@ def adsorption_energy(
         clean_slab=clean_slab,
         compared_with=compared_with,
         anomaly_checks=check_anomalies(initial, relaxed.atoms, initial.get_tags(), clean_slab),
+        energy_std=relaxed.energy_std if kind == "adsorption" else None,
     )
 
 

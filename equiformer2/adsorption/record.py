@@ -52,6 +52,9 @@ def adsorption_report(result: AdsorptionResult) -> str:
         f"{result.name} ({len(system.atoms)} atoms)",
         f"adsorption energy: {result.energy:.4f} eV",
     ]
+    if result.energy_std is not None:
+        spread = max(system.force_spreads, default=0.0)
+        lines[-1] += f" ± {result.energy_std:.4f} (spread of the committee; forces up to {spread:.3f} eV/Å)"
     if result.energy_kind == "adsorption":
         lines.append(
             "  the model predicts adsorption energies: this is its energy of the relaxed system, "

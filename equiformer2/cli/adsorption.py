@@ -4,7 +4,12 @@ import argparse
 from typing import TYPE_CHECKING
 
 from equiformer2.cli.command import Command, Parser, Result
-from equiformer2.cli.options import add_model_arguments, add_overwrite_argument, add_relaxation_arguments
+from equiformer2.cli.options import (
+    add_model_arguments,
+    add_overwrite_argument,
+    add_relaxation_arguments,
+    add_spread_argument,
+)
 from equiformer2.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +28,8 @@ class AdsorptionEnergy(Command):
 
     Relaxes slab + adsorbate and prints the adsorption energy. With a model of total energies the clean slab
     is relaxed too, and it and the adsorbate in vacuum are subtracted; with one of adsorption energies nothing
-    is. Exit status 3: the relaxation has not converged.
+    is. Several checkpoints are a committee: their mean, and the spread beside it. Exit status 3: the
+    relaxation has not converged.
 
         equiformer2 adsorption energy --checkpoint oc20_small --slab Pt111 --adsorbate CO --site ontop
         equiformer2 adsorption energy --checkpoint model.pt --slab slab.cif --adsorbate '*OH'
@@ -31,7 +37,9 @@ class AdsorptionEnergy(Command):
     """
 
     def add_arguments(self, parser: Parser) -> None:
-        add_model_arguments(parser.add_argument_group("model"))
+        model = parser.add_argument_group("model")
+        add_model_arguments(model, committee=True)
+        add_spread_argument(model)
         structure = parser.add_argument_group("structure: --system, or --slab and --adsorbate")
         structure.add_argument(
             "--system", metavar="FILE", help="structure file of slab + adsorbate; adsorbate atoms carry tag 2"
@@ -127,11 +135,12 @@ class AdsorptionEnergy(Command):
         from equiformer2.script import show_log
 
         _check_structure_options(options)
+        checkpoint = options.checkpoint if len(options.checkpoint) > 1 else options.checkpoint[0]
         gas, source = _gas(options.gas)
         show_log()
         system = _system(options)
         calculator = EquiformerV2Calculator(
-            options.checkpoint,
+            checkpoint,
             device=options.device,
             weights=options.weights,
             energy_kind=options.energy_kind,
@@ -139,7 +148,7 @@ class AdsorptionEnergy(Command):
             backend=options.backend,
         )
         named = [name for name in (options.slab, options.adsorbate) if name is not None and is_file(name)]
-        inputs = [options.checkpoint, *named, *filter(None, [options.system])]
+        inputs = [*options.checkpoint, *named, *filter(None, [options.system])]
         folder = claim_folder(options.out, ADSORPTION_RECORD, options.overwrite, inputs, RUN_FILES)
         result = adsorption_energy(
             system,
@@ -151,11 +160,12 @@ class AdsorptionEnergy(Command):
             optimizer=options.optimizer,
             fmax=options.fmax,
             steps=options.steps,
+            stop_at_spread=options.stop_at_spread,
             folder=folder,
             progress=True,
         )
         states = [result.initial, result.system.atoms]
-        model = model_record(calculator.predictor, options.checkpoint, states)
+        model = model_record(calculator.predictor, checkpoint, states)
         write_adsorption_record(folder, result, model)
         print(adsorption_report(result))
         print(f"saved in {folder}: {ADSORPTION_RECORD}, trajectory, relaxed structure, pictures")
@@ -163,7 +173,7 @@ class AdsorptionEnergy(Command):
             print(
                 "NOT converged: the energy is not that of a relaxed structure (more --steps, another start)"
             )
-        return Result(read_json(folder / ADSORPTION_RECORD), 0 if result.converged else 3, options.checkpoint)
+        return Result(read_json(folder / ADSORPTION_RECORD), 0 if result.converged else 3, checkpoint)
 
 
 def _system(options: argparse.Namespace) -> "Atoms":

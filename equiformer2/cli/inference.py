@@ -13,6 +13,7 @@ from equiformer2.cli.options import (
     add_overwrite_argument,
     add_relaxation_arguments,
     add_router_argument,
+    add_spread_argument,
     parse_checked,
 )
 
@@ -292,13 +293,7 @@ class Relax(Command):
         parser.add_argument("file", nargs="?", metavar="FILE", help="structure file of any format of ASE")
         parser.add_argument("--structure", metavar="FILE", help="structure file, in place of FILE")
         add_model_arguments(parser, committee=True)
-        parser.add_argument(
-            "--stop-at-spread",
-            type=float,
-            metavar="X",
-            help="end once the forces of a committee on an atom differ by more than this standard deviation, "
-            "eV/Å",
-        )
+        add_spread_argument(parser)
         add_router_argument(parser)
         parser.add_argument(
             "--replan-every",
@@ -417,13 +412,15 @@ class RelaxIs2re(Command):
         equiformer2 relax-is2re --checkpoint best.pt --data-root is2re/all --splits val_id val_ood_ads \
             --energy-kind adsorption --device cuda --out runs/is2re
 
+    Several checkpoints are a committee, whose mean relaxes and whose spread is kept.
     Each dataset has a folder in --out with one trajectory per system. The same command goes on after a stop;
     a finished folder is read again, or extended by other splits, with --overwrite.
     Structures that cannot be relaxed are skipped and named.
     """
 
     def add_arguments(self, parser: Parser) -> None:
-        add_model_arguments(parser)
+        add_model_arguments(parser, committee=True)
+        add_spread_argument(parser)
         add_router_argument(parser)
         _add_split_arguments(parser, "LMDB file or folder of shards, one structure per system", several=False)
         parser.add_argument("--out", required=True, type=Path, help="output folder")
@@ -468,7 +465,12 @@ class RelaxIs2re(Command):
         )
 
     def parse(self, parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
-        return parse_checked(parser, arguments, needs=[("--splits", "--data-root")])
+        options = parse_checked(parser, arguments, needs=[("--splits", "--data-root")])
+        if len(options.checkpoint) > 1 and options.router is not None:
+            parser.error("--router belongs to one network: leave it out, or give one checkpoint")
+        if len(options.checkpoint) == 1 and options.stop_at_spread is not None:
+            parser.error("--stop-at-spread needs a committee: give several checkpoints")
+        return options
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.files import check_target, write_json
@@ -476,7 +478,7 @@ class RelaxIs2re(Command):
         from equiformer2.training.relaxation_run import REPORT, average_over, coverage, metric_lines
 
         check_target(options.out, is_folder=True)
-        given = [options.checkpoint, options.data or options.data_root]
+        given = [*options.checkpoint, options.data or options.data_root]
         given += [] if options.router is None else [options.router]
         check_target(options.out / REPORT, inputs=given, overwrite=options.overwrite)
         reports = self._relax_all(options)
@@ -488,7 +490,7 @@ class RelaxIs2re(Command):
         keys = ("structures", "relaxed", "converged")
         counts = {key: sum(report[key] for report in reports.values()) for key in keys}
         record = {
-            **header("relax-is2re/1", options.checkpoint),
+            **header("relax-is2re/1", self._files(options)),
             "datasets": reports,
             **counts,
             "average": average,
@@ -500,23 +502,33 @@ class RelaxIs2re(Command):
         print(f"NOT converged: {left} of {counts['structures']} structures")
         return Result(record, 3 if options.require_convergence else 0)
 
+    @staticmethod
+    def _files(options: argparse.Namespace) -> Any:
+        """The checkpoint, or the list of a committee's."""
+        return options.checkpoint[0] if len(options.checkpoint) == 1 else options.checkpoint
+
     def _relax_all(self, options: argparse.Namespace) -> dict[str, Any]:
         """Reports of all datasets by name."""
         from datasets_oc20.catalogue import VALIDATION_SPLITS, find_splits
-        from equiformer2.inference import Predictor
         from equiformer2.inference.batched import RelaxationSettings
+        from equiformer2.inference.committee import open_model
         from equiformer2.pruning.routing.router_files import batched_relaxation_router
         from equiformer2.script import show_log
         from equiformer2.training.relaxation_run import open_starts, relax_dataset, relaxation_table
 
         settings = RelaxationSettings(
-            options.fmax, options.steps, options.max_step, options.memory, frames=options.frames
+            options.fmax,
+            options.steps,
+            options.max_step,
+            options.memory,
+            frames=options.frames,
+            stop_at_spread=options.stop_at_spread,
         )
         if options.data_root is None:
             paths = {Path(options.data).resolve().stem: Path(options.data)}
         else:
             paths = find_splits(options.data_root, options.splits or VALIDATION_SPLITS)
-        predictor = Predictor(
+        predictor = open_model(
             options.checkpoint,
             options.device,
             options.weights,
@@ -531,7 +543,7 @@ class RelaxIs2re(Command):
         for name, dataset in datasets.items():
             reports[name] = relax_dataset(
                 predictor,
-                Path(options.checkpoint),
+                self._files(options),
                 dataset,
                 options.out / name,
                 settings,

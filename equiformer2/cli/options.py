@@ -42,6 +42,17 @@ def add_checkpoint_arguments(parser: Options, weights: bool = True, committee: b
         )
 
 
+def add_spread_argument(parser: Options) -> None:
+    """Add `--stop-at-spread`, of a relaxation with a committee."""
+    parser.add_argument(
+        "--stop-at-spread",
+        type=float,
+        metavar="X",
+        help="end a relaxation once the forces of a committee on an atom differ by more than this standard "
+        "deviation, eV/Å",
+    )
+
+
 def add_energy_kind_argument(parser: Options, subject: str = "data that does not declare it") -> None:
     """Add `--energy-kind`."""
     parser.add_argument("--energy-kind", choices=ENERGY_KINDS, help=f"kind of the energies, for {subject}")

@@ -13,6 +13,7 @@ from torch_geometric.data import Batch, Data
 
 from equiformer2.batch_threads import map_all
 from equiformer2.errors import InputError
+from equiformer2.inference.committee import Committee, spread_sentence
 from equiformer2.inference.predictor import Predictor
 
 
@@ -133,6 +134,8 @@ class RelaxationSettings:
         max_step: largest displacement of an atom in one step, Å.
         memory, alpha, damping: see `BatchedLBFGS`.
         frames: which frames of a relaxation to keep, "all" or "ends" (first and last).
+        stop_at_spread: end a relaxation once the standard deviation of a free atom's force over the members
+            of a committee exceeds this, eV/Å; None for never.
 
     Raises:
         InputError: a value that makes no sense.
@@ -145,11 +148,12 @@ class RelaxationSettings:
     alpha: float = 70.0
     damping: float = 1.0
     frames: str = "all"
+    stop_at_spread: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("fmax", "max_step", "alpha", "damping"):
+        for name in ("fmax", "max_step", "alpha", "damping", "stop_at_spread"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} is {value}: give a positive number")
         if self.steps < 0:
             raise InputError(f"steps is {self.steps}: give 0 or more")
@@ -161,11 +165,20 @@ class RelaxationSettings:
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame: `positions` `[N, 3]` float64 Å; `forces` `[N, 3]` eV/Å and `energy` eV are the model's."""
+    """One frame of a relaxation.
+
+    Attributes:
+        positions: `[N, 3]` float64 Å.
+        forces, energy: the model's, `[N, 3]` eV/Å and eV.
+        energy_std: standard deviation over the members of a committee, eV; None without one.
+        max_force_std: likewise the largest of a free atom's force (`committee.largest_spread`), eV/Å.
+    """
 
     positions: np.ndarray
     forces: np.ndarray
     energy: float
+    energy_std: float | None = None
+    max_force_std: float | None = None
 
 
 @dataclass
@@ -181,6 +194,7 @@ class Relaxed:
         max_force: largest force on a free atom of the last frame, eV/Å.
         converged: whether that is below fmax.
         failure: why the relaxation ended early, or never began; the last frame is then the last good one.
+        stopped: sentence about the spread of a committee that ended it.
     """
 
     index: int
@@ -190,6 +204,7 @@ class Relaxed:
     max_force: float = math.inf
     converged: bool = False
     failure: str | None = None
+    stopped: str | None = None
 
     @property
     def energy(self) -> float:
@@ -216,7 +231,7 @@ class Relaxed:
 Predict = Callable[[Batch], dict[str, Tensor]]
 
 
-def free_forces(predictor: Predictor) -> Predict:
+def free_forces(predictor: Predictor | Committee) -> Predict:
     """`predictor.predict` for relaxations, which read no forces on held atoms: these are given as zero.
 
     Less is computed; the structures move as they would with all forces.
@@ -247,7 +262,7 @@ def relax_batched(
     disturbs the others. When the device runs out of memory, half of the batch waits.
 
     Args:
-        predict: `free_forces(predictor)` or `Predictor.predict`, of a network with forces.
+        predict: `free_forces(predictor)` or `Predictor.predict`, of a network or a committee with forces.
         structures: (number, structure) in the order in which they start; read as places become free.
         settings: of the relaxation.
         batch_size: maximum number of structures per batch.
@@ -292,6 +307,8 @@ def relax_batched(
                 "this model predicts no forces, so it cannot relax a structure: "
                 "use a checkpoint trained with forces (model.forces)"
             )
+        if settings.stop_at_spread is not None and "forces_std" not in out:
+            raise InputError("stop_at_spread needs a committee: give several checkpoints")
         yield from running.advance(out)
 
 
@@ -390,6 +407,7 @@ class _Running:
         good = forces.new_ones(count).scatter_reduce_(0, self._structure, finite, "amin").bool().cpu()
         energies = out["energy"].view(-1).double().cpu()
         good &= torch.isfinite(energies)
+        spreads = self._spreads(out)
         parts = zip(self._positions.cpu().split(natoms), raw.cpu().split(natoms), strict=True)
         done = []
         for at, ((positions, part), force) in enumerate(zip(parts, largest.tolist(), strict=True)):
@@ -398,12 +416,18 @@ class _Running:
                 relaxing.fail(f"the model gives a non-finite energy or force at step {relaxing.steps}")
                 done.append(at)
                 continue
-            frame = Frame(positions.numpy().copy(), part.float().numpy().copy(), float(energies[at]))
+            frame = Frame(
+                positions.numpy().copy(), part.float().numpy().copy(), float(energies[at]), *spreads[at]
+            )
             if self.settings.frames == "ends" and len(relaxing.frames) == 2:
                 relaxing.frames.pop()
             relaxing.frames.append(frame)
             relaxing.max_force, relaxing.converged = force, force < self.settings.fmax
-            if relaxing.converged or relaxing.steps >= self.settings.steps:
+            limit, spread = self.settings.stop_at_spread, frame.max_force_std
+            if limit is not None and spread is not None and spread > limit and not relaxing.converged:
+                relaxing.stopped = spread_sentence(spread, limit)
+                done.append(at)
+            elif relaxing.converged or relaxing.steps >= self.settings.steps:
                 done.append(at)
             else:
                 relaxing.steps += 1
@@ -417,6 +441,15 @@ class _Running:
                 self._positions, forces, self._structure, len(self.relaxing)
             )
         return finished
+
+    def _spreads(self, out: dict[str, Tensor]) -> list[tuple[float, float] | tuple[()]]:
+        """Spread of a committee, of the energy and of the forces on free atoms, by structure."""
+        count = len(self.relaxing)
+        if "forces_std" not in out:
+            return [()] * count
+        lengths = torch.where(self._fixed, 0.0, out["forces_std"].to(self.device).double().norm(dim=1))
+        largest = lengths.new_zeros(count).scatter_reduce_(0, self._structure, lengths, "amax")
+        return list(zip(out["energy_std"].double().tolist(), largest.tolist(), strict=True))
 
     def _keep(self, structures: Tensor) -> Tensor:
         """Forget all other structures; returns the mask of the atoms that are left."""

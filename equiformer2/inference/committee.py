@@ -146,6 +146,14 @@ def largest_spread(forces_std: Any, free: Any) -> float:
     return float(lengths.max()) if len(lengths) else 0.0
 
 
+def spread_sentence(spread: float, limit: float) -> str:
+    """Say that a relaxation was ended because `spread` (`largest_spread`) exceeds its limit, both eV/Å."""
+    return (
+        f"the committee's forces on an atom differ by {spread:.3f} eV/Å, more than the {limit:g} of "
+        "stop_at_spread"
+    )
+
+
 def _same_weights(one: Predictor, other: Predictor) -> bool:
     mine, theirs = one.model.state_dict(), other.model.state_dict()
     return mine.keys() == theirs.keys() and all(

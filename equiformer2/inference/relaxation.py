@@ -23,7 +23,7 @@ from equiformer2.checkpoint.training_data import validation_errors
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import check_atoms, fixed_mask
 from equiformer2.inference.calculator import EquiformerV2Calculator
-from equiformer2.inference.committee import Model, largest_spread
+from equiformer2.inference.committee import Model, largest_spread, spread_sentence
 from equiformer2.inference.extras import plain
 
 logger = logging.getLogger(__name__)
@@ -220,10 +220,7 @@ def relax(
             if show is not None:
                 show.update(len(energies) - 1, steps, energy, max_force)
             if stop_at_spread is not None and not converged and spreads[-1] > stop_at_spread:
-                stopped = (
-                    f"the committee's forces on an atom differ by {spreads[-1]:.3f} eV/Å, more than the "
-                    f"{stop_at_spread:g} of stop_at_spread"
-                )
+                stopped = spread_sentence(spreads[-1], stop_at_spread)
                 break
         energies[-1] = _finite_energy(atoms, step=len(energies) - 1)
         energy_std = calculator.results.get("energy_std")

@@ -110,11 +110,24 @@ class RelaxationFolder:
             "steps": relaxed.steps,
             "converged": relaxed.converged,
             "failure": relaxed.failure,
+            **self._spread(relaxed),
             **more,
         }
         self._append(self._file, row)
         self.rows[relaxed.index] = row
         return row
+
+    @staticmethod
+    def _spread(relaxed: Relaxed) -> Row:
+        """Spread of a committee at the last frame, and the sentence with which it ended the relaxation."""
+        last = relaxed.frames[-1]
+        if last.max_force_std is None:
+            return {}
+        return {
+            "energy_std": last.energy_std,
+            "max_force_std": last.max_force_std,
+            "stopped": relaxed.stopped,
+        }
 
     def skip(self, index: int, name: str, reason: str) -> None:
         """Record that the structure `index` cannot be relaxed."""
@@ -186,6 +199,8 @@ class RelaxationFolder:
         try:
             with Trajectory(str(temporary), "w") as writer:
                 for frame in frames:
+                    spread = {"energy_std_eV": frame.energy_std, "max_force_std_eV_A": frame.max_force_std}
+                    spread = {name: value for name, value in spread.items() if value is not None}
                     atoms = Atoms(
                         numbers=start.atomic_numbers.numpy(),
                         positions=frame.positions,
@@ -193,7 +208,7 @@ class RelaxationFolder:
                         pbc=start.pbc.view(3).numpy(),
                         tags=start.tags.numpy(),
                         constraint=FixAtoms(mask=start.fixed.bool().numpy()),
-                        info={"sid": str(start.sid)},
+                        info={"sid": str(start.sid), **spread},
                     )
                     atoms.calc = SinglePointCalculator(atoms, energy=frame.energy, forces=frame.forces)
                     writer.write(atoms)

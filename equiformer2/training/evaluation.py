@@ -26,6 +26,7 @@ from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes
 from equiformer2.inference import Predictor
+from equiformer2.inference.committee import Committee
 from equiformer2.training.breakdown import Breakdown, Rows
 from equiformer2.training.figures import draw_error_bars, draw_parity
 from equiformer2.training.metrics import FORCE_METRICS, S2EFMetrics, energy_metrics
@@ -177,7 +178,7 @@ def parts_folder(report: AnyPath) -> Path:
     return report.with_name(f"{report.stem}.parts")
 
 
-def open_dataset(path: str | Path, predictor: Predictor, energy_kind: str | None) -> OC20Lmdb:
+def open_dataset(path: str | Path, predictor: Predictor | Committee, energy_kind: str | None) -> OC20Lmdb:
     """Open a dataset (LMDB, or a small set of other files that ASE reads) for a checkpoint.
 
     Raises:

@@ -7,6 +7,7 @@ it has no cell, …) is skipped and named with the reason; every number is then 
 import dataclasses
 import io
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from equiformer2.errors import InputError
 from equiformer2.files import write_bytes, write_json
 from equiformer2.inference import Predictor
 from equiformer2.inference.batched import RelaxationSettings, Relaxed, free_forces, relax_batched
+from equiformer2.inference.committee import Committee
 from equiformer2.inference.relaxation_folder import SKIPPED, RelaxationFolder, Row
 from equiformer2.training.evaluation import open_dataset
 from equiformer2.training.metrics import ENERGY_METRICS, energy_metrics
@@ -114,7 +116,7 @@ UNITS = {
 _MOST_NAMED = 20
 
 
-def open_starts(path: str | Path, predictor: Predictor, energy_kind: str | None) -> OC20Lmdb:
+def open_starts(path: str | Path, predictor: Predictor | Committee, energy_kind: str | None) -> OC20Lmdb:
     """Open start structures for a checkpoint; where none has an energy, no kind of energy has to be declared.
 
     Raises:
@@ -137,8 +139,8 @@ def open_starts(path: str | Path, predictor: Predictor, energy_kind: str | None)
 
 
 def relax_dataset(
-    predictor: Predictor,
-    checkpoint: AnyPath,
+    predictor: Predictor | Committee,
+    checkpoint: AnyPath | Sequence[AnyPath],
     dataset: OC20Lmdb,
     folder: AnyPath,
     settings: RelaxationSettings,
@@ -154,8 +156,9 @@ def relax_dataset(
     when a run was killed start again.
 
     Args:
-        predictor: with forces; its kind of energy is the dataset's (`evaluation.open_dataset`).
-        checkpoint: the file that the predictor was made of.
+        predictor: with forces, or a committee; its kind of energy is the dataset's
+            (`evaluation.open_dataset`).
+        checkpoint: the file that the predictor was made of, or the files of a committee.
         dataset: start structures, one per system, with `y_relaxed` and `pos_relaxed` where these are known.
         folder: output.
         settings: of the relaxations.
@@ -166,10 +169,11 @@ def relax_dataset(
         InputError: no forces, `max_atoms` below every structure, a folder with other relaxations or of other
             start structures, several structures with one `sid`, not one structure that can be relaxed.
     """
-    checkpoint, folder = Path(checkpoint), Path(folder)
+    folder = Path(folder)
+    files = [checkpoint] if isinstance(checkpoint, str | os.PathLike) else list(checkpoint)
     if not predictor.has_forces:
         raise InputError(
-            f"{checkpoint} predicts no forces, so it cannot relax a structure: use a checkpoint trained with "
+            f"{files[0]} predicts no forces, so it cannot relax a structure: use a checkpoint trained with "
             "forces (model.forces)"
         )
     if max_atoms is not None:
@@ -190,7 +194,7 @@ def relax_dataset(
     if len(sample.energy):
         check_energies_match_kind(sample, str(dataset.energy_kind), dataset.path)
     asked = {
-        "checkpoint": sha256(checkpoint),
+        "checkpoint": sha256(files[0]) if len(files) == 1 else [sha256(file) for file in files],
         "weights": predictor.checkpoint.weights,
         "precision": predictor.precision,
         "energy_kind": predictor.energy_kind,
@@ -243,6 +247,9 @@ def relax_dataset(
         rows = [relaxations.rows[index] for index in sorted(relaxations.rows)]
         names = ("sid", "energy", "max_force", "steps", "converged")
         arrays = {name: np.array([row[name] for row in rows]) for name in names}
+        for name in ("energy_std", "max_force_std"):
+            if name in rows[0]:
+                arrays[name] = np.array([row[name] for row in rows])
         arrays["skipped"] = np.array([row["name"] for row in skipped], dtype=str)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
@@ -270,6 +277,7 @@ def judge(rows: Sequence[Row], skipped: Sequence[Row] = ()) -> dict[str, Any]:
         "skipped": list(skipped),
         "converged": sum(bool(row["converged"]) for row in rows),
         "failed": {row["sid"]: row["failure"] for row in rows if row["failure"] is not None},
+        "stopped": {row["sid"]: row["stopped"] for row in rows if row.get("stopped")},
         "mean_steps": float(np.mean([row["steps"] for row in rows])),
     }
     metrics: dict[str, dict[str, float]] = {"metrics": {}, "not_relaxed": {}}
@@ -298,6 +306,7 @@ def relaxation_table(report: Mapping[str, Any]) -> str:
     lines = [
         f"  {report['converged']} of {report['relaxed']} converged, {report['mean_steps']:.1f} steps each"
         + (f", {len(report['failed'])} ended early" if report["failed"] else "")
+        + (f", {len(report['stopped'])} ended by the committee's spread" if report["stopped"] else "")
     ]
     lines += metric_lines(report["metrics"], report["not_relaxed"])
     skipped = report["skipped"]

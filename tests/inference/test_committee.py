@@ -12,9 +12,11 @@ from ase.calculators.emt import EMT
 from ase.io import read, write
 from command_line import run_command
 
+from datasets_oc20 import LmdbWriter
 from equiformer2.checkpoint import load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
-from equiformer2.inference import EquiformerV2Calculator, Predictor, relax
+from equiformer2.inference import EquiformerV2Calculator, Predictor, atoms_to_data, relax
+from equiformer2.inference.batched import RelaxationSettings, free_forces, relax_batched
 from equiformer2.inference.committee import Committee, largest_spread
 
 MakeCheckpoint = Callable[..., Path]
@@ -147,3 +149,59 @@ def test_the_command(
     arguments = [tmp_path / "slab.traj", "--checkpoint", three[0], "--stop-at-spread", "1", "--overwrite"]
     assert run_command("relax", *arguments, "--out", out) == 2
     assert "needs a committee" in capsys.readouterr().err
+
+
+def test_batched_relaxations_keep_the_spread_and_stop_at_it(
+    three: list[Path], oxygen_on_copper: Atoms
+) -> None:
+    """The steps of one relaxation with ASE, and its spread; the structure whose members differ ends alone."""
+    moved = oxygen_on_copper.copy()
+    moved.rattle(0.1, seed=1)
+    structures = []
+    for number, atoms in enumerate((oxygen_on_copper, moved)):
+        start = atoms_to_data(atoms, notify=False)
+        start.sid = str(number)
+        structures.append((number, start))
+    committee = Committee([Predictor(path) for path in three])
+    settings = RelaxationSettings(fmax=1e-4, steps=2)
+    relaxed = sorted(relax_batched(free_forces(committee), structures, settings), key=lambda item: item.index)
+    alone = relax(oxygen_on_copper, three, fmax=1e-4, steps=0)
+    assert relaxed[0].frames[0].energy_std == pytest.approx(alone.energy_std, rel=1e-4)
+    assert relaxed[0].frames[0].max_force_std == pytest.approx(alone.force_spreads[0], rel=1e-4)
+    assert [item.stopped for item in relaxed] == [None, None]
+    spreads = sorted(max(frame.max_force_std or 0.0 for frame in item.frames) for item in relaxed)
+    limited = RelaxationSettings(fmax=1e-4, steps=2, stop_at_spread=sum(spreads) / 2)
+    ends = {item.stopped is None for item in relax_batched(committee.predict, structures, limited)}
+    assert ends == {True, False}
+    with pytest.raises(InputError, match="needs a committee"):
+        list(relax_batched(free_forces(committee.members[0]), structures, limited))
+
+
+def test_the_commands_of_datasets_and_adsorption_energies(
+    three: list[Path], oxygen_on_copper: Atoms, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = atoms_to_data(oxygen_on_copper, notify=False)
+    start.sid = "system"
+    with LmdbWriter(tmp_path / "starts.lmdb", "adsorption") as writer:
+        writer.write(start)
+    given = ["--checkpoint", *three, "--data", tmp_path / "starts.lmdb", "--out", tmp_path / "many"]
+    assert run_command("relax-is2re", *given, "--steps", 2, "--stop-at-spread", "1e-6") == 0
+    assert "ended by the committee's spread" in capsys.readouterr().out
+    report = json.loads((tmp_path / "many" / "is2re.json").read_text())
+    assert len(report["checkpoint_sha256"]) == 3
+    assert "differ by" in report["datasets"]["starts"]["stopped"]["system"]
+    with np.load(tmp_path / "many" / "starts" / "relaxed.npz") as arrays:
+        assert arrays["max_force_std"][0] > 1e-6
+    (frame,) = read(tmp_path / "many" / "starts" / "trajectories" / "system.traj", ":")
+    assert frame.info["energy_std_eV"] > 0
+    for wrong in (["--stop-at-spread", "1"], ["--checkpoint", *three, "--router", "router.json"]):
+        arguments = ["--checkpoint", three[0], "--data", tmp_path / "starts.lmdb", "--out", tmp_path / "x"]
+        assert run_command("relax-is2re", *arguments, *wrong) == 2
+
+    write(tmp_path / "system.traj", oxygen_on_copper)
+    out = tmp_path / "energy"
+    arguments = ["--checkpoint", *three, "--system", tmp_path / "system.traj", "--out", out]
+    assert run_command("adsorption energy", *arguments, "--steps", 1, "--fmax", 1e-4) == 3
+    record = json.loads((out / "adsorption_energy.json").read_text())
+    assert record["adsorption_energy_std_eV"] == pytest.approx(record["system"]["energy_std_eV"])
+    assert f"± {record['adsorption_energy_std_eV']:.4f}" in capsys.readouterr().out
