@@ -249,7 +249,7 @@ def markdown(record: Mapping[str, Any], picture: str) -> str:
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """Draw the distribution of the scores of each group."""
     checkpoints = record["checkpoints"]
-    figure = Figure(figsize=(5.5 * len(checkpoints), 4.0), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(checkpoints), 4.6), layout="constrained")
     for axis, (name, result) in zip(
         figure.subplots(1, len(checkpoints), squeeze=False)[0], checkpoints.items(), strict=True
     ):
@@ -261,7 +261,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         axis.axvline(used["limit"], color="black", linestyle="--", label="limit")
         axis.set_xscale("log")
         axis.set(title=name, xlabel="distance of the farthest atom", ylabel="share of structures")
-        axis.legend(fontsize=7)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     save_figure(figure, path)
 
 

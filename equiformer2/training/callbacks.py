@@ -112,7 +112,7 @@ class NativeCheckpoints(Callback):
 
 
 class Summary(Callback):
-    """One printed line per validation, and structures and atoms per second in the log."""
+    """One printed line per validation, and structures and atoms per second of all processes in the log."""
 
     def __init__(self) -> None:
         self._start = self._mark = time.monotonic()
@@ -131,9 +131,11 @@ class Summary(Callback):
         if step == self._logged_step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         now = time.monotonic()
+        # Processes take equal batches: what one of them does in a time, all of them do.
+        each = trainer.world_size / (now - self._mark)
         rates = {
-            "train/structures_per_second": self._structures / (now - self._mark),
-            "train/atoms_per_second": self._atoms / (now - self._mark),
+            "train/structures_per_second": self._structures * each,
+            "train/atoms_per_second": self._atoms * each,
         }
         pl_module.log_dict(rates, batch_size=batch.num_graphs)
         pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"], batch_size=batch.num_graphs)

@@ -596,3 +596,44 @@ def test_a_selection_reads_keys_and_results_of_any_file() -> None:
 def test_a_selection_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(DataError, match=r"the selection .* is not understood"):
         FrameSelection(text)
+
+
+def gpaw_text(atoms: Atoms, energy: float, forces: np.ndarray) -> str:
+    """The layout of GPAW's text output, as far as ASE reads it."""
+
+    def row(values: np.ndarray) -> str:
+        return " ".join(f"{value:12.6f}" for value in values)
+
+    symbols = atoms.get_chemical_symbols()
+    places = [f"{n:4d} {symbol} {row(atoms.positions[n])}" for n, symbol in enumerate(symbols)]
+    axes = [
+        f"  {n + 1}. axis:    {'yes' if atoms.pbc[n] else 'no '} {row(atoms.cell[n])}  24  0.2"
+        for n in range(3)
+    ]
+    lines = [
+        *("", "  ___ ___ ___ _ _ _  ", " |   |   |_  | | | | ", " | | | | | . | | | | "),
+        *(" |__ |  _|___|_____|  24.6.0", " |___|_|             ", ""),
+        *("Total charge: 0.000000", "", "Positions:", *places, ""),
+        *("Unit cell:", "           periodic     x           y           z      points  spacing", *axes, ""),
+        *("Energy contributions relative to reference atoms: (reference = -1000.0)", ""),
+        *("Kinetic:        +10.000000", "Potential:      -12.000000", "--------------------------"),
+        *(f"Free energy:   {energy - 0.02:+11.6f}", f"Extrapolated:  {energy:+11.6f}", ""),
+        *("Forces in eV/Ang:", *(f"{n:4d} {symbols[n]} {row(forces[n])}" for n in range(len(atoms))), ""),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def test_a_text_output_of_gpaw_is_imported() -> None:
+    atoms = labelled(slab("Cu"))
+    energy, forces = atoms.get_potential_energy(), atoms.get_forces(apply_constraint=False)
+    Path("relax.txt").write_text(gpaw_text(atoms, energy, forces), encoding="utf-8")
+    report = run("relax.txt")
+    assert (report.kept, report.dropped) == (1, [])
+    record = OC20Lmdb("out.lmdb")[0]
+    assert record.energy.item() == pytest.approx(energy, abs=1e-5)
+    assert np.allclose(record.forces, forces, atol=1e-5)
+    assert np.allclose(record.cell[0], atoms.cell, atol=1e-5)
+    # ASE reads the energy extrapolated to zero smearing alone.
+    report = run("relax.txt", out="free.lmdb", energy="free_energy")
+    assert report.kept == 0
+    assert "free" in report.dropped[0].reason

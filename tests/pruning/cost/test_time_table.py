@@ -145,7 +145,7 @@ def test_a_search_cuts_what_saves_time_until_all_targets_are_reached(tmp_path: P
 
 @pytest.mark.slow
 def test_time_changes_what_is_cut() -> None:
-    """Where widths take no time, a search for operations cuts them and one for time does not."""
+    """Compare searches where widths take no time: one for operations cuts them and one for time does not."""
     calibration = Calibration(MODEL, NORMALIZERS, slabs()[:2])
     macs, table = MacTarget(CONFIG, 0.8, 16, 96), TimeTable(CONFIG, FakeTimer())
 
