@@ -1,23 +1,14 @@
 """The demo's report: one HTML file with everything in it."""
 
-import base64
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from equiformer2.demo.plan import TEACHER_SYSTEMS, DemoPlan
 from equiformer2.demo.steps import Network, Relaxed
+from equiformer2.report import bullets, page, picture, table
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto;
-  padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } img { max-width: 100%; }
-.best { font-weight: bold; } .dim { color: #777; }
-.note { background: #f5f5f0; padding: .6rem 1rem; border-left: 4px solid #999; }
-"""
 #: Energies are called alike within this, eV: the accuracy that adsorption energies are used at.
 _ALIKE = 0.1
 
@@ -44,17 +35,8 @@ class DemoReport:
 
     def to_html(self) -> str:
         """Write one HTML page with everything in it, figures included; missing figures are left out."""
-
-        def figure(caption: str, path: Path) -> str:
-            caption = html.escape(caption)
-            data = base64.b64encode(path.read_bytes()).decode()
-            return f"<h3>{caption}</h3><img alt='{caption}' src='data:image/png;base64,{data}'>"
-
         result, tuned = self.shown.result, self.networks[2].result
         parts = [
-            "<!doctype html><html lang='en'><meta charset='utf-8'><title>equiformer2 demo</title>",
-            f"<style>{_STYLE}</style>",
-            "<h1>equiformer2 demo</h1>",
             "<p>An EquiformerV2 that imitates a universal potential (SevenNet-0, <b>not DFT</b>) was "
             "fine-tuned on this machine on frames of OC20's DFT relaxations (VASP, RPBE; Chanussot et al. "
             "2021, CC-BY-4.0), compared with the same network trained from random weights, used for "
@@ -62,7 +44,7 @@ class DemoReport:
             f"<h2>Errors on {tuned.systems} DFT systems that no training has seen</h2>",
             f"<p>{tuned.structures} frames, against DFT. Energies in eV, forces on free atoms in eV/Å.</p>",
             self._error_table(),
-            _list(self._verdicts()),
+            bullets(self._verdicts()),
             "<h2>Adsorption energies of relaxed structures</h2>",
             f"<p>{html.escape(result.adsorbate_formula)} on {html.escape(self.shown.system)}, which no "
             f"training has seen, relaxed with the fine-tuned network: <b>{result.energy:.2f} eV</b> "
@@ -71,18 +53,18 @@ class DemoReport:
             "labels "
             "it has learned, on slabs of bulks that it has not seen.</p>",
             self._relaxation_table(),
-            _list(self._relaxation_verdicts()),
+            bullets(self._relaxation_verdicts()),
             "<h2>Before and after pruning</h2>",
             self._pruning_table(),
-            _list(self._pruning_verdicts()),
+            bullets(self._pruning_verdicts()),
             "<h2>Weak points</h2>",
-            f"<div class='note'>{_list(self._weak_points())}</div>",
-            *(figure(caption, path) for caption, path in self.figures.items() if path.exists()),
+            f"<div class='note'>{bullets(self._weak_points())}</div>",
+            *(picture(name, path.read_bytes()) for name, path in self.figures.items() if path.exists()),
             "<h2>Time</h2><p>"
             + ", ".join(f"{html.escape(name)} {value:.0f} s" for name, value in self.seconds.items())
-            + f"; together {sum(self.seconds.values()) / 60:.1f} minutes.</p></html>",
+            + f"; together {sum(self.seconds.values()) / 60:.1f} minutes.</p>",
         ]
-        return "\n".join(parts)
+        return page("equiformer2 demo", parts)
 
     @property
     def _baselines(self) -> tuple[float, float]:
@@ -107,7 +89,7 @@ class DemoReport:
             if network is self.networks[0]:
                 rows[-1][2] += " (other labels)"
         head = ["network", "steps", "energy MAE", "force MAE", "force cosine", "EFwT"]
-        return _table(head, rows, bold=3)
+        return table(head, rows, bold=3)
 
     def _verdicts(self) -> list[str]:
         """Sentences that follow from the errors."""
@@ -157,7 +139,7 @@ class DemoReport:
                 ]
             )
         head = ["system", "network", "network, relaxed (eV)", "DFT, relaxed (eV)", "SevenNet-0, relaxed (eV)"]
-        return _table([*head, "start (eV)", "steps", "converged", "anomalies"], rows)
+        return table([*head, "start (eV)", "steps", "converged", "anomalies"], rows)
 
     def _relaxation_verdicts(self) -> list[str]:
         sentences = []
@@ -200,7 +182,7 @@ class DemoReport:
                 ]
             )
         head = ["network", "parameters", "million multiply-accumulates", "force call (ms)"]
-        return _table([*head, "energy MAE (eV)", "force MAE (eV/Å)", "force cosine"], rows)
+        return table([*head, "energy MAE (eV)", "force MAE (eV/Å)", "force cosine"], rows)
 
     def _pruning_verdicts(self) -> list[str]:
         dense, cut, small = self.networks[2:]
@@ -254,19 +236,6 @@ def _errors(network: Network) -> list[str]:
         f"{metrics['forces_cosine_similarity']:.3f}",
         f"{metrics['energy_forces_within_threshold']:.1%}",
     ]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], bold: int | None = None) -> str:
-    """Format a table; the row `bold` is set in bold type."""
-    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
-    for number, row in enumerate(rows):
-        kind = " class='best'" if number == bold else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _list(sentences: Iterable[str]) -> str:
-    return "<ul>" + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences) + "</ul>"
 
 
 def table_lines(networks: Sequence[Network]) -> list[str]:

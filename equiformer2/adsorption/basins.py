@@ -1,0 +1,118 @@
+"""Minima that relaxations ended in, which of them are the same, and how likely a lower one was missed."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from ase import Atoms
+
+from equiformer2.adsorption.symmetry import SurfaceSymmetry, complete_linkage
+from equiformer2.inference.atoms import ADSORBATE
+
+#: eV and Å; relaxations whose results differ by less have found the same minimum. Two relaxations of one
+#: minimum differ by what their last forces leave open.
+SAME_ENERGY, SAME_POSITIONS = 0.02, 0.3
+#: eV; a minimum that is lower by this would change the answer (AdsorbML's threshold of success).
+LOWER = 0.1
+#: Probability of such a minimum below which a search may stop.
+ENOUGH = 0.05
+#: Draws that are needed before anything is concluded.
+_FEWEST_DRAWS = 8
+#: Sightings of unseen basins that are assumed beside those that were made, so that a few draws into the same
+#: basin do not mean that there is no other.
+_PRIOR = 0.5
+#: eV; scale of the differences between minima while only one is known.
+_USUAL_SPREAD = 0.3
+
+
+def find_basins(
+    relaxed: Sequence[Atoms],
+    energies: Sequence[float],
+    symmetry: SurfaceSymmetry,
+    same_energy: float = SAME_ENERGY,
+    same_positions: float = SAME_POSITIONS,
+) -> list[int]:
+    """Group relaxed structures that are in the same minimum, up to symmetry of the slab.
+
+    All members of a group are alike (complete linkage), so that groups do not depend on the order and do not
+    chain.
+
+    Args:
+        relaxed: slab and adsorbate (tag 2), relaxed.
+        energies: eV.
+        symmetry: of the slab.
+        same_energy: eV; largest difference within a group.
+        same_positions: Å; largest displacement of an adsorbate atom within a group.
+
+    Returns:
+        For each structure the number of the first one of its group.
+    """
+    adsorbates = [atoms[atoms.get_tags() == ADSORBATE] for atoms in relaxed]
+    count = len(adsorbates)
+    near = np.full((count, count), np.inf)
+    for i in range(count):
+        for j in range(i):
+            if abs(energies[i] - energies[j]) <= same_energy:
+                near[i, j] = symmetry.distance(adsorbates[i], adsorbates[j], same_positions)
+                near[j, i] = near[i, j]
+    return complete_linkage(near, same_positions)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Estimate of what a search has not seen.
+
+    Attributes:
+        draws: placements that ended in a basin, copies by symmetry included.
+        basins: different ones among them.
+        unseen_probability: that the next placement ends in a basin that none has been in.
+        unseen_basins: number of basins that further placements up to the budget would add.
+        p_lower: probability that one of them is lower than the lowest one seen by more than `LOWER`.
+    """
+
+    draws: int
+    basins: int
+    unseen_probability: float
+    unseen_basins: float
+    p_lower: float
+
+    @property
+    def enough(self) -> bool:
+        """True if so little is expected of further placements that the search may stop."""
+        return self.draws >= _FEWEST_DRAWS and self.p_lower < ENOUGH
+
+
+def estimate_coverage(
+    basins: Sequence[int], energies: Sequence[float], remaining: int, lower: float = LOWER
+) -> Coverage:
+    """Estimate from the basins of the placements so far what further ones would bring.
+
+    A basin that was seen once tells of others that were not: their share of the draws is that of the unseen
+    (I. J. Good, Biometrika 1953, 40, 237), and their number follows from those seen once and twice (A. Chao,
+    Scand. J. Stat. 1984, 11, 265; extrapolated to more draws as in Chao et al., Ecology 2009, 90, 1125). New
+    basins are as likely as known ones to be the lowest, and the distance to the lowest one is taken to be
+    exponential with the mean distance of the known ones.
+
+    Args:
+        basins: basin of every draw.
+        energies: eV, of every draw.
+        remaining: number of placements that could still be drawn.
+        lower: eV.
+    """
+    draws = len(basins)
+    if not draws:
+        return Coverage(0, 0, 1.0, float(remaining), 1.0 if remaining else 0.0)
+    sightings = Counter(Counter(basins).values())
+    once, twice, known = sightings[1], sightings[2], len(set(basins))
+    unseen = min(1.0, (once + _PRIOR) / (draws + _PRIOR))
+    total = once * (once - 1) / (2 * (twice + 1)) + once * _PRIOR + _PRIOR
+    found = total * -math.expm1(remaining * math.log1p(-min(unseen / total, 1.0 - 1e-12)))
+    lowest: dict[int, float] = {}
+    for basin, energy in zip(basins, energies, strict=True):
+        lowest[basin] = min(energy, lowest.get(basin, math.inf))
+    levels = sorted(lowest.values())
+    spread = float(np.mean(levels[1:]) - levels[0]) if known > 1 else _USUAL_SPREAD
+    p_lower = found / (known + found) * math.exp(-lower / spread) if spread > 0 else 0.0
+    return Coverage(draws, known, unseen, found, p_lower)

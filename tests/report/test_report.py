@@ -1,0 +1,67 @@
+"""Pages that need nothing but their own file, and text that cannot become markup."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from ase import Atoms
+from ase.build import add_adsorbate, fcc111
+from ase.constraints import FixAtoms
+
+from equiformer2.report import bullets, page, picture, structure_viewer, table, viewer_script
+
+
+def slab() -> Atoms:
+    atoms = fcc111("Pt", (2, 2, 3), vacuum=8.0, periodic=True)
+    atoms.set_constraint(FixAtoms(range(4)))
+    add_adsorbate(atoms, "O", 1.3, "fcc")
+    return atoms
+
+
+def test_text_is_escaped() -> None:
+    evil = "<script>alert(1)</script>"
+    text = page(evil, [table([evil], [[evil]]), bullets([evil]), picture(evil, b"png")])
+    assert "<script>" not in text
+    assert text.count("&lt;script&gt;") == 7
+    assert bullets([]) == ""
+
+
+def test_a_viewer_holds_its_structures() -> None:
+    text = structure_viewer("best", {"start": slab(), "relaxed <1>": slab()}, fallback="no 3D")
+    models = json.loads(re.search(r"showStructures\('best', (.*)\);</script>", text).group(1))  # type: ignore[union-attr]
+    assert len(models) == 2
+    assert [atom[0] for atom in models[0]["atoms"]] == ["Pt"] * 12 + ["O"]
+    assert models[0]["atoms"][12][1:4] == [round(x, 4) for x in slab().positions[12].tolist()]
+    fixed, free = models[0]["atoms"][0][4], models[0]["atoms"][11][4]
+    assert fixed < free  # the same colour, darker
+    assert len(models[0]["edges"]) == 4
+    assert "relaxed &lt;1&gt;" in text
+    for name in ("a b", "x'", ""):
+        with pytest.raises(ValueError, match="a plain name"):
+            structure_viewer(name, {"a": slab()})
+
+
+def test_nothing_is_loaded_from_elsewhere() -> None:
+    text = page("t", [viewer_script(), structure_viewer("v", {"a": slab()})])
+    assert text.count("</script>") == 3
+    assert not re.search(r"<(script|link|img)[^>]*(src|href)=['\"]https?:", text)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_a_browser_runs_the_page(tmp_path: Path) -> None:
+    """It draws, or shows the picture in its place where it has no WebGL, without an error."""
+    file = tmp_path / "page.html"
+    probe = "<script>window.onerror = text => { document.title = 'failed: ' + text; }</script>"
+    file.write_text(
+        page("t", [probe, viewer_script(), structure_viewer("v", {"a": slab()}, fallback="instead")]),
+        encoding="utf-8",
+    )
+    options = ["--headless", "--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--dump-dom"]
+    shown = subprocess.run(
+        ["chromium", *options, file.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    assert "<title>t</title>" in shown
+    assert ("<canvas" in shown) != ('id="v" hidden' in shown or 'hidden="" id="v"' in shown)
