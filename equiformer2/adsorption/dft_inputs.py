@@ -1,0 +1,132 @@
+"""DFT input for the best structures of a search: VASP with OC20's settings, and Quantum ESPRESSO."""
+
+import math
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ase import Atoms
+from ase.data import atomic_numbers
+from ase.io import write
+
+from equiformer2.files import write_bytes, write_json
+
+OC20_INCAR: Mapping[str, Any] = {
+    "IBRION": 2,
+    "NSW": 2000,
+    "ISIF": 0,
+    "ISPIN": 1,
+    "ISYM": 0,
+    "LREAL": "Auto",
+    "EDIFFG": -0.03,
+    "SYMPREC": 1e-10,
+    "ENCUT": 350.0,
+    "LAECHG": False,
+    "LWAVE": False,
+    "NCORE": 4,
+    "GGA": "RP",
+}
+"""OC20's settings of slabs with adsorbates (fairchem-data-oc 1.0.2, `utils/vasp_flags.py`), with PBE
+potentials: RPBE, no spin polarisation, no +U, no dispersion."""
+
+_K_PRODUCT = 40.0  # Å; OC20: points along a direction times its length
+#: Ry; usual cut-offs of ultrasoft potentials. Other potentials need others.
+_CUTOFFS = {"ecutwfc": 50.0, "ecutrho": 400.0}
+CANDIDATE = "candidate.json"
+
+
+class Candidate(NamedTuple):
+    """Structure for DFT: `id` of the placement, relaxed `atoms`, and the model's adsorption energy, eV."""
+
+    id: str
+    atoms: Atoms
+    energy: float | None
+
+
+def write_dft_inputs(folder: Path, candidates: Sequence[Candidate], clean_slab: Atoms) -> list[Path]:
+    """Write a folder of input per candidate, best first (`01`, `02`, …), and one for the clean slab (`slab`).
+
+    Potentials are not written, since their licences do not allow it: `POTCAR.txt` says which to join, and
+    Quantum ESPRESSO's input names a file per element that has to be replaced. In VASP's files the atoms are
+    sorted by element, as `order` in `candidate.json` says.
+
+    Args:
+        folder: for the input folders.
+        candidates: relaxed by the model, best first; held atoms stay held.
+        clean_slab: relaxed by the model.
+
+    Returns:
+        The folders.
+    """
+    named = [(f"{number:02d}", candidate) for number, candidate in enumerate(candidates, 1)]
+    named.append(("slab", Candidate("slab", clean_slab, None)))
+    written = []
+    for name, candidate in named:
+        place = folder / name
+        place.mkdir(parents=True, exist_ok=True)
+        order = np.argsort(candidate.atoms.get_chemical_symbols(), kind="stable")
+        atoms = candidate.atoms[order]
+        points = k_points(atoms)
+        files = {
+            "POSCAR": _written(atoms, "vasp"),
+            "INCAR": "".join(f"{key} = {_incar_value(value)}\n" for key, value in OC20_INCAR.items()),
+            "KPOINTS": "OC20's density\n0\nMonkhorst-Pack\n{} {} {}\n0 0 0\n".format(*points),
+            "POTCAR.txt": _potentials(atoms),
+            "pw.in": _espresso(candidate.atoms, points),
+        }
+        for file, text in files.items():
+            write_bytes(place / file, text.encode())
+        record = {"id": candidate.id, "model_eV": candidate.energy, "order": order.tolist()}
+        write_json(place / CANDIDATE, record)
+        written.append(place)
+    return written
+
+
+def k_points(atoms: Atoms) -> tuple[int, int, int]:
+    """Choose OC20's k-points of a slab: 40 Å over the length of each surface vector, one along the normal."""
+    first, second = (max(1, math.ceil(_K_PRODUCT / length)) for length in atoms.cell.lengths()[:2])
+    return first, second, 1
+
+
+def _incar_value(value: object) -> str:
+    return (".TRUE." if value else ".FALSE.") if isinstance(value, bool) else str(value)
+
+
+def _potentials(atoms: Atoms) -> str:
+    symbols = list(dict.fromkeys(atoms.get_chemical_symbols()))
+    return (
+        "Join the PBE potentials of these elements to POTCAR, in this order (OC20 takes those without a "
+        f"suffix): {' '.join(symbols)}\n"
+    )
+
+
+def _espresso(atoms: Atoms, points: tuple[int, int, int]) -> str:
+    symbols = sorted(set(atoms.get_chemical_symbols()), key=atomic_numbers.__getitem__)
+    settings = {
+        "control": {"calculation": "relax", "tprnfor": True, "forc_conv_thr": 1.2e-3},
+        "system": {
+            **_CUTOFFS,
+            "occupations": "smearing",
+            "smearing": "mp",
+            "degauss": 0.015,
+            "input_dft": "RPBE",
+        },
+    }
+    return _written(
+        atoms,
+        "espresso-in",
+        input_data=settings,
+        pseudopotentials={symbol: f"{symbol}.UPF" for symbol in symbols},
+        kpts=points,
+    )
+
+
+def _written(atoms: Atoms, file_format: str, **options: Any) -> str:
+    plain = Atoms(
+        atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True, constraint=atoms.constraints
+    )  # without results, which writers would take along
+    text = StringIO()
+    write(text, plain, format=file_format, **options)
+    return text.getvalue()
