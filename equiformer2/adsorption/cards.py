@@ -1,22 +1,29 @@
 """Trust card of an adsorption energy: what it is, what it rests on, and how to check it again."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 
+from datasets_oc20.structure_files import read_structure
+from datasets_oc20.untrusted import AnyPath
+from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.checkpoint.training_data import TrainingData
+from equiformer2.errors import InputError
+from equiformer2.files import as_input_error, read_json
 from equiformer2.inference.atoms import ADSORBATE, fixed_mask
+from equiformer2.inference.engines import Engineable
+from equiformer2.inference.many import predict
+from equiformer2.shipped import find_checkpoint
 
 #: Elements whose magnetism OC20's calculations leave out.
 MAGNETIC = ("Cr", "Mn", "Fe", "Co", "Ni")
 #: Elements whose oxides need a +U, which OC20 leaves out (Materials Project's list).
 CORRELATED = ("V", "Cr", "Mn", "Fe", "Co", "Ni", "Mo", "W")
-_OC20 = (
-    "OC20: VASP, RPBE, without spin polarisation, +U, dispersion and solvent, at 0 K without zero-point energy"
-)
+_OC20 = "OC20: VASP, RPBE, without spin polarisation, +U, dispersion, solvent and zero-point energy"
 #: eV and eV/Å; other processors and numbers of threads change sums in the last digits.
 SAME_ENERGY, SAME_FORCE = 1e-3, 5e-3
 
@@ -36,7 +43,9 @@ def label_physics(atoms: Atoms, energy_kind: str | None, provenance: Mapping[str
     if labels:
         said = [f"labels: {', '.join(map(str, labels))}"]
     elif energy_kind == "adsorption":
-        said = [f"labels are not stated by the checkpoint; of adsorption energies they mostly are those of {_OC20}"]
+        said = [
+            f"labels are not stated by the checkpoint; those of adsorption energies mostly are of {_OC20}"
+        ]
     else:
         said = ["labels are not stated by the checkpoint"]
     substrate = {atom.symbol for atom in atoms if atom.tag != ADSORBATE}
@@ -48,12 +57,14 @@ def label_physics(atoms: Atoms, energy_kind: str | None, provenance: Mapping[str
         )
     correlated = sorted(substrate & set(CORRELATED))
     if "O" in substrate and correlated:
-        said.append(f"the slab may be an oxide of {', '.join(correlated)}, which needs a +U that OC20 does not have")
+        said.append(
+            f"the slab may be an oxide of {', '.join(correlated)}, which needs a +U that OC20 does not have"
+        )
     return said
 
 
 def structure_digest(atoms: Atoms) -> str:
-    """Hash what an energy depends on, rounded as files keep it: elements, positions, cell, pbc, held atoms."""
+    """Hash what a relaxation depends on, rounded as files keep it: elements, positions, cell, held atoms."""
     digest = hashlib.sha256()
     for values in (atoms.numbers, atoms.pbc, fixed_mask(atoms)):
         digest.update(np.ascontiguousarray(values).astype(np.int64).tobytes())
@@ -62,26 +73,48 @@ def structure_digest(atoms: Atoms) -> str:
     return digest.hexdigest()
 
 
-def compare_card(card: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Compare the fields of a card with what was recomputed.
+def verify_card(path: AnyPath, model: Engineable | None = None) -> dict[str, dict[str, Any]]:
+    """Recompute what a trust card says and compare.
 
     Args:
-        card: `verifiable` of a card.
-        now: the same fields, recomputed.
+        path: the card; its structure lies beside it.
+        model: the model; None for the checkpoint that the card names.
 
     Returns:
         By field `card`, `now` and `ok`: equal, or for numbers within `SAME_ENERGY` or `SAME_FORCE`.
+
+    Raises:
+        InputError: not a card, a structure or a checkpoint that is missing or cannot be read.
     """
-    rows = {}
-    for name, value in card.items():
-        other = now.get(name)
-        tolerance = SAME_FORCE if name.endswith("eV_A") else SAME_ENERGY
-        both = isinstance(value, int | float) and isinstance(other, int | float)
-        same = abs(value - other) <= tolerance if both and not isinstance(value, bool) else value == other
-        rows[name] = {"card": value, "now": other, "ok": bool(same)}
-    return rows
+    path = Path(path)
+    card = read_json(path)
+    expected = card.get("verifiable")
+    if not isinstance(expected, dict) or not isinstance(card.get("structure"), str):
+        raise InputError(f"{path} is no trust card: give the card.json of a search")
+    with as_input_error():
+        atoms = read_structure(path.parent / Path(card["structure"]).name)
+    checkpoint = (card.get("model") or {}).get("checkpoint")
+    if model is None:
+        if checkpoint is None:
+            raise InputError(f"{path} names no checkpoint: give the calculator with which it was made")
+        model = checkpoint
+    (now,) = predict([atoms], model)
+    forces = now.get_forces(apply_constraint=False)[~fixed_mask(atoms)]
+    fields = {
+        "structure_sha256": structure_digest(atoms),
+        "model_energy_eV": float(now.get_potential_energy(apply_constraint=False)),
+        "max_force_eV_A": float(np.linalg.norm(forces, axis=1).max()) if len(forces) else 0.0,
+    }
+    expected = dict(expected)
+    if card.get("checkpoint_sha256") is not None and isinstance(model, str | list):
+        files = [model] if isinstance(model, str) else model
+        sums = [sha256(find_checkpoint(str(file))) for file in files]
+        expected["checkpoint_sha256"] = card["checkpoint_sha256"]
+        fields["checkpoint_sha256"] = sums[0] if isinstance(model, str) else sums
+    return {name: _compared(name, value, fields.get(name)) for name, value in expected.items()}
 
 
-def twice_named(sentences: Sequence[str]) -> list[str]:
-    """Leave out sentences that were said before."""
-    return list(dict.fromkeys(sentences))
+def _compared(name: str, card: Any, now: Any) -> dict[str, Any]:
+    tolerance = SAME_FORCE if name.endswith("eV_A") else SAME_ENERGY
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (card, now))
+    return {"card": card, "now": now, "ok": bool(abs(card - now) <= tolerance if numbers else card == now)}
