@@ -1,6 +1,5 @@
 """Trust card of an adsorption energy: what it is, what it rests on, and how to check it again."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,16 +62,6 @@ def label_physics(atoms: Atoms, energy_kind: str | None, provenance: Mapping[str
     return said
 
 
-def structure_digest(atoms: Atoms) -> str:
-    """Hash what a relaxation depends on, rounded as files keep it: elements, positions, cell, held atoms."""
-    digest = hashlib.sha256()
-    for values in (atoms.numbers, atoms.pbc, fixed_mask(atoms)):
-        digest.update(np.ascontiguousarray(values).astype(np.int64).tobytes())
-    for values in (atoms.positions, atoms.cell.array):
-        digest.update(np.round(np.asarray(values) * 1e6).astype(np.int64).tobytes())
-    return digest.hexdigest()
-
-
 def verify_card(path: AnyPath, model: Engineable | None = None) -> dict[str, dict[str, Any]]:
     """Recompute what a trust card says and compare.
 
@@ -91,8 +80,9 @@ def verify_card(path: AnyPath, model: Engineable | None = None) -> dict[str, dic
     expected = card.get("verifiable")
     if not isinstance(expected, dict) or not isinstance(card.get("structure"), str):
         raise InputError(f"{path} is no trust card: give the card.json of a search")
+    file = path.parent / Path(card["structure"]).name
     with as_input_error():
-        atoms = read_structure(path.parent / Path(card["structure"]).name)
+        atoms = read_structure(file)
     checkpoint = (card.get("model") or {}).get("checkpoint")
     if model is None:
         if checkpoint is None:
@@ -101,7 +91,7 @@ def verify_card(path: AnyPath, model: Engineable | None = None) -> dict[str, dic
     (now,) = predict([atoms], model)
     forces = now.get_forces(apply_constraint=False)[~fixed_mask(atoms)]
     fields = {
-        "structure_sha256": structure_digest(atoms),
+        "structure_sha256": sha256(file),
         "model_energy_eV": float(now.get_potential_energy(apply_constraint=False)),
         "max_force_eV_A": float(np.linalg.norm(forces, axis=1).max()) if len(forces) else 0.0,
     }

@@ -6,6 +6,7 @@ the search stops where that is unlikely. Every finished relaxation is in the fol
 goes on where it was.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +20,12 @@ from ase.geometry import find_mic
 
 from equiformer2.adsorption.anomalies import Anomaly, check_anomalies
 from equiformer2.adsorption.basins import Coverage, estimate_coverage, find_basins
-from equiformer2.adsorption.cards import structure_digest
 from equiformer2.adsorption.energy import resolve_energy_kind
 from equiformer2.adsorption.references import check_gas_references, gas_reference
 from equiformer2.adsorption.symmetry import SurfaceSymmetry, merge_copies, surface_symmetry
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
+from equiformer2.inference.atoms import fixed_mask
 from equiformer2.inference.batched import RelaxationSettings
 from equiformer2.inference.engines import Engine, open_engine
 from equiformer2.inference.many import Relaxation
@@ -218,7 +219,7 @@ class _Search:
             check_gas_references(self.adsorbate, settings.gas_per_atom, settings.gas)
         self.identity = {
             "model": self.engine.identity(),
-            "slab": structure_digest(slab),
+            "slab": _digest(slab),
             "adsorbate": self.adsorbate.get_chemical_formula(),
             "gas": settings.gas,
             "gas_per_atom": dict(settings.gas_per_atom),
@@ -374,3 +375,13 @@ class _Search:
             f"no placement has relaxed to the intended adsorbate: {counts['anomalous']} have an anomaly, "
             f"{counts['failed']} failed (see {self.folder / 'relaxed.jsonl'}); try more placements"
         )
+
+
+def _digest(slab: Atoms) -> str:
+    """Hash what a slab is: elements, positions and cell to 1e-6 Å, periodic directions, held atoms."""
+    digest = hashlib.sha256()
+    for values in (slab.numbers, slab.pbc, fixed_mask(slab)):
+        digest.update(np.ascontiguousarray(values).astype(np.int64).tobytes())
+    for values in (slab.positions, slab.cell.array):
+        digest.update(np.round(np.asarray(values) * 1e6).astype(np.int64).tobytes())
+    return digest.hexdigest()

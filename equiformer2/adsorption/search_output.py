@@ -11,9 +11,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from equiformer2.adsorption.basins import ENOUGH, LOWER
-from equiformer2.adsorption.cards import label_physics, structure_digest
+from equiformer2.adsorption.cards import label_physics
 from equiformer2.adsorption.dft_inputs import Candidate, write_dft_inputs
 from equiformer2.adsorption.search import SearchResult
+from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.files import write_bytes, write_json
 from equiformer2.inference.pictures import structure_picture
 from equiformer2.inference.record import write_structure
@@ -48,7 +49,7 @@ def write_search(
         if one.relaxation is not None
     ] or [Candidate(best.id, best.relaxation.atoms, best.energy)]
     write_dft_inputs(folder / "dft", candidates, result.clean_slab.atoms)
-    card = trust_card(result, model, settings)
+    card = trust_card(result, model, settings, sha256(folder / BEST))
     checkpoint = model.get("checkpoint")
     write_json(folder / CARD, {**header("adsorption-card/1", checkpoint), **card})
     write_json(folder / BASINS, {**header("adsorption-basins/1", checkpoint), **basin_graph(result)})
@@ -91,7 +92,9 @@ def write_search(
     return record
 
 
-def trust_card(result: SearchResult, model: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def trust_card(
+    result: SearchResult, model: Mapping[str, Any], settings: Mapping[str, Any], structure_sha256: str
+) -> dict[str, Any]:
     """Collect what the energy rests on, and under `verifiable` what `cards.verify_card` recomputes."""
     best = result.best
     assert best.relaxation is not None
@@ -116,7 +119,7 @@ def trust_card(result: SearchResult, model: Mapping[str, Any], settings: Mapping
         "max_force_std_eV_A": atoms.info.get("max_force_std_eV_A"),
         "coverage": vars(result.coverage),
         "verifiable": {
-            "structure_sha256": structure_digest(atoms),
+            "structure_sha256": structure_sha256,
             "model_energy_eV": best.relaxation.energy_eV,
             "max_force_eV_A": best.relaxation.max_force_eV_A,
         },
