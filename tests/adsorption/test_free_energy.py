@@ -1,0 +1,115 @@
+"""Vibrations and free energies beside ASE's own, balanced reactions, and the hydrogen electrode."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.calculators.emt import EMT
+from ase.optimize import BFGS
+from ase.vibrations import Vibrations as AseVibrations
+from test_basins import slab, with_adsorbate
+
+from equiformer2.adsorption.free_energy import (
+    Reaction,
+    Vibrations,
+    check_referred_to_molecules,
+    free_energy,
+    gas_correction,
+    vibrations,
+)
+from equiformer2.errors import InputError
+
+
+def relaxed() -> Atoms:
+    atoms = with_adsorbate(slab(size=(2, 2, 3)), "CO", "fcc")
+    atoms.calc = EMT()
+    BFGS(atoms, logfile=None).run(fmax=0.01)
+    atoms.calc = None
+    return atoms
+
+
+def test_frequencies_are_those_of_ase(tmp_path: Path) -> None:
+    atoms = relaxed()
+    found = vibrations(atoms, EMT())
+    atoms.calc = EMT()
+    reference = AseVibrations(atoms, indices=[12, 13], name=str(tmp_path / "vib"), delta=0.01)
+    reference.run()
+    values = reference.get_frequencies()
+    assert found.frequencies == pytest.approx(np.sort(values.real - np.abs(values.imag)), abs=0.01)
+    assert len(found.imaginary) == (values.imag != 0).sum()
+    assert found.asymmetry < 0.01 * found.largest_element
+
+
+def test_asymmetric_forces_are_told() -> None:
+    class Turned(EMT):
+        """Forces with a part that is no gradient."""
+
+        def calculate(self, *arguments: object, **more: object) -> None:
+            super().calculate(*arguments, **more)
+            place = self.atoms.positions[-1]
+            self.results["forces"][-1] += [0.5 * place[1], -0.5 * place[0], 0.0]
+
+    found = vibrations(relaxed(), Turned())
+    assert found.asymmetry == pytest.approx(1.0, abs=0.02)
+
+
+def test_thermochemistry_is_that_of_the_formulas() -> None:
+    modes = Vibrations(np.array([-80.0, 20.0, 500.0]), 0.0, 1.0)
+    thermo = modes.thermo(300.0, lowest=50.0)
+    energies = np.array([50.0, 50.0, 500.0]) * units.invcm
+    assert thermo["zpe_eV"] == pytest.approx(energies.sum() / 2)
+    x = energies / (units.kB * 300.0)
+    assert thermo["heat_eV"] == pytest.approx((energies / np.expm1(x)).sum(), rel=1e-6)
+    entropy = units.kB * 300.0 * (x / np.expm1(x) - np.log1p(-np.exp(-x))).sum()
+    assert thermo["entropy_eV"] == pytest.approx(entropy, rel=1e-6)
+    # Nørskov et al. 2004: zero-point energy less entropy of H2 0.27 - 0.41 eV, of water 0.56 - 0.67 eV.
+    assert gas_correction("H2", 298.15) == pytest.approx(-0.05, abs=0.03)
+    assert gas_correction("H2O", 298.15) == pytest.approx(-0.01, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("formula", "gases", "electrons"),
+    [
+        ("H", {}, 1.0),
+        ("OH", {"H2O": 1.0}, -1.0),
+        ("O", {"H2O": 1.0}, -2.0),
+        ("CO", {"CO": 1.0}, 0.0),
+        ("CHO", {"CO": 1.0}, 1.0),
+        ("C", {"CO": 1.0, "H2O": -1.0}, 2.0),
+        ("NH3", {"N2": 0.5}, 3.0),
+        ("CO2", {"CO": 1.0, "H2O": 1.0}, -2.0),
+    ],
+)
+def test_reactions_are_balanced(formula: str, gases: dict[str, float], electrons: float) -> None:
+    reaction = Reaction.of(Atoms(formula))
+    assert (reaction.gases, reaction.electrons) == (gases, electrons)
+
+
+def test_potential_and_acidity_shift_what_takes_electrons() -> None:
+    modes = Vibrations(np.full(6, 600.0), 0.0, 1.0)
+    hydroxide = [
+        free_energy(0.5, Atoms("OH"), modes, 298.15, potential, ph)
+        for potential, ph in ((0.0, 0.0), (1.0, 0.0), (0.0, 14.0))
+    ]
+    values = [one["free_energy_eV"] for one in hydroxide]
+    assert values[1] == pytest.approx(values[0] - 1.0)
+    assert values[2] == pytest.approx(values[0] - 14 * 0.05916, abs=1e-3)
+    # 1/2 O2 is 2.46 eV above water less H2.
+    assert hydroxide[2]["free_energy_against_O2_eV"] == pytest.approx(values[0] - 2.458)
+    assert hydroxide[0]["imaginary"] == 0
+    with pytest.raises(InputError, match="no gas reference for S"):
+        free_energy(0.0, Atoms("SH"), modes)
+    with pytest.raises(InputError, match="the temperature is 0"):
+        free_energy(0.0, Atoms("OH"), modes, 0.0)
+    check_referred_to_molecules("adsorption", None)
+    with pytest.raises(InputError, match="--gas molecules"):
+        check_referred_to_molecules("total", {"source": "vacuum"})
+
+
+def test_atoms_that_cannot_vibrate_are_refused() -> None:
+    atoms = relaxed()
+    with pytest.raises(InputError, match="is held cannot vibrate"):
+        vibrations(atoms, EMT(), [0])
+    with pytest.raises(InputError, match="no atom is marked"):
+        vibrations(slab(), EMT())
