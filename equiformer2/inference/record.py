@@ -9,14 +9,7 @@ from typing import Any
 
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import (
-    FixAtoms,
-    FixCartesian,
-    FixConstraint,
-    FixedLine,
-    FixedPlane,
-    FixScaled,
-)
+from ase.constraints import FixAtoms, FixCartesian, FixConstraint
 from ase.io import write
 from ase.io.trajectory import Trajectory
 
@@ -24,7 +17,7 @@ from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint.training_data import validation_errors
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, write_bytes, write_json
-from equiformer2.inference.atoms import fixed_mask
+from equiformer2.inference.atoms import fixed_mask, partial_constraints
 from equiformer2.inference.calculator import EquiformerV2Calculator
 from equiformer2.inference.committee import Committee
 from equiformer2.inference.extras import extras, simple_info
@@ -186,16 +179,10 @@ def write_structure(path: AnyPath, atoms: Atoms) -> Path:
 
 def _constraints_by_mask(atoms: Atoms) -> list[FixConstraint]:
     """Constraints that extended XYZ can hold: atoms held in all or in some Cartesian directions."""
-    held = fixed_mask(atoms)
+    held, others = fixed_mask(atoms), partial_constraints(atoms)
     kept: list[FixConstraint] = [FixAtoms(mask=held)] if held.any() else []
-    kept += [one for one in atoms.constraints if isinstance(one, FixCartesian) and not held[one.index].all()]
-    known = (FixAtoms, FixCartesian, FixScaled, FixedLine, FixedPlane)
-    partial = {
-        type(one).__name__
-        for one in atoms.constraints
-        if not isinstance(one, FixAtoms | FixCartesian)
-        and not (isinstance(one, known) and held[one.index].all())
-    }
+    kept += [one for one in others if isinstance(one, FixCartesian)]
+    partial = {type(one).__name__ for one in others if not isinstance(one, FixCartesian)}
     if partial:
         # ASE's trajectory keeps the constraints only if every one of them can describe itself.
         described = all(hasattr(one, "todict") for one in atoms.constraints)
