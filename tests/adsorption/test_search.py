@@ -1,0 +1,302 @@
+"""The search over placements: merging, ranking, stopping, going on, its files, and DFT results read back."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import read, write
+from ase.optimize import LBFGS
+from test_basins import slab, with_adsorbate
+
+from equiformer2.adsorption.cards import label_physics, verify_card
+from equiformer2.adsorption.collect import collect, read_dft_result
+from equiformer2.adsorption.dft_inputs import Candidate, k_points, write_dft_inputs
+from equiformer2.adsorption.search import SearchResult, SearchSettings, search_placements
+from equiformer2.adsorption.search_output import write_search
+from equiformer2.errors import InputError
+
+QUICK = SearchSettings(fmax=0.1, steps=60)
+SITES = ("ontop", "fcc", "hcp", "bridge")
+
+
+def base() -> Atoms:
+    return slab(size=(2, 2, 3))
+
+
+def placed(
+    name: str = "O", sites: tuple[str, ...] = SITES, turns: tuple[float, ...] = (0.0,)
+) -> list[tuple[str, Atoms]]:
+    found = [
+        with_adsorbate(base(), name, site, offset, turn)
+        for site in sites
+        for offset in ((0, 0), (1, 0))
+        for turn in turns
+    ]
+    return [(f"p{number:02d}", atoms) for number, atoms in enumerate(found)]
+
+
+class Counting(EMT):
+    """EMT that counts its calculations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def calculate(self, *arguments: object, **more: object) -> None:
+        self.calls += 1
+        super().calculate(*arguments, **more)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SearchResult]:
+    folder = tmp_path_factory.mktemp("search") / "o"
+    result = search_placements(base(), placed(), EMT(), folder, QUICK)
+    write_search(folder, result, {"calculator": "emt", "checkpoint": None}, {"seed": 0})
+    return folder, result
+
+
+def test_the_energy_is_that_of_the_lowest_placement_relaxed_alone(
+    finished: tuple[Path, SearchResult],
+) -> None:
+    energies = {}
+    for site in SITES:
+        atoms = with_adsorbate(base(), "O", site)
+        atoms.calc = EMT()
+        LBFGS(atoms, logfile=None, maxstep=0.04).run(fmax=0.1, steps=60)
+        energies[site] = atoms.get_potential_energy()
+    clean = base()
+    clean.calc = EMT()
+    LBFGS(clean, logfile=None, maxstep=0.04).run(fmax=0.1, steps=60)
+    oxygen = Atoms("O", cell=[20.0] * 3, calculator=EMT())
+    expected = min(energies.values()) - clean.get_potential_energy() - oxygen.get_potential_energy()
+    result = finished[1]
+    assert result.energy == pytest.approx(expected, abs=1e-4)
+    assert result.terms["slab"] == pytest.approx(clean.get_potential_energy(), abs=1e-4)
+
+
+def test_copies_are_not_relaxed_and_inherit(finished: tuple[Path, SearchResult]) -> None:
+    result = finished[1]
+    assert [one.merged_into for one in result.found] == [None, "p00", None, "p02", None, "p04", None, "p06"]
+    assert [one.status for one in result.found] == ["converged", "merged"] * 4
+    assert all(one.energy == result.found[n - 1].energy for n, one in enumerate(result.found) if n % 2)
+    assert result.coverage.draws == 8
+    assert result.reason == "all placements were relaxed"
+
+
+def test_files_hold_the_keys_of_the_contract(finished: tuple[Path, SearchResult]) -> None:
+    folder, result = finished
+    record = json.loads((folder / "search.json").read_text())
+    assert {"schema", "command", "commit", "checkpoint_sha256", "seconds"} <= set(record)
+    assert record["adsorption_energy_eV"] == result.energy
+    assert {"id", "file", "start_energy_eV", "max_force_eV_A", "converged", "anomalies"} <= set(
+        record["best"]
+    )
+    assert all(
+        {"id", "status", "merged_into", "basin", "steps", "energy_eV"} <= set(row)
+        for row in record["placements"]
+    )
+    assert {"reason", "unseen_probability", "p_lower"} <= set(record["stop"])
+    best = read(folder / record["best"]["file"])
+    assert best.get_potential_energy() == pytest.approx(result.best.relaxation.energy_eV)
+    basins = json.loads((folder / "basins.json").read_text())
+    assert sum(basin["multiplicity"] for basin in basins["basins"]) == 8
+    assert len(list((folder / "trajectories").glob("*.traj"))) == 5
+    page = (folder / "report.html").read_text()
+    assert "showStructures" in page
+    assert f"{result.energy:.3f} eV" in page
+
+
+def test_a_finished_search_calculates_nothing_again(finished: tuple[Path, SearchResult]) -> None:
+    folder, result = finished
+    calculator = Counting()
+    again = search_placements(base(), placed(), EMT(), folder, QUICK)
+    assert again.energy == pytest.approx(result.energy, abs=1e-6)
+    assert again.model_evaluations == result.model_evaluations
+    with pytest.raises(InputError, match="model"):  # another model is another search
+        search_placements(base(), placed(), calculator, folder, QUICK)
+    assert calculator.calls == 0
+    with pytest.raises(InputError, match="another start structure"):
+        search_placements(base(), [("p00", with_adsorbate(base(), "O", "fcc"))], EMT(), folder, QUICK)
+
+
+def test_a_stopped_search_goes_on(tmp_path: Path) -> None:
+    class Interrupted(EMT):
+        """Stops at the 30th calculation."""
+
+        calls = 0
+
+        def calculate(self, *arguments: object, **more: object) -> None:
+            type(self).calls += 1
+            if type(self).calls == 30:
+                raise KeyboardInterrupt
+            super().calculate(*arguments, **more)
+
+    folder = tmp_path / "search"
+    with pytest.raises(KeyboardInterrupt):
+        search_placements(base(), placed(), Interrupted(), folder, QUICK)
+    finished_before = (folder / "relaxed.jsonl").read_text().splitlines()
+    assert 1 < len(finished_before) < 5
+    result = search_placements(base(), placed(), Interrupted(), folder, QUICK)
+    assert (folder / "relaxed.jsonl").read_text().splitlines()[: len(finished_before)] == finished_before
+    whole = search_placements(base(), placed(), EMT(), tmp_path / "whole", QUICK)
+    assert result.energy == pytest.approx(whole.energy, abs=1e-6)
+    assert [one.summary()["steps"] for one in result.found] == [one.summary()["steps"] for one in whole.found]
+
+
+def test_placements_with_an_anomaly_do_not_count(tmp_path: Path) -> None:
+    far = with_adsorbate(base(), "CO", "fcc")
+    far.positions[-2:, 2] += 3.5  # desorbed, and EMT sees nothing there
+    result = search_placements(
+        base(), [("far", far), ("near", with_adsorbate(base(), "CO", "fcc"))], EMT(), tmp_path / "s", QUICK
+    )
+    assert [one.status for one in result.found] == ["anomalous", "converged"]
+    assert result.best.id == "near"
+    assert result.found[0].basin is None
+    with pytest.raises(
+        InputError, match="no placement has relaxed to the intended adsorbate: 1 have an anomaly"
+    ):
+        search_placements(base(), [("far", far)], EMT(), tmp_path / "t", QUICK)
+
+
+def test_a_search_may_stop_early(tmp_path: Path) -> None:
+    """Many starts in one basin; without the rule all are relaxed."""
+    starts = []
+    random = np.random.default_rng(0)
+    for number in range(24):
+        atoms = with_adsorbate(base(), "O", "fcc")
+        atoms.positions[-1] += random.uniform(-0.3, 0.3, 3)
+        starts.append((f"p{number:02d}", atoms))
+    result = search_placements(base(), starts, EMT(), tmp_path / "s", QUICK)
+    assert result.coverage.basins == 1
+    assert {"converged", "stopped"} <= {one.status for one in result.found}
+    assert "has a probability of" in result.reason
+    every = search_placements(
+        base(), starts, EMT(), tmp_path / "t", SearchSettings(fmax=0.1, steps=60, stop=False)
+    )
+    assert {one.status for one in every.found} <= {"converged", "merged"}
+
+
+def test_what_is_no_search_is_refused(tmp_path: Path) -> None:
+    good = with_adsorbate(base(), "O", "fcc")
+    for starts, message in (
+        ([], "there is no placement"),
+        ([("a", base())], "not an adsorbate on this slab"),
+        ([("a", good[::-1])], "not an adsorbate on this slab"),
+        ([("a", good), ("a", good)], "the same name"),
+    ):
+        with pytest.raises(InputError, match=message):
+            search_placements(base(), starts, EMT(), tmp_path / "s", QUICK)
+    with pytest.raises(InputError, match="gas"):
+        search_placements(base(), [("a", good)], EMT(), tmp_path / "s", SearchSettings(gas="air"))
+
+
+def test_a_card_is_recomputed(finished: tuple[Path, SearchResult], tmp_path: Path) -> None:
+    folder, _ = finished
+    rows = verify_card(folder / "card.json", EMT())
+    assert all(row["ok"] for row in rows.values())
+    card = json.loads((folder / "card.json").read_text())
+    card["verifiable"]["model_energy_eV"] += 0.01
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    write(tmp_path / "best.extxyz", read(folder / "best.extxyz")[::-1])
+    rows = verify_card(tmp_path / "card.json", EMT())
+    assert {name for name, row in rows.items() if not row["ok"]} == {"model_energy_eV", "structure_sha256"}
+    with pytest.raises(InputError, match="names no checkpoint"):
+        verify_card(folder / "card.json")
+    with pytest.raises(InputError, match="is no trust card"):
+        verify_card(folder / "search.json")
+
+
+def test_physics_that_labels_leave_out_is_said() -> None:
+    iron = Atoms("FeO", tags=[1, 1])
+    said = " ".join(label_physics(iron, "adsorption", {}))
+    assert "RPBE" in said
+    assert "Fe, which is magnetic" in said
+    assert "needs a +U" in said
+    assert "magnetic" not in " ".join(label_physics(Atoms("CuO", tags=[1, 2]), "adsorption", {}))
+    stage = {"elements": {"Cu": 1}, "labels": ["SevenNet-0, not DFT"], "earlier": []}
+    assert "SevenNet-0, not DFT" in label_physics(iron, "adsorption", {"training_data": stage})[0]
+
+
+def candidates() -> list[Candidate]:
+    return [
+        Candidate("a", with_adsorbate(base(), "O", "fcc"), -1.0),
+        Candidate("b", with_adsorbate(base(), "O", "ontop"), -0.5),
+        Candidate("c", with_adsorbate(base(), "O", "bridge"), -0.8),
+    ]
+
+
+def test_dft_input_has_oc20_s_settings(tmp_path: Path) -> None:
+    folders = write_dft_inputs(tmp_path, candidates()[:2], base())
+    assert [folder.name for folder in folders] == ["01", "02", "slab"]
+    assert "GGA = RP" in (tmp_path / "01/INCAR").read_text()
+    assert k_points(base()) == (8, 8, 1)  # 40 Å over 5.1 Å
+    assert "8 8 1" in (tmp_path / "01/KPOINTS").read_text()
+    poscar = read(tmp_path / "01/POSCAR")
+    order = json.loads((tmp_path / "01/candidate.json").read_text())["order"]
+    original = candidates()[0].atoms
+    assert np.allclose(poscar.positions, original.positions[order])
+    assert len(poscar.constraints[0].index) == 4
+    assert (tmp_path / "01/POTCAR.txt").read_text().strip().endswith(": Cu O")
+    espresso = read(tmp_path / "01/pw.in", format="espresso-in")
+    assert np.allclose(espresso.positions, original.positions)
+    assert len(espresso.constraints[0].index) == 4
+
+
+def dft_file(path: Path, atoms: Atoms, energy: float) -> Path:
+    """A relaxation of two steps, as a trajectory."""
+    frames = []
+    for step in range(2):
+        frame = atoms.copy()
+        frame.positions[-1, 2] += 0.05 * step
+        frame.calc = SinglePointCalculator(
+            frame, energy=energy + 0.1 * (1 - step), forces=np.zeros((len(frame), 3))
+        )
+        frames.append(frame)
+    write(path, frames)
+    return path
+
+
+def test_dft_results_are_read_back(tmp_path: Path) -> None:
+    a, b, c = candidates()
+    files = [
+        dft_file(tmp_path / "x.traj", b.atoms[::-1], -99.0),  # in another order of atoms
+        dft_file(tmp_path / "y.traj", a.atoms, -100.0),
+        dft_file(tmp_path / "slab.traj", base(), -95.0),
+    ]
+    results = [read_dft_result(file) for file in files]
+    found = collect([a, b, c], base(), results)
+    assert [row["id"] for row in found["ranking"]] == ["a", "b"]
+    assert [row["dft_eV"] for row in found["ranking"]] == [-100.0, -99.0]
+    assert (found["dft_energy"], found["top1_held"], found["spearman"]) == ("total", True, pytest.approx(1.0))
+    assert found["correction_eV"] == pytest.approx(-98.75)
+    found = collect([a, b, c], base(), results, {"O": -4.0}, ["O"])
+    assert found["dft_energy"] == "adsorption"
+    assert [row["dft_eV"] for row in found["ranking"]] == pytest.approx([-1.0, 0.0])
+    assert found["correction_eV"] == pytest.approx(0.25)
+
+
+def test_dft_results_of_something_else_are_refused(tmp_path: Path) -> None:
+    a, b, _ = candidates()
+    other = with_adsorbate(base(), "CO", "fcc")
+    moved = a.atoms.copy()
+    moved.positions[-1, 2] += 2.0
+    for atoms, message in (
+        (other, "its atoms or its cell are others"),
+        (moved, "Å from the nearest candidate"),
+    ):
+        result = read_dft_result(dft_file(tmp_path / "z.traj", atoms, -1.0))
+        with pytest.raises(InputError, match=message):
+            collect([a, b], base(), [result])
+    twice = [read_dft_result(dft_file(tmp_path / f"{n}.traj", a.atoms, -float(n))) for n in (1, 2)]
+    with pytest.raises(InputError, match=r"both of the candidate a, with energies that differ by 1.000 eV"):
+        collect([a, b], base(), twice)
+    slab_only = [read_dft_result(dft_file(tmp_path / "s.traj", base(), -1.0))]
+    with pytest.raises(InputError, match="no DFT result is of a candidate"):
+        collect([a, b], base(), slab_only)
+    (tmp_path / "OUTCAR").write_text("nothing")
+    with pytest.raises(InputError, match="gives no DFT energy"):
+        read_dft_result(tmp_path / "OUTCAR")
