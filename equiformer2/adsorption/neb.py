@@ -1,0 +1,149 @@
+"""Barrier between two minima of a search: nudged elastic band with a climbing image, all images in one batch.
+
+The band and its forces are ASE's (`ase.mep`); only the calls of the model are put together, since one call
+for all images takes a fraction of the time of one call each.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.geometry import find_mic
+from ase.mep import NEB
+from ase.optimize import FIRE
+
+from equiformer2.errors import InputError
+from equiformer2.inference.atoms import fixed_mask
+from equiformer2.inference.engines import Engineable, open_engine
+from equiformer2.inference.many import predict
+
+#: Å; ends whose atoms are nearer than this are the same minimum.
+_SAME = 0.05
+#: eV/Å at which the highest image begins to climb: before, it may not yet be the highest.
+_CLIMB = 0.3
+
+
+@dataclass(frozen=True)
+class Path:
+    """Minimum-energy path.
+
+    Attributes:
+        images: structures from one end to the other, with energy and forces.
+        energies: of them, eV, relative to the first.
+        converged: whether the largest force on the band is below the threshold.
+        max_force: eV/Å, of the last step.
+        steps: of the optimiser, with and without the climbing image.
+        model_evaluations: structures that were calculated.
+    """
+
+    images: list[Atoms]
+    energies: np.ndarray
+    converged: bool
+    max_force: float
+    steps: int
+    model_evaluations: int
+
+    @property
+    def barrier(self) -> float:
+        """Energy of the highest image above the first, eV."""
+        return float(self.energies.max())
+
+    @property
+    def reverse_barrier(self) -> float:
+        """Energy of the highest image above the last, eV."""
+        return float(self.energies.max() - self.energies[-1])
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for a JSON record."""
+        return {
+            "barrier_eV": self.barrier,
+            "reverse_barrier_eV": self.reverse_barrier,
+            "reaction_energy_eV": float(self.energies[-1]),
+            "energies_eV": self.energies.tolist(),
+            "highest_image": int(self.energies.argmax()),
+            "converged": self.converged,
+            "max_force_eV_A": self.max_force,
+            "steps": self.steps,
+            "model_evaluations": self.model_evaluations,
+        }
+
+
+class _BatchedNEB(NEB):
+    """ASE's band whose images are calculated together before each of its steps."""
+
+    def __init__(self, images: list[Atoms], model: Engineable) -> None:
+        super().__init__(images, k=1.0, method="improvedtangent", climb=False)
+        self.model = model
+        self.evaluations = 0
+        self._calculated: np.ndarray | None = None
+
+    def get_forces(self) -> np.ndarray:
+        moving = self.images[1:-1]
+        positions = np.array([image.positions for image in moving])
+        if self._calculated is not None and np.array_equal(positions, self._calculated):
+            return np.asarray(super().get_forces())  # optimisers ask several times in a step
+        self._calculated = positions
+        for image, found in zip(moving, predict(moving, self.model), strict=True):
+            image.calc = found.calc
+            image.calc.atoms = image.copy()
+        self.evaluations += len(moving)
+        return np.asarray(super().get_forces())
+
+
+def find_path(
+    first: Atoms,
+    last: Atoms,
+    model: Engineable,
+    images: int = 7,
+    fmax: float = 0.05,
+    steps: int = 300,
+) -> Path:
+    """Find the minimum-energy path between two relaxed structures of the same atoms in the same order.
+
+    Args:
+        first, last: relaxed ends; held atoms are those of `first`.
+        model: any model with forces.
+        images: number of structures between them.
+        fmax: threshold of the forces on the band, eV/Å.
+        steps: most steps of the optimiser (FIRE), with and without the climbing image together.
+
+    Raises:
+        InputError: ends of other atoms or cells, the same end twice, no image, and what the model refuses.
+    """
+    if not np.array_equal(first.numbers, last.numbers) or not np.allclose(first.cell, last.cell, atol=1e-6):
+        raise InputError("the ends of the path have other atoms, another order or another cell")
+    if images < 1:
+        raise InputError(f"{images} images lie between the ends: give at least 1")
+    engine = open_engine(model)
+    ends = predict([first, last], engine)
+    band = [ends[0], *(first.copy() for _ in range(images)), ends[1]]
+    for image in band[1:]:
+        image.set_constraint(first.constraints)
+    moved = ends[1].positions - ends[0].positions
+    held = fixed_mask(first)
+    if np.abs(moved[held]).max(initial=0.0) > _SAME:
+        raise InputError("an atom that is held lies elsewhere in the two ends: give minima of the same slab")
+    neb = _BatchedNEB(band, engine)
+    neb.interpolate(method="idpp", mic=True, apply_constraint=False)
+    if _largest(band[0], band[-1]) < _SAME:
+        raise InputError("the two ends are the same minimum: give two different ones")
+    optimizer = FIRE(neb, logfile=None)
+    optimizer.run(fmax=max(_CLIMB, fmax), steps=steps)
+    neb.climb = True
+    converged = bool(optimizer.run(fmax=fmax, steps=max(0, steps - optimizer.nsteps)))
+    energies = np.array([image.get_potential_energy() for image in band])
+    forces = neb.get_forces().reshape(-1, 3)
+    return Path(
+        band,
+        energies - energies[0],
+        converged,
+        float(np.linalg.norm(forces, axis=1).max()),
+        int(optimizer.nsteps),
+        neb.evaluations + 2,
+    )
+
+
+def _largest(first: Atoms, last: Atoms) -> float:
+    vectors = last.get_positions() - first.get_positions()
+    return float(find_mic(vectors, first.cell, first.pbc)[1].max())
