@@ -1,0 +1,159 @@
+"""`find_adsorption_energy`: from a slab and an adsorbate to the lowest adsorption energy, in one call."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+from ase.calculators.calculator import BaseCalculator
+
+from datasets_oc20.untrusted import AnyPath
+from equiformer2.adsorption.energy import resolve_energy_kind
+from equiformer2.adsorption.placements import Placements, placements
+from equiformer2.adsorption.search import SearchResult, SearchSettings, search_placements
+from equiformer2.adsorption.search_output import CARD, SEARCH, write_search
+from equiformer2.errors import InputError
+from equiformer2.files import check_target, read_json
+from equiformer2.inference.calculator import EquiformerV2Calculator
+from equiformer2.inference.committee import Model
+from equiformer2.inference.engines import calculator_identity
+from equiformer2.inference.record import model_record
+from equiformer2.shipped import find_checkpoint
+
+
+@dataclass(frozen=True)
+class FoundEnergy:
+    """Adsorption energy that a search has found.
+
+    Attributes:
+        energy: eV.
+        energy_kind: what the model predicts, `"adsorption"` or `"total"`.
+        converged: whether the best placement has converged.
+        best: relaxed structure of the best placement, with the model's energy and forces.
+        placements: rows of `search.json`, one per placement.
+        card: trust card.
+        record: content of `search.json`.
+        search: the search itself, with all structures.
+    """
+
+    energy: float
+    energy_kind: str
+    converged: bool
+    best: Atoms
+    placements: list[dict[str, Any]]
+    card: dict[str, Any]
+    record: dict[str, Any]
+    search: SearchResult
+
+
+def find_adsorption_energy(
+    slab: Atoms,
+    adsorbate: str | Atoms,
+    calculator: BaseCalculator | Model,
+    *,
+    placements: int = 40,
+    mode: str = "heuristic",
+    seed: int = 0,
+    fmax: float = 0.05,
+    steps: int = 300,
+    stop: bool = True,
+    gas: str = "vacuum",
+    gas_per_atom: Mapping[str, float] | None = None,
+    out: AnyPath | None = None,
+    overwrite: bool = False,
+    checkpoint: Any = None,
+    notes: Mapping[str, Any] | None = None,
+) -> FoundEnergy:
+    """Find the lowest adsorption energy of an adsorbate on a slab.
+
+    Args:
+        slab: clean slab; held atoms stay held.
+        adsorbate: name (`*CO`, `CH3OH`, …), file or structure.
+        calculator: any ASE calculator, or a network: a path, the name of a shipped model, a `Predictor`.
+        placements: number of placements at most.
+        mode: how they are made, see `equiformer2.adsorption.placements.placements`.
+        seed: random seed of the placements.
+        fmax: eV/Å; a relaxation has converged when no force on a free atom reaches it.
+        steps: most steps of a relaxation.
+        stop: stop before all placements are relaxed where a lower minimum is unlikely.
+        gas: source of the gas references of a total-energy model (`references.gas_reference`).
+        gas_per_atom: eV per atom, instead of it.
+        out: folder for all files; the same call continues a stopped search. None keeps nothing.
+        overwrite: write the results of a finished search again; finished relaxations are kept.
+        checkpoint: path, or paths, of the network where `calculator` is one that is loaded; for the records.
+        notes: plain values about how the slab was made, for the records.
+
+    Raises:
+        InputError: no adsorbate or placement of that kind, a folder of another search or a finished one, and
+            what the model refuses.
+    """
+    if not isinstance(calculator, BaseCalculator):
+        checkpoint = checkpoint if checkpoint is not None else calculator
+        calculator = EquiformerV2Calculator(calculator)
+    kind = resolve_energy_kind(calculator)
+    starts = _placements(slab, adsorbate, mode, placements, seed, calculator)
+    settings = SearchSettings(fmax, steps, stop, gas, dict(gas_per_atom or {}))
+    placed = {
+        "mode": mode,
+        "placements": placements,
+        "seed": seed,
+        "left_out": starts.reasons(),
+    }
+    with ExitStack() as stack:
+        if out is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            folder = Path(out)
+            check_target(folder, is_folder=True)
+            if (folder / SEARCH).exists() and not overwrite:
+                raise InputError(
+                    f"{folder} holds a finished search ({SEARCH}): give another folder, or --overwrite"
+                )
+        result = search_placements(
+            slab, [(one.id, one.atoms) for one in starts], calculator, folder, settings, placed
+        )
+        assert result.best.relaxation is not None
+        best = result.best.relaxation.atoms
+        told = {**placed, "fmax_eV_A": fmax, "steps": steps, "stop": stop, **(notes or {})}
+        model = _model(calculator, checkpoint, [result.best.start, best])
+        record = write_search(folder, result, model, told)
+        card = read_json(folder / CARD)
+    return FoundEnergy(
+        energy=result.energy,
+        energy_kind=kind,
+        converged=record["converged"],
+        best=best,
+        placements=record["placements"],
+        card=card,
+        record=record,
+        search=result,
+    )
+
+
+def _placements(
+    slab: Atoms, adsorbate: str | Atoms, mode: str, number: int, seed: int, calculator: BaseCalculator
+) -> Placements:
+    cutoff = None
+    if isinstance(calculator, EquiformerV2Calculator):
+        cutoff = calculator.predictor.checkpoint.config.max_radius
+    return placements(slab, adsorbate, mode, number, seed, cutoff=cutoff)
+
+
+def _model(calculator: BaseCalculator, checkpoint: Any, states: list[Atoms]) -> dict[str, Any]:
+    """Plain values about the model, for records."""
+    if not isinstance(calculator, EquiformerV2Calculator):
+        return {"checkpoint": None, **calculator_identity(calculator)}
+    predictor = calculator.predictor
+    path: str | list[str] | None = None
+    if isinstance(checkpoint, str | os.PathLike):
+        path = str(find_checkpoint(checkpoint))
+    elif isinstance(checkpoint, list | tuple) and all(
+        isinstance(one, str | os.PathLike) for one in checkpoint
+    ):
+        path = [str(find_checkpoint(one)) for one in checkpoint]
+    record = model_record(predictor, path or "", states)
+    return {**record, "checkpoint": path, "provenance": predictor.checkpoint.provenance}
