@@ -2,15 +2,12 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from equiformer2.errors import InputError
 from equiformer2.files import read_json
+from equiformer2.inference.pictures import new_figure, png_bytes
 
 SEARCH, FREE_ENERGY, SETTINGS = "search.json", "free_energy.json", "settings.json"
 
@@ -100,8 +97,7 @@ def diagram(states: Sequence[Mapping[str, Any]], potential: float) -> dict[str, 
 def diagram_picture(balanced: Mapping[str, Any], title: str) -> bytes:
     """Draw the states as levels and the steps as lines between them, as PNG."""
     states = balanced["states"]
-    figure = Figure(figsize=(1.6 + 1.4 * len(states), 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(1.6 + 1.4 * len(states), 4.2)
     axis = figure.subplots()
     for number, state in enumerate(states):
         energy = state["free_energy_eV"]
@@ -116,6 +112,4 @@ def diagram_picture(balanced: Mapping[str, Any], title: str) -> bytes:
     axis.set(ylabel="free energy (eV)", title=title)
     axis.margins(y=0.15)
     axis.grid(axis="y", alpha=0.3)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return png_bytes(figure)

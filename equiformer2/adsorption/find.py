@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from equiformer2.files import check_target, read_json
 from equiformer2.inference.calculator import EquiformerV2Calculator
 from equiformer2.inference.committee import Model
 from equiformer2.inference.engines import calculator_identity
+from equiformer2.inference.many import Relaxation
 from equiformer2.inference.record import model_record
 from equiformer2.shipped import find_checkpoint
 
@@ -65,8 +66,9 @@ def find_adsorption_energy(
     gas_per_atom: Mapping[str, float] | None = None,
     out: AnyPath | None = None,
     overwrite: bool = False,
-    checkpoint: Any = None,
+    describe: Callable[[list[Atoms]], dict[str, Any]] | None = None,
     notes: Mapping[str, Any] | None = None,
+    clean_slab: Relaxation | None = None,
 ) -> FoundEnergy:
     """Find the lowest adsorption energy of an adsorbate on a slab.
 
@@ -84,15 +86,16 @@ def find_adsorption_energy(
         gas_per_atom: eV per atom, instead of it.
         out: folder for all files; the same call continues a stopped search. None keeps nothing.
         overwrite: write the results of a finished search again; finished relaxations are kept.
-        checkpoint: path, or paths, of the network where `calculator` is one that is loaded; for the records.
+        describe: gives plain values about the model for the records, from states of the structure.
         notes: plain values about how the slab was made, for the records.
+        clean_slab: relaxed by the same model with the same settings, such as an earlier search's.
 
     Raises:
         InputError: no adsorbate or placement of that kind, a folder of another search or a finished one, and
             what the model refuses.
     """
+    model: Any = calculator
     if not isinstance(calculator, BaseCalculator):
-        checkpoint = checkpoint if checkpoint is not None else calculator
         calculator = EquiformerV2Calculator(calculator)
     kind = resolve_energy_kind(calculator)
     starts = _placements(slab, adsorbate, mode, placements, seed, calculator)
@@ -114,13 +117,23 @@ def find_adsorption_energy(
                     f"{folder} holds a finished search ({SEARCH}): give another folder, or --overwrite"
                 )
         result = search_placements(
-            slab, [(one.id, one.atoms) for one in starts], calculator, folder, settings, placed
+            slab,
+            [(one.id, one.atoms) for one in starts],
+            calculator,
+            folder,
+            settings,
+            placed,
+            clean_slab=clean_slab,
         )
         assert result.best.relaxation is not None
         best = result.best.relaxation.atoms
         told = {**placed, "fmax_eV_A": fmax, "steps": steps, "stop": stop, **(notes or {})}
-        model = _model(calculator, checkpoint, [result.best.start, best])
-        record = write_search(folder, result, model, told)
+        states = [result.best.start, best]
+        record_of_model = describe(states) if describe else _described(calculator, model, states)
+        provenance = None
+        if isinstance(calculator, EquiformerV2Calculator):
+            provenance = calculator.predictor.checkpoint.provenance
+        record = write_search(folder, result, record_of_model, told, provenance)
         card = read_json(folder / CARD)
     return FoundEnergy(
         energy=result.energy,
@@ -143,17 +156,11 @@ def _placements(
     return placements(slab, adsorbate, mode, number, seed, cutoff=cutoff)
 
 
-def _model(calculator: BaseCalculator, checkpoint: Any, states: list[Atoms]) -> dict[str, Any]:
-    """Plain values about the model, for records."""
+def _described(calculator: BaseCalculator, model: Any, states: list[Atoms]) -> dict[str, Any]:
+    """Plain values about a model that was given in Python, for records."""
     if not isinstance(calculator, EquiformerV2Calculator):
         return {"checkpoint": None, **calculator_identity(calculator)}
-    predictor = calculator.predictor
     path: str | list[str] | None = None
-    if isinstance(checkpoint, str | os.PathLike):
-        path = str(find_checkpoint(checkpoint))
-    elif isinstance(checkpoint, list | tuple) and all(
-        isinstance(one, str | os.PathLike) for one in checkpoint
-    ):
-        path = [str(find_checkpoint(one)) for one in checkpoint]
-    record = model_record(predictor, path or "", states)
-    return {**record, "checkpoint": path, "provenance": predictor.checkpoint.provenance}
+    if isinstance(model, str | os.PathLike):
+        path = str(find_checkpoint(model))
+    return {**model_record(calculator.predictor, path or "", states), "checkpoint": path}

@@ -5,6 +5,7 @@ for all images takes a fraction of the time of one call each.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from equiformer2.errors import InputError
 from equiformer2.inference.atoms import fixed_mask
 from equiformer2.inference.engines import Engineable, open_engine
 from equiformer2.inference.many import predict
+from equiformer2.inference.pictures import new_figure, png_bytes
 
 #: Å; ends whose atoms are nearer than this are the same minimum.
 _SAME = 0.05
@@ -147,3 +149,17 @@ def find_path(
 def _largest(first: Atoms, last: Atoms) -> float:
     vectors = last.get_positions() - first.get_positions()
     return float(find_mic(vectors, first.cell, first.pbc)[1].max())
+
+
+def path_picture(path: Path) -> bytes:
+    """Draw the energies along a path against the distance that the atoms have moved, as PNG."""
+    moved = [
+        float(np.linalg.norm(find_mic(after.positions - before.positions, after.cell, after.pbc)[0]))
+        for before, after in pairwise(path.images)
+    ]
+    figure = new_figure(6.0, 4.0)
+    axis = figure.subplots()
+    axis.plot(np.cumsum([0.0, *moved]), path.energies, "o-", color="#1f4e79", markersize=5)
+    axis.set(xlabel="path (Å)", ylabel="energy (eV)", title=f"barrier {path.barrier:.3f} eV")
+    axis.grid(alpha=0.3)
+    return png_bytes(figure)

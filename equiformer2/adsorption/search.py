@@ -170,6 +170,7 @@ def search_placements(
     folder: Path,
     settings: SearchSettings | None = None,
     identity: Mapping[str, Any] | None = None,
+    clean_slab: Relaxation | None = None,
 ) -> SearchResult:
     """Relax placements of one adsorbate on one slab until the lowest is likely found.
 
@@ -181,12 +182,15 @@ def search_placements(
         folder: for the relaxations; a folder of the same search is continued.
         settings: of the search.
         identity: further plain values that tell this search from others, such as how placements were made.
+        clean_slab: relaxed by the same model with the same settings, such as an earlier search's; None
+            relaxes it.
 
     Raises:
         InputError: no placement, placements on another slab, a folder of another search, no placement that
             has relaxed without an anomaly, and what the model refuses.
     """
-    return _Search(slab, placed, calculator, folder, settings or SearchSettings(), identity or {}).run()
+    search = _Search(slab, placed, calculator, folder, settings or SearchSettings(), identity or {})
+    return search.run(clean_slab)
 
 
 class _Search:
@@ -228,10 +232,11 @@ class _Search:
         self.evaluations = 0
         self.gas: dict[str, Any] | None = None
 
-    def run(self) -> SearchResult:
+    def run(self, clean: Relaxation | None = None) -> SearchResult:
         """Relax in rounds, and stop by the rule."""
         with RelaxationStore(self.folder, self.identity) as store:
-            (clean,) = self._relaxed(store, [(_CLEAN_SLAB, self.slab)])
+            if clean is None:
+                (clean,) = self._relaxed(store, [(_CLEAN_SLAB, self.slab)])
             if clean.status == "failed" or clean.energy_eV is None:
                 raise InputError(f"the clean slab cannot be relaxed: {clean.reason}")
             terms = self._terms(clean)

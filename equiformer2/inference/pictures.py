@@ -20,7 +20,7 @@ def structure_picture(structures: dict[str, Atoms], title: str) -> bytes:
         structures: caption -> structure.
         title: headline of the picture.
     """
-    figure = _figure(4.2 * len(structures), 8.0)
+    figure = new_figure(4.2 * len(structures), 8.0)
     axes = figure.subplots(2, len(structures), squeeze=False, height_ratios=(1.0, 0.8))
     for column, (caption, atoms) in enumerate(structures.items()):
         for row, (view, rotation) in enumerate((("top", ""), ("side", "-90x"))):
@@ -36,7 +36,7 @@ def structure_picture(structures: dict[str, Atoms], title: str) -> bytes:
             axis.set_title(f"{caption}, {view} view", fontsize=10)
             axis.set_axis_off()
     figure.suptitle(title, fontsize=12)
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def relaxation_picture(result: RelaxationResult, energy_label: str) -> bytes:
@@ -46,7 +46,7 @@ def relaxation_picture(result: RelaxationResult, energy_label: str) -> bytes:
         result: the relaxation.
         energy_label: what the energy is, e.g. "adsorption energy (eV)".
     """
-    figure = _figure(6.4, 5.6)
+    figure = new_figure(6.4, 5.6)
     energy_axis, force_axis = figure.subplots(2, 1, sharex=True)
     steps = np.arange(result.steps + 1)
     known = [step for step in steps if result.energies[step] is not None]
@@ -65,17 +65,18 @@ def relaxation_picture(result: RelaxationResult, energy_label: str) -> bytes:
     force_axis.set_xlim(-0.5, max(result.steps, 1) + 0.5)
     force_axis.xaxis.get_major_locator().set_params(integer=True)
     force_axis.legend(frameon=False, fontsize=9)
-    return _png(figure)
+    return png_bytes(figure)
 
 
-def _figure(width: float, height: float) -> Figure:
-    # Without pyplot: no window system, no global list of figures.
+def new_figure(width: float, height: float) -> Figure:
+    """Make a figure of this size in inches, without a window system and outside any list of figures."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def png_bytes(figure: Figure) -> bytes:
+    """Draw a figure as PNG."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

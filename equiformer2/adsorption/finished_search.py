@@ -1,0 +1,86 @@
+"""Results of a finished search, read from its folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+
+from datasets_oc20.structure_files import read_structure
+from datasets_oc20.untrusted import AnyPath
+from equiformer2.adsorption.dft_inputs import Candidate
+from equiformer2.adsorption.search_output import BEST, CLEAN_SLAB, SEARCH
+from equiformer2.errors import InputError
+from equiformer2.files import as_input_error, read_json
+from equiformer2.inference.engines import Engineable
+
+
+@dataclass(frozen=True)
+class FinishedSearch:
+    """What a finished search has left in its folder.
+
+    Attributes:
+        folder: of the search.
+        record: content of `search.json`.
+        best: relaxed structure of the best placement.
+        clean_slab: relaxed without the adsorbate.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    best: Atoms
+    clean_slab: Atoms
+
+    @classmethod
+    def read(cls, folder: AnyPath) -> "FinishedSearch":
+        """Read the folder of a search.
+
+        Raises:
+            InputError: there is no finished search in it, or its files cannot be read.
+        """
+        folder = Path(folder)
+        if not (folder / SEARCH).is_file():
+            raise InputError(f"{folder} holds no finished search ({SEARCH}): give the folder of one")
+        with as_input_error():
+            structures = [read_structure(folder / name) for name in (BEST, CLEAN_SLAB)]
+        return cls(folder, read_json(folder / SEARCH), *structures)
+
+    @property
+    def adsorbate(self) -> Atoms:
+        """Atoms of the adsorbate of the best placement."""
+        return self.best[len(self.clean_slab) :]
+
+    def model(self, given: Engineable | None = None) -> Engineable:
+        """The model that is given, or else the checkpoint of the search.
+
+        Raises:
+            InputError: neither is there.
+        """
+        checkpoint = self.record["model"].get("checkpoint")
+        if given is None and checkpoint is None:
+            raise InputError(f"{self.folder} was searched with a calculator: give it again (--calculator)")
+        return checkpoint if given is None else given
+
+    def minimum(self, name: str) -> Atoms:
+        """Relaxed structure of a placement, or of the one that it is a copy of.
+
+        Raises:
+            InputError: there is no such placement, or it was not relaxed.
+        """
+        rows = {row["id"]: row for row in self.record["placements"]}
+        if name not in rows:
+            raise InputError(
+                f"{self.folder} has no placement {name}: give one of {', '.join(list(rows)[:8])}, …"
+            )
+        name = rows[name]["merged_into"] or name
+        if rows[name]["energy_eV"] is None:
+            raise InputError(f"the placement {name} was not relaxed ({rows[name]['status']}): give another")
+        with as_input_error():
+            return read_structure(self.folder / "trajectories" / f"{name}.traj")
+
+    def candidates(self) -> list[Candidate]:
+        """The lowest placement of every minimum, lowest first."""
+        rows = [row for row in self.record["placements"] if row["basin"] == row["id"]]
+        rows = rows or [row for row in self.record["placements"] if row["id"] == self.record["best"]["id"]]
+        rows.sort(key=lambda row: float(row["energy_eV"]))
+        return [Candidate(row["id"], self.minimum(row["id"]), row["energy_eV"]) for row in rows]

@@ -1,0 +1,130 @@
+"""Report of a search: one HTML page with everything in it."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from ase import Atoms
+
+from equiformer2.adsorption.basins import ENOUGH, LOWER
+from equiformer2.adsorption.search import SearchResult
+from equiformer2.inference.pictures import new_figure, png_bytes, structure_picture
+from equiformer2.report import bullets, page, picture, structure_viewer, table, viewer_script
+
+
+def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[str, Any]) -> str:
+    """Write the report as one HTML page."""
+    best = result.best
+    assert best.relaxation is not None
+    symbols = best.start.get_chemical_symbols()
+    adsorbate = Atoms(symbols[len(result.clean_slab.atoms) :]).get_chemical_formula()
+    name = f"{adsorbate} on {result.clean_slab.atoms.get_chemical_formula()}"
+    both = {"relaxed": best.relaxation.atoms, "start": best.start, "clean slab": result.clean_slab.atoms}
+    drawing = structure_picture(
+        {"relaxed": best.relaxation.atoms, "start": best.start}, f"{name}: {result.energy:.3f} eV"
+    )
+    counts = Counter(one.status for one in result.found)
+    coverage = result.coverage
+    rows = [
+        [
+            one.id,
+            one.status if one.merged_into is None else f"copy of {one.merged_into}",
+            one.basin or "",
+            _number(one.energy, 3),
+            _number(one.start_energy, 3),
+            "" if one.relaxation is None else str(one.relaxation.steps),
+            _number(None if one.relaxation is None else one.relaxation.max_force_eV_A, 3),
+            ", ".join(anomaly.name for anomaly in one.anomalies if anomaly.present),
+        ]
+        for one in result.found
+    ]
+    head = [
+        "placement",
+        "status",
+        "minimum",
+        "energy (eV)",
+        "start (eV)",
+        "steps",
+        "force (eV/Å)",
+        "anomalies",
+    ]
+    checks = [
+        [one.name, "yes" if one.present else "no", _number(one.margin, 2), one.sentence]
+        for one in best.anomalies
+    ]
+    parts = [
+        viewer_script(),
+        f"<p>Adsorption energy of {name}: <b>{result.energy:.3f} eV</b> "
+        f"({best.status}, largest force {_number(best.relaxation.max_force_eV_A, 3)} eV/Å; "
+        f"the start of this placement: {_number(best.start_energy, 3)} eV).</p>",
+        bullets(_meaning(result)),
+        structure_viewer("best", both, "<p>This browser does not draw in three dimensions.</p>"),
+        picture("Best placement", drawing),
+        "<h2>Would another placement be lower?</h2>",
+        bullets(
+            [
+                f"{len(result.found)} placements: "
+                + ", ".join(f"{number} {status}" for status, number in counts.items())
+                + f". The search ended: {result.reason}.",
+                f"{coverage.draws} of them ended in {coverage.basins} minima. The next one would end in an "
+                f"unseen minimum with a probability of {coverage.unseen_probability:.1%}.",
+                f"A minimum lower by more than {LOWER:g} eV among the placements that were not relaxed has a "
+                f"probability of {coverage.p_lower:.1%} (the search may stop below {ENOUGH:.0%}).",
+            ]
+        ),
+        picture("Minima", basin_picture(result)),
+        "<h2>Anomalies of the best placement</h2>",
+        table(["rule", "present", "margin (Å)", "verdict"], checks),
+        "<h2>What the number rests on</h2>",
+        bullets([*card["label_physics"], *_model_sentences(record)]),
+        "<h2>All placements</h2>",
+        table(head, rows),
+    ]
+    return page(name, parts)
+
+
+def basin_picture(result: SearchResult) -> bytes:
+    """Draw start and relaxed energy of every placement, and the minimum that it ended in, as PNG."""
+    figure = new_figure(7.2, 4.2)
+    axis = figure.subplots()
+    basins = {one.id: number for number, one in enumerate(result.ranking())}
+    for one in result.found:
+        if one.energy is None or one.start_energy is None:
+            continue
+        known = one.basin in basins
+        place = float(basins[one.basin]) if known and one.basin is not None else -1.0
+        colour = f"C{int(place) % 10}" if known else "0.6"
+        axis.plot(
+            [place - 0.3, place + 0.2], [one.start_energy, one.energy], "-", color=colour, linewidth=0.8
+        )
+        axis.plot(place + 0.2, one.energy, "o" if known else "x", color=colour, markersize=5)
+    axis.set_xticks([-1, *basins.values()], ["no minimum", *basins], rotation=45, ha="right", fontsize=8)
+    axis.set(ylabel="adsorption energy (eV)", title="from the start (left) to the relaxed placement (dot)")
+    axis.grid(alpha=0.3)
+    return png_bytes(figure)
+
+
+def _meaning(result: SearchResult) -> list[str]:
+    if result.energy_kind == "adsorption":
+        return ["The model predicts adsorption energies: nothing was subtracted."]
+    gas = result.gas or {}
+    return [
+        f"The model predicts total energies: {result.terms['slab']:.4f} eV of the relaxed clean slab and "
+        f"{result.terms['gas']:.4f} eV of the gas references ({gas.get('label', '')}) were subtracted."
+    ]
+
+
+def _model_sentences(record: Mapping[str, Any]) -> list[str]:
+    model = record["model"]
+    said = [f"model: {model.get('checkpoint') or model.get('calculator')}"]
+    if record["checkpoint_sha256"]:
+        said.append(f"SHA-256 of the checkpoint: {record['checkpoint_sha256']}")
+    said += (model.get("familiarity") or {}).get("sentences", [])
+    error = (model.get("validation") or {}).get("energy_mae_eV")
+    if error is not None:
+        said.append(f"energy error of the checkpoint on its own validation data: {error:.2f} eV")
+    return said
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

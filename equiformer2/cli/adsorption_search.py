@@ -1,0 +1,442 @@
+"""Commands about a search for the lowest adsorption energy, and about what follows from it."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from equiformer2.cli.adsorption import _gas, _gas_reference
+from equiformer2.cli.chosen_model import ChosenModel
+from equiformer2.cli.command import Command, Parser, Result
+from equiformer2.cli.options import (
+    NETWORK_ONLY,
+    add_model_arguments,
+    add_overwrite_argument,
+    parse_checked,
+)
+from equiformer2.errors import InputError
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+_MODES = ("heuristic", "random", "random_site_heuristic_placement", "symmetry")
+
+
+class AdsorptionSearch(Command):
+    """Find the lowest adsorption energy of an adsorbate on a slab: place, relax, compare, report.
+
+    Placements that symmetry makes equal are merged, structures with an anomaly do not count, and the search
+    stops where a lower minimum is unlikely. The folder gets search.json, card.json (what the number rests
+    on), report.html, the best structure, all trajectories and DFT input for the best. Stopped at any moment,
+    the same command continues. Several adsorbates get a folder each and share the clean slab.
+
+        equiformer2 adsorption search --checkpoint oc20_small --slab Pt111 --adsorbate '*CO' --out runs/co
+        equiformer2 adsorption search --calculator emt --bulk cu.cif --miller 111 --adsorbate '*O' --out o
+    """
+
+    def add_arguments(self, parser: Parser) -> None:
+        add_model_arguments(parser.add_argument_group("model"), committee=True, calculator=True)
+        add_slab_arguments(parser)
+        search = parser.add_argument_group("search")
+        search.add_argument(
+            "--adsorbate",
+            required=True,
+            nargs="+",
+            metavar="NAME|FILE",
+            help="adsorbates (*CO, *OH, CH3OH, …)",
+        )
+        search.add_argument(
+            "--placements", type=int, default=40, help="number of placements at most (default: %(default)s)"
+        )
+        search.add_argument(
+            "--mode", choices=_MODES, default="heuristic", help="how they are made (default: %(default)s)"
+        )
+        search.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+        search.add_argument(
+            "--no-stop", action="store_true", help="relax all placements, however unlikely a lower one is"
+        )
+        search.add_argument(
+            "--gas",
+            action="append",
+            default=[],
+            metavar="vacuum|molecules|oc20|X=EV,Y=EV",
+            help="energy of the adsorbate by itself, for total energies (default: vacuum)",
+        )
+        search.add_argument(
+            "--fmax",
+            type=float,
+            default=0.05,
+            help="convergence threshold of the largest force on a free atom, eV/Å (default: %(default)s)",
+        )
+        search.add_argument(
+            "--steps",
+            type=int,
+            default=300,
+            help="maximum number of steps per relaxation (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--out", required=True, type=Path, metavar="FOLDER", help="folder for the results"
+        )
+        add_overwrite_argument(parser)
+
+    def parse(self, parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+        return parse_checked(parser, arguments, excludes=NETWORK_ONLY)
+
+    def run(self, options: argparse.Namespace) -> Result:
+        from equiformer2.adsorption.find import find_adsorption_energy
+        from equiformer2.script import show_log
+
+        gas, source = _gas(options.gas)
+        show_log()
+        slab, notes = chosen_slab(options)
+        chosen = ChosenModel(options)
+        records: dict[str, dict[str, Any]] = {}
+        clean = None
+        several = len(options.adsorbate) > 1
+        for name in options.adsorbate:
+            folder = options.out / _folder_name(name) if several else options.out
+            found = find_adsorption_energy(
+                slab,
+                name,
+                chosen.calculator,
+                placements=options.placements,
+                mode=options.mode,
+                seed=options.seed,
+                fmax=options.fmax,
+                steps=options.steps,
+                stop=not options.no_stop,
+                gas=source,
+                gas_per_atom=gas,
+                out=folder,
+                overwrite=options.overwrite,
+                describe=chosen.record,
+                notes={**notes, "adsorbate": name},
+                clean_slab=clean,
+            )
+            clean = found.search.clean_slab
+            records[name] = found.record
+            self._print(name, folder, found.record)
+        converged = all(record["converged"] for record in records.values())
+        record = next(iter(records.values())) if not several else {"searches": records}
+        return Result(record, 0 if converged else 3, chosen.checkpoint)
+
+    def _print(self, name: str, folder: Path, record: dict[str, Any]) -> None:
+        best, stop = record["best"], record["stop"]
+        rows = sorted(
+            (row for row in record["placements"] if row["basin"] == row["id"]),
+            key=lambda row: row["energy_eV"],
+        )
+        print(f"{name}: adsorption energy {record['adsorption_energy_eV']:.4f} eV ({best['id']})")
+        print(f"{'minimum':24}{'energy (eV)':>12}{'force (eV/Å)':>14}")
+        for row in rows[:10]:
+            print(f"{row['id']:24}{row['energy_eV']:12.4f}{row['max_force_eV_A']:14.3f}")
+        print(f"{stop['reason']}; unseen {stop['unseen_probability']:.1%}, lower {stop['p_lower']:.1%}")
+        if not best["converged"]:
+            print("NOT converged: the energy is not that of a relaxed structure (more --steps)")
+        print(f"saved in {folder}: search.json, card.json, report.html, {best['file']}, dft, trajectories")
+
+
+class AdsorptionVerify(Command):
+    """Recompute the numbers of a trust card, and compare.
+
+    Exit status 3 if one differs. The checkpoint is the one that the card names, unless another is given.
+
+        equiformer2 adsorption verify runs/co/card.json
+        equiformer2 adsorption verify runs/o/card.json --calculator emt
+    """
+
+    def add_arguments(self, parser: Parser) -> None:
+        parser.add_argument("card", type=Path, metavar="CARD", help="card.json of a search")
+        parser.add_argument("--checkpoint", help="checkpoint in place of the card's")
+        parser.add_argument(
+            "--calculator",
+            metavar="NAME",
+            help="ASE calculator of this name, or module:factory, which is imported and run",
+        )
+
+    def run(self, options: argparse.Namespace) -> Result:
+        from equiformer2.adsorption.cards import verify_card
+        from equiformer2.inference.named_calculators import calculator_by_name
+
+        if options.checkpoint is not None and options.calculator is not None:
+            raise InputError("give --checkpoint or --calculator, not both")
+        model = options.checkpoint
+        if options.calculator is not None:
+            model = calculator_by_name(options.calculator)
+        rows = verify_card(options.card, model)
+        for name, row in rows.items():
+            print(f"{name:22} {'same' if row['ok'] else 'DIFFERS'}: card {row['card']}, now {row['now']}")
+        return Result(rows, 0 if all(row["ok"] for row in rows.values()) else 3)
+
+
+class AdsorptionCollect(Command):
+    """Read DFT results of a search's candidates back, and say whether the model's ranking held.
+
+    Outputs are matched to candidates by their structures. With a result of the clean slab and --gas the
+    energies are adsorption energies; otherwise total energies. Writes collect.json into the search's folder.
+
+        equiformer2 adsorption collect --search runs/co --dft runs/co/dft/*/OUTCAR
+    """
+
+    def add_arguments(self, parser: Parser) -> None:
+        parser.add_argument(
+            "--search", required=True, type=Path, metavar="FOLDER", help="folder of the search"
+        )
+        parser.add_argument(
+            "--dft", required=True, nargs="+", type=Path, metavar="FILE", help="outputs of DFT that ASE reads"
+        )
+        parser.add_argument(
+            "--gas",
+            type=_gas_reference,
+            action="append",
+            default=[],
+            metavar="X=EV",
+            help="DFT energy per atom of element X, eV",
+        )
+        add_overwrite_argument(parser)
+
+    def run(self, options: argparse.Namespace) -> Result:
+        from equiformer2.adsorption.collect import collect, read_dft_result
+        from equiformer2.adsorption.finished_search import FinishedSearch
+        from equiformer2.files import check_target, write_json
+        from equiformer2.script import header
+
+        target = options.search / "collect.json"
+        check_target(target, inputs=options.dft, overwrite=options.overwrite)
+        search = FinishedSearch.read(options.search)
+        found = collect(
+            search.candidates(),
+            search.clean_slab,
+            [read_dft_result(file) for file in options.dft],
+            dict(options.gas),
+            search.adsorbate.get_chemical_symbols(),
+        )
+        record = {**header("adsorption-collect/1"), **found}
+        write_json(target, record)
+        print(f"{'candidate':24}{'model (eV)':>12}{'DFT (eV)':>14}")
+        for row in found["ranking"]:
+            print(f"{row['id']:24}{row['model_eV']:12.4f}{row['dft_eV']:14.4f}")
+        print(f"correction {found['correction_eV']:+.4f} eV ({found['dft_energy']} energies of DFT)")
+        held = "held" if found["top1_held"] else "did NOT hold"
+        print(f"the model's lowest candidate {held} in DFT; rank correlation {found['spearman']}")
+        return Result(record)
+
+
+class AdsorptionFreeEnergy(Command):
+    """Compute vibrations and the free energy of the best structure of a search.
+
+    Displaces the adsorbate's atoms on the held slab. The free energy is that of the formation from CO, H2O,
+    N2 and protons with electrons (computational hydrogen electrode). Writes free_energy.json into the folder.
+
+        equiformer2 adsorption free-energy runs/co --temperature 298.15 --potential 0 --ph 0
+    """
+
+    def add_arguments(self, parser: Parser) -> None:
+        parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a search")
+        parser.add_argument("--checkpoint", help="checkpoint in place of the search's")
+        parser.add_argument(
+            "--calculator",
+            metavar="NAME",
+            help="ASE calculator of this name, or module:factory, which is imported and run",
+        )
+        parser.add_argument(
+            "--temperature", type=float, default=298.15, help="temperature, K (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--potential",
+            type=float,
+            default=0.0,
+            help="potential against the standard hydrogen electrode, V (default: %(default)s)",
+        )
+        parser.add_argument("--ph", type=float, default=0.0, help="pH (default: %(default)s)")
+        parser.add_argument(
+            "--lowest-frequency",
+            type=float,
+            default=50.0,
+            help="frequency that softer and imaginary modes count as, cm^-1 (default: %(default)s)",
+        )
+        add_overwrite_argument(parser)
+
+    def run(self, options: argparse.Namespace) -> Result:
+        from equiformer2.adsorption.finished_search import FinishedSearch
+        from equiformer2.adsorption.free_energy import check_referred_to_molecules, free_energy, vibrations
+        from equiformer2.files import check_target, write_json
+        from equiformer2.inference.named_calculators import calculator_by_name
+        from equiformer2.script import header
+
+        target = options.folder / "free_energy.json"
+        check_target(target, overwrite=options.overwrite)
+        model: Any = options.checkpoint
+        if options.calculator is not None:
+            model = calculator_by_name(options.calculator)
+        search = FinishedSearch.read(options.folder)
+        check_referred_to_molecules(search.record["energy_kind"], search.record["gas"])
+        if not search.record["converged"]:
+            print("warning: the structure has not converged, so its vibrations are not those of a minimum")
+        model = search.model(model)
+        found = free_energy(
+            search.record["adsorption_energy_eV"],
+            search.adsorbate,
+            vibrations(search.best, model),
+            options.temperature,
+            options.potential,
+            options.ph,
+            options.lowest_frequency,
+        )
+        record = {**header("adsorption-free-energy/1", model if isinstance(model, str) else None), **found}
+        write_json(target, record)
+        print(f"formation: {found['reaction'] or 'nothing'}")
+        print(f"adsorption energy   {found['adsorption_energy_eV']:10.4f} eV")
+        print(f"zero-point energy   {found['zpe_eV']:+10.4f} eV")
+        print(f"heat                {found['heat_eV']:+10.4f} eV")
+        print(f"entropy             {-found['entropy_eV']:+10.4f} eV")
+        print(f"gases               {-found['gas_correction_eV']:+10.4f} eV")
+        print(f"electrons           {found['electrons'] * found['potential_against_rhe_V']:+10.4f} eV")
+        print(f"free energy         {found['free_energy_eV']:10.4f} eV at {options.temperature:g} K")
+        if found["imaginary"]:
+            sizes = ", ".join(f"{size:.0f}" for size in found["imaginary_cm1"])
+            print(
+                f"warning: {found['imaginary']} imaginary modes ({sizes} cm^-1), counted as "
+                f"{options.lowest_frequency:g} cm^-1: the structure may be no minimum"
+            )
+        return Result(record)
+
+
+class AdsorptionNeb(Command):
+    """Find the barrier between two minima of a search with a nudged elastic band.
+
+    Writes neb.json, neb.traj and neb.png into FOLDER/neb/FROM-TO. Exit status 3 if it has not converged.
+
+        equiformer2 adsorption neb runs/co --start heuristic-0000 --end heuristic-0003
+    """
+
+    def add_arguments(self, parser: Parser) -> None:
+        parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a search")
+        parser.add_argument(
+            "--start", required=True, metavar="ID", help="placement whose minimum is the start"
+        )
+        parser.add_argument("--end", required=True, metavar="ID", help="placement whose minimum is the end")
+        parser.add_argument("--checkpoint", help="checkpoint in place of the search's")
+        parser.add_argument(
+            "--calculator",
+            metavar="NAME",
+            help="ASE calculator of this name, or module:factory, which is imported and run",
+        )
+        parser.add_argument(
+            "--images",
+            type=int,
+            default=7,
+            help="number of structures between the ends (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--fmax",
+            type=float,
+            default=0.05,
+            help="threshold of the band's forces, eV/Å (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--steps", type=int, default=300, help="maximum number of steps (default: %(default)s)"
+        )
+        add_overwrite_argument(parser)
+
+    def run(self, options: argparse.Namespace) -> Result:
+        from ase.io import write
+
+        from equiformer2.adsorption.finished_search import FinishedSearch
+        from equiformer2.adsorption.neb import find_path, path_picture
+        from equiformer2.files import check_target, write_bytes, write_json
+        from equiformer2.inference.named_calculators import calculator_by_name
+        from equiformer2.script import header
+
+        folder = options.folder / "neb" / f"{options.start}-{options.end}"
+        check_target(folder / "neb.json", overwrite=options.overwrite)
+        search = FinishedSearch.read(options.folder)
+        ends = search.minimum(options.start), search.minimum(options.end)
+        model: Any = options.checkpoint
+        if options.calculator is not None:
+            model = calculator_by_name(options.calculator)
+        model = search.model(model)
+        path = find_path(*ends, model, options.images, options.fmax, options.steps)
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "neb.traj", path.images)
+        write_bytes(folder / "neb.png", path_picture(path))
+        record = {
+            **header("adsorption-neb/1", model if isinstance(model, str) else None),
+            **path.summary(),
+            "start": options.start,
+            "end": options.end,
+        }
+        write_json(folder / "neb.json", record)
+        print(
+            f"barrier {record['barrier_eV']:.4f} eV, back {record['reverse_barrier_eV']:.4f} eV; "
+            f"{record['steps']} steps, largest force {record['max_force_eV_A']:.3f} eV/Å"
+        )
+        if not record["converged"]:
+            print("NOT converged: the barrier is not that of a minimum-energy path (more --steps)")
+        print(f"saved in {folder}: neb.json, neb.traj, neb.png")
+        return Result(record, 0 if record["converged"] else 3)
+
+
+class AdsorptionDiagram(Command):
+    """Draw the free-energy diagram of several adsorbates on one slab.
+
+    The folders are those of searches, in the order of the reaction, each with its free energy
+    (`equiformer2 adsorption free-energy`) at the same temperature and potential.
+
+        equiformer2 adsorption diagram runs/oh runs/o runs/ooh --out runs/diagram
+    """
+
+    def add_arguments(self, parser: Parser) -> None:
+        parser.add_argument(
+            "folders", nargs="+", type=Path, metavar="FOLDER", help="folders of searches, in order"
+        )
+        parser.add_argument(
+            "--out", required=True, type=Path, metavar="FOLDER", help="folder for the diagram"
+        )
+        parser.add_argument("--title", default="free energy", help="title of the figure")
+        add_overwrite_argument(parser)
+
+    def run(self, options: argparse.Namespace) -> Result:
+        from equiformer2.adsorption.diagram import FREE_ENERGY, diagram, diagram_picture, read_states
+        from equiformer2.files import check_target, read_json, write_bytes, write_json
+        from equiformer2.script import header
+
+        target = options.out / "diagram.json"
+        check_target(target, overwrite=options.overwrite)
+        states = read_states(options.folders)
+        potential = float(read_json(options.folders[0] / FREE_ENERGY)["potential_against_rhe_V"])
+        balanced = diagram(states, potential)
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_bytes(options.out / "diagram.png", diagram_picture(balanced, options.title))
+        record = {**header("adsorption-diagram/1"), **balanced, "potential_against_rhe_V": potential}
+        write_json(target, record)
+        for step in balanced["steps"]:
+            print(
+                f"{step['from']} -> {step['to']}: {step['change_eV']:+.3f} eV, "
+                f"electrons {step['electrons']:g}"
+            )
+        if balanced["limiting_potential_V"] is not None:
+            print(f"limiting potential {balanced['limiting_potential_V']:.3f} V against RHE")
+        print(f"saved in {options.out}: diagram.json, diagram.png")
+        return Result(record)
+
+
+def _folder_name(adsorbate: str) -> str:
+    """A folder name for an adsorbate's name or file."""
+    return (
+        re.sub(r"[^A-Za-z0-9]+", "", Path(adsorbate).stem if "/" in adsorbate else adsorbate) or "adsorbate"
+    )
+
+
+def add_slab_arguments(parser: Parser) -> None:
+    """Add the options that choose a slab."""
+    group = parser.add_argument_group("slab")
+    group.add_argument(
+        "--slab", metavar="NAME|FILE", help="slab to build (Pt111, Fe110, …) or a structure file"
+    )
+
+
+def chosen_slab(options: argparse.Namespace) -> "tuple[Atoms, dict[str, Any]]":
+    """The slab of the options, and plain values about it."""
+    raise NotImplementedError
