@@ -92,9 +92,9 @@ def find_adsorbate(name: str) -> tuple[Atoms, list[int]]:
     """Find an adsorbate by its name or in a file.
 
     Looked up in this order: a file (text with a dot or a slash), of which the orientation stays and the
-    lowest atom binds; a name of OC20's with its stars (`*CO`, `*CH2*O`), as OC20 has it; an element or a molecule of
-    `ase.build.molecule` (`CO`, `CH3OH`), turned so that the rest points up; a name of OC20's without its
-    stars (`COOH`).
+    lowest atom binds; a name of OC20's with its stars (`*CO`, `*CH2*O`), as OC20 has it; an element or a
+    molecule of `ase.build.molecule` (`CO`, `CH3OH`), turned so that the rest points up; a name of OC20's
+    without its stars (`COOH`).
 
     Returns:
         The adsorbate, oriented for a surface below it, and the indices of its binding atoms. An adsorbate
