@@ -140,6 +140,7 @@ def place_adsorbate(
     site: str = "ontop",
     position: tuple[float, float] | None = None,
     height: float | None = None,
+    gap: float = 0.0,
 ) -> Atoms:
     """Place an adsorbate on a slab; the slab's tags and constraints are kept, adsorbate atoms get tag 2.
 
@@ -156,7 +157,8 @@ def place_adsorbate(
             a slab from a file knows `ontop` only (above its highest atom).
         position: x and y in Å instead of `site`.
         height: Å of the binding atom above the highest slab atom. By default the adsorbate is lowered until
-            its first atom is at a bond length (sum of covalent radii) from the slab.
+            its first atom is at a bond length (sum of covalent radii) and `gap` from the slab.
+        gap: Å beyond a bond length (OC20 places with 0.1).
 
     Raises:
         InputError: unknown site, a slab whose normal is not z or that has no vacuum, an adsorbate in pieces,
@@ -175,7 +177,7 @@ def place_adsorbate(
     top = surface.positions[:, 2].max()
     adsorbate.translate(np.array([*place, top + 100.0]) - adsorbate.positions[binding_atom])
     if height is None:
-        adsorbate.translate([0, 0, -_drop_to_contact(surface, adsorbate)])
+        adsorbate.translate([0, 0, -_drop_to_contact(surface, adsorbate, gap)])
     else:
         adsorbate.translate([0, 0, top + height - adsorbate.positions[binding_atom, 2]])
     _check_place(surface, adsorbate, binding_atom, whole.gap, height)
@@ -302,8 +304,8 @@ def _site_position(slab: Atoms, site: str) -> np.ndarray:
     return min(candidates, key=lambda xy: round(float(np.linalg.norm(xy - middle)), 6))
 
 
-def _drop_to_contact(slab: Atoms, adsorbate: Atoms) -> float:
-    """Å to lower `adsorbate` until its first atom is at a bond length from a slab atom."""
+def _drop_to_contact(slab: Atoms, adsorbate: Atoms, gap: float) -> float:
+    """Å to lower `adsorbate` until its first atom is at a bond length and `gap` from a slab atom."""
     rise = adsorbate.positions[:, None, 2] - slab.positions[None, :, 2]
     in_plane = np.array([1.0, 1.0, 0.0])
     _, lateral = get_distances(
@@ -312,7 +314,7 @@ def _drop_to_contact(slab: Atoms, adsorbate: Atoms) -> float:
         cell=[*slab.cell.array[:2], [0, 0, 1]],
         pbc=(True, True, False),
     )
-    bond = covalent_radii[adsorbate.numbers][:, None] + covalent_radii[slab.numbers][None, :]
+    bond = covalent_radii[adsorbate.numbers][:, None] + covalent_radii[slab.numbers][None, :] + gap
     touching = lateral < bond
     contact = np.sqrt(np.where(touching, bond**2 - lateral**2, 0.0))
     above = np.where(touching, rise - contact, np.inf)

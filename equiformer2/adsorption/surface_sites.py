@@ -19,7 +19,7 @@ from equiformer2.errors import InputError
 from equiformer2.inference.atoms import fixed_mask
 
 PROBE = 0.9
-"""Å, radius of the ball that is let down on an atom to see if it lies open; adsorbed atoms have about that."""
+"""Å, radius of the ball that is let down on an atom to see if it lies open: that of a small adsorbate."""
 
 SAME_PLACE = 0.1
 """Å; sites, circumcentres and symmetry copies nearer than this are the same."""
