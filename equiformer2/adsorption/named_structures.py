@@ -1,6 +1,5 @@
 """Slabs and adsorbates by name: `Pt111`, `*CO`, and one placed on the other."""
 
-import difflib
 import math
 import re
 from collections.abc import Callable
@@ -8,14 +7,13 @@ from collections.abc import Callable
 import ase.build
 import numpy as np
 from ase import Atoms
-from ase.build.molecule import extra as extra_molecules
-from ase.collections import g2
 from ase.constraints import FixAtoms
 from ase.data import atomic_numbers, chemical_symbols, covalent_radii, reference_states
 from ase.geometry import get_distances
 
+from equiformer2.adsorption.adsorbates import ase_molecule, check_binding_atoms, find_adsorbate, pointing_up
 from equiformer2.adsorption.anomalies import CUSHION, SKIN
-from equiformer2.adsorption.periodic_images import lowest_atom_index, whole_molecule, whole_slab
+from equiformer2.adsorption.periodic_images import Slab, lowest_atom_index, whole_molecule, whole_slab
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import ADSORBATE, SUBSURFACE, SURFACE, fixed_mask
 
@@ -31,19 +29,6 @@ MOST_ATOMS = 100_000
 
 SHORTEST_BOND = 0.8
 """Fraction of the sum of covalent radii; double bonds between metal and oxygen are at 0.8 to 0.85."""
-
-# The binding atom is read from the name as written, so *OCH3 binds through O and CH3O through C.
-OTHER_NAMES = {
-    "OH2": "H2O",
-    "CHO": "HCO",
-    "CH2O": "H2CO",
-    "CH2OH": "H2COH",
-    "OCH3": "CH3O",
-    "OHCH3": "CH3OH",
-    "CH2CO": "H2CCO",
-    "CH2": "CH2_s3B1d",
-}
-"""OC20's way of writing an adsorbate -> ASE's name of the same molecule."""
 
 
 def build_slab(
@@ -107,11 +92,8 @@ def build_slab(
 def build_adsorbate(name: str, *, binding_atom: int | None = None, flat: bool = False) -> tuple[Atoms, int]:
     """Build an adsorbate by name, oriented for a surface below it.
 
-    Names are element symbols, the molecules of `ase.build.molecule` (`CO`, `H2O`, `CH3OH`, …) and the same
-    with OC20's star (`*CO`). The binding atom is the first atom of the written formula that is not
-    hydrogen (C of CO, O of OH, N of NH3), or `binding_atom`, an index into the molecule. The
-    adsorbate is turned so that the rest of it points away from the surface; where the rest
-    surrounds the binding atom evenly (CO2, CH3), and with `flat`, it lies flat.
+    Molecules are ASE's where it has the name (also with OC20's star), else OC20's. The binding atom is the
+    name's, or `binding_atom`, an index into the molecule. The adsorbate is turned by `pointing_up`.
 
     Args:
         name: name of the adsorbate.
@@ -124,44 +106,22 @@ def build_adsorbate(name: str, *, binding_atom: int | None = None, flat: bool = 
     Raises:
         InputError: unknown name or no such atom.
     """
-    formula = name.removeprefix("*")
-    bare = OTHER_NAMES.get(formula, formula)
-    molecules = [*g2.names, *extra_molecules]
-    if bare in chemical_symbols[1:]:
-        adsorbate = Atoms(bare)
-    elif bare in molecules:
-        adsorbate = ase.build.molecule(bare)
+    known = ase_molecule(name)
+    if known is None:
+        adsorbate, (of_name, *_) = find_adsorbate(name)
     else:
-        near = difflib.get_close_matches(bare, molecules, n=3)
-        hint = f" (near: {', '.join(near)})" if near else ""
-        raise InputError(f"{name!r} is no molecule ASE knows{hint}: give the adsorbate as a structure file")
+        adsorbate, of_name = known
     if binding_atom is None:
-        symbols = adsorbate.get_chemical_symbols()
-        written = re.findall(r"[A-Z][a-z]?", formula.split("_")[0])
-        heavy = [symbol for symbol in written if symbol != "H" and symbol in symbols]
-        binding_atom = symbols.index(heavy[0]) if heavy else 0
-    _check_binding_atom(adsorbate, binding_atom, name)
-    if len(adsorbate) == 1:
-        return adsorbate, binding_atom
-    relative = adsorbate.positions - adsorbate.positions[binding_atom]
-    rest = relative.sum(axis=0) / (len(adsorbate) - 1)
-    # Evenly surrounded: the rest's centre is so near that its direction means nothing.
-    if flat or np.linalg.norm(rest) < 0.1 * np.linalg.norm(relative, axis=1).max():
-        axes = np.linalg.svd(relative - relative.mean(axis=0))[2]  # longest extent first
-        axes[2] *= np.sign(np.linalg.det(axes))  # a rotation, not a mirror image
-        adsorbate.positions = relative @ axes.T
-    elif rest[2] < 0 and np.linalg.norm(rest[:2]) < 1e-6:  # straight down: no unique axis to turn about
-        adsorbate.rotate(180, "x")
-    else:
-        adsorbate.rotate(rest, "z")
-    return adsorbate, binding_atom
+        binding_atom = of_name
+    check_binding_atoms(adsorbate, [binding_atom], name)
+    return pointing_up(adsorbate, binding_atom, flat), binding_atom
 
 
 def lowest_atom(adsorbate: Atoms, binding_atom: int | None, name: str) -> int:
     """Choose the binding atom of an adsorbate from a file: the given one, or the lowest along z."""
     if binding_atom is None:
         return lowest_atom_index(adsorbate.positions)
-    _check_binding_atom(adsorbate, binding_atom, name)
+    check_binding_atoms(adsorbate, [binding_atom], name)
     return binding_atom
 
 
@@ -180,6 +140,7 @@ def place_adsorbate(
     site: str = "ontop",
     position: tuple[float, float] | None = None,
     height: float | None = None,
+    gap: float = 0.0,
 ) -> Atoms:
     """Place an adsorbate on a slab; the slab's tags and constraints are kept, adsorbate atoms get tag 2.
 
@@ -196,7 +157,8 @@ def place_adsorbate(
             a slab from a file knows `ontop` only (above its highest atom).
         position: x and y in Å instead of `site`.
         height: Å of the binding atom above the highest slab atom. By default the adsorbate is lowered until
-            its first atom is at a bond length (sum of covalent radii) from the slab.
+            its first atom is at a bond length (sum of covalent radii) and `gap` from the slab.
+        gap: Å beyond a bond length (OC20 places with 0.1).
 
     Raises:
         InputError: unknown site, a slab whose normal is not z or that has no vacuum, an adsorbate in pieces,
@@ -207,36 +169,60 @@ def place_adsorbate(
         raise InputError(f"height is {height}: give a positive number of Å, at most {MAX_HEIGHT:g}")
     if position is not None and not np.isfinite(position).all():
         raise InputError(f"the position {tuple(position)} is not finite: give x and y in Å")
+    adsorbate = whole_molecule(adsorbate, "the adsorbate")
+    whole, turn = free_side_up(slab)
+    surface = whole.atoms.copy()
+    surface.set_constraint()
+    place = np.asarray(position) * turn[:2] if position is not None else _site_position(surface, site)
+    top = surface.positions[:, 2].max()
+    adsorbate.translate(np.array([*place, top + 100.0]) - adsorbate.positions[binding_atom])
+    if height is None:
+        adsorbate.translate([0, 0, -_drop_to_contact(surface, adsorbate, gap)])
+    else:
+        adsorbate.translate([0, 0, top + height - adsorbate.positions[binding_atom, 2]])
+    _check_place(surface, adsorbate, binding_atom, whole.gap, height)
+    adsorbate.set_tags(ADSORBATE)
+    adsorbate.set_constraint()
+    system = whole.atoms
+    turn_back(system, turn, slab)
+    system.info = {}
+    system.extend(Atoms(adsorbate.numbers, adsorbate.positions, tags=adsorbate.get_tags()))
+    return system
+
+
+def free_side_up(slab: Atoms) -> tuple[Slab, np.ndarray]:
+    """Copy a slab in one piece, turned about x where its free atoms are at the bottom and its top is held.
+
+    Returns:
+        The slab with its surface up, and `[3]` the factors of ±1 by which its positions were multiplied.
+
+    Raises:
+        InputError: its normal is not z, it is not periodic in its plane, and what `whole_slab` raises.
+    """
     cell = slab.cell.array
     if np.abs(cell[:2, 2]).max() > 1e-3 or np.linalg.matrix_rank(cell[:2, :2], tol=1e-3) < 2:
         raise InputError("the slab's first two lattice vectors must span the xy plane: rotate the slab")
     if not slab.pbc[:2].all():
         raise InputError("the slab is not periodic along its first two lattice vectors: set pbc there")
-    adsorbate = whole_molecule(adsorbate, "the adsorbate")
     whole = whole_slab(slab)
-    # Work with the free side up: a slab that hangs upside down is turned about x, and back at the end.
     held, z = fixed_mask(whole.atoms), whole.atoms.positions[:, 2]
     hangs = held[z > z.max() - _LAYER].all() and not held[z < z.min() + _LAYER].any()
     turn = np.array([1.0, -1.0, -1.0]) if hangs else np.ones(3)
-    surface = whole.atoms.copy()
-    surface.set_constraint()
-    surface.set_cell(whole.atoms.cell.array * turn)
-    surface.positions = whole.atoms.positions * turn
-    place = np.asarray(position) * turn[:2] if position is not None else _site_position(surface, site)
-    top = surface.positions[:, 2].max()
-    adsorbate.translate(np.array([*place, top + 100.0]) - adsorbate.positions[binding_atom])
-    if height is None:
-        adsorbate.translate([0, 0, -_drop_to_contact(surface, adsorbate)])
-    else:
-        adsorbate.translate([0, 0, top + height - adsorbate.positions[binding_atom, 2]])
-    _check_place(surface, adsorbate, binding_atom, whole.gap, height)
-    adsorbate.positions = adsorbate.positions * turn
-    adsorbate.set_tags(ADSORBATE)
-    adsorbate.set_constraint()
-    system = whole.atoms
-    system.info = {}
-    system.extend(Atoms(adsorbate.numbers, adsorbate.positions, tags=adsorbate.get_tags()))
-    return system
+    constraints = whole.atoms.constraints
+    whole.atoms.set_constraint()
+    whole.atoms.set_cell(cell * turn)
+    whole.atoms.positions = whole.atoms.positions * turn
+    whole.atoms.set_constraint(constraints)
+    return whole, turn
+
+
+def turn_back(system: Atoms, turn: np.ndarray, slab: Atoms) -> None:
+    """Turn a system whose slab is of `free_side_up` as the original `slab` stands, in place."""
+    constraints = system.constraints
+    system.set_constraint()
+    system.positions = system.positions * turn
+    system.set_cell(slab.cell)
+    system.set_constraint(constraints)
 
 
 def _check_place(slab: Atoms, adsorbate: Atoms, binding_atom: int, gap: float, height: float | None) -> None:
@@ -285,14 +271,6 @@ def _check_place(slab: Atoms, adsorbate: Atoms, binding_atom: int, gap: float, h
             )
 
 
-def _check_binding_atom(adsorbate: Atoms, binding_atom: int, name: str) -> None:
-    if not 0 <= binding_atom < len(adsorbate):
-        raise InputError(
-            f"binding atom {binding_atom} does not exist in {name}: it has atoms 0 to {len(adsorbate) - 1} "
-            f"({', '.join(adsorbate.get_chemical_symbols())})"
-        )
-
-
 def _site_position(slab: Atoms, site: str) -> np.ndarray:
     middle = slab.cell.array[:2, :2].sum(axis=0) / 2
     built = slab.info.get("adsorbate_info", {})
@@ -326,8 +304,8 @@ def _site_position(slab: Atoms, site: str) -> np.ndarray:
     return min(candidates, key=lambda xy: round(float(np.linalg.norm(xy - middle)), 6))
 
 
-def _drop_to_contact(slab: Atoms, adsorbate: Atoms) -> float:
-    """Å to lower `adsorbate` until its first atom is at a bond length from a slab atom."""
+def _drop_to_contact(slab: Atoms, adsorbate: Atoms, gap: float) -> float:
+    """Å to lower `adsorbate` until its first atom is at a bond length and `gap` from a slab atom."""
     rise = adsorbate.positions[:, None, 2] - slab.positions[None, :, 2]
     in_plane = np.array([1.0, 1.0, 0.0])
     _, lateral = get_distances(
@@ -336,7 +314,7 @@ def _drop_to_contact(slab: Atoms, adsorbate: Atoms) -> float:
         cell=[*slab.cell.array[:2], [0, 0, 1]],
         pbc=(True, True, False),
     )
-    bond = covalent_radii[adsorbate.numbers][:, None] + covalent_radii[slab.numbers][None, :]
+    bond = covalent_radii[adsorbate.numbers][:, None] + covalent_radii[slab.numbers][None, :] + gap
     touching = lateral < bond
     contact = np.sqrt(np.where(touching, bond**2 - lateral**2, 0.0))
     above = np.where(touching, rise - contact, np.inf)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ase import Atoms
 
 from datasets_oc20.structure_files import read_structure
+from equiformer2.adsorption.adsorbates import is_file
 from equiformer2.adsorption.named_structures import build_adsorbate, build_slab, lowest_atom, place_adsorbate
 from equiformer2.adsorption.periodic_images import whole_molecule
 from equiformer2.errors import InputError
@@ -155,8 +156,3 @@ def load_system(path: str, adsorbate_indices: Sequence[int] | None = None) -> At
         tags[list(adsorbate_indices)] = ADSORBATE
         system.set_tags(tags)
     return system
-
-
-def is_file(name: str) -> bool:
-    """Tell whether a text means a file rather than the name of a slab or molecule."""
-    return "." in name or "/" in name

@@ -127,7 +127,7 @@ class AdsorptionEnergy(Command):
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.adsorption import adsorption_energy
-        from equiformer2.adsorption.prepare import is_file
+        from equiformer2.adsorption.adsorbates import is_file
         from equiformer2.adsorption.record import adsorption_report, write_adsorption_record
         from equiformer2.files import read_json
         from equiformer2.inference import EquiformerV2Calculator

@@ -1,0 +1,502 @@
+"""Placements of an adsorbate on a slab: the starts of a search.
+
+Placement number n is drawn from a generator of its own, of the seed and n, so that it is the same whatever
+the number of placements and the machine.
+"""
+
+import itertools
+import re
+import types
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.geometry import find_mic, get_distances
+from scipy.spatial.transform import Rotation
+
+from equiformer2.adsorption.adsorbates import check_binding_atoms, find_adsorbate
+from equiformer2.adsorption.named_structures import SHORTEST_BOND, free_side_up, place_adsorbate, turn_back
+from equiformer2.adsorption.open_catalyst import numpy_seed, open_catalyst
+from equiformer2.adsorption.periodic_images import lowest_atom_index, whole_molecule
+from equiformer2.adsorption.start_checks import check_start, check_vacuum
+from equiformer2.adsorption.surface_sites import KINDS, Site, distinct_sites, open_atoms, surface_sites
+from equiformer2.errors import InputError
+from equiformer2.inference.atoms import ADSORBATE, SUBSURFACE, SURFACE, check_atoms, oc20_tags
+
+OC20_MODE = "random_site_heuristic_placement"
+"""Mode with which OC20's successors and AdsorbML placed most adsorbates; `fairchem-data-oc` does it."""
+
+MODES = ("heuristic", "random", OC20_MODE, "symmetry", "positions")
+
+GAP = 0.1
+"""Å between the covalent spheres of adsorbate and slab at the start (OC20's `interstitial_gap`)."""
+
+CONE = np.pi / 9
+"""Largest tilt of an adsorbate at a heuristic site, rad (OC20's)."""
+
+_GOLDEN = (np.sqrt(5) - 1) / 2
+"""Turns between successive rotations: they spread evenly over the circle, however many there are."""
+
+_UPRIGHT = 0.01
+"""Å that the atoms of an upright molecule are off its axis."""
+
+_MOST = 100_000
+"""Largest number of placements."""
+
+_FRUITLESS = 5
+"""Arrangements of several adsorbates that fail before they count as impossible."""
+
+_TRIES = 20
+"""Placements that are tried for each one wanted."""
+
+Adsorbate = str | Atoms | tuple[Atoms, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """An adsorbate on a slab.
+
+    Attributes:
+        id: name that stays the same for the same slab, adsorbate, mode and seed.
+        atoms: slab and adsorbate, with OC20 tags and the slab's constraints; adsorbate atoms come last.
+        site: where the adsorbate was put.
+        rotation: rotation vector, degrees, from the adsorbate as `find_adsorbate` returns it.
+        mode: one of `MODES`, or "coverage".
+        molecules: indices of the atoms of each adsorbate.
+    """
+
+    id: str
+    atoms: Atoms
+    site: Site
+    rotation: tuple[float, float, float]
+    mode: str
+    molecules: tuple[tuple[int, ...], ...]
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for a JSON record; without the structure."""
+        return {
+            "id": self.id,
+            "mode": self.mode,
+            "site": {
+                "kind": self.site.kind,
+                "coordination": self.site.coordination,
+                "position_A": [round(value, 4) for value in self.site.position],
+            },
+            "rotation_degrees": [round(value, 3) for value in self.rotation],
+            "molecules": [list(molecule) for molecule in self.molecules],
+        }
+
+
+class Placements(list[Placement]):
+    """Placements in the order of their numbers.
+
+    Attributes:
+        left_out: id and faults of those that `check_start` refused.
+    """
+
+    def __init__(self, found: Sequence[Placement] = ()) -> None:
+        super().__init__(found)
+        self.left_out: list[tuple[str, list[str]]] = []
+
+    def reasons(self) -> dict[str, int]:
+        """Count the placements left out by their first fault, its numbers replaced by dots."""
+        kinds = (_without_numbers(faults[0]) for _, faults in self.left_out)
+        return dict(Counter(kinds).most_common())
+
+
+def placements(
+    slab: Atoms,
+    adsorbate: Adsorbate,
+    mode: str = "heuristic",
+    number: int | None = None,
+    seed: int = 0,
+    *,
+    positions: Sequence[tuple[float, float]] | None = None,
+    height: float | None = None,
+    cutoff: float | None = None,
+) -> Placements:
+    """Place an adsorbate on a slab in many ways.
+
+    * heuristic: at the top, bridge and hollow sites of the surface, kinds in turn, each in an order of the
+      seed; turned at random about the normal and tilted by up to `CONE`.
+    * symmetry: the same at one of every set of sites that symmetry makes equal, rotations spread evenly, no
+      tilt.
+    * random: at points spread uniformly over the surface, in uniformly random orientations.
+    * random_site_heuristic_placement: OC20's own, by `fairchem-data-oc` (extra `surfaces`).
+    * positions: at the given points in turn, first as the adsorbate is oriented, then turned as in symmetry.
+
+    The adsorbate is lowered until it is `GAP` from touching the slab, or, with `height`, to that height.
+    Starts that `check_start` refuses are left out and others are drawn in their place.
+
+    Args:
+        slab: clean slab; tags that are no OC20's are set (`oc20_tags`), constraints are kept.
+        adsorbate: name, file, Atoms (the lowest atom binds), or Atoms and indices of binding atoms.
+        mode: one of `MODES`.
+        number: number of placements; None places one at every site (not for random modes). A single atom is
+            placed once at each of the distinct sites, so that fewer can come back in mode symmetry.
+        seed: of all that is drawn.
+        positions: x and y in Å, for mode positions.
+        height: Å of the binding atom above the highest slab atom, for mode positions.
+        cutoff: Å, the calculator's, which the vacuum must have.
+
+    Raises:
+        InputError: unknown mode, impossible number, a slab that is none or with too little vacuum, a missing
+            package, no placement that passes the checks.
+    """
+    _check_arguments(mode, number, positions, height)
+    molecule, binding = _as_adsorbate(adsorbate)
+    check_atoms(slab)
+    if (oc20_tags(slab)[0] == ADSORBATE).any():
+        raise InputError("the slab has adsorbate atoms (tag 2) already: give the clean slab")
+    whole, turn = free_side_up(slab)
+    if cutoff is not None:
+        check_vacuum(slab, cutoff)
+    surface = whole.atoms
+    surface.info = {}
+    surface.set_tags(oc20_tags(slab)[0])
+    place = _Place(surface, molecule, binding, mode, seed, height)
+    found = Placements()
+    wanted, draws = place.plan(number, [np.asarray(xy) * turn[:2] for xy in positions or ()])
+    for index in range(wanted * _TRIES if place.endless else wanted):
+        if len(found) == wanted:
+            break
+        name = f"{mode}-{index:04d}"
+        try:
+            atoms, site, rotation = draws(index)
+            turn_back(atoms, turn, slab)
+        except InputError as error:
+            found.left_out.append((name, [str(error)]))
+            continue
+        x, y, z = np.array(site.position) * turn
+        members = tuple(range(len(surface), len(atoms)))
+        faults = check_start(
+            atoms, cutoff=cutoff, closest=SHORTEST_BOND if height is not None else 1.0, molecules=[members]
+        )
+        if faults:
+            found.left_out.append((name, faults))
+            continue
+        site = Site((float(x), float(y), float(z)), site.kind, site.coordination)
+        found.append(Placement(name, atoms, site, _degrees(rotation), mode, (members,)))
+    if not found:
+        reason = found.left_out[0][1][0] if found.left_out else "no site was found"
+        raise InputError(f"none of {len(found.left_out)} placements can be used: {reason}")
+    return found
+
+
+def coverage_placements(
+    slab: Atoms,
+    adsorbates: Sequence[Adsorbate],
+    number: int = 1,
+    seed: int = 0,
+    *,
+    min_distance: float = 2.5,
+    cutoff: float | None = None,
+) -> Placements:
+    """Place several adsorbates on one slab, at heuristic sites apart from each other.
+
+    Args:
+        slab: clean slab, as in `placements`.
+        adsorbates: one entry per adsorbate, as in `placements`; the same one may come several times.
+        number: number of arrangements.
+        seed: of all that is drawn.
+        min_distance: Å between atoms of different adsorbates, periodic images included.
+        cutoff: as in `placements`.
+
+    Raises:
+        InputError: they do not fit, and what `placements` raises.
+    """
+    if not adsorbates:
+        raise InputError("no adsorbate is given: give at least one")
+    if not 0 <= min_distance < np.inf:
+        raise InputError(f"the distance between adsorbates is {min_distance}: give 0 or more Å")
+    _check_arguments("heuristic", number, None, None)
+    molecules = [_as_adsorbate(adsorbate) for adsorbate in adsorbates]
+    check_atoms(slab)
+    whole, turn = free_side_up(slab)
+    if cutoff is not None:
+        check_vacuum(slab, cutoff)
+    surface = whole.atoms
+    surface.info = {}
+    surface.set_tags(oc20_tags(slab)[0])
+    sites = surface_sites(surface)
+    found = Placements()
+    for index in range(number + _TRIES):
+        if len(found) == number or (not found and index >= _FRUITLESS):
+            break
+        name = f"coverage-{index:04d}"
+        try:
+            atoms, used, groups = _arrange(surface, sites, molecules, (seed, index), min_distance)
+        except InputError as error:
+            found.left_out.append((name, [str(error)]))
+            continue
+        turn_back(atoms, turn, slab)
+        faults = check_start(atoms, cutoff=cutoff, closest=1.0, molecules=groups)
+        if faults:
+            found.left_out.append((name, faults))
+            continue
+        found.append(Placement(name, atoms, used[0], (0.0, 0.0, 0.0), "coverage", groups))
+    if not found:
+        raise InputError(found.left_out[0][1][0])
+    return found
+
+
+@dataclass
+class _Place:
+    """One way of placing an adsorbate on a surface.
+
+    Args:
+        surface: whole slab, its surface up.
+        molecule, binding: the adsorbate and its binding atoms.
+        mode, seed, height: of `placements`.
+    """
+
+    surface: Atoms
+    molecule: Atoms
+    binding: Sequence[int]
+    mode: str
+    seed: int
+    height: float | None
+    endless: bool = True
+    _sites: list[Site] = field(default_factory=list)
+    _core: Any = None
+
+    def plan(
+        self, number: int | None, positions: Sequence[np.ndarray]
+    ) -> tuple[int, Callable[[int], tuple[Atoms, Site, Rotation]]]:
+        """Choose the number of placements and the function that makes placement n."""
+        if self.mode == "random":
+            assert number is not None  # see `_check_arguments`
+            return number, self._random
+        if self.mode == OC20_MODE:
+            assert number is not None
+            self._core = open_catalyst()
+            return number, self._oc20
+        if self.mode == "positions":
+            top = float(self.surface.positions[:, 2].max())
+            self._sites = [Site((float(x), float(y), top), "given") for x, y in positions]
+        else:
+            sites = surface_sites(self.surface)
+            if self.mode == "symmetry":
+                sites = distinct_sites(self.surface, sites)
+            self._sites = self._in_turn(sites)
+        # An atom at a site, or an upright line of atoms, is the same whichever way it is turned.
+        axis = self.molecule.positions[:, :2] - self.molecule.positions[0, :2]
+        upright = bool(np.abs(axis).max() < _UPRIGHT) and len(self.binding) == 1
+        once = len(self.molecule) == 1 or (upright and self.mode != "heuristic")
+        self.endless = not once and number is not None
+        limit = len(self._sites)
+        return (min(number or limit, limit) if once else number or limit), self._at_site
+
+    def _in_turn(self, sites: list[Site]) -> list[Site]:
+        """Order sites so that their kinds take turns; within a kind by the seed, as they are for symmetry."""
+        queues = []
+        for kind in KINDS:
+            queue = [site for site in sites if site.kind == kind]
+            if self.mode == "heuristic":
+                keys = _generator(self.seed, KINDS.index(kind), 0).random(len(queue))
+                queue = [queue[index] for index in np.argsort(keys, kind="stable")]
+            queues.append(queue)
+        turns = itertools.zip_longest(*queues)
+        return [site for group in turns for site in group if site is not None]
+
+    def _at_site(self, index: int) -> tuple[Atoms, Site, Rotation]:
+        """Place at site number `index`; the sites are used again and again with other rotations."""
+        round_, number = divmod(index, len(self._sites))
+        site = self._sites[number]
+        draw = _generator(self.seed, index, 1).random(4)
+        binding = self.binding[int(draw[0] * len(self.binding))]
+        if self.mode == "heuristic":
+            rotation = _tilted(draw[1:])
+        else:
+            start = 0.0 if self.mode == "positions" else _generator(self.seed, 0, 2).random()
+            angle = 2 * np.pi * (start * (self.mode == "symmetry") + _GOLDEN * round_)
+            rotation = Rotation.from_rotvec([0.0, 0.0, angle % (2 * np.pi)])
+            binding = self.binding[round_ % len(self.binding)]
+        if len(self.molecule) == 1:
+            rotation = Rotation.identity()
+        turned = self._turned(rotation)
+        atoms = place_adsorbate(
+            self.surface, turned, binding, position=site.position[:2], height=self.height, gap=GAP
+        )
+        return atoms, site, rotation
+
+    def _random(self, index: int) -> tuple[Atoms, Site, Rotation]:
+        """Place the centre of mass above a random point, in a random orientation."""
+        draw = _generator(self.seed, index, 1).random(5)
+        xy = draw[:2] @ self.surface.cell.array[:2, :2]
+        rotation = Rotation.identity() if len(self.molecule) == 1 else _uniform(draw[2:])
+        turned = self._turned(rotation)
+        # The binding atom is put so that the centre of mass is at the point.
+        position = xy + turned.positions[0, :2] - turned.get_center_of_mass()[:2]
+        atoms = place_adsorbate(self.surface, turned, 0, position=tuple(position), gap=GAP)
+        top = float(self.surface.positions[:, 2].max())
+        return atoms, Site((float(xy[0]), float(xy[1]), top), "random"), rotation
+
+    def _oc20(self, index: int) -> tuple[Atoms, Site, Rotation]:
+        """Place with `fairchem-data-oc`: one site of one call, whose global random numbers are seeded."""
+        slab = self.surface.copy()
+        slab.set_constraint()
+        cell = slab.cell.array.copy()
+        if np.linalg.det(cell[:2, :2]) < 0:  # its normal is the cross product of the first two vectors
+            cell[[0, 1]] = cell[[1, 0]]
+        cell[2] *= np.sign(cell[2, 2])
+        slab.set_cell(cell)
+        if not (slab.get_tags() == SURFACE).any():
+            slab.set_tags(np.where(np.isin(np.arange(len(slab)), open_atoms(slab)), SURFACE, SUBSURFACE))
+        holder = types.SimpleNamespace(atoms=slab, has_surface_tagged=lambda: True)
+        adsorbate = self._core.Adsorbate(self.molecule, adsorbate_binding_indices=list(self.binding))
+        with numpy_seed(self.seed, index):
+            made = self._core.AdsorbateSlabConfig(
+                holder, adsorbate, num_sites=1, interstitial_gap=GAP, mode=OC20_MODE
+            )
+        if not made.atoms_list:
+            raise InputError("fairchem-data-oc found no site on the slab")
+        atoms = self.surface.copy()
+        placed = made.atoms_list[0][len(slab) :]
+        atoms.extend(Atoms(placed.numbers, placed.positions, tags=np.full(len(placed), ADSORBATE)))
+        rotation = Rotation.identity()
+        if len(self.molecule) > 1:
+            before = self.molecule.positions - self.molecule.positions.mean(axis=0)
+            rotation = _superposing(before, placed.positions - placed.positions.mean(axis=0))
+        x, y, z = map(float, made.metadata_list[0]["site"])
+        return atoms, Site((x, y, z), "random"), rotation
+
+    def _turned(self, rotation: Rotation) -> Atoms:
+        molecule = self.molecule.copy()
+        molecule.positions = rotation.apply(molecule.positions)
+        return molecule
+
+
+def _arrange(
+    surface: Atoms,
+    sites: list[Site],
+    molecules: list[tuple[Atoms, list[int]]],
+    seed: tuple[int, int],
+    min_distance: float,
+) -> tuple[Atoms, list[Site], tuple[tuple[int, ...], ...]]:
+    """Place the adsorbates one by one, each at the first site where it is far enough from the others."""
+    generator = _generator(*seed, 3)
+    atoms = surface.copy()
+    used: list[Site] = []
+    groups: list[tuple[int, ...]] = []
+    for number, (molecule, binding) in enumerate(molecules):
+        keys = generator.random(len(sites))
+        order = iter(np.argsort(keys, kind="stable"))
+        draw = generator.random(4)
+        rotation = Rotation.identity() if len(molecule) == 1 else _tilted(draw[1:])
+        turned = molecule.copy()
+        turned.positions = rotation.apply(turned.positions)
+        others = atoms.positions[len(surface) :]
+        for index in order:
+            site = sites[index]
+            across = [np.subtract(site.position, other.position) * (1, 1, 0) for other in used]
+            if used and find_mic(across, surface.cell, surface.pbc)[1].min() < min_distance / 2:
+                continue
+            try:
+                placed = place_adsorbate(
+                    surface,
+                    turned,
+                    binding[int(draw[0] * len(binding))],
+                    position=site.position[:2],
+                    gap=GAP,
+                )[len(surface) :]
+            except InputError:
+                continue
+            if len(others):
+                _, distance = get_distances(placed.positions, others, cell=surface.cell, pbc=surface.pbc)
+                if distance.min() < min_distance:
+                    continue
+            groups.append(tuple(range(len(atoms), len(atoms) + len(placed))))
+            atoms.extend(placed)
+            used.append(site)
+            break
+        else:
+            raise InputError(
+                f"adsorbate {number} of {len(molecules)} has no site {min_distance:g} Å from the others: "
+                "place fewer, give a wider slab, or a smaller distance"
+            )
+    return atoms, used, tuple(groups)
+
+
+def _check_arguments(
+    mode: str,
+    number: int | None,
+    positions: Sequence[tuple[float, float]] | None,
+    height: float | None,
+) -> None:
+    """Raise `InputError` for arguments of `placements` that contradict each other or mean nothing."""
+    if mode not in MODES:
+        raise InputError(f"the placement mode {mode!r} is unknown: use one of {', '.join(MODES)}")
+    if number is None and mode in ("random", OC20_MODE):
+        raise InputError(f"the placement mode {mode} has no end: give the number of placements")
+    if number is not None and not 1 <= number <= _MOST:
+        raise InputError(f"the number of placements is {number}: give 1 to {_MOST}")
+    if (mode == "positions") != bool(positions):
+        raise InputError(
+            "positions and the mode positions go together: give x and y in Å with that mode, and only with it"
+        )
+    if height is not None and mode != "positions":
+        raise InputError(f"a height has no meaning with the mode {mode}: give it with positions")
+    if not all(len(xy) == 2 and np.isfinite(xy).all() for xy in positions or ()):
+        raise InputError("every position must be finite numbers x and y in Å")
+
+
+def _as_adsorbate(adsorbate: Adsorbate) -> tuple[Atoms, list[int]]:
+    """Return a whole molecule without constraints, and its binding atoms."""
+    if isinstance(adsorbate, str):
+        molecule, binding = find_adsorbate(adsorbate)
+    elif isinstance(adsorbate, Atoms):
+        check_atoms(adsorbate)
+        molecule = whole_molecule(adsorbate, "the adsorbate")
+        binding = [lowest_atom_index(molecule.positions)]
+    else:
+        given, indices = adsorbate
+        check_atoms(given)
+        molecule, binding = whole_molecule(given, "the adsorbate"), [int(index) for index in indices]
+        if not binding:
+            raise InputError("the adsorbate has no binding atom: give the index of at least one")
+        check_binding_atoms(molecule, binding, "the adsorbate")
+    return Atoms(molecule.numbers, molecule.positions), binding
+
+
+def _generator(*seed: int) -> np.random.Generator:
+    """Return a generator of the seed; PCG64 and its doubles are the same on every machine."""
+    if seed[0] < 0:
+        raise InputError(f"the seed is {seed[0]}: give a number from 0 on")
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def _tilted(draw: np.ndarray) -> Rotation:
+    """Rotation about z by any angle and then a tilt within `CONE`, from three numbers in [0, 1)."""
+    about = Rotation.from_rotvec([0.0, 0.0, 2 * np.pi * draw[0]])
+    tilt = np.arccos(1 - draw[1] * (1 - np.cos(CONE)))  # even over the cap of the sphere
+    direction = 2 * np.pi * draw[2]
+    return Rotation.from_rotvec(tilt * np.array([-np.sin(direction), np.cos(direction), 0.0])) * about
+
+
+def _uniform(draw: np.ndarray) -> Rotation:
+    """Rotation of a uniform distribution, from three numbers in [0, 1) (Shoemake's quaternions)."""
+    low, high = np.sqrt(1 - draw[0]), np.sqrt(draw[0])
+    first, second = 2 * np.pi * draw[1:]
+    return Rotation.from_quat(
+        [low * np.sin(first), low * np.cos(first), high * np.sin(second), high * np.cos(second)]
+    )
+
+
+def _superposing(before: np.ndarray, after: np.ndarray) -> Rotation:
+    """Rotation that carries centred points onto others (Kabsch)."""
+    u, _, vt = np.linalg.svd(before.T @ after)
+    mirror = np.diag([1.0, 1.0, np.sign(np.linalg.det(u @ vt))])
+    return Rotation.from_matrix((u @ mirror @ vt).T)
+
+
+def _degrees(rotation: Rotation) -> tuple[float, float, float]:
+    x, y, z = map(float, np.degrees(rotation.as_rotvec()))
+    return x, y, z
+
+
+def _without_numbers(sentence: str) -> str:
+    return re.sub(r"-?\d+(\.\d+)?", "…", sentence)

@@ -1,0 +1,73 @@
+"""Sites of surfaces and their symmetry."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from ase.build import fcc211
+
+from equiformer2.adsorption.named_structures import build_slab, free_side_up
+from equiformer2.adsorption.surface_sites import distinct_sites, open_atoms, surface_operations, surface_sites
+
+
+@pytest.mark.parametrize(
+    ("name", "tops", "bridges", "hollows", "distinct", "operations"),
+    [
+        ("Pt111", 4, 12, {3: 8}, 4, 24),
+        ("Cu100", 4, 8, {4: 4}, 3, 32),
+        ("Fe110", 4, 12, {3: 8}, 4, 16),
+        ("W100", 4, 8, {4: 4}, 3, 32),
+        ("Ru0001", 4, 12, {3: 8}, 4, 24),
+        ("Ni110", 8, 24, {3: 16}, 7, 16),
+    ],
+)
+def test_sites(
+    name: str, tops: int, bridges: int, hollows: dict[int, int], distinct: int, operations: int
+) -> None:
+    slab = free_side_up(build_slab(name, (2, 2, 4)))[0].atoms
+    sites = surface_sites(slab)
+    kinds = Counter(site.kind for site in sites)
+    assert (kinds["top"], kinds["bridge"], kinds["hollow"]) == (tops, bridges, sum(hollows.values()))
+    assert Counter(site.coordination for site in sites if site.kind == "hollow") == hollows
+    assert len(distinct_sites(slab, sites)) == distinct
+    assert len(surface_operations(slab)) == operations
+
+
+@pytest.mark.parametrize("shift", [(0.0, 0.0), (0.7, -3.1)])
+def test_sites_do_not_depend_on_rounding_or_the_origin(shift: tuple[float, float]) -> None:
+    slab = build_slab("Cu100", (2, 3, 3))
+    expected = Counter((site.kind, site.coordination) for site in surface_sites(slab))
+    for seed in range(3):
+        moved = slab.copy()
+        moved.positions[:, :2] += shift
+        moved.wrap()
+        moved.set_constraint()
+        moved.rattle(1e-4, seed=seed)
+        assert Counter((site.kind, site.coordination) for site in surface_sites(moved)) == expected
+
+
+def test_open_atoms_of_a_step() -> None:
+    slab = fcc211("Pt", (3, 1, 4), vacuum=10)
+    slab.pbc = True
+    heights = slab.positions[open_atoms(slab), 2]
+    assert len(heights) == 3
+    assert len(np.unique(heights.round(2))) == 3
+
+
+def test_operations_carry_the_slab_onto_itself() -> None:
+    slab = build_slab("Ni110", (2, 2, 3))
+    inverse = np.linalg.inv(slab.cell.array[:2, :2])
+    for rotation, shift in surface_operations(slab):
+        image = slab.positions[:, :2] @ rotation + shift
+        between = (image[:, None] - slab.positions[None, :, :2]) @ inverse
+        near = np.abs(between - np.round(between)).max(axis=-1) < 1e-6
+        same = np.abs(slab.positions[:, None, 2] - slab.positions[None, :, 2]) < 1e-6
+        assert (near & same).any(axis=1).all()
+
+
+def test_a_foreign_atom_breaks_the_symmetry() -> None:
+    slab = build_slab("Pt111", (2, 2, 3))
+    slab.numbers[int(slab.positions[:, 2].argmax())] = 46
+    sites = surface_sites(slab)
+    assert len(surface_operations(slab)) == 6
+    assert len(distinct_sites(slab, sites)) > 4
