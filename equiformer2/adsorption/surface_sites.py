@@ -1,4 +1,4 @@
-"""Sites of a surface (top, bridge, hollow), and the symmetry operations that carry a slab onto itself.
+"""Sites of a surface: top, bridge, hollow.
 
 The atoms that are seen from above are triangulated in the plane (Delaunay, as OC20 does). Triangles with a
 common circle around them are one polygon, so that the square of a (100) surface has one hollow and not two
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from ase import Atoms
 from ase.data import covalent_radii
-from ase.geometry import minkowski_reduce
 from scipy.spatial import Delaunay
 
+from equiformer2.adsorption.symmetry import surface_symmetry
 from equiformer2.errors import InputError
-from equiformer2.inference.atoms import fixed_mask
 
 PROBE = 0.9
 """Å, radius of the ball that is let down on an atom to see if it lies open: that of a small adsorbate."""
@@ -105,61 +104,18 @@ def distinct_sites(slab: Atoms, sites: list[Site]) -> list[Site]:
         slab: whole, its surface up; unrelaxed, since a relaxed one has hardly any operations left.
         sites: of `surface_sites`.
     """
-    operations = surface_operations(slab)
+    symmetry = surface_symmetry(slab)
     cell = slab.cell.array[:2, :2]
     kept: list[Site] = []
     images = np.empty((0, 2))
     for site in sites:
-        place = np.array(site.position[:2])
+        place = np.array(site.position)[:2]
         if len(images) and _in_plane(images - place, cell).min() < SAME_PLACE:
             continue
         kept.append(site)
-        copies = [place @ rotation + shift for rotation, shift in operations]
+        copies = symmetry.images(np.array([site.position]))[:, 0, :2]
         images = np.concatenate([images, copies])
     return kept
-
-
-def surface_operations(slab: Atoms) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Find the operations in the plane that carry the slab onto itself; the side of the slab stays.
-
-    Held atoms count as a species of their own. The surface normal is z.
-
-    Returns:
-        Pairs of `[2, 2]` and `[2]` Å: xy becomes xy @ matrix + shift. The identity is the first.
-    """
-    reduced, _ = minkowski_reduce(
-        np.vstack([np.pad(slab.cell.array[:2, :2], ((0, 0), (0, 1))), [0, 0, 1]]), [True, True, False]
-    )
-    cell = reduced[:2, :2]
-    xy, z = slab.positions[:, :2], slab.positions[:, 2]
-    species = slab.numbers * 2 + fixed_mask(slab)
-    alike = (species[:, None] == species[None, :]) & (np.abs(z[:, None] - z[None, :]) < SAME_PLACE)
-    first = int(alike.sum(axis=1).argmin())  # the atom with the fewest possible images
-    operations = []
-    for rotation in _point_operations(cell):
-        turned = xy @ rotation
-        for other in np.flatnonzero(alike[first]):
-            shift = xy[other] - turned[first]
-            distance = _in_plane(turned[:, None] + shift - xy[None], cell)
-            if (np.where(alike, distance, np.inf).min(axis=1) < SAME_PLACE).all():
-                operations.append((rotation, shift))
-    identity = next(
-        index
-        for index, (rotation, shift) in enumerate(operations)
-        if np.allclose(rotation, np.eye(2)) and np.allclose(shift, 0)
-    )
-    return [operations[identity], *operations[:identity], *operations[identity + 1 :]]
-
-
-def _point_operations(cell: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield rotations and reflections `[2, 2]` of row vectors that carry a reduced lattice onto itself."""
-    metric = cell @ cell.T
-    for entries in itertools.product((-1, 0, 1), repeat=4):
-        whole = np.array(entries, dtype=float).reshape(2, 2)
-        if abs(abs(np.linalg.det(whole)) - 1) > 1e-9:
-            continue
-        if np.abs(whole @ metric @ whole.T - metric).max() < 1e-3 * metric.max():
-            yield np.linalg.solve(cell, whole @ cell)
 
 
 def _polygons(points: np.ndarray, triangles: np.ndarray) -> tuple[list[list[int]], list[tuple[int, int]]]:
