@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from equiformer2.version import __version__
 
 if TYPE_CHECKING:
+    from equiformer2.adsorption import find_adsorption_energy
     from equiformer2.checkpoint import load_checkpoint
     from equiformer2.inference import EquiformerV2Calculator, Predictor, predict, relax, relax_many
     from equiformer2.model import EquiformerV2, ModelConfig
@@ -20,6 +21,7 @@ __all__ = [
     "ModelConfig",
     "Predictor",
     "__version__",
+    "find_adsorption_energy",
     "load_checkpoint",
     "predict",
     "relax",
@@ -31,6 +33,7 @@ _HOMES = {
     "EquiformerV2Calculator": "inference",
     "ModelConfig": "model",
     "Predictor": "inference",
+    "find_adsorption_energy": "adsorption",
     "load_checkpoint": "checkpoint",
     "predict": "inference",
     "relax": "inference",

@@ -20,7 +20,7 @@ FILES = NETWORK | ROOT_MODULES | {"equiformer2.checkpoint"}
 ALLOWED = {
     "datasets_oc20": set(),
     "equiformer2/__init__.py": FOUNDATION
-    | {"equiformer2.checkpoint", "equiformer2.inference", "equiformer2.model"},
+    | {"equiformer2.adsorption", "equiformer2.checkpoint", "equiformer2.inference", "equiformer2.model"},
     "equiformer2/__main__.py": {"equiformer2.cli"},
     "equiformer2/cli": {"datasets_oc20", "equiformer2"},
     "equiformer2/shipped": FOUNDATION,

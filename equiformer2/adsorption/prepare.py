@@ -82,29 +82,10 @@ def prepare_system(
         InputError: unknown names, options that do not apply, structures without meaning.
         OSError: a file that is missing or unreadable.
     """
-    slab_options = slab_options or SlabOptions()
     placement = placement or PlacementOptions()
     if placement.site is not None and placement.position is not None:
         raise InputError("site and position were both given: give one of them")
-    if not is_file(slab):
-        base = build_slab(slab, **slab_options.given())  # type: ignore[arg-type]
-    else:
-        if slab_options.given():
-            raise InputError(
-                f"{slab} is a file: {', '.join(slab_options.given())} only apply to a slab built by name"
-            )
-        with as_input_error():
-            base = read_structure(slab)
-        check_atoms(base)
-        tags, notice = oc20_tags(base)
-        if notice:
-            logger.warning(f"{slab}: {notice}")
-        if (tags == ADSORBATE).any():
-            raise InputError(
-                f"{slab} already has adsorbate atoms (tag 2): give it as the whole system instead"
-            )
-        base.set_tags(tags)
-        base.info = {}  # ASE's site names no longer fit once a slab was moved or relaxed
+    base = prepare_slab(slab, slab_options)
     if is_file(adsorbate):
         if placement.flat:
             raise InputError(f"{adsorbate} is a file and keeps its orientation: leave out flat")
@@ -127,6 +108,37 @@ def prepare_system(
     )
     check_atoms(system)
     return system
+
+
+def prepare_slab(slab: str, slab_options: SlabOptions | None = None) -> Atoms:
+    """Build a clean slab by name, or read it from a file, with OC20 tags.
+
+    Args:
+        slab: name or file; text with a dot or a slash is a file.
+        slab_options: options for a slab built by name.
+
+    Raises:
+        InputError: unknown names, options that do not apply, structures without meaning, an adsorbate.
+        OSError: a file that is missing or unreadable.
+    """
+    slab_options = slab_options or SlabOptions()
+    if not is_file(slab):
+        return build_slab(slab, **slab_options.given())  # type: ignore[arg-type]
+    if slab_options.given():
+        raise InputError(
+            f"{slab} is a file: {', '.join(slab_options.given())} only apply to a slab built by name"
+        )
+    with as_input_error():
+        base = read_structure(slab)
+    check_atoms(base)
+    tags, notice = oc20_tags(base)
+    if notice:
+        logger.warning(f"{slab}: {notice}")
+    if (tags == ADSORBATE).any():
+        raise InputError(f"{slab} already has adsorbate atoms (tag 2): give it as the whole system instead")
+    base.set_tags(tags)
+    base.info = {}  # ASE's site names no longer fit once a slab was moved or relaxed
+    return base
 
 
 def load_system(path: str, adsorbate_indices: Sequence[int] | None = None) -> Atoms:

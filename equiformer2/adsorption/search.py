@@ -17,6 +17,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 from ase.geometry import find_mic
+from tqdm import tqdm
 
 from equiformer2.adsorption.anomalies import Anomaly, check_anomalies
 from equiformer2.adsorption.basins import Coverage, estimate_coverage, find_basins
@@ -245,11 +246,13 @@ class _Search:
             waiting = [one for one in self.found if one.merged_into is None]
             coverage = estimate_coverage([], [], len(self.found))
             reason = "all placements were relaxed"
+            bar = tqdm(total=len(waiting), desc="relaxing", unit="placement", disable=None, leave=False)
             while waiting:
                 now, waiting = waiting[:_ROUND], waiting[_ROUND:]
                 starts = [(one.id, one.start) for one in now]
                 for relaxation in self._relaxed(store, starts):
                     self._judge(self.by_id[relaxation.id], relaxation, clean.atoms, sum(terms.values()))
+                    bar.update()
                 coverage = self._coverage(symmetry)
                 logger.info(self._progress(coverage, len(waiting)))
                 if self.settings.stop and waiting and coverage.enough:
@@ -258,6 +261,7 @@ class _Search:
                         f"{coverage.p_lower:.1%}"
                     )
                     break
+            bar.close()
         return SearchResult(
             self.found,
             self._best(),

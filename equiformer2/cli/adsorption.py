@@ -8,6 +8,7 @@ from equiformer2.cli.chosen_model import ChosenModel
 from equiformer2.cli.command import Command, Parser, Result
 from equiformer2.cli.options import (
     NETWORK_ONLY,
+    Options,
     add_model_arguments,
     add_overwrite_argument,
     add_relaxation_arguments,
@@ -18,6 +19,8 @@ from equiformer2.errors import InputError
 
 if TYPE_CHECKING:
     from ase import Atoms
+
+    from equiformer2.adsorption import SlabOptions
 
 GAS_SOURCES = ("vacuum", "molecules", "oc20")  # those of inference.references, which needs ASE
 ONLY_FOR_PLACING = (
@@ -61,20 +64,7 @@ class AdsorptionEnergy(Command):
         structure.add_argument(
             "--adsorbate", metavar="NAME|FILE", help="adsorbate (CO, *OH, CH3OH, …) or a structure file"
         )
-        structure.add_argument(
-            "--size", type=_size, metavar="3x3x4", help="repetitions and layers of the slab (default: 3x3x4)"
-        )
-        structure.add_argument(
-            "--vacuum", type=float, help="vacuum on either side of a built slab, Å (default: 10)"
-        )
-        structure.add_argument(
-            "--free-layers", type=int, help="number of layers that move, from the top (default: 2)"
-        )
-        structure.add_argument(
-            "--lattice-constant",
-            type=float,
-            help="lattice constant a, Å (default: ASE's experimental value)",
-        )
+        add_built_slab_arguments(structure)
         structure.add_argument(
             "--site", help="adsorption site: ontop, bridge, fcc, hcp, hollow, … (default: ontop)"
         )
@@ -115,7 +105,7 @@ class AdsorptionEnergy(Command):
         )
         references.add_argument(
             "--gas-reference",
-            type=_gas_reference,
+            type=gas_reference,
             action="append",
             default=[],
             metavar="X=EV",
@@ -142,7 +132,7 @@ class AdsorptionEnergy(Command):
         from equiformer2.script import show_log
 
         _check_structure_options(options)
-        gas, source = _gas(options.gas)
+        gas, source = gas_references(options.gas)
         show_log()
         system = _system(options)
         chosen = ChosenModel(options)
@@ -175,15 +165,38 @@ class AdsorptionEnergy(Command):
         return Result(read_json(folder / ADSORPTION_RECORD), 0 if result.converged else 3, chosen.checkpoint)
 
 
+def add_built_slab_arguments(parser: Options) -> None:
+    """Add the options of a slab that is built by name."""
+    parser.add_argument(
+        "--size", type=_size, metavar="3x3x4", help="repetitions and layers of the slab (default: 3x3x4)"
+    )
+    parser.add_argument("--vacuum", type=float, help="vacuum on either side of a built slab, Å (default: 10)")
+    parser.add_argument(
+        "--free-layers", type=int, help="number of layers that move, from the top (default: 2)"
+    )
+    parser.add_argument(
+        "--lattice-constant",
+        type=float,
+        help="lattice constant a, Å (default: ASE's experimental value)",
+    )
+
+
+def slab_options(options: argparse.Namespace) -> "SlabOptions":
+    """The options of `add_built_slab_arguments`."""
+    from equiformer2.adsorption import SlabOptions
+
+    return SlabOptions(options.size, options.vacuum, options.free_layers, options.lattice_constant)
+
+
 def _system(options: argparse.Namespace) -> "Atoms":
-    from equiformer2.adsorption import PlacementOptions, SlabOptions, load_system, prepare_system
+    from equiformer2.adsorption import PlacementOptions, load_system, prepare_system
 
     if options.system is not None:
         return load_system(options.system, options.adsorbate_indices)
     return prepare_system(
         options.slab,
         options.adsorbate,
-        SlabOptions(options.size, options.vacuum, options.free_layers, options.lattice_constant),
+        slab_options(options),
         PlacementOptions(options.site, options.position, options.height, options.binding_atom, options.flat),
     )
 
@@ -207,7 +220,7 @@ def _check_structure_options(options: argparse.Namespace) -> None:
         raise InputError(f"{names} would be ignored beside {beside}: leave it out")
 
 
-def _gas(texts: list[str]) -> tuple[dict[str, float], str]:
+def gas_references(texts: list[str]) -> tuple[dict[str, float], str]:
     """Energies per atom and source of `--gas`."""
     table: dict[str, float] = {}
     sources: list[str] = []
@@ -216,7 +229,7 @@ def _gas(texts: list[str]) -> tuple[dict[str, float], str]:
             sources.append(part)
             continue
         try:
-            symbol, value = _gas_reference(part)
+            symbol, value = gas_reference(part)
         except argparse.ArgumentTypeError:
             raise InputError(
                 f"--gas {part!r} is none of {', '.join(GAS_SOURCES)} "
@@ -230,7 +243,8 @@ def _gas(texts: list[str]) -> tuple[dict[str, float], str]:
     return table, sources[0] if sources else "vacuum"
 
 
-def _gas_reference(text: str) -> tuple[str, float]:
+def gas_reference(text: str) -> tuple[str, float]:
+    """Element and energy, eV, from `X=EV`."""
     from ase.data import atomic_numbers
 
     symbol, _, value = text.partition("=")

@@ -4,9 +4,9 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from equiformer2.cli.adsorption import _gas, _gas_reference
+from equiformer2.cli.adsorption import add_built_slab_arguments, gas_references, slab_options
 from equiformer2.cli.chosen_model import ChosenModel
 from equiformer2.cli.command import Command, Parser, Result
 from equiformer2.cli.options import (
@@ -16,9 +16,6 @@ from equiformer2.cli.options import (
     parse_checked,
 )
 from equiformer2.errors import InputError
-
-if TYPE_CHECKING:
-    from ase import Atoms
 
 _MODES = ("heuristic", "random", "random_site_heuristic_placement", "symmetry")
 
@@ -32,12 +29,16 @@ class AdsorptionSearch(Command):
     the same command continues. Several adsorbates get a folder each and share the clean slab.
 
         equiformer2 adsorption search --checkpoint oc20_small --slab Pt111 --adsorbate '*CO' --out runs/co
-        equiformer2 adsorption search --calculator emt --bulk cu.cif --miller 111 --adsorbate '*O' --out o
+        equiformer2 adsorption search --calculator emt --slab Cu111 --adsorbate '*O' --out runs/o
     """
 
     def add_arguments(self, parser: Parser) -> None:
         add_model_arguments(parser.add_argument_group("model"), committee=True, calculator=True)
-        add_slab_arguments(parser)
+        slab = parser.add_argument_group("slab")
+        slab.add_argument(
+            "--slab", required=True, metavar="NAME|FILE", help="slab to build (Pt111, …) or a structure file"
+        )
+        add_built_slab_arguments(slab)
         search = parser.add_argument_group("search")
         search.add_argument(
             "--adsorbate",
@@ -85,11 +86,12 @@ class AdsorptionSearch(Command):
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.adsorption.find import find_adsorption_energy
+        from equiformer2.adsorption.prepare import prepare_slab
         from equiformer2.script import show_log
 
-        gas, source = _gas(options.gas)
+        gas, source = gas_references(options.gas)
         show_log()
-        slab, notes = chosen_slab(options)
+        slab = prepare_slab(options.slab, slab_options(options))
         chosen = ChosenModel(options)
         records: dict[str, dict[str, Any]] = {}
         clean = None
@@ -111,7 +113,7 @@ class AdsorptionSearch(Command):
                 out=folder,
                 overwrite=options.overwrite,
                 describe=chosen.record,
-                notes={**notes, "adsorbate": name},
+                notes={"slab": options.slab, "adsorbate": name},
                 clean_slab=clean,
             )
             clean = found.search.clean_slab
@@ -188,11 +190,10 @@ class AdsorptionCollect(Command):
         )
         parser.add_argument(
             "--gas",
-            type=_gas_reference,
             action="append",
             default=[],
-            metavar="X=EV",
-            help="DFT energy per atom of element X, eV",
+            metavar="X=EV,Y=EV",
+            help="energies of DFT per atom of each element of the adsorbate by itself, eV",
         )
         add_overwrite_argument(parser)
 
@@ -202,6 +203,9 @@ class AdsorptionCollect(Command):
         from equiformer2.files import check_target, write_json
         from equiformer2.script import header
 
+        gas, source = gas_references(options.gas)
+        if source != "vacuum":
+            raise InputError(f"--gas {source} is of a model: give energies of your DFT, such as O=-7.2")
         target = options.search / "collect.json"
         check_target(target, inputs=options.dft, overwrite=options.overwrite)
         search = FinishedSearch.read(options.search)
@@ -209,7 +213,7 @@ class AdsorptionCollect(Command):
             search.candidates(),
             search.clean_slab,
             [read_dft_result(file) for file in options.dft],
-            dict(options.gas),
+            gas,
             search.adsorbate.get_chemical_symbols(),
         )
         record = {**header("adsorption-collect/1"), **found}
@@ -292,7 +296,7 @@ class AdsorptionFreeEnergy(Command):
         print(f"heat                {found['heat_eV']:+10.4f} eV")
         print(f"entropy             {-found['entropy_eV']:+10.4f} eV")
         print(f"gases               {-found['gas_correction_eV']:+10.4f} eV")
-        print(f"electrons           {found['electrons'] * found['potential_against_rhe_V']:+10.4f} eV")
+        print(f"electrons           {found['electrons'] * found['potential_against_rhe_V'] + 0.0:+10.4f} eV")
         print(f"free energy         {found['free_energy_eV']:10.4f} eV at {options.temperature:g} K")
         if found["imaginary"]:
             sizes = ", ".join(f"{size:.0f}" for size in found["imaginary_cm1"])
@@ -427,16 +431,3 @@ def _folder_name(adsorbate: str) -> str:
     return (
         re.sub(r"[^A-Za-z0-9]+", "", Path(adsorbate).stem if "/" in adsorbate else adsorbate) or "adsorbate"
     )
-
-
-def add_slab_arguments(parser: Parser) -> None:
-    """Add the options that choose a slab."""
-    group = parser.add_argument_group("slab")
-    group.add_argument(
-        "--slab", metavar="NAME|FILE", help="slab to build (Pt111, Fe110, …) or a structure file"
-    )
-
-
-def chosen_slab(options: argparse.Namespace) -> "tuple[Atoms, dict[str, Any]]":
-    """The slab of the options, and plain values about it."""
-    raise NotImplementedError
