@@ -78,13 +78,6 @@ def displacement(first: Atoms, second: Atoms) -> float:
     return longest
 
 
-def _rank_correlation(pairs: np.ndarray) -> float | None:
-    """Spearman's correlation of two columns; None where one of them is constant."""
-    if np.ptp(pairs, axis=0).min() == 0.0:
-        return None
-    return float(spearmanr(*pairs.T).statistic)
-
-
 def collect(
     candidates: Sequence[Candidate],
     clean_slab: Atoms,
@@ -161,6 +154,7 @@ def collect(
         "dft_energy": "adsorption" if is_adsorption else "total",
         "correction_eV": float(offset.mean()),
         "correction_std_eV": float(offset.std(ddof=1)) if several else None,
-        "spearman": _rank_correlation(pairs) if several else None,
+        # Of a constant column there is no rank.
+        "spearman": float(spearmanr(*pairs.T).statistic) if several and np.ptp(pairs, axis=0).all() else None,
         "top1_held": int(pairs[:, 0].argmin()) == 0,
     }

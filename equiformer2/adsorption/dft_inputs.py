@@ -23,8 +23,8 @@ OC20_INCAR: Mapping[str, Any] = {
     "EDIFFG": -0.03,
     "SYMPREC": 1e-10,
     "ENCUT": 350.0,
-    "LAECHG": False,
-    "LWAVE": False,
+    "LAECHG": ".FALSE.",
+    "LWAVE": ".FALSE.",
     "NCORE": 4,
     "GGA": "RP",
 }
@@ -35,6 +35,9 @@ _K_PRODUCT = 40.0  # Å; OC20: points along a direction times its length
 #: Ry; usual cut-offs of ultrasoft potentials. Other potentials need others.
 _CUTOFFS = {"ecutwfc": 50.0, "ecutrho": 400.0}
 CANDIDATE = "candidate.json"
+_POTENTIALS = (
+    "Join the PBE potentials of these elements to POTCAR, in this order (OC20 takes those without a suffix): "
+)
 
 
 class Candidate(NamedTuple):
@@ -71,9 +74,9 @@ def write_dft_inputs(folder: Path, candidates: Sequence[Candidate], clean_slab: 
         points = k_points(atoms)
         files = {
             "POSCAR": _written(atoms, "vasp"),
-            "INCAR": "".join(f"{key} = {_incar_value(value)}\n" for key, value in OC20_INCAR.items()),
+            "INCAR": "".join(f"{key} = {value}\n" for key, value in OC20_INCAR.items()),
             "KPOINTS": "OC20's density\n0\nMonkhorst-Pack\n{} {} {}\n0 0 0\n".format(*points),
-            "POTCAR.txt": _potentials(atoms),
+            "POTCAR.txt": f"{_POTENTIALS}{' '.join(dict.fromkeys(atoms.get_chemical_symbols()))}\n",
             "pw.in": _espresso(candidate.atoms, points),
         }
         for file, text in files.items():
@@ -88,18 +91,6 @@ def k_points(atoms: Atoms) -> tuple[int, int, int]:
     """Choose OC20's k-points of a slab: 40 Å over the length of each surface vector, one along the normal."""
     first, second = (max(1, math.ceil(_K_PRODUCT / length)) for length in atoms.cell.lengths()[:2])
     return first, second, 1
-
-
-def _incar_value(value: object) -> str:
-    return (".TRUE." if value else ".FALSE.") if isinstance(value, bool) else str(value)
-
-
-def _potentials(atoms: Atoms) -> str:
-    symbols = list(dict.fromkeys(atoms.get_chemical_symbols()))
-    return (
-        "Join the PBE potentials of these elements to POTCAR, in this order (OC20 takes those without a "
-        f"suffix): {' '.join(symbols)}\n"
-    )
 
 
 def _espresso(atoms: Atoms, points: tuple[int, int, int]) -> str:

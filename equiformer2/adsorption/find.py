@@ -13,7 +13,7 @@ from ase.calculators.calculator import BaseCalculator
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.energy import resolve_energy_kind
-from equiformer2.adsorption.placements import Placements, placements
+from equiformer2.adsorption.placements import placements as make_placements
 from equiformer2.adsorption.search import SearchResult, SearchSettings, search_placements
 from equiformer2.adsorption.search_output import CARD, SEARCH, write_search
 from equiformer2.errors import InputError
@@ -98,7 +98,10 @@ def find_adsorption_energy(
     if not isinstance(calculator, BaseCalculator):
         calculator = EquiformerV2Calculator(calculator)
     kind = resolve_energy_kind(calculator)
-    starts = _placements(slab, adsorbate, mode, placements, seed, calculator)
+    cutoff = None
+    if isinstance(calculator, EquiformerV2Calculator):
+        cutoff = calculator.predictor.checkpoint.config.max_radius
+    starts = make_placements(slab, adsorbate, mode, placements, seed, cutoff=cutoff)
     settings = SearchSettings(fmax, steps, stop, gas, dict(gas_per_atom or {}))
     placed = {
         "mode": mode,
@@ -145,15 +148,6 @@ def find_adsorption_energy(
         record=record,
         search=result,
     )
-
-
-def _placements(
-    slab: Atoms, adsorbate: str | Atoms, mode: str, number: int, seed: int, calculator: BaseCalculator
-) -> Placements:
-    cutoff = None
-    if isinstance(calculator, EquiformerV2Calculator):
-        cutoff = calculator.predictor.checkpoint.config.max_radius
-    return placements(slab, adsorbate, mode, number, seed, cutoff=cutoff)
 
 
 def _described(calculator: BaseCalculator, model: Any, states: list[Atoms]) -> dict[str, Any]:
