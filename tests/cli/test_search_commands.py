@@ -1,0 +1,159 @@
+"""Commands of a search and of what follows from it: files, statuses, refusals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import read, write
+from command_line import run_command
+
+SEARCH = ["--calculator", "emt", "--slab", "Cu111", "--size", "2x2x3", "--fmax", "0.1", "--seed", "1"]
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Search of O on Cu(111), with gas references given."""
+    folder = tmp_path_factory.mktemp("runs") / "o"
+    options = ["--adsorbate", "*O", "--gas", "O=4.6", "--placements", "6", "--out", folder]
+    assert run_command("adsorption search", *SEARCH, *options) == 0
+    return folder
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def rows(folder: Path) -> list[dict[str, object]]:
+    placements = json.loads((folder / "search.json").read_text())["placements"]
+    return sorted((row for row in placements if row["basin"] == row["id"]), key=lambda row: row["energy_eV"])
+
+
+def test_a_search_is_one_document_with_json_and_is_not_done_twice(
+    searched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--adsorbate", "*O", "--gas", "O=4.6", "--placements", "6", "--out", searched]
+    assert run_command("adsorption search", *SEARCH, *options) == 2
+    assert "holds a finished search" in capsys.readouterr().err
+    before = (searched / "relaxed.jsonl").read_bytes()
+    assert run_command("adsorption search", *SEARCH, *options, "--overwrite", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((searched / "search.json").read_text())
+    assert printed["checkpoint_sha256"] is None
+    assert printed["model"]["calculator"] == "emt"
+    assert (searched / "relaxed.jsonl").read_bytes() == before
+
+
+def test_several_adsorbates_share_the_slab(in_folder: Path) -> None:
+    options = ["--adsorbate", "*O", "*H", "--placements", "2", "--out", "both", "--gas", "O=4.6,H=3.2"]
+    assert run_command("adsorption search", *SEARCH, *options) == 0
+    lines = [(in_folder / "both" / name / "relaxed.jsonl").read_text() for name in ("O", "H")]
+    assert ["clean_slab" in text for text in lines] == [True, False]
+    clean = [read(in_folder / "both" / name / "clean_slab.extxyz").positions for name in ("O", "H")]
+    assert np.allclose(*clean)
+
+
+def test_an_unconverged_search_has_status_3(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--adsorbate", "*O", "--placements", "2", "--steps", "1", "--out", "s"]
+    assert run_command("adsorption search", *SEARCH, *options) == 3
+    assert "NOT converged" in capsys.readouterr().out
+
+
+def test_a_card_is_verified(searched: Path, in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("adsorption verify", searched / "card.json", "--calculator", "emt", "--json") == 0
+    assert all(row["ok"] for row in json.loads(capsys.readouterr().out).values() if isinstance(row, dict))
+    card = json.loads((searched / "card.json").read_text())
+    card["verifiable"]["max_force_eV_A"] += 1.0
+    Path("card.json").write_text(json.dumps(card))
+    write("best.extxyz", read(searched / "best.extxyz"))
+    assert run_command("adsorption verify", "card.json", "--calculator", "emt") == 3
+    assert "DIFFERS" in capsys.readouterr().out
+    assert run_command("adsorption verify", searched / "card.json") == 2
+    assert "names no checkpoint" in capsys.readouterr().err
+
+
+def test_dft_results_are_collected(
+    searched: Path, in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best, other = rows(searched)[:2]
+    files = []
+    for row, energy in ((best, -99.0), (other, -100.0)):
+        atoms = read(searched / "trajectories" / f"{row['id']}.traj")
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=np.zeros((len(atoms), 3)))
+        files.append(f"{row['id']}.traj")
+        write(files[-1], atoms)
+    assert run_command("adsorption collect", "--search", searched, "--dft", *files, "--overwrite") == 0
+    record = json.loads((searched / "collect.json").read_text())
+    assert [row["id"] for row in record["ranking"]] == [other["id"], best["id"]]
+    assert (record["top1_held"], record["spearman"]) == (False, pytest.approx(-1.0))
+    assert "did NOT hold" in capsys.readouterr().out
+    for wrong, message in ((["--gas", "molecules"], "energies of your DFT"), (["--gas", "O"], "--gas 'O'")):
+        arguments = ["--search", searched, "--dft", *files, "--overwrite", *wrong]
+        assert run_command("adsorption collect", *arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_free_energies_make_a_diagram(
+    searched: Path, in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--calculator", "emt", "--potential", "0.5", "--overwrite"]
+    assert run_command("adsorption free-energy", searched, *options) == 0
+    record = json.loads((searched / "free_energy.json").read_text())
+    assert {"zpe_eV", "entropy_eV", "free_energy_eV", "frequencies_cm1", "imaginary"} <= set(record)
+    assert len(record["frequencies_cm1"]) == 3
+    assert record["electrons"] == -2.0
+    assert run_command("adsorption diagram", searched, "--out", "d") == 0
+    drawn = json.loads(Path("d/diagram.json").read_text())
+    assert drawn["steps"][0]["change_eV"] == pytest.approx(record["free_energy_eV"])
+    assert Path("d/diagram.png").stat().st_size > 5000
+    assert run_command("adsorption free-energy", searched) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert run_command("adsorption free-energy", searched, "--overwrite") == 2
+    assert "was searched with a calculator" in capsys.readouterr().err
+
+
+def test_free_energies_need_references_to_molecules(
+    in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--adsorbate", "*O", "--placements", "1", "--out", "s"]
+    assert run_command("adsorption search", *SEARCH, *options) == 0
+    assert run_command("adsorption free-energy", "s", "--calculator", "emt") == 2
+    assert "--gas molecules" in capsys.readouterr().err
+
+
+def test_a_barrier_between_two_minima(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, last = (str(row["id"]) for row in rows(searched)[:2])
+    options = ["--calculator", "emt", "--start", first, "--end", last, "--images", "3"]
+    status = run_command("adsorption neb", searched, *options, "--overwrite")
+    folder = searched / "neb" / f"{first}-{last}"
+    record = json.loads((folder / "neb.json").read_text())
+    assert status == (0 if record["converged"] else 3)
+    assert len(read(folder / "neb.traj", ":")) == 5
+    assert record["barrier_eV"] == pytest.approx(max(record["energies_eV"]))
+    options = ["--calculator", "emt", "--start", first, "--end", "nothing"]
+    assert run_command("adsorption neb", searched, *options) == 2
+    assert "has no placement nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--adsorbate", "*Xy"], "Xy"),
+        (["--adsorbate", "*O", "--slab", "Qq111"], "Qq111"),
+        (["--adsorbate", "*O", "--placements", "0"], "placements"),
+        (["--adsorbate", "*O", "--gas", "air"], "--gas 'air'"),
+        (["--adsorbate", "*O", "--calculator", "nothing"], "there is no calculator"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    in_folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert run_command("adsorption search", *SEARCH, "--out", "s", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert run_command("adsorption verify", "missing.json", "--calculator", "emt") == 2
+    assert run_command("adsorption collect", "--search", "nowhere", "--dft", "x") == 2
