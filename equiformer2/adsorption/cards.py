@@ -101,10 +101,11 @@ def verify_card(path: AnyPath, model: Engineable | None = None) -> dict[str, dic
         sums = [sha256(find_checkpoint(str(file))) for file in files]
         expected["checkpoint_sha256"] = card["checkpoint_sha256"]
         fields["checkpoint_sha256"] = sums[0] if isinstance(model, str) else sums
-    return {name: _compared(name, value, fields.get(name)) for name, value in expected.items()}
-
-
-def _compared(name: str, card: Any, now: Any) -> dict[str, Any]:
-    tolerance = SAME_FORCE if name.endswith("eV_A") else SAME_ENERGY
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (card, now))
-    return {"card": card, "now": now, "ok": bool(abs(card - now) <= tolerance if numbers else card == now)}
+    rows = {}
+    for name, value in expected.items():
+        other = fields.get(name)
+        numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in (value, other))
+        tolerance = SAME_FORCE if name.endswith("eV_A") else SAME_ENERGY
+        same = abs(value - other) <= tolerance if numbers else value == other
+        rows[name] = {"card": value, "now": other, "ok": bool(same)}
+    return rows

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from ase import Atoms
-from ase.data import atomic_numbers
 from ase.io import write
 
 from equiformer2.files import write_bytes, write_json
@@ -32,8 +31,18 @@ OC20_INCAR: Mapping[str, Any] = {
 potentials: RPBE, no spin polarisation, no +U, no dispersion."""
 
 _K_PRODUCT = 40.0  # Å; OC20: points along a direction times its length
-#: Ry; usual cut-offs of ultrasoft potentials. Other potentials need others.
-_CUTOFFS = {"ecutwfc": 50.0, "ecutrho": 400.0}
+#: Settings of Quantum ESPRESSO; the cut-offs (Ry) are usual for ultrasoft potentials, others need others.
+_ESPRESSO: Mapping[str, Mapping[str, Any]] = {
+    "control": {"calculation": "relax", "tprnfor": True, "forc_conv_thr": 1.2e-3},
+    "system": {
+        "ecutwfc": 50.0,
+        "ecutrho": 400.0,
+        "occupations": "smearing",
+        "smearing": "mp",
+        "degauss": 0.015,
+        "input_dft": "RPBE",
+    },
+}
 CANDIDATE = "candidate.json"
 _POTENTIALS = (
     "Join the PBE potentials of these elements to POTCAR, in this order (OC20 takes those without a suffix): "
@@ -77,7 +86,13 @@ def write_dft_inputs(folder: Path, candidates: Sequence[Candidate], clean_slab: 
             "INCAR": "".join(f"{key} = {value}\n" for key, value in OC20_INCAR.items()),
             "KPOINTS": "OC20's density\n0\nMonkhorst-Pack\n{} {} {}\n0 0 0\n".format(*points),
             "POTCAR.txt": f"{_POTENTIALS}{' '.join(dict.fromkeys(atoms.get_chemical_symbols()))}\n",
-            "pw.in": _espresso(candidate.atoms, points),
+            "pw.in": _written(
+                candidate.atoms,
+                "espresso-in",
+                input_data={name: dict(values) for name, values in _ESPRESSO.items()},
+                pseudopotentials={symbol: f"{symbol}.UPF" for symbol in sorted(set(candidate.atoms.symbols))},
+                kpts=points,
+            ),
         }
         for file, text in files.items():
             write_bytes(place / file, text.encode())
@@ -91,27 +106,6 @@ def k_points(atoms: Atoms) -> tuple[int, int, int]:
     """Choose OC20's k-points of a slab: 40 Å over the length of each surface vector, one along the normal."""
     first, second = (max(1, math.ceil(_K_PRODUCT / length)) for length in atoms.cell.lengths()[:2])
     return first, second, 1
-
-
-def _espresso(atoms: Atoms, points: tuple[int, int, int]) -> str:
-    symbols = sorted(set(atoms.get_chemical_symbols()), key=atomic_numbers.__getitem__)
-    settings = {
-        "control": {"calculation": "relax", "tprnfor": True, "forc_conv_thr": 1.2e-3},
-        "system": {
-            **_CUTOFFS,
-            "occupations": "smearing",
-            "smearing": "mp",
-            "degauss": 0.015,
-            "input_dft": "RPBE",
-        },
-    }
-    return _written(
-        atoms,
-        "espresso-in",
-        input_data=settings,
-        pseudopotentials={symbol: f"{symbol}.UPF" for symbol in symbols},
-        kpts=points,
-    )
 
 
 def _written(atoms: Atoms, file_format: str, **options: Any) -> str:

@@ -188,6 +188,16 @@ class Reaction:
         parts += [f"{self.electrons:g} (H+ + e-)"] if self.electrons else []
         return " + ".join(parts)
 
+    @staticmethod
+    def check_referred(energy_kind: str, gas: Mapping[str, Any] | None) -> None:
+        """Raise `InputError` where an adsorption energy is not referred to H2, H2O, CO and N2."""
+        source = "" if gas is None else str(gas.get("source"))
+        if energy_kind == "total" and source not in ("molecules", "oc20", "given"):
+            raise InputError(
+                f"the adsorption energy is referred to the adsorbate in vacuum ({source}), and free energies "
+                "to H2, H2O, CO and N2: search again with --gas molecules"
+            )
+
 
 def free_energy(
     adsorption_energy: float,
@@ -244,13 +254,3 @@ def free_energy(
         "hessian_asymmetry_eV_A2": modes.asymmetry,
         "hessian_largest_eV_A2": modes.largest_element,
     }
-
-
-def check_referred_to_molecules(energy_kind: str, gas: Mapping[str, Any] | None) -> None:
-    """Raise `InputError` where an adsorption energy is not referred to H2, H2O, CO and N2."""
-    source = "" if gas is None else str(gas.get("source"))
-    if energy_kind == "total" and source not in ("molecules", "oc20", "given"):
-        raise InputError(
-            f"the adsorption energy is referred to the adsorbate in vacuum ({source}), and free energies to "
-            "H2, H2O, CO and N2: search again with --gas molecules"
-        )

@@ -224,7 +224,7 @@ class _Search:
             check_gas_references(self.adsorbate, settings.gas_per_atom, settings.gas)
         self.identity = {
             "model": self.engine.identity(),
-            "slab": _digest(slab),
+            "slab": self._digest(),
             "adsorbate": self.adsorbate.get_chemical_formula(),
             "gas": settings.gas,
             "gas_per_atom": dict(settings.gas_per_atom),
@@ -385,12 +385,11 @@ class _Search:
             f"{counts['failed']} failed (see {self.folder / 'relaxed.jsonl'}); try more placements"
         )
 
-
-def _digest(slab: Atoms) -> str:
-    """Hash what a slab is: elements, positions and cell to 1e-6 Å, periodic directions, held atoms."""
-    digest = hashlib.sha256()
-    for values in (slab.numbers, slab.pbc, fixed_mask(slab)):
-        digest.update(np.ascontiguousarray(values).astype(np.int64).tobytes())
-    for values in (slab.positions, slab.cell.array):
-        digest.update(np.round(np.asarray(values) * 1e6).astype(np.int64).tobytes())
-    return digest.hexdigest()
+    def _digest(self) -> str:
+        """Hash what the slab is: elements, positions and cell to 1e-6 Å, periodic directions, held atoms."""
+        digest = hashlib.sha256()
+        for values in (self.slab.numbers, self.slab.pbc, fixed_mask(self.slab)):
+            digest.update(np.ascontiguousarray(values).astype(np.int64).tobytes())
+        for values in (self.slab.positions, self.slab.cell.array):
+            digest.update(np.round(np.asarray(values) * 1e6).astype(np.int64).tobytes())
+        return digest.hexdigest()

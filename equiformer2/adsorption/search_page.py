@@ -52,12 +52,27 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
         [one.name, "yes" if one.present else "no", _number(one.margin, 2), one.sentence]
         for one in best.anomalies
     ]
+    told = record["model"]
+    model = [f"model: {told.get('checkpoint') or told.get('calculator')}"]
+    if record["checkpoint_sha256"]:
+        model.append(f"SHA-256 of the checkpoint: {record['checkpoint_sha256']}")
+    model += (told.get("familiarity") or {}).get("sentences", [])
+    error = (told.get("validation") or {}).get("energy_mae_eV")
+    if error is not None:
+        model.append(f"energy error of the checkpoint on its own validation data: {error:.2f} eV")
+    meaning = "The model predicts adsorption energies: nothing was subtracted."
+    if result.energy_kind == "total":
+        meaning = (
+            f"The model predicts total energies: {result.terms['slab']:.4f} eV of the relaxed clean slab and "
+            f"{result.terms['gas']:.4f} eV of the gas references ({(result.gas or {}).get('label', '')}) "
+            "were subtracted."
+        )
     parts = [
         viewer_script(),
         f"<p>Adsorption energy of {name}: <b>{result.energy:.3f} eV</b> "
         f"({best.status}, largest force {_number(best.relaxation.max_force_eV_A, 3)} eV/Å; "
         f"the start of this placement: {_number(best.start_energy, 3)} eV).</p>",
-        bullets(_meaning(result)),
+        bullets([meaning]),
         structure_viewer("best", both, "<p>This browser does not draw in three dimensions.</p>"),
         picture("Best placement", drawing),
         "<h2>Would another placement be lower?</h2>",
@@ -76,7 +91,7 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
         "<h2>Anomalies of the best placement</h2>",
         table(["rule", "present", "margin (Å)", "verdict"], checks),
         "<h2>What the number rests on</h2>",
-        bullets([*card["label_physics"], *_model_sentences(record)]),
+        bullets([*card["label_physics"], *model]),
         "<h2>All placements</h2>",
         table(head, rows),
     ]
@@ -102,28 +117,6 @@ def basin_picture(result: SearchResult) -> bytes:
     axis.set(ylabel="adsorption energy (eV)", title="from the start (left) to the relaxed placement (dot)")
     axis.grid(alpha=0.3)
     return png_bytes(figure)
-
-
-def _meaning(result: SearchResult) -> list[str]:
-    if result.energy_kind == "adsorption":
-        return ["The model predicts adsorption energies: nothing was subtracted."]
-    gas = result.gas or {}
-    return [
-        f"The model predicts total energies: {result.terms['slab']:.4f} eV of the relaxed clean slab and "
-        f"{result.terms['gas']:.4f} eV of the gas references ({gas.get('label', '')}) were subtracted."
-    ]
-
-
-def _model_sentences(record: Mapping[str, Any]) -> list[str]:
-    model = record["model"]
-    said = [f"model: {model.get('checkpoint') or model.get('calculator')}"]
-    if record["checkpoint_sha256"]:
-        said.append(f"SHA-256 of the checkpoint: {record['checkpoint_sha256']}")
-    said += (model.get("familiarity") or {}).get("sentences", [])
-    error = (model.get("validation") or {}).get("energy_mae_eV")
-    if error is not None:
-        said.append(f"energy error of the checkpoint on its own validation data: {error:.2f} eV")
-    return said
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -68,8 +68,18 @@ class SurfaceSymmetry:
         for operation in np.argsort(bounds):
             if bounds[operation] >= min(best, limit):
                 break
-            best = min(best, _matched(lengths[operation], first.numbers, second.numbers))
+            best = min(best, self.matched(lengths[operation], first.numbers, second.numbers))
         return best if best <= limit else np.inf
+
+    @staticmethod
+    def matched(lengths: np.ndarray, species: np.ndarray, others: np.ndarray) -> float:
+        """Match atoms one to one within each species; the longest of the chosen `lengths` `[n, n]`."""
+        longest = 0.0
+        for kind in np.unique(species):
+            part = lengths[np.ix_(species == kind, others == kind)]
+            rows, columns = linear_sum_assignment(part**2)
+            longest = max(longest, float(part[rows, columns].max()))
+        return longest
 
 
 def surface_symmetry(slab: Atoms, present: Atoms | None = None, tolerance: float = 0.1) -> SurfaceSymmetry:
@@ -102,20 +112,10 @@ def surface_symmetry(slab: Atoms, present: Atoms | None = None, tolerance: float
         image = moved.positions @ rotation.T + translation
         vectors = (moved.positions[None] - image[:, None]).reshape(-1, 3)
         lengths = find_mic(vectors, cell, slab.pbc)[1].reshape(len(slab), len(slab))
-        if _matched(lengths, species, species) < tolerance:
+        if SurfaceSymmetry.matched(lengths, species, species) < tolerance:
             rotations.append(rotation)
             translations.append(translation)
     return SurfaceSymmetry(cell, slab.pbc.copy(), np.array(rotations), np.array(translations))
-
-
-def _matched(lengths: np.ndarray, species: np.ndarray, others: np.ndarray) -> float:
-    """Match atoms one to one within each species; the longest of the chosen `lengths` `[n, n]`."""
-    longest = 0.0
-    for kind in np.unique(species):
-        part = lengths[np.ix_(species == kind, others == kind)]
-        rows, columns = linear_sum_assignment(part**2)
-        longest = max(longest, float(part[rows, columns].max()))
-    return longest
 
 
 def merge_copies(

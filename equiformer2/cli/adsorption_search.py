@@ -264,7 +264,7 @@ class AdsorptionFreeEnergy(Command):
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.adsorption.finished_search import FinishedSearch
-        from equiformer2.adsorption.free_energy import check_referred_to_molecules, free_energy, vibrations
+        from equiformer2.adsorption.free_energy import Reaction, free_energy, vibrations
         from equiformer2.files import check_target, write_json
         from equiformer2.inference.named_calculators import calculator_by_name
         from equiformer2.script import header
@@ -275,7 +275,7 @@ class AdsorptionFreeEnergy(Command):
         if options.calculator is not None:
             model = calculator_by_name(options.calculator)
         search = FinishedSearch.read(options.folder)
-        check_referred_to_molecules(search.record["energy_kind"], search.record["gas"])
+        Reaction.check_referred(search.record["energy_kind"], search.record["gas"])
         if not search.record["converged"]:
             print("warning: the structure has not converged, so its vibrations are not those of a minimum")
         model = search.model(model)

@@ -13,7 +13,6 @@ from test_basins import slab, with_adsorbate
 from equiformer2.adsorption.free_energy import (
     Reaction,
     Vibrations,
-    check_referred_to_molecules,
     free_energy,
     gas_correction,
     vibrations,
@@ -102,9 +101,9 @@ def test_potential_and_acidity_shift_what_takes_electrons() -> None:
         free_energy(0.0, Atoms("SH"), modes)
     with pytest.raises(InputError, match="the temperature is 0"):
         free_energy(0.0, Atoms("OH"), modes, 0.0)
-    check_referred_to_molecules("adsorption", None)
+    Reaction.check_referred("adsorption", None)
     with pytest.raises(InputError, match="--gas molecules"):
-        check_referred_to_molecules("total", {"source": "vacuum"})
+        Reaction.check_referred("total", {"source": "vacuum"})
 
 
 def test_atoms_that_cannot_vibrate_are_refused() -> None:
