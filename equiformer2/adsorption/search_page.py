@@ -16,6 +16,10 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
     """Write the report as one HTML page."""
     best = result.best
     assert best.relaxation is not None
+
+    def number(value: float | None, digits: int) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
     symbols = best.start.get_chemical_symbols()
     adsorbate = Atoms(symbols[len(result.clean_slab.atoms) :]).get_chemical_formula()
     name = f"{adsorbate} on {result.clean_slab.atoms.get_chemical_formula()}"
@@ -30,10 +34,10 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
             one.id,
             one.status if one.merged_into is None else f"copy of {one.merged_into}",
             one.basin or "",
-            _number(one.energy, 3),
-            _number(one.start_energy, 3),
+            number(one.energy, 3),
+            number(one.start_energy, 3),
             "" if one.relaxation is None else str(one.relaxation.steps),
-            _number(None if one.relaxation is None else one.relaxation.max_force_eV_A, 3),
+            number(None if one.relaxation is None else one.relaxation.max_force_eV_A, 3),
             ", ".join(anomaly.name for anomaly in one.anomalies if anomaly.present),
         ]
         for one in result.found
@@ -49,7 +53,7 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
         "anomalies",
     ]
     checks = [
-        [one.name, "yes" if one.present else "no", _number(one.margin, 2), one.sentence]
+        [one.name, "yes" if one.present else "no", number(one.margin, 2), one.sentence]
         for one in best.anomalies
     ]
     told = record["model"]
@@ -70,8 +74,8 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
     parts = [
         viewer_script(),
         f"<p>Adsorption energy of {name}: <b>{result.energy:.3f} eV</b> "
-        f"({best.status}, largest force {_number(best.relaxation.max_force_eV_A, 3)} eV/Å; "
-        f"the start of this placement: {_number(best.start_energy, 3)} eV).</p>",
+        f"({best.status}, largest force {number(best.relaxation.max_force_eV_A, 3)} eV/Å; "
+        f"the start of this placement: {number(best.start_energy, 3)} eV).</p>",
         bullets([meaning]),
         structure_viewer("best", both, "<p>This browser does not draw in three dimensions.</p>"),
         picture("Best placement", drawing),
@@ -117,7 +121,3 @@ def basin_picture(result: SearchResult) -> bytes:
     axis.set(ylabel="adsorption energy (eV)", title="from the start (left) to the relaxed placement (dot)")
     axis.grid(alpha=0.3)
     return png_bytes(figure)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
