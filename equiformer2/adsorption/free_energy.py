@@ -8,7 +8,7 @@ taken away is told.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ase.build
 import numpy as np
@@ -37,7 +37,7 @@ class _Gas:
     """Molecule of a reference: experimental fundamentals (cm^-1; NIST), shape, and pressure in Pa."""
 
     frequencies: tuple[float, ...]
-    geometry: str
+    geometry: Literal["linear", "nonlinear"]
     symmetry_number: int
     pressure: float = _BAR
     spin: float = 0.0
@@ -61,7 +61,7 @@ def gas_correction(molecule: str, temperature: float) -> float:
     """
     gas = GASES[molecule]
     thermo = IdealGasThermo(
-        np.array(gas.frequencies) * _INVERSE_CM,
+        [frequency * _INVERSE_CM for frequency in gas.frequencies],
         gas.geometry,
         potentialenergy=0.0,
         atoms=ase.build.molecule(molecule),

@@ -28,7 +28,7 @@ from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
 from equiformer2.inference.atoms import fixed_mask
 from equiformer2.inference.batched import RelaxationSettings
-from equiformer2.inference.engines import Engine, open_engine
+from equiformer2.inference.engines import open_engine
 from equiformer2.inference.many import Relaxation
 from equiformer2.inference.relaxation_store import RelaxationStore
 
@@ -167,7 +167,7 @@ class SearchResult:
 def search_placements(
     slab: Atoms,
     placed: Sequence[tuple[str, Atoms]],
-    calculator: BaseCalculator | Engine,
+    calculator: BaseCalculator,
     folder: Path,
     settings: SearchSettings | None = None,
     identity: Mapping[str, Any] | None = None,
@@ -201,7 +201,7 @@ class _Search:
         self,
         slab: Atoms,
         placed: Sequence[tuple[str, Atoms]],
-        calculator: BaseCalculator | Engine,
+        calculator: BaseCalculator,
         folder: Path,
         settings: SearchSettings,
         identity: Mapping[str, Any],
@@ -287,12 +287,9 @@ class _Search:
             return {}
         file = self.folder / _GAS
         if not file.exists():
-            calculator = self.calculator
-            if not isinstance(calculator, BaseCalculator):
-                raise InputError("gas references need an ASE calculator: give one instead of an engine")
             settings = {"optimizer": "LBFGS", "fmax": self.settings.fmax, "steps": self.settings.steps}
             gas = gas_reference(
-                self.adsorbate, calculator, self.settings.gas_per_atom, self.settings.gas, settings
+                self.adsorbate, self.calculator, self.settings.gas_per_atom, self.settings.gas, settings
             )
             write_json(file, gas.summary() | {"per_atom_eV": gas.per_atom, "converged": gas.converged})
         self.gas = read_json(file)

@@ -97,7 +97,8 @@ def surface_symmetry(slab: Atoms, present: Atoms | None = None, tolerance: float
     cell = complete_cell(slab.cell.array)
     species = slab.numbers + _FIXED * fixed_mask(slab)
     fractional = np.linalg.solve(cell.T, slab.positions.T).T
-    found = spglib.get_symmetry((cell, fractional, species), symprec=_SYMPREC, is_magnetic=False)
+    crystal = cell.tolist(), fractional.tolist(), species.tolist()
+    found = spglib.get_symmetry(crystal, symprec=_SYMPREC, is_magnetic=False)
     rotations, translations = [np.eye(3)], [np.zeros(3)]
     moved = slab if present is None else present
     for turn, shift in zip(
