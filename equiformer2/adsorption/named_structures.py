@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import ase.build
 import numpy as np
@@ -144,7 +144,7 @@ def place_adsorbate(
 ) -> Atoms:
     """Place an adsorbate on a slab; the slab's tags and constraints are kept, adsorbate atoms get tag 2.
 
-    The surface normal must be z. Neither the cell boundary nor the images of atoms in it matter: slab and
+    Neither the orientation of the slab nor the cell boundary nor the images of atoms in it matter: slab and
     adsorbate are made whole first (`adsorption.periodic_images`). The site is the one nearest to the middle
     of the cell. A slab whose free atoms are at its bottom and whose top is held gets the adsorbate from
     below, turned over.
@@ -155,13 +155,13 @@ def place_adsorbate(
         binding_atom: index of the atom that goes above the site.
         site: a site of ASE's builders (`ontop`, `bridge`, `fcc`, `hcp`, `hollow`, …, depending on the facet);
             a slab from a file knows `ontop` only (above its highest atom).
-        position: x and y in Å instead of `site`.
+        position: x and y in Å of a point at the height of the top, instead of `site`.
         height: Å of the binding atom above the highest slab atom. By default the adsorbate is lowered until
             its first atom is at a bond length (sum of covalent radii) and `gap` from the slab.
         gap: Å beyond a bond length (OC20 places with 0.1).
 
     Raises:
-        InputError: unknown site, a slab whose normal is not z or that has no vacuum, an adsorbate in pieces,
+        InputError: unknown site, a slab that has no vacuum, an adsorbate in pieces,
             a height that is not above 0 or beyond `MAX_HEIGHT`, a place where the adsorbate is nearer to the
             slab than a bond, or reaches the next image of the slab or of itself.
     """
@@ -173,8 +173,8 @@ def place_adsorbate(
     whole, turn = free_side_up(slab)
     surface = whole.atoms.copy()
     surface.set_constraint()
-    place = np.asarray(position) * turn[:2] if position is not None else _site_position(surface, site)
     top = surface.positions[:, 2].max()
+    place = turned_point(position, turn, top) if position is not None else _site_position(surface, site)
     adsorbate.translate(np.array([*place, top + 100.0]) - adsorbate.positions[binding_atom])
     if height is None:
         adsorbate.translate([0, 0, -_drop_to_contact(surface, adsorbate, gap)])
@@ -184,43 +184,77 @@ def place_adsorbate(
     adsorbate.set_tags(ADSORBATE)
     adsorbate.set_constraint()
     system = whole.atoms
-    turn_back(system, turn, slab)
     system.info = {}
     system.extend(Atoms(adsorbate.numbers, adsorbate.positions, tags=adsorbate.get_tags()))
+    turn_back(system, turn, slab)
     return system
 
 
 def free_side_up(slab: Atoms) -> tuple[Slab, np.ndarray]:
-    """Copy a slab in one piece, turned about x where its free atoms are at the bottom and its top is held.
+    """Copy a slab in one piece, turned so that its surface is up.
+
+    Its normal becomes z (slabs of OC20 are often tilted), and a slab whose free atoms are at the bottom and
+    whose top is held is turned over.
 
     Returns:
-        The slab with its surface up, and `[3]` the factors of ±1 by which its positions were multiplied.
+        The slab with its surface up, and the rotation `[3, 3]`: its positions are `positions @ rotation`.
 
     Raises:
-        InputError: its normal is not z, it is not periodic in its plane, and what `whole_slab` raises.
+        InputError: no plane or no vacuum along the third vector, not periodic in its plane, and what
+            `whole_slab` raises.
     """
     cell = slab.cell.array
-    if np.abs(cell[:2, 2]).max() > 1e-3 or np.linalg.matrix_rank(cell[:2, :2], tol=1e-3) < 2:
-        raise InputError("the slab's first two lattice vectors must span the xy plane: rotate the slab")
+    normal = np.cross(cell[0], cell[1])
+    area = float(np.linalg.norm(normal))
+    if area < 1e-3 or (slab.pbc[2] and abs(normal @ cell[2]) < 1e-3 * area):
+        raise InputError(
+            "the slab's first two lattice vectors span no surface beside its third one: give a slab whose "
+            "vacuum is along the third lattice vector"
+        )
+    normal /= area
+    rotation = np.eye(3)
+    if abs(normal[2]) < 1.0 - 1e-6:
+        normal *= -1.0 if normal @ cell[2] < 0 else 1.0
+        first = cell[0] / np.linalg.norm(cell[0])
+        rotation = np.stack([first, np.cross(normal, first), normal], axis=1)
     if not slab.pbc[:2].all():
         raise InputError("the slab is not periodic along its first two lattice vectors: set pbc there")
     whole = whole_slab(slab)
-    held, z = fixed_mask(whole.atoms), whole.atoms.positions[:, 2]
+    held, z = fixed_mask(whole.atoms), whole.atoms.positions @ rotation[:, 2]
     hangs = held[z > z.max() - _LAYER].all() and not held[z < z.min() + _LAYER].any()
-    turn = np.array([1.0, -1.0, -1.0]) if hangs else np.ones(3)
+    if hangs:
+        rotation = rotation * [1.0, -1.0, -1.0]
     constraints = whole.atoms.constraints
     whole.atoms.set_constraint()
-    whole.atoms.set_cell(cell * turn)
-    whole.atoms.positions = whole.atoms.positions * turn
+    whole.atoms.set_cell(cell @ rotation)
+    whole.atoms.positions = whole.atoms.positions @ rotation
     whole.atoms.set_constraint(constraints)
-    return whole, turn
+    return whole, rotation
 
 
-def turn_back(system: Atoms, turn: np.ndarray, slab: Atoms) -> None:
+def turned_point(position: Sequence[float], rotation: np.ndarray, top: float) -> np.ndarray:
+    """Find x and y, after the rotation of `free_side_up`, of the point of the top plane with given x and y.
+
+    Args:
+        position: x and y, Å, as the slab was given.
+        rotation: of `free_side_up`.
+        top: height of the plane after it, Å.
+
+    Raises:
+        InputError: the surface stands upright, so that x and y say no point.
+    """
+    normal = rotation[:, 2]
+    if abs(normal[2]) < 1e-3:
+        raise InputError("the surface stands along z, so that x and y give no point of it: rotate the slab")
+    z = (top - normal[:2] @ np.asarray(position)) / normal[2]
+    return np.asarray((np.array([*position, z]) @ rotation)[:2])
+
+
+def turn_back(system: Atoms, rotation: np.ndarray, slab: Atoms) -> None:
     """Turn a system whose slab is of `free_side_up` as the original `slab` stands, in place."""
     constraints = system.constraints
     system.set_constraint()
-    system.positions = system.positions * turn
+    system.positions = system.positions @ rotation.T
     system.set_cell(slab.cell)
     system.set_constraint(constraints)
 

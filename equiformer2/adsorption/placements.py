@@ -18,7 +18,13 @@ from ase.geometry import find_mic, get_distances
 from scipy.spatial.transform import Rotation
 
 from equiformer2.adsorption.adsorbates import check_binding_atoms, find_adsorbate
-from equiformer2.adsorption.named_structures import SHORTEST_BOND, free_side_up, place_adsorbate, turn_back
+from equiformer2.adsorption.named_structures import (
+    SHORTEST_BOND,
+    free_side_up,
+    place_adsorbate,
+    turn_back,
+    turned_point,
+)
 from equiformer2.adsorption.open_catalyst import numpy_seed, open_catalyst
 from equiformer2.adsorption.periodic_images import lowest_atom_index, whole_molecule
 from equiformer2.adsorption.start_checks import check_start, check_vacuum
@@ -158,19 +164,18 @@ def placements(
     surface.info = {}
     surface.set_tags(oc20_tags(slab)[0])
     place = _Place(surface, molecule, binding, mode, seed, height)
+    top = float(surface.positions[:, 2].max())
     found = Placements()
-    wanted, draws = place.plan(number, [np.asarray(xy) * turn[:2] for xy in positions or ()])
+    wanted, draws = place.plan(number, [turned_point(xy, turn, top) for xy in positions or ()])
     for index in range(wanted * _TRIES if place.endless else wanted):
         if len(found) == wanted:
             break
         name = f"{mode}-{index:04d}"
         try:
             atoms, site, rotation = draws(index)
-            turn_back(atoms, turn, slab)
         except InputError as error:
             found.left_out.append((name, [str(error)]))
             continue
-        x, y, z = np.array(site.position) * turn
         members = tuple(range(len(surface), len(atoms)))
         faults = check_start(
             atoms, cutoff=cutoff, closest=SHORTEST_BOND if height is not None else 1.0, molecules=[members]
@@ -178,6 +183,8 @@ def placements(
         if faults:
             found.left_out.append((name, faults))
             continue
+        turn_back(atoms, turn, slab)
+        x, y, z = np.array(site.position) @ turn.T
         site = Site((float(x), float(y), float(z)), site.kind, site.coordination)
         found.append(Placement(name, atoms, site, _degrees(rotation), mode, (members,)))
     if not found:
@@ -232,11 +239,11 @@ def coverage_placements(
         except InputError as error:
             found.left_out.append((name, [str(error)]))
             continue
-        turn_back(atoms, turn, slab)
         faults = check_start(atoms, cutoff=cutoff, closest=1.0, molecules=groups)
         if faults:
             found.left_out.append((name, faults))
             continue
+        turn_back(atoms, turn, slab)
         found.append(Placement(name, atoms, used[0], (0.0, 0.0, 0.0), "coverage", groups))
     if not found:
         raise InputError(found.left_out[0][1][0])

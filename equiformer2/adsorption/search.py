@@ -319,7 +319,10 @@ class _Search:
         moved = final.positions[len(self.slab) :].mean(axis=0) - one.start.positions[len(self.slab) :].mean(
             axis=0
         )
-        one.migration = float(np.linalg.norm(find_mic(moved, final.cell, final.pbc)[0][:2]))
+        moved = find_mic(moved, final.cell, final.pbc)[0]
+        normal = np.cross(final.cell[0], final.cell[1])
+        normal /= np.linalg.norm(normal)
+        one.migration = float(np.linalg.norm(moved - (moved @ normal) * normal))
         if any(anomaly.present for anomaly in one.anomalies):
             one.status = "anomalous"
 

@@ -22,7 +22,8 @@ def structure_picture(structures: dict[str, Atoms], title: str) -> bytes:
     """
     figure = new_figure(4.2 * len(structures), 8.0)
     axes = figure.subplots(2, len(structures), squeeze=False, height_ratios=(1.0, 0.8))
-    for column, (caption, atoms) in enumerate(structures.items()):
+    for column, (caption, given) in enumerate(structures.items()):
+        atoms = upright(given)
         for row, (view, rotation) in enumerate((("top", ""), ("side", "-90x"))):
             axis = axes[row, column]
             # The cell is drawn in the top view only: the vacuum would shrink the side view to a line.
@@ -37,6 +38,17 @@ def structure_picture(structures: dict[str, Atoms], title: str) -> bytes:
             axis.set_axis_off()
     figure.suptitle(title, fontsize=12)
     return png_bytes(figure)
+
+
+def upright(atoms: Atoms) -> Atoms:
+    """Copy a structure, rotated so that its first two lattice vectors span the xy plane, as most do."""
+    turned = atoms.copy()
+    normal = np.cross(*turned.cell.array[:2])
+    if np.linalg.norm(normal[:2]) > 1e-6:
+        turned.set_constraint()
+        turned.rotate(normal * (-1.0 if normal[2] < 0 else 1.0), "z", rotate_cell=True)
+        turned.set_constraint(atoms.constraints)
+    return turned
 
 
 def relaxation_picture(result: RelaxationResult, energy_label: str) -> bytes:

@@ -16,6 +16,7 @@ from ase.data.colors import jmol_colors
 from ase.geometry import complete_cell
 
 from equiformer2.inference.atoms import fixed_mask
+from equiformer2.inference.pictures import upright
 
 #: Radius of a sphere: this share of the covalent radius, and 0.2 Å.
 _SHARE = 0.7
@@ -62,6 +63,7 @@ def _model(atoms: Atoms) -> dict[str, list[list[object]]]:
     def rounded(values: np.ndarray) -> list[object]:
         return [round(float(value), 4) for value in values]
 
+    atoms = upright(atoms)
     colours = jmol_colors[atoms.numbers] * np.where(fixed_mask(atoms), 0.6, 1.0)[:, None]
     rows: list[list[object]] = []
     for atom, colour in zip(atoms, colours, strict=True):

@@ -172,7 +172,7 @@ class TestPrepare:
             ("slab.traj", "CO", SlabOptions(size=(2, 2, 2)), PlacementOptions(), "size only apply"),
             ("slab.traj", "CO", None, PlacementOptions(site="fcc"), "position x y"),
             ("system.traj", "CO", None, None, "already has adsorbate"),
-            ("tilted.traj", "CO", None, None, "rotate the slab"),
+            ("no_plane.traj", "CO", None, None, "lie in one plane"),
             ("Pt111", "co.xyz", None, PlacementOptions(flat=True), "leave out flat"),
             ("Pt111", "co.xyz", None, PlacementOptions(binding_atom=5), "binding atom 5"),
             ("Pt111", "CO", None, PlacementOptions(site="hollow"), "ontop, bridge, fcc, hcp"),
@@ -196,9 +196,9 @@ class TestPrepare:
         clean = build_slab("Pt111", (2, 2, 3))
         write("slab.traj", clean)
         write("system.traj", place_adsorbate(clean, Atoms("O")))
-        tilted = clean.copy()
-        tilted.rotate(30, "x", rotate_cell=True)
-        write("tilted.traj", tilted)
+        no_plane = clean.copy()
+        no_plane.cell[1] = 2 * no_plane.cell[0]
+        write("no_plane.traj", no_plane)
         write("co.xyz", molecule("CO"))
         Path("text.xyz").write_text("no structure\n")
         with pytest.raises(InputError, match=message):

@@ -44,6 +44,21 @@ def test_a_viewer_holds_its_structures() -> None:
             structure_viewer(name, {"a": slab()})
 
 
+def test_a_tilted_slab_is_shown_upright() -> None:
+    tilted = slab()
+    tilted.rotate(40, "x", rotate_cell=True)
+    shown, straight = (
+        json.loads(
+            structure_viewer("v", {"a": atoms}).split("showStructures('v', ")[1].split(");</script>")[0]
+        )[0]
+        for atoms in (tilted, slab())
+    )
+    heights, expected = ([atom[3] for atom in model["atoms"]] for model in (shown, straight))
+    assert [height - heights[0] for height in heights] == pytest.approx(
+        [height - expected[0] for height in expected], abs=1e-3
+    )
+
+
 def test_nothing_is_loaded_from_elsewhere() -> None:
     text = page("t", [viewer_script(), structure_viewer("v", {"a": slab()})])
     assert text.count("</script>") == 3

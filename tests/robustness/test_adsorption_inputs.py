@@ -152,6 +152,12 @@ def _hanging(slab: Atoms) -> Atoms:
     return slab
 
 
+def _turned(slab: Atoms, angle: float, axis: object) -> Atoms:
+    slab = slab.copy()
+    slab.rotate(angle, axis, rotate_cell=True)
+    return slab
+
+
 SLAB = fcc111("Cu", (2, 2, 4), vacuum=8.0, periodic=True)
 SLAB.set_tags([0] * 8 + [1] * 8)
 SLAB.set_constraint(FixAtoms(mask=SLAB.get_tags() == 0))
@@ -171,6 +177,10 @@ CROSSING = [
     ("left-handed cell", _moved(LEFT_HANDED, [0, 0, 5.0])),
     ("tilted cell", _moved(TILTED, [0, 0, -9.0])),
     ("hangs upside down", _hanging(SLAB)),
+    ("turned about x", _turned(SLAB, 30, "x")),
+    ("turned about another axis", _turned(SLAB, 77, (1, 2, 0.5))),
+    ("on its side", _turned(SLAB, 90, "y")),
+    ("hangs, and turned", _turned(_hanging(SLAB), 50, "x")),
 ]
 
 
