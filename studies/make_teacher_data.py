@@ -29,8 +29,6 @@ import argparse
 import hashlib
 import json
 import lzma
-import sys
-import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +45,7 @@ from tqdm import tqdm
 
 from datasets_oc20.frame_selection import spread_frames
 from datasets_oc20.structure_files import read_structure
+from equiformer2.adsorption.open_catalyst import open_catalyst
 from equiformer2.adsorption.references import gas_reference
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, read_json, write_bytes, write_json
@@ -59,7 +58,6 @@ SCHEMA = "teacher_data/1"
 #: File in the folder with what has been tried.
 STATE = "made.json"
 SEVENN = "pip install sevenn==0.13.0"
-PLACEMENT = "pip install fairchem-data-oc"
 #: Bulks in a row without a system after which the command gives up.
 _MOST_FAILURES = 50
 _MOST_SLABS = 8
@@ -458,24 +456,8 @@ def sevennet() -> Any:
 
 def _import_placement() -> tuple[Any, Any, Any, Any]:
     """Import the classes of `fairchem-data-oc`; raises `InputError` where it is not installed."""
-    try:
-        import fairchem.core.scripts.download_large_files  # noqa: F401
-    except ImportError:
-        # It is imported for downloads of bulk lists only; the classes below are given their bulks.
-        module = types.ModuleType("fairchem.core.scripts.download_large_files")
-        names = ["fairchem.core", "fairchem.core.scripts", module.__name__]
-        for name in names[:2]:
-            sys.modules.setdefault(name, types.ModuleType(name))
-        sys.modules[names[2]] = module
-        sys.modules[names[1]].download_large_files = module  # type: ignore[attr-defined]
-    try:
-        from fairchem.data.oc.core import Adsorbate, AdsorbateSlabConfig, Slab
-        from fairchem.data.oc.core import Bulk as PlacementBulk
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"slabs and adsorbates need the package fairchem-data-oc ({error}): run {PLACEMENT}"
-        ) from error
-    return PlacementBulk, Slab, Adsorbate, AdsorbateSlabConfig
+    core = open_catalyst()
+    return core.Bulk, core.Slab, core.Adsorbate, core.AdsorbateSlabConfig
 
 
 def oc20_slabs(draw: Callable[[np.random.Generator], Bulk], settings: Settings) -> Source:
