@@ -1,10 +1,11 @@
 """Commands about a search for the lowest adsorption energy, and about what follows from it."""
 
 import argparse
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from equiformer2.cli.adsorption import add_built_slab_arguments, gas_references, slab_options
 from equiformer2.cli.chosen_model import ChosenModel
@@ -16,6 +17,10 @@ from equiformer2.cli.options import (
     parse_checked,
 )
 from equiformer2.errors import InputError
+
+if TYPE_CHECKING:
+    from equiformer2.adsorption.slabs import CleanSlab
+    from equiformer2.inference import Relaxation
 
 _MODES = ("heuristic", "random", "random_site_heuristic_placement", "symmetry")
 
@@ -36,9 +41,29 @@ class AdsorptionSearch(Command):
         add_model_arguments(parser.add_argument_group("model"), committee=True, calculator=True)
         slab = parser.add_argument_group("slab")
         slab.add_argument(
-            "--slab", required=True, metavar="NAME|FILE", help="slab to build (Pt111, …) or a structure file"
+            "--slab", metavar="NAME|FILE", help="slab to build (Pt111, …) or a structure file of a clean slab"
         )
         add_built_slab_arguments(slab)
+        slab.add_argument(
+            "--bulk",
+            metavar="BULK",
+            help="bulk to cut, in place of --slab: an element, 'Cu3Pt L1_2 a=3.7', a file, or mp-30 with "
+            "--bulks",
+        )
+        slab.add_argument(
+            "--bulks", type=Path, metavar="FILE", help="database with bulks, where --bulk is a number in it"
+        )
+        slab.add_argument("--miller", metavar="111|all", help="Miller indices of the cut (with --bulk)")
+        slab.add_argument(
+            "--max-miller", type=int, default=1, help="largest index for all (default: %(default)s)"
+        )
+        slab.add_argument("--termination", metavar="N|all", help="termination of the cut (default: 0)")
+        slab.add_argument(
+            "--keep-lattice",
+            action="store_true",
+            help="cut the bulk as it is; without, its lattice constants are relaxed with a calculator of "
+            "total energies, or taken from a table of RPBE for adsorption energies",
+        )
         search = parser.add_argument_group("search")
         search.add_argument(
             "--adsorbate",
@@ -82,24 +107,40 @@ class AdsorptionSearch(Command):
         add_overwrite_argument(parser)
 
     def parse(self, parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
-        return parse_checked(parser, arguments, excludes=NETWORK_ONLY)
+        built = ("--size", "--vacuum", "--free-layers", "--lattice-constant", "--slab")
+        cut = ("--bulks", "--miller", "--termination", "--keep-lattice")
+        options = parse_checked(
+            parser,
+            arguments,
+            excludes=[*NETWORK_ONLY, *((name, "--bulk") for name in built)],
+            needs=[*((name, "--bulk") for name in cut), ("--bulk", "--miller")],
+        )
+        if options.slab is None and options.bulk is None:
+            parser.error("give --slab, or --bulk and --miller")
+        return options
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.adsorption.find import find_adsorption_energy
-        from equiformer2.adsorption.prepare import prepare_slab
-        from equiformer2.script import show_log
+        from equiformer2.files import write_json
+        from equiformer2.script import header, show_log
 
         gas, source = gas_references(options.gas)
         show_log()
-        slab = prepare_slab(options.slab, slab_options(options))
         chosen = ChosenModel(options)
+        slabs = self._slabs(options, chosen)
         records: dict[str, dict[str, Any]] = {}
-        clean = None
-        several = len(options.adsorbate) > 1
-        for name in options.adsorbate:
-            folder = options.out / _folder_name(name) if several else options.out
+        clean: Relaxation | None = None
+        several = len(options.adsorbate) * len(slabs) > 1
+        for slab, name in itertools.product(slabs, options.adsorbate):
+            if name == options.adsorbate[0]:
+                clean = None
+            folder = options.out
+            if len(slabs) > 1:
+                folder = folder / _folder_name(slab.report.origin)
+            if len(options.adsorbate) > 1:
+                folder = folder / _folder_name(name)
             found = find_adsorption_energy(
-                slab,
+                slab.atoms,
                 name,
                 chosen.calculator,
                 placements=options.placements,
@@ -113,15 +154,45 @@ class AdsorptionSearch(Command):
                 out=folder,
                 overwrite=options.overwrite,
                 describe=chosen.record,
-                notes={"slab": options.slab, "adsorbate": name},
+                notes={"slab": slab.report.summary(), "adsorbate": name},
                 clean_slab=clean,
             )
             clean = found.search.clean_slab
-            records[name] = found.record
-            self._print(name, folder, found.record)
+            records[str(folder)] = found.record
+            self._print(f"{name} on {slab.report.origin}", folder, found.record)
         converged = all(record["converged"] for record in records.values())
-        record = next(iter(records.values())) if not several else {"searches": records}
+        record = next(iter(records.values()))
+        if several:
+            keys = ("adsorption_energy_eV", "energy_kind", "converged", "model_evaluations")
+            record = {
+                **header("adsorption-searches/1", chosen.checkpoint),
+                "searches": {name: {key: one[key] for key in keys} for name, one in records.items()},
+            }
+            write_json(options.out / "searches.json", record)
         return Result(record, 0 if converged else 3, chosen.checkpoint)
+
+    def _slabs(self, options: argparse.Namespace, chosen: ChosenModel) -> "list[CleanSlab]":
+        """Build, read or cut the slabs, and say what they are."""
+        from equiformer2.adsorption.bulks import find_bulk
+        from equiformer2.adsorption.lattice_constants import relaxed_bulk
+        from equiformer2.adsorption.slabs import find_slab, slabs_of_bulk
+
+        if options.slab is not None:
+            slabs = [find_slab(options.slab, **slab_options(options).given())]
+        else:
+            bulk = find_bulk(options.bulk, options.bulks)
+            if not options.keep_lattice:
+                relaxed = relaxed_bulk(bulk, chosen.calculator, energy_kind=chosen.energy_kind)
+                bulk = relaxed.bulk
+                print(f"{bulk.name}: lattice constants by {relaxed.method}, strain {relaxed.strain:+.2%}")
+                for notice in relaxed.notices:
+                    print(f"note: {notice}")
+            slabs = slabs_of_bulk(bulk, options.miller, options.termination, max_miller=options.max_miller)
+        for slab in slabs:
+            print(slab.report)
+            for notice in slab.report.notices:
+                print(f"note: {notice}")
+        return slabs
 
     def _print(self, name: str, folder: Path, record: dict[str, Any]) -> None:
         best, stop = record["best"], record["stop"]
