@@ -11,7 +11,7 @@ from equiformer2.version import __version__
 
 if TYPE_CHECKING:
     from equiformer2.checkpoint import load_checkpoint
-    from equiformer2.inference import EquiformerV2Calculator, Predictor, relax
+    from equiformer2.inference import EquiformerV2Calculator, Predictor, predict, relax, relax_many
     from equiformer2.model import EquiformerV2, ModelConfig
 
 __all__ = [
@@ -21,7 +21,9 @@ __all__ = [
     "Predictor",
     "__version__",
     "load_checkpoint",
+    "predict",
     "relax",
+    "relax_many",
 ]
 
 _HOMES = {
@@ -30,7 +32,9 @@ _HOMES = {
     "ModelConfig": "model",
     "Predictor": "inference",
     "load_checkpoint": "checkpoint",
+    "predict": "inference",
     "relax": "inference",
+    "relax_many": "inference",
 }
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 TRAJECTORIES = ROOT / "data/oc20_trajs"
 #: Machinery that only the packages themselves call, with paths that they have made.
 INTERNAL = {
-    *("callbacks", "cli", "folder", "guard", "record", "relaxation_folder", "resume"),
+    *("callbacks", "cli", "folder", "guard", "record", "relaxation_folder", "relaxation_log", "resume"),
     *("resume_state", "search_state", "router_state", "pareto", "tensor_files"),
     *("cache", "library", "atomic", "convert", "disk_space", "locking", "shards", "structure_files"),
 }

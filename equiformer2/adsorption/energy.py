@@ -20,17 +20,10 @@ from equiformer2.adsorption.anomalies import Anomaly, check_anomalies
 from equiformer2.adsorption.references import GasReference, check_gas_references, gas_reference
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import ADSORBATE, check_atoms, fixed_mask, oc20_tags
+from equiformer2.inference.named_calculators import resolve_energy_kind
 from equiformer2.inference.relaxation import RelaxationResult, relax
 
 logger = logging.getLogger(__name__)
-
-ENERGY_KINDS = ("adsorption", "total")
-
-WRAPPERS = {
-    *("checkpoint", "dftd3", "harmonic", "loggingcalc", "mixing", "plumed"),
-    *("qmmm", "singlepoint", "socketio.socketio", "test"),
-}
-"""Modules of `ase.calculators` whose energies are of any kind, since they are another calculator's."""
 
 
 @dataclass(frozen=True)
@@ -226,31 +219,6 @@ def adsorption_energy(
         anomaly_checks=check_anomalies(initial, relaxed.atoms, initial.get_tags(), clean_slab),
         energy_std=relaxed.energy_std if kind == "adsorption" else None,
     )
-
-
-def resolve_energy_kind(calculator: Calculator, declared: str | None = None) -> str:
-    """The calculator's kind of energy, or the declared one where it does not say.
-
-    Raises:
-        InputError: neither says, they contradict each other, or the word is unknown.
-    """
-    if declared is not None and declared not in ENERGY_KINDS:
-        raise InputError(f"the energy kind {declared!r} is unknown: use one of {', '.join(ENERGY_KINDS)}")
-    # ASE's own calculators give total energies, unless they wrap another one.
-    package, _, module = type(calculator).__module__.rpartition("ase.calculators.")
-    is_plain = package == "" and bool(module) and module not in WRAPPERS
-    own = getattr(calculator, "energy_kind", "total" if is_plain else None)
-    if own is None and declared is None:
-        raise InputError(
-            "the calculator or checkpoint does not say whether it predicts adsorption or total energies: "
-            'declare it with energy kind "adsorption" or "total"'
-        )
-    if own is not None and declared is not None and own != declared:
-        raise InputError(
-            f"the checkpoint predicts {own} energies, not {declared} energies as declared: "
-            "drop the declaration or use another checkpoint"
-        )
-    return str(own if own is not None else declared)
 
 
 def _with_adsorbate_tags(system: Atoms) -> Atoms:

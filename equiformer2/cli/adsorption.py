@@ -1,14 +1,18 @@
 """Commands about adsorption: the energy of an adsorbate on a slab."""
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from equiformer2.cli.chosen_model import ChosenModel
 from equiformer2.cli.command import Command, Parser, Result
 from equiformer2.cli.options import (
+    NETWORK_ONLY,
     add_model_arguments,
     add_overwrite_argument,
     add_relaxation_arguments,
     add_spread_argument,
+    parse_checked,
 )
 from equiformer2.errors import InputError
 
@@ -24,7 +28,7 @@ ONLY_FOR_PLACING = (
 
 
 class AdsorptionEnergy(Command):
-    """Compute the adsorption energy of an adsorbate on a slab with a trained EquiformerV2.
+    """Compute the adsorption energy of an adsorbate on a slab with an EquiformerV2 or an ASE calculator.
 
     Relaxes slab + adsorbate and prints the adsorption energy. With a model of total energies the clean slab
     is relaxed too, and it and the adsorbate in vacuum are subtracted; with one of adsorption energies nothing
@@ -34,11 +38,12 @@ class AdsorptionEnergy(Command):
         equiformer2 adsorption energy --checkpoint oc20_small --slab Pt111 --adsorbate CO --site ontop
         equiformer2 adsorption energy --checkpoint model.pt --slab slab.cif --adsorbate '*OH'
         equiformer2 adsorption energy --checkpoint model.pt --system slab_with_adsorbate.traj
+        equiformer2 adsorption energy --calculator emt --slab Cu111 --adsorbate O --site fcc
     """
 
     def add_arguments(self, parser: Parser) -> None:
         model = parser.add_argument_group("model")
-        add_model_arguments(model, committee=True)
+        add_model_arguments(model, committee=True, calculator=True)
         add_spread_argument(model)
         structure = parser.add_argument_group("structure: --system, or --slab and --adsorbate")
         structure.add_argument(
@@ -125,34 +130,29 @@ class AdsorptionEnergy(Command):
             "H2, H2O, CO and N2, OC20's RPBE values (for OC20's total energies only), or eV per atom",
         )
 
+    def parse(self, parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+        return parse_checked(parser, arguments, excludes=NETWORK_ONLY)
+
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.adsorption import adsorption_energy
         from equiformer2.adsorption.adsorbates import is_file
         from equiformer2.adsorption.record import adsorption_report, write_adsorption_record
         from equiformer2.files import read_json
-        from equiformer2.inference import EquiformerV2Calculator
-        from equiformer2.inference.record import ADSORPTION_RECORD, RUN_FILES, claim_folder, model_record
+        from equiformer2.inference.record import ADSORPTION_RECORD, RUN_FILES, claim_folder
         from equiformer2.script import show_log
 
         _check_structure_options(options)
-        checkpoint = options.checkpoint if len(options.checkpoint) > 1 else options.checkpoint[0]
         gas, source = _gas(options.gas)
         show_log()
         system = _system(options)
-        calculator = EquiformerV2Calculator(
-            checkpoint,
-            device=options.device,
-            weights=options.weights,
-            energy_kind=options.energy_kind,
-            precision=options.precision,
-            backend=options.backend,
-        )
+        chosen = ChosenModel(options)
         named = [name for name in (options.slab, options.adsorbate) if name is not None and is_file(name)]
-        inputs = [*options.checkpoint, *named, *filter(None, [options.system])]
+        inputs = [*chosen.files, *named, *filter(None, [options.system])]
         folder = claim_folder(options.out, ADSORPTION_RECORD, options.overwrite, inputs, RUN_FILES)
         result = adsorption_energy(
             system,
-            calculator,
+            chosen.calculator,
+            energy_kind=chosen.energy_kind,
             slab_energy=options.slab_energy,
             gas_references={**gas, **dict(options.gas_reference)},
             gas_source=source,
@@ -165,15 +165,14 @@ class AdsorptionEnergy(Command):
             progress=True,
         )
         states = [result.initial, result.system.atoms]
-        model = model_record(calculator.predictor, checkpoint, states)
-        write_adsorption_record(folder, result, model)
+        write_adsorption_record(folder, result, chosen.record(states))
         print(adsorption_report(result))
         print(f"saved in {folder}: {ADSORPTION_RECORD}, trajectory, relaxed structure, pictures")
         if not result.converged:
             print(
                 "NOT converged: the energy is not that of a relaxed structure (more --steps, another start)"
             )
-        return Result(read_json(folder / ADSORPTION_RECORD), 0 if result.converged else 3, checkpoint)
+        return Result(read_json(folder / ADSORPTION_RECORD), 0 if result.converged else 3, chosen.checkpoint)
 
 
 def _system(options: argparse.Namespace) -> "Atoms":

@@ -6,20 +6,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from equiformer2.cli.chosen_model import ChosenModel, network_calculator
 from equiformer2.cli.command import Command, Parser, Result
 from equiformer2.cli.options import (
+    NETWORK_ONLY,
     add_batch_arguments,
+    add_draft_argument,
     add_model_arguments,
     add_overwrite_argument,
     add_relaxation_arguments,
     add_router_argument,
     add_spread_argument,
+    only_one,
     parse_checked,
 )
 
 if TYPE_CHECKING:
+    from ase import Atoms
+
     from datasets_oc20 import OC20Lmdb
-    from equiformer2.inference import Predictor
+    from equiformer2.inference import Predictor, RelaxationResult
     from equiformer2.training.evaluation import Evaluation
 
 
@@ -287,12 +293,18 @@ class Relax(Command):
     hold the spread. With --stop-at-spread the relaxation ends, with exit status 3, where its members differ.
 
         equiformer2 relax slab.traj --checkpoint seed0.pt seed1.pt seed2.pt --stop-at-spread 0.5
+
+    Any ASE calculator can stand in place of a network, and a cheap network can relax first:
+
+        equiformer2 relax slab.traj --calculator emt
+        equiformer2 relax slab.traj --checkpoint full.pt --draft pruned.pt
     """
 
     def add_arguments(self, parser: Parser) -> None:
         parser.add_argument("file", nargs="?", metavar="FILE", help="structure file of any format of ASE")
         parser.add_argument("--structure", metavar="FILE", help="structure file, in place of FILE")
-        add_model_arguments(parser, committee=True)
+        add_model_arguments(parser, committee=True, calculator=True)
+        add_draft_argument(parser)
         add_spread_argument(parser)
         add_router_argument(parser)
         parser.add_argument(
@@ -321,12 +333,13 @@ class Relax(Command):
         add_overwrite_argument(parser)
 
     def parse(self, parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
-        options = parser.parse_args(arguments)
+        excludes = [*NETWORK_ONLY, ("--replan-every", "--calculator"), ("--forces-on-fixed", "--calculator")]
+        options = parse_checked(parser, arguments, excludes=excludes)
         if options.structure is not None and options.file is not None:
             parser.error("argument --structure: not allowed with argument FILE")
         if options.structure is None and options.file is None:
             # A FILE behind the checkpoints is read as one of them.
-            if len(options.checkpoint) == 1:
+            if options.checkpoint is None or len(options.checkpoint) == 1:
                 parser.error("one of the arguments FILE --structure is required")
             options.file = options.checkpoint.pop()
         return options
@@ -334,15 +347,14 @@ class Relax(Command):
     def run(self, options: argparse.Namespace) -> Result:
         from datasets_oc20.structure_files import read_structure
         from equiformer2.files import read_json
-        from equiformer2.inference import EquiformerV2Calculator, relax
-        from equiformer2.inference.meaning import warning_for
         from equiformer2.inference.record import (
             RELAXATION_RECORD,
             RUN_FILES,
             claim_folder,
-            model_record,
+            draft_record,
             write_relaxation_record,
         )
+        from equiformer2.inference.relaxation import relax_with_draft
         from equiformer2.pruning.routing import FrozenPlan
         from equiformer2.pruning.routing.router_files import relaxation_router
         from equiformer2.script import show_log
@@ -351,49 +363,61 @@ class Relax(Command):
         file = options.structure or options.file
         structure = read_structure(file, options.index)
         router = relaxation_router(options.router, options.replan_every)
-        committee = len(options.checkpoint) > 1
-        checkpoint = options.checkpoint if committee else options.checkpoint[0]
-        calculator = EquiformerV2Calculator(
-            checkpoint,
-            device=options.device,
-            weights=options.weights,
-            energy_kind=options.energy_kind,
-            precision=options.precision,
-            backend=options.backend,
-            router=router,
-        )
-        inputs = [file, *options.checkpoint, *filter(None, [options.router])]
+        chosen = ChosenModel(options, router)
+        draft_calculator = None if options.draft is None else network_calculator(options, options.draft)
+        inputs = [file, *chosen.files, *filter(None, [options.router, options.draft])]
         folder = claim_folder(options.out, RELAXATION_RECORD, options.overwrite, inputs, RUN_FILES)
-        result = relax(
+        result, draft = relax_with_draft(
             structure,
-            calculator,
+            chosen.calculator,
+            draft_calculator,
+            folder,
             optimizer=options.optimizer,
             fmax=options.fmax,
             steps=options.steps,
-            trajectory=folder / "relaxation.traj",
             progress=True,
             forces_on_fixed=options.forces_on_fixed,
             energy_every=options.energy_every,
             stop_at_spread=options.stop_at_spread,
         )
-        model = model_record(calculator.predictor, checkpoint, [structure, result.atoms])
+        model = chosen.record([structure, result.atoms])
         if router is not None:
             model["router"] = options.router
             model["replan_every"] = router.replan_every if isinstance(router, FrozenPlan) else None
-        write_relaxation_record(folder, structure, result, model)
+        drafted = None if options.draft is None else draft_record(options.draft, draft)
+        write_relaxation_record(folder, structure, result, model, drafted)
+        self._report(folder, chosen, structure, result, draft)
+        record = read_json(folder / RELAXATION_RECORD)
+        return Result(record, 0 if result.converged else 3, chosen.checkpoint)
+
+    @staticmethod
+    def _report(
+        folder: Path,
+        chosen: ChosenModel,
+        structure: "Atoms",
+        result: "RelaxationResult",
+        draft: "RelaxationResult | None",
+    ) -> None:
+        """Print the result in plain words."""
+        from equiformer2.inference.meaning import warning_for
+        from equiformer2.inference.record import RELAXATION_RECORD
+
         print(f"saved in {folder}: {RELAXATION_RECORD}, trajectory, relaxed structure, pictures")
-        if warning_for(structure, calculator.energy_kind) is None:
-            print(f"{calculator.energy_kind} energy: {result.energy:.4f} eV")
+        if warning_for(structure, chosen.energy_kind) is None:
+            print(f"{chosen.energy_kind} energy: {result.energy:.4f} eV")
         else:  # the log has said why
             print(f"model output: {result.energy:.4f}, which is not an energy of this structure")
-        if committee:
+        if chosen.committee:
             print(
-                f"spread of {len(options.checkpoint)} networks: energy {result.energy_std:.4f} eV, largest "
+                f"spread of {len(chosen.files)} networks: energy {result.energy_std:.4f} eV, largest "
                 f"of a force {result.force_spreads[-1]:.4f} eV/Å (on the way {max(result.force_spreads):.4f})"
             )
+        if draft is not None:
+            print(
+                f"calls: {result.evaluations} of the full model, after {draft.evaluations} of the draft "
+                f"(its end: {draft.outcome()})"
+            )
         print(f"{result.atoms.get_chemical_formula()}: {result.outcome()}")
-        record = read_json(folder / RELAXATION_RECORD)
-        return Result(record, 0 if result.converged else 3, checkpoint)
 
 
 def _frame(text: str) -> int:
@@ -505,7 +529,7 @@ class RelaxIs2re(Command):
     @staticmethod
     def _files(options: argparse.Namespace) -> Any:
         """The checkpoint, or the list of a committee's."""
-        return options.checkpoint[0] if len(options.checkpoint) == 1 else options.checkpoint
+        return only_one(options.checkpoint)
 
     def _relax_all(self, options: argparse.Namespace) -> dict[str, Any]:
         """Reports of all datasets by name."""

@@ -4,6 +4,7 @@ import argparse
 import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from equiformer2.errors import InputError
 from equiformer2.shipped import find_checkpoint
@@ -22,12 +23,43 @@ def checkpoint_file(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def add_checkpoint_arguments(parser: Options, weights: bool = True, committee: bool = False) -> None:
-    """Add `--checkpoint`, which takes several for a `committee`, and, unless told otherwise, `--weights`."""
+NETWORK_ONLY = tuple(
+    (option, "--calculator")
+    for option in ("--weights", "--device", "--precision", "--backend", "--router", "--stop-at-spread")
+)
+"""Options that mean nothing with `--calculator`, for `parse_checked`."""
+
+
+def only_one(values: list[Any]) -> Any:
+    """Return the only value of a list, or the list of several."""
+    return values[0] if len(values) == 1 else values
+
+
+def add_checkpoint_arguments(
+    parser: Options, weights: bool = True, committee: bool = False, calculator: bool = False
+) -> None:
+    """Add `--checkpoint` and `--weights`.
+
+    Args:
+        parser: of the command.
+        weights: add `--weights`.
+        committee: let `--checkpoint` take several.
+        calculator: add `--calculator`, which stands in place of `--checkpoint`.
+    """
     several = ", or several of them, a committee: their mean and spread" if committee else ""
-    parser.add_argument(
+    one_of: Any = parser
+    if calculator:
+        one_of = parser.add_mutually_exclusive_group(required=True)
+        one_of.add_argument(
+            "--calculator",
+            metavar="NAME|MODULE:FACTORY",
+            help="ASE calculator in place of a checkpoint: ASE's name of it (emt, lj, …), or the function or "
+            "class that makes it, such as my_module:make; this imports and runs the module, so name only "
+            "code that you trust",
+        )
+    one_of.add_argument(
         "--checkpoint",
-        required=True,
+        required=not calculator,
         nargs="+" if committee else None,
         type=checkpoint_file,
         metavar="FILE|NAME",
@@ -65,14 +97,15 @@ def add_device_argument(parser: Options) -> None:
     )
 
 
-def add_model_arguments(parser: Options, committee: bool = False) -> None:
+def add_model_arguments(parser: Options, committee: bool = False, calculator: bool = False) -> None:
     """Add all options of a network that is run: file, weights, energy kind, device, precision, backend.
 
     Args:
         parser: of the command.
         committee: let `--checkpoint` take several.
+        calculator: add `--calculator`, which stands in place of `--checkpoint`.
     """
-    add_checkpoint_arguments(parser, committee=committee)
+    add_checkpoint_arguments(parser, committee=committee, calculator=calculator)
     add_energy_kind_argument(parser, "a checkpoint or data that do not declare it; must not contradict them")
     add_device_argument(parser)
     parser.add_argument(
@@ -86,6 +119,17 @@ def add_model_arguments(parser: Options, committee: bool = False) -> None:
         default="auto",
         choices=("auto", "torch", "cpp", "compile", "triton"),
         help="implementation of the hot operations (default: %(default)s)",
+    )
+
+
+def add_draft_argument(parser: Options) -> None:
+    """Add `--draft`, of relaxations."""
+    parser.add_argument(
+        "--draft",
+        type=checkpoint_file,
+        metavar="FILE|NAME",
+        help="checkpoint of a cheaper network, such as a pruned one, that relaxes first; the result is a "
+        "minimum of the full model all the same",
     )
 
 

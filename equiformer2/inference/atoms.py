@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from ase import Atoms
+from ase.constraints import FixAtoms, FixCartesian, FixConstraint, FixedLine, FixedPlane, FixScaled
 from ase.data import chemical_symbols
 from ase.geometry import wrap_positions
 from torch_geometric.data import Data
@@ -112,6 +113,24 @@ def fixed_mask(atoms: Atoms) -> np.ndarray:
         return held_atoms(atoms)
     except DataError as error:
         raise InputError(str(error)) from error
+
+
+def partial_constraints(atoms: Atoms) -> list[FixConstraint]:
+    """List the constraints that do more than hold atoms in every direction.
+
+    These are constraints that relate atoms to each other or pull at them (`Hookean`, …), and those that hold
+    atoms in some directions only.
+
+    Raises:
+        InputError: as `fixed_mask`.
+    """
+    held = fixed_mask(atoms)
+    holding = (FixAtoms, FixCartesian, FixScaled, FixedLine, FixedPlane)
+    return [
+        one
+        for one in atoms.constraints
+        if not isinstance(one, FixAtoms) and not (isinstance(one, holding) and held[one.index].all())
+    ]
 
 
 def oc20_tags(atoms: Atoms) -> tuple[np.ndarray, str | None]:

@@ -119,6 +119,8 @@ FRAMES = ("all", "ends")
 #: On a CPU a batch is predicted in parts of as many structures, side by side (`batch_threads`). The number
 #: does not depend on the number of threads, so that the results have the same bits with any.
 STRUCTURES_AT_A_TIME = 4
+#: Fields of a structure that a batch has; targets, which only some structures may have, have no place in it.
+_IN_BATCH = ("pos", "atomic_numbers", "cell", "pbc", "natoms", "tags", "fixed", "sid", "fid", "template")
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ class Relaxed:
         max_force: largest force on a free atom of the last frame, eV/Å.
         converged: whether that is below fmax.
         failure: why the relaxation ended early, or never began; the last frame is then the last good one.
+        evaluations: calls of the model that it needed, a failed one included.
         stopped: sentence about the spread of a committee that ended it.
     """
 
@@ -205,6 +208,7 @@ class Relaxed:
     converged: bool = False
     failure: str | None = None
     stopped: str | None = None
+    evaluations: int = 0
 
     @property
     def energy(self) -> float:
@@ -253,6 +257,7 @@ def relax_batched(
     batch_size: int = 32,
     max_atoms: int | None = None,
     device: str | torch.device = "cpu",
+    side_by_side: bool = True,
 ) -> Iterator[Relaxed]:
     """Relax structures and give each as soon as it is done.
 
@@ -268,6 +273,7 @@ def relax_batched(
         batch_size: maximum number of structures per batch.
         max_atoms: maximum number of atoms per batch; a structure that has more is relaxed alone.
         device: where the optimiser's state lives.
+        side_by_side: on a CPU, call `predict` for parts of the batch in several threads at once.
 
     Raises:
         InputError: a structure that alone does not fit into the device's memory, or something that is not
@@ -277,7 +283,7 @@ def relax_batched(
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}: give 1 or more")
     settings = settings or RelaxationSettings()
-    running = _Running(settings, torch.device(device))
+    running = _Running(settings, torch.device(device), side_by_side)
     waiting = _Waiting(structures)
     while True:
         running.add(waiting.take(batch_size - len(running.relaxing), max_atoms, running.atoms))
@@ -343,8 +349,9 @@ class _Waiting:
 class _Running:
     """The structures of the batch, their positions and the optimiser."""
 
-    def __init__(self, settings: RelaxationSettings, device: torch.device) -> None:
+    def __init__(self, settings: RelaxationSettings, device: torch.device, side_by_side: bool) -> None:
         self.settings, self.device = settings, device
+        self._in_parts = side_by_side and device.type == "cpu"
         self.relaxing: list[Relaxed] = []
         self._positions = torch.zeros(0, 3, dtype=torch.float64, device=device)
         self._optimizer = BatchedLBFGS(settings.memory, settings.max_step, settings.alpha, settings.damping)
@@ -373,7 +380,7 @@ class _Running:
         return released
 
     def predict(self, predict: Predict) -> dict[str, Tensor]:
-        """Outputs for all structures; on a CPU some structures at a time, side by side."""
+        """Outputs for all structures, in parts of `_collate`, which are side by side on a CPU."""
         for batch, positions in zip(self._batches, self._positions.cpu().split(self._sizes), strict=True):
             batch.pos = positions
 
@@ -386,13 +393,14 @@ class _Running:
                     error.structure += first
                 raise
 
-        firsts = range(0, len(self.relaxing), STRUCTURES_AT_A_TIME)
+        firsts = range(0, len(self.relaxing), self._part)
         outs = map_all(named, list(zip(firsts, self._batches, strict=False)), self.device)
         return {name: torch.cat([out[name] for out in outs]) for name in outs[0]}
 
     def fail(self, at: int, reason: str) -> Relaxed:
         """Take out the structure `at`, which cannot go on."""
         failed = self.relaxing[at]
+        failed.evaluations += 1
         failed.fail(reason)
         self._keep(torch.arange(len(self.relaxing)) != at)
         return failed
@@ -412,13 +420,12 @@ class _Running:
         done = []
         for at, ((positions, part), force) in enumerate(zip(parts, largest.tolist(), strict=True)):
             relaxing = self.relaxing[at]
+            relaxing.evaluations += 1
             if not good[at]:
                 relaxing.fail(f"the model gives a non-finite energy or force at step {relaxing.steps}")
                 done.append(at)
                 continue
-            frame = Frame(
-                positions.numpy().copy(), part.float().numpy().copy(), float(energies[at]), *spreads[at]
-            )
+            frame = Frame(positions.numpy().copy(), part.numpy().copy(), float(energies[at]), *spreads[at])
             if self.settings.frames == "ends" and len(relaxing.frames) == 2:
                 relaxing.frames.pop()
             relaxing.frames.append(frame)
@@ -471,10 +478,8 @@ class _Running:
         self._structure = torch.repeat_interleave(torch.arange(len(starts)), self._natoms).to(self.device)
         fixed = [start.fixed.bool() for start in starts]
         self._fixed = (torch.cat(fixed) if fixed else torch.zeros(0, dtype=torch.bool)).to(self.device)
-        # Targets, which only some structures may have, have no place in a batch.
-        names = ("pos", "atomic_numbers", "cell", "pbc", "natoms", "tags", "fixed", "sid", "fid")
-        data = [Data(**{name: start[name] for name in names if name in start}) for start in starts]
-        size = STRUCTURES_AT_A_TIME if self.device.type == "cpu" else max(1, len(data))
-        parts = [data[first : first + size] for first in range(0, len(data), size)]
+        data = [Data(**{name: start[name] for name in _IN_BATCH if name in start}) for start in starts]
+        self._part = STRUCTURES_AT_A_TIME if self._in_parts else max(1, len(data))
+        parts = [data[first : first + self._part] for first in range(0, len(data), self._part)]
         self._batches = [Batch.from_data_list(part) for part in parts]
         self._sizes = [len(batch.pos) for batch in self._batches]

@@ -16,7 +16,7 @@ from torch_geometric.data import Data
 from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import atoms_to_data, fixed_mask
-from equiformer2.inference.committee import Model, open_model
+from equiformer2.inference.committee import Committee, Model, open_model
 from equiformer2.inference.predictor import answering_old_names
 from equiformer2.inference.symmetric_sites import find_symmetric_sites
 
@@ -54,6 +54,7 @@ class EquiformerV2Calculator(Calculator):
     Args:
         checkpoint: a path (native, OCP or fairchem v1 file), the name of a shipped model such as
             `"oc20_small"`, a loaded `Checkpoint` or `Predictor`, or a list of these, which is a committee.
+            Many calculators of one `Predictor` share its network; its settings are the calculators'.
         device: `"cpu"`, `"cuda"`, ….
         weights: `"raw"`, `"averaged"` or `None` (averaged where the file has them).
         energy_kind: only needed for a foreign file that does not say; must not contradict the checkpoint.
@@ -117,6 +118,21 @@ class EquiformerV2Calculator(Calculator):
     def energy_kind(self) -> str:
         """`"adsorption"` or `"total"`; see the class."""
         return self.predictor.energy_kind
+
+    def embed(self, atoms: Atoms) -> np.ndarray:
+        """Features of degree 0 of every atom, `[N, C]` float32, which no rotation changes.
+
+        They are what the heads read, and serve as descriptors of surroundings. Of a committee they are the
+        first member's.
+
+        Args:
+            atoms: the structure; it is not changed, and need not carry this calculator.
+
+        Raises:
+            InputError: a structure without meaning (see `equiformer2.inference.atoms.atoms_to_data`).
+        """
+        predictor = self.predictor.members[0] if isinstance(self.predictor, Committee) else self.predictor
+        return np.asarray(predictor.embed(atoms).numpy())
 
     @contextmanager
     def reading(self, *, forces_on_fixed: bool = True, energy_every: int = 1) -> Iterator[None]:

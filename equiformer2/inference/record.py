@@ -9,30 +9,23 @@ from typing import Any
 
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import (
-    FixAtoms,
-    FixCartesian,
-    FixConstraint,
-    FixedLine,
-    FixedPlane,
-    FixScaled,
-)
+from ase.constraints import FixAtoms, FixCartesian, FixConstraint
 from ase.io import write
 from ase.io.trajectory import Trajectory
 
 from datasets_oc20.untrusted import AnyPath
+from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.checkpoint.training_data import validation_errors
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, write_bytes, write_json
-from equiformer2.inference.atoms import fixed_mask
-from equiformer2.inference.calculator import EquiformerV2Calculator
+from equiformer2.inference.atoms import fixed_mask, partial_constraints
 from equiformer2.inference.committee import Committee
 from equiformer2.inference.extras import extras, simple_info
 from equiformer2.inference.familiarity import combined
 from equiformer2.inference.meaning import warning_for
 from equiformer2.inference.pictures import relaxation_picture, structure_picture
 from equiformer2.inference.predictor import Predictor
-from equiformer2.inference.relaxation import RelaxationResult
+from equiformer2.inference.relaxation import DRAFT_TRAJECTORY, WRITER, RelaxationResult
 from equiformer2.script import header
 
 logger = logging.getLogger(__name__)
@@ -42,7 +35,7 @@ RELAXATION_RECORD = "relaxation.json"
 TRAJECTORY = "relaxation.traj"
 RUN_FILES = (
     *(ADSORPTION_RECORD, RELAXATION_RECORD, TRAJECTORY),
-    *("slab.traj", "relaxed.extxyz", "structure.png", "relaxation.png"),
+    *(DRAFT_TRAJECTORY, "slab.traj", "relaxed.extxyz", "structure.png", "relaxation.png"),
 )
 """Files that `equiformer2 relax` and `equiformer2 adsorption energy` write into a folder."""
 
@@ -97,17 +90,30 @@ def _is_unfinished(trajectory: Path) -> bool:
         return True
     try:
         with Trajectory(str(trajectory)) as frames:
-            return getattr(frames[0].calc, "name", None) == EquiformerV2Calculator.__name__.lower()
+            # Version 0.1 wrote no description.
+            ours = getattr(frames[0].calc, "name", None) == "equiformerv2calculator"
+            return ours or (frames.description or {}).get("writer") == WRITER["writer"]
     except Exception:  # whatever ASE raises for bytes that are no trajectory
         return False
 
 
 def write_relaxation_record(
-    folder: AnyPath, initial: Atoms, result: RelaxationResult, model: dict[str, Any]
+    folder: AnyPath,
+    initial: Atoms,
+    result: RelaxationResult,
+    model: dict[str, Any],
+    draft: dict[str, Any] | None = None,
 ) -> list[Path]:
     """Relaxed structure, pictures and, last, `relaxation.json`; returns the paths.
 
     What else `initial` carries (`info`, further arrays) is under `extras` in the JSON (`inference.extras`).
+
+    Args:
+        folder: existing folder.
+        initial: the structure as it was given.
+        result: its relaxation.
+        model: `model_record`, or that of another calculator; `energy_kind` is in it.
+        draft: `draft_record` of the relaxation that came first.
     """
     folder = Path(folder)
     kind = model["energy_kind"]
@@ -121,9 +127,16 @@ def write_relaxation_record(
         *write_pictures(folder, initial, result, title, f"{name} (eV)"),
     ]
     files = [path.name for path in written] + ["relaxation.traj"]
+    moved_first: dict[str, Any] = {}
+    if draft is not None:
+        moved_first = {"draft": draft}
+        if draft["used"]:  # the full model has not seen the start as it was given
+            files.append(DRAFT_TRAJECTORY)
+            moved_first |= {"initial_energy_eV": None, "drafted_energy_eV": result.energies[0]}
     record = {
         **header("relaxation/1", model.get("checkpoint")),
         **result.summary(),
+        **moved_first,
         "energy_kind": kind,
         "warnings": [] if warning is None else [warning],
         "model": model,
@@ -160,6 +173,26 @@ def model_record(
     return record
 
 
+def draft_record(path: AnyPath, draft: RelaxationResult | None) -> dict[str, Any]:
+    """Describe the relaxation that a cheaper network did first.
+
+    Args:
+        path: its checkpoint.
+        draft: the relaxation; None if it failed.
+    """
+    record: dict[str, Any] = {"checkpoint": str(path), "checkpoint_sha256": sha256(path), "used": False}
+    if draft is None:
+        return record
+    return {
+        **record,
+        "used": True,
+        "steps": draft.steps,
+        "converged": draft.converged,
+        "model_evaluations": draft.evaluations,
+        "max_force_eV_A": draft.max_force,
+    }
+
+
 def write_structure(path: AnyPath, atoms: Atoms) -> Path:
     """Extended XYZ of what is ours: structure, tags, held atoms, energy and forces, and simple notes beside.
 
@@ -186,16 +219,10 @@ def write_structure(path: AnyPath, atoms: Atoms) -> Path:
 
 def _constraints_by_mask(atoms: Atoms) -> list[FixConstraint]:
     """Constraints that extended XYZ can hold: atoms held in all or in some Cartesian directions."""
-    held = fixed_mask(atoms)
+    held, others = fixed_mask(atoms), partial_constraints(atoms)
     kept: list[FixConstraint] = [FixAtoms(mask=held)] if held.any() else []
-    kept += [one for one in atoms.constraints if isinstance(one, FixCartesian) and not held[one.index].all()]
-    known = (FixAtoms, FixCartesian, FixScaled, FixedLine, FixedPlane)
-    partial = {
-        type(one).__name__
-        for one in atoms.constraints
-        if not isinstance(one, FixAtoms | FixCartesian)
-        and not (isinstance(one, known) and held[one.index].all())
-    }
+    kept += [one for one in others if isinstance(one, FixCartesian)]
+    partial = {type(one).__name__ for one in others if not isinstance(one, FixCartesian)}
     if partial:
         # ASE's trajectory keeps the constraints only if every one of them can describe itself.
         described = all(hasattr(one, "todict") for one in atoms.constraints)

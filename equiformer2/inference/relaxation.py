@@ -19,6 +19,7 @@ from ase.optimize import BFGS, FIRE, LBFGS
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint.training_data import validation_errors
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import check_atoms, fixed_mask
@@ -28,6 +29,9 @@ from equiformer2.inference.extras import plain
 
 logger = logging.getLogger(__name__)
 
+DRAFT_TRAJECTORY = "draft.traj"
+WRITER = {"writer": "equiformer2"}
+"""Description in the header of our trajectories, by which an unfinished run is known."""
 OPTIMIZERS = {"LBFGS": LBFGS, "FIRE": FIRE, "BFGS": BFGS}
 
 
@@ -73,6 +77,11 @@ class RelaxationResult:
         return energy
 
     @property
+    def evaluations(self) -> int:
+        """Calls of the model: one for the start, and one per step."""
+        return self.steps + 1
+
+    @property
     def restraint_energy(self) -> float:
         """Energy of restraints (`Hookean`, `ExternalForce`, …) at the last structure, eV; not in `energy`."""
         return restraint_energy(self.atoms)
@@ -109,6 +118,7 @@ class RelaxationResult:
             "max_force_eV_A": self.max_force,
             "converged": self.converged,
             "steps": self.steps,
+            "model_evaluations": self.evaluations,
             "optimizer": self.optimizer,
             "fmax_eV_A": self.fmax,
             "seconds": round(self.seconds, 3),
@@ -244,6 +254,52 @@ def relax(
     return result
 
 
+def relax_with_draft(
+    atoms: Atoms,
+    calculator: Calculator | Model | Sequence[Model],
+    draft: Calculator | Model | None,
+    folder: AnyPath,
+    *,
+    stop_at_spread: float | None = None,
+    energy_every: int = 1,
+    **settings: Any,
+) -> tuple[RelaxationResult, RelaxationResult | None]:
+    """Relax with a cheap model first, and finish with the full one, whose minimum is the answer.
+
+    Args:
+        atoms: start structure; it is not changed.
+        calculator: the full model, as for `relax`.
+        draft: the cheap one, likewise; None for none. If it fails, it is left out, with a warning.
+        folder: for `relaxation.traj` of the full model and `draft.traj`.
+        stop_at_spread, energy_every: of `relax`, for the full model.
+        settings: further arguments of `relax`, for both.
+
+    Returns:
+        Relaxation of the full model, and that of the draft; None without one.
+
+    Raises:
+        InputError: as `relax`, about the full model.
+    """
+    start, drafted = atoms, None
+    if draft is not None:
+        try:
+            drafted = relax(
+                atoms, draft, trajectory=Path(folder) / DRAFT_TRAJECTORY, label="draft", **settings
+            )
+            start = drafted.atoms
+        except InputError as error:
+            logger.warning(f"the draft failed ({error}): the full model starts from the given structure")
+    result = relax(
+        start,
+        calculator,
+        trajectory=Path(folder) / "relaxation.traj",
+        stop_at_spread=stop_at_spread,
+        energy_every=energy_every,
+        **settings,
+    )
+    return result, drafted
+
+
 def _warn_of_error(calculator: EquiformerV2Calculator, fmax: float) -> None:
     """Log that the network knows forces less well than `fmax`, where its checkpoint says so."""
     error = validation_errors(calculator.predictor.checkpoint.provenance).get("forces_mae_eV_A", 0.0)
@@ -294,6 +350,7 @@ class _TrajectoryFile:
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         self.frames: Any = Trajectory(self.path, "w")
+        self.frames.set_description(WRITER)
 
     def __enter__(self) -> "_TrajectoryFile":
         return self

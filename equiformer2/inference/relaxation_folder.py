@@ -5,32 +5,25 @@
     skipped.jsonl             one line for every structure that the last run could not relax, with the reason
     trajectories/SID.traj     its frames (ASE)
 
-A line is written after its trajectory, so whatever has a line is complete. What was under way when a run
-was stopped starts again, and what could not be relaxed is tried again.
+What was under way when a run was stopped starts again (`relaxation_log`), and what could not be relaxed is
+tried again.
 """
 
-import errno
 import hashlib
-import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
-from ase.io.trajectory import Trajectory
 from torch_geometric.data import Data
 
-from datasets_oc20.atomic import publish, temporary_beside
-from datasets_oc20.locking import exclusive
 from equiformer2.errors import InputError
-from equiformer2.files import write_json
 from equiformer2.inference.batched import Frame, Relaxed
+from equiformer2.inference.relaxation_log import RelaxationLog, Row, append_line, is_plain_name
 
-Row = dict[str, Any]
 SKIPPED = "skipped.jsonl"
 #: Fields that a relaxation and its errors depend on, besides the network and the settings.
 _USED = ("pos", "atomic_numbers", "cell", "pbc", "tags", "fixed", "y_relaxed", "pos_relaxed")
@@ -50,11 +43,9 @@ class RelaxationFolder:
 
     def __init__(self, path: Path, asked: Mapping[str, Any]) -> None:
         self.path = path
-        self.log = path / "relaxed.jsonl"
-        self.trajectories = path / "trajectories"
-        self._asked = json.loads(json.dumps(asked))
         self.rows: dict[int, Row] = {}
         self.skipped: dict[int, Row] = {}
+        self._log = RelaxationLog(path, asked, keys={"index": int, "sid": str}, alone=True)
         self._sids: dict[str, int] = {}
 
     @contextmanager
@@ -65,26 +56,14 @@ class RelaxationFolder:
             InputError: the folder holds other relaxations or something else, or its files cannot be read.
             DataError: another process is relaxing into it.
         """
-        taken = self.path.exists() and not self.log.exists()
-        if taken and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise InputError(f"{self.path} holds something else than relaxations: give another folder")
-        self.path.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a+b") as file, exclusive(self.path / ".lock", self.log):
-            self.trajectories.mkdir(exist_ok=True)
-            if file.tell():  # relaxations of an earlier run
-                self._check_same(self.path / "settings.json")
-            write_json(self.path / "settings.json", self._asked)
-            # What a killed run did not finish.
-            file.truncate(self._read(file))
-            for unfinished in self.trajectories.glob(".*.tmp"):
-                unfinished.unlink()
-            self._file = file
-            with (self.path / SKIPPED).open("wb") as self._skipped_file:
-                yield
+        with self._log.open() as rows, (self.path / SKIPPED).open("wb") as self._skipped_file:
+            self.rows = {row["index"]: row for row in rows}
+            self._sids = {row["sid"]: row["index"] for row in rows}
+            yield
 
     def check_name(self, index: int, sid: str) -> None:
         """Raise `InputError` when the structure `index` cannot be told from another by its `sid`."""
-        if not sid or Path(sid).name != sid or sid.startswith("."):
+        if not is_plain_name(sid):
             raise InputError(
                 f"structure {index} has the sid {sid!r}: relaxations are kept by sid, so give it a plain name"
             )
@@ -98,7 +77,7 @@ class RelaxationFolder:
     def add(self, relaxed: Relaxed, more: Mapping[str, Any]) -> Row:
         """Write the trajectory of a finished structure, and then its line with `more` in it."""
         sid = str(relaxed.start.sid)
-        self._write_trajectory(self.trajectories / f"{sid}.traj", relaxed.start, relaxed.frames)
+        self._log.write_trajectory(sid, self._frames(relaxed.start, relaxed.frames))
         row: Row = {
             "index": relaxed.index,
             "sid": sid,
@@ -113,7 +92,7 @@ class RelaxationFolder:
             **self._spread(relaxed),
             **more,
         }
-        self._append(self._file, row)
+        self._log.append(row)
         self.rows[relaxed.index] = row
         return row
 
@@ -132,7 +111,7 @@ class RelaxationFolder:
     def skip(self, index: int, name: str, reason: str) -> None:
         """Record that the structure `index` cannot be relaxed."""
         self.skipped[index] = {"index": index, "name": name, "reason": reason}
-        self._append(self._skipped_file, self.skipped[index])
+        append_line(self._skipped_file, self.skipped[index])
 
     def check_start(self, index: int, start: Data) -> None:
         """Raise `InputError` unless the finished structure `index` was relaxed from `start`."""
@@ -144,39 +123,6 @@ class RelaxationFolder:
                 "the data as they were"
             )
 
-    def _check_same(self, settings: Path) -> None:
-        asked = self._asked
-        try:
-            before = dict(json.loads(settings.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{settings} cannot be read: give another folder") from error
-        differing = sorted(name for name in {*before, *asked} if before.get(name) != asked.get(name))
-        if differing:
-            name = differing[0]
-            raise InputError(
-                f"{self.path} holds relaxations with {name} {before.get(name)!r}, not {asked.get(name)!r}: "
-                "give another folder"
-            )
-
-    def _read(self, file: IO[bytes]) -> int:
-        """Fill `rows`; returns where the last whole line ends."""
-        self.rows.clear()
-        file.seek(0)
-        end = 0
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                row = json.loads(line)
-                self.rows[int(row["index"])] = row
-                self._sids[str(row["sid"])] = int(row["index"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"{self.log}, line {number} is damaged: remove the line to relax that structure again"
-                ) from error
-            end += len(line)
-        return end
-
     @staticmethod
     def _fingerprint(start: Data) -> str:
         """Hash every number that a relaxation of `start` or its errors depend on, and its name."""
@@ -187,33 +133,19 @@ class RelaxationFolder:
         return digest.hexdigest()[:16]
 
     @staticmethod
-    def _append(file: IO[bytes], row: Row) -> None:
-        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-    @staticmethod
-    def _write_trajectory(path: Path, start: Data, frames: list[Frame]) -> None:
-        """Write frames with energy (eV), raw forces (eV/Å), tags and held atoms."""
-        temporary = temporary_beside(path)
-        try:
-            with Trajectory(str(temporary), "w") as writer:
-                for frame in frames:
-                    spread = {"energy_std_eV": frame.energy_std, "max_force_std_eV_A": frame.max_force_std}
-                    spread = {name: value for name, value in spread.items() if value is not None}
-                    atoms = Atoms(
-                        numbers=start.atomic_numbers.numpy(),
-                        positions=frame.positions,
-                        cell=start.cell.view(3, 3).numpy(),
-                        pbc=start.pbc.view(3).numpy(),
-                        tags=start.tags.numpy(),
-                        constraint=FixAtoms(mask=start.fixed.bool().numpy()),
-                        info={"sid": str(start.sid), **spread},
-                    )
-                    atoms.calc = SinglePointCalculator(atoms, energy=frame.energy, forces=frame.forces)
-                    writer.write(atoms)
-            publish(temporary, path)
-        except OSError as error:  # a full disk: ASE names no file, NumPy gives no number
-            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+    def _frames(start: Data, frames: list[Frame]) -> Iterator[Atoms]:
+        """Frames with energy (eV), raw forces (eV/Å), tags and held atoms."""
+        for frame in frames:
+            spread = {"energy_std_eV": frame.energy_std, "max_force_std_eV_A": frame.max_force_std}
+            spread = {name: value for name, value in spread.items() if value is not None}
+            atoms = Atoms(
+                numbers=start.atomic_numbers.numpy(),
+                positions=frame.positions,
+                cell=start.cell.view(3, 3).numpy(),
+                pbc=start.pbc.view(3).numpy(),
+                tags=start.tags.numpy(),
+                constraint=FixAtoms(mask=start.fixed.bool().numpy()),
+                info={"sid": str(start.sid), **spread},
+            )
+            atoms.calc = SinglePointCalculator(atoms, energy=frame.energy, forces=frame.forces)
+            yield atoms

@@ -1,6 +1,22 @@
-"""An analytical stand-in for a trained network."""
+"""An analytical stand-in for a trained network, and small slabs for it."""
 
+import numpy as np
+from ase import Atoms
+from ase.build import add_adsorbate, fcc111
 from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms
+
+SYSTEMS = [("Cu", 0), ("Ag", 1), ("Pt", 2), ("Ni", 3)]
+"""Arguments of `slab`."""
+
+
+def slab(metal: str, seed: int, adsorbate: str = "O") -> Atoms:
+    atoms = fcc111(metal, (2, 2, 2), vacuum=7.0, periodic=True)
+    add_adsorbate(atoms, adsorbate, 1.4, "fcc")
+    atoms.set_constraint(FixAtoms(mask=atoms.get_tags() == 2))
+    atoms.positions += np.random.default_rng(seed).normal(0, 0.05, atoms.positions.shape)
+    atoms.calc = EMT()
+    return atoms
 
 
 class KindedEMT(EMT):

@@ -12,11 +12,11 @@ from inference_helpers import KindedEMT
 
 from equiformer2.adsorption import adsorption_energy
 from equiformer2.adsorption.anomalies import find_anomalies
-from equiformer2.adsorption.energy import resolve_energy_kind
 from equiformer2.adsorption.named_structures import build_adsorbate, build_slab, place_adsorbate
 from equiformer2.adsorption.references import OC20_GAS_REFERENCES
 from equiformer2.errors import InputError
 from equiformer2.inference import relax
+from equiformer2.inference.named_calculators import resolve_energy_kind
 
 FMAX = 0.02
 

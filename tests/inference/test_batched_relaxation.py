@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.build import add_adsorbate, fcc111
 from ase.calculators.emt import EMT
-from ase.constraints import FixAtoms
 from ase.optimize import LBFGS
+from inference_helpers import SYSTEMS, slab
 from torch_geometric.data import Batch, Data
 
 from equiformer2.errors import InputError
@@ -24,18 +23,7 @@ from equiformer2.inference.batched import (
     relax_batched,
 )
 
-
-def slab(metal: str, seed: int, adsorbate: str = "O") -> Atoms:
-    atoms = fcc111(metal, (2, 2, 2), vacuum=7.0, periodic=True)
-    add_adsorbate(atoms, adsorbate, 1.4, "fcc")
-    atoms.set_constraint(FixAtoms(mask=atoms.get_tags() == 2))
-    atoms.positions += np.random.default_rng(seed).normal(0, 0.05, atoms.positions.shape)
-    atoms.calc = EMT()
-    return atoms
-
-
 LBFGS_EXPECTED = Path(__file__).parents[1] / "fixtures" / "inference" / "lbfgs_expected.json"
-SYSTEMS = [("Cu", 0), ("Ag", 1), ("Pt", 2), ("Ni", 3)]
 
 
 def data(atoms: Atoms, sid: str) -> Data:

@@ -20,11 +20,11 @@ from command_line import run_command
 
 from equiformer2.adsorption import PlacementOptions, adsorption_energy, prepare_system
 from equiformer2.adsorption.anomalies import NAMES, check_anomalies
-from equiformer2.adsorption.energy import resolve_energy_kind
 from equiformer2.adsorption.named_structures import build_adsorbate, build_slab, place_adsorbate
 from equiformer2.adsorption.references import OC20_GAS_REFERENCES
 from equiformer2.errors import InputError
 from equiformer2.inference import relax
+from equiformer2.inference.named_calculators import resolve_energy_kind
 from equiformer2.inference.record import write_structure
 
 ROOT = Path(__file__).parents[2]

@@ -17,6 +17,8 @@ from own_files import DATA, Change, crystals, in_folder, labelled, slab, traject
 
 from datasets_oc20 import OC20Lmdb, write_lmdb
 from datasets_oc20.errors import DataError
+from datasets_oc20.own_data.checks import Place, duplicates
+from datasets_oc20.own_data.frame_facts import FrameFacts
 from datasets_oc20.own_data.importer import ImportOptions, import_files
 from datasets_oc20.own_data.labels import LabelOptions
 from datasets_oc20.own_data.report import ImportReport
@@ -637,3 +639,16 @@ def test_a_text_output_of_gpaw_is_imported() -> None:
     report = run("relax.txt", out="free.lmdb", energy="free_energy")
     assert report.kept == 0
     assert "free" in report.dropped[0].reason
+
+
+def test_different_frames_of_a_long_run_are_no_duplicates() -> None:
+    """Of 5,000 slabs that differ by hundredths of Å none is taken for another, and a copy is found."""
+    fields = {"cell": slab().cell.array, "atomic_numbers": slab().numbers}
+    random, start = np.random.default_rng(0), slab().positions
+    frames = [start + random.normal(0.0, 0.002, start.shape) for _ in range(5000)]
+    frames.append(frames[123] + 1e-6)
+    places = [
+        Place("run", FrameFacts.of(number, {**fields, "pos": pos, "pbc": [True] * 3, "energy": 0.0}))
+        for number, pos in enumerate(frames)
+    ]
+    assert [(later.facts.index, first.facts.index) for later, first, _ in duplicates(places)] == [(5000, 123)]
