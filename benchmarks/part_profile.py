@@ -38,7 +38,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"\b(energy_block|force_block)\b", counting.HEADS),
     (r"build_graph|radius_graph", counting.GRAPH),
     (r"edge_degree_embedding", counting.EDGE_DEGREE),
-    (r"edge_context|distance_basis|[Ww]igner|EdgeFrames", counting.FRAMES),
+    (r"edge_context|distance_basis|[Ww]igner|EdgeFrames|in:\._rotations\b", counting.FRAMES),
     (r"\bffn\b", counting.FEED_FORWARD),
     (r"in:(blocks\.\d+\.)?norm(_\d)?\b", counting.NORM),
     (r"so2_conv_2", counting.CONVOLVE_2),

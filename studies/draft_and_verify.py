@@ -5,8 +5,8 @@
 Starts are first frames of systems of data/teacher_large/test, chosen as by studies.teacher_relaxations. Each
 is relaxed by the full network alone, and by each draft and then the full network
 (`equiformer2.inference.relax_draft_and_verify`), with the same optimizer, threshold and steps. All ends are
-the full network's. Two of them are one basin if the adsorbate's RMSD is below 0.2 Å and the energies differ by
-less than 0.1 eV. Finished relaxations are kept in `--runs`: a stopped command goes on where it was.
+the full network's. Two of them are one basin if the RMSD of the adsorbate is below 0.2 Å and the energies
+differ by less than 0.1 eV. Finished relaxations are kept in `--runs`: a stopped command goes on where it was.
 """
 
 import argparse

@@ -22,6 +22,7 @@ ATTENTION = "in:blocks.0.ga"
     ("ranges", "operation", "part"),
     [
         (["in:build_graph"], "aten::sort", counting.GRAPH),
+        (["in:._inputs", "in:._rotations"], "aten::mul", counting.FRAMES),
         (["in:blocks.0.norm_1"], "aten::mul", counting.NORM),
         (["in:norm"], "aten::mul", counting.NORM),
         ([ATTENTION, "in:blocks.0.ga.alpha_norm"], "aten::native_layer_norm", counting.SOFTMAX),

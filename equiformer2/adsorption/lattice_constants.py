@@ -1,8 +1,8 @@
 """Lattice constants of bulks: relaxed with a calculator, or of a table, and the strain of a slab beside them.
 
-A slab cut at the lattice constant of another method is strained, which shifts adsorption energies. A calculator
-of total energies can relax the bulk; a model of adsorption energies cannot, and for it there is a table of RPBE,
-OC20's functional.
+A slab cut at the lattice constant of another method is strained, which shifts adsorption energies. A
+calculator of total energies can relax the bulk; a model of adsorption energies cannot, and for it there is a
+table of RPBE, OC20's functional.
 """
 
 import math
@@ -93,11 +93,11 @@ def relaxed_bulk(
 ) -> RelaxedBulk:
     """Bring a bulk to the lattice constants of a calculator's own functional.
 
-    Cubic bulks whose atoms symmetry holds (fcc, bcc, sc, diamond, rocksalt, …) get the lattice constant of the
-    lowest energy. Others are relaxed with the stress by ASE's `FrechetCellFilter`, positions included; without
-    a stress their shape is kept and only the volume is searched, which a notice says. With a calculator of
-    adsorption energies, or none, the table of RPBE is used for the fcc metals that it has, and nothing is
-    changed for others, which a notice says.
+    Cubic bulks whose atoms symmetry holds (fcc, bcc, sc, diamond, rocksalt, …) get the lattice constant of
+    the lowest energy. Others are relaxed with the stress by ASE's `FrechetCellFilter`, positions included;
+    without a stress their shape is kept and only the volume is searched, which a notice says. With a
+    calculator of adsorption energies, or none, the table of RPBE is used for the fcc metals that it has, and
+    nothing is changed for others, which a notice says.
 
     Args:
         bulk: what `find_bulk` takes.
@@ -136,8 +136,8 @@ def strain_notices(bulk: Bulk) -> tuple[str, ...]:
     if abs(strain) <= MOST_STRAIN:
         return ()
     return (
-        f"{bulk.name} has the lattice constant {a:.3f} Å, {strain:+.1%} from RPBE's {RPBE_FCC[symbol]:.3f} Å: "
-        f"its slabs are strained for a model of OC20 (give a={RPBE_FCC[symbol]:g})",
+        f"{bulk.name} has the lattice constant {a:.3f} Å, {strain:+.1%} from RPBE's {RPBE_FCC[symbol]:.3f} "
+        f"Å: its slabs are strained for a model of OC20 (give a={RPBE_FCC[symbol]:g})",
     )
 
 
@@ -145,8 +145,8 @@ def _from_table(bulk: Bulk) -> RelaxedBulk:
     symbol = _fcc_metal(bulk.atoms)
     if symbol not in RPBE_FCC:
         notice = (
-            f"no lattice constant of RPBE is known for {bulk.name}, and a model of adsorption energies cannot "
-            "relax a bulk: its slabs may be strained by some per cent"
+            f"no lattice constant of RPBE is known for {bulk.name}, and a model of adsorption energies "
+            "cannot relax a bulk: its slabs may be strained by some per cent"
         )
         return RelaxedBulk(bulk, "table", 0.0, None, False, (notice,))
     a = (4 * bulk.atoms.get_volume() / len(bulk.atoms)) ** (1 / 3)
@@ -171,14 +171,14 @@ def _by_energy(bulk: Bulk, calculator: Calculator, notices: tuple[str, ...]) -> 
 
 
 def _lowest(energy: Callable[[float], float], name: str) -> float:
-    """Scale of the lowest energy within `_RANGE`: on a grid, so that no other minimum traps it, then Brent."""
+    """Scale of the lowest energy within `_RANGE`: on a grid, against other minima, then Brent."""
     grid = np.linspace(1 - _RANGE, 1 + _RANGE, 13)
     values = [energy(scale) for scale in grid]
     best = int(np.argmin(values))
     if best in (0, len(grid) - 1):
         raise InputError(
-            f"the energy of {name} has no minimum within {_RANGE:.0%} of its lattice constant: give one that is "
-            "nearer, or another calculator"
+            f"the energy of {name} has no minimum within {_RANGE:.0%} of its lattice constant: give one that "
+            "is nearer, or another calculator"
         )
     found = minimize_scalar(
         energy,
@@ -201,8 +201,8 @@ def _by_stress(bulk: Bulk, calculator: Calculator, fmax: float, steps: int) -> R
     strain = (atoms.get_volume() / bulk.atoms.get_volume()) ** (1 / 3) - 1
     if abs(strain) > _RANGE:
         raise InputError(
-            f"the relaxation of {bulk.name} changed its lattice constant by {strain:+.0%}: give a nearer start, "
-            "or another calculator"
+            f"the relaxation of {bulk.name} changed its lattice constant by {strain:+.0%}: give a nearer "
+            "start, or another calculator"
         )
     notices = () if converged else (f"the relaxation of {bulk.name} did not converge in {steps} steps",)
     return RelaxedBulk(

@@ -18,7 +18,13 @@ from inference_helpers import SYSTEMS, KindedEMT, slab
 from equiformer2 import EquiformerV2Calculator, Predictor, predict, relax_many
 from equiformer2.errors import InputError
 from equiformer2.inference.batched import RelaxationSettings
-from equiformer2.inference.engines import CPU_ATOMS, CPU_STRUCTURES, NetworkEngine, open_engine
+from equiformer2.inference.engines import (
+    CPU_ATOMS,
+    CPU_STRUCTURES,
+    CUDA_STRUCTURES,
+    NetworkEngine,
+    open_engine,
+)
 
 SETTINGS = RelaxationSettings(fmax=0.05, frames="ends")
 
@@ -210,6 +216,17 @@ def test_a_batch_is_as_large_as_the_device_takes(checkpoint: Path) -> None:
     assert calculator.limits(calculator.start(start, "a")) == (1, None)
     assert network.chosen_limits(network.start(start, "a"), "auto", 50) == (CPU_STRUCTURES, 50)
     assert network.chosen_limits(network.start(start, "a"), 3) == (3, None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_filled_by_the_memory_of_one_structure(checkpoint: Path) -> None:
+    engine = open_engine(Predictor(checkpoint, "cuda"))
+    limits = engine.limits(engine.start(slab(*SYSTEMS[0]), "a"))
+    assert limits.structures == CUDA_STRUCTURES
+    assert limits.atoms is not None
+    assert limits.atoms > 1000
+    results = relax_many([slab(*system) for system in SYSTEMS], engine, settings=RelaxationSettings(steps=2))
+    assert [result.steps for result in results] == [2] * 4
 
 
 def test_identities_tell_models_apart(checkpoint: Path, make_checkpoint: Callable[..., Path]) -> None:
