@@ -56,6 +56,30 @@ def test_several_adsorbates_share_the_slab(in_folder: Path) -> None:
     assert np.allclose(*clean)
 
 
+def test_a_slab_is_cut_at_the_calculator_s_lattice_constant(
+    in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--calculator", "emt", "--adsorbate", "*H", "--placements", "1", "--steps", "1"]
+    cut = ["--bulk", "Cu fcc a=3.7", "--miller", "111,", "--out", "cut"]
+    assert run_command("adsorption search", *options, *cut) == 2
+    assert "are no Miller indices" in capsys.readouterr().err
+    cut[3] = "100"
+    assert run_command("adsorption search", *options, *cut) == 3
+    record = json.loads(Path("cut/search.json").read_text())
+    slab = record["settings"]["slab"]
+    assert slab["miller"] == [1, 0, 0]
+    lengths = read("cut/clean_slab.extxyz").cell.lengths()
+    assert np.isclose(
+        lengths[0] / round(lengths[0] / 2.54), 2.54, atol=0.02
+    )  # EMT: 3.59 Å over the root of 2
+    for wrong in (
+        ["--bulk", "Cu"],
+        ["--slab", "Cu111", "--miller", "111"],
+        ["--bulk", "Cu", "--slab", "Cu111"],
+    ):
+        assert run_command("adsorption search", *options, *wrong, "--out", "x") == 2
+
+
 def test_an_unconverged_search_has_status_3(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--adsorbate", "*O", "--placements", "2", "--steps", "1", "--out", "s"]
     assert run_command("adsorption search", *SEARCH, *options) == 3
