@@ -81,7 +81,7 @@ def compare(alone: Ends, drafted: Ends, cost: float) -> dict[str, Any]:
     Raises:
         InputError: no system is relaxed on both sides.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, one in alone.items():
         other = drafted[name]
         if one.energy_eV is None or other.energy_eV is None:
@@ -103,7 +103,7 @@ def compare(alone: Ends, drafted: Ends, cost: float) -> dict[str, Any]:
     if not rows:
         raise InputError("no system is relaxed on both sides: nothing can be compared")
     before, after, cheap = (
-        sum(int(row[key]) for row in rows) for key in ("calls_alone", "calls_after_draft", "draft_calls")
+        sum(row[key] for row in rows) for key in ("calls_alone", "calls_after_draft", "draft_calls")
     )
     changed = [row for row in rows if not row["same_basin"]]
     return {
@@ -116,10 +116,10 @@ def compare(alone: Ends, drafted: Ends, cost: float) -> dict[str, Any]:
         "calls_saved_share": 1 - after / before,
         "time_saved_share": 1 - (after + cost * cheap) / before,
         "basins_changed": len(changed),
-        "basins_lower": sum(float(row["energy_difference_eV"]) < -MAX_ENERGY for row in changed),
-        "basins_higher": sum(float(row["energy_difference_eV"]) > MAX_ENERGY for row in changed),
-        "converged_alone": sum(bool(row["converged_alone"]) for row in rows),
-        "converged_after_draft": sum(bool(row["converged_after_draft"]) for row in rows),
+        "basins_lower": sum(row["energy_difference_eV"] < -MAX_ENERGY for row in changed),
+        "basins_higher": sum(row["energy_difference_eV"] > MAX_ENERGY for row in changed),
+        "converged_alone": sum(row["converged_alone"] for row in rows),
+        "converged_after_draft": sum(row["converged_after_draft"] for row in rows),
         "systems": rows,
     }
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -305,13 +306,14 @@ def _evaluate(engine: Engine, data: Sequence[Data], part: range) -> list[dict[st
         number = part[error.structure]
         raise InputError(f"structure {number} of the list: {error}", number) from error
     natoms = batch.natoms.tolist()
-    split = {name: out[name].split(natoms) for name in ("forces", "forces_std") if name in out}
-    return [{name: split.get(name, values)[at] for name, values in out.items()} for at in range(len(part))]
+    per_atom = ("forces", "forces_std")
+    split = {name: values.split(natoms) if name in per_atom else values for name, values in out.items()}
+    return [{name: values[at] for name, values in split.items()} for at in range(len(part))]
 
 
 def _with_results(atoms: Atoms, out: dict[str, Tensor]) -> Atoms:
     atoms = atoms.copy()
-    results = {"energy": float(out["energy"])}
+    results: dict[str, Any] = {"energy": float(out["energy"])}
     if not math.isfinite(results["energy"]):
         raise InputError("the calculator gives a non-finite energy: check the structures")
     if "forces" in out:

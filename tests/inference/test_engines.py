@@ -165,6 +165,21 @@ def test_what_a_structure_carries_reaches_the_calculator() -> None:
     assert seen == [(3, start.get_initial_magnetic_moments().tolist())] * 2
 
 
+def test_structures_that_differ_in_their_notes_alone_are_two() -> None:
+    class Charged(EMT):
+        def calculate(self, atoms: Atoms | None = None, *args: object) -> None:
+            assert atoms is not None
+            super().calculate(atoms, *args)
+            self.results["energy"] += atoms.info["charge"]
+
+    starts = [slab(*SYSTEMS[0]) for _ in range(2)]
+    for charge, atoms in enumerate(starts):
+        atoms.info["charge"] = charge
+    for size in (1, 2):
+        one, other = predict(starts, Charged(), batch_size=size)
+        assert other.get_potential_energy() - one.get_potential_energy() == pytest.approx(1.0)
+
+
 def test_a_calculator_that_cannot_run_or_has_no_forces_ends_everything() -> None:
     class Absent(EMT):
         def calculate(self, *args: object) -> None:
