@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": "inference:Predict",
     "relax": "inference:Relax",
     "adsorption energy": "adsorption:AdsorptionEnergy",
+    "adsorption slab": "slab:BuildSlab",
     "relax-is2re": "inference:RelaxIs2re",
     "submission": "inference:Submission",
     "data download": "data:Download",
@@ -45,7 +46,7 @@ COMMANDS = {
 """Words of a command -> file in this folder and class."""
 
 GROUPS = {
-    "adsorption": "Adsorption energies of molecules on slabs.",
+    "adsorption": "Slabs, and adsorption energies of molecules on them.",
     "data": "Download, convert and inspect data.",
     "checkpoint": "Work with checkpoint files.",
     "prune": "Analyze and compress a trained model.",
