@@ -19,8 +19,8 @@ from ase.optimize import BFGS
 from scipy.optimize import minimize_scalar
 
 from equiformer2.adsorption.bulks import Bulk, find_bulk
-from equiformer2.adsorption.energy import resolve_energy_kind
 from equiformer2.errors import InputError
+from equiformer2.inference.named_calculators import resolve_energy_kind
 
 RPBE_SOURCE = (
     "VASP 4.6, RPBE, PAW, 400 eV, 11x11x11 k-points; N. López group, ICIQ, 'Cell parameters', "

@@ -27,6 +27,7 @@ COMMANDS = {
     "adsorption free-energy": "adsorption_search:AdsorptionFreeEnergy",
     "adsorption diagram": "adsorption_search:AdsorptionDiagram",
     "adsorption neb": "adsorption_search:AdsorptionNeb",
+    "adsorption slab": "slab:BuildSlab",
     "relax-is2re": "inference:RelaxIs2re",
     "submission": "inference:Submission",
     "data download": "data:Download",
@@ -51,7 +52,7 @@ COMMANDS = {
 """Words of a command -> file in this folder and class."""
 
 GROUPS = {
-    "adsorption": "Adsorption energies of molecules on slabs.",
+    "adsorption": "Slabs, and adsorption energies of molecules on them.",
     "data": "Download, convert and inspect data.",
     "checkpoint": "Work with checkpoint files.",
     "prune": "Analyze and compress a trained model.",

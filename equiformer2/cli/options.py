@@ -36,7 +36,11 @@ def only_one(values: list[Any]) -> Any:
 
 
 def add_checkpoint_arguments(
-    parser: Options, weights: bool = True, committee: bool = False, calculator: bool = False
+    parser: Options,
+    weights: bool = True,
+    committee: bool = False,
+    calculator: bool = False,
+    required: bool = True,
 ) -> None:
     """Add `--checkpoint` and `--weights`.
 
@@ -45,11 +49,12 @@ def add_checkpoint_arguments(
         weights: add `--weights`.
         committee: let `--checkpoint` take several.
         calculator: add `--calculator`, which stands in place of `--checkpoint`.
+        required: refuse a command line without a model.
     """
     several = ", or several of them, a committee: their mean and spread" if committee else ""
     one_of: Any = parser
     if calculator:
-        one_of = parser.add_mutually_exclusive_group(required=True)
+        one_of = parser.add_mutually_exclusive_group(required=required)
         one_of.add_argument(
             "--calculator",
             metavar="NAME|MODULE:FACTORY",
@@ -59,7 +64,7 @@ def add_checkpoint_arguments(
         )
     one_of.add_argument(
         "--checkpoint",
-        required=not calculator,
+        required=required and not calculator,
         nargs="+" if committee else None,
         type=checkpoint_file,
         metavar="FILE|NAME",
@@ -97,15 +102,18 @@ def add_device_argument(parser: Options) -> None:
     )
 
 
-def add_model_arguments(parser: Options, committee: bool = False, calculator: bool = False) -> None:
+def add_model_arguments(
+    parser: Options, committee: bool = False, calculator: bool = False, required: bool = True
+) -> None:
     """Add all options of a network that is run: file, weights, energy kind, device, precision, backend.
 
     Args:
         parser: of the command.
         committee: let `--checkpoint` take several.
         calculator: add `--calculator`, which stands in place of `--checkpoint`.
+        required: refuse a command line without a model.
     """
-    add_checkpoint_arguments(parser, committee=committee, calculator=calculator)
+    add_checkpoint_arguments(parser, committee=committee, calculator=calculator, required=required)
     add_energy_kind_argument(parser, "a checkpoint or data that do not declare it; must not contradict them")
     add_device_argument(parser)
     parser.add_argument(

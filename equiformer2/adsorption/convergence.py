@@ -1,0 +1,256 @@
+"""Convergence of an energy with the slab: its layers, its vacuum and its width."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator
+from ase.units import J, m
+from tqdm import tqdm
+
+from equiformer2.adsorption.bulks import Bulk, find_bulk
+from equiformer2.adsorption.placements import Adsorbate, Placement, placements
+from equiformer2.adsorption.slabs import THICKNESS, VACUUM, WIDTH, CleanSlab, slabs_of_bulk
+from equiformer2.errors import InputError
+from equiformer2.inference.named_calculators import resolve_energy_kind
+
+THICKNESSES = (4.0, 7.0, 10.0, 14.0)
+VACUUMS = (10.0, 15.0, 20.0, 30.0)
+WIDTHS = (5.0, 8.0, 11.0)
+"""Å that are tried, each with OC20's values of the other two."""
+
+_BOX = 10.0
+"""Å of vacuum on every side of an adsorbate by itself."""
+
+SURFACE_ENERGY, ADSORPTION_ENERGY = "surface_energy_eV_A2", "adsorption_energy_eV"
+
+
+@dataclass(frozen=True)
+class ConvergenceRow:
+    """One slab of a convergence table.
+
+    Attributes:
+        varied: "thickness", "vacuum" or "width".
+        thickness, vacuum, width: Å that the slab has at least.
+        atoms: number of atoms.
+        value: the energy, in the unit of the table; None where the slab has none.
+        change: value minus that of the largest slab of the same kind.
+        reason: sentence for a missing value.
+    """
+
+    varied: str
+    thickness: float
+    vacuum: float
+    width: float
+    atoms: int
+    value: float | None
+    change: float | None = None
+    reason: str = ""
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for a JSON record; value and change are in the unit of the table."""
+        return {
+            "varied": self.varied,
+            "thickness_A": self.thickness,
+            "vacuum_A": self.vacuum,
+            "width_A": self.width,
+            "atoms": self.atoms,
+            "value": self.value,
+            "change": self.change,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """A table of energies over slabs.
+
+    Attributes:
+        quantity: `SURFACE_ENERGY` or `ADSORPTION_ENERGY`.
+        slab: origin of the slab.
+        adsorbate: its formula; empty without one.
+        rows: the table.
+        notices: sentences that users should read, about a dipole and about the lattice constant.
+    """
+
+    quantity: str
+    slab: str
+    adsorbate: str
+    rows: tuple[ConvergenceRow, ...]
+    notices: tuple[str, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for a JSON record."""
+        return {
+            "quantity": self.quantity,
+            "slab": self.slab,
+            "adsorbate": self.adsorbate,
+            "rows": [row.summary() for row in self.rows],
+            "notices": list(self.notices),
+        }
+
+    def __str__(self) -> str:
+        is_surface = self.quantity == SURFACE_ENERGY
+        digits = 5 if is_surface else 4
+        unit = "eV/Å²" if is_surface else "eV"
+        what = "surface energy" if is_surface else f"adsorption energy of {self.adsorbate}, nothing relaxed"
+        lines = [
+            f"{self.slab}: {what} ({unit})",
+            f"{'varied':10} {'thickness':>9} {'vacuum':>7} {'width':>6} {'atoms':>6} {'energy':>10} "
+            f"{'change':>9}",
+        ]
+        for row in self.rows:
+            head = f"{row.varied:10} {row.thickness:9.1f} {row.vacuum:7.1f} {row.width:6.1f} {row.atoms:6d}"
+            if row.value is None or row.change is None:
+                lines.append(f"{head}  {row.reason}")
+            else:
+                lines.append(f"{head} {row.value:10.{digits}f} {row.change:+9.{digits}f}")
+        lines.append(
+            "change: from the largest value of the same kind"
+            + (f"; 1 eV/Å² is {1 / (J / m**2):.2f} J/m²" if is_surface else "")
+        )
+        return "\n".join([*lines, *(f"WARNING: {notice}" for notice in self.notices)])
+
+
+def convergence_table(
+    bulk: Any,
+    miller: str | Sequence[int],
+    calculator: Calculator,
+    *,
+    adsorbate: Adsorbate | None = None,
+    termination: int | None = None,
+    bulks: str | Path | None = None,
+    thicknesses: Sequence[float] = THICKNESSES,
+    vacuums: Sequence[float] = VACUUMS,
+    widths: Sequence[float] = WIDTHS,
+    energy_kind: str | None = None,
+    progress: bool = False,
+) -> Convergence:
+    """Compute an energy for thicker slabs, more vacuum and wider cells, one at a time.
+
+    Without an adsorbate it is the surface energy, (E(slab) - n E(bulk)) / 2A, the mean of the two sides. With
+    one it is the adsorption energy of the first symmetry-distinct placement. Nothing is relaxed: a row takes
+    at most three energies.
+
+    Args:
+        bulk, miller, bulks: as in `slabs_of_bulk`; one plane.
+        calculator: an ASE calculator; one of adsorption energies needs an adsorbate.
+        adsorbate: as in `placements`.
+        termination: its number; the first if None.
+        thicknesses, vacuums, widths: Å at least; the others are OC20's (`THICKNESS`, `VACUUM`, `WIDTH`).
+        energy_kind: as in `resolve_energy_kind`.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        InputError: a clean slab with a model of adsorption energies, and what `slabs_of_bulk` raises.
+    """
+    kind = resolve_energy_kind(calculator, energy_kind)
+    if kind == "adsorption" and adsorbate is None:
+        raise InputError(
+            "a model of adsorption energies knows no surface energies: give an adsorbate, or a calculator of "
+            "total energies"
+        )
+    if (isinstance(miller, str) and miller.strip().lower() == "all") or termination == "all":
+        raise InputError("convergence is checked for one plane and one termination: give their numbers")
+    wanted = {"thickness": thicknesses, "vacuum": vacuums, "width": widths}
+    if not any(wanted.values()):
+        raise InputError("no thickness, vacuum or width is given: give values in Å")
+    found = find_bulk(bulk, bulks)
+    base = {"thickness": THICKNESS, "vacuum": VACUUM, "width": WIDTH}
+    settings = [
+        (name, {**base, name: float(value)}) for name, values in wanted.items() for value in sorted(values)
+    ]
+    known: dict[tuple[float, ...], tuple[int, float | None, str]] = {}
+    rows, first = [], None
+    for name, sizes in tqdm(settings, desc="convergence", unit="slab", disable=not progress):
+        key = tuple(sizes.values())
+        if key not in known:
+            (slab,) = slabs_of_bulk(found, miller, termination, **sizes)
+            first = first or slab
+            energies = _Energies(calculator, kind, found)
+            try:
+                value = energies.surface(slab) if adsorbate is None else energies.adsorption(slab, adsorbate)
+                known[key] = (len(slab.atoms), value, "")
+            except InputError as error:
+                known[key] = (len(slab.atoms), None, str(error))
+        atoms, value, reason = known[key]
+        rows.append(ConvergenceRow(name, *key, atoms=atoms, value=value, reason=reason))
+    assert first is not None
+    return Convergence(
+        SURFACE_ENERGY if adsorbate is None else ADSORPTION_ENERGY,
+        first.report.origin,
+        _formula(first, adsorbate),
+        tuple(_with_changes(rows)),
+        first.report.notices,
+    )
+
+
+def _with_changes(rows: list[ConvergenceRow]) -> list[ConvergenceRow]:
+    last = {row.varied: row.value for row in rows if row.value is not None}
+    return [
+        ConvergenceRow(**{**vars(row), "change": row.value - float(last[row.varied] or 0.0)})
+        if row.value is not None
+        else row
+        for row in rows
+    ]
+
+
+def _formula(slab: CleanSlab, adsorbate: Adsorbate | None) -> str:
+    if adsorbate is None:
+        return ""
+    if isinstance(adsorbate, str):
+        return adsorbate
+    atoms = adsorbate if isinstance(adsorbate, Atoms) else adsorbate[0]
+    return str(atoms.get_chemical_formula())
+
+
+@dataclass(frozen=True)
+class _Energies:
+    """Energies of unrelaxed structures with one calculator.
+
+    Attributes:
+        calculator: of the kind of energies that `kind` says.
+        kind: "adsorption" or "total".
+        bulk: what slabs are cut from.
+    """
+
+    calculator: Calculator
+    kind: str
+    bulk: Bulk
+
+    def surface(self, slab: CleanSlab) -> float:
+        """Surface energy, eV/Å²."""
+        atoms, cell = slab.atoms, self.bulk.atoms
+        units = len(atoms) / len(cell)
+        size = int(max(atoms.numbers.max(), cell.numbers.max())) + 1
+        excess = np.bincount(atoms.numbers, minlength=size) - units * np.bincount(
+            cell.numbers, minlength=size
+        )
+        if np.abs(excess).max() > 1e-6:
+            raise InputError("the slab has another composition than its bulk, so it has no surface energy")
+        area = float(np.linalg.norm(np.cross(*atoms.cell.array[:2])))
+        return (self._energy(atoms) - units * self._energy(cell)) / (2 * area)
+
+    def adsorption(self, slab: CleanSlab, adsorbate: Adsorbate) -> float:
+        """Adsorption energy of the first distinct placement, eV."""
+        placement: Placement = placements(slab.atoms, adsorbate, "symmetry", 1)[0]
+        energy = self._energy(placement.atoms)
+        if self.kind == "adsorption":
+            return energy
+        alone = placement.atoms[list(placement.molecules[0])]
+        box = Atoms(alone.numbers, alone.positions)
+        box.center(vacuum=_BOX)
+        box.pbc = True
+        return energy - self._energy(slab.atoms) - self._energy(box)
+
+    def _energy(self, atoms: Atoms) -> float:
+        copy = atoms.copy()
+        copy.calc = self.calculator
+        value = float(copy.get_potential_energy(apply_constraint=False))
+        if not math.isfinite(value):
+            raise InputError("the calculator's energy is not finite")
+        return value
