@@ -313,7 +313,10 @@ class CalculatorEngine(Engine):
                     raise InputError(f"{self.name} cannot be run ({_text(error)})") from error
                 self._done = {key: result for (_, key), result in results.items()}
                 self._reset()
-                raise InputError(f"{self.name} failed ({_text(error)})", at) from error
+                reason = (
+                    str(error) if isinstance(error, InputError) else f"{self.name} failed ({_text(error)})"
+                )
+                raise InputError(reason, at) from error
         out = {"energy": torch.tensor([energy for energy, _ in results.values()], dtype=torch.float64)}
         if self.has_forces:
             out["forces"] = torch.cat([forces for _, forces in results.values() if forces is not None])
@@ -326,7 +329,7 @@ class CalculatorEngine(Engine):
     def _calculate(self, structure: Data) -> tuple[float, Tensor | None]:
         self._calls += 1
         if not bool(torch.isfinite(structure.pos).all()):
-            raise InputError("its positions are not finite any more")
+            raise InputError("its positions are no finite numbers any more")
         if (template := int(structure.template)) != self._last:
             # ASE compares positions, not what else may make another structure (`info`).
             self._reset()
@@ -337,7 +340,12 @@ class CalculatorEngine(Engine):
         forces = None
         if self.has_forces:
             forces = torch.as_tensor(np.array(atoms.get_forces(apply_constraint=False), dtype=np.float64))
-        return float(atoms.get_potential_energy(apply_constraint=False)), forces
+            if forces.shape != structure.pos.shape:
+                raise InputError(f"{self.name} gives forces of the shape {list(forces.shape)}")
+        energy = float(atoms.get_potential_energy(apply_constraint=False))
+        if not np.isfinite(energy) or (forces is not None and not bool(torch.isfinite(forces).all())):
+            raise InputError(f"{self.name} gives a non-finite energy or force")
+        return energy, forces
 
 
 def calculator_identity(calculator: BaseCalculator) -> dict[str, Any]:
