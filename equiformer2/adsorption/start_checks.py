@@ -122,8 +122,8 @@ class _Start:
         if len(inside):
             a, b = group[inside[0][0]], slab[held][inside[0][1]]
             return [
-                f"{name} is inside the slab: its atom {a} ({symbols[a]}) touches the held subsurface atom {b} "
-                f"({symbols[b]})"
+                f"{name} is inside the slab: its atom {a} ({symbols[a]}) touches the held subsurface atom "
+                f"{b} ({symbols[b]})"
             ]
         return []
 
@@ -146,8 +146,8 @@ class _Start:
             if (distance < reach).any():
                 a, b = np.argwhere(distance < reach)[0]
                 return [
-                    f"{name} is larger than the surface: its atom {symbols[a]} is {distance[a, b]:.2f} Å from "
-                    f"{symbols[b]} of its own periodic image, a contact: give a wider slab"
+                    f"{name} is larger than the surface: its atom {symbols[a]} is {distance[a, b]:.2f} Å "
+                    f"from {symbols[b]} of its own periodic image, a contact: give a wider slab"
                 ]
         return []
 
@@ -188,7 +188,7 @@ class _Start:
         nearest = float(distance.min())
         if (distance < CUSHION * bonds + SKIN).any():
             return [
-                f"the adsorbate is {nearest:.2f} Å from the next image of the slab, a contact through the vacuum "
-                f"of {clean.gap:.1f} Å: give more vacuum"
+                f"the adsorbate is {nearest:.2f} Å from the next image of the slab, a contact through the "
+                f"vacuum of {clean.gap:.1f} Å: give more vacuum"
             ]
         return []

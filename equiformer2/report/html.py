@@ -10,7 +10,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; } img { max-width: 100%; }
-.best { font-weight: bold; } .dim { color: #777; } .wide { overflow-x: auto; } .wide td { white-space: nowrap; }
+.best { font-weight: bold; } .dim { color: #777; }
+.wide { overflow-x: auto; } .wide td { white-space: nowrap; }
 .note { background: #f5f5f0; padding: .6rem 1rem; border-left: 4px solid #999; }
 .viewer { position: relative; width: 100%; height: 26rem; border: 1px solid #ddd; }
 """
