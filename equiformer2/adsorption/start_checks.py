@@ -53,9 +53,10 @@ def check_start(
     faults = []
     for number, group in enumerate(groups):
         name = "the adsorbate" if len(groups) == 1 else f"adsorbate {number}"
-        faults += [*_pieces(atoms[group], name), *_contacts(atoms, group, slab, name, closest)]
-        faults += _images(atoms[group], name)
-    faults += [*_between_adsorbates(atoms, groups), *_vacuum(atoms, adsorbate, slab, cutoff)]
+        faults += [*_Faults.pieces(atoms[group], name), *_Faults.contacts(atoms, group, slab, name, closest)]
+        faults += _Faults.images(atoms[group], name)
+    faults += _Faults.between_adsorbates(atoms, groups)
+    faults += _Faults.vacuum(atoms, adsorbate, slab, cutoff)
     return faults
 
 
@@ -63,111 +64,121 @@ def check_vacuum(slab: Atoms, cutoff: float) -> None:
     """Raise `InputError` where the vacuum of a slab is thinner than the calculator's cutoff, Å."""
     gap = whole_slab(slab).gap
     if gap < cutoff:
-        raise InputError(_thin(gap, cutoff))
+        raise InputError(_Faults.thin(gap, cutoff))
 
 
-def _thin(gap: float, cutoff: float) -> str:
-    return (
-        f"the vacuum of {gap:.1f} Å is thinner than the cutoff of {cutoff:g} Å, so that the slab sees its "
-        f"own image: give at least {cutoff:g} Å and the height of the adsorbate (OC20 has 20 Å)"
-    )
+class _Faults:
+    """Sentences about one kind of fault each; empty lists where there is none."""
 
-
-def _pieces(molecule: Atoms, name: str) -> list[str]:
-    try:
-        whole_molecule(molecule, name)
-    except InputError as error:
-        return [str(error)]
-    return []
-
-
-def _contacts(atoms: Atoms, group: np.ndarray, slab: np.ndarray, name: str, closest: float) -> list[str]:
-    """Find faults of the distances between an adsorbate and the slab."""
-    symbols = atoms.get_chemical_symbols()
-    radii = covalent_radii[atoms.numbers]
-    bonds = radii[group][:, None] + radii[slab][None, :]
-    _, distance = get_distances(atoms.positions[group], atoms.positions[slab], cell=atoms.cell, pbc=atoms.pbc)
-    ratio = distance / bonds
-    a, b = np.unravel_index(int(ratio.argmin()), ratio.shape)
-    if ratio[a, b] < closest - 1e-6:
-        return [
-            f"atom {group[a]} ({symbols[group[a]]}) of {name} is {distance[a, b]:.2f} Å from slab atom "
-            f"{slab[b]} ({symbols[slab[b]]}), closer than {closest:g} times the sum of their radii "
-            f"({bonds[a, b]:.2f} Å)"
-        ]
-    loose = distance - CUSHION * bonds - SKIN
-    if loose.min() >= 0:
-        return [f"{name} touches no atom of the slab (the nearest is {distance.min():.2f} Å away): lower it"]
-    held = atoms.get_tags()[slab] == SUBSURFACE
-    inside = np.argwhere((distance - bonds - SKIN)[:, held] < 0)
-    if len(inside):
-        a, b = group[inside[0][0]], slab[held][inside[0][1]]
-        return [
-            f"{name} is inside the slab: its atom {a} ({symbols[a]}) touches the held subsurface atom {b} "
-            f"({symbols[b]})"
-        ]
-    return []
-
-
-def _images(molecule: Atoms, name: str) -> list[str]:
-    """Find contacts of an adsorbate with its own images in the plane."""
-    cell = molecule.cell.array
-    radii = covalent_radii[molecule.numbers]
-    reach = radii[:, None] + radii[None, :] + SKIN
-    symbols = molecule.get_chemical_symbols()
-    try:
-        positions = whole_molecule(molecule, name).positions
-    except InputError:
-        return []  # told already
-    steps = [range(-2, 3) if periodic else (0,) for periodic in molecule.pbc[:2]]
-    for i, j in itertools.product(*steps):
-        if (i, j) <= (0, 0):
-            continue  # the opposite shift has the same distances
-        _, distance = get_distances(positions, positions + i * cell[0] + j * cell[1])
-        if (distance < reach).any():
-            a, b = np.argwhere(distance < reach)[0]
-            return [
-                f"{name} is larger than the surface: its atom {symbols[a]} is {distance[a, b]:.2f} Å from "
-                f"{symbols[b]} of its own periodic image, a contact: give a wider slab"
-            ]
-    return []
-
-
-def _between_adsorbates(atoms: Atoms, groups: Sequence[np.ndarray]) -> list[str]:
-    """Find contacts between different adsorbates, periodic images included."""
-    radii = covalent_radii[atoms.numbers]
-    for (n, first), (m, second) in itertools.combinations(enumerate(groups), 2):
-        _, distance = get_distances(
-            atoms.positions[first], atoms.positions[second], cell=atoms.cell, pbc=atoms.pbc
-        )
-        if (distance < radii[first][:, None] + radii[second][None, :] + SKIN).any():
-            return [f"adsorbates {n} and {m} touch ({distance.min():.2f} Å): place fewer, or a wider slab"]
-    return []
-
-
-def _vacuum(atoms: Atoms, adsorbate: np.ndarray, slab: np.ndarray, cutoff: float | None) -> list[str]:
-    """Find an adsorbate that reaches the next image of the slab, by contact or within the cutoff."""
-    try:
-        clean = whole_slab(atoms[slab])
-    except InputError as error:
-        return [str(error)]
-    if not np.isfinite(clean.gap):
+    @staticmethod
+    def pieces(molecule: Atoms, name: str) -> list[str]:
+        try:
+            whole_molecule(molecule, name)
+        except InputError as error:
+            return [str(error)]
         return []
-    if cutoff is not None and clean.gap < cutoff:
-        return [_thin(clean.gap, cutoff)]
-    radii = covalent_radii[atoms.numbers]
-    above = atoms.positions[adsorbate]
-    heights = clean.atoms.positions[:, 2]
-    # The images across the vacuum, above and below; the adsorbate is on one side of its own slab only.
-    up = atoms.cell.array[2] * np.sign(atoms.cell[2, 2])
-    is_top = above[:, 2].mean() > heights.mean()
-    other = clean.atoms.positions + (up if is_top else -up)
-    _, distance = get_distances(above, other, cell=atoms.cell, pbc=(*atoms.pbc[:2], False))
-    bonds = radii[adsorbate][:, None] + radii[slab][None, :]
-    nearest = float(distance.min())
-    if (distance < CUSHION * bonds + SKIN).any():
-        return [
-            f"the adsorbate is {nearest:.2f} Å from the next image of the slab, a contact through the vacuum "
-            f"of {clean.gap:.1f} Å: give more vacuum"
-        ]
-    return []
+
+    @staticmethod
+    def contacts(atoms: Atoms, group: np.ndarray, slab: np.ndarray, name: str, closest: float) -> list[str]:
+        """Find faults of the distances between an adsorbate and the slab."""
+        symbols = atoms.get_chemical_symbols()
+        radii = covalent_radii[atoms.numbers]
+        bonds = radii[group][:, None] + radii[slab][None, :]
+        _, distance = get_distances(
+            atoms.positions[group], atoms.positions[slab], cell=atoms.cell, pbc=atoms.pbc
+        )
+        ratio = distance / bonds
+        a, b = np.unravel_index(int(ratio.argmin()), ratio.shape)
+        if ratio[a, b] < closest - 1e-6:
+            return [
+                f"atom {group[a]} ({symbols[group[a]]}) of {name} is {distance[a, b]:.2f} Å from slab atom "
+                f"{slab[b]} ({symbols[slab[b]]}), closer than {closest:g} times the sum of their radii "
+                f"({bonds[a, b]:.2f} Å)"
+            ]
+        loose = distance - CUSHION * bonds - SKIN
+        if loose.min() >= 0:
+            return [
+                f"{name} touches no atom of the slab (the nearest is {distance.min():.2f} Å away): lower it"
+            ]
+        held = atoms.get_tags()[slab] == SUBSURFACE
+        inside = np.argwhere((distance - bonds - SKIN)[:, held] < 0)
+        if len(inside):
+            a, b = group[inside[0][0]], slab[held][inside[0][1]]
+            return [
+                f"{name} is inside the slab: its atom {a} ({symbols[a]}) touches the held subsurface atom "
+                f"{b} ({symbols[b]})"
+            ]
+        return []
+
+    @staticmethod
+    def images(molecule: Atoms, name: str) -> list[str]:
+        """Find contacts of an adsorbate with its own images in the plane."""
+        cell = molecule.cell.array
+        radii = covalent_radii[molecule.numbers]
+        reach = radii[:, None] + radii[None, :] + SKIN
+        symbols = molecule.get_chemical_symbols()
+        try:
+            positions = whole_molecule(molecule, name).positions
+        except InputError:
+            return []  # told already
+        steps = [range(-2, 3) if periodic else (0,) for periodic in molecule.pbc[:2]]
+        for i, j in itertools.product(*steps):
+            if (i, j) <= (0, 0):
+                continue  # the opposite shift has the same distances
+            _, distance = get_distances(positions, positions + i * cell[0] + j * cell[1])
+            if (distance < reach).any():
+                a, b = np.argwhere(distance < reach)[0]
+                return [
+                    f"{name} is larger than the surface: its atom {symbols[a]} is {distance[a, b]:.2f} Å "
+                    f"from {symbols[b]} of its own periodic image, a contact: give a wider slab"
+                ]
+        return []
+
+    @staticmethod
+    def between_adsorbates(atoms: Atoms, groups: Sequence[np.ndarray]) -> list[str]:
+        """Find contacts between different adsorbates, periodic images included."""
+        radii = covalent_radii[atoms.numbers]
+        for (n, first), (m, second) in itertools.combinations(enumerate(groups), 2):
+            _, distance = get_distances(
+                atoms.positions[first], atoms.positions[second], cell=atoms.cell, pbc=atoms.pbc
+            )
+            if (distance < radii[first][:, None] + radii[second][None, :] + SKIN).any():
+                return [
+                    f"adsorbates {n} and {m} touch ({distance.min():.2f} Å): place fewer, or a wider slab"
+                ]
+        return []
+
+    @staticmethod
+    def vacuum(atoms: Atoms, adsorbate: np.ndarray, slab: np.ndarray, cutoff: float | None) -> list[str]:
+        """Find an adsorbate that reaches the next image of the slab, by contact or within the cutoff."""
+        try:
+            clean = whole_slab(atoms[slab])
+        except InputError as error:
+            return [str(error)]
+        if not np.isfinite(clean.gap):
+            return []
+        if cutoff is not None and clean.gap < cutoff:
+            return [_Faults.thin(clean.gap, cutoff)]
+        radii = covalent_radii[atoms.numbers]
+        above = atoms.positions[adsorbate]
+        heights = clean.atoms.positions[:, 2]
+        # The images across the vacuum, above and below; the adsorbate is on one side of its own slab only.
+        up = atoms.cell.array[2] * np.sign(atoms.cell[2, 2])
+        is_top = above[:, 2].mean() > heights.mean()
+        other = clean.atoms.positions + (up if is_top else -up)
+        _, distance = get_distances(above, other, cell=atoms.cell, pbc=(*atoms.pbc[:2], False))
+        bonds = radii[adsorbate][:, None] + radii[slab][None, :]
+        nearest = float(distance.min())
+        if (distance < CUSHION * bonds + SKIN).any():
+            return [
+                f"the adsorbate is {nearest:.2f} Å from the next image of the slab, a contact through the "
+                f"vacuum of {clean.gap:.1f} Å: give more vacuum"
+            ]
+        return []
+
+    @staticmethod
+    def thin(gap: float, cutoff: float) -> str:
+        return (
+            f"the vacuum of {gap:.1f} Å is thinner than the cutoff of {cutoff:g} Å, so that the slab sees "
+            f"its own image: give at least {cutoff:g} Å and the height of the adsorbate (OC20 has 20 Å)"
+        )
