@@ -81,7 +81,7 @@ def compare(alone: Ends, drafted: Ends, cost: float) -> dict[str, Any]:
     Raises:
         InputError: no system is relaxed on both sides.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, one in alone.items():
         other = drafted[name]
         if one.energy_eV is None or other.energy_eV is None:
@@ -103,9 +103,10 @@ def compare(alone: Ends, drafted: Ends, cost: float) -> dict[str, Any]:
     if not rows:
         raise InputError("no system is relaxed on both sides: nothing can be compared")
     before, after, cheap = (
-        sum(int(row[key]) for row in rows) for key in ("calls_alone", "calls_after_draft", "draft_calls")
+        sum(row[key] for row in rows) for key in ("calls_alone", "calls_after_draft", "draft_calls")
     )
     changed = [row for row in rows if not row["same_basin"]]
+    both = [row for row in rows if row["converged_alone"] and row["converged_after_draft"]]
     return {
         "relaxations": len(rows),
         "failed": len(alone) - len(rows),
@@ -116,10 +117,12 @@ def compare(alone: Ends, drafted: Ends, cost: float) -> dict[str, Any]:
         "calls_saved_share": 1 - after / before,
         "time_saved_share": 1 - (after + cost * cheap) / before,
         "basins_changed": len(changed),
-        "basins_lower": sum(float(row["energy_difference_eV"]) < -MAX_ENERGY for row in changed),
-        "basins_higher": sum(float(row["energy_difference_eV"]) > MAX_ENERGY for row in changed),
-        "converged_alone": sum(bool(row["converged_alone"]) for row in rows),
-        "converged_after_draft": sum(bool(row["converged_after_draft"]) for row in rows),
+        "both_converged": len(both),
+        "basins_changed_of_converged": sum(not row["same_basin"] for row in both),
+        "basins_lower": sum(row["energy_difference_eV"] < -MAX_ENERGY for row in changed),
+        "basins_higher": sum(row["energy_difference_eV"] > MAX_ENERGY for row in changed),
+        "converged_alone": sum(row["converged_alone"] for row in rows),
+        "converged_after_draft": sum(row["converged_after_draft"] for row in rows),
         "systems": rows,
     }
 
@@ -140,14 +143,16 @@ def page(record: Mapping[str, Any]) -> str:
         "measured cost.",
         "",
         "| draft | relaxations | full calls alone | full calls after the draft | saved | draft calls "
-        "| cost of one | time saved | basins changed | lower | higher | converged alone | after the draft |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| cost of one | time saved | basins changed | of those converged on both sides | lower | higher "
+        "| converged alone | after the draft |",
+        "|" + 14 * "---|",
     ]
     for name, row in record["drafts"].items():
         lines.append(
             f"| {name} | {row['relaxations']} | {row['calls_alone']} | {row['calls_after_draft']} | "
             f"{row['calls_saved_share']:.0%} | {row['draft_calls']} | {row['draft_cost']:.2f} | "
-            f"{row['time_saved_share']:.0%} | {row['basins_changed']} | {row['basins_lower']} | "
+            f"{row['time_saved_share']:.0%} | {row['basins_changed']} | "
+            f"{row['basins_changed_of_converged']} of {row['both_converged']} | {row['basins_lower']} | "
             f"{row['basins_higher']} | {row['converged_alone']} | {row['converged_after_draft']} |"
         )
     return "\n".join(lines) + "\n"

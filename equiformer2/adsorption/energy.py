@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import Calculator
+from ase.calculators.calculator import BaseCalculator
 
 from equiformer2.adsorption.anomalies import Anomaly, check_anomalies
 from equiformer2.adsorption.references import GasReference, check_gas_references, gas_reference
@@ -109,7 +109,7 @@ class AdsorptionResult:
 
 def adsorption_energy(
     system: Atoms,
-    calculator: Calculator,
+    calculator: BaseCalculator,
     *,
     energy_kind: str | None = None,
     slab_energy: float | None = None,

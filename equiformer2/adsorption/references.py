@@ -14,7 +14,7 @@ from typing import Any
 import ase.build
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import Calculator
+from ase.calculators.calculator import BaseCalculator
 from ase.data import covalent_radii
 from ase.neighborlist import neighbor_list
 from scipy.sparse import coo_array
@@ -99,7 +99,7 @@ def check_gas_references(adsorbate: Atoms, given: Mapping[str, float] | None, so
 
 def gas_reference(
     adsorbate: Atoms,
-    calculator: Calculator,
+    calculator: BaseCalculator,
     given: Mapping[str, float] | None,
     source: str,
     settings: dict[str, Any],
@@ -165,7 +165,7 @@ def _table(given: Mapping[str, float] | None, source: str) -> dict[str, float]:
     return {**OC20_GAS_REFERENCES, **own} if source == "oc20" else own
 
 
-def _in_vacuum(adsorbate: Atoms, calculator: Calculator, settings: dict[str, Any]) -> GasReference:
+def _in_vacuum(adsorbate: Atoms, calculator: BaseCalculator, settings: dict[str, Any]) -> GasReference:
     relaxations: dict[str, RelaxationResult] = {}
     total = 0.0
     for piece in _fragments(adsorbate):
@@ -195,7 +195,7 @@ def _fragments(adsorbate: Atoms) -> list[Atoms]:
 
 
 def _relax_in_box(
-    molecule: Atoms, name: str, calculator: Calculator, settings: dict[str, Any]
+    molecule: Atoms, name: str, calculator: BaseCalculator, settings: dict[str, Any]
 ) -> RelaxationResult:
     box = Atoms(molecule.numbers, molecule.positions, tags=np.full(len(molecule), 2))
     box.center(vacuum=_VACUUM)

@@ -274,7 +274,7 @@ class CalculatorEngine(Engine):
         self.energy_kind = getattr(calculator, "energy_kind", None)
         self.has_forces = "forces" in calculator.implemented_properties
         self.name = type(calculator).__name__
-        self._calls = 0
+        self._calls, self._last = 0, -1
         self._templates: list[Atoms] = []  # by `template` of their data
         # Of a pass in which a later structure failed, by structure: the pass is asked for again without it.
         self._done: dict[bytes, tuple[float, Tensor | None]] = {}
@@ -312,24 +312,40 @@ class CalculatorEngine(Engine):
                 if isinstance(error, CalculatorSetupError) and self._calls == 1:
                     raise InputError(f"{self.name} cannot be run ({_text(error)})") from error
                 self._done = {key: result for (_, key), result in results.items()}
-                getattr(self.calculator, "reset", lambda: None)()
-                raise InputError(f"{self.name} failed ({_text(error)})", at) from error
+                self._reset()
+                reason = (
+                    str(error) if isinstance(error, InputError) else f"{self.name} failed ({_text(error)})"
+                )
+                raise InputError(reason, at) from error
         out = {"energy": torch.tensor([energy for energy, _ in results.values()], dtype=torch.float64)}
         if self.has_forces:
             out["forces"] = torch.cat([forces for _, forces in results.values() if forces is not None])
         return out
 
+    def _reset(self) -> None:
+        if hasattr(self.calculator, "reset"):
+            self.calculator.reset()
+
     def _calculate(self, structure: Data) -> tuple[float, Tensor | None]:
         self._calls += 1
         if not bool(torch.isfinite(structure.pos).all()):
-            raise InputError("its positions are not finite any more")
-        atoms = self._templates[int(structure.template)].copy()
+            raise InputError("its positions are no finite numbers any more")
+        if (template := int(structure.template)) != self._last:
+            # ASE compares positions, not what else may make another structure (`info`).
+            self._reset()
+            self._last = template
+        atoms = self._templates[template].copy()
         atoms.positions = structure.pos.numpy()
         atoms.calc = self.calculator
         forces = None
         if self.has_forces:
             forces = torch.as_tensor(np.array(atoms.get_forces(apply_constraint=False), dtype=np.float64))
-        return float(atoms.get_potential_energy(apply_constraint=False)), forces
+            if forces.shape != structure.pos.shape:
+                raise InputError(f"{self.name} gives forces of the shape {list(forces.shape)}")
+        energy = float(atoms.get_potential_energy(apply_constraint=False))
+        if not np.isfinite(energy) or (forces is not None and not bool(torch.isfinite(forces).all())):
+            raise InputError(f"{self.name} gives a non-finite energy or force")
+        return energy, forces
 
 
 def calculator_identity(calculator: BaseCalculator) -> dict[str, Any]:

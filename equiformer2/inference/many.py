@@ -2,11 +2,11 @@
 
 import dataclasses
 import logging
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ class Relaxation:
 
 
 def relax_many(
-    structures: Sequence[Atoms],
+    structures: Iterable[Atoms],
     model: Engineable,
     *,
     settings: RelaxationSettings | None = None,
@@ -104,7 +104,7 @@ def relax_many(
             cannot be used, settings without sense.
     """
     settings = settings or RelaxationSettings(frames="ends")
-    starts = [(str(number), _checked(number, atoms)) for number, atoms in enumerate(structures)]
+    starts = [(str(number), atoms) for number, atoms in enumerate(_checked(structures))]
     engine = open_engine(model)
     if draft is None:
         found = relax_starts(starts, engine, settings, batch_size=batch_size, max_atoms=max_atoms)
@@ -216,7 +216,7 @@ def relax_draft_and_verify(
 
 
 def predict(
-    structures: Sequence[Atoms],
+    structures: Iterable[Atoms],
     model: Engineable,
     *,
     batch_size: int | str = "auto",
@@ -239,9 +239,10 @@ def predict(
     """
     engine = open_engine(model)
     data = []
+    structures = _checked(structures)
     for number, atoms in enumerate(structures):
         try:
-            data.append(engine.data(_checked(number, atoms), ""))
+            data.append(engine.data(atoms, ""))
         except InputError as error:
             raise InputError(f"structure {number} of the list: {error}", number) from error
     if not data:
@@ -267,10 +268,16 @@ def predict(
     return found
 
 
-def _checked(number: int, atoms: Atoms) -> Atoms:
-    if not isinstance(atoms, Atoms):
-        raise InputError(f"structure {number} of the list is {type(atoms).__name__}: give ase.Atoms", number)
-    return atoms
+def _checked(structures: Iterable[Atoms]) -> list[Atoms]:
+    if isinstance(structures, Atoms):
+        raise InputError("one structure was given: give a list of them, [atoms]")
+    found = list(structures)
+    for number, atoms in enumerate(found):
+        if not isinstance(atoms, Atoms):
+            raise InputError(
+                f"structure {number} of the list is {type(atoms).__name__}: give ase.Atoms", number
+            )
+    return found
 
 
 def _parts(sizes: Sequence[int], most: int, max_atoms: int | None) -> list[range]:
@@ -305,15 +312,14 @@ def _evaluate(engine: Engine, data: Sequence[Data], part: range) -> list[dict[st
         number = part[error.structure]
         raise InputError(f"structure {number} of the list: {error}", number) from error
     natoms = batch.natoms.tolist()
-    split = {name: out[name].split(natoms) for name in ("forces", "forces_std") if name in out}
-    return [{name: split.get(name, values)[at] for name, values in out.items()} for at in range(len(part))]
+    per_atom = ("forces", "forces_std")
+    split = {name: values.split(natoms) if name in per_atom else values for name, values in out.items()}
+    return [{name: values[at] for name, values in split.items()} for at in range(len(part))]
 
 
 def _with_results(atoms: Atoms, out: dict[str, Tensor]) -> Atoms:
     atoms = atoms.copy()
-    results = {"energy": float(out["energy"])}
-    if not math.isfinite(results["energy"]):
-        raise InputError("the calculator gives a non-finite energy: check the structures")
+    results: dict[str, Any] = {"energy": float(out["energy"])}
     if "forces" in out:
         results["forces"] = out["forces"].double().numpy()
     if "stress" in out and atoms.pbc.all():

@@ -75,7 +75,8 @@ def claim_folder(
         raise InputError(
             f"{folder} already holds a result ({records[0]}): give another folder, or --overwrite"
         )
-    if there and not records and not overwrite and not _is_unfinished(folder / TRAJECTORY):
+    unfinished = any(_is_unfinished(folder / name) for name in (TRAJECTORY, DRAFT_TRAJECTORY))
+    if there and not records and not overwrite and not unfinished:
         check_target(folder / there[0], overwrite=False)
     for name in records:
         (folder / name).unlink()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import BaseCalculator, Calculator
+from ase.calculators.calculator import BaseCalculator
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io.trajectory import Trajectory
 from ase.optimize import BFGS, FIRE, LBFGS
@@ -129,7 +129,7 @@ class RelaxationResult:
 
 def relax(
     atoms: Atoms,
-    calculator: Calculator | Model | Sequence[Model],
+    calculator: BaseCalculator | Model | Sequence[Model],
     *,
     optimizer: str = "LBFGS",
     fmax: float = 0.05,
@@ -205,7 +205,7 @@ def relax(
         # Wrong input ends here, before anything is written.
         _finite_energy(atoms, step=0)
         _finite_max_force(atoms, step=0)
-        if stop_at_spread is not None and "forces_std" not in calculator.results:
+        if stop_at_spread is not None and "forces_std" not in getattr(calculator, "results", {}):
             raise InputError("stop_at_spread needs a committee: give a list of checkpoints")
         free, spreads, stopped = ~fixed_mask(atoms), [], None
         writer = None
@@ -233,7 +233,7 @@ def relax(
                 stopped = spread_sentence(spreads[-1], stop_at_spread)
                 break
         energies[-1] = _finite_energy(atoms, step=len(energies) - 1)
-        energy_std = calculator.results.get("energy_std")
+        energy_std = getattr(calculator, "results", {}).get("energy_std")
         forces = atoms.get_forces(apply_constraint=False)
     atoms.calc = SinglePointCalculator(atoms, energy=energies[-1], forces=forces)
     result = RelaxationResult(
@@ -256,8 +256,8 @@ def relax(
 
 def relax_with_draft(
     atoms: Atoms,
-    calculator: Calculator | Model | Sequence[Model],
-    draft: Calculator | Model | None,
+    calculator: BaseCalculator | Model | Sequence[Model],
+    draft: BaseCalculator | Model | None,
     folder: AnyPath,
     *,
     stop_at_spread: float | None = None,

@@ -102,7 +102,8 @@ class RelaxationStore:
         """
         settings = settings or RelaxationSettings()
         sums: dict[str, str] = {}
-        known, missing = [], []
+        known: list[tuple[str, Atoms]] = []
+        missing: list[tuple[str, Atoms]] = []
         for name, atoms in starts:
             self._check_name(name, sums)
             sums[name] = _fingerprint(atoms, settings, draft is not None)

@@ -52,7 +52,8 @@ def test_calls_saved_and_basins_changed(tmp_path: Path) -> None:
     assert found["time_saved_share"] == pytest.approx(
         1 - (found["calls_after_draft"] + 0.25 * found["draft_calls"]) / found["calls_alone"]
     )
-    assert found["basins_changed"] == 0
+    assert found["basins_changed"] == found["basins_changed_of_converged"] == 0
+    assert found["both_converged"] == 3
     # A stopped study goes on: nothing is calculated again.
     before = Cheap.calls
     again = relax_all(starts(), full, SETTINGS, tmp_path / "draft", draft)
@@ -74,6 +75,8 @@ def test_calls_saved_and_basins_changed(tmp_path: Path) -> None:
         }
     )
     assert f"| cheap | 3 | {found['calls_alone']} | {found['calls_after_draft']} |" in text
+    heading, rule, row = text.splitlines()[-3:]
+    assert heading.count("|") == rule.count("|") == row.count("|") == 15
 
 
 def test_nothing_to_compare_is_told_and_time_is_measured(tmp_path: Path) -> None:

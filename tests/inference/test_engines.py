@@ -165,6 +165,21 @@ def test_what_a_structure_carries_reaches_the_calculator() -> None:
     assert seen == [(3, start.get_initial_magnetic_moments().tolist())] * 2
 
 
+def test_structures_that_differ_in_their_notes_alone_are_two() -> None:
+    class Charged(EMT):
+        def calculate(self, atoms: Atoms | None = None, *args: object) -> None:
+            assert atoms is not None
+            super().calculate(atoms, *args)
+            self.results["energy"] += atoms.info["charge"]
+
+    starts = [slab(*SYSTEMS[0]) for _ in range(2)]
+    for charge, atoms in enumerate(starts):
+        atoms.info["charge"] = charge
+    for size in (1, 2):
+        one, other = predict(starts, Charged(), batch_size=size)
+        assert other.get_potential_energy() - one.get_potential_energy() == pytest.approx(1.0)
+
+
 def test_a_calculator_that_cannot_run_or_has_no_forces_ends_everything() -> None:
     class Absent(EMT):
         def calculate(self, *args: object) -> None:
@@ -181,6 +196,8 @@ def test_a_calculator_that_cannot_run_or_has_no_forces_ends_everything() -> None
         relax_many([slab(*SYSTEMS[0])], EMT(), batch_size=0)
     with pytest.raises(InputError, match="structure 1 of the list is str"):
         relax_many([slab(*SYSTEMS[0]), "slab.traj"], EMT())  # type: ignore[list-item]
+    with pytest.raises(InputError, match="one structure was given: give a list"):
+        relax_many(slab(*SYSTEMS[0]), EMT())
     with pytest.raises(InputError, match="int is no model"):
         open_engine(3)  # type: ignore[arg-type]
 
@@ -282,6 +299,27 @@ def test_a_structure_without_an_energy_is_named(checkpoint: Path) -> None:
         predict([good, empty], checkpoint)
     with pytest.raises(InputError, match=r"structure 2 of the list: EMT failed .*No EMT-potential for Si"):
         predict([good, good, Atoms("Si2", [[0, 0, 0], [0, 0, 2.2]])], EMT(), batch_size=2)
+
+
+def test_answers_that_are_none_are_told() -> None:
+    class Wrong(EMT):
+        def calculate(self, atoms: Atoms | None = None, *args: object) -> None:
+            super().calculate(atoms, *args)
+            assert atoms is not None
+            if "Ag" in atoms.symbols:
+                self.results["forces"] = self.results["forces"][1:]
+            if "Pt" in atoms.symbols:
+                self.results["energy"] = np.nan
+
+    starts = [slab(*system) for system in SYSTEMS[:3]]
+    with pytest.raises(
+        InputError, match=r"structure 1 of the list: Wrong gives forces of the shape \[8, 3\]"
+    ):
+        predict(starts, Wrong())
+    with pytest.raises(InputError, match="structure 0 of the list: Wrong gives a non-finite energy or force"):
+        predict(starts[2:], Wrong())
+    results = relax_many(starts, Wrong(), settings=SETTINGS)
+    assert [result.status for result in results] == ["converged", "failed", "failed"]
 
 
 def test_memory_that_ends_halves_the_batch(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,31 +57,28 @@ def test_a_second_run_reads_and_calculates_nothing(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "settings.json").read_text()) == IDENTITY
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[2])
-from pathlib import Path
-from inference_helpers import KindedEMT
-from test_relaxation_store import relax_all
-
 class Dying(KindedEMT):
-    def calculate(self, *args):
-        if self.calls == int(sys.argv[3]):
+    """Effective medium theory whose process is killed at a call."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__("total")
+        self.last = last
+
+    def calculate(self, *args: object) -> None:
+        if self.calls == self.last:
             os.kill(os.getpid(), signal.SIGKILL)
         super().calculate(*args)
-
-relax_all(Path(sys.argv[1]), Dying("total"))
-"""
 
 
 def test_a_killed_run_goes_on_and_does_nothing_twice(tmp_path: Path) -> None:
     whole = relax_all(tmp_path / "whole", KindedEMT("total"))
     cost = {name: result.model_evaluations for name, result in whole.items()}
-    before = cost["a"] + cost["b_00"] + 3
-    arguments = [str(tmp_path / "killed"), str(Path(__file__).parent), str(before)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, check=False)
-    assert done.returncode == -signal.SIGKILL
+    if (child := os.fork()) == 0:
+        try:
+            relax_all(tmp_path / "killed", Dying(cost["a"] + cost["b_00"] + 3))
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     log = tmp_path / "killed" / "relaxed.jsonl"
     assert len(log.read_text().splitlines()) == 2
     with log.open("ab") as file:  # the kill may come within a line, or within a trajectory
