@@ -120,8 +120,8 @@ def find_bulk(bulk: Any, bulks: untrusted.AnyPath | None = None) -> Bulk:
         return _from_list(bulk.strip(), bulks)
     if bulks is not None:
         raise InputError(f"the bulk {bulk!r} is no number such as mp-30: leave out the file of bulks {bulks}")
-    if _looks_like_formula(bulk):
-        return _from_formula(bulk)
+    if _Formula.matches(bulk):
+        return _Formula.read(bulk)
     if is_file(bulk):
         with as_input_error():
             atoms = read_structure(bulk)
@@ -143,7 +143,7 @@ def read_bulks(path: untrusted.AnyPath) -> Iterator[tuple[str, Atoms]]:
     with as_input_error():
         untrusted.regular_file(path)
         if path.suffix == ".json":
-            yield from _json_bulks(path)
+            yield from _Rows.of_json(path)
             return
         source = SourceFile(path)
         try:
@@ -151,7 +151,7 @@ def read_bulks(path: untrusted.AnyPath) -> Iterator[tuple[str, Atoms]]:
                 if count > _MOST_BULKS:
                     raise InputError(f"{path} holds more than {_MOST_BULKS} structures: give a shorter file")
                 if frame.atoms is not None:
-                    number = _number(frame.atoms.info)
+                    number = _Rows.number(frame.atoms.info)
                     if number:
                         yield number, frame.atoms
         except UnreadableError as error:
@@ -201,122 +201,6 @@ def _from_pymatgen(structure: Any) -> Bulk:
     return Bulk(_checked(atoms, "the bulk"), str(atoms.get_chemical_formula("metal", empirical=True)))
 
 
-def _looks_like_formula(text: str) -> bool:
-    words = text.split()
-    if not words or "/" in text:
-        return False
-    counts = re.findall(r"([A-Z][a-z]?)(\d*)", words[0])
-    whole = "".join(symbol + number for symbol, number in counts) == words[0]
-    known = whole and all(symbol in chemical_symbols[1:] for symbol, _ in counts)
-    return known and (len(words) > 1 or len(counts) == 1 or "." not in text)
-
-
-def _from_formula(text: str) -> Bulk:
-    """Build a bulk of `FORMULA [LATTICE] [a=…] [c=…]`."""
-    formula, *words = text.split()
-    crystal, constants = "", {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if equals:
-            try:
-                constants[name] = float(value)
-            except ValueError:
-                constants[name] = np.nan
-            if name not in ("a", "c") or not 0.5 < constants[name] < 100:
-                raise InputError(f"{word!r} of the bulk {text!r} is no lattice constant such as a=3.6 (Å)")
-        elif crystal:
-            raise InputError(f"the bulk {text!r} names two lattices, {crystal} and {word}: name one")
-        else:
-            crystal = word.lower().replace("l12", "l1_2").replace("l10", "l1_0")
-    crystal = _ALIASES.get(crystal, crystal)
-    counts = Formula(formula).count()
-    if len(counts) == 1:
-        return _element(next(iter(counts)), crystal, constants)
-    if not crystal:
-        raise InputError(
-            f"the bulk {text!r} needs its lattice, such as '{formula} L1_2 a=3.7' ({', '.join(_COMPOUNDS)}), "
-            "or a structure file"
-        )
-    if crystal not in _COMPOUNDS:
-        raise InputError(f"{crystal!r} is no lattice of compounds: use one of {', '.join(_COMPOUNDS)}")
-    return _compound(formula, crystal, constants)
-
-
-def _element(symbol: str, crystal: str, constants: dict[str, float]) -> Bulk:
-    reference = reference_states[atomic_numbers[symbol]] or {}
-    own = str(reference.get("symmetry", "unknown"))
-    crystal = crystal or own
-    if crystal not in _ELEMENTS and crystal != own:
-        raise InputError(f"{crystal!r} is no lattice of elements: use one of {', '.join(_ELEMENTS)}")
-    if crystal not in _ELEMENTS:
-        raise InputError(
-            f"{symbol} is {crystal}, which cannot be built: name its lattice ({', '.join(_ELEMENTS)}) with "
-            "a=…, or give a structure file"
-        )
-    if crystal != own and "a" not in constants:
-        raise InputError(f"{symbol} is {own}: give the lattice constant of its {crystal} crystal with a=…")
-    if "c" in constants and crystal != "hcp":
-        raise InputError(f"c={constants['c']:g} has no meaning for a crystal that is {crystal}: leave it out")
-    atoms = ase.build.bulk(symbol, crystal, **constants)
-    return Bulk(_checked(atoms, symbol), f"{symbol} ({crystal})", crystal)
-
-
-def _compound(formula: str, crystal: str, constants: dict[str, float]) -> Bulk:
-    counts = Formula(formula).count()
-    ratio = _COMPOUNDS[crystal]
-    symbols = list(counts)
-    if len(symbols) != 2 or sorted(counts.values()) != sorted(ratio):
-        raise InputError(
-            f"{formula} is no {crystal} crystal, which has two elements {ratio[0]}:{ratio[1]}: "
-            "name another lattice, or give a structure file"
-        )
-    if ratio[0] != ratio[1] and counts[symbols[0]] != ratio[0]:
-        symbols.reverse()
-    notices: tuple[str, ...] = ()
-    a = constants.get("a")
-    if a is None:
-        if crystal not in _ALLOYS:
-            raise InputError(
-                f"the lattice constant of {formula} ({crystal}) is not known: give it with a=… (Å)"
-            )
-        a = _alloy_constant(symbols, crystal)
-        notices = (
-            f"the lattice constant of {formula} ({crystal}) is {a:.2f} Å from the volumes of its elements: "
-            "give it with a=…, or relax the bulk",
-        )
-    c = constants.get("c", a)
-    if "c" in constants and crystal not in ("l1_0", "wurtzite"):
-        raise InputError(f"c={c:g} has no meaning for a {crystal} crystal: leave it out")
-    first, second = symbols
-    corners = [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
-    if crystal == "l1_2":
-        atoms = Atoms([second, first, first, first], scaled_positions=corners, cell=[a, a, a], pbc=True)
-    elif crystal == "l1_0":
-        atoms = Atoms([first, first, second, second], scaled_positions=corners, cell=[a, a, c], pbc=True)
-    else:
-        settings = {"c": c} if crystal == "wurtzite" and "c" in constants else {}
-        name = "".join(symbols) + ("2" if crystal == "fluorite" else "")
-        atoms = ase.build.bulk(name, crystal, a=a, **settings)
-    return Bulk(_checked(atoms, formula), f"{formula} ({crystal})", crystal, notices)
-
-
-def _alloy_constant(symbols: list[str], crystal: str) -> float:
-    """Lattice constant, Å, of an alloy in which every atom has the volume of its element (Zen's law)."""
-    ratio = _COMPOUNDS[crystal]
-    volumes = [_volume(atomic_numbers[symbol]) for symbol in symbols]
-    volume = sum(n * each for n, each in zip(ratio, volumes, strict=True)) / sum(ratio)
-    return float((volume * (2 if crystal == "cesiumchloride" else 4)) ** (1 / 3))
-
-
-def _volume(number: int) -> float:
-    """Å³ per atom of an element in ASE's reference state, or of spheres in contact where that has no cell."""
-    reference = reference_states[number] or {}
-    if reference.get("symmetry") in ("fcc", "bcc", "hcp"):
-        atoms = ase.build.bulk(chemical_symbols[number])
-        return float(atoms.get_volume() / len(atoms))
-    return float(4 * np.sqrt(2.0) * covalent_radii[number] ** 3)
-
-
 def _checked(atoms: Atoms, name: str) -> Atoms:
     """Copy a bulk without tags, constraints and results; raises `InputError` where it is none."""
     check_atoms(atoms)
@@ -337,74 +221,208 @@ def _checked(atoms: Atoms, name: str) -> Atoms:
     return bulk
 
 
-def _number(info: dict[str, Any]) -> str:
-    for key in _ID_KEYS:
-        value = info.get(key)
-        if isinstance(value, str) and value:
-            return value
-    return ""
+class _Formula:
+    """Reading of `FORMULA [LATTICE] [a=…] [c=…]`."""
+
+    @staticmethod
+    def matches(text: str) -> bool:
+        """Tell whether a text is a formula, and not the name of a file."""
+        words = text.split()
+        if not words or "/" in text:
+            return False
+        counts = re.findall(r"([A-Z][a-z]?)(\d*)", words[0])
+        whole = "".join(symbol + number for symbol, number in counts) == words[0]
+        known = whole and all(symbol in chemical_symbols[1:] for symbol, _ in counts)
+        return known and (len(words) > 1 or len(counts) == 1 or "." not in text)
+
+    @staticmethod
+    def read(text: str) -> Bulk:
+        """Build a bulk of `FORMULA [LATTICE] [a=…] [c=…]`."""
+        formula, *words = text.split()
+        crystal, constants = "", {}
+        for word in words:
+            name, equals, value = word.partition("=")
+            if equals:
+                try:
+                    constants[name] = float(value)
+                except ValueError:
+                    constants[name] = np.nan
+                if name not in ("a", "c") or not 0.5 < constants[name] < 100:
+                    raise InputError(
+                        f"{word!r} of the bulk {text!r} is no lattice constant such as a=3.6 (Å)"
+                    )
+            elif crystal:
+                raise InputError(f"the bulk {text!r} names two lattices, {crystal} and {word}: name one")
+            else:
+                crystal = word.lower().replace("l12", "l1_2").replace("l10", "l1_0")
+        crystal = _ALIASES.get(crystal, crystal)
+        counts = Formula(formula).count()
+        if len(counts) == 1:
+            return _Formula._element(next(iter(counts)), crystal, constants)
+        if not crystal:
+            raise InputError(
+                f"the bulk {text!r} needs its lattice, such as '{formula} L1_2 a=3.7' "
+                f"({', '.join(_COMPOUNDS)}), or a structure file"
+            )
+        if crystal not in _COMPOUNDS:
+            raise InputError(f"{crystal!r} is no lattice of compounds: use one of {', '.join(_COMPOUNDS)}")
+        return _Formula._compound(formula, crystal, constants)
+
+    @staticmethod
+    def _element(symbol: str, crystal: str, constants: dict[str, float]) -> Bulk:
+        reference = reference_states[atomic_numbers[symbol]] or {}
+        own = str(reference.get("symmetry", "unknown"))
+        crystal = crystal or own
+        if crystal not in _ELEMENTS and crystal != own:
+            raise InputError(f"{crystal!r} is no lattice of elements: use one of {', '.join(_ELEMENTS)}")
+        if crystal not in _ELEMENTS:
+            raise InputError(
+                f"{symbol} is {crystal}, which cannot be built: name its lattice ({', '.join(_ELEMENTS)}) "
+                "with a=…, or give a structure file"
+            )
+        if crystal != own and "a" not in constants:
+            raise InputError(
+                f"{symbol} is {own}: give the lattice constant of its {crystal} crystal with a=…"
+            )
+        if "c" in constants and crystal != "hcp":
+            raise InputError(
+                f"c={constants['c']:g} has no meaning for a crystal that is {crystal}: leave it out"
+            )
+        atoms = ase.build.bulk(symbol, crystal, a=constants.get("a"), c=constants.get("c"))
+        return Bulk(_checked(atoms, symbol), f"{symbol} ({crystal})", crystal)
+
+    @staticmethod
+    def _compound(formula: str, crystal: str, constants: dict[str, float]) -> Bulk:
+        counts = Formula(formula).count()
+        ratio = _COMPOUNDS[crystal]
+        symbols = list(counts)
+        if len(symbols) != 2 or sorted(counts.values()) != sorted(ratio):
+            raise InputError(
+                f"{formula} is no {crystal} crystal, which has two elements {ratio[0]}:{ratio[1]}: "
+                "name another lattice, or give a structure file"
+            )
+        if ratio[0] != ratio[1] and counts[symbols[0]] != ratio[0]:
+            symbols.reverse()
+        notices: tuple[str, ...] = ()
+        a = constants.get("a")
+        if a is None:
+            if crystal not in _ALLOYS:
+                raise InputError(
+                    f"the lattice constant of {formula} ({crystal}) is not known: give it with a=… (Å)"
+                )
+            a = _Formula._alloy_constant(symbols, crystal)
+            notices = (
+                f"the lattice constant of {formula} ({crystal}) is {a:.2f} Å from the volumes of its "
+                "elements: give it with a=…, or relax the bulk",
+            )
+        c = constants.get("c", a)
+        if "c" in constants and crystal not in ("l1_0", "wurtzite"):
+            raise InputError(f"c={c:g} has no meaning for a {crystal} crystal: leave it out")
+        first, second = symbols
+        corners = [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
+        if crystal == "l1_2":
+            atoms = Atoms([second, first, first, first], scaled_positions=corners, cell=[a, a, a], pbc=True)
+        elif crystal == "l1_0":
+            atoms = Atoms([first, first, second, second], scaled_positions=corners, cell=[a, a, c], pbc=True)
+        else:
+            name = "".join(symbols) + ("2" if crystal == "fluorite" else "")
+            atoms = ase.build.bulk(name, crystal, a=a, c=constants.get("c"))
+        return Bulk(_checked(atoms, formula), f"{formula} ({crystal})", crystal, notices)
+
+    @staticmethod
+    def _alloy_constant(symbols: list[str], crystal: str) -> float:
+        """Lattice constant, Å, of an alloy in which every atom has the volume of its element (Zen's law)."""
+        ratio = _COMPOUNDS[crystal]
+        volumes = [_Formula._volume(atomic_numbers[symbol]) for symbol in symbols]
+        volume = sum(n * each for n, each in zip(ratio, volumes, strict=True)) / sum(ratio)
+        return float((volume * (2 if crystal == "cesiumchloride" else 4)) ** (1 / 3))
+
+    @staticmethod
+    def _volume(number: int) -> float:
+        """Å³ per atom of an element in ASE's reference state, or of touching spheres without one."""
+        reference = reference_states[number] or {}
+        if reference.get("symmetry") in ("fcc", "bcc", "hcp"):
+            atoms = ase.build.bulk(chemical_symbols[number])
+            return float(atoms.get_volume() / len(atoms))
+        return float(4 * np.sqrt(2.0) * covalent_radii[number] ** 3)
 
 
-def _json_bulks(path: Path) -> Iterator[tuple[str, Atoms]]:
-    document = untrusted.load_json(
-        untrusted.read_bounded(path, MAX_FILE), str(path), limit=MAX_FILE, nonfinite=True
-    )
-    rows: list[Any]
-    if isinstance(document, dict) and "ids" in document:  # a JSON database of ASE
-        rows = [value for key, value in document.items() if key.isdigit()]
-    elif isinstance(document, dict):
-        rows = [{"src_id": key, **value} for key, value in document.items() if isinstance(value, dict)]
-    else:
-        rows = document if isinstance(document, list) else []
-    if not rows:
-        raise DataError(f"{path}: is no list of bulks with src_id and atoms.")
-    for row in rows:
-        if not isinstance(row, dict):
-            continue
-        number = _number({**row, **_mapping(row.get("key_value_pairs")), **_mapping(row.get("info"))})
-        body = next(
-            (row[key] for key in ("atoms", "structure", "bulk") if isinstance(row.get(key), dict)), row
+class _Rows:
+    """Structures and numbers of bulks, from the plain values of files."""
+
+    @staticmethod
+    def number(info: dict[str, Any]) -> str:
+        """Return the number of a row, empty where it has none."""
+        for key in _ID_KEYS:
+            value = info.get(key)
+            if isinstance(value, str) and value:
+                return value
+        return ""
+
+    @staticmethod
+    def of_json(path: Path) -> Iterator[tuple[str, Atoms]]:
+        """Read the rows of a JSON file."""
+        document = untrusted.load_json(
+            untrusted.read_bounded(path, MAX_FILE), str(path), limit=MAX_FILE, nonfinite=True
         )
-        atoms = _atoms_of(body)
-        if number and atoms is not None:
-            yield number, atoms
+        rows: list[Any]
+        if isinstance(document, dict) and "ids" in document:  # a JSON database of ASE
+            rows = [value for key, value in document.items() if key.isdigit()]
+        elif isinstance(document, dict):
+            rows = [{"src_id": key, **value} for key, value in document.items() if isinstance(value, dict)]
+        else:
+            rows = document if isinstance(document, list) else []
+        if not rows:
+            raise DataError(f"{path}: is no list of bulks with src_id and atoms.")
+        for row in rows:
+            if not isinstance(row, dict):
+                continue
+            number = _Rows.number(
+                {**row, **_Rows._mapping(row.get("key_value_pairs")), **_Rows._mapping(row.get("info"))}
+            )
+            body = next(
+                (row[key] for key in ("atoms", "structure", "bulk") if isinstance(row.get(key), dict)), row
+            )
+            atoms = _Rows._atoms(body)
+            if number and atoms is not None:
+                yield number, atoms
 
+    @staticmethod
+    def _mapping(value: Any) -> dict[str, Any]:
+        return value if isinstance(value, dict) else {}
 
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+    @staticmethod
+    def _atoms(body: dict[str, Any]) -> Atoms | None:
+        """Return the structure of plain arrays, ASE's JSON or pymatgen's `as_dict`; None where it is none."""
+        makers: list[Callable[[], Atoms]] = [
+            lambda: Atoms(
+                _Rows._array(body["numbers"]).astype(int) if "numbers" in body else list(body["symbols"]),
+                _Rows._array(body["positions"]),
+                cell=_Rows._array(body["cell"]),
+                pbc=True,
+            ),
+            lambda: Atoms(
+                [site["species"][0]["element"] for site in body["sites"]],
+                scaled_positions=[site["abc"] for site in body["sites"]],
+                cell=np.array(body["lattice"]["matrix"], dtype=float),
+                pbc=True,
+            ),
+        ]
+        for make in makers:
+            try:
+                return make()
+            except (KeyError, IndexError, TypeError, ValueError):
+                continue
+        return None
 
-
-def _atoms_of(body: dict[str, Any]) -> Atoms | None:
-    """Return the structure of plain arrays, ASE's JSON or pymatgen's `as_dict`; None where it is none."""
-    makers: list[Callable[[], Atoms]] = [
-        lambda: Atoms(
-            _array(body["numbers"]).astype(int) if "numbers" in body else list(body["symbols"]),
-            _array(body["positions"]),
-            cell=_array(body["cell"]),
-            pbc=True,
-        ),
-        lambda: Atoms(
-            [site["species"][0]["element"] for site in body["sites"]],
-            scaled_positions=[site["abc"] for site in body["sites"]],
-            cell=np.array(body["lattice"]["matrix"], dtype=float),
-            pbc=True,
-        ),
-    ]
-    for make in makers:
-        try:
-            return make()
-        except (KeyError, IndexError, TypeError, ValueError):
-            continue
-    return None
-
-
-def _array(value: Any) -> np.ndarray:
-    """Array of nested lists, or of ASE's `__ndarray__` with its shape checked against its numbers."""
-    if isinstance(value, dict) and "array" in value:  # a cell
-        value = value["array"]
-    if isinstance(value, dict):
-        shape, kind, flat = value["__ndarray__"]
-        if not str(kind).startswith(("int", "float", "bool")):
-            raise ValueError(f"an array of {kind}")
-        return np.array(flat, dtype=float).reshape([int(length) for length in shape])
-    return np.array(value, dtype=float)
+    @staticmethod
+    def _array(value: Any) -> np.ndarray:
+        """Array of nested lists, or of ASE's `__ndarray__` with its shape checked against its numbers."""
+        if isinstance(value, dict) and "array" in value:  # a cell
+            value = value["array"]
+        if isinstance(value, dict):
+            shape, kind, flat = value["__ndarray__"]
+            if not str(kind).startswith(("int", "float", "bool")):
+                raise ValueError(f"an array of {kind}")
+            return np.array(flat, dtype=float).reshape([int(length) for length in shape])
+        return np.array(value, dtype=float)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import Calculator
+from ase.calculators.calculator import BaseCalculator
 from ase.units import J, m
 from tqdm import tqdm
 
@@ -38,8 +38,8 @@ class ConvergenceRow:
         thickness, vacuum, width: Å that the slab has at least.
         atoms: number of atoms.
         value: the energy, in the unit of the table; None where the slab has none.
-        change: value minus that of the largest slab of the same kind.
         reason: sentence for a missing value.
+        change: value minus that of the largest slab of the same kind.
     """
 
     varied: str
@@ -48,8 +48,8 @@ class ConvergenceRow:
     width: float
     atoms: int
     value: float | None
-    change: float | None = None
     reason: str = ""
+    change: float | None = None
 
     def summary(self) -> dict[str, Any]:
         """Plain values for a JSON record; value and change are in the unit of the table."""
@@ -119,7 +119,7 @@ class Convergence:
 def convergence_table(
     bulk: Any,
     miller: str | Sequence[int],
-    calculator: Calculator,
+    calculator: BaseCalculator,
     *,
     adsorbate: Adsorbate | None = None,
     termination: int | None = None,
@@ -164,10 +164,10 @@ def convergence_table(
     settings = [
         (name, {**base, name: float(value)}) for name, values in wanted.items() for value in sorted(values)
     ]
-    known: dict[tuple[float, ...], tuple[int, float | None, str]] = {}
+    known: dict[tuple[float, float, float], tuple[int, float | None, str]] = {}
     rows, first = [], None
     for name, sizes in tqdm(settings, desc="convergence", unit="slab", disable=not progress):
-        key = tuple(sizes.values())
+        key = sizes["thickness"], sizes["vacuum"], sizes["width"]
         if key not in known:
             (slab,) = slabs_of_bulk(found, miller, termination, **sizes)
             first = first or slab
@@ -177,35 +177,15 @@ def convergence_table(
                 known[key] = (len(slab.atoms), value, "")
             except InputError as error:
                 known[key] = (len(slab.atoms), None, str(error))
-        atoms, value, reason = known[key]
-        rows.append(ConvergenceRow(name, *key, atoms=atoms, value=value, reason=reason))
+        rows.append(ConvergenceRow(name, *key, *known[key]))
     assert first is not None
     return Convergence(
         SURFACE_ENERGY if adsorbate is None else ADSORPTION_ENERGY,
         first.report.origin,
-        _formula(first, adsorbate),
-        tuple(_with_changes(rows)),
+        _Energies.formula(adsorbate),
+        tuple(_Energies.with_changes(rows)),
         first.report.notices,
     )
-
-
-def _with_changes(rows: list[ConvergenceRow]) -> list[ConvergenceRow]:
-    last = {row.varied: row.value for row in rows if row.value is not None}
-    return [
-        ConvergenceRow(**{**vars(row), "change": row.value - float(last[row.varied] or 0.0)})
-        if row.value is not None
-        else row
-        for row in rows
-    ]
-
-
-def _formula(slab: CleanSlab, adsorbate: Adsorbate | None) -> str:
-    if adsorbate is None:
-        return ""
-    if isinstance(adsorbate, str):
-        return adsorbate
-    atoms = adsorbate if isinstance(adsorbate, Atoms) else adsorbate[0]
-    return str(atoms.get_chemical_formula())
 
 
 @dataclass(frozen=True)
@@ -218,7 +198,7 @@ class _Energies:
         bulk: what slabs are cut from.
     """
 
-    calculator: Calculator
+    calculator: BaseCalculator
     kind: str
     bulk: Bulk
 
@@ -246,6 +226,27 @@ class _Energies:
         box.center(vacuum=_BOX)
         box.pbc = True
         return energy - self._energy(slab.atoms) - self._energy(box)
+
+    @staticmethod
+    def with_changes(rows: list[ConvergenceRow]) -> list[ConvergenceRow]:
+        """Subtract from every value that of the largest slab of its kind."""
+        last = {row.varied: row.value for row in rows if row.value is not None}
+        return [
+            ConvergenceRow(**{**vars(row), "change": row.value - float(last[row.varied] or 0.0)})
+            if row.value is not None
+            else row
+            for row in rows
+        ]
+
+    @staticmethod
+    def formula(adsorbate: Adsorbate | None) -> str:
+        """Name or formula of an adsorbate, empty for none."""
+        if adsorbate is None:
+            return ""
+        if isinstance(adsorbate, str):
+            return adsorbate
+        atoms = adsorbate if isinstance(adsorbate, Atoms) else adsorbate[0]
+        return str(atoms.get_chemical_formula())
 
     def _energy(self, atoms: Atoms) -> float:
         copy = atoms.copy()

@@ -8,11 +8,11 @@ table of RPBE, OC20's functional.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import Calculator, PropertyNotImplementedError
+from ase.calculators.calculator import BaseCalculator, PropertyNotImplementedError
 from ase.filters import FrechetCellFilter
 from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS
@@ -85,7 +85,7 @@ class RelaxedBulk:
 
 def relaxed_bulk(
     bulk: Any,
-    calculator: Calculator | None,
+    calculator: BaseCalculator | None,
     *,
     fmax: float = 0.02,
     steps: int = 200,
@@ -112,11 +112,11 @@ def relaxed_bulk(
     found = find_bulk(bulk)
     if calculator is None or resolve_energy_kind(calculator, energy_kind) != "total":
         return _from_table(found)
-    if _is_cubic(found.atoms) and not _has_forces(found.atoms, calculator):
-        return _by_energy(found, calculator, ())
-    if _has_stress(found.atoms, calculator):
-        return _by_stress(found, calculator, fmax, steps)
-    return _by_energy(
+    if _Relaxing.is_cubic(found.atoms) and not _Relaxing.has_forces(found.atoms, calculator):
+        return _Relaxing.by_energy(found, calculator, ())
+    if _Relaxing.has_stress(found.atoms, calculator):
+        return _Relaxing.by_stress(found, calculator, fmax, steps)
+    return _Relaxing.by_energy(
         found,
         calculator,
         (
@@ -152,69 +152,7 @@ def _from_table(bulk: Bulk) -> RelaxedBulk:
     a = (4 * bulk.atoms.get_volume() / len(bulk.atoms)) ** (1 / 3)
     strain = RPBE_FCC[symbol] / a - 1
     notice = f"{bulk.name} has the lattice constant {RPBE_FCC[symbol]:.3f} Å of RPBE ({RPBE_SOURCE})"
-    return RelaxedBulk(_scaled(bulk, 1 + strain), "table", strain, None, True, (notice,))
-
-
-def _by_energy(bulk: Bulk, calculator: Calculator, notices: tuple[str, ...]) -> RelaxedBulk:
-    """Search the scale of the cell with the lowest energy."""
-
-    def energy(scale: float) -> float:
-        atoms = _scaled(bulk, scale).atoms
-        atoms.calc = calculator
-        value = float(atoms.get_potential_energy())
-        if not math.isfinite(value):
-            raise InputError(f"the energy of {bulk.name} at {scale - 1:+.1%} strain is {value}")
-        return value
-
-    scale = _lowest(energy, bulk.name)
-    return RelaxedBulk(_scaled(bulk, scale), "energy", scale - 1, energy(scale), True, notices)
-
-
-def _lowest(energy: Callable[[float], float], name: str) -> float:
-    """Scale of the lowest energy within `_RANGE`: on a grid, against other minima, then Brent."""
-    grid = np.linspace(1 - _RANGE, 1 + _RANGE, 13)
-    values = [energy(scale) for scale in grid]
-    best = int(np.argmin(values))
-    if best in (0, len(grid) - 1):
-        raise InputError(
-            f"the energy of {name} has no minimum within {_RANGE:.0%} of its lattice constant: give one that "
-            "is nearer, or another calculator"
-        )
-    found = minimize_scalar(
-        energy,
-        bracket=(grid[best - 1], grid[best], grid[best + 1]),
-        method="brent",
-        options={"xtol": _ENOUGH},
-    )
-    return float(found.x)
-
-
-def _by_stress(bulk: Bulk, calculator: Calculator, fmax: float, steps: int) -> RelaxedBulk:
-    atoms = bulk.atoms.copy()
-    atoms.calc = calculator
-    with BFGS(FrechetCellFilter(atoms), logfile=None) as optimizer:
-        converged = bool(optimizer.run(fmax=fmax, steps=steps))
-    energy = float(atoms.get_potential_energy())
-    atoms.calc = None
-    if not np.isfinite(atoms.positions).all() or not math.isfinite(energy):
-        raise InputError(f"the relaxation of {bulk.name} went to infinity: give a better start")
-    strain = (atoms.get_volume() / bulk.atoms.get_volume()) ** (1 / 3) - 1
-    if abs(strain) > _RANGE:
-        raise InputError(
-            f"the relaxation of {bulk.name} changed its lattice constant by {strain:+.0%}: give a nearer "
-            "start, or another calculator"
-        )
-    notices = () if converged else (f"the relaxation of {bulk.name} did not converge in {steps} steps",)
-    return RelaxedBulk(
-        Bulk(atoms, bulk.name, bulk.crystal, bulk.notices), "stress", strain, energy, converged, notices
-    )
-
-
-def _scaled(bulk: Bulk, scale: float) -> Bulk:
-    atoms = bulk.atoms.copy()
-    atoms.set_cell(atoms.cell.array * scale, scale_atoms=True)
-    # A lattice constant taken from the elements is replaced, and so is its notice.
-    return Bulk(atoms, bulk.name, bulk.crystal)
+    return RelaxedBulk(_Relaxing.scaled(bulk, 1 + strain), "table", strain, None, True, (notice,))
 
 
 def _fcc_metal(atoms: Atoms) -> str:
@@ -230,32 +168,100 @@ def _fcc_metal(atoms: Atoms) -> str:
     return next(iter(symbols)) if is_fcc and np.abs(near / nearest - 1).max() < 0.02 else ""
 
 
-def _is_cubic(atoms: Atoms) -> bool:
-    """Tell whether the cell's Niggli form is that of a cubic lattice (sc, fcc or bcc)."""
-    try:
-        name = atoms.cell.get_bravais_lattice(eps=1e-4).name
-    except RuntimeError:  # ASE's word for a cell that it does not recognise
-        return False
-    return name in ("CUB", "FCC", "BCC")
+class _Relaxing:
+    """Ways of relaxing a bulk, and what decides between them."""
 
+    @staticmethod
+    def by_energy(bulk: Bulk, calculator: BaseCalculator, notices: tuple[str, ...]) -> RelaxedBulk:
+        """Search the scale of the cell with the lowest energy."""
 
-def _has_forces(atoms: Atoms, calculator: Calculator) -> bool:
-    """Tell whether atoms of the bulk are off their places, so that the lattice alone is not all there is."""
-    if len(atoms) == 1:
-        return False
-    copy = atoms.copy()
-    copy.calc = calculator
-    try:
-        return bool(np.abs(copy.get_forces()).max() > 0.01)
-    except (PropertyNotImplementedError, NotImplementedError):
-        return False
+        def energy(scale: float) -> float:
+            atoms = _Relaxing.scaled(bulk, scale).atoms
+            atoms.calc = calculator
+            value = float(atoms.get_potential_energy())
+            if not math.isfinite(value):
+                raise InputError(f"the energy of {bulk.name} at {scale - 1:+.1%} strain is {value}")
+            return value
 
+        scale = _Relaxing._lowest(energy, bulk.name)
+        return RelaxedBulk(_Relaxing.scaled(bulk, scale), "energy", scale - 1, energy(scale), True, notices)
 
-def _has_stress(atoms: Atoms, calculator: Calculator) -> bool:
-    copy = atoms.copy()
-    copy.calc = calculator
-    try:
-        copy.get_stress()
-    except (PropertyNotImplementedError, NotImplementedError):
-        return False
-    return True
+    @staticmethod
+    def by_stress(bulk: Bulk, calculator: BaseCalculator, fmax: float, steps: int) -> RelaxedBulk:
+        """Relax cell and positions with the stress."""
+        atoms = bulk.atoms.copy()
+        atoms.calc = calculator
+        with BFGS(cast(Any, FrechetCellFilter(atoms)), logfile=None) as optimizer:
+            converged = bool(optimizer.run(fmax=fmax, steps=steps))
+        energy = float(atoms.get_potential_energy())
+        atoms.calc = None
+        if not np.isfinite(atoms.positions).all() or not math.isfinite(energy):
+            raise InputError(f"the relaxation of {bulk.name} went to infinity: give a better start")
+        strain = (atoms.get_volume() / bulk.atoms.get_volume()) ** (1 / 3) - 1
+        if abs(strain) > _RANGE:
+            raise InputError(
+                f"the relaxation of {bulk.name} changed its lattice constant by {strain:+.0%}: give a nearer "
+                "start, or another calculator"
+            )
+        notices = () if converged else (f"the relaxation of {bulk.name} did not converge in {steps} steps",)
+        return RelaxedBulk(
+            Bulk(atoms, bulk.name, bulk.crystal, bulk.notices), "stress", strain, energy, converged, notices
+        )
+
+    @staticmethod
+    def scaled(bulk: Bulk, scale: float) -> Bulk:
+        """Copy a bulk with all its lengths scaled."""
+        atoms = bulk.atoms.copy()
+        atoms.set_cell(atoms.cell.array * scale, scale_atoms=True)
+        # A lattice constant taken from the elements is replaced, and so is its notice.
+        return Bulk(atoms, bulk.name, bulk.crystal)
+
+    @staticmethod
+    def is_cubic(atoms: Atoms) -> bool:
+        """Tell whether the cell's Niggli form is that of a cubic lattice (sc, fcc or bcc)."""
+        try:
+            name = atoms.cell.get_bravais_lattice(eps=1e-4).name
+        except RuntimeError:  # ASE's word for a cell that it does not recognise
+            return False
+        return name in ("CUB", "FCC", "BCC")
+
+    @staticmethod
+    def has_forces(atoms: Atoms, calculator: BaseCalculator) -> bool:
+        """Tell whether atoms of the bulk are off their places, so that there is more than the lattice."""
+        if len(atoms) == 1:
+            return False
+        copy = atoms.copy()
+        copy.calc = calculator
+        try:
+            return bool(np.abs(copy.get_forces()).max() > 0.01)
+        except (PropertyNotImplementedError, NotImplementedError):
+            return False
+
+    @staticmethod
+    def has_stress(atoms: Atoms, calculator: BaseCalculator) -> bool:
+        copy = atoms.copy()
+        copy.calc = calculator
+        try:
+            copy.get_stress()
+        except (PropertyNotImplementedError, NotImplementedError):
+            return False
+        return True
+
+    @staticmethod
+    def _lowest(energy: Callable[[float], float], name: str) -> float:
+        """Scale of the lowest energy within `_RANGE`: on a grid, against other minima, then Brent."""
+        grid = np.linspace(1 - _RANGE, 1 + _RANGE, 13)
+        values = [energy(scale) for scale in grid]
+        best = int(np.argmin(values))
+        if best in (0, len(grid) - 1):
+            raise InputError(
+                f"the energy of {name} has no minimum within {_RANGE:.0%} of its lattice constant: give "
+                "one that is nearer, or another calculator"
+            )
+        found = minimize_scalar(
+            energy,
+            bracket=(grid[best - 1], grid[best], grid[best + 1]),
+            method="brent",
+            options={"xtol": _ENOUGH},
+        )
+        return float(found.x)

@@ -109,7 +109,7 @@ class Placements(list[Placement]):
 
     def reasons(self) -> dict[str, int]:
         """Count the placements left out by their first fault, its numbers replaced by dots."""
-        kinds = (_without_numbers(faults[0]) for _, faults in self.left_out)
+        kinds = (re.sub(r"-?\d+(\.\d+)?", "…", faults[0]) for _, faults in self.left_out)
         return dict(Counter(kinds).most_common())
 
 
@@ -186,7 +186,7 @@ def placements(
         turn_back(atoms, turn, slab)
         x, y, z = np.array(site.position) @ turn.T
         site = Site((float(x), float(y), float(z)), site.kind, site.coordination)
-        found.append(Placement(name, atoms, site, _degrees(rotation), mode, (members,)))
+        found.append(Placement(name, atoms, site, _Draw.degrees(rotation), mode, (members,)))
     if not found:
         reason = found.left_out[0][1][0] if found.left_out else "no site was found"
         raise InputError(f"none of {len(found.left_out)} placements can be used: {reason}")
@@ -303,7 +303,7 @@ class _Place:
         for kind in KINDS:
             queue = [site for site in sites if site.kind == kind]
             if self.mode == "heuristic":
-                keys = _generator(self.seed, KINDS.index(kind), 0).random(len(queue))
+                keys = _Draw.generator(self.seed, KINDS.index(kind), 0).random(len(queue))
                 queue = [queue[index] for index in np.argsort(keys, kind="stable")]
             queues.append(queue)
         turns = itertools.zip_longest(*queues)
@@ -313,12 +313,12 @@ class _Place:
         """Place at site number `index`; the sites are used again and again with other rotations."""
         round_, number = divmod(index, len(self._sites))
         site = self._sites[number]
-        draw = _generator(self.seed, index, 1).random(4)
+        draw = _Draw.generator(self.seed, index, 1).random(4)
         binding = self.binding[int(draw[0] * len(self.binding))]
         if self.mode == "heuristic":
-            rotation = _tilted(draw[1:])
+            rotation = _Draw.tilted(draw[1:])
         else:
-            start = 0.0 if self.mode == "positions" else _generator(self.seed, 0, 2).random()
+            start = 0.0 if self.mode == "positions" else _Draw.generator(self.seed, 0, 2).random()
             angle = 2 * np.pi * (start * (self.mode == "symmetry") + _GOLDEN * round_)
             rotation = Rotation.from_rotvec([0.0, 0.0, angle % (2 * np.pi)])
             binding = self.binding[round_ % len(self.binding)]
@@ -332,9 +332,9 @@ class _Place:
 
     def _random(self, index: int) -> tuple[Atoms, Site, Rotation]:
         """Place the centre of mass above a random point, in a random orientation."""
-        draw = _generator(self.seed, index, 1).random(5)
+        draw = _Draw.generator(self.seed, index, 1).random(5)
         xy = draw[:2] @ self.surface.cell.array[:2, :2]
-        rotation = Rotation.identity() if len(self.molecule) == 1 else _uniform(draw[2:])
+        rotation = Rotation.identity() if len(self.molecule) == 1 else _Draw.uniform(draw[2:])
         turned = self._turned(rotation)
         # The binding atom is put so that the centre of mass is at the point.
         position = xy + turned.positions[0, :2] - turned.get_center_of_mass()[:2]
@@ -367,7 +367,7 @@ class _Place:
         rotation = Rotation.identity()
         if len(self.molecule) > 1:
             before = self.molecule.positions - self.molecule.positions.mean(axis=0)
-            rotation = _superposing(before, placed.positions - placed.positions.mean(axis=0))
+            rotation = _Draw.superposing(before, placed.positions - placed.positions.mean(axis=0))
         x, y, z = map(float, made.metadata_list[0]["site"])
         return atoms, Site((x, y, z), "random"), rotation
 
@@ -385,7 +385,7 @@ def _arrange(
     min_distance: float,
 ) -> tuple[Atoms, list[Site], tuple[tuple[int, ...], ...]]:
     """Place the adsorbates one by one, each at the first site where it is far enough from the others."""
-    generator = _generator(*seed, 3)
+    generator = _Draw.generator(*seed, 3)
     atoms = surface.copy()
     used: list[Site] = []
     groups: list[tuple[int, ...]] = []
@@ -393,7 +393,7 @@ def _arrange(
         keys = generator.random(len(sites))
         order = iter(np.argsort(keys, kind="stable"))
         draw = generator.random(4)
-        rotation = Rotation.identity() if len(molecule) == 1 else _tilted(draw[1:])
+        rotation = Rotation.identity() if len(molecule) == 1 else _Draw.tilted(draw[1:])
         turned = molecule.copy()
         turned.positions = rotation.apply(turned.positions)
         others = atoms.positions[len(surface) :]
@@ -469,41 +469,42 @@ def _as_adsorbate(adsorbate: Adsorbate) -> tuple[Atoms, list[int]]:
     return Atoms(molecule.numbers, molecule.positions), binding
 
 
-def _generator(*seed: int) -> np.random.Generator:
-    """Return a generator of the seed; PCG64 and its doubles are the same on every machine."""
-    if seed[0] < 0:
-        raise InputError(f"the seed is {seed[0]}: give a number from 0 on")
-    return np.random.Generator(np.random.PCG64(seed))
+class _Draw:
+    """Random numbers that are the same on every machine, and rotations of them."""
 
+    @staticmethod
+    def generator(*seed: int) -> np.random.Generator:
+        """Return a generator of the seed; PCG64 and its doubles are the same on every machine."""
+        if seed[0] < 0:
+            raise InputError(f"the seed is {seed[0]}: give a number from 0 on")
+        return np.random.Generator(np.random.PCG64(seed))
 
-def _tilted(draw: np.ndarray) -> Rotation:
-    """Rotation about z by any angle and then a tilt within `CONE`, from three numbers in [0, 1)."""
-    about = Rotation.from_rotvec([0.0, 0.0, 2 * np.pi * draw[0]])
-    tilt = np.arccos(1 - draw[1] * (1 - np.cos(CONE)))  # even over the cap of the sphere
-    direction = 2 * np.pi * draw[2]
-    return Rotation.from_rotvec(tilt * np.array([-np.sin(direction), np.cos(direction), 0.0])) * about
+    @staticmethod
+    def tilted(draw: np.ndarray) -> Rotation:
+        """Rotation about z by any angle and then a tilt within `CONE`, from three numbers in [0, 1)."""
+        about = Rotation.from_rotvec([0.0, 0.0, 2 * np.pi * draw[0]])
+        tilt = np.arccos(1 - draw[1] * (1 - np.cos(CONE)))  # even over the cap of the sphere
+        direction = 2 * np.pi * draw[2]
+        return Rotation.from_rotvec(tilt * np.array([-np.sin(direction), np.cos(direction), 0.0])) * about
 
+    @staticmethod
+    def uniform(draw: np.ndarray) -> Rotation:
+        """Rotation of a uniform distribution, from three numbers in [0, 1) (Shoemake's quaternions)."""
+        low, high = np.sqrt(1 - draw[0]), np.sqrt(draw[0])
+        first, second = 2 * np.pi * draw[1:]
+        return Rotation.from_quat(
+            [low * np.sin(first), low * np.cos(first), high * np.sin(second), high * np.cos(second)]
+        )
 
-def _uniform(draw: np.ndarray) -> Rotation:
-    """Rotation of a uniform distribution, from three numbers in [0, 1) (Shoemake's quaternions)."""
-    low, high = np.sqrt(1 - draw[0]), np.sqrt(draw[0])
-    first, second = 2 * np.pi * draw[1:]
-    return Rotation.from_quat(
-        [low * np.sin(first), low * np.cos(first), high * np.sin(second), high * np.cos(second)]
-    )
+    @staticmethod
+    def superposing(before: np.ndarray, after: np.ndarray) -> Rotation:
+        """Rotation that carries centred points onto others (Kabsch)."""
+        u, _, vt = np.linalg.svd(before.T @ after)
+        mirror = np.diag([1.0, 1.0, np.sign(np.linalg.det(u @ vt))])
+        return Rotation.from_matrix((u @ mirror @ vt).T)
 
-
-def _superposing(before: np.ndarray, after: np.ndarray) -> Rotation:
-    """Rotation that carries centred points onto others (Kabsch)."""
-    u, _, vt = np.linalg.svd(before.T @ after)
-    mirror = np.diag([1.0, 1.0, np.sign(np.linalg.det(u @ vt))])
-    return Rotation.from_matrix((u @ mirror @ vt).T)
-
-
-def _degrees(rotation: Rotation) -> tuple[float, float, float]:
-    x, y, z = map(float, np.degrees(rotation.as_rotvec()))
-    return x, y, z
-
-
-def _without_numbers(sentence: str) -> str:
-    return re.sub(r"-?\d+(\.\d+)?", "…", sentence)
+    @staticmethod
+    def degrees(rotation: Rotation) -> tuple[float, float, float]:
+        """Rotation vector in degrees."""
+        x, y, z = map(float, np.degrees(rotation.as_rotvec()))
+        return x, y, z

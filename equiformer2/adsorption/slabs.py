@@ -190,7 +190,7 @@ def slabs_of_bulk(
         cuts = cutter.cut(plane, thickness, width, vacuum)
         if not cuts:
             raise InputError(f"{found.name} has no slab with the Miller indices {plane}")
-        for number in _chosen(termination, len(cuts), found.name, plane):
+        for number in _Cutter.chosen(termination, len(cuts), found.name, plane):
             atoms, bottom_up = cuts[number]
             name = "".join(map(str, plane)) if min(plane) >= 0 else ",".join(map(str, plane))
             origin = f"{found.name} ({name})" + (f" termination {number}" if len(cuts) > 1 else "")
@@ -276,7 +276,7 @@ def _completed(slab: Atoms, origin: str) -> CleanSlab:
     atoms.info = {}
     atoms.calc = None
     had_tags = bool(slab.get_tags().any()) and notice is None
-    notices = () if notice is None or not slab.get_tags().any() else (f"{origin}: {notice}",)
+    notices: tuple[str, ...] = () if notice is None or not slab.get_tags().any() else (f"{origin}: {notice}",)
     if fixed_mask(atoms).any():
         constraints_from, tags_from = "file", "file" if had_tags else "constraints"
     else:
@@ -321,38 +321,57 @@ def _report(atoms: Atoms, origin: str, constraints_from: str, tags_from: str, **
     )
 
 
-def _chosen(
-    termination: int | str | None, count: int, name: str, plane: tuple[int, int, int]
-) -> Sequence[int]:
-    """Numbers of the terminations that are wanted."""
-    if isinstance(termination, str) and termination.strip().lower() == "all":
-        return range(count)
-    try:
-        number = 0 if termination is None else int(termination)
-    except ValueError:
-        raise InputError(f"the termination {termination!r} is neither a number nor all") from None
-    if not 0 <= number < count:
-        raise InputError(
-            f"{name} {plane} has {count} distinct termination{'s' * (count > 1)} and no number {number}: "
-            "give 0" + (f" to {count - 1}, or all" if count > 1 else "")
-        )
-    return [number]
+class _Cutter:
+    """Steps that all slabs go through."""
 
+    @staticmethod
+    def tiled(slab: Atoms, width: float) -> Atoms:
+        """Repeat a slab until both surface vectors are at least `width` Å long."""
+        repeats = [math.ceil(width / np.linalg.norm(vector) - 1e-9) for vector in slab.cell.array[:2]]
+        if len(slab) * math.prod(repeats) > MOST_ATOMS:
+            raise InputError(
+                f"the slab would have more than {MOST_ATOMS} atoms: give a smaller width or thickness"
+            )
+        return slab.repeat((*repeats, 1))
 
-def _tiled(slab: Atoms, width: float) -> Atoms:
-    """Repeat a slab until both surface vectors are at least `width` Å long."""
-    repeats = [math.ceil(width / np.linalg.norm(vector) - 1e-9) for vector in slab.cell.array[:2]]
-    if len(slab) * math.prod(repeats) > MOST_ATOMS:
-        raise InputError(
-            f"the slab would have more than {MOST_ATOMS} atoms: give a smaller width or thickness"
-        )
-    return slab.repeat((*repeats, 1))
+    @staticmethod
+    def held(slab: Atoms) -> Atoms:
+        """Hold the atoms of tag 0, as OC20's `set_fixed_atom_constraints`."""
+        slab.set_constraint(FixAtoms(mask=slab.get_tags() == SUBSURFACE))
+        return slab
 
+    @staticmethod
+    def upright(slab: Atoms) -> Atoms:
+        """Turn a slab so that its first vector is along x, the second in the xy plane and the third up."""
+        cell = slab.cell.array.copy()
+        fractions = slab.get_scaled_positions(wrap=False)
+        if np.linalg.det(cell) < 0:
+            cell[[0, 1]] = cell[[1, 0]]
+            fractions[:, [0, 1]] = fractions[:, [1, 0]]
+        standard, _ = Atoms(cell=cell).cell.standard_form()
+        turned = slab.copy()
+        turned.set_constraint()
+        turned.set_cell(standard)
+        turned.set_scaled_positions(fractions)
+        return turned
 
-def _held(slab: Atoms) -> Atoms:
-    """Hold the atoms of tag 0, as OC20's `set_fixed_atom_constraints`."""
-    slab.set_constraint(FixAtoms(mask=slab.get_tags() == SUBSURFACE))
-    return slab
+    @staticmethod
+    def chosen(
+        termination: int | str | None, count: int, name: str, plane: tuple[int, int, int]
+    ) -> Sequence[int]:
+        """Numbers of the terminations that are wanted."""
+        if isinstance(termination, str) and termination.strip().lower() == "all":
+            return range(count)
+        try:
+            number = 0 if termination is None else int(termination)
+        except ValueError:
+            raise InputError(f"the termination {termination!r} is neither a number nor all") from None
+        if not 0 <= number < count:
+            raise InputError(
+                f"{name} {plane} has {count} distinct termination{'s' * (count > 1)} and no number {number}: "
+                "give 0" + (f" to {count - 1}, or all" if count > 1 else "")
+            )
+        return [number]
 
 
 class _LatticeCutter:
@@ -397,14 +416,14 @@ class _LatticeCutter:
         count = math.ceil(thickness / spacing - 1e-9) + 1
         cell = [first, second, third * count]
         atoms = Atoms([self.symbol] * count, [number * third for number in range(count)], cell=cell, pbc=True)
-        atoms = _upright(atoms)
+        atoms = _Cutter.upright(atoms)
         height = spacing * (count - 1)
         atoms.set_cell([*atoms.cell.array[:2], [0, 0, height + vacuum]])
         atoms.positions[:, 2] += vacuum / 2 - atoms.positions[:, 2].min()
         atoms.wrap()
-        atoms = _tiled(atoms, width)
+        atoms = _Cutter.tiled(atoms, width)
         atoms.set_tags(self._tags(atoms))
-        return [(_held(atoms), False)]
+        return [(_Cutter.held(atoms), False)]
 
     def _basis(self, layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Two shortest primitive combinations within the plane that span it."""
@@ -514,16 +533,16 @@ class _Pymatgen:
             cell=slab.lattice.matrix,
             pbc=True,
         )
-        atoms = whole_slab(_upright(atoms)).atoms
+        atoms = whole_slab(_Cutter.upright(atoms)).atoms
         if bottom_up:  # turned by 180° about x, and the third vector up again
             atoms.positions *= (1.0, -1.0, -1.0)
             atoms.set_cell(atoms.cell.array * np.array([[1.0, -1, -1], [1, -1, -1], [-1, 1, 1]]))
-            atoms = _upright(atoms)
+            atoms = _Cutter.upright(atoms)
             atoms = whole_slab(atoms).atoms
         z = atoms.positions[:, 2]
         atoms.positions += atoms.cell.array[2] * (0.5 - (z.max() + z.min()) / 2 / atoms.cell[2, 2])
         atoms.set_tags(self._tags(atoms))
-        return _held(_tiled(atoms, width))
+        return _Cutter.held(_Cutter.tiled(atoms, width))
 
     def _tags(self, slab: Atoms) -> np.ndarray:
         """OC20's tags: by height, and by coordination in the upper half."""
@@ -551,18 +570,3 @@ class _Pymatgen:
             if number < self._least[slab.get_chemical_symbols()[index]]:
                 tags[index] = SURFACE
         return tags
-
-
-def _upright(slab: Atoms) -> Atoms:
-    """Turn a slab so that its first vector is along x, the second in the xy plane and the third up."""
-    cell = slab.cell.array.copy()
-    fractions = slab.get_scaled_positions(wrap=False)
-    if np.linalg.det(cell) < 0:
-        cell[[0, 1]] = cell[[1, 0]]
-        fractions[:, [0, 1]] = fractions[:, [1, 0]]
-    standard, _ = Atoms(cell=cell).cell.standard_form()
-    turned = slab.copy()
-    turned.set_constraint()
-    turned.set_cell(standard)
-    turned.set_scaled_positions(fractions)
-    return turned

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from ase import Atoms
@@ -51,12 +50,13 @@ def check_start(
     if not len(adsorbate) or not len(slab):
         return ["the start needs slab and adsorbate atoms: tag the adsorbate's with 2"]
     groups = [adsorbate] if molecules is None else [np.asarray(group, dtype=int) for group in molecules]
-    start, faults = _Start(atoms, slab), []
+    faults = []
     for number, group in enumerate(groups):
         name = "the adsorbate" if len(groups) == 1 else f"adsorbate {number}"
-        faults += [*start.pieces(atoms[group], name), *start.contacts(group, name, closest)]
-        faults += start.images(atoms[group], name)
-    faults += [*start.between(groups), *start.vacuum(adsorbate, cutoff)]
+        faults += [*_Faults.pieces(atoms[group], name), *_Faults.contacts(atoms, group, slab, name, closest)]
+        faults += _Faults.images(atoms[group], name)
+    faults += _Faults.between_adsorbates(atoms, groups)
+    faults += _Faults.vacuum(atoms, adsorbate, slab, cutoff)
     return faults
 
 
@@ -64,40 +64,23 @@ def check_vacuum(slab: Atoms, cutoff: float) -> None:
     """Raise `InputError` where the vacuum of a slab is thinner than the calculator's cutoff, Å."""
     gap = whole_slab(slab).gap
     if gap < cutoff:
-        raise InputError(_thin(gap, cutoff))
+        raise InputError(_Faults.thin(gap, cutoff))
 
 
-def _thin(gap: float, cutoff: float) -> str:
-    return (
-        f"the vacuum of {gap:.1f} Å is thinner than the cutoff of {cutoff:g} Å, so that the slab sees its "
-        f"own image: give at least {cutoff:g} Å and the height of the adsorbate (OC20 has 20 Å)"
-    )
-
-
-@dataclass(frozen=True)
-class _Start:
-    """A start structure, whose checks give a sentence per fault.
-
-    Attributes:
-        atoms: slab plus adsorbate.
-        slab: indices of the slab's atoms.
-    """
-
-    atoms: Atoms
-    slab: np.ndarray
+class _Faults:
+    """Sentences about one kind of fault each; empty lists where there is none."""
 
     @staticmethod
     def pieces(molecule: Atoms, name: str) -> list[str]:
-        """Find an adsorbate that is not one molecule."""
         try:
             whole_molecule(molecule, name)
         except InputError as error:
             return [str(error)]
         return []
 
-    def contacts(self, group: np.ndarray, name: str, closest: float) -> list[str]:
+    @staticmethod
+    def contacts(atoms: Atoms, group: np.ndarray, slab: np.ndarray, name: str, closest: float) -> list[str]:
         """Find faults of the distances between an adsorbate and the slab."""
-        atoms, slab = self.atoms, self.slab
         symbols = atoms.get_chemical_symbols()
         radii = covalent_radii[atoms.numbers]
         bonds = radii[group][:, None] + radii[slab][None, :]
@@ -151,9 +134,9 @@ class _Start:
                 ]
         return []
 
-    def between(self, groups: Sequence[np.ndarray]) -> list[str]:
+    @staticmethod
+    def between_adsorbates(atoms: Atoms, groups: Sequence[np.ndarray]) -> list[str]:
         """Find contacts between different adsorbates, periodic images included."""
-        atoms = self.atoms
         radii = covalent_radii[atoms.numbers]
         for (n, first), (m, second) in itertools.combinations(enumerate(groups), 2):
             _, distance = get_distances(
@@ -165,9 +148,9 @@ class _Start:
                 ]
         return []
 
-    def vacuum(self, adsorbate: np.ndarray, cutoff: float | None) -> list[str]:
+    @staticmethod
+    def vacuum(atoms: Atoms, adsorbate: np.ndarray, slab: np.ndarray, cutoff: float | None) -> list[str]:
         """Find an adsorbate that reaches the next image of the slab, by contact or within the cutoff."""
-        atoms, slab = self.atoms, self.slab
         try:
             clean = whole_slab(atoms[slab])
         except InputError as error:
@@ -175,7 +158,7 @@ class _Start:
         if not np.isfinite(clean.gap):
             return []
         if cutoff is not None and clean.gap < cutoff:
-            return [_thin(clean.gap, cutoff)]
+            return [_Faults.thin(clean.gap, cutoff)]
         radii = covalent_radii[atoms.numbers]
         above = atoms.positions[adsorbate]
         heights = clean.atoms.positions[:, 2]
@@ -192,3 +175,10 @@ class _Start:
                 f"vacuum of {clean.gap:.1f} Å: give more vacuum"
             ]
         return []
+
+    @staticmethod
+    def thin(gap: float, cutoff: float) -> str:
+        return (
+            f"the vacuum of {gap:.1f} Å is thinner than the cutoff of {cutoff:g} Å, so that the slab sees "
+            f"its own image: give at least {cutoff:g} Å and the height of the adsorbate (OC20 has 20 Å)"
+        )

@@ -56,7 +56,8 @@ def open_atoms(slab: Atoms) -> np.ndarray:
     Args:
         slab: whole, its surface up (`free_side_up`).
     """
-    lateral = _lateral_distances(slab)
+    xy = slab.positions[:, :2]
+    lateral = _Plane.lengths(xy[:, None] - xy[None], slab.cell.array[:2, :2])
     radii = covalent_radii[slab.numbers]
     contact = radii + PROBE
     heights = slab.positions[:, 2]
@@ -80,7 +81,7 @@ def surface_sites(slab: Atoms) -> list[Site]:
     """
     cell = slab.cell.array[:2, :2]
     points = slab.positions[open_atoms(slab)]
-    shifts = np.array(list(_shifts(cell)))
+    shifts = np.array(list(_Plane.shifts(cell)))
     tiled = (points[None] + np.pad(shifts @ cell, ((0, 0), (0, 1)))[:, None]).reshape(-1, 3)
     try:
         triangles = Delaunay(tiled[:, :2]).simplices
@@ -88,13 +89,13 @@ def surface_sites(slab: Atoms) -> list[Site]:
         raise InputError(f"the surface of the slab has no triangulation ({type(error).__name__})") from error
     # The far end of the tiles has other triangles; those of a little more than one cell are looked at.
     middles = tiled[triangles, :2].mean(axis=1) @ np.linalg.inv(cell)
-    beyond = _MARGIN / 2 / _widths(cell)
+    beyond = _MARGIN / 2 / _Plane.widths(cell)
     triangles = triangles[((middles > -beyond) & (middles < 1 + beyond)).all(axis=1)]
-    polygons, edges = _polygons(tiled[:, :2], triangles)
+    polygons, edges = _Plane.polygons(tiled[:, :2], triangles)
     found = [(point, "top", 1) for point in points]
     found += [(tiled[[a, b]].mean(axis=0), "bridge", 2) for a, b in edges]
     found += [(tiled[corners].mean(axis=0), "hollow", len(corners)) for corners in polygons]
-    return _in_one_cell(found, cell)
+    return _Plane.in_one_cell(found, cell)
 
 
 def distinct_sites(slab: Atoms, sites: list[Site]) -> list[Site]:
@@ -109,8 +110,8 @@ def distinct_sites(slab: Atoms, sites: list[Site]) -> list[Site]:
     kept: list[Site] = []
     images = np.empty((0, 2))
     for site in sites:
-        place = np.array(site.position)[:2]
-        if len(images) and _in_plane(images - place, cell).min() < SAME_PLACE:
+        place = np.array(site.position[:2])
+        if len(images) and _Plane.lengths(images - place, cell).min() < SAME_PLACE:
             continue
         kept.append(site)
         copies = symmetry.images(np.array([site.position]))[:, 0, :2]
@@ -118,86 +119,87 @@ def distinct_sites(slab: Atoms, sites: list[Site]) -> list[Site]:
     return kept
 
 
-def _polygons(points: np.ndarray, triangles: np.ndarray) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Join neighbouring triangles with one circumcentre.
+class _Plane:
+    """Geometry of the lattice in the plane of a surface, `[2, 2]` Å."""
 
-    Returns:
-        The corners of every polygon, and the edges between different ones.
-    """
-    a, b, c = (points[triangles[:, corner]] for corner in range(3))
-    ab, ac = b - a, c - a
-    area = ab[:, 0] * ac[:, 1] - ab[:, 1] * ac[:, 0]
-    inside = np.abs(area) > _FLAT
-    triangles, a, ab, ac, area = triangles[inside], a[inside], ab[inside], ac[inside], area[inside]
-    squares = (ab**2).sum(axis=1), (ac**2).sum(axis=1)
-    centre = a + np.stack(
-        [ac[:, 1] * squares[0] - ab[:, 1] * squares[1], ab[:, 0] * squares[1] - ac[:, 0] * squares[0]], axis=1
-    ) / (2 * area[:, None])
-    polygon = np.arange(len(triangles))
+    @staticmethod
+    def lengths(vectors: np.ndarray, cell: np.ndarray) -> np.ndarray:
+        """Lengths `[...]` Å of the shortest lattice images of vectors `[..., 2]`."""
+        fractions = vectors @ np.linalg.inv(cell)
+        fractions -= np.round(fractions)
+        images = [
+            np.linalg.norm((fractions + np.array([i, j])) @ cell, axis=-1)
+            for i, j in itertools.product((-1, 0, 1), repeat=2)
+        ]
+        return np.asarray(np.min(images, axis=0))
 
-    def find(index: int) -> int:
-        while polygon[index] != index:
-            index = int(polygon[index])
-        return index
+    @staticmethod
+    def shifts(cell: np.ndarray) -> Iterator[tuple[int, int]]:
+        """Yield the lattice shifts that surround the cell with `_MARGIN` on every side, (0, 0) among them."""
+        reach = np.ceil(_MARGIN / _Plane.widths(cell)).astype(int)
+        yield from itertools.product(*(range(-n, n + 1) for n in reach))
 
-    owner: dict[tuple[int, int], list[int]] = {}
-    for index, corners in enumerate(triangles):
-        for pair in itertools.combinations(sorted(map(int, corners)), 2):
-            owner.setdefault(pair, []).append(index)
-    for sharing in owner.values():
-        if len(sharing) == 2 and np.linalg.norm(centre[sharing[0]] - centre[sharing[1]]) < SAME_PLACE:
-            polygon[find(sharing[1])] = find(sharing[0])
-    corners_of: dict[int, set[int]] = {}
-    for index, corners in enumerate(triangles):
-        corners_of.setdefault(find(index), set()).update(map(int, corners))
-    edges = [pair for pair, sharing in owner.items() if len({find(index) for index in sharing}) == 2]
-    return [sorted(corners) for corners in corners_of.values()], edges
+    @staticmethod
+    def widths(cell: np.ndarray) -> np.ndarray:
+        """`[2]` Å between the opposite sides of the cell: its area over the length of the other vector."""
+        return np.asarray(abs(np.linalg.det(cell)) / np.linalg.norm(cell[::-1], axis=1))
 
+    @staticmethod
+    def polygons(points: np.ndarray, triangles: np.ndarray) -> tuple[list[list[int]], list[tuple[int, int]]]:
+        """Join neighbouring triangles with one circumcentre.
 
-def _in_one_cell(found: list[tuple[np.ndarray, str, int]], cell: np.ndarray) -> list[Site]:
-    """Move sites into the cell and drop copies by its lattice, in an order that rounding does not change."""
-    sites: list[Site] = []
-    for kind in KINDS:
-        chosen = [(point, number) for point, name, number in found if name == kind]
-        placed = []
-        for point, number in chosen:
-            fractions = np.linalg.solve(cell.T, point[:2])
-            if kind != "top" and not ((fractions > -_BOUNDARY) & (fractions < 1 + _BOUNDARY)).all():
-                continue
-            fractions -= np.floor(fractions + _BOUNDARY)  # what lies on the boundary is in the cell once
-            placed.append((tuple(np.round(fractions, 3) + 0.0), fractions @ cell, float(point[2]), number))
-        seen = np.empty((0, 2))
-        for _, xy, height, number in sorted(placed, key=lambda site: site[0]):
-            if len(seen) and _in_plane(seen - xy, cell).min() < SAME_PLACE:
-                continue
-            seen = np.vstack([seen, xy])
-            sites.append(Site((float(xy[0]), float(xy[1]), height), kind, number))
-    return sites
+        Returns:
+            The corners of every polygon, and the edges between different ones.
+        """
+        a, b, c = (points[triangles[:, corner]] for corner in range(3))
+        ab, ac = b - a, c - a
+        area = ab[:, 0] * ac[:, 1] - ab[:, 1] * ac[:, 0]
+        inside = np.abs(area) > _FLAT
+        triangles, a, ab, ac, area = triangles[inside], a[inside], ab[inside], ac[inside], area[inside]
+        squares = (ab**2).sum(axis=1), (ac**2).sum(axis=1)
+        centre = a + np.stack(
+            [ac[:, 1] * squares[0] - ab[:, 1] * squares[1], ab[:, 0] * squares[1] - ac[:, 0] * squares[0]],
+            axis=1,
+        ) / (2 * area[:, None])
+        polygon = np.arange(len(triangles))
 
+        def find(index: int) -> int:
+            while polygon[index] != index:
+                index = int(polygon[index])
+            return index
 
-def _lateral_distances(slab: Atoms) -> np.ndarray:
-    """`[N, N]` Å between atoms in the plane, nearest images."""
-    xy = slab.positions[:, :2]
-    return _in_plane(xy[:, None] - xy[None], slab.cell.array[:2, :2])
+        owner: dict[tuple[int, int], list[int]] = {}
+        for index, corners in enumerate(triangles):
+            for pair in itertools.combinations(sorted(map(int, corners)), 2):
+                owner.setdefault(pair, []).append(index)
+        for sharing in owner.values():
+            if len(sharing) == 2 and np.linalg.norm(centre[sharing[0]] - centre[sharing[1]]) < SAME_PLACE:
+                polygon[find(sharing[1])] = find(sharing[0])
+        corners_of: dict[int, set[int]] = {}
+        for index, corners in enumerate(triangles):
+            corners_of.setdefault(find(index), set()).update(map(int, corners))
+        edges = [pair for pair, sharing in owner.items() if len({find(index) for index in sharing}) == 2]
+        return [sorted(corners) for corners in corners_of.values()], edges
 
-
-def _in_plane(vectors: np.ndarray, cell: np.ndarray) -> np.ndarray:
-    """Lengths `[...]` Å of the shortest lattice images of vectors `[..., 2]`."""
-    fractions = vectors @ np.linalg.inv(cell)
-    fractions -= np.round(fractions)
-    images = [
-        np.linalg.norm((fractions + np.array([i, j])) @ cell, axis=-1)
-        for i, j in itertools.product((-1, 0, 1), repeat=2)
-    ]
-    return np.asarray(np.min(images, axis=0))
-
-
-def _shifts(cell: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield the lattice shifts that surround the cell with `_MARGIN` on every side, (0, 0) among them."""
-    reach = np.ceil(_MARGIN / _widths(cell)).astype(int)
-    yield from itertools.product(*(range(-n, n + 1) for n in reach))
-
-
-def _widths(cell: np.ndarray) -> np.ndarray:
-    """`[2]` Å between the opposite sides of the cell: its area over the length of the other vector."""
-    return np.asarray(abs(np.linalg.det(cell)) / np.linalg.norm(cell[::-1], axis=1))
+    @staticmethod
+    def in_one_cell(found: list[tuple[np.ndarray, str, int]], cell: np.ndarray) -> list[Site]:
+        """Move sites into the cell, without copies, in an order that does not hang on rounding."""
+        sites: list[Site] = []
+        for kind in KINDS:
+            chosen = [(point, number) for point, name, number in found if name == kind]
+            placed = []
+            for point, number in chosen:
+                fractions = np.linalg.solve(cell.T, point[:2])
+                if kind != "top" and not ((fractions > -_BOUNDARY) & (fractions < 1 + _BOUNDARY)).all():
+                    continue
+                fractions -= np.floor(fractions + _BOUNDARY)  # what lies on the boundary is in the cell once
+                placed.append(
+                    (tuple(np.round(fractions, 3) + 0.0), fractions @ cell, float(point[2]), number)
+                )
+            seen = np.empty((0, 2))
+            for _, xy, height, number in sorted(placed, key=lambda site: site[0]):
+                if len(seen) and _Plane.lengths(seen - xy, cell).min() < SAME_PLACE:
+                    continue
+                seen = np.vstack([seen, xy])
+                sites.append(Site((float(xy[0]), float(xy[1]), height), kind, number))
+        return sites

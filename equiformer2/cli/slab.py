@@ -1,6 +1,7 @@
 """Command that builds and lists clean slabs, and checks the convergence of an energy with them."""
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ class BuildSlab(Command):
         which.add_argument(
             "--bulk",
             metavar="NAME|FILE",
-            help="bulk to cut: an element, a formula with its lattice ('Cu3Pt L1_2 a=3.7'), a structure file, "
-            "or a number of --bulks",
+            help="bulk to cut: an element, a formula with its lattice ('Cu3Pt L1_2 a=3.7'), a structure "
+            "file, or a number of --bulks",
         )
         which.add_argument(
             "--slab", metavar="NAME|FILE", help="slab by name (Pt111) or file, to be completed"
@@ -151,7 +152,7 @@ class BuildSlab(Command):
         record |= {
             "slabs": [
                 {**slab.report.summary(), "file": str(path) if path else None}
-                for slab, path in zip(slabs, paths or [None] * len(slabs), strict=True)
+                for slab, path in itertools.zip_longest(slabs, paths)
             ],
             "notices": list(dict.fromkeys(notices)),
         }
