@@ -10,6 +10,7 @@ import numpy as np
 from ase import Atoms
 from ase.io import write
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.files import write_bytes, write_json
 
 OC20_INCAR: Mapping[str, Any] = {
@@ -57,7 +58,7 @@ class Candidate(NamedTuple):
     energy: float | None
 
 
-def write_dft_inputs(folder: Path, candidates: Sequence[Candidate], clean_slab: Atoms) -> list[Path]:
+def write_dft_inputs(folder: AnyPath, candidates: Sequence[Candidate], clean_slab: Atoms) -> list[Path]:
     """Write a folder of input per candidate, best first (`01`, `02`, …), and one for the clean slab (`slab`).
 
     Potentials are not written, since their licences do not allow it: `POTCAR.txt` says which to join, and
@@ -76,7 +77,7 @@ def write_dft_inputs(folder: Path, candidates: Sequence[Candidate], clean_slab: 
     named.append(("slab", Candidate("slab", clean_slab, None)))
     written = []
     for name, candidate in named:
-        place = folder / name
+        place = Path(folder) / name
         place.mkdir(parents=True, exist_ok=True)
         order = np.argsort(candidate.atoms.get_chemical_symbols(), kind="stable")
         atoms = candidate.atoms[order]

@@ -27,7 +27,7 @@ _CLIMB = 0.3
 
 
 @dataclass(frozen=True)
-class Path:
+class EnergyPath:
     """Minimum-energy path.
 
     Attributes:
@@ -100,7 +100,7 @@ def find_path(
     images: int = 7,
     fmax: float = 0.05,
     steps: int = 300,
-) -> Path:
+) -> EnergyPath:
     """Find the minimum-energy path between two relaxed structures of the same atoms in the same order.
 
     Args:
@@ -136,7 +136,7 @@ def find_path(
     converged = bool(optimizer.run(fmax=fmax, steps=max(0, steps - optimizer.nsteps)))
     energies = np.array([image.get_potential_energy() for image in band])
     forces = neb.get_forces().reshape(-1, 3)
-    return Path(
+    return EnergyPath(
         band,
         energies - energies[0],
         converged,
@@ -151,7 +151,7 @@ def _largest(first: Atoms, last: Atoms) -> float:
     return float(find_mic(vectors, first.cell, first.pbc)[1].max())
 
 
-def path_picture(path: Path) -> bytes:
+def path_picture(path: EnergyPath) -> bytes:
     """Draw the energies along a path against the distance that the atoms have moved, as PNG."""
     moved = [
         float(np.linalg.norm(find_mic(after.positions - before.positions, after.cell, after.pbc)[0]))

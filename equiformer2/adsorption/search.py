@@ -19,6 +19,7 @@ from ase.calculators.calculator import BaseCalculator
 from ase.geometry import find_mic
 from tqdm import tqdm
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.anomalies import Anomaly, check_anomalies
 from equiformer2.adsorption.basins import Coverage, estimate_coverage, find_basins
 from equiformer2.adsorption.energy import resolve_energy_kind
@@ -168,7 +169,7 @@ def search_placements(
     slab: Atoms,
     placed: Sequence[tuple[str, Atoms]],
     calculator: BaseCalculator,
-    folder: Path,
+    folder: AnyPath,
     settings: SearchSettings | None = None,
     identity: Mapping[str, Any] | None = None,
     clean_slab: Relaxation | None = None,
@@ -190,7 +191,7 @@ def search_placements(
         InputError: no placement, placements on another slab, a folder of another search, no placement that
             has relaxed without an anomaly, and what the model refuses.
     """
-    search = _Search(slab, placed, calculator, folder, settings or SearchSettings(), identity or {})
+    search = _Search(slab, placed, calculator, Path(folder), settings or SearchSettings(), identity or {})
     return search.run(clean_slab)
 
 

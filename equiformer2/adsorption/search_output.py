@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.cards import label_physics
 from equiformer2.adsorption.dft_inputs import Candidate, write_dft_inputs
 from equiformer2.adsorption.search import SearchResult
@@ -21,7 +22,7 @@ _CANDIDATES = 5
 
 
 def write_search(
-    folder: Path,
+    folder: AnyPath,
     result: SearchResult,
     model: Mapping[str, Any],
     settings: Mapping[str, Any],
@@ -39,7 +40,7 @@ def write_search(
     Returns:
         The content of `search.json`.
     """
-    best = result.best
+    folder, best = Path(folder), result.best
     assert best.relaxation is not None
     write_structure(folder / BEST, best.relaxation.atoms)
     write_structure(folder / CLEAN_SLAB, result.clean_slab.atoms)
@@ -100,7 +101,7 @@ def trust_card(
     structure_sha256: str,
 ) -> dict[str, Any]:
     """Collect what the energy rests on, and under `verifiable` what `cards.verify_card` recomputes."""
-    best = result.best
+    folder, best = Path(folder), result.best
     assert best.relaxation is not None
     atoms = best.relaxation.atoms
     return {
