@@ -101,7 +101,7 @@ def trust_card(
     structure_sha256: str,
 ) -> dict[str, Any]:
     """Collect what the energy rests on, and under `verifiable` what `cards.verify_card` recomputes."""
-    folder, best = Path(folder), result.best
+    best = result.best
     assert best.relaxation is not None
     atoms = best.relaxation.atoms
     return {
