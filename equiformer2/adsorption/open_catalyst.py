@@ -20,8 +20,8 @@ EXTRA = "pip install 'equiformer2[surfaces]'"
 def open_catalyst() -> Any:
     """Import `fairchem.data.oc.core`, with a stand-in for the one module of fairchem-core that it asks for.
 
-    `fairchem.core.scripts.download_large_files` downloads lists of bulks, which nothing here does. The stand-in
-    is there during the import only, and only where the real package is not installed.
+    `fairchem.core.scripts.download_large_files` downloads lists of bulks, which nothing here does. The
+    stand-in is there during the import only, and only where the real package is not installed.
 
     Raises:
         InputError: `fairchem-data-oc` is not installed.
