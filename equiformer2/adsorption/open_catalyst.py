@@ -11,6 +11,8 @@ import numpy as np
 
 from equiformer2.errors import InputError
 
+_DOWNLOADS = "fairchem.core.scripts.download_large_files"
+
 EXTRA = "pip install 'equiformer2[surfaces]'"
 """Command that installs what slabs of any bulk and OC20's own placement need."""
 
@@ -18,25 +20,29 @@ EXTRA = "pip install 'equiformer2[surfaces]'"
 def open_catalyst() -> Any:
     """Import `fairchem.data.oc.core`, with a stand-in for the one module of fairchem-core that it asks for.
 
-    `fairchem.core.scripts.download_large_files` downloads lists of bulks, which nothing here does. Where the
-    real package is installed, it is used.
+    `fairchem.core.scripts.download_large_files` downloads lists of bulks, which nothing here does. The
+    stand-in is there during the import only, and only where the real package is not installed.
 
     Raises:
         InputError: `fairchem-data-oc` is not installed.
     """
+    added: list[str] = []
     try:
-        importlib.import_module("fairchem.core.scripts.download_large_files")
+        importlib.import_module(_DOWNLOADS)
     except ImportError:
-        module = types.ModuleType("fairchem.core.scripts.download_large_files")
-        names = ["fairchem.core", "fairchem.core.scripts", module.__name__]
-        for name in names[:2]:
-            sys.modules.setdefault(name, types.ModuleType(name))
-        sys.modules[names[2]] = module
-        sys.modules[names[1]].download_large_files = module  # type: ignore[attr-defined]
+        package, folder, _ = (".".join(_DOWNLOADS.split(".")[:count]) for count in (2, 3, 4))
+        for name in (package, folder, _DOWNLOADS):
+            if name not in sys.modules:
+                sys.modules[name] = types.ModuleType(name)
+                added.append(name)
+        sys.modules[folder].download_large_files = sys.modules[_DOWNLOADS]  # type: ignore[attr-defined]
     try:
         return importlib.import_module("fairchem.data.oc.core")
     except ImportError as error:
         raise InputError(f"this needs the package fairchem-data-oc ({error}): run {EXTRA}") from error
+    finally:
+        for name in added:
+            del sys.modules[name]
 
 
 @contextmanager

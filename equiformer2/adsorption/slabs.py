@@ -108,7 +108,7 @@ class CleanSlab:
     Attributes:
         atoms: the slab.
         report: where it is from.
-        bulk: what it was cut from; None for a slab from a file.
+        bulk: what it was cut from, or the element of a slab by name; None for a slab from a file.
     """
 
     atoms: Atoms
@@ -134,7 +134,10 @@ def find_slab(slab: str | Atoms, **name_options: Any) -> CleanSlab:
         atoms = build_slab(slab, **name_options)
         digits = tuple(map(int, re.findall(r"\d", slab)))
         miller = parse_miller(",".join(map(str, digits)))
-        return CleanSlab(atoms, _report(atoms, slab, "name", "name", miller=miller))
+        symbol, constant = atoms.get_chemical_symbols()[0], name_options.get("lattice_constant")
+        crystal = find_bulk(symbol).crystal
+        bulk = find_bulk(symbol if constant is None else f"{symbol} {crystal} a={constant}")
+        return CleanSlab(atoms, _report(atoms, slab, "name", "name", miller=miller), bulk)
     if name_options:
         raise InputError(f"{', '.join(name_options)} only apply to a slab built by name")
     origin = "the slab"

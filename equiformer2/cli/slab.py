@@ -123,6 +123,8 @@ class BuildSlab(Command):
         bulk = None
         if options.slab is not None:
             slabs = [find_slab(options.slab)]
+            if slabs[0].bulk is not None:
+                notices += strain_notices(slabs[0].bulk)
         else:
             bulk = find_bulk(options.bulk, options.bulks)
             if options.relax_bulk and model is not None:

@@ -1,5 +1,9 @@
 """Placements: every mode, the same for a seed whatever the number, and starts that cannot be used."""
 
+import contextlib
+import importlib.util
+import sys
+
 import numpy as np
 import pytest
 from ase import Atoms
@@ -9,6 +13,7 @@ from ase.data import covalent_radii
 from ase.geometry import get_distances
 
 from equiformer2.adsorption.named_structures import build_slab
+from equiformer2.adsorption.open_catalyst import open_catalyst
 from equiformer2.adsorption.placements import MODES, OC20_MODE, coverage_placements, placements
 from equiformer2.adsorption.start_checks import check_start
 from equiformer2.errors import InputError
@@ -74,6 +79,19 @@ def test_global_random_numbers_are_left_alone() -> None:
     np.random.seed(3)
     placements(SLAB, "*OH", number=2, **arguments(OC20_MODE))
     assert np.random.random() == expected
+
+
+def test_the_stand_in_for_fairchem_core_does_not_stay() -> None:
+    before = {name for name in sys.modules if name.startswith("fairchem.core")}
+    with contextlib.suppress(InputError):  # where fairchem-data-oc is not installed
+        open_catalyst()
+    assert {name for name in sys.modules if name.startswith("fairchem.core")} == before
+
+
+def test_missing_package_names_the_extra() -> None:
+    if importlib.util.find_spec("pymatgen") is None:
+        with pytest.raises(InputError, match=r"pip install 'equiformer2\[surfaces\]'"):
+            placements(SLAB, "*CO", OC20_MODE, 2)
 
 
 def test_heuristic_sites_take_turns_and_adsorbates_stand() -> None:

@@ -303,6 +303,9 @@ def test_slab_by_name() -> None:
     assert found.report.miller == (1, 1, 1)
     assert found.report.constraints_from == "name"
     assert find_slab("Ru0001").report.miller == (0, 0, 1)
+    wide = find_slab("Pt111", lattice_constant=3.99)
+    assert wide.bulk is not None
+    assert wide.bulk.lattice_constant == pytest.approx(3.99)
 
 
 @pytest.mark.parametrize(
