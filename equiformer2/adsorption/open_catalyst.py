@@ -13,7 +13,7 @@ from equiformer2.errors import InputError
 
 _DOWNLOADS = "fairchem.core.scripts.download_large_files"
 
-EXTRA = "pip install 'equiformer2[surfaces]'"
+EXTRA = "pip install pymatgen 'fairchem-data-oc>=1.0.2,<1.1'"
 """Command that installs what slabs of any bulk and OC20's own placement need."""
 
 
