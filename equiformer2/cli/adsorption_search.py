@@ -221,23 +221,12 @@ class AdsorptionVerify(Command):
 
     def add_arguments(self, parser: Parser) -> None:
         parser.add_argument("card", type=Path, metavar="CARD", help="card.json of a search")
-        parser.add_argument("--checkpoint", help="checkpoint in place of the card's")
-        parser.add_argument(
-            "--calculator",
-            metavar="NAME",
-            help="ASE calculator of this name, or module:factory, which is imported and run",
-        )
+        add_model_in_place(parser)
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.adsorption.cards import verify_card
-        from equiformer2.inference.named_calculators import calculator_by_name
 
-        if options.checkpoint is not None and options.calculator is not None:
-            raise InputError("give --checkpoint or --calculator, not both")
-        model = options.checkpoint
-        if options.calculator is not None:
-            model = calculator_by_name(options.calculator)
-        rows = verify_card(options.card, model)
+        rows = verify_card(options.card, model_in_place(options))
         for name, row in rows.items():
             print(f"{name:22} {'same' if row['ok'] else 'DIFFERS'}: card {row['card']}, now {row['now']}")
         return Result(rows, 0 if all(row["ok"] for row in rows.values()) else 3)
@@ -309,12 +298,7 @@ class AdsorptionFreeEnergy(Command):
 
     def add_arguments(self, parser: Parser) -> None:
         parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a search")
-        parser.add_argument("--checkpoint", help="checkpoint in place of the search's")
-        parser.add_argument(
-            "--calculator",
-            metavar="NAME",
-            help="ASE calculator of this name, or module:factory, which is imported and run",
-        )
+        add_model_in_place(parser)
         parser.add_argument(
             "--temperature", type=float, default=298.15, help="temperature, K (default: %(default)s)"
         )
@@ -337,19 +321,15 @@ class AdsorptionFreeEnergy(Command):
         from equiformer2.adsorption.finished_search import FinishedSearch
         from equiformer2.adsorption.free_energy import Reaction, free_energy, vibrations
         from equiformer2.files import check_target, write_json
-        from equiformer2.inference.named_calculators import calculator_by_name
         from equiformer2.script import header
 
         target = options.folder / "free_energy.json"
         check_target(target, overwrite=options.overwrite)
-        model: Any = options.checkpoint
-        if options.calculator is not None:
-            model = calculator_by_name(options.calculator)
         search = FinishedSearch.read(options.folder)
         Reaction.check_referred(search.record["energy_kind"], search.record["gas"])
         if not search.record["converged"]:
             print("warning: the structure has not converged, so its vibrations are not those of a minimum")
-        model = search.model(model)
+        model = search.model(model_in_place(options))
         found = free_energy(
             search.record["adsorption_energy_eV"],
             search.adsorbate,
@@ -392,12 +372,7 @@ class AdsorptionNeb(Command):
             "--start", required=True, metavar="ID", help="placement whose minimum is the start"
         )
         parser.add_argument("--end", required=True, metavar="ID", help="placement whose minimum is the end")
-        parser.add_argument("--checkpoint", help="checkpoint in place of the search's")
-        parser.add_argument(
-            "--calculator",
-            metavar="NAME",
-            help="ASE calculator of this name, or module:factory, which is imported and run",
-        )
+        add_model_in_place(parser)
         parser.add_argument(
             "--images",
             type=int,
@@ -421,17 +396,13 @@ class AdsorptionNeb(Command):
         from equiformer2.adsorption.finished_search import FinishedSearch
         from equiformer2.adsorption.neb import find_path, path_picture
         from equiformer2.files import check_target, write_bytes, write_json
-        from equiformer2.inference.named_calculators import calculator_by_name
         from equiformer2.script import header
 
         folder = options.folder / "neb" / f"{options.start}-{options.end}"
         check_target(folder / "neb.json", overwrite=options.overwrite)
         search = FinishedSearch.read(options.folder)
         ends = search.minimum(options.start), search.minimum(options.end)
-        model: Any = options.checkpoint
-        if options.calculator is not None:
-            model = calculator_by_name(options.calculator)
-        model = search.model(model)
+        model = search.model(model_in_place(options))
         path = find_path(*ends, model, options.images, options.fmax, options.steps)
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "neb.traj", path.images)
@@ -495,6 +466,24 @@ class AdsorptionDiagram(Command):
             print(f"limiting potential {balanced['limiting_potential_V']:.3f} V against RHE")
         print(f"saved in {options.out}: diagram.json, diagram.png")
         return Result(record)
+
+
+def add_model_in_place(parser: Parser) -> None:
+    """Add `--checkpoint` and `--calculator`, for a model in place of the one that a search was made with."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--checkpoint", metavar="FILE|NAME", help="checkpoint in place of the search's")
+    group.add_argument(
+        "--calculator",
+        metavar="NAME",
+        help="ASE calculator of this name, or module:factory, which is imported and run",
+    )
+
+
+def model_in_place(options: argparse.Namespace) -> Any:
+    """The model of `add_model_in_place`; None for the search's own."""
+    from equiformer2.inference.named_calculators import calculator_by_name
+
+    return options.checkpoint if options.calculator is None else calculator_by_name(options.calculator)
 
 
 def _folder_name(adsorbate: str) -> str:
