@@ -238,7 +238,10 @@ class _Search:
         """Relax in rounds, and stop by the rule."""
         with RelaxationStore(self.folder, self.identity) as store:
             if clean is None:
+                # A model of adsorption energies has none for it; its geometry is what anomalies are found by.
+                self.engine.energies_matter = self.kind == "total"
                 (clean,) = self._relaxed(store, [(_CLEAN_SLAB, self.slab)])
+                self.engine.energies_matter = True
             if clean.status == "failed" or clean.energy_eV is None:
                 raise InputError(f"the clean slab cannot be relaxed: {clean.reason}")
             terms = self._terms(clean)

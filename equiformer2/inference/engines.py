@@ -52,12 +52,15 @@ class Engine(ABC):
         energy_kind: `"adsorption"` or `"total"`; None for a calculator that does not say.
         has_forces: True if the model gives forces.
         side_by_side: True if it may be called in several threads at once.
+        energies_matter: False while only geometries are wanted: then nothing is said about energies that
+            mean something else than the model's kind.
     """
 
     device: torch.device
     energy_kind: str | None
     has_forces: bool
     side_by_side: bool
+    energies_matter: bool = True
 
     @abstractmethod
     def predict(self, batch: Batch, *, free_only: bool = False) -> dict[str, Tensor]:
@@ -214,7 +217,8 @@ class NetworkEngine(Engine):
         data = atoms_to_data(atoms, max_num_elements=self.predictor.checkpoint.config.max_num_elements)
         data.sid = name
         del data.fid  # errors name the structure by its name alone
-        self.predictor.warn_of(atoms)
+        if self.energies_matter:
+            self.predictor.warn_of(atoms)
         return data
 
     def limits(self, structure: Data) -> BatchLimits:
