@@ -73,6 +73,12 @@ class AdsorptionSearch(Command):
             help="adsorbates (*CO, *OH, CH3OH, …)",
         )
         search.add_argument(
+            "--list-adsorbates",
+            action=ListAdsorbates,
+            nargs=0,
+            help="print OC20's adsorbates by name, and end",
+        )
+        search.add_argument(
             "--placements", type=int, default=40, help="number of placements at most (default: %(default)s)"
         )
         search.add_argument(
@@ -174,7 +180,7 @@ class AdsorptionSearch(Command):
     def _slabs(self, options: argparse.Namespace, chosen: ChosenModel) -> "list[CleanSlab]":
         """Build, read or cut the slabs, and say what they are."""
         from equiformer2.adsorption.bulks import find_bulk
-        from equiformer2.adsorption.lattice_constants import relaxed_bulk
+        from equiformer2.adsorption.lattice_constants import relaxed_bulk, strain_notices
         from equiformer2.adsorption.slabs import find_slab, slabs_of_bulk
 
         if options.slab is not None:
@@ -190,7 +196,8 @@ class AdsorptionSearch(Command):
             slabs = slabs_of_bulk(bulk, options.miller, options.termination, max_miller=options.max_miller)
         for slab in slabs:
             print(slab.report)
-            for notice in slab.report.notices:
+            strained = () if slab.bulk is None or chosen.energy_kind == "total" else strain_notices(slab.bulk)
+            for notice in (*slab.report.notices, *strained):
                 print(f"note: {notice}")
         return slabs
 
@@ -466,6 +473,16 @@ class AdsorptionDiagram(Command):
             print(f"limiting potential {balanced['limiting_potential_V']:.3f} V against RHE")
         print(f"saved in {options.out}: diagram.json, diagram.png")
         return Result(record)
+
+
+class ListAdsorbates(argparse.Action):
+    """Print OC20's adsorbates by name, and end."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from equiformer2.adsorption.adsorbates import adsorbate_list
+
+        print(adsorbate_list())
+        parser.exit()
 
 
 def add_model_in_place(parser: Parser) -> None:
