@@ -99,16 +99,18 @@ def collect(
         Plain values: `ranking` by DFT's energy (`id`, `model_eV`, `dft_eV`, `file`), `dft_energy`
         (`adsorption` or `total`: what `dft_eV` is), `correction_eV` (mean of `dft_eV - model_eV`, to be added
         to the model's energies of this adsorbate on this slab) and `correction_std_eV`, `spearman` (None for
-        fewer than two), `top1_held` (the lowest of the model's is DFT's lowest).
+        fewer than two), `top1_held` (the model's lowest candidate is DFT's lowest; None unless it and another
+        have a result).
 
     Raises:
-        InputError: a result of another structure, two results of one candidate with other energies, no result
+        InputError: a result of another structure, two results of one structure with other energies, no result
             of a candidate, a gas reference missing.
     """
     energies: dict[str, DftResult] = {}
     slab: DftResult | None = None
     for result in results:
         if displacement(result.start, clean_slab) < _SAME_START:
+            _check_agree("clean slab", slab, result)
             slab = result
             continue
         found = min(candidates, key=lambda one: displacement(result.start, one.atoms))
@@ -122,12 +124,7 @@ def collect(
                     else f"it begins {distance:.2f} Å from the nearest candidate ({found.id})"
                 )
             )
-        other = energies.get(found.id)
-        if other is not None and abs(other.energy - result.energy) > 1e-3:
-            raise InputError(
-                f"{other.file} and {result.file} are both of the candidate {found.id}, with energies that "
-                f"differ by {abs(other.energy - result.energy):.3f} eV: give one of them"
-            )
+        _check_agree(f"candidate {found.id}", energies.get(found.id), result)
         energies[found.id] = result
     if not energies:
         raise InputError("no DFT result is of a candidate of this search: give outputs of its dft folders")
@@ -149,6 +146,7 @@ def collect(
     pairs = np.array([[row["model_eV"], row["dft_eV"]] for row in ranking], dtype=float)
     offset = pairs[:, 1] - pairs[:, 0]
     several = len(ranking) > 1
+    lowest = min(candidates, key=lambda one: np.inf if one.energy is None else one.energy).id
     return {
         "ranking": ranking,
         "dft_energy": "adsorption" if is_adsorption else "total",
@@ -156,5 +154,14 @@ def collect(
         "correction_std_eV": float(offset.std(ddof=1)) if several else None,
         # Of a constant column there is no rank.
         "spearman": float(spearmanr(*pairs.T).statistic) if several and np.ptp(pairs, axis=0).all() else None,
-        "top1_held": int(pairs[:, 0].argmin()) == 0,
+        "top1_held": ranking[0]["id"] == lowest if several and lowest in energies else None,
     }
+
+
+def _check_agree(structure: str, known: DftResult | None, result: DftResult) -> None:
+    """Raise `InputError` where two results of one structure differ by more than 1 meV."""
+    if known is not None and abs(known.energy - result.energy) > 1e-3:
+        raise InputError(
+            f"{known.file} and {result.file} are both of the {structure}, with energies that differ by "
+            f"{abs(known.energy - result.energy):.3f} eV: give one of them"
+        )

@@ -34,6 +34,7 @@ def read_states(folders: Sequence[Path]) -> list[dict[str, Any]]:
                 )
                 raise InputError(f"{folder} has no {name}: {remedy}")
         found, settings = read_json(folder / FREE_ENERGY), read_json(folder / SETTINGS)
+        name = read_json(folder / SEARCH).get("settings", {}).get("adsorbate")
         for key, value in (
             ("slab", settings.get("slab")),
             ("model", settings.get("model")),
@@ -45,7 +46,7 @@ def read_states(folders: Sequence[Path]) -> list[dict[str, Any]]:
                 raise InputError(f"{first} and {folder} have another {key}: a diagram is of one")
         states.append(
             {
-                "adsorbate": f"*{settings.get('adsorbate', '')}",
+                "adsorbate": Path(name).stem if name else f"*{settings.get('adsorbate', '')}",
                 "free_energy_eV": float(found["free_energy_eV"]),
                 "electrons": float(found["electrons"]),
                 "reaction": found["reaction"],

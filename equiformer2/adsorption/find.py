@@ -16,6 +16,7 @@ from equiformer2.adsorption.energy import resolve_energy_kind
 from equiformer2.adsorption.placements import placements as make_placements
 from equiformer2.adsorption.search import SearchResult, SearchSettings, search_placements
 from equiformer2.adsorption.search_output import CARD, SEARCH, write_search
+from equiformer2.adsorption.slabs import find_slab
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, read_json
 from equiformer2.inference.calculator import EquiformerV2Calculator
@@ -52,7 +53,7 @@ class FoundEnergy:
 
 
 def find_adsorption_energy(
-    slab: Atoms,
+    slab: Atoms | str,
     adsorbate: str | Atoms,
     calculator: BaseCalculator | Model,
     *,
@@ -73,7 +74,7 @@ def find_adsorption_energy(
     """Find the lowest adsorption energy of an adsorbate on a slab.
 
     Args:
-        slab: clean slab; held atoms stay held.
+        slab: clean slab, whose held atoms stay held, or what `find_slab` takes (`Pt111`, a file).
         adsorbate: name (`*CO`, `CH3OH`, …), file or structure.
         calculator: any ASE calculator, or a network: a path, the name of a shipped model, a `Predictor`.
         placements: number of placements at most.
@@ -94,6 +95,10 @@ def find_adsorption_energy(
         InputError: no adsorbate or placement of that kind, a folder of another search or a finished one, and
             what the model refuses.
     """
+    if isinstance(slab, str):
+        slab = find_slab(slab).atoms
+    if isinstance(slab, str):
+        slab = find_slab(slab).atoms
     model: Any = calculator
     if not isinstance(calculator, BaseCalculator):
         calculator = EquiformerV2Calculator(calculator)

@@ -13,6 +13,7 @@ from equiformer2.adsorption.search_output import BEST, CLEAN_SLAB, SEARCH
 from equiformer2.errors import InputError
 from equiformer2.files import as_input_error, read_json
 from equiformer2.inference.engines import Engineable
+from equiformer2.shipped import find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class FinishedSearch:
         checkpoint = self.record["model"].get("checkpoint")
         if given is None and checkpoint is None:
             raise InputError(f"{self.folder} was searched with a calculator: give it again (--calculator)")
-        return checkpoint if given is None else given
+        model = checkpoint if given is None else given
+        return str(find_checkpoint(model)) if isinstance(model, str) else model
 
     def minimum(self, name: str) -> Atoms:
         """Relaxed structure of a placement, or of the one that it is a copy of.

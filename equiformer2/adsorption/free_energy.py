@@ -99,7 +99,12 @@ class Vibrations:
 
         Returns:
             `zpe_eV`, `heat_eV` (internal energy above it) and `entropy_eV` (temperature times entropy).
+
+        Raises:
+            InputError: the lowest frequency is not above 0.
         """
+        if not lowest > 0.0:
+            raise InputError(f"the lowest frequency is {lowest:g} cm^-1: give one above 0")
         energies = np.maximum(np.abs(self.frequencies) * (self.frequencies > 0.0), lowest) * _INVERSE_CM
         thermo = HarmonicThermo(energies, potentialenergy=0.0)
         zero_point = float(energies.sum() / 2.0)
@@ -192,7 +197,7 @@ class Reaction:
     def check_referred(energy_kind: str, gas: Mapping[str, Any] | None) -> None:
         """Raise `InputError` where an adsorption energy is not referred to H2, H2O, CO and N2."""
         source = "" if gas is None else str(gas.get("source"))
-        if energy_kind == "total" and source not in ("molecules", "oc20", "given"):
+        if energy_kind == "total" and not set(source.split(" and ")) <= {"molecules", "oc20", "given"}:
             raise InputError(
                 f"the adsorption energy is referred to the adsorbate in vacuum ({source}), and free energies "
                 "to H2, H2O, CO and N2: search again with --gas molecules"

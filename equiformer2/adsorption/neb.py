@@ -126,7 +126,7 @@ def find_path(
     held = fixed_mask(first)
     if np.abs(moved[held]).max(initial=0.0) > _SAME:
         raise InputError("an atom that is held lies elsewhere in the two ends: give minima of the same slab")
-    NEB(band).interpolate(method="idpp", mic=True, apply_constraint=False)
+    NEB(band, method="improvedtangent").interpolate(method="idpp", mic=True, apply_constraint=False)
     neb = _BatchedNEB(band, engine)
     if _largest(band[0], band[-1]) < _SAME:
         raise InputError("the two ends are the same minimum: give two different ones")

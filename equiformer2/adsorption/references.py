@@ -200,4 +200,12 @@ def _relax_in_box(
     box = Atoms(molecule.numbers, molecule.positions, tags=np.full(len(molecule), 2))
     box.center(vacuum=_VACUUM)
     box.pbc = True
-    return relax(box, calculator, label=f"{name} in vacuum", **settings)
+    try:
+        return relax(box, calculator, label=f"{name} in vacuum", **settings)
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # of any kind: a calculator is somebody else's code
+        raise InputError(
+            f"{name} in vacuum: {type(calculator).__name__} failed with {type(error).__name__}: {error}; "
+            "give gas references (eV per atom) instead"
+        ) from error

@@ -8,6 +8,7 @@ goes on where it was.
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -384,9 +385,12 @@ class _Search:
         counts = {
             status: sum(one.status == status for one in self.found) for status in ("anomalous", "failed")
         }
+        kinds = Counter(rule.name for one in self.found for rule in one.anomalies if rule.present)
+        listed = ", ".join(f"{number} {name}" for name, number in kinds.most_common())
         raise InputError(
-            f"no placement has relaxed to the intended adsorbate: {counts['anomalous']} have an anomaly, "
-            f"{counts['failed']} failed (see {self.folder / 'relaxed.jsonl'}); try more placements"
+            f"no placement has relaxed to the intended adsorbate: {counts['anomalous']} have an anomaly"
+            + (f" ({listed})" if listed else "")
+            + f", {counts['failed']} failed (see {self.folder / 'relaxed.jsonl'}); try more placements"
         )
 
     def _digest(self) -> str:

@@ -23,6 +23,7 @@ from ase.constraints import FixAtoms
 from ase.neighborlist import neighbor_list
 
 from datasets_oc20.structure_files import read_structure
+from datasets_oc20.tags import surface_height
 from equiformer2.adsorption.adsorbates import is_file
 from equiformer2.adsorption.bulks import Bulk, find_bulk
 from equiformer2.adsorption.named_structures import MOST_ATOMS, build_slab
@@ -260,7 +261,7 @@ def height_tags(slab: Atoms) -> np.ndarray:
 
 def sides_differ(slab: Atoms) -> bool:
     """Tell whether a whole slab's upper side has other atoms, or at other depths, than its lower one."""
-    z = slab.positions[:, 2]
+    z = surface_height(slab)
     profiles = []
     for depth in (z.max() - z, z - z.min()):
         order = np.lexsort((slab.numbers, np.round(depth / _SAME)))
@@ -282,6 +283,8 @@ def _completed(slab: Atoms, origin: str) -> CleanSlab:
     notices: tuple[str, ...] = () if notice is None or not slab.get_tags().any() else (f"{origin}: {notice}",)
     if fixed_mask(atoms).any():
         constraints_from, tags_from = "file", "file" if had_tags else "constraints"
+        if tags_from == "constraints" and not (tags == SURFACE).any():  # all held: they tell no surface
+            tags, tags_from = height_tags(atoms), "OC20's rule"
     else:
         constraints_from = "OC20's rule"
         tags_from = "file" if had_tags and (tags == SUBSURFACE).any() else "OC20's rule"
@@ -298,7 +301,7 @@ def _completed(slab: Atoms, origin: str) -> CleanSlab:
 
 def _report(atoms: Atoms, origin: str, constraints_from: str, tags_from: str, **details: Any) -> SlabReport:
     whole = whole_slab(atoms)
-    z = whole.atoms.positions[:, 2]
+    z = surface_height(whole.atoms)
     lengths = np.linalg.norm(atoms.cell.array[:2], axis=1)
     differ = sides_differ(whole.atoms)
     notices: tuple[str, ...] = ()

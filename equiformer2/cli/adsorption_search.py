@@ -126,25 +126,26 @@ class AdsorptionSearch(Command):
         return options
 
     def run(self, options: argparse.Namespace) -> Result:
+        from equiformer2.adsorption.adsorbates import find_adsorbate
         from equiformer2.adsorption.find import find_adsorption_energy
-        from equiformer2.files import write_json
+        from equiformer2.files import check_target, write_json
         from equiformer2.script import header, show_log
 
         gas, source = gas_references(options.gas)
+        for name in options.adsorbate:  # before hours of work on another one
+            find_adsorbate(name)
         show_log()
         chosen = ChosenModel(options)
         slabs = self._slabs(options, chosen)
         records: dict[str, dict[str, Any]] = {}
         clean: Relaxation | None = None
-        several = len(options.adsorbate) * len(slabs) > 1
-        for slab, name in itertools.product(slabs, options.adsorbate):
+        folders = search_folders(options.out, [slab.report.origin for slab in slabs], options.adsorbate)
+        several = len(folders) > 1
+        if several:
+            check_target(options.out / "searches.json", overwrite=options.overwrite)
+        for folder, (slab, name) in zip(folders, itertools.product(slabs, options.adsorbate), strict=True):
             if name == options.adsorbate[0]:
                 clean = None
-            folder = options.out
-            if len(slabs) > 1:
-                folder = folder / _folder_name(slab.report.origin)
-            if len(options.adsorbate) > 1:
-                folder = folder / _folder_name(name)
             found = find_adsorption_energy(
                 slab.atoms,
                 name,
@@ -158,7 +159,8 @@ class AdsorptionSearch(Command):
                 gas=source,
                 gas_per_atom=gas,
                 out=folder,
-                overwrite=options.overwrite,
+                # Those of several that are finished are read again, with no evaluation of the model.
+                overwrite=options.overwrite or several,
                 describe=chosen.record,
                 notes={"slab": slab.report.summary(), "adsorbate": name},
                 clean_slab=clean,
@@ -211,7 +213,8 @@ class AdsorptionSearch(Command):
         print(f"{'minimum':24}{'energy (eV)':>12}{'force (eV/Å)':>14}")
         for row in rows[:10]:
             print(f"{row['id']:24}{row['energy_eV']:12.4f}{row['max_force_eV_A']:14.3f}")
-        print(f"{stop['reason']}; unseen {stop['unseen_probability']:.1%}, lower {stop['p_lower']:.1%}")
+        left = f"; unseen {stop['unseen_probability']:.1%}, lower {stop['p_lower']:.1%}"
+        print(stop["reason"] + (left if stop["unseen_basins"] else ""))
         if not best["converged"]:
             print("NOT converged: the energy is not that of a relaxed structure (more --steps)")
         print(f"saved in {folder}: search.json, card.json, report.html, {best['file']}, dft, trajectories")
@@ -289,8 +292,11 @@ class AdsorptionCollect(Command):
         for row in found["ranking"]:
             print(f"{row['id']:24}{row['model_eV']:12.4f}{row['dft_eV']:14.4f}")
         print(f"correction {found['correction_eV']:+.4f} eV ({found['dft_energy']} energies of DFT)")
-        held = "held" if found["top1_held"] else "did NOT hold"
-        print(f"the model's lowest candidate {held} in DFT; rank correlation {found['spearman']}")
+        if found["top1_held"] is None:
+            print("whether the model's lowest candidate holds takes DFT results of it and of another")
+        else:
+            held = "held" if found["top1_held"] else "did NOT hold"
+            print(f"the model's lowest candidate {held} in DFT; rank correlation {found['spearman']}")
         return Result(record)
 
 
@@ -299,6 +305,7 @@ class AdsorptionFreeEnergy(Command):
 
     Displaces the adsorbate's atoms on the held slab. The free energy is that of the formation from CO, H2O,
     N2 and protons with electrons (computational hydrogen electrode). Writes free_energy.json into the folder.
+    Exit status 3 if the structure has not converged.
 
         equiformer2 adsorption free-energy runs/co --temperature 298.15 --potential 0 --ph 0
     """
@@ -346,7 +353,12 @@ class AdsorptionFreeEnergy(Command):
             options.ph,
             options.lowest_frequency,
         )
-        record = {**header("adsorption-free-energy/1", model if isinstance(model, str) else None), **found}
+        converged = bool(search.record["converged"])
+        record = {
+            **header("adsorption-free-energy/1", model if isinstance(model, str) else None),
+            **found,
+            "converged": converged,
+        }
         write_json(target, record)
         print(f"formation: {found['reaction'] or 'nothing'}")
         print(f"adsorption energy   {found['adsorption_energy_eV']:10.4f} eV")
@@ -362,7 +374,7 @@ class AdsorptionFreeEnergy(Command):
                 f"warning: {found['imaginary']} imaginary modes ({sizes} cm^-1), counted as "
                 f"{options.lowest_frequency:g} cm^-1: the structure may be no minimum"
             )
-        return Result(record)
+        return Result(record, 0 if converged else 3)
 
 
 class AdsorptionNeb(Command):
@@ -503,8 +515,31 @@ def model_in_place(options: argparse.Namespace) -> Any:
     return options.checkpoint if options.calculator is None else calculator_by_name(options.calculator)
 
 
-def _folder_name(adsorbate: str) -> str:
-    """A folder name for an adsorbate's name or file."""
-    return (
-        re.sub(r"[^A-Za-z0-9]+", "", Path(adsorbate).stem if "/" in adsorbate else adsorbate) or "adsorbate"
-    )
+def search_folders(out: Path, slabs: Sequence[str], adsorbates: Sequence[str]) -> list[Path]:
+    """Folders of the searches of every slab with every adsorbate, slab by slab.
+
+    Raises:
+        InputError: two searches would have the same folder.
+    """
+    owners: dict[Path, str] = {}
+    for slab, adsorbate in itertools.product(slabs, adsorbates):
+        folder = out
+        if len(slabs) > 1:
+            folder /= _folder_name(slab)
+        if len(adsorbates) > 1:
+            folder /= _folder_name(adsorbate)
+        # A case-insensitive file system has one folder for both.
+        same = [path for path in owners if str(path).lower() == str(folder).lower()]
+        if same:
+            raise InputError(
+                f"{owners[same[0]]} and {adsorbate} on {slab} would both be written into {folder}: give "
+                "each once, and files of different names, or search them one by one"
+            )
+        owners[folder] = f"{adsorbate} on {slab}"
+    return list(owners)
+
+
+def _folder_name(name: str) -> str:
+    """A folder name for the name of a slab or adsorbate, or for a file."""
+    name = Path(name).stem if "/" in name else name
+    return re.sub(r"[^A-Za-z0-9-]+", "_", name).strip("_") or "adsorbate"

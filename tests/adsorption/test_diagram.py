@@ -31,6 +31,8 @@ def test_oxidation_of_water_is_limited_by_its_largest_step(tmp_path: Path) -> No
     assert [step["electrons"] for step in balanced["steps"]] == [-1.0, -1.0]
     assert balanced["limiting_potential_V"] == pytest.approx(1.5)
     assert [state["adsorbate"] for state in balanced["states"]] == ["*", "*HO", "*O"]
+    (folders[0] / "search.json").write_text('{"settings": {"adsorbate": "*OH"}}')
+    assert read_states(folders)[0]["adsorbate"] == "*OH"
     assert diagram_picture(balanced, "OER")[:4] == b"\x89PNG"
 
 

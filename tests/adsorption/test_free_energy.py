@@ -104,6 +104,9 @@ def test_potential_and_acidity_shift_what_takes_electrons() -> None:
     Reaction.check_referred("adsorption", None)
     with pytest.raises(InputError, match="--gas molecules"):
         Reaction.check_referred("total", {"source": "vacuum"})
+    Reaction.check_referred("total", {"source": "given and molecules"})
+    with pytest.raises(InputError, match="lowest frequency is 0"):
+        free_energy(0.0, Atoms("OH"), modes, lowest_frequency=0.0)
 
 
 def test_atoms_that_cannot_vibrate_are_refused() -> None:

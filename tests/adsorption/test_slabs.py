@@ -283,6 +283,25 @@ def test_slab_from_a_file_keeps_its_constraints(tmp_path: Path) -> None:
     json.dumps(found.report.summary())
 
 
+def test_slab_with_all_atoms_held_has_a_surface() -> None:
+    slab = fcc111("Cu", (2, 2, 4), vacuum=10, periodic=True)
+    slab.set_tags(0)
+    slab.set_constraint(FixAtoms(range(len(slab))))
+    found = find_slab(slab)
+    assert fixed_mask(found.atoms).all()
+    assert np.array_equal(found.atoms.get_tags() == 1, height_tags(slab) == 1)
+    assert (found.report.constraints_from, found.report.tags_from) == ("file", "OC20's rule")
+
+
+def test_a_tilted_slab_is_as_thick_as_an_upright_one() -> None:
+    slab = fcc111("Cu", (2, 2, 4), vacuum=10, periodic=True)
+    upright = find_slab(slab.copy()).report
+    slab.rotate(37.0, (1.0, 2.0, 0.5), rotate_cell=True)
+    tilted = find_slab(slab).report
+    assert tilted.thickness == pytest.approx(upright.thickness, abs=1e-3)
+    assert tilted.asymmetric == upright.asymmetric
+
+
 def test_slab_without_constraints_gets_oc20s(tmp_path: Path) -> None:
     slab = fcc111("Cu", (2, 2, 4), vacuum=10, periodic=True)
     slab.set_tags(0)

@@ -9,6 +9,9 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 from command_line import run_command
 
+from equiformer2.cli.adsorption_search import search_folders
+from equiformer2.errors import InputError
+
 SEARCH = ["--calculator", "emt", "--slab", "Cu111", "--size", "2x2x3", "--fmax", "0.1", "--seed", "1"]
 
 
@@ -54,6 +57,24 @@ def test_several_adsorbates_share_the_slab(in_folder: Path) -> None:
     assert ["clean_slab" in text for text in lines] == [True, False]
     clean = [read(in_folder / "both" / name / "clean_slab.extxyz").positions for name in ("O", "H")]
     assert np.allclose(*clean)
+    assert run_command("adsorption search", *SEARCH, *options) == 2  # finished
+    (in_folder / "both" / "searches.json").unlink()
+    (in_folder / "both" / "H" / "search.json").unlink()
+    before = [(in_folder / "both" / name / "relaxed.jsonl").read_text() for name in ("O", "H")]
+    assert run_command("adsorption search", *SEARCH, *options) == 0  # stopped before the end, and continued
+    after = [(in_folder / "both" / name / "relaxed.jsonl").read_text() for name in ("O", "H")]
+    assert before == after
+
+
+def test_every_search_has_its_own_folder(tmp_path: Path) -> None:
+    slabs, adsorbates = ["Cu (111) 0", "Cu (1,1,-1) 0"], ["*CH*CH", "*CHCH", "x/CO.xyz"]
+    folders = search_folders(tmp_path, slabs, adsorbates)
+    assert len({str(folder).lower() for folder in folders}) == 6
+    assert all(len(folder.relative_to(tmp_path).parts) == 2 for folder in folders)
+    assert search_folders(tmp_path, slabs[:1], adsorbates[:1]) == [tmp_path]
+    for same in (["a/CO.xyz", "b/CO.xyz"], ["*O", "*O"], ["*NO", "*No"]):
+        with pytest.raises(InputError, match="would both be written into"):
+            search_folders(tmp_path, ["Cu111"], same)
 
 
 def test_a_slab_is_cut_at_the_calculator_s_lattice_constant(

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import molecule
+from ase.calculators.emt import EMT
 from ase.io import read
 from inference_helpers import KindedEMT
 
 from equiformer2.adsorption import adsorption_energy
 from equiformer2.adsorption.anomalies import find_anomalies
 from equiformer2.adsorption.named_structures import build_adsorbate, build_slab, place_adsorbate
-from equiformer2.adsorption.references import OC20_GAS_REFERENCES
+from equiformer2.adsorption.references import OC20_GAS_REFERENCES, gas_reference
 from equiformer2.errors import InputError
 from equiformer2.inference import relax
 from equiformer2.inference.named_calculators import resolve_energy_kind
@@ -188,3 +189,8 @@ class TestAnomalies:
         oxygen_on_copper.positions[-1, 2] += 6.0
         result = adsorption_energy(oxygen_on_copper, KindedEMT("adsorption"), steps=0)
         assert [anomaly["name"] for anomaly in result.summary()["anomalies"]] == ["desorbed"]
+
+
+def test_a_calculator_that_cannot_compute_the_adsorbate_alone_is_named() -> None:
+    with pytest.raises(InputError, match=r"Xe in vacuum: EMT failed with .*give gas references"):
+        gas_reference(Atoms("Xe"), EMT(), None, "vacuum", {})
