@@ -71,6 +71,13 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
             f"{result.terms['gas']:.4f} eV of the gas references ({(result.gas or {}).get('label', '')}) "
             "were subtracted."
         )
+    left = sum(one.status == "stopped" for one in result.found)
+    unseen = [
+        f"The next one would end in an unseen minimum with a probability of "
+        f"{coverage.unseen_probability:.1%}.",
+        f"A minimum lower by more than {LOWER:g} eV among the {left} placements that were not relaxed has a "
+        f"probability of {coverage.p_lower:.1%} (the search may stop below {ENOUGH:.0%}).",
+    ]
     parts = [
         viewer_script(),
         f"<p>Adsorption energy of {name}: <b>{result.energy:.3f} eV</b> "
@@ -85,21 +92,36 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
                 f"{len(result.found)} placements: "
                 + ", ".join(f"{number} {status}" for status, number in counts.items())
                 + f". The search ended: {result.reason}.",
-                f"{coverage.draws} of them ended in {coverage.basins} minima. The next one would end in an "
-                f"unseen minimum with a probability of {coverage.unseen_probability:.1%}.",
-                f"A minimum lower by more than {LOWER:g} eV among the placements that were not relaxed has a "
-                f"probability of {coverage.p_lower:.1%} (the search may stop below {ENOUGH:.0%}).",
+                f"{coverage.draws} of them ended in {coverage.basins} minima.",
+                *(unseen if left else []),
             ]
         ),
         picture("Minima", basin_picture(result)),
         "<h2>Anomalies of the best placement</h2>",
         table(["rule", "present", "margin (Å)", "verdict"], checks),
         "<h2>What the number rests on</h2>",
-        bullets([*card["label_physics"], *model]),
+        bullets([*card["label_physics"], *model, *_settings(record["settings"])]),
         "<h2>All placements</h2>",
         table(head, rows),
     ]
     return page(name, parts)
+
+
+def _settings(settings: Mapping[str, Any]) -> list[str]:
+    """Say how placements and slab were made."""
+    sentences = [
+        f"placements: {settings['mode']}, at most {settings['placements']}, random seed {settings['seed']}; "
+        f"relaxed until no force is above {settings['fmax_eV_A']:g} eV/Å, in at most {settings['steps']} "
+        "steps"
+    ]
+    slab = settings.get("slab")
+    if isinstance(slab, Mapping):
+        cut = "" if slab.get("miller") is None else f", Miller indices {tuple(slab['miller'])}"
+        sentences.append(
+            f"slab: {slab['origin']}{cut}, {slab['atoms']} atoms, {slab['held']} of them held, "
+            f"{slab['thickness_A']:.1f} Å thick"
+        )
+    return sentences
 
 
 def basin_picture(result: SearchResult) -> bytes:

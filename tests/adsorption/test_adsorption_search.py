@@ -17,6 +17,7 @@ from equiformer2.adsorption.collect import collect, read_dft_result
 from equiformer2.adsorption.dft_inputs import Candidate, k_points, write_dft_inputs
 from equiformer2.adsorption.search import SearchResult, SearchSettings, search_placements
 from equiformer2.adsorption.search_output import write_search
+from equiformer2.adsorption.slabs import find_slab
 from equiformer2.errors import InputError
 
 QUICK = SearchSettings(fmax=0.1, steps=60)
@@ -55,7 +56,9 @@ class Counting(EMT):
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SearchResult]:
     folder = tmp_path_factory.mktemp("search") / "o"
     result = search_placements(base(), placed(), EMT(), folder, QUICK)
-    write_search(folder, result, {"calculator": "emt", "checkpoint": None}, {"seed": 0})
+    settings = {"mode": "heuristic", "placements": 8, "seed": 3, "fmax_eV_A": 0.05, "steps": 60, "stop": True}
+    settings["slab"] = find_slab(base()).report.summary() | {"miller": [1, 1, 1]}
+    write_search(folder, result, {"calculator": "emt", "checkpoint": None}, settings)
     return folder, result
 
 
@@ -108,6 +111,9 @@ def test_files_hold_the_keys_of_the_contract(finished: tuple[Path, SearchResult]
     page = (folder / "report.html").read_text()
     assert "showStructures" in page
     assert f"{result.energy:.3f} eV" in page
+    assert "at most 8, random seed 3" in page
+    assert "Miller indices (1, 1, 1)" in page
+    assert "The next one would end" not in page  # all placements were relaxed
 
 
 def test_a_finished_search_calculates_nothing_again(finished: tuple[Path, SearchResult]) -> None:
