@@ -187,8 +187,8 @@ def slabs_of_bulk(
         raise InputError(f"the largest Miller index is {max_miller}: give 1 to {MOST_MILLER}")
     found = find_bulk(bulk, bulks)
     cutter = _LatticeCutter(found) if found.primitive_axes is not None else _Pymatgen(found)
-    is_all = isinstance(miller, str) and miller.strip().lower() == "all"
-    planes = cutter.distinct_planes(max_miller) if is_all else [parse_miller(miller)]
+    plane = check_miller(miller)
+    planes = cutter.distinct_planes(max_miller) if plane is None else [plane]
     slabs: list[CleanSlab] = []
     for plane in planes:
         cuts = cutter.cut(plane, thickness, width, vacuum)
@@ -209,6 +209,17 @@ def slabs_of_bulk(
                 )
             slabs.append(CleanSlab(atoms, replace(report, notices=report.notices + notices), found))
     return slabs
+
+
+def check_miller(miller: str | Sequence[int]) -> tuple[int, int, int] | None:
+    """Read what `slabs_of_bulk` takes as Miller indices, None for "all", before longer work.
+
+    Raises:
+        InputError: see `parse_miller`.
+    """
+    if isinstance(miller, str) and miller.strip().lower() == "all":
+        return None
+    return parse_miller(miller)
 
 
 def parse_miller(miller: str | Sequence[int]) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.cli.adsorption import add_built_slab_arguments, gas_references, slab_options
 from equiformer2.cli.chosen_model import ChosenModel
 from equiformer2.cli.command import Command, Parser, Result
@@ -183,12 +184,13 @@ class AdsorptionSearch(Command):
         """Build, read or cut the slabs, and say what they are."""
         from equiformer2.adsorption.bulks import find_bulk
         from equiformer2.adsorption.lattice_constants import relaxed_bulk, strain_notices
-        from equiformer2.adsorption.slabs import find_slab, slabs_of_bulk
+        from equiformer2.adsorption.slabs import check_miller, find_slab, slabs_of_bulk
 
         if options.slab is not None:
             slabs = [find_slab(options.slab, **slab_options(options).given())]
         else:
             bulk = find_bulk(options.bulk, options.bulks)
+            check_miller(options.miller)
             if not options.keep_lattice:
                 relaxed = relaxed_bulk(bulk, chosen.calculator, energy_kind=chosen.energy_kind)
                 bulk = relaxed.bulk
@@ -515,7 +517,7 @@ def model_in_place(options: argparse.Namespace) -> Any:
     return options.checkpoint if options.calculator is None else calculator_by_name(options.calculator)
 
 
-def search_folders(out: Path, slabs: Sequence[str], adsorbates: Sequence[str]) -> list[Path]:
+def search_folders(out: AnyPath, slabs: Sequence[str], adsorbates: Sequence[str]) -> list[Path]:
     """Folders of the searches of every slab with every adsorbate, slab by slab.
 
     Raises:
@@ -523,7 +525,7 @@ def search_folders(out: Path, slabs: Sequence[str], adsorbates: Sequence[str]) -
     """
     owners: dict[Path, str] = {}
     for slab, adsorbate in itertools.product(slabs, adsorbates):
-        folder = out
+        folder = Path(out)
         if len(slabs) > 1:
             folder /= _folder_name(slab)
         if len(adsorbates) > 1:

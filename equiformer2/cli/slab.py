@@ -113,7 +113,7 @@ class BuildSlab(Command):
         from equiformer2.adsorption.bulks import find_bulk
         from equiformer2.adsorption.lattice_constants import relaxed_bulk, strain_notices
         from equiformer2.adsorption.slab_files import slab_targets, write_slabs
-        from equiformer2.adsorption.slabs import find_slab, slabs_of_bulk
+        from equiformer2.adsorption.slabs import check_miller, find_slab, slabs_of_bulk
         from equiformer2.script import header, show_log
 
         show_log()
@@ -127,6 +127,7 @@ class BuildSlab(Command):
                 notices += strain_notices(slabs[0].bulk)
         else:
             bulk = find_bulk(options.bulk, options.bulks)
+            check_miller(options.miller)
             if options.relax_bulk and model is not None:
                 relaxed = relaxed_bulk(bulk, model.calculator, energy_kind=model.energy_kind)
                 bulk = relaxed.bulk
