@@ -396,7 +396,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--structures", type=_positive, default=8, help="in a batch (default: %(default)s)")
+    parser.add_argument(
+        "--structures",
+        type=_positive,
+        default=8,
+        help="number of structures in a batch (default: %(default)s)",
+    )
     names = ("31M", "83M", "153M")
     parser.add_argument("--presets", nargs="+", choices=names, default=list(names), help="networks")
     parser.add_argument("--output", help=f"file to write, such as {OUTPUT}; default: print")

@@ -126,7 +126,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--shards", type=int, default=64)
     parser.add_argument("--atoms", type=int, default=4, help="atoms per record")
     parser.add_argument("--reads", type=int, default=20_000)
-    parser.add_argument("--workers", type=int, default=2, help="of the loader")
+    parser.add_argument("--workers", type=int, default=2, help="number of worker processes of the loader")
     parser.add_argument("--batch-size", type=int, default=32, help="records in a batch of the loader")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     parser.add_argument("--json", type=Path)

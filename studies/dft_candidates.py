@@ -267,11 +267,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", choices=("candidates", "stops"), required=True)
     parser.add_argument("--data", type=Path, default=LARGE / "test", help="raw folder of the systems")
     parser.add_argument("--systems", type=int, default=40, help="number of systems (default: %(default)s)")
-    parser.add_argument("--placements", type=int, help="per system (default: 10, for stops 40)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fmax", type=float, default=0.05, help="eV/Å (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=40, help="of the teacher (default: %(default)s)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/dft_candidates"), help="kept to go on")
+    parser.add_argument(
+        "--placements", type=int, help="number of placements per system (default: 10, for stops 40)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument(
+        "--fmax", type=float, default=0.05, help="force threshold, eV/Å (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=40, help="maximum number of steps of the teacher (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs/dft_candidates"),
+        help="folder of the work so far, which the next run continues",
+    )
     parser.add_argument(
         "--results", type=Path, default=Path("docs/results/dft_candidates"), help="written as .json, .md"
     )

@@ -176,10 +176,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--drafts", nargs="+", required=True, help="checkpoints of cheaper networks")
     parser.add_argument("--data", type=Path, default=LARGE / "test", help="raw folder of the starts")
     parser.add_argument("--systems", type=int, default=60, help="number of systems (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fmax", type=float, default=0.05, help="eV/Å (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="of a relaxation (default: %(default)s)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/draft_and_verify"), help="kept to go on")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument(
+        "--fmax", type=float, default=0.05, help="force threshold, eV/Å (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=100,
+        help="maximum number of steps of a relaxation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs/draft_and_verify"),
+        help="folder of the work so far, which the next run continues",
+    )
     parser.add_argument(
         "--results", type=Path, default=Path("docs/results/draft_and_verify"), help="written as .json, .md"
     )

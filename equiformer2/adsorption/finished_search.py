@@ -18,7 +18,7 @@ from equiformer2.shipped import find_checkpoint
 
 @dataclass(frozen=True)
 class FinishedSearch:
-    """What a finished search has left in its folder.
+    """Record and structures that a finished search has left in its folder.
 
     Attributes:
         folder: of the search.

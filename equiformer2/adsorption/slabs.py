@@ -50,7 +50,7 @@ _SAME = 0.1
 
 @dataclass(frozen=True)
 class SlabReport:
-    """What a slab is and where its tags and constraints are from.
+    """Description of a slab, with the source of its tags and constraints.
 
     Attributes:
         origin: name, bulk or file.

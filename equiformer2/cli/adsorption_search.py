@@ -83,7 +83,7 @@ class AdsorptionSearch(Command):
             "--placements", type=int, default=40, help="number of placements at most (default: %(default)s)"
         )
         search.add_argument(
-            "--mode", choices=_MODES, default="heuristic", help="how they are made (default: %(default)s)"
+            "--mode", choices=_MODES, default="heuristic", help="kind of placements (default: %(default)s)"
         )
         search.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
         search.add_argument(

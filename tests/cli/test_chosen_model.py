@@ -17,30 +17,12 @@ from command_line import run_command
 
 from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
-
-TINY = {
-    **{"num_layers": 1, "sphere_channels": 8, "attn_hidden_channels": 8, "num_heads": 1},
-    **{"attn_alpha_channels": 8, "attn_value_channels": 8, "ffn_hidden_channels": 8, "lmax": 1, "mmax": 1},
-    **{"grid_resolution": 6, "edge_channels": 8, "num_distance_basis": 16, "max_radius": 5.0},
-}
+from tests.training.tiny_checkpoint import TINY, write_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny.pt"
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = EquiformerV2(ModelConfig(**TINY))
-    save_checkpoint(
-        path,
-        model=model,
-        raw_state=model.state_dict(),
-        averaged_state=None,
-        normalizers=Normalizers(energy=Normalizer(-0.7, 2.0), forces=Normalizer(0.0, 1.0)),
-        energy_kind="adsorption",
-        provenance={"origin": "random weights"},
-    )
-    return path
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.pt")
 
 
 @pytest.fixture

@@ -642,7 +642,7 @@ def test_a_text_output_of_gpaw_is_imported() -> None:
 
 
 def test_different_frames_of_a_long_run_are_no_duplicates() -> None:
-    """Of 5,000 slabs that differ by hundredths of Å none is taken for another, and a copy is found."""
+    """Tell 5,000 slabs that differ by hundredths of Å apart, and find the one copy."""
     fields = {"cell": slab().cell.array, "atomic_numbers": slab().numbers}
     random, start = np.random.default_rng(0), slab().positions
     frames = [start + random.normal(0.0, 0.002, start.shape) for _ in range(5000)]
