@@ -97,8 +97,6 @@ def find_adsorption_energy(
     """
     if isinstance(slab, str):
         slab = find_slab(slab).atoms
-    if isinstance(slab, str):
-        slab = find_slab(slab).atoms
     model: Any = calculator
     if not isinstance(calculator, BaseCalculator):
         calculator = EquiformerV2Calculator(calculator)
