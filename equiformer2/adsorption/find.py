@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.energy import resolve_energy_kind
+from equiformer2.adsorption.finished_search import FinishedSearch
 from equiformer2.adsorption.placements import placements as make_placements
 from equiformer2.adsorption.search import SearchResult, SearchSettings, search_placements
 from equiformer2.adsorption.search_output import CARD, SEARCH, write_search
@@ -70,6 +72,8 @@ def find_adsorption_energy(
     describe: Callable[[list[Atoms]], dict[str, Any]] | None = None,
     notes: Mapping[str, Any] | None = None,
     clean_slab: Relaxation | None = None,
+    stop_at_spread: float | None = None,
+    starts_from: AnyPath | None = None,
 ) -> FoundEnergy:
     """Find the lowest adsorption energy of an adsorbate on a slab.
 
@@ -90,6 +94,9 @@ def find_adsorption_energy(
         describe: gives plain values about the model for the records, from states of the structure.
         notes: plain values about how the slab was made, for the records.
         clean_slab: relaxed by the same model with the same settings, such as an earlier search's.
+        stop_at_spread: eV/Å; end a relaxation where the forces of a committee differ by more.
+        starts_from: folder of an earlier search of this adsorbate on this slab, whose minima are relaxed
+            before the placements.
 
     Raises:
         InputError: no adsorbate or placement of that kind, a folder of another search or a finished one, and
@@ -105,13 +112,17 @@ def find_adsorption_energy(
     if isinstance(calculator, EquiformerV2Calculator):
         cutoff = calculator.predictor.checkpoint.config.max_radius
     starts = make_placements(slab, adsorbate, mode, placements, seed, cutoff=cutoff)
-    settings = SearchSettings(fmax, steps, stop, gas, dict(gas_per_atom or {}))
+    settings = SearchSettings(fmax, steps, stop, gas, dict(gas_per_atom or {}), stop_at_spread=stop_at_spread)
     placed = {
         "mode": mode,
         "placements": placements,
         "seed": seed,
         "left_out": starts.reasons(),
     }
+    placed_atoms = [(one.id, one.atoms) for one in starts]
+    if starts_from is not None:
+        placed_atoms = [*earlier_minima(starts_from, slab), *placed_atoms]
+        placed["starts_from"] = str(starts_from)
     with ExitStack() as stack:
         if out is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -124,7 +135,7 @@ def find_adsorption_energy(
                 )
         result = search_placements(
             slab,
-            [(one.id, one.atoms) for one in starts],
+            placed_atoms,
             calculator,
             folder,
             settings,
@@ -151,6 +162,23 @@ def find_adsorption_energy(
         record=record,
         search=result,
     )
+
+
+def earlier_minima(folder: AnyPath, slab: Atoms) -> list[tuple[str, Atoms]]:
+    """Name and structure of the minima of an earlier search, lowest first, as placements on a slab.
+
+    Raises:
+        InputError: no finished search, or one on another slab.
+    """
+    found = []
+    for one in FinishedSearch.read(folder).candidates():
+        atoms = one.atoms.copy()
+        same = len(atoms) > len(slab) and np.array_equal(atoms.numbers[: len(slab)], slab.numbers)
+        if not same or not np.allclose(atoms.cell.array, slab.cell.array, atol=1e-3):
+            raise InputError(f"{folder} is a search on another slab: its minima are no starts here")
+        atoms.info = {}
+        found.append((f"earlier-{one.id}", atoms))
+    return found
 
 
 def _described(calculator: BaseCalculator, model: Any, states: list[Atoms]) -> dict[str, Any]:

@@ -84,5 +84,18 @@ class FinishedSearch:
         """The lowest placement of every minimum, lowest first."""
         rows = [row for row in self.record["placements"] if row["basin"] == row["id"]]
         rows = rows or [row for row in self.record["placements"] if row["id"] == self.record["best"]["id"]]
-        rows.sort(key=lambda row: float(row["energy_eV"]))
-        return [Candidate(row["id"], self.minimum(row["id"]), row["energy_eV"]) for row in rows]
+        return self._as_candidates(rows, is_minimum=True)
+
+    def unfinished(self) -> list[Candidate]:
+        """Placements that have not relaxed to the end, such as those that a committee's spread has ended."""
+        rows = [row for row in self.record["placements"] if row["status"] == "unconverged"]
+        named = {one.id for one in self.candidates()}
+        return self._as_candidates([row for row in rows if row["id"] not in named], is_minimum=False)
+
+    def _as_candidates(self, rows: list[dict[str, Any]], is_minimum: bool) -> list[Candidate]:
+        found = []
+        for row in sorted(rows, key=lambda row: float(row["energy_eV"])):
+            atoms = self.minimum(row["id"])
+            spread = atoms.info.get("max_force_std_eV_A")
+            found.append(Candidate(row["id"], atoms, row["energy_eV"], spread, is_minimum))
+        return found

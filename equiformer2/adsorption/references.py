@@ -127,17 +127,7 @@ def gas_reference(
         names = sorted({name for symbol in needed for name in _MOLECULES[symbol]})
         for name in names:
             relaxations[name] = _relax_in_box(ase.build.molecule(name), name, calculator, settings)
-        # OC20's scheme: atoms from H2, H2O, CO and N2 (Chanussot et al. 2021).
-        energies = {name: relaxation.energy for name, relaxation in relaxations.items()}
-        own = {}
-        if "H2" in energies:
-            own["H"] = energies["H2"] / 2
-        if "H2O" in energies:
-            own["O"] = energies["H2O"] - energies["H2"]
-        if "CO" in energies:
-            own["C"] = energies["CO"] - own["O"]
-        if "N2" in energies:
-            own["N"] = energies["N2"] / 2
+        own = energies_per_atom({name: relaxation.energy for name, relaxation in relaxations.items()})
         table = {**{symbol: own[symbol] for symbol in needed}, **table}
     used = {symbol: float(table[symbol]) for symbol in sorted(counts)}
     parts = {
@@ -158,6 +148,24 @@ def gas_reference(
         per_atom=used,
         relaxations=relaxations,
     )
+
+
+def energies_per_atom(molecules: Mapping[str, float]) -> dict[str, float]:
+    """Energies per atom of H, O, C and N from those of molecules, eV (OC20's scheme; Chanussot et al. 2021).
+
+    Args:
+        molecules: energies of H2, H2O, CO and N2; what they do not suffice for is left out.
+    """
+    found = {}
+    if "H2" in molecules:
+        found["H"] = molecules["H2"] / 2
+    if "H2" in molecules and "H2O" in molecules:
+        found["O"] = molecules["H2O"] - molecules["H2"]
+    if "CO" in molecules and "O" in found:
+        found["C"] = molecules["CO"] - found["O"]
+    if "N2" in molecules:
+        found["N"] = molecules["N2"] / 2
+    return found
 
 
 def _table(given: Mapping[str, float] | None, source: str) -> dict[str, float]:

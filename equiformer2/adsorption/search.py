@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class SearchSettings:
         gas: source of the gas references of a total-energy model (`references.gas_reference`).
         gas_per_atom: eV per atom, instead of it.
         batch_size: structures per batch, or `"auto"`.
+        stop_at_spread: eV/Å; end a relaxation where the forces of a committee differ by more.
     """
 
     fmax: float = 0.05
@@ -63,10 +64,11 @@ class SearchSettings:
     gas: str = "vacuum"
     gas_per_atom: Mapping[str, float] = field(default_factory=dict)
     batch_size: int | str = "auto"
+    stop_at_spread: float | None = None
 
     def relaxation(self) -> RelaxationSettings:
         """Settings of every relaxation."""
-        return RelaxationSettings(fmax=self.fmax, steps=self.steps)
+        return RelaxationSettings(fmax=self.fmax, steps=self.steps, stop_at_spread=self.stop_at_spread)
 
 
 @dataclass
@@ -282,6 +284,8 @@ class _Search:
 
     def _relaxed(self, store: RelaxationStore, starts: Sequence[tuple[str, Atoms]]) -> Iterator[Relaxation]:
         settings = self.settings.relaxation()
+        if starts[0][0] == _CLEAN_SLAB:  # models of adsorption energies differ where they know nothing
+            settings = replace(settings, stop_at_spread=None)
         for result in store.relax(starts, self.engine, settings, self.settings.batch_size):
             self.evaluations += result.model_evaluations
             yield result

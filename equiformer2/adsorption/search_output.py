@@ -7,7 +7,8 @@ from typing import Any
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.cards import label_physics
-from equiformer2.adsorption.dft_inputs import Candidate, write_dft_inputs
+from equiformer2.adsorption.dft_inputs import Candidate
+from equiformer2.adsorption.dft_ledger import DftLedger
 from equiformer2.adsorption.search import SearchResult
 from equiformer2.adsorption.search_page import search_page
 from equiformer2.checkpoint.tensor_files import sha256
@@ -44,12 +45,7 @@ def write_search(
     assert best.relaxation is not None
     write_structure(folder / BEST, best.relaxation.atoms)
     write_structure(folder / CLEAN_SLAB, result.clean_slab.atoms)
-    candidates = [
-        Candidate(one.id, one.relaxation.atoms, one.energy)
-        for one in result.ranking()[:_CANDIDATES]
-        if one.relaxation is not None
-    ] or [Candidate(best.id, best.relaxation.atoms, best.energy)]
-    write_dft_inputs(folder / "dft", candidates, result.clean_slab.atoms)
+    DftLedger(folder).ask(_dft_candidates(result), result.clean_slab.atoms)
     card = trust_card(result, model, settings, provenance, sha256(folder / BEST))
     checkpoint = model.get("checkpoint")
     write_json(folder / CARD, {**header("adsorption-card/1", checkpoint), **card})
@@ -91,6 +87,25 @@ def write_search(
     write_bytes(folder / REPORT, search_page(result, record, card).encode())
     write_json(folder / SEARCH, record)
     return record
+
+
+def _dft_candidates(result: SearchResult) -> list[Candidate]:
+    """The lowest minima, and what the spread of a committee has ended, highest spread first."""
+    minima = result.ranking() or [result.best]
+    doubtful = [one for one in result.found if one.relaxation and one.relaxation.status == "stopped"]
+    chosen = [
+        Candidate(
+            one.id,
+            one.relaxation.atoms,
+            one.energy,
+            one.relaxation.atoms.info.get("max_force_std_eV_A"),
+            one.relaxation.converged,
+        )
+        for one in [*minima[:_CANDIDATES], *(one for one in doubtful if one not in minima)]
+        if one.relaxation is not None
+    ]
+    spread = sorted(chosen[_CANDIDATES:], key=lambda one: -(one.force_spread or 0.0))
+    return [*chosen[:_CANDIDATES], *spread[:_CANDIDATES]]
 
 
 def trust_card(

@@ -1,6 +1,8 @@
 """Commands about DFT for a search, and about paths between its minima."""
 
 import argparse
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from equiformer2.cli.adsorption import gas_references
@@ -10,13 +12,59 @@ from equiformer2.cli.options import add_overwrite_argument
 from equiformer2.errors import InputError
 
 
+class AdsorptionAsk(Command):
+    """Write DFT input for the next structures of a search, and list those that wait for an answer.
+
+    First come structures where a committee's forces differ most, then the lowest minima. Structures that
+    were asked before are not asked again. The input is in FOLDER/dft, and FOLDER/dft/ledger.json remembers.
+
+        equiformer2 adsorption ask runs/co --number 3
+    """
+
+    def add_arguments(self, parser: Parser) -> None:
+        parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a search")
+        parser.add_argument(
+            "--number",
+            type=int,
+            default=5,
+            help="structures to ask, 0 to list only (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--spread-above",
+            type=float,
+            default=0.0,
+            metavar="X",
+            help="standard deviation of a committee's forces, eV/Å, above which a structure comes first "
+            "(default: %(default)s)",
+        )
+
+    def run(self, options: argparse.Namespace) -> Result:
+        from equiformer2.adsorption.dft_loop import ask_dft
+        from equiformer2.script import header
+
+        asked = ask_dft(options.folder, options.number, options.spread_above)
+        new = {str(folder) for folder in asked.folders}
+        print(f"{'waits for DFT':24}{'model (eV)':>12}{'spread (eV/Å)':>15}  folder")
+        for row in asked.open:
+            place = str(options.folder / "dft" / row["folder"])
+            values = (row["model_eV"], row["max_force_std_eV_A"])
+            energy, spread = ("" if value is None else f"{value:.3f}" for value in values)
+            print(f"{row['id']:24}{energy:>12}{spread:>15}  {place}{' (new)' if place in new else ''}")
+        print(f"{len(asked.folders)} new; with the outputs in these folders: equiformer2 adsorption collect")
+        record = {**header("adsorption-ask/1"), "new": sorted(new), "open": asked.open}
+        return Result(record)
+
+
 class AdsorptionCollect(Command):
-    """Read DFT results of a search's candidates back, and say whether the model's ranking held.
+    """Read DFT results of a search's structures back, and say whether the model's ranking held.
 
-    Outputs are matched to candidates by their structures. With a result of the clean slab and --gas the
-    energies are adsorption energies; otherwise total energies. Writes collect.json into the search's folder.
+    Outputs are matched to structures by their atoms, in any order, and remembered: with every call there are
+    more. With a result of the clean slab and --gas the energies are adsorption energies; otherwise total
+    energies. Writes collect.json and dft/collected.lmdb, which `equiformer2 finetune` reads. Exit status 3 if
+    a file that was named is left out.
 
-        equiformer2 adsorption collect --search runs/co --dft runs/co/dft/*/OUTCAR
+        equiformer2 adsorption collect --search runs/co
+        equiformer2 adsorption collect --search runs/co --dft outputs --gas H2=-6.98,CO=-14.4,H2O=-14.1
     """
 
     def add_arguments(self, parser: Parser) -> None:
@@ -24,48 +72,49 @@ class AdsorptionCollect(Command):
             "--search", required=True, type=Path, metavar="FOLDER", help="folder of the search"
         )
         parser.add_argument(
-            "--dft", required=True, nargs="+", type=Path, metavar="FILE", help="outputs of DFT that ASE reads"
+            "--dft",
+            nargs="+",
+            type=Path,
+            default=[],
+            metavar="FILE",
+            help="outputs of DFT that ASE reads, or folders of them (default: the search's dft/01, …)",
         )
         parser.add_argument(
             "--gas",
             action="append",
             default=[],
             metavar="X=EV,Y=EV",
-            help="energies of DFT per atom of each element of the adsorbate by itself, eV",
+            help="energies of your DFT, eV: per atom of each element of the adsorbate, or of the molecules "
+            "H2, H2O, CO and N2, from which those follow (default: as in the last call)",
         )
+        parser.add_argument("--mixed", action="store_true", help="take results of different settings of DFT")
         add_overwrite_argument(parser)
 
     def run(self, options: argparse.Namespace) -> Result:
-        from equiformer2.adsorption.collect import collect, read_dft_result
-        from equiformer2.adsorption.finished_search import FinishedSearch
-        from equiformer2.files import check_target, write_json
-        from equiformer2.script import header
+        from equiformer2.adsorption.dft_loop import collect_dft
 
-        gas, source = gas_references(options.gas)
-        if source != "vacuum":
-            raise InputError(f"--gas {source} is of a model: give energies of your DFT, such as O=-7.2")
-        target = options.search / "collect.json"
-        check_target(target, inputs=options.dft, overwrite=options.overwrite)
-        search = FinishedSearch.read(options.search)
-        found = collect(
-            search.candidates(),
-            search.clean_slab,
-            [read_dft_result(file) for file in options.dft],
-            gas,
-            search.adsorbate.get_chemical_symbols(),
-        )
-        record = {**header("adsorption-collect/1"), **found}
-        write_json(target, record)
-        print(f"{'candidate':24}{'model (eV)':>12}{'DFT (eV)':>14}")
+        gas = dft_gas(options.gas)
+        found = collect_dft(options.search, options.dft, gas, options.mixed, options.overwrite)
+        for row in found["left_out"]:
+            print(f"left out: {row['file']}: {row['reason']}")
+        print(f"{'candidate':24}{'model (eV)':>12}{'DFT (eV)':>14}{'moved (Å)':>12}{'force (eV/Å)':>14}")
         for row in found["ranking"]:
-            print(f"{row['id']:24}{row['model_eV']:12.4f}{row['dft_eV']:14.4f}")
+            force = "" if row["max_force_eV_A"] is None else f"{row['max_force_eV_A']:.3f}"
+            print(
+                f"{row['id']:24}{row['model_eV']:12.4f}{row['dft_eV']:14.4f}{row['moved_A']:12.2f}{force:>14}"
+            )
+        for sentence in found["warnings"]:
+            print(f"warning: {sentence}")
         print(f"correction {found['correction_eV']:+.4f} eV ({found['dft_energy']} energies of DFT)")
         if found["top1_held"] is None:
             print("whether the model's lowest candidate holds takes DFT results of it and of another")
         else:
             held = "held" if found["top1_held"] else "did NOT hold"
             print(f"the model's lowest candidate {held} in DFT; rank correlation {found['spearman']}")
-        return Result(record)
+        data = found["training_data"]
+        kind = f"{data['frames']} frames with {data['energy_kind']} energies"
+        print(f"{kind}: equiformer2 finetune --data {data['file']}")
+        return Result(found, 3 if found["left_out"] and options.dft else 0)
 
 
 class AdsorptionNeb(Command):
@@ -132,3 +181,34 @@ class AdsorptionNeb(Command):
             print("NOT converged: the barrier is not that of a minimum-energy path (more --steps)")
         print(f"saved in {folder}: neb.json, neb.traj, neb.png")
         return Result(record, 0 if record["converged"] else 3)
+
+
+def dft_gas(texts: Sequence[str]) -> dict[str, float]:
+    """Energies per atom, eV, from those of atoms and molecules that DFT gave.
+
+    Raises:
+        InputError: something else than `X=EV`, or molecules that do not suffice for any element.
+    """
+    from equiformer2.adsorption.references import energies_per_atom
+
+    molecules: dict[str, float] = {}
+    rest = []
+    for part in (part.strip() for text in texts for part in text.split(",")):
+        name, _, value = part.partition("=")
+        if name not in ("H2", "H2O", "CO", "N2"):
+            rest.append(part)
+            continue
+        try:
+            energy = float(value)
+        except ValueError:
+            energy = math.nan
+        if not math.isfinite(energy):
+            raise InputError(f"--gas {part!r} must be a molecule and its energy in eV, such as H2=-6.98")
+        molecules[name] = energy
+    atoms, source = gas_references(rest)
+    if source != "vacuum":
+        raise InputError(f"--gas {source} is of a model: give energies of your DFT, such as O=-7.2")
+    of_molecules = energies_per_atom(molecules)
+    if molecules and not of_molecules:
+        raise InputError(f"--gas {', '.join(molecules)} gives no element: add H2, and H2O for O and C")
+    return {**of_molecules, **atoms}

@@ -15,6 +15,7 @@ from equiformer2.cli.options import (
     NETWORK_ONLY,
     add_model_arguments,
     add_overwrite_argument,
+    add_spread_argument,
     parse_checked,
 )
 from equiformer2.errors import InputError
@@ -108,6 +109,13 @@ class AdsorptionSearch(Command):
             default=300,
             help="maximum number of steps per relaxation (default: %(default)s)",
         )
+        add_spread_argument(search)
+        search.add_argument(
+            "--starts-from",
+            type=Path,
+            metavar="FOLDER",
+            help="earlier search of this adsorbate on this slab, whose minima are relaxed first",
+        )
         parser.add_argument(
             "--out", required=True, type=Path, metavar="FOLDER", help="folder for the results"
         )
@@ -124,6 +132,8 @@ class AdsorptionSearch(Command):
         )
         if options.slab is None and options.bulk is None:
             parser.error("give --slab, or --bulk and --miller")
+        if options.stop_at_spread is not None and len(options.checkpoint or []) < 2:
+            parser.error("--stop-at-spread needs a committee: give several checkpoints")
         return options
 
     def run(self, options: argparse.Namespace) -> Result:
@@ -165,6 +175,8 @@ class AdsorptionSearch(Command):
                 describe=chosen.record,
                 notes={"slab": slab.report.summary(), "adsorbate": name},
                 clean_slab=clean,
+                stop_at_spread=options.stop_at_spread,
+                starts_from=options.starts_from,
             )
             clean = found.search.clean_slab
             records[str(folder)] = found.record

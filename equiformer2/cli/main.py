@@ -23,6 +23,7 @@ COMMANDS = {
     "adsorption energy": "adsorption:AdsorptionEnergy",
     "adsorption search": "adsorption_search:AdsorptionSearch",
     "adsorption verify": "adsorption_search:AdsorptionVerify",
+    "adsorption ask": "adsorption_dft:AdsorptionAsk",
     "adsorption collect": "adsorption_dft:AdsorptionCollect",
     "adsorption free-energy": "adsorption_search:AdsorptionFreeEnergy",
     "adsorption diagram": "adsorption_search:AdsorptionDiagram",

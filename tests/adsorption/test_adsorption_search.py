@@ -7,14 +7,11 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.calculators.emt import EMT
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 from ase.optimize import LBFGS
 from test_basins import slab, with_adsorbate
 
 from equiformer2.adsorption.cards import label_physics, verify_card
-from equiformer2.adsorption.collect import collect, read_dft_result
-from equiformer2.adsorption.dft_inputs import Candidate, k_points, write_dft_inputs
 from equiformer2.adsorption.search import SearchResult, SearchSettings, search_placements
 from equiformer2.adsorption.search_output import write_search
 from equiformer2.adsorption.slabs import find_slab
@@ -226,89 +223,3 @@ def test_physics_that_labels_leave_out_is_said() -> None:
     assert "magnetic" not in " ".join(label_physics(Atoms("CuO", tags=[1, 2]), "adsorption", {}))
     stage = {"elements": {"Cu": 1}, "labels": ["SevenNet-0, not DFT"], "earlier": []}
     assert "SevenNet-0, not DFT" in label_physics(iron, "adsorption", {"training_data": stage})[0]
-
-
-def candidates() -> list[Candidate]:
-    return [
-        Candidate("a", with_adsorbate(base(), "O", "fcc"), -1.0),
-        Candidate("b", with_adsorbate(base(), "O", "ontop"), -0.5),
-        Candidate("c", with_adsorbate(base(), "O", "bridge"), -0.8),
-    ]
-
-
-def test_dft_input_has_oc20_s_settings(tmp_path: Path) -> None:
-    folders = write_dft_inputs(tmp_path, candidates()[:2], base())
-    assert [folder.name for folder in folders] == ["01", "02", "slab"]
-    assert "GGA = RP" in (tmp_path / "01/INCAR").read_text()
-    assert k_points(base()) == (8, 8, 1)  # 40 Å over 5.1 Å
-    assert "8 8 1" in (tmp_path / "01/KPOINTS").read_text()
-    poscar = read(tmp_path / "01/POSCAR")
-    order = json.loads((tmp_path / "01/candidate.json").read_text())["order"]
-    original = candidates()[0].atoms
-    assert np.allclose(poscar.positions, original.positions[order])
-    assert len(poscar.constraints[0].index) == 4
-    assert (tmp_path / "01/POTCAR.txt").read_text().strip().endswith(": Cu O")
-    espresso = read(tmp_path / "01/pw.in", format="espresso-in")
-    assert np.allclose(espresso.positions, original.positions)
-    assert len(espresso.constraints[0].index) == 4
-
-
-def dft_file(path: Path, atoms: Atoms, energy: float) -> Path:
-    """A relaxation of two steps, as a trajectory."""
-    frames = []
-    for step in range(2):
-        frame = atoms.copy()
-        frame.positions[-1, 2] += 0.05 * step
-        frame.calc = SinglePointCalculator(
-            frame, energy=energy + 0.1 * (1 - step), forces=np.zeros((len(frame), 3))
-        )
-        frames.append(frame)
-    write(path, frames)
-    return path
-
-
-def test_dft_results_are_read_back(tmp_path: Path) -> None:
-    a, b, c = candidates()
-    files = [
-        dft_file(tmp_path / "x.traj", b.atoms[::-1], -99.0),  # in another order of atoms
-        dft_file(tmp_path / "y.traj", a.atoms, -100.0),
-        dft_file(tmp_path / "slab.traj", base(), -95.0),
-    ]
-    results = [read_dft_result(file) for file in files]
-    found = collect([a, b, c], base(), results)
-    assert [row["id"] for row in found["ranking"]] == ["a", "b"]
-    assert [row["dft_eV"] for row in found["ranking"]] == [-100.0, -99.0]
-    assert (found["dft_energy"], found["top1_held"], found["spearman"]) == ("total", True, pytest.approx(1.0))
-    assert found["correction_eV"] == pytest.approx(-98.75)
-    assert collect([a, b, c], base(), results[:1])["top1_held"] is None
-    assert collect([a, b, c], base(), results[1:])["top1_held"] is None  # of one alone there is no order
-    found = collect([a, b, c], base(), results, {"O": -4.0}, ["O"])
-    assert found["dft_energy"] == "adsorption"
-    assert [row["dft_eV"] for row in found["ranking"]] == pytest.approx([-1.0, 0.0])
-    assert found["correction_eV"] == pytest.approx(0.25)
-
-
-def test_dft_results_of_something_else_are_refused(tmp_path: Path) -> None:
-    a, b, _ = candidates()
-    other = with_adsorbate(base(), "CO", "fcc")
-    moved = a.atoms.copy()
-    moved.positions[-1, 2] += 2.0
-    for atoms, message in (
-        (other, "its atoms or its cell are others"),
-        (moved, "Å from the nearest candidate"),
-    ):
-        result = read_dft_result(dft_file(tmp_path / "z.traj", atoms, -1.0))
-        with pytest.raises(InputError, match=message):
-            collect([a, b], base(), [result])
-    twice = [read_dft_result(dft_file(tmp_path / f"{n}.traj", a.atoms, -float(n))) for n in (1, 2)]
-    with pytest.raises(InputError, match=r"both of the candidate a, with energies that differ by 1.000 eV"):
-        collect([a, b], base(), twice)
-    slabs = [read_dft_result(dft_file(tmp_path / f"slab{n}.traj", base(), -float(n))) for n in (1, 2)]
-    with pytest.raises(InputError, match="both of the clean slab"):
-        collect([a, b], base(), [twice[0], *slabs])
-    slab_only = [read_dft_result(dft_file(tmp_path / "s.traj", base(), -1.0))]
-    with pytest.raises(InputError, match="no DFT result is of a candidate"):
-        collect([a, b], base(), slab_only)
-    (tmp_path / "OUTCAR").write_text("nothing")
-    with pytest.raises(InputError, match="gives no DFT energy"):
-        read_dft_result(tmp_path / "OUTCAR")
