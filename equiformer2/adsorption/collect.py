@@ -142,43 +142,52 @@ def match_results(
         InputError: two results of one structure with other energies.
     """
     found: dict[str, Answer] = {}
-    waiting: list[tuple[DftResult, str]] = []
-    for result in results:
-        for part in _parts(result, structures):
-            one, distance = _nearest(part.start, structures)
-            if one is None or distance > _SAME_START:
-                waiting.append((part, _reason(part, structures, one, distance)))
-                continue
-            if not any(part.usable):
-                waiting.append((part, f"its step of {one.id} has no energy ({part.problem})"))
-                continue
-            _add(found, _answer(one, part))
     by_id = {one.id: one for one in structures}
     earlier = {answer.id: answer for answer in known}
-    place = 0
-    while place < len(waiting):
-        part = waiting[place][0]
-        ended = next(
-            (
-                answer
-                for answer in {**earlier, **found}.values()
-                if any(part.usable) and displacement(part.start, answer.frames[-1]) < _SAME_END
-            ),
-            None,
-        )
-        place += 1
-        if ended is not None:
-            more = _answer(by_id[ended.id], part)
-            found[ended.id] = replace(
-                more, files=(*ended.files, *more.files), frames=[*ended.frames, *more.frames]
+    waiting = [
+        (part, *_nearest(part.start, structures)) for result in results for part in _parts(result, structures)
+    ]
+    refused = [
+        (part.file, f"no step of it has an energy ({part.problem})")
+        for part, *_ in waiting
+        if not any(part.usable)
+    ]
+    waiting = [one for one in waiting if any(one[0].usable)]
+    # First what begins at a structure itself: others near to it may go on from there.
+    for limit in (_SAME_END, _SAME_START):
+        place = 0
+        while place < len(waiting):
+            part, one, distance = waiting[place]
+            ended = next(
+                (
+                    answer
+                    for answer in {**earlier, **found}.values()
+                    if distance > _SAME_END and displacement(part.start, answer.frames[-1]) < _SAME_END
+                ),
+                None,
             )
-            del waiting[place - 1]
+            if ended is not None:
+                found[ended.id] = _continued(ended, _answer(by_id[ended.id], part))
+            elif one is not None and distance < limit:
+                _add(found, _answer(one, part))
+            else:
+                place += 1
+                continue
+            del waiting[place]
             place = 0  # others may continue this one
-    return found, [(part.file, reason) for part, reason in waiting]
+    refused += [(part.file, _reason(part, structures, one, distance)) for part, one, distance in waiting]
+    return found, refused
+
+
+def _continued(answer: Answer, more: Answer) -> Answer:
+    return replace(more, files=(*answer.files, *more.files), frames=[*answer.frames, *more.frames])
 
 
 def _parts(result: DftResult, structures: Sequence[Candidate]) -> Iterator[DftResult]:
     """Divide the frames of a file where another structure of the search begins."""
+    if "code" in result.settings:  # an output of one calculation
+        yield result
+        return
     begin, current = 0, _nearest(result.start, structures)[0]
     for place in range(1, len(result.frames)):
         before, after = result.frames[place - 1 : place + 1]

@@ -9,7 +9,8 @@ from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.cards import label_physics
 from equiformer2.adsorption.dft_inputs import Candidate
 from equiformer2.adsorption.dft_ledger import DftLedger
-from equiformer2.adsorption.search import SearchResult
+from equiformer2.adsorption.path_section import path_section
+from equiformer2.adsorption.search import Found, SearchResult
 from equiformer2.adsorption.search_page import search_page
 from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.files import write_bytes, write_json
@@ -84,28 +85,32 @@ def write_search(
         "settings": dict(settings),
         "files": [BEST, CLEAN_SLAB, BASINS, CARD, REPORT, "dft", "trajectories"],
     }
-    write_bytes(folder / REPORT, search_page(result, record, card).encode())
+    write_bytes(folder / REPORT, search_page(result, record, card, path_section(folder)).encode())
     write_json(folder / SEARCH, record)
     return record
 
 
 def _dft_candidates(result: SearchResult) -> list[Candidate]:
     """The lowest minima, and what the spread of a committee has ended, highest spread first."""
-    minima = result.ranking() or [result.best]
+
+    def as_candidates(chosen: list[Found]) -> list[Candidate]:
+        return [
+            Candidate(
+                one.id,
+                one.relaxation.atoms,
+                one.energy,
+                one.relaxation.atoms.info.get("max_force_std_eV_A"),
+                one.relaxation.converged,
+            )
+            for one in chosen
+            if one.relaxation is not None
+        ]
+
+    minima = (result.ranking() or [result.best])[:_CANDIDATES]
     doubtful = [one for one in result.found if one.relaxation and one.relaxation.status == "stopped"]
-    chosen = [
-        Candidate(
-            one.id,
-            one.relaxation.atoms,
-            one.energy,
-            one.relaxation.atoms.info.get("max_force_std_eV_A"),
-            one.relaxation.converged,
-        )
-        for one in [*minima[:_CANDIDATES], *(one for one in doubtful if one not in minima)]
-        if one.relaxation is not None
-    ]
-    spread = sorted(chosen[_CANDIDATES:], key=lambda one: -(one.force_spread or 0.0))
-    return [*chosen[:_CANDIDATES], *spread[:_CANDIDATES]]
+    others = as_candidates([one for one in doubtful if one not in minima])
+    others.sort(key=lambda one: -(one.force_spread or 0.0))
+    return [*as_candidates(minima), *others[:_CANDIDATES]]
 
 
 def trust_card(

@@ -12,8 +12,10 @@ from equiformer2.inference.pictures import new_figure, png_bytes, structure_pict
 from equiformer2.report import bullets, page, picture, structure_viewer, table, viewer_script
 
 
-def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[str, Any]) -> str:
-    """Write the report as one HTML page."""
+def search_page(
+    result: SearchResult, record: Mapping[str, Any], card: Mapping[str, Any], paths: str = ""
+) -> str:
+    """Write the report as one HTML page; `paths` is HTML about paths between its minima (`path_section`)."""
     best = result.best
     assert best.relaxation is not None
 
@@ -103,6 +105,7 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
         bullets([*card["label_physics"], *model, *_settings(record["settings"])]),
         "<h2>All placements</h2>",
         table(head, rows),
+        paths,
     ]
     return page(name, parts)
 

@@ -120,7 +120,8 @@ class AdsorptionCollect(Command):
 class AdsorptionNeb(Command):
     """Find the barrier between two minima of a search with a nudged elastic band.
 
-    Writes neb.json, neb.traj and neb.png into FOLDER/neb/FROM-TO. Exit status 3 if it has not converged.
+    Writes neb.json, neb.traj and neb.png into FOLDER/neb/FROM-TO, and a section of FOLDER/report.html. Exit
+    status 3 if it has not converged.
 
         equiformer2 adsorption neb runs/co --start heuristic-0000 --end heuristic-0003
     """
@@ -154,6 +155,7 @@ class AdsorptionNeb(Command):
 
         from equiformer2.adsorption.finished_search import FinishedSearch
         from equiformer2.adsorption.neb import find_path, path_picture
+        from equiformer2.adsorption.path_section import update_report
         from equiformer2.files import check_target, write_bytes, write_json
         from equiformer2.script import header
 
@@ -173,13 +175,14 @@ class AdsorptionNeb(Command):
             "end": options.end,
         }
         write_json(folder / "neb.json", record)
+        update_report(options.folder)
         print(
             f"barrier {record['barrier_eV']:.4f} eV, back {record['reverse_barrier_eV']:.4f} eV; "
             f"{record['steps']} steps, largest force {record['max_force_eV_A']:.3f} eV/Å"
         )
         if not record["converged"]:
             print("NOT converged: the barrier is not that of a minimum-energy path (more --steps)")
-        print(f"saved in {folder}: neb.json, neb.traj, neb.png")
+        print(f"saved in {folder}: neb.json, neb.traj, neb.png; see {options.folder / 'report.html'}")
         return Result(record, 0 if record["converged"] else 3)
 
 

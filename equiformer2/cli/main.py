@@ -28,6 +28,7 @@ COMMANDS = {
     "adsorption free-energy": "adsorption_search:AdsorptionFreeEnergy",
     "adsorption diagram": "adsorption_search:AdsorptionDiagram",
     "adsorption neb": "adsorption_dft:AdsorptionNeb",
+    "adsorption benchmark": "adsorption_benchmark:AdsorptionBenchmark",
     "adsorption slab": "slab:BuildSlab",
     "relax-is2re": "inference:RelaxIs2re",
     "submission": "inference:Submission",

@@ -13,6 +13,7 @@ th:first-child, td:first-child { text-align: left; } img { max-width: 100%; }
 .best { font-weight: bold; } .dim { color: #777; }
 .wide { overflow-x: auto; } .wide td { white-space: nowrap; }
 .note { background: #f5f5f0; padding: .6rem 1rem; border-left: 4px solid #999; }
+.buttons { margin: .5rem 0; } button.shown { font-weight: bold; }
 .viewer { position: relative; width: 100%; height: 26rem; border: 1px solid #ddd; }
 """
 

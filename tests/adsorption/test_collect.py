@@ -189,11 +189,12 @@ def test_a_calculation_that_was_started_again_goes_on(tmp_path: Path) -> None:
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     a, b, c = (one.atoms for one in candidates())
-    lower = c.copy()
-    lower.positions[-1] = a.positions[-1]
+    lower = [c.copy() for _ in range(8)]
+    for number, atoms in enumerate(lower):
+        atoms.positions[-1] += number / 7 * (a.positions[-1] - c.positions[-1])
     write(tmp_path / "a.traj", with_results(a, -10.0))
     write(tmp_path / "b.traj", [with_results(b, -9.0), with_results(b, -9.1, 0.4)])
-    write(tmp_path / "c.traj", [with_results(c, -9.5), with_results(lower, -10.0, 0.01)])
+    write(tmp_path / "c.traj", [with_results(atoms, -10.0, 0.01) for atoms in lower])
     record = compare(candidates(), answers_of(*(tmp_path / f"{name}.traj" for name in "abc"))[0])
     single, unfinished = record["warnings"][1:]
     assert record["warnings"][0].endswith("into the minimum of a")
