@@ -56,12 +56,14 @@ class Reaction:
     adsorbate_atoms: tuple[int, ...] = ()
 
 
-def read_catbench(path: AnyPath) -> list[Reaction]:
+def read_catbench(path: AnyPath) -> tuple[list[Reaction], dict[str, str]]:
     """Read a file of adsorption reactions, compressed (`.gz`, …) or not.
 
+    Returns:
+        The reactions; and name and reason of entries that are none, or whose numbers of atoms do not balance.
+
     Raises:
-        DataError: no such file format, an entry that is no adsorption reaction, or one whose numbers of atoms
-            do not balance; file and reaction are named.
+        DataError: another file format, or no reaction can be used.
         OSError: the file is missing or unreadable.
     """
     with open_compressed(path, _LARGEST_FILE) as file:
@@ -72,16 +74,21 @@ def read_catbench(path: AnyPath) -> list[Reaction]:
         )
     shared = content.pop(_STRUCTURES, {})
     known: dict[str, Atoms] = {}
-    found = []
+    found: list[Reaction] = []
+    left_out: dict[str, str] = {}
     for name, entry in content.items():
         try:
             found.append(_reaction(str(name), entry, shared, known))
-        except (DataError, KeyError, TypeError, ValueError, IndexError) as error:
-            reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error).rstrip(".")
-            raise DataError(f"{path}, reaction {name}: {reason}.") from error
+        except DataError as error:
+            left_out[name] = str(error).rstrip(".")
+        except KeyError as error:
+            left_out[name] = f"{error.args[0]} is missing"
+        except (AttributeError, TypeError, ValueError, IndexError):
+            left_out[name] = "it is not laid out as an adsorption reaction of CatBench"
     if not found:
-        raise DataError(f"{path} holds no reaction.")
-    return found
+        first = next((f": {name}: {reason}" for name, reason in left_out.items()), "")
+        raise DataError(f"{path} holds no adsorption reaction that can be used{first}.")
+    return found, left_out
 
 
 def _reaction(name: str, entry: Any, shared: Any, known: dict[str, Atoms]) -> Reaction:

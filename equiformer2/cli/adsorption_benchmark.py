@@ -59,7 +59,9 @@ class AdsorptionBenchmark(Command):
         target = options.out / "benchmark.json"
         check_target(target, inputs=[options.file], overwrite=options.overwrite)
         with as_input_error():
-            reactions = read_catbench(options.file)
+            reactions, left_out = read_catbench(options.file)
+        for name, reason in left_out.items():
+            print(f"left out: {name}: {reason}")
         chosen = ChosenModel(options)
         settings = RelaxationSettings(fmax=options.fmax, steps=options.steps)
         rows = evaluate(reactions, open_engine(chosen.calculator), chosen.energy_kind, options.out, settings)
@@ -74,6 +76,7 @@ class AdsorptionBenchmark(Command):
             "steps": options.steps,
             **found,
             "reactions": [row.summary() for row in rows],
+            "left_out": left_out,
         }
         write_bytes(options.out / "benchmark.png", parity_picture(rows, options.file.stem), make_folder=True)
         write_json(target, record)
@@ -89,4 +92,4 @@ class AdsorptionBenchmark(Command):
         if found["counts"]["failed"]:
             print(f"first failure: {next(row.reason for row in rows if row.kind == 'failed')}")
         print(f"saved in {options.out}: benchmark.json, benchmark.png, trajectories")
-        return Result(record, 3 if found["counts"]["failed"] else 0)
+        return Result(record, 3 if found["counts"]["failed"] or left_out else 0)
