@@ -244,7 +244,7 @@ def _answer(one: Candidate, result: DftResult) -> Answer:
             values["forces"] = np.asarray(atoms.calc.results["forces"])[order]
         frame.calc = SinglePointCalculator(frame, **values)
         frames.append(frame)
-    return Answer(one.id, (result.file,), frames, result.settings, now())
+    return Answer(one.id, (result.file,), frames, result.settings, now(), result.problem)
 
 
 def _add(found: dict[str, Answer], answer: Answer) -> None:
@@ -380,7 +380,14 @@ def compare(
         "spearman": float(spearmanr(*pairs.T).statistic) if several and np.ptp(pairs, axis=0).all() else None,
         "top1_held": minima[0]["id"] == lowest if several and lowest in known else None,
         "reranked": sorted(reranked, key=lambda row: float(row["energy_eV"])),
-        "warnings": _warnings(ranking, answers.get(CLEAN_SLAB_ID)),
+        "warnings": [
+            *(
+                f"{one.files[-1]}: {one.problem}; its last good step counts"
+                for one in answers.values()
+                if one.problem
+            ),
+            *_warnings(ranking, answers.get(CLEAN_SLAB_ID)),
+        ],
     }
 
 

@@ -48,6 +48,7 @@ class Answer:
             and held atoms; the energies are DFT's total ones, eV.
         settings: of DFT, as far as the outputs tell them.
         answered: time.
+        problem: reason why a later step of the outputs is not among the frames, or empty.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Answer:
     frames: list[Atoms]
     settings: Settings = field(default_factory=dict)
     answered: str = ""
+    problem: str = ""
 
     @property
     def energy(self) -> float:
@@ -80,6 +82,7 @@ class Answer:
             "max_force_eV_A": self.max_force,
             "settings": dict(self.settings),
             "answered": self.answered,
+            "problem": self.problem,
         }
 
 
@@ -117,7 +120,12 @@ class DftLedger:
                 for frame in self._read_frames():
                     frames.setdefault(str(frame.info["sid"]), []).append(frame)
             self.answers = {
-                name: Answer(name, tuple(row["files"]), frames[name], row["settings"], row["answered"])
+                name: Answer(
+                    name,
+                    tuple(row["files"]),
+                    frames[name],
+                    *(row[key] for key in ("settings", "answered", "problem")),
+                )
                 for name, row in rows.items()
             }
             if not all(answer.frames for answer in self.answers.values()):

@@ -24,7 +24,9 @@ def search_page(
 
     symbols = best.start.get_chemical_symbols()
     adsorbate = Atoms(symbols[len(result.clean_slab.atoms) :]).get_chemical_formula()
-    name = f"{adsorbate} on {result.clean_slab.atoms.get_chemical_formula()}"
+    slab = record["settings"].get("slab")
+    formula = result.clean_slab.atoms.get_chemical_formula()
+    name = f"{adsorbate} on " + (f"{slab['origin']} ({formula})" if isinstance(slab, Mapping) else formula)
     both = {"relaxed": best.relaxation.atoms, "start": best.start, "clean slab": result.clean_slab.atoms}
     drawing = structure_picture(
         {"relaxed": best.relaxation.atoms, "start": best.start}, f"{name}: {result.energy:.3f} eV"
@@ -142,7 +144,9 @@ def basin_picture(result: SearchResult) -> bytes:
             [place - 0.3, place + 0.2], [one.start_energy, one.energy], "-", color=colour, linewidth=0.8
         )
         axis.plot(place + 0.2, one.energy, "o" if known else "x", color=colour, markersize=5)
-    axis.set_xticks([-1, *basins.values()], ["no minimum", *basins], rotation=45, ha="right", fontsize=8)
+    outside = any(one.energy is not None and one.basin not in basins for one in result.found)
+    ticks = {**({"no minimum": -1} if outside else {}), **basins}
+    axis.set_xticks([*ticks.values()], [*ticks], rotation=45, ha="right", fontsize=8)
     axis.set(ylabel="adsorption energy (eV)", title="from the start (left) to the relaxed placement (dot)")
     axis.grid(alpha=0.3)
     return png_bytes(figure)

@@ -217,3 +217,38 @@ def test_another_cell_is_told_from_other_atoms(tmp_path: Path) -> None:
     wide.set_cell(wide.cell.array * 1.02, scale_atoms=True)
     write(tmp_path / "wide.traj", with_results(wide, -1.0))
     assert "its cell is another (5.21 x" in answers_of(tmp_path / "wide.traj")[1][0][1]
+
+
+OUTPUTS = Path(__file__).parents[1] / "data" / "own_data"
+
+
+@pytest.mark.parametrize("name", ["li_relaxation_OUTCAR.gz", "hfo2_OUTCAR_5.gz", "Si.pwscf.out.gz"])
+def test_outputs_of_codes_belong_to_the_structure_that_they_begin_with(name: str) -> None:
+    result = read_dft_result(OUTPUTS / name)
+    order = np.random.default_rng(2).permutation(len(result.start))
+    own = Atoms(result.start.numbers, result.start.positions, cell=result.start.cell, pbc=[1, 1, 0])[order]
+    own.positions += 0.01
+    other = own.copy()
+    other.positions[0] += 1.5
+    structures = [Candidate("other", other, -1.0), Candidate("own", own, -2.0)]
+    found, refused = match_results(structures, [result])
+    assert (list(found), refused) == (["own"], [])
+    assert found["own"].energy == result.energy
+    assert len(found["own"].frames) == sum(result.usable)
+    expected = result.final.calc.results.get("forces")
+    if expected is not None:  # that calculation has none
+        assert np.allclose(found["own"].frames[-1].calc.results["forces"], expected[order])
+    assert found["own"].settings["code"] in ("VASP", "Quantum ESPRESSO")
+
+
+def test_steps_that_have_not_converged_give_no_energy() -> None:
+    with pytest.raises(InputError, match=r"gives no DFT energy .*electronic steps did not converge"):
+        read_dft_result(OUTPUTS / "vasprun.unconverged.xml.gz")
+
+
+def test_of_a_calculation_that_was_cut_off_the_last_good_step_counts() -> None:
+    result = read_dft_result(OUTPUTS / "vasprun.bad.xml.gz")
+    candidate = Candidate("a", result.start, -1.0)
+    record = compare([candidate], match_results([candidate], [result])[0])
+    assert record["ranking"][0]["dft_eV"] == result.energy
+    assert "the file ends before the calculation did; its last good step counts" in record["warnings"][0]
