@@ -97,15 +97,17 @@ def collect_dft(
     found, refused = match_results(
         with_clean_slab(candidates, search.clean_slab), results, ledger.answers.values()
     )
-    known = {file for answer in ledger.answers.values() for file in answer.files}
-    left_out += [(file, reason) for file, reason in refused if file not in known]
+    known = {os.path.realpath(file) for answer in ledger.answers.values() for file in answer.files}
+    left_out += [(file, reason) for file, reason in refused if os.path.realpath(file) not in known]
     for name, answer in found.items():
         earlier = ledger.answers.get(name)
-        if earlier is not None and not overwrite and earlier.files[0] not in answer.files:
+        goes_on = {os.path.realpath(file) for file in answer.files} & known  # it was read before
+        if earlier is not None and not overwrite and not goes_on:
             check_agree(earlier, answer, "give --overwrite to take the second")
     answers = {**ledger.answers, **found}
     if not any(one.id in answers for one in candidates):
         why = "".join(f"; {file}: {reason}" for file, reason in left_out[:3])
+        why = why or f": put outputs into the folders in {ledger.folder}, or give them with --dft"
         raise InputError(f"no DFT result is of a candidate of {search.folder}{why}")
     different = differences((answer.files[-1], answer.settings) for answer in answers.values())
     if different and not mixed:
