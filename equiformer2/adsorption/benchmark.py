@@ -19,6 +19,7 @@ from tqdm import tqdm
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.catbench import Reaction
 from equiformer2.adsorption.dft_ledger import structure_digest
+from equiformer2.errors import InputError
 from equiformer2.inference.batched import RelaxationSettings
 from equiformer2.inference.engines import Engine
 from equiformer2.inference.many import Relaxation
@@ -88,6 +89,7 @@ def evaluate(
     energy_kind: str,
     folder: AnyPath,
     settings: RelaxationSettings,
+    molecules: Mapping[str, float] | None = None,
 ) -> list[Evaluated]:
     """Relax every structure once, and make adsorption energies of them.
 
@@ -97,22 +99,31 @@ def evaluate(
         energy_kind: its, `"adsorption"` or `"total"`.
         folder: keeps the relaxations; a run that was stopped goes on.
         settings: of the relaxations.
+        molecules: energies in place of the model's, eV, by the names of the file (`H2gas`).
 
     Raises:
-        InputError: a folder of other relaxations, and what the model refuses at all.
+        InputError: a folder of other relaxations, a molecule that no reaction has, and what the model refuses
+            at all.
     """
+    given = dict(molecules or {})
+    unknown = sorted(
+        set(given) - {name for reaction in reactions for name in reaction.terms if "gas" in name}
+    )
+    if unknown:
+        raise InputError(f"no reaction has the molecule {unknown[0]}: give names of the file, such as H2gas")
     starts: dict[str, Atoms] = {}
     for reaction in reactions:
         if energy_kind == "adsorption":
             starts.setdefault(_name(reaction.system), reaction.system)
         else:
-            starts.update({_name(atoms): atoms for atoms, _ in reaction.terms.values()})
+            terms = {name: term for name, term in reaction.terms.items() if name not in given}
+            starts.update({_name(atoms): atoms for atoms, _ in terms.values()})
     done: dict[str, Relaxation] = {}
     with RelaxationStore(folder, {"model": engine.identity(), "benchmark": "CatBench"}) as store:
         found = store.relax(starts.items(), engine, settings)
         for result in tqdm(found, total=len(starts), desc="relaxing", unit="structure", disable=None):
             done[result.id] = result
-    return [_evaluated(reaction, done, energy_kind) for reaction in reactions]
+    return [_evaluated(reaction, done, energy_kind, given) for reaction in reactions]
 
 
 def _name(atoms: Atoms) -> str:
@@ -120,11 +131,13 @@ def _name(atoms: Atoms) -> str:
     return structure_digest(atoms)[:24]
 
 
-def _evaluated(reaction: Reaction, done: Mapping[str, Relaxation], energy_kind: str) -> Evaluated:
-    terms = {name: (done.get(_name(atoms)), factor) for name, (atoms, factor) in reaction.terms.items()}
+def _evaluated(
+    reaction: Reaction, done: Mapping[str, Relaxation], energy_kind: str, molecules: Mapping[str, float]
+) -> Evaluated:
     system = done[_name(reaction.system)]
     given = {"reaction": reaction.name, "adsorbate": reaction.adsorbate, "dft": reaction.energy}
     slab = None
+    constant = 0.0
     if energy_kind == "adsorption":
         relaxations = [(system, 1.0)]
     else:
@@ -132,14 +145,19 @@ def _evaluated(reaction: Reaction, done: Mapping[str, Relaxation], energy_kind: 
             return Evaluated(
                 **given, model=None, single_point=None, kind="failed", reason="it has no clean slab"
             )
-        relaxations = [(one, factor) for one, factor in terms.values() if one is not None]
+        relaxations = []
+        for name, (atoms, factor) in reaction.terms.items():
+            if name in molecules:
+                constant += molecules[name] * factor
+            else:
+                relaxations.append((done[_name(atoms)], factor))
         slab = done[_name(reaction.slab)]
     failed = [one for one, _ in relaxations if one.status == "failed" or one.energy_eV is None]
     if failed:
         reason = str(failed[0].reason)
         return Evaluated(**given, model=None, single_point=None, kind="failed", reason=reason)
-    model = sum(float(one.energy_eV or 0.0) * factor for one, factor in relaxations)
-    single = sum(float(one.start_energy_eV or 0.0) * factor for one, factor in relaxations)
+    model = constant + sum(float(one.energy_eV or 0.0) * factor for one, factor in relaxations)
+    single = constant + sum(float(one.start_energy_eV or 0.0) * factor for one, factor in relaxations)
     moved = None if slab is None or reaction.slab is None else _moved(reaction.slab, slab.atoms).max()
     substrate = np.ones(len(reaction.system), dtype=bool)
     substrate[list(reaction.adsorbate_atoms)] = False

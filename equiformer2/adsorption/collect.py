@@ -143,7 +143,7 @@ def match_results(
     """
     found: dict[str, Answer] = {}
     by_id = {one.id: one for one in structures}
-    earlier = {answer.id: answer for answer in known}
+    earlier = {answer.id: answer for answer in known if answer.id in by_id}
     waiting = [
         (part, *_nearest(part.start, structures)) for result in results for part in _parts(result, structures)
     ]

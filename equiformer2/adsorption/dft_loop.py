@@ -21,6 +21,7 @@ from equiformer2.adsorption.collect import (
     read_dft_result,
     with_clean_slab,
 )
+from equiformer2.adsorption.dft_inputs import Candidate
 from equiformer2.adsorption.dft_ledger import ANSWERS, CLEAN_SLAB_ID, Answer, DftLedger
 from equiformer2.adsorption.finished_search import FinishedSearch
 from equiformer2.errors import InputError
@@ -28,6 +29,7 @@ from equiformer2.files import as_input_error, read_json, write_json
 from equiformer2.script import header
 
 COLLECT, TRAINING_DATA = "collect.json", "collected.lmdb"
+_SAME = 1e-6  # eV
 
 
 class Asked(NamedTuple):
@@ -92,8 +94,10 @@ def collect_dft(
             settings, a gas reference missing.
     """
     search, ledger = FinishedSearch.read(folder), DftLedger(folder)
-    candidates = [*search.candidates(), *search.unfinished()]
+    candidates = _structures(search, ledger)
     results, left_out = _read(ledger, files)
+    if not overwrite:
+        results = [result for result in results if not _is_known(result, ledger)]
     found, refused = match_results(
         with_clean_slab(candidates, search.clean_slab), results, ledger.answers.values()
     )
@@ -133,6 +137,28 @@ def collect_dft(
     record["warnings"] += _about_settings(search, answers, different)
     write_json(collected, record)
     return record
+
+
+def _structures(search: FinishedSearch, ledger: DftLedger) -> list[Candidate]:
+    """Minima, unfinished relaxations, and what was asked when others were the lowest of their minima."""
+    found = [*search.candidates(), *search.unfinished()]
+    known = {one.id for one in found} | {CLEAN_SLAB_ID}
+    rows = [row for row in ledger.asked if row["id"] not in known]
+    placements = {row["id"] for row in search.record["placements"]}
+    return found + [
+        Candidate(row["id"], search.minimum(row["id"]), row["model_eV"], is_minimum=False)
+        for row in rows
+        if row["id"] in placements
+    ]
+
+
+def _is_known(result: DftResult, ledger: DftLedger) -> bool:
+    """Tell whether a file was read before and has not changed since."""
+    path = os.path.realpath(result.file)
+    return any(
+        path in map(os.path.realpath, answer.files) and abs(answer.energy - result.energy) < _SAME
+        for answer in ledger.answers.values()
+    )
 
 
 def _read(ledger: DftLedger, files: Sequence[AnyPath]) -> tuple[list[DftResult], list[tuple[str, str]]]:

@@ -1,11 +1,12 @@
 """Commands about DFT for a search, and about paths between its minima."""
 
 import argparse
-import math
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 
 from equiformer2.cli.adsorption import gas_references
+from equiformer2.cli.adsorption_benchmark import named_energies
 from equiformer2.cli.adsorption_search import add_model_in_place, model_in_place
 from equiformer2.cli.command import Command, Parser, Result
 from equiformer2.cli.options import add_overwrite_argument
@@ -194,21 +195,10 @@ def dft_gas(texts: Sequence[str]) -> dict[str, float]:
     """
     from equiformer2.adsorption.references import energies_per_atom
 
-    molecules: dict[str, float] = {}
-    rest = []
-    for part in (part.strip() for text in texts for part in text.split(",")):
-        name, _, value = part.partition("=")
-        if name not in ("H2", "H2O", "CO", "N2"):
-            rest.append(part)
-            continue
-        try:
-            energy = float(value)
-        except ValueError:
-            energy = math.nan
-        if not math.isfinite(energy):
-            raise InputError(f"--gas {part!r} must be a molecule and its energy in eV, such as H2=-6.98")
-        molecules[name] = energy
-    atoms, source = gas_references(rest)
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    is_molecule = [part.partition("=")[0] in ("H2", "H2O", "CO", "N2") for part in parts]
+    molecules = named_energies(list(compress(parts, is_molecule)))
+    atoms, source = gas_references([part for part, skip in zip(parts, is_molecule, strict=True) if not skip])
     if source != "vacuum":
         raise InputError(f"--gas {source} is of a model: give energies of your DFT, such as O=-7.2")
     of_molecules = energies_per_atom(molecules)

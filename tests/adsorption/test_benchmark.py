@@ -13,12 +13,13 @@ from ase import Atoms
 from ase.build import add_adsorbate, fcc111
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
-from ase.io import write
+from ase.io import read, write
 from command_line import run_command
 
 from datasets_oc20.errors import DataError
 from equiformer2.adsorption.benchmark import Evaluated, bond_change, evaluate, statistics
 from equiformer2.adsorption.catbench import read_catbench
+from equiformer2.errors import InputError
 from equiformer2.inference.batched import RelaxationSettings
 from equiformer2.inference.engines import open_engine
 
@@ -193,6 +194,19 @@ def test_the_command_resumes_and_writes_one_record(
     assert run_command("adsorption benchmark", *words, "--overwrite") == 0
     assert (tmp_path / "out/relaxed.jsonl").read_text() == lines
     assert "MAE (eV)" in capsys.readouterr().out
+
+
+def test_energies_of_molecules_may_be_given(file: Path, rows: dict[str, Evaluated], tmp_path: Path) -> None:
+    settings = RelaxationSettings(fmax=0.02, steps=200)
+    reactions = read_catbench(file)[0][:1]
+    (row,) = evaluate(reactions, open_engine(EMT()), "total", tmp_path / "a", settings, {"O2gas": 3.0})
+    gas = molecule(1.2)
+    gas.calc = EMT()
+    difference = (gas.get_potential_energy() - 3.0) / 2
+    assert row.single_point == pytest.approx(rows["cu"].single_point + difference, abs=1e-6)
+    assert "O2" not in {read(path).get_chemical_formula() for path in (tmp_path / "a").rglob("*.traj")}
+    with pytest.raises(InputError, match="no reaction has the molecule H2gas"):
+        evaluate(reactions, open_engine(EMT()), "total", tmp_path / "b", settings, {"H2gas": 3.0})
 
 
 def test_catbench_itself_finds_the_same(

@@ -153,6 +153,14 @@ def test_results_that_contradict_are_refused(
     files = [tmp_path / "RP.xml", tmp_path / "broken.xml", tmp_path / "missing"]
     assert run_command(*collect, *files) == 3  # the others are named
     assert capsys.readouterr().out.count("left out: ") == 2
+    grown = relaxation(frames[names[0]][-1], 3)  # the same file later
+    write_vasprun(tmp_path / "RP.xml", grown)
+    for _ in range(2):
+        assert run_command(*collect, tmp_path / "RP.xml") == 0
+        taken = DftLedger(first).answers[names[0]]
+        assert taken.energy == pytest.approx(grown[-1].calc.results["energy"], abs=1e-6)
+        assert len(taken.frames) in (len(grown), len(grown) + len(frames[names[0]]))
+    capsys.readouterr()
     assert run_command(*collect, tmp_path / "PE.xml") == 2
     assert "functional is RPBE in" in capsys.readouterr().err
     assert run_command(*collect, tmp_path / "PE.xml", "--mixed") == 0
@@ -161,9 +169,8 @@ def test_results_that_contradict_are_refused(
     assert "the model's labels are RPBE" in out
     lower = [frame.copy() for frame in frames[names[0]]]
     for frame, known in zip(lower, frames[names[0]], strict=True):
-        frame.calc = SinglePointCalculator(
-            frame, energy=known.calc.results["energy"] - 0.5, forces=known.calc.results["forces"]
-        )
+        energy = grown[-1].calc.results["energy"] - 0.5
+        frame.calc = SinglePointCalculator(frame, energy=energy, forces=known.calc.results["forces"])
     write_vasprun(tmp_path / "lower.xml", lower)
     before = DftLedger(first).answers[names[0]].energy
     assert run_command(*collect, tmp_path / "lower.xml", "--mixed") == 2
@@ -172,4 +179,4 @@ def test_results_that_contradict_are_refused(
     assert run_command(*collect, tmp_path / "lower.xml", "--mixed", "--overwrite") == 0
     assert DftLedger(first).answers[names[0]].energy == pytest.approx(before - 0.5)
     assert run_command(*collect, tmp_path / "RP.xml", "--gas", "H2=x") == 2
-    assert "a molecule and its energy" in capsys.readouterr().err
+    assert "must be a name and an energy" in capsys.readouterr().err
