@@ -41,12 +41,11 @@ class Counting(EquiformerV2Calculator):
         super().calculate(*arguments, **options)
 
 
-def ends(size: tuple[int, int, int]) -> list[Atoms]:
+def ends(size: tuple[int, int, int]) -> tuple[Atoms, Atoms]:
     """Oxygen in the two hollows, not relaxed."""
-    return [
-        prepare_system("Pt111", "O", SlabOptions(size=size), PlacementOptions(site=site))
-        for site in ("fcc", "hcp")
-    ]
+    slab = SlabOptions(size=size)
+    first, last = (prepare_system("Pt111", "O", slab, PlacementOptions(site=site)) for site in ("fcc", "hcp"))
+    return first, last
 
 
 def one_by_one(first: Atoms, last: Atoms, predictor: Predictor, images: int, steps: int, shared: bool) -> int:

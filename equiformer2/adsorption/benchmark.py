@@ -8,6 +8,7 @@ slab with adsorbate is all, as in CatBench's mode `oc20`.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -135,16 +136,14 @@ def _evaluated(
     reaction: Reaction, done: Mapping[str, Relaxation], energy_kind: str, molecules: Mapping[str, float]
 ) -> Evaluated:
     system = done[_name(reaction.system)]
-    given = {"reaction": reaction.name, "adsorbate": reaction.adsorbate, "dft": reaction.energy}
+    evaluated = partial(Evaluated, reaction.name, reaction.adsorbate, reaction.energy)
     slab = None
     constant = 0.0
     if energy_kind == "adsorption":
         relaxations = [(system, 1.0)]
     else:
         if reaction.slab is None:
-            return Evaluated(
-                **given, model=None, single_point=None, kind="failed", reason="it has no clean slab"
-            )
+            return evaluated(model=None, single_point=None, kind="failed", reason="it has no clean slab")
         relaxations = []
         for name, (atoms, factor) in reaction.terms.items():
             if name in molecules:
@@ -155,7 +154,7 @@ def _evaluated(
     failed = [one for one, _ in relaxations if one.status == "failed" or one.energy_eV is None]
     if failed:
         reason = str(failed[0].reason)
-        return Evaluated(**given, model=None, single_point=None, kind="failed", reason=reason)
+        return evaluated(model=None, single_point=None, kind="failed", reason=reason)
     model = constant + sum(float(one.energy_eV or 0.0) * factor for one, factor in relaxations)
     single = constant + sum(float(one.start_energy_eV or 0.0) * factor for one, factor in relaxations)
     moved = None if slab is None or reaction.slab is None else _moved(reaction.slab, slab.atoms).max()
@@ -175,8 +174,7 @@ def _evaluated(
         kind = "adsorbate_migration"
     else:
         kind = "energy_anomaly" if abs(model - reaction.energy) > _ENERGY else "normal"
-    return Evaluated(
-        **given,
+    return evaluated(
         model=model,
         single_point=single,
         kind=kind,
@@ -279,7 +277,7 @@ def parity_picture(rows: Sequence[Evaluated], title: str) -> bytes:
                 )
                 axis.plot(
                     [row.dft for row in own],
-                    [row.model for row in own],
+                    [float(row.model or 0.0) for row in own],
                     "o" if is_normal else "x",
                     color=f"C{number % 10}",
                     markersize=4,
