@@ -1,23 +1,32 @@
 """Output folder of an adsorption energy, and its report for the terminal."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets_oc20.untrusted import AnyPath
+from equiformer2.adsorption.conventions import conventions
 from equiformer2.adsorption.energy import AdsorptionResult
 from equiformer2.files import write_json
+from equiformer2.inference.atoms import ADSORBATE
 from equiformer2.inference.extras import extras
 from equiformer2.inference.record import ADSORPTION_RECORD, write_pictures, write_structure
 from equiformer2.script import header
 
 
-def write_adsorption_record(folder: AnyPath, result: AdsorptionResult, model: dict[str, Any]) -> list[Path]:
+def write_adsorption_record(
+    folder: AnyPath,
+    result: AdsorptionResult,
+    model: dict[str, Any],
+    provenance: Mapping[str, Any] | None = None,
+) -> list[Path]:
     """Write the relaxed structure, pictures and, last, `adsorption_energy.json`.
 
     Args:
         folder: existing folder.
         result: the adsorption energy.
         model: `model_record` of the model that calculated it.
+        provenance: of its checkpoint; None for a calculator that is no network of ours.
 
     Returns:
         The files written.
@@ -37,6 +46,13 @@ def write_adsorption_record(folder: AnyPath, result: AdsorptionResult, model: di
     record = {
         **header("adsorption-energy/1", model.get("checkpoint")),
         **result.summary(),
+        "conventions": conventions(
+            result.energy,
+            result.energy_kind,
+            result.initial[result.initial.get_tags() == ADSORBATE],
+            None if result.gas is None else result.gas.summary(),
+            provenance,
+        ),
         "model": model,
         "files": files,
         "extras": extras(result.initial),

@@ -69,6 +69,7 @@ class GasReference:
             "source": self.source,
             "label": self.label,
             "energy_eV": self.energy,
+            "per_atom_eV": self.per_atom,
             "molecules": {name: relaxation.summary() for name, relaxation in self.relaxations.items()},
         }
 

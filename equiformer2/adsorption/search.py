@@ -296,7 +296,7 @@ class _Search:
             gas = gas_reference(
                 self.adsorbate, self.calculator, self.settings.gas_per_atom, self.settings.gas, settings
             )
-            write_json(file, gas.summary() | {"per_atom_eV": gas.per_atom, "converged": gas.converged})
+            write_json(file, gas.summary() | {"converged": gas.converged})
         self.gas = read_json(file)
         return {"slab": float(clean.energy_eV or 0.0), "gas": float(self.gas["energy_eV"])}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.cards import label_physics
+from equiformer2.adsorption.conventions import conventions
 from equiformer2.adsorption.dft_inputs import Candidate, write_dft_inputs
 from equiformer2.adsorption.search import SearchResult
 from equiformer2.adsorption.search_page import search_page
@@ -79,6 +80,7 @@ def write_search(
         },
         "terms_eV": result.terms,
         "gas": result.gas,
+        "conventions": card["conventions"],
         "clean_slab": {
             "converged": result.clean_slab.converged,
             "max_force_eV_A": result.clean_slab.max_force_eV_A,
@@ -110,6 +112,9 @@ def trust_card(
         "energy_kind": result.energy_kind,
         "terms_eV": result.terms,
         "gas": result.gas,
+        "conventions": conventions(
+            result.energy, result.energy_kind, atoms[len(result.clean_slab.atoms) :], result.gas, provenance
+        ),
         "structure": BEST,
         "placement": best.id,
         "model": dict(model),

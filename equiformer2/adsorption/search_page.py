@@ -7,6 +7,7 @@ from typing import Any
 from ase import Atoms
 
 from equiformer2.adsorption.basins import ENOUGH, LOWER
+from equiformer2.adsorption.conventions import convention_lines
 from equiformer2.adsorption.search import SearchResult
 from equiformer2.inference.pictures import new_figure, png_bytes, structure_picture
 from equiformer2.report import bullets, page, picture, structure_viewer, table, viewer_script
@@ -83,7 +84,7 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
         f"<p>Adsorption energy of {name}: <b>{result.energy:.3f} eV</b> "
         f"({best.status}, largest force {number(best.relaxation.max_force_eV_A, 3)} eV/Å; "
         f"the start of this placement: {number(best.start_energy, 3)} eV).</p>",
-        bullets([meaning]),
+        bullets([meaning, *convention_lines(card["conventions"])]),
         structure_viewer("best", both, "<p>This browser does not draw in three dimensions.</p>"),
         picture("Best placement", drawing),
         "<h2>Would another placement be lower?</h2>",

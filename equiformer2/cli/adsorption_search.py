@@ -206,12 +206,15 @@ class AdsorptionSearch(Command):
         return slabs
 
     def _print(self, name: str, folder: Path, record: dict[str, Any]) -> None:
+        from equiformer2.adsorption.conventions import convention_lines
+
         best, stop = record["best"], record["stop"]
         rows = sorted(
             (row for row in record["placements"] if row["basin"] == row["id"]),
             key=lambda row: row["energy_eV"],
         )
         print(f"{name}: adsorption energy {record['adsorption_energy_eV']:.4f} eV ({best['id']})")
+        print("\n".join(f"  {line}" for line in convention_lines(record["conventions"])))
         print(f"{'minimum':24}{'energy (eV)':>12}{'force (eV/Å)':>14}")
         for row in rows[:10]:
             print(f"{row['id']:24}{row['energy_eV']:12.4f}{row['max_force_eV_A']:14.3f}")

@@ -1,11 +1,19 @@
 """Commands from the minima of searches to free energies and what is drawn from them."""
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from equiformer2.cli.adsorption_search import add_model_in_place, model_in_place
 from equiformer2.cli.command import Command, Parser, Result
-from equiformer2.cli.options import add_overwrite_argument
+from equiformer2.cli.options import add_overwrite_argument, parse_checked
+from equiformer2.errors import InputError
+
+#: Times the threshold of a search, above which a structure is no minimum at all.
+_FAR_FROM_MINIMUM = 10.0
+#: eV/Å; other processors and numbers of threads change forces in the last digits.
+_ROUNDING = 5e-3
 
 
 class AdsorptionFreeEnergy(Command):
@@ -13,9 +21,11 @@ class AdsorptionFreeEnergy(Command):
 
     Displaces the adsorbate's atoms on the held slab. The free energy is that of the formation from CO, H2O,
     N2 and protons with electrons (computational hydrogen electrode). Writes free_energy.json into the folder.
-    Exit status 3 if the structure has not converged.
+    Exit status 3 if the structure has not converged; one with forces above 10 times the search's threshold is
+    refused.
 
         equiformer2 adsorption free-energy runs/co --temperature 298.15 --potential 0 --ph 0
+        equiformer2 adsorption free-energy runs/ch3oh --entropy hindered --pressure H2=10,CO=1
     """
 
     def add_arguments(self, parser: Parser) -> None:
@@ -32,57 +42,132 @@ class AdsorptionFreeEnergy(Command):
         )
         parser.add_argument("--ph", type=float, default=0.0, help="pH (default: %(default)s)")
         parser.add_argument(
+            "--pressure",
+            action="append",
+            default=[],
+            metavar="H2=1,CO=0.1",
+            help="pressures of gases, bar (default: 1, and 0.03534 for H2O, that of liquid water at 300 K)",
+        )
+        parser.add_argument(
             "--lowest-frequency",
             type=float,
             default=50.0,
             help="frequency that softer and imaginary modes count as, cm^-1 (default: %(default)s)",
         )
+        hindered = parser.add_argument_group("entropy")
+        hindered.add_argument(
+            "--entropy",
+            choices=("harmonic", "hindered"),
+            default="harmonic",
+            help="harmonic vibrations alone, or two hindered translations and a hindered rotation in the "
+            "place of the three softest (default: %(default)s)",
+        )
+        for kind in ("translation", "rotation"):
+            hindered.add_argument(
+                f"--{kind}-barrier",
+                type=float,
+                metavar="EV",
+                help=f"barrier of {kind} along the surface, eV (default: of `adsorption neb`, or the energy "
+                "of the next minimum of the search, which is less than the barrier)",
+            )
+        hindered.add_argument(
+            "--rotational-minima",
+            type=int,
+            metavar="N",
+            help="equal minima in a full turn (default: rotations of the clean slab about the site)",
+        )
+        hindered.add_argument(
+            "--symmetry-number",
+            type=int,
+            default=1,
+            metavar="N",
+            help="of the adsorbate about the normal of the surface (default: %(default)s)",
+        )
         add_overwrite_argument(parser)
+
+    def parse(self, parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+        only = ("--translation-barrier", "--rotation-barrier", "--rotational-minima", "--symmetry-number")
+        return parse_checked(parser, arguments, excludes=[(option, "--entropy=harmonic") for option in only])
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.adsorption.finished_search import FinishedSearch
-        from equiformer2.adsorption.free_energy import Reaction, free_energy, vibrations
+        from equiformer2.adsorption.free_energy import Reaction, free_energy, referred_energy, vibrations
+        from equiformer2.adsorption.hindered import hindered_motion
         from equiformer2.files import check_target, write_json
         from equiformer2.script import header
 
         target = options.folder / "free_energy.json"
         check_target(target, overwrite=options.overwrite)
+        pressures = _pressures(options.pressure)
         search = FinishedSearch.read(options.folder)
-        Reaction.check_referred(search.record["energy_kind"], search.record["gas"])
-        if not search.record["converged"]:
-            print("warning: the structure has not converged, so its vibrations are not those of a minimum")
+        energy, warning = referred_energy(search.record)
+        Reaction.of(search.adsorbate)  # before hours of work on an adsorbate without gases
+        motion = None
+        if options.entropy == "hindered":
+            motion = hindered_motion(
+                search,
+                options.translation_barrier,
+                options.rotation_barrier,
+                options.rotational_minima,
+                options.symmetry_number,
+            )
         model = search.model(model_in_place(options))
+        threshold = float(search.record["settings"].get("fmax_eV_A", 0.05))
+        modes = vibrations(search.best, model, largest_force=_FAR_FROM_MINIMUM * threshold)
         found = free_energy(
-            search.record["adsorption_energy_eV"],
+            energy,
             search.adsorbate,
-            vibrations(search.best, model),
+            modes,
             options.temperature,
             options.potential,
             options.ph,
             options.lowest_frequency,
+            pressures,
+            motion,
         )
-        converged = bool(search.record["converged"])
+        converged = bool(search.record["converged"]) and modes.max_force < threshold + _ROUNDING
+        warnings = [] if warning is None else [warning]
+        if not converged:
+            warnings.append(
+                f"the structure has not converged (largest force {modes.max_force:.3f} eV/Å), so its "
+                "vibrations are not those of a minimum"
+            )
+        if found["imaginary"]:
+            sizes = ", ".join(f"{size:.0f}" for size in found["imaginary_cm1"])
+            counted = (
+                "three of the softest modes replaced"
+                if motion
+                else f"counted as {options.lowest_frequency:g}"
+            )
+            warnings.append(
+                f"{found['imaginary']} imaginary modes ({sizes} cm^-1), {counted}: the structure may be no "
+                "minimum"
+            )
         record = {
             **header("adsorption-free-energy/1", model if isinstance(model, str) else None),
             **found,
             "converged": converged,
+            "warnings": warnings,
         }
         write_json(target, record)
+        self._print(record)
+        return Result(record, 0 if converged else 3)
+
+    def _print(self, found: Mapping[str, Any]) -> None:
         print(f"formation: {found['reaction'] or 'nothing'}")
         print(f"adsorption energy   {found['adsorption_energy_eV']:10.4f} eV")
         print(f"zero-point energy   {found['zpe_eV']:+10.4f} eV")
         print(f"heat                {found['heat_eV']:+10.4f} eV")
-        print(f"entropy             {-found['entropy_eV']:+10.4f} eV")
+        print(f"entropy             {-found['entropy_eV']:+10.4f} eV ({found['entropy_model']})")
         print(f"gases               {-found['gas_correction_eV']:+10.4f} eV")
         print(f"electrons           {found['electrons'] * found['potential_against_rhe_V'] + 0.0:+10.4f} eV")
-        print(f"free energy         {found['free_energy_eV']:10.4f} eV at {options.temperature:g} K")
-        if found["imaginary"]:
-            sizes = ", ".join(f"{size:.0f}" for size in found["imaginary_cm1"])
-            print(
-                f"warning: {found['imaginary']} imaginary modes ({sizes} cm^-1), counted as "
-                f"{options.lowest_frequency:g} cm^-1: the structure may be no minimum"
-            )
-        return Result(record, 0 if converged else 3)
+        print(f"free energy         {found['free_energy_eV']:10.4f} eV at {found['temperature_K']:g} K")
+        if found["hindered"] is not None:
+            for kind in ("translation", "rotation"):
+                source = found["hindered"]["sources"][f"{kind}_barrier"]
+                print(f"barrier of {kind}: {found['hindered'][f'{kind}_barrier_eV']:.3f} eV ({source})")
+        for warning in found["warnings"]:
+            print(f"warning: {warning}")
 
 
 class AdsorptionDiagram(Command):
@@ -127,3 +212,20 @@ class AdsorptionDiagram(Command):
             print(f"limiting potential {balanced['limiting_potential_V']:.3f} V against RHE")
         print(f"saved in {options.out}: diagram.json, diagram.png")
         return Result(record)
+
+
+def _pressures(texts: Sequence[str]) -> dict[str, float]:
+    """Pressures in bar of `--pressure`."""
+    found: dict[str, float] = {}
+    for part in (part.strip() for text in texts for part in text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            pressure = float(value)
+        except ValueError:
+            raise InputError(
+                f"--pressure {part!r} is no gas with a pressure in bar, such as CO=0.1"
+            ) from None
+        if found.get(name, pressure) != pressure:
+            raise InputError(f"--pressure gives {name} twice, {found[name]:g} and {value} bar: give one")
+        found[name] = pressure
+    return found

@@ -1,7 +1,7 @@
 """The model of a command that takes `--checkpoint` or `--calculator`."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from equiformer2.cli.options import only_one
@@ -61,6 +61,15 @@ class ChosenModel:
             "parameters": identity["parameters"],
             "energy_kind": self.energy_kind,
         }
+
+    @property
+    def provenance(self) -> Mapping[str, Any] | None:
+        """Provenance of the checkpoint, the first one's of a committee; None with `--calculator`."""
+        from equiformer2.inference import EquiformerV2Calculator
+
+        if not isinstance(self.calculator, EquiformerV2Calculator):
+            return None
+        return self.calculator.predictor.checkpoint.provenance
 
     def identity(self) -> dict[str, Any]:
         """Plain values that tell the model from others, for folders that go on with their relaxations."""
