@@ -106,7 +106,7 @@ def conventions(
         where the energy is null, `reason`.
     """
     symbols = list(adsorbate.get_chemical_symbols() if isinstance(adsorbate, Atoms) else adsorbate)
-    product = str(Atoms(symbols).get_chemical_formula())
+    product = str(Atoms(symbols).get_chemical_formula(mode="reduce"))
     own = _own(energy, energy_kind, symbols, product, gas)
     found = {"calculator": own}
     reason = _why_not_oc20(energy_kind, symbols, own, gas, provenance)

@@ -272,6 +272,7 @@ def free_energy(
         "gas_correction_eV": gas,
         "pressures_bar": pressures,
         "reaction": reaction.text(),
+        "gases": reaction.gases,
         "electrons": reaction.electrons,
         "potential_against_rhe_V": float(against_rhe),
         "free_energy_eV": float(total),

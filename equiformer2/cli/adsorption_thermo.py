@@ -174,14 +174,29 @@ class AdsorptionDiagram(Command):
     """Draw the free-energy diagram of several adsorbates on one slab.
 
     The folders are those of searches, in the order of the reaction, each with its free energy
-    (`equiformer2 adsorption free-energy`) at the same temperature and potential.
+    (`equiformer2 adsorption free-energy`) at the same temperature, potential and pressures. A reaction that
+    starts or ends with a gas above the clean slab names it (--start, --end).
 
-        equiformer2 adsorption diagram runs/oh runs/o runs/ooh --out runs/diagram
+        equiformer2 adsorption diagram runs/oh runs/o runs/ooh --end O2 --potentials 0 1.23 --out runs/oer
+        equiformer2 adsorption diagram runs/cooh runs/co --start CO2 --end CO --out runs/co2rr
     """
 
     def add_arguments(self, parser: Parser) -> None:
         parser.add_argument(
             "folders", nargs="+", type=Path, metavar="FOLDER", help="folders of searches, in order"
+        )
+        parser.add_argument(
+            "--start", metavar="GAS", help="gas that the reaction starts from: O2, CO2, N2, … (default: none)"
+        )
+        parser.add_argument("--end", metavar="GAS", help="gas that the reaction ends with (default: none)")
+        parser.add_argument(
+            "--potentials",
+            type=float,
+            nargs="+",
+            default=[],
+            metavar="V",
+            help="potentials against the reversible hydrogen electrode to draw, V (default: that of the free "
+            "energies)",
         )
         parser.add_argument(
             "--out", required=True, type=Path, metavar="FOLDER", help="folder for the diagram"
@@ -190,27 +205,125 @@ class AdsorptionDiagram(Command):
         add_overwrite_argument(parser)
 
     def run(self, options: argparse.Namespace) -> Result:
-        from equiformer2.adsorption.diagram import FREE_ENERGY, diagram, diagram_picture, read_states
+        from equiformer2.adsorption.diagram import (
+            DIAGRAM,
+            FREE_ENERGY,
+            diagram,
+            diagram_picture,
+            gas_state,
+            read_states,
+        )
         from equiformer2.files import check_target, read_json, write_bytes, write_json
         from equiformer2.script import header
 
-        target = options.out / "diagram.json"
+        target = options.out / DIAGRAM
         check_target(target, overwrite=options.overwrite)
         states = read_states(options.folders)
         potential = float(read_json(options.folders[0] / FREE_ENERGY)["potential_against_rhe_V"])
-        balanced = diagram(states, potential)
+        ends = [
+            [] if name is None else [gas_state(name, states[0]["temperature_K"], potential, pressures)]
+            for name in (options.start, options.end)
+            for pressures in [states[0]["pressures_bar"]]
+        ]
+        balanced = diagram([*ends[0], *states, *ends[1]], potential, options.potentials)
         options.out.mkdir(parents=True, exist_ok=True)
         write_bytes(options.out / "diagram.png", diagram_picture(balanced, options.title))
         record = {**header("adsorption-diagram/1"), **balanced, "potential_against_rhe_V": potential}
         write_json(target, record)
         for step in balanced["steps"]:
+            gases = "".join(f", {number:+g} {name}" for name, number in step["gases"].items())
             print(
-                f"{step['from']} -> {step['to']}: {step['change_eV']:+.3f} eV, "
-                f"electrons {step['electrons']:g}"
+                f"{step['from']} -> {step['to']}: {step['change_eV']:+.3f} eV; "
+                f"takes {step['electrons']:+g} (H+ + e-){gases}"
             )
         if balanced["limiting_potential_V"] is not None:
-            print(f"limiting potential {balanced['limiting_potential_V']:.3f} V against RHE")
+            print(
+                f"limiting potential {balanced['limiting_potential_V']:.3f} V against RHE "
+                f"({balanced['limiting_step']})"
+            )
         print(f"saved in {options.out}: diagram.json, diagram.png")
+        return Result(record)
+
+
+class AdsorptionVolcano(Command):
+    """Draw a volcano: the activity of many slabs against the free energy of an adsorbate.
+
+    Takes the folders of free-energy diagrams (`equiformer2 adsorption diagram`) of one reaction on several
+    slabs, each folder named after its slab, or a CSV file with a column `system` and one column of free
+    energies per adsorbate (eV, at 0 V against the reversible hydrogen electrode). The activity is minus the
+    largest step per electron: the limiting potential of a reduction, minus that of an oxidation. With three
+    systems or more the legs are those of linear scaling, fitted by least squares.
+
+        equiformer2 adsorption volcano table.csv --reaction orr --out runs/volcano
+        equiformer2 adsorption volcano runs/pt111/oer runs/ir111/oer runs/ru0001/oer --out runs/volcano
+    """
+
+    def add_arguments(self, parser: Parser) -> None:
+        parser.add_argument(
+            "inputs", nargs="+", type=Path, metavar="TABLE|FOLDER", help="CSV file, or folders of diagrams"
+        )
+        parser.add_argument(
+            "--reaction",
+            choices=("her", "orr", "oer"),
+            help="hydrogen evolution (H), oxygen reduction or evolution (OH, O, OOH); needed with a CSV file "
+            "(default: the path of the diagrams)",
+        )
+        parser.add_argument(
+            "--descriptor",
+            metavar="X|X-Y",
+            help="adsorbate whose free energy is the descriptor, or a difference such as O-OH (default: OH, "
+            "or the first of the path)",
+        )
+        parser.add_argument(
+            "--out", required=True, type=Path, metavar="FOLDER", help="folder for the volcano"
+        )
+        parser.add_argument("--title", default="volcano", help="title of the figure")
+        add_overwrite_argument(parser)
+
+    def run(self, options: argparse.Namespace) -> Result:
+        from equiformer2.adsorption.volcano import (
+            named_path,
+            read_diagrams,
+            read_table,
+            volcano,
+            volcano_picture,
+        )
+        from equiformer2.files import check_target, write_bytes, write_json
+        from equiformer2.script import header
+
+        target = options.out / "volcano.json"
+        check_target(target, inputs=options.inputs, overwrite=options.overwrite)
+        tables = [path for path in options.inputs if path.suffix.lower() == ".csv"]
+        if tables and len(options.inputs) > 1:
+            raise InputError("give one CSV file, or folders of diagrams")
+        if tables and options.reaction is None:
+            raise InputError(f"{tables[0]} does not say of which reaction it is: give --reaction")
+        table = read_table(tables[0]) if tables else read_diagrams(options.inputs)
+        path = table.path if options.reaction is None else named_path(options.reaction)
+        found = volcano(table, path or [], options.descriptor)
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_bytes(options.out / "volcano.png", volcano_picture(found, options.title))
+        record = {**header("adsorption-volcano/1"), **found}
+        write_json(target, record)
+        print(f"{'system':24}{found['descriptor'] + ' (eV)':>24}{'activity (V)':>14}  limiting step")
+        for point in found["points"]:
+            print(
+                f"{point['system']:24}{point['descriptor_eV']:24.3f}{point['activity_V']:14.3f}"
+                f"  {point['limiting_step']}"
+            )
+        for name, fit in found["scaling"].items():
+            print(
+                f"G(*{name}) = {fit['slope']:.3f} x {fit['intercept_eV']:+.3f} eV, mean error "
+                f"{fit['mae_eV']:.3f} eV"
+            )
+        if found["peak"] is not None:
+            peak = found["peak"]
+            print(f"peak at {peak['descriptor_eV']:.3f} eV: activity {peak['activity_V']:.3f} V")
+        elif not found["legs"]:
+            print("no legs: lines take three systems of different descriptors")
+        for note in found["notes"]:
+            print(f"note: {note}")
+        print(f"saved in {options.out}: volcano.json, volcano.png")
         return Result(record)
 
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "adsorption collect": "adsorption_search:AdsorptionCollect",
     "adsorption free-energy": "adsorption_thermo:AdsorptionFreeEnergy",
     "adsorption diagram": "adsorption_thermo:AdsorptionDiagram",
+    "adsorption volcano": "adsorption_thermo:AdsorptionVolcano",
     "adsorption neb": "adsorption_search:AdsorptionNeb",
     "adsorption slab": "slab:BuildSlab",
     "relax-is2re": "inference:RelaxIs2re",
