@@ -14,6 +14,7 @@ from equiformer2.checkpoint.training_data import TrainingData
 from equiformer2.errors import InputError
 from equiformer2.files import as_input_error, read_json
 from equiformer2.inference.atoms import ADSORBATE, fixed_mask
+from equiformer2.inference.dispersion import recorded_dispersion, with_dispersion
 from equiformer2.inference.engines import Engineable
 from equiformer2.inference.many import predict
 from equiformer2.shipped import find_checkpoint
@@ -88,7 +89,7 @@ def verify_card(path: AnyPath, model: Engineable | None = None) -> dict[str, dic
         if checkpoint is None:
             raise InputError(f"{path} names no checkpoint: give the calculator with which it was made")
         model = checkpoint
-    (now,) = predict([atoms], model)
+    (now,) = predict([atoms], with_dispersion(model, recorded_dispersion(card.get("d3_eV"))))
     forces = now.get_forces(apply_constraint=False)[~fixed_mask(atoms)]
     fields = {
         "structure_sha256": sha256(file),

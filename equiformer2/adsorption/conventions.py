@@ -14,6 +14,7 @@ from ase import Atoms
 from equiformer2.adsorption.gases import water_formation_energy
 from equiformer2.adsorption.references import OC20_GAS_REFERENCES
 from equiformer2.checkpoint.training_data import TrainingData
+from equiformer2.errors import InputError
 
 #: Molecules that OC20's references per atom are made of: 1/2 H2, H2O - H2, CO - H2O + H2, 1/2 N2.
 _OC20_ATOMS: dict[str, dict[str, float]] = {
@@ -145,6 +146,18 @@ def convention_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         + (f"  {one['reaction']}" if one["reaction"] else "")
         for name, one in found.items()
     ]
+
+
+def oc20_gases(symbols: Sequence[str]) -> dict[str, float]:
+    """Molecules that OC20's references of these atoms are made of, by formula; negative: set free.
+
+    Raises:
+        InputError: an element without a reference.
+    """
+    others = sorted(set(symbols) - set(_OC20_ATOMS))
+    if others:
+        raise InputError(f"there is no reference for {', '.join(others)} (H, C, N and O have one)")
+    return _summed(_OC20_ATOMS, symbols)
 
 
 def _own(

@@ -12,6 +12,7 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
 from datasets_oc20.untrusted import AnyPath
+from equiformer2.adsorption.dispersion_terms import dispersion_summary
 from equiformer2.adsorption.energy import resolve_energy_kind
 from equiformer2.adsorption.placements import placements as make_placements
 from equiformer2.adsorption.search import SearchResult, SearchSettings, search_placements
@@ -21,6 +22,7 @@ from equiformer2.errors import InputError
 from equiformer2.files import check_target, read_json
 from equiformer2.inference.calculator import EquiformerV2Calculator
 from equiformer2.inference.committee import Model
+from equiformer2.inference.dispersion import base_calculator
 from equiformer2.inference.engines import calculator_identity
 from equiformer2.inference.many import Relaxation
 from equiformer2.inference.record import model_record
@@ -102,8 +104,9 @@ def find_adsorption_energy(
         calculator = EquiformerV2Calculator(calculator)
     kind = resolve_energy_kind(calculator)
     cutoff = None
-    if isinstance(calculator, EquiformerV2Calculator):
-        cutoff = calculator.predictor.checkpoint.config.max_radius
+    network = base_calculator(calculator)
+    if isinstance(network, EquiformerV2Calculator):
+        cutoff = network.predictor.checkpoint.config.max_radius
     starts = make_placements(slab, adsorbate, mode, placements, seed, cutoff=cutoff)
     settings = SearchSettings(fmax, steps, stop, gas, dict(gas_per_atom or {}))
     placed = {
@@ -136,9 +139,11 @@ def find_adsorption_energy(
         told = {**placed, "fmax_eV_A": fmax, "steps": steps, "stop": stop, **(notes or {})}
         states = [result.best.start, best]
         record_of_model = describe(states) if describe else _described(calculator, model, states)
+        clean = result.clean_slab.atoms
+        record_of_model["d3_eV"] = dispersion_summary(calculator, best, clean, result.terms, result.gas)
         provenance = None
-        if isinstance(calculator, EquiformerV2Calculator):
-            provenance = calculator.predictor.checkpoint.provenance
+        if isinstance(network, EquiformerV2Calculator):
+            provenance = network.predictor.checkpoint.provenance
         record = write_search(folder, result, record_of_model, told, provenance)
         card = read_json(folder / CARD)
     return FoundEnergy(
@@ -155,9 +160,10 @@ def find_adsorption_energy(
 
 def _described(calculator: BaseCalculator, model: Any, states: list[Atoms]) -> dict[str, Any]:
     """Plain values about a model that was given in Python, for records."""
-    if not isinstance(calculator, EquiformerV2Calculator):
+    network = base_calculator(calculator)
+    if not isinstance(network, EquiformerV2Calculator):
         return {"checkpoint": None, **calculator_identity(calculator)}
     path: str | list[str] | None = None
     if isinstance(model, str | os.PathLike):
         path = str(find_checkpoint(model))
-    return {**model_record(calculator.predictor, path or "", states), "checkpoint": path}
+    return {**model_record(network.predictor, path or "", states), "checkpoint": path}

@@ -12,6 +12,7 @@ from equiformer2.adsorption.dft_inputs import Candidate
 from equiformer2.adsorption.search_output import BEST, CLEAN_SLAB, SEARCH
 from equiformer2.errors import InputError
 from equiformer2.files import as_input_error, read_json
+from equiformer2.inference.dispersion import recorded_dispersion, with_dispersion
 from equiformer2.inference.engines import Engineable
 from equiformer2.shipped import find_checkpoint
 
@@ -61,7 +62,8 @@ class FinishedSearch:
         if given is None and checkpoint is None:
             raise InputError(f"{self.folder} was searched with a calculator: give it again (--calculator)")
         model = checkpoint if given is None else given
-        return str(find_checkpoint(model)) if isinstance(model, str) else model
+        model = str(find_checkpoint(model)) if isinstance(model, str) else model
+        return with_dispersion(model, recorded_dispersion(self.record.get("d3_eV")))
 
     def minimum(self, name: str) -> Atoms:
         """Relaxed structure of a placement, or of the one that it is a copy of.

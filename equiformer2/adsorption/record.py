@@ -71,10 +71,15 @@ def adsorption_report(result: AdsorptionResult) -> str:
     if result.energy_std is not None:
         spread = max(system.force_spreads, default=0.0)
         lines[-1] += f" ± {result.energy_std:.4f} (spread of the committee; forces up to {spread:.3f} eV/Å)"
+    if result.d3 is not None and result.d3["difference"] is not None:
+        lines.append(
+            f"  of which D3 dispersion ({result.d3['functional']}, {result.d3['damping']}): "
+            f"{result.d3['difference']:.4f} eV"
+        )
     if result.energy_kind == "adsorption":
         lines.append(
             "  the model predicts adsorption energies: this is its energy of the relaxed system, "
-            "nothing was subtracted"
+            "nothing was subtracted" + ("" if result.d3 is None else " but D3 of slab and gases")
         )
     else:
         assert result.gas is not None  # total energies always have one

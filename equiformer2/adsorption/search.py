@@ -23,6 +23,7 @@ from tqdm import tqdm
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.anomalies import Anomaly, check_anomalies
 from equiformer2.adsorption.basins import Coverage, estimate_coverage, find_basins
+from equiformer2.adsorption.dispersion_terms import check_gas_source, dispersion_terms
 from equiformer2.adsorption.energy import resolve_energy_kind
 from equiformer2.adsorption.references import check_gas_references, gas_reference
 from equiformer2.adsorption.symmetry import SurfaceSymmetry, merge_copies, surface_symmetry
@@ -222,6 +223,7 @@ class _Search:
         if len(self.by_id) < len(placed):
             raise InputError("two placements have the same name: give each its own")
         self.adsorbate = placed[0][1][len(slab) :]
+        check_gas_source(calculator, settings.gas, settings.gas_per_atom)
         if self.kind == "total":
             check_gas_references(self.adsorbate, settings.gas_per_atom, settings.gas)
         self.identity = {
@@ -289,7 +291,7 @@ class _Search:
     def _terms(self, clean: Relaxation) -> dict[str, float]:
         """Energies that every adsorption energy has subtracted; those of the gas are kept in the folder."""
         if self.kind == "adsorption":
-            return {}
+            return dispersion_terms(self.calculator, clean.atoms, self.adsorbate)
         file = self.folder / _GAS
         if not file.exists():
             settings = {"optimizer": "LBFGS", "fmax": self.settings.fmax, "steps": self.settings.steps}

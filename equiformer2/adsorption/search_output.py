@@ -80,6 +80,7 @@ def write_search(
         },
         "terms_eV": result.terms,
         "gas": result.gas,
+        "d3_eV": model.get("d3_eV"),
         "conventions": card["conventions"],
         "clean_slab": {
             "converged": result.clean_slab.converged,
@@ -112,6 +113,7 @@ def trust_card(
         "energy_kind": result.energy_kind,
         "terms_eV": result.terms,
         "gas": result.gas,
+        "d3_eV": model.get("d3_eV"),
         "conventions": conventions(
             result.energy, result.energy_kind, atoms[len(result.clean_slab.atoms) :], result.gas, provenance
         ),

@@ -9,6 +9,7 @@ from equiformer2.cli.command import Command, Parser, Result
 from equiformer2.cli.options import (
     NETWORK_ONLY,
     Options,
+    add_dispersion_argument,
     add_model_arguments,
     add_overwrite_argument,
     add_relaxation_arguments,
@@ -48,6 +49,7 @@ class AdsorptionEnergy(Command):
         model = parser.add_argument_group("model")
         add_model_arguments(model, committee=True, calculator=True)
         add_spread_argument(model)
+        add_dispersion_argument(model)
         structure = parser.add_argument_group("structure: --system, or --slab and --adsorbate")
         structure.add_argument(
             "--system", metavar="FILE", help="structure file of slab + adsorbate; adsorbate atoms carry tag 2"

@@ -13,6 +13,7 @@ from equiformer2.cli.chosen_model import ChosenModel
 from equiformer2.cli.command import Command, Parser, Result
 from equiformer2.cli.options import (
     NETWORK_ONLY,
+    add_dispersion_argument,
     add_model_arguments,
     add_overwrite_argument,
     parse_checked,
@@ -39,7 +40,9 @@ class AdsorptionSearch(Command):
     """
 
     def add_arguments(self, parser: Parser) -> None:
-        add_model_arguments(parser.add_argument_group("model"), committee=True, calculator=True)
+        model = parser.add_argument_group("model")
+        add_model_arguments(model, committee=True, calculator=True)
+        add_dispersion_argument(model)
         slab = parser.add_argument_group("slab")
         slab.add_argument(
             "--slab", metavar="NAME|FILE", help="slab to build (Pt111, …) or a structure file of a clean slab"

@@ -11,13 +11,16 @@ if TYPE_CHECKING:
     from ase.calculators.calculator import BaseCalculator
 
     from equiformer2.inference import EquiformerV2Calculator
+    from equiformer2.inference.dispersion import Dispersion
 
 
 class ChosenModel:
     """Calculator of the options of `add_model_arguments(…, calculator=True)`.
 
     Attributes:
-        calculator: of the network, the committee or ASE.
+        calculator: of the network, the committee or ASE, with D3 dispersion where that is asked for.
+        network: the same without D3.
+        dispersion: D3, if it is added.
         checkpoint: path of the checkpoint, or paths of a committee; None with `--calculator`.
         files: all checkpoints, which no output may replace.
         energy_kind: `"adsorption"` or `"total"`.
@@ -44,6 +47,12 @@ class ChosenModel:
         else:
             self.calculator = network_calculator(options, self.checkpoint, router, options.weights)
         self.energy_kind = resolve_energy_kind(self.calculator, options.energy_kind, default="total")
+        self.network = self.calculator
+        self.dispersion = _dispersion(options)
+        if self.dispersion is not None:
+            from equiformer2.inference.dispersion import DispersionCalculator
+
+            self.calculator = DispersionCalculator(self.network, self.dispersion, self.energy_kind)
 
     def record(self, structures: Sequence["Atoms"] = ()) -> dict[str, Any]:
         """Describe the model for a record of `structures`: see `inference.record.model_record`."""
@@ -51,15 +60,17 @@ class ChosenModel:
         from equiformer2.inference.engines import calculator_identity
         from equiformer2.inference.record import model_record
 
-        if self.checkpoint is not None and isinstance(self.calculator, EquiformerV2Calculator):
-            return model_record(self.calculator.predictor, self.checkpoint, structures)
-        identity = calculator_identity(self.calculator)
+        added = {} if self.dispersion is None else {"d3": self.dispersion.summary()}
+        if self.checkpoint is not None and isinstance(self.network, EquiformerV2Calculator):
+            return {**model_record(self.network.predictor, self.checkpoint, structures), **added}
+        identity = calculator_identity(self.network)
         return {
             "checkpoint": None,
             "calculator": self.name,
             "class": identity["calculator"],
             "parameters": identity["parameters"],
             "energy_kind": self.energy_kind,
+            **added,
         }
 
     @property
@@ -67,9 +78,9 @@ class ChosenModel:
         """Provenance of the checkpoint, the first one's of a committee; None with `--calculator`."""
         from equiformer2.inference import EquiformerV2Calculator
 
-        if not isinstance(self.calculator, EquiformerV2Calculator):
+        if not isinstance(self.network, EquiformerV2Calculator):
             return None
-        return self.calculator.predictor.checkpoint.provenance
+        return self.network.predictor.checkpoint.provenance
 
     def identity(self) -> dict[str, Any]:
         """Plain values that tell the model from others, for folders that go on with their relaxations."""
@@ -77,14 +88,17 @@ class ChosenModel:
         from equiformer2.inference import EquiformerV2Calculator
         from equiformer2.inference.engines import calculator_identity
 
-        if not isinstance(self.calculator, EquiformerV2Calculator) or self.checkpoint is None:
-            return {**calculator_identity(self.calculator), "energy_kind": self.energy_kind}
-        predictor = self.calculator.predictor
+        kind: dict[str, Any] = {"energy_kind": self.energy_kind}
+        if self.dispersion is not None:
+            kind |= {"d3": self.dispersion.summary()}
+        if not isinstance(self.network, EquiformerV2Calculator) or self.checkpoint is None:
+            return {**calculator_identity(self.network), **kind}
+        predictor = self.network.predictor
         return {
             "checkpoint": only_one([sha256(file) for file in self.files]),
             "weights": predictor.checkpoint.weights,
             "precision": predictor.precision,
-            "energy_kind": self.energy_kind,
+            **kind,
         }
 
 
@@ -103,3 +117,11 @@ def network_calculator(
         backend=options.backend,
         router=router,
     )
+
+
+def _dispersion(options: argparse.Namespace) -> "Dispersion | None":
+    """D3 of `--d3`, for a command that has it."""
+    from equiformer2.inference.dispersion import Dispersion
+
+    text = getattr(options, "d3", None)
+    return None if text is None else Dispersion.read(text)

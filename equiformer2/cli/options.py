@@ -130,6 +130,16 @@ def add_model_arguments(
     )
 
 
+def add_dispersion_argument(parser: Options) -> None:
+    """Add `--d3`, of relaxations and adsorption energies."""
+    parser.add_argument(
+        "--d3",
+        metavar="FUNCTIONAL[/DAMPING]",
+        help="add DFT-D3 dispersion with the parameters of a functional, that of the model's labels: rpbe "
+        "for OC20's, pbe, pbe/d3zero, … (damping: d3bj unless given); needs the extra d3",
+    )
+
+
 def add_draft_argument(parser: Options) -> None:
     """Add `--draft`, of relaxations."""
     parser.add_argument(
