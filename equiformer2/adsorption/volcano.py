@@ -43,6 +43,11 @@ class State:
     electrons: float
     energy: float | None = None
 
+    @property
+    def label(self) -> str:
+        """Name as it is written, with the star of an adsorbate."""
+        return self.name if self.energy is not None else f"*{self.name}"
+
 
 def _gas(molecule: str) -> State:
     state = gas_state(molecule, _TEMPERATURE)
@@ -276,7 +281,7 @@ def volcano(table: SystemTable, path: Sequence[State], descriptor: str | None = 
         known = dict(zip(path, at, strict=True))
         return [-(known[b] - known[a]) / abs(b.electrons - a.electrons) for a, b in steps]
 
-    names = [f"{a.name} -> {b.name}" for a, b in steps]
+    names = [f"{a.label} -> {b.label}" for a, b in steps]
     points = []
     for name, energies in systems.items():
         values = activities(energies)
@@ -307,7 +312,7 @@ def volcano(table: SystemTable, path: Sequence[State], descriptor: str | None = 
         peak = _peak(legs, [float(point["descriptor_eV"]) for point in points])
     return {
         "descriptor": chosen.label(),
-        "path": [state.name for state in path],
+        "path": [state.label for state in path],
         "points": points,
         "scaling": scaling,
         "legs": legs,
@@ -327,7 +332,8 @@ def _scaling(
     found = {}
     for one in adsorbates:
         y = np.array([energies[one] for energies in systems.values()])
-        slope, intercept = (1.0, 0.0) if exact else np.polyfit(x, y, 1)
+        itself = one == descriptor.plus and descriptor.minus is None
+        slope, intercept = (1.0, 0.0) if itself else np.polyfit(x, y, 1)
         error = float(np.abs(y - slope * x - intercept).mean())
         found[one] = {"slope": float(slope), "intercept_eV": float(intercept), "mae_eV": error}
     return found

@@ -33,7 +33,7 @@ def test_oxygen_reduction_has_the_peak_of_the_scaling() -> None:
     assert found["peak"]["activity_V"] == pytest.approx(0.858, abs=2e-3)
     points = {point["system"]: point for point in found["points"]}
     assert points["s0.5"]["limiting_potential_V"] == pytest.approx(0.5)
-    assert points["s0.5"]["limiting_step"] == "OH -> *"
+    assert points["s0.5"]["limiting_step"] == "*OH -> *"
     assert points["s1.2"]["limiting_potential_V"] == pytest.approx(4.916 - 4.4, abs=1e-3)
     assert found["points"][0]["system"] == "s0.8"  # the most active first
     assert volcano_picture(found, "ORR")[:4] == b"\x89PNG"
@@ -44,7 +44,7 @@ def test_oxygen_evolution_is_limited_by_the_highest_step() -> None:
     points = {point["system"]: point for point in found["points"]}
     assert points["s1.2"]["limiting_potential_V"] == pytest.approx(1.9)
     assert points["s1.2"]["descriptor_eV"] == pytest.approx(1.3)
-    assert points["s1.9"]["limiting_step"] == "OH -> O"
+    assert points["s1.9"]["limiting_step"] == "*OH -> *O"
     assert found["peak"]["descriptor_eV"] == pytest.approx(1.6)
 
 
