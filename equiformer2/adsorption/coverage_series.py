@@ -288,6 +288,7 @@ class _Series:
         energy_kind: str | None,
     ) -> None:
         self.slab, self.adsorbate, self.calculator, self.settings = slab, adsorbate, calculator, settings
+        self.relaxation = RelaxationSettings(fmax=settings.fmax, steps=settings.steps)
         self.engine = open_engine(calculator)
         self.kind = resolve_energy_kind(calculator, energy_kind)
         self.cutoff = None
@@ -460,9 +461,7 @@ class _Series:
         return one.atoms[list(one.molecules[0])]
 
     def _relaxed(self, store: RelaxationStore, starts: Sequence[tuple[str, Atoms]]) -> Iterator[Relaxation]:
-        yield from store.relax(
-            starts, self.engine, RelaxationSettings(fmax=self.settings.fmax, steps=self.settings.steps)
-        )
+        yield from store.relax(starts, self.engine, self.relaxation)
 
     def _refer(self, folder: Path, clean: Relaxation) -> None:
         """Find the energies of clean slab and molecule; the molecule's is kept in the folder."""

@@ -56,10 +56,8 @@ def test_planes_of_copper_against_ase() -> None:
     for row in energies.rows:
         assert row.value == pytest.approx(expected(row.miller), abs=1e-6)
         assert not row.sides_differ
-    first = energies.summary()["rows"][0]
-    assert summary["surface_energy_J_m2"] == pytest.approx(
-        summary["surface_energy_eV_A2"] * 16.0218, rel=1e-5
-    )
+    lowest = energies.summary()["rows"][0]
+    assert lowest["surface_energy_J_m2"] == pytest.approx(lowest["surface_energy_eV_A2"] * 16.0218, rel=1e-5)
     assert f"{energies.rows[0].value * J_M2:.4f}" in str(energies)
     assert "as they were cut" in str(energies)
 
