@@ -28,6 +28,7 @@ COMMANDS = {
     "adsorption diagram": "adsorption_thermo:AdsorptionDiagram",
     "adsorption volcano": "adsorption_thermo:AdsorptionVolcano",
     "adsorption neb": "adsorption_search:AdsorptionNeb",
+    "adsorption coverage": "coverage:AdsorptionCoverage",
     "adsorption slab": "slab:BuildSlab",
     "relax-is2re": "inference:RelaxIs2re",
     "submission": "inference:Submission",
