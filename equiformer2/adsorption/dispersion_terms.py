@@ -86,3 +86,15 @@ def dispersion_summary(
         "gas": from_gas,
         "difference": whole - slab - from_gas if known else None,
     }
+
+
+def dispersion_lines(d3: Mapping[str, Any] | None) -> list[str]:
+    """Write D3 of `dispersion_summary` as lines for a terminal or a report; none without D3."""
+    if d3 is None or d3["difference"] is None:
+        return []
+    parts = ", ".join(
+        f"{name.replace('_', ' ')} {d3[name]:.4f}" for name in ("slab_and_adsorbate", "slab", "gas")
+    )
+    return [
+        f"of which D3 dispersion ({d3['functional']}, {d3['damping']}): {d3['difference']:.4f} eV ({parts})"
+    ]

@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.conventions import conventions
+from equiformer2.adsorption.dispersion_terms import dispersion_lines
 from equiformer2.adsorption.energy import AdsorptionResult
 from equiformer2.files import write_json
 from equiformer2.inference.atoms import ADSORBATE
@@ -71,11 +72,7 @@ def adsorption_report(result: AdsorptionResult) -> str:
     if result.energy_std is not None:
         spread = max(system.force_spreads, default=0.0)
         lines[-1] += f" ± {result.energy_std:.4f} (spread of the committee; forces up to {spread:.3f} eV/Å)"
-    if result.d3 is not None and result.d3["difference"] is not None:
-        lines.append(
-            f"  of which D3 dispersion ({result.d3['functional']}, {result.d3['damping']}): "
-            f"{result.d3['difference']:.4f} eV"
-        )
+    lines += [f"  {line}" for line in dispersion_lines(result.d3)]
     if result.energy_kind == "adsorption":
         lines.append(
             "  the model predicts adsorption energies: this is its energy of the relaxed system, "

@@ -8,6 +8,7 @@ from ase import Atoms
 
 from equiformer2.adsorption.basins import ENOUGH, LOWER
 from equiformer2.adsorption.conventions import convention_lines
+from equiformer2.adsorption.dispersion_terms import dispersion_lines
 from equiformer2.adsorption.search import SearchResult
 from equiformer2.inference.pictures import new_figure, png_bytes, structure_picture
 from equiformer2.report import bullets, page, picture, structure_viewer, table, viewer_script
@@ -65,7 +66,9 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
     error = (told.get("validation") or {}).get("energy_mae_eV")
     if error is not None:
         model.append(f"energy error of the checkpoint on its own validation data: {error:.2f} eV")
-    meaning = "The model predicts adsorption energies: nothing was subtracted."
+    meaning = "The model predicts adsorption energies: nothing was subtracted" + (
+        "." if card["d3_eV"] is None else " but D3 of the clean slab and of the gases."
+    )
     if result.energy_kind == "total":
         meaning = (
             f"The model predicts total energies: {result.terms['slab']:.4f} eV of the relaxed clean slab and "
@@ -84,7 +87,7 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
         f"<p>Adsorption energy of {name}: <b>{result.energy:.3f} eV</b> "
         f"({best.status}, largest force {number(best.relaxation.max_force_eV_A, 3)} eV/Å; "
         f"the start of this placement: {number(best.start_energy, 3)} eV).</p>",
-        bullets([meaning, *convention_lines(card["conventions"])]),
+        bullets([meaning, *dispersion_lines(card["d3_eV"]), *convention_lines(card["conventions"])]),
         structure_viewer("best", both, "<p>This browser does not draw in three dimensions.</p>"),
         picture("Best placement", drawing),
         "<h2>Would another placement be lower?</h2>",

@@ -160,6 +160,7 @@ class AdsorptionSearch(Command):
 
     def _print(self, name: str, folder: Path, record: dict[str, Any]) -> None:
         from equiformer2.adsorption.conventions import convention_lines
+        from equiformer2.adsorption.dispersion_terms import dispersion_lines
 
         best, stop = record["best"], record["stop"]
         rows = sorted(
@@ -167,7 +168,8 @@ class AdsorptionSearch(Command):
             key=lambda row: row["energy_eV"],
         )
         print(f"{name}: adsorption energy {record['adsorption_energy_eV']:.4f} eV ({best['id']})")
-        print("\n".join(f"  {line}" for line in convention_lines(record["conventions"])))
+        told = [*dispersion_lines(record["d3_eV"]), *convention_lines(record["conventions"])]
+        print("\n".join(f"  {line}" for line in told))
         print(f"{'minimum':24}{'energy (eV)':>12}{'force (eV/Å)':>14}")
         for row in rows[:10]:
             print(f"{row['id']:24}{row['energy_eV']:12.4f}{row['max_force_eV_A']:14.3f}")

@@ -1,9 +1,14 @@
 """Volcano: known legs and peaks, limiting potentials of diagrams, tables that are wrong."""
 
 import json
+import math
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from equiformer2.adsorption.diagram import diagram, gas_state
 from equiformer2.adsorption.volcano import (
@@ -93,6 +98,17 @@ def test_wrong_tables_are_refused(tmp_path: Path, text: str, message: str) -> No
     file.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=message):
         read_table(file)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(st.text(st.sampled_from('sytem,OH*_V-.19e"\n\0 é\u2028'), max_size=12), max_size=6))
+def test_any_text_is_a_table_or_refused(pieces: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "t.csv"
+        file.write_text("system,OH\na,1\n" + "".join(pieces), encoding="utf-8")
+        with suppress(InputError):
+            table = read_table(file)
+            assert all(math.isfinite(x) for one in table.energies.values() for x in one.values())
 
 
 def test_wrong_questions_are_refused() -> None:
