@@ -44,7 +44,7 @@ class Dispersion:
             from dftd3.ase import DFTD3
         except ImportError as error:
             raise InputError(
-                f"D3 dispersion needs the package dftd3 ({error}): pip install 'equiformer2[d3]'"
+                f"D3 dispersion needs the package dftd3 ({error}): install it (pip install dftd3)"
             ) from error
         if self.damping not in DAMPINGS:
             raise InputError(f"the damping {self.damping!r} is unknown: give one of {', '.join(DAMPINGS)}")
