@@ -15,6 +15,7 @@ from equiformer2.report import bullets, page, picture, structure_viewer, table, 
 def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[str, Any]) -> str:
     """Write the report as one HTML page."""
     best = result.best
+    assert best is not None
     assert best.relaxation is not None
 
     def number(value: float | None, digits: int) -> str:
@@ -93,6 +94,13 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
                 + ", ".join(f"{number} {status}" for status, number in counts.items())
                 + f". The search ended: {result.reason}.",
                 f"{coverage.draws} of them ended in {coverage.basins} minima.",
+                *(
+                    f"{one.placement} was on a saddle point at {one.before:.3f} eV: displaced, it relaxed to "
+                    f"{one.energy:.3f} eV."
+                    if one.fell
+                    else f"Displaced and relaxed again, {one.placement} stays ({one.status})."
+                    for one in result.checks
+                ),
                 *(unseen if left else []),
             ]
         ),

@@ -1,18 +1,22 @@
 """Commands about a search for the lowest adsorption energy, and about what follows from it."""
 
 import argparse
+import errno
 import itertools
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets_oc20.untrusted import AnyPath
+from datasets_oc20.errors import DataError
+from datasets_oc20.untrusted import AnyPath, read_json
 from equiformer2.cli.adsorption import add_built_slab_arguments, gas_references, slab_options
-from equiformer2.cli.chosen_model import ChosenModel
+from equiformer2.cli.chosen_model import ChosenModel, network_calculator
 from equiformer2.cli.command import Command, Parser, Result
 from equiformer2.cli.options import (
     NETWORK_ONLY,
+    add_draft_argument,
     add_model_arguments,
     add_overwrite_argument,
     parse_checked,
@@ -21,8 +25,8 @@ from equiformer2.errors import InputError
 
 if TYPE_CHECKING:
     from equiformer2.adsorption.slabs import CleanSlab
-    from equiformer2.inference import Relaxation
 
+_SEARCHES = "searches.json"
 _MODES = ("heuristic", "random", "random_site_heuristic_placement", "symmetry")
 
 
@@ -32,14 +36,17 @@ class AdsorptionSearch(Command):
     Placements that symmetry makes equal are merged, structures with an anomaly do not count, and the search
     stops where a lower minimum is unlikely. The folder gets search.json, card.json (what the number rests
     on), report.html, the best structure, all trajectories and DFT input for the best. Stopped at any moment,
-    the same command continues. Several adsorbates get a folder each and share the clean slab.
+    the same command continues. Several adsorbates get a folder each and share the clean slab; one that cannot
+    be searched does not stop the others. Exit status 3 if one has not converged or has no placement left.
 
         equiformer2 adsorption search --checkpoint oc20_small --slab Pt111 --adsorbate '*CO' --out runs/co
         equiformer2 adsorption search --calculator emt --slab Cu111 --adsorbate '*O' --out runs/o
     """
 
     def add_arguments(self, parser: Parser) -> None:
-        add_model_arguments(parser.add_argument_group("model"), committee=True, calculator=True)
+        model = parser.add_argument_group("model")
+        add_model_arguments(model, committee=True, calculator=True)
+        add_draft_argument(model)
         slab = parser.add_argument_group("slab")
         slab.add_argument(
             "--slab", metavar="NAME|FILE", help="slab to build (Pt111, …) or a structure file of a clean slab"
@@ -90,6 +97,14 @@ class AdsorptionSearch(Command):
             "--no-stop", action="store_true", help="relax all placements, however unlikely a lower one is"
         )
         search.add_argument(
+            "--check-minima",
+            type=int,
+            default=1,
+            metavar="N",
+            help="number of the lowest minima that are displaced and relaxed again, since they may be saddle "
+            "points (default: %(default)s)",
+        )
+        search.add_argument(
             "--gas",
             action="append",
             default=[],
@@ -111,7 +126,11 @@ class AdsorptionSearch(Command):
         parser.add_argument(
             "--out", required=True, type=Path, metavar="FOLDER", help="folder for the results"
         )
-        add_overwrite_argument(parser)
+        add_overwrite_argument(
+            parser,
+            "write a finished search again (its relaxations are kept), or replace another search in --out; "
+            "what is no file of a search stays",
+        )
 
     def parse(self, parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
         built = ("--size", "--vacuum", "--free-layers", "--lattice-constant", "--slab")
@@ -128,7 +147,6 @@ class AdsorptionSearch(Command):
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.adsorption.adsorbates import find_adsorbate
-        from equiformer2.adsorption.find import find_adsorption_energy
         from equiformer2.files import check_target, write_json
         from equiformer2.script import header, show_log
 
@@ -137,48 +155,87 @@ class AdsorptionSearch(Command):
             find_adsorbate(name)
         show_log()
         chosen = ChosenModel(options)
+        draft = None if options.draft is None else network_calculator(options, options.draft)
         slabs = self._slabs(options, chosen)
-        records: dict[str, dict[str, Any]] = {}
-        clean: Relaxation | None = None
         folders = search_folders(options.out, [slab.report.origin for slab in slabs], options.adsorbate)
+        listed = options.out / _SEARCHES
         several = len(folders) > 1
         if several:
-            check_target(options.out / "searches.json", overwrite=options.overwrite)
+            check_target(listed, overwrite=options.overwrite or has_errors(listed))
+        records: dict[str, dict[str, Any]] = {}
+        errors: list[Exception] = []
         for folder, (slab, name) in zip(folders, itertools.product(slabs, options.adsorbate), strict=True):
-            if name == options.adsorbate[0]:
-                clean = None
-            found = find_adsorption_energy(
-                slab.atoms,
-                name,
-                chosen.calculator,
-                placements=options.placements,
-                mode=options.mode,
-                seed=options.seed,
-                fmax=options.fmax,
-                steps=options.steps,
-                stop=not options.no_stop,
-                gas=source,
-                gas_per_atom=gas,
-                out=folder,
-                # Those of several that are finished are read again, with no evaluation of the model.
-                overwrite=options.overwrite or several,
-                describe=chosen.record,
-                notes={"slab": slab.report.summary(), "adsorbate": name},
-                clean_slab=clean,
-            )
-            clean = found.search.clean_slab
-            records[str(folder)] = found.record
-            self._print(f"{name} on {slab.report.origin}", folder, found.record)
-        converged = all(record["converged"] for record in records.values())
-        record = next(iter(records.values()))
-        if several:
-            keys = ("adsorption_energy_eV", "energy_kind", "converged", "model_evaluations")
-            record = {
-                **header("adsorption-searches/1", chosen.checkpoint),
-                "searches": {name: {key: one[key] for key in keys} for name, one in records.items()},
-            }
-            write_json(options.out / "searches.json", record)
+            title = f"{name} on {slab.report.origin}"
+            try:
+                beside = [one for one in folders if one != folder]
+                record = self._search(options, chosen, draft, slab, name, folder, beside, gas, source)
+            except (InputError, DataError, OSError) as error:
+                if not several or getattr(error, "errno", None) == errno.ENOSPC:
+                    raise
+                errors.append(error)
+                print(f"error: {title}: {error}", file=sys.stderr)
+                records[str(folder)] = {"error": " ".join(str(error).split())}
+                continue
+            records[str(folder)] = {**record, "error": None}
+            self._print(title, folder, record)
+        if len(errors) == len(folders):
+            raise errors[-1]
+        converged = all(record.get("converged") for record in records.values())
+        if not several:
+            return Result(record, 0 if converged else 3, chosen.checkpoint)
+        keys = ("adsorption_energy_eV", "energy_kind", "converged", "model_evaluations", "error")
+        record = {
+            **header("adsorption-searches/1", chosen.checkpoint),
+            "searches": {name: {key: one.get(key) for key in keys} for name, one in records.items()},
+        }
+        write_json(listed, record)
         return Result(record, 0 if converged else 3, chosen.checkpoint)
+
+    def _search(
+        self,
+        options: argparse.Namespace,
+        chosen: ChosenModel,
+        draft: Any,
+        slab: "CleanSlab",
+        name: str,
+        folder: Path,
+        beside: Sequence[Path],
+        gas: dict[str, float],
+        source: str,
+    ) -> dict[str, Any]:
+        """Search one adsorbate on one slab; `beside` are folders that may hold the relaxed clean slab."""
+        from equiformer2.adsorption.find import find_adsorption_energy
+        from equiformer2.adsorption.search import SearchSettings, stored_clean_slab
+
+        settings = SearchSettings(options.fmax, options.steps)
+        stored = (stored_clean_slab(one, slab.atoms, chosen.calculator, settings) for one in beside)
+        found = find_adsorption_energy(
+            slab.atoms,
+            name,
+            chosen.calculator,
+            placements=options.placements,
+            mode=options.mode,
+            seed=options.seed,
+            fmax=options.fmax,
+            steps=options.steps,
+            stop=not options.no_stop,
+            gas=source,
+            gas_per_atom=gas,
+            draft=draft,
+            check_minima=options.check_minima,
+            out=folder,
+            overwrite=options.overwrite,
+            # Those of several that are finished are read again, with no evaluation of the model.
+            again=bool(beside),
+            describe=chosen.record,
+            notes={
+                "slab": slab.report.summary(),
+                "adsorbate": name,
+                **({} if options.draft is None else {"draft": options.draft}),
+            },
+            clean_slab=next((one for one in stored if one is not None), None),
+        )
+        return found.record
 
     def _slabs(self, options: argparse.Namespace, chosen: ChosenModel) -> "list[CleanSlab]":
         """Build, read or cut the slabs, and say what they are."""
@@ -207,6 +264,10 @@ class AdsorptionSearch(Command):
 
     def _print(self, name: str, folder: Path, record: dict[str, Any]) -> None:
         best, stop = record["best"], record["stop"]
+        if best is None:
+            print(f"{name}: {record['reason']}")
+            print(f"saved in {folder}: search.json, trajectories")
+            return
         rows = sorted(
             (row for row in record["placements"] if row["basin"] == row["id"]),
             key=lambda row: row["energy_eV"],
@@ -215,6 +276,17 @@ class AdsorptionSearch(Command):
         print(f"{'minimum':24}{'energy (eV)':>12}{'force (eV/Å)':>14}")
         for row in rows[:10]:
             print(f"{row['id']:24}{row['energy_eV']:12.4f}{row['max_force_eV_A']:14.3f}")
+        for check in record["saddle_check"]["checks"]:
+            if check["fell"]:
+                print(
+                    f"{check['placement']} was on a saddle point at {check['energy_before_eV']:.4f} eV: "
+                    f"displaced, it relaxes to {check['energy_eV']:.4f} eV"
+                )
+        if record["draft"] is not None:
+            print(
+                f"{record['model_evaluations']} calls of the model, and {record['draft_evaluations']} of the "
+                "draft"
+            )
         left = f"; unseen {stop['unseen_probability']:.1%}, lower {stop['p_lower']:.1%}"
         print(stop["reason"] + (left if stop["unseen_basins"] else ""))
         if not best["converged"]:
@@ -241,7 +313,7 @@ class AdsorptionVerify(Command):
         rows = verify_card(options.card, model_in_place(options))
         for name, row in rows.items():
             print(f"{name:22} {'same' if row['ok'] else 'DIFFERS'}: card {row['card']}, now {row['now']}")
-        return Result(rows, 0 if all(row["ok"] for row in rows.values()) else 3)
+        return Result(rows, 0 if all(row["ok"] for row in rows.values()) else 3, whole=True)
 
 
 class AdsorptionCollect(Command):
@@ -539,6 +611,15 @@ def search_folders(out: AnyPath, slabs: Sequence[str], adsorbates: Sequence[str]
             )
         owners[folder] = f"{adsorbate} on {slab}"
     return list(owners)
+
+
+def has_errors(file: AnyPath) -> bool:
+    """Tell whether a list of several searches names one that failed, so that the command goes on."""
+    try:
+        searches = read_json(file)["searches"].values()
+        return any(one["error"] is not None for one in searches)
+    except (DataError, OSError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def _folder_name(name: str) -> str:
