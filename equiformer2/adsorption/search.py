@@ -361,7 +361,12 @@ class _Search:
             "slab": _digest(slab),
             "adsorbate": self.adsorbate.get_chemical_formula(),
             "gas": settings.gas,
-            "gas_per_atom": dict(settings.gas_per_atom),
+            # Those of other elements change nothing.
+            "gas_per_atom": {
+                symbol: energy
+                for symbol, energy in settings.gas_per_atom.items()
+                if symbol in self.adsorbate.get_chemical_symbols()
+            },
             **identity,
         }
         self.evaluations = self.draft_evaluations = 0
