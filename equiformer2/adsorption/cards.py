@@ -16,6 +16,7 @@ from equiformer2.files import as_input_error, read_json
 from equiformer2.inference.atoms import ADSORBATE, fixed_mask
 from equiformer2.inference.engines import Engineable
 from equiformer2.inference.many import predict
+from equiformer2.inference.record import recorded_model
 from equiformer2.shipped import find_checkpoint
 
 #: Elements whose magnetism OC20's calculations leave out.
@@ -84,11 +85,10 @@ def verify_card(path: AnyPath, model: Engineable | None = None) -> dict[str, dic
     with as_input_error():
         atoms = read_structure(file)
     checkpoint = (card.get("model") or {}).get("checkpoint")
-    if model is None:
-        if checkpoint is None:
-            raise InputError(f"{path} names no checkpoint: give the calculator with which it was made")
-        model = checkpoint
-    (now,) = predict([atoms], model)
+    if model is None and checkpoint is None:
+        raise InputError(f"{path} names no checkpoint: give the calculator with which it was made")
+    (now,) = predict([atoms], recorded_model(card["model"]) if model is None else model)
+    model = checkpoint if model is None else model
     forces = now.get_forces(apply_constraint=False)[~fixed_mask(atoms)]
     fields = {
         "structure_sha256": sha256(file),

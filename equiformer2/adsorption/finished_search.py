@@ -19,6 +19,7 @@ from equiformer2.adsorption.search_folder import (
 from equiformer2.errors import InputError
 from equiformer2.files import as_input_error, read_json
 from equiformer2.inference.engines import Engineable
+from equiformer2.inference.record import recorded_model
 from equiformer2.shipped import find_checkpoint
 
 
@@ -69,6 +70,8 @@ class FinishedSearch:
         checkpoint = self.record["model"].get("checkpoint")
         if given is None and checkpoint is None:
             raise InputError(f"{self.folder} was searched with a calculator: give it again (--calculator)")
+        if given is None and self.record["model"].get("precision", "float32") != "float32":
+            return recorded_model(self.record["model"])
         model = checkpoint if given is None else given
         return str(find_checkpoint(model)) if isinstance(model, str) else model
 

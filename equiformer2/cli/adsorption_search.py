@@ -19,6 +19,7 @@ from equiformer2.cli.options import (
     add_draft_argument,
     add_model_arguments,
     add_overwrite_argument,
+    add_twin_argument,
     parse_checked,
 )
 from equiformer2.errors import InputError
@@ -46,6 +47,7 @@ class AdsorptionSearch(Command):
     def add_arguments(self, parser: Parser) -> None:
         model = parser.add_argument_group("model")
         add_model_arguments(model, committee=True, calculator=True)
+        add_twin_argument(model)
         add_draft_argument(model)
         slab = parser.add_argument_group("slab")
         slab.add_argument(
