@@ -204,9 +204,7 @@ class Spread:
             "factor": factor,
             "coverage_after_stretching": stretched,
             "rank_correlation": whole,
-            "rank_correlation_90": [float(one) for one in np.quantile(known, [0.05, 0.95])]
-            if known
-            else None,
+            "rank_correlation_90": interval,
             "shared": float((parts[:, 0] ** 2).mean()) / mean_square if mean_square > 0 else None,
         }
 
