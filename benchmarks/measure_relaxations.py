@@ -8,7 +8,8 @@ the same L-BFGS (memory, largest step, damping, curvature), threshold and number
 every round, so that a machine that slows down slows all of them. With --checkpoint the network is a trained
 one and relaxations converge; fairchem cannot load that. With --size all have the same random parameters, with
 which nothing converges: every system takes all --steps. fairchem's loop (`ml_relax`) keeps a batch until all
-of it has converged; it is measured where --reference-python is the environment of setup_reference.sh. Writes relaxations.json and .md into --output.
+of it has converged; it is measured where --reference-python is the environment of setup_reference.sh.
+Writes relaxations.json and .md into --output.
 """
 
 import argparse
