@@ -4,8 +4,9 @@ import multiprocessing
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import TypeVar
@@ -23,6 +24,7 @@ def parallel_map(
     jobs: Sequence[_Job],
     num_workers: int | None,
     in_order: bool = True,
+    most_waiting: int | None = None,
 ) -> Iterator[Iterable[_Result]]:
     """Apply `function` to every job, in several processes; use it in a `with` block.
 
@@ -31,6 +33,8 @@ def parallel_map(
         jobs: one argument for each call.
         num_workers: number of processes; None takes one per core, 1 works in this process.
         in_order: yield results in the order of the jobs; False yields them as they finish.
+        most_waiting: number of results that wait in memory at most, where they are large; None does all jobs
+            as fast as possible.
 
     Yields:
         An iterable over the results.
@@ -54,7 +58,9 @@ def parallel_map(
         initargs=(os.getpid(),),
     )
     try:
-        if in_order:
+        if most_waiting is not None:
+            yield _ahead(pool, function, jobs, most_waiting)
+        elif in_order:
             yield pool.map(function, jobs)
         else:
             futures = [pool.submit(function, job) for job in jobs]
@@ -65,6 +71,19 @@ def parallel_map(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _ahead(
+    pool: ProcessPoolExecutor, function: Callable[[_Job], _Result], jobs: Sequence[_Job], number: int
+) -> Iterator[_Result]:
+    """Yield results in the order of the jobs, with at most `number` jobs begun before their turn."""
+    waiting: deque[Future[_Result]] = deque()
+    for job in jobs:
+        waiting.append(pool.submit(function, job))
+        if len(waiting) > number:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _exit_with_parent(parent: int) -> None:

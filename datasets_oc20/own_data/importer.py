@@ -30,7 +30,13 @@ from datasets_oc20.own_data.report import (
     origins,
     shared_settings,
 )
-from datasets_oc20.own_data.source_worker import Dropped, SourceResult, part_file, read_source
+from datasets_oc20.own_data.source_worker import (
+    LARGE_SOURCE,
+    Dropped,
+    SourceResult,
+    part_file,
+    read_source,
+)
 from datasets_oc20.own_data.splits import SplitOptions, split_frames
 from datasets_oc20.periodicity import Periodicity
 from datasets_oc20.structure_record import PackedRecord, pack
@@ -223,19 +229,25 @@ def _read_all(
     progress: bool,
     needs_energy: bool,
 ) -> Iterator[SourceResult]:
-    """Read the sources, with a bar that counts files, or frames where there is one file."""
+    """Read the sources in order, with a bar that counts files, or frames where there is one file.
+
+    Large files are each read by all processes, the others side by side.
+    """
     sources = found.sources
     read = partial(read_source, options=options.labels, folder=folder, needs_energy=needs_energy)
+    read_large = partial(read, num_workers=num_workers)
     disable = None if progress else True
     with ExitStack() as stack:
         if len(sources) == 1:
             bar = stack.enter_context(tqdm(desc="Reading", unit=" frames", disable=disable))
-            yield read(sources[0], progress=lambda number: bar.update(number - bar.n))
+            yield read_large(sources[0], progress=lambda number: bar.update(number - bar.n))
             return
-        work = stack.enter_context(parallel_map(read, sources, num_workers))
+        small = [source for source in sources if source.size < LARGE_SOURCE]
+        work = iter(stack.enter_context(parallel_map(read, small, num_workers)))
         frames = 0
         bar = stack.enter_context(tqdm(total=len(sources), desc="Reading", unit=" files", disable=disable))
-        for result in work:
+        for source in sources:
+            result = next(work) if source.size < LARGE_SOURCE else read_large(source)
             frames += len(result.frames)
             bar.update()
             bar.set_postfix(frames=frames, refresh=False)

@@ -1,4 +1,4 @@
-"""All frames of one file, read by ASE; a frame that cannot be read does not end the file."""
+"""Frames of one file, or of a part of it, read by ASE; a frame that cannot be read does not end the file."""
 
 import contextlib
 import io
@@ -6,8 +6,8 @@ import sqlite3
 import tempfile
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
@@ -48,7 +48,8 @@ MAX_STREAM = 1 << 40
 LMDB = "lmdb"
 """Name here of what ASE does not read: LMDB files of OC20, ours and of `ase-db-backends`."""
 _STREAMED = {"extxyz", "vasp-out", "traj", "db", LMDB}
-_MOST_BAD_FRAMES = 1000
+_DIVISIBLE = {"extxyz", "traj", "db", LMDB}
+"""Formats in which reading can begin at any frame."""
 _HEAD = 1 << 16
 _SIGNATURES = {
     "espresso-out": b"PWSCF",
@@ -91,6 +92,21 @@ class ReadFrame:
     problem: str = ""
 
 
+@dataclass(frozen=True)
+class FilePart:
+    """Successive frames of a file, which can be read without those before.
+
+    Attributes:
+        first: index of the first one.
+        number: number of frames; None for all that follow.
+        start: place of the first one: byte of an extended XYZ file, id in a database, else its index.
+    """
+
+    first: int
+    number: int | None
+    start: int
+
+
 class SourceFile:
     """A file with structures and their energies.
 
@@ -118,8 +134,31 @@ class SourceFile:
         self.energy_kind: str | None = None
         self.constraints_from = ""
 
-    def frames(self) -> Generator[ReadFrame, None, None]:
+    def parts(self, number: int) -> list[FilePart]:
+        """Divide the file into parts of `number` frames; one part where that is not possible.
+
+        Raises:
+            UnreadableError: the file cannot be read.
+        """
+        whole = FilePart(0, None, 0)
+        if self.format not in _DIVISIBLE or self.path.suffix in COMPRESSED:
+            return [whole]
+        with contextlib.ExitStack() as stack, self._reasons():
+            if self.format == "extxyz":
+                return _extxyz_parts(self._content(stack), number)
+            if self.format == "db":
+                ids = self._database_ids(stack)
+            elif self.format == "traj":
+                ids = list(range(len(stack.enter_context(TrajectoryReader(self._content(stack))))))
+            else:
+                ids = list(range(len(OC20Lmdb(self.path))))
+        return [FilePart(first, number, ids[first]) for first in range(0, len(ids), number)] or [whole]
+
+    def frames(self, part: FilePart | None = None) -> Generator[ReadFrame, None, None]:
         """Read the frames in order.
+
+        Args:
+            part: one of `parts`; None for all frames.
 
         Yields:
             Every frame, readable or not.
@@ -129,36 +168,48 @@ class SourceFile:
         """
         readers = {
             "extxyz": self._extxyz,
-            "vasp-out": self._outcar,
-            "vasp-xml": self._vasprun,
-            "espresso-out": self._espresso,
             "traj": self._trajectory,
             "db": self._database,
             LMDB: self._lmdb,
         }
-        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        whole_readers = {
+            "vasp-out": self._outcar,
+            "vasp-xml": self._vasprun,
+            "espresso-out": self._espresso,
+        }
+        number = 0
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack, self._reasons():
             warnings.simplefilter("ignore")  # of ASE's parsers, about what is checked here
-            try:
-                number = 0
-                for frame in readers.get(self.format, self._any)(stack):
-                    number += 1
-                    if frame.atoms is not None:
-                        self._set_constraints(frame.atoms)
-                    yield frame
-            except UnreadableError:
-                raise
-            except DataError as error:
-                raise UnreadableError(str(error).removeprefix(f"{self.path}: ").rstrip(".")) from error
-            except Exception as error:  # each of ASE's many parsers fails in its own way
-                raise UnreadableError(f"not readable as {self.format} ({reason_of(error)})") from error
+            if self.format in readers:
+                frames = readers[self.format](stack, part or FilePart(0, None, 0))
+            else:
+                frames = whole_readers.get(self.format, self._any)(stack)
+            for frame in frames:
+                number += 1
+                if frame.atoms is not None:
+                    self._set_constraints(frame.atoms)
+                yield frame
         if not number:
             raise UnreadableError(f"holds no structure with results, read as {self.format}")
 
-    def _content(self, stack: contextlib.ExitStack) -> IO[bytes]:
+    @contextlib.contextmanager
+    def _reasons(self) -> Iterator[None]:
+        """Give failures of readers as `UnreadableError`."""
+        try:
+            yield
+        except UnreadableError:
+            raise
+        except DataError as error:
+            raise UnreadableError(str(error).removeprefix(f"{self.path}: ").rstrip(".")) from error
+        except Exception as error:  # each of ASE's many parsers fails in its own way
+            raise UnreadableError(f"not readable as {self.format} ({reason_of(error)})") from error
+
+    def _content(self, stack: contextlib.ExitStack, is_checked: bool = True) -> IO[bytes]:
         file = stack.enter_context(
             open_content(self.path, MAX_STREAM if self.format in _STREAMED else MAX_FILE)
         )
-        check_claims(self.path, file, self.format)
+        if is_checked:
+            check_claims(self.path, file, self.format)
         return file
 
     def _text(self, stack: contextlib.ExitStack) -> GuardedText:
@@ -174,11 +225,12 @@ class SourceFile:
             images = iread(self.path, index=slice(None), format=self.format, do_not_split_by_at_sign=True)
         yield from (ReadFrame(index, atoms) for index, atoms in enumerate(images))
 
-    def _extxyz(self, stack: contextlib.ExitStack) -> Iterator[ReadFrame]:
+    def _extxyz(self, stack: contextlib.ExitStack, part: FilePart) -> Iterator[ReadFrame]:
         """Give ASE one frame at a time, so that one that it cannot read does not hide the others."""
-        text = self._text(stack)
-        bad = 0
-        for index in count():
+        content = self._content(stack)
+        content.seek(part.start)
+        text = GuardedText(self.path, content)
+        for index in islice(count(part.first), part.number):
             head = text.readline()
             if not head.strip():
                 rest = head or text.readline()
@@ -201,9 +253,6 @@ class SourceFile:
             try:
                 yield ReadFrame(index, next(iread(io.StringIO("".join(lines)), index=0, format="extxyz")))
             except Exception as error:  # of ASE's parser
-                bad += 1
-                if bad > _MOST_BAD_FRAMES:
-                    raise UnreadableError(f"more than {_MOST_BAD_FRAMES} frames cannot be read") from error
                 yield ReadFrame(index, None, f"not readable ({reason_of(error)})")
 
     def _outcar(self, stack: contextlib.ExitStack) -> Iterator[ReadFrame]:
@@ -251,28 +300,33 @@ class SourceFile:
                 continue  # QE prints the last structure of a relaxation once more
             yield ReadFrame(index, atoms, _not_converged(converged, None))
 
-    def _trajectory(self, stack: contextlib.ExitStack) -> Iterator[ReadFrame]:
-        trajectory = stack.enter_context(TrajectoryReader(self._content(stack)))
-        for index in range(len(trajectory)):
+    def _trajectory(self, stack: contextlib.ExitStack, part: FilePart) -> Iterator[ReadFrame]:
+        # The check reads the whole file, and the first part has made it.
+        trajectory = stack.enter_context(TrajectoryReader(self._content(stack, not part.first)))
+        for index in _range(part, len(trajectory)):
             try:
                 yield ReadFrame(index, trajectory[index])
             except Exception as error:  # of ASE's parser
                 yield ReadFrame(index, None, f"not readable ({reason_of(error)})")
-                if index > _MOST_BAD_FRAMES:
-                    raise UnreadableError("frames cannot be read") from error
 
-    def _database(self, stack: contextlib.ExitStack) -> Iterator[ReadFrame]:
-        """Read the rows of an `ase.db` database in SQLite; a file that ASE would make one of is refused."""
+    def _database_ids(self, stack: contextlib.ExitStack) -> list[int]:
+        """Read the ids of the rows of an `ase.db` database in SQLite; another database is refused."""
         path = self._unpacked(stack)
         with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as plain:
             try:
                 names = {name for (name,) in plain.execute("SELECT name FROM sqlite_master")}
             except sqlite3.DatabaseError as error:
                 raise UnreadableError(f"not readable as a database ({error})") from error
-        if "systems" not in names:
-            raise UnreadableError("is a database, but not one of ASE (it has no table of systems)")
-        database = connect(path, type="db", use_lock_file=False)
-        for index, row in enumerate(database.select()):
+            if "systems" not in names:
+                raise UnreadableError("is a database, but not one of ASE (it has no table of systems)")
+            return [number for (number,) in plain.execute("SELECT id FROM systems ORDER BY id")]
+
+    def _database(self, stack: contextlib.ExitStack, part: FilePart) -> Iterator[ReadFrame]:
+        if not part.first:
+            self._database_ids(stack)  # ASE would make a database of any other file
+        database = connect(self._unpacked(stack), type="db", use_lock_file=False)
+        rows = database.select(f"id>={part.start}", limit=part.number)
+        for index, row in enumerate(rows, part.first):
             try:
                 atoms = row.toatoms(add_additional_information=True)
             except Exception as error:  # of ASE's parser
@@ -294,11 +348,11 @@ class SourceFile:
         copy.flush()
         return Path(copy.name)
 
-    def _lmdb(self, stack: contextlib.ExitStack) -> Iterator[ReadFrame]:
+    def _lmdb(self, stack: contextlib.ExitStack, part: FilePart) -> Iterator[ReadFrame]:
         dataset = OC20Lmdb(self.path)
         self.energy_kind = dataset.energy_kind
         shard = open_shard(dataset.shards[0])
-        for index in range(len(dataset)):
+        for index in _range(part, len(dataset)):
             try:
                 if isinstance(shard, AseLmdbFile):
                     yield ReadFrame(index, _atoms_of(shard.raw_fields(index)))
@@ -361,6 +415,32 @@ class _OutcarLines:
             self.is_inside_step = False
             self.steps += 1
         return line
+
+
+def _range(part: FilePart, total: int) -> range:
+    """Indices of a part of a file of `total` frames."""
+    return range(part.first, total if part.number is None else min(part.first + part.number, total))
+
+
+def _extxyz_parts(file: IO[bytes], number: int) -> list[FilePart]:
+    """Find where every `number`-th frame begins; what is unusual is left to the reader of the last part."""
+    parts = [FilePart(0, None, 0)]
+    file.seek(0)
+    for index in count():
+        start = file.tell()
+        line = file.readline(1 << 16)
+        head = line.strip()
+        if not line.endswith(b"\n") or not head.isdigit() or len(head) > 20 or int(head) > _MOST_ATOMS:
+            return parts
+        if index and index % number == 0:
+            parts[-1] = replace(parts[-1], number=number)
+            parts.append(FilePart(index, None, start))
+        for _ in range(1 + int(head)):
+            line = file.readline()
+            # A text reader takes a lone \r as the end of a line.
+            if not line or b"\r" in line.rstrip(b"\r\n"):
+                return parts
+    raise AssertionError
 
 
 def find_format(path: AnyPath) -> str:

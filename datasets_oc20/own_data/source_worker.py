@@ -1,9 +1,10 @@
-"""Reading, labelling and packing of one source, in a process of its own."""
+"""Reading, labelling and packing of one source, in a process of its own or divided over several."""
 
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,12 +13,20 @@ from datasets_oc20.own_data.dft_settings import Calculation
 from datasets_oc20.own_data.discovery import Source
 from datasets_oc20.own_data.frame_facts import FrameFacts, RunFinder
 from datasets_oc20.own_data.labels import Labelled, LabelOptions, label
-from datasets_oc20.own_data.reading import LMDB, SourceFile, UnreadableError
+from datasets_oc20.own_data.reading import LMDB, FilePart, SourceFile, UnreadableError
 from datasets_oc20.structure_record import pack
 from datasets_oc20.untrusted import AnyPath
+from datasets_oc20.workers import parallel_map
 
 _COLLECTIONS = {"extxyz", "db", "json", LMDB}
 """Formats that hold any structures; others hold the steps of one calculation."""
+LARGE_SOURCE = 1 << 25
+"""Bytes from which a file is divided over several processes; below, starting them takes as long."""
+_PART = 500
+"""Frames that a process reads at a time."""
+_WAITING = 16
+"""Parts that are read ahead, so that memory holds no more of them."""
+_MOST_BAD_FRAMES = 1000
 
 
 @dataclass
@@ -75,6 +84,7 @@ def read_source(
     folder: AnyPath,
     progress: Callable[[int], None] | None = None,
     needs_energy: bool = True,
+    num_workers: int | None = 1,
 ) -> SourceResult:
     """Read a source and write the packed records of its usable frames to `part_file`.
 
@@ -86,13 +96,14 @@ def read_source(
         folder: folder of the parts.
         progress: called with the number of frames read so far.
         needs_energy: drop frames without an energy.
+        num_workers: number of processes that read a large file; None takes one per core.
     """
     best: SourceResult | None = None
     path = part_file(folder, source)
     for file in source.paths:
         temporary = path.with_suffix(".new")
         with temporary.open("wb") as records:
-            result = _SourceReader(source, file, options, needs_energy).read(records, progress)
+            result = _SourceReader(source, file, options, needs_energy, num_workers).read(records, progress)
         if best is None or len(result.frames) > len(best.frames):
             if best is not None:
                 result.dropped = [*best.dropped, *result.dropped]
@@ -106,6 +117,59 @@ def read_source(
     return best
 
 
+@dataclass
+class _Examined:
+    """A frame, read and labelled.
+
+    Attributes:
+        index: place in its file; None for the rest of the file.
+        problem: reason why it is not used, or empty.
+        is_unreadable: the problem is that it could not be read.
+        labelled: fields of its record; None if it is not used, or not selected.
+        facts: None likewise.
+    """
+
+    index: int | None
+    problem: str = ""
+    is_unreadable: bool = False
+    labelled: Labelled | None = None
+    facts: FrameFacts | None = None
+
+
+def _examine(
+    file: SourceFile, options: LabelOptions, needs_energy: bool, part: FilePart | None = None
+) -> Iterator[_Examined]:
+    """Read and label the frames of a file or of a part of it."""
+    try:
+        with contextlib.closing(file.frames(part)) as frames:
+            for frame in frames:
+                if frame.problem or frame.atoms is None:
+                    yield _Examined(frame.index, frame.problem, frame.atoms is None)
+                    continue
+                try:
+                    if options.select is not None and not options.select.matches(frame.atoms):
+                        yield _Examined(frame.index)
+                        continue
+                    labelled = label(frame.atoms, options, needs_energy)
+                    facts = FrameFacts.of(frame.index, labelled.fields)
+                except DataError as error:
+                    yield _Examined(frame.index, str(error).rstrip("."))
+                    continue
+                yield _Examined(frame.index, labelled=labelled, facts=facts)
+    except UnreadableError as error:
+        yield _Examined(None, str(error))
+    except OSError as error:
+        yield _Examined(None, error.strerror or str(error))
+
+
+def _examine_part(
+    part: FilePart, path: Path, options: LabelOptions, needs_energy: bool
+) -> tuple[list[_Examined], str | None]:
+    """Read and label a part of a file in another process; also return the kind of energy that it declares."""
+    file = SourceFile(path)
+    return list(_examine(file, options, needs_energy, part)), file.energy_kind
+
+
 class _SourceReader:
     """Reader of one file of a source.
 
@@ -114,11 +178,19 @@ class _SourceReader:
         path: the file.
         options: keys, units and rules.
         needs_energy: drop frames without an energy.
+        num_workers: number of processes that read a large file; None takes one per core.
     """
 
-    def __init__(self, source: Source, path: Path, options: LabelOptions, needs_energy: bool) -> None:
+    def __init__(
+        self,
+        source: Source,
+        path: Path,
+        options: LabelOptions,
+        needs_energy: bool,
+        num_workers: int | None = 1,
+    ) -> None:
         self._path, self._options, self._needs_energy = path, options, needs_energy
-        self._source = source
+        self._source, self._num_workers = source, num_workers
         self._result = SourceResult(source, str(path))
 
     def read(self, records: IO[bytes], progress: Callable[[int], None] | None) -> SourceResult:
@@ -154,31 +226,44 @@ class _SourceReader:
             self._drop(None, text.removeprefix(str(self._path)).lstrip(": ").rstrip("."))
             return
         runs = RunFinder(file.format not in _COLLECTIONS)
-        try:
-            with contextlib.closing(file.frames()) as frames:
-                for frame in frames:
-                    if frame.problem or frame.atoms is None:
-                        self._drop(frame.index, frame.problem)
-                        continue
-                    try:
-                        if self._options.select is not None and not self._options.select.matches(frame.atoms):
-                            result.not_selected += 1
-                            continue
-                        found = label(frame.atoms, self._options, self._needs_energy)
-                        facts = FrameFacts.of(frame.index, found.fields)
-                    except DataError as error:
-                        self._drop(frame.index, str(error).rstrip("."))
-                        continue
-                    runs.add(facts, found.fields)
-                    facts.sid, facts.group = found.sid, found.group
-                    self._count(found, file)
-                    yield facts, found.fields
-        except UnreadableError as error:
-            self._drop(None, str(error))
-        except OSError as error:
-            self._drop(None, error.strerror or str(error))
-        finally:
-            result.calculation, result.energy_kind = file.calculation, file.energy_kind
+        unreadable = 0
+        for one in self._examined(file):
+            if one.problem:
+                unreadable += one.is_unreadable
+                if unreadable > _MOST_BAD_FRAMES:
+                    self._drop(None, f"more than {_MOST_BAD_FRAMES} frames cannot be read")
+                    break
+                self._drop(one.index, one.problem)
+                if one.index is None:
+                    break
+            elif one.labelled is None or one.facts is None:
+                result.not_selected += 1
+            else:
+                runs.add(one.facts, one.labelled.fields)
+                one.facts.sid, one.facts.group = one.labelled.sid, one.labelled.group
+                self._count(one.labelled, file)
+                yield one.facts, one.labelled.fields
+        result.calculation, result.energy_kind = file.calculation, file.energy_kind
+
+    def _examined(self, file: SourceFile) -> Iterator[_Examined]:
+        """Examine the frames in order, those of a large file in several processes."""
+        parts: list[FilePart] = []
+        if self._num_workers != 1 and self._path.stat().st_size >= LARGE_SOURCE:
+            try:
+                parts = file.parts(_PART)
+            except UnreadableError as error:
+                yield _Examined(None, str(error))
+                return
+        if len(parts) < 2:
+            yield from _examine(file, self._options, self._needs_energy)
+            return
+        examine = partial(
+            _examine_part, path=self._path, options=self._options, needs_energy=self._needs_energy
+        )
+        with parallel_map(examine, parts, self._num_workers, most_waiting=_WAITING) as work:
+            for frames, energy_kind in work:
+                file.energy_kind = energy_kind
+                yield from frames
 
     def _count(self, found: Labelled, file: SourceFile) -> None:
         self._result.notices.update(found.notices)

@@ -1,11 +1,13 @@
 """Network to start from: which parts of a checkpoint fit the data, its references and normalizers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from ase.data import chemical_symbols
+from torch_geometric.data import Data
 
 from datasets_oc20 import OC20Lmdb
 from datasets_oc20.target_sums import NUM_ELEMENTS
@@ -27,6 +29,8 @@ _LOOKED_AT = 100
 _OTHER_ZERO, _EXPLAINED = 0.25, 5.0
 LEAST_FORCES = 0.05
 """eV/Å; the usual threshold at which relaxations end: forces below it are hardly more than noise."""
+_LEAST_SCALE, _WORTH_SCALING = 0.01, 0.9
+"""Least factor of a kept force head (0 could not be learned from); above the other it stays as it is."""
 RESET = "--reset-head makes new normalizers, references and an energy head for them"
 
 
@@ -207,7 +211,7 @@ def prepare_start(
     model = _fitting_model(checkpoint, frames.has_forces, seed)
     if predicted is None:
         what = reason or "asked for, though the checkpoint fits the data"
-        normalizers, more = _with_new_head(model, checkpoint, frames, rows, own, predictor.device)
+        normalizers, more = _with_new_head(model, predictor, frames, rows, own)
         sentences += [f"energy head: new last layer ({what}), {more[0]}", *more[1:]]
     else:
         normalizers, told = _adjusted(checkpoint.normalizers, predicted, own, isolated)
@@ -331,23 +335,23 @@ def _fitting_model(checkpoint: Checkpoint, has_forces: bool, seed: int) -> Equif
 
 def _with_new_head(
     model: EquiformerV2,
-    checkpoint: Checkpoint,
+    predictor: Predictor,
     frames: Frames,
     rows: np.ndarray,
     own: Normalizers,
-    device: torch.device,
 ) -> tuple[Normalizers, list[str]]:
     """Give `model` a new last layer of the energy head, fitted to frames, and forces in the data's units.
 
     Returns:
         The normalizers to use, and sentences about the energy head and about the force head.
     """
+    checkpoint = predictor.checkpoint
     used = own.for_gradient() if model.config.forces == "gradient" else own
     chosen = spread(rows, _LOOKED_AT)
     data = [frames.dataset[row] for row in chosen.tolist()]
     targets = [float(used.normalize_energy(item.energy.view(1), item)[0]) for item in data]
     before, after = fit_last_layer(
-        model.to(device), data, np.array(targets), [frames.systems[row] for row in chosen]
+        model.to(predictor.device), data, np.array(targets), [frames.systems[row] for row in chosen]
     )
     model.cpu()
     if after < before:
@@ -362,9 +366,33 @@ def _with_new_head(
         return used, [told, "force head: left out, because the data have no forces"]
     if checkpoint.config.forces == "none":
         return used, [told, "force head: new, because the checkpoint has none"]
-    if model.config.forces == "direct":
-        keep_predictions(model, Normalizers(own.energy, checkpoint.normalizers.forces), own)
-    return used, [told, "force head: the checkpoint's, with the same forces in eV/Å at the start"]
+    if model.config.forces != "direct":
+        return used, [told, "force head: none, because forces are the gradient of the energy"]
+    scale = _force_scale(predictor, data)
+    forces = checkpoint.normalizers.forces
+    keep_predictions(model, Normalizers(own.energy, replace(forces, std=scale * forces.std)), own)
+    at_the_start = (
+        "with the same forces in eV/Å at the start"
+        if scale == 1.0
+        else f"with {scale:.3g} times its forces at the start, which fits the {len(data)} frames best"
+    )
+    return used, [told, f"force head: the checkpoint's, {at_the_start}"]
+
+
+def _force_scale(predictor: Predictor, frames: Sequence[Data]) -> float:
+    """Factor of at most 1 with which the predicted forces on free atoms fit those of frames best.
+
+    On structures that are foreign to the checkpoint its forces may be many times larger than the true ones,
+    and a training would first have to unlearn them.
+    """
+    product = square = 0.0
+    for frame in frames:
+        free = ~frame.fixed
+        predicted = predictor.predict(frame)["forces"][free].double()
+        product += float((predicted * frame.forces[free].double()).sum())
+        square += float((predicted**2).sum())
+    scale = min(max(product / square, _LEAST_SCALE), 1.0) if square > 0.0 else 1.0
+    return scale if scale < _WORTH_SCALING else 1.0
 
 
 def write_start(start: Start, path: AnyPath, origin: dict[str, str]) -> None:

@@ -67,6 +67,24 @@ def test_a_reset_network_answers_energies_of_the_data_and_the_same_forces(
     assert abs(float(after["energy"] - references)) < 3 * start.own.energy.std
 
 
+@pytest.mark.parametrize(("true", "expected"), [(0.25, 0.25), (1.0, 1.0), (3.0, 1.0), (-1.0, 0.01)])
+def test_a_kept_force_head_is_scaled_down_to_the_forces_of_the_data(
+    frames: list[Data], adsorption_checkpoint: Path, tmp_path: Path, true: float, expected: float
+) -> None:
+    predictor = Predictor(adsorption_checkpoint)
+    answers = [predictor.predict(frame)["forces"] for frame in frames]
+    labelled = [frame.clone() for frame in frames]
+    for frame, forces in zip(labelled, answers, strict=True):
+        frame.forces = true * forces
+        frame.forces[frame.fixed] = 50.0  # held atoms do not count
+    path = write_frames(tmp_path / "scaled.lmdb", labelled)
+    start = start_of(adsorption_checkpoint, read_frames(open_frames([path]), 89), reset=True)
+    kept = Predictor(start.checkpoint).predict(frames[0])["forces"]
+    assert answers[0].abs().max() > 0.01
+    assert torch.allclose(kept, expected * answers[0], rtol=1e-3, atol=1e-6)
+    assert any(f"{expected:.3g} times its forces" in text for text in start.sentences) == (expected < 1.0)
+
+
 def test_a_kept_head_is_corrected_by_constants(found: Frames, total_checkpoint: Path) -> None:
     start = start_of(total_checkpoint, found)
     assert start.keeps_zero

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -17,10 +18,12 @@ from own_files import DATA, Change, crystals, in_folder, labelled, slab, traject
 
 from datasets_oc20 import OC20Lmdb, write_lmdb
 from datasets_oc20.errors import DataError
+from datasets_oc20.own_data import source_worker
 from datasets_oc20.own_data.checks import Place, duplicates
 from datasets_oc20.own_data.frame_facts import FrameFacts
 from datasets_oc20.own_data.importer import ImportOptions, import_files
 from datasets_oc20.own_data.labels import LabelOptions
+from datasets_oc20.own_data.reading import SourceFile
 from datasets_oc20.own_data.report import ImportReport
 from datasets_oc20.own_data.selection import FrameSelection
 from datasets_oc20.own_data.splits import SplitOptions
@@ -108,6 +111,49 @@ def test_the_result_does_not_depend_on_the_number_of_processes() -> None:
     for first, second in zip(one, two, strict=True):
         assert first.sid == second.sid
         assert first.energy == second.energy
+
+
+def _many_frames(name: str) -> None:
+    """23 frames of three systems, one of them without an energy; in a database rows are missing, too."""
+    frames = [atoms for seed, count in enumerate((9, 4, 10)) for atoms in trajectory(slab(seed=seed), count)]
+    if name.endswith(".db"):
+        with connect(name) as database:
+            for atoms in [*frames, *frames[:2]]:
+                database.write(atoms, name="one")
+            database.delete([1, 7])
+    elif name.endswith(".lmdb"):
+        write("source.traj", frames)
+        import_files(["source.traj"], name, num_workers=1, progress=False)
+    else:
+        frames[12].calc = None
+        write(name, frames)
+    if name == "damaged.extxyz":
+        lines = Path(name).read_text().splitlines(keepends=True)
+        lines[7 * 14 + 5] = "Pt 1 2 x 0 0 0 0\n"  # a frame has 14 lines
+        Path(name).write_text("".join(lines)[:-40])
+    elif name == "gap.extxyz":
+        text = Path(name).read_text().splitlines(keepends=True)
+        Path(name).write_text("".join([*text[: 14 * 8], "\n", *text[14 * 8 :]]))
+
+
+@pytest.mark.parametrize("name", ["a.extxyz", "damaged.extxyz", "gap.extxyz", "a.traj", "a.db", "a.lmdb"])
+def test_a_large_file_is_read_by_several_processes_with_the_same_result(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _many_frames(name)
+    one = import_files([name], "one.lmdb", num_workers=1, progress=False)
+    monkeypatch.setattr(source_worker, "LARGE_SOURCE", 0)
+    monkeypatch.setattr(source_worker, "_PART", 4)
+    monkeypatch.setattr(source_worker, "_WAITING", 2)
+    two = import_files([name], "two.lmdb", num_workers=2, progress=False)
+    assert len(SourceFile(Path(name)).parts(4)) >= 2
+    assert one.dropped == two.dropped
+    assert one.kept == two.kept >= 8
+    assert one.to_record() | {"out": ""} == two.to_record() | {"out": ""}
+    for first, second in zip(OC20Lmdb("one.lmdb"), OC20Lmdb("two.lmdb"), strict=True):
+        assert (first.sid, first.fid, first.energy) == (second.sid, second.fid, second.energy)
+        assert torch.equal(first.pos, second.pos)
+        assert torch.equal(first.forces, second.forces)
 
 
 def _selective(folder: Path) -> None:
