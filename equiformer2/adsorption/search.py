@@ -541,6 +541,10 @@ class _Search:
             gas = gas_reference(
                 self.adsorbate, self.calculator, self.settings.gas_per_atom, self.settings.gas, settings
             )
+            if not np.isfinite(gas.energy):
+                raise InputError(
+                    f"the energy of the adsorbate by itself ({gas.label}) is not finite: give gas references"
+                )
             write_json(file, gas.summary() | {"per_atom_eV": gas.per_atom, "converged": gas.converged})
         self.gas = read_json(file)
         return {"slab": float(clean.energy_eV or 0.0), "gas": float(self.gas["energy_eV"])}

@@ -25,7 +25,9 @@ from equiformer2.cli.options import (
 from equiformer2.errors import InputError
 
 if TYPE_CHECKING:
+    from equiformer2.adsorption.find import FoundEnergy
     from equiformer2.adsorption.slabs import CleanSlab
+    from equiformer2.inference import Relaxation
 
 _SEARCHES = "searches.json"
 _MODES = ("heuristic", "random", "random_site_heuristic_placement", "symmetry")
@@ -166,11 +168,20 @@ class AdsorptionSearch(Command):
             check_target(listed, overwrite=options.overwrite or has_errors(listed))
         records: dict[str, dict[str, Any]] = {}
         errors: list[Exception] = []
-        for folder, (slab, name) in zip(folders, itertools.product(slabs, options.adsorbate), strict=True):
+        clean: dict[int, Relaxation | None] = {}
+        for number, (folder, (slab, name)) in enumerate(
+            zip(folders, itertools.product(slabs, options.adsorbate), strict=True)
+        ):
             title = f"{name} on {slab.report.origin}"
             try:
-                beside = [one for one in folders if one != folder]
-                record = self._search(options, chosen, draft, slab, name, folder, beside, gas, source)
+                place = number // len(options.adsorbate)
+                if place not in clean:
+                    same_slab = folders[number : number + len(options.adsorbate)] if several else []
+                    clean[place] = self._stored_clean_slab(options, chosen, slab, same_slab)
+                found = self._search(
+                    options, chosen, draft, slab, name, folder, (gas, source), clean[place], several
+                )
+                clean[place], record = found.search.clean_slab, found.record
             except (InputError, DataError, OSError) as error:
                 if not several or getattr(error, "errno", None) == errno.ENOSPC:
                     raise
@@ -201,17 +212,14 @@ class AdsorptionSearch(Command):
         slab: "CleanSlab",
         name: str,
         folder: Path,
-        beside: Sequence[Path],
-        gas: dict[str, float],
-        source: str,
-    ) -> dict[str, Any]:
-        """Search one adsorbate on one slab; `beside` are folders that may hold the relaxed clean slab."""
+        gas: tuple[dict[str, float], str],
+        clean_slab: "Relaxation | None",
+        several: bool,
+    ) -> "FoundEnergy":
+        """Search one adsorbate on one slab."""
         from equiformer2.adsorption.find import find_adsorption_energy
-        from equiformer2.adsorption.search import SearchSettings, stored_clean_slab
 
-        settings = SearchSettings(options.fmax, options.steps)
-        stored = (stored_clean_slab(one, slab.atoms, chosen.calculator, settings) for one in beside)
-        found = find_adsorption_energy(
+        return find_adsorption_energy(
             slab.atoms,
             name,
             chosen.calculator,
@@ -221,23 +229,32 @@ class AdsorptionSearch(Command):
             fmax=options.fmax,
             steps=options.steps,
             stop=not options.no_stop,
-            gas=source,
-            gas_per_atom=gas,
+            gas=gas[1],
+            gas_per_atom=gas[0],
             draft=draft,
             check_minima=options.check_minima,
             out=folder,
             overwrite=options.overwrite,
             # Those of several that are finished are read again, with no evaluation of the model.
-            again=bool(beside),
+            again=several,
             describe=chosen.record,
             notes={
                 "slab": slab.report.summary(),
                 "adsorbate": name,
                 **({} if options.draft is None else {"draft": options.draft}),
             },
-            clean_slab=next((one for one in stored if one is not None), None),
+            clean_slab=clean_slab,
         )
-        return found.record
+
+    def _stored_clean_slab(
+        self, options: argparse.Namespace, chosen: ChosenModel, slab: "CleanSlab", folders: Sequence[Path]
+    ) -> "Relaxation | None":
+        """The relaxed clean slab of earlier searches in these folders."""
+        from equiformer2.adsorption.search import SearchSettings, stored_clean_slab
+
+        settings = SearchSettings(options.fmax, options.steps)
+        stored = (stored_clean_slab(one, slab.atoms, chosen.calculator, settings) for one in folders)
+        return next((one for one in stored if one is not None), None)
 
     def _slabs(self, options: argparse.Namespace, chosen: ChosenModel) -> "list[CleanSlab]":
         """Build, read or cut the slabs, and say what they are."""
