@@ -11,6 +11,7 @@ from command_line import run_command
 
 from equiformer2.cli.adsorption_search import search_folders
 from equiformer2.errors import InputError
+from tests.training.tiny_checkpoint import write_tiny_checkpoint
 
 SEARCH = ["--calculator", "emt", "--slab", "Cu111", "--size", "2x2x3", "--fmax", "0.1", "--seed", "1"]
 
@@ -134,6 +135,26 @@ def test_a_search_without_a_result_is_kept_with_status_3(
         assert error.count("error:") == 1
         assert "Traceback" not in error
         assert "bug" not in error
+
+
+def test_twins_with_a_draft(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny_checkpoint(in_folder / "full.pt")
+    options = ["--checkpoint", "full.pt", "--twin-bf16", "--draft", "full.pt", "--slab", "Cu111"]
+    options += ["--size", "2x2x2", "--adsorbate", "*O", "--placements", "1", "--steps", "1"]
+    assert run_command("adsorption search", *options, "--out", "s", "--json") == 3
+    record = json.loads(capsys.readouterr().out)
+    assert record["model"]["precision"] == ["float32", "bf16"]
+    assert len(record["checkpoint_sha256"]) == 2
+    assert record["draft"]["checkpoint"] == "full.pt"
+    assert record["draft"]["checkpoint_sha256"] == record["checkpoint_sha256"][0]
+    assert record["draft_evaluations"] == record["draft"]["evaluations"] == 2
+    assert record["best"]["start_energy_eV"] is not None
+    card = json.loads(Path("s/card.json").read_text())
+    assert card["energy_std_eV"] > 0
+    assert run_command("adsorption verify", "s/card.json") == 0  # with the same committee
+    for wrong in (["--calculator", "emt"], ["--checkpoint", "full.pt", "--precision", "bf16"]):
+        rest = [*wrong, "--twin-bf16", *options[5:]]
+        assert run_command("adsorption search", *rest, "--out", "x") == 2
 
 
 def test_every_search_has_its_own_folder(tmp_path: Path) -> None:
