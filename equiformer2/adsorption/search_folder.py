@@ -83,7 +83,8 @@ def _is_search(folder: Path) -> bool:
         settings = read_json(folder / SETTINGS)
     except (DataError, OSError):
         return False
-    return isinstance(settings, dict) and {"model", "slab", "adsorbate"} <= set(settings)
+    known = isinstance(settings, dict) and {"model", "slab", "adsorbate"} <= set(settings)
+    return known and "coverage" not in settings  # series of coverages keep their relaxations alike
 
 
 def _schema(file: Path) -> str:

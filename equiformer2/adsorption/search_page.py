@@ -138,14 +138,15 @@ def basin_picture(result: SearchResult) -> bytes:
     axis = figure.subplots()
     basins = {one.id: number for number, one in enumerate(result.ranking())}
     for one in result.found:
-        if one.energy is None or one.start_energy is None:
+        if one.energy is None:
             continue
         known = one.basin in basins
         place = float(basins[one.basin]) if known and one.basin is not None else -1.0
         colour = f"C{int(place) % 10}" if known else "0.6"
-        axis.plot(
-            [place - 0.3, place + 0.2], [one.start_energy, one.energy], "-", color=colour, linewidth=0.8
-        )
+        if one.start_energy is not None:  # a draft moved it before the model saw it
+            axis.plot(
+                [place - 0.3, place + 0.2], [one.start_energy, one.energy], "-", color=colour, linewidth=0.8
+            )
         axis.plot(place + 0.2, one.energy, "o" if known else "x", color=colour, markersize=5)
     axis.set_xticks([-1, *basins.values()], ["no minimum", *basins], rotation=45, ha="right", fontsize=8)
     axis.set(ylabel="adsorption energy (eV)", title="from the start (left) to the relaxed placement (dot)")
