@@ -99,7 +99,7 @@ def _schema(file: Path) -> str:
 
 def _relaxed(folder: Path) -> set[str]:
     """Names of the relaxations in a folder, as far as they can be read."""
-    names = set()
+    names: set[str] = set()
     try:
         lines = read_text(folder / RELAXED).splitlines()
     except (DataError, OSError):
