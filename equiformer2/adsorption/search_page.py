@@ -17,6 +17,7 @@ from equiformer2.report import bullets, page, picture, structure_viewer, table, 
 def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[str, Any]) -> str:
     """Write the report as one HTML page."""
     best = result.best
+    assert best is not None
     assert best.relaxation is not None
 
     def number(value: float | None, digits: int) -> str:
@@ -97,6 +98,13 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
                 + ", ".join(f"{number} {status}" for status, number in counts.items())
                 + f". The search ended: {result.reason}.",
                 f"{coverage.draws} of them ended in {coverage.basins} minima.",
+                *(
+                    f"{one.placement} was on a saddle point at {one.before:.3f} eV: displaced, it relaxed to "
+                    f"{one.energy:.3f} eV."
+                    if one.fell
+                    else f"Displaced and relaxed again, {one.placement} stays ({one.status})."
+                    for one in result.checks
+                ),
                 *(unseen if left else []),
             ]
         ),
@@ -134,14 +142,15 @@ def basin_picture(result: SearchResult) -> bytes:
     axis = figure.subplots()
     basins = {one.id: number for number, one in enumerate(result.ranking())}
     for one in result.found:
-        if one.energy is None or one.start_energy is None:
+        if one.energy is None:
             continue
         known = one.basin in basins
         place = float(basins[one.basin]) if known and one.basin is not None else -1.0
         colour = f"C{int(place) % 10}" if known else "0.6"
-        axis.plot(
-            [place - 0.3, place + 0.2], [one.start_energy, one.energy], "-", color=colour, linewidth=0.8
-        )
+        if one.start_energy is not None:  # a draft moved it before the model saw it
+            axis.plot(
+                [place - 0.3, place + 0.2], [one.start_energy, one.energy], "-", color=colour, linewidth=0.8
+            )
         axis.plot(place + 0.2, one.energy, "o" if known else "x", color=colour, markersize=5)
     axis.set_xticks([-1, *basins.values()], ["no minimum", *basins], rotation=45, ha="right", fontsize=8)
     axis.set(ylabel="adsorption energy (eV)", title="from the start (left) to the relaxed placement (dot)")

@@ -14,6 +14,7 @@ from equiformer2.cli.options import (
     add_overwrite_argument,
     add_relaxation_arguments,
     add_spread_argument,
+    add_twin_argument,
     parse_checked,
 )
 from equiformer2.errors import InputError
@@ -48,6 +49,7 @@ class AdsorptionEnergy(Command):
     def add_arguments(self, parser: Parser) -> None:
         model = parser.add_argument_group("model")
         add_model_arguments(model, committee=True, calculator=True)
+        add_twin_argument(model)
         add_spread_argument(model)
         add_dispersion_argument(model)
         structure = parser.add_argument_group("structure: --system, or --slab and --adsorbate")

@@ -1,28 +1,36 @@
 """Commands about a search for the lowest adsorption energy, and about what follows from it."""
 
 import argparse
+import errno
 import itertools
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets_oc20.untrusted import AnyPath
+from datasets_oc20.errors import DataError
+from datasets_oc20.untrusted import AnyPath, read_json
 from equiformer2.cli.adsorption import gas_references
-from equiformer2.cli.chosen_model import ChosenModel
+from equiformer2.cli.chosen_model import ChosenModel, network_calculator
 from equiformer2.cli.chosen_slabs import add_slab_arguments, chosen_slabs, parse_with_slab
 from equiformer2.cli.command import Command, Parser, Result
 from equiformer2.cli.options import (
     Options,
     add_dispersion_argument,
+    add_draft_argument,
     add_model_arguments,
     add_overwrite_argument,
+    add_twin_argument,
 )
 from equiformer2.errors import InputError
 
 if TYPE_CHECKING:
+    from equiformer2.adsorption.find import FoundEnergy
+    from equiformer2.adsorption.slabs import CleanSlab
     from equiformer2.inference import Relaxation
 
+_SEARCHES = "searches.json"
 _MODES = ("heuristic", "random", "random_site_heuristic_placement", "symmetry", "positions")
 
 
@@ -32,7 +40,8 @@ class AdsorptionSearch(Command):
     Placements that symmetry makes equal are merged, structures with an anomaly do not count, and the search
     stops where a lower minimum is unlikely. The folder gets search.json, card.json (what the number rests
     on), report.html, the best structure, all trajectories and DFT input for the best. Stopped at any moment,
-    the same command continues. Several adsorbates get a folder each and share the clean slab.
+    the same command continues. Several adsorbates get a folder each and share the clean slab; one that cannot
+    be searched does not stop the others. Exit status 3 if one has not converged or has no placement left.
 
         equiformer2 adsorption search --checkpoint oc20_small --slab Pt111 --adsorbate '*CO' --out runs/co
         equiformer2 adsorption search --calculator emt --slab Cu111 --adsorbate '*O' --out runs/o
@@ -42,6 +51,8 @@ class AdsorptionSearch(Command):
         model = parser.add_argument_group("model")
         add_model_arguments(model, committee=True, calculator=True)
         add_dispersion_argument(model)
+        add_twin_argument(model)
+        add_draft_argument(model)
         add_slab_arguments(parser.add_argument_group("slab"))
         search = parser.add_argument_group("search")
         search.add_argument(
@@ -73,6 +84,14 @@ class AdsorptionSearch(Command):
             "--no-stop", action="store_true", help="relax all placements, however unlikely a lower one is"
         )
         search.add_argument(
+            "--check-minima",
+            type=int,
+            default=1,
+            metavar="N",
+            help="number of the lowest minima that are displaced and relaxed again, since they may be saddle "
+            "points (default: %(default)s)",
+        )
+        search.add_argument(
             "--gas",
             action="append",
             default=[],
@@ -94,7 +113,11 @@ class AdsorptionSearch(Command):
         parser.add_argument(
             "--out", required=True, type=Path, metavar="FOLDER", help="folder for the results"
         )
-        add_overwrite_argument(parser)
+        add_overwrite_argument(
+            parser,
+            "write a finished search again (its relaxations are kept), or replace another search in --out; "
+            "what is no file of a search stays",
+        )
 
     def parse(self, parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
         options = parse_with_slab(parser, arguments, needs=[("--height", "--position")])
@@ -103,7 +126,6 @@ class AdsorptionSearch(Command):
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.adsorption.adsorbates import find_adsorbate
-        from equiformer2.adsorption.find import find_adsorption_energy
         from equiformer2.files import check_target, write_json
         from equiformer2.script import header, show_log
 
@@ -112,57 +134,115 @@ class AdsorptionSearch(Command):
             find_adsorbate(name)
         show_log()
         chosen = ChosenModel(options)
+        draft = None if options.draft is None else network_calculator(options, options.draft)
         slabs, surfaces = chosen_slabs(options, chosen)
-        records: dict[str, dict[str, Any]] = {}
-        clean: Relaxation | None = None
         folders = search_folders(options.out, [slab.report.origin for slab in slabs], options.adsorbate)
+        listed = options.out / _SEARCHES
         several = len(folders) > 1
         if several:
-            check_target(options.out / "searches.json", overwrite=options.overwrite)
-        for folder, (slab, name) in zip(folders, itertools.product(slabs, options.adsorbate), strict=True):
-            if name == options.adsorbate[0]:
-                clean = None
-            found = find_adsorption_energy(
-                slab.atoms,
-                name,
-                chosen.calculator,
-                placements=options.placements,
-                mode=options.mode,
-                seed=options.seed,
-                positions=options.position,
-                height=options.height,
-                fmax=options.fmax,
-                steps=options.steps,
-                stop=not options.no_stop,
-                gas=source,
-                gas_per_atom=gas,
-                out=folder,
-                # Those of several that are finished are read again, with no evaluation of the model.
-                overwrite=options.overwrite or several,
-                describe=chosen.record,
-                notes={"slab": slab.report.summary(), "adsorbate": name},
-                clean_slab=clean,
-            )
-            clean = found.search.clean_slab
-            records[str(folder)] = found.record
-            self._print(f"{name} on {slab.report.origin}", folder, found.record)
-        converged = all(record["converged"] for record in records.values())
-        record = next(iter(records.values()))
-        if several:
-            keys = ("adsorption_energy_eV", "energy_kind", "converged", "model_evaluations")
-            record = {
-                **header("adsorption-searches/1", chosen.checkpoint),
-                "searches": {name: {key: one[key] for key in keys} for name, one in records.items()},
-                "surface_energies": surfaces.summary(),
-            }
-            write_json(options.out / "searches.json", record)
+            check_target(listed, overwrite=options.overwrite or has_errors(listed))
+        records: dict[str, dict[str, Any]] = {}
+        errors: list[Exception] = []
+        clean: dict[int, Relaxation | None] = {}
+        for number, (folder, (slab, name)) in enumerate(
+            zip(folders, itertools.product(slabs, options.adsorbate), strict=True)
+        ):
+            title = f"{name} on {slab.report.origin}"
+            try:
+                place = number // len(options.adsorbate)
+                if place not in clean:
+                    same_slab = folders[number : number + len(options.adsorbate)] if several else []
+                    clean[place] = self._stored_clean_slab(options, chosen, slab, same_slab)
+                found = self._search(
+                    options, chosen, draft, slab, name, folder, (gas, source), clean[place], several
+                )
+                clean[place], record = found.search.clean_slab, found.record
+            except (InputError, DataError, OSError) as error:
+                if not several or getattr(error, "errno", None) == errno.ENOSPC:
+                    raise
+                errors.append(error)
+                print(f"error: {title}: {error}", file=sys.stderr)
+                records[str(folder)] = {"error": " ".join(str(error).split())}
+                continue
+            records[str(folder)] = {**record, "error": None}
+            self._print(title, folder, record)
+        if len(errors) == len(folders):
+            raise errors[-1]
+        converged = all(record.get("converged") for record in records.values())
+        if not several:
+            return Result(record, 0 if converged else 3, chosen.checkpoint)
+        keys = ("adsorption_energy_eV", "energy_kind", "converged", "model_evaluations", "error")
+        record = {
+            **header("adsorption-searches/1", chosen.checkpoint),
+            "searches": {name: {key: one.get(key) for key in keys} for name, one in records.items()},
+            "surface_energies": surfaces.summary(),
+        }
+        write_json(listed, record)
         return Result(record, 0 if converged else 3, chosen.checkpoint)
+
+    def _search(
+        self,
+        options: argparse.Namespace,
+        chosen: ChosenModel,
+        draft: Any,
+        slab: "CleanSlab",
+        name: str,
+        folder: Path,
+        gas: tuple[dict[str, float], str],
+        clean_slab: "Relaxation | None",
+        several: bool,
+    ) -> "FoundEnergy":
+        """Search one adsorbate on one slab."""
+        from equiformer2.adsorption.find import find_adsorption_energy
+
+        return find_adsorption_energy(
+            slab.atoms,
+            name,
+            chosen.calculator,
+            placements=options.placements,
+            mode=options.mode,
+            seed=options.seed,
+            positions=options.position,
+            height=options.height,
+            fmax=options.fmax,
+            steps=options.steps,
+            stop=not options.no_stop,
+            gas=gas[1],
+            gas_per_atom=gas[0],
+            draft=draft,
+            check_minima=options.check_minima,
+            out=folder,
+            overwrite=options.overwrite,
+            # Those of several that are finished are read again, with no evaluation of the model.
+            again=several,
+            describe=chosen.record,
+            notes={
+                "slab": slab.report.summary(),
+                "adsorbate": name,
+                **({} if options.draft is None else {"draft": options.draft}),
+            },
+            clean_slab=clean_slab,
+        )
+
+    def _stored_clean_slab(
+        self, options: argparse.Namespace, chosen: ChosenModel, slab: "CleanSlab", folders: Sequence[Path]
+    ) -> "Relaxation | None":
+        """The relaxed clean slab of earlier searches in these folders."""
+        from equiformer2.adsorption.search import SearchSettings, stored_clean_slab
+
+        settings = SearchSettings(options.fmax, options.steps)
+        stored = (stored_clean_slab(one, slab.atoms, chosen.calculator, settings) for one in folders)
+        return next((one for one in stored if one is not None), None)
 
     def _print(self, name: str, folder: Path, record: dict[str, Any]) -> None:
         from equiformer2.adsorption.conventions import convention_lines
         from equiformer2.adsorption.dispersion_terms import dispersion_lines
 
         best, stop = record["best"], record["stop"]
+        if best is None:
+            print(f"{name}: {record['reason']}")
+            print(f"saved in {folder}: search.json, trajectories")
+            return
         rows = sorted(
             (row for row in record["placements"] if row["basin"] == row["id"]),
             key=lambda row: row["energy_eV"],
@@ -173,6 +253,17 @@ class AdsorptionSearch(Command):
         print(f"{'minimum':24}{'energy (eV)':>12}{'force (eV/Å)':>14}")
         for row in rows[:10]:
             print(f"{row['id']:24}{row['energy_eV']:12.4f}{row['max_force_eV_A']:14.3f}")
+        for check in record["saddle_check"]["checks"]:
+            if check["fell"]:
+                print(
+                    f"{check['placement']} was on a saddle point at {check['energy_before_eV']:.4f} eV: "
+                    f"displaced, it relaxes to {check['energy_eV']:.4f} eV"
+                )
+        if record["draft"] is not None:
+            print(
+                f"{record['model_evaluations']} calls of the model, and {record['draft_evaluations']} of the "
+                "draft"
+            )
         left = f"; unseen {stop['unseen_probability']:.1%}, lower {stop['p_lower']:.1%}"
         print(stop["reason"] + (left if stop["unseen_basins"] else ""))
         if not best["converged"]:
@@ -199,7 +290,7 @@ class AdsorptionVerify(Command):
         rows = verify_card(options.card, model_in_place(options))
         for name, row in rows.items():
             print(f"{name:22} {'same' if row['ok'] else 'DIFFERS'}: card {row['card']}, now {row['now']}")
-        return Result(rows, 0 if all(row["ok"] for row in rows.values()) else 3)
+        return Result(rows, 0 if all(row["ok"] for row in rows.values()) else 3, whole=True)
 
 
 class AdsorptionCollect(Command):
@@ -406,6 +497,15 @@ def search_folders(out: AnyPath, slabs: Sequence[str], adsorbates: Sequence[str]
             )
         owners[folder] = f"{adsorbate} on {slab}"
     return list(owners)
+
+
+def has_errors(file: AnyPath) -> bool:
+    """Tell whether a list of several searches names one that failed, so that the command goes on."""
+    try:
+        searches = read_json(file)["searches"].values()
+        return any(one["error"] is not None for one in searches)
+    except (DataError, OSError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def _folder_name(name: str) -> str:

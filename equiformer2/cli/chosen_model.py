@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from equiformer2.cli.options import only_one
+from equiformer2.errors import InputError
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -21,7 +22,8 @@ class ChosenModel:
         calculator: of the network, the committee or ASE, with D3 dispersion where that is asked for.
         network: the same without D3.
         dispersion: D3, if it is added.
-        checkpoint: path of the checkpoint, or paths of a committee; None with `--calculator`.
+        checkpoint: path of the checkpoint, or paths of a committee, the first one again for its twin in
+            bfloat16; None with `--calculator`.
         files: all checkpoints, which no output may replace.
         energy_kind: `"adsorption"` or `"total"`.
         committee: True for several networks.
@@ -37,15 +39,18 @@ class ChosenModel:
     def __init__(self, options: argparse.Namespace, router: Any = None) -> None:
         from equiformer2.inference.named_calculators import calculator_by_name, resolve_energy_kind
 
+        twin = bool(options.checkpoint) and getattr(options, "twin_bf16", False)
+        if twin and options.precision == "bf16":
+            raise InputError("--twin-bf16 has no meaning with --precision bf16: leave one of them out")
         self.name: str | None = options.calculator
-        self.files: list[str] = options.checkpoint or []
+        self.files: list[str] = [*(options.checkpoint or []), *(options.checkpoint[:1] if twin else [])]
         self.committee = len(self.files) > 1
         self.checkpoint: str | list[str] | None = only_one(self.files) if self.files else None
         self.calculator: BaseCalculator
         if self.name is not None:
             self.calculator = calculator_by_name(self.name)
         else:
-            self.calculator = network_calculator(options, self.checkpoint, router, options.weights)
+            self.calculator = network_calculator(options, self.checkpoint, router, options.weights, twin)
         self.energy_kind = resolve_energy_kind(self.calculator, options.energy_kind, default="total")
         self.network = self.calculator
         self.dispersion = _dispersion(options)
@@ -103,11 +108,23 @@ class ChosenModel:
 
 
 def network_calculator(
-    options: argparse.Namespace, checkpoint: Any, router: Any = None, weights: str | None = None
+    options: argparse.Namespace,
+    checkpoint: Any,
+    router: Any = None,
+    weights: str | None = None,
+    twin: bool = False,
 ) -> "EquiformerV2Calculator":
-    """Calculator of a checkpoint, or of a committee's, on the device and in the precision of the options."""
-    from equiformer2.inference import EquiformerV2Calculator
+    """Calculator of a checkpoint, or of a committee's, on the device and in the precision of the options.
 
+    With `twin` the last file of the committee is computed in bfloat16.
+    """
+    from equiformer2.inference import EquiformerV2Calculator, Predictor
+
+    if twin:
+        *others, last = checkpoint
+        common = options.device, weights, options.energy_kind
+        checkpoint = [Predictor(file, *common, options.precision, options.backend) for file in others]
+        checkpoint.append(Predictor(last, *common, "bf16", options.backend))
     return EquiformerV2Calculator(
         checkpoint,
         device=options.device,

@@ -18,6 +18,7 @@ from equiformer2.cli.options import (
     add_relaxation_arguments,
     add_router_argument,
     add_spread_argument,
+    add_twin_argument,
     only_one,
     parse_checked,
 )
@@ -307,6 +308,7 @@ class Relax(Command):
         parser.add_argument("--structure", metavar="FILE", help="structure file, in place of FILE")
         add_model_arguments(parser, committee=True, calculator=True)
         add_dispersion_argument(parser)
+        add_twin_argument(parser)
         add_draft_argument(parser)
         add_spread_argument(parser)
         add_router_argument(parser)

@@ -156,7 +156,7 @@ def _run(arguments: list[str]) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         result = command.run(options)
     document = dict(result.record)
-    if "schema" not in document:
+    if "schema" not in document and not result.whole:
         document = {**header(f"{words.replace(' ', '-')}/1", result.checkpoint), **document}
     print(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False, default=str))
     return result.status

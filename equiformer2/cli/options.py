@@ -25,7 +25,10 @@ def checkpoint_file(text: str) -> str:
 
 NETWORK_ONLY = tuple(
     (option, "--calculator")
-    for option in ("--weights", "--device", "--precision", "--backend", "--router", "--stop-at-spread")
+    for option in (
+        *("--weights", "--device", "--precision", "--backend", "--router", "--stop-at-spread"),
+        "--twin-bf16",
+    )
 )
 """Options that mean nothing with `--calculator`, for `parse_checked`."""
 
@@ -77,6 +80,17 @@ def add_checkpoint_arguments(
             choices=("raw", "averaged"),
             help="weights of the checkpoint (default: averaged where the file has them)",
         )
+
+
+def add_twin_argument(parser: Options) -> None:
+    """Add `--twin-bf16`, of a committee."""
+    parser.add_argument(
+        "--twin-bf16",
+        action="store_true",
+        help="let the first checkpoint vote a second time, in bfloat16: with it, and with its pruned copy, a "
+        "committee without further training, whose spread tells of rounding and pruning, not of what all of "
+        "them have wrong",
+    )
 
 
 def add_spread_argument(parser: Options) -> None:
