@@ -13,6 +13,7 @@ from ase.calculators.calculator import BaseCalculator
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.energy import resolve_energy_kind
+from equiformer2.adsorption.placements import Adsorbate
 from equiformer2.adsorption.placements import placements as make_placements
 from equiformer2.adsorption.search import SearchResult, SearchSettings, search_placements
 from equiformer2.adsorption.search_output import CARD, SEARCH, write_search
@@ -53,8 +54,8 @@ class FoundEnergy:
 
 
 def find_adsorption_energy(
-    slab: Atoms | str,
-    adsorbate: str | Atoms,
+    slab: Any,
+    adsorbate: Adsorbate,
     calculator: BaseCalculator | Model,
     *,
     placements: int | None = 40,
@@ -76,8 +77,9 @@ def find_adsorption_energy(
     """Find the lowest adsorption energy of an adsorbate on a slab.
 
     Args:
-        slab: clean slab, whose held atoms stay held, or what `find_slab` takes (`Pt111`, a file).
-        adsorbate: name (`*CO`, `CH3OH`, …), file or structure.
+        slab: clean slab as `find_slab` takes it (`Pt111`, a file, Atoms, a pymatgen slab): held atoms stay
+            held, and without one OC20's are.
+        adsorbate: name (`*CO`, `CH3OH`, …), file or structure, see `placements`.
         calculator: any ASE calculator, or a network: a path, the name of a shipped model, a `Predictor`.
         placements: number of placements at most; None places one at each of the sites or positions.
         mode: how they are made, see `equiformer2.adsorption.placements.placements`.
@@ -99,8 +101,8 @@ def find_adsorption_energy(
         InputError: no adsorbate or placement of that kind, a folder of another search or a finished one, and
             what the model refuses.
     """
-    if isinstance(slab, str):
-        slab = find_slab(slab).atoms
+    clean = find_slab(slab)
+    slab = clean.atoms
     model: Any = calculator
     if not isinstance(calculator, BaseCalculator):
         calculator = EquiformerV2Calculator(calculator)
@@ -141,7 +143,8 @@ def find_adsorption_energy(
         )
         assert result.best.relaxation is not None
         best = result.best.relaxation.atoms
-        told = {**placed, "fmax_eV_A": fmax, "steps": steps, "stop": stop, **(notes or {})}
+        told = {**placed, "fmax_eV_A": fmax, "steps": steps, "stop": stop, "slab": clean.report.summary()}
+        told |= notes or {}
         states = [result.best.start, best]
         record_of_model = describe(states) if describe else _described(calculator, model, states)
         provenance = None
