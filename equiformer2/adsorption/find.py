@@ -15,6 +15,7 @@ from ase.calculators.calculator import BaseCalculator
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.dispersion_terms import dispersion_summary
 from equiformer2.adsorption.energy import resolve_energy_kind
+from equiformer2.adsorption.placements import Adsorbate
 from equiformer2.adsorption.placements import placements as make_placements
 from equiformer2.adsorption.search import SearchResult, SearchSettings, search_placements
 from equiformer2.adsorption.search_folder import CARD, SEARCH
@@ -65,8 +66,8 @@ class FoundEnergy:
 
 
 def find_adsorption_energy(
-    slab: Atoms | str,
-    adsorbate: str | Atoms,
+    slab: Any,
+    adsorbate: Adsorbate,
     calculator: BaseCalculator | Model | Sequence[Model],
     *,
     placements: int | None = 40,
@@ -91,8 +92,9 @@ def find_adsorption_energy(
     """Find the lowest adsorption energy of an adsorbate on a slab.
 
     Args:
-        slab: clean slab, whose held atoms stay held, or what `find_slab` takes (`Pt111`, a file).
-        adsorbate: name (`*CO`, `CH3OH`, …), file or structure.
+        slab: clean slab as `find_slab` takes it (`Pt111`, a file, Atoms, a pymatgen slab): held atoms stay
+            held, and without one OC20's are.
+        adsorbate: name (`*CO`, `CH3OH`, …), file or structure, see `placements`.
         calculator: any ASE calculator, or its name (`emt`, `module:factory`: see `calculator_by_name`), or a
             network: a path, the name of a shipped model, a `Predictor`, a list of these (a committee).
         placements: number of placements at most; None places one at each of the sites or positions.
@@ -122,8 +124,8 @@ def find_adsorption_energy(
             what the model refuses. Placements that all fail or have an anomaly are no error: they are in the
             result, whose `energy` is None.
     """
-    if isinstance(slab, str):
-        slab = find_slab(slab).atoms
+    clean = find_slab(slab)
+    slab = clean.atoms
     model: Any = named_model(calculator)
     calculator = model if isinstance(model, BaseCalculator) else EquiformerV2Calculator(model)
     drafting: Any = None if draft is None else named_model(draft)
@@ -173,7 +175,7 @@ def find_adsorption_energy(
             best = result.best.relaxation.atoms
             states = [result.best.start, best]
         told = {**placed, "fmax_eV_A": fmax, "steps": steps, "stop": stop, "check_minima": check_minima}
-        told |= notes or {}
+        told |= {"slab": clean.report.summary(), **(notes or {})}
         record_of_model = describe(states) if describe else _described(calculator, model, states)
         if best is not None:
             record_of_model["d3_eV"] = dispersion_summary(
