@@ -25,6 +25,7 @@ from datasets_oc20.own_data.dft_settings import Settings
 from datasets_oc20.own_data.reading import SourceFile
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.dft_inputs import CANDIDATE, Candidate, write_dft_input
+from equiformer2.adsorption.search_folder import DFT
 from equiformer2.errors import InputError
 from equiformer2.files import as_input_error, read_json, write_bytes, write_json
 from equiformer2.inference.atoms import fixed_mask
@@ -103,7 +104,7 @@ class DftLedger:
     """
 
     def __init__(self, search: AnyPath) -> None:
-        self.folder = Path(search) / "dft"
+        self.folder = Path(search) / DFT
         self.asked: list[dict[str, Any]] = []
         self.answers: dict[str, Answer] = {}
         file = self.folder / LEDGER

@@ -6,10 +6,10 @@ from typing import Any
 
 from datasets_oc20.own_data.reading import SourceFile
 from datasets_oc20.untrusted import AnyPath
+from equiformer2.adsorption.search_folder import NEB, REPORT
 from equiformer2.files import as_input_error, read_json, write_bytes
 from equiformer2.report import bullets, picture, structure_viewer
 
-NEB, REPORT = "neb", "report.html"
 _BEGIN, _END = "<!-- paths -->", "<!-- end of paths -->"
 
 

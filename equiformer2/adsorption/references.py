@@ -23,6 +23,7 @@ from scipy.sparse.csgraph import connected_components
 from equiformer2.adsorption.anomalies import SKIN
 from equiformer2.adsorption.periodic_images import whole_molecule
 from equiformer2.errors import InputError
+from equiformer2.inference.dispersion import Dispersion, dispersion_of
 from equiformer2.inference.relaxation import RelaxationResult, relax
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class GasReference:
         label: the source in words.
         per_atom: eV per atom of the elements used; empty with "vacuum".
         relaxations: of the molecules in vacuum, by formula.
+        d3: part of `energy` that is D3 dispersion, eV; None without.
     """
 
     energy: float
@@ -57,6 +59,7 @@ class GasReference:
     label: str
     per_atom: dict[str, float] = field(default_factory=dict)
     relaxations: dict[str, RelaxationResult] = field(default_factory=dict)
+    d3: float | None = None
 
     @property
     def converged(self) -> bool:
@@ -69,6 +72,8 @@ class GasReference:
             "source": self.source,
             "label": self.label,
             "energy_eV": self.energy,
+            "per_atom_eV": self.per_atom,
+            "d3_eV": self.d3,
             "molecules": {name: relaxation.summary() for name, relaxation in self.relaxations.items()},
         }
 
@@ -121,6 +126,7 @@ def gas_reference(
     if source == "vacuum" and not table:
         return _in_vacuum(adsorbate, calculator, settings)
     counts = Counter(adsorbate.get_chemical_symbols())
+    dispersion, table_given = dispersion_of(calculator), bool(table)
     relaxations: dict[str, RelaxationResult] = {}
     needed = sorted(set(counts) - set(table))
     if needed:
@@ -147,6 +153,7 @@ def gas_reference(
         label=" and ".join(words[name] for name in chosen),
         per_atom=used,
         relaxations=relaxations,
+        d3=None if dispersion is None or table_given else _dispersion(relaxations, dispersion, counts),
     )
 
 
@@ -168,6 +175,14 @@ def energies_per_atom(molecules: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
+def _dispersion(
+    relaxations: Mapping[str, RelaxationResult], dispersion: Dispersion, counts: Mapping[str, int]
+) -> float:
+    """D3 of the gas references of these atoms, eV."""
+    own = energies_per_atom({name: dispersion.energy(one.atoms) for name, one in relaxations.items()})
+    return sum(own[symbol] * count for symbol, count in counts.items())
+
+
 def _table(given: Mapping[str, float] | None, source: str) -> dict[str, float]:
     own = dict(given or {})
     return {**OC20_GAS_REFERENCES, **own} if source == "oc20" else own
@@ -175,6 +190,7 @@ def _table(given: Mapping[str, float] | None, source: str) -> dict[str, float]:
 
 def _in_vacuum(adsorbate: Atoms, calculator: BaseCalculator, settings: dict[str, Any]) -> GasReference:
     relaxations: dict[str, RelaxationResult] = {}
+    dispersion = dispersion_of(calculator)
     total = 0.0
     for piece in _fragments(adsorbate):
         name = str(piece.get_chemical_formula())
@@ -187,6 +203,7 @@ def _in_vacuum(adsorbate: Atoms, calculator: BaseCalculator, settings: dict[str,
         source="vacuum",
         label=f"this calculator's energy of {' + '.join(relaxations)} in vacuum",
         relaxations=relaxations,
+        d3=None if dispersion is None else sum(dispersion.energy(one.atoms) for one in relaxations.values()),
     )
 
 
