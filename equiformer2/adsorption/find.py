@@ -141,7 +141,7 @@ def find_adsorption_energy(
     settings = SearchSettings(
         fmax, steps, stop, gas, dict(gas_per_atom or {}), check_minima=check_minima, seed=seed
     )
-    placed = {
+    placed: dict[str, Any] = {
         "mode": mode,
         "placements": placements,
         "seed": seed,
