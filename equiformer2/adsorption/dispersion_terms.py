@@ -78,13 +78,13 @@ def dispersion_summary(
     if slab is None and clean_slab is not None:
         slab = dispersion.energy(clean_slab)
     from_gas = terms.get(GAS, (gas or {}).get("d3_eV"))
-    known = slab is not None and from_gas is not None
+    difference = None if slab is None or from_gas is None else whole - slab - float(from_gas)
     return {
         **dispersion.summary(),
         "slab_and_adsorbate": whole,
         "slab": slab,
         "gas": from_gas,
-        "difference": whole - slab - from_gas if known else None,
+        "difference": difference,
     }
 
 

@@ -155,7 +155,7 @@ def find_adsorption_energy(
         seed=seed,
         stop_at_spread=stop_at_spread,
     )
-    placed = {
+    placed: dict[str, Any] = {
         "mode": mode,
         "placements": placements,
         "seed": seed,

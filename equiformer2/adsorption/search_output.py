@@ -183,6 +183,7 @@ def trust_card(
     best = result.best
     assert best is not None
     assert best.relaxation is not None
+    assert result.energy is not None  # as there is a best placement
     atoms = best.relaxation.atoms
     return {
         "adsorption_energy_eV": result.energy,

@@ -126,6 +126,7 @@ class DispersionCalculator(Calculator):
     ) -> None:
         """Compute energy and forces of both."""
         super().calculate(atoms, properties, system_changes)
+        assert self.atoms is not None
         structure = self.atoms.copy()
         structure.calc = self.base
         energy, forces = self.dispersion.energy_and_forces(structure)
