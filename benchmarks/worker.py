@@ -229,7 +229,7 @@ def relax_one_by_one(atoms: list[Any], calculator: Any, settings: dict[str, Any]
         one.calc = calculator
         optimizer = LBFGS(
             one,
-            logfile=None,
+            logfile=os.devnull,
             maxstep=settings["max_step"],
             memory=settings["memory"],
             alpha=settings["alpha"],
