@@ -13,7 +13,7 @@ from equiformer2.pruning.cost.latency import compare_latency
 from equiformer2.symmetry import check_symmetries
 
 _ROTATED = 4
-_TRIALS = 4
+_TRIALS = 2
 
 
 def compare(
