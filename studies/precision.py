@@ -5,12 +5,13 @@
 
 Parts, each resumable and runnable alone:
 
-| part | rows |
-|---|---|
-| `uniform` | float32, and all matrices in bf16, int8 or int4 |
-| `search` | `prune quantize` at every limit of bytes and seed, and its first choices (by sensitivity, by information) |
-| `pruned` | the search's pruned network: alone, in int8 and int4, and mixed at every limit (by information, searched) |
-| `memory` | peak memory of a training step on float32 and stored bases: of all weights, or of low-rank maps on top |
+- `uniform`: float32, and all matrices in bf16, int8 or int4.
+- `search`: `prune quantize` at every limit of bytes and seed, and its first two choices, by sensitivity and
+  by information.
+- `pruned`: the network that the search has pruned, alone, in int8 and int4, and mixed at every limit, by
+  information and searched.
+- `memory`: peak memory of a training step on float32 and on stored bases, of all weights or of low-rank maps
+  on top of frozen ones.
 
 Every row is a file in --out: a killed program continues where it was, and --hours ends it before the next
 row. All errors are measured on the held-out structures, against labels and against the float32 network.

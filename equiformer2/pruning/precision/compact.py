@@ -21,9 +21,10 @@ from equiformer2.model.folding import check_plain
 from equiformer2.model.parametrizations import form_of, rounded, store
 from equiformer2.pruning.precision.plan import PrecisionPlan, matrices
 from equiformer2.pruning.structured.apply import shrink
+from equiformer2.pruning.structured.plan import PruningPlan
 
-PER_TENSOR = 512
-"""Bytes that one more tensor takes in a file at most, beside its numbers: header, padding and name."""
+PER_TENSOR = 300
+"""Bytes that a stored tensor takes in a file at most, beside its numbers: header, padding, name and shape."""
 
 
 def compact_network(model: EquiformerV2, plan: PrecisionPlan) -> EquiformerV2:
@@ -78,7 +79,7 @@ def matrix_bytes(shape: tuple[int, ...], precision: str) -> int:
         return 4 * torch.Size(shape).numel()
     stored = form_of(precision, shape).stored_shapes()
     sizes = [size.numel() * torch.empty(0, dtype=dtype).element_size() for size, dtype in stored]
-    return sum(sizes) + PER_TENSOR * (len(sizes) + 1)
+    return sum(sizes) + PER_TENSOR * len(sizes)
 
 
 class FileSize:
@@ -87,20 +88,28 @@ class FileSize:
     Args:
         checkpoint: where the network comes from.
         model: the network, dense or pruned, with plain weights.
+        pruning: plan of the network; None for the dense one.
 
     Attributes:
         float32: bytes of the file in float32, with one kind of weights.
-        islands: bytes of all that stays float32.
+        islands: bytes of all that stays float32, and of what the file tells.
         matrices: name -> shape of what may have other precisions.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: EquiformerV2) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, model: EquiformerV2, pruning: PruningPlan | None = None
+    ) -> None:
         self.matrices = matrices(model)
+        plan = PrecisionPlan(tuple(dict.fromkeys(self.matrices, "int8").items()), pruning)
+        self.float32 = self._measured(contents_of(checkpoint, model, {}))
+        told = self._measured(contents_of(checkpoint, model, provenance_of(checkpoint, plan)))
+        self.islands = told - sum(matrix_bytes(shape, "float32") for shape in self.matrices.values())
+
+    @staticmethod
+    def _measured(contents: Contents) -> int:
         buffer = io.BytesIO()
-        torch.save(native_content("", contents_of(checkpoint, model, {})), buffer)
-        self.float32 = buffer.getbuffer().nbytes
-        whole = sum(matrix_bytes(shape, "float32") for shape in self.matrices.values())
-        self.islands = self.float32 - whole
+        torch.save(native_content("", contents), buffer)
+        return buffer.getbuffer().nbytes
 
     def of(self, precisions: Mapping[str, str]) -> int:
         """Return the bytes for precisions by module, at most; others are float32."""
@@ -138,6 +147,10 @@ def write_compact(path: Path, checkpoint: Checkpoint, model: EquiformerV2, plan:
     Returns:
         Bytes of the file.
     """
-    provenance = {"quantized_from": checkpoint.provenance, "precision_plan": plan.to_dict()}
-    write_native(path, contents_of(checkpoint, model, provenance))
+    write_native(path, contents_of(checkpoint, model, provenance_of(checkpoint, plan)))
     return path.stat().st_size
+
+
+def provenance_of(checkpoint: Checkpoint, plan: PrecisionPlan) -> dict[str, Any]:
+    """Return what a compact file tells about its origin."""
+    return {"quantized_from": checkpoint.provenance, "precision_plan": plan.to_dict()}

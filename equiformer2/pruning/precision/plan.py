@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import re
@@ -53,6 +54,12 @@ def matrices(model: nn.Module) -> dict[str, tuple[int, ...]]:
         and path not in LAST_LAYERS
         and not path.startswith("dens.")
     }
+
+
+@functools.lru_cache(maxsize=8)
+def skeleton(config: ModelConfig) -> EquiformerV2:
+    """Make a network of shapes without numbers, to look up names in; it is shared and not to be changed."""
+    return EquiformerV2(config, device="meta")
 
 
 def parts_of(modules: Mapping[str, object]) -> dict[str, list[str]]:
@@ -113,7 +120,7 @@ class PrecisionPlan:
             precision: `float32`, `bf16`, `int8` or `int4`.
             pruning: units that are kept; None for all.
         """
-        names = matrices(EquiformerV2(config, device="meta"))
+        names = matrices(skeleton(config))
         return cls(tuple((name, precision) for name in names), pruning).checked(config)
 
     def checked(self, config: ModelConfig) -> PrecisionPlan:
@@ -126,7 +133,7 @@ class PrecisionPlan:
             InputError: an unknown module, one that stays float32 (the reason is given), or a pruning plan
                 that does not fit.
         """
-        dense = EquiformerV2(config, device="meta")
+        dense = skeleton(config)
         known = matrices(dense)
         for name, _ in self.modules:
             if name not in known:
@@ -135,7 +142,7 @@ class PrecisionPlan:
         if pruning is not None and pruning == PruningPlan.keep_all(config).checked(config):
             pruning = None
         if pruning is not None:
-            known = matrices(EquiformerV2(pruning.applied_to(config), device="meta"))
+            known = matrices(skeleton(pruning.applied_to(config)))
         kept = tuple(pair for pair in self.modules if pair[0] in known and pair[1] != "float32")
         return PrecisionPlan(kept, pruning)
 

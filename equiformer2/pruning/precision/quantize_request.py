@@ -29,7 +29,7 @@ from equiformer2.pruning.fingerprints import fingerprint_of_structures, fingerpr
 from equiformer2.pruning.precision.allocation import PartSizes
 from equiformer2.pruning.precision.compact import FileSize, compact_network, write_compact
 from equiformer2.pruning.precision.measure import compare
-from equiformer2.pruning.precision.plan import PrecisionPlan, matrices, parts_of
+from equiformer2.pruning.precision.plan import PrecisionPlan, matrices, parts_of, skeleton
 from equiformer2.pruning.precision.search import Base, PrecisionSearch, PrecisionState, import_optuna
 from equiformer2.pruning.precision.sensitivity import (
     LOWER,
@@ -51,6 +51,7 @@ _FOR_SENSITIVITY = 8
 _FOR_IMPORTANCE = 8
 _MOST_TRIALS, _FEWEST_PROPOSED = 64, 4
 _ANY = 0.5
+_NO_LIMIT = 1 << 62
 _QUICKER = (0.85, 0.7, 0.55, 0.4, 0.3, 0.2)
 """Shares of the operations at which networks are timed for a limit of time."""
 _NETWORKS_IN_TIME = 2
@@ -170,7 +171,7 @@ def quantize(
     compact = Predictor(str(out), request.device)
     figures = compare(compact, dense, others or used, request.batch_size, seed=request.seed)
     precisions = dict(plan.modules)
-    names = matrices(EquiformerV2(compact.checkpoint.config, device="meta"))
+    names = matrices(skeleton(compact.checkpoint.config))
     record = {
         "bytes": size,
         "bytes_float32": whole.float32,
@@ -223,7 +224,7 @@ class _Quantization:
         self.dense = checkpoint.model.eval()
         self.parts = parts_of(matrices(self.dense))
         size = FileSize(checkpoint, self.dense)
-        self.limit = math.floor(shares.get("bytes", 1.0) * size.float32)
+        self.limit = math.floor(shares["bytes"] * size.float32) if "bytes" in shares else _NO_LIMIT
         self._check_limit(size)
         names = ("targets", "keep", "trials", "minutes", "force_weight", "seed")
         fingerprint = {
@@ -310,7 +311,7 @@ class _Quantization:
         for pruning in self.state.prunings:
             model = self.dense if pruning is None else shrink(self.dense, pruning)
             shapes = matrices(model)
-            room = self.limit - FileSize(self.checkpoint, model).islands
+            room = self.limit - FileSize(self.checkpoint, model, pruning).islands
             parts = parts_of(shapes)
             sizes = PartSizes(parts, shapes, room)
             if sizes.total(sizes.smallest()) <= room:
