@@ -291,8 +291,8 @@ def import_optuna() -> Any:
         import optuna
     except ImportError as error:
         raise InputError(
-            "the search for precisions needs optuna: install it with `pip install 'equiformer2[precision]'`, "
-            "or give a plan with --plan or --uniform"
+            "the search for precisions needs optuna: install it with `pip install 'optuna>=4.0'`, or give "
+            "precisions with --plan or --uniform"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
