@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from model_helpers import batch_of, cluster, random_model, small_config, water
+from model_helpers import batch_of, cluster, random_model, small_config, trace_only, water
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -99,6 +99,18 @@ def test_a_stored_network_answers_as_a_plain_one_with_the_rounded_weights(model:
     plain.fold_weights()
     assert torch.allclose(forces(network), forces(plain), atol=1e-5)
     assert not torch.equal(forces(network), forces(model))
+
+
+@pytest.mark.parametrize("backend", ["torch", "compile"])
+def test_every_backend_reads_stored_weights(
+    model: EquiformerV2, backend: str, monkeypatch: pytest.MonkeyPatch
+):
+    trace_only(monkeypatch)
+    network = stored(model, "int4")
+    expected = forces(network)
+    network.backend = backend
+    network.fold_weights()
+    assert torch.allclose(forces(network), expected, atol=1e-5)
 
 
 def test_nothing_is_kept_of_stored_weights_between_calls(model: EquiformerV2):

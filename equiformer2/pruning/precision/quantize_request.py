@@ -226,7 +226,7 @@ class _Quantization:
         size = FileSize(checkpoint, self.dense)
         self.limit = math.floor(shares["bytes"] * size.float32) if "bytes" in shares else _NO_LIMIT
         self._check_limit(size)
-        names = ("targets", "keep", "trials", "minutes", "force_weight", "seed")
+        names = ("targets", "keep", "force_weight", "seed")
         fingerprint = {
             "weights": fingerprint_of_weights(self.dense),
             "structures": fingerprint_of_structures(structures),
@@ -253,8 +253,8 @@ class _Quantization:
             return runners[id(base)].loss(base.modules(choice))
 
         search = PrecisionSearch(bases, bits, evaluate, state, self.request.seed, self.progress)
-        if state.count is None:
-            state.count = self._count(search, evaluate)
+        if state.count is None or self.request.trials is not None:
+            state.count = self.request.trials or self._count(search, evaluate)
             state.save()
         best = search.run(state.count)
         base = bases[best.base]
@@ -262,8 +262,8 @@ class _Quantization:
         table = {
             "best": state.trials.index(best),
             "trials": [asdict(trial) for trial in state.trials],
-            "prunings": [None if plan is None else plan.to_dict() for plan in state.prunings or []],
-            "ms_ratios": state.ratios,
+            "prunings": [None if base.pruning is None else base.pruning.to_dict() for base in bases],
+            "ms_ratios": [base.ratio for base in bases],
             "sensitivity": state.sensitivity,
             "information_bits": bits,
         }
@@ -290,8 +290,6 @@ class _Quantization:
 
     def _count(self, search: PrecisionSearch, evaluate: Any) -> int:
         """Decide the number of trials from the time of one."""
-        if self.request.trials is not None:
-            return self.request.trials
         base, choice, _ = search.starts()[0]
         begin = time.monotonic()
         evaluate(search.bases[base], choice)
@@ -308,14 +306,14 @@ class _Quantization:
             self.state.prunings, self.state.ratios = self._prunings()
             self.state.save()
         bases = []
-        for pruning in self.state.prunings:
+        for pruning, ratio in zip(self.state.prunings, self.state.ratios, strict=True):
             model = self.dense if pruning is None else shrink(self.dense, pruning)
             shapes = matrices(model)
             room = self.limit - FileSize(self.checkpoint, model, pruning).islands
             parts = parts_of(shapes)
             sizes = PartSizes(parts, shapes, room)
             if sizes.total(sizes.smallest()) <= room:
-                bases.append(Base(pruning, self._folded(model), parts, sizes))
+                bases.append(Base(pruning, self._folded(model), parts, sizes, ratio))
         if not bases:
             raise InputError(
                 "the networks that are quick enough exceed the limit of bytes: raise one of the limits"

@@ -152,12 +152,15 @@ class PrecisionState:
             if not isinstance(plans, list):
                 raise InputError("prunings must be a list")
             plans = [None if plan is None else PruningPlan.from_dict(plan, "prunings") for plan in plans]
+        ratios = Items(Optional(Number(0, 1e6))).read(values.get("ratios"), "ratios")
+        if len(ratios) != len(plans or ()):
+            raise InputError("ratios must be as many as prunings")
         return cls(
             fingerprint=dict(mapping(values.get("fingerprint"), "fingerprint")),
             path=path,
             sensitivity=losses,
             prunings=plans,
-            ratios=Items(Optional(Number(0, 1e6))).read(values.get("ratios"), "ratios"),
+            ratios=ratios,
             count=Optional(Whole(1, 100_000)).read(values.get("count"), "count"),
             trials=Items(Trial).read(values.get("trials"), "trials"),
         )
@@ -172,12 +175,14 @@ class Base:
         model: the network, with plain weights.
         parts: part -> its modules.
         sizes: bytes of the parts and the room for them.
+        ratio: measured time over that of the dense network; None where time has no limit.
     """
 
     pruning: PruningPlan | None
     model: EquiformerV2
     parts: Mapping[str, Sequence[str]]
     sizes: PartSizes
+    ratio: float | None = None
 
     def modules(self, choice: Mapping[str, str]) -> dict[str, str]:
         """Return module -> precision for part -> precision."""
@@ -194,6 +199,9 @@ class PrecisionSearch:
         state: with the sensitivities; trials in it are not evaluated again.
         seed: random seed.
         progress: show a progress bar.
+
+    Raises:
+        InputError: a trial in the state is of no network of `bases`.
     """
 
     def __init__(
@@ -207,6 +215,11 @@ class PrecisionSearch:
     ) -> None:
         self.bases, self.information, self.evaluate = bases, information, evaluate
         self.state, self.seed, self.progress = state, seed, progress
+        for trial in state.trials:
+            if trial.base >= len(bases) or set(trial.precisions) != set(bases[trial.base].parts):
+                raise InputError(
+                    f"{state.path} holds a trial of another network: give another file or remove it"
+                )
 
     def starts(self) -> list[tuple[int, Choice, str]]:
         """List the first trials: by sensitivity for every network, by information for the first."""

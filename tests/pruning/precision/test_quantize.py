@@ -86,6 +86,10 @@ def test_equivariance_is_as_before(searched: dict[str, Any]):
 
 def test_a_killed_search_ends_as_one_that_was_not(folder: Path, searched: dict[str, Any], tmp_path: Path):
     state = json.loads((folder / "state.json").read_text())
+    damaged = {**state, "trials": [{**state["trials"][0], "base": 7}], "count": 1}
+    (tmp_path / "bad.json").write_text(json.dumps(damaged))
+    with pytest.raises(InputError, match="a trial of another network"):
+        quantize(request(folder, targets=("bytes=0.3",)), tmp_path / "a.pt", tmp_path / "bad.json")
     state["trials"] = state["trials"][:4]
     part = list(state["sensitivity"])[1]
     del state["sensitivity"][part]["int4"]
