@@ -95,13 +95,15 @@ class PrecisionState:
         """Write the state as JSON, atomically."""
         if self.path is None:
             return
+        plans = None
+        if self.prunings is not None:
+            plans = [None if plan is None else plan.to_dict() for plan in self.prunings]
         values = {
             "format": _FORMAT,
             "version": _VERSION,
             "fingerprint": self.fingerprint,
             "sensitivity": self.sensitivity,
-            "prunings": self.prunings
-            and [None if plan is None else plan.to_dict() for plan in self.prunings],
+            "prunings": plans,
             "ratios": self.ratios,
             "count": self.count,
             "trials": [asdict(trial) for trial in self.trials],
