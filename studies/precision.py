@@ -174,6 +174,9 @@ def pruned_rows(study: Study) -> Iterator[Row | None]:
         limit = study.options.limits[0]
         path = study.options.out / f"{SEARCHED}-{limit:g}-{seed}-trials.json"
         if not path.exists():
+            if time.monotonic() > study.stop:
+                yield None
+                return
             raise InputError(f"{path} is not there: run --part search first, which decides what is pruned")
         pruning = PruningPlan.from_dict(read_json(path)["search"]["prunings"][-1])
         for kind in ("float32", "int8", "int4"):
