@@ -40,7 +40,8 @@ ALLOWED = {
     "equiformer2/inference": FILES | {"datasets_oc20"},
     "equiformer2/report": FILES | {"datasets_oc20", "equiformer2.inference"},
     "equiformer2/adsorption": FILES | {"datasets_oc20", "equiformer2.inference", "equiformer2.report"},
-    "equiformer2/pruning": FILES | {"datasets_oc20", "equiformer2.inference", "equiformer2.training"},
+    "equiformer2/pruning": FILES
+    | {"datasets_oc20", "equiformer2.inference", "equiformer2.symmetry", "equiformer2.training"},
     "equiformer2/training": FILES | {"datasets_oc20"},
     "equiformer2/finetuning": FILES | {"datasets_oc20", "equiformer2.inference", "equiformer2.training"},
     "equiformer2/demo": FILES

@@ -27,6 +27,7 @@ from equiformer2.files import read_json
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.equiformer import EquiformerV2
 from equiformer2.model.folding import parametrized_weights, plain_state
+from equiformer2.model.parameters import count_parameters
 from equiformer2.shipped import find_checkpoint
 from equiformer2.values import shown_name
 
@@ -221,7 +222,7 @@ def import_checkpoint(
             "(OC20's referenced energy) or total (DFT total energy)"
         )
     for kind, state in contents.weights.items():
-        model = build_model(contents.config, state, f"{source} ({kind} weights)")
+        build_model(contents.config, state, f"{source} ({kind} weights)")
     if seen is not None:
         contents = with_seen_data(contents, seen)
     origin = {"source_file": Path(source).name, "source_sha256": sha256(find_checkpoint(source))}
@@ -231,7 +232,7 @@ def import_checkpoint(
         "source_format": contents.source_format,
         "source_sha256": origin["source_sha256"],
         "out": str(out),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count_parameters(contents.config),
         "weights": list(contents.available_weights),
         "energy_kind": contents.energy_kind,
         "energy_kind_from": contents.provenance.get("energy_kind_from", "the native file"),

@@ -28,7 +28,7 @@ class Contents:
         source_format: `equiformer2`, `ocp-v0`, `fairchem-v1-flat` or `fairchem-v1-hydra`.
         config: of the network.
         weights: `raw` (what the optimizer last wrote), `averaged` (their exponential moving average) or both;
-            this network's parameter names.
+            this network's parameter names. A `CompactState` holds some of them in fewer bytes.
         normalizers: to eV and eV/Å.
         energy_kind: None when a foreign file does not state it.
         provenance: plain values: where the weights come from.

@@ -3,7 +3,7 @@
 Layout, a dictionary in `torch.save`'s format that loads with `weights_only=True`:
 
     format           "equiformer2.checkpoint"
-    format_version   1, or 2 with surroundings
+    format_version   1, 2 with surroundings, or 3 with stored weights
     model_config     ModelConfig.to_dict()
     weights          {"raw": {name: tensor}, "averaged": {name: tensor}}, one of them at least
     normalizers      Normalizers.to_dict()
@@ -11,6 +11,8 @@ Layout, a dictionary in `torch.save`'s format that loads with `weights_only=True
     units            {"energy": "eV", "forces": "eV/Å", "length": "Å"}
     provenance       plain values
     surroundings     Surroundings.to_dict(); only where they are known
+    stored           {"raw": {name: StoredWeight.to_dict()}, …}: weights in fewer bytes than float32, which
+                     are not among `weights`; only where there are any
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equiformer2.checkpoint.compact import CompactState, read_stored
 from equiformer2.checkpoint.contents import Contents, WeightsKind, check_energy_kind
 from equiformer2.checkpoint.normalizers import Normalizers
 from equiformer2.checkpoint.surroundings import Surroundings
@@ -33,8 +36,9 @@ from equiformer2.errors import InputError
 from equiformer2.values import mapping, shown, shown_name
 
 FORMAT = "equiformer2.checkpoint"
-FORMAT_VERSION = 2
-_WITHOUT_SURROUNDINGS = 1
+FORMAT_VERSION = 3
+#: Parts beside `_KEYS` that a file of a version may have.
+_MORE: dict[int, set[str]] = {1: set(), 2: {"surroundings"}, 3: {"surroundings", "stored"}}
 UNITS = {"energy": "eV", "forces": "eV/Å", "length": "Å"}
 _KEYS = {
     "format",
@@ -46,7 +50,7 @@ _KEYS = {
     "units",
     "provenance",
 }
-_SURROUNDINGS = "surroundings"
+_SURROUNDINGS, _STORED = "surroundings", "stored"
 
 
 def write_native(path: str | os.PathLike[str], contents: Contents) -> None:
@@ -60,30 +64,51 @@ def write_native(path: str | os.PathLike[str], contents: Contents) -> None:
         InputError: if the kind of energy is not known.
         OSError: if the file cannot be written.
     """
+    write_tensors(path, native_content(str(path), contents))
 
-    def detached(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+
+def native_content(source: str, contents: Contents) -> dict[str, Any]:
+    """Return the dictionary that a native file holds.
+
+    Args:
+        source: name of the file, for errors.
+        contents: content of the file.
+
+    Raises:
+        InputError: if the kind of energy is not known.
+    """
+
+    def detached(tensor: Tensor) -> Tensor:
         # A clone, because a view would drag its whole storage into the file.
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+        return tensor.detach().to("cpu", copy=True).contiguous()
 
+    states = {
+        kind: (state if isinstance(state, CompactState) else CompactState(state, {})).map(detached)
+        for kind, state in contents.weights.items()
+    }
+    stored = {
+        kind: {name: value.to_dict() for name, value in state.stored.items()}
+        for kind, state in states.items()
+        if state.stored
+    }
     written = {
         "written_with": {"equiformer2": version("equiformer2"), "torch": str(torch.__version__)},
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     surroundings = contents.surroundings
-    write_tensors(
-        path,
-        {
-            "format": FORMAT,
-            "format_version": _WITHOUT_SURROUNDINGS if surroundings is None else FORMAT_VERSION,
-            "model_config": plain(contents.config.to_dict()),
-            "weights": {kind: detached(state) for kind, state in contents.weights.items()},
-            "normalizers": contents.normalizers.to_dict(),
-            "energy_kind": check_energy_kind(contents.energy_kind, str(path)),
-            "units": UNITS,
-            "provenance": plain(contents.provenance) | written,
-            **({} if surroundings is None else {_SURROUNDINGS: surroundings.to_dict()}),
-        },
-    )
+    return {
+        "format": FORMAT,
+        # Older versions of the package read what holds nothing new.
+        "format_version": FORMAT_VERSION if stored else 1 if surroundings is None else 2,
+        "model_config": plain(contents.config.to_dict()),
+        "weights": {kind: state.plain for kind, state in states.items()},
+        "normalizers": contents.normalizers.to_dict(),
+        "energy_kind": check_energy_kind(contents.energy_kind, source),
+        "units": UNITS,
+        "provenance": plain(contents.provenance) | written,
+        **({} if surroundings is None else {_SURROUNDINGS: surroundings.to_dict()}),
+        **({_STORED: stored} if stored else {}),
+    }
 
 
 def is_native(file: Mapping[str, Any]) -> bool:
@@ -109,9 +134,10 @@ def read_native(file: Mapping[str, Any], source: str) -> Contents:
             f"{source} is of checkpoint format version {shown(file_version)}, newer than the "
             f"{FORMAT_VERSION} that equiformer2 {version('equiformer2')} reads: update equiformer2"
         )
-    known = _KEYS if file_version == _WITHOUT_SURROUNDINGS else _KEYS | {_SURROUNDINGS}
-    if set(file) != known:
-        missing, unknown = sorted(known - set(file)), [shown_name(key) for key in file if key not in known]
+    needed = _KEYS | ({_SURROUNDINGS} if file_version == 2 else set())
+    known = _KEYS | _MORE[file_version]
+    if not needed <= set(file) <= known:
+        missing, unknown = sorted(needed - set(file)), [shown_name(key) for key in file if key not in known]
         raise InputError(
             f"{source} is not a valid checkpoint: missing parts {missing}, unknown parts {unknown[:5]}"
         )
@@ -134,7 +160,7 @@ def read_native(file: Mapping[str, Any], source: str) -> Contents:
         source=source,
         source_format="equiformer2",
         config=config,
-        weights=_read_weights(file["weights"], source),
+        weights=_read_weights(file["weights"], file.get(_STORED, {}), source),
         normalizers=normalizers,
         energy_kind=check_energy_kind(file["energy_kind"], source),
         provenance=dict(provenance),
@@ -142,9 +168,11 @@ def read_native(file: Mapping[str, Any], source: str) -> Contents:
     )
 
 
-def _read_weights(weights: Mapping[str, Any], source: str) -> dict[WeightsKind, dict[str, Tensor]]:
+def _read_weights(
+    weights: Mapping[str, Any], stored: Any, source: str
+) -> dict[WeightsKind, Mapping[str, Tensor]]:
     """Check the weights of a native file, by kind and name."""
-    states: dict[WeightsKind, dict[str, Tensor]] = {}
+    states: dict[WeightsKind, Mapping[str, Tensor]] = {}
     for kind, state in weights.items():
         if kind not in ("raw", "averaged"):
             raise InputError(f"{source} holds weights of an unknown kind: {shown(kind)}")
@@ -155,6 +183,11 @@ def _read_weights(weights: Mapping[str, Any], source: str) -> dict[WeightsKind, 
                     f"{type(value).__name__}"
                 )
         states[kind] = state  # type: ignore[index]
+    for kind, values in mapping(stored, f"{source}: stored").items():
+        if kind not in states:
+            raise InputError(f"{source} stores weights of a kind that it does not hold: {shown(kind)}")
+        name = f"{source}: the stored {kind} weights"
+        states[kind] = read_stored(values, states[kind], name)  # type: ignore[index]
     if not states:
         raise InputError(f"{source} holds no weights")
     return states

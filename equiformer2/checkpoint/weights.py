@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equiformer2.checkpoint.compact import CompactState
 from equiformer2.checkpoint.constants import shorten
 from equiformer2.errors import InputError
 from equiformer2.model.config import ModelConfig
@@ -41,7 +42,8 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], source: str)
 
     Args:
         config: configuration of the network.
-        weights: tensors by name, as in `EquiformerV2.state_dict()`.
+        weights: tensors by name, as in `EquiformerV2.state_dict()`. Those that a `CompactState` stores in
+            another form are stored so in the network.
         source: name of the file, for errors.
 
     Raises:
@@ -50,8 +52,11 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], source: str)
     _check_extent(config, weights, source)
     with torch.random.fork_rng(devices=[]):
         model = EquiformerV2(config)
-    check_weights(model, weights, source)
-    model.load_state_dict(weights)
+    values = dict(weights)
+    check_weights(model, values, source)
+    model.load_state_dict(values)
+    if isinstance(weights, CompactState):
+        weights.put_into(model)
     return model
 
 
@@ -62,7 +67,11 @@ def _check_extent(config: ModelConfig, weights: Mapping[str, Tensor], source: st
         tensor = weights.get(name)
         return None if tensor is None or tensor.dim() <= dimension else tensor.shape[dimension]
 
-    claimed, held = count_parameters(config), sum(tensor.numel() for tensor in weights.values())
+    claimed = count_parameters(config)
+    if isinstance(weights, CompactState):
+        held = weights.num_numbers
+    else:
+        held = sum(tensor.numel() for tensor in weights.values())
     layers = {name.split(".")[1] for name in weights if name.startswith("blocks.") and name.count(".") > 1}
     # The scalars of the separable norm have a norm of their own.
     degrees = config.lmax + (config.norm_type != "layer_norm_sh")

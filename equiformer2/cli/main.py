@@ -47,6 +47,7 @@ COMMANDS = {
     "prune route": "prune:Route",
     "prune distill": "prune:Distill",
     "prune grid": "prune:Grid",
+    "prune quantize": "prune:Quantize",
     "prune pareto": "prune:Pareto",
     "report": "training:ReportRun",
     "demo": "training:Demo",

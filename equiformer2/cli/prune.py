@@ -341,6 +341,128 @@ class Route(Command):
                 raise InputError(f"{name} has no meaning for context_only, which asks the tags: leave it out")
 
 
+class Quantize(Command):
+    """Store the matrices of a network in fewer bits, with a limit of bytes or of time, without training.
+
+    A Bayesian search chooses float32, bf16, int8 or int4 for every part of the network, and whether units are
+    pruned first, so that energies and forces on the calibration structures change least. Targets are shares
+    of the float32 network: bytes=0.4 of the file, latency=0.5 of the time of a force call. --plan and
+    --uniform take given precisions in place of a search. A killed call continues where it was.
+
+    Rotations, grids, norms, biases, the attention's softmax, sums and the last layers stay float32. The file
+    is an ordinary checkpoint. Beside it, NAME.pt.json has its size on disk and in memory, the bits of every
+    module, and errors, time and equivariance measured on structures that the search did not see, where --data
+    holds enough. Exit status 3: a limit was missed, or the error under rotations grew by more than a tenth.
+    """
+
+    def add_arguments(self, parser: Parser) -> None:
+        add_checkpoint_arguments(parser)
+        _add_structures_argument(parser)
+        parser.add_argument("--out", required=True, type=Path, help="checkpoint to write")
+        what = parser.add_mutually_exclusive_group(required=True)
+        what.add_argument(
+            "--target", nargs="+", help="targets bytes=0.4 or latency=0.5, shares of the float32 network"
+        )
+        what.add_argument("--plan", type=Path, help="precision plan to use in place of a search (JSON)")
+        what.add_argument(
+            "--uniform",
+            choices=("float32", "bf16", "int8", "int4"),
+            help="precision of all matrices that may have it, in place of a search",
+        )
+        parser.add_argument(
+            "--keep",
+            nargs="*",
+            type=float,
+            default=[0.9, 0.8],
+            metavar="SHARE",
+            help="shares of the parameters that pruned networks keep, among which the search chooses under a "
+            "limit of bytes; without a share nothing is pruned (default: 0.9 0.8)",
+        )
+        parser.add_argument(
+            "--minutes",
+            type=float,
+            default=15.0,
+            help="approximate time of the search, from which its number of trials follows (default: "
+            "%(default)s)",
+        )
+        parser.add_argument("--trials", type=int, help="number of trials, in place of --minutes")
+        parser.add_argument(
+            "--held-out",
+            type=int,
+            default=64,
+            help="maximum number of other structures on which the result is measured (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--force-weight",
+            type=float,
+            default=1.0,
+            help="weight of forces in the loss, Å (default: %(default)s)",
+        )
+        add_calibration_arguments(parser, batch_size=2)
+        add_device_argument(parser)
+        parser.add_argument(
+            "--state", type=Path, help="file for resumable search state (default: beside --out)"
+        )
+        add_overwrite_argument(parser)
+
+    def run(self, options: argparse.Namespace) -> Result:
+        from equiformer2.pruning.precision.plan import PrecisionPlan
+        from equiformer2.pruning.precision.quantize_request import QuantizeRequest, quantize
+
+        show_log()
+        report = options.out.with_name(f"{options.out.name}.json")
+        state = options.state or options.out.with_name(f"{options.out.stem}.state.json")
+        inputs = [options.checkpoint, *options.data, *([options.plan] if options.plan else [])]
+        for path in (options.out, report):
+            check_target(path, inputs=inputs, overwrite=options.overwrite)
+        check_target(state, inputs=[*inputs, options.out, report])
+        request = QuantizeRequest(
+            checkpoint=options.checkpoint,
+            data=tuple(options.data),
+            targets=tuple(options.target or ()),
+            plan=None if options.plan is None else PrecisionPlan.load(options.plan),
+            uniform=options.uniform,
+            keep=tuple(options.keep),
+            minutes=options.minutes,
+            trials=options.trials,
+            weights=options.weights,
+            structures=options.structures,
+            held_out=options.held_out,
+            force_weight=options.force_weight,
+            batch_size=options.batch_size,
+            device=options.device,
+            seed=options.seed,
+        )
+        found = quantize(request, options.out, state)
+        record = {**header("prune-quantize/1", options.checkpoint), "file": str(options.out), **found}
+        write_json(report, record)
+        self._print(found)
+        print(f"wrote {options.out} and {report}")
+        return Result(record, status=3 if found["missed"] else 0)
+
+    def _print(self, found: dict[str, Any]) -> None:
+        bits = list(found["modules"].values())
+        counts = ", ".join(f"{bits.count(n)} of {n} bits" for n in sorted(set(bits)))
+        print(f"matrices: {counts}; pruned: {'yes' if 'pruning' in found['plan'] else 'no'}")
+        print(
+            f"file: {found['bytes']:,} bytes, {found['bytes_ratio']:.1%} of {found['bytes_float32']:,} in "
+            f"float32; in memory after a call: {found['resident_bytes']:,} bytes instead of "
+            f"{found['resident_bytes_dense']:,}"
+        )
+        where = "the calibration structures" if found["measured_on"]["calibration"] else "other structures"
+        for key, text, unit in (
+            ("force_change_eV_A", "forces change by", "eV/Å"),
+            ("energy_change_eV", "energies change by", "eV"),
+            ("force_mae_ratio", "force MAE against the labels, times that of float32:", ""),
+            ("equivariance_ratio", "error under rotations, times that of float32:", ""),
+            ("ms_ratio", "time of a force call, times that of float32:", ""),
+        ):
+            if found[key] is not None:
+                print(f"on {where}, {text} {found[key]:.4f} {unit}".rstrip())
+        for sentence in found["missed"]:
+            print(f"missed: {sentence}")
+
+
 def _training_settings(configs: Sequence[str], settings: Sequence[str]) -> list[str]:
     """Words of a training command line from `--config` options and the words after `--`."""
     return [text for path in configs for text in ("--config", path)] + list(settings)

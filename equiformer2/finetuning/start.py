@@ -20,6 +20,7 @@ from equiformer2.finetuning.energy_head import fit_last_layer
 from equiformer2.finetuning.frames import Frames, spread
 from equiformer2.inference import Predictor
 from equiformer2.model import EquiformerV2, ModelConfig
+from equiformer2.model.folding import plain_state
 from equiformer2.training.start import FITTED, keep_predictions
 
 _LOOKED_AT = 100
@@ -328,7 +329,7 @@ def _fitting_model(checkpoint: Checkpoint, has_forces: bool, seed: int) -> Equif
         torch.manual_seed(seed)
         model = EquiformerV2(config)
     own = model.state_dict()
-    old = checkpoint.model.state_dict()
+    old = plain_state(checkpoint.model, checkpoint.model.state_dict())
     model.load_state_dict({name: old.get(name, own[name]).cpu() for name in own})
     return model
 

@@ -7,7 +7,7 @@ and computes them again when anything has changed that they depend on (`Snapshot
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -169,6 +169,25 @@ class Snapshot:
 # Fused optimizers write to parameters without counting versions.
 register_optimizer_step_post_hook(Snapshot.count_optimizer_step)
 
+
+def resident_bytes(model: nn.Module) -> int:
+    """Count the bytes of memory that a network holds between two calls, each tensor's memory once.
+
+    Parameters, buffers and what parametrizations store, and the matrices that `Folding` modules keep: call it
+    after a forward pass, which computes these.
+    """
+    sizes: dict[int, int] = {}
+    packed = 0
+    kept = (tensor for m in model.modules() if isinstance(m, Folding) for tensor in m.kept_tensors())
+    for tensor in itertools.chain(model.parameters(), model.buffers(), kept):
+        if tensor.is_mkldnn:  # has no storage of its own to ask; the layout may pad it a little
+            packed += tensor.numel() * tensor.element_size()
+        else:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return packed + sum(sizes.values())
+
+
 #: Attributes that every module has, such as the dictionaries of its parameters and hooks.
 _OF_ALL_MODULES = frozenset(vars(nn.Module()))
 _UNCHANGEABLE = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)
@@ -217,6 +236,9 @@ class Folding(nn.Module):
 
     They are computed when a forward pass without gradients first needs them, and again after any change of
     the weights. `train()` ends it; copies start without.
+
+    Of weights that are stored in fewer bytes (`model.parametrizations`) nothing is kept: the matrices are
+    computed by every pass and freed after it, because they would take the memory that the form saves.
     """
 
     def __init__(self) -> None:
@@ -242,6 +264,8 @@ class Folding(nn.Module):
         if torch.compiler.is_compiling():
             # Compiled code cannot see versions: `refresh` looks before it runs.
             value = None if kept.layout.packed else kept.values.get(form)
+        elif self._is_compact():
+            value = self._computed(form, kept.layout._replace(packed=False))
         else:
             value = self.refresh(form)
         if value is None:
@@ -252,17 +276,33 @@ class Folding(nn.Module):
     def refresh(self, form: str = "all") -> Any:
         """As `folded`, in any precision; nothing is computed where nothing has changed."""
         kept, snapshot = self._kept, self._kept.snapshots.get(form)
-        if kept.layout is None:
+        if kept.layout is None or self._is_compact():
             return None
         if snapshot is None or not snapshot.is_current():
             # Before the weights are read: what changes in the meantime is noticed by the next call.
             snapshot, value = Snapshot(self), None
             if snapshot.comparable:
-                with torch.inference_mode(False), torch.no_grad(), _own_precision(self):
-                    value = self.prepare(form, kept.layout)
+                value = self._computed(form, kept.layout)
             # In this order: another thread that finds the snapshot finds its matrices, too.
             kept.values[form], kept.snapshots[form] = value, snapshot
         return kept.values[form]
+
+    def kept_tensors(self) -> Iterator[Tensor]:
+        """Go through the tensors of the matrices that are kept, those of packed ones too."""
+        pending: list[Any] = list(self._kept.values.values())
+        while pending:
+            item = pending.pop()
+            if isinstance(item, Tensor):
+                yield item
+            elif isinstance(item, list | tuple):
+                pending += item
+
+    def _is_compact(self) -> bool:
+        return any(getattr(module, "is_compact", False) for module in self.modules())
+
+    def _computed(self, form: str, layout: Layout) -> Any:
+        with torch.inference_mode(False), torch.no_grad(), _own_precision(self):
+            return self.prepare(form, layout)
 
     def train(self, mode: bool = True) -> "Folding":
         """Set the mode; weights of a network in training change, and nothing is kept of them."""

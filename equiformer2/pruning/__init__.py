@@ -1,8 +1,8 @@
 """Make a trained network cheaper.
 
-`structured` removes units, `routing` skips atoms, `recovery` trains afterwards, `cost` counts or
-measures, `analysis` reports and compares. Imports run one way: `cost`, then `structured` and `routing`, then
-`recovery`, then `analysis`.
+`structured` removes units, `precision` stores weights in fewer bits, `routing` skips atoms, `recovery` trains
+afterwards, `cost` counts or measures, `analysis` reports and compares. Imports run one way: `cost`, then
+`structured` and `routing`, then `precision`, then `recovery`, then `analysis`.
 """
 
 from equiformer2.pruning.cost.operations import MacCount, count_macs

@@ -16,6 +16,7 @@ from equiformer2.checkpoint.tensor_files import plain
 from equiformer2.checkpoint.training_data import TrainingData, count_contents
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2, ModelConfig
+from equiformer2.model.folding import plain_state
 from equiformer2.training.loader import ResumableDataModule
 from equiformer2.training.task import NOT_IN_WEIGHTS
 
@@ -86,7 +87,9 @@ def load_start(model: EquiformerV2, start: Checkpoint, path: str) -> None:
     Raises:
         InputError: the architectures differ; the keys are listed.
     """
-    mine, theirs, state = vars(model.config), dict(vars(start.config)), start.model.state_dict()
+    mine, theirs = vars(model.config), dict(vars(start.config))
+    # Weights that the checkpoint stores in fewer bytes are trained in float32.
+    state = plain_state(start.model, start.model.state_dict())
     if model.config.forces != "direct":
         theirs |= {"forces": model.config.forces, "force_head": mine["force_head"]}
         state = {name: value for name, value in state.items() if not name.startswith("force_block.")}

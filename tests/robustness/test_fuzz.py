@@ -51,6 +51,8 @@ from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.pruning import PruningPlan
+from equiformer2.pruning.precision.compact import compact_network, write_compact
+from equiformer2.pruning.precision.plan import PrecisionPlan
 from equiformer2.training.configuration import parse
 
 ROOT = Path(__file__).parents[2]
@@ -620,6 +622,52 @@ def test_pruning_plans() -> None:
         ),
         read,
     )
+
+
+def test_precision_plans() -> None:
+    config = ModelConfig(**MODEL)
+    plan = PrecisionPlan.uniform(config, "int4", PruningPlan.keep_all(config).with_block(0, heads=(0,)))
+    tree = plan.to_dict()
+
+    def read(text: str) -> None:
+        found = PrecisionPlan.from_json(text, "plan.json")
+        assert PrecisionPlan.from_json(found.to_json()) == found
+        hash(found)
+        assert found.checked(config).checked(config) == found.checked(config)
+
+    fuzz(
+        st.one_of(
+            changed_values(tree).map(json.dumps),
+            changed_text(plan.to_json()).map(lambda content: content.decode("latin-1")),
+        ),
+        read,
+    )
+
+
+def test_compact_checkpoints(tmp_path: Path) -> None:
+    network = EquiformerV2(ModelConfig(**MODEL))
+    one = Normalizer(0.0, 1.0)
+    dense, valid, path = (tmp_path / f"{name}.pt" for name in ("dense", "valid", "x"))
+    save_checkpoint(
+        dense,
+        model=network,
+        raw_state=network.state_dict(),
+        averaged_state=None,
+        normalizers=Normalizers(one, one),
+        energy_kind="total",
+        provenance={},
+    )
+    plan = PrecisionPlan.uniform(network.config, "int4")
+    write_compact(valid, load_checkpoint(dense), compact_network(network, plan), plan)
+    content = torch.load(valid, weights_only=True)
+    tensors = st.sampled_from([torch.zeros(0), torch.tensor(math.nan), torch.ones(9, 4).to(torch.uint8)])
+
+    def read(stored: Any) -> None:
+        torch.save({**content, "stored": stored}, path)
+        found = load_checkpoint(path)
+        assert all(torch.isfinite(value).all() for value in found.model.state_dict().values())
+
+    fuzz(changed_values(content["stored"], ODD | tensors), read)
 
 
 def test_lmdb_pages(tmp_path: Path) -> None:

@@ -83,6 +83,37 @@ def magnitude_plan(
             norm = together if unit == "branches" else np.linalg.norm(scores[site, unit])
             scores[site, unit] = scores[site, unit] / max(float(norm), 1e-30)
 
+    return importance_plan(model, cost, target, scores, start, dimensions)
+
+
+def importance_plan(
+    model: EquiformerV2,
+    cost: Cost,
+    target: float,
+    scores: UnitScores,
+    start: PruningPlan | None = None,
+    dimensions: Sequence[str] = _WITH_WEIGHTS,
+) -> PruningPlan:
+    """Always make the cut of the smallest squared score per saved cost, without trying any.
+
+    With Taylor scores it is the pruning of LLM-Pruner (arXiv 2305.11627), by groups of units that depend on
+    each other.
+
+    Args:
+        model: dense network.
+        cost: cost of a plan.
+        target: cost to come down to, in the unit of `cost`.
+        scores: score of every unit, such as `gradient_scores`.
+        start: cuts made already; None for none.
+        dimensions: kinds of cuts; those without scores (`order`) count as the best.
+
+    Returns:
+        A plan that costs at most `target`.
+
+    Raises:
+        InputError: the target cannot be reached.
+    """
+
     def choose(cuts: Sequence[tuple[Cut, float]]) -> Cut:
         return min(cuts, key=lambda item: (item[0].score or 0.0) ** 2 / item[1])[0]
 

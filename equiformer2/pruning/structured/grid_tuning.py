@@ -22,6 +22,7 @@ from equiformer2.errors import InputError, naming_structures
 from equiformer2.files import check_target
 from equiformer2.graph import RadiusGraph
 from equiformer2.model import EquiformerV2
+from equiformer2.model.folding import check_plain
 from equiformer2.model.grid_resolution import GridResolution
 from equiformer2.model.so3.grid import smallest_resolution
 from equiformer2.pruning.calibration import UNLABELLED
@@ -95,8 +96,9 @@ def with_grids(model: EquiformerV2, resolution: GridResolution) -> EquiformerV2:
         The copy, on the device, in the precision and with the backend of `model`.
 
     Raises:
-        InputError: a grid cannot hold the degrees and orders of the network.
+        InputError: a grid cannot hold the degrees and orders of the network, or weights are parametrized.
     """
+    check_plain(model, "a choice of grids")
     weight = model.sphere_embedding.weight
     config = dataclasses.replace(model.config, grid_resolution=resolution)
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn and thrown away

@@ -1,0 +1,421 @@
+"""Precision and pruning chosen together against what a user would do without a search, at equal bytes.
+
+    python -m studies.precision --checkpoint models/study_teacher.pt --data runs/data/study/train.lmdb \
+        --held-out teacher=runs/data/study/test.lmdb dft=runs/data/dft_test.lmdb --part search --hours 2.5
+
+Parts, each resumable and runnable alone:
+
+- `uniform`: float32, and all matrices in bf16, int8 or int4.
+- `search`: `prune quantize` at every limit of bytes and seed, and its first two choices, by sensitivity and
+  by information.
+- `pruned`: the network that the search has pruned, alone, in int8 and int4, and mixed at every limit, by
+  information and searched.
+- `memory`: peak memory of a training step on float32 and on stored bases, of all weights or of low-rank maps
+  on top of frozen ones.
+
+Every row is a file in --out: a killed program continues where it was, and --hours ends it before the next
+row. All errors are measured on the held-out structures, against labels and against the float32 network.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch_geometric.data import Batch, Data
+from tqdm import tqdm
+
+from equiformer2.checkpoint import Checkpoint, load_checkpoint
+from equiformer2.checkpoint.tensor_files import sha256
+from equiformer2.errors import InputError
+from equiformer2.files import read_json, write_bytes, write_json
+from equiformer2.inference import Predictor
+from equiformer2.model import EquiformerV2
+from equiformer2.pruning.calibration_data import mixed_systems, read_structures
+from equiformer2.pruning.precision.compact import FileSize, compact_network, write_compact
+from equiformer2.pruning.precision.measure import compare
+from equiformer2.pruning.precision.plan import PrecisionPlan, matrices, parts_of
+from equiformer2.pruning.precision.quantize_request import QuantizeRequest, quantize
+from equiformer2.pruning.structured.plan import PruningPlan
+from equiformer2.pruning.structured.plan_request import apply_plan
+from equiformer2.script import origin, run_script
+from studies.force_call_times import peak_allocated
+from studies.verdicts import Verdict
+
+PARTS = ("uniform", "search", "pruned", "memory")
+UNIFORM = ("float32", "bf16", "int8", "int4")
+SEED = 0
+_RANK = 4
+_MOST_BYTES, _MOST_WORSE = 0.2, 1.02
+_MOST_TURNED = 1.1
+_MOST_MINUTES = 30.0
+#: Prefixes of rows that a search makes, which no uniform row is to dominate.
+SEARCHED = "search"
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Study:
+    """What all rows share.
+
+    Attributes:
+        options: of the command line.
+        checkpoint: the float32 network.
+        held_out: name -> structures.
+        stop: time after which no row is begun, s of `time.monotonic`.
+    """
+
+    options: argparse.Namespace
+    checkpoint: Checkpoint
+    held_out: dict[str, list[Data]]
+    stop: float
+
+    def about(self) -> dict[str, Any]:
+        """Return what rows of one folder have in common."""
+        names = ("limits", "structures", "held_out_structures", "trials", "keep")
+        values = {name: getattr(self.options, name) for name in names}
+        return {"checkpoint_sha256": sha256(self.options.checkpoint), **values}
+
+    def row(self, name: str, make: Callable[[], Row]) -> Row | None:
+        """Read the row `name`, or make it if there is time; None if there is none."""
+        path = self.options.out / f"{name}.json"
+        if path.exists():
+            row = read_json(path)
+            if row["about"] != self.about():
+                raise InputError(f"{path} is of another network or other options: give another --out")
+            return row
+        if time.monotonic() > self.stop:
+            return None
+        start = time.monotonic()
+        row = {"name": name, "about": self.about(), **make()}
+        row |= {"minutes": (time.monotonic() - start) / 60, **origin()}
+        write_json(path, row, make_folder=True)
+        tqdm.write(f"{name}: {row['minutes']:.1f} min")
+        return row
+
+    def judged(self, plan: PrecisionPlan) -> Row:
+        """Measure the network of a plan on all held-out structures."""
+        network = compact_network(self.checkpoint.model, plan)
+        path = self.options.out / "present.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = write_compact(path, self.checkpoint, network, plan)
+        whole = FileSize(self.checkpoint, self.checkpoint.model).float32
+        errors = {}
+        for name, structures in self.held_out.items():
+            dense, compact = Predictor(self.checkpoint), Predictor(str(path))
+            errors[name] = compare(compact, dense, structures, self.options.batch_size)
+        path.unlink()
+        return {"bytes": size, "bytes_ratio": size / whole, "plan": plan.to_dict(), "errors": errors}
+
+
+def uniform_rows(study: Study) -> Iterator[Row | None]:
+    for kind in UNIFORM:
+        plan = PrecisionPlan.uniform(study.checkpoint.config, kind)
+        yield study.row(kind, lambda plan=plan: study.judged(plan))  # type: ignore[misc]
+
+
+def search_rows(study: Study) -> Iterator[Row | None]:
+    # Seeds outermost: whenever the program is stopped, all limits have as many of them.
+    for seed in study.options.seeds:
+        for limit in study.options.limits:
+            name = f"{SEARCHED}-{limit:g}-{seed}"
+            found = study.row(f"{name}-trials", lambda: _searched(study, name, limit, seed))  # noqa: B023
+            if found is None:
+                yield None
+                return
+            plans = {
+                name: PrecisionPlan.from_dict(found["plan"]),
+                **_first_choices(study, found, limit, seed),
+            }
+            for each, plan in plans.items():
+                yield study.row(each, lambda plan=plan: study.judged(plan))  # type: ignore[misc]
+
+
+def _searched(study: Study, name: str, limit: float, seed: int, checkpoint: Path | None = None) -> Row:
+    """Run `prune quantize`; on a pruned checkpoint without further pruning."""
+    options = study.options
+    request = QuantizeRequest(
+        checkpoint=str(checkpoint or options.checkpoint),
+        data=tuple(options.data),
+        targets=(f"bytes={limit!r}",),
+        keep=() if checkpoint else tuple(options.keep),
+        trials=options.trials,
+        structures=options.structures,
+        held_out=1,
+        batch_size=options.batch_size,
+        seed=seed,
+    )
+    begin = time.monotonic()
+    found = quantize(request, options.out / f"{name}.pt", options.out / f"{name}.state")
+    return {"seconds_of_command": time.monotonic() - begin, **found}
+
+
+def _first_choices(study: Study, found: Row, limit: float, seed: int) -> dict[str, PrecisionPlan]:
+    """Plans by sensitivity and by information, which a search has tried first."""
+    plans: dict[str, PrecisionPlan] = {}
+    for trial in found["search"]["trials"][:2]:
+        parts = parts_of(matrices(study.checkpoint.model))
+        modules = [(m, trial["precisions"][part]) for part, names in parts.items() for m in names]
+        plan = PrecisionPlan(tuple(modules)).checked(study.checkpoint.config)
+        plans[f"{trial['source']}-{limit:g}-{seed}"] = plan
+    return plans
+
+
+def pruned_rows(study: Study) -> Iterator[Row | None]:
+    for seed in study.options.seeds:
+        limit = study.options.limits[0]
+        path = study.options.out / f"{SEARCHED}-{limit:g}-{seed}-trials.json"
+        if not path.exists():
+            if time.monotonic() > study.stop:
+                yield None
+                return
+            raise InputError(f"{path} is not there: run --part search first, which decides what is pruned")
+        pruning = PruningPlan.from_dict(read_json(path)["search"]["prunings"][-1])
+        for kind in ("float32", "int8", "int4"):
+            plan = PrecisionPlan.uniform(study.checkpoint.config, kind, pruning)
+            yield study.row(f"pruned-{kind}-{seed}", lambda plan=plan: study.judged(plan))  # type: ignore[misc]
+        small = study.options.out / f"pruned-{seed}.pt"
+        if not small.exists():
+            apply_plan(study.options.checkpoint, pruning, small)
+        whole = FileSize(study.checkpoint, study.checkpoint.model).float32
+        pruned = load_checkpoint(small)
+        share = whole / FileSize(pruned, pruned.model).float32
+        for limit in study.options.limits:
+            name = f"pruned-{SEARCHED}-{limit:g}-{seed}"
+            make = lambda: _searched(study, name, min(0.999, limit * share), seed, small)  # noqa: B023, E731
+            found = study.row(f"{name}-trials", make)
+            if found is None:
+                yield None
+                return
+            plans = {name: PrecisionPlan.from_dict(found["plan"]).after(pruning)}
+            information = found["search"]["trials"][1]["precisions"]
+            parts = parts_of(matrices(pruned.model))
+            modules = tuple((m, information[part]) for part, names in parts.items() for m in names)
+            plans[f"pruned-information-{limit:g}-{seed}"] = PrecisionPlan(modules, pruning)
+            for each, plan in plans.items():
+                yield study.row(each, lambda plan=plan: study.judged(plan))  # type: ignore[misc]
+
+
+class _LowRank(nn.Module):
+    """Low-rank map on top of a weight, which is zero at first."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        *rows, columns = shape
+        self.left = nn.Parameter(torch.zeros(*rows, _RANK))
+        self.right = nn.Parameter(torch.randn(*rows[:-1], _RANK, columns) / columns**0.5)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.left @ self.right
+
+
+def memory_rows(study: Study) -> Iterator[Row | None]:
+    for base in ("float32", "int8", "int4"):
+        for trained in ("all", "low rank") if base == "float32" else ("low rank",):
+            for recomputed in (False, True):
+                name = f"memory-{base}-{trained.replace(' ', '_')}-{'recomputed' if recomputed else 'stored'}"
+                make = lambda: _memory(study, base, trained, recomputed)  # noqa: B023, E731
+                yield study.row(name, make)
+
+
+def _memory(study: Study, base: str, trained: str, recomputed: bool) -> Row:
+    """Peak of the second step of AdamW, with what stays between steps counted beside it."""
+    torch.manual_seed(SEED)
+    plan = PrecisionPlan.uniform(study.checkpoint.config, base)
+    model: EquiformerV2 = compact_network(copy.deepcopy(study.checkpoint.model), plan)
+    if trained != "all":
+        model.requires_grad_(False)
+        for name in matrices(study.checkpoint.model):
+            module = model.get_submodule(name)
+            shape = module.weight.shape  # type: ignore[union-attr]
+            parametrize.register_parametrization(module, "weight", _LowRank(shape), unsafe=True)  # type: ignore[arg-type]
+    model.train()
+    model.activation_checkpointing = recomputed
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    structures = next(iter(study.held_out.values()))[: study.options.batch_size]
+    batch = Batch.from_data_list(structures)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        out = model(batch)
+        (out["energy"].square().sum() + out["forces"].square().sum()).backward()
+        optimizer.step()
+
+    step()
+    optimizer.zero_grad(set_to_none=True)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    states = sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    )
+    peak = peak_allocated(step)
+    return {
+        "weights_bytes": held,
+        "optimizer_bytes": states,
+        "peak_step_bytes": peak,
+        "peak_bytes": held + states + peak,
+        "trained": sum(parameter.numel() for parameter in parameters),
+    }
+
+
+MAKERS: dict[str, Callable[[Study], Iterator[Row | None]]] = {
+    "uniform": uniform_rows,
+    "search": search_rows,
+    "pruned": pruned_rows,
+    "memory": memory_rows,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--data", nargs="+", required=True, help="structures to calibrate on")
+    parser.add_argument("--held-out", nargs="+", required=True, metavar="NAME=PATH", help="to test on")
+    parser.add_argument("--part", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--limits", nargs="+", type=float, default=[0.4, 0.3, 0.2, 0.17])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--keep", nargs="*", type=float, default=[0.9, 0.8])
+    parser.add_argument("--trials", type=int, default=40, help="of every search (default: %(default)s)")
+    parser.add_argument("--structures", type=int, default=32, help="to calibrate on (default: %(default)s)")
+    parser.add_argument("--held-out-structures", type=int, default=64, help="of each (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--hours", type=float, default=2.5, help="no row is begun after them")
+    parser.add_argument("--out", type=Path, default=Path("runs/precision"))
+    parser.add_argument("--results", type=Path, default=Path("docs/results/precision"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Make the rows of the parts that are asked for, and write the page of all rows that there are."""
+    held_out = {}
+    for text in options.held_out:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise InputError(f"--held-out {text}: give NAME=PATH, such as teacher=test.lmdb")
+        held_out[name] = mixed_systems(read_structures(path, options.held_out_structures))
+    stop = time.monotonic() + 3600 * options.hours
+    study = Study(options, load_checkpoint(options.checkpoint), held_out, stop)
+    left = False
+    for part in options.part:
+        left |= any([row is None for row in MAKERS[part](study)])
+    report(study)
+    if left:
+        print(f"after {options.hours:g} hours rows are left: the same command continues")
+
+
+def report(study: Study) -> None:
+    """Write `RESULTS.json` and `RESULTS.md` of all rows in the folder."""
+    rows = [read_json(path) for path in sorted(study.options.out.glob("*.json"))]
+    rows = [row for row in rows if row["about"] == study.about()]
+    found = verdicts(rows, next(iter(study.held_out)))
+    record = {**origin(), "rows": rows, "verdicts": [vars(verdict) for verdict in found]}
+    write_json(study.options.results.with_suffix(".json"), record, make_folder=True)
+    text = markdown(rows, found)
+    write_bytes(study.options.results.with_suffix(".md"), text.encode())
+    print(text)
+
+
+def points(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Select the rows of networks, without those of searches' trials and of memory."""
+    return [row for row in rows if "errors" in row]
+
+
+def verdicts(rows: Sequence[Mapping[str, Any]], gate: str) -> list[Verdict]:
+    """Judge what the study is to show.
+
+    Args:
+        rows: of the folder.
+        gate: name of the held-out structures that decide.
+    """
+
+    def ratio(row: Mapping[str, Any]) -> float:
+        value = row["errors"][gate]["force_mae_ratio"]
+        return float("inf") if value is None else float(value)
+
+    own = [row for row in points(rows) if row["name"].startswith(SEARCHED)]
+    small = [row for row in own if row["bytes_ratio"] <= _MOST_BYTES]
+    found = []
+    if small:
+        mean = statistics.fmean(ratio(row) for row in small)
+        told = ", ".join(f"{ratio(row) - 1:+.2%}" for row in small)
+        question = f"at most {_MOST_BYTES:.0%} of the bytes at most 2 % worse ({gate}, labels)"
+        found.append(Verdict(question, told, mean <= _MOST_WORSE))
+    for other in points(rows):
+        if own and (other["name"] in UNIFORM[1:] or other["name"].startswith("pruned-int8")):
+            # A point dominates the front where every searched point with no more bytes is worse than it.
+            rivals = [row for row in own if row["bytes"] <= other["bytes"]]
+            best = min((ratio(row) for row in rivals), default=float("inf"))
+            told = f"{ratio(other):.4f} of the force MAE; searched with no more bytes {best:.4f}"
+            found.append(Verdict(f"{other['name']} does not dominate the front", told, best <= ratio(other)))
+    turned = [row["errors"][gate]["equivariance_ratio"] for row in points(rows)]
+    turned = [value for value in turned if value is not None]
+    if turned:
+        question = f"error under rotations at most {_MOST_TURNED} times that of float32"
+        found.append(Verdict(question, f"at most {max(turned):.3f}", max(turned) <= _MOST_TURNED))
+    seconds = [row["seconds_of_command"] for row in rows if "seconds_of_command" in row]
+    if seconds:
+        minutes = max(seconds) / 60
+        question = f"`prune quantize` ends within {_MOST_MINUTES:.0f} minutes"
+        found.append(Verdict(question, f"at most {minutes:.1f} min", minutes <= _MOST_MINUTES))
+    return found
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], found: Sequence[Verdict]) -> str:
+    """Write the page of the results."""
+    lines = ["# Precision and pruning chosen together", "", "Written by `python -m studies.precision`.", ""]
+    lines += ["| to show | measured | |", "|---|---|---|"]
+    lines += [f"| {v.question} | {v.measured} | {'yes' if v.holds else 'no'} |" for v in found]
+    names = sorted({name for row in points(rows) for name in row["errors"]})
+    for name in names:
+        lines += ["", f"## {name}", ""]
+        lines += [
+            "| network | bytes | force MAE, eV/Å (against float32) | change of forces, eV/Å | in memory | ms "
+            "| rotations |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in sorted(points(rows), key=lambda row: -row["bytes"]):
+            part = row["errors"][name]
+            cells = [
+                row["name"],
+                f"{row['bytes_ratio']:.1%}",
+                f"{_shown(part['force_mae_eV_A'])} ({_shown(part['force_mae_ratio'])})",
+                _shown(part["force_change_eV_A"]),
+                f"{part['resident_bytes']:,}",
+                f"{part['ms']:.0f}",
+                _shown(part["equivariance_ratio"]),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    memory = [row for row in rows if "peak_bytes" in row]
+    if memory:
+        lines += ["", "## Memory of a training step", ""]
+        lines += [
+            "| base, trained, activations | weights, MB | optimizer, MB | peak, MB |",
+            "|---|---|---|---|",
+        ]
+        for row in memory:
+            sizes = (f"{row[f'{key}_bytes'] / 1e6:.1f}" for key in ("weights", "optimizer", "peak"))
+            lines.append(f"| {row['name'].removeprefix('memory-')} | {' | '.join(sizes)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+    run_script(main)
