@@ -22,6 +22,7 @@ class ChosenModel:
         files: all checkpoints, which no output may replace.
         energy_kind: `"adsorption"` or `"total"`.
         committee: True for several networks.
+        adapter: path of the adapter file, or None.
 
     Args:
         options: of the command.
@@ -38,11 +39,15 @@ class ChosenModel:
         self.files: list[str] = options.checkpoint or []
         self.committee = len(self.files) > 1
         self.checkpoint: str | list[str] | None = only_one(self.files) if self.files else None
+        self.adapter: str | None = None
         self.calculator: BaseCalculator
         if self.name is not None:
             self.calculator = calculator_by_name(self.name)
         else:
-            self.calculator = network_calculator(options, self.checkpoint, router, options.weights)
+            self.adapter = getattr(options, "adapter", None)
+            self.calculator = network_calculator(
+                options, self.checkpoint, router, options.weights, self.adapter
+            )
         self.energy_kind = resolve_energy_kind(self.calculator, options.energy_kind, default="total")
 
     def record(self, structures: Sequence["Atoms"] = ()) -> dict[str, Any]:
@@ -52,7 +57,8 @@ class ChosenModel:
         from equiformer2.inference.record import model_record
 
         if self.checkpoint is not None and isinstance(self.calculator, EquiformerV2Calculator):
-            return model_record(self.calculator.predictor, self.checkpoint, structures)
+            record = model_record(self.calculator.predictor, self.checkpoint, structures)
+            return record if self.adapter is None else {**record, **adapter_record(self.adapter)}
         identity = calculator_identity(self.calculator)
         return {
             "checkpoint": None,
@@ -71,7 +77,9 @@ class ChosenModel:
         if not isinstance(self.calculator, EquiformerV2Calculator) or self.checkpoint is None:
             return {**calculator_identity(self.calculator), "energy_kind": self.energy_kind}
         predictor = self.calculator.predictor
+        adapter = {} if self.adapter is None else {"adapter": sha256(self.adapter)}
         return {
+            **adapter,
             "checkpoint": only_one([sha256(file) for file in self.files]),
             "weights": predictor.checkpoint.weights,
             "precision": predictor.precision,
@@ -80,7 +88,11 @@ class ChosenModel:
 
 
 def network_calculator(
-    options: argparse.Namespace, checkpoint: Any, router: Any = None, weights: str | None = None
+    options: argparse.Namespace,
+    checkpoint: Any,
+    router: Any = None,
+    weights: str | None = None,
+    adapter: str | None = None,
 ) -> "EquiformerV2Calculator":
     """Calculator of a checkpoint, or of a committee's, on the device and in the precision of the options."""
     from equiformer2.inference import EquiformerV2Calculator
@@ -93,4 +105,12 @@ def network_calculator(
         precision=options.precision,
         backend=options.backend,
         router=router,
+        adapter=adapter,
     )
+
+
+def adapter_record(path: str) -> dict[str, str]:
+    """Name an adapter file in a record."""
+    from equiformer2.checkpoint.tensor_files import sha256
+
+    return {"adapter": path, "adapter_sha256": sha256(path)}
