@@ -11,6 +11,7 @@ import torch
 from ase.data import chemical_symbols
 
 from datasets_oc20 import OC20Lmdb
+from equiformer2.adapters.attach import choose_weights
 from equiformer2.checkpoint import Normalizers, load_checkpoint
 from equiformer2.checkpoint.adapter_files import read_adapter, write_adapter
 from equiformer2.checkpoint.checkpoint import read_contents
@@ -101,6 +102,8 @@ def fine_tune(settings: FineTuneSettings, say: Say = print) -> dict[str, Any]:
     contents = read_contents(settings.checkpoint)
     if settings.freeze is not None:
         FrozenBlocks(settings.freeze, contents.config.num_layers)
+    if settings.adapter is not None:
+        choose_weights(EquiformerV2(contents.config, device="meta"), settings.adapter.weights)
     folder = OutFolder(settings)
     with folder.open() as continues:
         if continues:
