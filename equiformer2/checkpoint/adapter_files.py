@@ -224,8 +224,8 @@ def _read_base(values: Any, source: str) -> Base:
     if set(values) != {"fingerprint", "sha256", "file", "weights"}:
         raise InputError(f"{source}: base must hold fingerprint, sha256, file and weights")
     for name, value in values.items():
-        if not isinstance(value, str) or len(value) > 1000:
-            raise InputError(f"{source}: base.{name} is {shown(value)}; it must be a text")
+        if not isinstance(value, str) or not value.isprintable() or len(value) > 1000:
+            raise InputError(f"{source}: base.{name} is {shown(value)}; it must be a printable text")
     OneOf("raw", "averaged").read(values["weights"], f"{source}: base.weights")
     return Base(**values)
 
@@ -259,7 +259,7 @@ def _read_maps(file: Mapping[str, Any], source: str) -> dict[str, LowRank]:
     if not bool(torch.isfinite(values).all()):
         raise InputError(f"{source}: some of its numbers are not finite")
     every = torch.zeros(size)
-    every[mask] = values
+    every[mask] = values.detach()
     maps, at = {}, 0
     for name, (left, right, scale) in shapes.items():
         parts = []
@@ -280,5 +280,5 @@ def _read_replaced(values: Any, source: str) -> dict[str, Tensor]:
                 f"{source}: the replaced parameter {shown_name(name)} must be a tensor of finite float32 or "
                 "float64 numbers"
             )
-        found[name] = value
+        found[name] = value.detach()
     return found

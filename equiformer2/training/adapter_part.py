@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from datasets_oc20.frame_selection import spread_frames
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.adapters import AdapterSettings, attach_adapter, prune_adapter
 from equiformer2.checkpoint import Checkpoint, Normalizers
 from equiformer2.checkpoint.adapter_files import Adapter, Base, write_adapter
@@ -118,7 +118,7 @@ class AdapterPart:
 
     def write(
         self,
-        path: Path,
+        path: AnyPath,
         network: nn.Module,
         normalizers: Normalizers,
         energy_kind: str,
