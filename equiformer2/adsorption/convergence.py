@@ -1,20 +1,24 @@
 """Convergence of an energy with the slab: its layers, its vacuum and its width."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
-from ase.units import J, m
 from tqdm import tqdm
 
 from equiformer2.adsorption.bulks import Bulk, find_bulk
 from equiformer2.adsorption.placements import Adsorbate, Placement, placements
 from equiformer2.adsorption.slabs import THICKNESS, VACUUM, WIDTH, CleanSlab, slabs_of_bulk
+from equiformer2.adsorption.surface_energy import (
+    J_M2,
+    UNKNOWN,
+    bulk_cells,
+    surface_area,
+    unrelaxed_energy,
+)
 from equiformer2.errors import InputError
 from equiformer2.inference.named_calculators import resolve_energy_kind
 
@@ -111,7 +115,7 @@ class Convergence:
                 lines.append(f"{head} {row.value:10.{digits}f} {row.change:+9.{digits}f}")
         lines.append(
             "change: from the largest value of the same kind"
-            + (f"; 1 eV/Å² is {1 / (J / m**2):.2f} J/m²" if is_surface else "")
+            + (f"; 1 eV/Å² is {J_M2:.2f} J/m²" if is_surface else "")
         )
         return "\n".join([*lines, *(f"WARNING: {notice}" for notice in self.notices)])
 
@@ -150,10 +154,7 @@ def convergence_table(
     """
     kind = resolve_energy_kind(calculator, energy_kind)
     if kind == "adsorption" and adsorbate is None:
-        raise InputError(
-            "a model of adsorption energies knows no surface energies: give an adsorbate, or a calculator of "
-            "total energies"
-        )
+        raise InputError(f"{UNKNOWN}: give an adsorbate, or a calculator of total energies")
     if (isinstance(miller, str) and miller.strip().lower() == "all") or termination == "all":
         raise InputError("convergence is checked for one plane and one termination: give their numbers")
     wanted = {"thickness": thicknesses, "vacuum": vacuums, "width": widths}
@@ -204,28 +205,23 @@ class _Energies:
 
     def surface(self, slab: CleanSlab) -> float:
         """Surface energy, eV/Å²."""
-        atoms, cell = slab.atoms, self.bulk.atoms
-        units = len(atoms) / len(cell)
-        size = int(max(atoms.numbers.max(), cell.numbers.max())) + 1
-        excess = np.bincount(atoms.numbers, minlength=size) - units * np.bincount(
-            cell.numbers, minlength=size
+        cells = bulk_cells(slab)
+        excess = unrelaxed_energy(slab.atoms, self.calculator) - cells * unrelaxed_energy(
+            self.bulk.atoms, self.calculator
         )
-        if np.abs(excess).max() > 1e-6:
-            raise InputError("the slab has another composition than its bulk, so it has no surface energy")
-        area = float(np.linalg.norm(np.cross(*atoms.cell.array[:2])))
-        return (self._energy(atoms) - units * self._energy(cell)) / (2 * area)
+        return excess / (2 * surface_area(slab.atoms))
 
     def adsorption(self, slab: CleanSlab, adsorbate: Adsorbate) -> float:
         """Adsorption energy of the first distinct placement, eV."""
         placement: Placement = placements(slab.atoms, adsorbate, "symmetry", 1)[0]
-        energy = self._energy(placement.atoms)
+        energy = unrelaxed_energy(placement.atoms, self.calculator)
         if self.kind == "adsorption":
             return energy
         alone = placement.atoms[list(placement.molecules[0])]
         box = Atoms(alone.numbers, alone.positions)
         box.center(vacuum=_BOX)
         box.pbc = True
-        return energy - self._energy(slab.atoms) - self._energy(box)
+        return energy - unrelaxed_energy(slab.atoms, self.calculator) - unrelaxed_energy(box, self.calculator)
 
     @staticmethod
     def with_changes(rows: list[ConvergenceRow]) -> list[ConvergenceRow]:
@@ -247,11 +243,3 @@ class _Energies:
             return adsorbate
         atoms = adsorbate if isinstance(adsorbate, Atoms) else adsorbate[0]
         return str(atoms.get_chemical_formula())
-
-    def _energy(self, atoms: Atoms) -> float:
-        copy = atoms.copy()
-        copy.calc = self.calculator
-        value = float(copy.get_potential_energy(apply_constraint=False))
-        if not math.isfinite(value):
-            raise InputError("the calculator's energy is not finite")
-        return value

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +57,11 @@ def find_adsorption_energy(
     adsorbate: str | Atoms,
     calculator: BaseCalculator | Model,
     *,
-    placements: int = 40,
+    placements: int | None = 40,
     mode: str = "heuristic",
     seed: int = 0,
+    positions: Sequence[tuple[float, float]] | None = None,
+    height: float | None = None,
     fmax: float = 0.05,
     steps: int = 300,
     stop: bool = True,
@@ -77,9 +79,11 @@ def find_adsorption_energy(
         slab: clean slab, whose held atoms stay held, or what `find_slab` takes (`Pt111`, a file).
         adsorbate: name (`*CO`, `CH3OH`, …), file or structure.
         calculator: any ASE calculator, or a network: a path, the name of a shipped model, a `Predictor`.
-        placements: number of placements at most.
+        placements: number of placements at most; None places one at each of the sites or positions.
         mode: how they are made, see `equiformer2.adsorption.placements.placements`.
         seed: random seed of the placements.
+        positions: x and y of the binding atom, Å, for the mode `positions`.
+        height: Å of the binding atom above the highest slab atom at every position; in contact if None.
         fmax: eV/Å; a relaxation has converged when no force on a free atom reaches it.
         steps: most steps of a relaxation.
         stop: stop before all placements are relaxed where a lower minimum is unlikely.
@@ -104,7 +108,9 @@ def find_adsorption_energy(
     cutoff = None
     if isinstance(calculator, EquiformerV2Calculator):
         cutoff = calculator.predictor.checkpoint.config.max_radius
-    starts = make_placements(slab, adsorbate, mode, placements, seed, cutoff=cutoff)
+    starts = make_placements(
+        slab, adsorbate, mode, placements, seed, positions=positions, height=height, cutoff=cutoff
+    )
     settings = SearchSettings(fmax, steps, stop, gas, dict(gas_per_atom or {}))
     placed = {
         "mode": mode,
@@ -112,6 +118,8 @@ def find_adsorption_energy(
         "seed": seed,
         "left_out": starts.reasons(),
     }
+    if positions is not None:
+        placed |= {"positions_A": [list(map(float, xy)) for xy in positions], "height_A": height}
     with ExitStack() as stack:
         if out is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -5,6 +5,7 @@ the number of placements and the machine.
 """
 
 import itertools
+import logging
 import re
 import types
 from collections import Counter
@@ -14,10 +15,12 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.geometry import find_mic, get_distances
+from ase.data import covalent_radii
+from ase.geometry import minkowski_reduce
 from scipy.spatial.transform import Rotation
 
 from equiformer2.adsorption.adsorbates import check_binding_atoms, find_adsorbate
+from equiformer2.adsorption.anomalies import SKIN
 from equiformer2.adsorption.named_structures import (
     SHORTEST_BOND,
     free_side_up,
@@ -28,9 +31,11 @@ from equiformer2.adsorption.named_structures import (
 from equiformer2.adsorption.open_catalyst import numpy_seed, open_catalyst
 from equiformer2.adsorption.periodic_images import lowest_atom_index, whole_molecule
 from equiformer2.adsorption.start_checks import check_start, check_vacuum
-from equiformer2.adsorption.surface_sites import KINDS, Site, distinct_sites, open_atoms, surface_sites
+from equiformer2.adsorption.surface_sites import KINDS, Site, equal_sites, open_atoms, surface_sites
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import ADSORBATE, SUBSURFACE, SURFACE, check_atoms, oc20_tags
+
+logger = logging.getLogger(__name__)
 
 OC20_MODE = "random_site_heuristic_placement"
 """Mode with which OC20's successors and AdsorbML placed most adsorbates; `fairchem-data-oc` does it."""
@@ -52,11 +57,17 @@ _UPRIGHT = 0.01
 _MOST = 100_000
 """Largest number of placements."""
 
+_FARTHEST = 1e4
+"""Å, largest coordinate of a position; it may be outside of the cell, whose images are all the same."""
+
 _FRUITLESS = 5
 """Arrangements of several adsorbates that fail before they count as impossible."""
 
 _TRIES = 20
 """Placements that are tried for each one wanted."""
+
+_MOST_TRIALS = 5_000
+"""Sites that are tried in one arrangement of several adsorbates."""
 
 Adsorbate = str | Atoms | tuple[Atoms, Sequence[int]]
 
@@ -166,7 +177,9 @@ def placements(
     place = _Place(surface, molecule, binding, mode, seed, height)
     top = float(surface.positions[:, 2].max())
     found = Placements()
-    wanted, draws = place.plan(number, [turned_point(xy, turn, top) for xy in positions or ()])
+    wanted, draws = place.plan(
+        number, [turned_point(xy, turn, top) for xy in ([] if positions is None else positions)]
+    )
     for index in range(wanted * _TRIES if place.endless else wanted):
         if len(found) == wanted:
             break
@@ -190,6 +203,9 @@ def placements(
     if not found:
         reason = found.left_out[0][1][0] if found.left_out else "no site was found"
         raise InputError(f"none of {len(found.left_out)} placements can be used: {reason}")
+    if mode == "positions":
+        for name, faults in found.left_out:
+            logger.warning(f"{name} is left out: {faults[0]}")
     return found
 
 
@@ -203,6 +219,9 @@ def coverage_placements(
     cutoff: float | None = None,
 ) -> Placements:
     """Place several adsorbates on one slab, at heuristic sites apart from each other.
+
+    Arrangements take turns: at any sites, and then, as in ordered layers, at sites of one kind and all turned
+    alike, for every set of sites that symmetry makes equal and that is large enough.
 
     Args:
         slab: clean slab, as in `placements`.
@@ -229,13 +248,18 @@ def coverage_placements(
     surface.info = {}
     surface.set_tags(oc20_tags(slab)[0])
     sites = surface_sites(surface)
+    pools = [sites, *(equal for equal in equal_sites(surface, sites) if len(equal) >= len(molecules))]
     found = Placements()
     for index in range(number + _TRIES):
         if len(found) == number or (not found and index >= _FRUITLESS):
             break
         name = f"coverage-{index:04d}"
         try:
-            atoms, used, groups = _arrange(surface, sites, molecules, (seed, index), min_distance)
+            kind = index % len(pools)
+            arrangement = _Arrangement(
+                surface, pools[kind], molecules, (seed, index), min_distance, ordered=kind > 0
+            )
+            atoms, used, groups = arrangement.find()
         except InputError as error:
             found.left_out.append((name, [str(error)]))
             continue
@@ -287,7 +311,7 @@ class _Place:
         else:
             sites = surface_sites(self.surface)
             if self.mode == "symmetry":
-                sites = distinct_sites(self.surface, sites)
+                sites = [group[0] for group in equal_sites(self.surface, sites)]
             self._sites = self._in_turn(sites)
         # An atom at a site, or an upright line of atoms, is the same whichever way it is turned.
         axis = self.molecule.positions[:, :2] - self.molecule.positions[0, :2]
@@ -377,55 +401,126 @@ class _Place:
         return molecule
 
 
-def _arrange(
-    surface: Atoms,
-    sites: list[Site],
-    molecules: list[tuple[Atoms, list[int]]],
-    seed: tuple[int, int],
-    min_distance: float,
-) -> tuple[Atoms, list[Site], tuple[tuple[int, ...], ...]]:
-    """Place the adsorbates one by one, each at the first site where it is far enough from the others."""
-    generator = _Draw.generator(*seed, 3)
-    atoms = surface.copy()
-    used: list[Site] = []
-    groups: list[tuple[int, ...]] = []
-    for number, (molecule, binding) in enumerate(molecules):
-        keys = generator.random(len(sites))
-        order = iter(np.argsort(keys, kind="stable"))
-        draw = generator.random(4)
-        rotation = Rotation.identity() if len(molecule) == 1 else _Draw.tilted(draw[1:])
-        turned = molecule.copy()
-        turned.positions = rotation.apply(turned.positions)
-        others = atoms.positions[len(surface) :]
-        for index in order:
-            site = sites[index]
-            across = [np.subtract(site.position, other.position) * (1, 1, 0) for other in used]
-            if used and find_mic(across, surface.cell, surface.pbc)[1].min() < min_distance / 2:
-                continue
+class _Arrangement:
+    """Places of several adsorbates on a surface, apart from each other, all drawn from one seed.
+
+    Every adsorbate takes the sites in an order of its own. Where one finds no site, the one before it moves
+    on to its next.
+
+    Args:
+        surface: whole slab, its surface up.
+        sites: that may be taken.
+        molecules: adsorbates and their binding atoms.
+        seed: seed and number of the arrangement.
+        min_distance: Å between atoms of different adsorbates, and more where they would be in contact.
+        ordered: turn all alike about the normal, without a tilt; else each by itself, with a tilt.
+    """
+
+    def __init__(
+        self,
+        surface: Atoms,
+        sites: Sequence[Site],
+        molecules: Sequence[tuple[Atoms, list[int]]],
+        seed: tuple[int, int],
+        min_distance: float,
+        ordered: bool,
+    ) -> None:
+        self.surface, self.sites, self.min_distance = surface, sites, min_distance
+        generator = _Draw.generator(*seed, 3)
+        alike = Rotation.from_rotvec([0.0, 0.0, 2 * np.pi * _Draw.generator(*seed, 4).random()])
+        self.orders: list[list[int]] = []
+        self.turned: list[tuple[Atoms, int]] = []
+        for molecule, binding in molecules:
+            self.orders.append(list(np.argsort(generator.random(len(sites)), kind="stable")))
+            draw = generator.random(4)
+            turned = molecule.copy()
+            turned.positions = (alike if ordered else _Draw.tilted(draw[1:])).apply(turned.positions)
+            self.turned.append((turned, binding[int(draw[0] * len(binding))]))
+        self._placed: dict[tuple[int, int], Atoms | None] = {}
+        self._apart: dict[tuple[int, int, int, int], bool] = {}
+        plane = surface.cell.array.copy()
+        plane[2] = [0, 0, 1]
+        self._lattice, _ = minkowski_reduce(plane, (True, True, False))
+        self._images = np.array(list(itertools.product((-1, 0, 1), (-1, 0, 1), (0,)))) @ self._lattice
+
+    def find(self) -> tuple[Atoms, list[Site], tuple[tuple[int, ...], ...]]:
+        """Slab with all adsorbates, their sites, and the atoms of each.
+
+        Raises:
+            InputError: there is no such arrangement, or none among the first `_MOST_TRIALS`.
+        """
+        chosen: list[int] = []
+        untried = [iter(self.orders[0])]
+        deepest = trials = 0
+        while untried and len(chosen) < len(self.turned) and trials < _MOST_TRIALS:
+            for site in untried[-1]:
+                trials += 1
+                if self._fits(site, chosen):
+                    chosen.append(site)
+                    deepest = max(deepest, len(chosen))
+                    untried.append(iter(self.orders[len(chosen) % len(self.turned)]))
+                    break
+            else:
+                untried.pop()
+                if chosen:
+                    chosen.pop()
+        if len(chosen) < len(self.turned):
+            raise InputError(
+                f"adsorbate {deepest} of {len(self.turned)} has no site {self.min_distance:g} Å from the "
+                "others: place fewer, give a wider slab, or a smaller distance"
+            )
+        atoms = self.surface.copy()
+        groups = []
+        for number, site in enumerate(chosen):
+            molecule = self._at(number, site)
+            assert molecule is not None  # it fitted
+            groups.append(tuple(range(len(atoms), len(atoms) + len(molecule))))
+            atoms.extend(molecule)
+        return atoms, [self.sites[site] for site in chosen], tuple(groups)
+
+    def _fits(self, site: int, chosen: Sequence[int]) -> bool:
+        """Tell whether the next adsorbate can be at a site beside those that are placed."""
+        for number, other in enumerate(chosen):
+            key = number, other, len(chosen), site
+            if key not in self._apart:
+                self._apart[key] = self._are_apart(*key)
+            if not self._apart[key]:
+                return False
+        return self._at(len(chosen), site) is not None
+
+    def _are_apart(self, number: int, site: int, other: int, other_site: int) -> bool:
+        """Tell whether two adsorbates at two sites are far enough from each other."""
+        positions = (np.array([self.sites[index].position]) for index in (site, other_site))
+        flat = [position * (1, 1, 0) for position in positions]
+        if self._distances(*flat).min() < self.min_distance / 2:
+            return False
+        first, second = self._at(number, site), self._at(other, other_site)
+        if first is None or second is None:
+            return False
+        contact = covalent_radii[first.numbers][:, None] + covalent_radii[second.numbers] + SKIN
+        distances = self._distances(first.positions, second.positions)
+        return bool((distances >= np.maximum(contact, self.min_distance)).all())
+
+    def _distances(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """`[A, B]` Å between points and the nearest images of others in the plane."""
+        vectors = first[:, None] - second[None]
+        shifts = np.round(np.linalg.solve(self._lattice.T, vectors[..., None])[..., 0]) * (1, 1, 0)
+        vectors = vectors - shifts @ self._lattice
+        return np.asarray(np.linalg.norm(vectors[..., None, :] - self._images, axis=-1).min(axis=-1))
+
+    def _at(self, number: int, site: int) -> Atoms | None:
+        """An adsorbate at a site; None where it cannot be."""
+        key = number, site
+        if key not in self._placed:
+            turned, binding = self.turned[number]
             try:
                 placed = place_adsorbate(
-                    surface,
-                    turned,
-                    binding[int(draw[0] * len(binding))],
-                    position=site.position[:2],
-                    gap=GAP,
-                )[len(surface) :]
+                    self.surface, turned, binding, position=self.sites[site].position[:2], gap=GAP
+                )
+                self._placed[key] = placed[len(self.surface) :]
             except InputError:
-                continue
-            if len(others):
-                _, distance = get_distances(placed.positions, others, cell=surface.cell, pbc=surface.pbc)
-                if distance.min() < min_distance:
-                    continue
-            groups.append(tuple(range(len(atoms), len(atoms) + len(placed))))
-            atoms.extend(placed)
-            used.append(site)
-            break
-        else:
-            raise InputError(
-                f"adsorbate {number} of {len(molecules)} has no site {min_distance:g} Å from the others: "
-                "place fewer, give a wider slab, or a smaller distance"
-            )
-    return atoms, used, tuple(groups)
+                self._placed[key] = None
+        return self._placed[key]
 
 
 def _check_arguments(
@@ -441,14 +536,27 @@ def _check_arguments(
         raise InputError(f"the placement mode {mode} has no end: give the number of placements")
     if number is not None and not 1 <= number <= _MOST:
         raise InputError(f"the number of placements is {number}: give 1 to {_MOST}")
-    if (mode == "positions") != bool(positions):
+    if (mode == "positions") != (positions is not None and len(positions) > 0):
         raise InputError(
             "positions and the mode positions go together: give x and y in Å with that mode, and only with it"
         )
     if height is not None and mode != "positions":
         raise InputError(f"a height has no meaning with the mode {mode}: give it with positions")
-    if not all(len(xy) == 2 and np.isfinite(xy).all() for xy in positions or ()):
-        raise InputError("every position must be finite numbers x and y in Å")
+    if positions is None:
+        return
+    for xy in positions:
+        try:
+            point = np.asarray(xy, dtype=float)
+        except (TypeError, ValueError):
+            point = np.empty(0)
+        if point.shape != (2,) or not (np.abs(point) <= _FARTHEST).all():
+            raise InputError(
+                f"the position {xy!r} must be two numbers x and y in Å, of at most {_FARTHEST:g}"
+            )
+    if number is not None and number < len(positions):
+        raise InputError(
+            f"there are {len(positions)} positions and only {number} placements: give at least as many"
+        )
 
 
 def _as_adsorbate(adsorbate: Adsorbate) -> tuple[Atoms, list[int]]:

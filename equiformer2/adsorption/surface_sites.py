@@ -6,7 +6,7 @@ triangles and a bridge, whichever way rounding would have divided it.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,25 +98,30 @@ def surface_sites(slab: Atoms) -> list[Site]:
     return _Plane.in_one_cell(found, cell)
 
 
-def distinct_sites(slab: Atoms, sites: list[Site]) -> list[Site]:
-    """Keep one of the sites that symmetry operations of the slab carry onto each other: the first.
+def equal_sites(slab: Atoms, sites: Sequence[Site]) -> list[list[Site]]:
+    """Group the sites that symmetry operations of the slab carry onto each other.
 
     Args:
         slab: whole, its surface up; unrelaxed, since a relaxed one has hardly any operations left.
         sites: of `surface_sites`.
+
+    Returns:
+        The groups in the order of their first sites, their sites in the order given.
     """
     symmetry = surface_symmetry(slab)
     cell = slab.cell.array[:2, :2]
-    kept: list[Site] = []
-    images = np.empty((0, 2))
+    groups: list[list[Site]] = []
+    images: list[np.ndarray] = []
     for site in sites:
         place = np.array(site.position[:2])
-        if len(images) and _Plane.lengths(images - place, cell).min() < SAME_PLACE:
-            continue
-        kept.append(site)
-        copies = symmetry.images(np.array([site.position]))[:, 0, :2]
-        images = np.concatenate([images, copies])
-    return kept
+        for group, copies in zip(groups, images, strict=True):
+            if _Plane.lengths(copies - place, cell).min() < SAME_PLACE:
+                group.append(site)
+                break
+        else:
+            groups.append([site])
+            images.append(symmetry.images(np.array([site.position]))[:, 0, :2])
+    return groups
 
 
 class _Plane:

@@ -8,22 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets_oc20.untrusted import AnyPath
-from equiformer2.cli.adsorption import add_built_slab_arguments, gas_references, slab_options
+from equiformer2.cli.adsorption import gas_references
 from equiformer2.cli.chosen_model import ChosenModel
+from equiformer2.cli.chosen_slabs import add_slab_arguments, chosen_slabs, parse_with_slab
 from equiformer2.cli.command import Command, Parser, Result
-from equiformer2.cli.options import (
-    NETWORK_ONLY,
-    add_model_arguments,
-    add_overwrite_argument,
-    parse_checked,
-)
+from equiformer2.cli.options import Options, add_model_arguments, add_overwrite_argument
 from equiformer2.errors import InputError
 
 if TYPE_CHECKING:
-    from equiformer2.adsorption.slabs import CleanSlab
     from equiformer2.inference import Relaxation
 
-_MODES = ("heuristic", "random", "random_site_heuristic_placement", "symmetry")
+_MODES = ("heuristic", "random", "random_site_heuristic_placement", "symmetry", "positions")
 
 
 class AdsorptionSearch(Command):
@@ -40,31 +35,7 @@ class AdsorptionSearch(Command):
 
     def add_arguments(self, parser: Parser) -> None:
         add_model_arguments(parser.add_argument_group("model"), committee=True, calculator=True)
-        slab = parser.add_argument_group("slab")
-        slab.add_argument(
-            "--slab", metavar="NAME|FILE", help="slab to build (Pt111, …) or a structure file of a clean slab"
-        )
-        add_built_slab_arguments(slab)
-        slab.add_argument(
-            "--bulk",
-            metavar="BULK",
-            help="bulk to cut, in place of --slab: an element, 'Cu3Pt L1_2 a=3.7', a file, or mp-30 with "
-            "--bulks",
-        )
-        slab.add_argument(
-            "--bulks", type=Path, metavar="FILE", help="database with bulks, where --bulk is a number in it"
-        )
-        slab.add_argument("--miller", metavar="111|all", help="Miller indices of the cut (with --bulk)")
-        slab.add_argument(
-            "--max-miller", type=int, default=1, help="largest index for all (default: %(default)s)"
-        )
-        slab.add_argument("--termination", metavar="N|all", help="termination of the cut (default: 0)")
-        slab.add_argument(
-            "--keep-lattice",
-            action="store_true",
-            help="cut the bulk as it is; without, its lattice constants are relaxed with a calculator of "
-            "total energies, or taken from a table of RPBE for adsorption energies",
-        )
+        add_slab_arguments(parser.add_argument_group("slab"))
         search = parser.add_argument_group("search")
         search.add_argument(
             "--adsorbate",
@@ -80,11 +51,16 @@ class AdsorptionSearch(Command):
             help="print OC20's adsorbates by name, and end",
         )
         search.add_argument(
-            "--placements", type=int, default=40, help="number of placements at most (default: %(default)s)"
+            "--placements",
+            type=int,
+            help="number of placements at most (default: 40, or one at each --position)",
         )
         search.add_argument(
-            "--mode", choices=_MODES, default="heuristic", help="kind of placements (default: %(default)s)"
+            "--mode",
+            choices=_MODES,
+            help="kind of placements (default: heuristic, or positions with --position)",
         )
+        add_position_arguments(search)
         search.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
         search.add_argument(
             "--no-stop", action="store_true", help="relax all placements, however unlikely a lower one is"
@@ -114,16 +90,8 @@ class AdsorptionSearch(Command):
         add_overwrite_argument(parser)
 
     def parse(self, parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
-        built = ("--size", "--vacuum", "--free-layers", "--lattice-constant", "--slab")
-        cut = ("--bulks", "--miller", "--termination", "--keep-lattice")
-        options = parse_checked(
-            parser,
-            arguments,
-            excludes=[*NETWORK_ONLY, *((name, "--bulk") for name in built)],
-            needs=[*((name, "--bulk") for name in cut), ("--bulk", "--miller")],
-        )
-        if options.slab is None and options.bulk is None:
-            parser.error("give --slab, or --bulk and --miller")
+        options = parse_with_slab(parser, arguments, needs=[("--height", "--position")])
+        complete_positions(parser, options)
         return options
 
     def run(self, options: argparse.Namespace) -> Result:
@@ -137,7 +105,7 @@ class AdsorptionSearch(Command):
             find_adsorbate(name)
         show_log()
         chosen = ChosenModel(options)
-        slabs = self._slabs(options, chosen)
+        slabs, surfaces = chosen_slabs(options, chosen)
         records: dict[str, dict[str, Any]] = {}
         clean: Relaxation | None = None
         folders = search_folders(options.out, [slab.report.origin for slab in slabs], options.adsorbate)
@@ -154,6 +122,8 @@ class AdsorptionSearch(Command):
                 placements=options.placements,
                 mode=options.mode,
                 seed=options.seed,
+                positions=options.position,
+                height=options.height,
                 fmax=options.fmax,
                 steps=options.steps,
                 stop=not options.no_stop,
@@ -176,34 +146,10 @@ class AdsorptionSearch(Command):
             record = {
                 **header("adsorption-searches/1", chosen.checkpoint),
                 "searches": {name: {key: one[key] for key in keys} for name, one in records.items()},
+                "surface_energies": surfaces.summary(),
             }
             write_json(options.out / "searches.json", record)
         return Result(record, 0 if converged else 3, chosen.checkpoint)
-
-    def _slabs(self, options: argparse.Namespace, chosen: ChosenModel) -> "list[CleanSlab]":
-        """Build, read or cut the slabs, and say what they are."""
-        from equiformer2.adsorption.bulks import find_bulk
-        from equiformer2.adsorption.lattice_constants import relaxed_bulk, strain_notices
-        from equiformer2.adsorption.slabs import check_miller, find_slab, slabs_of_bulk
-
-        if options.slab is not None:
-            slabs = [find_slab(options.slab, **slab_options(options).given())]
-        else:
-            bulk = find_bulk(options.bulk, options.bulks)
-            check_miller(options.miller)
-            if not options.keep_lattice:
-                relaxed = relaxed_bulk(bulk, chosen.calculator, energy_kind=chosen.energy_kind)
-                bulk = relaxed.bulk
-                print(f"{bulk.name}: lattice constants by {relaxed.method}, strain {relaxed.strain:+.2%}")
-                for notice in relaxed.notices:
-                    print(f"note: {notice}")
-            slabs = slabs_of_bulk(bulk, options.miller, options.termination, max_miller=options.max_miller)
-        for slab in slabs:
-            print(slab.report)
-            strained = () if slab.bulk is None or chosen.energy_kind == "total" else strain_notices(slab.bulk)
-            for notice in (*slab.report.notices, *strained):
-                print(f"note: {notice}")
-        return slabs
 
     def _print(self, name: str, folder: Path, record: dict[str, Any]) -> None:
         best, stop = record["best"], record["stop"]
@@ -515,6 +461,36 @@ def model_in_place(options: argparse.Namespace) -> Any:
     from equiformer2.inference.named_calculators import calculator_by_name
 
     return options.checkpoint if options.calculator is None else calculator_by_name(options.calculator)
+
+
+def add_position_arguments(parser: Options) -> None:
+    """Add `--position` and `--height`, of placements by hand."""
+    parser.add_argument(
+        "--position",
+        type=float,
+        nargs=2,
+        action="append",
+        metavar=("X", "Y"),
+        help="position of the binding atom in the plane, Å; give the option once for every position",
+    )
+    parser.add_argument(
+        "--height",
+        type=float,
+        help="height of the binding atom above the highest slab atom, Å, at every --position (default: in "
+        "contact)",
+    )
+
+
+def complete_positions(parser: Parser, options: argparse.Namespace) -> None:
+    """Let `--position` choose the mode and the number of placements, where they are not given."""
+    if options.mode not in (None, "positions") and options.position is not None:
+        parser.error(f"--position has no meaning with --mode {options.mode}: leave one of them out")
+    if options.mode == "positions" and options.position is None:
+        parser.error("--mode positions needs --position X Y: give one for every position")
+    if options.mode is None:
+        options.mode = "heuristic" if options.position is None else "positions"
+    if options.placements is None and options.position is None:
+        options.placements = 40
 
 
 def search_folders(out: AnyPath, slabs: Sequence[str], adsorbates: Sequence[str]) -> list[Path]:

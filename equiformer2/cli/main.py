@@ -27,6 +27,7 @@ COMMANDS = {
     "adsorption free-energy": "adsorption_search:AdsorptionFreeEnergy",
     "adsorption diagram": "adsorption_search:AdsorptionDiagram",
     "adsorption neb": "adsorption_search:AdsorptionNeb",
+    "adsorption coverage": "coverage:AdsorptionCoverage",
     "adsorption slab": "slab:BuildSlab",
     "relax-is2re": "inference:RelaxIs2re",
     "submission": "inference:Submission",

@@ -35,6 +35,7 @@ class BuildSlab(Command):
         equiformer2 adsorption slab --bulk mp-30 --bulks bulks.db --miller 111 --json
         equiformer2 adsorption slab --slab POSCAR.vasp --out slab.extxyz
         equiformer2 adsorption slab --bulk Cu --miller 111 --check-convergence --calculator emt --adsorbate O
+        equiformer2 adsorption slab --bulk Cu --miller all --surface-energies --calculator emt
         equiformer2 adsorption slab --list-adsorbates
     """
 
@@ -74,7 +75,9 @@ class BuildSlab(Command):
             "--out", type=Path, metavar="FILE|FOLDER", help="file of the one slab, or folder (default: none)"
         )
         add_overwrite_argument(structure)
-        model = parser.add_argument_group("model, for --relax-bulk and --check-convergence")
+        model = parser.add_argument_group(
+            "model, for --relax-bulk, --check-convergence and --surface-energies"
+        )
         model.add_argument(
             "--relax-bulk",
             action="store_true",
@@ -87,17 +90,26 @@ class BuildSlab(Command):
             help="print one table of the surface energy, or of the adsorption energy of --adsorbate, over "
             "thickness, vacuum and width",
         )
+        model.add_argument(
+            "--surface-energies",
+            nargs="?",
+            const="cut",
+            choices=("cut", "relaxed"),
+            help="print the slabs by their surface energies, the most stable first: as they are cut, or with "
+            "all their atoms relaxed (default: cut)",
+        )
         model.add_argument("--adsorbate", metavar="NAME|FILE", help="adsorbate for --check-convergence")
         add_model_arguments(model, committee=True, calculator=True, required=False)
 
     def parse(self, parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
         options = parse_checked(parser, arguments, needs=_NEEDS, excludes=NETWORK_ONLY)
         has_model = options.calculator is not None or options.checkpoint is not None
-        uses_model = options.relax_bulk or options.check_convergence
+        uses_model = options.relax_bulk or options.check_convergence or options.surface_energies
+        names = "--relax-bulk, --check-convergence"
         if uses_model and not has_model:
-            parser.error("--relax-bulk and --check-convergence need --checkpoint or --calculator: give one")
+            parser.error(f"{names} and --surface-energies need --checkpoint or --calculator: give one")
         if has_model and not uses_model:
-            parser.error("a model has no meaning without --relax-bulk or --check-convergence: leave it out")
+            parser.error(f"a model has no meaning without {names} or --surface-energies: leave it out")
         return options
 
     def run(self, options: argparse.Namespace) -> Result:
@@ -110,46 +122,22 @@ class BuildSlab(Command):
 
     def _slabs(self, options: argparse.Namespace) -> Result:
         from equiformer2.adsorption.adsorbates import is_file
-        from equiformer2.adsorption.bulks import find_bulk
-        from equiformer2.adsorption.lattice_constants import relaxed_bulk, strain_notices
         from equiformer2.adsorption.slab_files import slab_targets, write_slabs
-        from equiformer2.adsorption.slabs import check_miller, find_slab, slabs_of_bulk
         from equiformer2.script import header, show_log
 
         show_log()
         model = ChosenModel(options) if options.calculator or options.checkpoint else None
         record: dict[str, Any] = {}
         notices: list[str] = []
-        bulk = None
-        if options.slab is not None:
-            slabs = [find_slab(options.slab)]
-            if slabs[0].bulk is not None:
-                notices += strain_notices(slabs[0].bulk)
-        else:
-            bulk = find_bulk(options.bulk, options.bulks)
-            check_miller(options.miller)
-            if options.relax_bulk and model is not None:
-                relaxed = relaxed_bulk(bulk, model.calculator, energy_kind=model.energy_kind)
-                bulk = relaxed.bulk
-                record["relaxed_bulk"] = relaxed.summary()
-                notices += relaxed.notices
-                print(f"bulk {bulk.name}: {relaxed.method}, strain {relaxed.strain:+.4f}")
-            elif options.calculator is None:  # a calculator of ASE need not be of RPBE
-                notices += strain_notices(bulk)
-            sizes = {name: getattr(options, name) for name in ("thickness", "width", "vacuum")}
-            slabs = slabs_of_bulk(
-                bulk,
-                options.miller,
-                "all" if options.termination is None else options.termination,
-                max_miller=options.max_miller,
-                **{name: size for name, size in sizes.items() if size is not None},
-            )
+        bulk, slabs = self._built(options, model, record, notices)
         names = [name for name in (options.slab, options.bulk) if name is not None and is_file(name)]
         inputs = [*names, *filter(None, [options.bulks]), *(model.files if model else ())]
         paths = [] if options.out is None else slab_targets(options.out, slabs, inputs, options.overwrite)
         for slab in slabs:
             print(slab.report)
         notices += [notice for slab in slabs for notice in slab.report.notices if notice not in notices]
+        if options.surface_energies and model is not None:
+            record["surface_energies"] = self._surface_energies(options, slabs, model, notices)
         if options.check_convergence and model is not None:
             record["convergence"] = self._convergence(options, bulk, slabs, model)
         record |= {
@@ -167,6 +155,61 @@ class BuildSlab(Command):
         for notice in record["notices"]:
             print(f"note: {notice}")
         return Result(record, checkpoint=checkpoint)
+
+    def _built(
+        self,
+        options: argparse.Namespace,
+        model: ChosenModel | None,
+        record: dict[str, Any],
+        notices: list[str],
+    ) -> tuple[Any, Sequence[Any]]:
+        """Build the slabs of the options, and the bulk that they are cut from; adds to record and notices."""
+        from equiformer2.adsorption.bulks import find_bulk
+        from equiformer2.adsorption.lattice_constants import relaxed_bulk, strain_notices
+        from equiformer2.adsorption.slabs import check_miller, find_slab, slabs_of_bulk
+
+        if options.slab is not None:
+            slab = find_slab(options.slab)
+            if slab.bulk is not None and options.calculator is None:
+                notices += strain_notices(slab.bulk)
+            return None, [slab]
+        bulk = find_bulk(options.bulk, options.bulks)
+        check_miller(options.miller)
+        if options.relax_bulk and model is not None:
+            relaxed = relaxed_bulk(bulk, model.calculator, energy_kind=model.energy_kind)
+            bulk = relaxed.bulk
+            record["relaxed_bulk"] = relaxed.summary()
+            notices += relaxed.notices
+            print(f"bulk {bulk.name}: {relaxed.method}, strain {relaxed.strain:+.4f}")
+        elif options.calculator is None:  # a calculator of ASE need not be of RPBE
+            notices += strain_notices(bulk)
+        sizes = {name: getattr(options, name) for name in ("thickness", "width", "vacuum")}
+        slabs = slabs_of_bulk(
+            bulk,
+            options.miller,
+            "all" if options.termination is None else options.termination,
+            max_miller=options.max_miller,
+            **{name: size for name, size in sizes.items() if size is not None},
+        )
+        return bulk, slabs
+
+    def _surface_energies(
+        self, options: argparse.Namespace, slabs: Sequence[Any], model: ChosenModel, notices: list[str]
+    ) -> dict[str, Any]:
+        from equiformer2.adsorption.surface_energy import surface_energies
+        from equiformer2.inference.batched import RelaxationSettings
+
+        is_relaxed = options.surface_energies == "relaxed"
+        energies = surface_energies(
+            slabs,
+            model.calculator,
+            relaxed=RelaxationSettings(fmax=0.02, steps=300, frames="ends") if is_relaxed else None,
+            energy_kind=model.energy_kind,
+            progress=True,
+        )
+        print(energies)
+        notices += energies.notices
+        return energies.summary()
 
     def _convergence(
         self, options: argparse.Namespace, bulk: Any, slabs: Sequence[Any], model: ChosenModel

@@ -59,7 +59,7 @@ def test_adsorption_energy() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"calculator": AdsorptionEnergies()}, "knows no surface energies"),
+        ({"calculator": AdsorptionEnergies()}, "no surface or cleavage energies"),
         ({"miller": "all"}, "one plane and one termination"),
         ({"thicknesses": (), "vacuums": (), "widths": ()}, "no thickness, vacuum or width"),
         ({"widths": (-1,)}, "the width of the slab is -1"),

@@ -7,7 +7,7 @@ import pytest
 from ase.build import fcc211
 
 from equiformer2.adsorption.named_structures import build_slab, free_side_up
-from equiformer2.adsorption.surface_sites import distinct_sites, open_atoms, surface_sites
+from equiformer2.adsorption.surface_sites import equal_sites, open_atoms, surface_sites
 from equiformer2.adsorption.symmetry import surface_symmetry
 
 
@@ -30,7 +30,7 @@ def test_sites(
     kinds = Counter(site.kind for site in sites)
     assert (kinds["top"], kinds["bridge"], kinds["hollow"]) == (tops, bridges, sum(hollows.values()))
     assert Counter(site.coordination for site in sites if site.kind == "hollow") == hollows
-    assert len(distinct_sites(slab, sites)) == distinct
+    assert len(equal_sites(slab, sites)) == distinct
     assert len(surface_symmetry(slab)) == operations
 
 
@@ -69,4 +69,4 @@ def test_a_foreign_atom_breaks_the_symmetry() -> None:
     slab.numbers[int(slab.positions[:, 2].argmax())] = 46
     sites = surface_sites(slab)
     assert len(surface_symmetry(slab)) == 6
-    assert len(distinct_sites(slab, sites)) > 4
+    assert len(equal_sites(slab, sites)) > 4

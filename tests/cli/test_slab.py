@@ -110,3 +110,15 @@ def test_bad_command_lines(arguments: list[str], message: str, capsys: pytest.Ca
     assert message in error
     assert "Traceback" not in error
     assert not Path("one.traj").exists()
+
+
+def test_surface_energies_are_printed_and_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "slabs"
+    cut = ["--bulk", "Cu fcc a=3.6", "--miller", "all", "--width", "4", "--calculator", "emt"]
+    assert run_command("adsorption slab", *cut, "--surface-energies", "--out", out) == 0
+    assert "Cu (fcc) (111)   0.06495" in capsys.readouterr().out
+    (document,) = out.glob("*.json")
+    rows = json.loads(document.read_text())["surface_energies"]["rows"]
+    assert [row["miller"] for row in rows] == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert run_command("adsorption slab", *cut) == 2
+    assert "--surface-energies" in capsys.readouterr().err

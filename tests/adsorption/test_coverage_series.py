@@ -1,0 +1,182 @@
+"""Energies over coverage: against ASE's relaxations one by one, going on, anomalies, refusals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.emt import EMT
+from ase.io import read
+from ase.optimize import LBFGS
+
+from equiformer2.adsorption.coverage_series import (
+    CoverageSeries,
+    CoverageSettings,
+    coverage_series,
+    molecule_anomalies,
+)
+from equiformer2.adsorption.named_structures import build_slab
+from equiformer2.adsorption.placements import coverage_placements
+from equiformer2.errors import InputError
+
+QUICK = CoverageSettings(placements=3, fmax=0.1, steps=60)
+
+
+def slab() -> Atoms:
+    return build_slab("Cu111", (2, 2, 3))
+
+
+class AdsorptionModel(EMT):
+    """EMT that calls its energies adsorption energies."""
+
+    energy_kind = "adsorption"
+
+
+def relaxed_energy(atoms: Atoms) -> float:
+    """Energy after ASE's own relaxation, eV."""
+    copy = atoms.copy()
+    copy.calc = EMT()
+    LBFGS(copy, logfile=None, maxstep=0.04).run(fmax=QUICK.fmax, steps=QUICK.steps)
+    return float(copy.get_potential_energy())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CoverageSeries]:
+    folder = tmp_path_factory.mktemp("coverage") / "o"
+    return folder, coverage_series(slab(), "*O", EMT(), [1, 2, 4], QUICK, out=folder)
+
+
+def test_energies_are_those_of_ase_one_by_one(finished: tuple[Path, CoverageSeries]) -> None:
+    series = finished[1]
+    clean, gas = relaxed_energy(slab()), Atoms("O", cell=[20.0] * 3, calculator=EMT()).get_potential_energy()
+    totals = {}
+    for count in (1, 2, 4):
+        starts = coverage_placements(slab(), ["*O"] * count, QUICK.placements, QUICK.seed)
+        totals[count] = min(relaxed_energy(start.atoms) for start in starts) - clean - count * gas
+    assert series.converged
+    assert series.surface_atoms == 4
+    for row in series.rows:
+        assert row.total == pytest.approx(totals[row.count], abs=1e-4)
+        assert row.average == pytest.approx(totals[row.count] / row.count, abs=1e-4)
+        assert row.coverage == row.count / 4
+    differential = [totals[1], totals[2] - totals[1], (totals[4] - totals[2]) / 2]
+    assert [row.differential for row in series.rows] == pytest.approx(differential, abs=2e-4)
+    assert [row.differential_from for row in series.rows] == [0, 1, 2]
+
+
+def test_files(finished: tuple[Path, CoverageSeries]) -> None:
+    folder, series = finished
+    record = json.loads((folder / "coverage.json").read_text())
+    assert record == json.loads(json.dumps(series.record))
+    assert {"schema", "command", "commit", "checkpoint_sha256", "seconds"} <= set(record)
+    assert all((folder / name).exists() for name in record["files"])
+    assert (folder / "coverage.png").read_bytes().startswith(b"\x89PNG")
+    for row in record["coverages"]:
+        best = read(folder / row["file"])
+        assert np.count_nonzero(best.get_tags() == 2) == row["molecules"]
+        total = best.get_potential_energy() - record["terms_eV"]["slab"]
+        total -= row["molecules"] * record["terms_eV"]["gas_per_molecule"]
+        assert total == pytest.approx(row["total_adsorption_energy_eV"], abs=1e-6)
+        assert row["coverage_per_A2"] * record["area_A2"] == pytest.approx(row["molecules"])
+    merged = [row for row in record["arrangements"] if row["status"] == "merged"]
+    assert all(row["merged_into"] and not row["model_evaluations"] for row in merged)
+    assert f"{series.rows[1].average:.4f}" in str(series)
+
+
+def test_a_finished_series_relaxes_nothing_again(finished: tuple[Path, CoverageSeries]) -> None:
+    folder, series = finished
+    before = (folder / "relaxed.jsonl").read_bytes()
+    with pytest.raises(InputError, match="holds a finished series"):
+        coverage_series(slab(), "*O", EMT(), [1, 2, 4], QUICK, out=folder)
+    again = coverage_series(slab(), "*O", EMT(), [1, 2], QUICK, out=folder, overwrite=True)
+    assert (folder / "relaxed.jsonl").read_bytes() == before
+    assert [row.total for row in again.rows] == pytest.approx([row.total for row in series.rows[:2]])
+    with pytest.raises(InputError, match="holds relaxations with"):
+        coverage_series(slab(), "*H", EMT(), [1], QUICK, out=folder, overwrite=True)
+
+
+def test_a_stopped_series_goes_on(tmp_path: Path) -> None:
+    class Interrupted(EMT):
+        """Stops at the 40th calculation."""
+
+        calls = 0
+
+        def calculate(self, *arguments: object, **more: object) -> None:
+            type(self).calls += 1
+            if type(self).calls == 40:
+                raise KeyboardInterrupt
+            super().calculate(*arguments, **more)
+
+    settings = CoverageSettings(placements=2, fmax=0.1, steps=60, gas_per_atom={"O": 4.6})
+    with pytest.raises(KeyboardInterrupt):
+        coverage_series(slab(), "*O", Interrupted(), [1, 2], settings, out=tmp_path / "s")
+    lines = (tmp_path / "s" / "relaxed.jsonl").read_text().splitlines()
+    assert 1 < len(lines) < 5
+    assert not (tmp_path / "s" / "coverage.json").exists()
+    series = coverage_series(slab(), "*O", Interrupted(), [1, 2], settings, out=tmp_path / "s")
+    after = (tmp_path / "s" / "relaxed.jsonl").read_text().splitlines()
+    assert after[: len(lines)] == lines
+    assert len({json.loads(line)["id"] for line in after}) == len(after)
+    whole = coverage_series(slab(), "*O", EMT(), [1, 2], settings)
+    assert [row.total for row in series.rows] == pytest.approx([row.total for row in whole.rows], abs=1e-6)
+
+
+def test_a_model_of_adsorption_energies_has_one_mean_per_structure() -> None:
+    settings = CoverageSettings(placements=2, fmax=0.2, steps=30)
+    series = coverage_series(slab(), "*O", AdsorptionModel(), [1, 2], settings)
+    assert "one mean per structure" in series.notices[0]
+    single, pair = series.rows
+    assert single.total == single.average == single.differential == single.best.relaxation.energy_eV
+    assert (pair.total, pair.average, pair.differential) == (None, None, None)
+    assert pair.best is not None  # the structure is compared all the same
+    assert "not defined" in str(series)
+
+
+def test_every_molecule_is_judged_by_itself() -> None:
+    (placement,) = coverage_placements(slab(), ["*CO", "*CO"], 1, 0)
+    first, second = (list(group) for group in placement.molecules)
+    good = placement.atoms.copy()
+    assert molecule_anomalies(placement, good, slab()) == []
+    gone = good.copy()
+    gone.positions[second] += (0, 0, 4)
+    assert [text.split(":")[0] for text in molecule_anomalies(placement, gone, slab())] == ["molecule 1"]
+    apart = good.copy()
+    apart.positions[first[1]] += (0, 0, 2)
+    assert any(
+        "molecule 0: the adsorbate has dissociated" in text
+        for text in molecule_anomalies(placement, apart, slab())
+    )
+    bound = good.copy()
+    bound.positions[second] += good.positions[first[0]] - good.positions[second[0]] + (0.9, 0.9, 0)
+    assert "molecules 0 and 1 have bound to each other" in molecule_anomalies(placement, bound, slab())
+
+
+def test_default_counts_end_where_no_more_fit() -> None:
+    settings = CoverageSettings(placements=1, fmax=0.3, steps=5, min_distance=4.0, gas_per_atom={"H": 3.2})
+    series = coverage_series(slab(), "*H", EMT(), None, settings)
+    assert [row.count for row in series.rows] == [1]
+    assert "2 molecules do not fit" in series.notices[0]
+    with pytest.raises(InputError, match="2 of the adsorbate: adsorbate 1 of 2 has no site 4 Å"):
+        coverage_series(slab(), "*H", EMT(), [2], settings)
+
+
+@pytest.mark.parametrize(
+    ("counts", "changes", "message"),
+    [
+        ([0], {}, "must be whole, from 1 to 100"),
+        ([1.5], {}, "must be whole"),
+        (["a"], {}, "must be whole"),
+        ([float("nan")], {}, "must be whole"),
+        ([], {}, "must be whole"),
+        ([101], {}, "must be whole"),
+        ([1], {"placements": 0}, "number of placements is 0"),
+        ([1], {"seed": -1}, "seed is -1"),
+        ([1], {"min_distance": float("nan")}, "distance between adsorbates"),
+        ([1], {"fmax": -1.0}, "fmax is -1"),
+        ([1], {"gas_per_atom": {"H": 1.0}}, "no gas reference for O"),
+    ],
+)
+def test_bad_input(tmp_path: Path, counts: list, changes: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        coverage_series(slab(), "*O", EMT(), counts, CoverageSettings(**changes), out=tmp_path / "x")
