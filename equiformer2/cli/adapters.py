@@ -69,6 +69,8 @@ class Inspect(Command):
         adapter = read_adapter(options.adapter)
         whole = ", ".join(sorted(adapter.replaced)) or "nothing"
         record = {
+            **header("adapters-inspect/1"),
+            "checkpoint_sha256": adapter.base.sha256,
             "file": options.adapter,
             "sha256": sha256(options.adapter),
             "bytes": Path(options.adapter).stat().st_size,

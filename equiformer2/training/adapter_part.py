@@ -1,6 +1,6 @@
 """Adapter of a run: attached to its start, pruned on its data, and written as its result."""
 
-import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,8 +26,6 @@ from equiformer2.model.parametrizations import low_rank_maps
 from equiformer2.shipped import find_checkpoint
 from equiformer2.training.loader import ResumableDataModule
 from equiformer2.training.task import NOT_IN_WEIGHTS
-
-log = logging.getLogger("equiformer2")
 
 
 def with_start_model(
@@ -144,12 +142,15 @@ class AdapterPart:
 
 
 def scoring_device(accelerator: Any, devices: Sequence[int]) -> torch.device:
-    """Device on which a run scores its adapter: that of the run's first process, or the processor.
+    """Device on which this process of a run scores its adapter: its GPU, or the processor.
 
     Args:
         accelerator: of Lightning's trainer.
         devices: indices, as far as they are given.
     """
-    if accelerator in ("auto", "gpu", "cuda", None) and torch.cuda.is_available():
-        return torch.device("cuda", devices[0] if devices else 0)
-    return torch.device("cpu")
+    if accelerator not in ("auto", "gpu", "cuda", None) or not torch.cuda.is_available():
+        return torch.device("cpu")
+    # As torchrun, Lightning and Slurm number the processes of a machine.
+    process = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    known = devices or range(torch.cuda.device_count())
+    return torch.device("cuda", known[process % len(known)])

@@ -167,3 +167,13 @@ def test_too_small_a_share_and_scores_that_are_no_numbers() -> None:
     model, maps, settings = attached(keep=0.5)
     with pytest.raises(InputError, match="not finite"):
         prune_adapter(maps, settings, [lambda: loss_of(model(batch_of(water()))) * float("nan")], 0)
+
+
+def test_forces_that_are_the_gradient_of_the_energy_count_in_the_scores() -> None:
+    model = network(forces="gradient")
+    settings = AdapterSettings(rank=2, keep=0.3)
+    maps = attach_adapter(model, settings, 0)
+    by_forces = [lambda: model(batch_of(cluster()))["forces"].square().sum()]
+    prune_adapter(maps, settings, by_forces, 0)
+    assert sum(each.kept for each in maps.values()) == round(0.3 * sum(e.size for e in maps.values()))
+    assert any(bool(each.right_kept.any()) for each in maps.values())

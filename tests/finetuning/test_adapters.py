@@ -80,6 +80,7 @@ def test_inspect_has_the_keys_of_a_record(tuned: Path, capsys: pytest.CaptureFix
     keys = ("base_sha256", "rank", "kept_share", "trainable_parameters", "bytes", "energy_kind")
     assert set(keys) <= set(record)
     assert {"schema", "command", "commit", "checkpoint_sha256", "seconds"} <= set(record)
+    assert record["checkpoint_sha256"] == record["base_sha256"]
     assert (record["rank"], record["bytes"]) == (2, (tuned / "adapter.pt").stat().st_size)
 
 
