@@ -186,7 +186,8 @@ def low_rank_maps(model: nn.Module) -> dict[str, LowRank]:
         if isinstance(module, ParametrizationList) or not isinstance(own, nn.ModuleDict):
             continue
         for name, listed in own.items():
-            for each in listed:  # type: ignore[union-attr]
+            assert isinstance(listed, ParametrizationList)
+            for each in listed:
                 if isinstance(each, LowRank):
                     found[f"{path}.{name}".removeprefix(".")] = each
     return found
