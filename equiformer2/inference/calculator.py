@@ -105,8 +105,8 @@ class EquiformerV2Calculator(Calculator):
         self._unread: np.ndarray | None = None  # atoms that the present forces leave out
         if router is not None and isinstance(checkpoint, list | tuple) and len(checkpoint) > 1:
             raise InputError("a router belongs to one network: leave it out, or give one checkpoint")
-        several = isinstance(checkpoint, list | tuple) and len(checkpoint) > 1
-        if adapter is not None and (several or isinstance(checkpoint, Predictor)):
+        models = checkpoint if isinstance(checkpoint, list | tuple) else [checkpoint]
+        if adapter is not None and (len(models) != 1 or isinstance(models[0], Predictor)):
             raise InputError(
                 "an adapter belongs to one network that is loaded here: give one checkpoint, or call "
                 "use_adapter of the predictors"

@@ -1,15 +1,12 @@
 """Adapter files: round trip, size, damage; adapters on a loaded network, and merged."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from ase import Atoms
 from model_helpers import batch_of, cluster, water
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
 from tiny_adapters import NEW_NORMALIZERS, fill, make_adapter, network, write_network
 
 from equiformer2 import EquiformerV2, EquiformerV2Calculator, ModelConfig, Predictor, load_checkpoint
