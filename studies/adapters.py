@@ -266,7 +266,8 @@ def run_one(arguments: argparse.Namespace, part: str, name: str, seed: str) -> N
     run_name, times = f"{part}-{name}-{seed}", StepTimes()
     base = load_checkpoint(arguments.checkpoint)
     own = {key: value for key, value in base.config.to_dict().items() if value is not None}
-    model = [f"--model.{key}={json.dumps(value)}" for key, value in own.items()]
+    words_of = {key: value if isinstance(value, str) else json.dumps(value) for key, value in own.items()}
+    model = [f"--model.{key}={text}" for key, text in words_of.items()]
     words = [*model, f"--name={run_name}", f"--runs_dir={arguments.runs}", f"--seed={seed}"]
     words += ["--ckpt_path=auto", "--checkpoint_every_n_steps=50", "--trainer.enable_progress_bar=false"]
     words += [f"--data.train={data / f'{part}.train.lmdb'}", f"--data.val={data / f'{part}.test.lmdb'}"]
