@@ -35,10 +35,13 @@ def load_batch(name: str) -> Batch:
 
 def load_atoms() -> Any:
     """The first slab as `ase.Atoms`, its lower layers held, for relaxations."""
+    return _to_atoms(_stored()[0])
+
+
+def _to_atoms(slab: dict[str, torch.Tensor]) -> Any:
     from ase import Atoms
     from ase.constraints import FixAtoms
 
-    slab = _stored()[0]
     return Atoms(
         numbers=slab["numbers"].numpy(),
         positions=slab["positions"].numpy(),
@@ -47,6 +50,33 @@ def load_atoms() -> Any:
         tags=slab["tags"].numpy(),
         constraint=FixAtoms(mask=slab["fixed"].bool().numpy()),
     )
+
+
+def save_starts(path: Path, count: int, seed: int) -> Path:
+    """Save starts of relaxations: the four slabs in turn, adsorbate and free atoms displaced at random.
+
+    Args:
+        path: file to write; `load_starts` reads it in either environment.
+        count: number of starts.
+        seed: of the displacements.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    stored, starts = _stored(), []
+    for number in range(count):
+        slab = dict(stored[number % len(stored)])
+        shape = slab["positions"].shape
+        rattle = 0.03 * torch.randn(shape, generator=generator, dtype=slab["positions"].dtype)
+        push = 0.3 * torch.randn(3, generator=generator, dtype=slab["positions"].dtype)
+        moves = torch.where((slab["tags"] == 2)[:, None], push + rattle, rattle)
+        slab["positions"] = slab["positions"] + torch.where(slab["fixed"].bool()[:, None], 0.0, moves)
+        starts.append(slab)
+    torch.save(starts, path)
+    return path
+
+
+def load_starts(path: str) -> list[Any]:
+    """The starts of `save_starts` as `ase.Atoms`, their lower layers held."""
+    return [_to_atoms(slab) for slab in torch.load(path, weights_only=True)]
 
 
 def oc20_frames() -> list[Any]:

@@ -1,6 +1,7 @@
 """equiformer2 for the worker."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,3 +80,27 @@ def calculator(model: EquiformerV2, precision: str, backend: str, device: str) -
             provenance={},
         )
         return EquiformerV2Calculator(path, device=device, precision=precision, backend=backend)
+
+
+def relaxer(model: EquiformerV2, device: str) -> Callable[..., dict[str, Any]]:
+    """Function that relaxes structures, see `Worker.relax_systems`."""
+    from benchmarks.worker import relax_one_by_one
+    from equiformer2.inference import relax_many
+    from equiformer2.inference.batched import RelaxationSettings
+
+    made = calculator(model, "float32", "auto", device)
+
+    def relax(
+        atoms: list[Any], method: str, settings: dict[str, Any], batch_size: int | None
+    ) -> dict[str, Any]:
+        if method == "ase":
+            return relax_one_by_one(atoms, made, settings)
+        wanted = RelaxationSettings(**settings, frames="ends")
+        found = relax_many(atoms, made.predictor, settings=wanted, batch_size=batch_size or "auto")
+        return {
+            "evaluations": sum(one.model_evaluations for one in found),
+            "converged": sum(one.converged for one in found),
+            "energies_eV": [one.energy_eV for one in found],
+        }
+
+    return relax

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.benchmark_structures import load_atoms, load_batch
+from benchmarks.benchmark_structures import load_atoms, load_batch, load_starts
 from benchmarks.machine import limit_memory, now, peak_memory, precision
 
 # OC20 S2EF loss coefficients of the paper (energy L1, force L2 over free atoms).
@@ -46,6 +46,7 @@ class Worker:
     def __init__(self, implementation: ModuleType, device: str) -> None:
         self.implementation, self.device = implementation, device
         self.relaxations: dict[tuple[str, str], Relaxation] = {}
+        self.relaxer: Callable[..., dict[str, Any]] | None = None
         self.memory_before_model = peak_memory(device)
 
     def describe(self) -> dict[str, Any]:
@@ -164,6 +165,27 @@ class Worker:
         self.relaxations[precision, backend] = relaxation
         return {"atoms": len(relaxation.atoms)}
 
+    def relax_systems(
+        self, starts: str, method: str, settings: dict[str, Any], batch_size: int | None
+    ) -> dict[str, Any]:
+        """Relax the starts of a file; `method` is `batched` or `ase` (one by one).
+
+        Args:
+            starts: file of `benchmark_structures.save_starts`.
+            method: see there.
+            settings: `fmax`, `steps`, and those of the L-BFGS under the names of `RelaxationSettings`.
+            batch_size: structures per batch; None for the implementation's own choice.
+
+        Returns:
+            `seconds`, `evaluations` of the network, `converged` systems, `energies_eV` in their order.
+        """
+        atoms = load_starts(starts)
+        if self.relaxer is None:
+            self.relaxer = self.implementation.relaxer(self.model, self.device)
+        start = now(self.device)
+        found = self.relaxer(atoms, method, settings, batch_size)
+        return {"seconds": now(self.device) - start, **found}
+
     def breakdown(self, operation: str, precision: str) -> dict[str, Any]:
         """Seconds of the parts of one call, ours only; see `part_profile.profile_parts`."""
         from benchmarks.part_profile import profile_parts
@@ -196,6 +218,27 @@ class Worker:
     def memory(self) -> dict[str, Any]:
         """Peaks, bytes: with everything imported but no network yet, and up to now."""
         return {"before_model": self.memory_before_model, "peak": peak_memory(self.device)}
+
+
+def relax_one_by_one(atoms: list[Any], calculator: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Relax structures with ASE's L-BFGS, one after another; see `Worker.relax_systems`."""
+    from ase.optimize import LBFGS
+
+    energies, evaluations, converged = [], 0, 0
+    for one in atoms:
+        one.calc = calculator
+        optimizer = LBFGS(
+            one,
+            logfile=os.devnull,
+            maxstep=settings["max_step"],
+            memory=settings["memory"],
+            alpha=settings["alpha"],
+            damping=settings["damping"],
+        )
+        converged += bool(optimizer.run(fmax=settings["fmax"], steps=settings["steps"]))
+        evaluations += optimizer.nsteps + 1
+        energies.append(float(one.get_potential_energy()))
+    return {"evaluations": evaluations, "converged": converged, "energies_eV": energies}
 
 
 class Relaxation:

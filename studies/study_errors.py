@@ -25,7 +25,8 @@ The numbers, all of adsorption energies and of free atoms:
 import argparse
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,18 @@ def seen_bulks(sources: Sequence[AnyPath], index: Sequence[AnyPath]) -> frozense
     return frozenset(bulks)
 
 
+@contextmanager
+def open_source(source: Path, predictor: Predictor) -> Iterator[OC20Lmdb]:
+    """Open a raw folder or an LMDB as a data set with the predictor's kind of energy."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = source
+        if (source / "system.txt").is_file():
+            path = Path(scratch) / f"{source.name}.lmdb"
+            everything = PreprocessOptions(max_energy=None, max_force=None)
+            preprocess(source, path, everything, num_workers=1)
+        yield open_dataset(path, predictor, None)
+
+
 def frame_errors(predictor: Predictor, checkpoint: Path, source: Path, runs: Path, batch_size: int) -> Frames:
     """Compute the errors by frame, or read them where they were computed before.
 
@@ -306,13 +319,8 @@ def frame_errors(predictor: Predictor, checkpoint: Path, source: Path, runs: Pat
                 known["elements"],
                 known["named"],
             )
-    with tempfile.TemporaryDirectory() as scratch:
-        path = source
-        if (source / "system.txt").is_file():
-            path = Path(scratch) / f"{source.name}.lmdb"
-            everything = PreprocessOptions(max_energy=None, max_force=None)
-            preprocess(source, path, everything, num_workers=1)
-        frames = Frames.compute(predictor, open_dataset(path, predictor, None), batch_size, str(source))
+    with open_source(source, predictor) as dataset:
+        frames = Frames.compute(predictor, dataset, batch_size, str(source))
     arrays = {"numbers": frames.numbers.tolist(), "adsorbate_atoms": frames.adsorbate_atoms.tolist()}
     record = {
         "evaluated": settings,

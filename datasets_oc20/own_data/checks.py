@@ -7,6 +7,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from datasets_oc20.errors import DataError
+from datasets_oc20.own_data.dft_settings import Settings
 from datasets_oc20.own_data.frame_facts import FrameFacts
 from datasets_oc20.own_data.labels import ENERGY_UNITS, FORCE_UNITS
 from datasets_oc20.own_data.source_worker import SourceResult
@@ -48,21 +49,27 @@ def places(results: Iterable[SourceResult]) -> list[Place]:
 
 
 def different_settings(results: Iterable[SourceResult]) -> list[str]:
-    """Compare the settings of calculations with usable frames; one sentence part for each that differs.
+    """Compare the settings of calculations with usable frames, see `differences`."""
+    return differences((result.file, result.calculation.settings) for result in results if result.frames)
+
+
+def differences(settings: Iterable[tuple[str, Settings]]) -> list[str]:
+    """Compare the settings of files; one sentence part for each setting that differs.
 
     Settings that only one of two files tells, such as +U of an element that the other has not, do not differ.
+
+    Args:
+        settings: name of a file, and its settings.
     """
     first: dict[str, tuple[str | float, str]] = {}
     found: dict[str, str] = {}
-    for result in results:
-        if not result.frames:
-            continue
-        for name, value in result.calculation.settings.items():
-            known, file = first.setdefault(name, (value, result.file))
+    for file, table in settings:
+        for name, value in table.items():
+            known, other = first.setdefault(name, (value, file))
             both = isinstance(known, float) and isinstance(value, float)
             same = np.isclose(known, value, rtol=1e-4) if both else known == value
             if not same and name not in found:
-                found[name] = f"{name} is {_shown(known)} in {file} and {_shown(value)} in {result.file}"
+                found[name] = f"{name} is {_shown(known)} in {other} and {_shown(value)} in {file}"
     order = ("code", "functional", "cut-off (eV)")
     names = [name for name in order if name in found] + [name for name in found if name not in order]
     return [found[name] for name in names]

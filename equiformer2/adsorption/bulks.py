@@ -18,6 +18,7 @@ from datasets_oc20.errors import DataError
 from datasets_oc20.own_data.reading import SourceFile, UnreadableError
 from datasets_oc20.structure_files import MAX_FILE, read_structure
 from equiformer2.adsorption.adsorbates import is_file
+from equiformer2.adsorption.given_structures import given_atoms, path_text
 from equiformer2.adsorption.periodic_images import SMALLEST_GAP
 from equiformer2.errors import InputError
 from equiformer2.files import as_input_error
@@ -99,10 +100,10 @@ def find_bulk(bulk: Any, bulks: untrusted.AnyPath | None = None) -> Bulk:
     """Make a bulk of what users have.
 
     Args:
-        bulk: Atoms; a pymatgen structure; a file (text with a dot or a slash that is no formula); an element
-            (`Cu`, in its own crystal at ASE's experimental lattice constant); a formula with its lattice and
-            lattice constants (`Cu fcc a=3.6`, `Ru hcp a=2.7 c=4.3`, `Cu3Pt L1_2`, `NiO rocksalt a=4.2`); a
-            number of `bulks` (`mp-30`).
+        bulk: Atoms; a pymatgen structure; a file (a path, or text with a dot or a slash that is no formula);
+            an element (`Cu`, in its own crystal at ASE's experimental lattice constant); a formula with its
+            lattice and lattice constants (`Cu fcc a=3.6`, `Ru hcp a=2.7 c=4.3`, `Cu3Pt L1_2`,
+            `NiO rocksalt a=4.2`); a number of `bulks` (`mp-30`).
         bulks: file of bulks: a database of ASE (SQLite or JSON), or a JSON list of objects with `src_id` and
             a structure, as `fairchem-data-oc` has them.
 
@@ -112,12 +113,12 @@ def find_bulk(bulk: Any, bulks: untrusted.AnyPath | None = None) -> Bulk:
     """
     if isinstance(bulk, Bulk):
         return bulk
-    if isinstance(bulk, Atoms):
-        return Bulk(_checked(bulk, "the bulk"), str(bulk.get_chemical_formula("metal", empirical=True)))
+    bulk = path_text(bulk)
     if not isinstance(bulk, str):
-        return _from_pymatgen(bulk)
+        atoms = given_atoms(bulk, "the bulk")
+        return Bulk(_checked(atoms, "the bulk"), str(atoms.get_chemical_formula("metal", empirical=True)))
     if re.fullmatch(r"(mp|mvc|oqmd|jvasp)-?\d+", bulk.strip().lower()):
-        return _from_list(bulk.strip(), bulks)
+        return _from_list(bulk.strip().lower(), bulks)
     if bulks is not None:
         raise InputError(f"the bulk {bulk!r} is no number such as mp-30: leave out the file of bulks {bulks}")
     if _Formula.matches(bulk):
@@ -166,7 +167,7 @@ def _from_list(number: str, bulks: untrusted.AnyPath | None) -> Bulk:
     known, found = 0, []
     for name, atoms in read_bulks(bulks):
         known += 1
-        if name == number:
+        if name.lower() == number:
             found.append(atoms)
     if not found:
         what = "no bulk with a number" if not known else f"{known} bulks and no {number}"
@@ -182,23 +183,6 @@ def _from_list(number: str, bulks: untrusted.AnyPath | None) -> Bulk:
     return Bulk(
         atoms, f"{number} ({atoms.get_chemical_formula('metal', empirical=True)})", "", tuple(notices)
     )
-
-
-def _from_pymatgen(structure: Any) -> Bulk:
-    if not hasattr(structure, "lattice") or not hasattr(structure, "species"):
-        raise InputError(
-            f"a bulk cannot be made of {type(structure).__name__}: give Atoms, a pymatgen structure, a file "
-            "or a formula with its lattice"
-        )
-    if not getattr(structure, "is_ordered", True):
-        raise InputError("the bulk has partly occupied sites: choose an element for each of them")
-    atoms = Atoms(
-        [specie.symbol for specie in structure.species],
-        scaled_positions=structure.frac_coords,
-        cell=structure.lattice.matrix,
-        pbc=True,
-    )
-    return Bulk(_checked(atoms, "the bulk"), str(atoms.get_chemical_formula("metal", empirical=True)))
 
 
 def _checked(atoms: Atoms, name: str) -> Atoms:
@@ -260,10 +244,12 @@ class _Formula:
         if len(counts) == 1:
             return _Formula._element(next(iter(counts)), crystal, constants)
         if not crystal:
-            raise InputError(
-                f"the bulk {text!r} needs its lattice, such as '{formula} L1_2 a=3.7' "
-                f"({', '.join(_COMPOUNDS)}), or a structure file"
+            ratio = tuple(sorted(counts.values()))
+            fitting = [name for name, numbers in _COMPOUNDS.items() if tuple(sorted(numbers)) == ratio]
+            lattice = (
+                f"one of {', '.join(fitting)}, such as '{formula} {fitting[0]} a=4', or " if fitting else ""
             )
+            raise InputError(f"the bulk {text!r} needs its lattice: give {lattice}a structure file")
         if crystal not in _COMPOUNDS:
             raise InputError(f"{crystal!r} is no lattice of compounds: use one of {', '.join(_COMPOUNDS)}")
         return _Formula._compound(formula, crystal, constants)

@@ -14,8 +14,10 @@ from equiformer2.checkpoint.training_data import TrainingData
 from equiformer2.errors import InputError
 from equiformer2.files import as_input_error, read_json
 from equiformer2.inference.atoms import ADSORBATE, fixed_mask
+from equiformer2.inference.dispersion import recorded_dispersion, with_dispersion
 from equiformer2.inference.engines import Engineable
 from equiformer2.inference.many import predict
+from equiformer2.inference.record import recorded_model
 from equiformer2.shipped import find_checkpoint
 
 #: Elements whose magnetism OC20's calculations leave out.
@@ -84,11 +86,11 @@ def verify_card(path: AnyPath, model: Engineable | None = None) -> dict[str, dic
     with as_input_error():
         atoms = read_structure(file)
     checkpoint = (card.get("model") or {}).get("checkpoint")
-    if model is None:
-        if checkpoint is None:
-            raise InputError(f"{path} names no checkpoint: give the calculator with which it was made")
-        model = checkpoint
-    (now,) = predict([atoms], model)
+    if model is None and checkpoint is None:
+        raise InputError(f"{path} names no checkpoint: give the calculator with which it was made")
+    given = recorded_model(card["model"]) if model is None else model
+    (now,) = predict([atoms], with_dispersion(given, recorded_dispersion(card.get("d3_eV"))))
+    model = checkpoint if model is None else model
     forces = now.get_forces(apply_constraint=False)[~fixed_mask(atoms)]
     fields = {
         "structure_sha256": sha256(file),

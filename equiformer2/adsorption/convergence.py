@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -241,5 +242,7 @@ class _Energies:
             return ""
         if isinstance(adsorbate, str):
             return adsorbate
+        if isinstance(adsorbate, PathLike):
+            return Path(adsorbate).name
         atoms = adsorbate if isinstance(adsorbate, Atoms) else adsorbate[0]
         return str(atoms.get_chemical_formula())

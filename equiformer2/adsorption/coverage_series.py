@@ -221,7 +221,7 @@ class CoverageSeries:
 
 
 def coverage_series(
-    slab: Atoms | str,
+    slab: Any,
     adsorbate: Adsorbate,
     calculator: BaseCalculator,
     counts: Sequence[int] | None = None,
@@ -241,7 +241,7 @@ def coverage_series(
     and a notice says so.
 
     Args:
-        slab: clean slab, whose held atoms stay held, or what `find_slab` takes.
+        slab: clean slab, as `find_slab` takes it: held atoms stay held, and without one OC20's are.
         adsorbate: name, file, or structure, as in `placements`.
         calculator: any ASE calculator.
         counts: numbers of molecules; None for 1 to 4, as many as fit.
@@ -257,9 +257,8 @@ def coverage_series(
             and what placements and model refuse.
     """
     settings = settings or CoverageSettings()
-    series = _Series(
-        find_slab(slab).atoms if isinstance(slab, str) else slab, adsorbate, calculator, settings, energy_kind
-    )
+    clean = find_slab(slab)
+    series = _Series(clean.atoms, adsorbate, calculator, settings, energy_kind)
     series.arrange(counts)
     with ExitStack() as stack:
         if out is None:
@@ -273,7 +272,9 @@ def coverage_series(
                 )
         series.relax(folder)
         rows = tuple(series.rows())
-        return series.write(folder, rows, describe or series.description, notes or {})
+        return series.write(
+            folder, rows, describe or series.description, {"slab": clean.report.summary(), **(notes or {})}
+        )
 
 
 class _Series:

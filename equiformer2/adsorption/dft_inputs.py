@@ -1,7 +1,7 @@
 """DFT input for the best structures of a search: VASP with OC20's settings, and Quantum ESPRESSO."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,56 +51,53 @@ _POTENTIALS = (
 
 
 class Candidate(NamedTuple):
-    """Structure for DFT: `id` of the placement, relaxed `atoms`, and the model's adsorption energy, eV."""
+    """Structure for DFT: `id` of the placement, relaxed `atoms`, and the model's adsorption energy, eV.
+
+    `force_spread` is the largest standard deviation of a committee's force on a free atom, eV/Å, and
+    `is_minimum` is False for a relaxation that ended early.
+    """
 
     id: str
     atoms: Atoms
     energy: float | None
+    force_spread: float | None = None
+    is_minimum: bool = True
 
 
-def write_dft_inputs(folder: AnyPath, candidates: Sequence[Candidate], clean_slab: Atoms) -> list[Path]:
-    """Write a folder of input per candidate, best first (`01`, `02`, …), and one for the clean slab (`slab`).
+def write_dft_input(place: AnyPath, candidate: Candidate, notes: Mapping[str, Any] | None = None) -> None:
+    """Write a folder of input for VASP and Quantum ESPRESSO; held atoms stay held.
 
     Potentials are not written, since their licences do not allow it: `POTCAR.txt` says which to join, and
     Quantum ESPRESSO's input names a file per element that has to be replaced. In VASP's files the atoms are
-    sorted by element, as `order` in `candidate.json` says.
+    sorted by element, as `order` in `candidate.json` says, which is written last.
 
     Args:
-        folder: for the input folders.
-        candidates: relaxed by the model, best first; held atoms stay held.
-        clean_slab: relaxed by the model.
-
-    Returns:
-        The folders.
+        place: the folder.
+        candidate: the structure.
+        notes: further plain values for `candidate.json`.
     """
-    named = [(f"{number:02d}", candidate) for number, candidate in enumerate(candidates, 1)]
-    named.append(("slab", Candidate("slab", clean_slab, None)))
-    written = []
-    for name, candidate in named:
-        place = Path(folder) / name
-        place.mkdir(parents=True, exist_ok=True)
-        order = np.argsort(candidate.atoms.get_chemical_symbols(), kind="stable")
-        atoms = candidate.atoms[order]
-        points = k_points(atoms)
-        files = {
-            "POSCAR": _written(atoms, "vasp"),
-            "INCAR": "".join(f"{key} = {value}\n" for key, value in OC20_INCAR.items()),
-            "KPOINTS": "OC20's density\n0\nMonkhorst-Pack\n{} {} {}\n0 0 0\n".format(*points),
-            "POTCAR.txt": f"{_POTENTIALS}{' '.join(dict.fromkeys(atoms.get_chemical_symbols()))}\n",
-            "pw.in": _written(
-                candidate.atoms,
-                "espresso-in",
-                input_data={name: dict(values) for name, values in _ESPRESSO.items()},
-                pseudopotentials={symbol: f"{symbol}.UPF" for symbol in sorted(set(candidate.atoms.symbols))},
-                kpts=points,
-            ),
-        }
-        for file, text in files.items():
-            write_bytes(place / file, text.encode())
-        record = {"id": candidate.id, "model_eV": candidate.energy, "order": order.tolist()}
-        write_json(place / CANDIDATE, record)
-        written.append(place)
-    return written
+    place = Path(place)
+    place.mkdir(parents=True, exist_ok=True)
+    order = np.argsort(candidate.atoms.get_chemical_symbols(), kind="stable")
+    atoms = candidate.atoms[order]
+    points = k_points(atoms)
+    files = {
+        "POSCAR": _written(atoms, "vasp"),
+        "INCAR": "".join(f"{key} = {value}\n" for key, value in OC20_INCAR.items()),
+        "KPOINTS": "OC20's density\n0\nMonkhorst-Pack\n{} {} {}\n0 0 0\n".format(*points),
+        "POTCAR.txt": f"{_POTENTIALS}{' '.join(dict.fromkeys(atoms.get_chemical_symbols()))}\n",
+        "pw.in": _written(
+            candidate.atoms,
+            "espresso-in",
+            input_data={name: dict(values) for name, values in _ESPRESSO.items()},
+            pseudopotentials={symbol: f"{symbol}.UPF" for symbol in sorted(set(candidate.atoms.symbols))},
+            kpts=points,
+        ),
+    }
+    for file, text in files.items():
+        write_bytes(place / file, text.encode())
+    record = {"id": candidate.id, "model_eV": candidate.energy, "order": order.tolist()}
+    write_json(place / CANDIDATE, {**record, **(notes or {})})
 
 
 def k_points(atoms: Atoms) -> tuple[int, int, int]:

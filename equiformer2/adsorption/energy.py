@@ -17,9 +17,11 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
 from equiformer2.adsorption.anomalies import Anomaly, check_anomalies
+from equiformer2.adsorption.dispersion_terms import check_gas_source, dispersion_summary, dispersion_terms
 from equiformer2.adsorption.references import GasReference, check_gas_references, gas_reference
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import ADSORBATE, check_atoms, fixed_mask, oc20_tags
+from equiformer2.inference.dispersion import dispersion_of
 from equiformer2.inference.named_calculators import resolve_energy_kind
 from equiformer2.inference.relaxation import RelaxationResult, relax
 
@@ -33,7 +35,8 @@ class AdsorptionResult:
     Attributes:
         energy: the adsorption energy, eV (negative: bound).
         energy_kind: what the model predicts, "adsorption" or "total".
-        terms: eV; for a total-energy model "slab_and_adsorbate", "slab" and "gas" (the sum subtracted).
+        terms: eV; for a total-energy model "slab_and_adsorbate", "slab" and "gas" (the sum subtracted); for
+            one of adsorption energies with D3 dispersion "d3_slab" and "d3_gas", which are subtracted.
         gas: what was subtracted for the adsorbate and where it is from (total-energy models only).
         initial: slab plus adsorbate before the relaxation, with OC20 tags.
         system: relaxation of slab plus adsorbate.
@@ -44,6 +47,7 @@ class AdsorptionResult:
         compared_with: `clean_slab` in words: "initial slab" or "relaxed clean slab".
         energy_std: standard deviation of the adsorption energy over the members of a committee, eV; None
             without one, and for total energies, whose errors cancel in part in the differences.
+        d3: D3 dispersion apart (`adsorption.dispersion_terms`); None without.
     """
 
     energy: float
@@ -57,6 +61,7 @@ class AdsorptionResult:
     compared_with: str
     anomaly_checks: list[Anomaly] = field(default_factory=list)
     energy_std: float | None = None
+    d3: dict[str, Any] | None = None
 
     @property
     def anomalies(self) -> list[Anomaly]:
@@ -92,6 +97,7 @@ class AdsorptionResult:
             "adsorption_energy_std_eV": self.energy_std,
             "model_energy_kind": self.energy_kind,
             "terms_eV": self.terms,
+            "d3_eV": self.d3,
             "gas_references_eV_per_atom": self.gas_references,
             "gas": None if self.gas is None else self.gas.summary(),
             "adsorbate": self.adsorbate_formula,
@@ -141,7 +147,8 @@ def adsorption_energy(
             or "oc20" (`OC20_GAS_REFERENCES`, for OC20's RPBE total energies only). Total-energy models only.
         gas_source: with a table, the source for the elements that it lacks ("molecules" or "oc20").
         relax_clean_slab: compare the surface with the relaxed clean slab, as AdsorbML does. A total-energy
-            model relaxes it anyway; with an adsorption-energy model it costs a second relaxation.
+            model relaxes it anyway, and so does one of adsorption energies with D3 dispersion; with another
+            adsorption-energy model it costs a second relaxation.
             Without it the surface is compared with the initial slab.
         clean_slab: the relaxed clean slab, its atoms in the order of the system's; nothing is relaxed for the
             comparison then.
@@ -165,6 +172,10 @@ def adsorption_energy(
         )
     if slab_energy is not None and not math.isfinite(slab_energy):
         raise InputError(f"the slab energy is {slab_energy}: give a finite energy in eV")
+    check_gas_source(calculator, gas_source, per_atom)
+    has_d3 = dispersion_of(calculator) is not None
+    if has_d3 and slab_energy is not None:
+        raise InputError("a slab energy that is given has no D3 dispersion: leave it out, and it is computed")
     check_atoms(system)
     initial = _with_adsorbate_tags(system)
     adsorbate = initial.get_tags() == ADSORBATE
@@ -201,11 +212,14 @@ def adsorption_energy(
     compared_with = "relaxed clean slab"
     if clean_slab is None and slab is not None:
         clean_slab = slab.atoms
-    elif clean_slab is None and relax_clean_slab:
+    elif clean_slab is None and (relax_clean_slab or has_d3):
         clean_slab = relax(initial[~adsorbate], calculator, label="clean slab (geometry)", **settings).atoms
         clean_slab.calc = None
     elif clean_slab is None:
         clean_slab, compared_with = initial[~adsorbate], "initial slab"
+    if kind == "adsorption":
+        terms = dispersion_terms(calculator, clean_slab, initial[adsorbate])
+        energy -= sum(terms.values())
     return AdsorptionResult(
         energy=energy,
         energy_kind=kind,
@@ -218,6 +232,9 @@ def adsorption_energy(
         compared_with=compared_with,
         anomaly_checks=check_anomalies(initial, relaxed.atoms, initial.get_tags(), clean_slab),
         energy_std=relaxed.energy_std if kind == "adsorption" else None,
+        d3=dispersion_summary(
+            calculator, relaxed.atoms, clean_slab, terms, None if gas is None else gas.summary()
+        ),
     )
 
 

@@ -1,6 +1,7 @@
 """`find_adsorption_energy`: from a slab and an adsorbate to the lowest adsorption energy, in one call."""
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -8,21 +9,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
 from datasets_oc20.untrusted import AnyPath
+from equiformer2.adsorption.dispersion_terms import dispersion_summary
 from equiformer2.adsorption.energy import resolve_energy_kind
+from equiformer2.adsorption.finished_search import FinishedSearch
+from equiformer2.adsorption.placements import Adsorbate
 from equiformer2.adsorption.placements import placements as make_placements
 from equiformer2.adsorption.search import SearchResult, SearchSettings, search_placements
-from equiformer2.adsorption.search_output import CARD, SEARCH, write_search
+from equiformer2.adsorption.search_folder import CARD, SEARCH
+from equiformer2.adsorption.search_output import write_search
 from equiformer2.adsorption.slabs import find_slab
+from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, read_json
 from equiformer2.inference.calculator import EquiformerV2Calculator
 from equiformer2.inference.committee import Model
-from equiformer2.inference.engines import calculator_identity
+from equiformer2.inference.dispersion import base_calculator
+from equiformer2.inference.engines import (
+    Engine,
+    Engineable,
+    NetworkEngine,
+    calculator_identity,
+    open_engine,
+)
 from equiformer2.inference.many import Relaxation
+from equiformer2.inference.named_calculators import calculator_by_name, calculator_names
 from equiformer2.inference.record import model_record
 from equiformer2.shipped import find_checkpoint
 
@@ -32,7 +47,7 @@ class FoundEnergy:
     """Adsorption energy that a search has found.
 
     Attributes:
-        energy: eV.
+        energy: eV; None where no placement has relaxed to the intended adsorbate, as are `best` and `card`.
         energy_kind: what the model predicts, `"adsorption"` or `"total"`.
         converged: whether the best placement has converged.
         best: relaxed structure of the best placement, with the model's energy and forces.
@@ -42,20 +57,20 @@ class FoundEnergy:
         search: the search itself, with all structures.
     """
 
-    energy: float
+    energy: float | None
     energy_kind: str
     converged: bool
-    best: Atoms
+    best: Atoms | None
     placements: list[dict[str, Any]]
-    card: dict[str, Any]
+    card: dict[str, Any] | None
     record: dict[str, Any]
     search: SearchResult
 
 
 def find_adsorption_energy(
-    slab: Atoms | str,
-    adsorbate: str | Atoms,
-    calculator: BaseCalculator | Model,
+    slab: Any,
+    adsorbate: Adsorbate,
+    calculator: BaseCalculator | Model | Sequence[Model],
     *,
     placements: int | None = 40,
     mode: str = "heuristic",
@@ -67,18 +82,25 @@ def find_adsorption_energy(
     stop: bool = True,
     gas: str = "vacuum",
     gas_per_atom: Mapping[str, float] | None = None,
+    draft: Engineable | None = None,
+    check_minima: int = 1,
     out: AnyPath | None = None,
     overwrite: bool = False,
+    again: bool = False,
     describe: Callable[[list[Atoms]], dict[str, Any]] | None = None,
     notes: Mapping[str, Any] | None = None,
     clean_slab: Relaxation | None = None,
+    stop_at_spread: float | None = None,
+    starts_from: AnyPath | None = None,
 ) -> FoundEnergy:
     """Find the lowest adsorption energy of an adsorbate on a slab.
 
     Args:
-        slab: clean slab, whose held atoms stay held, or what `find_slab` takes (`Pt111`, a file).
-        adsorbate: name (`*CO`, `CH3OH`, …), file or structure.
-        calculator: any ASE calculator, or a network: a path, the name of a shipped model, a `Predictor`.
+        slab: clean slab as `find_slab` takes it (`Pt111`, a file, Atoms, a pymatgen slab): held atoms stay
+            held, and without one OC20's are.
+        adsorbate: name (`*CO`, `CH3OH`, …), file or structure, see `placements`.
+        calculator: any ASE calculator, or its name (`emt`, `module:factory`: see `calculator_by_name`), or a
+            network: a path, the name of a shipped model, a `Predictor`, a list of these (a committee).
         placements: number of placements at most; None places one at each of the sites or positions.
         mode: how they are made, see `equiformer2.adsorption.placements.placements`.
         seed: random seed of the placements.
@@ -89,30 +111,51 @@ def find_adsorption_energy(
         stop: stop before all placements are relaxed where a lower minimum is unlikely.
         gas: source of the gas references of a total-energy model (`references.gas_reference`).
         gas_per_atom: eV per atom, instead of it.
+        draft: a cheaper model (of the same kinds) that relaxes every placement first; the answer is a minimum
+            of `calculator` all the same. Where a draft fails, that starts from the placement.
+        check_minima: number of the lowest minima that are displaced and relaxed again, since they may be
+            saddle points.
         out: folder for all files; the same call continues a stopped search. None keeps nothing.
-        overwrite: write the results of a finished search again; finished relaxations are kept.
+        overwrite: write the results of a finished search again, for which its relaxations are kept; another
+            search in the folder is replaced. What is no file of a search stays.
+        again: write the results of the same search again where it is finished, and replace nothing else.
         describe: gives plain values about the model for the records, from states of the structure.
         notes: plain values about how the slab was made, for the records.
         clean_slab: relaxed by the same model with the same settings, such as an earlier search's.
+        stop_at_spread: eV/Å; end a relaxation where the forces of a committee differ by more.
+        starts_from: folder of an earlier search of this adsorbate on this slab, whose minima are relaxed
+            before the placements.
 
     Raises:
         InputError: no adsorbate or placement of that kind, a folder of another search or a finished one, and
-            what the model refuses.
+            what the model refuses. Placements that all fail or have an anomaly are no error: they are in the
+            result, whose `energy` is None.
     """
-    if isinstance(slab, str):
-        slab = find_slab(slab).atoms
-    model: Any = calculator
-    if not isinstance(calculator, BaseCalculator):
-        calculator = EquiformerV2Calculator(calculator)
+    clean = find_slab(slab)
+    slab = clean.atoms
+    model: Any = named_model(calculator)
+    calculator = model if isinstance(model, BaseCalculator) else EquiformerV2Calculator(model)
+    drafting: Any = None if draft is None else named_model(draft)
+    drafting = None if drafting is None else open_engine(drafting)
     kind = resolve_energy_kind(calculator)
     cutoff = None
-    if isinstance(calculator, EquiformerV2Calculator):
-        cutoff = calculator.predictor.checkpoint.config.max_radius
+    network = base_calculator(calculator)
+    if isinstance(network, EquiformerV2Calculator):
+        cutoff = network.predictor.checkpoint.config.max_radius
     starts = make_placements(
         slab, adsorbate, mode, placements, seed, positions=positions, height=height, cutoff=cutoff
     )
-    settings = SearchSettings(fmax, steps, stop, gas, dict(gas_per_atom or {}))
-    placed = {
+    settings = SearchSettings(
+        fmax,
+        steps,
+        stop,
+        gas,
+        dict(gas_per_atom or {}),
+        check_minima=check_minima,
+        seed=seed,
+        stop_at_spread=stop_at_spread,
+    )
+    placed: dict[str, Any] = {
         "mode": mode,
         "placements": placements,
         "seed": seed,
@@ -120,35 +163,50 @@ def find_adsorption_energy(
     }
     if positions is not None:
         placed |= {"positions_A": [list(map(float, xy)) for xy in positions], "height_A": height}
+    placed_atoms = [(one.id, one.atoms) for one in starts]
+    if starts_from is not None:
+        placed_atoms = [*earlier_minima(starts_from, slab), *placed_atoms]
+        placed["starts_from"] = str(starts_from)
     with ExitStack() as stack:
         if out is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         else:
             folder = Path(out)
             check_target(folder, is_folder=True)
-            if (folder / SEARCH).exists() and not overwrite:
+            if (folder / SEARCH).exists() and not (overwrite or again):
                 raise InputError(
                     f"{folder} holds a finished search ({SEARCH}): give another folder, or --overwrite"
                 )
         result = search_placements(
             slab,
-            [(one.id, one.atoms) for one in starts],
+            placed_atoms,
             calculator,
             folder,
             settings,
             placed,
             clean_slab=clean_slab,
+            draft=drafting,
+            overwrite=overwrite,
         )
-        assert result.best.relaxation is not None
-        best = result.best.relaxation.atoms
-        told = {**placed, "fmax_eV_A": fmax, "steps": steps, "stop": stop, **(notes or {})}
-        states = [result.best.start, best]
+        best, states = None, [result.found[0].start]
+        if result.best is not None and result.best.relaxation is not None:
+            best = result.best.relaxation.atoms
+            states = [result.best.start, best]
+        told = {**placed, "fmax_eV_A": fmax, "steps": steps, "stop": stop, "check_minima": check_minima}
+        told |= {"slab": clean.report.summary(), **(notes or {})}
         record_of_model = describe(states) if describe else _described(calculator, model, states)
+        if best is not None:
+            record_of_model["d3_eV"] = dispersion_summary(
+                calculator, best, result.clean_slab.atoms, result.terms, result.gas
+            )
         provenance = None
-        if isinstance(calculator, EquiformerV2Calculator):
-            provenance = calculator.predictor.checkpoint.provenance
-        record = write_search(folder, result, record_of_model, told, provenance)
-        card = read_json(folder / CARD)
+        if isinstance(network, EquiformerV2Calculator):
+            provenance = network.predictor.checkpoint.provenance
+        of_draft = None
+        if drafting is not None:  # a command gives a calculator, and notes its file
+            of_draft = _described_draft((notes or {}).get("draft", draft), drafting)
+        record = write_search(folder, result, record_of_model, told, provenance, of_draft)
+        card = None if best is None else read_json(folder / CARD)
     return FoundEnergy(
         energy=result.energy,
         energy_kind=kind,
@@ -161,11 +219,57 @@ def find_adsorption_energy(
     )
 
 
+def earlier_minima(folder: AnyPath, slab: Atoms) -> list[tuple[str, Atoms]]:
+    """Name and structure of the minima of an earlier search, lowest first, as placements on a slab.
+
+    Raises:
+        InputError: no finished search, or one on another slab.
+    """
+    found = []
+    for one in FinishedSearch.read(folder).candidates():
+        atoms = one.atoms.copy()
+        same = len(atoms) > len(slab) and np.array_equal(atoms.numbers[: len(slab)], slab.numbers)
+        if not same or not np.allclose(atoms.cell.array, slab.cell.array, atol=1e-3):
+            raise InputError(f"{folder} is a search on another slab: its minima are no starts here")
+        atoms.info = {}
+        found.append((f"earlier-{one.id}", atoms))
+    return found
+
+
+def named_model(model: Any) -> Any:
+    """The calculator of a text that names one, as `--calculator` takes it; anything else as it is.
+
+    A text that is the path of a file, or the name of a shipped model, is a checkpoint.
+    """
+    if not isinstance(model, str) or Path(model).is_file():
+        return model
+    is_named = model.lower() in calculator_names() or re.fullmatch(r"[\w.]+:[\w.]+", model)
+    return calculator_by_name(model) if is_named else model
+
+
+def _described_draft(given: Any, engine: Engine) -> dict[str, Any]:
+    """Plain values about the model that relaxes first."""
+    is_file = isinstance(engine, NetworkEngine) and _is_path(given)
+    checkpoint = str(find_checkpoint(given)) if is_file else None
+    return {
+        "checkpoint": checkpoint,
+        "checkpoint_sha256": None if checkpoint is None else sha256(checkpoint),
+        **engine.identity(),
+    }
+
+
+def _is_path(given: Any) -> bool:
+    return isinstance(given, str | os.PathLike)
+
+
 def _described(calculator: BaseCalculator, model: Any, states: list[Atoms]) -> dict[str, Any]:
     """Plain values about a model that was given in Python, for records."""
-    if not isinstance(calculator, EquiformerV2Calculator):
+    network = base_calculator(calculator)
+    if not isinstance(network, EquiformerV2Calculator):
         return {"checkpoint": None, **calculator_identity(calculator)}
     path: str | list[str] | None = None
-    if isinstance(model, str | os.PathLike):
+    if _is_path(model):
         path = str(find_checkpoint(model))
-    return {**model_record(calculator.predictor, path or "", states), "checkpoint": path}
+    elif isinstance(model, list | tuple) and all(map(_is_path, model)):
+        path = [str(find_checkpoint(one)) for one in model]
+    return {**model_record(network.predictor, path or "", states), "checkpoint": path}

@@ -9,10 +9,18 @@ from ase import Atoms
 from datasets_oc20.structure_files import read_structure
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.dft_inputs import Candidate
-from equiformer2.adsorption.search_output import BEST, CLEAN_SLAB, SEARCH
+from equiformer2.adsorption.search_folder import (
+    BEST,
+    CLEAN_SLAB,
+    SEARCH,
+    TRAJECTORIES,
+    check_has_best,
+)
 from equiformer2.errors import InputError
 from equiformer2.files import as_input_error, read_json
+from equiformer2.inference.dispersion import recorded_dispersion, with_dispersion
 from equiformer2.inference.engines import Engineable
+from equiformer2.inference.record import recorded_model
 from equiformer2.shipped import find_checkpoint
 
 
@@ -37,14 +45,17 @@ class FinishedSearch:
         """Read the folder of a search.
 
         Raises:
-            InputError: there is no finished search in it, or its files cannot be read.
+            InputError: there is no finished search in it, none of its placements has relaxed to the intended
+                adsorbate, or its files cannot be read.
         """
         folder = Path(folder)
         if not (folder / SEARCH).is_file():
             raise InputError(f"{folder} holds no finished search ({SEARCH}): give the folder of one")
+        record = read_json(folder / SEARCH)
+        check_has_best(folder, record)
         with as_input_error():
             structures = [read_structure(folder / name) for name in (BEST, CLEAN_SLAB)]
-        return cls(folder, read_json(folder / SEARCH), *structures)
+        return cls(folder, record, *structures)
 
     @property
     def adsorbate(self) -> Atoms:
@@ -61,7 +72,10 @@ class FinishedSearch:
         if given is None and checkpoint is None:
             raise InputError(f"{self.folder} was searched with a calculator: give it again (--calculator)")
         model = checkpoint if given is None else given
-        return str(find_checkpoint(model)) if isinstance(model, str) else model
+        if given is None and self.record["model"].get("precision", "float32") != "float32":
+            model = recorded_model(self.record["model"])
+        model = str(find_checkpoint(model)) if isinstance(model, str) else model
+        return with_dispersion(model, recorded_dispersion(self.record.get("d3_eV")))
 
     def minimum(self, name: str) -> Atoms:
         """Relaxed structure of a placement, or of the one that it is a copy of.
@@ -77,12 +91,27 @@ class FinishedSearch:
         name = rows[name]["merged_into"] or name
         if rows[name]["energy_eV"] is None:
             raise InputError(f"the placement {name} was not relaxed ({rows[name]['status']}): give another")
+        # One that was on a saddle point has the structure of the relaxation that has left it.
+        file = Path(rows[name].get("trajectory") or f"{name}.traj").name
         with as_input_error():
-            return read_structure(self.folder / "trajectories" / f"{name}.traj")
+            return read_structure(self.folder / TRAJECTORIES / file)
 
     def candidates(self) -> list[Candidate]:
         """The lowest placement of every minimum, lowest first."""
         rows = [row for row in self.record["placements"] if row["basin"] == row["id"]]
         rows = rows or [row for row in self.record["placements"] if row["id"] == self.record["best"]["id"]]
-        rows.sort(key=lambda row: float(row["energy_eV"]))
-        return [Candidate(row["id"], self.minimum(row["id"]), row["energy_eV"]) for row in rows]
+        return self._as_candidates(rows, is_minimum=True)
+
+    def unfinished(self) -> list[Candidate]:
+        """Placements that have not relaxed to the end, such as those that a committee's spread has ended."""
+        rows = [row for row in self.record["placements"] if row["status"] == "unconverged"]
+        named = {one.id for one in self.candidates()}
+        return self._as_candidates([row for row in rows if row["id"] not in named], is_minimum=False)
+
+    def _as_candidates(self, rows: list[dict[str, Any]], is_minimum: bool) -> list[Candidate]:
+        found = []
+        for row in sorted(rows, key=lambda row: float(row["energy_eV"])):
+            atoms = self.minimum(row["id"])
+            spread = atoms.info.get("max_force_std_eV_A")
+            found.append(Candidate(row["id"], atoms, row["energy_eV"], spread, is_minimum))
+        return found

@@ -8,14 +8,14 @@ taken away is told.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Protocol
 
-import ase.build
 import numpy as np
 from ase import Atoms, units
-from ase.thermochemistry import HarmonicThermo, IdealGasThermo
+from ase.thermochemistry import HarmonicThermo
 from ase.vibrations import VibrationsData
 
+from equiformer2.adsorption.gases import check_pressures, co2_reduction, gas_correction, water_formation
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import ADSORBATE, fixed_mask
 from equiformer2.inference.engines import Engineable
@@ -25,50 +25,6 @@ from equiformer2.inference.many import predict
 LOWEST_FREQUENCY = 50.0
 _STEP = 0.01  # Å
 _INVERSE_CM = units.invcm  # eV
-#: Free energy of H2 + 1/2 O2 -> H2O (liquid) at 298.15 K, eV, from experiment; used because DFT's O2 is bad.
-WATER_FORMATION = -2.458
-#: Pa; water vapour of this pressure is in equilibrium with liquid water at 298 K.
-_WATER_PRESSURE = 3534.0
-_BAR = 1e5
-
-
-@dataclass(frozen=True)
-class _Gas:
-    """Molecule of a reference: experimental fundamentals (cm^-1; NIST), shape, and pressure in Pa."""
-
-    frequencies: tuple[float, ...]
-    geometry: Literal["linear", "nonlinear"]
-    symmetry_number: int
-    pressure: float = _BAR
-    spin: float = 0.0
-
-
-GASES = {
-    "H2": _Gas((4161.2,), "linear", 2),
-    "H2O": _Gas((1594.7, 3657.1, 3755.9), "nonlinear", 2, _WATER_PRESSURE),
-    "CO": _Gas((2143.3,), "linear", 1),
-    "CO2": _Gas((667.4, 667.4, 1333.0, 2349.1), "linear", 2),
-    "N2": _Gas((2329.9,), "linear", 2),
-}
-
-
-def gas_correction(molecule: str, temperature: float) -> float:
-    """Zero-point energy, heat and entropy of a gas of `GASES` (ideal), eV: what its energy lacks to be free.
-
-    Args:
-        molecule: formula.
-        temperature: K.
-    """
-    gas = GASES[molecule]
-    thermo = IdealGasThermo(
-        [frequency * _INVERSE_CM for frequency in gas.frequencies],
-        gas.geometry,
-        potentialenergy=0.0,
-        atoms=ase.build.molecule(molecule),
-        symmetrynumber=gas.symmetry_number,
-        spin=gas.spin,
-    )
-    return float(thermo.get_gibbs_energy(temperature, gas.pressure, verbose=False))
 
 
 @dataclass(frozen=True)
@@ -79,11 +35,13 @@ class Vibrations:
         frequencies: `[3 n]` cm^-1, ascending; imaginary ones negative.
         asymmetry: largest difference between an element of the Hessian and its mirror image, eV/Å².
         largest_element: largest element of the Hessian, eV/Å².
+        max_force: largest force on a free atom of the structure itself, eV/Å; NaN where it was not computed.
     """
 
     frequencies: np.ndarray
     asymmetry: float
     largest_element: float
+    max_force: float = np.nan
 
     @property
     def imaginary(self) -> np.ndarray:
@@ -113,16 +71,22 @@ class Vibrations:
         return {"zpe_eV": zero_point, "heat_eV": heat, "entropy_eV": entropy}
 
 
-def vibrations(atoms: Atoms, model: Engineable, indices: Sequence[int] | None = None) -> Vibrations:
+def vibrations(
+    atoms: Atoms,
+    model: Engineable,
+    indices: Sequence[int] | None = None,
+    largest_force: float = np.inf,
+) -> Vibrations:
     """Compute vibrations by displacing atoms by 0.01 Å in both senses, all structures in batches.
 
     Args:
         atoms: relaxed slab with adsorbate.
         model: any model with forces.
         indices: atoms that vibrate; None for the adsorbate's (tag 2).
+        largest_force: eV/Å; above it the structure is no minimum and has no vibrations.
 
     Raises:
-        InputError: no atom to displace, a held one, or what the model refuses.
+        InputError: no atom to displace, a held one, too large forces, or what the model refuses.
     """
     chosen = (
         np.flatnonzero(atoms.get_tags() == ADSORBATE) if indices is None else np.array(indices, dtype=int)
@@ -131,6 +95,14 @@ def vibrations(atoms: Atoms, model: Engineable, indices: Sequence[int] | None = 
         raise InputError("no atom is marked as adsorbate (tag 2): give the indices of those that vibrate")
     if fixed_mask(atoms)[chosen].any():
         raise InputError("an atom that is held cannot vibrate: give others")
+    (itself,) = predict([atoms], model)
+    free = itself.get_forces(apply_constraint=False)[~fixed_mask(atoms)]
+    max_force = float(np.linalg.norm(free, axis=1).max())
+    if max_force > largest_force:
+        raise InputError(
+            f"the largest force on the structure is {max_force:.3f} eV/Å, so it is no minimum of this model "
+            f"and has no vibrations (at most {largest_force:g} eV/Å): relax it with more steps"
+        )
     displaced = []
     for atom in chosen:
         for axis in range(3):
@@ -145,7 +117,18 @@ def vibrations(atoms: Atoms, model: Engineable, indices: Sequence[int] | None = 
     data = VibrationsData(atoms, symmetric.reshape(len(chosen), 3, len(chosen), 3), indices=chosen)
     found = np.asarray(data.get_frequencies())
     frequencies = np.sort(np.where(np.abs(found.imag) > np.abs(found.real), -np.abs(found.imag), found.real))
-    return Vibrations(frequencies, float(np.abs(hessian - hessian.T).max()), float(np.abs(hessian).max()))
+    asymmetry = float(np.abs(hessian - hessian.T).max())
+    return Vibrations(frequencies, asymmetry, float(np.abs(hessian).max()), max_force)
+
+
+class Motion(Protocol):
+    """Motions of an adsorbate that replace its softest modes (`adsorption.hindered`)."""
+
+    def thermo(self, frequencies: np.ndarray, temperature: float, lowest: float) -> dict[str, float]:
+        """Compute `zpe_eV`, `heat_eV` and `entropy_eV`."""
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for a JSON record."""
 
 
 @dataclass(frozen=True)
@@ -182,10 +165,12 @@ class Reaction:
         gases = {"CO": float(count["C"]), "H2O": water, "N2": count["N"] / 2}
         return cls({name: number for name, number in gases.items() if number}, count["H"] - 2.0 * water)
 
-    def correction(self, temperature: float) -> float:
+    def correction(self, temperature: float, pressures: Mapping[str, float] | None = None) -> float:
         """Free energy of what is used up, less its energy, eV; a pair of proton and electron is half H2."""
-        total = sum(number * gas_correction(name, temperature) for name, number in self.gases.items())
-        return total + self.electrons / 2 * gas_correction("H2", temperature)
+        total = sum(
+            number * gas_correction(name, temperature, pressures) for name, number in self.gases.items()
+        )
+        return total + self.electrons / 2 * gas_correction("H2", temperature, pressures)
 
     def text(self) -> str:
         """Write what is used up (and, with a minus sign, set free)."""
@@ -193,15 +178,34 @@ class Reaction:
         parts += [f"{self.electrons:g} (H+ + e-)"] if self.electrons else []
         return " + ".join(parts)
 
-    @staticmethod
-    def check_referred(energy_kind: str, gas: Mapping[str, Any] | None) -> None:
-        """Raise `InputError` where an adsorption energy is not referred to H2, H2O, CO and N2."""
-        source = "" if gas is None else str(gas.get("source"))
-        if energy_kind == "total" and not set(source.split(" and ")) <= {"molecules", "oc20", "given"}:
-            raise InputError(
-                f"the adsorption energy is referred to the adsorbate in vacuum ({source}), and free energies "
-                "to H2, H2O, CO and N2: search again with --gas molecules"
-            )
+
+def referred_energy(record: Mapping[str, Any]) -> tuple[float, str | None]:
+    """Find the adsorption energy of a search that is referred to H2, H2O, CO and N2.
+
+    Args:
+        record: content of `search.json`.
+
+    Returns:
+        eV, and a sentence where it is not known that it is referred to them; else None.
+
+    Raises:
+        InputError: it is referred to the adsorbate in vacuum.
+    """
+    oc20 = (record.get("conventions") or {}).get("oc20") or {}
+    if oc20.get("energy_eV") is not None:
+        return float(oc20["energy_eV"]), None
+    source = str((record.get("gas") or {}).get("source"))
+    if record["energy_kind"] == "total" and not set(source.split(" and ")) <= {"molecules", "oc20", "given"}:
+        raise InputError(
+            f"the adsorption energy is referred to the adsorbate in vacuum ({source}), and free energies "
+            "to H2, H2O, CO and N2: search again with --gas molecules"
+        )
+    reason = oc20.get("reason")
+    return float(record["adsorption_energy_eV"]), (
+        None
+        if reason is None
+        else f"{reason}; the free energy is right only if they are H2O - H2, CO - H2O + H2, H2/2 and N2/2"
+    )
 
 
 def free_energy(
@@ -212,6 +216,8 @@ def free_energy(
     potential: float = 0.0,
     ph: float = 0.0,
     lowest_frequency: float = LOWEST_FREQUENCY,
+    pressures: Mapping[str, float] | None = None,
+    motion: Motion | None = None,
 ) -> dict[str, Any]:
     """Compute the free energy of formation of an adsorbate from CO, H2O, N2 and protons with electrons.
 
@@ -224,33 +230,56 @@ def free_energy(
         potential: V against the standard hydrogen electrode.
         ph: of the electrolyte.
         lowest_frequency: cm^-1, see `Vibrations.thermo`.
+        pressures: bar, by molecule; the others have those of `gases.GASES`.
+        motion: hindered translation and rotation in the place of the three softest modes.
 
     Returns:
-        Plain values: `free_energy_eV`, its parts, and the same number against O2 instead of water.
+        Plain values: `free_energy_eV`, its parts, and the same number with oxygen from O2 and with carbon
+        from CO2, at 0 V against the reversible hydrogen electrode.
+
+    Raises:
+        InputError: an element without a gas, values without sense, a pressure of H2 beside a potential or pH.
     """
-    if not temperature > 0.0:
+    if not (np.isfinite(temperature) and temperature > 0.0):
         raise InputError(f"the temperature is {temperature} K: give one above 0")
+    if not np.isfinite([potential, ph]).all():
+        raise InputError(f"the potential is {potential} V and the pH {ph}: give finite numbers")
+    pressures = dict(pressures or {})
+    check_pressures(pressures)
+    if pressures.get("H2", 1.0) != 1.0 and (potential or ph):
+        raise InputError(
+            "an electrode's potential is against H2 of 1 bar: give a pressure of H2, or a potential and pH"
+        )
     reaction = Reaction.of(adsorbate)
-    thermo = modes.thermo(temperature, lowest_frequency)
+    harmonic = modes.thermo(temperature, lowest_frequency)
+    thermo = harmonic
+    if motion is not None:
+        thermo = motion.thermo(modes.frequencies, temperature, lowest_frequency)
     against_rhe = potential + units.kB * temperature * np.log(10.0) * ph
-    gas = reaction.correction(temperature)
+    gas = reaction.correction(temperature, pressures)
     total = (
         adsorption_energy + thermo["zpe_eV"] + thermo["heat_eV"] - thermo["entropy_eV"] - gas
         + reaction.electrons * against_rhe
     )  # fmt: skip
-    oxygen = reaction.gases.get("H2O", 0.0)
+    at_zero = total - reaction.electrons * against_rhe
+    oxygen, carbon = reaction.gases.get("H2O", 0.0), reaction.gases.get("CO", 0.0)
     return {
         "adsorption_energy_eV": adsorption_energy,
+        "entropy_model": "harmonic" if motion is None else "hindered",
         **thermo,
+        "harmonic": harmonic,
+        "hindered": None if motion is None else motion.summary(),
         "gas_correction_eV": gas,
+        "pressures_bar": pressures,
         "reaction": reaction.text(),
+        "gases": reaction.gases,
         "electrons": reaction.electrons,
         "potential_against_rhe_V": float(against_rhe),
         "free_energy_eV": float(total),
-        # At 0 V against RHE, with the oxygen that water would give taken from O2.
-        "free_energy_against_O2_eV": float(
-            total - reaction.electrons * against_rhe + oxygen * WATER_FORMATION
-        ),
+        # The oxygen that water would give, from O2.
+        "free_energy_against_O2_eV": float(at_zero + oxygen * water_formation(temperature, pressures)),
+        # The carbon that CO would give, from CO2.
+        "free_energy_against_CO2_eV": float(at_zero + carbon * co2_reduction(temperature, pressures)),
         "temperature_K": temperature,
         "frequencies_cm1": modes.frequencies.tolist(),
         "imaginary": len(modes.imaginary),
@@ -258,4 +287,5 @@ def free_energy(
         "soft_modes": int((modes.frequencies < lowest_frequency).sum()),
         "hessian_asymmetry_eV_A2": modes.asymmetry,
         "hessian_largest_eV_A2": modes.largest_element,
+        "max_force_eV_A": None if np.isnan(modes.max_force) else modes.max_force,
     }

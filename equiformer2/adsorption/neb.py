@@ -13,6 +13,7 @@ from ase import Atoms
 from ase.geometry import find_mic
 from ase.mep import NEB
 from ase.optimize import FIRE
+from ase.utils.forcecurve import fit_images
 
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import fixed_mask
@@ -152,14 +153,19 @@ def _largest(first: Atoms, last: Atoms) -> float:
 
 
 def path_picture(path: EnergyPath) -> bytes:
-    """Draw the energies along a path against the distance that the atoms have moved, as PNG."""
+    """Draw the energies along a path against the distance that the atoms have moved, as PNG.
+
+    The curve between the images is a cubic through their energies, with the slopes of their forces (ASE).
+    """
     moved = [
         float(np.linalg.norm(find_mic(after.positions - before.positions, after.cell, after.pbc)[0]))
         for before, after in pairwise(path.images)
     ]
+    curve = fit_images(path.images)
     figure = new_figure(6.0, 4.0)
     axis = figure.subplots()
-    axis.plot(np.cumsum([0.0, *moved]), path.energies, "o-", color="#1f4e79", markersize=5)
+    axis.plot(curve.fit_path, curve.fit_energies, "-", color="#1f4e79", linewidth=1.2)
+    axis.plot(np.cumsum([0.0, *moved]), path.energies, "o", color="#1f4e79", markersize=5)
     axis.set(xlabel="path (Å)", ylabel="energy (eV)", title=f"barrier {path.barrier:.3f} eV")
     axis.grid(alpha=0.3)
     return png_bytes(figure)

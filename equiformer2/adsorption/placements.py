@@ -11,6 +11,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from scipy.spatial.transform import Rotation
 
 from equiformer2.adsorption.adsorbates import check_binding_atoms, find_adsorbate
 from equiformer2.adsorption.anomalies import SKIN
+from equiformer2.adsorption.given_structures import given_atoms, path_text
 from equiformer2.adsorption.named_structures import (
     SHORTEST_BOND,
     free_side_up,
@@ -69,7 +71,7 @@ _TRIES = 20
 _MOST_TRIALS = 5_000
 """Sites that are tried in one arrangement of several adsorbates."""
 
-Adsorbate = str | Atoms | tuple[Atoms, Sequence[int]]
+Adsorbate = str | PathLike[str] | Atoms | tuple[Atoms, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ def placements(
 
     Args:
         slab: clean slab; tags that are no OC20's are set (`oc20_tags`), constraints are kept.
-        adsorbate: name, file, Atoms (the lowest atom binds), or Atoms and indices of binding atoms.
+        adsorbate: name, file, Atoms or a pymatgen molecule (the lowest atom binds), or one of these and
+            indices of binding atoms.
         mode: one of `MODES`.
         number: number of placements; None places one at every site (not for random modes). A single atom is
             placed once at each of the distinct sites, so that fewer can come back in mode symmetry.
@@ -561,19 +564,25 @@ def _check_arguments(
 
 def _as_adsorbate(adsorbate: Adsorbate) -> tuple[Atoms, list[int]]:
     """Return a whole molecule without constraints, and its binding atoms."""
+    adsorbate = path_text(adsorbate)
     if isinstance(adsorbate, str):
         molecule, binding = find_adsorbate(adsorbate)
-    elif isinstance(adsorbate, Atoms):
-        check_atoms(adsorbate)
-        molecule = whole_molecule(adsorbate, "the adsorbate")
-        binding = [lowest_atom_index(molecule.positions)]
-    else:
-        given, indices = adsorbate
+    elif isinstance(adsorbate, tuple | list) and len(adsorbate) == 2:
+        given, indices = given_atoms(adsorbate[0], "the adsorbate"), adsorbate[1]
         check_atoms(given)
-        molecule, binding = whole_molecule(given, "the adsorbate"), [int(index) for index in indices]
+        molecule = whole_molecule(given, "the adsorbate")
+        try:
+            binding = [int(index) for index in indices]
+        except (TypeError, ValueError):
+            raise InputError(f"the binding atoms {indices!r} are no list of indices") from None
         if not binding:
             raise InputError("the adsorbate has no binding atom: give the index of at least one")
         check_binding_atoms(molecule, binding, "the adsorbate")
+    else:
+        given = given_atoms(adsorbate, "the adsorbate")
+        check_atoms(given)
+        molecule = whole_molecule(given, "the adsorbate")
+        binding = [lowest_atom_index(molecule.positions)]
     return Atoms(molecule.numbers, molecule.positions), binding
 
 

@@ -1,23 +1,33 @@
 """Output folder of an adsorption energy, and its report for the terminal."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets_oc20.untrusted import AnyPath
+from equiformer2.adsorption.conventions import conventions
+from equiformer2.adsorption.dispersion_terms import dispersion_lines
 from equiformer2.adsorption.energy import AdsorptionResult
 from equiformer2.files import write_json
+from equiformer2.inference.atoms import ADSORBATE
 from equiformer2.inference.extras import extras
 from equiformer2.inference.record import ADSORPTION_RECORD, write_pictures, write_structure
 from equiformer2.script import header
 
 
-def write_adsorption_record(folder: AnyPath, result: AdsorptionResult, model: dict[str, Any]) -> list[Path]:
+def write_adsorption_record(
+    folder: AnyPath,
+    result: AdsorptionResult,
+    model: dict[str, Any],
+    provenance: Mapping[str, Any] | None = None,
+) -> list[Path]:
     """Write the relaxed structure, pictures and, last, `adsorption_energy.json`.
 
     Args:
         folder: existing folder.
         result: the adsorption energy.
         model: `model_record` of the model that calculated it.
+        provenance: of its checkpoint; None for a calculator that is no network of ours.
 
     Returns:
         The files written.
@@ -37,6 +47,13 @@ def write_adsorption_record(folder: AnyPath, result: AdsorptionResult, model: di
     record = {
         **header("adsorption-energy/1", model.get("checkpoint")),
         **result.summary(),
+        "conventions": conventions(
+            result.energy,
+            result.energy_kind,
+            result.initial[result.initial.get_tags() == ADSORBATE],
+            None if result.gas is None else result.gas.summary(),
+            provenance,
+        ),
         "model": model,
         "files": files,
         "extras": extras(result.initial),
@@ -55,10 +72,11 @@ def adsorption_report(result: AdsorptionResult) -> str:
     if result.energy_std is not None:
         spread = max(system.force_spreads, default=0.0)
         lines[-1] += f" ± {result.energy_std:.4f} (spread of the committee; forces up to {spread:.3f} eV/Å)"
+    lines += [f"  {line}" for line in dispersion_lines(result.d3)]
     if result.energy_kind == "adsorption":
         lines.append(
             "  the model predicts adsorption energies: this is its energy of the relaxed system, "
-            "nothing was subtracted"
+            "nothing was subtracted" + ("" if result.d3 is None else " but D3 of slab and gases")
         )
     else:
         assert result.gas is not None  # total energies always have one

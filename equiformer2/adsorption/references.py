@@ -23,6 +23,7 @@ from scipy.sparse.csgraph import connected_components
 from equiformer2.adsorption.anomalies import SKIN
 from equiformer2.adsorption.periodic_images import whole_molecule
 from equiformer2.errors import InputError
+from equiformer2.inference.dispersion import Dispersion, dispersion_of
 from equiformer2.inference.relaxation import RelaxationResult, relax
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class GasReference:
         label: the source in words.
         per_atom: eV per atom of the elements used; empty with "vacuum".
         relaxations: of the molecules in vacuum, by formula.
+        d3: part of `energy` that is D3 dispersion, eV; None without.
     """
 
     energy: float
@@ -57,6 +59,7 @@ class GasReference:
     label: str
     per_atom: dict[str, float] = field(default_factory=dict)
     relaxations: dict[str, RelaxationResult] = field(default_factory=dict)
+    d3: float | None = None
 
     @property
     def converged(self) -> bool:
@@ -69,6 +72,8 @@ class GasReference:
             "source": self.source,
             "label": self.label,
             "energy_eV": self.energy,
+            "per_atom_eV": self.per_atom,
+            "d3_eV": self.d3,
             "molecules": {name: relaxation.summary() for name, relaxation in self.relaxations.items()},
         }
 
@@ -121,23 +126,14 @@ def gas_reference(
     if source == "vacuum" and not table:
         return _in_vacuum(adsorbate, calculator, settings)
     counts = Counter(adsorbate.get_chemical_symbols())
+    dispersion, table_given = dispersion_of(calculator), bool(table)
     relaxations: dict[str, RelaxationResult] = {}
     needed = sorted(set(counts) - set(table))
     if needed:
         names = sorted({name for symbol in needed for name in _MOLECULES[symbol]})
         for name in names:
             relaxations[name] = _relax_in_box(ase.build.molecule(name), name, calculator, settings)
-        # OC20's scheme: atoms from H2, H2O, CO and N2 (Chanussot et al. 2021).
-        energies = {name: relaxation.energy for name, relaxation in relaxations.items()}
-        own = {}
-        if "H2" in energies:
-            own["H"] = energies["H2"] / 2
-        if "H2O" in energies:
-            own["O"] = energies["H2O"] - energies["H2"]
-        if "CO" in energies:
-            own["C"] = energies["CO"] - own["O"]
-        if "N2" in energies:
-            own["N"] = energies["N2"] / 2
+        own = energies_per_atom({name: relaxation.energy for name, relaxation in relaxations.items()})
         table = {**{symbol: own[symbol] for symbol in needed}, **table}
     used = {symbol: float(table[symbol]) for symbol in sorted(counts)}
     parts = {
@@ -157,7 +153,34 @@ def gas_reference(
         label=" and ".join(words[name] for name in chosen),
         per_atom=used,
         relaxations=relaxations,
+        d3=None if dispersion is None or table_given else _dispersion(relaxations, dispersion, counts),
     )
+
+
+def energies_per_atom(molecules: Mapping[str, float]) -> dict[str, float]:
+    """Energies per atom of H, O, C and N from those of molecules, eV (OC20's scheme; Chanussot et al. 2021).
+
+    Args:
+        molecules: energies of H2, H2O, CO and N2; what they do not suffice for is left out.
+    """
+    found = {}
+    if "H2" in molecules:
+        found["H"] = molecules["H2"] / 2
+    if "H2" in molecules and "H2O" in molecules:
+        found["O"] = molecules["H2O"] - molecules["H2"]
+    if "CO" in molecules and "O" in found:
+        found["C"] = molecules["CO"] - found["O"]
+    if "N2" in molecules:
+        found["N"] = molecules["N2"] / 2
+    return found
+
+
+def _dispersion(
+    relaxations: Mapping[str, RelaxationResult], dispersion: Dispersion, counts: Mapping[str, int]
+) -> float:
+    """D3 of the gas references of these atoms, eV."""
+    own = energies_per_atom({name: dispersion.energy(one.atoms) for name, one in relaxations.items()})
+    return sum(own[symbol] * count for symbol, count in counts.items())
 
 
 def _table(given: Mapping[str, float] | None, source: str) -> dict[str, float]:
@@ -167,6 +190,7 @@ def _table(given: Mapping[str, float] | None, source: str) -> dict[str, float]:
 
 def _in_vacuum(adsorbate: Atoms, calculator: BaseCalculator, settings: dict[str, Any]) -> GasReference:
     relaxations: dict[str, RelaxationResult] = {}
+    dispersion = dispersion_of(calculator)
     total = 0.0
     for piece in _fragments(adsorbate):
         name = str(piece.get_chemical_formula())
@@ -179,6 +203,7 @@ def _in_vacuum(adsorbate: Atoms, calculator: BaseCalculator, settings: dict[str,
         source="vacuum",
         label=f"this calculator's energy of {' + '.join(relaxations)} in vacuum",
         relaxations=relaxations,
+        d3=None if dispersion is None else sum(dispersion.energy(one.atoms) for one in relaxations.values()),
     )
 
 

@@ -7,16 +7,28 @@ from typing import Any
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.cards import label_physics
-from equiformer2.adsorption.dft_inputs import Candidate, write_dft_inputs
-from equiformer2.adsorption.search import SearchResult
+from equiformer2.adsorption.conventions import conventions
+from equiformer2.adsorption.dft_inputs import Candidate
+from equiformer2.adsorption.dft_ledger import DftLedger
+from equiformer2.adsorption.path_section import path_section
+from equiformer2.adsorption.saddle_points import DISPLACEMENT, FALL
+from equiformer2.adsorption.search import Found, SearchResult, no_adsorbate_sentence
+from equiformer2.adsorption.search_folder import (
+    BASINS,
+    BEST,
+    CARD,
+    CLEAN_SLAB,
+    DFT,
+    REPORT,
+    SEARCH,
+    TRAJECTORIES,
+)
 from equiformer2.adsorption.search_page import search_page
 from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.files import write_bytes, write_json
 from equiformer2.inference.record import write_structure
 from equiformer2.script import header
 
-SEARCH, CARD, BEST, BASINS, REPORT = "search.json", "card.json", "best.extxyz", "basins.json", "report.html"
-CLEAN_SLAB = "clean_slab.extxyz"
 #: Structures for which DFT input is written.
 _CANDIDATES = 5
 
@@ -27,8 +39,11 @@ def write_search(
     model: Mapping[str, Any],
     settings: Mapping[str, Any],
     provenance: Mapping[str, Any] | None = None,
+    draft: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write everything that a finished search gives; `search.json` last.
+
+    Without a best placement there is neither a structure, a card, a report nor DFT input.
 
     Args:
         folder: of the search, with its relaxations.
@@ -36,41 +51,89 @@ def write_search(
         model: plain values about the model (`inference.record.model_record`).
         settings: plain values about how structures and placements were made, and relaxed.
         provenance: of the checkpoint; None for a calculator that is no network of ours.
+        draft: plain values about the model that relaxed first.
 
     Returns:
         The content of `search.json`.
     """
     folder, best = Path(folder), result.best
-    assert best.relaxation is not None
-    write_structure(folder / BEST, best.relaxation.atoms)
-    write_structure(folder / CLEAN_SLAB, result.clean_slab.atoms)
-    candidates = [
-        Candidate(one.id, one.relaxation.atoms, one.energy)
-        for one in result.ranking()[:_CANDIDATES]
-        if one.relaxation is not None
-    ] or [Candidate(best.id, best.relaxation.atoms, best.energy)]
-    write_dft_inputs(folder / "dft", candidates, result.clean_slab.atoms)
-    card = trust_card(result, model, settings, provenance, sha256(folder / BEST))
     checkpoint = model.get("checkpoint")
-    write_json(folder / CARD, {**header("adsorption-card/1", checkpoint), **card})
+    record = search_record(result, model, settings, draft)
+    write_structure(folder / CLEAN_SLAB, result.clean_slab.atoms)
     write_json(folder / BASINS, {**header("adsorption-basins/1", checkpoint), **basin_graph(result)})
-    record = {
-        **header("adsorption-search/1", checkpoint),
+    if best is None:
+        for name in (BEST, CARD, REPORT):  # of an earlier call
+            (folder / name).unlink(missing_ok=True)
+    else:
+        assert best.relaxation is not None
+        write_structure(folder / BEST, best.relaxation.atoms)
+        DftLedger(folder).ask(_dft_candidates(result, best), result.clean_slab.atoms)
+        card = trust_card(result, model, settings, provenance, sha256(folder / BEST))
+        write_json(folder / CARD, {**header("adsorption-card/1", checkpoint), **card})
+        record["conventions"] = card["conventions"]
+        record["files"] = [BEST, CARD, REPORT, DFT, *record["files"]]
+        write_bytes(folder / REPORT, search_page(result, record, card, path_section(folder)).encode())
+    write_json(folder / SEARCH, record)
+    return record
+
+
+def _dft_candidates(result: SearchResult, best: Found) -> list[Candidate]:
+    """The lowest minima, and what the spread of a committee has ended, highest spread first."""
+
+    def as_candidates(chosen: list[Found]) -> list[Candidate]:
+        return [
+            Candidate(
+                one.id,
+                one.relaxation.atoms,
+                one.energy,
+                one.relaxation.atoms.info.get("max_force_std_eV_A"),
+                one.status == "converged",
+            )
+            for one in chosen
+            if one.relaxation is not None
+        ]
+
+    minima = (result.ranking() or [best])[:_CANDIDATES]
+    doubtful = [one for one in result.found if one.relaxation and one.relaxation.status == "stopped"]
+    others = as_candidates([one for one in doubtful if one not in minima])
+    others.sort(key=lambda one: -(one.force_spread or 0.0))
+    return [*as_candidates(minima), *others[:_CANDIDATES]]
+
+
+def search_record(
+    result: SearchResult,
+    model: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    draft: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Content of `search.json`; arguments as of `write_search`."""
+    best = result.best
+    relaxed_first = None
+    if draft is not None:
+        used = [one.own for one in result.found if one.own is not None and one.own.draft_evaluations]
+        relaxed_first = {
+            **draft,
+            "evaluations": result.draft_evaluations,
+            "placements": len(used),
+            # A start that the full model has seen as it was placed.
+            "failed": sum(one.start_energy_eV is not None for one in used),
+        }
+    return {
+        **header("adsorption-search/1", model.get("checkpoint")),
         "adsorption_energy_eV": result.energy,
         "energy_kind": result.energy_kind,
-        "converged": best.status == "converged",
-        "best": {
-            "id": best.id,
-            "file": BEST,
-            "energy_eV": result.energy,
-            "start_energy_eV": best.start_energy,
-            "max_force_eV_A": best.relaxation.max_force_eV_A,
-            "converged": best.status == "converged",
-            "anomalies": [one.summary() for one in best.anomalies if one.present],
-            "anomaly_checks": [one.summary() | {"present": one.present} for one in best.anomalies],
-        },
+        "converged": best is not None and best.status == "converged",
+        "best": None if best is None else _best_record(best),
+        "reason": no_adsorbate_sentence(result.found) if best is None else None,
         "placements": [one.summary() for one in result.found],
         "model_evaluations": result.model_evaluations,
+        "draft_evaluations": result.draft_evaluations,
+        "draft": relaxed_first,
+        "saddle_check": {
+            "displacement_A": DISPLACEMENT,
+            "tolerance_eV": FALL,
+            "checks": [one.summary() for one in result.checks],
+        },
         "stop": {
             "reason": result.reason,
             "unseen_probability": result.coverage.unseen_probability,
@@ -79,6 +142,8 @@ def write_search(
         },
         "terms_eV": result.terms,
         "gas": result.gas,
+        "d3_eV": model.get("d3_eV"),
+        "conventions": None,
         "clean_slab": {
             "converged": result.clean_slab.converged,
             "max_force_eV_A": result.clean_slab.max_force_eV_A,
@@ -86,11 +151,25 @@ def write_search(
         },
         "model": dict(model),
         "settings": dict(settings),
-        "files": [BEST, CLEAN_SLAB, BASINS, CARD, REPORT, "dft", "trajectories"],
+        "files": [CLEAN_SLAB, BASINS, TRAJECTORIES],
     }
-    write_bytes(folder / REPORT, search_page(result, record, card).encode())
-    write_json(folder / SEARCH, record)
-    return record
+
+
+def _best_record(best: Found) -> dict[str, Any]:
+    """What `search.json` says of the best placement."""
+    assert best.relaxation is not None
+    return {
+        "id": best.id,
+        "file": BEST,
+        "energy_eV": best.energy,
+        "start_energy_eV": best.start_energy,
+        "max_force_eV_A": best.relaxation.max_force_eV_A,
+        "converged": best.status == "converged",
+        "checked_by": best.relaxation.id if best.saddle is not None else None,
+        "saddle_energy_eV": best.saddle_energy,
+        "anomalies": [one.summary() for one in best.anomalies if one.present],
+        "anomaly_checks": [one.summary() | {"present": one.present} for one in best.anomalies],
+    }
 
 
 def trust_card(
@@ -102,7 +181,9 @@ def trust_card(
 ) -> dict[str, Any]:
     """Collect what the energy rests on, and under `verifiable` what `cards.verify_card` recomputes."""
     best = result.best
+    assert best is not None
     assert best.relaxation is not None
+    assert result.energy is not None  # as there is a best placement
     atoms = best.relaxation.atoms
     return {
         "adsorption_energy_eV": result.energy,
@@ -110,6 +191,10 @@ def trust_card(
         "energy_kind": result.energy_kind,
         "terms_eV": result.terms,
         "gas": result.gas,
+        "d3_eV": model.get("d3_eV"),
+        "conventions": conventions(
+            result.energy, result.energy_kind, atoms[len(result.clean_slab.atoms) :], result.gas, provenance
+        ),
         "structure": BEST,
         "placement": best.id,
         "model": dict(model),
@@ -122,6 +207,7 @@ def trust_card(
         "energy_std_eV": atoms.info.get("energy_std_eV"),
         "max_force_std_eV_A": atoms.info.get("max_force_std_eV_A"),
         "coverage": vars(result.coverage),
+        "saddle_checks": [one.summary() for one in result.checks],
         "verifiable": {
             "structure_sha256": structure_sha256,
             "model_energy_eV": best.relaxation.energy_eV,
@@ -133,7 +219,7 @@ def trust_card(
 def basin_graph(result: SearchResult) -> dict[str, Any]:
     """List the minima with the placements that ended in each, and the steps that were saved."""
     ended = Counter(one.basin for one in result.found if one.basin is not None)
-    steps = [one.relaxation.steps for one in result.found if one.relaxation is not None]
+    steps = [one.own.steps for one in result.found if one.own is not None]
     left_out = sum(one.relaxation is None for one in result.found)
     return {
         "basins": [

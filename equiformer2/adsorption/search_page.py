@@ -7,14 +7,19 @@ from typing import Any
 from ase import Atoms
 
 from equiformer2.adsorption.basins import ENOUGH, LOWER
+from equiformer2.adsorption.conventions import convention_lines
+from equiformer2.adsorption.dispersion_terms import dispersion_lines
 from equiformer2.adsorption.search import SearchResult
 from equiformer2.inference.pictures import new_figure, png_bytes, structure_picture
 from equiformer2.report import bullets, page, picture, structure_viewer, table, viewer_script
 
 
-def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[str, Any]) -> str:
-    """Write the report as one HTML page."""
+def search_page(
+    result: SearchResult, record: Mapping[str, Any], card: Mapping[str, Any], paths: str = ""
+) -> str:
+    """Write the report as one HTML page; `paths` is HTML about paths between its minima (`path_section`)."""
     best = result.best
+    assert best is not None
     assert best.relaxation is not None
 
     def number(value: float | None, digits: int) -> str:
@@ -22,7 +27,9 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
 
     symbols = best.start.get_chemical_symbols()
     adsorbate = Atoms(symbols[len(result.clean_slab.atoms) :]).get_chemical_formula()
-    name = f"{adsorbate} on {result.clean_slab.atoms.get_chemical_formula()}"
+    slab = record["settings"].get("slab")
+    formula = result.clean_slab.atoms.get_chemical_formula()
+    name = f"{adsorbate} on " + (f"{slab['origin']} ({formula})" if isinstance(slab, Mapping) else formula)
     both = {"relaxed": best.relaxation.atoms, "start": best.start, "clean slab": result.clean_slab.atoms}
     drawing = structure_picture(
         {"relaxed": best.relaxation.atoms, "start": best.start}, f"{name}: {result.energy:.3f} eV"
@@ -64,7 +71,9 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
     error = (told.get("validation") or {}).get("energy_mae_eV")
     if error is not None:
         model.append(f"energy error of the checkpoint on its own validation data: {error:.2f} eV")
-    meaning = "The model predicts adsorption energies: nothing was subtracted."
+    meaning = "The model predicts adsorption energies: nothing was subtracted" + (
+        "." if card["d3_eV"] is None else " but D3 of the clean slab and of the gases."
+    )
     if result.energy_kind == "total":
         meaning = (
             f"The model predicts total energies: {result.terms['slab']:.4f} eV of the relaxed clean slab and "
@@ -83,7 +92,7 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
         f"<p>Adsorption energy of {name}: <b>{result.energy:.3f} eV</b> "
         f"({best.status}, largest force {number(best.relaxation.max_force_eV_A, 3)} eV/Å; "
         f"the start of this placement: {number(best.start_energy, 3)} eV).</p>",
-        bullets([meaning]),
+        bullets([meaning, *dispersion_lines(card["d3_eV"]), *convention_lines(card["conventions"])]),
         structure_viewer("best", both, "<p>This browser does not draw in three dimensions.</p>"),
         picture("Best placement", drawing),
         "<h2>Would another placement be lower?</h2>",
@@ -93,6 +102,13 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
                 + ", ".join(f"{number} {status}" for status, number in counts.items())
                 + f". The search ended: {result.reason}.",
                 f"{coverage.draws} of them ended in {coverage.basins} minima.",
+                *(
+                    f"{one.placement} was on a saddle point at {one.before:.3f} eV: displaced, it relaxed to "
+                    f"{one.energy:.3f} eV."
+                    if one.fell
+                    else f"Displaced and relaxed again, {one.placement} stays ({one.status})."
+                    for one in result.checks
+                ),
                 *(unseen if left else []),
             ]
         ),
@@ -103,6 +119,7 @@ def search_page(result: SearchResult, record: Mapping[str, Any], card: Mapping[s
         bullets([*card["label_physics"], *model, *_settings(record["settings"])]),
         "<h2>All placements</h2>",
         table(head, rows),
+        paths,
     ]
     return page(name, parts)
 
@@ -130,16 +147,19 @@ def basin_picture(result: SearchResult) -> bytes:
     axis = figure.subplots()
     basins = {one.id: number for number, one in enumerate(result.ranking())}
     for one in result.found:
-        if one.energy is None or one.start_energy is None:
+        if one.energy is None:
             continue
         known = one.basin in basins
         place = float(basins[one.basin]) if known and one.basin is not None else -1.0
         colour = f"C{int(place) % 10}" if known else "0.6"
-        axis.plot(
-            [place - 0.3, place + 0.2], [one.start_energy, one.energy], "-", color=colour, linewidth=0.8
-        )
+        if one.start_energy is not None:  # a draft moved it before the model saw it
+            axis.plot(
+                [place - 0.3, place + 0.2], [one.start_energy, one.energy], "-", color=colour, linewidth=0.8
+            )
         axis.plot(place + 0.2, one.energy, "o" if known else "x", color=colour, markersize=5)
-    axis.set_xticks([-1, *basins.values()], ["no minimum", *basins], rotation=45, ha="right", fontsize=8)
+    outside = any(one.energy is not None and one.basin not in basins for one in result.found)
+    ticks = {**({"no minimum": -1} if outside else {}), **basins}
+    axis.set_xticks([*ticks.values()], [*ticks], rotation=45, ha="right", fontsize=8)
     axis.set(ylabel="adsorption energy (eV)", title="from the start (left) to the relaxed placement (dot)")
     axis.grid(alpha=0.3)
     return png_bytes(figure)

@@ -26,6 +26,7 @@ from datasets_oc20.structure_files import read_structure
 from datasets_oc20.tags import surface_height
 from equiformer2.adsorption.adsorbates import is_file
 from equiformer2.adsorption.bulks import Bulk, find_bulk
+from equiformer2.adsorption.given_structures import given_atoms, path_text
 from equiformer2.adsorption.named_structures import MOST_ATOMS, build_slab
 from equiformer2.adsorption.open_catalyst import EXTRA
 from equiformer2.adsorption.periodic_images import whole_slab
@@ -43,6 +44,9 @@ SURFACE_DEPTH = 2.0
 
 MOST_MILLER = 10
 """Largest Miller index."""
+
+_MOST_CUT, _MANY_CUT = 2000, 300
+"""Atoms of a slab of one surface cell that are cut at most, and that take minutes."""
 
 _SAME = 0.1
 """Å within which atoms of the two sides of a slab are at the same depth."""
@@ -117,20 +121,21 @@ class CleanSlab:
     bulk: Bulk | None = None
 
 
-def find_slab(slab: str | Atoms, **name_options: Any) -> CleanSlab:
-    """Make a slab of a name (`Pt111`), a file or Atoms.
+def find_slab(slab: Any, **name_options: Any) -> CleanSlab:
+    """Make a slab of a name (`Pt111`), a file, Atoms or a pymatgen slab.
 
     Constraints are kept. A slab without a held atom gets OC20's: those of its tags 0 where it has OC20's
     tags, else those of the rule at the top of this file. Tags follow from the constraints where it has none.
 
     Args:
-        slab: name, file or slab.
+        slab: name, file or slab, see `given_atoms`.
         **name_options: of `build_slab`, for a name.
 
     Raises:
         InputError: an unknown name, no slab, one with adsorbate atoms.
         OSError: the file is missing or unreadable.
     """
+    slab = path_text(slab)
     if isinstance(slab, str) and not is_file(slab):
         atoms = build_slab(slab, **name_options)
         digits = tuple(map(int, re.findall(r"\d", slab)))
@@ -146,6 +151,7 @@ def find_slab(slab: str | Atoms, **name_options: Any) -> CleanSlab:
         origin = slab
         with as_input_error():
             slab = read_structure(slab)
+    slab = given_atoms(slab, origin)
     check_atoms(slab)
     return _completed(slab, origin)
 
@@ -516,7 +522,7 @@ class _Pymatgen:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                slabs = SlabGenerator(
+                generator = SlabGenerator(
                     initial_structure=self.standard,
                     miller_index=plane,
                     min_slab_size=thickness,
@@ -525,12 +531,35 @@ class _Pymatgen:
                     center_slab=True,
                     primitive=True,
                     max_normal_search=1,
-                ).get_slabs(tol=0.3, bonds=None, max_broken_bonds=0, symmetrize=False)
+                )
+                self._check_size(generator.oriented_unit_cell, plane, thickness)
+                slabs = generator.get_slabs(tol=0.3, bonds=None, max_broken_bonds=0, symmetrize=False)
+            except InputError:
+                raise
             except (ValueError, ArithmeticError, IndexError) as error:
                 raise InputError(f"{self.bulk.name} {plane} has no slab ({error})") from error
             sides = [(slab, False) for slab in slabs]
             sides += [(slab, True) for slab in slabs if not self._can_be_turned_over(slab)]
             return [(self._finished(slab, other, width), other) for slab, other in sides]
+
+    def _check_size(self, cell: Any, plane: tuple[int, int, int], thickness: float) -> None:
+        """Refuse a plane whose slab would take hours to cut, and tell of minutes.
+
+        Args:
+            cell: that the slab is made of, its third vector across the plane.
+            plane: Miller indices.
+            thickness: Å, of the slab.
+        """
+        first, second, _ = cell.lattice.matrix
+        height = cell.lattice.volume / float(np.linalg.norm(np.cross(first, second)))
+        atoms = len(cell) * math.ceil(thickness / height)
+        if atoms > _MOST_CUT:
+            raise InputError(
+                f"{self.bulk.name} {plane} has a slab of {atoms} atoms before it is made wide, and at most "
+                f"{_MOST_CUT} are cut: give smaller Miller indices, or a thinner slab"
+            )
+        if atoms > _MANY_CUT:
+            logger.warning(f"{self.bulk.name} {plane} has a slab of {atoms} atoms: cutting it takes minutes")
 
     @staticmethod
     def _can_be_turned_over(slab: Any) -> bool:

@@ -9,10 +9,12 @@ from equiformer2.cli.command import Command, Parser, Result
 from equiformer2.cli.options import (
     NETWORK_ONLY,
     Options,
+    add_dispersion_argument,
     add_model_arguments,
     add_overwrite_argument,
     add_relaxation_arguments,
     add_spread_argument,
+    add_twin_argument,
     parse_checked,
 )
 from equiformer2.errors import InputError
@@ -47,7 +49,9 @@ class AdsorptionEnergy(Command):
     def add_arguments(self, parser: Parser) -> None:
         model = parser.add_argument_group("model")
         add_model_arguments(model, committee=True, calculator=True)
+        add_twin_argument(model)
         add_spread_argument(model)
+        add_dispersion_argument(model)
         structure = parser.add_argument_group("structure: --system, or --slab and --adsorbate")
         structure.add_argument(
             "--system", metavar="FILE", help="structure file of slab + adsorbate; adsorbate atoms carry tag 2"
@@ -126,6 +130,7 @@ class AdsorptionEnergy(Command):
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.adsorption import adsorption_energy
         from equiformer2.adsorption.adsorbates import is_file
+        from equiformer2.adsorption.conventions import convention_lines
         from equiformer2.adsorption.record import adsorption_report, write_adsorption_record
         from equiformer2.files import read_json
         from equiformer2.inference.record import ADSORPTION_RECORD, RUN_FILES, claim_folder
@@ -155,14 +160,16 @@ class AdsorptionEnergy(Command):
             progress=True,
         )
         states = [result.initial, result.system.atoms]
-        write_adsorption_record(folder, result, chosen.record(states))
+        write_adsorption_record(folder, result, chosen.record(states), chosen.provenance)
+        record = read_json(folder / ADSORPTION_RECORD)
         print(adsorption_report(result))
+        print("\n".join(f"  {line}" for line in convention_lines(record["conventions"])))
         print(f"saved in {folder}: {ADSORPTION_RECORD}, trajectory, relaxed structure, pictures")
         if not result.converged:
             print(
                 "NOT converged: the energy is not that of a relaxed structure (more --steps, another start)"
             )
-        return Result(read_json(folder / ADSORPTION_RECORD), 0 if result.converged else 3, chosen.checkpoint)
+        return Result(record, 0 if result.converged else 3, chosen.checkpoint)
 
 
 def add_built_slab_arguments(parser: Options) -> None:

@@ -1,24 +1,29 @@
 """The model of a command that takes `--checkpoint` or `--calculator`."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from equiformer2.cli.options import only_one
+from equiformer2.errors import InputError
 
 if TYPE_CHECKING:
     from ase import Atoms
     from ase.calculators.calculator import BaseCalculator
 
     from equiformer2.inference import EquiformerV2Calculator
+    from equiformer2.inference.dispersion import Dispersion
 
 
 class ChosenModel:
     """Calculator of the options of `add_model_arguments(…, calculator=True)`.
 
     Attributes:
-        calculator: of the network, the committee or ASE.
-        checkpoint: path of the checkpoint, or paths of a committee; None with `--calculator`.
+        calculator: of the network, the committee or ASE, with D3 dispersion where that is asked for.
+        network: the same without D3.
+        dispersion: D3, if it is added.
+        checkpoint: path of the checkpoint, or paths of a committee, the first one again for its twin in
+            bfloat16; None with `--calculator`.
         files: all checkpoints, which no output may replace.
         energy_kind: `"adsorption"` or `"total"`.
         committee: True for several networks.
@@ -35,8 +40,11 @@ class ChosenModel:
     def __init__(self, options: argparse.Namespace, router: Any = None) -> None:
         from equiformer2.inference.named_calculators import calculator_by_name, resolve_energy_kind
 
+        twin = bool(options.checkpoint) and getattr(options, "twin_bf16", False)
+        if twin and options.precision == "bf16":
+            raise InputError("--twin-bf16 has no meaning with --precision bf16: leave one of them out")
         self.name: str | None = options.calculator
-        self.files: list[str] = options.checkpoint or []
+        self.files: list[str] = [*(options.checkpoint or []), *(options.checkpoint[:1] if twin else [])]
         self.committee = len(self.files) > 1
         self.checkpoint: str | list[str] | None = only_one(self.files) if self.files else None
         self.adapter: str | None = None
@@ -46,9 +54,15 @@ class ChosenModel:
         else:
             self.adapter = getattr(options, "adapter", None)
             self.calculator = network_calculator(
-                options, self.checkpoint, router, options.weights, self.adapter
+                options, self.checkpoint, router, options.weights, twin, self.adapter
             )
         self.energy_kind = resolve_energy_kind(self.calculator, options.energy_kind, default="total")
+        self.network = self.calculator
+        self.dispersion = _dispersion(options)
+        if self.dispersion is not None:
+            from equiformer2.inference.dispersion import DispersionCalculator
+
+            self.calculator = DispersionCalculator(self.network, self.dispersion, self.energy_kind)
 
     def record(self, structures: Sequence["Atoms"] = ()) -> dict[str, Any]:
         """Describe the model for a record of `structures`: see `inference.record.model_record`."""
@@ -56,17 +70,29 @@ class ChosenModel:
         from equiformer2.inference.engines import calculator_identity
         from equiformer2.inference.record import model_record
 
-        if self.checkpoint is not None and isinstance(self.calculator, EquiformerV2Calculator):
-            record = model_record(self.calculator.predictor, self.checkpoint, structures)
-            return record if self.adapter is None else {**record, **adapter_record(self.adapter)}
-        identity = calculator_identity(self.calculator)
+        added = {} if self.dispersion is None else {"d3": self.dispersion.summary()}
+        if self.adapter is not None:
+            added |= adapter_record(self.adapter)
+        if self.checkpoint is not None and isinstance(self.network, EquiformerV2Calculator):
+            return {**model_record(self.network.predictor, self.checkpoint, structures), **added}
+        identity = calculator_identity(self.network)
         return {
             "checkpoint": None,
             "calculator": self.name,
             "class": identity["calculator"],
             "parameters": identity["parameters"],
             "energy_kind": self.energy_kind,
+            **added,
         }
+
+    @property
+    def provenance(self) -> Mapping[str, Any] | None:
+        """Provenance of the checkpoint, the first one's of a committee; None with `--calculator`."""
+        from equiformer2.inference import EquiformerV2Calculator
+
+        if not isinstance(self.network, EquiformerV2Calculator):
+            return None
+        return self.network.predictor.checkpoint.provenance
 
     def identity(self) -> dict[str, Any]:
         """Plain values that tell the model from others, for folders that go on with their relaxations."""
@@ -74,16 +100,19 @@ class ChosenModel:
         from equiformer2.inference import EquiformerV2Calculator
         from equiformer2.inference.engines import calculator_identity
 
-        if not isinstance(self.calculator, EquiformerV2Calculator) or self.checkpoint is None:
-            return {**calculator_identity(self.calculator), "energy_kind": self.energy_kind}
-        predictor = self.calculator.predictor
+        kind: dict[str, Any] = {"energy_kind": self.energy_kind}
+        if self.dispersion is not None:
+            kind |= {"d3": self.dispersion.summary()}
+        if not isinstance(self.network, EquiformerV2Calculator) or self.checkpoint is None:
+            return {**calculator_identity(self.network), **kind}
+        predictor = self.network.predictor
         adapter = {} if self.adapter is None else {"adapter": sha256(self.adapter)}
         return {
             **adapter,
             "checkpoint": only_one([sha256(file) for file in self.files]),
             "weights": predictor.checkpoint.weights,
             "precision": predictor.precision,
-            "energy_kind": self.energy_kind,
+            **kind,
         }
 
 
@@ -92,11 +121,24 @@ def network_calculator(
     checkpoint: Any,
     router: Any = None,
     weights: str | None = None,
+    twin: bool = False,
     adapter: str | None = None,
 ) -> "EquiformerV2Calculator":
-    """Calculator of a checkpoint, or of a committee's, on the device and in the precision of the options."""
-    from equiformer2.inference import EquiformerV2Calculator
+    """Calculator of a checkpoint, or of a committee's, on the device and in the precision of the options.
 
+    With `twin` the last file of the committee is computed in bfloat16.
+    """
+    from equiformer2.inference import EquiformerV2Calculator, Predictor
+
+    if twin:
+        *others, last = checkpoint
+        common = options.device, weights, options.energy_kind
+        precisions = [*([options.precision] * len(others)), "bf16"]
+        checkpoint = [
+            Predictor(file, *common, precision, options.backend, adapter=adapter)
+            for file, precision in zip([*others, last], precisions, strict=True)
+        ]
+        adapter = None
     return EquiformerV2Calculator(
         checkpoint,
         device=options.device,
@@ -114,3 +156,11 @@ def adapter_record(path: str) -> dict[str, str]:
     from equiformer2.checkpoint.tensor_files import sha256
 
     return {"adapter": path, "adapter_sha256": sha256(path)}
+
+
+def _dispersion(options: argparse.Namespace) -> "Dispersion | None":
+    """D3 of `--d3`, for a command that has it."""
+    from equiformer2.inference.dispersion import Dispersion
+
+    text = getattr(options, "d3", None)
+    return None if text is None else Dispersion.read(text)

@@ -18,11 +18,13 @@ class Result:
         status: exit status of the process: 0, or 3 for a result that has not converged or misses a limit.
         checkpoint: path of the checkpoint behind the result, or the paths of a committee; the SHA-256 is
             printed with `--json`.
+        whole: the record is all that `--json` prints, without these keys.
     """
 
     record: Mapping[str, Any] = field(default_factory=dict)
     status: int = 0
     checkpoint: str | Sequence[str] | None = None
+    whole: bool = False
 
 
 class Parser(argparse.ArgumentParser):

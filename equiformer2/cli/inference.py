@@ -12,15 +12,18 @@ from equiformer2.cli.options import (
     NETWORK_ONLY,
     add_adapter_argument,
     add_batch_arguments,
+    add_dispersion_argument,
     add_draft_argument,
     add_model_arguments,
     add_overwrite_argument,
     add_relaxation_arguments,
     add_router_argument,
     add_spread_argument,
+    add_twin_argument,
     only_one,
     parse_checked,
 )
+from equiformer2.errors import InputError
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -320,6 +323,8 @@ class Relax(Command):
         parser.add_argument("--structure", metavar="FILE", help="structure file, in place of FILE")
         add_model_arguments(parser, committee=True, calculator=True)
         add_adapter_argument(parser)
+        add_dispersion_argument(parser)
+        add_twin_argument(parser)
         add_draft_argument(parser)
         add_spread_argument(parser)
         add_router_argument(parser)
@@ -380,6 +385,11 @@ class Relax(Command):
         structure = read_structure(file, options.index)
         router = relaxation_router(options.router, options.replan_every)
         chosen = ChosenModel(options, router)
+        if chosen.dispersion is not None and chosen.energy_kind == "adsorption":
+            raise InputError(
+                "D3 of a whole structure added to an adsorption energy means nothing: use `adsorption "
+                "energy` or `adsorption search`, which subtract that of slab and gases"
+            )
         draft_calculator = None if options.draft is None else network_calculator(options, options.draft)
         inputs = [file, *chosen.files, *filter(None, [options.adapter, options.router, options.draft])]
         folder = claim_folder(options.out, RELAXATION_RECORD, options.overwrite, inputs, RUN_FILES)
@@ -400,6 +410,8 @@ class Relax(Command):
         if router is not None:
             model["router"] = options.router
             model["replan_every"] = router.replan_every if isinstance(router, FrozenPlan) else None
+        if chosen.dispersion is not None:  # part of the energy
+            model["d3"] |= {"energy_eV": chosen.dispersion.energy(result.atoms)}
         drafted = None if options.draft is None else draft_record(options.draft, draft)
         write_relaxation_record(folder, structure, result, model, drafted)
         self._report(folder, chosen, structure, result, draft)

@@ -23,10 +23,13 @@ COMMANDS = {
     "adsorption energy": "adsorption:AdsorptionEnergy",
     "adsorption search": "adsorption_search:AdsorptionSearch",
     "adsorption verify": "adsorption_search:AdsorptionVerify",
-    "adsorption collect": "adsorption_search:AdsorptionCollect",
-    "adsorption free-energy": "adsorption_search:AdsorptionFreeEnergy",
-    "adsorption diagram": "adsorption_search:AdsorptionDiagram",
-    "adsorption neb": "adsorption_search:AdsorptionNeb",
+    "adsorption ask": "adsorption_dft:AdsorptionAsk",
+    "adsorption collect": "adsorption_dft:AdsorptionCollect",
+    "adsorption free-energy": "adsorption_thermo:AdsorptionFreeEnergy",
+    "adsorption diagram": "adsorption_thermo:AdsorptionDiagram",
+    "adsorption volcano": "adsorption_thermo:AdsorptionVolcano",
+    "adsorption neb": "adsorption_dft:AdsorptionNeb",
+    "adsorption benchmark": "adsorption_benchmark:AdsorptionBenchmark",
     "adsorption coverage": "coverage:AdsorptionCoverage",
     "adsorption slab": "slab:BuildSlab",
     "relax-is2re": "inference:RelaxIs2re",
@@ -158,7 +161,7 @@ def _run(arguments: list[str]) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         result = command.run(options)
     document = dict(result.record)
-    if "schema" not in document:
+    if "schema" not in document and not result.whole:
         document = {**header(f"{words.replace(' ', '-')}/1", result.checkpoint), **document}
     print(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False, default=str))
     return result.status

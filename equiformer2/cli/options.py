@@ -26,13 +26,8 @@ def checkpoint_file(text: str) -> str:
 NETWORK_ONLY = tuple(
     (option, "--calculator")
     for option in (
-        "--adapter",
-        "--weights",
-        "--device",
-        "--precision",
-        "--backend",
-        "--router",
-        "--stop-at-spread",
+        *("--adapter", "--weights", "--device", "--precision", "--backend", "--router"),
+        *("--stop-at-spread", "--twin-bf16"),
     )
 )
 """Options that mean nothing with `--calculator`, for `parse_checked`."""
@@ -87,6 +82,17 @@ def add_checkpoint_arguments(
         )
 
 
+def add_twin_argument(parser: Options) -> None:
+    """Add `--twin-bf16`, of a committee."""
+    parser.add_argument(
+        "--twin-bf16",
+        action="store_true",
+        help="let the first checkpoint vote a second time, in bfloat16: with it, and with its pruned copy, a "
+        "committee without further training, whose spread tells of rounding and pruning, not of what all of "
+        "them have wrong",
+    )
+
+
 def add_spread_argument(parser: Options) -> None:
     """Add `--stop-at-spread`, of a relaxation with a committee."""
     parser.add_argument(
@@ -135,6 +141,16 @@ def add_model_arguments(
         default="auto",
         choices=("auto", "torch", "cpp", "compile", "triton"),
         help="implementation of the hot operations (default: %(default)s)",
+    )
+
+
+def add_dispersion_argument(parser: Options) -> None:
+    """Add `--d3`, of relaxations and adsorption energies."""
+    parser.add_argument(
+        "--d3",
+        metavar="FUNCTIONAL[/DAMPING]",
+        help="add DFT-D3 dispersion with the parameters of a functional, that of the model's labels: rpbe "
+        "for OC20's, pbe, pbe/d3zero, … (damping: d3bj unless given); needs the extra d3",
     )
 
 

@@ -92,7 +92,9 @@ def run_demo(root: AnyPath, out: AnyPath, plan: DemoPlan) -> Path:
     name = RELAXED_SYSTEMS[0]
     shown = next(item for item in relaxed if item.system == name and item.network == TUNED)
     folder = out / "relaxations" / name
-    write_adsorption_record(folder, shown.result, model_record(Predictor(tuned_file), tuned_file))
+    predictor = Predictor(tuned_file)
+    record = model_record(predictor, tuned_file)
+    write_adsorption_record(folder, shown.result, record, predictor.checkpoint.provenance)
     print(adsorption_report(shown.result))
     print(f"DFT's own relaxation ends at {shown.dft:.3f} eV.", flush=True)
     parity = draw_figures(out / "figures", {"fine-tuned": tuned.result, "pruned": pruned.result})

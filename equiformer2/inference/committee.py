@@ -26,13 +26,16 @@ class Committee:
     """Networks trained alike, from other seeds or on other halves of the data, that predict together.
 
     It has the methods of a `Predictor` that a calculator needs. `checkpoint` is that of the first member. A
-    small spread is no proof of a small error: members that were trained on the same data err together.
+    small spread is no proof of a small error: members that were trained on the same data err together. Twins
+    of one network (pruned, or in bfloat16) err together most of all: they tell how far rounding and pruning
+    move an answer, not how far it is from DFT.
 
     Args:
         members: at least two, with one kind of energy, one cutoff radius, and forces in all or in none.
 
     Attributes:
         members: see there.
+        precision: of all members, or a list with that of each.
         energy_kind: `"adsorption"` or `"total"`.
         checkpoint: of the first member.
 
@@ -46,7 +49,9 @@ class Committee:
         self.members = list(members)
         first = self.members[0]
         self.checkpoint, self.energy_kind, self.device = first.checkpoint, first.energy_kind, first.device
-        self.precision, self.router = first.precision, None
+        precisions = [member.precision for member in self.members]
+        self.precision: str | list[str] = precisions if len(set(precisions)) > 1 else precisions[0]
+        self.router = None
         for name, values in (
             ("kinds of energy", [member.energy_kind for member in members]),
             ("cutoff radii (Å)", [member.checkpoint.config.max_radius for member in members]),
@@ -59,10 +64,10 @@ class Committee:
                 )
         for number, member in enumerate(self.members):
             for other, earlier in enumerate(self.members[:number]):
-                if _same_weights(member, earlier):
+                if member.precision == earlier.precision and _same_weights(member, earlier):
                     raise InputError(
                         f"checkpoints {other + 1} and {number + 1} of the committee hold the same weights, "
-                        "whose spread would say nothing: give networks of other seeds"
+                        "whose spread would say nothing: give networks of other seeds, or another precision"
                     )
 
     @property

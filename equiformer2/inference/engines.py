@@ -184,7 +184,8 @@ def open_engine(model: Engineable) -> Engine:
     if isinstance(model, EquiformerV2Calculator) and model.predictor.router is None:
         return NetworkEngine(model.predictor)
     if isinstance(model, BaseCalculator):
-        return CalculatorEngine(model)
+        # A calculator that adds to a network knows how to keep its batches.
+        return model.as_engine() if hasattr(model, "as_engine") else CalculatorEngine(model)
     if isinstance(model, Committee):
         return NetworkEngine(model)
     try:

@@ -186,29 +186,61 @@ def relax_draft_and_verify(
     """
     settings = settings or RelaxationSettings()
     waiting: dict[str, Atoms] = {}
-    drafts: dict[str, Relaxation] = {}
 
     def remembered() -> Iterator[tuple[str, Atoms]]:
         for name, atoms in starts:
             waiting[name] = atoms
             yield name, atoms
 
-    def drafted() -> Iterator[tuple[str, Atoms]]:
-        ends = dataclasses.replace(settings, frames="ends", stop_at_spread=None)
-        sizes = {"batch_size": batch_size, "max_atoms": max_atoms}
-        for draft in relax_starts(remembered(), draft_engine, ends, **sizes):  # type: ignore[arg-type]
-            start = waiting.pop(draft.id)
-            drafts[draft.id] = draft
+    drafts = relax_starts(
+        remembered(), draft_engine, draft_settings(settings), batch_size=batch_size, max_atoms=max_atoms
+    )
+    paired = ((waiting.pop(draft.id), draft) for draft in drafts)
+    yield from finish_drafts(paired, engine, settings, batch_size=batch_size, max_atoms=max_atoms)
+
+
+def draft_settings(settings: RelaxationSettings) -> RelaxationSettings:
+    """Settings of the drafts of relaxations with these settings."""
+    return dataclasses.replace(settings, frames="ends", stop_at_spread=None)
+
+
+def finish_drafts(
+    drafts: Iterable[tuple[Atoms, Relaxation]],
+    engine: Engine,
+    settings: RelaxationSettings,
+    *,
+    batch_size: int | str = "auto",
+    max_atoms: int | None = None,
+) -> Iterator[Relaxation]:
+    """Relax from the ends of drafts with the full model; from the start where the draft failed.
+
+    Args:
+        drafts: (start, draft of it), each name once; read as places become free.
+        engine: the full model.
+        settings: of its relaxations.
+        batch_size, max_atoms: as in `relax_many`.
+
+    Yields:
+        Results as those of `relax_draft_and_verify`.
+
+    Raises:
+        InputError: as `relax_many`.
+    """
+    known: dict[str, Relaxation] = {}
+
+    def moved() -> Iterator[tuple[str, Atoms]]:
+        for start, draft in drafts:
+            known[draft.id] = draft
             if draft.status == "failed":
                 logger.warning(f"the draft of {draft.id} failed ({draft.reason}): it is left out")
                 yield draft.id, start
                 continue
-            moved = start.copy()
-            moved.set_positions(draft.atoms.positions, apply_constraint=False)
-            yield draft.id, moved
+            atoms = start.copy()
+            atoms.set_positions(draft.atoms.positions, apply_constraint=False)
+            yield draft.id, atoms
 
-    for result in relax_starts(drafted(), engine, settings, batch_size=batch_size, max_atoms=max_atoms):
-        draft = drafts.pop(result.id)
+    for result in relax_starts(moved(), engine, settings, batch_size=batch_size, max_atoms=max_atoms):
+        draft = known.pop(result.id)
         result.draft_evaluations = draft.model_evaluations
         if draft.status != "failed":
             result.start_energy_eV = None

@@ -34,7 +34,7 @@ def calculator_by_name(name: str) -> BaseCalculator:
     if ":" in name:
         factory = _imported(name)
     else:
-        known = sorted(ase_calculators.names)
+        known = calculator_names()
         if name.lower() not in known:
             raise InputError(
                 f"there is no calculator {name!r}: give one of ASE's ({', '.join(known)}), or module:factory"
@@ -56,6 +56,11 @@ def calculator_by_name(name: str) -> BaseCalculator:
     if "forces" not in calculator.implemented_properties:
         raise InputError(f"the calculator {name} gives no forces, so it cannot relax a structure")
     return calculator
+
+
+def calculator_names() -> list[str]:
+    """Names of ASE's calculators, in small letters."""
+    return sorted(ase_calculators.names)
 
 
 def resolve_energy_kind(

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from equiformer2.checkpoint.training_data import validation_errors
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, write_bytes, write_json
 from equiformer2.inference.atoms import fixed_mask, partial_constraints
-from equiformer2.inference.committee import Committee
+from equiformer2.inference.committee import Committee, open_model
 from equiformer2.inference.extras import extras, simple_info
 from equiformer2.inference.familiarity import combined
 from equiformer2.inference.meaning import warning_for
@@ -27,6 +27,7 @@ from equiformer2.inference.pictures import relaxation_picture, structure_picture
 from equiformer2.inference.predictor import Predictor
 from equiformer2.inference.relaxation import DRAFT_TRAJECTORY, WRITER, RelaxationResult
 from equiformer2.script import header
+from equiformer2.shipped import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +165,7 @@ def model_record(
     record: dict[str, Any] = {
         "checkpoint": str(path) if isinstance(path, str | Path) else [str(one) for one in path],
         "weights": predictor.checkpoint.weights,
+        "precision": predictor.precision,
         "energy_kind": predictor.energy_kind,
         "source_format": predictor.checkpoint.source_format,
         "unseen_elements": predictor.unseen_elements,
@@ -172,6 +174,31 @@ def model_record(
     if structures:
         record["familiarity"] = combined(predictor.judge(list(structures))).record()
     return record
+
+
+def recorded_model(record: Mapping[str, Any]) -> Predictor | Committee:
+    """Open the network, or the committee, that `model_record` describes, on the CPU.
+
+    Raises:
+        InputError: it names no checkpoint, or one that is missing or cannot be used.
+    """
+    files = record.get("checkpoint")
+    if not files:
+        raise InputError("the record names no checkpoint: give the model again")
+    if isinstance(files, str):
+        files = [files]
+    precisions = record.get("precision") or "float32"
+    if isinstance(precisions, str):
+        precisions = [precisions] * len(files)
+    # The members of a committee may hold other kinds of weights; only those of the first are recorded.
+    weights = record.get("weights") if len(files) == 1 else None
+    kind = record.get("energy_kind")
+    return open_model(
+        [
+            Predictor(find_checkpoint(str(file)), weights=weights, energy_kind=kind, precision=str(precision))
+            for file, precision in zip(files, precisions, strict=True)
+        ]
+    )
 
 
 def draft_record(path: AnyPath, draft: RelaxationResult | None) -> dict[str, Any]:

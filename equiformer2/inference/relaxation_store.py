@@ -4,7 +4,8 @@
     relaxed.jsonl             one line for every finished relaxation, in the order in which they finished
     trajectories/ID.traj      its frames (ASE)
 
-No relaxation that has a line is done again. What was under way when a run was stopped starts again.
+No relaxation that has a line is done again. What was under way when a run was stopped starts again. The draft
+of a relaxation has a line of its own, `ID.draft`.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from equiformer2.inference.atoms import fixed_mask
 from equiformer2.inference.batched import RelaxationSettings
 from equiformer2.inference.engines import Engine
 from equiformer2.inference.extras import plain
-from equiformer2.inference.many import Relaxation, relax_draft_and_verify, relax_starts
+from equiformer2.inference.many import Relaxation, draft_settings, finish_drafts, relax_starts
 from equiformer2.inference.relaxation_log import RelaxationLog, Row, is_plain_name
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 _NOT_KEPT = ("id", "atoms", "trajectory", "frames")
 _KEPT = tuple(one.name for one in dataclasses.fields(Relaxation) if one.name not in _NOT_KEPT)
 """Attributes of a result that its line holds under their names."""
+DRAFT = ".draft"
+"""Ending of the name of a draft."""
 _GRID, _OFF_GRID = 1e-3, 1.2345678e-4
 """Å: starts whose atoms are nearer than this are the same; positions by construction lie on no edge."""
 
@@ -93,7 +96,8 @@ class RelaxationStore:
             engine: the model, see `equiformer2.inference.engines.open_engine`.
             settings: of the relaxations.
             batch_size, max_atoms: as in `relax_many`.
-            draft: a cheaper model that moves every start first, see `relax_draft_and_verify`.
+            draft: a cheaper model that moves every start first, see `relax_draft_and_verify`; what it does
+                is kept, too.
 
         Raises:
             InputError: two starts of one name, a name that no file can have, a name under which another start
@@ -115,11 +119,44 @@ class RelaxationStore:
         if draft is None:
             found = relax_starts(missing, engine, settings, batch_size=batch_size, max_atoms=max_atoms)
         else:
-            found = relax_draft_and_verify(
-                missing, draft, engine, settings, batch_size=batch_size, max_atoms=max_atoms
+            given = dict(missing)
+            drafts = self.relax(
+                [(f"{name}{DRAFT}", atoms) for name, atoms in missing],
+                draft,
+                draft_settings(settings),
+                batch_size,
+                max_atoms=max_atoms,
             )
+            names = ((one.id.removesuffix(DRAFT), one) for one in drafts)
+            paired = ((given[name], dataclasses.replace(one, id=name)) for name, one in names)
+            found = finish_drafts(paired, engine, settings, batch_size=batch_size, max_atoms=max_atoms)
         for result in found:
             yield self._keep(result, sums[result.id])
+
+    def check(
+        self, starts: Iterable[tuple[str, Atoms]], settings: RelaxationSettings, drafted: bool = False
+    ) -> None:
+        """Raise `InputError` where `relax` would for a name under which something else was relaxed."""
+        for name, atoms in starts:
+            if name in self._rows:
+                self._check_same(name, _fingerprint(atoms, settings, drafted))
+
+    def adopt(self, result: Relaxation, start: Atoms, settings: RelaxationSettings) -> None:
+        """Keep a relaxation that was done elsewhere, as one that took no call of the model here.
+
+        Its trajectory here has the last frame alone. A name that has a line already stays as it is.
+
+        Args:
+            result: the relaxation, with a structure.
+            start: structure that it began with.
+            settings: of the relaxation.
+        """
+        if result.id not in self._rows:
+            copy = dataclasses.replace(
+                result, model_evaluations=0, draft_evaluations=0, frames=[result.atoms.copy()]
+            )
+            copy.frames[0].calc = result.atoms.calc
+            self._keep(copy, _fingerprint(start, settings, False))
 
     def _keep(self, result: Relaxation, start: str) -> Relaxation:
         """Write the trajectory of a result, and then its line."""

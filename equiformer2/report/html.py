@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Iterable, Sequence
 
 _STYLE = """
@@ -9,12 +10,15 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
   padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } img { max-width: 100%; }
+th:first-child, td:first-child, .text { text-align: left; } img { max-width: 100%; }
 .best { font-weight: bold; } .dim { color: #777; }
 .wide { overflow-x: auto; } .wide td { white-space: nowrap; }
 .note { background: #f5f5f0; padding: .6rem 1rem; border-left: 4px solid #999; }
-.viewer { position: relative; width: 100%; height: 26rem; border: 1px solid #ddd; }
+.buttons { margin: .5rem 0; } button.shown { font-weight: bold; }
+.viewer { position: relative; width: 100%; height: 26rem; outline: 1px solid #ddd; }
 """
+_NUMBER = re.compile(r"[-+−–]?\.?\d|[-–—]?$")
+"""Begin of a cell that is a number, or empty."""
 
 
 def page(title: str, parts: Iterable[str]) -> str:
@@ -39,11 +43,20 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], bold: int | None = None) -> str:
-    """Format a table of plain text; the row `bold` is set in bold type."""
-    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
+    """Format a table of plain text, numbers to the right; the row `bold` is set in bold type."""
+    rows = [list(row) for row in rows]
+    texts = [any(not _NUMBER.match(row[place]) for row in rows) for place in range(len(head))]
+
+    def line(cells: Sequence[str], tag: str, kind: str = "") -> str:
+        styles = (" class='text'" if text else "" for text in texts)
+        inner = (
+            f"<{tag}{style}>{html.escape(cell)}</{tag}>" for cell, style in zip(cells, styles, strict=True)
+        )
+        return f"<tr{kind}>{''.join(inner)}</tr>"
+
+    lines = [line(head, "th")]
     for number, row in enumerate(rows):
-        kind = " class='best'" if number == bold else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+        lines.append(line(row, "td", " class='best'" if number == bold else ""))
     return f"<div class='wide'><table>{''.join(lines)}</table></div>"
 
 

@@ -14,7 +14,10 @@ function showStructures(name, models) {
     instead.hidden = false;
     return;
   }
+  let turned = false; // what the reader has turned stays so when another structure is shown
+  let shown = 0;
   const show = (number) => {
+    shown = number;
     const model = models[number];
     viewer.removeAllModels();
     viewer.removeAllShapes();
@@ -24,12 +27,30 @@ function showStructures(name, models) {
     model.edges.forEach((e) => viewer.addLine({
       start: { x: e[0], y: e[1], z: e[2] }, end: { x: e[3], y: e[4], z: e[5] }, color: "gray",
     }));
-    viewer.setView([0, 0, 0, 0, 0, 0, 0, 1]);
-    viewer.rotate(-75, "x");
-    viewer.zoomTo();
+    if (!turned) {
+      viewer.setView([0, 0, 0, 0, 0, 0, 0, 1]);
+      viewer.rotate(-75, "x");
+      viewer.zoomTo();
+      turned = true;
+    }
     viewer.render();
+    buttons.forEach((button) => button.classList.toggle("shown", button.dataset.model === String(number)));
   };
-  document.querySelectorAll("#" + name + "-buttons button").forEach((button) =>
-    button.addEventListener("click", () => show(Number(button.dataset.model))));
+  const buttons = document.querySelectorAll("#" + name + "-buttons button");
+  let timer = null;
+  const stop = () => { clearInterval(timer); timer = null; };
+  buttons.forEach((button) => button.addEventListener("click", () => {
+    const playing = timer !== null;
+    stop();
+    if (button.dataset.model !== undefined) {
+      show(Number(button.dataset.model));
+    } else if (!playing) { // there and back
+      let step = 1;
+      timer = setInterval(() => {
+        if (shown + step < 0 || shown + step >= models.length) step = -step;
+        show(shown + step);
+      }, 350);
+    }
+  }));
   show(0);
 }

@@ -32,13 +32,16 @@ def viewer_script() -> str:
     )
 
 
-def structure_viewer(name: str, structures: Mapping[str, Atoms], fallback: str = "") -> str:
+def structure_viewer(
+    name: str, structures: Mapping[str, Atoms], fallback: str = "", play: bool = False
+) -> str:
     """Make an element that shows structures, with a button for each.
 
     Args:
         name: of the element, unique in the page; letters, digits and `-`.
         structures: caption -> structure; the first is shown at the start. Fixed atoms are darker.
         fallback: HTML that is shown where the browser cannot draw in three dimensions, such as a picture.
+        play: add a button that shows the structures one after the other, there and back.
 
     Raises:
         ValueError: `name` has other characters, or there is no structure.
@@ -49,9 +52,11 @@ def structure_viewer(name: str, structures: Mapping[str, Atoms], fallback: str =
         f"<button type='button' data-model='{number}'>{html.escape(caption)}</button> "
         for number, caption in enumerate(structures)
     )
+    if play and len(structures) > 1:
+        buttons += "<button type='button'>play / stop</button>"
     data = json.dumps([_model(atoms) for atoms in structures.values()]).replace("<", r"\u003c")
     return (
-        f"<div id='{name}-buttons'>{buttons}</div><div class='viewer' id='{name}'></div>"
+        f"<div class='buttons' id='{name}-buttons'>{buttons}</div><div class='viewer' id='{name}'></div>"
         f"<div id='{name}-fallback' hidden>{fallback}</div>"
         f"<script>showStructures('{name}', {data});</script>"
     )

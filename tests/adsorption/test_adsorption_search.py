@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.calculators.emt import EMT
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 from ase.optimize import LBFGS
 from test_basins import slab, with_adsorbate
 
 from equiformer2.adsorption.cards import label_physics, verify_card
-from equiformer2.adsorption.collect import collect, read_dft_result
-from equiformer2.adsorption.dft_inputs import Candidate, k_points, write_dft_inputs
+from equiformer2.adsorption.find import find_adsorption_energy
+from equiformer2.adsorption.finished_search import FinishedSearch
 from equiformer2.adsorption.search import SearchResult, SearchSettings, search_placements
-from equiformer2.adsorption.search_output import write_search
+from equiformer2.adsorption.search_output import search_record, write_search
 from equiformer2.adsorption.slabs import find_slab
 from equiformer2.errors import InputError
 
 QUICK = SearchSettings(fmax=0.1, steps=60)
+SETTINGS = {"mode": "heuristic", "placements": 8, "seed": 3, "fmax_eV_A": 0.05, "steps": 60, "stop": True}
 SITES = ("ontop", "fcc", "hcp", "bridge")
 
 
@@ -56,7 +56,7 @@ class Counting(EMT):
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SearchResult]:
     folder = tmp_path_factory.mktemp("search") / "o"
     result = search_placements(base(), placed(), EMT(), folder, QUICK)
-    settings = {"mode": "heuristic", "placements": 8, "seed": 3, "fmax_eV_A": 0.05, "steps": 60, "stop": True}
+    settings = dict(SETTINGS)
     settings["slab"] = find_slab(base()).report.summary() | {"miller": [1, 1, 1]}
     write_search(folder, result, {"calculator": "emt", "checkpoint": None}, settings)
     return folder, result
@@ -107,7 +107,7 @@ def test_files_hold_the_keys_of_the_contract(finished: tuple[Path, SearchResult]
     assert best.get_potential_energy() == pytest.approx(result.best.relaxation.energy_eV)
     basins = json.loads((folder / "basins.json").read_text())
     assert sum(basin["multiplicity"] for basin in basins["basins"]) == 8
-    assert len(list((folder / "trajectories").glob("*.traj"))) == 5
+    assert len(list((folder / "trajectories").glob("*.traj"))) == 6  # clean slab, 4 placements, one check
     page = (folder / "report.html").read_text()
     assert "showStructures" in page
     assert f"{result.energy:.3f} eV" in page
@@ -162,11 +162,146 @@ def test_placements_with_an_anomaly_do_not_count(tmp_path: Path) -> None:
     assert [one.status for one in result.found] == ["anomalous", "converged"]
     assert result.best.id == "near"
     assert result.found[0].basin is None
-    with pytest.raises(
-        InputError,
-        match=r"no placement has relaxed .*: 1 have an anomaly \(1 desorbed\)",
-    ):
-        search_placements(base(), [("far", far)], EMT(), tmp_path / "t", QUICK)
+
+
+def test_a_search_without_a_result_keeps_its_record(tmp_path: Path) -> None:
+    far = with_adsorbate(base(), "CO", "fcc")
+    far.positions[-2:, 2] += 3.5
+    result = search_placements(base(), [("far", far)], EMT(), tmp_path / "s", QUICK)
+    assert (result.best, result.energy) == (None, None)
+    record = write_search(tmp_path / "s", result, {"calculator": "emt", "checkpoint": None}, {})
+    assert record == json.loads((tmp_path / "s" / "search.json").read_text())
+    assert (record["best"], record["adsorption_energy_eV"], record["converged"]) == (None, None, False)
+    assert "1 have an anomaly (1 desorbed)" in record["reason"]
+    assert [row["status"] for row in record["placements"]] == ["anomalous"]
+    assert not (tmp_path / "s" / "card.json").exists()
+    with pytest.raises(InputError, match=r"has found no energy: .* 1 have an anomaly"):
+        FinishedSearch.read(tmp_path / "s")
+
+
+class Cheap(EMT):
+    """EMT with forces that are off by a factor, and energies of another scale; it fails for one structure."""
+
+    calls = 0
+
+    def calculate(self, *arguments: object, **more: object) -> None:
+        type(self).calls += 1
+        super().calculate(*arguments, **more)
+        if arguments and "H" in arguments[0].symbols:
+            raise ValueError("no such element")
+        self.results["energy"] += 100.0
+        self.results["forces"] = 0.8 * self.results["forces"]
+
+
+def test_a_draft_saves_calls_and_the_minimum_is_the_full_model_s(
+    finished: tuple[Path, SearchResult], tmp_path: Path
+) -> None:
+    alone = finished[1]
+    starts = placed()[::2]
+    result = search_placements(base(), starts, EMT(), tmp_path / "s", QUICK, draft=Cheap())
+    assert result.energy == pytest.approx(alone.energy, abs=5e-3)
+    assert result.best.start_energy == pytest.approx(alone.best.start_energy, abs=1e-6)
+    for one, other in zip(result.found, alone.found[::2], strict=True):
+        assert one.relaxation.max_force_eV_A < QUICK.fmax
+        assert one.own.model_evaluations < other.own.model_evaluations
+    record = write_search(
+        tmp_path / "s", result, {"calculator": "emt", "checkpoint": None}, SETTINGS, draft={"calculator": "x"}
+    )
+    assert record["draft"] == {
+        **{"calculator": "x", "evaluations": result.draft_evaluations, "placements": 4, "failed": 0}
+    }
+    rows = [json.loads(line) for line in (tmp_path / "s" / "relaxed.jsonl").read_text().splitlines()]
+    drafts = [row for row in rows if row["id"].endswith(".draft")]
+    assert result.draft_evaluations == sum(row["model_evaluations"] for row in drafts)
+    assert result.model_evaluations == sum(row["model_evaluations"] for row in rows if row not in drafts)
+    calls = Cheap.calls
+    again = search_placements(base(), starts, EMT(), tmp_path / "s", QUICK, draft=Cheap())
+    assert Cheap.calls == calls
+    assert (again.energy, again.draft_evaluations) == (result.energy, result.draft_evaluations)
+    for other_draft in (None, EMT()):
+        with pytest.raises(InputError, match="draft"):
+            search_placements(base(), starts, EMT(), tmp_path / "s", QUICK, draft=other_draft)
+
+
+def test_finished_drafts_are_not_done_again(tmp_path: Path) -> None:
+    class Interrupted(EMT):
+        calls = 0
+
+        def calculate(self, *arguments: object, **more: object) -> None:
+            type(self).calls += 1
+            if type(self).calls == 30:
+                raise KeyboardInterrupt
+            super().calculate(*arguments, **more)
+
+    starts = placed()[::2]
+    with pytest.raises(KeyboardInterrupt):
+        search_placements(base(), starts, Interrupted(), tmp_path / "s", QUICK, draft=Cheap())
+    before = (tmp_path / "s" / "relaxed.jsonl").read_text()
+    assert ".draft" in before
+    search_placements(base(), starts, Interrupted(), tmp_path / "s", QUICK, draft=Cheap())
+    after = (tmp_path / "s" / "relaxed.jsonl").read_text()
+    assert after.startswith(before)
+    names = [json.loads(line)["id"] for line in after.splitlines()]
+    assert len(names) == len(set(names))
+
+
+def test_a_draft_that_fails_is_left_out(tmp_path: Path) -> None:
+    starts = [("h", with_adsorbate(base(), "H", "fcc"))]
+    result = search_placements(base(), starts, EMT(), tmp_path / "s", QUICK, draft=Cheap())
+    alone = search_placements(base(), starts, EMT(), tmp_path / "t", QUICK)
+    assert result.energy == pytest.approx(alone.energy, abs=1e-9)
+    assert result.best.start_energy == pytest.approx(alone.best.start_energy)
+    record = search_record(result, {}, {}, {})
+    assert (record["draft"]["placements"], record["draft"]["failed"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"forces": np.full((13, 3), np.nan)}, "non-finite energy or force"),
+        ({"energy": np.inf}, "non-finite energy or force"),
+        ({"forces": np.zeros((12, 3))}, "forces of the shape [12, 3]"),
+        ({"energy": np.zeros(2)}, "TypeError"),
+        ({"forces": None}, "shape"),
+    ],
+)
+def test_one_wrong_answer_of_a_calculator_fails_one_placement(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, wrong: dict[str, object], said: str
+) -> None:
+    class Wrong(EMT):
+        """Wrong about oxygen above z = 9 Å, which is that of one start."""
+
+        def calculate(self, *arguments: object, **more: object) -> None:
+            super().calculate(*arguments, **more)
+            if len(self.atoms) == 13 and self.atoms.positions[-1, 2] > HIGH:
+                self.results.update(wrong)
+
+    good, bad = with_adsorbate(base(), "O", "fcc"), with_adsorbate(base(), "O", "ontop")
+    bad.positions[-1, 2] += 2.0
+    HIGH = bad.positions[-1, 2] - 0.1
+    result = search_placements(
+        base(),
+        [("good", good), ("bad", bad)],
+        Wrong(),
+        tmp_path / "s",
+        SearchSettings(0.1, 60, gas_per_atom={"O": 4.6}),
+    )
+    assert [one.status for one in result.found] == ["converged", "failed"]
+    assert said in result.found[1].relaxation.reason
+    assert any("bad" in line and said in line for line in caplog.messages)
+    assert result.best.id == "good"
+
+
+def test_a_calculator_by_name(tmp_path: Path) -> None:
+    found = find_adsorption_energy(
+        base(), "*O", "emt", placements=1, steps=1, out=tmp_path / "s", draft="emt", check_minima=0
+    )
+    assert found.record["model"]["calculator"] == "ase.calculators.emt.EMT"
+    assert found.record["draft"]["calculator"] == "ase.calculators.emt.EMT"
+    with pytest.raises(InputError, match="no checkpoint emmt"):
+        find_adsorption_energy(base(), "*O", "emmt", placements=1)
+    with pytest.raises(InputError, match="cannot be imported"):
+        find_adsorption_energy(base(), "*O", "no_such_module:make", placements=1)
 
 
 def test_a_search_may_stop_early(tmp_path: Path) -> None:
@@ -226,89 +361,3 @@ def test_physics_that_labels_leave_out_is_said() -> None:
     assert "magnetic" not in " ".join(label_physics(Atoms("CuO", tags=[1, 2]), "adsorption", {}))
     stage = {"elements": {"Cu": 1}, "labels": ["SevenNet-0, not DFT"], "earlier": []}
     assert "SevenNet-0, not DFT" in label_physics(iron, "adsorption", {"training_data": stage})[0]
-
-
-def candidates() -> list[Candidate]:
-    return [
-        Candidate("a", with_adsorbate(base(), "O", "fcc"), -1.0),
-        Candidate("b", with_adsorbate(base(), "O", "ontop"), -0.5),
-        Candidate("c", with_adsorbate(base(), "O", "bridge"), -0.8),
-    ]
-
-
-def test_dft_input_has_oc20_s_settings(tmp_path: Path) -> None:
-    folders = write_dft_inputs(tmp_path, candidates()[:2], base())
-    assert [folder.name for folder in folders] == ["01", "02", "slab"]
-    assert "GGA = RP" in (tmp_path / "01/INCAR").read_text()
-    assert k_points(base()) == (8, 8, 1)  # 40 Å over 5.1 Å
-    assert "8 8 1" in (tmp_path / "01/KPOINTS").read_text()
-    poscar = read(tmp_path / "01/POSCAR")
-    order = json.loads((tmp_path / "01/candidate.json").read_text())["order"]
-    original = candidates()[0].atoms
-    assert np.allclose(poscar.positions, original.positions[order])
-    assert len(poscar.constraints[0].index) == 4
-    assert (tmp_path / "01/POTCAR.txt").read_text().strip().endswith(": Cu O")
-    espresso = read(tmp_path / "01/pw.in", format="espresso-in")
-    assert np.allclose(espresso.positions, original.positions)
-    assert len(espresso.constraints[0].index) == 4
-
-
-def dft_file(path: Path, atoms: Atoms, energy: float) -> Path:
-    """A relaxation of two steps, as a trajectory."""
-    frames = []
-    for step in range(2):
-        frame = atoms.copy()
-        frame.positions[-1, 2] += 0.05 * step
-        frame.calc = SinglePointCalculator(
-            frame, energy=energy + 0.1 * (1 - step), forces=np.zeros((len(frame), 3))
-        )
-        frames.append(frame)
-    write(path, frames)
-    return path
-
-
-def test_dft_results_are_read_back(tmp_path: Path) -> None:
-    a, b, c = candidates()
-    files = [
-        dft_file(tmp_path / "x.traj", b.atoms[::-1], -99.0),  # in another order of atoms
-        dft_file(tmp_path / "y.traj", a.atoms, -100.0),
-        dft_file(tmp_path / "slab.traj", base(), -95.0),
-    ]
-    results = [read_dft_result(file) for file in files]
-    found = collect([a, b, c], base(), results)
-    assert [row["id"] for row in found["ranking"]] == ["a", "b"]
-    assert [row["dft_eV"] for row in found["ranking"]] == [-100.0, -99.0]
-    assert (found["dft_energy"], found["top1_held"], found["spearman"]) == ("total", True, pytest.approx(1.0))
-    assert found["correction_eV"] == pytest.approx(-98.75)
-    assert collect([a, b, c], base(), results[:1])["top1_held"] is None
-    assert collect([a, b, c], base(), results[1:])["top1_held"] is None  # of one alone there is no order
-    found = collect([a, b, c], base(), results, {"O": -4.0}, ["O"])
-    assert found["dft_energy"] == "adsorption"
-    assert [row["dft_eV"] for row in found["ranking"]] == pytest.approx([-1.0, 0.0])
-    assert found["correction_eV"] == pytest.approx(0.25)
-
-
-def test_dft_results_of_something_else_are_refused(tmp_path: Path) -> None:
-    a, b, _ = candidates()
-    other = with_adsorbate(base(), "CO", "fcc")
-    moved = a.atoms.copy()
-    moved.positions[-1, 2] += 2.0
-    for atoms, message in (
-        (other, "its atoms or its cell are others"),
-        (moved, "Å from the nearest candidate"),
-    ):
-        result = read_dft_result(dft_file(tmp_path / "z.traj", atoms, -1.0))
-        with pytest.raises(InputError, match=message):
-            collect([a, b], base(), [result])
-    twice = [read_dft_result(dft_file(tmp_path / f"{n}.traj", a.atoms, -float(n))) for n in (1, 2)]
-    with pytest.raises(InputError, match=r"both of the candidate a, with energies that differ by 1.000 eV"):
-        collect([a, b], base(), twice)
-    slabs = [read_dft_result(dft_file(tmp_path / f"slab{n}.traj", base(), -float(n))) for n in (1, 2)]
-    with pytest.raises(InputError, match="both of the clean slab"):
-        collect([a, b], base(), [twice[0], *slabs])
-    slab_only = [read_dft_result(dft_file(tmp_path / "s.traj", base(), -1.0))]
-    with pytest.raises(InputError, match="no DFT result is of a candidate"):
-        collect([a, b], base(), slab_only)
-    (tmp_path / "OUTCAR").write_text("nothing")
-    with pytest.raises(InputError, match="gives no DFT energy"):
-        read_dft_result(tmp_path / "OUTCAR")

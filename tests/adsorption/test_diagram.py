@@ -1,11 +1,17 @@
 """Free-energy diagrams: balanced steps, limiting potentials, folders that do not belong together."""
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from ase import Atoms
 
-from equiformer2.adsorption.diagram import diagram, diagram_picture, read_states
+from equiformer2.adsorption.diagram import GAS_STATES, diagram, diagram_picture, gas_state, read_states
+from equiformer2.adsorption.free_energy import Reaction
+from equiformer2.adsorption.gases import co2_reduction
 from equiformer2.errors import InputError
 
 
@@ -13,7 +19,7 @@ def folder(path: Path, adsorbate: str, energy: float, electrons: float, **change
     path.mkdir()
     settings = {"slab": "a", "model": "emt", "adsorbate": adsorbate}
     found = {"free_energy_eV": energy, "electrons": electrons, "reaction": "", "temperature_K": 300.0}
-    found["potential_against_rhe_V"] = 0.0
+    found |= {"potential_against_rhe_V": 0.0, "gases": {}, "pressures_bar": {}}
     (path / "search.json").write_text("{}")
     (path / "settings.json").write_text(
         json.dumps(settings | {k: v for k, v in changes.items() if k in settings})
@@ -48,9 +54,72 @@ def test_folders_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
         ("b", {"slab": "b"}, "another slab"),
         ("c", {"model": "x"}, "another model"),
         ("d", {"temperature_K": 400.0}, "another temperature"),
+        ("e", {"pressures_bar": {"CO": 0.1}}, "another pressures"),
     ):
         with pytest.raises(InputError, match=message):
             read_states([first, folder(tmp_path / name, "OH", 1.0, -1.0, **changes)])
     (first / "free_energy.json").unlink()
     with pytest.raises(InputError, match="adsorption free-energy"):
         read_states([first])
+
+
+def atoms_of(gases: dict[str, float], electrons: float) -> Counter[str]:
+    """Atoms of gases and of pairs of proton and electron."""
+    total: Counter[str] = Counter({"H": electrons})  # type: ignore[dict-item]
+    for name, number in gases.items():
+        for symbol, count in Counter(Atoms(name).get_chemical_symbols()).items():
+            total[symbol] += number * count  # type: ignore[assignment]
+    return Counter({symbol: count for symbol, count in total.items() if count})
+
+
+def state(adsorbate: str, energy: float = 0.0) -> dict[str, Any]:
+    reaction = Reaction.of(Atoms(adsorbate))
+    return {
+        "adsorbate": f"*{adsorbate}",
+        "free_energy_eV": energy,
+        "electrons": reaction.electrons,
+        "gases": reaction.gases,
+        "reaction": reaction.text(),
+    }
+
+
+def test_steps_between_carbon_and_nitrogen_are_balanced() -> None:
+    names = ["CO", "CHO", "N", "NH2", "CN", "CONH2", "OOH", "C2H5OH", "NO3"]
+    balanced = diagram([state(name, 0.1 * n) for n, name in enumerate(names)], 0.0)
+    for step in balanced["steps"]:
+        before, after = (Atoms(step[end].strip("*")).get_chemical_symbols() for end in ("from", "to"))
+        taken = Counter(after)
+        taken.subtract(Counter(before))
+        assert atoms_of(step["gases"], step["electrons"]) == Counter({s: n for s, n in taken.items() if n})
+
+
+@pytest.mark.parametrize("molecule", sorted(GAS_STATES))
+def test_gases_are_made_of_the_same_references(molecule: str) -> None:
+    found = gas_state(molecule, 298.15)
+    assert atoms_of(found["gases"], found["electrons"]) == Counter(Atoms(molecule).get_chemical_symbols())
+
+
+def test_oxygen_ends_at_four_times_the_potential_of_equilibrium() -> None:
+    ideal = [state("OH", 1.23), state("O", 2.46), state("OOH", 3.69), gas_state("O2", 298.15)]
+    balanced = diagram(ideal, 0.0, [0.0, 1.229])
+    assert balanced["states"][-1]["free_energy_eV"] == pytest.approx(4.916, abs=1e-3)
+    assert balanced["limiting_potential_V"] == pytest.approx(1.23, abs=2e-3)
+    assert balanced["at_potentials"][1]["free_energies_eV"] == pytest.approx([0.0] * 5, abs=5e-3)
+    reverse = diagram([*ideal[::-1], gas_state("H2O", 298.15)], 0.0, [1.229])
+    assert [one["adsorbate"] for one in reverse["states"]] == ["O2(g)", "*OOH", "*O", "*OH", "H2O(g)"]
+    assert {step["electrons"] for step in reverse["steps"]} == {1.0}
+    assert reverse["limiting_potential_V"] == pytest.approx(1.226, abs=2e-3)
+    assert reverse["limiting_step"] == "O2(g) -> *OOH"
+    assert diagram_picture(balanced, "OER")[:4] == b"\x89PNG"
+
+
+def test_carbon_dioxide_is_reduced_by_two_electrons() -> None:
+    ends = gas_state("CO2", 298.15, -0.5), gas_state("CO", 298.15, -0.5)
+    balanced = diagram([ends[0], state("COOH", 0.3), ends[1]], -0.5)
+    assert [step["electrons"] for step in balanced["steps"]] == [1.0, 1.0]
+    total = np.diff([row["free_energy_eV"] for row in balanced["states"]]).sum()
+    assert total == pytest.approx(co2_reduction(298.15) + 2 * -0.5)
+    with pytest.raises(InputError, match="no gas CH4"):
+        gas_state("CH4", 298.15)
+    with pytest.raises(InputError, match="no finite number"):
+        diagram([state("COOH")], 0.0, [float("nan")])

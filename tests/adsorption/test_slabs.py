@@ -66,7 +66,7 @@ def test_alloys_have_a_lattice_constant_of_their_elements() -> None:
         ("Cu fcc a=3.6 c=4", "c=4 has no meaning"),
         ("mp-30", "give the file that holds it with --bulks"),
         (fcc111("Pt", (1, 1, 3), vacuum=10), "without atoms along a lattice vector"),
-        (3, "a bulk cannot be made of int"),
+        (3, "the bulk cannot be made of int"),
     ],
 )
 def test_bulks_that_are_none(text: object, message: str) -> None:

@@ -11,6 +11,7 @@ from command_line import run_command
 
 from equiformer2.cli.adsorption_search import search_folders
 from equiformer2.errors import InputError
+from tests.training.tiny_checkpoint import write_tiny_checkpoint
 
 SEARCH = ["--calculator", "emt", "--slab", "Cu111", "--size", "2x2x3", "--fmax", "0.1", "--seed", "1"]
 
@@ -53,8 +54,7 @@ def test_a_search_is_one_document_with_json_and_is_not_done_twice(
 def test_several_adsorbates_share_the_slab(in_folder: Path) -> None:
     options = ["--adsorbate", "*O", "*H", "--placements", "2", "--out", "both", "--gas", "O=4.6,H=3.2"]
     assert run_command("adsorption search", *SEARCH, *options) == 0
-    lines = [(in_folder / "both" / name / "relaxed.jsonl").read_text() for name in ("O", "H")]
-    assert ["clean_slab" in text for text in lines] == [True, False]
+    assert [evaluations_of_the_slab(in_folder / "both" / name) > 0 for name in ("O", "H")] == [True, False]
     clean = [read(in_folder / "both" / name / "clean_slab.extxyz").positions for name in ("O", "H")]
     assert np.allclose(*clean)
     assert run_command("adsorption search", *SEARCH, *options) == 2  # finished
@@ -64,6 +64,97 @@ def test_several_adsorbates_share_the_slab(in_folder: Path) -> None:
     assert run_command("adsorption search", *SEARCH, *options) == 0  # stopped before the end, and continued
     after = [(in_folder / "both" / name / "relaxed.jsonl").read_text() for name in ("O", "H")]
     assert before == after
+    (in_folder / "both" / "searches.json").unlink()
+    options[1:3] = ["*N", "*H"]  # the slab is known from another adsorbate's folder
+    options[-1] = "N=4.0,H=3.2"
+    assert run_command("adsorption search", *SEARCH, *options) == 0
+    assert evaluations_of_the_slab(in_folder / "both" / "N") == 0
+
+
+def evaluations_of_the_slab(folder: Path) -> int:
+    """Calls of the model for the clean slab, in this folder."""
+    rows = [json.loads(line) for line in (folder / "relaxed.jsonl").read_text().splitlines()]
+    (row,) = (row for row in rows if row["id"] == "clean_slab")
+    return int(row["model_evaluations"])
+
+
+def test_one_search_of_several_fails_and_the_others_are_done(
+    in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--placements", "1", "--out", "several", "--check-minima", "0"]
+    adsorbates = ["--adsorbate", "*H", "*O"]
+    assert run_command("adsorption search", *SEARCH, *options, *adsorbates, "--gas", "O=4.6") == 3
+    assert "error: *H on Cu111: there is no gas reference for H" in capsys.readouterr().err
+    searches = json.loads(Path("several/searches.json").read_text())["searches"]
+    assert searches["several/H"]["adsorption_energy_eV"] is None
+    assert "no gas reference" in searches["several/H"]["error"]
+    assert searches["several/O"]["error"] is None
+    assert searches["several/O"]["adsorption_energy_eV"] < 0
+    before = Path("several/O/relaxed.jsonl").read_bytes()
+    gas = ["--gas", "O=4.6,H=3.2"]
+    assert run_command("adsorption search", *SEARCH, *options, *adsorbates, *gas) == 0
+    assert Path("several/O/relaxed.jsonl").read_bytes() == before
+    options[3] = "none"
+    assert run_command("adsorption search", *SEARCH, *options, *adsorbates, "--gas", "C=1.0") == 2
+    assert "no gas reference" in capsys.readouterr().err
+
+
+STRANGE = """
+from ase.calculators.emt import EMT
+import numpy as np
+
+class Strange(EMT):
+    def calculate(self, *arguments, **more):
+        super().calculate(*arguments, **more)
+        if len(self.atoms) == 13:
+            self.results["forces"] = np.full((13, 3), np.nan)
+"""
+
+
+def test_a_search_without_a_result_is_kept_with_status_3(
+    in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("strange.py").write_text(STRANGE)
+    options = ["--calculator", "strange:Strange", *SEARCH[2:], "--gas", "O=4.6", "--placements", "2"]
+    options += ["--adsorbate", "*O", "--out", "s"]
+    assert run_command("adsorption search", *options, "--json") == 3
+    record = json.loads(capsys.readouterr().out)
+    assert record == json.loads(Path("s/search.json").read_text())
+    assert (record["best"], record["adsorption_energy_eV"]) == (None, None)
+    assert {row["status"] for row in record["placements"]} <= {"failed", "merged"}
+    assert "Strange gives a non-finite energy or force" in record["reason"]
+    for command in (
+        ["free-energy", "s", "--calculator", "emt"],
+        ["neb", "s", "--calculator", "emt", "--start", "a", "--end", "b"],
+        ["collect", "--search", "s", "--dft", "s/search.json"],
+        ["diagram", "s", "--out", "d"],
+        ["verify", "s/card.json", "--calculator", "emt"],
+    ):
+        assert run_command(f"adsorption {command[0]}", *command[1:]) == 2
+        error = capsys.readouterr().err
+        assert error.count("error:") == 1
+        assert "Traceback" not in error
+        assert "bug" not in error
+
+
+def test_twins_with_a_draft(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny_checkpoint(in_folder / "full.pt")
+    options = ["--checkpoint", "full.pt", "--twin-bf16", "--draft", "full.pt", "--slab", "Cu111"]
+    options += ["--size", "2x2x2", "--adsorbate", "*O", "--placements", "1", "--steps", "1"]
+    assert run_command("adsorption search", *options, "--out", "s", "--json") == 3
+    record = json.loads(capsys.readouterr().out)
+    assert record["model"]["precision"] == ["float32", "bf16"]
+    assert len(record["checkpoint_sha256"]) == 2
+    assert record["draft"]["checkpoint"] == "full.pt"
+    assert record["draft"]["checkpoint_sha256"] == record["checkpoint_sha256"][0]
+    assert record["draft_evaluations"] == record["draft"]["evaluations"] == 2
+    assert record["best"]["start_energy_eV"] is not None
+    card = json.loads(Path("s/card.json").read_text())
+    assert card["energy_std_eV"] > 0
+    assert run_command("adsorption verify", "s/card.json") == 0  # with the same committee
+    for wrong in (["--calculator", "emt"], ["--checkpoint", "full.pt", "--precision", "bf16"]):
+        rest = [*wrong, "--twin-bf16", *options[5:]]
+        assert run_command("adsorption search", *rest, "--out", "x") == 2
 
 
 def test_every_search_has_its_own_folder(tmp_path: Path) -> None:
@@ -111,7 +202,9 @@ def test_an_unconverged_search_has_status_3(in_folder: Path, capsys: pytest.Capt
 
 def test_a_card_is_verified(searched: Path, in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("adsorption verify", searched / "card.json", "--calculator", "emt", "--json") == 0
-    assert all(row["ok"] for row in json.loads(capsys.readouterr().out).values() if isinstance(row, dict))
+    fields = json.loads(capsys.readouterr().out)
+    assert {"model_energy_eV", "max_force_eV_A", "structure_sha256"} <= set(fields)
+    assert all(set(row) == {"card", "now", "ok"} and row["ok"] for row in fields.values())
     card = json.loads((searched / "card.json").read_text())
     card["verifiable"]["max_force_eV_A"] += 1.0
     Path("card.json").write_text(json.dumps(card))

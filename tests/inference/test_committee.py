@@ -18,6 +18,7 @@ from equiformer2.errors import InputError
 from equiformer2.inference import EquiformerV2Calculator, Predictor, atoms_to_data, relax
 from equiformer2.inference.batched import RelaxationSettings, free_forces, relax_batched
 from equiformer2.inference.committee import Committee, largest_spread
+from equiformer2.inference.record import model_record, recorded_model
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -205,3 +206,30 @@ def test_the_commands_of_datasets_and_adsorption_energies(
     record = json.loads((out / "adsorption_energy.json").read_text())
     assert record["adsorption_energy_std_eV"] == pytest.approx(record["system"]["energy_std_eV"])
     assert f"± {record['adsorption_energy_std_eV']:.4f}" in capsys.readouterr().out
+
+
+def test_a_network_and_its_twin_in_bfloat16(
+    checkpoint: Path, oxygen_on_copper: Atoms, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = [Predictor(checkpoint), Predictor(checkpoint, precision="bf16")]
+    committee = Committee(members)
+    assert committee.precision == ["float32", "bf16"]
+    out = committee.predict(oxygen_on_copper)
+    energies = [float(member.predict(oxygen_on_copper)["energy"][0]) for member in members]
+    assert float(out["energy"][0]) == pytest.approx(np.mean(energies), rel=1e-6)
+    assert float(out["energy_std"][0]) == pytest.approx(np.std(energies), rel=1e-4)
+    record = model_record(committee, [checkpoint, checkpoint])
+    again = recorded_model(json.loads(json.dumps(record)))
+    assert float(again.predict(oxygen_on_copper)["energy"][0]) == pytest.approx(float(out["energy"][0]))
+    with pytest.raises(InputError, match="or another precision"):
+        Committee([Predictor(checkpoint), Predictor(checkpoint)])
+    file = tmp_path / "start.extxyz"
+    write(file, oxygen_on_copper)
+    options = [file, "--checkpoint", checkpoint, "--steps", "1", "--out", tmp_path / "out", "--twin-bf16"]
+    assert run_command("relax", *options) in (0, 3)
+    written = json.loads((tmp_path / "out" / "relaxation.json").read_text())
+    assert written["model"]["precision"] == ["float32", "bf16"]
+    assert len(written["checkpoint_sha256"]) == 2
+    assert "spread of 2 networks" in capsys.readouterr().out
+    assert run_command("relax", *options, "--precision", "bf16", "--overwrite") == 2
+    assert "--twin-bf16 has no meaning with --precision bf16" in capsys.readouterr().err

@@ -1,0 +1,207 @@
+"""Commands about DFT for a search, and about paths between its minima."""
+
+import argparse
+from collections.abc import Sequence
+from itertools import compress
+from pathlib import Path
+
+from equiformer2.cli.adsorption import gas_references
+from equiformer2.cli.adsorption_benchmark import named_energies
+from equiformer2.cli.adsorption_search import add_model_in_place, model_in_place
+from equiformer2.cli.command import Command, Parser, Result
+from equiformer2.cli.options import add_overwrite_argument
+from equiformer2.errors import InputError
+
+
+class AdsorptionAsk(Command):
+    """Write DFT input for the next structures of a search, and list those that wait for an answer.
+
+    First come structures where a committee's forces differ most, then the lowest minima. Structures that
+    were asked before are not asked again. The input is in FOLDER/dft, and FOLDER/dft/ledger.json remembers.
+
+        equiformer2 adsorption ask runs/co --number 3
+    """
+
+    def add_arguments(self, parser: Parser) -> None:
+        parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a search")
+        parser.add_argument(
+            "--number",
+            type=int,
+            default=5,
+            help="structures to ask, 0 to list only (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--spread-above",
+            type=float,
+            default=0.0,
+            metavar="X",
+            help="standard deviation of a committee's forces, eV/Å, above which a structure comes first "
+            "(default: %(default)s)",
+        )
+
+    def run(self, options: argparse.Namespace) -> Result:
+        from equiformer2.adsorption.dft_loop import ask_dft
+        from equiformer2.script import header
+
+        asked = ask_dft(options.folder, options.number, options.spread_above)
+        new = {str(folder) for folder in asked.folders}
+        print(f"{'waits for DFT':24}{'model (eV)':>12}{'spread (eV/Å)':>15}  folder")
+        for row in asked.open:
+            place = str(options.folder / "dft" / row["folder"])
+            values = (row["model_eV"], row["max_force_std_eV_A"])
+            energy, spread = ("" if value is None else f"{value:.3f}" for value in values)
+            print(f"{row['id']:24}{energy:>12}{spread:>15}  {place}{' (new)' if place in new else ''}")
+        print(f"{len(asked.folders)} new; with the outputs in these folders: equiformer2 adsorption collect")
+        record = {**header("adsorption-ask/1"), "new": sorted(new), "open": asked.open}
+        return Result(record)
+
+
+class AdsorptionCollect(Command):
+    """Read DFT results of a search's structures back, and say whether the model's ranking held.
+
+    Outputs are matched to structures by their atoms, in any order, and remembered: with every call there are
+    more. With a result of the clean slab and --gas the energies are adsorption energies; otherwise total
+    energies. Writes collect.json and dft/collected.lmdb, which `equiformer2 finetune` reads. Exit status 3 if
+    a file that was named is left out.
+
+        equiformer2 adsorption collect --search runs/co
+        equiformer2 adsorption collect --search runs/co --dft outputs --gas H2=-6.98,CO=-14.4,H2O=-14.1
+    """
+
+    def add_arguments(self, parser: Parser) -> None:
+        parser.add_argument(
+            "--search", required=True, type=Path, metavar="FOLDER", help="folder of the search"
+        )
+        parser.add_argument(
+            "--dft",
+            nargs="+",
+            type=Path,
+            default=[],
+            metavar="FILE",
+            help="outputs of DFT that ASE reads, or folders of them (default: the search's dft/01, …)",
+        )
+        parser.add_argument(
+            "--gas",
+            action="append",
+            default=[],
+            metavar="X=EV,Y=EV",
+            help="energies of your DFT, eV: per atom of each element of the adsorbate, or of the molecules "
+            "H2, H2O, CO and N2, from which those follow (default: as in the last call)",
+        )
+        parser.add_argument("--mixed", action="store_true", help="take results of different settings of DFT")
+        add_overwrite_argument(parser)
+
+    def run(self, options: argparse.Namespace) -> Result:
+        from equiformer2.adsorption.dft_loop import collect_dft
+
+        gas = dft_gas(options.gas)
+        found = collect_dft(options.search, options.dft, gas, options.mixed, options.overwrite)
+        for row in found["left_out"]:
+            print(f"left out: {row['file']}: {row['reason']}")
+        print(f"{'candidate':24}{'model (eV)':>12}{'DFT (eV)':>14}{'moved (Å)':>12}{'force (eV/Å)':>14}")
+        for row in found["ranking"]:
+            force = "" if row["max_force_eV_A"] is None else f"{row['max_force_eV_A']:.3f}"
+            print(
+                f"{row['id']:24}{row['model_eV']:12.4f}{row['dft_eV']:14.4f}{row['moved_A']:12.2f}{force:>14}"
+            )
+        for sentence in found["warnings"]:
+            print(f"warning: {sentence}")
+        print(f"correction {found['correction_eV']:+.4f} eV ({found['dft_energy']} energies of DFT)")
+        if found["top1_held"] is None:
+            print("whether the model's lowest candidate holds takes DFT results of it and of another")
+        else:
+            held = "held" if found["top1_held"] else "did NOT hold"
+            print(f"the model's lowest candidate {held} in DFT; rank correlation {found['spearman']}")
+        data = found["training_data"]
+        kind = f"{data['frames']} frames with {data['energy_kind']} energies"
+        print(f"{kind}: equiformer2 finetune --data {data['file']}")
+        return Result(found, 3 if found["left_out"] and options.dft else 0)
+
+
+class AdsorptionNeb(Command):
+    """Find the barrier between two minima of a search with a nudged elastic band.
+
+    Writes neb.json, neb.traj and neb.png into FOLDER/neb/FROM-TO, and a section of FOLDER/report.html. Exit
+    status 3 if it has not converged.
+
+        equiformer2 adsorption neb runs/co --start heuristic-0000 --end heuristic-0003
+    """
+
+    def add_arguments(self, parser: Parser) -> None:
+        parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a search")
+        parser.add_argument(
+            "--start", required=True, metavar="ID", help="placement whose minimum is the start"
+        )
+        parser.add_argument("--end", required=True, metavar="ID", help="placement whose minimum is the end")
+        add_model_in_place(parser)
+        parser.add_argument(
+            "--images",
+            type=int,
+            default=7,
+            help="number of structures between the ends (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--fmax",
+            type=float,
+            default=0.05,
+            help="threshold of the band's forces, eV/Å (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--steps", type=int, default=300, help="maximum number of steps (default: %(default)s)"
+        )
+        add_overwrite_argument(parser)
+
+    def run(self, options: argparse.Namespace) -> Result:
+        from ase.io import write
+
+        from equiformer2.adsorption.finished_search import FinishedSearch
+        from equiformer2.adsorption.neb import find_path, path_picture
+        from equiformer2.adsorption.path_section import update_report
+        from equiformer2.files import check_target, write_bytes, write_json
+        from equiformer2.script import header
+
+        folder = options.folder / "neb" / f"{options.start}-{options.end}"
+        check_target(folder / "neb.json", overwrite=options.overwrite)
+        search = FinishedSearch.read(options.folder)
+        ends = search.minimum(options.start), search.minimum(options.end)
+        model = search.model(model_in_place(options))
+        path = find_path(*ends, model, options.images, options.fmax, options.steps)
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "neb.traj", path.images)
+        write_bytes(folder / "neb.png", path_picture(path))
+        record = {
+            **header("adsorption-neb/1", model if isinstance(model, str) else None),
+            **path.summary(),
+            "start": options.start,
+            "end": options.end,
+        }
+        write_json(folder / "neb.json", record)
+        update_report(options.folder)
+        print(
+            f"barrier {record['barrier_eV']:.4f} eV, back {record['reverse_barrier_eV']:.4f} eV; "
+            f"{record['steps']} steps, largest force {record['max_force_eV_A']:.3f} eV/Å"
+        )
+        if not record["converged"]:
+            print("NOT converged: the barrier is not that of a minimum-energy path (more --steps)")
+        print(f"saved in {folder}: neb.json, neb.traj, neb.png; see {options.folder / 'report.html'}")
+        return Result(record, 0 if record["converged"] else 3)
+
+
+def dft_gas(texts: Sequence[str]) -> dict[str, float]:
+    """Energies per atom, eV, from those of atoms and molecules that DFT gave.
+
+    Raises:
+        InputError: something else than `X=EV`, or molecules that do not suffice for any element.
+    """
+    from equiformer2.adsorption.references import energies_per_atom
+
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    is_molecule = [part.partition("=")[0] in ("H2", "H2O", "CO", "N2") for part in parts]
+    molecules = named_energies(list(compress(parts, is_molecule)))
+    atoms, source = gas_references([part for part, skip in zip(parts, is_molecule, strict=True) if not skip])
+    if source != "vacuum":
+        raise InputError(f"--gas {source} is of a model: give energies of your DFT, such as O=-7.2")
+    of_molecules = energies_per_atom(molecules)
+    if molecules and not of_molecules:
+        raise InputError(f"--gas {', '.join(molecules)} gives no element: add H2, and H2O for O and C")
+    return {**of_molecules, **atoms}
