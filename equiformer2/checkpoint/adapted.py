@@ -113,12 +113,8 @@ class AdaptedNetwork:
 
 def _copy(each: LowRank) -> LowRank:
     """A map with factors of its own, since attaching moves them to another device."""
-    factors = (each.left, each.right)
-    return LowRank(
-        *(factor.detach().clone() for factor in factors),
-        each.scale,
-        *(mask.clone() for mask in (each.left_kept, each.right_kept)),
-    )
+    left, right = each.left.detach().clone(), each.right.detach().clone()
+    return LowRank(left, right, each.scale, each.left_kept.clone(), each.right_kept.clone())
 
 
 def load_base(

@@ -70,7 +70,7 @@ class ChosenModel:
         from equiformer2.inference.engines import calculator_identity
         from equiformer2.inference.record import model_record
 
-        added = {} if self.dispersion is None else {"d3": self.dispersion.summary()}
+        added: dict[str, Any] = {} if self.dispersion is None else {"d3": self.dispersion.summary()}
         if self.adapter is not None:
             added |= adapter_record(self.adapter)
         if self.checkpoint is not None and isinstance(self.network, EquiformerV2Calculator):

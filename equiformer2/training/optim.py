@@ -154,7 +154,7 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         if theirs.requires_grad
     ]
     if pairs:
-        torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1.0 - decay)
+        torch._foreach_lerp_([mine for mine, _ in pairs], [theirs for _, theirs in pairs], 1.0 - decay)
     for (name, mine), theirs in zip(average.named_buffers(), model.buffers(), strict=True):
         # Buffers of the network are constants, those of a parametrization may be states of its own.
         if "parametrizations." in name:
