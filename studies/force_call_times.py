@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch_geometric.data import Batch, Data
 
 from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers, load_checkpoint
+from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
 from equiformer2.files import read_json, write_json
 from equiformer2.inference import EquiformerV2Calculator, Predictor
 from equiformer2.model import EquiformerV2, ModelConfig
@@ -27,7 +28,6 @@ from equiformer2.pruning.calibration_data import read_structures
 from equiformer2.pruning.cost.latency import compare_latency
 from equiformer2.pruning.cost.targets import MacTarget
 from equiformer2.pruning.cost.time_table import with_threads
-from equiformer2.pruning.fingerprints import fingerprint_of_weights
 from equiformer2.pruning.routing import FrozenPlan
 from equiformer2.pruning.routing.router_files import router_from_dict
 from equiformer2.pruning.structured.apply import shrink

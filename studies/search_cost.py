@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint
+from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
 from equiformer2.inference.atoms import atoms_to_data
@@ -32,7 +33,7 @@ from equiformer2.pruning.calibration import Calibration
 from equiformer2.pruning.calibration_data import mixed_systems, read_structures
 from equiformer2.pruning.cost.targets import MacTarget
 from equiformer2.pruning.cost.work import GRADIENT
-from equiformer2.pruning.fingerprints import fingerprint_of_structures, fingerprint_of_weights
+from equiformer2.pruning.fingerprints import fingerprint_of_structures
 from equiformer2.pruning.routing import (
     BaseRouter,
     RoutedModel,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from equiformer2.checkpoint.adapter_files import FORMAT as ADAPTER_FORMAT
 from equiformer2.checkpoint.contents import Contents, EnergyKind, WeightsKind, check_energy_kind
 from equiformer2.checkpoint.fairchem_v1 import is_fairchem_v1, read_fairchem_v1
 from equiformer2.checkpoint.native import is_native, read_native, write_native
@@ -286,6 +287,11 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
         raise InputError(
             f"{path} is the state of a training run, for resuming it: "
             "give the checkpoint that the run wrote beside it"
+        )
+    if file.get("format") == ADAPTER_FORMAT:
+        raise InputError(
+            f"{path} is an adapter and no network: give the checkpoint that it belongs to, and this file as "
+            "--adapter (adapter= in Python)"
         )
     names = ", ".join(sorted(map(shown_name, file))[:8]) or "nothing"
     raise InputError(f"{path} is no equiformer2, OCP or fairchem v1 checkpoint: it holds {names}")

@@ -27,6 +27,7 @@ class ChosenModel:
         files: all checkpoints, which no output may replace.
         energy_kind: `"adsorption"` or `"total"`.
         committee: True for several networks.
+        adapter: path of the adapter file, or None.
 
     Args:
         options: of the command.
@@ -46,11 +47,15 @@ class ChosenModel:
         self.files: list[str] = [*(options.checkpoint or []), *(options.checkpoint[:1] if twin else [])]
         self.committee = len(self.files) > 1
         self.checkpoint: str | list[str] | None = only_one(self.files) if self.files else None
+        self.adapter: str | None = None
         self.calculator: BaseCalculator
         if self.name is not None:
             self.calculator = calculator_by_name(self.name)
         else:
-            self.calculator = network_calculator(options, self.checkpoint, router, options.weights, twin)
+            self.adapter = getattr(options, "adapter", None)
+            self.calculator = network_calculator(
+                options, self.checkpoint, router, options.weights, twin, self.adapter
+            )
         self.energy_kind = resolve_energy_kind(self.calculator, options.energy_kind, default="total")
         self.network = self.calculator
         self.dispersion = _dispersion(options)
@@ -65,7 +70,9 @@ class ChosenModel:
         from equiformer2.inference.engines import calculator_identity
         from equiformer2.inference.record import model_record
 
-        added = {} if self.dispersion is None else {"d3": self.dispersion.summary()}
+        added: dict[str, Any] = {} if self.dispersion is None else {"d3": self.dispersion.summary()}
+        if self.adapter is not None:
+            added |= adapter_record(self.adapter)
         if self.checkpoint is not None and isinstance(self.network, EquiformerV2Calculator):
             return {**model_record(self.network.predictor, self.checkpoint, structures), **added}
         identity = calculator_identity(self.network)
@@ -99,7 +106,9 @@ class ChosenModel:
         if not isinstance(self.network, EquiformerV2Calculator) or self.checkpoint is None:
             return {**calculator_identity(self.network), **kind}
         predictor = self.network.predictor
+        adapter = {} if self.adapter is None else {"adapter": sha256(self.adapter)}
         return {
+            **adapter,
             "checkpoint": only_one([sha256(file) for file in self.files]),
             "weights": predictor.checkpoint.weights,
             "precision": predictor.precision,
@@ -113,6 +122,7 @@ def network_calculator(
     router: Any = None,
     weights: str | None = None,
     twin: bool = False,
+    adapter: str | None = None,
 ) -> "EquiformerV2Calculator":
     """Calculator of a checkpoint, or of a committee's, on the device and in the precision of the options.
 
@@ -123,8 +133,12 @@ def network_calculator(
     if twin:
         *others, last = checkpoint
         common = options.device, weights, options.energy_kind
-        checkpoint = [Predictor(file, *common, options.precision, options.backend) for file in others]
-        checkpoint.append(Predictor(last, *common, "bf16", options.backend))
+        precisions = [*([options.precision] * len(others)), "bf16"]
+        checkpoint = [
+            Predictor(file, *common, precision, options.backend, adapter=adapter)
+            for file, precision in zip([*others, last], precisions, strict=True)
+        ]
+        adapter = None
     return EquiformerV2Calculator(
         checkpoint,
         device=options.device,
@@ -133,7 +147,15 @@ def network_calculator(
         precision=options.precision,
         backend=options.backend,
         router=router,
+        adapter=adapter,
     )
+
+
+def adapter_record(path: str) -> dict[str, str]:
+    """Name an adapter file in a record."""
+    from equiformer2.checkpoint.tensor_files import sha256
+
+    return {"adapter": path, "adapter_sha256": sha256(path)}
 
 
 def _dispersion(options: argparse.Namespace) -> "Dispersion | None":

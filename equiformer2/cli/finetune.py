@@ -13,6 +13,7 @@ from equiformer2.cli.options import (
     add_overwrite_argument,
     parse_checked,
 )
+from equiformer2.errors import InputError
 
 
 class FineTune(Command):
@@ -23,7 +24,8 @@ class FineTune(Command):
     Energies, references, normalizers, learning rate and length are chosen by what the data hold, and printed.
     Frames to judge by are held out by system. The folder gets model.pt, finetune.json with one table of
     errors before and after, and the trainings in runs. Stopped at any moment, the same command continues.
-    See docs/own_data.md.
+    See docs/own_data.md. With --adapter the checkpoint stays as it is, and the folder gets adapter.pt, which
+    other commands take beside it (--checkpoint oc20_small --adapter tuned/adapter.pt).
     """
 
     def add_arguments(self, parser: Parser) -> None:
@@ -91,6 +93,35 @@ class FineTune(Command):
             "(default: nothing is held)",
         )
         training.add_argument(
+            "--adapter",
+            action="store_true",
+            help="train low-rank maps on the held network and write adapter.pt, a small file beside the "
+            "checkpoint (docs/adapters.md)",
+        )
+        training.add_argument(
+            "--adapter-rank", type=int, default=4, help="rank of the maps (default: %(default)s)"
+        )
+        training.add_argument(
+            "--adapter-keep",
+            type=float,
+            default=0.2,
+            metavar="SHARE",
+            help="share of the adapter that is trained and stored (default: %(default)s)",
+        )
+        training.add_argument(
+            "--adapter-method",
+            choices=("snip", "magnitude", "random", "grasp"),
+            default="snip",
+            help="scores by which this share is chosen before the training (default: %(default)s)",
+        )
+        training.add_argument(
+            "--adapter-weights",
+            nargs="+",
+            default=["*"],
+            metavar="PATTERN",
+            help="names of the weights to adapt, * for anything, as in 'blocks.*.ffn.*' (default: all)",
+        )
+        training.add_argument(
             "--no-scratch", action="store_true", help="leave out the network trained from random weights"
         )
         training.add_argument(
@@ -124,10 +155,12 @@ class FineTune(Command):
             ("--replay-weight", "--replay"),
             ("--wandb-entity", "--wandb-project"),
             ("--wandb-offline", "--wandb-project"),
+            *((f"--adapter-{name}", "--adapter") for name in ("rank", "keep", "method", "weights")),
         )
-        return parse_checked(parser, arguments, needs)
+        return parse_checked(parser, arguments, needs, [("--adapter", "--freeze")])
 
     def run(self, options: argparse.Namespace) -> Result:
+        from equiformer2.adapters import AdapterSettings
         from equiformer2.finetuning.folder import FineTuneSettings
         from equiformer2.finetuning.run import fine_tune
         from equiformer2.training.wandb_logging import WandbSettings
@@ -135,6 +168,16 @@ class FineTune(Command):
         def names(paths: Sequence[Path]) -> tuple[str, ...]:
             return tuple(str(path) for path in paths)
 
+        adapter = None
+        if options.adapter:
+            if options.adapter_rank < 1:
+                raise InputError(f"--adapter-rank is {options.adapter_rank}: give at least 1")
+            adapter = AdapterSettings(
+                rank=options.adapter_rank,
+                keep=options.adapter_keep,
+                method=options.adapter_method,
+                weights=tuple(options.adapter_weights),
+            )
         settings = FineTuneSettings(
             data=names(options.data),
             checkpoint=options.checkpoint,
@@ -157,6 +200,7 @@ class FineTune(Command):
             batch_size=options.batch_size,
             learning_rate=options.learning_rate,
             device=options.device,
+            adapter=adapter,
             overwrite=options.overwrite,
             wandb=WandbSettings(options.wandb_project, options.wandb_entity, options.wandb_offline),
         )

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from equiformer2.cli.chosen_model import ChosenModel, network_calculator
+from equiformer2.cli.chosen_model import ChosenModel, adapter_record, network_calculator
 from equiformer2.cli.command import Command, Parser, Result
 from equiformer2.cli.options import (
     NETWORK_ONLY,
+    add_adapter_argument,
     add_batch_arguments,
     add_dispersion_argument,
     add_draft_argument,
@@ -66,6 +67,7 @@ class Evaluate(Command):
 
     def add_arguments(self, parser: Parser) -> None:
         add_model_arguments(parser)
+        add_adapter_argument(parser)
         add_router_argument(parser)
         _add_split_arguments(parser, "LMDB files or folders of shards", several=True)
         parser.add_argument("--out", type=Path, help="JSON file for all numbers")
@@ -100,7 +102,6 @@ class Evaluate(Command):
 
     def run(self, options: argparse.Namespace) -> Result:
         from datasets_oc20.catalogue import VALIDATION_SPLITS, find_splits
-        from equiformer2.checkpoint import load_checkpoint
         from equiformer2.files import write_json
         from equiformer2.inference import Predictor
         from equiformer2.pruning.routing.router_files import evaluation_router
@@ -112,14 +113,17 @@ class Evaluate(Command):
             paths = {path: Path(path) for path in options.data}
         else:
             paths = find_splits(options.data_root, options.splits or VALIDATION_SPLITS)
-        checkpoint = load_checkpoint(options.checkpoint, options.weights, options.energy_kind)
         predictor = Predictor(
-            checkpoint,
+            options.checkpoint,
             options.device,
-            precision=options.precision,
-            backend=options.backend,
+            options.weights,
+            options.energy_kind,
+            options.precision,
+            options.backend,
             router=evaluation_router(options.router),
+            adapter=options.adapter,
         )
+        checkpoint = predictor.checkpoint
         print(f"{options.checkpoint}: {checkpoint.weights} weights, {checkpoint.energy_kind} energies")
         results = self._evaluate_all(options, predictor, paths)
         if len(results) > 1:
@@ -127,6 +131,7 @@ class Evaluate(Command):
             print(evaluation.table_of_average(list(results.values())))
         record = {
             **header("evaluate/1", options.checkpoint),
+            **({} if options.adapter is None else adapter_record(options.adapter)),
             **evaluation.report(predictor, results),
             "familiarity": {
                 name: _judge(predictor, evaluation.open_dataset(path, predictor, options.energy_kind))
@@ -150,7 +155,8 @@ class Evaluate(Command):
 
         if options.out is not None:
             given = [options.checkpoint, *(options.data or [options.data_root])]
-            given += [path for path in (options.router, options.adsorbates) if path is not None]
+            others = (options.adapter, options.router, options.adsorbates)
+            given += [path for path in others if path is not None]
             check_target(options.out, inputs=given, overwrite=options.overwrite)
             check_target(parts_folder(options.out), is_folder=True)
         if options.figures is not None:
@@ -166,7 +172,8 @@ class Evaluate(Command):
             "precision": options.precision,
             "backend": options.backend,
         }
-        return settings if options.router is None else {**settings, "router": sha256(options.router)}
+        files = {"adapter": options.adapter, "router": options.router}
+        return settings | {name: sha256(file) for name, file in files.items() if file is not None}
 
     def _evaluate_all(
         self, options: argparse.Namespace, predictor: "Predictor", paths: dict[str, Path]
@@ -235,6 +242,7 @@ class Predict(Command):
 
     def add_arguments(self, parser: Parser) -> None:
         add_model_arguments(parser)
+        add_adapter_argument(parser)
         parser.add_argument(
             "--data",
             required=True,
@@ -246,17 +254,23 @@ class Predict(Command):
 
     def run(self, options: argparse.Namespace) -> Result:
         from datasets_oc20 import open_dataset
-        from equiformer2.checkpoint import load_checkpoint
         from equiformer2.files import check_target
         from equiformer2.inference import Predictor
         from equiformer2.training.prediction import check_output, predict_dataset, write_predictions
 
         check_output(options.out)
-        check_target(options.out, inputs=[options.checkpoint, options.data], overwrite=options.overwrite)
-        checkpoint = load_checkpoint(options.checkpoint, options.weights, options.energy_kind)
+        given = [file for file in (options.checkpoint, options.adapter, options.data) if file is not None]
+        check_target(options.out, inputs=given, overwrite=options.overwrite)
         predictor = Predictor(
-            checkpoint, options.device, precision=options.precision, backend=options.backend
+            options.checkpoint,
+            options.device,
+            options.weights,
+            options.energy_kind,
+            options.precision,
+            options.backend,
+            adapter=options.adapter,
         )
+        checkpoint = predictor.checkpoint
         dataset = open_dataset(options.data, needs_energy=False)
         arrays = predict_dataset(
             predictor.predict_batches,
@@ -279,6 +293,7 @@ class Predict(Command):
             "weights": checkpoint.weights,
             "arrays": sorted(arrays),
             "familiarity": _judge(predictor, dataset),
+            **({} if options.adapter is None else adapter_record(options.adapter)),
         }
         return Result(record, checkpoint=options.checkpoint)
 
@@ -307,6 +322,7 @@ class Relax(Command):
         parser.add_argument("file", nargs="?", metavar="FILE", help="structure file of any format of ASE")
         parser.add_argument("--structure", metavar="FILE", help="structure file, in place of FILE")
         add_model_arguments(parser, committee=True, calculator=True)
+        add_adapter_argument(parser)
         add_dispersion_argument(parser)
         add_twin_argument(parser)
         add_draft_argument(parser)
@@ -375,7 +391,7 @@ class Relax(Command):
                 "energy` or `adsorption search`, which subtract that of slab and gases"
             )
         draft_calculator = None if options.draft is None else network_calculator(options, options.draft)
-        inputs = [file, *chosen.files, *filter(None, [options.router, options.draft])]
+        inputs = [file, *chosen.files, *filter(None, [options.adapter, options.router, options.draft])]
         folder = claim_folder(options.out, RELAXATION_RECORD, options.overwrite, inputs, RUN_FILES)
         result, draft = relax_with_draft(
             structure,

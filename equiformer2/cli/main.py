@@ -41,6 +41,8 @@ COMMANDS = {
     "data convert": "data:Convert",
     "data references": "data:References",
     "checkpoint import": "training:ImportCheckpoint",
+    "adapters merge": "adapters:Merge",
+    "adapters inspect": "adapters:Inspect",
     "prune report": "prune:Report",
     "prune plan": "prune:Plan",
     "prune apply": "prune:Apply",
@@ -60,6 +62,7 @@ GROUPS = {
     "adsorption": "Slabs, and adsorption energies of molecules on them.",
     "data": "Download, convert and inspect data.",
     "checkpoint": "Work with checkpoint files.",
+    "adapters": "Work with adapters of a fine-tuned network.",
     "prune": "Analyze and compress a trained model.",
 }
 

@@ -26,8 +26,8 @@ def checkpoint_file(text: str) -> str:
 NETWORK_ONLY = tuple(
     (option, "--calculator")
     for option in (
-        *("--weights", "--device", "--precision", "--backend", "--router", "--stop-at-spread"),
-        "--twin-bf16",
+        *("--adapter", "--weights", "--device", "--precision", "--backend", "--router"),
+        *("--stop-at-spread", "--twin-bf16"),
     )
 )
 """Options that mean nothing with `--calculator`, for `parse_checked`."""
@@ -162,6 +162,15 @@ def add_draft_argument(parser: Options) -> None:
         metavar="FILE|NAME",
         help="checkpoint of a cheaper network, such as a pruned one, that relaxes first; the result is a "
         "minimum of the full model all the same",
+    )
+
+
+def add_adapter_argument(parser: Options) -> None:
+    """Add `--adapter`."""
+    parser.add_argument(
+        "--adapter",
+        metavar="FILE",
+        help="adapter of `equiformer2 finetune --adapter` for the network of the checkpoint",
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets_oc20.errors import DataError
 from datasets_oc20.locking import exclusive
+from equiformer2.adapters import AdapterSettings
 from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, read_json, write_json
@@ -18,7 +19,7 @@ from equiformer2.training.wandb_logging import WandbSettings
 
 _FOLDERS = ("data", "runs")
 _FILES = ("task.json", "prepared.json", "before.json", "finetune.json", "curve.png", "parity.png")
-_MODELS = "model*.pt"
+_MODELS = ("model*.pt", "adapter*.pt")
 #: Settings that change nothing of the results.
 _FREE = ("out", "overwrite", "wandb")
 
@@ -47,6 +48,7 @@ class FineTuneSettings:
         max_minutes: time for everything; None for 18 min per training of seeds and curve.
         steps, batch_size, learning_rate: None for a choice by the number of frames.
         device: `cpu`, `cuda`, ….
+        adapter: train an adapter in place of the weights; None for the weights.
         overwrite: replace the results of another call in `out`.
         wandb: Weights & Biases.
     """
@@ -72,6 +74,7 @@ class FineTuneSettings:
     batch_size: int | None = None
     learning_rate: float | None = None
     device: str = "cpu"
+    adapter: AdapterSettings | None = None
     overwrite: bool = False
     wandb: WandbSettings = field(default_factory=WandbSettings)
 
@@ -84,6 +87,10 @@ class FineTuneSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"--{name.replace('_', '-')} is {value}: give a number above 0")
+        if self.adapter is not None and self.adapter.rank < 1:
+            raise InputError(f"--adapter-rank is {self.adapter.rank}: give at least 1")
+        if self.adapter is not None and self.freeze is not None:
+            raise InputError("--adapter holds all weights of the network: leave --freeze out")
         weights = self.replay_weights
         if not all(0 < weight < float("inf") for weight in weights):
             raise InputError(f"--replay-weight is {list(weights)}: give numbers above 0")
@@ -110,6 +117,7 @@ class FineTuneSettings:
         """Everything that the results depend on, in plain values: settings, and sizes and times of files."""
         settings = {name: value for name, value in asdict(self).items() if name not in _FREE}
         settings |= {name: list(value) for name, value in settings.items() if isinstance(value, tuple)}
+        settings["adapter"] = None if self.adapter is None else self.adapter.to_dict()
         files = {path: _fingerprint(Path(path)) for path in self.inputs[:-1]}
         return {**settings, "files": files, "checkpoint": sha256(find_checkpoint(self.checkpoint))}
 
@@ -168,8 +176,9 @@ class OutFolder:
     def _results(self) -> list[Path]:
         return [
             *(self.path / name for name in _FILES),
-            *sorted(self.path.glob(_MODELS)),
+            *sorted(model for pattern in _MODELS for model in self.path.glob(pattern)),
             self.path / "model.pt",
+            self.path / "adapter.pt",
         ]
 
     @contextmanager

@@ -11,11 +11,14 @@ import torch
 from ase.data import chemical_symbols
 
 from datasets_oc20 import OC20Lmdb
+from equiformer2.adapters.attach import choose_weights
 from equiformer2.checkpoint import Normalizers, load_checkpoint
+from equiformer2.checkpoint.adapter_files import read_adapter, write_adapter
 from equiformer2.checkpoint.checkpoint import read_contents
 from equiformer2.checkpoint.native import write_native
 from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.devices import usable_device
+from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
 from equiformer2.finetuning import data_curve, parity
 from equiformer2.finetuning.folder import FineTuneSettings, OutFolder
@@ -44,10 +47,11 @@ from equiformer2.finetuning.schedule import (
     measure_speed,
 )
 from equiformer2.finetuning.start import Start, prepare_start
-from equiformer2.finetuning.trained_part import FrozenBlocks, TrainedPart, spoken
+from equiformer2.finetuning.trained_part import FrozenBlocks, spoken, trained_part
 from equiformer2.finetuning.training import Case, Trainer
 from equiformer2.inference import Predictor
 from equiformer2.inference.seen_data import judge_dataset
+from equiformer2.model import EquiformerV2
 from equiformer2.script import header
 from equiformer2.shipped import find_checkpoint
 
@@ -98,6 +102,8 @@ def fine_tune(settings: FineTuneSettings, say: Say = print) -> dict[str, Any]:
     contents = read_contents(settings.checkpoint)
     if settings.freeze is not None:
         FrozenBlocks(settings.freeze, contents.config.num_layers)
+    if settings.adapter is not None:
+        choose_weights(EquiformerV2(contents.config, device="meta"), settings.adapter.weights)
     folder = OutFolder(settings)
     with folder.open() as continues:
         if continues:
@@ -149,7 +155,9 @@ class _FineTuning:
         self.say("")
         rows = self._rows_before(prepared)
         paths = {part: self._paths(prepared, part) for part in prepared.files}
-        trainer = Trainer(self.settings, self.folder.runs, paths, self.parts.frames.energy_kind)
+        trainer = Trainer(
+            self.settings, self.before.checkpoint, self.folder.runs, paths, self.parts.frames.energy_kind
+        )
         results = {case: self._result(case, trainer, prepared) for case in self.cases}
         return self._finish(prepared, rows, results)
 
@@ -170,6 +178,13 @@ class _FineTuning:
                 case.seed,
                 check=case.share == 1.0,
             )
+            before, after = self.before.checkpoint.config.forces, start.checkpoint.config.forces
+            if self.settings.adapter is not None and before != after:
+                what = "has none to adapt" if before == "none" else "predicts forces"
+                raise InputError(
+                    f"the data have {'no ' if after == 'none' else ''}forces and the checkpoint {what}: an "
+                    "adapter keeps the heads of its network, so leave --adapter out"
+                )
             self.starts = {key: start}
         return self.starts[key]
 
@@ -191,9 +206,7 @@ class _FineTuning:
                 else "forces alone, because energies have another zero"
             )
             sentences.append(f"replay: {used}")
-        part = TrainedPart()
-        if self.settings.freeze is not None:
-            part = FrozenBlocks(self.settings.freeze, start.checkpoint.config.num_layers)
+        part = trained_part(self.settings.freeze, self.settings.adapter, start.checkpoint.config.num_layers)
         sentences.append(f"trained: {part.describe()}")
         speed = measure_speed(start.checkpoint.model, self.parts.frames, self.parts.all, self.settings.device)
         start.checkpoint.model.cpu()
@@ -226,6 +239,7 @@ class _FineTuning:
                 settings.steps,
                 settings.batch_size,
                 settings.learning_rate,
+                settings.adapter is not None,
             )
             for share, rows in self.parts.train.items()
         }
@@ -295,11 +309,11 @@ class _FineTuning:
         after = sum(prepared.schedule(other.share).seconds + STARTUP_SECONDS for other in following)
         start = self._start(case)
         best = trainer.run(case, start, schedule, after)
-        predictor = Predictor(best, self.settings.device)
+        predictor = self._predictor(case, best)
         pairs = self._pairs() if case == self.cases[0] else None
         found = self._judge(predictor, prepared, True, pairs)
         step = predictor.checkpoint.provenance.get("step", 0)
-        last = load_checkpoint(best.with_name("last.pt")).provenance.get("step", 0)
+        last = self._predictor(case, best.with_name("last.pt")).checkpoint.provenance.get("step", 0)
         result = {
             **{data: None if errors is None else errors.to_dict() for data, errors in found.items()},
             "frames": len(self.parts.train[case.share]),
@@ -312,6 +326,15 @@ class _FineTuning:
         write_json(file, result)
         (self.folder.runs / f"{case.name}.start.pt").unlink(missing_ok=True)
         return result
+
+    def _adapts(self, case: Case) -> bool:
+        return self.settings.adapter is not None and case.network == AFTER
+
+    def _predictor(self, case: Case, file: Path) -> Predictor:
+        """Predictor of a checkpoint, or of the command's checkpoint with an adapter."""
+        if self._adapts(case):
+            return Predictor(self.before.checkpoint, self.settings.device, adapter=file)
+        return Predictor(file, self.settings.device)
 
     def _finish(
         self, prepared: Prepared, rows: list[dict[str, Any]], results: dict[Case, dict[str, Any]]
@@ -328,7 +351,9 @@ class _FineTuning:
                 case for case in self.cases if case.network == AFTER and case.share == 1.0
             )
         ]
-        normalizers = load_checkpoint(models[0]["file"]).normalizers
+        first = Path(models[0]["file"])
+        adapted = self.settings.adapter is not None
+        normalizers = (read_adapter(first) if adapted else load_checkpoint(first)).normalizers
         per_atom = self.parts.frames.energy_kind == "total"
         text = to_text(table, per_atom)
         notices = self._notices(table)
@@ -338,6 +363,7 @@ class _FineTuning:
             "references_eV": _references(normalizers, self.parts),
             "energy_kind": self.parts.frames.energy_kind,
             "models": models,
+            "adapter": None if self.settings.adapter is None else self.settings.adapter.to_dict(),
             "decisions": [*self.parts.sentences, *prepared.sentences],
             "notices": notices,
             "familiarity": read_json(self.folder.file("before.json"))["familiarity"],
@@ -356,7 +382,9 @@ class _FineTuning:
             self.say(notice)
         seconds = round(time.monotonic() - self.begin)
         self.say(f"predictions beside labels: {record['parity']}")
-        self.say(f"model: {', '.join(model['file'] for model in models)} ({spoken(seconds)})")
+        word = "adapter" if adapted else "model"
+        size = f"{models[0]['trainable_parameters']:,} trained numbers, {models[0]['bytes'] / 1e6:.2f} MB"
+        self.say(f"{word}: {', '.join(model['file'] for model in models)} ({size}, {spoken(seconds)})")
         write_json(self.folder.file("finetune.json"), record)
         return record
 
@@ -372,15 +400,26 @@ class _FineTuning:
 
     def _write_model(self, case: Case, number: int) -> dict[str, Any]:
         """Copy the best weights of a training to the folder of results, with their origin."""
-        target = self.folder.file("model.pt" if number == 0 else f"model_{number}.pt")
-        contents = read_contents(self.folder.runs / case.name / "checkpoints" / "best.pt")
+        word = "adapter" if self._adapts(case) else "model"
+        target = self.folder.file(f"{word}.pt" if number == 0 else f"{word}_{number}.pt")
+        best = self.folder.runs / case.name / "checkpoints" / "best.pt"
         origin = {
             "init_from": Path(self.settings.checkpoint).name,
             "init_from_sha256": sha256(Path(self.settings.checkpoint)),
             "seed": case.seed,
         }
-        write_native(target, replace(contents, provenance=contents.provenance | origin))
-        return {"file": str(target), "seed": case.seed, "sha256": sha256(target)}
+        written: dict[str, Any] = {"file": str(target), "seed": case.seed}
+        if self._adapts(case):
+            adapter = read_adapter(best)
+            write_adapter(target, replace(adapter, provenance=adapter.provenance | origin))
+            written |= adapter.describe()
+        else:
+            contents = read_contents(best)
+            write_native(target, replace(contents, provenance=contents.provenance | origin))
+            part = trained_part(self.settings.freeze, None, contents.config.num_layers)
+            shapes = EquiformerV2(contents.config, device="meta").named_parameters()
+            written["trainable_parameters"] = sum(p.numel() for name, p in shapes if not part.holds(name))
+        return {**written, "bytes": target.stat().st_size, "sha256": sha256(target)}
 
     def _draw_parity(self, table: list[dict[str, Any]], results: dict[Case, dict[str, Any]]) -> Path:
         """Draw predictions of the frames to judge by, of the checkpoint and of the first tuned network."""

@@ -23,6 +23,8 @@ STARTUP_SECONDS = 8.0
 _FRAME_VISITS, _MOST_VISITS, _LEAST_VISITS = 12_000, 60.0, 5.0
 _LEAST_STEPS = 10
 _LARGE = 10_000_000
+_ADAPTER_FASTER = 4.0
+"""Learning rate of an adapter over that of weights: a weight moves by products of its two small factors."""
 _PROBES = 3
 _MARGIN = 1.15
 """Measured times are those of a quiet moment."""
@@ -90,6 +92,7 @@ def choose_schedule(
     steps: int | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
+    adapts: bool = False,
 ) -> Schedule:
     """Choose the settings of one training.
 
@@ -102,6 +105,7 @@ def choose_schedule(
         steps: given by the user, and then not limited by the time.
         batch_size: given by the user.
         learning_rate: given by the user.
+        adapts: whether an adapter is trained and not the weights.
     """
     size = batch_size or min(2 if frames < 50 else 4 if frames < 2000 else 8, frames)
     visits = min(max(_FRAME_VISITS / frames, _LEAST_VISITS), _MOST_VISITS)
@@ -120,7 +124,7 @@ def choose_schedule(
         steps=length,
         interval=max(1, math.ceil(length / validations)),
         patience=max(_FEWEST, validations // 2),
-        learning_rate=learning_rate or (1e-4 if large else 5e-4),
+        learning_rate=learning_rate or (1e-4 if large else 5e-4) * (_ADAPTER_FASTER if adapts else 1.0),
         scratch_learning_rate=4e-4 if large else 1e-3,
         seconds=length * step + checks,
         wanted=steps or wanted,

@@ -1,9 +1,8 @@
 """Parts of a network that a fine-tuning changes, and the time that is left.
 
 A way to train less than the whole network is a `TrainedPart`: a callback of the trainer that changes the task
-in `setup`, before the optimizer is built, and describes itself. Adapters belong here, too: `setup` would
-parametrize linear maps and set `task.export`, which turns a network in training into the one that checkpoints
-hold (`training.task`).
+in `setup`, before the optimizer is built, and describes itself. An adapter is attached by the trainer itself
+(`training.adapter_part`).
 """
 
 import logging
@@ -12,6 +11,7 @@ import time
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
+from equiformer2.adapters import AdapterSettings
 from equiformer2.errors import InputError
 from equiformer2.training.task import S2EFTask
 
@@ -26,6 +26,10 @@ class TrainedPart(Callback):
     def describe(self) -> str:
         """Name what is trained."""
         return "all weights"
+
+    def holds(self, name: str) -> bool:
+        """Tell whether the parameter `name` of the network is held."""
+        return False
 
 
 class FrozenBlocks(TrainedPart):
@@ -60,13 +64,46 @@ class FrozenBlocks(TrainedPart):
         """Hold the parameters before the optimizer collects those to train."""
         assert isinstance(pl_module, S2EFTask)
         for name, parameter in pl_module.model.named_parameters():
-            top, _, rest = name.partition(".")
-            if top == "blocks":
-                held = int(rest.partition(".")[0]) < self.frozen
-            else:
-                held = top not in ("norm", "energy_block", "force_block", "dens")
-            if held:
+            if self.holds(name):
                 parameter.requires_grad_(False)
+
+    def holds(self, name: str) -> bool:
+        """Tell whether the parameter `name` of the network is held."""
+        top, _, rest = name.partition(".")
+        if top == "blocks":
+            return int(rest.partition(".")[0]) < self.frozen
+        return top not in ("norm", "energy_block", "force_block", "dens")
+
+
+class AdapterAlone(TrainedPart):
+    """An adapter and the last layers of the heads; all weights are held by the trainer.
+
+    Args:
+        settings: of the adapter.
+    """
+
+    def __init__(self, settings: AdapterSettings) -> None:
+        self.settings = settings
+
+    def describe(self) -> str:
+        """Name what is trained and what is held."""
+        return f"{self.settings.describe()}, and the last layers of the heads; all other weights are held"
+
+
+def trained_part(freeze: str | None, adapter: AdapterSettings | None, blocks: int) -> TrainedPart:
+    """Choose the part of a network that is trained.
+
+    Args:
+        freeze: blocks to hold, or None.
+        adapter: settings of an adapter, or None.
+        blocks: number of blocks of the network.
+
+    Raises:
+        InputError: the network has fewer blocks.
+    """
+    if adapter is not None:
+        return AdapterAlone(adapter)
+    return TrainedPart() if freeze is None else FrozenBlocks(freeze, blocks)
 
 
 class TimeLeft(Callback):

@@ -9,15 +9,18 @@ import yaml
 from pytorch_lightning.callbacks import Callback, EarlyStopping
 
 from datasets_oc20.untrusted import AnyPath
-from equiformer2.checkpoint import save_checkpoint
-from equiformer2.checkpoint.tensor_files import plain
+from equiformer2.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from equiformer2.checkpoint.adapter_files import Base, read_adapter, write_adapter
+from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
+from equiformer2.checkpoint.tensor_files import plain, sha256
 from equiformer2.files import write_bytes
 from equiformer2.finetuning.folder import FineTuneSettings
 from equiformer2.finetuning.judging import AFTER, SCRATCH
 from equiformer2.finetuning.schedule import Schedule
 from equiformer2.finetuning.start import Start, write_start
-from equiformer2.finetuning.trained_part import FrozenBlocks, TimeLeft, TrainedPart
+from equiformer2.finetuning.trained_part import TimeLeft, TrainedPart, trained_part
 from equiformer2.model import EquiformerV2, ModelConfig
+from equiformer2.shipped import find_checkpoint
 from equiformer2.training.configuration import parse
 from equiformer2.training.run import RunConfig, train
 from equiformer2.training.start import FITTED
@@ -66,12 +69,14 @@ class Trainer:
 
     Attributes:
         settings: of the command.
+        base: the checkpoint of the command.
         runs: folder of the trainings.
         files: paths of the parts of the data (`parts.write_parts`).
         energy_kind: of the new data.
     """
 
     settings: FineTuneSettings
+    base: Checkpoint
     runs: Path
     files: dict[str, list[str]]
     energy_kind: str
@@ -86,7 +91,7 @@ class Trainer:
             after: estimated seconds of what follows it.
 
         Returns:
-            The best checkpoint.
+            The best checkpoint, or the best adapter of the command's checkpoint.
         """
         self.runs.mkdir(exist_ok=True)
         begin = self.runs / f"{case.name}.start.pt"
@@ -103,12 +108,40 @@ class Trainer:
             TimeLeft(after),
         ]
         folder = train(replace(config, trainer=config.trainer | {"callbacks": callbacks}))
-        return folder / "checkpoints" / "best.pt"
+        checkpoints = folder / "checkpoints"
+        if not self._adapts(case):
+            return checkpoints / "best.pt"
+        for name in ("last", "best"):
+            self._write_adapter(checkpoints / f"{name}_adapter.pt", begin, checkpoints / f"{name}.pt")
+        return checkpoints / "best.pt"
+
+    def _adapts(self, case: Case) -> bool:
+        return self.settings.adapter is not None and case.network == AFTER
+
+    def _write_adapter(self, trained: Path, begin: Path, target: Path) -> None:
+        """Write the adapter of the start as one of the checkpoint, from which the start has other heads."""
+        adapter, start = read_adapter(trained), load_checkpoint(begin)
+        before, after = (checkpoint.model.state_dict() for checkpoint in (self.base, start))
+        changed = {
+            name: value
+            for name, value in after.items()
+            if not torch.equal(value, before[name].to(value.device))
+        }
+        file = find_checkpoint(self.settings.checkpoint)
+        fingerprint = fingerprint_of_weights(self.base.model)
+        write_adapter(
+            target,
+            replace(
+                adapter,
+                base=Base(fingerprint, sha256(file), file.name, self.base.weights),
+                replaced={**changed, **adapter.replaced},
+            ),
+        )
 
     def _part(self, case: Case, model: ModelConfig) -> TrainedPart:
-        if self.settings.freeze is None or case.network == SCRATCH:
+        if case.network == SCRATCH:
             return TrainedPart()
-        return FrozenBlocks(self.settings.freeze, model.num_layers)
+        return trained_part(self.settings.freeze, self.settings.adapter, model.num_layers)
 
     def _config(self, case: Case, start: Start, schedule: Schedule, begin: Path) -> RunConfig:
         """Write the configuration of a training beside its folder and read it as `train` does."""
@@ -158,6 +191,9 @@ class Trainer:
         }
         if tuned and case.share == 1.0 and settings.wandb.project is not None:
             values["wandb"] = dict(vars(settings.wandb))
+        if self._adapts(case):
+            assert settings.adapter is not None
+            values["adapter"] = settings.adapter.to_dict()
         if model.forces == "none":
             del values["task"]["force_coefficient"]
         path = self.runs / f"{case.name}.yaml"

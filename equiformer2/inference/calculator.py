@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ from ase.constraints import FixAtoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch_geometric.data import Data
 
+from equiformer2.checkpoint.adapter_files import Adapter
 from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import atoms_to_data, fixed_mask
 from equiformer2.inference.committee import Committee, Model, open_model
-from equiformer2.inference.predictor import answering_old_names
+from equiformer2.inference.predictor import Predictor, answering_old_names
 from equiformer2.inference.symmetric_sites import find_symmetric_sites
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ class EquiformerV2Calculator(Calculator):
         weights: `"raw"`, `"averaged"` or `None` (averaged where the file has them).
         energy_kind: only needed for a foreign file that does not say; must not contradict the checkpoint.
         precision, backend, cuda_graphs: see `Predictor`.
+        adapter: path of an adapter file of the network, or a loaded `Adapter` (see `Predictor`).
+            `calc.predictor.use_adapter` exchanges it without reloading the network.
         forces_on_fixed: compute the forces on atoms that `FixAtoms` holds, too. Otherwise they are zero, as
             `atoms.get_forces()` gives them anyway; with `apply_constraint=False` the difference can be seen.
             Where a structure has constraints of another kind, which may read these forces, they are computed.
@@ -91,6 +95,7 @@ class EquiformerV2Calculator(Calculator):
         energy_every: int = 1,
         router: Callable[..., dict[str, torch.Tensor]] | None = None,
         cuda_graphs: bool | None = None,
+        adapter: Adapter | str | Path | None = None,
     ) -> None:
         super().__init__()
         if energy_every < 1:
@@ -100,13 +105,20 @@ class EquiformerV2Calculator(Calculator):
         self._unread: np.ndarray | None = None  # atoms that the present forces leave out
         if router is not None and isinstance(checkpoint, list | tuple) and len(checkpoint) > 1:
             raise InputError("a router belongs to one network: leave it out, or give one checkpoint")
+        models = checkpoint if isinstance(checkpoint, list | tuple) else [checkpoint]
+        if adapter is not None and (len(models) != 1 or isinstance(models[0], Predictor)):
+            raise InputError(
+                "an adapter belongs to one network that is loaded here: give one checkpoint, or call "
+                "use_adapter of the predictors"
+            )
         self.predictor = open_model(
-            checkpoint, device, weights, energy_kind, precision, backend, router, cuda_graphs
+            checkpoint, device, weights, energy_kind, precision, backend, router, cuda_graphs, adapter
         )
         if not self.predictor.has_forces:
             self.implemented_properties = ["energy", "free_energy"]
         if self.predictor.has_stress:
             self.implemented_properties = [*self.implemented_properties, "stress"]
+        self._answers_of = self.predictor.checkpoint  # what the present results were computed with
         self._notified_tags = False
         self._looked_at = b""  # atomic numbers of the structure last looked at for sites of high symmetry
         # What ASE stores beside results in trajectories and databases.
@@ -150,6 +162,8 @@ class EquiformerV2Calculator(Calculator):
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """List the changes since the last calculation; constraints, too, where forces were left out."""
         changes: list[str] = super().check_state(atoms, tol)
+        if self._answers_of is not self.predictor.checkpoint:
+            return [*changes, "adapter"]
         if self.predictor.router is not None and self.atoms is not None and not changes:
             if not np.array_equal(atoms.get_tags(), self.atoms.get_tags()):
                 return ["tags"]
@@ -212,6 +226,8 @@ class EquiformerV2Calculator(Calculator):
         )
         self._without_energy = 0 if with_energy else self._without_energy + 1
         self._unread = held
+        self._answers_of = self.predictor.checkpoint
+        self.parameters["energy_kind"] = self.energy_kind  # of the adapter in use
         results: dict[str, Any] = {}
         if with_energy:
             results["energy"] = results["free_energy"] = float(out["energy"][0])

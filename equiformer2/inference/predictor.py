@@ -16,6 +16,8 @@ from torch_geometric.data import Batch, Data
 
 from equiformer2.batch_threads import map_batches
 from equiformer2.checkpoint import Checkpoint, load_checkpoint
+from equiformer2.checkpoint.adapted import AdaptedNetwork, load_base
+from equiformer2.checkpoint.adapter_files import Adapter, read_adapter
 from equiformer2.checkpoint.training_data import TrainingData
 from equiformer2.devices import own_defaults, usable_device
 from equiformer2.errors import InputError, naming_structures
@@ -143,10 +145,13 @@ class Predictor:
             router and without gradient forces.
         router: called as `router(model, batch, request=…)` in place of the network, to skip atoms or edges;
             one of `equiformer2.pruning.routing`.
+        adapter: path of an adapter file of this network, or a loaded `Adapter`; `use_adapter` exchanges it.
+            Energies are then of the adapter's kind, and `weights` are those that it was trained on.
 
     Attributes:
         energy_kind: `"adsorption"` or `"total"`: what the energies are.
-        checkpoint: the loaded `Checkpoint` (provenance, available weights, …).
+        checkpoint: the loaded `Checkpoint` (provenance, available weights, …), with the normalizers, the kind
+            of energy and the provenance of the adapter in use.
         unseen_elements: symbols met so far that the checkpoint lists as not among its training data.
         familiarity: compares structures with the training data, as far as the checkpoint tells them.
 
@@ -168,12 +173,18 @@ class Predictor:
         backend: str = "auto",
         router: Callable[..., dict[str, torch.Tensor]] | None = None,
         cuda_graphs: bool | None = None,
+        adapter: Adapter | str | Path | None = None,
     ) -> None:
         self.device = usable_device(device)
         check_precision(precision, self.device)
         self.precision = precision
+        if isinstance(adapter, str | Path):
+            adapter = read_adapter(adapter)
         if isinstance(checkpoint, str | Path):
-            self.checkpoint = load_checkpoint(checkpoint, weights=weights, energy_kind=energy_kind)
+            if adapter is None:
+                self.checkpoint = load_checkpoint(checkpoint, weights=weights, energy_kind=energy_kind)
+            else:
+                self.checkpoint = load_base(checkpoint, adapter, weights, energy_kind)
             model = self.checkpoint.model
         else:
             if weights is not None and weights != checkpoint.weights:
@@ -181,9 +192,10 @@ class Predictor:
                     f"the loaded checkpoint holds its {checkpoint.weights} weights, not the {weights} ones: "
                     f"pass its path with weights={weights!r}"
                 )
-            if energy_kind is not None and energy_kind != checkpoint.energy_kind:
+            kind = checkpoint.energy_kind if adapter is None else adapter.energy_kind
+            if energy_kind is not None and energy_kind != kind:
                 raise InputError(
-                    f"the loaded checkpoint predicts {checkpoint.energy_kind} energies, not {energy_kind} "
+                    f"the loaded checkpoint predicts {kind} energies, not {energy_kind} "
                     "energies: leave out energy_kind or use another checkpoint"
                 )
             self.checkpoint = checkpoint
@@ -199,7 +211,28 @@ class Predictor:
             check_captured(*use)
         if cuda_graphs or (cuda_graphs is None and capture_unavailable_reason(*use) is None):
             self.graphed = GraphedNetwork(self.model)
-        self.energy_kind: str = self.checkpoint.energy_kind
+        self._adapted = AdaptedNetwork(self.checkpoint, self.model)
+        self.energy_kind: str
+        self.use_adapter(adapter)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter in use."""
+        return self._adapted.adapter
+
+    def use_adapter(self, adapter: Adapter | str | Path | None) -> None:
+        """Exchange the adapter of the loaded network; a refused one changes nothing.
+
+        Args:
+            adapter: path of an adapter file, or a loaded `Adapter`; None for the network alone.
+
+        Raises:
+            InputError: no adapter, or one of another network.
+        """
+        if isinstance(adapter, str | Path):
+            adapter = read_adapter(adapter)
+        self.checkpoint = self._adapted.use(adapter)
+        self.energy_kind = self.checkpoint.energy_kind
         self._warned = False
         seen = TrainingData(self.checkpoint.provenance)
         self._unseen = seen.unseen(self.checkpoint.config.max_num_elements)  # those not warned of yet

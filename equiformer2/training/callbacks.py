@@ -17,6 +17,7 @@ from torch_geometric.data import Batch
 
 from equiformer2.checkpoint import save_checkpoint
 from equiformer2.errors import InputError
+from equiformer2.training.adapter_part import AdapterPart
 from equiformer2.training.figures import draw_parity
 from equiformer2.training.metrics import HIGHER_IS_BETTER
 from equiformer2.training.task import S2EFTask
@@ -47,12 +48,19 @@ class NativeCheckpoints(Callback):
     """`last.pt` and `best.pt`: the native format, raw and averaged weights in one file.
 
     Both are written after validations; `best.pt` when the monitored metric is the best so far. Without a
-    validation set, `last.pt` is written when training ends.
+    validation set, `last.pt` is written when training ends. A run that trains an adapter writes its adapter
+    files instead, `last_adapter.pt` and `best_adapter.pt`, of the averaged weights where there are such.
+
+    Args:
+        folder: for the files.
+        provenance: origin of the weights.
+        adapter: of the run, or None.
     """
 
-    def __init__(self, folder: Path, provenance: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, provenance: dict[str, Any], adapter: AdapterPart | None = None) -> None:
         self.folder = folder
         self.provenance = provenance
+        self.adapter = adapter
         self.best_score: float | None = None
         self.validated_step: int | None = None
 
@@ -87,6 +95,16 @@ class NativeCheckpoints(Callback):
         def on_cpu(network: nn.Module) -> dict[str, Tensor]:
             return {name: value.detach().cpu() for name, value in network.state_dict().items()}
 
+        provenance = {
+            **self.provenance,
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "validation": values,
+        }
+        if self.adapter is not None:
+            path = path.with_stem(f"{path.stem}_adapter")
+            self.adapter.write(path, task.best_weights, task.normalizers, task.energy_kind, provenance)
+            return
         model = task.exported(task.model)
         save_checkpoint(
             path,
@@ -95,12 +113,7 @@ class NativeCheckpoints(Callback):
             averaged_state=None if task.averaged is None else on_cpu(task.exported(task.averaged)),
             normalizers=task.normalizers,
             energy_kind=task.energy_kind,
-            provenance={
-                **self.provenance,
-                "step": trainer.global_step,
-                "epoch": trainer.current_epoch,
-                "validation": values,
-            },
+            provenance=provenance,
         )
 
     def state_dict(self) -> dict[str, Any]:

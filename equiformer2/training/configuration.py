@@ -17,6 +17,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from datasets_oc20 import DataError, OC20DataModule
 from datasets_oc20.datamodule import NormalizerValues
 from datasets_oc20.untrusted import read_yaml
+from equiformer2.adapters import AdapterSettings
 from equiformer2.errors import InputError
 from equiformer2.model import ModelConfig
 from equiformer2.model.config import with_present_keys
@@ -54,7 +55,13 @@ _TEXT_TRAINER_KEYS: dict[str, tuple[str | None, str]] = {
     "strategy": ("auto", "auto, or ddp for several processes"),
     "profiler": (None, "simple, advanced or pytorch"),
 }
-_GROUPS = {"model": ModelConfig, "task": TaskSettings, "optim": OptimSettings, "wandb": WandbSettings}
+_GROUPS = {
+    "model": ModelConfig,
+    "task": TaskSettings,
+    "optim": OptimSettings,
+    "wandb": WandbSettings,
+    "adapter": AdapterSettings,
+}
 #: Keys of a pruned network's parts, each of which holds keys of its own; `[]` stands for the items of a list.
 _BLOCKS = ("model.blocks[]", "model.force_head", "model.energy_head")
 DEFAULT_CONFIG = "own_data"

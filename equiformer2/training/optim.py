@@ -148,7 +148,13 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         model: network in training.
         decay: share of the average that stays.
     """
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)
+    pairs = [
+        (mine, theirs)
+        for mine, theirs in zip(average.parameters(), model.parameters(), strict=True)
+        if theirs.requires_grad
+    ]
+    if pairs:
+        torch._foreach_lerp_([mine for mine, _ in pairs], [theirs for _, theirs in pairs], 1.0 - decay)
     for (name, mine), theirs in zip(average.named_buffers(), model.buffers(), strict=True):
         # Buffers of the network are constants, those of a parametrization may be states of its own.
         if "parametrizations." in name:

@@ -16,9 +16,11 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from equiformer2.adapters import AdapterSettings
 from equiformer2.checkpoint.training_data import KEY
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2, ModelConfig
+from equiformer2.training.adapter_part import AdapterPart, scoring_device, with_start_model
 from equiformer2.training.callbacks import BatchAtWork, NativeCheckpoints, ParityFigures, Summary
 from equiformer2.training.config_values import ignored_settings
 from equiformer2.training.figures import draw_loss_curves
@@ -119,6 +121,7 @@ class RunConfig:
         task: loss, moving average, monitored metric.
         optim: optimizer and learning-rate schedule.
         wandb: Weights & Biases.
+        adapter: low-rank maps that are trained in place of the weights; rank 0 for none.
         data: arguments of the data module.
         trainer: arguments of Lightning's `Trainer`.
         text: the resolved configuration as YAML, which is saved with the run.
@@ -129,6 +132,7 @@ class RunConfig:
     task: TaskSettings
     optim: OptimSettings
     wandb: WandbSettings
+    adapter: AdapterSettings
     data: dict[str, Any]
     trainer: dict[str, Any]
     text: str
@@ -147,7 +151,8 @@ def train(config: RunConfig) -> Path:
         InputError, datasets_oc20.DataError: anything wrong with the settings, the data or a checkpoint.
         OSError: the folder cannot be written.
     """
-    model, text = with_pruned_blocks(config.model, config.run.init_from, config.text)
+    model, text = with_start_model(config.model, config.adapter, config.run.init_from, config.text)
+    model, text = with_pruned_blocks(model, config.run.init_from, text)
     config = replace(config, model=model, text=text)
     if config.model.dens and config.task.dens is None:
         raise InputError("model.dens is for task.dens, which is not set: set it, or leave model.dens out")
@@ -188,6 +193,7 @@ class _Training:
     def __init__(self, config: RunConfig, data: ResumableDataModule, folder: RunFolder, begin: int) -> None:
         self.config, self.data, self.folder, self.begin = config, data, folder, begin
         self._check_targets()
+        self.adapter: AdapterPart | None = None
         self.task = self._make_task()
         self.parity = ParityFigures()
 
@@ -198,7 +204,7 @@ class _Training:
             "init_from": self.config.run.init_from,
             KEY: describe_training_data(self.data, self.start, self.task.normalizers),
         }
-        self.native = NativeCheckpoints(self.folder.checkpoints, origin)
+        self.native = NativeCheckpoints(self.folder.checkpoints, origin, self.adapter)
         self.task.guard.folder = self.folder.path
         work = BatchAtWork()
         callbacks = [
@@ -275,9 +281,25 @@ class _Training:
         if start is not None:
             load_start(model, start, str(path))
             keep_predictions(model, start.normalizers, normalizers)
-        return S2EFTask(
+            if self.config.adapter.rank > 0:
+                self.adapter = AdapterPart(model, start, str(path), self.config.adapter, run.seed)
+        task = S2EFTask(
             model, normalizers, self.data.energy_kind, self.config.task, self.config.optim, run.seed
         )
+        if self.adapter is not None:
+            task.base = self.adapter.base.fingerprint
+            if self.folder.resume_from is None:  # else the masks come with the state
+                self._prune_adapter(task, self.adapter)
+        return task
+
+    def _prune_adapter(self, task: S2EFTask, adapter: AdapterPart) -> None:
+        """Choose the entries of the adapter to train, in every process alike."""
+        trainer = self.config.trainer
+        given = trainer["devices"] if isinstance(trainer["devices"], list) else []
+        device = scoring_device(trainer["accelerator"], given)
+        adapter.prune(task.model, self.data, lambda batch: task.losses(batch, 0)[0], device)
+        if task.averaged is not None:
+            task.averaged.load_state_dict(task.model.state_dict())
 
     def _complete_validation(self, trainer: pl.Trainer) -> None:
         """Validate where a limit on the steps ended the run between two validations.
@@ -334,6 +356,7 @@ class _Training:
                 model=self.config.model,
                 task=self.config.task,
                 optim=self.config.optim,
+                adapter=self.config.adapter,
                 data=settings,
                 trainer=self.config.trainer,
             ),

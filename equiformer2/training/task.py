@@ -113,6 +113,8 @@ class S2EFTask(pl.LightningModule):
 
     Attributes:
         export: from one of them to what native checkpoints hold; pruning makes it smaller.
+        base: fingerprint of the network whose weights are held, of a run that trains an adapter; the state to
+            resume from then leaves these weights out. None for other runs.
     """
 
     averaged: nn.Module | None
@@ -140,8 +142,11 @@ class S2EFTask(pl.LightningModule):
         self.seed = seed
         self.averaged = None
         self.export = lambda network: network
+        self.base: str | None = None
         if settings.ema_decay > 0:
-            self.averaged = copy.deepcopy(model).requires_grad_(False).eval()
+            # Weights that are held are those of both.
+            held = {id(p): p for p in model.parameters() if not p.requires_grad}
+            self.averaged = copy.deepcopy(model, held).requires_grad_(False).eval()
         for network in (self.model, self.averaged):
             if network is not None:
                 network.backend = settings.backend  # type: ignore[assignment]
@@ -181,6 +186,18 @@ class S2EFTask(pl.LightningModule):
 
         See `losses`.
         """
+        loss, logged, out = self.losses(batch, batch_idx)
+        self.guard.watch(self.global_step, loss, batch, out)
+        values = self._of_step(torch.stack([loss.detach(), *logged.values()]), batch_idx)
+        self._log_training(values[0], dict(zip(logged, values[1:].unbind(), strict=True)), batch.num_graphs)
+        return loss
+
+    def losses(self, batch: Batch, batch_idx: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Compute the weighted loss of one micro-batch.
+
+        Returns:
+            The loss, its parts to be logged, and the outputs of the network.
+        """
         terms = Terms.from_batch(batch)
         noisy = self._corrupted(batch, batch_idx)
         out = self._forward_with_own_randomness(batch, batch_idx, noisy)
@@ -211,10 +228,7 @@ class S2EFTask(pl.LightningModule):
             error = stress_l1(stress, target, batch.pbc.all(dim=1), terms.stresses if terms else None)
             loss = loss + self.settings.stress_coefficient * error
             logged["train/stress_mae"] = error.detach() * self.normalizers.energy.std
-        self.guard.watch(self.global_step, loss, batch, out)
-        values = self._of_step(torch.stack([loss.detach(), *logged.values()]), batch_idx)
-        self._log_training(values[0], dict(zip(logged, values[1:].unbind(), strict=True)), batch.num_graphs)
-        return loss
+        return loss, logged, out
 
     def _of_step(self, values: Tensor, batch_idx: int) -> Tensor:
         """The values of micro-batches, averaged over those of the optimizer step so far."""
@@ -335,12 +349,36 @@ class S2EFTask(pl.LightningModule):
             "guard": self.guard.state_dict(),
             "model": self._model_settings(),
         }
+        if self.base is not None:
+            # They are in the file that the run starts from, which is many times larger than the adapter.
+            checkpoint[STATE_KEY]["base"] = self.base
+            held = self._held()
+            checkpoint["state_dict"] = {
+                name: value for name, value in checkpoint["state_dict"].items() if name not in held
+            }
+
+    def _held(self) -> dict[str, Tensor]:
+        """Weights of both networks that are not trained, by their names in the state dictionary."""
+        names = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        state = self.state_dict()
+        return {
+            full: state[full]
+            for full in (f"{network}.{name}" for network in ("model", "averaged") for name in names)
+            if full in state
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume with another model, other data units, another kind of energy or another seed."""
         state = checkpoint.get(STATE_KEY)
         if state is None:
             raise InputError("the file to resume from was not written by this program's training")
+        if state.get("base") != self.base:
+            raise InputError(
+                "the run to resume trains an adapter of another network, or no adapter: give it its own "
+                "init_from and adapter settings"
+            )
+        if self.base is not None:
+            checkpoint["state_dict"] = {**self._held(), **checkpoint["state_dict"]}
         self._check_same_model(checkpoint["state_dict"], state.get("model", {}))
         if Normalizers.from_dict(state["normalizers"]) != self.normalizers:
             raise InputError(

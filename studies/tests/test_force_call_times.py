@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from equiformer2.pruning.fingerprints import fingerprint_of_weights
+from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
 from equiformer2.pruning.structured.plan import PruningPlan
 from studies import force_call_times as speed
 from studies.campaign import Campaign, Part, Speed

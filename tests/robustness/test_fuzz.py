@@ -49,7 +49,9 @@ from datasets_oc20.schema import FIELDS
 from datasets_oc20.structure_record import PackedRecord
 from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint, save_checkpoint
+from equiformer2.checkpoint.adapter_files import Adapter, Base, read_adapter, write_adapter
 from equiformer2.errors import InputError
+from equiformer2.model.parametrizations import LowRank
 from equiformer2.pruning import PruningPlan
 from equiformer2.pruning.precision.compact import compact_network, write_compact
 from equiformer2.pruning.precision.plan import PrecisionPlan
@@ -60,7 +62,7 @@ sys.path.insert(0, str(ROOT / "tests" / "datasets_oc20"))
 from oc20_files import dumps_pyg1, frame_text, is2re_fields, s2ef_fields, structure  # noqa: E402
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "5"))
-TARGETS = 8
+TARGETS = 9
 SLOW = 2.0
 """Most seconds of the processor for one example."""
 ROUND = 50
@@ -536,6 +538,43 @@ def test_checkpoints(tmp_path: Path) -> None:
         ),
         read,
     )
+
+
+def test_adapters(tmp_path: Path) -> None:
+    valid, path = tmp_path / "valid.pt", tmp_path / "x.pt"
+    kept = torch.arange(6).view(2, 3) % 2 == 0
+    maps = {
+        "a.weight": LowRank(torch.rand(2, 4, 2), torch.rand(2, 2, 3), 2.0),
+        "b.weight": LowRank(torch.rand(2, 3) * kept, torch.rand(3, 5), 1.0, kept),
+    }
+    write_adapter(
+        valid,
+        Adapter(
+            "valid.pt", Base("0" * 16, "0" * 64, "base.pt", "raw"), {"rank": 2}, maps,
+            {"c.bias": torch.ones(3)}, Normalizers(Normalizer(0.5, 2.0), Normalizer(0.0, 1.5)), "total", {},
+        ),
+    )  # fmt: skip
+    content = torch.load(valid, weights_only=True)
+    tensors = st.sampled_from(
+        [torch.zeros(0), torch.tensor(math.nan), torch.ones(9), torch.ones(3).bool(), torch.ones(2).half()]
+    )
+
+    def read(value: Any) -> None:
+        if isinstance(value, bytes):
+            path.write_bytes(value)
+        else:
+            torch.save(value, path)
+        found = read_adapter(path)
+        assert 0 <= found.kept_share <= 1
+        assert all(torch.isfinite(each.left).all() for each in found.maps.values())
+        json.dumps(found.settings, allow_nan=False).encode()
+
+    keys = ("base", "settings", "maps", "kept", "values", "replaced", "normalizers", "energy_kind", "units")
+    trees = (
+        changed_values(content[key], ODD | tensors).map(lambda v, key=key: {**content, key: v})
+        for key in keys
+    )
+    fuzz(st.one_of(changed_bytes(valid.read_bytes()), *trees), read)
 
 
 def test_configurations(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from launching import LAUNCHERS, ROOT, finish, slurm_job, slurm_task, start, start_two, weights
+from tiny_checkpoint import write_tiny_checkpoint
 from uneven import write_uneven
 
 from datasets_oc20 import OC20Lmdb
 from datasets_oc20.sampler import BalancedBatchSampler
+from equiformer2.checkpoint.adapter_files import read_adapter
 from equiformer2.training.folder import read_rows
 
 pytestmark = pytest.mark.slow
@@ -82,6 +84,23 @@ def test_two_processes_with_unequal_shares_equal_one(
         finish(start_two(accumulated, tmp_path, "accumulated", "lightning"))
         assert_same_losses(tmp_path / "one", tmp_path / "accumulated", STEPS)
         assert_same_weights(tmp_path / "one", tmp_path / "accumulated")
+
+
+def test_two_processes_train_one_adapter(tmp_path: Path, tiny_arguments: list[str], lmdb_path: Path) -> None:
+    """Every process chooses the same entries, and they end as those of one process."""
+    base = write_tiny_checkpoint(tmp_path / "base.pt")
+    arguments = [
+        *uneven_arguments(tiny_arguments, tmp_path, lmdb_path),
+        *("--trainer.max_epochs=3", "--trainer.precision=64-true", f"--init_from={base}"),
+        *("--adapter.rank=2", "--adapter.keep=0.5", "--adapter.frames=3"),
+    ]
+    finish([start([*arguments, "--data.batch_size=6"], tmp_path, "one")])
+    finish(start_two([*arguments, "--data.batch_size=3"], tmp_path, "two", "lightning"))
+    assert_same_losses(tmp_path / "one", tmp_path / "two", 3)
+    one, two = (read_adapter(tmp_path / name / "checkpoints/last_adapter.pt") for name in ("one", "two"))
+    for name, each in one.maps.items():
+        for part in ("left", "right", "left_kept", "right_kept"):
+            torch.testing.assert_close(getattr(two.maps[name], part), getattr(each, part), msg=name)
 
 
 def test_every_launcher_gives_the_same_run(tmp_path: Path, tiny_arguments: list[str]) -> None:

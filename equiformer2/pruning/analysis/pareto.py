@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import Normalizers, load_checkpoint, save_checkpoint
+from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
 from equiformer2.checkpoint.training_data import inherited
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
@@ -27,7 +28,7 @@ from equiformer2.pruning.calibration import Calibration, Network
 from equiformer2.pruning.calibration_data import labelled_energies, mixed_systems, read_structures
 from equiformer2.pruning.cost.latency import compare_latency
 from equiformer2.pruning.cost.targets import CombinedTarget, MacTarget, ParameterTarget, Target
-from equiformer2.pruning.fingerprints import fingerprint_of_structures, fingerprint_of_weights
+from equiformer2.pruning.fingerprints import fingerprint_of_structures
 from equiformer2.pruning.recovery.distillation import RUN, Paths, distill
 from equiformer2.pruning.routing import (
     ROUTING_METHODS,

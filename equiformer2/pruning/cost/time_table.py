@@ -21,6 +21,7 @@ import torch
 from torch_geometric.data import Batch, Data
 
 from datasets_oc20.untrusted import AnyPath
+from equiformer2.checkpoint.fingerprints import chosen_options
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
 from equiformer2.model import EquiformerV2
@@ -29,7 +30,6 @@ from equiformer2.model.config import ModelConfig
 from equiformer2.model.output_request import OutputRequest
 from equiformer2.pruning.cost.latency import compare_latency
 from equiformer2.pruning.cost.operations import Plan
-from equiformer2.pruning.fingerprints import chosen_options
 from equiformer2.values import Number, mapping, shown
 
 _FORMAT = "equiformer2.time_table"

@@ -21,12 +21,12 @@ from datasets_oc20.datamodule import NormalizerValues
 from datasets_oc20.targets import NUM_ELEMENTS
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import Checkpoint, Normalizers, load_checkpoint
+from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, read_json, whole_file, write_json
 from equiformer2.inference import Predictor
 from equiformer2.pruning.calibration import unlabelled
 from equiformer2.pruning.calibration_data import raw_files, read_structures
-from equiformer2.pruning.fingerprints import fingerprint_of_weights
 from equiformer2.training.configuration import parse
 from equiformer2.training.run import RunConfig, train
 

@@ -9,10 +9,11 @@ from typing import Any
 from tqdm import tqdm
 
 from datasets_oc20.untrusted import AnyPath
+from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2
 from equiformer2.pruning.calibration import Calibration
-from equiformer2.pruning.fingerprints import fingerprint_of_structures, fingerprint_of_weights
+from equiformer2.pruning.fingerprints import fingerprint_of_structures
 from equiformer2.pruning.routing.active_region import ActiveRegion
 from equiformer2.pruning.routing.ftp import FTPRouter
 from equiformer2.pruning.routing.ftp_training import RouterLosses, RouterTraining, train_router

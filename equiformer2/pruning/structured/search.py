@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import Normalizers
+from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2
 from equiformer2.pruning.calibration import Calibration
 from equiformer2.pruning.cost.work import GRADIENT, Work
-from equiformer2.pruning.fingerprints import fingerprint_of_structures, fingerprint_of_weights
+from equiformer2.pruning.fingerprints import fingerprint_of_structures
 from equiformer2.pruning.structured.apply import masked
 from equiformer2.pruning.structured.candidate_cuts import Cut, possible_cuts
 from equiformer2.pruning.structured.importance import gradient_importance, probe
