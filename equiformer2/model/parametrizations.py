@@ -1,4 +1,4 @@
-"""Weights computed from other tensors (`torch.nn.utils.parametrize`); every layer reads them by `folding.read`.
+"""Weights computed from other tensors (`torch.nn.utils.parametrize`); layers read them by `folding.read`.
 
 Low-rank maps add a product of two small matrices to a frozen weight (LoRA, Hu et al. 2021). Stored forms keep
 a weight as bfloat16 or integers. Neither breaks equivariance, because a weight keeps it by being shared: one

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import Checkpoint, load_checkpoint
+from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
 from equiformer2.errors import InputError
 from equiformer2.files import check_target
 from equiformer2.inference import Predictor
@@ -25,7 +26,7 @@ from equiformer2.pruning.calibration import FORCE_WEIGHT, Calibration
 from equiformer2.pruning.calibration_data import mixed_systems, read_structures
 from equiformer2.pruning.cost.latency import compare_latency
 from equiformer2.pruning.cost.targets import MacTarget, ParameterTarget
-from equiformer2.pruning.fingerprints import fingerprint_of_structures, fingerprint_of_weights
+from equiformer2.pruning.fingerprints import fingerprint_of_structures
 from equiformer2.pruning.precision.allocation import PartSizes
 from equiformer2.pruning.precision.compact import FileSize, compact_network, write_compact
 from equiformer2.pruning.precision.measure import compare
