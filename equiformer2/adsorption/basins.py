@@ -68,8 +68,9 @@ class Coverage:
         draws: placements that ended in a basin, copies by symmetry included.
         basins: different ones among them.
         unseen_probability: that the next placement ends in a basin that none has been in.
-        unseen_basins: number of basins that further placements up to the budget would add.
+        unseen_basins: number of basins that further placements would add.
         p_lower: probability that one of them is lower than the lowest one seen by more than `LOWER`.
+        further: number of further placements that the two above are about.
     """
 
     draws: int
@@ -77,6 +78,7 @@ class Coverage:
     unseen_probability: float
     unseen_basins: float
     p_lower: float
+    further: int
 
     @property
     def enough(self) -> bool:
@@ -103,7 +105,7 @@ def estimate_coverage(
     """
     draws = len(basins)
     if not draws:
-        return Coverage(0, 0, 1.0, float(remaining), 1.0 if remaining else 0.0)
+        return Coverage(0, 0, 1.0, float(remaining), 1.0 if remaining else 0.0, remaining)
     sightings = Counter(Counter(basins).values())
     once, twice, known = sightings[1], sightings[2], len(set(basins))
     unseen = min(1.0, (once + _PRIOR) / (draws + _PRIOR))
@@ -115,4 +117,4 @@ def estimate_coverage(
     levels = sorted(lowest.values())
     spread = float(np.mean(levels[1:]) - levels[0]) if known > 1 else _USUAL_SPREAD
     p_lower = found / (known + found) * math.exp(-lower / spread) if spread > 0 else 0.0
-    return Coverage(draws, known, unseen, found, p_lower)
+    return Coverage(draws, known, unseen, found, p_lower, remaining)

@@ -24,7 +24,7 @@ from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.anomalies import SKIN, check_anomalies
 from equiformer2.adsorption.named_structures import free_side_up
 from equiformer2.adsorption.placements import Adsorbate, Placement, coverage_placements
-from equiformer2.adsorption.references import check_gas_references, gas_reference
+from equiformer2.adsorption.references import check_gas_references, gas_reference, refuse_gas_references
 from equiformer2.adsorption.slabs import find_slab
 from equiformer2.adsorption.surface_energy import surface_area
 from equiformer2.adsorption.surface_sites import open_atoms
@@ -330,7 +330,9 @@ class _Series:
             self.arrangements[count] = found
         if self.kind == "total":
             check_gas_references(self._molecule(), self.settings.gas_per_atom, self.settings.gas)
-        elif max(self.arrangements) > 1:
+        else:
+            refuse_gas_references(self.settings.gas_per_atom, self.settings.gas)
+        if self.kind != "total" and max(self.arrangements) > 1:
             self.notices.append(
                 "a model of adsorption energies has one mean per structure, whatever the number of "
                 "molecules, so that total, average and differential energies of several molecules are not "

@@ -102,6 +102,15 @@ def check_gas_references(adsorbate: Atoms, given: Mapping[str, float] | None, so
         raise InputError(f"the gas reference of {wrong[0]} is not a finite energy: give eV per atom")
 
 
+def refuse_gas_references(given: Mapping[str, float] | None, source: str) -> None:
+    """Raise `InputError` where a model of adsorption energies is given gas references: it needs none."""
+    if given or source != "vacuum":
+        raise InputError(
+            "the model predicts adsorption energies, which are referred to gases already: leave the gas "
+            "references out"
+        )
+
+
 def gas_reference(
     adsorbate: Atoms,
     calculator: BaseCalculator,

@@ -29,7 +29,7 @@ from equiformer2.adsorption.anomalies import Anomaly, check_anomalies
 from equiformer2.adsorption.basins import Coverage, estimate_coverage, find_basins
 from equiformer2.adsorption.dispersion_terms import check_gas_source, dispersion_terms
 from equiformer2.adsorption.energy import resolve_energy_kind
-from equiformer2.adsorption.references import check_gas_references, gas_reference
+from equiformer2.adsorption.references import check_gas_references, gas_reference, refuse_gas_references
 from equiformer2.adsorption.saddle_points import FALL, LARGEST_FMAX, SHARE_OF_FMAX, displaced
 from equiformer2.adsorption.search_folder import GAS, RELAXED, SETTINGS, TRAJECTORIES, remove_search
 from equiformer2.adsorption.symmetry import SurfaceSymmetry, merge_copies, surface_symmetry
@@ -193,6 +193,23 @@ class SaddleCheck:
         """True if it was a saddle point, and a minimum has been found from there."""
         return self.status == "converged" and self.energy is not None and self.energy < self.before - FALL
 
+    @property
+    def stays(self) -> bool:
+        """True if it is a minimum; False where it was a saddle point, or the relaxation does not tell."""
+        return self.status == "converged" and not self.fell
+
+    @property
+    def sentence(self) -> str:
+        """Say what has come of it."""
+        if self.fell:
+            return (
+                f"{self.placement} was on a saddle point at {self.before:.3f} eV: displaced, it relaxes to "
+                f"{self.energy:.3f} eV"
+            )
+        if self.stays:
+            return f"{self.placement} is a minimum: displaced, it relaxes to the same energy"
+        return f"it is open whether {self.placement} is a minimum: displaced, it is {self.status}"
+
     def summary(self) -> dict[str, Any]:
         """Plain values for `search.json`."""
         return {
@@ -204,6 +221,8 @@ class SaddleCheck:
             "energy_before_eV": self.before,
             "energy_eV": self.energy,
             "fell": self.fell,
+            "stays": self.stays,
+            "sentence": self.sentence,
         }
 
 
@@ -239,6 +258,15 @@ class SearchResult:
     model_evaluations: int
     draft_evaluations: int = 0
     checks: list[SaddleCheck] = field(default_factory=list)
+
+    @property
+    def unconverged(self) -> list[str]:
+        """What the energy of the best placement rests on and has not converged, in words."""
+        parts = {"the best placement": self.best is not None and self.best.status != "converged"}
+        if self.energy_kind == "total":
+            parts["the clean slab"] = not self.clean_slab.converged
+            parts["the gas references"] = self.gas is not None and not self.gas.get("converged", True)
+        return [name for name, is_so in parts.items() if is_so]
 
     @property
     def energy(self) -> float | None:
@@ -359,6 +387,8 @@ class _Search:
         check_gas_source(calculator, settings.gas, settings.gas_per_atom)
         if self.kind == "total":
             check_gas_references(self.adsorbate, settings.gas_per_atom, settings.gas)
+        else:
+            refuse_gas_references(settings.gas_per_atom, settings.gas)
         self.identity = {
             "model": self.engine.identity(),
             "draft": None if self.draft is None else self.draft.identity(),
@@ -506,15 +536,9 @@ class _Search:
             trial.status = "converged"
         check = SaddleCheck(one.id, found, one.energy, trial.energy, trial.status)
         if check.fell:
-            logger.info(
-                f"{one.id} was on a saddle point: displaced, it relaxes from {one.energy:.3f} to "
-                f"{check.energy:.3f} eV"
-            )
-        elif trial.status != "converged":
-            logger.warning(
-                f"it is open whether {one.id} is a minimum: displaced, it is {trial.status} "
-                f"({found.reason or 'see search.json'})"
-            )
+            logger.info(check.sentence)
+        elif not check.stays:
+            logger.warning(f"{check.sentence} ({found.reason or 'see search.json'})")
         return check
 
     def _leave_saddle(self, one: Found, check: SaddleCheck) -> None:
@@ -585,7 +609,10 @@ class _Search:
             one.status = "anomalous"
 
     def _coverage(self, symmetry: SurfaceSymmetry) -> Coverage:
-        """Find the basins anew, and estimate what is missing; copies count as often as they were placed."""
+        """Find the basins anew, and estimate what is missing; copies count as often as they were placed.
+
+        What is missing is that among the starts left, and with none left among as many as there were.
+        """
         ended = [one for one in self.found if one.counts and one.relaxation is not None]
         atoms = [one.relaxation.atoms for one in ended if one.relaxation is not None]
         energies = [float(one.energy or 0.0) for one in ended]
@@ -609,7 +636,9 @@ class _Search:
             for one in self.found
         )
         return estimate_coverage(
-            [names[one.basin] for one in draws], [float(one.energy or 0.0) for one in draws], undone
+            [names[one.basin] for one in draws],
+            [float(one.energy or 0.0) for one in draws],
+            undone or len(self.found),
         )
 
     def _progress(self, coverage: Coverage, left: int) -> str:

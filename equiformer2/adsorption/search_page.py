@@ -80,11 +80,10 @@ def search_page(
             f"{result.terms['gas']:.4f} eV of the gas references ({(result.gas or {}).get('label', '')}) "
             "were subtracted."
         )
-    left = sum(one.status == "stopped" for one in result.found)
     unseen = [
-        f"The next one would end in an unseen minimum with a probability of "
+        f"A further placement would end in an unseen minimum with a probability of "
         f"{coverage.unseen_probability:.1%}.",
-        f"A minimum lower by more than {LOWER:g} eV among the {left} placements that were not relaxed has a "
+        f"{coverage.further} more placements find a minimum lower by more than {LOWER:g} eV with a "
         f"probability of {coverage.p_lower:.1%} (the search may stop below {ENOUGH:.0%}).",
     ]
     parts = [
@@ -92,6 +91,7 @@ def search_page(
         f"<p>Adsorption energy of {name}: <b>{result.energy:.3f} eV</b> "
         f"({best.status}, largest force {number(best.relaxation.max_force_eV_A, 3)} eV/Å; "
         f"the start of this placement: {number(best.start_energy, 3)} eV).</p>",
+        *(f"<p><b>Not converged: {part}.</b></p>" for part in result.unconverged),
         bullets([meaning, *dispersion_lines(card["d3_eV"]), *convention_lines(card["conventions"])]),
         structure_viewer("best", both, "<p>This browser does not draw in three dimensions.</p>"),
         picture("Best placement", drawing),
@@ -102,14 +102,8 @@ def search_page(
                 + ", ".join(f"{number} {status}" for status, number in counts.items())
                 + f". The search ended: {result.reason}.",
                 f"{coverage.draws} of them ended in {coverage.basins} minima.",
-                *(
-                    f"{one.placement} was on a saddle point at {one.before:.3f} eV: displaced, it relaxed to "
-                    f"{one.energy:.3f} eV."
-                    if one.fell
-                    else f"Displaced and relaxed again, {one.placement} stays ({one.status})."
-                    for one in result.checks
-                ),
-                *(unseen if left else []),
+                *(f"{one.sentence[0].upper()}{one.sentence[1:]}." for one in result.checks),
+                *unseen,
             ]
         ),
         picture("Minima", basin_picture(result)),

@@ -266,20 +266,19 @@ class AdsorptionSearch(Command):
         for row in rows[:10]:
             print(f"{row['id']:24}{row['energy_eV']:12.4f}{row['max_force_eV_A']:14.3f}")
         for check in record["saddle_check"]["checks"]:
-            if check["fell"]:
-                print(
-                    f"{check['placement']} was on a saddle point at {check['energy_before_eV']:.4f} eV: "
-                    f"displaced, it relaxes to {check['energy_eV']:.4f} eV"
-                )
+            print(check["sentence"])
         if record["draft"] is not None:
             print(
                 f"{record['model_evaluations']} calls of the model, and {record['draft_evaluations']} of the "
                 "draft"
             )
-        left = f"; unseen {stop['unseen_probability']:.1%}, lower {stop['p_lower']:.1%}"
-        print(stop["reason"] + (left if stop["unseen_basins"] else ""))
-        if not best["converged"]:
-            print("NOT converged: the energy is not that of a relaxed structure (more --steps)")
+        print(
+            f"{stop['reason']}; the next placement ends in an unseen minimum with a probability of "
+            f"{stop['unseen_probability']:.1%}, and {stop['further_placements']} more find one lower by "
+            f"0.1 eV with {stop['p_lower']:.1%}"
+        )
+        if record["unconverged"]:
+            print(f"NOT converged: {', '.join(record['unconverged'])} (more --steps)")
         print(f"saved in {folder}: search.json, card.json, report.html, {best['file']}, dft, trajectories")
 
 

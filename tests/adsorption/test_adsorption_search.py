@@ -1,6 +1,7 @@
 """The search over placements: merging, ranking, stopping, going on, its files, and DFT results read back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,49 @@ def test_copies_are_not_relaxed_and_inherit(finished: tuple[Path, SearchResult])
     assert result.reason == "all placements were relaxed"
 
 
+class AdsorptionEMT(EMT):
+    """EMT that calls its energies adsorption energies."""
+
+    energy_kind = "adsorption"
+
+
+@pytest.mark.parametrize(
+    "settings", [SearchSettings(gas="molecules"), SearchSettings(gas_per_atom={"O": 1.0})]
+)
+def test_a_model_of_adsorption_energies_takes_no_gas_references(
+    tmp_path: Path, settings: SearchSettings
+) -> None:
+    with pytest.raises(InputError, match="leave the gas references out"):
+        search_placements(base(), placed(), AdsorptionEMT(), tmp_path, settings)
+
+
+def test_what_an_energy_rests_on_must_have_converged(tmp_path: Path) -> None:
+    settings = SearchSettings(fmax=0.4, steps=1, gas="molecules", check_minima=0)
+    result = search_placements(base(), placed(sites=("fcc",)), EMT(), tmp_path, settings)
+    assert result.best is not None
+    assert "the gas references" in result.unconverged
+    record = search_record(result, {"checkpoint": None}, SETTINGS)
+    assert record["converged"] is False
+    assert record["unconverged"] == result.unconverged
+
+
+def test_with_no_start_left_the_estimate_is_of_as_many_again(finished: tuple[Path, SearchResult]) -> None:
+    coverage = finished[1].coverage
+    assert coverage.further == 8
+    assert 0.0 < coverage.p_lower < 1.0
+    assert coverage.unseen_basins > 0.0
+
+
+def test_a_check_that_does_not_converge_leaves_it_open(finished: tuple[Path, SearchResult]) -> None:
+    (check,) = finished[1].checks
+    assert check.stays
+    assert "is a minimum" in check.sentence
+    dissociated = replace(check, status="anomalous", energy=check.before - 1.0)
+    assert not dissociated.stays
+    assert not dissociated.fell
+    assert "it is open" in dissociated.sentence
+
+
 def test_files_hold_the_keys_of_the_contract(finished: tuple[Path, SearchResult]) -> None:
     folder, result = finished
     record = json.loads((folder / "search.json").read_text())
@@ -113,7 +157,7 @@ def test_files_hold_the_keys_of_the_contract(finished: tuple[Path, SearchResult]
     assert f"{result.energy:.3f} eV" in page
     assert "at most 8, random seed 3" in page
     assert "Miller indices (1, 1, 1)" in page
-    assert "The next one would end" not in page  # all placements were relaxed
+    assert "8 more placements find a minimum lower" in page  # all were relaxed: as many again
 
 
 def test_a_finished_search_calculates_nothing_again(finished: tuple[Path, SearchResult]) -> None:
