@@ -163,6 +163,8 @@ def show_log() -> None:
 
 def _one_line(error: Exception) -> str:
     """The sentence of an error; from a loader process it comes inside a traceback, of which it is the end."""
+    if isinstance(error, OSError) and isinstance(error.filename, str | bytes) and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"  # without the number that Python adds
     text = str(error)
     if text.startswith("Caught "):
         text = text.rpartition(f".{type(error).__name__}: ")[2]

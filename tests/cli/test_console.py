@@ -148,3 +148,14 @@ def test_choices_are_those_of_the_packages() -> None:
     to = next(action for action in command_parser("data convert")[1]._actions if action.dest == "to")
     assert sorted(WRITERS) == sorted(to.choices or ())
     assert set(MAIN_KEYS) <= {action.dest for action in build_parser()._actions}
+
+
+def test_a_missing_file_is_named_without_an_error_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command, name in (("relax", "none.traj"), ("adsorption volcano", "none.csv")):
+        model = ["--checkpoint", "oc20_small"] if command == "relax" else []
+        assert run_command(command, tmp_path / name, *model, "--out", tmp_path / "out") == 2
+        told = capsys.readouterr().err
+        assert name in told
+        assert "Errno" not in told
