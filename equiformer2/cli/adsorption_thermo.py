@@ -81,7 +81,7 @@ class AdsorptionFreeEnergy(Command):
             type=int,
             default=1,
             metavar="N",
-            help="of the adsorbate about the normal of the surface (default: %(default)s)",
+            help="symmetry number of the adsorbate about the normal of the surface (default: %(default)s)",
         )
         add_overwrite_argument(parser)
 
