@@ -121,7 +121,8 @@ def verify_card(path: AnyPath, model: Engineable | None = None) -> dict[str, dic
     rows |= _rows_of_terms(card, terms, atoms, search)
     if clean is not None:
         rows |= _rows_of_slab(terms, clean, engine, dispersion)
-        rows |= _rows_of_anomalies(path.parent, card, atoms, clean, search)
+        if rows["structure_sha256"]["ok"]:  # the verdicts are about this structure alone
+            rows |= _rows_of_anomalies(path.parent, card, atoms, clean, search)
     return rows
 
 
@@ -186,7 +187,7 @@ def _rows_of_anomalies(
     The adsorbate's bonds need the start, which is in the trajectory of the placement, unless a draft has
     moved it before.
     """
-    checks = {one["name"]: one for one in card.get("anomaly_checks") or []}
+    checks = {one.get("name"): one for one in card.get("anomaly_checks") or [] if isinstance(one, dict)}
     trajectory = folder / TRAJECTORIES / f"{Path(str(card.get('placement'))).name}.traj"
     start = None
     if search is not None and search.get("draft") is None and trajectory.is_file():
