@@ -15,6 +15,8 @@ from equiformer2.inference.pictures import new_figure, png_bytes
 SEARCH, FREE_ENERGY, SETTINGS = "search.json", "free_energy.json", "settings.json"
 DIAGRAM = "diagram.json"
 CLEAN = "*"
+#: eV per atom; relaxations of the same molecule end in structures that differ a little.
+_SAME_GAS = 1e-3
 #: Gas -> (CO, H2O, N2 that it is made of; pairs of proton and electron): where a reaction may start or end.
 GAS_STATES: dict[str, tuple[dict[str, float], float]] = {
     "H2": ({}, 2.0),
@@ -33,13 +35,15 @@ def read_states(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
     Returns:
         For each folder `adsorbate`, `free_energy_eV` and `electrons` at its potential and acidity, `gases`
-        that it was made of, `temperature_K`, `pressures_bar`, and `folder`.
+        that it was made of, `temperature_K`, `pressures_bar`, and `folder`. `converged` is False where the
+        structure, its clean slab or its gases are not, and `warnings` are the sentences about it.
 
     Raises:
-        InputError: a folder without a free energy, other slabs, models or temperatures.
+        InputError: a folder without a free energy, other slabs, models, gas references or temperatures.
     """
     states: list[dict[str, Any]] = []
     same: dict[str, tuple[Path, Any]] = {}
+    gases: list[tuple[Path, Mapping[str, Any] | None]] = []
     for folder in folders:
         for name in (SEARCH, FREE_ENERGY, SETTINGS):
             if not (folder / name).is_file():
@@ -50,7 +54,13 @@ def read_states(folders: Sequence[Path]) -> list[dict[str, Any]]:
                 )
                 raise InputError(f"{folder} has no {name}: {remedy}")
         found, settings = read_json(folder / FREE_ENERGY), read_json(folder / SETTINGS)
-        name = read_json(folder / SEARCH).get("settings", {}).get("adsorbate")
+        search = read_json(folder / SEARCH)
+        name = search.get("settings", {}).get("adsorbate")
+        if found.get("model", settings.get("model")) != settings.get("model"):
+            raise InputError(
+                f"the free energy in {folder} is of another model than its search: run "
+                f"`equiformer2 adsorption free-energy {folder} --overwrite`"
+            )
         for key, value in (
             ("slab", settings.get("slab")),
             ("model", settings.get("model")),
@@ -61,6 +71,10 @@ def read_states(folders: Sequence[Path]) -> list[dict[str, Any]]:
             first, known = same.setdefault(key, (folder, value))
             if known != value:
                 raise InputError(f"{first} and {folder} have another {key}: a diagram is of one")
+        for first, other in gases:
+            _check_same_gas(first, other, folder, search.get("gas"))
+        gases.append((folder, search.get("gas")))
+        converged, warnings = _doubts(search, found)
         states.append(
             {
                 "adsorbate": Path(name).stem if name else f"*{settings.get('adsorbate', '')}",
@@ -70,10 +84,55 @@ def read_states(folders: Sequence[Path]) -> list[dict[str, Any]]:
                 "reaction": found["reaction"],
                 "temperature_K": found["temperature_K"],
                 "pressures_bar": found.get("pressures_bar") or {},
+                "converged": converged,
+                "warnings": warnings,
                 "folder": str(folder),
             }
         )
     return states
+
+
+def _check_same_gas(
+    first: Path, known: Mapping[str, Any] | None, folder: Path, gas: Mapping[str, Any] | None
+) -> None:
+    """Raise `InputError` where two searches have other gas references.
+
+    Adsorbates are of other elements, so only the energies of those in both are compared; and one search may
+    have a source the less.
+    """
+    both = [one or {} for one in (known, gas)]
+    sources = [set(filter(None, str(one.get("source") or "").split(" and "))) for one in both]
+    energies = [one.get("per_atom_eV") or {} for one in both]
+    same = (known is None) == (gas is None) and (sources[0] <= sources[1] or sources[1] <= sources[0])
+    shared = sorted(energies[0].keys() & energies[1].keys())
+    if same and all(abs(energies[0][one] - energies[1][one]) <= _SAME_GAS for one in shared):
+        return
+
+    def told(one: Mapping[str, Any]) -> str:
+        values = ", ".join(f"{name} {one['per_atom_eV'][name]:.4f} eV" for name in shared)
+        return f"{one.get('source') or 'those of the model'}{f': {values}' if values else ''}"
+
+    raise InputError(
+        f"{first} and {folder} have other gas references ({told(both[0])}; {told(both[1])}): a diagram is of "
+        "one, so search again with the same --gas"
+    )
+
+
+def _doubts(search: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[bool, list[str]]:
+    """Tell whether a state has converged, and the sentences that its free energy carries."""
+    warnings = [str(one) for one in found.get("warnings") or []]
+    parts = {
+        "the structure": found.get("converged") is not False and search.get("converged") is not False,
+        "the clean slab": (search.get("clean_slab") or {}).get("converged") is not False,
+        "the gas reference": (search.get("gas") or {}).get("converged") is not False,
+    }
+    for name, converged in parts.items():
+        if not converged and not any(f"{name} has not converged" in one for one in warnings):
+            warnings.append(f"{name} has not converged")
+    imaginary = found.get("imaginary")
+    if imaginary and not any("imaginary" in one for one in warnings):
+        warnings.append(f"{imaginary} imaginary modes: the structure may be no minimum")
+    return all(parts.values()), warnings
 
 
 def gas_state(
@@ -108,6 +167,8 @@ def gas_state(
         "reaction": "",
         "temperature_K": temperature,
         "pressures_bar": dict(pressures or {}),
+        "converged": True,
+        "warnings": [],
         "folder": "",
     }
 
@@ -126,10 +187,10 @@ def diagram(
         potentials: V against it, at which they are wanted, too.
 
     Returns:
-        `states` (the clean slab first), `steps` with `change_eV`, the `electrons` and the `gases` that they
-        take (negative: set free), `at_potentials` (`potential_against_rhe_V`, `free_energies_eV`),
-        `limiting_potential_V` against RHE (the potential at which no step that takes electrons goes uphill)
-        and `limiting_step`; None without such a step.
+        `states` (the clean slab first), their `warnings`, `converged` (of all of them), `steps` with
+        `change_eV`, the `electrons` and the `gases` that they take (negative: set free), `at_potentials`
+        (`potential_against_rhe_V`, `free_energies_eV`), `limiting_potential_V` against RHE (the potential at
+        which no step that takes electrons goes uphill) and `limiting_step`; None without such a step.
 
     Raises:
         InputError: a potential that is no number.
@@ -169,6 +230,8 @@ def diagram(
         limiting = max(giving)
     return {
         "states": rows,
+        "warnings": [f"{row['adsorbate']}: {one}" for row in rows for one in row.get("warnings") or []],
+        "converged": all(row.get("converged", True) for row in rows),
         "steps": steps,
         "at_potentials": [
             {

@@ -1,5 +1,6 @@
 """Results of a finished search, read from its folder."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from equiformer2.adsorption.search_folder import (
     BEST,
     CLEAN_SLAB,
     SEARCH,
+    SETTINGS,
     TRAJECTORIES,
     check_has_best,
 )
 from equiformer2.errors import InputError
 from equiformer2.files import as_input_error, read_json
 from equiformer2.inference.dispersion import recorded_dispersion, with_dispersion
-from equiformer2.inference.engines import Engineable
+from equiformer2.inference.engines import Engine, Engineable, open_engine
 from equiformer2.inference.record import recorded_model
 from equiformer2.shipped import find_checkpoint
 
@@ -62,20 +64,50 @@ class FinishedSearch:
         """Atoms of the adsorbate of the best placement."""
         return self.best[len(self.clean_slab) :]
 
-    def model(self, given: Engineable | None = None) -> Engineable:
-        """The model that is given, or else the checkpoint of the search.
+    def model(self, given: Engineable | None = None) -> Engine:
+        """Open the model of the search, from what is given or else from its own checkpoint.
+
+        A checkpoint that is given is opened with the weights and the precision of the search, so that a copy
+        of the search's is the same model.
 
         Raises:
-            InputError: neither is there.
+            InputError: neither is there, or it is another model than that of the search.
         """
-        checkpoint = self.record["model"].get("checkpoint")
+        record = self.record["model"]
+        checkpoint = record.get("checkpoint")
         if given is None and checkpoint is None:
             raise InputError(f"{self.folder} was searched with a calculator: give it again (--calculator)")
-        model = checkpoint if given is None else given
-        if given is None and self.record["model"].get("precision", "float32") != "float32":
-            model = recorded_model(self.record["model"])
-        model = str(find_checkpoint(model)) if isinstance(model, str) else model
-        return with_dispersion(model, recorded_dispersion(self.record.get("d3_eV")))
+        if given is None:
+            given = recorded_model(record)
+        elif isinstance(given, str | Path) and isinstance(checkpoint, str):
+            given = recorded_model({**record, "checkpoint": str(given)})
+        engine = open_engine(with_dispersion(given, recorded_dispersion(self.record.get("d3_eV"))))
+        self._check_same(engine)
+        return engine
+
+    def checkpoint(self, given: object = None) -> str | list[str] | None:
+        """File, or files, of the network behind results of `model(given)`; None for a calculator."""
+        files = self.record["model"].get("checkpoint") if given is None else given
+        if isinstance(files, list):
+            return [str(find_checkpoint(str(file))) for file in files]
+        return str(find_checkpoint(files)) if isinstance(files, str) else None
+
+    def _check_same(self, engine: Engine) -> None:
+        """Raise `InputError` where an engine is not the model that the search was made with."""
+        if not (self.folder / SETTINGS).is_file():
+            raise InputError(
+                f"{self.folder} has no {SETTINGS}, which says by which model it was searched: give the whole "
+                "folder of a search"
+            )
+        known = read_json(self.folder / SETTINGS).get("model")
+        now = json.loads(json.dumps(engine.identity(), default=str))
+        if now != known:
+            names = [_model_name(one) for one in (known, now)]
+            other = f"{names[1]}, not {names[0]}" if names[0] != names[1] else f"{names[1]} of other settings"
+            raise InputError(
+                f"the search in {self.folder} was made with another model (this one is {other}): give the "
+                "search's, or search again with this one"
+            )
 
     def minimum(self, name: str) -> Atoms:
         """Relaxed structure of a placement, or of the one that it is a copy of.
@@ -115,3 +147,13 @@ class FinishedSearch:
             spread = atoms.info.get("max_force_std_eV_A")
             found.append(Candidate(row["id"], atoms, row["energy_eV"], spread, is_minimum))
         return found
+
+
+def _model_name(identity: Any) -> str:
+    """Short name of the identity of an engine, for messages."""
+    identity = identity if isinstance(identity, dict) else {}
+    if "calculator" in identity:
+        return f"the calculator {identity['calculator']}"
+    sums = identity.get("weights_sha256")
+    sums = sums if isinstance(sums, list) else [sums]
+    return f"the network with the weights {', '.join(str(one)[:12] for one in sums)}"

@@ -164,14 +164,16 @@ class AdsorptionNeb(Command):
         check_target(folder / "neb.json", overwrite=options.overwrite)
         search = FinishedSearch.read(options.folder)
         ends = search.minimum(options.start), search.minimum(options.end)
-        model = search.model(model_in_place(options))
+        given = model_in_place(options)
+        model = search.model(given)
         path = find_path(*ends, model, options.images, options.fmax, options.steps)
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "neb.traj", path.images)
         write_bytes(folder / "neb.png", path_picture(path))
         record = {
-            **header("adsorption-neb/1", model if isinstance(model, str) else None),
+            **header("adsorption-neb/1", search.checkpoint(given)),
             **path.summary(),
+            "model": model.identity(),
             "start": options.start,
             "end": options.end,
         }

@@ -285,7 +285,8 @@ class AdsorptionSearch(Command):
 class AdsorptionVerify(Command):
     """Recompute the numbers of a trust card, and compare.
 
-    Exit status 3 if one differs. The checkpoint is the one that the card names, unless another is given.
+    With the clean slab and the files of the search beside it, these are compared, too. Exit status 3 if a
+    number differs. The checkpoint is the one that the card names, unless another is given.
 
         equiformer2 adsorption verify runs/co/card.json
         equiformer2 adsorption verify runs/o/card.json --calculator emt
@@ -300,7 +301,7 @@ class AdsorptionVerify(Command):
 
         rows = verify_card(options.card, model_in_place(options))
         for name, row in rows.items():
-            print(f"{name:22} {'same' if row['ok'] else 'DIFFERS'}: card {row['card']}, now {row['now']}")
+            print(f"{name:30} {'same' if row['ok'] else 'DIFFERS'}: card {row['card']}, now {row['now']}")
         return Result(rows, 0 if all(row["ok"] for row in rows.values()) else 3, whole=True)
 
 

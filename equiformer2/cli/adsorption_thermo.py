@@ -81,7 +81,7 @@ class AdsorptionFreeEnergy(Command):
             type=int,
             default=1,
             metavar="N",
-            help="of the adsorbate about the normal of the surface (default: %(default)s)",
+            help="symmetry number of the adsorbate about the normal of the surface (default: %(default)s)",
         )
         add_overwrite_argument(parser)
 
@@ -111,7 +111,8 @@ class AdsorptionFreeEnergy(Command):
                 options.rotational_minima,
                 options.symmetry_number,
             )
-        model = search.model(model_in_place(options))
+        given = model_in_place(options)
+        model = search.model(given)
         threshold = float(search.record["settings"].get("fmax_eV_A", 0.05))
         modes = vibrations(search.best, model, largest_force=_FAR_FROM_MINIMUM * threshold)
         found = free_energy(
@@ -144,8 +145,9 @@ class AdsorptionFreeEnergy(Command):
                 "minimum"
             )
         record = {
-            **header("adsorption-free-energy/1", model if isinstance(model, str) else None),
+            **header("adsorption-free-energy/1", search.checkpoint(given)),
             **found,
+            "model": model.identity(),
             "converged": converged,
             "warnings": warnings,
         }
@@ -174,8 +176,9 @@ class AdsorptionDiagram(Command):
     """Draw the free-energy diagram of several adsorbates on one slab.
 
     The folders are those of searches, in the order of the reaction, each with its free energy
-    (`equiformer2 adsorption free-energy`) at the same temperature, potential and pressures. A reaction that
-    starts or ends with a gas above the clean slab names it (--start, --end).
+    (`equiformer2 adsorption free-energy`) at the same temperature, potential and pressures, of one model and
+    with the same gas references. A reaction that starts or ends with a gas above the clean slab names it
+    (--start, --end). Exit status 3 if a state has not converged.
 
         equiformer2 adsorption diagram runs/oh runs/o runs/ooh --end O2 --potentials 0 1.23 --out runs/oer
         equiformer2 adsorption diagram runs/cooh runs/co --start CO2 --end CO --out runs/co2rr
@@ -241,8 +244,10 @@ class AdsorptionDiagram(Command):
                 f"limiting potential {balanced['limiting_potential_V']:.3f} V against RHE "
                 f"({balanced['limiting_step']})"
             )
+        for warning in balanced["warnings"]:
+            print(f"warning: {warning}")
         print(f"saved in {options.out}: diagram.json, diagram.png")
-        return Result(record)
+        return Result(record, 0 if balanced["converged"] else 3)
 
 
 class AdsorptionVolcano(Command):

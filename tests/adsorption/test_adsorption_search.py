@@ -1,6 +1,7 @@
 """The search over placements: merging, ranking, stopping, going on, its files, and DFT results read back."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -394,6 +395,46 @@ def test_a_card_is_recomputed(finished: tuple[Path, SearchResult], tmp_path: Pat
         verify_card(folder / "card.json")
     with pytest.raises(InputError, match="is no trust card"):
         verify_card(folder / "search.json")
+
+
+@pytest.mark.parametrize(
+    ("keys", "by", "differ"),
+    [
+        (["adsorption_energy_eV"], -0.5, {"adsorption_energy_eV", "search.adsorption_energy_eV"}),
+        (
+            ["terms_eV", "slab"],
+            0.5,
+            {"adsorption_energy_eV", "terms_eV.slab", "search.terms_eV.slab"},
+        ),
+        (["terms_eV", "gas"], 0.5, {"adsorption_energy_eV", "terms_eV.gas", "search.terms_eV.gas"}),
+        (["anomaly_checks", 1, "margin_A"], 0.5, {"desorbed.margin_A"}),
+    ],
+)
+def test_an_altered_card_differs(
+    finished: tuple[Path, SearchResult], tmp_path: Path, keys: list[str | int], by: float, differ: set[str]
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "s")
+    card = json.loads((folder / "card.json").read_text())
+    place = card
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] += by
+    (folder / "card.json").write_text(json.dumps(card))
+    rows = verify_card(folder / "card.json", EMT())
+    assert {name for name, row in rows.items() if not row["ok"]} == differ
+
+
+def test_a_card_and_a_record_that_were_altered_alike_differ(
+    finished: tuple[Path, SearchResult], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "s")
+    for name in ("card.json", "search.json"):
+        record = json.loads((folder / name).read_text())
+        record["adsorption_energy_eV"] -= 0.5
+        record["terms_eV"]["slab"] += 0.5
+        (folder / name).write_text(json.dumps(record))
+    rows = verify_card(folder / "card.json", EMT())
+    assert {name for name, row in rows.items() if not row["ok"]} == {"terms_eV.slab"}
 
 
 def test_physics_that_labels_leave_out_is_said() -> None:

@@ -20,7 +20,9 @@ def folder(path: Path, adsorbate: str, energy: float, electrons: float, **change
     settings = {"slab": "a", "model": "emt", "adsorbate": adsorbate}
     found = {"free_energy_eV": energy, "electrons": electrons, "reaction": "", "temperature_K": 300.0}
     found |= {"potential_against_rhe_V": 0.0, "gases": {}, "pressures_bar": {}}
-    (path / "search.json").write_text("{}")
+    found |= {"converged": True, "warnings": [], "imaginary": 0}
+    search = {"gas": changes.get("gas")}
+    (path / "search.json").write_text(json.dumps(search))
     (path / "settings.json").write_text(
         json.dumps(settings | {k: v for k, v in changes.items() if k in settings})
     )
@@ -61,6 +63,57 @@ def test_folders_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
     (first / "free_energy.json").unlink()
     with pytest.raises(InputError, match="adsorption free-energy"):
         read_states([first])
+
+
+def gas(source: str, **energies: float) -> dict[str, Any]:
+    return {"source": source, "per_atom_eV": energies}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (gas("molecules", O=-7.0), gas("molecules", O=-7.0, H=-3.5), True),
+        (gas("given", O=-7.0), gas("given and molecules", O=-7.0, H=-3.5), True),
+        (gas("molecules", O=-7.0), gas("oc20", O=-7.0), False),
+        (gas("given", O=-7.0), gas("given", O=-7.2), False),
+        (gas("molecules", H=-3.5), gas("oc20", O=-7.2), False),
+        (None, gas("given", O=-7.2), False),
+    ],
+)
+def test_states_of_other_gas_references_are_refused(
+    tmp_path: Path, first: Any, second: Any, same: bool
+) -> None:
+    folders = [
+        folder(tmp_path / "a", "O", 1.0, -2.0, gas=first),
+        folder(tmp_path / "b", "HO", 1.0, -1.0, gas=second),
+    ]
+    if same:
+        assert len(read_states(folders)) == 2
+    else:
+        with pytest.raises(InputError, match="other gas references"):
+            read_states(folders)
+
+
+def test_doubts_of_a_state_are_in_the_diagram(tmp_path: Path) -> None:
+    sentence = "1 imaginary modes (90 cm^-1), counted as 50: the structure may be no minimum"
+    folders = [folder(tmp_path / "a", "O", 1.0, -2.0, imaginary=1, warnings=[sentence])]
+    balanced = diagram(read_states(folders), 0.0)
+    assert balanced["warnings"] == [f"*O: {sentence}"]
+    assert balanced["converged"]
+    folders.append(folder(tmp_path / "b", "HO", 1.0, -1.0, converged=False))
+    balanced = diagram(read_states(folders), 0.0)
+    assert balanced["warnings"][1] == "*HO: the structure has not converged"
+    assert not balanced["converged"]
+
+
+def test_a_free_energy_of_another_model_than_its_search_is_refused(tmp_path: Path) -> None:
+    one = folder(tmp_path / "a", "O", 1.0, -2.0)
+    found = json.loads((one / "free_energy.json").read_text())
+    (one / "free_energy.json").write_text(json.dumps({**found, "model": "emt"}))
+    assert read_states([one])[0]["converged"]
+    (one / "free_energy.json").write_text(json.dumps({**found, "model": "lj"}))
+    with pytest.raises(InputError, match="another model than its search"):
+        read_states([one])
 
 
 def atoms_of(gases: dict[str, float], electrons: float) -> Counter[str]:

@@ -82,7 +82,7 @@ def test_a_search_tells_it_on_the_card(tmp_path: Path) -> None:
     # The same model without D3 is given, and the card says that D3 is to be added.
     assert all(row["ok"] for row in verify_card(tmp_path / "card.json", Referenced()).values())
     search = FinishedSearch.read(tmp_path)
-    frequencies = vibrations(search.best, search.model(EMT())).frequencies
+    frequencies = vibrations(search.best, search.model(Referenced())).frequencies
     expected = vibrations(search.best, DispersionCalculator(EMT(), D3)).frequencies
     assert frequencies == pytest.approx(expected, abs=0.01)
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 from command_line import run_command
 
+from equiformer2.adsorption.finished_search import FinishedSearch
 from equiformer2.cli.adsorption_search import search_folders
 from equiformer2.errors import InputError
 from tests.training.tiny_checkpoint import write_tiny_checkpoint
@@ -215,6 +217,33 @@ def test_a_card_is_verified(searched: Path, in_folder: Path, capsys: pytest.Capt
     assert "names no checkpoint" in capsys.readouterr().err
 
 
+def test_another_model_than_the_searchs_is_refused(
+    searched: Path, in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, last = (str(row["id"]) for row in rows(searched)[:2])
+    for command in (["free-energy"], ["neb", "--start", first, "--end", last]):
+        options = ["--calculator", "lj", "--overwrite"]
+        assert run_command(f"adsorption {command[0]}", searched, *command[1:], *options) == 2
+        error = capsys.readouterr().err
+        assert "was made with another model" in error
+        assert "LennardJones, not the calculator" in error
+
+
+def test_a_copy_of_the_checkpoint_is_the_same_model(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "full.pt")
+    options = ["--checkpoint", tmp_path / "full.pt", "--slab", "Cu111", "--size", "2x2x2"]
+    options += ["--adsorbate", "*O", "--placements", "1", "--steps", "1", "--out", tmp_path / "s"]
+    assert run_command("adsorption search", *options) == 3
+    search = FinishedSearch.read(tmp_path / "s")
+    own = search.model().identity()
+    (tmp_path / "full.pt").rename(tmp_path / "copy.pt")
+    copy = str(tmp_path / "copy.pt")
+    assert search.model(copy).identity() == own
+    assert search.checkpoint(copy) == copy
+    with pytest.raises(InputError, match="another model"):
+        search.model(EMT())
+
+
 def test_dft_results_are_collected(
     searched: Path, in_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,6 +274,7 @@ def test_free_energies_make_a_diagram(
     assert {"zpe_eV", "entropy_eV", "free_energy_eV", "frequencies_cm1", "imaginary"} <= set(record)
     assert len(record["frequencies_cm1"]) == 3
     assert record["electrons"] == -2.0
+    assert record["model"] == json.loads((searched / "settings.json").read_text())["model"]
     assert run_command("adsorption diagram", searched, "--out", "d") == 0
     drawn = json.loads(Path("d/diagram.json").read_text())
     assert drawn["steps"][0]["change_eV"] == pytest.approx(record["free_energy_eV"])
@@ -272,6 +302,7 @@ def test_a_barrier_between_two_minima(searched: Path, capsys: pytest.CaptureFixt
     record = json.loads((folder / "neb.json").read_text())
     assert status == (0 if record["converged"] else 3)
     assert len(read(folder / "neb.traj", ":")) == 5
+    assert record["model"]["calculator"].endswith(".EMT")
     assert record["barrier_eV"] == pytest.approx(max(record["energies_eV"]))
     options = ["--calculator", "emt", "--start", first, "--end", "nothing"]
     assert run_command("adsorption neb", searched, *options) == 2

@@ -97,6 +97,22 @@ def test_a_diagram_at_several_potentials(
     assert "no gas CH4" in capsys.readouterr().err
 
 
+def test_a_diagram_with_an_unconverged_state_has_status_3(
+    carbon: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("adsorption free-energy", carbon, *EMT) == 0
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("search.json", "settings.json"):
+        (copy / name).write_bytes((carbon / name).read_bytes())
+    sentence = "the structure has not converged (largest force 0.200 eV/Å)"
+    changed = free_energy(carbon) | {"converged": False, "warnings": [sentence]}
+    (copy / "free_energy.json").write_text(json.dumps(changed))
+    assert run_command("adsorption diagram", carbon, copy, "--out", tmp_path / "d") == 3
+    assert f"warning: *CHO: {sentence}" in capsys.readouterr().out
+    assert f"*CHO: {sentence}" in json.loads((tmp_path / "d" / "diagram.json").read_text())["warnings"]
+
+
 def test_a_volcano_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = tmp_path / "table.csv"
     table.write_text("system,H\nPt,-0.09\nAu,0.45\nNi,-0.3\n", encoding="utf-8")
