@@ -419,7 +419,12 @@ def _warnings(ranking: Sequence[Mapping[str, Any]], slab: Answer | None) -> list
     rows = [*ranking]
     if slab is not None:
         rows.append({"id": "the clean slab", "steps": len(slab.frames) - 1, "max_force_eV_A": slab.max_force})
-    single = [row["id"] for row in rows if row["steps"] == 0]
+    # A relaxation that begins in DFT's own minimum ends at its first step.
+    single = [
+        row["id"]
+        for row in rows
+        if row["steps"] == 0 and (row["max_force_eV_A"] is None or row["max_force_eV_A"] > _RELAXED)
+    ]
     if single and len(single) < len(rows):
         found.append(
             f"single points ({', '.join(single)}) stand beside relaxations: their energies are too high "

@@ -90,12 +90,13 @@ def collect_dft(
         `open` (ids), `training_data` (`file`, `frames`, `energy_kind`).
 
     Raises:
-        InputError: no result of a candidate, results that contradict each other or an earlier one, different
-            settings, a gas reference missing.
+        InputError: no result of a candidate, none of `files` of use, results that contradict each other or an
+            earlier one, different settings, a gas reference missing.
     """
     search, ledger = FinishedSearch.read(folder), DftLedger(folder)
     candidates = _structures(search, ledger)
     results, left_out = _read(ledger, files)
+    read = {os.path.realpath(result.file) for result in results}
     if not overwrite:
         results = [result for result in results if not _is_known(result, ledger)]
     found, refused = match_results(
@@ -109,7 +110,8 @@ def collect_dft(
         if earlier is not None and not overwrite and not goes_on:
             check_agree(earlier, answer, "give --overwrite to take the second")
     answers = {**ledger.answers, **found}
-    if not any(one.id in answers for one in candidates):
+    none_of_use = bool(files) and not found and not read & known
+    if none_of_use or not any(one.id in answers for one in candidates):
         why = "".join(f"; {file}: {reason}" for file, reason in left_out[:3])
         why = why or f": put outputs into the folders in {ledger.folder}, or give them with --dft"
         raise InputError(f"no DFT result is of a candidate of {search.folder}{why}")

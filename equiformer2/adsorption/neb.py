@@ -14,7 +14,11 @@ from ase.geometry import find_mic
 from ase.mep import NEB
 from ase.optimize import FIRE
 from ase.utils.forcecurve import fit_images
+from scipy.optimize import linear_sum_assignment
+from scipy.signal import find_peaks
 
+from equiformer2.adsorption.basins import SAME_POSITIONS
+from equiformer2.adsorption.symmetry import SurfaceSymmetry, surface_symmetry
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import fixed_mask
 from equiformer2.inference.engines import Engineable, open_engine
@@ -25,6 +29,8 @@ from equiformer2.inference.pictures import new_figure, png_bytes
 _SAME = 0.05
 #: eV/Å at which the highest image begins to climb: before, it may not yet be the highest.
 _CLIMB = 0.3
+#: eV; an image from which the path climbs by more on both sides is in a minimum of its own.
+_VALLEY = 0.01
 
 
 @dataclass(frozen=True)
@@ -48,14 +54,42 @@ class EnergyPath:
     model_evaluations: int
 
     @property
+    def intermediate_minima(self) -> list[int]:
+        """Images between the ends from which the path climbs by more than 0.01 eV on both sides."""
+        return [int(image) for image in find_peaks(-self.energies, prominence=_VALLEY)[0]]
+
+    @property
     def barrier(self) -> float:
-        """Energy of the highest image above the first, eV."""
-        return float(self.energies.max())
+        """Highest climb on the way from the first image to the last, eV.
+
+        It begins at the first image or at an intermediate minimum, and ends at the highest image after that.
+        Without intermediate minima it is the energy of the highest image above the first.
+        """
+        return self._highest_climb([0, *self.intermediate_minima])
 
     @property
     def reverse_barrier(self) -> float:
-        """Energy of the highest image above the last, eV."""
-        return float(self.energies.max() - self.energies[-1])
+        """Highest climb on the way back, eV: from the last image or an intermediate minimum."""
+        count = len(self.energies)
+        minima = [count - 1 - image for image in self.intermediate_minima]
+        return self._highest_climb([0, *minima], back=True)
+
+    def _highest_climb(self, starts: list[int], back: bool = False) -> float:
+        energies = self.energies[::-1] if back else self.energies
+        return max(float(energies[start:].max() - energies[start]) for start in starts)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences about minima between the ends."""
+        minima = self.intermediate_minima
+        if not minima:
+            return []
+        listed = ", ".join(f"image {image} at {self.energies[image]:+.3f} eV" for image in minima)
+        return [
+            f"the path crosses {'another minimum' if len(minima) == 1 else 'other minima'} ({listed}): the "
+            "barriers are the highest climbs from an end or such a minimum; relax these images, and find the "
+            "paths to them"
+        ]
 
     def summary(self) -> dict[str, Any]:
         """Plain values for a JSON record."""
@@ -65,6 +99,11 @@ class EnergyPath:
             "reaction_energy_eV": float(self.energies[-1]),
             "energies_eV": self.energies.tolist(),
             "highest_image": int(self.energies.argmax()),
+            "intermediate_minima": [
+                {"image": image, "energy_eV": float(self.energies[image])}
+                for image in self.intermediate_minima
+            ],
+            "warnings": self.warnings,
             "converged": self.converged,
             "max_force_eV_A": self.max_force,
             "steps": self.steps,
@@ -147,6 +186,48 @@ def find_path(
     )
 
 
+def nearest_copy(first: Atoms, last: Atoms, clean_slab: Atoms) -> Atoms:
+    """Move the end of a path to its copy whose adsorbate is nearest to that of the start.
+
+    Copies are those by the operations of the clean slab, its lattice translations among them. Slab atoms are
+    put into the order of the start, and every atom into the periodic image nearest to it; the order of the
+    adsorbate's atoms stays. A copy whose adsorbate is within 0.3 Å of that of the start is in the start's own
+    place and is left out, so that a path between two copies of one minimum leads to the nearest other one.
+
+    Args:
+        first, last: relaxed structures, clean slab first, then the adsorbate, in the same order.
+        clean_slab: relaxed.
+
+    Returns:
+        A copy of `last`, as it is where no copy is nearer, or where it is itself in the place of the start.
+    """
+    count = len(clean_slab)
+    symmetry = surface_symmetry(clean_slab)
+    towards = symmetry.images(last.positions) - first.positions
+    vectors = find_mic(towards.reshape(-1, 3), symmetry.cell, symmetry.pbc)[0].reshape(towards.shape)
+    distances = np.linalg.norm(vectors[:, count:], axis=2)  # the first operation is the identity
+    moved = distances.max(axis=1, initial=0.0)
+    squared = np.where(moved > SAME_POSITIONS, (distances**2).sum(axis=1), np.inf)
+    best = int(squared.argmin())
+    copy = last.copy()
+    if moved[0] <= SAME_POSITIONS or not squared[best] < squared[0] - _SAME**2:
+        return copy
+    image = symmetry.images(last.positions)[best]
+    place = _permutation(clean_slab, symmetry, best)
+    ordered = np.concatenate([image[:count][np.argsort(place)], image[count:]])
+    shift = find_mic(ordered - first.positions, symmetry.cell, symmetry.pbc)[0]
+    copy.set_positions(first.positions + shift, apply_constraint=False)
+    return copy
+
+
+def _permutation(slab: Atoms, symmetry: SurfaceSymmetry, operation: int) -> np.ndarray:
+    """For each atom of a slab the index of the atom that an operation of the slab maps it onto."""
+    vectors = slab.positions[None] - symmetry.images(slab.positions)[operation][:, None]
+    lengths = find_mic(vectors.reshape(-1, 3), symmetry.cell, symmetry.pbc)[1].reshape(len(slab), len(slab))
+    different = slab.numbers[:, None] != slab.numbers
+    return np.asarray(linear_sum_assignment(np.where(different, 1e6, lengths**2))[1])
+
+
 def _largest(first: Atoms, last: Atoms) -> float:
     vectors = last.get_positions() - first.get_positions()
     return float(find_mic(vectors, first.cell, first.pbc)[1].max())
@@ -166,6 +247,19 @@ def path_picture(path: EnergyPath) -> bytes:
     axis = figure.subplots()
     axis.plot(curve.fit_path, curve.fit_energies, "-", color="#1f4e79", linewidth=1.2)
     axis.plot(np.cumsum([0.0, *moved]), path.energies, "o", color="#1f4e79", markersize=5)
-    axis.set(xlabel="path (Å)", ylabel="energy (eV)", title=f"barrier {path.barrier:.3f} eV")
+    title = f"barrier {path.barrier:.3f} eV"
+    if path.intermediate_minima:
+        images = ", ".join(map(str, path.intermediate_minima))
+        title += f"; other minima between the ends (image {images})"
+        axis.plot(
+            np.cumsum([0.0, *moved])[path.intermediate_minima],
+            path.energies[path.intermediate_minima],
+            "o",
+            color="#c0392b",
+            markersize=8,
+            fillstyle="none",
+        )
+    axis.set(xlabel="path (Å)", ylabel="energy (eV)")
+    axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)
     return png_bytes(figure)

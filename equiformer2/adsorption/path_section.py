@@ -58,7 +58,8 @@ def _path(number: int, file: Path) -> list[str]:
         f"{record['steps']} steps, {record['model_evaluations']} evaluations of the model, largest force on "
         f"the band {record['max_force_eV_A']:.3f} eV/Å",
     ]
-    if record["highest_image"] in (0, len(images) - 1):
+    sentences += record.get("warnings", [])
+    if record["highest_image"] in (0, len(images) - 1) and not record.get("intermediate_minima"):
         sentences.append("the highest structure is an end: between the ends there is no barrier")
     if not record["converged"]:
         sentences.append("NOT converged: the barrier is not that of a minimum-energy path")

@@ -60,7 +60,8 @@ def write_search(
     checkpoint = model.get("checkpoint")
     record = search_record(result, model, settings, draft)
     write_structure(folder / CLEAN_SLAB, result.clean_slab.atoms)
-    write_json(folder / BASINS, {**header("adsorption-basins/1", checkpoint), **basin_graph(result)})
+    graph = basin_graph(result)
+    write_json(folder / BASINS, {**header("adsorption-basins/1", checkpoint), **graph})
     if best is None:
         for name in (BEST, CARD, REPORT):  # of an earlier call
             (folder / name).unlink(missing_ok=True)
@@ -72,7 +73,8 @@ def write_search(
         write_json(folder / CARD, {**header("adsorption-card/1", checkpoint), **card})
         record["conventions"] = card["conventions"]
         record["files"] = [BEST, CARD, REPORT, DFT, *record["files"]]
-        write_bytes(folder / REPORT, search_page(result, record, card, path_section(folder)).encode())
+        report = search_page(result, record, card, graph, path_section(folder))
+        write_bytes(folder / REPORT, report.encode())
     write_json(folder / SEARCH, record)
     return record
 

@@ -15,9 +15,21 @@ from equiformer2.report import bullets, page, picture, structure_viewer, table, 
 
 
 def search_page(
-    result: SearchResult, record: Mapping[str, Any], card: Mapping[str, Any], paths: str = ""
+    result: SearchResult,
+    record: Mapping[str, Any],
+    card: Mapping[str, Any],
+    graph: Mapping[str, Any],
+    paths: str = "",
 ) -> str:
-    """Write the report as one HTML page; `paths` is HTML about paths between its minima (`path_section`)."""
+    """Write the report as one HTML page.
+
+    Args:
+        result: the search, with a best placement.
+        record: content of `search.json`.
+        card: content of `card.json`.
+        graph: minima and saved steps, as in `basins.json`.
+        paths: HTML about paths between its minima (`path_section`).
+    """
     best = result.best
     assert best is not None
     assert best.relaxation is not None
@@ -104,9 +116,11 @@ def search_page(
                 f"{coverage.draws} of them ended in {coverage.basins} minima.",
                 *(f"{one.sentence[0].upper()}{one.sentence[1:]}." for one in result.checks),
                 *unseen,
+                _saved(graph),
             ]
         ),
         picture("Minima", basin_picture(result)),
+        *_minima(graph),
         "<h2>Anomalies of the best placement</h2>",
         table(["rule", "present", "margin (Å)", "verdict"], checks),
         "<h2>What the number rests on</h2>",
@@ -116,6 +130,24 @@ def search_page(
         paths,
     ]
     return page(name, parts)
+
+
+def _saved(graph: Mapping[str, Any]) -> str:
+    """Say how many steps the placements that were not relaxed have saved."""
+    return (
+        f"The relaxations took {graph['steps']} steps; {graph['placements_not_relaxed']} placements were not "
+        f"relaxed, which saved about {graph['steps_saved']} steps."
+    )
+
+
+def _minima(graph: Mapping[str, Any]) -> list[str]:
+    """Table of the minima with the number of placements that ended in each; nothing without minima."""
+    rows = [
+        [one["id"], f"{one['energy_eV']:.3f}", str(one["multiplicity"]), ", ".join(one["placements"])]
+        for one in graph["basins"]
+    ]
+    head = ["minimum", "energy (eV)", "placements", "which"]
+    return ["<h2>Minima</h2>", table(head, rows)] if rows else []
 
 
 def _settings(settings: Mapping[str, Any]) -> list[str]:

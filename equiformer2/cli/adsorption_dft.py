@@ -121,8 +121,9 @@ class AdsorptionCollect(Command):
 class AdsorptionNeb(Command):
     """Find the barrier between two minima of a search with a nudged elastic band.
 
-    Writes neb.json, neb.traj and neb.png into FOLDER/neb/FROM-TO, and a section of FOLDER/report.html. Exit
-    status 3 if it has not converged.
+    The end is moved to its copy by symmetry of the slab that is nearest to the start. Writes neb.json,
+    neb.traj and neb.png into FOLDER/neb/FROM-TO, and a section of FOLDER/report.html. Exit status 3 if it has
+    not converged.
 
         equiformer2 adsorption neb runs/co --start heuristic-0000 --end heuristic-0003
     """
@@ -152,10 +153,11 @@ class AdsorptionNeb(Command):
         add_overwrite_argument(parser)
 
     def run(self, options: argparse.Namespace) -> Result:
+        import numpy as np
         from ase.io import write
 
         from equiformer2.adsorption.finished_search import FinishedSearch
-        from equiformer2.adsorption.neb import find_path, path_picture
+        from equiformer2.adsorption.neb import find_path, nearest_copy, path_picture
         from equiformer2.adsorption.path_section import update_report
         from equiformer2.files import check_target, write_bytes, write_json
         from equiformer2.script import header
@@ -163,10 +165,17 @@ class AdsorptionNeb(Command):
         folder = options.folder / "neb" / f"{options.start}-{options.end}"
         check_target(folder / "neb.json", overwrite=options.overwrite)
         search = FinishedSearch.read(options.folder)
+<<<<<<< HEAD
         ends = search.minimum(options.start), search.minimum(options.end)
         given = model_in_place(options)
         model = search.model(given)
         path = find_path(*ends, model, options.images, options.fmax, options.steps)
+=======
+        first, given = search.minimum(options.start), search.minimum(options.end)
+        last = nearest_copy(first, given, search.clean_slab)
+        model = search.model(model_in_place(options))
+        path = find_path(first, last, model, options.images, options.fmax, options.steps)
+>>>>>>> fix-y
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "neb.traj", path.images)
         write_bytes(folder / "neb.png", path_picture(path))
@@ -176,13 +185,18 @@ class AdsorptionNeb(Command):
             "model": model.identity(),
             "start": options.start,
             "end": options.end,
+            "end_moved_to_copy": not np.array_equal(last.positions, given.positions),
         }
         write_json(folder / "neb.json", record)
         update_report(options.folder)
+        if record["end_moved_to_copy"]:
+            print("the end is the copy by symmetry of the slab whose adsorbate is nearest to the start")
         print(
             f"barrier {record['barrier_eV']:.4f} eV, back {record['reverse_barrier_eV']:.4f} eV; "
             f"{record['steps']} steps, largest force {record['max_force_eV_A']:.3f} eV/Å"
         )
+        for sentence in path.warnings:
+            print(f"warning: {sentence}")
         if not record["converged"]:
             print("NOT converged: the barrier is not that of a minimum-energy path (more --steps)")
         print(f"saved in {folder}: neb.json, neb.traj, neb.png; see {options.folder / 'report.html'}")

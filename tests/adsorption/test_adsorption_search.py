@@ -1,8 +1,12 @@
 """The search over placements: merging, ranking, stopping, going on, its files, and DFT results read back."""
 
 import json
+<<<<<<< HEAD
 import shutil
 from dataclasses import replace
+=======
+import re
+>>>>>>> fix-y
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +161,13 @@ def test_files_hold_the_keys_of_the_contract(finished: tuple[Path, SearchResult]
     assert "showStructures" in page
     assert f"{result.energy:.3f} eV" in page
     assert "at most 8, random seed 3" in page
+    plain = re.sub(r"\s*<[^>]*>\s*", " ", page)
+    for basin in basins["basins"]:
+        row = (
+            f"{basin['id']} {basin['energy_eV']:.3f} {basin['multiplicity']} {', '.join(basin['placements'])}"
+        )
+        assert row in re.sub(r"\s+", " ", plain)
+    assert f"4 placements were not relaxed, which saved about {basins['steps_saved']} steps" in page
     assert "Miller indices (1, 1, 1)" in page
     assert "8 more placements find a minimum lower" in page  # all were relaxed: as many again
 

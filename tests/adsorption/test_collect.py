@@ -192,7 +192,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     lower = [c.copy() for _ in range(8)]
     for number, atoms in enumerate(lower):
         atoms.positions[-1] += number / 7 * (a.positions[-1] - c.positions[-1])
-    write(tmp_path / "a.traj", with_results(a, -10.0))
+    write(tmp_path / "a.traj", with_results(a, -10.0, 0.4))
     write(tmp_path / "b.traj", [with_results(b, -9.0), with_results(b, -9.1, 0.4)])
     write(tmp_path / "c.traj", [with_results(atoms, -10.0, 0.01) for atoms in lower])
     record = compare(candidates(), answers_of(*(tmp_path / f"{name}.traj" for name in "abc"))[0])
@@ -201,6 +201,20 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     assert "single points (a) stand beside relaxations" in single
     assert "not ended: b (0.40 eV/Å)" in unfinished
     assert [row["ended_at"] for row in record["ranking"] if row["id"] == "c"] == ["a"]
+
+
+@pytest.mark.parametrize(("force", "is_single"), [(0.3, True), (0.02, False), (None, True)])
+def test_a_relaxation_that_ends_at_its_first_step_is_no_single_point(
+    tmp_path: Path, force: float | None, is_single: bool
+) -> None:
+    a, b = (one.atoms for one in candidates()[:2])
+    first = with_results(a, -10.0, force or 0.0)
+    if force is None:
+        first.calc = SinglePointCalculator(first, energy=-10.0)
+    write(tmp_path / "a.traj", first)
+    write(tmp_path / "b.traj", [with_results(b, -9.0, 0.4), with_results(b, -9.1, 0.02)])
+    record = compare(candidates(), answers_of(tmp_path / "a.traj", tmp_path / "b.traj")[0])
+    assert any("single points (a)" in sentence for sentence in record["warnings"]) == is_single
 
 
 def test_every_candidate_is_ranked_again(tmp_path: Path) -> None:

@@ -178,5 +178,17 @@ def test_results_that_contradict_are_refused(
     assert DftLedger(first).answers[names[0]].energy == before
     assert run_command(*collect, tmp_path / "lower.xml", "--mixed", "--overwrite") == 0
     assert DftLedger(first).answers[names[0]].energy == pytest.approx(before - 0.5)
+    other = Atoms("Pt4", cell=[5.0, 5.0, 5.0], positions=np.arange(12).reshape(4, 3) / 3)
+    other.calc = SinglePointCalculator(other, energy=-1.0, forces=np.zeros((4, 3)))
+    write(tmp_path / "other.extxyz", other)
+    written = (first / "collect.json").read_text()
+    capsys.readouterr()
+    for useless, reason in (("other.extxyz", "its atoms are others"), ("broken.xml", "no DFT energy")):
+        assert run_command(*collect, tmp_path / useless, "--mixed") == 2
+        assert reason in capsys.readouterr().err
+    assert (first / "collect.json").read_text() == written
+    # Beside one that is known it is left out.
+    assert run_command(*collect, tmp_path / "lower.xml", tmp_path / "other.extxyz", "--mixed") == 3
+    capsys.readouterr()
     assert run_command(*collect, tmp_path / "RP.xml", "--gas", "H2=x") == 2
     assert "must be a name and an energy" in capsys.readouterr().err

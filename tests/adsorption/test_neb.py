@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.calculators.emt import EMT
+from ase.geometry import find_mic
 from ase.mep import NEB
 from ase.optimize import BFGS, FIRE
 from test_basins import slab, with_adsorbate
 
-from equiformer2.adsorption.neb import find_path
+from equiformer2.adsorption.neb import EnergyPath, find_path, nearest_copy
 from equiformer2.errors import InputError
 
 
@@ -40,10 +41,65 @@ def test_the_barrier_is_that_of_ase(ends: list[Atoms]) -> None:
     assert path.model_evaluations <= 3 * (path.steps + 2) + 2
 
 
+@pytest.mark.parametrize(
+    ("energies", "minima", "barrier", "back"),
+    [
+        ([0.0, 0.4, 0.1], [], 0.4, 0.3),
+        ([0.0, -0.3, -0.6, -0.2, 0.0], [2], 0.6, 0.6),
+        ([0.0, -0.5, -0.2], [1], 0.3, 0.5),
+        ([0.0, 0.2, 0.5, 0.3], [], 0.5, 0.2),
+        ([0.0, 0.3, 0.1, 0.6, 0.4, 0.9, 0.2], [2, 4], 0.9, 0.7),
+        ([0.0, 0.2, -0.8, 0.1, -0.5], [2], 0.9, 1.0),
+        ([0.0, -0.005, 0.3, 0.1], [], 0.3, 0.2),
+        ([0.0, -0.2, -0.4], [], 0.0, 0.4),
+    ],
+)
+def test_the_barrier_begins_at_the_lowest_minimum_before_it(
+    energies: list[float], minima: list[int], barrier: float, back: float
+) -> None:
+    path = EnergyPath([], np.array(energies), True, 0.01, 5, 20)
+    record = path.summary()
+    found = [(one["image"], one["energy_eV"]) for one in record["intermediate_minima"]]
+    assert found == [(image, energies[image]) for image in minima]
+    assert record["barrier_eV"] == pytest.approx(barrier)
+    assert record["reverse_barrier_eV"] == pytest.approx(back)
+    assert len(record["warnings"]) == bool(minima)
+
+
 def test_the_band_stays_in_its_steps(ends: list[Atoms]) -> None:
     path = find_path(*ends, EMT(), images=3, fmax=1e-4, steps=2)
     assert (path.steps, path.converged) == (2, False)
     assert path.max_force > 1e-4
+
+
+def test_the_end_is_the_copy_nearest_to_the_start() -> None:
+    clean = slab(size=(3, 3, 3))
+    first, last = (with_adsorbate(clean, "CO", "fcc"), with_adsorbate(clean, "CO", "hcp", (1, 1), turn=20.0))
+    first.positions[-1] += (0.5, 0.1, -0.2)  # tilted, and a relaxed slab
+    last.positions[-1] += (0.1, -0.4, 0.0)
+    last.positions[9:27] += np.random.default_rng(0).normal(0.0, 0.05, (18, 3))
+    found = nearest_copy(first, last, clean)
+    energies = []
+    for atoms in (last, found):
+        atoms.calc = EMT()
+        energies.append(atoms.get_potential_energy())
+    assert energies[1] == pytest.approx(energies[0], abs=1e-6)
+
+    def moved(atoms: Atoms, part: slice) -> float:
+        vectors = atoms.positions[part] - first.positions[part]
+        return float(find_mic(vectors, atoms.cell, atoms.pbc)[1].max())
+
+    assert moved(last, slice(27, None)) > 2.5
+    assert moved(found, slice(27, None)) < 2.2
+    assert moved(found, slice(0, 9)) < 1e-3  # held atoms are in the start's places
+    assert moved(found, slice(0, 27)) < 0.3
+    assert np.abs(found.positions - first.positions).max() < 2.5  # no atom is across the cell
+    # A copy in the start's place is no end; the nearest other one is.
+    first = with_adsorbate(clean, "CO", "fcc")
+    copy = nearest_copy(first, with_adsorbate(clean, "CO", "fcc", (2, 1)), clean)
+    assert moved(copy, slice(27, None)) == pytest.approx(2.55, abs=0.02)
+    same = nearest_copy(first, first, clean)
+    assert np.array_equal(same.positions, first.positions)
 
 
 def test_ends_that_are_no_ends_are_refused(ends: list[Atoms]) -> None:

@@ -14,10 +14,10 @@ from equiformer2.adsorption.path_section import path_section, update_report
 from equiformer2.report import page
 
 
-def path() -> EnergyPath:
-    energies = np.array([0.0, 0.4, 0.1])
+def path(*values: float) -> EnergyPath:
+    energies = np.array(values or [0.0, 0.4, 0.1])
     images = []
-    for shift, energy in zip((0.0, 0.7, 1.4), energies, strict=True):
+    for shift, energy in zip(np.arange(len(energies)) * 0.7, energies, strict=True):
         atoms: Atoms = with_adsorbate(slab(size=(2, 2, 3)), "O", "fcc")
         atoms.positions[-1, 0] += shift
         atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=np.zeros((len(atoms), 3)))
@@ -25,10 +25,10 @@ def path() -> EnergyPath:
     return EnergyPath(images, energies, False, 0.2, 5, 20)
 
 
-def write_path(folder: Path, name: str) -> None:
+def write_path(folder: Path, name: str, *energies: float) -> None:
     place = folder / "neb" / name
     place.mkdir(parents=True)
-    found = path()
+    found = path(*energies)
     write(place / "neb.traj", found.images)
     (place / "neb.png").write_bytes(path_picture(found))
     (place / "neb.json").write_text(json.dumps({**found.summary(), "start": "a", "end": "<b>"}))
@@ -54,6 +54,16 @@ def test_the_report_has_every_path_once(tmp_path: Path) -> None:
     assert text.count("play / stop") == 2
     assert "<p>energies</p>" in text
     assert text.rstrip().endswith("</html>")
+
+
+def test_the_report_names_minima_between_the_ends(tmp_path: Path) -> None:
+    write_path(tmp_path, "a-b", 0.0, -0.5, -0.2)
+    text = path_section(tmp_path)
+    assert "the path crosses another minimum (image 1 at -0.500 eV)" in text
+    assert "barrier 0.300 eV, back 0.500 eV" in text
+    assert "no barrier" not in text
+    write_path(tmp_path, "b-c", 0.0, -0.1, -0.2)
+    assert "between the ends there is no barrier" in path_section(tmp_path)
 
 
 def test_reports_of_earlier_versions_get_the_section(tmp_path: Path) -> None:

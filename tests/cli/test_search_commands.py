@@ -303,7 +303,8 @@ def test_a_barrier_between_two_minima(searched: Path, capsys: pytest.CaptureFixt
     assert status == (0 if record["converged"] else 3)
     assert len(read(folder / "neb.traj", ":")) == 5
     assert record["model"]["calculator"].endswith(".EMT")
-    assert record["barrier_eV"] == pytest.approx(max(record["energies_eV"]))
+    assert record["barrier_eV"] >= max(record["energies_eV"]) - 1e-9
+    assert bool(record["intermediate_minima"]) == bool(record["warnings"])
     options = ["--calculator", "emt", "--start", first, "--end", "nothing"]
     assert run_command("adsorption neb", searched, *options) == 2
     assert "has no placement nothing" in capsys.readouterr().err
