@@ -165,17 +165,11 @@ class AdsorptionNeb(Command):
         folder = options.folder / "neb" / f"{options.start}-{options.end}"
         check_target(folder / "neb.json", overwrite=options.overwrite)
         search = FinishedSearch.read(options.folder)
-<<<<<<< HEAD
-        ends = search.minimum(options.start), search.minimum(options.end)
+        first, end = search.minimum(options.start), search.minimum(options.end)
+        last = nearest_copy(first, end, search.clean_slab)
         given = model_in_place(options)
         model = search.model(given)
-        path = find_path(*ends, model, options.images, options.fmax, options.steps)
-=======
-        first, given = search.minimum(options.start), search.minimum(options.end)
-        last = nearest_copy(first, given, search.clean_slab)
-        model = search.model(model_in_place(options))
         path = find_path(first, last, model, options.images, options.fmax, options.steps)
->>>>>>> fix-y
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "neb.traj", path.images)
         write_bytes(folder / "neb.png", path_picture(path))
@@ -185,7 +179,7 @@ class AdsorptionNeb(Command):
             "model": model.identity(),
             "start": options.start,
             "end": options.end,
-            "end_moved_to_copy": not np.array_equal(last.positions, given.positions),
+            "end_moved_to_copy": not np.array_equal(last.positions, end.positions),
         }
         write_json(folder / "neb.json", record)
         update_report(options.folder)

@@ -1,12 +1,9 @@
 """The search over placements: merging, ranking, stopping, going on, its files, and DFT results read back."""
 
 import json
-<<<<<<< HEAD
+import re
 import shutil
 from dataclasses import replace
-=======
-import re
->>>>>>> fix-y
 from pathlib import Path
 
 import numpy as np
