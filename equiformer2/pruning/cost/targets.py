@@ -4,8 +4,9 @@ All shares are of the network that the plan applies to. A search needs one numbe
 makes one cost of several targets.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch_geometric.data import Batch, Data
@@ -181,3 +182,33 @@ class CombinedTarget:
         if any(left > limit for left, limit in shares):
             return sum(max(left, limit) for left, limit in shares)
         return self.target + max(left - limit for left, limit in shares)
+
+
+def parse_targets(texts: Sequence[str], examples: Mapping[str, float]) -> dict[str, float]:
+    """Read targets such as `macs=0.5`.
+
+    Args:
+        texts: one per target.
+        examples: the quantities that are known, each with a share for the error message.
+
+    Returns:
+        By quantity the share of the dense network that stays.
+
+    Raises:
+        InputError: another quantity or a share that is none, or a quantity given twice.
+    """
+    shares: dict[str, float] = {}
+    for text in texts:
+        quantity, _, number = text.partition("=")
+        try:
+            share = float(number)
+        except ValueError:
+            share = math.nan
+        if quantity not in examples or not 0 < share < 1 or quantity in shares:
+            *first, last = (f"{name}={value:g}" for name, value in examples.items())
+            raise InputError(
+                f"the target {text!r} is not understood: give {', '.join(first)} or {last}, shares of the "
+                "dense network, each at most once"
+            )
+        shares[quantity] = share
+    return shares

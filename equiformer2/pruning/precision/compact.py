@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import Checkpoint
 from equiformer2.checkpoint.compact import CompactState
 from equiformer2.checkpoint.contents import Contents
@@ -135,7 +136,7 @@ def contents_of(checkpoint: Checkpoint, model: EquiformerV2, provenance: Mapping
     )
 
 
-def write_compact(path: Path, checkpoint: Checkpoint, model: EquiformerV2, plan: PrecisionPlan) -> int:
+def write_compact(path: AnyPath, checkpoint: Checkpoint, model: EquiformerV2, plan: PrecisionPlan) -> int:
     """Write the checkpoint of a compact network, atomically.
 
     Args:
@@ -148,7 +149,7 @@ def write_compact(path: Path, checkpoint: Checkpoint, model: EquiformerV2, plan:
         Bytes of the file.
     """
     write_native(path, contents_of(checkpoint, model, provenance_of(checkpoint, plan)))
-    return path.stat().st_size
+    return Path(path).stat().st_size
 
 
 def provenance_of(checkpoint: Checkpoint, plan: PrecisionPlan) -> dict[str, Any]:

@@ -6,28 +6,21 @@ import dataclasses
 import difflib
 import functools
 import itertools
-import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
-from datasets_oc20.untrusted import load_json, read_text
 from equiformer2.errors import InputError
-from equiformer2.files import as_input_error, write_json
 from equiformer2.model import EquiformerV2
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.parametrizations import BITS
+from equiformer2.pruning.plan_files import PlanFile
 from equiformer2.pruning.structured.plan import PruningPlan
 from equiformer2.values import shown, shown_name
 
-_FORMAT = "equiformer2.precision_plan"
-_VERSION = 1
-_MOST_BYTES = 16 << 20
 _MOST_MODULES = 20_000
-_KEYS = ("format", "version", "modules", "pruning")
 #: Linear maps that make the outputs: nothing after them could make up for what rounding changes.
 LAST_LAYERS = ("energy_block.so3_linear_2", "force_block.proj")
 #: Parts without a weight matrix of their own, by the words that a plan could name them with.
@@ -79,7 +72,7 @@ def parts_of(modules: Mapping[str, object]) -> dict[str, list[str]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class PrecisionPlan:
+class PrecisionPlan(PlanFile):
     """Precision of weight matrices, and the pruning that comes before.
 
     Immutable and hashable. Modules that are not named are float32. Equal plans are equal after `checked`.
@@ -91,6 +84,9 @@ class PrecisionPlan:
     Raises:
         InputError: a precision that does not exist, or a module that is named twice.
     """
+
+    kind: ClassVar[str] = "precision plan"
+    file_format: ClassVar[str] = "equiformer2.precision_plan"
 
     modules: tuple[tuple[str, str], ...] = ()
     pruning: PruningPlan | None = None
@@ -165,7 +161,7 @@ class PrecisionPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        values: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, "modules": dict(self.modules)}
+        values: dict[str, Any] = {**self.header(), "modules": dict(self.modules)}
         if self.pruning is not None:
             values["pruning"] = self.pruning.to_dict()
         return values
@@ -181,16 +177,7 @@ class PrecisionPlan:
         Raises:
             InputError: naming `source` and the key that is missing, unknown or of the wrong kind.
         """
-        if not isinstance(values, Mapping) or values.get("format") != _FORMAT:
-            raise InputError(f"{source} is no precision plan: its key 'format' must be '{_FORMAT}'")
-        version = values.get("version")
-        if isinstance(version, bool) or version != _VERSION:
-            raise InputError(f"{source} is of version {shown(version)}; only {_VERSION} is read")
-        for key in values:
-            if key not in _KEYS:
-                near = difflib.get_close_matches(str(key)[:100], _KEYS, n=1)
-                hint = f"; did you mean '{near[0]}'?" if near else ""
-                raise InputError(f"{source}: unknown key {shown(key)}{hint}")
+        cls.check_keys(values, ("modules", "pruning"), source)
         modules = values.get("modules")
         if not isinstance(modules, Mapping) or not all(isinstance(name, str) for name in modules):
             raise InputError(f"{source}: modules must be a dictionary of names and precisions")
@@ -203,44 +190,6 @@ class PrecisionPlan:
             return cls(tuple(modules.items()), pruning)
         except InputError as error:
             raise InputError(f"{source}: {str(error).removeprefix('precision plan: ')}") from error
-
-    def to_json(self) -> str:
-        """Return the plan as JSON text."""
-        return json.dumps(self.to_dict())
-
-    @classmethod
-    def from_json(cls, text: str, source: str = "the precision plan") -> PrecisionPlan:
-        """Read the text of `to_json`.
-
-        Args:
-            text: JSON.
-            source: name of its origin for errors.
-
-        Raises:
-            InputError: as `from_dict`, and if the text is not JSON.
-        """
-        with as_input_error():
-            values = load_json(text, source, _MOST_BYTES)
-        return cls.from_dict(values, source)
-
-    def save(self, path: str | Path) -> None:
-        """Write the plan as a JSON file, atomically."""
-        write_json(path, self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | Path) -> PrecisionPlan:
-        """Read a file of `save`.
-
-        Args:
-            path: file to read.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            InputError: as `from_json`, naming the file.
-        """
-        with as_input_error():
-            text = read_text(path, _MOST_BYTES)
-        return cls.from_json(text, str(path))
 
 
 def _refusal(name: str, dense: EquiformerV2, known: Mapping[str, object]) -> str:

@@ -25,7 +25,7 @@ from equiformer2.model.parametrizations import BITS, stored_kinds
 from equiformer2.pruning.calibration import FORCE_WEIGHT, Calibration
 from equiformer2.pruning.calibration_data import mixed_systems, read_structures
 from equiformer2.pruning.cost.latency import compare_latency
-from equiformer2.pruning.cost.targets import MacTarget, ParameterTarget
+from equiformer2.pruning.cost.targets import MacTarget, ParameterTarget, parse_targets
 from equiformer2.pruning.fingerprints import fingerprint_of_structures
 from equiformer2.pruning.precision.allocation import PartSizes
 from equiformer2.pruning.precision.compact import FileSize, compact_network, write_compact
@@ -140,7 +140,7 @@ def quantize(
     """
     out = Path(out)
     check_target(out, inputs=[request.checkpoint, *request.data])
-    shares = _parse_targets(request.targets)
+    shares = parse_targets(request.targets, {"bytes": 0.4, "latency": 0.5})
     if shares:
         import_optuna()  # before the work
     checkpoint = load_checkpoint(request.checkpoint, request.weights, device=request.device)
@@ -414,21 +414,3 @@ def _check_free(structures: Sequence[Data], checkpoint: Checkpoint, data: Sequen
             f"none of the {len(structures)} calibration structures has a free atom, and precision is judged "
             f"by the forces of free atoms: give others than {', '.join(map(str, data))}"
         )
-
-
-def _parse_targets(texts: Sequence[str]) -> dict[str, float]:
-    """Read targets such as `bytes=0.4`, quantity -> share that stays."""
-    shares: dict[str, float] = {}
-    for text in texts:
-        quantity, _, number = text.partition("=")
-        try:
-            share = float(number)
-        except ValueError:
-            share = math.nan
-        if quantity not in ("bytes", "latency") or not 0 < share < 1 or quantity in shares:
-            raise InputError(
-                f"the target {text!r} is not understood: give bytes=0.4 or latency=0.5, shares of the "
-                "float32 network, each at most once"
-            )
-        shares[quantity] = share
-    return shares

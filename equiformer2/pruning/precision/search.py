@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
 from equiformer2.model import EquiformerV2
@@ -111,7 +112,7 @@ class PrecisionState:
         write_json(self.path, values, make_folder=True)
 
     @classmethod
-    def open(cls, path: Path | None, fingerprint: dict[str, Any]) -> PrecisionState:
+    def open(cls, path: AnyPath | None, fingerprint: dict[str, Any]) -> PrecisionState:
         """Continue the state in a file, or begin a new one.
 
         Args:
@@ -122,6 +123,7 @@ class PrecisionState:
             InputError: the file is no such state, or one of another search; the difference is named.
         """
         fingerprint = json.loads(json.dumps(fingerprint))  # tuples become lists
+        path = None if path is None else Path(path)
         if path is None or not path.exists():
             return cls(fingerprint, path)
         try:

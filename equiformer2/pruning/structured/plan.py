@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from datasets_oc20.untrusted import load_json, read_text
 from equiformer2.errors import InputError
-from equiformer2.files import as_input_error, write_json
 from equiformer2.model.block_config import BlockConfig
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.conservative import check_config
+from equiformer2.pruning.plan_files import PlanFile
 from equiformer2.pruning.structured.block_plan import BlockPlan, check_indices, compose_indices, without_full
-from equiformer2.values import shown
 
-_FORMAT = "equiformer2.pruning_plan"
-_VERSION = 1
-_MOST_BYTES = 16 << 20
 _MOST_BLOCKS = 256
 _KEEP_ALL = BlockPlan()
 
@@ -42,7 +33,7 @@ def check_prunable(config: ModelConfig) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class PruningPlan:
+class PruningPlan(PlanFile):
     """Units to keep of every block, of both heads, and of the channels common to all of them.
 
     Immutable and hashable. Indices count in the network that the plan is applied to, which may itself be
@@ -57,6 +48,9 @@ class PruningPlan:
     Raises:
         InputError: kept channels that are no ascending indices.
     """
+
+    kind: ClassVar[str] = "pruning plan"
+    file_format: ClassVar[str] = "equiformer2.pruning_plan"
 
     blocks: tuple[BlockPlan, ...]
     sphere_channels: tuple[int, ...] | None = None
@@ -189,8 +183,7 @@ class PruningPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, without the fields that keep everything."""
         values: dict[str, Any] = {
-            "format": _FORMAT,
-            "version": _VERSION,
+            **self.header(),
             "blocks": [block.to_dict() for block in self.blocks],
         }
         if self.sphere_channels is not None:
@@ -214,17 +207,7 @@ class PruningPlan:
         Raises:
             InputError: naming `source` and the key that is missing, unknown or of the wrong kind.
         """
-        if not isinstance(values, Mapping) or values.get("format") != _FORMAT:
-            raise InputError(f"{source} is no pruning plan: its key 'format' must be '{_FORMAT}'")
-        version = values.get("version")
-        if isinstance(version, bool) or version != _VERSION:
-            raise InputError(f"{source} is of version {shown(version)}; only {_VERSION} is read")
-        known = ["format", "version", *(field.name for field in dataclasses.fields(cls))]
-        for key in values:
-            if key not in known:
-                near = difflib.get_close_matches(str(key)[:100], known, n=1)
-                hint = f"; did you mean '{near[0]}'?" if near else ""
-                raise InputError(f"{source}: unknown key {shown(key)}{hint}")
+        cls.check_keys(values, [field.name for field in dataclasses.fields(cls)], source)
         blocks = values.get("blocks")
         if not isinstance(blocks, list | tuple):
             raise InputError(f"{source}: blocks must be a list with one entry per block")
@@ -240,47 +223,3 @@ class PruningPlan:
             return cls(parts, values.get("sphere_channels"), **heads)
         except InputError as error:
             raise InputError(f"{source}: {str(error).removeprefix('pruning plan: ')}") from error
-
-    def to_json(self) -> str:
-        """Return the plan as JSON text."""
-        return json.dumps(self.to_dict())
-
-    @classmethod
-    def from_json(cls, text: str, source: str = "the pruning plan") -> PruningPlan:
-        """Read the text of `to_json`.
-
-        Args:
-            text: JSON.
-            source: name of its origin for errors.
-
-        Returns:
-            The plan.
-
-        Raises:
-            InputError: as `from_dict`, and if the text is not JSON.
-        """
-        with as_input_error():
-            values = load_json(text, source, _MOST_BYTES)
-        return cls.from_dict(values, source)
-
-    def save(self, path: str | Path) -> None:
-        """Write the plan as a JSON file, atomically."""
-        write_json(path, self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | Path) -> PruningPlan:
-        """Read a file of `save`.
-
-        Args:
-            path: file to read.
-
-        Returns:
-            The plan.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            InputError: as `from_json`, naming the file.
-        """
-        with as_input_error():
-            text = read_text(path, _MOST_BYTES)
-        return cls.from_json(text, str(path))

@@ -1,6 +1,5 @@
 """Make a plan from a checkpoint and data, and a smaller checkpoint from a plan."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,12 +9,18 @@ from torch_geometric.data import Batch
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import load_checkpoint, save_checkpoint
 from equiformer2.checkpoint.training_data import inherited
-from equiformer2.errors import InputError
 from equiformer2.files import check_target
 from equiformer2.model.parameters import count_parameters
 from equiformer2.pruning.calibration import FORCE_WEIGHT, Calibration
 from equiformer2.pruning.calibration_data import mixed_systems, read_structures
-from equiformer2.pruning.cost.targets import CombinedTarget, LatencyTarget, MacTarget, ParameterTarget, Target
+from equiformer2.pruning.cost.targets import (
+    CombinedTarget,
+    LatencyTarget,
+    MacTarget,
+    ParameterTarget,
+    Target,
+    parse_targets,
+)
 from equiformer2.pruning.structured.apply import masked, shrink
 from equiformer2.pruning.structured.plan import PruningPlan
 from equiformer2.pruning.structured.plan_methods import find_plan
@@ -121,7 +126,7 @@ def make_plan(request: PlanRequest, state_path: AnyPath | None = None, progress:
         datasets_oc20.DataError: data that cannot be read.
     """
     state_path = None if state_path is None else Path(state_path)
-    shares = _parse_targets(request.targets)
+    shares = parse_targets(request.targets, {"macs": 0.5, "parameters": 0.5, "latency": 0.6})
     checkpoint = load_checkpoint(request.checkpoint, request.weights, device=request.device)
     model = checkpoint.model.eval()
     structures = mixed_systems(read_structures(request.data, request.structures, request.seed), request.seed)
@@ -194,21 +199,3 @@ def apply_plan(checkpoint: str | Path, plan: PruningPlan, out: AnyPath) -> tuple
         },
     )
     return count_parameters(loaded.config), count_parameters(small.config)
-
-
-def _parse_targets(texts: Sequence[str]) -> dict[str, float]:
-    """Read targets such as `macs=0.5`, quantity -> share that stays."""
-    shares: dict[str, float] = {}
-    for text in texts:
-        quantity, _, number = text.partition("=")
-        try:
-            share = float(number)
-        except ValueError:
-            share = float("nan")
-        if quantity not in ("macs", "parameters", "latency") or not 0 < share < 1 or quantity in shares:
-            raise InputError(
-                f"the target {text!r} is not understood: give macs=0.5, parameters=0.5 or latency=0.6, "
-                "each at most once"
-            )
-        shares[quantity] = share
-    return shares
