@@ -114,7 +114,7 @@ def search_page(
                 + ", ".join(f"{number} {status}" for status, number in counts.items())
                 + f". The search ended: {result.reason}.",
                 f"{coverage.draws} of them ended in {coverage.basins} minima.",
-                *(f"{one.sentence[0].upper()}{one.sentence[1:]}." for one in result.checks),
+                *(f"Check of saddle points: {one.sentence}." for one in result.checks),
                 *unseen,
                 _saved(graph),
             ]
