@@ -78,7 +78,7 @@ class SystemTable:
     Attributes:
         energies: by system, by adsorbate (without its star), eV.
         path: of the diagrams that they were read from; None of a table.
-        notes: sentences about what was left out.
+        notes: sentences about what was left out, and doubts that the diagrams carry.
     """
 
     energies: dict[str, dict[str, float]]
@@ -165,6 +165,10 @@ def read_diagrams(folders: Sequence[Path]) -> SystemTable:
         energies[name] = {
             one.name: float(one.energy or 0.0) for one in states if one.name not in _fixed(states)
         }
+        if record.get("converged") is False:
+            notes.append(f"{name}: one of its states has not converged")
+        warnings = record.get("warnings")
+        notes += [f"{name}: {text}" for text in warnings] if isinstance(warnings, list) else []
     if path is None:
         raise InputError("; ".join(notes) or "no diagram was given")
     return SystemTable(energies, path, notes)

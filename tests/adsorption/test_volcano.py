@@ -145,6 +145,12 @@ def test_diagrams_give_their_own_limiting_potentials(tmp_path: Path) -> None:
     assert set(table.energies) == {"pt", "ir", "au"}
     assert len(table.notes) == 1
     assert volcano(table, table.path or [])["scaling"]["O"]["slope"] == pytest.approx(2.0)
+    doubtful = json.loads((folders[0] / "diagram.json").read_text())
+    doubtful |= {"converged": False, "warnings": ["*OH: two imaginary modes"]}
+    (folders[0] / "diagram.json").write_text(json.dumps(doubtful))
+    told = " ".join(read_diagrams(folders).notes)
+    assert "pt: one of its states has not converged" in told
+    assert "pt: *OH: two imaginary modes" in told
     with pytest.raises(InputError, match="given twice"):
         read_diagrams([folders[0], folders[0]])
     with pytest.raises(InputError, match=r"has no file|diagram"):
