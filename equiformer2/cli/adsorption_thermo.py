@@ -141,7 +141,7 @@ class AdsorptionFreeEnergy(Command):
                 else f"counted as {options.lowest_frequency:g}"
             )
             warnings.append(
-                f"{found['imaginary']} imaginary modes ({sizes} cm^-1), {counted}: the structure may be no "
+                f"imaginary modes: {found['imaginary']} ({sizes} cm^-1), {counted}: the structure may be no "
                 "minimum"
             )
         record = {

@@ -95,7 +95,7 @@ def test_states_of_other_gas_references_are_refused(
 
 
 def test_doubts_of_a_state_are_in_the_diagram(tmp_path: Path) -> None:
-    sentence = "1 imaginary modes (90 cm^-1), counted as 50: the structure may be no minimum"
+    sentence = "imaginary modes: 1 (90 cm^-1), counted as 50: the structure may be no minimum"
     folders = [folder(tmp_path / "a", "O", 1.0, -2.0, imaginary=1, warnings=[sentence])]
     balanced = diagram(read_states(folders), 0.0)
     assert balanced["warnings"] == [f"*O: {sentence}"]
