@@ -131,9 +131,7 @@ def _doubts(search: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[bool, 
             warnings.append(f"{name} has not converged")
     imaginary = found.get("imaginary")
     if imaginary and not any("imaginary" in one for one in warnings):
-        warnings.append(
-            f"imaginary modes: {imaginary}, so that the structure may be no minimum")
-        )
+        warnings.append(f"imaginary modes: {imaginary}, so that the structure may be no minimum")
     return all(parts.values()), warnings
 
 
