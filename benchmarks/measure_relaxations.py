@@ -150,7 +150,9 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--reference-python", help="Python of an environment with fairchem-core 1.10.0 (only with --size)"
     )
     parser.add_argument("--systems", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=50, help="most steps per system (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=50, help="maximum number of steps per system (default: %(default)s)"
+    )
     parser.add_argument(
         "--fmax", type=float, default=0.05, help="threshold with --checkpoint, eV/Å (default: %(default)s)"
     )
@@ -158,7 +160,9 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the starts (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of the starts (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="default: %(default)s")
     options = parser.parse_args(words)
     for name in ("systems", "steps", "repeats", "threads", "batch_size"):

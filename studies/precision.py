@@ -64,7 +64,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Study:
-    """What all rows share.
+    """Network, data and settings that all rows share.
 
     Attributes:
         options: of the command line.
@@ -288,9 +288,16 @@ def main() -> None:
     parser.add_argument("--limits", nargs="+", type=float, default=[0.4, 0.3, 0.2, 0.17])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--keep", nargs="*", type=float, default=[0.9, 0.8])
-    parser.add_argument("--trials", type=int, default=40, help="of every search (default: %(default)s)")
+    parser.add_argument(
+        "--trials", type=int, default=40, help="number of trials of every search (default: %(default)s)"
+    )
     parser.add_argument("--structures", type=int, default=32, help="to calibrate on (default: %(default)s)")
-    parser.add_argument("--held-out-structures", type=int, default=64, help="of each (default: %(default)s)")
+    parser.add_argument(
+        "--held-out-structures",
+        type=int,
+        default=64,
+        help="number of structures from each held-out file (default: %(default)s)",
+    )
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--hours", type=float, default=2.5, help="no row is begun after them")
     parser.add_argument("--out", type=Path, default=Path("runs/precision"))

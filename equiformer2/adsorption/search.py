@@ -261,7 +261,7 @@ class SearchResult:
 
     @property
     def unconverged(self) -> list[str]:
-        """What the energy of the best placement rests on and has not converged, in words."""
+        """Name the parts of the best placement's energy that have not converged."""
         parts = {"the best placement": self.best is not None and self.best.status != "converged"}
         if self.energy_kind == "total":
             parts["the clean slab"] = not self.clean_slab.converged

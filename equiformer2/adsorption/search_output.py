@@ -160,7 +160,7 @@ def search_record(
 
 
 def _best_record(best: Found) -> dict[str, Any]:
-    """What `search.json` says of the best placement."""
+    """Collect the plain values of the best placement for `search.json`."""
     assert best.relaxation is not None
     return {
         "id": best.id,

@@ -26,7 +26,7 @@ J_M2 = float(m**2 / J)
 """J/m² of 1 eV/Å²."""
 
 UNKNOWN = "a model of adsorption energies knows no clean slab, and so no surface or cleavage energies"
-"""What is said of a model that cannot have them."""
+"""Sentence about models that cannot have surface energies."""
 
 _METHOD = "(E(slab) - n E(bulk)) / 2A, the mean of both sides"
 

@@ -1,4 +1,4 @@
-"""What a search has asked DFT and what was answered is remembered, whenever it was stopped."""
+"""Ledgers keep what DFT was asked and what it answered, whenever the search was stopped."""
 
 import json
 from pathlib import Path

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from ase import Atoms
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -17,29 +16,16 @@ from command_line import run_command
 from vasprun import write_vasprun
 
 from datasets_oc20 import open_dataset
-from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.adsorption.dft_ledger import DftLedger
-from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
-from tests.training.tiny_checkpoint import TINY
+from equiformer2.checkpoint import Normalizer
+from tests.training.tiny_checkpoint import write_tiny_checkpoint
 
 SEARCH = ["--slab", "Cu111", "--size", "2x2x3", "--adsorbate", "*O", "--steps", "3", "--seed", "1"]
 GAS = ["--gas", "H2=-0.5,H2O=3.9"]  # 4.4 eV per atom of O
 
 
 def network(path: Path, seed: int) -> Path:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = EquiformerV2(ModelConfig(**TINY))
-    save_checkpoint(
-        path,
-        model=model,
-        raw_state=model.state_dict(),
-        averaged_state=None,
-        normalizers=Normalizers(energy=Normalizer(-0.7, 0.5), forces=Normalizer(0.0, 30.0)),
-        energy_kind="adsorption",
-        provenance={"origin": "random weights"},
-    )
-    return path
+    return write_tiny_checkpoint(path, seed, Normalizer(-0.7, 0.5), Normalizer(0.0, 30.0))
 
 
 def relaxation(start: Atoms, steps: int = 4) -> list[Atoms]:

@@ -1,4 +1,4 @@
-"""What a stored result depends on."""
+"""Fingerprints change with everything that a stored result depends on."""
 
 import pytest
 import torch

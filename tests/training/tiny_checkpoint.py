@@ -24,17 +24,22 @@ TINY = {
 }
 
 
-def write_tiny_checkpoint(path: Path) -> Path:
-    """Write it; adsorption energies."""
+def write_tiny_checkpoint(
+    path: Path,
+    seed: int = 1,
+    energy: Normalizer = Normalizer(-0.7, 2.0),  # noqa: B008
+    forces: Normalizer = Normalizer(0.0, 2.5),  # noqa: B008
+) -> Path:
+    """Write a network of adsorption energies with the random weights of `seed`."""
     with torch.random.fork_rng():
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         model = EquiformerV2(ModelConfig(**TINY))
     save_checkpoint(
         path,
         model=model,
         raw_state=model.state_dict(),
         averaged_state=None,
-        normalizers=Normalizers(energy=Normalizer(-0.7, 2.0), forces=Normalizer(0.0, 2.5)),
+        normalizers=Normalizers(energy=energy, forces=forces),
         energy_kind="adsorption",
         provenance={"origin": "random weights"},
     )

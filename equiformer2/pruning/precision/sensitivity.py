@@ -1,4 +1,4 @@
-"""How much the parts of a network need their precision: measured, and by mutual information.
+"""Sensitivity of the parts of a network to their precision: measured, and by mutual information.
 
 A part is a group of matrices that get one precision (`plan.parts_of`). Measured: the loss against the dense
 network on calibration structures (`calibration.Discrepancy`) with this part alone in a lower precision. By
