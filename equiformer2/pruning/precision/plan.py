@@ -168,15 +168,7 @@ class PrecisionPlan(PlanFile):
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "the precision plan") -> PrecisionPlan:
-        """Read the plain values of `to_dict`.
-
-        Args:
-            values: mapping as `to_dict` gives it.
-            source: name of their origin for errors.
-
-        Raises:
-            InputError: naming `source` and the key that is missing, unknown or of the wrong kind.
-        """
+        """Read the plain values of `to_dict`; see `PlanFile.from_dict`."""
         cls.check_keys(values, ("modules", "pruning"), source)
         modules = values.get("modules")
         if not isinstance(modules, Mapping) or not all(isinstance(name, str) for name in modules):

@@ -9,7 +9,6 @@ before it alone, so that a search that was killed ends as one that was not.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +22,7 @@ from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
 from equiformer2.model import EquiformerV2
+from equiformer2.pruning.fingerprints import as_stored, check_same_work
 from equiformer2.pruning.precision.allocation import (
     PRECISIONS,
     Choice,
@@ -32,7 +32,7 @@ from equiformer2.pruning.precision.allocation import (
     fitted,
 )
 from equiformer2.pruning.structured.plan import PruningPlan
-from equiformer2.values import Items, Number, Optional, Whole, mapping, shown
+from equiformer2.values import Items, Number, Optional, Whole, mapping
 
 _FORMAT = "equiformer2.precision_search"
 _VERSION = 1
@@ -122,7 +122,7 @@ class PrecisionState:
         Raises:
             InputError: the file is no such state, or one of another search; the difference is named.
         """
-        fingerprint = json.loads(json.dumps(fingerprint))  # tuples become lists
+        fingerprint = as_stored(fingerprint)
         path = None if path is None else Path(path)
         if path is None or not path.exists():
             return cls(fingerprint, path)
@@ -132,12 +132,7 @@ class PrecisionState:
             raise InputError(
                 f"{path} is no state of a search for precisions ({error}): give another file or remove it"
             ) from error
-        for key in sorted({*fingerprint, *state.fingerprint}):
-            if fingerprint.get(key) != state.fingerprint.get(key):
-                raise InputError(
-                    f"{path} is the state of another search: {key} was {shown(state.fingerprint.get(key))} "
-                    f"and is {shown(fingerprint.get(key))} now; give another file or remove it"
-                )
+        check_same_work(path, state.fingerprint, fingerprint)
         return state
 
     @classmethod
