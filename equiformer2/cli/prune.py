@@ -349,6 +349,9 @@ class Quantize(Command):
     of the float32 network: bytes=0.4 of the file, latency=0.5 of the time of a force call. --plan and
     --uniform take given precisions in place of a search. A killed call continues where it was.
 
+    Under a limit of time alone, attention and feed-forward networks may multiply in bfloat16, where the
+    device has instructions for it and is measured to be faster so; otherwise time is saved by pruning.
+
     Rotations, grids, norms, biases, the attention's softmax, sums and the last layers stay float32. The file
     is an ordinary checkpoint. Beside it, NAME.pt.json has its size on disk and in memory, the bits of every
     module, and errors, time and equivariance measured on structures that the search did not see, where --data
@@ -386,6 +389,13 @@ class Quantize(Command):
             "%(default)s)",
         )
         parser.add_argument("--trials", type=int, help="number of trials, in place of --minutes")
+        parser.add_argument(
+            "--max-minutes",
+            type=float,
+            default=25.0,
+            help="time after which the search ends with the best trial so far, whatever is left of it "
+            "(default: %(default)s)",
+        )
         parser.add_argument(
             "--held-out",
             type=int,
@@ -425,6 +435,7 @@ class Quantize(Command):
             keep=tuple(options.keep),
             minutes=options.minutes,
             trials=options.trials,
+            max_minutes=options.max_minutes,
             weights=options.weights,
             structures=options.structures,
             held_out=options.held_out,
@@ -444,6 +455,12 @@ class Quantize(Command):
         bits = list(found["modules"].values())
         counts = ", ".join(f"{bits.count(n)} of {n} bits" for n in sorted(set(bits)))
         print(f"matrices: {counts}; pruned: {'yes' if 'pruning' in found['plan'] else 'no'}")
+        products = found["plan"].get("products")
+        if products:
+            print(f"products in bfloat16: {', '.join(products)}")
+        search = found["search"]
+        if search is not None and len(search["trials"]) < search["trials_planned"]:
+            print(f"out of time: {len(search['trials'])} of {search['trials_planned']} trials were made")
         print(
             f"file: {found['bytes']:,} bytes, {found['bytes_ratio']:.1%} of {found['bytes_float32']:,} in "
             f"float32; in memory after a call: {found['resident_bytes']:,} bytes instead of "

@@ -23,6 +23,7 @@ def compare(
     batch_size: int = 2,
     repeats: int = 7,
     seed: int = 0,
+    bf16: Predictor | None = None,
 ) -> dict[str, Any]:
     """Measure a compact network beside the dense one.
 
@@ -33,6 +34,7 @@ def compare(
         batch_size: structures per forward pass.
         repeats: timed pairs of force calls, on the first structure.
         seed: of the rotations.
+        bf16: the dense network with all products in bfloat16, to compare with; None for none.
 
     Returns:
         `force_change_eV_A` (mean absolute change of the force components of free atoms),
@@ -40,7 +42,8 @@ def compare(
         `force_mae_dense_eV_A` and `force_mae_ratio` (against the labels), `ms`, `ms_dense` and `ms_ratio` (of
         one force call), `resident_bytes`, `resident_bytes_dense` (after a call), `equivariance_error`,
         `equivariance_error_dense` and `equivariance_ratio` (relative change of energies and forces under
-        rotations). None for what the network or the data do not have.
+        rotations), and `ms_bf16` and `equivariance_error_bf16` of `bf16`. None for what the network or the
+        data do not have.
     """
     figures = _errors(compact, dense, structures, batch_size)
     one = Batch.from_data_list([unlabelled(structures[0])])
@@ -49,12 +52,16 @@ def compare(
         "ms": 1e3 * latency.seconds,
         "ms_dense": 1e3 * latency.dense_seconds,
         "ms_ratio": latency.ratio,
+        "ms_bf16": None if bf16 is None else _milliseconds(bf16, dense, one, repeats),
         # After calls, which leave what the network keeps for the next one.
         "resident_bytes": resident_bytes(compact.model),
         "resident_bytes_dense": resident_bytes(dense.model),
     }
-    errors = []
-    for predictor in (compact, dense):
+    errors: list[float | None] = []
+    for predictor in (compact, dense, bf16):
+        if predictor is None:
+            errors.append(None)
+            continue
         report = check_symmetries(
             predictor.predict,
             [unlabelled(structure) for structure in structures[:_ROTATED]],
@@ -63,9 +70,16 @@ def compare(
             seed=seed,
         )
         errors.append(report.errors["rotation"].largest if "rotation" in report.errors else None)
-    figures["equivariance_error"], figures["equivariance_error_dense"] = errors
+    for name, error in zip(("", "_dense", "_bf16"), errors, strict=True):
+        figures[f"equivariance_error{name}"] = error
     figures["equivariance_ratio"] = errors[0] / errors[1] if errors[0] is not None and errors[1] else None
     return figures
+
+
+def _milliseconds(predictor: Predictor, dense: Predictor, batch: Batch, repeats: int) -> float:
+    """Median time of a force call, taken in turns with the dense network's."""
+    latency = compare_latency(lambda: predictor.predict(batch), lambda: dense.predict(batch), repeats)
+    return 1e3 * latency.seconds
 
 
 def _errors(
