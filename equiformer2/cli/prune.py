@@ -397,6 +397,15 @@ class Quantize(Command):
             "(default: %(default)s)",
         )
         parser.add_argument(
+            "--recover",
+            nargs="?",
+            const=4,
+            type=int,
+            metavar="RANK",
+            help="write NAME.adapter.pt, too: low-rank maps that take back a part of what rounding to int8 and "
+            "int4 changes, for --adapter and to train on with finetune --adapter-start (default rank: 4)",
+        )
+        parser.add_argument(
             "--held-out",
             type=int,
             default=64,
@@ -417,15 +426,20 @@ class Quantize(Command):
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.pruning.precision.plan import PrecisionPlan
-        from equiformer2.pruning.precision.quantize_request import QuantizeRequest, quantize
+        from equiformer2.pruning.precision.quantize_request import (
+            QuantizeRequest,
+            default_adapter_path,
+            quantize,
+        )
 
         show_log()
         report = options.out.with_name(f"{options.out.name}.json")
         state = options.state or options.out.with_name(f"{options.out.stem}.state.json")
         inputs = [options.checkpoint, *options.data, *([options.plan] if options.plan else [])]
-        for path in (options.out, report):
+        adapter = default_adapter_path(options.out)
+        for path in (options.out, report, *([] if options.recover is None else [adapter])):
             check_target(path, inputs=inputs, overwrite=options.overwrite)
-        check_target(state, inputs=[*inputs, options.out, report])
+        check_target(state, inputs=[*inputs, options.out, report, adapter])
         request = QuantizeRequest(
             checkpoint=options.checkpoint,
             data=tuple(options.data),
@@ -436,6 +450,7 @@ class Quantize(Command):
             minutes=options.minutes,
             trials=options.trials,
             max_minutes=options.max_minutes,
+            recover=options.recover,
             weights=options.weights,
             structures=options.structures,
             held_out=options.held_out,
@@ -444,7 +459,7 @@ class Quantize(Command):
             device=options.device,
             seed=options.seed,
         )
-        found = quantize(request, options.out, state)
+        found = quantize(request, options.out, state, adapter_path=adapter)
         record = {**header("prune-quantize/1", options.checkpoint), "file": str(options.out), **found}
         write_json(report, record)
         self._print(found)
@@ -476,6 +491,17 @@ class Quantize(Command):
         ):
             if found[key] is not None:
                 print(f"on {where}, {text} {found[key]:.4f} {unit}".rstrip())
+        recovery = found["recovery"]
+        if recovery is not None:
+            print(
+                f"with {recovery['adapter']} ({recovery['bytes']:,} bytes), matrices are off by "
+                f"{recovery['weight_error']:.2%} instead of {recovery['weight_error_plain']:.2%}"
+            )
+            if recovery["force_change_eV_A"] is not None:
+                print(
+                    f"and forces change by {recovery['force_change_eV_A']:.4f} eV/Å instead of "
+                    f"{recovery['plain']['force_change_eV_A']:.4f}"
+                )
         for sentence in found["missed"]:
             print(f"missed: {sentence}")
 

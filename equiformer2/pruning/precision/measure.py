@@ -45,7 +45,7 @@ def compare(
         rotations), and `ms_bf16` and `equivariance_error_bf16` of `bf16`. None for what the network or the
         data do not have.
     """
-    figures = _errors(compact, dense, structures, batch_size)
+    figures = errors(compact, dense, structures, batch_size)
     one = Batch.from_data_list([unlabelled(structures[0])])
     latency = compare_latency(lambda: compact.predict(one), lambda: dense.predict(one), repeats)
     figures |= {
@@ -57,10 +57,10 @@ def compare(
         "resident_bytes": resident_bytes(compact.model),
         "resident_bytes_dense": resident_bytes(dense.model),
     }
-    errors: list[float | None] = []
+    turned: list[float | None] = []
     for predictor in (compact, dense, bf16):
         if predictor is None:
-            errors.append(None)
+            turned.append(None)
             continue
         report = check_symmetries(
             predictor.predict,
@@ -69,10 +69,10 @@ def compare(
             trials=_TRIALS,
             seed=seed,
         )
-        errors.append(report.errors["rotation"].largest if "rotation" in report.errors else None)
-    for name, error in zip(("", "_dense", "_bf16"), errors, strict=True):
+        turned.append(report.errors["rotation"].largest if "rotation" in report.errors else None)
+    for name, error in zip(("", "_dense", "_bf16"), turned, strict=True):
         figures[f"equivariance_error{name}"] = error
-    figures["equivariance_ratio"] = errors[0] / errors[1] if errors[0] is not None and errors[1] else None
+    figures["equivariance_ratio"] = turned[0] / turned[1] if turned[0] is not None and turned[1] else None
     return figures
 
 
@@ -82,13 +82,17 @@ def _milliseconds(predictor: Predictor, dense: Predictor, batch: Batch, repeats:
     return 1e3 * latency.seconds
 
 
-def _errors(
+def errors(
     compact: Predictor, dense: Predictor, structures: Sequence[Data], batch_size: int
 ) -> dict[str, Any]:
-    """Changes of the answers, and errors against the forces of the structures that have them."""
+    """Measure changes of the answers, and errors against the forces of the structures that have them.
+
+    Returns:
+        The figures of `compare` about forces and energies.
+    """
     energies: list[torch.Tensor] = []
     changes: list[torch.Tensor] = []
-    errors: dict[str, list[torch.Tensor]] = {"compact": [], "dense": []}
+    misses: dict[str, list[torch.Tensor]] = {"compact": [], "dense": []}
     for start in range(0, len(structures), batch_size):
         some = structures[start : start + batch_size]
         batch = Batch.from_data_list([unlabelled(structure) for structure in some])
@@ -101,13 +105,13 @@ def _errors(
         if all("forces" in structure for structure in some):
             labels = torch.cat([structure.forces for structure in some])[free].double()
             for name, out in (("compact", new), ("dense", old)):
-                errors[name].append((out["forces"][free].double() - labels).abs().flatten())
+                misses[name].append((out["forces"][free].double() - labels).abs().flatten())
 
     def mean(values: list[torch.Tensor]) -> float | None:
         numbers = torch.cat(values) if values else torch.empty(0)
         return float(numbers.mean()) if len(numbers) else None
 
-    mae, dense_mae = mean(errors["compact"]), mean(errors["dense"])
+    mae, dense_mae = mean(misses["compact"]), mean(misses["dense"])
     return {
         "force_mae_ratio": mae / dense_mae if mae is not None and dense_mae else None,
         "force_mae_eV_A": mae,

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from equiformer2.pruning.cost.targets import MacTarget, ParameterTarget, parse_t
 from equiformer2.pruning.fingerprints import fingerprint_of_structures
 from equiformer2.pruning.precision.allocation import PartSizes
 from equiformer2.pruning.precision.compact import FileSize, compact_network, write_compact
-from equiformer2.pruning.precision.measure import compare
+from equiformer2.pruning.precision.measure import compare, errors
 from equiformer2.pruning.precision.plan import PrecisionPlan, matrices, parts_of, skeleton
 from equiformer2.pruning.precision.products import (
     ProductTrials,
@@ -37,6 +37,13 @@ from equiformer2.pruning.precision.products import (
     can_save_time,
     folded,
     time_network,
+)
+from equiformer2.pruning.precision.recovery import (
+    Recovery,
+    adapter_bytes,
+    check_recoverable,
+    recover,
+    write_start,
 )
 from equiformer2.pruning.precision.search import Base, PrecisionSearch, PrecisionState, import_optuna
 from equiformer2.pruning.precision.sensitivity import (
@@ -83,6 +90,8 @@ class QuantizeRequest:
             the first ones have been timed.
         trials: number of trials in place of `minutes`.
         max_minutes: time after which a search ends with the best trial so far, whatever is left of it.
+        recover: rank of an adapter beside the checkpoint that takes back a part of what rounding changes; None
+            for none. Its bytes count towards a limit.
         weights: `raw` or `averaged`; None for the averaged ones where there are any.
         structures: number of calibration structures.
         held_out: number of other structures on which the figures are measured.
@@ -101,6 +110,7 @@ class QuantizeRequest:
     minutes: float = 15.0
     trials: int | None = None
     max_minutes: float = 25.0
+    recover: int | None = None
     weights: str | None = None
     structures: int = 32
     held_out: int = 64
@@ -115,6 +125,8 @@ class QuantizeRequest:
             raise InputError("give one of a target (bytes=0.4, latency=0.5), a plan and a uniform precision")
         if self.uniform is not None and self.uniform not in BITS:
             raise InputError(f"{self.uniform!r} is no precision: use one of {', '.join(BITS)}")
+        if self.recover is not None and self.recover < 1:
+            raise InputError(f"--recover is {self.recover}: give the rank of the adapter, at least 1")
         if not all(0 < share < 1 for share in self.keep):
             raise InputError(
                 "the shares of the parameters that pruned networks keep must be above 0 and below 1"
@@ -132,7 +144,11 @@ class QuantizeRequest:
 
 
 def quantize(
-    request: QuantizeRequest, out: AnyPath, state_path: AnyPath | None = None, progress: bool = True
+    request: QuantizeRequest,
+    out: AnyPath,
+    state_path: AnyPath | None = None,
+    progress: bool = True,
+    adapter_path: AnyPath | None = None,
 ) -> dict[str, Any]:
     """Write a compact checkpoint and measure it.
 
@@ -141,10 +157,12 @@ def quantize(
         out: checkpoint to write.
         state_path: file of a search's state, from which it continues; None keeps none.
         progress: show progress bars.
+        adapter_path: adapter to write with `request.recover`; None for `NAME.adapter.pt` beside `out`.
 
     Returns:
         Content of the JSON file beside `out`: `bytes`, `bytes_float32`, `resident_bytes`, `modules` (bits by
-        name), the figures of `measure.compare`, `plan`, `limits` and, after a search, `search`.
+        name), the figures of `measure.compare`, `plan`, `limits` and, after a search, `search`; with
+        `request.recover` also `recovery` (see `_recovered`).
 
     Raises:
         InputError: a target that is not understood or cannot be met, a plan that does not fit, structures
@@ -168,6 +186,8 @@ def quantize(
         plan = PrecisionPlan.uniform(checkpoint.config, request.uniform)
     if plan is not None:
         plan = plan.checked(checkpoint.config)  # before the data are read
+        if request.recover is not None:
+            check_recoverable(plan, request.recover)
     structures = mixed_systems(
         read_structures(request.data, request.structures + request.held_out, request.seed), request.seed
     )
@@ -177,7 +197,8 @@ def quantize(
     if plan is None:
         path = None if state_path is None else Path(state_path)
         plan, search = _Quantization(request, checkpoint, used, shares, path, progress).run()
-    network = compact_network(checkpoint.model, plan)
+    found = None if request.recover is None else recover(checkpoint.model, plan, request.recover)
+    network = compact_network(checkpoint.model, plan) if found is None else found.network
     size = write_compact(out, checkpoint, network, plan)
     del network
     whole = FileSize(checkpoint, checkpoint.model)
@@ -187,6 +208,10 @@ def quantize(
     if multiplies_bfloat16(dense.device):
         bf16 = Predictor(checkpoint, request.device, precision="bf16")
     figures = compare(compact, dense, others or used, request.batch_size, seed=request.seed, bf16=bf16)
+    recovery = None
+    if found is not None:
+        path = default_adapter_path(out) if adapter_path is None else Path(adapter_path)
+        recovery = _recovered(found, path, plan, request, dense, out, others or used)
     precisions = dict(plan.modules)
     names = matrices(skeleton(compact.checkpoint.config))
     record = {
@@ -199,8 +224,47 @@ def quantize(
         "limits": shares,
         "plan": plan.to_dict(),
         "search": search,
+        "recovery": recovery,
     }
     return {**record, "missed": missed(record)}
+
+
+def default_adapter_path(out: Path) -> Path:
+    """Name the adapter of a compact checkpoint, in the same folder."""
+    return out.with_name(f"{out.stem}.adapter.pt")
+
+
+def _recovered(
+    found: Recovery,
+    path: Path,
+    plan: PrecisionPlan,
+    request: QuantizeRequest,
+    dense: Predictor,
+    out: Path,
+    structures: Sequence[Data],
+) -> dict[str, Any]:
+    """Write the adapter of a compact checkpoint and measure both together.
+
+    Returns:
+        `adapter` (file), `rank`, `bytes`, the figures of `measure.errors` for the checkpoint with the adapter
+        and, under `plain`, for the plan's network without maps, and `weight_error` with
+        `weight_error_plain`: what rounding changes of the matrices with a map, relative to them.
+    """
+    assert request.recover is not None
+    checkpoint = dense.checkpoint
+    write_start(path, found, checkpoint, out, request.recover)
+    network = compact_network(checkpoint.model, plan)
+    plain = Predictor(replace(checkpoint, model=network, config=network.config), request.device)
+    with_maps = Predictor(str(out), request.device, adapter=path)
+    return {
+        "adapter": path.name,
+        "rank": request.recover,
+        "bytes": path.stat().st_size,
+        "weight_error": found.error,
+        "weight_error_plain": found.plain_error,
+        **errors(with_maps, dense, structures, request.batch_size),
+        "plain": errors(plain, dense, structures, request.batch_size),
+    }
 
 
 def missed(record: Mapping[str, Any]) -> list[str]:
@@ -212,9 +276,11 @@ def missed(record: Mapping[str, Any]) -> list[str]:
     than = record["equivariance_error_dense" if other == "float32" else "equivariance_error_bf16"]
     if error is not None and than and error > EQUIVARIANCE_LIMIT * than:
         found.append(f"the error under rotations is {error / than:.2f} times that of the {other} network")
-    for name, key in (("bytes", "bytes_ratio"), ("latency", "ms_ratio")):
-        if name in limits and record[key] > limits[name]:
-            found.append(f"{name}: {record[key]:.3f} of the float32 network, the limit is {limits[name]:g}")
+    adapter = 0 if record["recovery"] is None else record["recovery"]["bytes"]
+    shares = {"bytes": (record["bytes"] + adapter) / record["bytes_float32"], "latency": record["ms_ratio"]}
+    for name, share in shares.items():
+        if name in limits and share > limits[name]:
+            found.append(f"{name}: {share:.3f} of the float32 network, the limit is {limits[name]:g}")
     return found
 
 
@@ -248,8 +314,10 @@ class _Quantization:
         self.parts = _parts(self.dense, self.by_branches)
         size = FileSize(checkpoint, self.dense)
         self.limit = math.floor(shares["bytes"] * size.float32) if "bytes" in shares else _NO_LIMIT
+        self.adapter_bytes = 0 if request.recover is None else adapter_bytes(size.matrices, request.recover)
+        self.limit -= self.adapter_bytes
         self._check_limit(size)
-        names = ("targets", "keep", "force_weight", "seed")
+        names = ("targets", "keep", "force_weight", "seed", "recover")
         fingerprint = {
             "weights": fingerprint_of_weights(self.dense),
             "structures": fingerprint_of_structures(structures),
@@ -465,18 +533,24 @@ class _Quantization:
         if "bytes" not in self.shares:
             return
         least = size.of(dict.fromkeys(size.matrices, "int4"))
-        share = self.shares["bytes"]
+        share, beside = self.shares["bytes"], ""
+        if self.adapter_bytes:
+            beside = f" without the {self.adapter_bytes:,} that the adapter may take"
         if self.limit < size.islands:
             raise InputError(
-                f"the limit bytes={share:g} is {self.limit:,} bytes, and what stays float32 takes "
-                f"{size.islands:,}: give at least bytes={math.ceil(1000 * least / size.float32) / 1000:g}"
+                f"the limit bytes={share:g} is {self.limit:,} bytes{beside}, and what stays float32 takes "
+                f"{size.islands:,}: give at least bytes={self._share(least, size):g}"
             )
         if self.limit < least:
             raise InputError(
-                f"the limit bytes={share:g} is {self.limit:,} bytes, and int4 everywhere takes {least:,}: "
-                f"give at least bytes={math.ceil(1000 * least / size.float32) / 1000:g}, or prune first "
+                f"the limit bytes={share:g} is {self.limit:,} bytes{beside}, and int4 everywhere takes "
+                f"{least:,}: give at least bytes={self._share(least, size):g}, or prune first "
                 "(`equiformer2 prune plan` and `apply`)"
             )
+
+    def _share(self, least: int, size: FileSize) -> float:
+        """Return the least share of the bytes that can be asked for."""
+        return math.ceil(1000 * (least + self.adapter_bytes) / size.float32) / 1000
 
 
 def _parts(model: EquiformerV2, by_branches: bool) -> dict[str, list[str]]:

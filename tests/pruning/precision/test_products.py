@@ -1,4 +1,4 @@
-"""Branches that multiply in bfloat16: in effect after folding alone, in files, and chosen by measured time."""
+"""Branches that multiply in bfloat16: in effect after folding, in files, and chosen by measured time."""
 
 import json
 from pathlib import Path
