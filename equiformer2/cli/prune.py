@@ -402,8 +402,8 @@ class Quantize(Command):
             const=4,
             type=int,
             metavar="RANK",
-            help="write NAME.adapter.pt, too: low-rank maps that take back a part of what rounding to int8 and "
-            "int4 changes, for --adapter and to train on with finetune --adapter-start (default rank: 4)",
+            help="write NAME.adapter.pt, too: low-rank maps that take back a part of what rounding to int8 "
+            "and int4 changes, for --adapter and to train on with finetune --adapter-start (default rank: 4)",
         )
         parser.add_argument(
             "--held-out",

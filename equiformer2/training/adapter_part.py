@@ -103,8 +103,8 @@ class AdapterPart:
             )
         if adapter.replaced:
             raise InputError(
-                f"{adapter.source} replaces {len(adapter.replaced)} parameters of its network, and a training "
-                "starts with maps alone: give an adapter of prune quantize --recover"
+                f"{adapter.source} replaces {len(adapter.replaced)} parameters of its network, and a "
+                "training starts with maps alone: give an adapter of prune quantize --recover"
             )
         return dict(adapter.maps)
 

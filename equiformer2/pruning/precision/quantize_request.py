@@ -90,8 +90,8 @@ class QuantizeRequest:
             the first ones have been timed.
         trials: number of trials in place of `minutes`.
         max_minutes: time after which a search ends with the best trial so far, whatever is left of it.
-        recover: rank of an adapter beside the checkpoint that takes back a part of what rounding changes; None
-            for none. Its bytes count towards a limit.
+        recover: rank of an adapter beside the checkpoint that takes back a part of what rounding changes;
+            None for none. Its bytes count towards a limit.
         weights: `raw` or `averaged`; None for the averaged ones where there are any.
         structures: number of calibration structures.
         held_out: number of other structures on which the figures are measured.

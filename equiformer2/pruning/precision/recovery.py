@@ -1,8 +1,8 @@
 """Low-rank maps that take back a part of what rounding changes, to start a recovery from (LoftQ).
 
 A stored matrix Q and a low-rank map L stand for the matrix W of the float32 network. LoftQ (Li et al. 2023,
-arXiv 2310.08659) alternates: Q rounds W - L, and L is the best map of its rank for W - Q. The first step alone,
-with L = 0, is the map of the plain rounding error. Of all steps the one with the least error is taken.
+arXiv 2310.08659) alternates: Q rounds W - L, and L is the best map of its rank for W - Q. The first step
+alone, with L = 0, is the map of the plain rounding error. Of all steps the one with the least error is taken.
 """
 
 from __future__ import annotations

@@ -87,7 +87,8 @@ def test_the_command_writes_both_files(folder: Path):
 
 
 def factors(adapter: Adapter) -> torch.Tensor:
-    return torch.cat([part.flatten() for each in adapter.maps.values() for part in (each.left, each.right)])
+    maps = [adapter.maps[name] for name in sorted(adapter.maps)]
+    return torch.cat([part.detach().flatten() for each in maps for part in (each.left, each.right)])
 
 
 def arguments(folder: Path, runs: Path, *more: str) -> list[str]:
@@ -113,8 +114,8 @@ def test_training_changes_the_adapter_alone(folder: Path, tmp_path: Path):
     assert trained.base.fingerprint == start.base.fingerprint
     assert trained.replaced == {}
     assert set(trained.maps) == set(start.maps)
-    change = (factors(trained) - factors(start)).abs()
-    assert 0 < change.max() < 0.5 * factors(start).abs().max()
+    change = (factors(trained) - factors(start)).abs().max()
+    assert 0.005 < change < 0.03  # two steps
     assert (sha256(folder / "small.pt"), sha256(folder / "small.adapter.pt")) == before
     Predictor(folder / "small.pt", adapter=trained).predict(slabs())
 
