@@ -55,6 +55,7 @@ from equiformer2.inference.seen_data import judge_dataset
 from equiformer2.model import EquiformerV2
 from equiformer2.script import header
 from equiformer2.shipped import find_checkpoint
+from equiformer2.training.adapter_part import check_start
 
 Say = Callable[[str], None]
 
@@ -115,7 +116,9 @@ def fine_tune(settings: FineTuneSettings, say: Say = print) -> dict[str, Any]:
             say(f"the checkpoint does not state its kind of energy: taken to be {kind}, as the data are")
         checkpoint = load_checkpoint(settings.checkpoint, settings.weights, contents.energy_kind or kind)
         if settings.adapter is not None and settings.adapter.start is not None:
-            AdaptedNetwork(checkpoint, checkpoint.model).check(read_adapter(settings.adapter.start))
+            start = read_adapter(settings.adapter.start)
+            AdaptedNetwork(checkpoint, checkpoint.model).check(start)
+            check_start(start)
         tuning = _FineTuning(settings, folder, parts, Predictor(checkpoint, settings.device), say)
         return tuning.run()
 

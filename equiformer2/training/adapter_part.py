@@ -101,11 +101,7 @@ class AdapterPart:
                 f"{adapter.source} is an adapter of another network, {adapter.base.file}, and not of "
                 f"{self.base.file}: give the adapter that was written with it"
             )
-        if adapter.replaced:
-            raise InputError(
-                f"{adapter.source} replaces {len(adapter.replaced)} parameters of its network, and a "
-                "training starts with maps alone: give an adapter of prune quantize --recover"
-            )
+        check_start(adapter)
         return dict(adapter.maps)
 
     def prune(
@@ -162,6 +158,15 @@ class AdapterPart:
                 energy_kind=check_energy_kind(energy_kind, str(path)),
                 provenance=provenance,
             ),
+        )
+
+
+def check_start(adapter: Adapter) -> None:
+    """Raise `InputError` for an adapter to start with that changes more of its network than its maps do."""
+    if adapter.replaced:
+        raise InputError(
+            f"{adapter.source} replaces {len(adapter.replaced)} parameters of its network, and a training "
+            "starts with maps alone: give an adapter of prune quantize --recover"
         )
 
 

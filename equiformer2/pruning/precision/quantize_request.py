@@ -317,11 +317,12 @@ class _Quantization:
         self.adapter_bytes = 0 if request.recover is None else adapter_bytes(size.matrices, request.recover)
         self.limit -= self.adapter_bytes
         self._check_limit(size)
-        names = ("targets", "keep", "force_weight", "seed", "recover")
+        names = ("targets", "keep", "force_weight", "seed")
         fingerprint = {
             "weights": fingerprint_of_weights(self.dense),
             "structures": fingerprint_of_structures(structures),
             **{name: asdict(request)[name] for name in names},
+            **({} if request.recover is None else {"recover": request.recover}),
         }
         self.state = PrecisionState.open(state_path, fingerprint)
         self.calibration = Calibration(

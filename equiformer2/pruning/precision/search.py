@@ -38,7 +38,7 @@ from equiformer2.pruning.structured.plan import PruningPlan
 from equiformer2.values import Items, Number, Optional, Whole, mapping
 
 _FORMAT = "equiformer2.precision_search"
-_VERSION = 2
+_VERSION = 1
 _WORST = 1e30  # JSON holds no infinity
 _LOSS = Number(0, _WORST)
 _REPEATS = 20
@@ -154,7 +154,7 @@ class PrecisionState:
             if not isinstance(plans, list):
                 raise InputError("prunings must be a list")
             plans = [None if plan is None else PruningPlan.from_dict(plan, "prunings") for plan in plans]
-        timings = Items(Optional(Timing)).read(values.get("timings"), "timings")
+        timings = Items(Optional(Timing)).read(values.get("timings", [None] * len(plans or ())), "timings")
         if len(timings) != len(plans or ()):
             raise InputError("timings must be as many as prunings")
         return cls(
