@@ -534,24 +534,21 @@ class _Quantization:
         if "bytes" not in self.shares:
             return
         least = size.of(dict.fromkeys(size.matrices, "int4"))
-        share, beside = self.shares["bytes"], ""
-        if self.adapter_bytes:
-            beside = f" without the {self.adapter_bytes:,} that the adapter may take"
-        if self.limit < size.islands:
-            raise InputError(
-                f"the limit bytes={share:g} is {self.limit:,} bytes{beside}, and what stays float32 takes "
-                f"{size.islands:,}: give at least bytes={self._share(least, size):g}"
-            )
-        if self.limit < least:
-            raise InputError(
-                f"the limit bytes={share:g} is {self.limit:,} bytes{beside}, and int4 everywhere takes "
-                f"{least:,}: give at least bytes={self._share(least, size):g}, or prune first "
-                "(`equiformer2 prune plan` and `apply`)"
-            )
-
-    def _share(self, least: int, size: FileSize) -> float:
-        """Return the least share of the bytes that can be asked for."""
-        return math.ceil(1000 * (least + self.adapter_bytes) / size.float32) / 1000
+        if self.limit >= least:
+            return
+        share, beside = self.shares["bytes"], self.adapter_bytes
+        needed = math.ceil(1000 * (least + beside) / size.float32) / 1000
+        told = f"the limit bytes={share:g} is {self.limit + beside:,} bytes"
+        if beside:
+            told += f", the adapter of --recover may take {beside:,}"
+        told += f", and what stays float32 takes {size.islands:,}"
+        if self.limit >= size.islands:
+            told += f", with int4 for all other matrices {least:,}"
+        if needed >= 1:
+            raise InputError(f"{told}: give a lower rank to --recover, or leave it out")
+        raise InputError(
+            f"{told}: give at least bytes={needed:g}, or prune first (`equiformer2 prune plan` and `apply`)"
+        )
 
 
 def _parts(model: EquiformerV2, by_branches: bool) -> dict[str, list[str]]:

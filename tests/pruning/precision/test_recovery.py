@@ -138,7 +138,7 @@ def test_bad_input_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.
     for more, message in [
         (["--uniform", "bf16", "--recover"], "nothing to recover"),
         (["--uniform", "int4", "--recover", "0"], "at least 1"),
-        (["--target", "bytes=0.2", "--recover"], "that the adapter may take"),
+        (["--target", "bytes=0.2", "--recover"], "the adapter of --recover may take"),
     ]:
         assert main([*common, *more]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
