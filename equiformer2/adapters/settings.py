@@ -49,6 +49,10 @@ class AdapterSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 100_000:
                 raise InputError(f"adapter.{name} is {value}: give a whole number of at least {least}")
+        if self.start is not None and self.rank == 0:
+            raise InputError(
+                "adapter.start is given and adapter.rank is 0, which trains no adapter: give both"
+            )
         if not 0 < self.keep <= 1:
             raise InputError(
                 f"adapter.keep is {self.keep}: give the share of the adapter that stays, above 0 and at "

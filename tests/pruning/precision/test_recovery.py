@@ -117,6 +117,12 @@ def test_training_changes_the_adapter_alone(folder: Path, tmp_path: Path):
     change = (factors(trained) - factors(start)).abs().max()
     assert 0.005 < change < 0.03  # two steps
     assert (sha256(folder / "small.pt"), sha256(folder / "small.adapter.pt")) == before
+    # A run that was stopped goes on from what it had trained, not from the start.
+    words = arguments(folder, tmp_path / "again", f"--adapter.start={folder / 'small.adapter.pt'}")
+    words += ["--checkpoint_every_n_steps=1", "--name=stopped"]
+    train(parse([*words, "--trainer.max_steps=1"]))
+    run = train(parse([*words, "--ckpt_path=auto"]))
+    assert torch.equal(factors(read_adapter(run / "checkpoints/last_adapter.pt")), factors(trained))
     Predictor(folder / "small.pt", adapter=trained).predict(slabs())
 
 
@@ -135,6 +141,8 @@ def test_bad_input_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.
     words = arguments(folder, tmp_path, start, f"--init_from={tmp_path / 'other.pt'}")
     with pytest.raises(InputError, match=r"adapter of another network, small\.pt, and not of other\.pt"):
         train(parse(words))
+    with pytest.raises(InputError, match=r"adapter\.rank is 0"):
+        train(parse([*words, "--adapter.rank=0"]))
     for more, message in [
         (["--uniform", "bf16", "--recover"], "nothing to recover"),
         (["--uniform", "int4", "--recover", "0"], "at least 1"),
