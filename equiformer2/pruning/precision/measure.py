@@ -7,6 +7,7 @@ import torch
 from torch_geometric.data import Batch, Data
 
 from equiformer2.inference import Predictor
+from equiformer2.kernels.linear import multiplies_bfloat16
 from equiformer2.model.folding import resident_bytes
 from equiformer2.pruning.calibration import unlabelled
 from equiformer2.pruning.cost.latency import compare_latency
@@ -23,7 +24,6 @@ def compare(
     batch_size: int = 2,
     repeats: int = 7,
     seed: int = 0,
-    bf16: Predictor | None = None,
 ) -> dict[str, Any]:
     """Measure a compact network beside the dense one.
 
@@ -34,7 +34,6 @@ def compare(
         batch_size: structures per forward pass.
         repeats: timed pairs of force calls, on the first structure.
         seed: of the rotations.
-        bf16: the dense network with all products in bfloat16, to compare with; None for none.
 
     Returns:
         `force_change_eV_A` (mean absolute change of the force components of free atoms),
@@ -42,9 +41,12 @@ def compare(
         `force_mae_dense_eV_A` and `force_mae_ratio` (against the labels), `ms`, `ms_dense` and `ms_ratio` (of
         one force call), `resident_bytes`, `resident_bytes_dense` (after a call), `equivariance_error`,
         `equivariance_error_dense` and `equivariance_ratio` (relative change of energies and forces under
-        rotations), and `ms_bf16` and `equivariance_error_bf16` of `bf16`. None for what the network or the
-        data do not have.
+        rotations). `ms_bf16` and `equivariance_error_bf16` are of the dense network with all products in
+        bfloat16. None for what the network, the data or the device do not have.
     """
+    bf16 = None
+    if multiplies_bfloat16(dense.device):
+        bf16 = Predictor(dense.checkpoint, dense.device, precision="bf16")
     figures = errors(compact, dense, structures, batch_size)
     one = Batch.from_data_list([unlabelled(structures[0])])
     latency = compare_latency(lambda: compact.predict(one), lambda: dense.predict(one), repeats)

@@ -19,8 +19,7 @@ from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
 from equiformer2.errors import InputError
 from equiformer2.files import check_target
 from equiformer2.inference import Predictor
-from equiformer2.kernels.linear import multiplies_bfloat16
-from equiformer2.model import EquiformerV2
+from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.model.branches import branch_names
 from equiformer2.model.parametrizations import BITS, stored_kinds
 from equiformer2.pruning.calibration import FORCE_WEIGHT, Calibration
@@ -41,7 +40,7 @@ from equiformer2.pruning.precision.products import (
 from equiformer2.pruning.precision.recovery import (
     Recovery,
     adapter_bytes,
-    check_recoverable,
+    is_recoverable,
     recover,
     write_start,
 )
@@ -181,13 +180,7 @@ def quantize(
             f"{request.checkpoint} holds {len(stored)} matrices in fewer bytes already: give the float32 "
             "checkpoint that it was made of"
         )
-    plan = request.plan
-    if request.uniform is not None:
-        plan = PrecisionPlan.uniform(checkpoint.config, request.uniform)
-    if plan is not None:
-        plan = plan.checked(checkpoint.config)  # before the data are read
-        if request.recover is not None:
-            check_recoverable(plan, request.recover)
+    plan = _given_plan(request, checkpoint.config)  # checked before the data are read
     structures = mixed_systems(
         read_structures(request.data, request.structures + request.held_out, request.seed), request.seed
     )
@@ -197,17 +190,16 @@ def quantize(
     if plan is None:
         path = None if state_path is None else Path(state_path)
         plan, search = _Quantization(request, checkpoint, used, shares, path, progress).run()
-    found = None if request.recover is None else recover(checkpoint.model, plan, request.recover)
+    found = None
+    if request.recover is not None and is_recoverable(plan):
+        found = recover(checkpoint.model, plan, request.recover)
     network = compact_network(checkpoint.model, plan) if found is None else found.network
     size = write_compact(out, checkpoint, network, plan)
     del network
     whole = FileSize(checkpoint, checkpoint.model)
     dense = Predictor(checkpoint, request.device)
     compact = Predictor(str(out), request.device)
-    bf16 = None
-    if multiplies_bfloat16(dense.device):
-        bf16 = Predictor(checkpoint, request.device, precision="bf16")
-    figures = compare(compact, dense, others or used, request.batch_size, seed=request.seed, bf16=bf16)
+    figures = compare(compact, dense, others or used, request.batch_size, seed=request.seed)
     recovery = None
     if found is not None:
         path = default_adapter_path(out) if adapter_path is None else Path(adapter_path)
@@ -227,6 +219,29 @@ def quantize(
         "recovery": recovery,
     }
     return {**record, "missed": missed(record)}
+
+
+def _given_plan(request: QuantizeRequest, config: ModelConfig) -> PrecisionPlan | None:
+    """Return the plan that is used in place of a search, if there is one.
+
+    Raises:
+        InputError: it does not fit the network; there is nothing to recover from.
+    """
+    plan = request.plan
+    if request.uniform is not None:
+        plan = PrecisionPlan.uniform(config, request.uniform)
+    plan = None if plan is None else plan.checked(config)
+    if request.recover is not None:
+        if plan is None:
+            possible = any(target.startswith("bytes") for target in request.targets)
+        else:
+            possible = is_recoverable(plan)
+        if not possible:
+            raise InputError(
+                "nothing is to be stored as int8 or int4, so that there is nothing to recover from: leave "
+                "--recover out"
+            )
+    return plan
 
 
 def default_adapter_path(out: Path) -> Path:

@@ -22,7 +22,6 @@ from equiformer2.checkpoint import Checkpoint
 from equiformer2.checkpoint.adapter_files import Adapter, Base, write_adapter
 from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
 from equiformer2.checkpoint.tensor_files import sha256
-from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2
 from equiformer2.model.parametrizations import LowRank, rounded
 from equiformer2.pruning.precision.compact import compact_network
@@ -55,14 +54,9 @@ class Recovery:
     plain_error: float
 
 
-def check_recoverable(plan: PrecisionPlan, rank: int) -> None:
-    """Raise `InputError` for a rank below 1, and where a plan leaves nothing to recover."""
-    if rank < 1:
-        raise InputError(f"maps of rank {rank} were asked for to recover from the rounding: give at least 1")
-    if not any(precision in _KINDS for _, precision in plan.modules):
-        raise InputError(
-            "nothing is stored as int8 or int4, so that there is nothing to recover: leave --recover out"
-        )
+def is_recoverable(plan: PrecisionPlan) -> bool:
+    """Tell whether a plan stores matrices as integers, whose rounding maps can take back in part."""
+    return any(precision in _KINDS for _, precision in plan.modules)
 
 
 def recover(model: EquiformerV2, plan: PrecisionPlan, rank: int) -> Recovery:
@@ -70,14 +64,13 @@ def recover(model: EquiformerV2, plan: PrecisionPlan, rank: int) -> Recovery:
 
     Args:
         model: dense network with plain weights; it is left as it is.
-        plan: its precisions and pruning.
-        rank: of the maps; matrices that are narrower get their width.
+        plan: its precisions and pruning; some matrices are stored as integers (`is_recoverable`).
+        rank: of the maps, at least 1; matrices that are narrower get their width.
 
     Raises:
-        InputError: as `check_recoverable`, and as `compact_network`.
+        InputError: as `compact_network`.
     """
     plan = plan.checked(model.config)
-    check_recoverable(plan, rank)
     small = model if plan.pruning is None else shrink(model, plan.pruning)
     maps, weights = {}, {}
     total = error = plain_error = 0.0
