@@ -8,6 +8,7 @@ other devices, in training and with gradients, all branches compute in float32.
 
 import re
 from collections.abc import Collection
+from typing import Any
 
 from torch import nn
 
@@ -63,5 +64,5 @@ def set_bf16_branches(model: nn.Module, names: Collection[str]) -> None:
         block.bf16_branches = block.bf16_branches - {kind} | ({kind} if name in names else set())
 
 
-def _block(model: nn.Module, name: str) -> nn.Module:
+def _block(model: nn.Module, name: str) -> Any:
     return model.get_submodule(name.rpartition(".")[0])

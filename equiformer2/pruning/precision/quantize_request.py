@@ -398,7 +398,7 @@ class _Quantization:
         Returns:
             Part -> precision -> loss, and the number of those that are estimated for lack of time.
         """
-        lower = LOWER
+        lower: tuple[str, ...] = LOWER
         if self.by_branches:
             lower = LOWER[:1] if any(base.timing and base.timing.savings for base in bases) else ()
         known = self.state.sensitivity
