@@ -1,7 +1,8 @@
 """Expert files: networks whose weights are sums of experts, readable expert by expert.
 
-A file in the safetensors format: a JSON header with names, shapes and places of the tensors, then their bytes,
-so that some experts of a stack are read without the others. Nothing in it can be executed. Names of tensors:
+A file in the safetensors format: a JSON header with names, shapes and places of the tensors, then their
+bytes, so that some experts of a stack are read without the others. Nothing in it can be executed. Names of
+tensors:
 
     KIND/experts/NAME    [K, *shape]: stack of experts of the weight NAME of the plain network
     KIND/heads/NAME      [T, *shape]: what each of the T tasks has for itself
@@ -111,7 +112,8 @@ class ExpertContents:
         tasks: by name, in the order of the stacks of heads.
         weights: `raw`, `averaged` or both.
         provenance: plain values.
-        experts: numbers of the experts in `weights`, in the file's numbering. The gate has all of its outputs.
+        experts: numbers of the experts in `weights`, in the file's numbering. The gate has the
+            outputs of all.
         bytes_read: from the file.
     """
 
@@ -139,7 +141,8 @@ class ExpertContents:
             if candidate in self.weights:
                 return candidate  # type: ignore[return-value]
         raise InputError(
-            f"{self.source} does not hold {shown(kind)} weights, only {' and '.join(self.available_weights)} ones"
+            f"{self.source} does not hold {shown(kind)} weights, only "
+            f"{' and '.join(self.available_weights)} ones"
         )
 
     def task(self, name: str) -> TaskInfo:
@@ -241,7 +244,8 @@ def read_experts(
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: it is damaged, no expert file, or of a newer version; there are no such experts or weights.
+        InputError: it is damaged, no expert file, or of a newer version; there are no such experts or
+            weights.
     """
     source, metadata = str(path), _metadata(Path(path))
     if metadata.get("format") != FORMAT:
