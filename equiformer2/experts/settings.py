@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from equiformer2.errors import InputError
 from equiformer2.values import Number, Whole
 
 MOST_EXPERTS = 1024
@@ -36,10 +35,6 @@ class ExpertSettings:
             ("spread", Number(0.0, 100.0, above=True)),
         ):
             object.__setattr__(self, name, rule.read(getattr(self, name), f"experts.{name}"))
-        if self.num_experts == 1:
-            raise InputError(
-                "experts.num_experts is 1, which is a plain network: give 2 or more experts, or 0 for none"
-            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
