@@ -129,7 +129,7 @@ def test_a_stopped_run_goes_on_exactly(
                 assert torch.equal(tensor, found.weights[kind].groups()[group][name]), (group, name)
     with pytest.raises(InputError, match=r"model\.experts was"):
         run(tmp_path, data, "stopped", 7, "--ckpt_path=auto", "--experts.num_experts=4")
-    with pytest.raises(InputError, match="trains another model|other normalizers"):
+    with pytest.raises(InputError, match=r"trains another model|other normalizers"):
         run(tmp_path, {"other": data["dft"]}, "stopped", 7, "--ckpt_path=auto")
 
 
