@@ -106,5 +106,7 @@ def validation_of(contents: ExpertContents, task: str) -> dict[str, Any]:
     own = {
         name.removeprefix(f"{task}/"): value for name, value in values.items() if name.startswith(f"{task}/")
     }
-    kept = {name: contents.provenance[name] for name in ("step", "epoch") if name in contents.provenance}
+    kept: dict[str, Any] = {
+        name: contents.provenance[name] for name in ("step", "epoch") if name in contents.provenance
+    }
     return {"validation": own, **kept} if own else kept
