@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from datasets_oc20 import DataError
+from datasets_oc20 import DataError, OC20DataModule
 from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers, load_checkpoint
 from equiformer2.checkpoint.checkpoint import read_contents
 from equiformer2.checkpoint.tensor_files import plain
@@ -54,6 +54,21 @@ def with_pruned_blocks(model: ModelConfig, init_from: str | None, text: str) -> 
     model = replace(model, **{name: getattr(start, name) for name in names})
     values = yaml.safe_load(text)
     values["model"] |= {name: value for name, value in plain(model.to_dict()).items() if name in names}
+    return model, yaml.safe_dump(values, sort_keys=False)
+
+
+def with_whole_model(model: ModelConfig, init_from: str, text: str) -> tuple[ModelConfig, str]:
+    """Take over the whole network of `init_from`, but for dropout.
+
+    Args:
+        model: as configured.
+        init_from: the checkpoint to start from.
+        text: the configuration as YAML.
+    """
+    own = {name: getattr(model, name) for name in NOT_IN_WEIGHTS}
+    model = replace(read_contents(init_from).config, **own)
+    values = yaml.safe_load(text)
+    values["model"] = {**values["model"], **plain(model.to_dict())}
     return model, yaml.safe_dump(values, sort_keys=False)
 
 
@@ -191,7 +206,7 @@ def keep_predictions(model: EquiformerV2, before: Normalizers, after: Normalizer
 
 
 def describe_training_data(
-    data: ResumableDataModule, start: Checkpoint | None, normalizers: Normalizers
+    data: OC20DataModule, start: Checkpoint | None, normalizers: Normalizers
 ) -> dict[str, Any]:
     """Count what the training data hold, for the provenance of the checkpoints (`checkpoint.training_data`).
 
