@@ -20,7 +20,7 @@ from equiformer2.inference.atoms import ADSORBATE, fixed_mask
 from equiformer2.inference.dispersion import Dispersion, recorded_dispersion, with_dispersion
 from equiformer2.inference.engines import Engine, Engineable, open_engine
 from equiformer2.inference.many import predict
-from equiformer2.inference.record import recorded_model
+from equiformer2.inference.record import given_or_recorded
 from equiformer2.shipped import find_checkpoint
 
 #: Elements whose magnetism OC20's calculations leave out.
@@ -67,12 +67,15 @@ def label_physics(atoms: Atoms, energy_kind: str | None, provenance: Mapping[str
     return said
 
 
-def verify_card(path: AnyPath, model: Engineable | None = None) -> dict[str, dict[str, Any]]:
+def verify_card(
+    path: AnyPath, model: Engineable | None = None, adapter: AnyPath | None = None
+) -> dict[str, dict[str, Any]]:
     """Recompute what a trust card says and compare.
 
     Args:
         path: the card; its structure lies beside it.
         model: the model; None for the checkpoint that the card names.
+        adapter: adapter file in place of the one that the card names.
 
     Returns:
         By field `card`, `now` and `ok`: equal, or for numbers within `SAME_ENERGY` (also of Å) or
@@ -96,7 +99,7 @@ def verify_card(path: AnyPath, model: Engineable | None = None) -> dict[str, dic
     checkpoint = (card.get("model") or {}).get("checkpoint")
     if model is None and checkpoint is None:
         raise InputError(f"{path} names no checkpoint: give the calculator with which it was made")
-    given = recorded_model(card["model"]) if model is None else model
+    given = given_or_recorded(card.get("model") or {}, model, adapter)
     dispersion = recorded_dispersion(card.get("d3_eV"))
     engine = open_engine(with_dispersion(given, dispersion))
     (now,) = predict([atoms], engine)
@@ -116,6 +119,10 @@ def verify_card(path: AnyPath, model: Engineable | None = None) -> dict[str, dic
         sums = [sha256(find_checkpoint(str(file))) for file in files]
         expected["checkpoint_sha256"] = card["checkpoint_sha256"]
         fields["checkpoint_sha256"] = sums[0] if isinstance(model, str) else sums
+        file_of_adapter = adapter or card["model"].get("adapter")
+        if file_of_adapter is not None:
+            expected["adapter_sha256"] = card["model"].get("adapter_sha256")
+            fields["adapter_sha256"] = sha256(file_of_adapter)
     rows = {name: _row(name, expected.get(name), fields.get(name)) for name in {**fields, **expected}}
     search = read_json(path.parent / SEARCH) if (path.parent / SEARCH).is_file() else None
     rows |= _rows_of_terms(card, terms, atoms, search)

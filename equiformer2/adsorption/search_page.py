@@ -79,6 +79,8 @@ def search_page(
     model = [f"model: {told.get('checkpoint') or told.get('calculator')}"]
     if record["checkpoint_sha256"]:
         model.append(f"SHA-256 of the checkpoint: {record['checkpoint_sha256']}")
+    if told.get("adapter"):
+        model.append(f"adapter: {told['adapter']} (SHA-256 {told['adapter_sha256']})")
     model += (told.get("familiarity") or {}).get("sentences", [])
     error = (told.get("validation") or {}).get("energy_mae_eV")
     if error is not None:

@@ -168,7 +168,7 @@ class AdsorptionNeb(Command):
         first, end = search.minimum(options.start), search.minimum(options.end)
         last = nearest_copy(first, end, search.clean_slab)
         given = model_in_place(options)
-        model = search.model(given)
+        model = search.model(given, options.adapter)
         path = find_path(first, last, model, options.images, options.fmax, options.steps)
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "neb.traj", path.images)

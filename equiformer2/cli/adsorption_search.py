@@ -299,7 +299,7 @@ class AdsorptionVerify(Command):
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.adsorption.cards import verify_card
 
-        rows = verify_card(options.card, model_in_place(options))
+        rows = verify_card(options.card, model_in_place(options), options.adapter)
         for name, row in rows.items():
             print(f"{name:30} {'same' if row['ok'] else 'DIFFERS'}: card {row['card']}, now {row['now']}")
         return Result(rows, 0 if all(row["ok"] for row in rows.values()) else 3, whole=True)
@@ -324,13 +324,26 @@ def add_model_in_place(parser: Parser) -> None:
         metavar="NAME",
         help="ASE calculator of this name, or module:factory, which is imported and run",
     )
+    parser.add_argument(
+        "--adapter",
+        metavar="FILE",
+        help="adapter of the network, where its file is no longer where the search has found it",
+    )
 
 
 def model_in_place(options: argparse.Namespace) -> Any:
-    """The model of `add_model_in_place`; None for the search's own."""
+    """The model of `add_model_in_place` without its adapter; None for the search's own.
+
+    Raises:
+        InputError: an adapter beside a calculator, or no such calculator.
+    """
     from equiformer2.inference.named_calculators import calculator_by_name
 
-    return options.checkpoint if options.calculator is None else calculator_by_name(options.calculator)
+    if options.calculator is None:
+        return options.checkpoint
+    if options.adapter is not None:
+        raise InputError("--adapter has no meaning with --calculator: leave one of them out")
+    return calculator_by_name(options.calculator)
 
 
 def add_position_arguments(parser: Options) -> None:

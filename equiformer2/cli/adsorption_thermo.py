@@ -112,7 +112,7 @@ class AdsorptionFreeEnergy(Command):
                 options.symmetry_number,
             )
         given = model_in_place(options)
-        model = search.model(given)
+        model = search.model(given, options.adapter)
         threshold = float(search.record["settings"].get("fmax_eV_A", 0.05))
         modes = vibrations(search.best, model, largest_force=_FAR_FROM_MINIMUM * threshold)
         found = free_energy(

@@ -124,10 +124,13 @@ def add_model_arguments(
     Args:
         parser: of the command.
         committee: let `--checkpoint` take several.
-        calculator: add `--calculator`, which stands in place of `--checkpoint`.
+        calculator: add `--calculator`, which stands in place of `--checkpoint`, and `--adapter`: the options
+            of `chosen_model.ChosenModel`.
         required: refuse a command line without a model.
     """
     add_checkpoint_arguments(parser, committee=committee, calculator=calculator, required=required)
+    if calculator:
+        add_adapter_argument(parser)
     add_energy_kind_argument(parser, "a checkpoint or data that do not declare it; must not contradict them")
     add_device_argument(parser)
     parser.add_argument(

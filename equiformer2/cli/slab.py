@@ -12,7 +12,6 @@ from equiformer2.cli.options import (
     NETWORK_ONLY,
     add_model_arguments,
     add_overwrite_argument,
-    only_one,
     parse_checked,
 )
 from equiformer2.errors import InputError
@@ -146,8 +145,9 @@ class BuildSlab(Command):
                 for slab, path in itertools.zip_longest(slabs, paths)
             ],
             "notices": list(dict.fromkeys(notices)),
+            "model": None if model is None else model.record(),
         }
-        checkpoint = only_one(model.files) if model is not None and model.files else None
+        checkpoint = None if model is None else model.checkpoint
         if paths:
             document = {**header("adsorption-slab/1", checkpoint), **record}
             record["notices"] += write_slabs(paths, slabs, document, is_folder=paths[0] != options.out)
