@@ -5,6 +5,8 @@ average energy E_n / n and the differential energy, by which one molecule more c
 between total energies of one calculator.
 """
 
+import json
+import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +27,7 @@ from equiformer2.adsorption.anomalies import SKIN, check_anomalies
 from equiformer2.adsorption.named_structures import free_side_up
 from equiformer2.adsorption.placements import Adsorbate, Placement, coverage_placements
 from equiformer2.adsorption.references import check_gas_references, gas_reference, refuse_gas_references
+from equiformer2.adsorption.search_folder import refuse_other_settings
 from equiformer2.adsorption.slabs import find_slab
 from equiformer2.adsorption.surface_energy import surface_area
 from equiformer2.adsorption.surface_sites import open_atoms
@@ -40,6 +43,8 @@ from equiformer2.inference.pictures import new_figure, png_bytes
 from equiformer2.inference.record import write_structure
 from equiformer2.inference.relaxation_store import RelaxationStore
 from equiformer2.script import header
+
+logger = logging.getLogger(__name__)
 
 COVERAGE = "coverage.json"
 """Record of a finished series, in its folder."""
@@ -246,20 +251,22 @@ def coverage_series(
         calculator: any ASE calculator.
         counts: numbers of molecules; None for 1 to 4, as many as fit.
         settings: of arrangements, relaxations and references.
-        out: folder for all files; the same call continues a stopped series. None keeps nothing.
+        out: folder for all files; the same call continues a stopped series, and gives the result of a
+            finished one without writing anything. None keeps nothing.
         overwrite: write the results of a finished series again; finished relaxations are kept.
         energy_kind: as in `resolve_energy_kind`.
         describe: gives plain values about the model for the record, from structures.
         notes: plain values about how the slab was made, for the record.
 
     Raises:
-        InputError: counts that mean nothing or do not fit, a folder of another series or of a finished one,
-            and what placements and model refuse.
+        InputError: counts that mean nothing or do not fit, a folder of another series, and what placements
+            and model refuse.
     """
     settings = settings or CoverageSettings()
     clean = find_slab(slab)
     series = _Series(clean.atoms, adsorbate, calculator, settings, energy_kind)
     series.arrange(counts)
+    finished: dict[str, Any] | None = None
     with ExitStack() as stack:
         if out is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -267,11 +274,14 @@ def coverage_series(
             folder = Path(out)
             check_target(folder, is_folder=True)
             if (folder / COVERAGE).exists() and not overwrite:
-                raise InputError(
-                    f"{folder} holds a finished series ({COVERAGE}): give another folder, or --overwrite"
-                )
+                finished = read_json(folder / COVERAGE)
+                series.check_same_settings(folder, finished)
         series.relax(folder)
         rows = tuple(series.rows())
+        if finished is not None and series.is_result(folder, finished, rows):
+            logger.info(f"{folder} holds this series, finished: its result is given, and nothing is written")
+            notices = tuple(finished["notices"])
+            return CoverageSeries(rows, series.kind, series.surface_atoms, notices, finished)
         return series.write(
             folder, rows, describe or series.description, {"slab": clean.report.summary(), **(notes or {})}
         )
@@ -339,6 +349,22 @@ class _Series:
                 "defined: they are left out, and only structures are compared; give a calculator of total "
                 "energies"
             )
+
+    def check_same_settings(self, folder: Path, finished: Mapping[str, Any]) -> None:
+        """Raise `InputError` where a finished series was made with other settings than this one."""
+        before = finished.get("settings") or {}
+        now = json.loads(json.dumps(self.settings.summary()))
+        names = [name for name in now if before.get(name) != now[name]]
+        if [row.get("molecules") for row in finished.get("coverages") or []] != sorted(self.arrangements):
+            names.append("counts")
+        refuse_other_settings(folder, names, "series")
+
+    def is_result(self, folder: Path, finished: Mapping[str, Any], rows: Sequence[CoverageRow]) -> bool:
+        """Tell whether the files of a finished series are all there and say what its rows say."""
+        now = json.loads(json.dumps([row.summary(self.area) for row in rows]))
+        return bool(finished["coverages"] == now) and all(
+            (folder / name).exists() for name in finished["files"]
+        )
 
     def relax(self, folder: Path) -> None:
         """Relax the clean slab and all arrangements; those of an earlier run are read."""

@@ -32,7 +32,7 @@ from equiformer2.adsorption.named_structures import (
 )
 from equiformer2.adsorption.open_catalyst import numpy_seed, open_catalyst
 from equiformer2.adsorption.periodic_images import lowest_atom_index, whole_molecule
-from equiformer2.adsorption.start_checks import check_start, check_vacuum
+from equiformer2.adsorption.start_checks import MORE_VACUUM, check_start, check_vacuum, image_contact
 from equiformer2.adsorption.surface_sites import KINDS, Site, equal_sites, open_atoms, surface_sites
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import ADSORBATE, SUBSURFACE, SURFACE, check_atoms, oc20_tags
@@ -177,7 +177,7 @@ def placements(
     surface = whole.atoms
     surface.info = {}
     surface.set_tags(oc20_tags(slab)[0])
-    place = _Place(surface, molecule, binding, mode, seed, height)
+    place = _Place(surface, molecule, binding, mode, seed, height, whole.gap)
     top = float(surface.positions[:, 2].max())
     found = Placements()
     wanted, draws = place.plan(
@@ -285,6 +285,7 @@ class _Place:
         surface: whole slab, its surface up.
         molecule, binding: the adsorbate and its binding atoms.
         mode, seed, height: of `placements`.
+        gap: Å of vacuum; infinite without an image above.
     """
 
     surface: Atoms
@@ -293,6 +294,7 @@ class _Place:
     mode: str
     seed: int
     height: float | None
+    gap: float = np.inf
     endless: bool = True
     _sites: list[Site] = field(default_factory=list)
     _core: Any = None
@@ -399,8 +401,25 @@ class _Place:
         return atoms, Site((x, y, z), "random"), rotation
 
     def _turned(self, rotation: Rotation) -> Atoms:
+        """Turn the adsorbate; one that has no place on the slab anywhere is refused before a site is tried.
+
+        Raises:
+            InputError: it touches its own image, or is taller than the vacuum.
+        """
         molecule = self.molecule.copy()
         molecule.positions = rotation.apply(molecule.positions)
+        in_cell = molecule.copy()
+        in_cell.set_cell(self.surface.cell)
+        in_cell.pbc = self.surface.pbc
+        contact = image_contact(in_cell, "the adsorbate")
+        if contact is not None:
+            raise InputError(contact)
+        tall = float(np.ptp(molecule.positions[:, 2]))
+        if tall >= self.gap:
+            raise InputError(
+                f"the adsorbate is {tall:.1f} Å tall, and the vacuum of the slab is {self.gap:.1f} Å: give "
+                f"more vacuum ({MORE_VACUUM})"
+            )
         return molecule
 
 

@@ -31,7 +31,14 @@ from equiformer2.adsorption.dispersion_terms import check_gas_source, dispersion
 from equiformer2.adsorption.energy import resolve_energy_kind
 from equiformer2.adsorption.references import check_gas_references, gas_reference, refuse_gas_references
 from equiformer2.adsorption.saddle_points import FALL, LARGEST_FMAX, SHARE_OF_FMAX, displaced
-from equiformer2.adsorption.search_folder import GAS, RELAXED, SETTINGS, TRAJECTORIES, remove_search
+from equiformer2.adsorption.search_folder import (
+    GAS,
+    RELAXED,
+    SETTINGS,
+    TRAJECTORIES,
+    refuse_other_settings,
+    remove_search,
+)
 from equiformer2.adsorption.symmetry import SurfaceSymmetry, merge_copies, surface_symmetry
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
@@ -296,6 +303,7 @@ def search_placements(
     clean_slab: Relaxation | None = None,
     draft: Engineable | None = None,
     overwrite: bool = False,
+    finished: bool = False,
 ) -> SearchResult:
     """Relax placements of one adsorbate on one slab until the lowest is likely found.
 
@@ -312,6 +320,7 @@ def search_placements(
         draft: a cheaper model, such as a pruned network, that relaxes every placement first. The answer is a
             minimum of `calculator` all the same; where a draft fails, that starts from the placement.
         overwrite: replace another search in the folder; what is no file of a search stays.
+        finished: the folder holds a finished search; another one than this is refused.
 
     Raises:
         InputError: no placement, placements on another slab, a folder of another search, and what the model
@@ -322,6 +331,8 @@ def search_placements(
     )
     if overwrite:
         search.replace_another()
+    if finished:
+        search.check_same()
     return search.run(clean_slab)
 
 
@@ -406,6 +417,12 @@ class _Search:
         self.evaluations = self.draft_evaluations = 0
         self.gas: dict[str, Any] | None = None
         self.checks: list[SaddleCheck] = []
+
+    def check_same(self) -> None:
+        """Raise `InputError` where the finished search in the folder is another one than this."""
+        before = read_json(self.folder / SETTINGS)
+        now = json.loads(json.dumps(self.identity, default=str))
+        refuse_other_settings(self.folder, [name for name in now if before.get(name) != now[name]])
 
     def replace_another(self) -> None:
         """Remove the files of another search from the folder."""

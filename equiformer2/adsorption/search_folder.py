@@ -1,7 +1,7 @@
 """Names of the files in a search's folder, and how another search takes their place."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,16 @@ def check_has_best(folder: AnyPath, record: Mapping[str, Any]) -> None:
     if record.get("best") is None:
         said = record.get("reason") or "no placement has relaxed to the intended adsorbate"
         raise InputError(f"the search in {folder} has found no energy: {said}")
+
+
+def refuse_other_settings(folder: AnyPath, names: Sequence[str], what: str = "search") -> None:
+    """Raise `InputError` for a folder that holds a finished search whose settings of these names differ."""
+    if names:
+        told = ", ".join(name.split("_eV")[0].removesuffix("_A").replace("_", " ") for name in names)
+        raise InputError(
+            f"{folder} holds a finished {what} with other settings ({told}): give another folder, or "
+            "--overwrite"
+        )
 
 
 def remove_search(folder: AnyPath) -> None:

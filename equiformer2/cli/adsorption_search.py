@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from equiformer2.inference import Relaxation
 
 _SEARCHES = "searches.json"
+_OF_SEARCHES = ("searches", "surface_energies")
 _MODES = ("heuristic", "random", "random_site_heuristic_placement", "symmetry", "positions")
 
 
@@ -149,8 +150,10 @@ class AdsorptionSearch(Command):
         folders = search_folders(options.out, [slab.report.origin for slab in slabs], options.adsorbate)
         listed = options.out / _SEARCHES
         several = len(folders) > 1
+        finished = None
         if several:
-            check_target(listed, overwrite=options.overwrite or has_errors(listed))
+            finished = finished_list(listed, folders)
+            check_target(listed, overwrite=options.overwrite or finished is not None or has_errors(listed))
         records: dict[str, dict[str, Any]] = {}
         errors: list[Exception] = []
         clean: dict[int, Relaxation | None] = {}
@@ -163,9 +166,7 @@ class AdsorptionSearch(Command):
                 if place not in clean:
                     same_slab = folders[number : number + len(options.adsorbate)] if several else []
                     clean[place] = self._stored_clean_slab(options, chosen, slab, same_slab)
-                found = self._search(
-                    options, chosen, draft, slab, name, folder, (gas, source), clean[place], several
-                )
+                found = self._search(options, chosen, draft, slab, name, folder, (gas, source), clean[place])
                 clean[place], record = found.search.clean_slab, found.record
             except (InputError, DataError, OSError) as error:
                 if not several or getattr(error, "errno", None) == errno.ENOSPC:
@@ -187,6 +188,8 @@ class AdsorptionSearch(Command):
             "searches": {name: {key: one.get(key) for key in keys} for name, one in records.items()},
             "surface_energies": surfaces.summary(),
         }
+        if finished is not None and all(finished.get(key) == record[key] for key in _OF_SEARCHES):
+            return Result(finished, 0 if converged else 3, chosen.checkpoint)
         write_json(listed, record)
         return Result(record, 0 if converged else 3, chosen.checkpoint)
 
@@ -200,7 +203,6 @@ class AdsorptionSearch(Command):
         folder: Path,
         gas: tuple[dict[str, float], str],
         clean_slab: "Relaxation | None",
-        several: bool,
     ) -> "FoundEnergy":
         """Search one adsorbate on one slab."""
         from equiformer2.adsorption.find import find_adsorption_energy
@@ -225,8 +227,6 @@ class AdsorptionSearch(Command):
             starts_from=options.starts_from,
             out=folder,
             overwrite=options.overwrite,
-            # Those of several that are finished are read again, with no evaluation of the model.
-            again=several,
             describe=chosen.record,
             notes={
                 "slab": slab.report.summary(),
@@ -402,11 +402,23 @@ def search_folders(out: AnyPath, slabs: Sequence[str], adsorbates: Sequence[str]
 
 def has_errors(file: AnyPath) -> bool:
     """Tell whether a list of several searches names one that failed, so that the command goes on."""
+    return any(one.get("error") is not None for one in _listed(file).values())
+
+
+def finished_list(file: AnyPath, folders: Sequence[Path]) -> dict[str, Any] | None:
+    """The list of several searches, if it is of the searches in these folders; else None."""
+    searches = _listed(file)
+    return dict(read_json(file)) if searches and set(searches) == set(map(str, folders)) else None
+
+
+def _listed(file: AnyPath) -> dict[str, dict[str, Any]]:
+    """Searches of a list by their folders; none where it cannot be read."""
     try:
-        searches = read_json(file)["searches"].values()
-        return any(one["error"] is not None for one in searches)
-    except (DataError, OSError, LookupError, TypeError, AttributeError):
-        return False
+        searches = read_json(file)["searches"]
+    except (DataError, OSError, LookupError, TypeError):
+        return {}
+    is_list = isinstance(searches, dict) and all(isinstance(one, dict) for one in searches.values())
+    return searches if is_list else {}
 
 
 def _folder_name(name: str) -> str:

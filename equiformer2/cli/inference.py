@@ -438,8 +438,9 @@ class Relax(Command):
             print(f"model output: {result.energy:.4f}, which is not an energy of this structure")
         if chosen.committee:
             print(
-                f"spread of {len(chosen.checkpoint or [])} networks: energy {result.energy_std:.4f} eV, largest "
-                f"of a force {result.force_spreads[-1]:.4f} eV/Å (on the way {max(result.force_spreads):.4f})"
+                f"spread of {len(chosen.checkpoint or [])} networks: energy {result.energy_std:.4f} eV, "
+                f"largest of a force {result.force_spreads[-1]:.4f} eV/Å (on the way "
+                f"{max(result.force_spreads):.4f})"
             )
         if draft is not None:
             print(

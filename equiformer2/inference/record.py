@@ -230,7 +230,8 @@ def given_or_recorded(record: Mapping[str, Any], given: Any = None, adapter: Any
     Raises:
         InputError: as `recorded_model`, or an adapter of another network.
     """
-    if given is not None and not (isinstance(given, str | Path) and isinstance(record.get("checkpoint"), str)):
+    is_checkpoint = isinstance(given, str | Path) and isinstance(record.get("checkpoint"), str)
+    if given is not None and not is_checkpoint:
         return given
     files = {"checkpoint": None if given is None else str(given), "adapter": adapter}
     return recorded_model({**record, **{name: file for name, file in files.items() if file is not None}})

@@ -1,6 +1,7 @@
 """Energies over coverage: against ASE's relaxations one by one, going on, anomalies, refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +88,19 @@ def test_files(finished: tuple[Path, CoverageSeries]) -> None:
 def test_a_finished_series_relaxes_nothing_again(finished: tuple[Path, CoverageSeries]) -> None:
     folder, series = finished
     before = (folder / "relaxed.jsonl").read_bytes()
-    with pytest.raises(InputError, match="holds a finished series"):
-        coverage_series(slab(), "*O", EMT(), [1, 2, 4], QUICK, out=folder)
+    stored = (folder / "coverage.json").read_bytes()
+    same = coverage_series(slab(), "*O", EMT(), [4, 2, 1], QUICK, out=folder)
+    assert same.record == json.loads(stored)
+    assert [row.total for row in same.rows] == [row.total for row in series.rows]
+    assert (folder / "coverage.json").read_bytes() == stored
+    for counts, other, name in (
+        ([1, 2], QUICK, "counts"),
+        ([1, 2, 4], replace(QUICK, fmax=0.05), "fmax"),
+        ([1, 2, 4], replace(QUICK, placements=4), "placements"),
+    ):
+        with pytest.raises(InputError, match=rf"holds a finished series with other settings \({name}\)"):
+            coverage_series(slab(), "*O", EMT(), counts, other, out=folder)
+    assert (folder / "coverage.json").read_bytes() == stored
     again = coverage_series(slab(), "*O", EMT(), [1, 2], QUICK, out=folder, overwrite=True)
     assert (folder / "relaxed.jsonl").read_bytes() == before
     assert [row.total for row in again.rows] == pytest.approx([row.total for row in series.rows[:2]])

@@ -339,6 +339,12 @@ def test_slabs_that_are_none(slab: object, message: str) -> None:
         find_slab(slab)  # type: ignore[arg-type]
 
 
+def test_a_vacuum_that_is_none_names_its_option() -> None:
+    with pytest.raises(InputError, match=r"2 Å on either side leaves 4 Å .* such as --vacuum 10"):
+        find_slab("Pt111", size=(2, 2, 3), vacuum=2.0)
+    assert find_slab("Pt111", size=(2, 2, 3), vacuum=3.1).report.vacuum == pytest.approx(6.2)
+
+
 def test_slab_with_an_adsorbate_is_refused() -> None:
     slab = build_slab("Pt111", (2, 2, 3))
     slab.extend(Atoms("O", [[0, 0, slab.positions[:, 2].max() + 1.5]], tags=[2]))

@@ -71,9 +71,10 @@ def test_what_follows_from_a_search_uses_its_adapter(
         assert "adapter.pt" in capsys.readouterr().err
         given = ["--adapter", files / "moved.pt", "--overwrite"]
         assert run_command("adsorption free-energy", searched, *given) in (0, 3)
-        ends = [row["id"] for row in read(searched / "search.json")["placements"] if row["basin"] == row["id"]]
-        ends = ["--start", ends[0], "--end", ends[1], "--images", "1", "--steps", "1", *given]
-        assert run_command("adsorption neb", searched, *ends) in (0, 3)
+        placements = read(searched / "search.json")["placements"]
+        first, last, *_ = (row["id"] for row in placements if row["basin"] == row["id"])
+        ends = ["--start", first, "--end", last, "--images", "1", "--steps", "1"]
+        assert run_command("adsorption neb", searched, *ends, *given) in (0, 3)
     finally:
         shutil.move(moved, files / "adapter.pt")
     for wrong, message in (

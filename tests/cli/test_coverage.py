@@ -29,8 +29,11 @@ def test_a_coverage_series_is_one_document_with_json(capsys: pytest.CaptureFixtu
     assert printed["terms_eV"]["gas_per_molecule"] == 4.6
     assert printed["settings"]["slab"]["miller"] == [1, 1, 1]
     before = Path("c/relaxed.jsonl").read_bytes()
-    assert run_command("adsorption coverage", *EMT_CU, *options) == 2
-    assert "holds a finished series" in capsys.readouterr().err
+    assert run_command("adsorption coverage", *EMT_CU, *options) == 0
+    assert f"{totals[1]:.4f}" in capsys.readouterr().out
+    assert printed == json.loads(Path("c/coverage.json").read_text())
+    assert run_command("adsorption coverage", *EMT_CU, *options, "--seed", "3") == 2
+    assert "holds a finished series with other settings (seed)" in capsys.readouterr().err
     assert run_command("adsorption coverage", *EMT_CU, *options, "--overwrite") == 0
     assert Path("c/relaxed.jsonl").read_bytes() == before
     assert f"{totals[1]:.4f}" in capsys.readouterr().out

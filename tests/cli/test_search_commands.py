@@ -38,12 +38,42 @@ def rows(folder: Path) -> list[dict[str, object]]:
     return sorted((row for row in placements if row["basin"] == row["id"]), key=lambda row: row["energy_eV"])
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Bytes of all files in a folder."""
+    return {str(file): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_a_finished_search_gives_its_result_again_and_changes_nothing(
+    searched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--adsorbate", "*O", "--gas", "O=4.6", "--placements", "6", "--out", searched]
+    before, record = contents(searched), json.loads((searched / "search.json").read_text())
+    capsys.readouterr()
+    assert run_command("adsorption search", *SEARCH, *options, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == record
+    assert run_command("adsorption search", *SEARCH, *options) == 0
+    assert f"adsorption energy {record['adsorption_energy_eV']:.4f} eV" in capsys.readouterr().out
+    for place, other, name in (
+        (len(options), ["--fmax", "0.05"], "fmax"),
+        (4, ["--placements", "7", *options[6:]], "placements"),
+        (len(options), ["--check-minima", "2"], "check minima"),
+        (len(options), ["--no-stop"], "stop"),
+        (2, ["--gas", "O=4.7", *options[4:]], "gas per atom"),
+        (len(options), ["--mode", "symmetry"], "mode"),
+        (0, ["--adsorbate", "*H", "--gas", "H=3.2", *options[4:]], "adsorbate"),
+        (len(options), ["--size", "2x2x4"], "slab"),
+    ):
+        assert run_command("adsorption search", *SEARCH, *options[:place], *other) == 2
+        error = capsys.readouterr().err
+        assert "holds a finished search with other settings (" in error
+        assert name in error.partition("settings (")[2].partition(")")[0].split(", ")
+    assert contents(searched) == before
+
+
 def test_a_search_is_one_document_with_json_and_is_not_done_twice(
     searched: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--adsorbate", "*O", "--gas", "O=4.6", "--placements", "6", "--out", searched]
-    assert run_command("adsorption search", *SEARCH, *options) == 2
-    assert "holds a finished search" in capsys.readouterr().err
     before = (searched / "relaxed.jsonl").read_bytes()
     assert run_command("adsorption search", *SEARCH, *options, "--overwrite", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
@@ -59,7 +89,10 @@ def test_several_adsorbates_share_the_slab(in_folder: Path) -> None:
     assert [evaluations_of_the_slab(in_folder / "both" / name) > 0 for name in ("O", "H")] == [True, False]
     clean = [read(in_folder / "both" / name / "clean_slab.extxyz").positions for name in ("O", "H")]
     assert np.allclose(*clean)
-    assert run_command("adsorption search", *SEARCH, *options) == 2  # finished
+    before_all = contents(in_folder / "both")
+    assert run_command("adsorption search", *SEARCH, *options) == 0  # finished
+    assert run_command("adsorption search", *SEARCH, *options, "--fmax", "0.2") == 2
+    assert contents(in_folder / "both") == before_all
     (in_folder / "both" / "searches.json").unlink()
     (in_folder / "both" / "H" / "search.json").unlink()
     before = [(in_folder / "both" / name / "relaxed.jsonl").read_text() for name in ("O", "H")]
