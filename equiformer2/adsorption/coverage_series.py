@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,19 @@ from tqdm import tqdm
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.anomalies import SKIN, check_anomalies
+from equiformer2.adsorption.cards import CLEAN, card_structure, label_physics
 from equiformer2.adsorption.named_structures import free_side_up
 from equiformer2.adsorption.placements import Adsorbate, Placement, coverage_placements
 from equiformer2.adsorption.references import check_gas_references, gas_reference, refuse_gas_references
-from equiformer2.adsorption.search_folder import refuse_other_settings
+from equiformer2.adsorption.saddle_points import (
+    DISPLACEMENT,
+    FALL,
+    SaddleCheck,
+    check_settings,
+    displaced,
+    status_of_check,
+)
+from equiformer2.adsorption.search_folder import CARD, CLEAN_SLAB, refuse_other_settings
 from equiformer2.adsorption.slabs import find_slab
 from equiformer2.adsorption.surface_energy import surface_area
 from equiformer2.adsorption.surface_sites import open_atoms
@@ -53,7 +63,6 @@ DEFAULT_COUNTS = (1, 2, 3, 4)
 """Numbers of molecules, as many of them as fit."""
 
 _MOST_MOLECULES = 100
-_CLEAN_SLAB = "clean_slab"
 _PICTURE = "coverage.png"
 
 
@@ -69,6 +78,11 @@ class CoverageSettings:
         steps: most steps of a relaxation.
         gas: source of the energy of the molecule by itself (`references.gas_reference`).
         gas_per_atom: eV per atom, instead of it.
+        check_minima: number of the lowest arrangements of every number of molecules that are displaced and
+            relaxed again, since they may be saddle points; 0 for none.
+
+    Raises:
+        InputError: a number of minima below 0.
     """
 
     placements: int = 8
@@ -78,6 +92,11 @@ class CoverageSettings:
     steps: int = 300
     gas: str = "vacuum"
     gas_per_atom: Mapping[str, float] = field(default_factory=dict)
+    check_minima: int = 1
+
+    def __post_init__(self) -> None:
+        if self.check_minima < 0:
+            raise InputError(f"check_minima is {self.check_minima}: give 0 or more")
 
     def summary(self) -> dict[str, Any]:
         """Plain values for a JSON record."""
@@ -89,6 +108,7 @@ class CoverageSettings:
             "steps": self.steps,
             "gas": self.gas,
             "gas_eV_per_atom": dict(self.gas_per_atom),
+            "check_minima": self.check_minima,
         }
 
 
@@ -103,7 +123,9 @@ class Arrangement:
         status: `converged`, `unconverged`, `merged` (a copy of `merged_into` by symmetry), `anomalous` or
             `failed`.
         merged_into: id of the arrangement that it is a copy of.
-        relaxation: its own one; None for a copy.
+        relaxation: that which its energy is of; None for a copy.
+        saddle: its own relaxation where that has ended on a saddle point; `relaxation` is then the one that
+            has left it.
         anomalies: sentences, each with the molecule that it is about.
     """
 
@@ -113,20 +135,23 @@ class Arrangement:
     status: str = "failed"
     merged_into: str | None = None
     relaxation: Relaxation | None = None
+    saddle: Relaxation | None = None
     anomalies: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Plain values for a JSON record."""
-        done = self.relaxation
+        done, own = self.relaxation, self.saddle or self.relaxation
         return {
             "id": self.id,
             "molecules": self.count,
             "status": self.status,
             "merged_into": self.merged_into,
-            "steps": None if done is None else done.steps,
+            "steps": None if own is None else own.steps,
             "model_energy_eV": None if done is None else done.energy_eV,
             "max_force_eV_A": None if done is None else done.max_force_eV_A,
-            "model_evaluations": 0 if done is None else done.model_evaluations,
+            "model_evaluations": 0 if own is None else own.model_evaluations,
+            "checked_by": None if done is None or self.saddle is None else done.id,
+            "saddle_model_energy_eV": None if self.saddle is None else self.saddle.energy_eV,
             "anomalies": self.anomalies,
             "reason": None if done is None else done.reason,
         }
@@ -278,6 +303,7 @@ def coverage_series(
                 series.check_same_settings(folder, finished)
         series.relax(folder)
         rows = tuple(series.rows())
+        series.notices += attraction_notices(rows)
         if finished is not None and series.is_result(folder, finished, rows):
             logger.info(f"{folder} holds this series, finished: its result is given, and nothing is written")
             notices = tuple(finished["notices"])
@@ -312,6 +338,7 @@ class _Series:
         self.terms: dict[str, float] = {}
         self.gas: dict[str, Any] | None = None
         self.clean: Relaxation | None = None
+        self.checks: list[SaddleCheck] = []
 
     def arrange(self, counts: Sequence[int] | None) -> None:
         """Place the molecules, and mark arrangements that are copies by symmetry."""
@@ -383,7 +410,7 @@ class _Series:
         with RelaxationStore(folder, {"coverage": True, **identity}) as store:
             # A model of adsorption energies has none for it; its geometry is what anomalies are found by.
             self.engine.energies_matter = self.kind == "total"
-            (clean,) = self._relaxed(store, [(_CLEAN_SLAB, self.slab)])
+            (clean,) = self._relaxed(store, [(CLEAN, self.slab)])
             self.engine.energies_matter = True
             if clean.status == "failed" or clean.energy_eV is None:
                 raise InputError(f"the clean slab cannot be relaxed: {clean.reason}")
@@ -398,6 +425,8 @@ class _Series:
                 self._judge(waiting[relaxation.id], relaxation)
                 bar.update()
             bar.close()
+            for found in self.arrangements.values():
+                self._check_lowest(store, found)
 
     def rows(self) -> Iterator[CoverageRow]:
         """Give the lowest arrangement of every number of molecules, and its energies."""
@@ -437,7 +466,7 @@ class _Series:
     ) -> CoverageSeries:
         """Write structures, picture and, last, the record."""
         assert self.clean is not None
-        structures = {"clean_slab.extxyz": self.clean.atoms}
+        structures = {CLEAN_SLAB: self.clean.atoms}
         for row in rows:
             if row.best is not None and row.best.relaxation is not None:
                 structures[_file(row.count)] = row.best.relaxation.atoms
@@ -449,6 +478,8 @@ class _Series:
             files.append(_PICTURE)
         model = describe(list(structures.values())[1:])
         everything = [one.summary() for found in self.arrangements.values() for one in found]
+        checks = [check.summary() for check in self.checks]
+        files += [CARD]
         record = {
             **header("adsorption-coverage/1", model.get("checkpoint")),
             "adsorbate": self._molecule().get_chemical_formula(),
@@ -459,8 +490,9 @@ class _Series:
             "area_A2": self.area,
             "coverages": [row.summary(self.area) for row in rows],
             "arrangements": everything,
+            "saddle_check": {"displacement_A": DISPLACEMENT, "tolerance_eV": FALL, "checks": checks},
             "model_evaluations": self.clean.model_evaluations
-            + sum(row["model_evaluations"] for row in everything),
+            + sum(row["model_evaluations"] for row in [*everything, *checks]),
             "terms_eV": self.terms,
             "gas": self.gas,
             "clean_slab": {"converged": self.clean.converged, "max_force_eV_A": self.clean.max_force_eV_A},
@@ -469,6 +501,7 @@ class _Series:
             "settings": {**self.settings.summary(), **notes},
             "files": files,
         }
+        write_json(folder / CARD, self._card(folder, rows, record))
         write_json(folder / COVERAGE, record)
         return CoverageSeries(rows, self.kind, self.surface_atoms, tuple(self.notices), record)
 
@@ -506,6 +539,70 @@ class _Series:
         if not self.gas["converged"]:
             self.notices.append("the molecule by itself has not converged")
 
+    def _card(self, folder: Path, rows: Sequence[CoverageRow], record: Mapping[str, Any]) -> dict[str, Any]:
+        """Trust card of the series."""
+        assert self.clean is not None
+        structures = []
+        if self.kind == "total":  # a model of adsorption energies has none for it
+            structures = [card_structure(CLEAN, self.clean.atoms, folder / CLEAN_SLAB)]
+        chosen = [row.best for row in rows if row.best is not None and row.best.relaxation is not None]
+        best = {one.count: one.relaxation.atoms for one in chosen if one.relaxation is not None}
+        structures += [
+            card_structure(f"n{count:02d}", atoms, folder / _file(count)) for count, atoms in best.items()
+        ]
+        provenance = None
+        if isinstance(self.calculator, EquiformerV2Calculator):
+            provenance = self.calculator.predictor.checkpoint.provenance
+        largest = list(best.values())[-1] if best else self.clean.atoms
+        kept = ("adsorbate", "energy_kind", "converged", "coverages", "terms_eV", "gas", "saddle_check")
+        return {
+            **header("adsorption-coverage-card/1", record["model"].get("checkpoint")),
+            **{name: record[name] for name in kept},
+            "label_physics": label_physics(largest, self.kind, provenance),
+            "notices": self.notices,
+            "model": record["model"],
+            "settings": record["settings"],
+            "structures": structures,
+        }
+
+    def _check_lowest(self, store: RelaxationStore, found: Sequence[Arrangement]) -> None:
+        """Displace the lowest arrangements of one number and relax them again, until they stay."""
+        checked: set[str] = set()
+        while True:
+            known = [one for one in found if one.status == "converged" and one.relaxation is not None]
+            known.sort(key=lambda one: self._energy(one.count, one.relaxation) or 0.0)
+            one = next((one for one in known[: self.settings.check_minima] if one.id not in checked), None)
+            if one is None:
+                return
+            checked.add(one.id)
+            self._check(store, one)
+
+    def _check(self, store: RelaxationStore, one: Arrangement) -> None:
+        """Displace the molecules of an arrangement, each by itself, and relax it again."""
+        assert one.relaxation is not None
+        start = displaced(one.relaxation.atoms, one.id, self.settings.seed, one.placement.molecules)
+        settings = check_settings(self.settings.fmax, self.settings.steps)
+        (relaxation,) = store.relax([(f"{one.id}.check", start)], self.engine, settings)
+        trial = Arrangement(one.id, one.count, one.placement)
+        self._judge(trial, relaxation)
+        before, after = self._energy(one.count, one.relaxation), self._energy(one.count, relaxation)
+        status = status_of_check(trial.status, relaxation, self.settings.fmax)
+        check = SaddleCheck(one.id, relaxation, float(before or 0.0), after, status)
+        self.checks.append(check)
+        if check.fell:
+            logger.info(check.sentence)
+            one.saddle, one.relaxation = one.relaxation, relaxation
+        elif not check.stays:
+            because = f" ({trial.anomalies[0]})" if trial.anomalies else ""
+            self.notices.append(f"{check.sentence}{because}")
+
+    def _energy(self, count: int, relaxation: Relaxation | None) -> float | None:
+        """Energy of a relaxation: of all molecules, or the model's own where that is not defined, eV."""
+        if relaxation is None or relaxation.energy_eV is None:
+            return None
+        gas = count * self.terms.get("gas_per_molecule", 0.0)
+        return float(relaxation.energy_eV) - self.terms.get("slab", 0.0) - gas
+
     def _judge(self, one: Arrangement, relaxation: Relaxation) -> None:
         """Note what became of an arrangement."""
         one.relaxation, one.status = relaxation, relaxation.status
@@ -521,11 +618,8 @@ class _Series:
 
     def _total(self, best: Arrangement) -> float | None:
         """Adsorption energy of all molecules of an arrangement, eV; None where it is not defined."""
-        assert best.relaxation is not None
-        energy = float(best.relaxation.energy_eV or 0.0)
-        if self.kind == "adsorption":
-            return energy if best.count == 1 else None
-        return energy - self.terms["slab"] - best.count * self.terms["gas_per_molecule"]
+        is_defined = self.kind == "total" or best.count == 1
+        return self._energy(best.count, best.relaxation) if is_defined else None
 
     @staticmethod
     def _lowest(found: Sequence[Arrangement]) -> Arrangement | None:
@@ -539,6 +633,27 @@ class _Series:
             if known:
                 return min(known, key=energy)
         return None
+
+
+def attraction_notices(rows: Sequence[CoverageRow]) -> list[str]:
+    """Say where molecules are bound more strongly at a higher coverage than at a lower one.
+
+    Adsorbates mostly repel each other, so that their average energy rises with coverage.
+
+    Args:
+        rows: of a series, ascending.
+    """
+    known = [(row.count, row.average) for row in rows if row.average is not None]
+    sentences = []
+    for (fewer, higher), (count, lower) in pairwise(known):
+        if lower < higher - FALL:
+            sentences.append(
+                f"the average adsorption energy falls from {higher:.3f} eV with {fewer} in the cell to "
+                f"{lower:.3f} eV with {count}: either the molecules attract each other, or it is an "
+                f"artefact, of a lower arrangement of {fewer} that was not found (more --placements) or of a "
+                "model that does not know such coverages; look at the structures before using it"
+            )
+    return sentences
 
 
 def molecule_anomalies(placement: Placement, final: Atoms, clean_slab: Atoms) -> list[str]:

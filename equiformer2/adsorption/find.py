@@ -16,6 +16,7 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
 from datasets_oc20.untrusted import AnyPath
+from equiformer2.adsorption.corrections import Corrections
 from equiformer2.adsorption.dispersion_terms import dispersion_summary
 from equiformer2.adsorption.energy import resolve_energy_kind
 from equiformer2.adsorption.finished_search import FinishedSearch
@@ -46,7 +47,7 @@ from equiformer2.shipped import find_checkpoint
 logger = logging.getLogger(__name__)
 
 #: Settings of a search that the folder of its relaxations does not know.
-_SETTINGS = ("placements", "fmax_eV_A", "steps", "stop", "check_minima", "stop_at_spread_eV_A")
+_SETTINGS = ("placements", "fmax_eV_A", "steps", "stop", "check_minima", "stop_at_spread_eV_A", "corrections")
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def find_adsorption_energy(
     clean_slab: Relaxation | None = None,
     stop_at_spread: float | None = None,
     starts_from: AnyPath | None = None,
+    corrections: Corrections | None = None,
 ) -> FoundEnergy:
     """Find the lowest adsorption energy of an adsorbate on a slab.
 
@@ -131,6 +133,7 @@ def find_adsorption_energy(
         stop_at_spread: eV/Å; end a relaxation where the forces of a committee differ by more.
         starts_from: folder of an earlier search of this adsorbate on this slab, whose minima are relaxed
             before the placements.
+        corrections: of gases and adsorbates, for the convention of the literature on the card.
 
     Raises:
         InputError: no adsorbate or placement of that kind, a folder of another search, and what the model
@@ -175,6 +178,8 @@ def find_adsorption_energy(
         placed["starts_from"] = str(starts_from)
     told = {**placed, "fmax_eV_A": fmax, "steps": steps, "stop": stop, "check_minima": check_minima}
     told |= {"stop_at_spread_eV_A": stop_at_spread, "slab": clean.report.summary(), **(notes or {})}
+    if corrections is not None:
+        told["corrections"] = corrections.summary()
     finished: dict[str, Any] | None = None
     with ExitStack() as stack:
         if out is None:
@@ -216,7 +221,7 @@ def find_adsorption_energy(
             of_draft = None
             if drafting is not None:  # a command gives a calculator, and notes its file
                 of_draft = _described_draft((notes or {}).get("draft", draft), drafting)
-            record = write_search(folder, result, record_of_model, told, provenance, of_draft)
+            record = write_search(folder, result, record_of_model, told, provenance, of_draft, corrections)
         card = None if best is None else read_json(folder / CARD)
     return FoundEnergy(
         energy=result.energy,

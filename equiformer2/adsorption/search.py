@@ -30,7 +30,7 @@ from equiformer2.adsorption.basins import Coverage, estimate_coverage, find_basi
 from equiformer2.adsorption.dispersion_terms import check_gas_source, dispersion_terms
 from equiformer2.adsorption.energy import resolve_energy_kind
 from equiformer2.adsorption.references import check_gas_references, gas_reference, refuse_gas_references
-from equiformer2.adsorption.saddle_points import FALL, LARGEST_FMAX, SHARE_OF_FMAX, displaced
+from equiformer2.adsorption.saddle_points import SaddleCheck, check_settings, displaced, status_of_check
 from equiformer2.adsorption.search_folder import (
     GAS,
     RELAXED,
@@ -103,7 +103,7 @@ class SearchSettings:
 
     def check(self) -> RelaxationSettings:
         """Settings of the relaxations of displaced minima."""
-        return RelaxationSettings(fmax=min(LARGEST_FMAX, SHARE_OF_FMAX * self.fmax), steps=self.steps)
+        return check_settings(self.fmax, self.steps)
 
 
 @dataclass
@@ -174,62 +174,6 @@ class Found:
             ],
             "migration_A": self.migration,
             "reason": None if done is None else done.reason,
-        }
-
-
-@dataclass(frozen=True)
-class SaddleCheck:
-    """Relaxation of a displaced minimum.
-
-    Attributes:
-        placement: id of the lowest placement in the minimum.
-        relaxation: from the displaced structure.
-        before: adsorption energy of the minimum, eV.
-        energy: of what it has relaxed to, eV; None if that failed.
-        status: as of a placement.
-    """
-
-    placement: str
-    relaxation: Relaxation
-    before: float
-    energy: float | None
-    status: str
-
-    @property
-    def fell(self) -> bool:
-        """True if it was a saddle point, and a minimum has been found from there."""
-        return self.status == "converged" and self.energy is not None and self.energy < self.before - FALL
-
-    @property
-    def stays(self) -> bool:
-        """True if it is a minimum; False where it was a saddle point, or the relaxation does not tell."""
-        return self.status == "converged" and not self.fell
-
-    @property
-    def sentence(self) -> str:
-        """Say what has come of it."""
-        if self.fell:
-            return (
-                f"{self.placement} was on a saddle point at {self.before:.3f} eV: displaced, it relaxes to "
-                f"{self.energy:.3f} eV"
-            )
-        if self.stays:
-            return f"{self.placement} is a minimum: displaced, it relaxes to the same energy"
-        return f"it is open whether {self.placement} is a minimum: displaced, it is {self.status}"
-
-    def summary(self) -> dict[str, Any]:
-        """Plain values for `search.json`."""
-        return {
-            "placement": self.placement,
-            "checked_by": self.relaxation.id,
-            "status": self.status,
-            "steps": self.relaxation.steps,
-            "model_evaluations": self.relaxation.model_evaluations,
-            "energy_before_eV": self.before,
-            "energy_eV": self.energy,
-            "fell": self.fell,
-            "stays": self.stays,
-            "sentence": self.sentence,
         }
 
 
@@ -548,10 +492,8 @@ class _Search:
         (found,) = self._relaxed(store, [(f"{one.id}{_CHECK}", start)], self.settings.check())
         trial = Found(one.id, one.start)
         self._judge(trial, found)
-        # The threshold of the check is a tighter one than that of the search.
-        if trial.status == "unconverged" and (found.max_force_eV_A or np.inf) < self.settings.fmax:
-            trial.status = "converged"
-        check = SaddleCheck(one.id, found, one.energy, trial.energy, trial.status)
+        status = status_of_check(trial.status, found, self.settings.fmax)
+        check = SaddleCheck(one.id, found, one.energy, trial.energy, status)
         if check.fell:
             logger.info(check.sentence)
         elif not check.stays:

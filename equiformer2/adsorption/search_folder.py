@@ -15,7 +15,7 @@ CLEAN_SLAB, GAS = "clean_slab.extxyz", "gas.json"
 RELAXED, SETTINGS, TRAJECTORIES = "relaxed.jsonl", "settings.json", "trajectories"
 DFT, NEB = "dft", "neb"
 _INPUT_OF_DFT = {"POSCAR", "INCAR", "KPOINTS", "POTCAR.txt", "pw.in", "candidate.json", "ledger.json"}
-_OF_NEB = {"neb.json", "neb.traj", "neb.png"}
+_OF_NEB = {"neb.json", "neb.traj", "neb.png", CARD}
 
 
 def check_has_best(folder: AnyPath, record: Mapping[str, Any]) -> None:

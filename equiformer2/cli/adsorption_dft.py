@@ -122,8 +122,8 @@ class AdsorptionNeb(Command):
     """Find the barrier between two minima of a search with a nudged elastic band.
 
     The end is moved to its copy by symmetry of the slab that is nearest to the start. Writes neb.json,
-    neb.traj and neb.png into FOLDER/neb/FROM-TO, and a section of FOLDER/report.html. Exit status 3 if it has
-    not converged.
+    card.json (what the barrier rests on), neb.traj and neb.png into FOLDER/neb/FROM-TO, and a section of
+    FOLDER/report.html. Exit status 3 if it has not converged.
 
         equiformer2 adsorption neb runs/co --start heuristic-0000 --end heuristic-0003
     """
@@ -156,9 +156,11 @@ class AdsorptionNeb(Command):
         import numpy as np
         from ase.io import write
 
+        from equiformer2.adsorption.cards import path_card
         from equiformer2.adsorption.finished_search import FinishedSearch
         from equiformer2.adsorption.neb import find_path, nearest_copy, path_picture
         from equiformer2.adsorption.path_section import update_report
+        from equiformer2.adsorption.search_folder import CARD
         from equiformer2.files import check_target, write_bytes, write_json
         from equiformer2.script import header
 
@@ -173,9 +175,14 @@ class AdsorptionNeb(Command):
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "neb.traj", path.images)
         write_bytes(folder / "neb.png", path_picture(path))
+        card = path_card(path, search.record, model, search.checkpoint(given), folder / "neb.traj")
+        card |= {"start": options.start, "end": options.end, "images": options.images, "steps": options.steps}
+        card |= {"fmax_eV_A": options.fmax}
+        write_json(folder / CARD, {**header("adsorption-neb-card/1", search.checkpoint(given)), **card})
         record = {
             **header("adsorption-neb/1", search.checkpoint(given)),
             **path.summary(),
+            "familiarity": card["model"].get("familiarity"),
             "model": model.identity(),
             "start": options.start,
             "end": options.end,
@@ -189,11 +196,11 @@ class AdsorptionNeb(Command):
             f"barrier {record['barrier_eV']:.4f} eV, back {record['reverse_barrier_eV']:.4f} eV; "
             f"{record['steps']} steps, largest force {record['max_force_eV_A']:.3f} eV/Å"
         )
-        for sentence in path.warnings:
+        for sentence in [*path.warnings, *(record["familiarity"] or {}).get("sentences", [])]:
             print(f"warning: {sentence}")
         if not record["converged"]:
             print("NOT converged: the barrier is not that of a minimum-energy path (more --steps)")
-        print(f"saved in {folder}: neb.json, neb.traj, neb.png; see {options.folder / 'report.html'}")
+        print(f"saved in {folder}: neb.json, {CARD}, neb.traj, neb.png; see {options.folder / 'report.html'}")
         return Result(record, 0 if record["converged"] else 3)
 
 

@@ -17,6 +17,7 @@ from equiformer2.cli.chosen_slabs import add_slab_arguments, chosen_slabs, parse
 from equiformer2.cli.command import Command, Parser, Result
 from equiformer2.cli.options import (
     Options,
+    add_corrections_argument,
     add_dispersion_argument,
     add_draft_argument,
     add_model_arguments,
@@ -27,6 +28,7 @@ from equiformer2.cli.options import (
 from equiformer2.errors import InputError
 
 if TYPE_CHECKING:
+    from equiformer2.adsorption.corrections import Corrections
     from equiformer2.adsorption.find import FoundEnergy
     from equiformer2.adsorption.slabs import CleanSlab
     from equiformer2.inference import Relaxation
@@ -107,6 +109,7 @@ class AdsorptionSearch(Command):
             metavar="vacuum|molecules|oc20|X=EV,Y=EV",
             help="energy of the adsorbate by itself, for total energies (default: vacuum)",
         )
+        add_corrections_argument(search, "for the convention of the literature on the card")
         search.add_argument(
             "--fmax",
             type=float,
@@ -137,10 +140,12 @@ class AdsorptionSearch(Command):
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.adsorption.adsorbates import find_adsorbate
+        from equiformer2.adsorption.corrections import Corrections
         from equiformer2.files import check_target, write_json
         from equiformer2.script import header, show_log
 
         gas, source = gas_references(options.gas)
+        corrections = None if options.corrections is None else Corrections.read(options.corrections)
         for name in options.adsorbate:  # before hours of work on another one
             find_adsorbate(name)
         show_log()
@@ -166,7 +171,9 @@ class AdsorptionSearch(Command):
                 if place not in clean:
                     same_slab = folders[number : number + len(options.adsorbate)] if several else []
                     clean[place] = self._stored_clean_slab(options, chosen, slab, same_slab)
-                found = self._search(options, chosen, draft, slab, name, folder, (gas, source), clean[place])
+                found = self._search(
+                    options, chosen, draft, slab, name, folder, (gas, source), clean[place], corrections
+                )
                 clean[place], record = found.search.clean_slab, found.record
             except (InputError, DataError, OSError) as error:
                 if not several or getattr(error, "errno", None) == errno.ENOSPC:
@@ -203,6 +210,7 @@ class AdsorptionSearch(Command):
         folder: Path,
         gas: tuple[dict[str, float], str],
         clean_slab: "Relaxation | None",
+        corrections: "Corrections | None",
     ) -> "FoundEnergy":
         """Search one adsorbate on one slab."""
         from equiformer2.adsorption.find import find_adsorption_energy
@@ -225,6 +233,7 @@ class AdsorptionSearch(Command):
             check_minima=options.check_minima,
             stop_at_spread=options.stop_at_spread,
             starts_from=options.starts_from,
+            corrections=corrections,
             out=folder,
             overwrite=options.overwrite,
             describe=chosen.record,
@@ -285,15 +294,19 @@ class AdsorptionSearch(Command):
 class AdsorptionVerify(Command):
     """Recompute the numbers of a trust card, and compare.
 
-    With the clean slab and the files of the search beside it, these are compared, too. Exit status 3 if a
-    number differs. The checkpoint is the one that the card names, unless another is given.
+    The card is that of a search, a coverage series or a path. With the clean slab and the files of the search
+    beside it, these are compared, too. Exit status 3 if a number differs. The checkpoint is the one that the
+    card names, unless another is given.
 
         equiformer2 adsorption verify runs/co/card.json
         equiformer2 adsorption verify runs/o/card.json --calculator emt
+        equiformer2 adsorption verify runs/co/neb/heuristic-0000-heuristic-0003/card.json
     """
 
     def add_arguments(self, parser: Parser) -> None:
-        parser.add_argument("card", type=Path, metavar="CARD", help="card.json of a search")
+        parser.add_argument(
+            "card", type=Path, metavar="CARD", help="card.json of a search, a series or a path"
+        )
         add_model_in_place(parser)
 
     def run(self, options: argparse.Namespace) -> Result:

@@ -157,6 +157,16 @@ def add_dispersion_argument(parser: Options) -> None:
     )
 
 
+def add_corrections_argument(parser: Options, text: str) -> None:
+    """Add `--corrections`; `text` says what they change."""
+    parser.add_argument(
+        "--corrections",
+        metavar="FILE",
+        help=f"JSON object or CSV file of corrections by species, eV ({text}): gases such as CO, and "
+        "adsorbates with a star such as *OH",
+    )
+
+
 def add_draft_argument(parser: Options) -> None:
     """Add `--draft`, of relaxations."""
     parser.add_argument(

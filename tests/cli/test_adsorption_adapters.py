@@ -75,6 +75,9 @@ def test_what_follows_from_a_search_uses_its_adapter(
         first, last, *_ = (row["id"] for row in placements if row["basin"] == row["id"])
         ends = ["--start", first, "--end", last, "--images", "1", "--steps", "1"]
         assert run_command("adsorption neb", searched, *ends, *given) in (0, 3)
+        card = read(searched / "neb" / f"{first}-{last}" / "card.json")
+        assert card["model"]["adapter_sha256"] == sha256(files / "moved.pt")
+        assert card["model"]["familiarity"]["sentences"]
     finally:
         shutil.move(moved, files / "adapter.pt")
     for wrong, message in (

@@ -28,6 +28,7 @@ def test_a_coverage_series_is_one_document_with_json(capsys: pytest.CaptureFixtu
     assert rows[1]["differential_adsorption_energy_eV"] == pytest.approx(totals[1] - totals[0])
     assert printed["terms_eV"]["gas_per_molecule"] == 4.6
     assert printed["settings"]["slab"]["miller"] == [1, 1, 1]
+    assert run_command("adsorption verify", "c/card.json", "--calculator", "emt") == 0
     before = Path("c/relaxed.jsonl").read_bytes()
     assert run_command("adsorption coverage", *EMT_CU, *options) == 0
     assert f"{totals[1]:.4f}" in capsys.readouterr().out

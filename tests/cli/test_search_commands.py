@@ -338,6 +338,14 @@ def test_a_barrier_between_two_minima(searched: Path, capsys: pytest.CaptureFixt
     assert record["model"]["calculator"].endswith(".EMT")
     assert record["barrier_eV"] >= max(record["energies_eV"]) - 1e-9
     assert bool(record["intermediate_minima"]) == bool(record["warnings"])
+    card = json.loads((folder / "card.json").read_text())
+    assert card["barrier_eV"] == record["barrier_eV"]
+    assert len(card["structures"]) == 5
+    assert card["label_physics"]
+    assert run_command("adsorption verify", folder / "card.json", "--calculator", "emt") == 0
+    card["barrier_eV"] += 0.1
+    (folder / "card.json").write_text(json.dumps(card))
+    assert run_command("adsorption verify", folder / "card.json", "--calculator", "emt") == 3
     options = ["--calculator", "emt", "--start", first, "--end", "nothing"]
     assert run_command("adsorption neb", searched, *options) == 2
     assert "has no placement nothing" in capsys.readouterr().err
@@ -350,6 +358,8 @@ def test_a_barrier_between_two_minima(searched: Path, capsys: pytest.CaptureFixt
         (["--adsorbate", "*O", "--slab", "Qq111"], "Qq111"),
         (["--adsorbate", "*O", "--placements", "0"], "placements"),
         (["--adsorbate", "*O", "--gas", "air"], "--gas 'air'"),
+        (["--adsorbate", "*O", "--gas", "O=nan"], "--gas 'O=nan'"),
+        (["--adsorbate", "*O", "--gas", "O=inf"], "--gas 'O=inf'"),
         (["--adsorbate", "*O", "--calculator", "nothing"], "there is no calculator"),
     ],
 )
