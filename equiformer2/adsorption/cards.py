@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from datasets_oc20 import untrusted
+from datasets_oc20.errors import DataError
 from datasets_oc20.structure_files import read_structure
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.anomalies import check_anomalies
@@ -37,6 +39,7 @@ CORRELATED = ("V", "Cr", "Mn", "Fe", "Co", "Ni", "Mo", "W")
 _OC20 = "OC20: VASP, RPBE, without spin polarisation, +U, dispersion, solvent and zero-point energy"
 #: eV and eV/Å; other processors and numbers of threads change sums in the last digits.
 SAME_ENERGY, SAME_FORCE = 1e-3, 5e-3
+_GIVE = "give the card.json of a search, a coverage series or a path"
 CLEAN = "clean_slab"
 """Name of the clean slab among the structures of a card."""
 
@@ -96,14 +99,15 @@ def verify_card(
         InputError: not a card, a structure or a checkpoint that is missing or cannot be read.
     """
     path = Path(path)
-    card = read_json(path)
-    if isinstance(card.get("structures"), list):
+    try:
+        card = untrusted.read_json(path)
+    except DataError as error:
+        raise InputError(f"{path} is no trust card ({error}): {_GIVE}") from error
+    if isinstance(card, dict) and isinstance(card.get("structures"), list):
         return _verify_structures(path, card, model, adapter)
-    expected = card.get("verifiable")
+    expected = card.get("verifiable") if isinstance(card, dict) else None
     if not isinstance(expected, dict) or not isinstance(card.get("structure"), str):
-        raise InputError(
-            f"{path} is no trust card: give the card.json of a search, a coverage series or a path"
-        )
+        raise InputError(f"{path} is no trust card: {_GIVE}")
     file = path.parent / Path(card["structure"]).name
     clean_file = path.parent / CLEAN_SLAB
     with as_input_error():

@@ -37,7 +37,7 @@ from equiformer2.adsorption.saddle_points import (
     displaced,
     status_of_check,
 )
-from equiformer2.adsorption.search_folder import CARD, CLEAN_SLAB, refuse_other_settings
+from equiformer2.adsorption.search_folder import CARD, CLEAN_SLAB, is_search, refuse_other_settings
 from equiformer2.adsorption.slabs import find_slab
 from equiformer2.adsorption.surface_energy import surface_area
 from equiformer2.adsorption.surface_sites import open_atoms
@@ -298,6 +298,8 @@ def coverage_series(
         else:
             folder = Path(out)
             check_target(folder, is_folder=True)
+            if is_search(folder):
+                raise InputError(f"{folder} holds a search, and no coverage series: give another folder")
             if (folder / COVERAGE).exists() and not overwrite:
                 finished = read_json(folder / COVERAGE)
                 series.check_same_settings(folder, finished)

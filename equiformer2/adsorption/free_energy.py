@@ -66,8 +66,9 @@ class Vibrations:
         energies = np.maximum(np.abs(self.frequencies) * (self.frequencies > 0.0), lowest) * _INVERSE_CM
         thermo = HarmonicThermo(energies, potentialenergy=0.0)
         zero_point = float(energies.sum() / 2.0)
-        heat = float(thermo.get_internal_energy(temperature, verbose=False)) - zero_point
-        entropy = float(thermo.get_entropy(temperature, verbose=False)) * temperature
+        with np.errstate(over="ignore"):  # near 0 K nothing is excited
+            heat = float(thermo.get_internal_energy(temperature, verbose=False)) - zero_point
+            entropy = float(thermo.get_entropy(temperature, verbose=False)) * temperature
         return {"zpe_eV": zero_point, "heat_eV": heat, "entropy_eV": entropy}
 
 

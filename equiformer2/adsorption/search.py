@@ -36,6 +36,7 @@ from equiformer2.adsorption.search_folder import (
     RELAXED,
     SETTINGS,
     TRAJECTORIES,
+    is_series,
     refuse_other_settings,
     remove_search,
 )
@@ -322,6 +323,8 @@ class _Search:
         identity: Mapping[str, Any],
         draft: Engineable | None,
     ) -> None:
+        if is_series(folder):
+            raise InputError(f"{folder} holds a coverage series, and no search: give another folder")
         if not placed:
             raise InputError("there is no placement to relax: every one was refused, or none was asked for")
         for name, atoms in placed:

@@ -30,6 +30,8 @@ _ENOUGH = 3
 _MOST_SYSTEMS = 100_000
 _TEMPERATURE = 298.15  # K, of the gases where a table of free energies does not say
 _SYSTEM = "system"
+#: eV; nothing is bound by more.
+_LARGEST = 1000.0
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,11 @@ def read_table(file: AnyPath) -> SystemTable:
                 value = float(text) if text else None
             except ValueError:
                 value = math.nan
-            if value is not None and not math.isfinite(value):
-                raise InputError(f"{file}, row {number}, column {column}: {text!r} is no finite energy in eV")
+            if value is not None and not abs(value) <= _LARGEST:
+                raise InputError(
+                    f"{file}, row {number}, column {column}: {text!r} is no free energy in eV (at most "
+                    f"{_LARGEST:g})"
+                )
             if value is not None:
                 energies[name][column] = value
     if not energies:

@@ -195,7 +195,11 @@ class AdsorptionSearch(Command):
             "searches": {name: {key: one.get(key) for key in keys} for name, one in records.items()},
             "surface_energies": surfaces.summary(),
         }
-        if finished is not None and all(finished.get(key) == record[key] for key in _OF_SEARCHES):
+        if (
+            finished is not None
+            and not options.overwrite
+            and all(finished.get(key) == record[key] for key in _OF_SEARCHES)
+        ):
             return Result(finished, 0 if converged else 3, chosen.checkpoint)
         write_json(listed, record)
         return Result(record, 0 if converged else 3, chosen.checkpoint)

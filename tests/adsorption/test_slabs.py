@@ -212,6 +212,7 @@ def test_all_planes() -> None:
         ({"termination": "top"}, "neither a number nor all"),
         ({"max_miller": 0, "miller": "all"}, "largest Miller index is 0"),
         ({"vacuum": 0}, "the vacuum of the slab is 0"),
+        ({"vacuum": 2.0}, r"a vacuum of 2 Å is too thin.*--vacuum"),
         ({"width": 1e9}, "the width of the slab is 1e"),
         ({"miller": "000"}, "are no Miller indices"),
     ],

@@ -186,6 +186,7 @@ def test_twins_with_a_draft(in_folder: Path, capsys: pytest.CaptureFixture[str])
     assert record["best"]["start_energy_eV"] is not None
     card = json.loads(Path("s/card.json").read_text())
     assert card["energy_std_eV"] > 0
+    assert "spread of the committee" in Path("s/report.html").read_text()
     assert run_command("adsorption verify", "s/card.json") == 0  # with the same committee
     for wrong in (["--calculator", "emt"], ["--checkpoint", "full.pt", "--precision", "bf16"]):
         rest = [*wrong, "--twin-bf16", *options[5:]]
@@ -343,6 +344,13 @@ def test_a_barrier_between_two_minima(searched: Path, capsys: pytest.CaptureFixt
     assert len(card["structures"]) == 5
     assert card["label_physics"]
     assert run_command("adsorption verify", folder / "card.json", "--calculator", "emt") == 0
+    report = (searched / "report.html").read_bytes()
+    assert run_command("adsorption neb", searched, *options) == status  # finished
+    assert f"barrier {record['barrier_eV']:.4f} eV" in capsys.readouterr().out
+    assert json.loads((folder / "neb.json").read_text()) == record
+    assert (searched / "report.html").read_bytes() == report
+    assert run_command("adsorption neb", searched, *options, "--fmax", "0.3") == 2
+    assert "holds a finished path with other settings (fmax)" in capsys.readouterr().err
     card["barrier_eV"] += 0.1
     (folder / "card.json").write_text(json.dumps(card))
     assert run_command("adsorption verify", folder / "card.json", "--calculator", "emt") == 3
