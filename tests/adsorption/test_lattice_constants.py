@@ -92,7 +92,7 @@ def test_strained_bulks_are_told() -> None:
 
 def test_no_minimum() -> None:
     with pytest.raises(
-        InputError, match="Fe .*: EMT failed with NotImplementedError: No EMT-potential for Fe"
+        InputError, match=r"Fe .*: EMT failed with NotImplementedError: No EMT-potential for Fe"
     ):
         relaxed_bulk("Fe", EMT())
     with pytest.raises(InputError, match="no minimum within 12% of its lattice constant"):

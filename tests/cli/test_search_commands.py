@@ -369,6 +369,7 @@ def test_a_barrier_between_two_minima(searched: Path, capsys: pytest.CaptureFixt
         (["--adsorbate", "*O", "--gas", "O=nan"], "--gas 'O=nan'"),
         (["--adsorbate", "*O", "--gas", "O=inf"], "--gas 'O=inf'"),
         (["--adsorbate", "*O", "--calculator", "nothing"], "there is no calculator"),
+        (["--adsorbate", "*O", "--slab", "Fe110"], "No EMT-potential for Fe"),
     ],
 )
 def test_bad_input_is_one_sentence(
