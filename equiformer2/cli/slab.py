@@ -20,6 +20,7 @@ _NEEDS = [
     *(("--bulks", "--bulk"), ("--miller", "--bulk"), ("--max-miller", "--bulk"), ("--termination", "--bulk")),
     *(("--thickness", "--bulk"), ("--width", "--bulk"), ("--vacuum", "--bulk"), ("--relax-bulk", "--bulk")),
     *(("--check-convergence", "--bulk"), ("--adsorbate", "--check-convergence"), ("--overwrite", "--out")),
+    ("--adapter", "--checkpoint"),
 ]
 
 
@@ -234,4 +235,6 @@ class BuildSlab(Command):
             progress=True,
         )
         print(table)
+        if all(row.value is None for row in table.rows):
+            raise InputError(f"no energy could be calculated: {table.rows[0].reason}")
         return table.summary()
