@@ -160,7 +160,7 @@ def read_table(file: AnyPath) -> SystemTable:
                 value = math.nan
             if value is not None and not abs(value) <= _LARGEST:
                 raise InputError(
-                    f"{file}, row {number}, column {column}: {text!r} is no free energy in eV (at most "
+                    f"{file}, row {number}, column {column}: {text!r} is no finite energy in eV (at most "
                     f"{_LARGEST:g})"
                 )
             if value is not None:
