@@ -50,7 +50,7 @@ from equiformer2.inference.engines import calculator_identity, open_engine
 from equiformer2.inference.many import Relaxation
 from equiformer2.inference.named_calculators import resolve_energy_kind
 from equiformer2.inference.pictures import new_figure, png_bytes
-from equiformer2.inference.record import write_structure
+from equiformer2.inference.record import model_record, write_structure
 from equiformer2.inference.relaxation_store import RelaxationStore
 from equiformer2.script import header
 
@@ -507,8 +507,10 @@ class _Series:
         write_json(folder / COVERAGE, record)
         return CoverageSeries(rows, self.kind, self.surface_atoms, tuple(self.notices), record)
 
-    def description(self, _: list[Atoms]) -> dict[str, Any]:
+    def description(self, structures: list[Atoms]) -> dict[str, Any]:
         """Plain values about a calculator that was given in Python."""
+        if isinstance(self.calculator, EquiformerV2Calculator):
+            return {**model_record(self.calculator.predictor, "", structures), "checkpoint": None}
         return {"checkpoint": None, **calculator_identity(self.calculator), "energy_kind": self.kind}
 
     def _checked(self, counts: Sequence[int]) -> list[int]:
