@@ -68,7 +68,7 @@ def test_a_series_and_a_search_have_folders_of_their_own(capsys: pytest.CaptureF
         (["--adsorbate", "*XY"], "no adsorbate of OC20"),
         (["--adsorbate", "*O", "--counts", "1", "--fmax", "nan"], "fmax is nan"),
         (["--adsorbate", "*O", "--gas", "C=1"], "no gas reference for O"),
-        (["--adsorbate", "C6H6"], "larger than the surface"),
+        (["--adsorbate", "C60"], "larger than the surface"),
     ],
 )
 def test_a_series_that_cannot_be(
