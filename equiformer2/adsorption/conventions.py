@@ -148,19 +148,14 @@ def conventions(
 def convention_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Write the conventions as lines for a terminal or a report."""
     names = {"oc20": "OC20's references", "calculator": "own references", "literature": "literature (O2)"}
-    return [
-        f"{names[name]}: "
-        + (f"not known: {one['reason']}" if one["energy_eV"] is None else f"{one['energy_eV']:.4f} eV")
-        + (f"  {one['reaction']}" if one["reaction"] else "")
-        + _given(one.get("corrections_eV") or {})
-        for name, one in found.items()
-    ]
-
-
-def _given(corrections: Mapping[str, float]) -> str:
-    """Name the corrections of the user among those of a convention."""
-    text = correction_text({name: value for name, value in corrections.items() if " " not in name})
-    return f"  ({text})" if text else ""
+    lines = []
+    for name, one in found.items():
+        energy = f"not known: {one['reason']}" if one["energy_eV"] is None else f"{one['energy_eV']:.4f} eV"
+        lines.append(f"{names[name]}: {energy}" + (f"  {one['reaction']}" if one["reaction"] else ""))
+        corrections = one.get("corrections_eV") or {}
+        given = correction_text({name: value for name, value in corrections.items() if " " not in name})
+        lines[-1] += f"  ({given})" if given else ""
+    return lines
 
 
 def oc20_gases(symbols: Sequence[str]) -> dict[str, float]:

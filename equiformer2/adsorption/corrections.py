@@ -70,13 +70,39 @@ class Corrections:
                     raise InputError(f"{path} is no JSON object of energies by species")
                 pairs = list(found.items())
             else:
-                pairs = list(_rows(path, read_text(path)))
+                pairs = list(cls._rows(path, read_text(path)))
         names = [name for name, _ in pairs]
         if not names or len(set(names)) < len(names):
             again = next((name for name in names if names.count(name) > 1), None)
             problem = "holds no species" if again is None else f"gives {again} twice"
             raise InputError(f"{path} {problem}: give every species once, such as *OH,-0.3")
         return cls(dict(pairs), str(path), sha256(path))
+
+    @classmethod
+    def recorded(cls, summary: Any) -> "Corrections":
+        """Make the corrections of a `summary` in a record; none for a record without."""
+        known = summary if isinstance(summary, Mapping) else {}
+        values = (str(known.get(key) or "") for key in ("file", "file_sha256"))
+        return cls(known.get("species_eV") or {}, *values)
+
+    @staticmethod
+    def _rows(path: AnyPath, text: str) -> Iterator[tuple[str, float]]:
+        """Species and energies of a CSV file."""
+        try:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline=""))]
+        except csv.Error as error:
+            raise InputError(f"{path} is no CSV file ({error})") from error
+        numbered = [(number, row) for number, row in enumerate(rows, 1) if any(row)]
+        if numbered and numbered[0][1][0].lower() in ("species", "name"):
+            numbered = numbered[1:]
+        for number, row in numbered:
+            try:
+                name, value = row
+                yield name, float(value)
+            except ValueError:
+                raise InputError(
+                    f"{path}, row {number} is no species with an energy in eV, such as *OH,-0.3"
+                ) from None
 
     def of(self, adsorbate: str, gases: Mapping[str, float], electrons: float) -> dict[str, float]:
         """Contributions to the energy of formation of an adsorbate, eV by species, without those that are 0.
@@ -114,22 +140,3 @@ def correction_text(species: Mapping[str, float] | None) -> str:
     if not species:
         return ""
     return "corrections (eV): " + ", ".join(f"{name} {value:+.3g}" for name, value in species.items())
-
-
-def _rows(path: AnyPath, text: str) -> Iterator[tuple[str, float]]:
-    """Species and energies of a CSV file."""
-    try:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline=""))]
-    except csv.Error as error:
-        raise InputError(f"{path} is no CSV file ({error})") from error
-    numbered = [(number, row) for number, row in enumerate(rows, 1) if any(row)]
-    if numbered and numbered[0][1][0].lower() in ("species", "name"):
-        numbered = numbered[1:]
-    for number, row in numbered:
-        try:
-            name, value = row
-            yield name, float(value)
-        except ValueError:
-            raise InputError(
-                f"{path}, row {number} is no species with an energy in eV, such as *OH,-0.3"
-            ) from None

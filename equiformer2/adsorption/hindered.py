@@ -215,8 +215,7 @@ def _known_barriers(search: FinishedSearch, symmetry: SurfaceSymmetry) -> dict[s
             above = float(row["energy_eV"]) - float(rows[best]["energy_eV"])
             said = f"energy of the minimum {row['id']} above the best: a lower bound"
             found.append((_kind_of(images - other, symmetry), above, said))
-    lowest = _lowest(found)
-    bands = []
+    bands: list[tuple[str, float, str]] = []
     for file in sorted((search.folder / NEB).glob("*/neb.json")):
         path = read_json(file)
         ends = [rows.get(str(path.get(key)), {}).get("basin") for key in ("start", "end")]
@@ -227,13 +226,13 @@ def _known_barriers(search: FinishedSearch, symmetry: SurfaceSymmetry) -> dict[s
             count = len(search.clean_slab)
             moved = (last.positions - first.positions)[count:].mean(axis=0)
             bands.append((_kind_of(moved[None], symmetry), barrier, f"elastic band {file.parent.name}"))
-    return lowest | _lowest(bands)
-
-
-def _lowest(found: list[tuple[str, float, str]]) -> dict[str, tuple[float, str]]:
-    """Lowest barrier of each kind that is one at all."""
-    found = sorted((one for one in found if one[1] > 0.0), key=lambda one: -one[1])
-    return {kind: (barrier, source) for kind, barrier, source in found}
+    # The lowest barrier of each kind that is one at all; bands come before differences of minima.
+    lowest: dict[str, tuple[float, str]] = {}
+    for known in (found, bands):
+        for kind, barrier, source in sorted(known, key=lambda one: -one[1]):
+            if barrier > 0.0:
+                lowest[kind] = barrier, source
+    return lowest
 
 
 def _kind_of(moved: np.ndarray, symmetry: SurfaceSymmetry) -> str:

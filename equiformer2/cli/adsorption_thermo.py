@@ -238,7 +238,7 @@ class AdsorptionDiagram(Command):
         states = read_states(options.folders, given)
         of_first = read_json(options.folders[0] / FREE_ENERGY)
         potential = float(of_first["potential_against_rhe_V"])
-        corrections = given or Corrections(**_recorded(of_first.get("corrections")))
+        corrections = given or Corrections.recorded(of_first.get("corrections"))
         used = used_corrections(states, corrections.species)
         ends = [
             [] if name is None else [gas_state(name, states[0]["temperature_K"], potential, pressures)]
@@ -363,16 +363,6 @@ class AdsorptionVolcano(Command):
             print(f"note: {note}")
         print(f"saved in {options.out}: volcano.json, volcano.png")
         return Result(record)
-
-
-def _recorded(corrections: Any) -> dict[str, Any]:
-    """Arguments of `Corrections` from its summary in a record."""
-    known = corrections if isinstance(corrections, Mapping) else {}
-    return {
-        "species": known.get("species_eV") or {},
-        "file": str(known.get("file") or ""),
-        "file_sha256": str(known.get("file_sha256") or ""),
-    }
 
 
 def _pressures(texts: Sequence[str]) -> dict[str, float]:
