@@ -1,0 +1,1 @@
+"""Mixtures of linear experts: scores, pruning and retrieval."""
