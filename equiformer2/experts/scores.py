@@ -72,7 +72,7 @@ def reap(outputs: Tensor, coefficients: Tensor, top: int) -> Tensor:
     """Compute REAP's scores; zero for an expert that is never among the `top` largest.
 
     Args:
-        outputs: `[systems, K]` norms of what every expert, times its coefficient, adds to the layers' outputs.
+        outputs: `[systems, K]` norms of what every expert, times its coefficient, adds to the outputs.
         coefficients: `[systems, K]`.
         top: k.
 
@@ -195,7 +195,7 @@ def weight_change(coefficients: Tensor, stacks: Mapping[str, Tensor], kept: Sequ
 
 
 def merged_norms(coefficients: Tensor, stacks: Mapping[str, Tensor]) -> Tensor:
-    """Compute the Frobenius norms `[systems, weights]` of the merged weights; arguments as `weight_change`."""
+    """Compute the Frobenius norms `[systems, weights]` of merged weights; arguments as `weight_change`."""
     wide = coefficients.double().cpu()
     return torch.stack(
         [(wide @ stack.detach().double().cpu().flatten(1)).norm(dim=1) for stack in stacks.values()], 1
