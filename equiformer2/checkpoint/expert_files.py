@@ -1,0 +1,455 @@
+"""Expert files: networks whose weights are sums of experts, readable expert by expert.
+
+A file in the safetensors format: a JSON header with names, shapes and places of the tensors, then their bytes,
+so that some experts of a stack are read without the others. Nothing in it can be executed. Names of tensors:
+
+    KIND/experts/NAME    [K, *shape]: stack of experts of the weight NAME of the plain network
+    KIND/heads/NAME      [T, *shape]: what each of the T tasks has for itself
+    KIND/shared/NAME     weights that all share
+    KIND/gate/NAME       from composition and task to the coefficients of the experts; `out.weight` and
+                         `out.bias` have a row per expert
+    tasks/TASK/composition, tasks/TASK/linear_references    float64
+
+with KIND `raw` or `averaged`, as in native checkpoints. The header's `__metadata__` holds `format`
+("equiformer2.experts") and `content`, a JSON document:
+
+    format_version   1
+    model_config     ModelConfig.to_dict() of the plain network
+    settings         plain values: settings of the mixture (`equiformer2.experts.ExpertSettings`)
+    tasks            [{"name", "energy_kind", "energy": {"mean", "std"}, "forces": {"mean", "std"},
+                     "provenance": plain values}], in the order of the stacks
+    units, provenance    as in native checkpoints
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from datasets_oc20.untrusted import load_json, open_regular
+from equiformer2.checkpoint.contents import EnergyKind, WeightsKind, check_energy_kind
+from equiformer2.checkpoint.normalizers import Normalizer, Normalizers
+from equiformer2.checkpoint.tensor_files import plain
+from equiformer2.checkpoint.weights import config_from_values
+from equiformer2.errors import InputError
+from equiformer2.files import as_input_error, write_bytes
+from equiformer2.model.config import ModelConfig
+from equiformer2.values import Number, Whole, mapping, shown, shown_name
+
+FORMAT = "equiformer2.experts"
+FORMAT_VERSION = 1
+UNITS = {"energy": "eV", "forces": "eV/Å", "length": "Å"}
+MOST_TASKS = 1000
+_KEYS = {"format_version", "model_config", "settings", "tasks", "units", "provenance"}
+_TASK_KEYS = {"name", "energy_kind", "energy", "forces", "provenance"}
+_GATE_OUTPUTS = ("out.weight", "out.bias")
+_GROUPS = ("experts", "heads", "shared", "gate")
+_MAX_HEADER = 16 << 20
+_TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """Meaning of a task's answers.
+
+    Attributes:
+        name: of the data set.
+        energy_kind: of its energies.
+        normalizers: to eV and eV/Å, with the references of its energies.
+        composition: `[Z]` float64, mean shares of the elements over its training structures.
+        provenance: plain values: what its training data hold.
+    """
+
+    name: str
+    energy_kind: EnergyKind
+    normalizers: Normalizers
+    composition: Tensor
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Weights of an expert network, by the names of the plain network.
+
+    Attributes:
+        experts: `[K, *shape]`.
+        heads: `[T, *shape]`.
+        shared: `[*shape]`.
+        gate: by the names of the gate.
+    """
+
+    experts: Mapping[str, Tensor]
+    heads: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor]
+    gate: Mapping[str, Tensor]
+
+    def groups(self) -> dict[str, Mapping[str, Tensor]]:
+        """Return the four dictionaries by name."""
+        return {name: getattr(self, name) for name in _GROUPS}
+
+
+@dataclass(frozen=True)
+class ExpertContents:
+    """An expert file, read but not yet made into a network.
+
+    Attributes:
+        source: name of the file, for errors.
+        config: of the plain network.
+        settings: plain values: of the mixture (`num_experts` of the whole file).
+        tasks: by name, in the order of the stacks of heads.
+        weights: `raw`, `averaged` or both.
+        provenance: plain values.
+        experts: numbers of the experts in `weights`, in the file's numbering. The gate has all of its outputs.
+        bytes_read: from the file.
+    """
+
+    source: str
+    config: ModelConfig
+    settings: dict[str, Any]
+    tasks: Mapping[str, TaskInfo]
+    weights: Mapping[WeightsKind, ExpertWeights]
+    provenance: dict[str, Any]
+    experts: tuple[int, ...]
+    bytes_read: int = 0
+
+    @property
+    def available_weights(self) -> tuple[WeightsKind, ...]:
+        """Kinds of weights in the file, `raw` first."""
+        return tuple(kind for kind in get_args(WeightsKind) if kind in self.weights)
+
+    def choose_weights(self, kind: str | None) -> WeightsKind:
+        """Return the kind of weights to use: the given one, else `averaged` where there is such.
+
+        Raises:
+            InputError: there are no such weights.
+        """
+        for candidate in (kind,) if kind else ("averaged", "raw"):
+            if candidate in self.weights:
+                return candidate  # type: ignore[return-value]
+        raise InputError(
+            f"{self.source} does not hold {shown(kind)} weights, only {' and '.join(self.available_weights)} ones"
+        )
+
+    def task(self, name: str) -> TaskInfo:
+        """Return a task by its name.
+
+        Raises:
+            InputError: there is no such task; the known ones are named.
+        """
+        if name not in self.tasks:
+            raise InputError(
+                f"{self.source} has no task {shown(name)}: its tasks are {', '.join(self.tasks)}"
+            )
+        return self.tasks[name]
+
+
+def check_task_name(name: object, where: str) -> str:
+    """Return the name of a task: up to 64 letters, digits, `_` and `-`.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(name, str) or not _TASK_NAME.fullmatch(name):
+        raise InputError(f"{where}: {shown(name)} is no name of a task: use letters, digits, _ and -")
+    return name
+
+
+def is_expert_file(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a file is in the safetensors format of this module; False for a missing one."""
+    try:
+        return _metadata(Path(path)).get("format") == FORMAT
+    except (OSError, InputError):
+        return False
+
+
+def write_experts(path: str | os.PathLike[str], contents: ExpertContents) -> None:
+    """Write an expert file atomically.
+
+    Args:
+        path: the file.
+        contents: with all experts of the network.
+
+    Raises:
+        InputError: a weight is not finite.
+        OSError: the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for kind, weights in contents.weights.items():
+        for group, values in weights.groups().items():
+            for name, value in values.items():
+                tensors[f"{kind}/{group}/{name}"] = value
+    for name, task in contents.tasks.items():
+        tensors[f"tasks/{name}/composition"] = task.composition.double()
+        references = task.normalizers.linear_references
+        if references is not None:
+            tensors[f"tasks/{name}/linear_references"] = references
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            raise InputError(f"{path} was not written, because {name} holds numbers that are not finite")
+    written = {
+        "written_with": {"equiformer2": version("equiformer2"), "torch": str(torch.__version__)},
+        "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    content = {
+        "format_version": FORMAT_VERSION,
+        "model_config": plain(contents.config.to_dict()),
+        "settings": plain(contents.settings),
+        "tasks": [_task_values(name, task) for name, task in contents.tasks.items()],
+        "units": UNITS,
+        "provenance": {**plain(contents.provenance), **written},
+    }
+    # A copy of each, because tensors that share memory are refused.
+    copies = {
+        name: value.detach().to("cpu", copy=True).contiguous() for name, value in sorted(tensors.items())
+    }
+    metadata = {"format": FORMAT, "content": json.dumps(content, ensure_ascii=False, allow_nan=False)}
+    write_bytes(path, save(copies, metadata))
+
+
+def _task_values(name: str, task: TaskInfo) -> dict[str, Any]:
+    energy, forces = task.normalizers.energy, task.normalizers.forces
+    return {
+        "name": check_task_name(name, "experts"),
+        "energy_kind": check_energy_kind(task.energy_kind, name),
+        "energy": {"mean": energy.mean, "std": energy.std},
+        "forces": {"mean": forces.mean, "std": forces.std},
+        "provenance": plain(task.provenance),
+    }
+
+
+def read_experts(
+    path: str | os.PathLike[str], only: Sequence[int] | None = None, weights: str | None = None
+) -> ExpertContents:
+    """Read an expert file, or some of its experts; nothing in it is executed.
+
+    Args:
+        path: the file.
+        only: numbers of the experts to read, in the order of the stacks to return; None for all.
+        weights: `raw` or `averaged`, to read these alone; None for all that the file holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: it is damaged, no expert file, or of a newer version; there are no such experts or weights.
+    """
+    source, metadata = str(path), _metadata(Path(path))
+    if metadata.get("format") != FORMAT:
+        raise InputError(
+            f"{source} is no file of an expert network: give one that equiformer2 train wrote with "
+            "experts.num_experts"
+        )
+    with as_input_error():
+        content = load_json(str(metadata.get("content", "")), f"{source}: content", _MAX_HEADER)
+    content = _checked_content(content, source)
+    config = config_from_values(mapping(content["model_config"], f"{source}: model_config"), source)
+    settings = dict(mapping(content["settings"], f"{source}: settings"))
+    count = Whole(1, 1 << 20).read(settings.get("num_experts"), f"{source}: settings.num_experts")
+    kept = tuple(range(count)) if only is None else tuple(int(each) for each in only)
+    if not kept or len(set(kept)) < len(kept) or not set(kept) <= set(range(count)):
+        raise InputError(f"{source} has the experts 0 to {count - 1}, and {shown(list(kept))} were asked for")
+    try:
+        with safe_open(source, framework="pt", device="cpu") as file:
+            reader = _Reader(file, source, None if only is None else kept, count)
+            tasks = {name: _read_task(reader, values, config) for name, values in _tasks(content, source)}
+            states = {
+                kind: reader.weights(kind, len(tasks))
+                for kind in get_args(WeightsKind)
+                if weights in (None, kind) and reader.has(kind)
+            }
+    except SafetensorError as error:
+        raise InputError(f"{source} is damaged and cannot be read ({error})") from error
+    contents = ExpertContents(
+        source=source,
+        config=config,
+        settings=settings,
+        tasks=tasks,
+        weights=states,
+        provenance=dict(mapping(plain(content["provenance"]), f"{source}: provenance")),
+        experts=kept,
+        bytes_read=reader.bytes_read,
+    )
+    if not states:
+        raise InputError(f"{source} holds no {'' if weights is None else f'{shown(weights)} '}weights")
+    return contents
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """Read `__metadata__` of a safetensors file; empty for a file of another format."""
+    with as_input_error(), open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            return {}
+        header = file.read(length)
+    if not header.startswith(b"{"):
+        return {}
+    with as_input_error():
+        values = load_json(header.rstrip(b" "), f"{path}: header", _MAX_HEADER)
+    metadata = values.get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _checked_content(content: Any, source: str) -> Mapping[str, Any]:
+    content = mapping(content, f"{source}: content")
+    stated = content.get("format_version")
+    if not isinstance(stated, int) or isinstance(stated, bool) or stated < 1:
+        raise InputError(f"{source} states no valid format_version: {shown(stated)}")
+    if stated > FORMAT_VERSION:
+        raise InputError(
+            f"{source} is of expert format version {shown(stated)}, newer than the {FORMAT_VERSION} that "
+            f"equiformer2 {version('equiformer2')} reads: update equiformer2"
+        )
+    if set(content) != _KEYS:
+        missing, unknown = (
+            sorted(_KEYS - set(content)),
+            [shown_name(key) for key in content if key not in _KEYS],
+        )
+        raise InputError(
+            f"{source} is not a valid expert file: missing parts {missing}, unknown parts {unknown[:5]}"
+        )
+    if content["units"] != UNITS:
+        raise InputError(f"{source} is in units {shown(content['units'])}; only {UNITS} are read")
+    return content
+
+
+def _tasks(content: Mapping[str, Any], source: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """List names and values of the tasks."""
+    listed = content["tasks"]
+    if not isinstance(listed, list) or not 1 <= len(listed) <= MOST_TASKS:
+        raise InputError(f"{source}: tasks must be a list of 1 to {MOST_TASKS} tasks")
+    found = []
+    for number, values in enumerate(listed):
+        values = mapping(values, f"{source}: task {number}")
+        if set(values) != _TASK_KEYS:
+            raise InputError(f"{source}: task {number} must hold {', '.join(sorted(_TASK_KEYS))}")
+        found.append((check_task_name(values["name"], source), values))
+    if len(dict(found)) < len(found):
+        raise InputError(f"{source} has two tasks of one name")
+    return found
+
+
+def _read_task(reader: _Reader, values: Mapping[str, Any], config: ModelConfig) -> TaskInfo:
+    name, source = values["name"], reader.source
+    where = f"{source}: task {name}"
+    normalizers = {}
+    for part in ("energy", "forces"):
+        numbers = mapping(values[part], f"{where}: {part}")
+        read = [Number().read(numbers.get(key), f"{where}: {part}.{key}") for key in ("mean", "std")]
+        try:
+            normalizers[part] = Normalizer(*read)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+    references = reader.optional(f"tasks/{name}/linear_references")
+    composition = reader.tensor(f"tasks/{name}/composition")
+    if composition.shape != (config.max_num_elements,) or not bool(torch.isfinite(composition).all()):
+        raise InputError(f"{where}: the composition must be {config.max_num_elements} finite shares")
+    try:
+        both = Normalizers(normalizers["energy"], normalizers["forces"], references)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    both.check_model(config, where)
+    return TaskInfo(
+        name=name,
+        energy_kind=check_energy_kind(values["energy_kind"], where),
+        normalizers=both,
+        composition=composition.double(),
+        provenance=dict(mapping(plain(values["provenance"]), f"{where}: provenance")),
+    )
+
+
+class _Reader:
+    """Tensors of an open file.
+
+    Args:
+        file: of `safe_open`.
+        source: name of the file, for errors.
+        only: numbers of the experts to read, or None.
+        count: number of all experts.
+    """
+
+    def __init__(self, file: Any, source: str, only: tuple[int, ...] | None, count: int) -> None:
+        self.file, self.source, self.only, self.count = file, source, only, count
+        self.names = set(file.keys())
+        self.bytes_read = 0
+
+    def has(self, kind: str) -> bool:
+        """Tell whether there are weights of a kind."""
+        return any(name.startswith(f"{kind}/") for name in self.names)
+
+    def optional(self, name: str) -> Tensor | None:
+        """Read a tensor where there is one."""
+        return self.tensor(name) if name in self.names else None
+
+    def tensor(self, name: str) -> Tensor:
+        """Read a whole tensor."""
+        if name not in self.names:
+            raise InputError(f"{self.source} is not a valid expert file: it has no {name}")
+        return self._counted(self.file.get_tensor(name))
+
+    def _counted(self, tensor: Tensor) -> Tensor:
+        self.bytes_read += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def weights(self, kind: str, num_tasks: int) -> ExpertWeights:
+        """Read the weights of a kind."""
+        groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
+        for full in sorted(self.names):
+            own, _, rest = full.partition("/")
+            if own != kind:
+                continue
+            group, _, name = rest.partition("/")
+            if group not in groups:
+                raise InputError(f"{self.source} holds weights of an unknown group: {shown_name(full)}")
+            value = self._stack(full) if group == "experts" else self.tensor(full)
+            if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+                raise InputError(f"{self.source}: {shown_name(full)} holds values that are no finite numbers")
+            if group == "heads" and (value.dim() < 1 or len(value) != num_tasks):
+                raise InputError(f"{self.source}: {shown_name(full)} has no entry for each of the tasks")
+            groups[group][name] = value
+        return ExpertWeights(**groups)
+
+    def _stack(self, name: str) -> Tensor:
+        """Read the experts that are wanted of one weight, and no bytes of the others."""
+        part = self.file.get_slice(name)
+        shape = part.get_shape()
+        if not shape or shape[0] != self.count:
+            raise InputError(f"{self.source}: {shown_name(name)} is no stack of {self.count} experts")
+        if self.only is None:
+            return self.tensor(name)
+        return self._counted(torch.cat([part[each : each + 1] for each in self.only]))
+
+
+def with_experts(contents: ExpertContents, kept: Sequence[int]) -> ExpertContents:
+    """Return contents with some of the experts, whose gate gives scaled coefficients that add up to 1.
+
+    The softmax over the outputs that stay is that of all, scaled.
+
+    Args:
+        contents: with all experts, or those that were read.
+        kept: places in the stacks of `contents`, in the order of the new ones.
+    """
+    places = [int(each) for each in kept]
+    rows = [contents.experts[place] for place in places]
+
+    def cut(weights: ExpertWeights) -> ExpertWeights:
+        gate = {name: value[rows] if name in _GATE_OUTPUTS else value for name, value in weights.gate.items()}
+        experts = {name: stack[places] for name, stack in weights.experts.items()}
+        return replace(weights, experts=experts, gate=gate)
+
+    return replace(
+        contents,
+        weights={kind: cut(weights) for kind, weights in contents.weights.items()},
+        settings={**contents.settings, "num_experts": len(places)},
+        experts=tuple(range(len(places))),
+    )

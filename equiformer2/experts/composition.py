@@ -1,0 +1,72 @@
+"""Mean compositions of structures, which the coefficients of experts depend on."""
+
+from typing import Any
+
+import torch
+from ase.data import atomic_numbers as known_numbers
+from ase.formula import Formula
+from torch import Tensor
+
+from equiformer2.errors import InputError
+from equiformer2.graph import structure_index
+
+
+def composition_of(data: Any, num_elements: int) -> Tensor:
+    """Compute the share of every element among the atoms of each structure, a mean over atoms.
+
+    A supercell has exactly the shares of its cell: both are the same quotient, rounded once.
+
+    Args:
+        data: one structure or a batch (`atomic_numbers [N]`, `natoms`).
+        num_elements: Z; atomic numbers are below it.
+
+    Returns:
+        `[B, Z]` float64.
+
+    Raises:
+        InputError: an element is not below Z.
+    """
+    numbers = data.atomic_numbers.long()
+    if numbers.numel() and (int(numbers.max()) >= num_elements or int(numbers.min()) < 0):
+        raise InputError(
+            f"a structure holds atomic number {int(numbers.max())}, and the network knows those below "
+            f"{num_elements}"
+        )
+    natoms = torch.as_tensor(data.natoms, device=numbers.device).reshape(-1)
+    structure = structure_index(natoms, len(numbers))
+    counts = torch.bincount(structure * num_elements + numbers, minlength=len(natoms) * num_elements)
+    return counts.view(len(natoms), num_elements).double() / natoms.clamp(min=1)[:, None]
+
+
+def composition_from_formula(text: str, num_elements: int) -> Tensor:
+    """Compute the composition of a formula such as `Cu3Pt`, which may have an adsorbate in it.
+
+    Args:
+        text: chemical formula; only the shares of its elements count.
+        num_elements: Z.
+
+    Returns:
+        `[Z]` float64.
+
+    Raises:
+        InputError: it is no formula, or an element is not below Z.
+    """
+    if not text.isascii() or len(text) > 1000:
+        raise InputError(f"the composition {text[:40]!r} is no chemical formula such as Cu3Pt")
+    try:
+        counts = Formula(text).count()
+    except Exception as error:  # the parser raises many kinds
+        raise InputError(f"the composition {text!r} is no chemical formula such as Cu3Pt") from error
+    atoms = sum(counts.values())
+    if not atoms or min(counts.values()) < 0:
+        raise InputError(f"the composition {text!r} names no atoms: give a formula such as Cu3Pt")
+    shares = torch.zeros(num_elements, dtype=torch.float64)
+    for symbol, count in counts.items():
+        number = known_numbers.get(symbol, num_elements)
+        if number >= num_elements or number < 1:
+            raise InputError(
+                f"the composition {text!r} holds {symbol}, which is no element that the network knows "
+                f"(atomic numbers 1 to {num_elements - 1})"
+            )
+        shares[number] = count / atoms
+    return shares

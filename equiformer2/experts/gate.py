@@ -1,0 +1,56 @@
+"""Coefficients of experts from the mean composition of a structure and its task."""
+
+import torch
+from torch import Tensor, nn
+
+from equiformer2.errors import InputError
+from equiformer2.experts.settings import ExpertSettings
+from equiformer2.kernels.chunks import no_autocast
+
+
+class ExpertGate(nn.Module):
+    """Softmax of a small network of composition and task: coefficients that are positive and add up to 1.
+
+    Args:
+        settings: of the mixture.
+        num_tasks: T.
+        num_elements: Z, size of the table of elements.
+    """
+
+    def __init__(self, settings: ExpertSettings, num_tasks: int, num_elements: int) -> None:
+        super().__init__()
+        self.elements = nn.Embedding(num_elements, settings.channels)
+        self.tasks = nn.Embedding(num_tasks, settings.channels)
+        self.hidden = nn.Linear(2 * settings.channels, settings.hidden_channels)
+        self.out = nn.Linear(settings.hidden_channels, settings.num_experts)
+
+    def coefficients(self, composition: Tensor, task: Tensor) -> Tensor:
+        """Compute the coefficients of all experts.
+
+        Args:
+            composition: `[B, Z]` shares of the elements.
+            task: `[B]` numbers of the tasks.
+
+        Returns:
+            `[B, K]`, rows of which add up to 1.
+
+        Raises:
+            InputError: a shape or a number of a task is wrong.
+        """
+        table = self.elements.weight
+        if (
+            composition.dim() != 2
+            or composition.shape[1] != len(table)
+            or task.shape != composition.shape[:1]
+        ):
+            raise InputError(
+                f"compositions of shape {tuple(composition.shape)} and tasks of shape {tuple(task.shape)} do "
+                f"not fit: give [structures, {len(table)}] and [structures]"
+            )
+        known = self.tasks.num_embeddings
+        if task.numel() and not 0 <= int(task.min()) <= int(task.max()) < known:
+            raise InputError(f"a task has the number {int(task.max())}; there are {known}, counted from 0")
+        with no_autocast(table):
+            features = torch.cat([composition.to(table.dtype) @ table, self.tasks(task)], dim=1)
+            hidden = nn.functional.silu(self.hidden(features))
+            return self.out(hidden).softmax(dim=1)  # type: ignore[no-any-return]
