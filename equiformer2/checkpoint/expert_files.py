@@ -1,7 +1,8 @@
 """Expert files: networks whose weights are sums of experts, readable expert by expert.
 
-A file in the safetensors format: a JSON header with names, shapes and places of the tensors, then their bytes,
-so that some experts of a stack are read without the others. Nothing in it can be executed. Names of tensors:
+A file in the safetensors format: a JSON header with names, shapes and places of the tensors, then their
+bytes, so that some experts of a stack are read without the others. Nothing in it can be executed. Names of
+tensors:
 
     KIND/experts/NAME    [K, *shape]: stack of experts of the weight NAME of the plain network
     KIND/heads/NAME      [T, *shape]: what each of the T tasks has for itself
@@ -9,6 +10,7 @@ so that some experts of a stack are read without the others. Nothing in it can b
     KIND/gate/NAME       from composition and task to the coefficients of the experts; `out.weight` and
                          `out.bias` have a row per expert
     tasks/TASK/composition, tasks/TASK/linear_references    float64
+    tasks/TASK/samples/NAME    some of its training structures (`checkpoint.samples`); may be missing
 
 with KIND `raw` or `averaged`, as in native checkpoints. The header's `__metadata__` holds `format`
 ("equiformer2.experts") and `content`, a JSON document:
@@ -41,6 +43,7 @@ from torch import Tensor
 from datasets_oc20.untrusted import load_json, open_regular
 from equiformer2.checkpoint.contents import EnergyKind, WeightsKind, check_energy_kind
 from equiformer2.checkpoint.normalizers import Normalizer, Normalizers
+from equiformer2.checkpoint.samples import Samples
 from equiformer2.checkpoint.tensor_files import plain
 from equiformer2.checkpoint.weights import config_from_values
 from equiformer2.errors import InputError
@@ -56,6 +59,7 @@ _KEYS = {"format_version", "model_config", "settings", "tasks", "units", "proven
 _TASK_KEYS = {"name", "energy_kind", "energy", "forces", "provenance"}
 _GATE_OUTPUTS = ("out.weight", "out.bias")
 _GROUPS = ("experts", "heads", "shared", "gate")
+_GATE_TASKS = "tasks.weight"
 _MAX_HEADER = 16 << 20
 _TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -70,6 +74,7 @@ class TaskInfo:
         normalizers: to eV and eV/Å, with the references of its energies.
         composition: `[Z]` float64, mean shares of the elements over its training structures.
         provenance: plain values: what its training data hold.
+        samples: some of its training structures; None where the file has none.
     """
 
     name: str
@@ -77,6 +82,7 @@ class TaskInfo:
     normalizers: Normalizers
     composition: Tensor
     provenance: dict[str, Any]
+    samples: Samples | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class ExpertContents:
         tasks: by name, in the order of the stacks of heads.
         weights: `raw`, `averaged` or both.
         provenance: plain values.
-        experts: numbers of the experts in `weights`, in the file's numbering. The gate has all of its outputs.
+        experts: numbers of the experts in `weights`, in the file's numbering. The gate has all outputs.
         bytes_read: from the file.
     """
 
@@ -138,9 +144,8 @@ class ExpertContents:
         for candidate in (kind,) if kind else ("averaged", "raw"):
             if candidate in self.weights:
                 return candidate  # type: ignore[return-value]
-        raise InputError(
-            f"{self.source} does not hold {shown(kind)} weights, only {' and '.join(self.available_weights)} ones"
-        )
+        there = " and ".join(self.available_weights)
+        raise InputError(f"{self.source} does not hold {shown(kind)} weights, only {there} ones")
 
     def task(self, name: str) -> TaskInfo:
         """Return a task by its name.
@@ -195,6 +200,9 @@ def write_experts(path: str | os.PathLike[str], contents: ExpertContents) -> Non
         references = task.normalizers.linear_references
         if references is not None:
             tensors[f"tasks/{name}/linear_references"] = references
+        if task.samples is not None:
+            for part, value in task.samples.tensors().items():
+                tensors[f"tasks/{name}/samples/{part}"] = value
     for name, value in tensors.items():
         if not bool(torch.isfinite(value).all()):
             raise InputError(f"{path} was not written, because {name} holds numbers that are not finite")
@@ -230,18 +238,24 @@ def _task_values(name: str, task: TaskInfo) -> dict[str, Any]:
 
 
 def read_experts(
-    path: str | os.PathLike[str], only: Sequence[int] | None = None, weights: str | None = None
+    path: str | os.PathLike[str],
+    only: Sequence[int] | None = None,
+    weights: str | None = None,
+    tasks: Sequence[str] | None = None,
 ) -> ExpertContents:
     """Read an expert file, or some of its experts; nothing in it is executed.
 
     Args:
         path: the file.
-        only: numbers of the experts to read, in the order of the stacks to return; None for all.
+        only: numbers of the experts to read, in the order of the stacks to return; None for all. With none of
+            them nothing is read but tasks and gate, which decide which experts are needed.
         weights: `raw` or `averaged`, to read these alone; None for all that the file holds.
+        tasks: names of the tasks to read, in the order of the stacks to return; None for all.
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: it is damaged, no expert file, or of a newer version; there are no such experts or weights.
+        InputError: it is damaged, no expert file, or of a newer version; there are no such experts, weights
+            or tasks.
     """
     source, metadata = str(path), _metadata(Path(path))
     if metadata.get("format") != FORMAT:
@@ -256,14 +270,21 @@ def read_experts(
     settings = dict(mapping(content["settings"], f"{source}: settings"))
     count = Whole(1, 1 << 20).read(settings.get("num_experts"), f"{source}: settings.num_experts")
     kept = tuple(range(count)) if only is None else tuple(int(each) for each in only)
-    if not kept or len(set(kept)) < len(kept) or not set(kept) <= set(range(count)):
+    if len(set(kept)) < len(kept) or not set(kept) <= set(range(count)):
         raise InputError(f"{source} has the experts 0 to {count - 1}, and {shown(list(kept))} were asked for")
     try:
         with safe_open(source, framework="pt", device="cpu") as file:
             reader = _Reader(file, source, None if only is None else kept, count)
-            tasks = {name: _read_task(reader, values, config) for name, values in _tasks(content, source)}
+            reader.bytes_read = _header_bytes(Path(path))
+            listed = dict(_tasks(content, source))
+            names = list(listed) if tasks is None else list(tasks)
+            for name in names:
+                if name not in listed:
+                    raise InputError(f"{source} has no task {shown(name)}: its tasks are {', '.join(listed)}")
+            rows = None if tasks is None else [list(listed).index(name) for name in names]
+            infos = {name: _read_task(reader, listed[name], config) for name in names}
             states = {
-                kind: reader.weights(kind, len(tasks))
+                kind: reader.weights(kind, len(listed), rows)
                 for kind in get_args(WeightsKind)
                 if weights in (None, kind) and reader.has(kind)
             }
@@ -273,7 +294,7 @@ def read_experts(
         source=source,
         config=config,
         settings=settings,
-        tasks=tasks,
+        tasks=infos,
         weights=states,
         provenance=dict(mapping(plain(content["provenance"]), f"{source}: provenance")),
         experts=kept,
@@ -282,6 +303,12 @@ def read_experts(
     if not states:
         raise InputError(f"{source} holds no {'' if weights is None else f'{shown(weights)} '}weights")
     return contents
+
+
+def _header_bytes(path: Path) -> int:
+    """Count the bytes in front of the tensors."""
+    with as_input_error(), open_regular(path) as file:
+        return 8 + int.from_bytes(file.read(8), "little")
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -359,12 +386,17 @@ def _read_task(reader: _Reader, values: Mapping[str, Any], config: ModelConfig) 
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     both.check_model(config, where)
+    prefix = f"tasks/{name}/samples/"
+    parts = {
+        full.removeprefix(prefix): reader.tensor(full) for full in reader.names if full.startswith(prefix)
+    }
     return TaskInfo(
         name=name,
         energy_kind=check_energy_kind(values["energy_kind"], where),
         normalizers=both,
         composition=composition.double(),
         provenance=dict(mapping(plain(values["provenance"]), f"{where}: provenance")),
+        samples=Samples.from_tensors(parts, f"{where}: samples") if parts else None,
     )
 
 
@@ -401,8 +433,14 @@ class _Reader:
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
-    def weights(self, kind: str, num_tasks: int) -> ExpertWeights:
-        """Read the weights of a kind."""
+    def weights(self, kind: str, num_tasks: int, tasks: list[int] | None) -> ExpertWeights:
+        """Read the weights of a kind.
+
+        Args:
+            kind: `raw` or `averaged`.
+            num_tasks: of the file.
+            tasks: numbers of the tasks to read; None for all.
+        """
         groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
         for full in sorted(self.names):
             own, _, rest = full.partition("/")
@@ -411,23 +449,28 @@ class _Reader:
             group, _, name = rest.partition("/")
             if group not in groups:
                 raise InputError(f"{self.source} holds weights of an unknown group: {shown_name(full)}")
-            value = self._stack(full) if group == "experts" else self.tensor(full)
+            if self.only == () and group != "gate":
+                continue
+            if group == "experts":
+                value = self._rows(full, self.count, self.only, "stack of {} experts")
+            elif group == "heads" or (group == "gate" and name == _GATE_TASKS):
+                value = self._rows(full, num_tasks, tasks, "stack with an entry for each of the {} tasks")
+            else:
+                value = self.tensor(full)
             if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
                 raise InputError(f"{self.source}: {shown_name(full)} holds values that are no finite numbers")
-            if group == "heads" and (value.dim() < 1 or len(value) != num_tasks):
-                raise InputError(f"{self.source}: {shown_name(full)} has no entry for each of the tasks")
             groups[group][name] = value
         return ExpertWeights(**groups)
 
-    def _stack(self, name: str) -> Tensor:
-        """Read the experts that are wanted of one weight, and no bytes of the others."""
+    def _rows(self, name: str, count: int, rows: Sequence[int] | None, kind: str) -> Tensor:
+        """Read the wanted entries of a stack of `count`, and no bytes of the others."""
         part = self.file.get_slice(name)
         shape = part.get_shape()
-        if not shape or shape[0] != self.count:
-            raise InputError(f"{self.source}: {shown_name(name)} is no stack of {self.count} experts")
-        if self.only is None:
+        if not shape or shape[0] != count:
+            raise InputError(f"{self.source}: {shown_name(name)} is no {kind.format(count)}")
+        if rows is None:
             return self.tensor(name)
-        return self._counted(torch.cat([part[each : each + 1] for each in self.only]))
+        return self._counted(torch.cat([part[row : row + 1] for row in rows]))
 
 
 def with_experts(contents: ExpertContents, kept: Sequence[int]) -> ExpertContents:
@@ -453,3 +496,21 @@ def with_experts(contents: ExpertContents, kept: Sequence[int]) -> ExpertContent
         settings={**contents.settings, "num_experts": len(places)},
         experts=tuple(range(len(places))),
     )
+
+
+def with_tasks(contents: ExpertContents, names: Sequence[str]) -> ExpertContents:
+    """Return contents with some of the tasks, in the order of `names`.
+
+    Raises:
+        InputError: there is no such task.
+    """
+    tasks = {name: contents.task(name) for name in names}
+    rows = [list(contents.tasks).index(name) for name in names]
+
+    def cut(weights: ExpertWeights) -> ExpertWeights:
+        heads = {name: stack[rows] for name, stack in weights.heads.items()}
+        gate = {**weights.gate, _GATE_TASKS: weights.gate[_GATE_TASKS][rows]}
+        return replace(weights, heads=heads, gate=gate)
+
+    states = {kind: cut(weights) for kind, weights in contents.weights.items()}
+    return replace(contents, weights=states, tasks=tasks)

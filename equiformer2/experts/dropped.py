@@ -1,4 +1,4 @@
-"""Knowledge of a pruned file about the experts that it no longer holds: enough for the bound of any structure."""
+"""Knowledge of a pruned file about the experts that it no longer holds, for the bound of any structure."""
 
 from __future__ import annotations
 
@@ -38,12 +38,19 @@ class DroppedExperts:
     limit: float
 
     @classmethod
-    def of(cls, network: ExpertNetwork, kept: Sequence[int], limit: float) -> DroppedExperts:
-        """Take what is needed from the whole network."""
-        last = network.gate.layers[-1]
+    def of(cls, network: ExpertNetwork, kept: Sequence[int], coefficients: Tensor) -> DroppedExperts:
+        """Take what is needed from the whole network.
+
+        Args:
+            network: with all experts.
+            kept: numbers of those that stay.
+            coefficients: `[B, K]` of structures of the task.
+        """
+        last = network.gate.out
         gone = [each for each in range(network.settings.num_experts) if each not in set(kept)]
         norms = scores.expert_norms(network.expert_weights()).norm(dim=0)
-        weight, bias = last.weight.detach()[gone].double(), last.bias.detach()[gone].double()  # type: ignore[union-attr, index]
+        weight, bias = last.weight.detach()[gone].double(), last.bias.detach()[gone].double()
+        limit = float(scores.change_bound(coefficients, norms[None], kept).max())
         return cls(tuple(kept), weight, bias, norms, limit)
 
     def bounds(self, pruned: ExpertNetwork, task: str, compositions: Tensor) -> Tensor:
@@ -57,16 +64,13 @@ class DroppedExperts:
         Returns:
             `[B]` float64.
         """
-        gate = pruned.gate
-        table = gate.elements.weight
         number = torch.full((len(compositions),), pruned.task_number(task))
+        gone = [each for each in range(len(self.norms)) if each not in set(self.kept)]
+        logits = torch.zeros(len(compositions), len(self.norms), dtype=torch.float64)
         with torch.no_grad():
-            features = torch.cat([compositions.to(table.dtype) @ table, gate.tasks(number)], dim=1)
-            hidden = gate.layers[:-1](features)
-            logits = torch.zeros(len(compositions), len(self.norms), dtype=torch.float64)
-            gone = [each for each in range(len(self.norms)) if each not in set(self.kept)]
-            logits[:, list(self.kept)] = gate.layers[-1](hidden).double()
-            logits[:, gone] = hidden.double() @ self.weight.T + self.bias
+            features = pruned.gate.features(compositions, number)
+            logits[:, list(self.kept)] = pruned.gate.out(features).double()
+            logits[:, gone] = features.double() @ self.weight.T + self.bias
         return scores.change_bound(logits.softmax(1), self.norms[None], self.kept)[:, 0]
 
     def to_dict(self) -> dict[str, Any]:

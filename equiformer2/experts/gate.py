@@ -51,6 +51,10 @@ class ExpertGate(nn.Module):
         if task.numel() and not 0 <= int(task.min()) <= int(task.max()) < known:
             raise InputError(f"a task has the number {int(task.max())}; there are {known}, counted from 0")
         with no_autocast(table):
-            features = torch.cat([composition.to(table.dtype) @ table, self.tasks(task)], dim=1)
-            hidden = nn.functional.silu(self.hidden(features))
-            return self.out(hidden).softmax(dim=1)  # type: ignore[no-any-return]
+            return self.out(self.features(composition, task)).softmax(dim=1)  # type: ignore[no-any-return]
+
+    def features(self, composition: Tensor, task: Tensor) -> Tensor:
+        """Compute what the last layer reads, `[B, hidden_channels]`; arguments as `coefficients`."""
+        table = self.elements.weight
+        both = torch.cat([composition.to(table.dtype) @ table, self.tasks(task)], dim=1)
+        return nn.functional.silu(self.hidden(both))

@@ -75,8 +75,13 @@ class ExpertNetwork(nn.Module):
         self, plain: EquiformerV2, settings: ExpertSettings, tasks: Sequence[str], seed: int = 0
     ) -> None:
         super().__init__()
-        if settings.num_experts < 2 or not tasks:
-            raise InputError("a mixture of experts needs 2 or more experts (experts.num_experts) and a task")
+        if settings.num_experts < 2:
+            raise InputError(
+                f"experts.num_experts is {settings.num_experts}, which is a plain network: give 2 or more, "
+                "or 0 for none"
+            )
+        if not tasks:
+            raise InputError("a mixture of experts needs the name of a task")
         if parametrized_weights(plain):
             raise InputError(
                 "experts are made of plain weights, and this network's are parametrized: merge it"
@@ -273,7 +278,7 @@ class ExpertNetwork(nn.Module):
         self.network.fold_weights(dtype)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters without weight decay: those of the network, embeddings and biases of the gate."""
+        """Names of the parameters without weight decay: also embeddings and biases of the gate."""
         gate = {"elements.weight", "tasks.weight", "hidden.bias", "out.bias"}
         return {f"network.{name}" for name in self.network.no_weight_decay()} | {f"gate.{n}" for n in gate}
 

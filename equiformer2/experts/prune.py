@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from ase.data import chemical_symbols
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 from tqdm import tqdm
@@ -20,6 +22,7 @@ from equiformer2.experts.dropped import KEY, DroppedExperts
 from equiformer2.experts.network import ExpertNetwork
 from equiformer2.experts.outputs import expert_outputs
 
+_ROUNDING = 1e-4
 _FIELDS = ("pos", "atomic_numbers", "cell", "pbc", "natoms", "fixed", "sid", "fid")
 
 
@@ -32,7 +35,6 @@ class PruneSettings:
         method: scores the experts (`experts.scores`).
         top: k, number of leading experts of a system that count; None for a quarter of all, and at least 1.
         seed: of random scores.
-        batch_size: structures per forward pass.
 
     Raises:
         InputError: a value is out of its range.
@@ -42,13 +44,10 @@ class PruneSettings:
     method: scores.Method = "tcess"
     top: int | None = None
     seed: int = 0
-    batch_size: int = 8
 
     def __post_init__(self) -> None:
         if self.method not in scores.METHODS:
             raise InputError(f"experts are scored by {', '.join(scores.METHODS)}, not by {self.method!r}")
-        if self.batch_size < 1:
-            raise InputError(f"the number of structures per batch is {self.batch_size}: give at least 1")
 
     def leading(self, count: int) -> int:
         """Return k for a mixture of `count` experts."""
@@ -86,9 +85,8 @@ def prune_experts(
     settings: PruneSettings,
     given: Sequence[Data] = (),
     weights: str | None = None,
-    progress: bool = False,
 ) -> tuple[ExpertContents, dict[str, Any]]:
-    """Choose the experts that stay for a task, and describe the change.
+    """Choose the experts that stay for a task, and bound the change of the weights.
 
     Args:
         contents: of a file with all its experts.
@@ -96,16 +94,14 @@ def prune_experts(
         settings: of the choice.
         given: structures of the task; without them those that the file holds, or else its mean composition.
         weights: `raw` or `averaged` ones to judge by; None for averaged ones where the file has them.
-        progress: show a bar.
 
     Returns:
         Contents of the smaller file, and plain values: `tcess` of all experts, `scores` (those of the
-        method), `kept` (numbers in the file's order), `bound` (of the norm of the change of all weights
-        together, the largest over the structures), `bound_relative` and `bounds_relative` (to the norm of
-        the weights; of every weight), `weight_change` and `weight_change_relative` (the same as they are),
-        `kept_share` (smallest sum of the coefficients that stay), `measured_change_eV_A` (mean absolute
-        change of the force components of free atoms), `measured_change_eV`, `force_mae_eV_A`,
-        `force_mae_full_eV_A` and `force_mae_ratio` (on labels); None for what there is nothing to measure on.
+        method), `kept` (numbers in the file's order), `systems` (number of compositions), `bound` (of the
+        norm of the change of all weights together, the largest over the structures), `bound_relative` and
+        `bounds_relative` (to the norm of the weights; of every weight), `weight_change` and
+        `weight_change_relative` (the change itself), `kept_share` (smallest sum of the coefficients that
+        stay).
 
     Raises:
         InputError: an unknown task, a share that keeps none or all, or a structure that the network cannot
@@ -120,36 +116,33 @@ def prune_experts(
     with torch.no_grad():
         tasks = torch.full((len(compositions),), network.task_number(task))
         coefficients = network.gate.coefficients(compositions, tasks).double()
-    importance = {"tcess": scores.tcess(coefficients, top)}
-    if settings.method == "frequency":
-        importance["frequency"] = scores.usage_frequency(coefficients, top)
+    tcess = scores.tcess(coefficients, top)
+    if settings.method == "tcess":
+        chosen = tcess
+    elif settings.method == "frequency":
+        chosen = scores.usage_frequency(coefficients, top)
     elif settings.method == "random":
-        importance["random"] = scores.random_scores(count, settings.seed)
-    elif settings.method == "reap":
-        outputs = expert_outputs(network, structures, task)
-        importance["reap"] = scores.reap(outputs, coefficients, top)
-    kept = scores.highest(importance[settings.method], number)
+        chosen = scores.random_scores(count, settings.seed)
+    else:
+        chosen = scores.reap(expert_outputs(network, structures, task), coefficients, top)
+    kept = scores.highest(chosen, number)
     record: dict[str, Any] = {
         "task": task,
         "num_experts": count,
         "method": settings.method,
         "top": top,
-        "tcess": importance["tcess"].tolist(),
-        "scores": importance[settings.method].tolist(),
+        "tcess": tcess.tolist(),
+        "scores": chosen.tolist(),
         "kept": list(kept),
         "systems": len(compositions),
         **_bounds(network, coefficients, kept),
     }
-    dropped = DroppedExperts.of(network, kept, record["bound"])
+    dropped = DroppedExperts.of(network, kept, coefficients)
     smaller = with_tasks(with_experts(contents, kept), [task])
-    earlier = contents.provenance.get(KEY)
-    stage = {**record, **dropped.to_dict(), "file": contents.source, "earlier": earlier}
-    smaller = replace(smaller, provenance={**contents.provenance, KEY: stage})
-    pruned = ExpertNetwork.from_contents(smaller, weights)
-    bar = tqdm(total=len(structures), desc="structures", unit="structure", disable=not progress)
-    with bar:
-        record |= measured_change(network, pruned, structures, info, settings.batch_size, bar.update)
-    return smaller, record
+    stage = {**record, **dropped.to_dict(), "file": Path(contents.source).name}
+    if KEY in contents.provenance:
+        stage["earlier"] = contents.provenance[KEY]
+    return replace(smaller, provenance={**contents.provenance, KEY: stage}), record
 
 
 def _bounds(network: ExpertNetwork, coefficients: Tensor, kept: Sequence[int]) -> dict[str, Any]:
@@ -172,34 +165,43 @@ def _bounds(network: ExpertNetwork, coefficients: Tensor, kept: Sequence[int]) -
     }
 
 
-def measured_change(
-    full: ExpertNetwork,
-    pruned: ExpertNetwork,
-    structures: Sequence[Data],
-    info: TaskInfo,
+def measure(
+    full: ExpertContents,
+    pruned: ExpertContents,
+    task: str,
+    given: Sequence[Data] = (),
+    weights: str | None = None,
     batch_size: int = 8,
-    done: Any = None,
+    progress: bool = False,
 ) -> dict[str, float | None]:
     """Measure how much the answers for a task change.
 
     Args:
-        full, pruned: networks that know the task.
-        structures: with `forces` in eV/Å where errors against labels are wanted.
-        info: of the task.
+        full, pruned: contents of files that know the task.
+        task: name.
+        given: structures, with `forces` in eV/Å where errors against labels are wanted; without them those
+            that the file holds.
+        weights: as in `prune_experts`.
         batch_size: structures per forward pass.
-        done: called with the number of structures after every batch.
+        progress: show a bar.
 
     Returns:
-        See `prune_experts`.
+        `measured_change_eV_A` (mean absolute change of the force components of free atoms),
+        `measured_change_eV`, `force_mae_eV_A`, `force_mae_full_eV_A` and `force_mae_ratio` (against labels);
+        None for what there is nothing to measure on.
     """
+    if batch_size < 1:
+        raise InputError(f"the number of structures per batch is {batch_size}: give at least 1")
+    info = full.task(task)
+    structures = task_structures(info, given)
+    networks = [ExpertNetwork.from_contents(each, weights) for each in (full, pruned)]
     sums: dict[str, list[Tensor]] = {}
-    for start in range(0, len(structures), batch_size):
+    starts = range(0, len(structures), batch_size)
+    for start in tqdm(starts, desc="measure", unit="batch", disable=not progress or not structures):
         some = structures[start : start + batch_size]
         batch = Batch.from_data_list([Data(**{name: each[name] for name in _FIELDS}) for each in some])
         with torch.no_grad(), naming_structures(batch):
-            before, after = (
-                info.normalizers.denormalize(network(batch, info.name), batch) for network in (full, pruned)
-            )
+            before, after = (info.normalizers.denormalize(each(batch, task), batch) for each in networks)
         sums.setdefault("energy", []).append((after["energy"] - before["energy"]).abs())
         if "forces" in after:
             free = ~batch.fixed.bool()
@@ -209,8 +211,6 @@ def measured_change(
                 labels = torch.cat([each.forces for each in some])[free].double()
                 sums.setdefault("error", []).append((new - labels).abs().flatten())
                 sums.setdefault("full", []).append((old - labels).abs().flatten())
-        if done is not None:
-            done(len(some))
 
     def mean(name: str) -> float | None:
         values = torch.cat(sums[name]) if name in sums else torch.empty(0)
@@ -238,32 +238,38 @@ def foreign_structures(
         weights: as in `prune_experts`.
 
     Returns:
-        For each such structure its `sid` and `fid`, and `reasons`: `elements` that no training structure of
-        the task has; a composition `far` from those of the file's samples, farther than these are from each
-        other; a bound of the change that is larger than the task's.
+        For each such structure `sid`, `fid`, a `text`, and what applies: `elements` that no training
+        structure of the task has; the `distance` of its composition to those of the file's samples, where
+        none of these is as far from the others (`reach`); a `bound` of the change above the task's `limit`.
     """
     info = contents.task(task)
-    seen = info.composition > 0
     known = task_compositions(info, task_structures(info))
+    reach = _reach(known)
     dropped = DroppedExperts.from_provenance(contents.provenance, contents.source)
     network = ExpertNetwork.from_contents(contents, weights) if dropped else None
-    reach = _reach(known)
     found = []
     for structure in structures:
         composition = _composition(structure, len(info.composition))
-        new = (composition[0] > 0) & ~seen
         reasons: dict[str, Any] = {}
-        if bool(new.any()):
-            reasons["elements"] = new.nonzero().flatten().tolist()
+        texts = []
+        new = ((composition[0] > 0) & (info.composition <= 0)).nonzero().flatten().tolist()
+        if new:
+            reasons["elements"] = [chemical_symbols[number] for number in new]
+            texts.append(f"{', '.join(reasons['elements'])} not among the training data of {task}")
         distance = float(torch.cdist(composition, known).min())
         if reach is not None and distance > reach:
-            reasons["distance"], reasons["reach"] = distance, reach
+            reasons |= {"distance": distance, "reach": reach}
+            texts.append(f"a composition far from those of {task} ({distance:.3f}, theirs {reach:.3f} apart)")
         if dropped is not None and network is not None:
             bound = float(dropped.bounds(network, task, composition)[0])
-            if bound > dropped.limit * (1 + 1e-6):
-                reasons["bound"], reasons["limit"] = bound, dropped.limit
-        if reasons:
-            found.append({"sid": structure.sid, "fid": int(structure.fid), **reasons})
+            if bound > dropped.limit * (1 + _ROUNDING):
+                reasons |= {"bound": bound, "limit": dropped.limit}
+                texts.append(
+                    f"worse than the bound of {task} ({bound:.4g}, its own at most {dropped.limit:.4g})"
+                )
+        if texts:
+            place = {"sid": structure.sid, "fid": int(structure.fid)}
+            found.append({**place, **reasons, "text": "; ".join(texts)})
     return found
 
 

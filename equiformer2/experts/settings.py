@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from equiformer2.errors import InputError
 from equiformer2.values import Number, Whole
 
 MOST_EXPERTS = 1024
@@ -14,7 +13,7 @@ class ExpertSettings:
     """Mixture of linear experts in the SO(2) convolutions and feed-forward networks.
 
     Args:
-        num_experts: K, weights that each weight is a sum of; 0 for a plain network.
+        num_experts: K, weights that each weight is a sum of; 0 for a plain network. Pruning may leave 1.
         channels: of the embeddings of elements and tasks that the coefficients are computed from.
         hidden_channels: of the layer behind them.
         spread: differences between the experts at the start, relative to the weights (root mean squares).
@@ -36,10 +35,6 @@ class ExpertSettings:
             ("spread", Number(0.0, 100.0, above=True)),
         ):
             object.__setattr__(self, name, rule.read(getattr(self, name), f"experts.{name}"))
-        if self.num_experts == 1:
-            raise InputError(
-                "experts.num_experts is 1, which is a plain network: give 2 or more experts, or 0 for none"
-            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""

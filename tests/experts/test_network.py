@@ -179,7 +179,7 @@ def test_bad_input_gets_one_sentence(experts: ExpertNetwork) -> None:
     with pytest.raises(InputError, match="own forward pass alone"):
         copy.deepcopy(network()).network(slab())
     with pytest.raises(InputError, match="num_experts is 1"):
-        ExpertSettings(num_experts=1)
+        network(num_experts=1)
     with pytest.raises(InputError, match="at least 0"):
         ExpertSettings(num_experts=-2)
     with pytest.raises(InputError, match="name some of 0 to 3"):
