@@ -122,3 +122,83 @@ def _measured(record: dict[str, Any]) -> str:
     if record["force_mae_ratio"] is not None:
         text += f"; force MAE {record['force_mae_eV_A']:.4f} eV/Å ({record['force_mae_ratio'] - 1:+.2%})"
     return text
+
+
+class Retrieve(Command):
+    """Find the experts that a structure needs, and read these alone.
+
+        equiformer2 experts retrieve --checkpoint joint.safetensors --structure slab.traj --json
+        equiformer2 experts retrieve --checkpoint joint.safetensors --structure slab.traj --tasks 'dft*'
+            --out slab.pt
+
+    Of every task, or every composition of its training structures that the file holds, the file has a set of
+    the experts that matter most. The gate's answers to the structure's composition are compared with theirs,
+    and the nearest set is read from the file and merged. Labels are no property of a structure: name the
+    tasks with the kind that is wanted by --tasks.
+    """
+
+    def add_arguments(self, parser: Parser) -> None:
+        _add_arguments(parser)
+        parser.add_argument(
+            "--structure", required=True, metavar="FILE", help="structure file that ASE reads"
+        )
+        parser.add_argument(
+            "--index", type=int, default=-1, help="number of the frame in the file (default: the last one)"
+        )
+        parser.add_argument(
+            "--tasks",
+            nargs="+",
+            metavar="NAME",
+            help="tasks to choose from, also patterns such as 'dft*' (default: all)",
+        )
+        parser.add_argument(
+            "--keep",
+            type=float,
+            metavar="SHARE",
+            help="share of the experts in a set (default: 0.5; all those of a pruned file)",
+        )
+        parser.add_argument(
+            "--per",
+            choices=("task", "composition"),
+            default="task",
+            help="have one set per task, or one per composition of every task (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--out", type=Path, metavar="FILE", help="ordinary checkpoint to write of the merged experts"
+        )
+        add_overwrite_argument(parser)
+
+    def run(self, options: argparse.Namespace) -> Result:
+        from datasets_oc20.structure_files import read_structure
+        from equiformer2.experts.retrieve import ExpertStore
+        from equiformer2.inference.atoms import atoms_to_data
+
+        given = [options.checkpoint, options.structure]
+        if options.out is not None:
+            check_target(options.out, False, given, options.overwrite)
+        store = ExpertStore(options.checkpoint, options.keep, options.per, options.top, options.weights)
+        atoms = read_structure(options.structure, options.index)
+        structure = atoms_to_data(atoms, max_num_elements=store.config.max_num_elements)
+        found = store.find(structure, options.tasks)
+        network = store.network(found)
+        size = Path(options.checkpoint).stat().st_size
+        record = {
+            **store.describe(found),
+            "bytes_read": store.bytes_read,
+            "bytes": size,
+            "parameter_bytes": sum(p.numel() * p.element_size() for p in network.parameters()),
+        }
+        experts = ", ".join(map(str, found.experts))
+        print(
+            f"{options.structure}: task {found.task} (distance {found.match.distance:.3g}), experts "
+            f"{experts} of {store.num_experts} with {found.kept_share:.1%} of the coefficients; {store.bytes_read:,} "
+            f"of {size:,} bytes read"
+        )
+        for text in found.warnings():
+            print(f"beyond the training data: {text}")
+        if options.out is not None:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            store.write(found, options.out)
+            record["out"] = str(options.out)
+            print(f"wrote {options.out}: an ordinary checkpoint for this composition")
+        return Result(record, checkpoint=options.checkpoint)

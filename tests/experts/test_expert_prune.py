@@ -12,7 +12,7 @@ from torch_geometric.data import Data
 from equiformer2.checkpoint.expert_files import ExpertContents, read_experts, write_experts
 from equiformer2.checkpoint.samples import Samples
 from equiformer2.errors import InputError
-from equiformer2.experts import ExpertNetwork, scores
+from equiformer2.experts import ExpertNetwork
 from equiformer2.experts.composition import composition_of
 from equiformer2.experts.dropped import KEY, DroppedExperts
 from equiformer2.experts.prune import PruneSettings, foreign_structures, measure, prune_experts
