@@ -189,11 +189,12 @@ class Retrieve(Command):
             "parameter_bytes": sum(p.numel() * p.element_size() for p in network.parameters()),
         }
         experts = ", ".join(map(str, found.experts))
-        print(
-            f"{options.structure}: task {found.task} (distance {found.match.distance:.3g}), experts "
-            f"{experts} of {store.num_experts} with {found.kept_share:.1%} of the coefficients; {store.bytes_read:,} "
-            f"of {size:,} bytes read"
+        told = (
+            f"task {found.task} (distance {found.match.distance:.3g})",
+            f"experts {experts} of {store.num_experts} with {found.kept_share:.1%} of the coefficients",
+            f"{store.bytes_read:,} of {size:,} bytes read",
         )
+        print(f"{options.structure}: {'; '.join(told)}")
         for text in found.warnings():
             print(f"beyond the training data: {text}")
         if options.out is not None:
