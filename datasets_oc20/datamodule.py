@@ -9,11 +9,12 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch_geometric.data import Batch, Data
 
 from datasets_oc20.division import divide, group_names
 from datasets_oc20.errors import DataError
+from datasets_oc20.joined import MixedLabelDataset, Paths, TaskData, TaskDataset
 from datasets_oc20.npz_file import read_npz
 from datasets_oc20.own_data.opening import open_dataset
 from datasets_oc20.reader import OC20Lmdb
@@ -28,49 +29,9 @@ from datasets_oc20.targets import (
     sample_targets,
 )
 
-Paths = str | list[str]
 _CHECKED_RECORDS = 200
 _VALIDATION_SHARE = 0.1
 _MAX_CHECKED_FIELDS = 50_000
-
-
-class MixedLabelDataset(Dataset):
-    """Concatenation of labelled and forces-only records, each with a field `has_energy [1]` (bool).
-
-    Forces of another method (a universal potential, say) can be learned beside DFT labels; its energies
-    cannot, because they have another zero. So the energies of `forces_only` are kept, but marked.
-
-    Args:
-        labelled: records whose energies and forces are learned; they come first.
-        forces_only: records of which only the forces are learned.
-
-    Raises:
-        DataError: one of the two has no forces.
-    """
-
-    def __init__(self, labelled: OC20Lmdb, forces_only: OC20Lmdb) -> None:
-        self.labelled, self.forces_only = labelled, forces_only
-        for dataset in (labelled, forces_only):
-            if "forces" not in dataset[0]:
-                raise DataError(
-                    f"{dataset.describe(0)}: no forces; data.forces_only needs them in both sets."
-                )
-
-    def __len__(self) -> int:
-        """Return the number of structures."""
-        return len(self.labelled) + len(self.forces_only)
-
-    def __getitem__(self, index: int) -> Data:
-        """Read the structure `index`."""
-        extra = index - len(self.labelled)
-        data = self.labelled[index] if extra < 0 else self.forces_only[extra]
-        data.has_energy = torch.tensor([extra < 0])
-        return data
-
-    @property
-    def natoms(self) -> np.ndarray:
-        """Number of atoms of every structure, `[len]`."""
-        return np.concatenate([self.labelled.natoms, self.forces_only.natoms])
 
 
 @dataclass
@@ -110,7 +71,8 @@ class OC20DataModule(pl.LightningDataModule):
     After `setup()`, `energy_kind` and `normalizers` describe the training data, `training` is the dataset
     that batches are drawn from (with `forces_only`), and `labels` lists what its files state about their
     labels. For total energies per-element references are fitted and subtracted before the mean and standard
-    deviation are taken.
+    deviation are taken. With `tasks` every task has a data module of its own (`parts`), and `normalizers` are
+    in these alone.
 
     For several processes give the Trainer `use_distributed_sampler=False`: this sampler deals the batches.
 
@@ -129,6 +91,13 @@ class OC20DataModule(pl.LightningDataModule):
         num_workers: number of loader processes.
         seed: random seed; with the epoch it determines the order of the training batches.
         normalizers: values to use instead of fits to the training data.
+        tasks: several sets of data that are trained together by a network of experts, in place of `train` and
+            `val`: name -> `train`, `val`, `energy_kind` and `repeat` (`joined.TaskData`). Each keeps its own
+            kind of energy, references and normalizers.
+
+    Attributes:
+        parts: data module of every task by name; empty without tasks.
+        repeats: times that each training structure of a task is used in an epoch, by its name.
 
     Raises:
         DataError: for numbers out of range; on `setup`, for wrong files, mixed or undeclared kinds of energy,
@@ -138,7 +107,7 @@ class OC20DataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: Paths,
+        train: Paths | None = None,
         val: Paths | None = None,
         test: Paths | None = None,
         forces_only: Paths | None = None,
@@ -150,8 +119,11 @@ class OC20DataModule(pl.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         normalizers: NormalizerValues | None = None,
+        tasks: dict[str, dict[str, str | int | list[str] | None]] | None = None,
     ) -> None:
         super().__init__()
+        if train is None and tasks is None:
+            raise DataError("data.train is not set; name the data to train on (or data.tasks, for experts).")
         if max_neighbors < 1:
             raise DataError(f"data.max_neighbors is {max_neighbors}; it must be at least 1.")
         if num_workers < 0:
@@ -162,17 +134,46 @@ class OC20DataModule(pl.LightningDataModule):
         self.batch_size, self.max_atoms, self.max_edges = batch_size, max_atoms, max_edges
         self.max_neighbors, self.num_workers, self.seed = max_neighbors, num_workers, seed
         self._given_normalizers = normalizers
-        self.datasets: dict[str, OC20Lmdb] = {}
+        self.datasets: dict[str, OC20Lmdb | TaskDataset] = {}
+        self.training: OC20Lmdb | MixedLabelDataset | TaskDataset
         self._samples: dict[str, TargetSample] = {}
         self._training_sample: TargetSample
         self._fitted: dict[bytes | None, NormalizerStatistics] = {}
         self.energy_kind: str = ""
         self.labels: list[str] = []
         self.normalizers: NormalizerTable
+        given = {"train": train, "val": val, "test": test, "forces_only": forces_only}
+        self.parts = self._parts(tasks, {**given, "energy_kind": energy_kind, "normalizers": normalizers})
+
+    def _parts(
+        self, tasks: dict[str, dict[str, str | int | list[str] | None]] | None, beside: dict[str, object]
+    ) -> dict[str, "OC20DataModule"]:
+        """Make the data module of every task; refuse settings beside `tasks` that have no meaning then."""
+        self.repeats: dict[str, int] = {}
+        if tasks is None:
+            return {}
+        for name, value in beside.items():
+            if value is not None:
+                raise DataError(
+                    f"data.{name} has no meaning beside data.tasks; set it in a task, or leave it out."
+                )
+        if not isinstance(tasks, dict) or not tasks:
+            raise DataError("data.tasks is empty; give train and val of each task by its name.")
+        parts = {}
+        for name, values in tasks.items():
+            task = TaskData.read(values, str(name))
+            self.repeats[str(name)] = task.repeat
+            parts[str(name)] = OC20DataModule(
+                task.train, task.val, energy_kind=task.energy_kind, seed=self.seed
+            )
+        return parts
 
     def setup(self, stage: str | None = None) -> None:
         """Open and check the files; fit the normalizers unless they are given."""
         if self.datasets:
+            return
+        if self.parts:
+            self._setup_parts(stage)
             return
         datasets = {
             name: open_dataset(path, self._given_kind)
@@ -193,7 +194,7 @@ class OC20DataModule(pl.LightningDataModule):
         for path, sample in self._samples.items():
             check_energies_match_kind(sample, self.energy_kind, path)
         self.normalizers = self._normalizers(datasets["train"])
-        self.training: OC20Lmdb | MixedLabelDataset = datasets["train"]
+        self.training = datasets["train"]
         if more is not None:
             self.training = MixedLabelDataset(datasets["train"], more)
             check_same_fields(more, datasets["train"].fields(0))
@@ -201,6 +202,27 @@ class OC20DataModule(pl.LightningDataModule):
         self.labels = sorted({statement for dataset in opened for statement in dataset.labels})
         self.datasets = datasets
         self._report()
+
+    def _setup_parts(self, stage: str | None) -> None:
+        """Open the data of all tasks; each is checked and normalised by itself."""
+        first: frozenset[str] | None = None
+        for name, part in self.parts.items():
+            rank_zero_info(f"Task {name}:")
+            part.setup(stage)
+            fields = part.datasets["train"].fields(0)
+            first = fields if first is None else first
+            if fields != first:
+                raise DataError(
+                    f"data.tasks.{name}: its structures hold {', '.join(sorted(fields))}, and those of the "
+                    f"first task {', '.join(sorted(first))}; all tasks need the same fields."
+                )
+        self.energy_kind = ", ".join(f"{name} {part.energy_kind}" for name, part in self.parts.items())
+        self.training = TaskDataset(
+            {name: part.datasets["train"] for name, part in self.parts.items()}, self.repeats
+        )
+        validation = TaskDataset({name: part.datasets["val"] for name, part in self.parts.items()})
+        self.datasets = {"train": self.training, "val": validation}
+        self.labels = self.training.labels
 
     def check_normalizers(self, mean: float, std: float, linear_references: torch.Tensor | None) -> None:
         """Check that normalizers fitted elsewhere can be of these energies.
@@ -228,6 +250,11 @@ class OC20DataModule(pl.LightningDataModule):
         if key not in self._fitted:
             self._fitted[key] = fit_normalizers(self._training_sample, linear_references)
         return self._fitted[key]
+
+    def mean_composition(self) -> np.ndarray:
+        """Average the shares of the elements over the frames of `training_targets`, `[100]`."""
+        counts = self._training_sample.composition
+        return (counts / counts.sum(axis=1, keepdims=True)).mean(axis=0)
 
     def train_dataloader(self) -> DataLoader:
         """Return the training batches, shuffled by (seed, epoch)."""

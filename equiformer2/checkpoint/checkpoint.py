@@ -15,6 +15,7 @@ from torch import Tensor
 
 from equiformer2.checkpoint.adapter_files import FORMAT as ADAPTER_FORMAT
 from equiformer2.checkpoint.contents import Contents, EnergyKind, WeightsKind, check_energy_kind
+from equiformer2.checkpoint.expert_files import is_expert_file
 from equiformer2.checkpoint.fairchem_v1 import is_fairchem_v1, read_fairchem_v1
 from equiformer2.checkpoint.native import is_native, read_native, write_native
 from equiformer2.checkpoint.normalizers import Normalizers
@@ -277,6 +278,11 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
         InputError: as `load_checkpoint`.
     """
     path = find_checkpoint(path)
+    if is_expert_file(path):
+        raise InputError(
+            f"{path} is a network of experts for several tasks: make an ordinary checkpoint of one of them "
+            f"with equiformer2 experts merge --checkpoint {path} --task TASK --out NEW.pt, and give that"
+        )
     file = read_tensors(path)
     with own_defaults():
         if is_native(file):

@@ -117,7 +117,8 @@ class ExpertContents:
         tasks: by name, in the order of the stacks of heads.
         weights: `raw`, `averaged` or both.
         provenance: plain values.
-        experts: numbers of the experts in `weights`, in the file's numbering. The gate has all outputs.
+        experts: numbers of the experts in `weights`, in the file's numbering. The gate has the
+            outputs of all.
         bytes_read: from the file.
     """
 
@@ -144,8 +145,10 @@ class ExpertContents:
         for candidate in (kind,) if kind else ("averaged", "raw"):
             if candidate in self.weights:
                 return candidate  # type: ignore[return-value]
-        there = " and ".join(self.available_weights)
-        raise InputError(f"{self.source} does not hold {shown(kind)} weights, only {there} ones")
+        raise InputError(
+            f"{self.source} does not hold {shown(kind)} weights, only "
+            f"{' and '.join(self.available_weights)} ones"
+        )
 
     def task(self, name: str) -> TaskInfo:
         """Return a task by its name.

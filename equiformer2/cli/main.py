@@ -43,6 +43,7 @@ COMMANDS = {
     "checkpoint import": "training:ImportCheckpoint",
     "adapters merge": "adapters:Merge",
     "adapters inspect": "adapters:Inspect",
+    "experts merge": "experts:Merge",
     "prune report": "prune:Report",
     "prune plan": "prune:Plan",
     "prune apply": "prune:Apply",
@@ -63,6 +64,7 @@ GROUPS = {
     "data": "Download, convert and inspect data.",
     "checkpoint": "Work with checkpoint files.",
     "adapters": "Work with adapters of a fine-tuned network.",
+    "experts": "Take one task out of a network of experts.",
     "prune": "Analyze and compress a trained model.",
 }
 

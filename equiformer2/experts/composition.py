@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from ase.data import atomic_numbers as known_numbers
+from ase.data import chemical_symbols
 from ase.formula import Formula
 from torch import Tensor
 
@@ -70,3 +71,10 @@ def composition_from_formula(text: str, num_elements: int) -> Tensor:
             )
         shares[number] = count / atoms
     return shares
+
+
+def shares_by_symbol(composition: Tensor) -> dict[str, float]:
+    """List the elements of a composition `[Z]` by symbol, the largest share first."""
+    present = composition.nonzero().flatten().tolist()
+    found = {chemical_symbols[number]: float(composition[number]) for number in present}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))

@@ -30,8 +30,6 @@ from equiformer2.model.expert_mixture import (
 from equiformer2.model.folding import parametrized_weights
 from equiformer2.values import shown
 
-_FIELDS = ("pos", "atomic_numbers", "cell", "pbc", "natoms")
-
 
 class _Turn:
     """Lock of one network; copies of the network get their own."""
@@ -278,7 +276,7 @@ class ExpertNetwork(nn.Module):
         self.network.fold_weights(dtype)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters without weight decay: also embeddings and biases of the gate."""
+        """Name the parameters without weight decay: the network's, and embeddings and biases of the gate."""
         gate = {"elements.weight", "tasks.weight", "hidden.bias", "out.bias"}
         return {f"network.{name}" for name in self.network.no_weight_decay()} | {f"gate.{n}" for n in gate}
 
@@ -352,22 +350,22 @@ def merge_weights(
     return {**weights.shared, **mixed, **heads}
 
 
-def select_structures(batch: Batch | Data, rows: Tensor, more: Sequence[str] = ()) -> Data:
+def select_structures(batch: Batch | Data, rows: Tensor) -> Data:
     """Take structures out of a batch, with the fields that a network reads.
 
     Args:
         batch: structures.
         rows: `[b]` their numbers.
-        more: names of further fields, per structure or per atom.
     """
     natoms = torch.as_tensor(batch.natoms, device=rows.device).reshape(-1)
     atoms = _atoms_of(rows, natoms)
-    taken = {}
-    for name in (*_FIELDS, *more):
-        value = natoms if name == "natoms" else batch[name]
-        of_atoms = name in ("pos", "atomic_numbers", "forces", "fixed", "tags")
-        taken[name] = value[atoms if of_atoms else rows]
-    return Data(**taken)
+    return Data(
+        pos=batch.pos[atoms],
+        atomic_numbers=batch.atomic_numbers[atoms],
+        cell=batch.cell[rows],
+        pbc=batch.pbc[rows],
+        natoms=natoms[rows],
+    )
 
 
 def _atoms_of(rows: Tensor, natoms: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,17 +14,16 @@ from datasets_oc20.untrusted import AnyPath
 from equiformer2.adapters import AdapterSettings, attach_adapter, prune_adapter
 from equiformer2.checkpoint import Checkpoint, Normalizers
 from equiformer2.checkpoint.adapter_files import Adapter, Base, write_adapter
-from equiformer2.checkpoint.checkpoint import read_contents
 from equiformer2.checkpoint.contents import check_energy_kind
 from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
-from equiformer2.checkpoint.tensor_files import plain, sha256
+from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.model.folding import plain_name
 from equiformer2.model.parametrizations import low_rank_maps
 from equiformer2.shipped import find_checkpoint
 from equiformer2.training.loader import ResumableDataModule
-from equiformer2.training.task import NOT_IN_WEIGHTS
+from equiformer2.training.start import with_whole_model
 
 
 def with_start_model(
@@ -49,10 +47,7 @@ def with_start_model(
     values = yaml.safe_load(text)
     if model.dens or values["task"].get("dens") is not None:
         raise InputError("task.dens trains a part of its own, which an adapter does not hold: leave one out")
-    own = {name: getattr(model, name) for name in NOT_IN_WEIGHTS}
-    model = replace(read_contents(init_from).config, **own)
-    values["model"] = {**values["model"], **plain(model.to_dict())}
-    return model, yaml.safe_dump(values, sort_keys=False)
+    return with_whole_model(model, init_from, text)
 
 
 class AdapterPart:

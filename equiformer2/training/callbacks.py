@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from equiformer2.checkpoint import save_checkpoint
+from equiformer2.checkpoint.contents import WeightsKind
 from equiformer2.errors import InputError
 from equiformer2.training.adapter_part import AdapterPart
+from equiformer2.training.expert_part import ExpertPart
 from equiformer2.training.figures import draw_parity
 from equiformer2.training.metrics import HIGHER_IS_BETTER
 from equiformer2.training.task import S2EFTask
@@ -49,18 +51,21 @@ class NativeCheckpoints(Callback):
 
     Both are written after validations; `best.pt` when the monitored metric is the best so far. Without a
     validation set, `last.pt` is written when training ends. A run that trains an adapter writes its adapter
-    files instead, `last_adapter.pt` and `best_adapter.pt`, of the averaged weights where there are such.
+    files instead, `last_adapter.pt` and `best_adapter.pt`, of the averaged weights where there are such; one
+    of experts `last_experts.safetensors` and `best_experts.safetensors`.
 
     Args:
         folder: for the files.
         provenance: origin of the weights.
-        adapter: of the run, or None.
+        part: adapter or experts of the run, or None.
     """
 
-    def __init__(self, folder: Path, provenance: dict[str, Any], adapter: AdapterPart | None = None) -> None:
+    def __init__(
+        self, folder: Path, provenance: dict[str, Any], part: AdapterPart | ExpertPart | None = None
+    ) -> None:
         self.folder = folder
         self.provenance = provenance
-        self.adapter = adapter
+        self.part = part
         self.best_score: float | None = None
         self.validated_step: int | None = None
 
@@ -101,9 +106,15 @@ class NativeCheckpoints(Callback):
             "epoch": trainer.current_epoch,
             "validation": values,
         }
-        if self.adapter is not None:
+        if isinstance(self.part, AdapterPart):
             path = path.with_stem(f"{path.stem}_adapter")
-            self.adapter.write(path, task.best_weights, task.normalizers, task.energy_kind, provenance)
+            self.part.write(path, task.best_weights, task.normalizers, task.energy_kind, provenance)
+            return
+        if isinstance(self.part, ExpertPart):
+            networks: dict[WeightsKind, nn.Module] = {"raw": task.model}
+            if task.averaged is not None:
+                networks["averaged"] = task.averaged
+            self.part.write(path.with_name(f"{path.stem}_experts.safetensors"), networks, provenance)
             return
         model = task.exported(task.model)
         save_checkpoint(

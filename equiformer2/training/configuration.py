@@ -19,6 +19,7 @@ from datasets_oc20.datamodule import NormalizerValues
 from datasets_oc20.untrusted import read_yaml
 from equiformer2.adapters import AdapterSettings
 from equiformer2.errors import InputError
+from equiformer2.experts import ExpertSettings
 from equiformer2.model import ModelConfig
 from equiformer2.model.config import with_present_keys
 from equiformer2.shipped import find_config
@@ -61,6 +62,7 @@ _GROUPS = {
     "optim": OptimSettings,
     "wandb": WandbSettings,
     "adapter": AdapterSettings,
+    "experts": ExpertSettings,
 }
 #: Keys of a pruned network's parts, each of which holds keys of its own; `[]` stands for the items of a list.
 _BLOCKS = ("model.blocks[]", "model.force_head", "model.energy_head")
@@ -153,6 +155,8 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     if run.name is None and parsed.config:
         run = replace(run, name=Path(str(parsed.config[-1])).stem)
     data = {**plain(parsed.data), "seed": run.seed}
+    if data["train"] is None and data["tasks"] is None:
+        raise InputError("data.train is not set: name the data to train on")
     if data["normalizers"] is not None:
         data["normalizers"] = NormalizerValues(**data["normalizers"])
     # All keys with their values, null where nothing is set, so that later defaults cannot change the run.

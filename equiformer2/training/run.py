@@ -19,10 +19,13 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from equiformer2.adapters import AdapterSettings
 from equiformer2.checkpoint.training_data import KEY
 from equiformer2.errors import InputError
+from equiformer2.experts import ExpertSettings
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.training.adapter_part import AdapterPart, scoring_device, with_start_model
 from equiformer2.training.callbacks import BatchAtWork, NativeCheckpoints, ParityFigures, Summary
 from equiformer2.training.config_values import ignored_settings
+from equiformer2.training.expert_part import ExpertPart, check_experts
+from equiformer2.training.expert_task import ExpertTask
 from equiformer2.training.figures import draw_loss_curves
 from equiformer2.training.folder import (
     RunFolder,
@@ -46,6 +49,7 @@ from equiformer2.training.start import (
     load_start,
     read_start,
     with_pruned_blocks,
+    with_whole_model,
 )
 from equiformer2.training.stopping import interrupts_kept
 from equiformer2.training.task import S2EFTask, TaskSettings
@@ -122,6 +126,7 @@ class RunConfig:
         optim: optimizer and learning-rate schedule.
         wandb: Weights & Biases.
         adapter: low-rank maps that are trained in place of the weights; rank 0 for none.
+        experts: mixture of experts that is trained on several data sets; 0 experts for a plain network.
         data: arguments of the data module.
         trainer: arguments of Lightning's `Trainer`.
         text: the resolved configuration as YAML, which is saved with the run.
@@ -133,6 +138,7 @@ class RunConfig:
     optim: OptimSettings
     wandb: WandbSettings
     adapter: AdapterSettings
+    experts: ExpertSettings
     data: dict[str, Any]
     trainer: dict[str, Any]
     text: str
@@ -151,7 +157,10 @@ def train(config: RunConfig) -> Path:
         InputError, datasets_oc20.DataError: anything wrong with the settings, the data or a checkpoint.
         OSError: the folder cannot be written.
     """
+    check_experts(config.experts, config.data, config.task, config.adapter.rank)
     model, text = with_start_model(config.model, config.adapter, config.run.init_from, config.text)
+    if config.experts.num_experts and config.run.init_from is not None:
+        model, text = with_whole_model(model, config.run.init_from, text)
     model, text = with_pruned_blocks(model, config.run.init_from, text)
     config = replace(config, model=model, text=text)
     if config.model.dens and config.task.dens is None:
@@ -193,8 +202,8 @@ class _Training:
     def __init__(self, config: RunConfig, data: ResumableDataModule, folder: RunFolder, begin: int) -> None:
         self.config, self.data, self.folder, self.begin = config, data, folder, begin
         self._check_targets()
-        self.adapter: AdapterPart | None = None
-        self.task = self._make_task()
+        self.part: AdapterPart | ExpertPart | None = None
+        self.task = self._make_task() if config.experts.num_experts == 0 else self._make_expert_task()
         self.parity = ParityFigures()
 
     def run(self) -> None:
@@ -202,9 +211,11 @@ class _Training:
         origin = {
             "config": self.config.text,
             "init_from": self.config.run.init_from,
-            KEY: describe_training_data(self.data, self.start, self.task.normalizers),
+            KEY: self.part.training_data
+            if isinstance(self.part, ExpertPart)
+            else describe_training_data(self.data, self.start, self.task.normalizers),
         }
-        self.native = NativeCheckpoints(self.folder.checkpoints, origin, self.adapter)
+        self.native = NativeCheckpoints(self.folder.checkpoints, origin, self.part)
         self.task.guard.folder = self.folder.path
         work = BatchAtWork()
         callbacks = [
@@ -282,15 +293,30 @@ class _Training:
             load_start(model, start, str(path))
             keep_predictions(model, start.normalizers, normalizers)
             if self.config.adapter.rank > 0:
-                self.adapter = AdapterPart(model, start, str(path), self.config.adapter, run.seed)
+                self.part = AdapterPart(model, start, str(path), self.config.adapter, run.seed)
         task = S2EFTask(
             model, normalizers, self.data.energy_kind, self.config.task, self.config.optim, run.seed
         )
-        if self.adapter is not None:
-            task.base = self.adapter.base.fingerprint
+        if isinstance(self.part, AdapterPart):
+            task.base = self.part.base.fingerprint
             if self.folder.resume_from is None:  # else the masks come with the state
-                self._prune_adapter(task, self.adapter)
+                self._prune_adapter(task, self.part)
         return task
+
+    def _make_expert_task(self) -> ExpertTask:
+        config, seed = self.config, self.config.run.seed
+        self.part = ExpertPart(config.experts, self.data, config.model.forces, config.run.init_from)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            plain = EquiformerV2(config.model)
+        return ExpertTask(
+            self.part.network(plain, seed),
+            self.part.normalizers,
+            self.data.energy_kind,
+            config.task,
+            config.optim,
+            seed,
+        )
 
     def _prune_adapter(self, task: S2EFTask, adapter: AdapterPart) -> None:
         """Choose the entries of the adapter to train, in every process alike."""
@@ -349,7 +375,7 @@ class _Training:
 
     def _shared_facts(self) -> dict[str, str]:
         """Settings and data that all processes must share; files may lie elsewhere on every node."""
-        paths = {"train", "val", "forces_only"}
+        paths = {"train", "val", "forces_only", "tasks"}
         settings = {name: value for name, value in self.config.data.items() if name not in paths}
         return {
             **settings_to_compare(
@@ -357,6 +383,7 @@ class _Training:
                 task=self.config.task,
                 optim=self.config.optim,
                 adapter=self.config.adapter,
+                experts=self.config.experts,
                 data=settings,
                 trainer=self.config.trainer,
             ),

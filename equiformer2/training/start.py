@@ -57,6 +57,21 @@ def with_pruned_blocks(model: ModelConfig, init_from: str | None, text: str) -> 
     return model, yaml.safe_dump(values, sort_keys=False)
 
 
+def with_whole_model(model: ModelConfig, init_from: str, text: str) -> tuple[ModelConfig, str]:
+    """Take over the whole network of `init_from`, but for dropout.
+
+    Args:
+        model: as configured.
+        init_from: the checkpoint to start from.
+        text: the configuration as YAML.
+    """
+    own = {name: getattr(model, name) for name in NOT_IN_WEIGHTS}
+    model = replace(read_contents(init_from).config, **own)
+    values = yaml.safe_load(text)
+    values["model"] = {**values["model"], **plain(model.to_dict())}
+    return model, yaml.safe_dump(values, sort_keys=False)
+
+
 def read_start(path: str, data: ResumableDataModule, refit: bool) -> Checkpoint:
     """Read the checkpoint to start from.
 

@@ -209,7 +209,7 @@ class S2EFTask(pl.LightningModule):
             terms.energies if terms else None,
         )
         loss = self.settings.energy_coefficient * energy
-        logged = {"train/energy_mae": energy.detach() * self.normalizers.energy.std}
+        logged = {"train/energy_mae": energy.detach() * self.energy_unit(out["energy"], target_energy, batch)}
         if self.has_forces:
             target = self.normalizers.normalize_forces(batch.forces)
             free, free_atoms = ~batch.fixed.bool(), terms.free_atoms if terms else None
@@ -229,6 +229,15 @@ class S2EFTask(pl.LightningModule):
             loss = loss + self.settings.stress_coefficient * error
             logged["train/stress_mae"] = error.detach() * self.normalizers.energy.std
         return loss, logged, out
+
+    def energy_unit(self, predicted: Tensor, target: Tensor, batch: Batch) -> Tensor | float:
+        """Factor, in eV, from the mean of this batch's normalised errors to that of its errors.
+
+        Args:
+            predicted, target: `[B]` normalised energies.
+            batch: the structures.
+        """
+        return self.normalizers.energy.std
 
     def _of_step(self, values: Tensor, batch_idx: int) -> Tensor:
         """The values of micro-batches, averaged over those of the optimizer step so far."""
@@ -380,7 +389,7 @@ class S2EFTask(pl.LightningModule):
         if self.base is not None:
             checkpoint["state_dict"] = {**self._held(), **checkpoint["state_dict"]}
         self._check_same_model(checkpoint["state_dict"], state.get("model", {}))
-        if Normalizers.from_dict(state["normalizers"]) != self.normalizers:
+        if type(self.normalizers).from_dict(state["normalizers"]) != self.normalizers:
             raise InputError(
                 "the run to resume used other normalizers: give it the same data and data settings, and if "
                 "it began with init_from, the same init_from with ckpt_path: auto"

@@ -1,0 +1,110 @@
+"""Ordinary checkpoints made of networks of experts, for one task and composition."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from equiformer2.checkpoint.checkpoint import save_checkpoint
+from equiformer2.checkpoint.expert_files import ExpertContents, read_experts
+from equiformer2.checkpoint.tensor_files import sha256
+from equiformer2.checkpoint.training_data import inherited
+from equiformer2.errors import InputError
+from equiformer2.experts.composition import composition_from_formula, shares_by_symbol
+from equiformer2.experts.network import ExpertNetwork
+from equiformer2.model.parameters import count_parameters
+
+
+def merge_experts(
+    path: str | os.PathLike[str],
+    task: str,
+    out: str | os.PathLike[str],
+    composition: str | None = None,
+    weights: str | None = None,
+    experts: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Write an ordinary checkpoint that answers as a network of experts does for one task and composition.
+
+    For other compositions the network of experts would use other coefficients; what the file was made for is
+    in its provenance.
+
+    Args:
+        path: file of the experts.
+        task: name of the task.
+        out: native checkpoint to write.
+        composition: formula of which the shares of the elements count; None for the mean of the task's
+            training structures, which the file holds.
+        weights: `raw`, `averaged`, or None for the averaged ones where the file has them.
+        experts: numbers of those that are kept, with coefficients that are scaled to add up to 1; None for
+            all.
+
+    Returns:
+        A summary in plain values.
+
+    Raises:
+        InputError: as `read_experts`; an unknown task, element or expert.
+        OSError: `out` cannot be written.
+    """
+    if Path(out).resolve() == Path(path).resolve():
+        raise InputError(f"{out} is the file of the experts: give another name for the checkpoint")
+    contents = read_experts(path)
+    info = contents.task(task)
+    kind = contents.choose_weights(weights)
+    network = ExpertNetwork.from_contents(contents, kind)
+    shares = info.composition
+    if composition is not None:
+        shares = composition_from_formula(composition, contents.config.max_num_elements)
+    merged = network.merged(task, shares, experts)
+    of_experts = {
+        "file": Path(path).name,
+        "sha256": sha256(path),
+        "task": task,
+        "composition": shares_by_symbol(shares),
+        "composition_from": "mean of the training data" if composition is None else composition,
+        "coefficients": coefficients_of(network, task, shares),
+        "experts": list(range(network.settings.num_experts)) if experts is None else list(experts),
+    }
+    state = merged.state_dict()
+    save_checkpoint(
+        out,
+        model=merged,
+        raw_state=state if kind == "raw" else None,
+        averaged_state=state if kind == "averaged" else None,
+        normalizers=info.normalizers,
+        energy_kind=info.energy_kind,
+        provenance={
+            **inherited(info.provenance),
+            **validation_of(contents, task),
+            "merged_from": of_experts,
+        },
+    )
+    return {
+        "out": str(out),
+        "weights": kind,
+        "parameters": count_parameters(contents.config),
+        "energy_kind": info.energy_kind,
+        "tasks": list(contents.tasks),
+        **of_experts,
+    }
+
+
+def coefficients_of(network: ExpertNetwork, task: str, composition: Tensor) -> list[float]:
+    """Compute the coefficients of all experts for a composition `[Z]` and a task, as a list."""
+    gate = network.gate
+    device = gate.elements.weight.device
+    number = gate.tasks.weight.new_full((1,), network.task_number(task)).long()
+    return gate.coefficients(composition.to(device)[None], number)[0].tolist()  # type: ignore[no-any-return]
+
+
+def validation_of(contents: ExpertContents, task: str) -> dict[str, Any]:
+    """Select the errors of a task in the last validation, as the provenance of a checkpoint holds them."""
+    values = contents.provenance.get("validation")
+    if not isinstance(values, dict):
+        return {}
+    own = {
+        name.removeprefix(f"{task}/"): value for name, value in values.items() if name.startswith(f"{task}/")
+    }
+    kept = {name: contents.provenance[name] for name in ("step", "epoch") if name in contents.provenance}
+    return {"validation": own, **kept} if own else kept
