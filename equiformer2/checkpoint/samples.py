@@ -23,8 +23,8 @@ class Samples:
     Attributes:
         natoms: `[n]` int32.
         numbers: `[N]` int16, atomic numbers.
-        pos: `[N, 3]` float64, Å.
-        cell: `[n, 3, 3]` float64, Å; rows are lattice vectors.
+        pos: `[N, 3]` float32, Å.
+        cell: `[n, 3, 3]` float32, Å; rows are lattice vectors.
         pbc: `[n, 3]` bool.
         fixed: `[N]` bool.
         tags: `[N]` uint8.
@@ -55,8 +55,8 @@ class Samples:
         samples = cls(
             natoms,
             joined("atomic_numbers", torch.int16),
-            joined("pos", torch.float64),
-            joined("cell", torch.float64).view(-1, 3, 3),
+            joined("pos", torch.float32),
+            joined("cell", torch.float32).view(-1, 3, 3),
             joined("pbc", torch.bool).view(-1, 3),
             joined("fixed", torch.bool),
             joined("tags", torch.uint8),

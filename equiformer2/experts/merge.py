@@ -1,19 +1,21 @@
 """Ordinary checkpoints made of networks of experts, for one task and composition."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from equiformer2.checkpoint.checkpoint import save_checkpoint
-from equiformer2.checkpoint.expert_files import ExpertContents, read_experts
+from equiformer2.checkpoint.contents import WeightsKind
+from equiformer2.checkpoint.expert_files import TaskInfo, read_experts
 from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.checkpoint.training_data import inherited
 from equiformer2.errors import InputError
 from equiformer2.experts.composition import composition_from_formula, shares_by_symbol
 from equiformer2.experts.network import ExpertNetwork
+from equiformer2.model.equiformer import EquiformerV2
 from equiformer2.model.parameters import count_parameters
 
 
@@ -66,20 +68,7 @@ def merge_experts(
         "coefficients": coefficients_of(network, task, shares),
         "experts": list(range(network.settings.num_experts)) if experts is None else list(experts),
     }
-    state = merged.state_dict()
-    save_checkpoint(
-        out,
-        model=merged,
-        raw_state=state if kind == "raw" else None,
-        averaged_state=state if kind == "averaged" else None,
-        normalizers=info.normalizers,
-        energy_kind=info.energy_kind,
-        provenance={
-            **inherited(info.provenance),
-            **validation_of(contents, task),
-            "merged_from": of_experts,
-        },
-    )
+    save_merged(out, merged, info, kind, contents.provenance, of_experts)
     return {
         "out": str(out),
         "weights": kind,
@@ -90,6 +79,43 @@ def merge_experts(
     }
 
 
+def save_merged(
+    out: str | os.PathLike[str],
+    merged: EquiformerV2,
+    info: TaskInfo,
+    kind: WeightsKind,
+    provenance: Mapping[str, Any],
+    of_experts: Mapping[str, Any],
+) -> None:
+    """Write a merged network as an ordinary checkpoint.
+
+    Args:
+        out: native checkpoint to write.
+        merged: the network.
+        info: of its task.
+        kind: weights that it was merged from.
+        provenance: of the file of the experts.
+        of_experts: plain values: task, composition and coefficients.
+
+    Raises:
+        OSError: `out` cannot be written.
+    """
+    state = merged.state_dict()
+    save_checkpoint(
+        out,
+        model=merged,
+        raw_state=state if kind == "raw" else None,
+        averaged_state=state if kind == "averaged" else None,
+        normalizers=info.normalizers,
+        energy_kind=info.energy_kind,
+        provenance={
+            **inherited(info.provenance),
+            **validation_of(provenance, info.name),
+            "merged_from": dict(of_experts),
+        },
+    )
+
+
 def coefficients_of(network: ExpertNetwork, task: str, composition: Tensor) -> list[float]:
     """Compute the coefficients of all experts for a composition `[Z]` and a task, as a list."""
     gate = network.gate
@@ -98,13 +124,13 @@ def coefficients_of(network: ExpertNetwork, task: str, composition: Tensor) -> l
     return gate.coefficients(composition.to(device)[None], number)[0].tolist()  # type: ignore[no-any-return]
 
 
-def validation_of(contents: ExpertContents, task: str) -> dict[str, Any]:
+def validation_of(provenance: Mapping[str, Any], task: str) -> dict[str, Any]:
     """Select the errors of a task in the last validation, as the provenance of a checkpoint holds them."""
-    values = contents.provenance.get("validation")
+    values = provenance.get("validation")
     if not isinstance(values, dict):
         return {}
     own = {
         name.removeprefix(f"{task}/"): value for name, value in values.items() if name.startswith(f"{task}/")
     }
-    kept = {name: contents.provenance[name] for name in ("step", "epoch") if name in contents.provenance}
+    kept = {name: provenance[name] for name in ("step", "epoch") if name in provenance}
     return {"validation": own, **kept} if own else kept

@@ -18,9 +18,10 @@ from equiformer2.checkpoint.expert_files import TaskInfo, read_experts
 from equiformer2.errors import InputError
 from equiformer2.experts import scores
 from equiformer2.experts.cache import BoundedCache
-from equiformer2.experts.composition import composition_of
+from equiformer2.experts.composition import composition_of, shares_by_symbol
 from equiformer2.experts.dropped import KEY
 from equiformer2.experts.gate import ExpertGate
+from equiformer2.experts.merge import save_merged
 from equiformer2.experts.network import merge_weights
 from equiformer2.experts.prune import task_compositions, task_structures
 from equiformer2.experts.sets import ExpertSet, Match, Per, make_sets, nearest, nearest_composition
@@ -227,6 +228,27 @@ class ExpertStore:
             raise InputError(f"{self.path}: the weights do not fit their configuration: {reason}") from error
         size = sum(tensor.numel() * tensor.element_size() for tensor in network.parameters())
         return network.eval(), size
+
+    def write(self, found: Retrieval, out: str | os.PathLike[str]) -> None:
+        """Write an ordinary checkpoint of the merged experts.
+
+        Args:
+            found: of `find`.
+            out: native checkpoint to write.
+
+        Raises:
+            OSError: `out` cannot be written.
+        """
+        of_experts = {
+            "file": self.path.name,
+            "task": found.task,
+            "composition": shares_by_symbol(found.composition),
+            "composition_from": "a structure",
+            "coefficients": found.coefficients.tolist(),
+            "experts": list(found.experts),
+        }
+        info, network = self.tasks[found.task], self.network(found)
+        save_merged(out, network, info, self.weights, self.provenance, of_experts)
 
     def describe(self, found: Retrieval) -> dict[str, Any]:
         """Return plain values of a retrieval, for a record."""
