@@ -1,14 +1,14 @@
 """Ten tasks for a mixture of experts: two kinds of labels, five groups of elements that share elements.
 
 A system belongs to the first group of which its slab (all atoms but the adsorbate) holds an element. The
-groups share elements: copper is in coinage metals and in many chalcogenides, aluminium oxides hold what
-metals hold. Within a task the slabs of held-out systems are of other elements, taken together, than those
-that are learned.
+groups share elements: copper, for example, is in slabs of all of them but the last. Within a task, held-out
+slabs have other combinations of elements than those that are learned.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ase.data import chemical_symbols
@@ -43,16 +43,24 @@ class Sources:
         dft, teacher: folders.
         frames: most frames of a task to learn.
         test_frames: most frames of a task to judge by.
+        tasks: names of those that are used.
     """
 
     dft: Path
     teacher: Path
     frames: int
     test_frames: int
+    tasks: tuple[str, ...] = TASKS
 
-    def about(self) -> dict[str, str | int]:
+    def about(self) -> dict[str, Any]:
         """Return plain values, by which other data are told apart."""
-        return {name: value if isinstance(value, int) else str(value) for name, value in vars(self).items()}
+        values = {**vars(self), "tasks": list(self.tasks)}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def kind_of(task: str) -> str:
+    """Name the kind of labels of a task."""
+    return task.partition("-")[0]
 
 
 def group_of(elements: frozenset[str]) -> str:
@@ -78,6 +86,8 @@ def prepare(folder: Path, sources: Sources) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tasks = {}
     for kind, source in (("dft", sources.dft), ("teacher", sources.teacher)):
+        if not any(kind_of(task) == kind for task in sources.tasks):
+            continue
         whole = folder / f"{kind}.whole.lmdb"
         whole.unlink(missing_ok=True)
         preprocess(source, whole)
@@ -88,7 +98,7 @@ def prepare(folder: Path, sources: Sources) -> None:
 
 def _divide(
     dataset: OC20Lmdb, kind: str, folder: Path, sources: Sources
-) -> Iterator[tuple[str, dict[str, object]]]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Write the files of one kind of labels, and describe its tasks."""
     rows: dict[str, dict[str, list[int]]] = {group: {} for group in GROUPS}
     for row in tqdm(range(len(dataset)), desc=f"{kind} frames", unit="frame"):
@@ -97,6 +107,8 @@ def _divide(
         elements = frozenset(chemical_symbols[number] for number in slab)
         rows[group_of(elements)].setdefault("-".join(sorted(elements)), []).append(row)
     for group, combinations in rows.items():
+        if f"{kind}-{group}" not in sources.tasks:
+            continue
         if len(combinations) < 2:
             raise InputError(
                 f"{kind} data have {len(combinations)} slabs of the group {group}: to learn one and judge "
