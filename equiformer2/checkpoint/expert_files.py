@@ -260,52 +260,96 @@ def read_experts(
         InputError: it is damaged, no expert file, or of a newer version; there are no such experts, weights
             or tasks.
     """
-    source, metadata = str(path), _metadata(Path(path))
-    if metadata.get("format") != FORMAT:
-        raise InputError(
-            f"{source} is no file of an expert network: give one that equiformer2 train wrote with "
-            "experts.num_experts"
-        )
-    with as_input_error():
-        content = load_json(str(metadata.get("content", "")), f"{source}: content", _MAX_HEADER)
-    content = _checked_content(content, source)
-    config = config_from_values(mapping(content["model_config"], f"{source}: model_config"), source)
-    settings = dict(mapping(content["settings"], f"{source}: settings"))
-    count = Whole(1, 1 << 20).read(settings.get("num_experts"), f"{source}: settings.num_experts")
-    kept = tuple(range(count)) if only is None else tuple(int(each) for each in only)
-    if len(set(kept)) < len(kept) or not set(kept) <= set(range(count)):
-        raise InputError(f"{source} has the experts 0 to {count - 1}, and {shown(list(kept))} were asked for")
-    try:
-        with safe_open(source, framework="pt", device="cpu") as file:
-            reader = _Reader(file, source, None if only is None else kept, count)
-            reader.bytes_read = _header_bytes(Path(path))
-            listed = dict(_tasks(content, source))
-            names = list(listed) if tasks is None else list(tasks)
+    return ExpertFile(path).read(only, weights, tasks)
+
+
+class ExpertFile:
+    """An open expert file, of which parts are read when they are asked for.
+
+    Tasks and gates are read once. A file that is replaced on disk stays what it was here.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: it is damaged, no expert file, or of a newer version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.source, metadata = str(path), _metadata(Path(path))
+        if metadata.get("format") != FORMAT:
+            raise InputError(
+                f"{self.source} is no file of an expert network: give one that equiformer2 train wrote with "
+                "experts.num_experts"
+            )
+        with as_input_error():
+            content = load_json(str(metadata.get("content", "")), f"{self.source}: content", _MAX_HEADER)
+        content = _checked_content(content, self.source)
+        where = f"{self.source}: model_config"
+        self._config = config_from_values(mapping(content["model_config"], where), self.source)
+        self._settings = dict(mapping(content["settings"], f"{self.source}: settings"))
+        count = self._settings.get("num_experts")
+        self._count = Whole(1, 1 << 20).read(count, f"{self.source}: settings.num_experts")
+        provenance = mapping(plain(content["provenance"]), f"{self.source}: provenance")
+        self._provenance = dict(provenance)
+        self._listed = dict(_tasks(content, self.source))
+        self._infos: dict[str, TaskInfo] = {}
+        try:
+            file = safe_open(self.source, framework="pt", device="cpu")
+            self._reader = _Reader(file, self.source, self._count, len(self._listed))
+        except SafetensorError as error:
+            raise InputError(f"{self.source} is damaged and cannot be read ({error})") from error
+        self._reader.bytes_read = _header_bytes(Path(path))
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far: the header, and tensors or parts of them."""
+        return self._reader.bytes_read
+
+    def read(
+        self,
+        only: Sequence[int] | None = None,
+        weights: str | None = None,
+        tasks: Sequence[str] | None = None,
+    ) -> ExpertContents:
+        """Read the file or some of its experts and tasks; arguments and errors as of `read_experts`."""
+        source, count = self.source, self._count
+        kept = tuple(range(count)) if only is None else tuple(int(each) for each in only)
+        if len(set(kept)) < len(kept) or not set(kept) <= set(range(count)):
+            raise InputError(
+                f"{source} has the experts 0 to {count - 1}, and {shown(list(kept))} were asked for"
+            )
+        names = list(self._listed) if tasks is None else list(tasks)
+        for name in names:
+            if name not in self._listed:
+                raise InputError(
+                    f"{source} has no task {shown(name)}: its tasks are {', '.join(self._listed)}"
+                )
+        rows = None if tasks is None else [list(self._listed).index(name) for name in names]
+        try:
             for name in names:
-                if name not in listed:
-                    raise InputError(f"{source} has no task {shown(name)}: its tasks are {', '.join(listed)}")
-            rows = None if tasks is None else [list(listed).index(name) for name in names]
-            infos = {name: _read_task(reader, listed[name], config) for name in names}
+                if name not in self._infos:
+                    self._infos[name] = _read_task(self._reader, self._listed[name], self._config)
             states = {
-                kind: reader.weights(kind, len(listed), rows)
+                kind: self._reader.weights(kind, None if only is None else kept, rows)
                 for kind in get_args(WeightsKind)
-                if weights in (None, kind) and reader.has(kind)
+                if weights in (None, kind) and self._reader.has(kind)
             }
-    except SafetensorError as error:
-        raise InputError(f"{source} is damaged and cannot be read ({error})") from error
-    contents = ExpertContents(
-        source=source,
-        config=config,
-        settings=settings,
-        tasks=infos,
-        weights=states,
-        provenance=dict(mapping(plain(content["provenance"]), f"{source}: provenance")),
-        experts=kept,
-        bytes_read=reader.bytes_read,
-    )
-    if not states:
-        raise InputError(f"{source} holds no {'' if weights is None else f'{shown(weights)} '}weights")
-    return contents
+        except SafetensorError as error:
+            raise InputError(f"{source} is damaged and cannot be read ({error})") from error
+        if not states:
+            raise InputError(f"{source} holds no {'' if weights is None else f'{shown(weights)} '}weights")
+        return ExpertContents(
+            source=source,
+            config=self._config,
+            settings=self._settings,
+            tasks={name: self._infos[name] for name in names},
+            weights=states,
+            provenance=self._provenance,
+            experts=kept,
+            bytes_read=self.bytes_read,
+        )
 
 
 def _header_bytes(path: Path) -> int:
@@ -409,14 +453,15 @@ class _Reader:
     Args:
         file: of `safe_open`.
         source: name of the file, for errors.
-        only: numbers of the experts to read, or None.
-        count: number of all experts.
+        num_experts, num_tasks: of the file.
     """
 
-    def __init__(self, file: Any, source: str, only: tuple[int, ...] | None, count: int) -> None:
-        self.file, self.source, self.only, self.count = file, source, only, count
+    def __init__(self, file: Any, source: str, num_experts: int, num_tasks: int) -> None:
+        self.file, self.source = file, source
+        self.num_experts, self.num_tasks = num_experts, num_tasks
         self.names = set(file.keys())
         self.bytes_read = 0
+        self._gates: dict[str, Tensor] = {}
 
     def has(self, kind: str) -> bool:
         """Tell whether there are weights of a kind."""
@@ -436,12 +481,12 @@ class _Reader:
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
-    def weights(self, kind: str, num_tasks: int, tasks: list[int] | None) -> ExpertWeights:
+    def weights(self, kind: str, experts: Sequence[int] | None, tasks: Sequence[int] | None) -> ExpertWeights:
         """Read the weights of a kind.
 
         Args:
             kind: `raw` or `averaged`.
-            num_tasks: of the file.
+            experts: numbers of those to read; None for all, and with none of them the gate alone is read.
             tasks: numbers of the tasks to read; None for all.
         """
         groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
@@ -452,12 +497,14 @@ class _Reader:
             group, _, name = rest.partition("/")
             if group not in groups:
                 raise InputError(f"{self.source} holds weights of an unknown group: {shown_name(full)}")
-            if self.only == () and group != "gate":
+            if group == "gate":
+                value = self._gate(full, name, tasks)
+            elif experts is not None and not experts:
                 continue
-            if group == "experts":
-                value = self._rows(full, self.count, self.only, "stack of {} experts")
-            elif group == "heads" or (group == "gate" and name == _GATE_TASKS):
-                value = self._rows(full, num_tasks, tasks, "stack with an entry for each of the {} tasks")
+            elif group == "experts":
+                value = self._rows(full, self.num_experts, experts, "experts")
+            elif group == "heads":
+                value = self._rows(full, self.num_tasks, tasks, "tasks")
             else:
                 value = self.tensor(full)
             if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
@@ -465,12 +512,23 @@ class _Reader:
             groups[group][name] = value
         return ExpertWeights(**groups)
 
+    def _gate(self, full: str, name: str, tasks: Sequence[int] | None) -> Tensor:
+        """Read a weight of the gate once; of its embeddings of tasks, those of `tasks`."""
+        if full not in self._gates:
+            self._gates[full] = self.tensor(full)
+        value = self._gates[full]
+        if name != _GATE_TASKS or tasks is None:
+            return value
+        if value.dim() != 2 or len(value) != self.num_tasks:
+            raise InputError(f"{self.source}: {shown_name(full)} is no stack of {self.num_tasks} tasks")
+        return value[list(tasks)]
+
     def _rows(self, name: str, count: int, rows: Sequence[int] | None, kind: str) -> Tensor:
         """Read the wanted entries of a stack of `count`, and no bytes of the others."""
         part = self.file.get_slice(name)
         shape = part.get_shape()
         if not shape or shape[0] != count:
-            raise InputError(f"{self.source}: {shown_name(name)} is no {kind.format(count)}")
+            raise InputError(f"{self.source}: {shown_name(name)} is no stack of {count} {kind}")
         if rows is None:
             return self.tensor(name)
         return self._counted(torch.cat([part[row : row + 1] for row in rows]))

@@ -73,13 +73,8 @@ class ExpertNetwork(nn.Module):
         self, plain: EquiformerV2, settings: ExpertSettings, tasks: Sequence[str], seed: int = 0
     ) -> None:
         super().__init__()
-        if settings.num_experts < 2:
-            raise InputError(
-                f"experts.num_experts is {settings.num_experts}, which is a plain network: give 2 or more, "
-                "or 0 for none"
-            )
-        if not tasks:
-            raise InputError("a mixture of experts needs the name of a task")
+        if settings.num_experts < 2 or not tasks:
+            raise InputError("a mixture of experts needs 2 or more experts (experts.num_experts) and a task")
         if parametrized_weights(plain):
             raise InputError(
                 "experts are made of plain weights, and this network's are parametrized: merge it"
@@ -127,7 +122,7 @@ class ExpertNetwork(nn.Module):
         network = cls.__new__(cls)
         nn.Module.__init__(network)
         network.config, network.tasks = contents.config, tuple(contents.tasks)
-        network.settings = ExpertSettings(**{**contents.settings, "num_experts": len(contents.experts)})
+        network.settings = _settings_of(contents)
         network.activation_checkpointing = False
         with torch.random.fork_rng(devices=[]):
             plain = EquiformerV2(contents.config)
@@ -383,6 +378,14 @@ def _spread(weight: Tensor, settings: ExpertSettings, generator: torch.Generator
     noise = torch.randn(settings.num_experts, *weight.shape, generator=generator)
     noise = (noise - noise.mean(0)) * settings.spread * weight.square().mean().sqrt().cpu()
     return weight + noise.to(weight.device, weight.dtype)
+
+
+def _settings_of(contents: ExpertContents) -> ExpertSettings:
+    """Check the settings of a file."""
+    try:
+        return ExpertSettings(**{**contents.settings, "num_experts": len(contents.experts)})
+    except (InputError, TypeError) as error:
+        raise InputError(f"{contents.source}: the settings of its experts are not valid: {error}") from error
 
 
 def _in_place(weights: ExpertWeights) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from ase.data import chemical_symbols
 from torch import Tensor
 from torch_geometric.data import Data
 
-from equiformer2.checkpoint.expert_files import TaskInfo, read_experts
+from equiformer2.checkpoint.expert_files import ExpertFile, TaskInfo
 from equiformer2.errors import InputError
 from equiformer2.experts import scores
 from equiformer2.experts.cache import BoundedCache
@@ -92,7 +92,6 @@ class ExpertStore:
         sets: all of them.
         tasks: by name.
         cache: merged networks by task, composition and experts.
-        bytes_read: from the file so far.
         loaded_bytes: bytes of the weights that the last reading from the file took.
     """
 
@@ -106,12 +105,16 @@ class ExpertStore:
         cache_bytes: int = DEFAULT_CACHE,
     ) -> None:
         self.cache: BoundedCache[EquiformerV2] = BoundedCache(cache_bytes)
-        head = read_experts(path, only=(), weights=weights)
+        self._file = ExpertFile(path)
+        head = self._file.read(only=(), weights=weights)
         self.path, self.config, self.provenance = Path(path), head.config, head.provenance
         self.tasks: dict[str, TaskInfo] = dict(head.tasks)
         self.weights = head.choose_weights(weights)
-        self.bytes_read, self.loaded_bytes = head.bytes_read, 0
-        settings = ExpertSettings(**head.settings)
+        self.loaded_bytes = 0
+        try:
+            settings = ExpertSettings(**head.settings)
+        except (InputError, TypeError) as error:
+            raise InputError(f"{path}: the settings of its experts are not valid: {error}") from error
         self.num_experts = settings.num_experts
         if keep is None and KEY in head.provenance:
             number = self.num_experts
@@ -129,6 +132,11 @@ class ExpertStore:
         answers = {name: self._answers(shares) for name, shares in compositions.items()}
         leading = max(1, self.num_experts // 4) if top is None else top
         self.sets: list[ExpertSet] = make_sets(answers, compositions, number, leading, per)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from the file so far."""
+        return self._file.bytes_read
 
     def _answers(self, compositions: Tensor) -> Tensor:
         """Coefficients `[systems, tasks, K]` of compositions `[systems, Z]` for every task."""
@@ -210,9 +218,8 @@ class ExpertStore:
         return self.cache.get((found.task, shares, found.experts), lambda: self._merge(found))
 
     def _merge(self, found: Retrieval) -> tuple[EquiformerV2, int]:
-        part = read_experts(self.path, only=found.experts, weights=self.weights, tasks=[found.task])
+        part = self._file.read(found.experts, self.weights, [found.task])
         weights = part.weights[self.weights]
-        self.bytes_read += part.bytes_read
         self.loaded_bytes = sum(
             tensor.numel() * tensor.element_size()
             for group in weights.groups().values()

@@ -53,16 +53,16 @@ def check_experts(
         InputError: experts without tasks or tasks without experts, or settings that experts do not go with.
     """
     tasks = data.get("tasks")
+    if settings.num_experts == 1:
+        raise InputError(
+            "experts.num_experts is 1, which is a plain network: give 2 or more experts, or 0 for none"
+        )
     if settings.num_experts == 0:
         if tasks is not None:
             raise InputError(
                 "data.tasks is for a network of experts: set experts.num_experts, or give data.train alone"
             )
         return
-    if settings.num_experts == 1:
-        raise InputError(
-            "experts.num_experts is 1, which is a plain network: give 2 or more experts, or 0 for none"
-        )
     if tasks is None:
         raise InputError(
             "experts.num_experts needs data.tasks, the data sets to train together by name: for one set give "

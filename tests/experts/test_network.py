@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from ase.build import bulk
-from model_helpers import as_data, batch_of, cluster, slab, water
+from model_helpers import as_data, batch_of, cluster, random_model, slab, small_config, water
 from tiny_experts import TASKS, network
 from torch import Tensor
 
@@ -145,8 +145,6 @@ def test_some_experts_have_scaled_coefficients(experts: ExpertNetwork) -> None:
 
 
 def test_experts_start_around_the_plain_weight() -> None:
-    from model_helpers import random_model, small_config
-
     plain = random_model(small_config(num_layers=1))
     before = {name: value.clone() for name, value in plain.state_dict().items()}
     experts = ExpertNetwork(plain, ExpertSettings(num_experts=3, spread=0.1), ["one"])
@@ -178,8 +176,8 @@ def test_bad_input_gets_one_sentence(experts: ExpertNetwork) -> None:
         experts(slab(), torch.tensor([5]))
     with pytest.raises(InputError, match="own forward pass alone"):
         copy.deepcopy(network()).network(slab())
-    with pytest.raises(InputError, match="num_experts is 1"):
-        network(num_experts=1)
+    with pytest.raises(InputError, match="2 or more experts"):
+        ExpertNetwork(random_model(small_config(num_layers=1)), ExpertSettings(num_experts=1), ["one"])
     with pytest.raises(InputError, match="at least 0"):
         ExpertSettings(num_experts=-2)
     with pytest.raises(InputError, match="name some of 0 to 3"):

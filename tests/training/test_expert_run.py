@@ -1,0 +1,203 @@
+"""A run that trains two data sets together: its file, exact resuming, errors per task, refusals."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from ase import Atoms
+from tiny_run import LMDB, TINY_RUN
+
+from datasets_oc20 import DataError, LmdbWriter, OC20DataModule, OC20Lmdb
+from equiformer2 import EquiformerV2Calculator, Predictor, load_checkpoint
+from equiformer2.checkpoint.expert_files import ExpertContents, read_experts
+from equiformer2.errors import InputError
+from equiformer2.experts import ExpertNetwork
+from equiformer2.experts.merge import merge_experts
+from equiformer2.training.configuration import parse
+from equiformer2.training.run import train
+
+NOT_OURS = ("--data.", "--trainer.max_epochs", "--seed", "--model.num_layers", "--model.max_radius")
+ARGUMENTS = [
+    *(word for word in TINY_RUN if not word.startswith(NOT_OURS)),
+    *("--seed=1", "--data.batch_size=4", "--trainer.max_epochs=-1", "--checkpoint_every_n_steps=1"),
+    *("--model.num_layers=1", "--model.max_neighbors=6", "--model.max_radius=3.0"),
+    "--optim.schedule=constant",
+]
+EXPERTS = ["--experts.num_experts=3", "--experts.channels=4", "--experts.hidden_channels=8"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Adsorption energies, and total energies of the same frames with a part per atom."""
+    folder, frames = tmp_path_factory.mktemp("data"), OC20Lmdb(LMDB)
+    rows = {"train": range(0, 8), "val": range(8, 12)}
+    tasks: dict[str, dict[str, Any]] = {"dft": {}, "teacher": {}}
+    for name, kind in (("dft", "adsorption"), ("teacher", "total")):
+        for part, numbers in rows.items():
+            path = folder / f"{name}_{part}.lmdb"
+            with LmdbWriter(path, kind) as writer:
+                for row in numbers:
+                    frame = frames[row]
+                    if kind == "total":
+                        frame.energy = 3 * frame.energy - 40.0 * frame.atomic_numbers.sum()
+                    writer.write(frame)
+            tasks[name][part] = str(path)
+    return tasks
+
+
+def run(folder: Path, tasks: dict[str, Any], name: str, steps: int, *more: str) -> Path:
+    config = folder / f"{name}.yaml"
+    config.write_text(yaml.safe_dump({"data": {"tasks": tasks}}))
+    words = [f"--config={config}", f"--runs_dir={folder}", f"--name={name}", f"--trainer.max_steps={steps}"]
+    return train(parse([*words, *ARGUMENTS, *EXPERTS, *more])) / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def whole(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of a run of six steps, one and a half epochs."""
+    return run(tmp_path_factory.mktemp("runs"), data, "whole", 6)
+
+
+@pytest.fixture(scope="module")
+def contents(whole: Path) -> ExpertContents:
+    return read_experts(whole / "last_experts.safetensors")
+
+
+def test_the_file_holds_units_and_data_of_every_task(whole: Path, contents: ExpertContents) -> None:
+    assert not list(whole.glob("*.pt"))
+    assert contents.available_weights == ("raw", "averaged")
+    assert {name: task.energy_kind for name, task in contents.tasks.items()} == {
+        "dft": "adsorption", "teacher": "total"
+    }  # fmt: skip
+    dft, teacher = (contents.tasks[name].normalizers for name in ("dft", "teacher"))
+    assert dft.linear_references is None
+    assert teacher.linear_references is not None
+    assert dft.forces == teacher.forces
+    assert dft.energy != teacher.energy
+    for task in contents.tasks.values():
+        assert task.composition.sum().item() == pytest.approx(1.0)
+        assert set(task.provenance["training_data"]["elements"])
+    assert contents.provenance["step"] == 6
+    for weights in contents.weights.values():
+        assert all(len(stack) == 3 for stack in weights.experts.values())
+        assert all(len(stack) == 2 for stack in weights.heads.values())
+
+
+def test_errors_of_every_task_are_logged(whole: Path, contents: ExpertContents) -> None:
+    header = (whole.parent / "metrics.csv").read_text().partition("\n")[0].split(",")
+    for name in ("val/forces_mae", "val/dft/forces_mae", "val/teacher/energy_mae", "train/energy_mae"):
+        assert name in header
+    values = contents.provenance["validation"]
+    together = (values["dft/energy_mae"] + values["teacher/energy_mae"]) / 2
+    assert values["energy_mae"] == pytest.approx(together, rel=1e-5)
+
+
+def test_validation_errors_are_those_of_merged_checkpoints(
+    whole: Path, contents: ExpertContents, data: dict[str, Any], tmp_path: Path
+) -> None:
+    """The whole way: units of a task, its head, its coefficients."""
+    network = ExpertNetwork.from_contents(contents)
+    file = whole / "last_experts.safetensors"
+    for task in ("dft", "teacher"):
+        errors = []
+        for number, frame in enumerate(OC20Lmdb(data[task]["val"])):
+            formula = Atoms(numbers=frame.atomic_numbers.tolist()).get_chemical_formula()
+            out = tmp_path / f"{task}{number}.pt"
+            summary = merge_experts(file, task, out, formula)
+            assert sum(summary["coefficients"]) == pytest.approx(1.0, abs=1e-6)
+            predicted = Predictor(out).predict([frame])
+            errors.append(abs(float(predicted["energy"][0]) - float(frame.energy)))
+            with torch.no_grad():
+                found = network(frame, task)["forces"] * contents.tasks[task].normalizers.forces.std
+            torch.testing.assert_close(predicted["forces"], found, rtol=0, atol=1e-5)
+        validated = contents.provenance["validation"][f"{task}/energy_mae"]
+        assert sum(errors) / len(errors) == pytest.approx(validated, rel=1e-4)
+
+
+def test_a_stopped_run_goes_on_exactly(
+    data: dict[str, Any], contents: ExpertContents, tmp_path: Path
+) -> None:
+    run(tmp_path, data, "stopped", 3)
+    ended = run(tmp_path, data, "stopped", 6, "--ckpt_path=auto")
+    found = read_experts(ended / "last_experts.safetensors")
+    for kind, weights in contents.weights.items():
+        for group, tensors in weights.groups().items():
+            for name, tensor in tensors.items():
+                assert torch.equal(tensor, found.weights[kind].groups()[group][name]), (group, name)
+    with pytest.raises(InputError, match=r"model\.experts was"):
+        run(tmp_path, data, "stopped", 7, "--ckpt_path=auto", "--experts.num_experts=4")
+    with pytest.raises(InputError, match="trains another model|other normalizers"):
+        run(tmp_path, {"other": data["dft"]}, "stopped", 7, "--ckpt_path=auto")
+
+
+def test_experts_start_from_a_plain_network(data: dict[str, Any], tmp_path: Path) -> None:
+    words = [f"--runs_dir={tmp_path}", "--trainer.max_steps=2", "--name=plain"]
+    own = [f"--data.{part}={data['dft'][part]}" for part in ("train", "val")]
+    plain = train(parse([*ARGUMENTS, *words, *own])) / "checkpoints" / "last.pt"
+    more = [f"--init_from={plain}", "--experts.spread=1e-6", "--optim.lr=1e-12", "--model.num_layers=2"]
+    started = run(tmp_path, data, "experts", 1, *more) / "last_experts.safetensors"
+    out = tmp_path / "dft.pt"
+    merge_experts(started, "dft", out)
+    frames = [OC20Lmdb(data["dft"]["val"])[0]]
+    before, after = Predictor(plain).predict(frames), Predictor(out).predict(frames)
+    torch.testing.assert_close(after["forces"], before["forces"], rtol=1e-3, atol=1e-4)
+    # Mean energies differ between the data sets alone.
+    shift = load_checkpoint(out).normalizers.energy.mean - load_checkpoint(plain).normalizers.energy.mean
+    torch.testing.assert_close(after["energy"], before["energy"] + shift, rtol=1e-3, atol=1e-3)
+    with pytest.raises(InputError, match="network of experts for several tasks"):
+        run(tmp_path, data, "again", 1, f"--init_from={started}")
+
+
+def test_an_expert_file_is_no_ordinary_checkpoint(whole: Path) -> None:
+    file = whole / "last_experts.safetensors"
+    for use in (load_checkpoint, Predictor, EquiformerV2Calculator):
+        with pytest.raises(InputError, match="experts merge --checkpoint"):
+            use(file)
+
+
+def test_a_repeated_task_is_used_more_often(
+    data: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tasks = {"dft": {**data["dft"], "repeat": 3}, "teacher": {"train": data["teacher"]["train"]}}
+    module = OC20DataModule(tasks=tasks, batch_size=5)
+    with caplog.at_level(logging.INFO):
+        module.setup()
+    held = len(module.parts["teacher"].training)  # the others validate
+    assert len(module.training) == 3 * 8 + held
+    tasks_seen = torch.cat([batch.task for batch in module.train_dataloader()])
+    assert tasks_seen.bincount().tolist() == [24, held]
+    assert len(module.datasets["val"]) == 4 + 8 - held
+    assert module.training.describe(9).endswith("key 1")
+    assert len(module.training.natoms) == len(module.training)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "more", "sentence"),
+    [
+        (None, [], "experts.num_experts needs data.tasks"),
+        ({"dft": {}}, ["--experts.num_experts=0"], "data.tasks is for a network of experts"),
+        ({"dft": {}}, ["--experts.num_experts=1"], "num_experts is 1"),
+        ({"dft": {"energy_kind": "total"}}, [], "declares adsorption energies, but total"),
+        ({"dft": {"repeat": 0}}, [], "repeat must be a whole number"),
+        ({"dft": {"trian": "x"}}, [], "unknown key 'trian'"),
+        ({"d/f": {}}, [], "no name of a task"),
+        ({"dft": {}}, ["--data.val=x.lmdb"], "data.val has no meaning beside data.tasks"),
+        ({"dft": {}}, ["--task.dens={}"], "task.dens does not go with experts"),
+        ({"dft": {}}, ["--task.backend=compile"], "compile does not go with experts"),
+        ({"dft": {"train": None}}, [], "train is not set"),
+        ({}, [], "data.tasks is empty"),
+    ],
+)
+def test_wrong_configurations_get_one_sentence(
+    data: dict[str, Any], tmp_path: Path, tasks: Any, more: list[str], sentence: str
+) -> None:
+    if tasks is not None:
+        tasks = {name: {**data["dft"], **values} for name, values in tasks.items()}
+    else:
+        more = [*more, f"--data.train={data['dft']['train']}"]
+    with pytest.raises((InputError, DataError), match=sentence) as found:
+        run(tmp_path, tasks, "wrong", 1, *more)
+    assert "\n" not in str(found.value)
