@@ -60,6 +60,7 @@ _TASK_KEYS = {"name", "energy_kind", "energy", "forces", "provenance"}
 _GATE_OUTPUTS = ("out.weight", "out.bias")
 _GROUPS = ("experts", "heads", "shared", "gate")
 _GATE_TASKS = "tasks.weight"
+_NOT_PER_TASK = "has no entry for each of the tasks"
 _MAX_HEADER = 16 << 20
 _TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -502,9 +503,11 @@ class _Reader:
             elif experts is not None and not experts:
                 continue
             elif group == "experts":
-                value = self._rows(full, self.num_experts, experts, "experts")
+                value = self._rows(
+                    full, self.num_experts, experts, f"is no stack of {self.num_experts} experts"
+                )
             elif group == "heads":
-                value = self._rows(full, self.num_tasks, tasks, "tasks")
+                value = self._rows(full, self.num_tasks, tasks, _NOT_PER_TASK)
             else:
                 value = self.tensor(full)
             if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
@@ -520,15 +523,15 @@ class _Reader:
         if name != _GATE_TASKS or tasks is None:
             return value
         if value.dim() != 2 or len(value) != self.num_tasks:
-            raise InputError(f"{self.source}: {shown_name(full)} is no stack of {self.num_tasks} tasks")
+            raise InputError(f"{self.source}: {shown_name(full)} {_NOT_PER_TASK}")
         return value[list(tasks)]
 
-    def _rows(self, name: str, count: int, rows: Sequence[int] | None, kind: str) -> Tensor:
+    def _rows(self, name: str, count: int, rows: Sequence[int] | None, problem: str) -> Tensor:
         """Read the wanted entries of a stack of `count`, and no bytes of the others."""
         part = self.file.get_slice(name)
         shape = part.get_shape()
         if not shape or shape[0] != count:
-            raise InputError(f"{self.source}: {shown_name(name)} is no stack of {count} {kind}")
+            raise InputError(f"{self.source}: {shown_name(name)} {problem}")
         if rows is None:
             return self.tensor(name)
         return self._counted(torch.cat([part[row : row + 1] for row in rows]))
