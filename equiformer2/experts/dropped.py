@@ -63,7 +63,15 @@ class DroppedExperts:
 
         Returns:
             `[B]` float64.
+
+        Raises:
+            InputError: the network has another gate.
         """
+        if (self.weight.shape[1], len(self.kept)) != (
+            pruned.gate.out.in_features,
+            pruned.gate.out.out_features,
+        ):
+            raise InputError(f"{KEY} does not fit the gate of the file: prune the file again")
         number = torch.full((len(compositions),), pruned.task_number(task))
         gone = [each for each in range(len(self.norms)) if each not in set(self.kept)]
         logits = torch.zeros(len(compositions), len(self.norms), dtype=torch.float64)

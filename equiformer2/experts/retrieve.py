@@ -15,6 +15,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from equiformer2.checkpoint.expert_files import ExpertFile, TaskInfo
+from equiformer2.checkpoint.weights import build_model
 from equiformer2.errors import InputError
 from equiformer2.experts import scores
 from equiformer2.experts.cache import BoundedCache
@@ -120,12 +121,8 @@ class ExpertStore:
             number = self.num_experts
         else:
             number = scores.number_kept(_DEFAULT_KEEP if keep is None else keep, self.num_experts)
-        self.gate = ExpertGate(settings, len(self.tasks), head.config.max_num_elements)
-        try:
-            self.gate.load_state_dict(dict(head.weights[self.weights].gate))
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{path}: the weights of the gate do not fit: {reason}") from error
+        size = len(self.tasks), head.config.max_num_elements
+        self.gate = ExpertGate.from_state(settings, *size, head.weights[self.weights].gate, str(path))
         compositions = {
             name: task_compositions(info, task_structures(info)) for name, info in self.tasks.items()
         }
@@ -225,14 +222,7 @@ class ExpertStore:
             for group in weights.groups().values()
             for tensor in group.values()
         )
-        state = merge_weights(weights, found.coefficients, 0)
-        with torch.random.fork_rng(devices=[]):
-            network = EquiformerV2(part.config)
-        try:
-            network.load_state_dict(state)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{self.path}: the weights do not fit their configuration: {reason}") from error
+        network = build_model(part.config, merge_weights(weights, found.coefficients, 0), str(self.path))
         size = sum(tensor.numel() * tensor.element_size() for tensor in network.parameters())
         return network.eval(), size
 
