@@ -134,7 +134,7 @@ class OC20DataModule(pl.LightningDataModule):
         self.batch_size, self.max_atoms, self.max_edges = batch_size, max_atoms, max_edges
         self.max_neighbors, self.num_workers, self.seed = max_neighbors, num_workers, seed
         self._given_normalizers = normalizers
-        self.datasets: dict[str, OC20Lmdb | TaskDataset] = {}
+        self.datasets: dict[str, OC20Lmdb] = {}
         self.training: OC20Lmdb | MixedLabelDataset | TaskDataset
         self._samples: dict[str, TargetSample] = {}
         self._training_sample: TargetSample
@@ -221,7 +221,8 @@ class OC20DataModule(pl.LightningDataModule):
             {name: part.datasets["train"] for name, part in self.parts.items()}, self.repeats
         )
         validation = TaskDataset({name: part.datasets["val"] for name, part in self.parts.items()})
-        self.datasets = {"train": self.training, "val": validation}
+        # They are read alike.
+        self.datasets = {"train": self.training, "val": validation}  # type: ignore[dict-item]
         self.labels = self.training.labels
 
     def check_normalizers(self, mean: float, std: float, linear_references: torch.Tensor | None) -> None:

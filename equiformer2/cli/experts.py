@@ -31,8 +31,8 @@ class Merge(Command):
         parser.add_argument(
             "--composition",
             metavar="FORMULA",
-            help="formula of the structures to be computed, slab and adsorbate together, such as Cu36CO; "
-            "only shares of elements count (default: mean of the task's training structures)",
+            help="formula of the structures to be computed, slab and adsorbate together, such as Cu36CO, "
+            "of which the shares of the elements count (default: mean of the task's training structures)",
         )
         parser.add_argument(
             "--weights",

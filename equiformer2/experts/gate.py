@@ -53,7 +53,7 @@ class ExpertGate(nn.Module):
         if found != expected:
             wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
             raise InputError(
-                f"{source}: the gate does not fit the settings of the experts; it differs in "
+                f"{source}: weights of the gate do not fit the settings of the experts: "
                 f"{', '.join(map(shown_name, wrong[:4]))}"
             )
         gate.load_state_dict({name: value.detach().float() for name, value in state.items()}, assign=True)

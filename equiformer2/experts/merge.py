@@ -132,5 +132,5 @@ def validation_of(provenance: Mapping[str, Any], task: str) -> dict[str, Any]:
     own = {
         name.removeprefix(f"{task}/"): value for name, value in values.items() if name.startswith(f"{task}/")
     }
-    kept = {name: provenance[name] for name in ("step", "epoch") if name in provenance}
+    kept: dict[str, Any] = {name: provenance[name] for name in ("step", "epoch") if name in provenance}
     return {"validation": own, **kept} if own else kept

@@ -29,6 +29,7 @@ from equiformer2.model.expert_mixture import (
     task_parameters,
 )
 from equiformer2.model.folding import parametrized_weights
+from equiformer2.model.parameters import check_memory
 from equiformer2.values import shown
 
 
@@ -85,9 +86,10 @@ class ExpertNetwork(nn.Module):
         self.activation_checkpointing = False
         generator = torch.Generator().manual_seed(seed)
         parameters = dict(plain.named_parameters())
-        experts = {
-            name: _spread(parameters[name].detach(), settings, generator) for name in mixed_weights(plain)
-        }
+        mixed = mixed_weights(plain)
+        numbers = settings.num_experts * sum(parameters[name].numel() for name in mixed)
+        check_memory(numbers, "give fewer experts (experts.num_experts)")
+        experts = {name: _spread(parameters[name].detach(), settings, generator) for name in mixed}
         heads = {
             name: torch.stack([parameters[name].detach()] * len(tasks)) for name in task_parameters(plain)
         }

@@ -1,6 +1,5 @@
 """EquiformerV2 (paper Figure 1)."""
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -30,7 +29,7 @@ from equiformer2.model.folding import Folding, Layout, plain_name, read
 from equiformer2.model.initialization import initialize_weights
 from equiformer2.model.norm import make_norm
 from equiformer2.model.output_request import ALL_OUTPUTS, OutputRequest, receptive_fields
-from equiformer2.model.parameters import count_parameters
+from equiformer2.model.parameters import check_memory, count_parameters
 from equiformer2.model.radial import GaussianBasis
 from equiformer2.model.routing import Decision, FixedRouting, Prefix, RoutedEdges, Router, Routing
 from equiformer2.model.so3 import EdgeFrames, S2Grid
@@ -64,7 +63,7 @@ class EquiformerV2(nn.Module):
     def __init__(self, config: ModelConfig, device: str | torch.device = "cpu") -> None:
         super().__init__()
         if torch.device(device).type != "meta":
-            self._check_memory(config)
+            check_memory(count_parameters(config), "give fewer layers or channels")
         self.config = config
         with own_defaults(device):
             self._build(config)
@@ -469,18 +468,6 @@ class EquiformerV2(nn.Module):
                 structure,
             )
         return numbers
-
-    @staticmethod
-    def _check_memory(config: ModelConfig) -> None:
-        """Raise `InputError` before memory is asked for that the machine does not have."""
-        needed = 4 * count_parameters(config)
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > available:
-            raise InputError(
-                f"a network of this configuration has {needed // 4:,} parameters, which take "
-                f"{needed / 2**30:,.0f} GiB, and this machine has {available / 2**30:,.0f} GiB of "
-                "memory: give fewer layers or channels"
-            )
 
     @staticmethod
     def _floats_per_edge(config: ModelConfig) -> int:

@@ -177,10 +177,9 @@ def stacks_of(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.P
     heads: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules():
         if isinstance(module, parametrize.ParametrizationList):
-            kind, stack = type(module[0]), module.original
             owner, _, name = path.rpartition(".parametrizations.")
-            if kind is ExpertMixture:
-                experts[f"{owner}.{name}"] = stack
-            elif kind is TaskWeight:
-                heads[f"{owner}.{name}"] = stack
+            for kind, found in ((ExpertMixture, experts), (TaskWeight, heads)):
+                if isinstance(module[0], kind):
+                    assert isinstance(module.original, nn.Parameter)
+                    found[f"{owner}.{name}"] = module.original
     return experts, heads

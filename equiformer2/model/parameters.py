@@ -1,5 +1,8 @@
 """Count the parameters of a network from its shapes."""
 
+import os
+
+from equiformer2.errors import InputError
 from equiformer2.model.block_config import ResolvedBlock
 from equiformer2.model.config import Activation, ModelConfig
 
@@ -11,6 +14,26 @@ def count_parameters(config: ModelConfig) -> int:
         config: hyper-parameters; no network is built.
     """
     return _Counter(config).network()
+
+
+def check_memory(parameters: int, remedy: str) -> None:
+    """Refuse a network that the memory of this machine cannot hold, before any of it is asked for.
+
+    Args:
+        parameters: number of them, in float32.
+        remedy: words for what to change.
+
+    Raises:
+        InputError: it would not fit.
+    """
+    needed = 4 * parameters
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        raise InputError(
+            f"a network of this configuration has {parameters:,} parameters, which take "
+            f"{needed / 2**30:,.0f} GiB, and this machine has {available / 2**30:,.0f} GiB of memory: "
+            f"{remedy}"
+        )
 
 
 def num_gates(block: ResolvedBlock, activation: Activation) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from datasets_oc20 import DataError
+from datasets_oc20 import DataError, OC20DataModule
 from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers, load_checkpoint
 from equiformer2.checkpoint.checkpoint import read_contents
 from equiformer2.checkpoint.tensor_files import plain
@@ -206,7 +206,7 @@ def keep_predictions(model: EquiformerV2, before: Normalizers, after: Normalizer
 
 
 def describe_training_data(
-    data: ResumableDataModule, start: Checkpoint | None, normalizers: Normalizers
+    data: OC20DataModule, start: Checkpoint | None, normalizers: Normalizers
 ) -> dict[str, Any]:
     """Count what the training data hold, for the provenance of the checkpoints (`checkpoint.training_data`).
 

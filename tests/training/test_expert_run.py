@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from ase import Atoms
+from launching import finish, start, start_two
 from tiny_run import LMDB, TINY_RUN
 
 from datasets_oc20 import DataError, LmdbWriter, OC20DataModule, OC20Lmdb
@@ -33,7 +34,7 @@ EXPERTS = ["--experts.num_experts=3", "--experts.channels=4", "--experts.hidden_
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Adsorption energies, and total energies of the same frames with a part per atom."""
     folder, frames = tmp_path_factory.mktemp("data"), OC20Lmdb(LMDB)
-    rows = {"train": range(0, 8), "val": range(8, 12)}
+    rows = {"train": range(0, 6), "val": range(6, 8)}
     tasks: dict[str, dict[str, Any]] = {"dft": {}, "teacher": {}}
     for name, kind in (("dft", "adsorption"), ("teacher", "total")):
         for part, numbers in rows.items():
@@ -57,8 +58,8 @@ def run(folder: Path, tasks: dict[str, Any], name: str, steps: int, *more: str) 
 
 @pytest.fixture(scope="module")
 def whole(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of a run of six steps, one and a half epochs."""
-    return run(tmp_path_factory.mktemp("runs"), data, "whole", 6)
+    """Checkpoints of a run of four steps, one and a third epochs."""
+    return run(tmp_path_factory.mktemp("runs"), data, "whole", 4)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_the_file_holds_units_and_data_of_every_task(whole: Path, contents: Expe
     for task in contents.tasks.values():
         assert task.composition.sum().item() == pytest.approx(1.0)
         assert set(task.provenance["training_data"]["elements"])
-    assert contents.provenance["step"] == 6
+    assert contents.provenance["step"] == 4
     for weights in contents.weights.values():
         assert all(len(stack) == 3 for stack in weights.experts.values())
         assert all(len(stack) == 2 for stack in weights.heads.values())
@@ -120,21 +121,21 @@ def test_validation_errors_are_those_of_merged_checkpoints(
 def test_a_stopped_run_goes_on_exactly(
     data: dict[str, Any], contents: ExpertContents, tmp_path: Path
 ) -> None:
-    run(tmp_path, data, "stopped", 3)
-    ended = run(tmp_path, data, "stopped", 6, "--ckpt_path=auto")
+    run(tmp_path, data, "stopped", 2)
+    ended = run(tmp_path, data, "stopped", 4, "--ckpt_path=auto")
     found = read_experts(ended / "last_experts.safetensors")
     for kind, weights in contents.weights.items():
         for group, tensors in weights.groups().items():
             for name, tensor in tensors.items():
                 assert torch.equal(tensor, found.weights[kind].groups()[group][name]), (group, name)
     with pytest.raises(InputError, match=r"model\.experts was"):
-        run(tmp_path, data, "stopped", 7, "--ckpt_path=auto", "--experts.num_experts=4")
-    with pytest.raises(InputError, match="trains another model|other normalizers"):
-        run(tmp_path, {"other": data["dft"]}, "stopped", 7, "--ckpt_path=auto")
+        run(tmp_path, data, "stopped", 5, "--ckpt_path=auto", "--experts.num_experts=4")
+    with pytest.raises(InputError, match=r"trains another model|other normalizers"):
+        run(tmp_path, {"other": data["dft"]}, "stopped", 5, "--ckpt_path=auto")
 
 
 def test_experts_start_from_a_plain_network(data: dict[str, Any], tmp_path: Path) -> None:
-    words = [f"--runs_dir={tmp_path}", "--trainer.max_steps=2", "--name=plain"]
+    words = [f"--runs_dir={tmp_path}", "--trainer.max_steps=1", "--name=plain"]
     own = [f"--data.{part}={data['dft'][part]}" for part in ("train", "val")]
     plain = train(parse([*ARGUMENTS, *words, *own])) / "checkpoints" / "last.pt"
     more = [f"--init_from={plain}", "--experts.spread=1e-6", "--optim.lr=1e-12", "--model.num_layers=2"]
@@ -166,11 +167,11 @@ def test_a_repeated_task_is_used_more_often(
     with caplog.at_level(logging.INFO):
         module.setup()
     held = len(module.parts["teacher"].training)  # the others validate
-    assert len(module.training) == 3 * 8 + held
+    assert len(module.training) == 3 * 6 + held
     tasks_seen = torch.cat([batch.task for batch in module.train_dataloader()])
-    assert tasks_seen.bincount().tolist() == [24, held]
-    assert len(module.datasets["val"]) == 4 + 8 - held
-    assert module.training.describe(9).endswith("key 1")
+    assert tasks_seen.bincount().tolist() == [18, held]
+    assert len(module.datasets["val"]) == 2 + 6 - held
+    assert module.training.describe(7).endswith("key 1")
     assert len(module.training.natoms) == len(module.training)
 
 
@@ -201,3 +202,28 @@ def test_wrong_configurations_get_one_sentence(
     with pytest.raises((InputError, DataError), match=sentence) as found:
         run(tmp_path, tasks, "wrong", 1, *more)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(data: dict[str, Any], tmp_path: Path) -> None:
+    config = tmp_path / "tasks.yaml"
+    config.write_text(yaml.safe_dump({"data": {"tasks": data}}))
+    words = [
+        f"--config={config}",
+        *ARGUMENTS,
+        *EXPERTS,
+        "--trainer.max_steps=2",
+        "--trainer.precision=64-true",
+    ]
+    finish([start([*words, "--data.batch_size=6"], tmp_path, "one")])
+    finish(start_two([*words, "--data.batch_size=3"], tmp_path, "two", "lightning"))
+    one, two = (
+        read_experts(tmp_path / n / "checkpoints" / "last_experts.safetensors") for n in ("one", "two")
+    )
+    for kind, weights in one.weights.items():
+        for group, tensors in weights.groups().items():
+            for name, tensor in tensors.items():
+                found = two.weights[kind].groups()[group][name]
+                torch.testing.assert_close(found, tensor, rtol=1e-9, atol=1e-9, msg=f"{group}/{name}")
+    for name, value in one.provenance["validation"].items():
+        assert two.provenance["validation"][name] == pytest.approx(value, rel=1e-6), name
