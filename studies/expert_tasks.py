@@ -2,9 +2,11 @@
 
 A system belongs to the first group of which its slab (all atoms but the adsorbate) holds an element. The
 groups share elements: copper, for example, is in slabs of all of them but the last. Within a task, held-out
-slabs have other combinations of elements than those that are learned.
+slabs are new combinations of elements that other slabs of the task have. Where every slab has an element of
+its own, as in some groups of DFT frames, later frames of the relaxations are held out.
 """
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from ase.data import chemical_symbols
 from tqdm import tqdm
 
 from datasets_oc20 import LmdbWriter, OC20Lmdb
-from datasets_oc20.frame_selection import hold_out_systems, spread_frames
+from datasets_oc20.frame_selection import split_later_frames, spread_frames
 from datasets_oc20.preprocess import preprocess
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
@@ -32,7 +34,9 @@ GROUPS: Mapping[str, frozenset[str]] = {
 TASKS = tuple(f"{kind}-{group}" for kind in KINDS for group in GROUPS)
 _ADSORBATE = 2
 _HELD_OUT = 4
-"""One of so many combinations of elements is held out, and at least one."""
+"""One of so many slabs is held out, and at least one."""
+_LATER = 0.25
+"""Share of the frames of a relaxation that is held out where no slab can be."""
 
 
 @dataclass(frozen=True)
@@ -100,31 +104,57 @@ def _divide(
     dataset: OC20Lmdb, kind: str, folder: Path, sources: Sources
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Write the files of one kind of labels, and describe its tasks."""
-    rows: dict[str, dict[str, list[int]]] = {group: {} for group in GROUPS}
+    rows: dict[str, dict[str, dict[str, list[int]]]] = {group: {} for group in GROUPS}
     for row in tqdm(range(len(dataset)), desc=f"{kind} frames", unit="frame"):
         data = dataset[row]
-        slab = data.atomic_numbers[data.tags != _ADSORBATE].unique().tolist()
-        elements = frozenset(chemical_symbols[number] for number in slab)
-        rows[group_of(elements)].setdefault("-".join(sorted(elements)), []).append(row)
-    for group, combinations in rows.items():
+        numbers = data.atomic_numbers[data.tags != _ADSORBATE].unique().tolist()
+        elements = frozenset(chemical_symbols[number] for number in numbers)
+        slab = rows[group_of(elements)].setdefault("-".join(sorted(elements)), {})
+        slab.setdefault(str(data.sid), []).append(row)
+    for group, slabs in rows.items():
         if f"{kind}-{group}" not in sources.tasks:
             continue
-        if len(combinations) < 2:
-            raise InputError(
-                f"{kind} data have {len(combinations)} slabs of the group {group}: to learn one and judge "
-                "by another, give at least 2"
-            )
-        names = sorted(combinations)
-        training, held = hold_out_systems(names, max(1, len(names) // _HELD_OUT))
+        if not slabs:
+            raise InputError(f"{kind} data have no slab of the group {group}: leave the task out (--tasks)")
+        held = choose_held_out(sorted(slabs))
+        parts: dict[str, list[int]] = {"train": [], "test": []}
+        for slab, systems in slabs.items():
+            for own in systems.values():
+                if held:
+                    parts["test" if slab in held else "train"] += own
+                    continue
+                early, late = split_later_frames(len(own), _LATER)
+                parts["train"] += [own[index] for index in early]
+                parts["test"] += [own[index] for index in late]
         counts = {}
-        for part, chosen, most in (
-            ("train", training, sources.frames),
-            ("test", held, sources.test_frames),
-        ):
-            own = np.array(sorted(row for name in chosen for row in combinations[name]))
-            taken = own[spread_frames(len(own), most)]
+        for part, most in (("train", sources.frames), ("test", sources.test_frames)):
+            chosen = np.array(sorted(parts[part]))
+            taken = chosen[spread_frames(len(chosen), most)]
             counts[part] = _write(dataset, taken, task_file(folder, f"{kind}-{group}", part))
-        yield f"{kind}-{group}", {"slabs": {"train": training, "test": held}, "frames": counts}
+        told = {"slabs": sorted(slabs), "held_out_slabs": held, "frames": counts}
+        yield f"{kind}-{group}", told
+
+
+def choose_held_out(slabs: Sequence[str]) -> list[str]:
+    """Choose slabs to judge by, all of whose elements are in slabs that are left to learn.
+
+    Args:
+        slabs: elements of each, joined by `-`.
+
+    Returns:
+        At most a quarter of them, and one where that is none; empty where every slab has an element of its
+        own, so that later frames have to be held out.
+    """
+    order = sorted(slabs)
+    random.Random(0).shuffle(order)
+    held: list[str] = []
+    for slab in order:
+        left = {element for other in slabs if other not in (*held, slab) for element in other.split("-")}
+        if set(slab.split("-")) <= left:
+            held.append(slab)
+        if len(held) >= max(1, len(slabs) // _HELD_OUT):
+            break
+    return sorted(held)
 
 
 def task_file(folder: Path, task: str, part: str) -> Path:

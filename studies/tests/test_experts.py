@@ -10,7 +10,7 @@ from datasets_oc20 import OC20Lmdb
 from equiformer2.errors import InputError
 from equiformer2.files import read_json
 from studies import expert_page
-from studies.expert_tasks import GROUPS, TASKS, Sources, group_of, prepare, task_file
+from studies.expert_tasks import GROUPS, TASKS, Sources, choose_held_out, group_of, prepare, task_file
 from studies.experts import PARTS, main
 
 SMALL = ("--model.num_layers=1", "--model.sphere_channels=8", "--model.attn_hidden_channels=8")
@@ -38,19 +38,39 @@ def test_groups_share_elements_and_fit_any_slab() -> None:
     assert list(GROUPS)[-1] == "others"
 
 
-def test_learned_and_judged_slabs_hold_other_elements(frames: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("slabs", "possible"),
+    [
+        (["Cu", "Cu-Pt", "Au"], {"Cu"}),
+        (["Au-Na", "Au-Cu", "Cl-Cu"], {"Au-Cu"}),
+        (["Sb-Zr", "Sb-Ti", "Pd-Sb"], set()),
+        (["Cu"], set()),
+    ],
+)
+def test_held_out_slabs_hold_no_element_that_is_not_learned(slabs: list[str], possible: set[str]) -> None:
+    held = choose_held_out(slabs)
+    assert set(held) <= possible
+    assert bool(held) == bool(possible)
+
+
+def test_learned_and_judged_frames(frames: Path, tmp_path: Path) -> None:
     sources = Sources(frames, frames, 4, 2, OWN)
     prepare(tmp_path, sources)
     listing = read_json(tmp_path / "tasks.json")["tasks"]
     for task in OWN:
-        slabs = listing[task]["slabs"]
-        assert not set(slabs["train"]) & set(slabs["test"])
-        sizes = [len(OC20Lmdb(task_file(tmp_path, task, part))) for part in ("train", "test")]
-        assert sizes == [4, 2]
+        assert listing[task]["held_out_slabs"] == ["Cu"]
+        assert listing[task]["frames"] == {"train": 4, "test": 2}
+        test = OC20Lmdb(task_file(tmp_path, task, "test"))
+        assert {str(test[row].sid) for row in range(2)} == {"tn1000077"}
     with pytest.raises(InputError, match="other data or numbers of frames"):
         prepare(tmp_path, Sources(frames, frames, 5, 2, OWN))
-    with pytest.raises(InputError, match="0 slabs of the group tetrels"):
+    with pytest.raises(InputError, match="no slab of the group tetrels"):
         prepare(tmp_path / "more", Sources(frames, frames, 4, 2, ("dft-tetrels",)))
+    only = copy_systems(tmp_path / "gold", ["tn900044"], "train")
+    prepare(tmp_path / "later", Sources(only, only, 9, 9, ("dft-coinage",)))
+    parts = [OC20Lmdb(task_file(tmp_path / "later", "dft-coinage", part)) for part in ("train", "test")]
+    ends = [[int(part[row].fid) for row in range(len(part))] for part in parts]
+    assert max(ends[0]) < min(ends[1])
 
 
 def test_all_parts_are_continued(frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
