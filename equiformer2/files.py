@@ -14,7 +14,10 @@ from equiformer2.errors import InputError
 
 __all__ = ["as_input_error", "check_target", "read_json", "whole_file", "write_bytes", "write_json"]
 
-_DATA = (".lmdb", ".aselmdb", ".mdb", ".extxyz", ".xz", ".txt", ".db", ".traj", ".pt", ".ckpt", ".npz")
+_DATA = (
+    *(".lmdb", ".aselmdb", ".mdb", ".extxyz", ".xz", ".txt", ".db", ".traj", ".pt", ".ckpt", ".npz"),
+    ".safetensors",
+)
 
 
 def check_target(

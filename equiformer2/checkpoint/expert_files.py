@@ -37,7 +37,7 @@ from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from datasets_oc20.untrusted import load_json, open_regular
@@ -47,7 +47,7 @@ from equiformer2.checkpoint.samples import Samples
 from equiformer2.checkpoint.tensor_files import plain
 from equiformer2.checkpoint.weights import config_from_values
 from equiformer2.errors import InputError
-from equiformer2.files import as_input_error, write_bytes
+from equiformer2.files import as_input_error, whole_file
 from equiformer2.model.config import ModelConfig
 from equiformer2.values import Number, Whole, mapping, shown, shown_name
 
@@ -227,7 +227,11 @@ def write_experts(path: str | os.PathLike[str], contents: ExpertContents) -> Non
         name: value.detach().to("cpu", copy=True).contiguous() for name, value in sorted(tensors.items())
     }
     metadata = {"format": FORMAT, "content": json.dumps(content, ensure_ascii=False, allow_nan=False)}
-    write_bytes(path, save(copies, metadata))
+    with whole_file(path) as file:
+        try:
+            save_file(copies, file.name, metadata)
+        except SafetensorError as error:
+            raise OSError(f"could not write {path}: {error}") from error
 
 
 def _task_values(name: str, task: TaskInfo) -> dict[str, Any]:

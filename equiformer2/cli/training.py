@@ -35,6 +35,8 @@ MAIN_KEYS = {
     "data.energy_kind": "kind of the energies, adsorption or total, for data that does not declare it",
     "data.batch_size": "maximum number of structures per batch and process",
     "data.num_workers": "number of loader processes",
+    "data.tasks": "data sets to train together, by name; for experts (docs/experts.md)",
+    "experts.num_experts": "number of experts of a network for several data sets (default: 0, none)",
     "model.num_layers": "number of blocks",
     "model.lmax": "maximum degree of the features",
     "optim.lr": "largest learning rate, reached at the end of the warm-up",

@@ -208,28 +208,53 @@ class ExpertNetwork(nn.Module):
         coefficients = self.gate.coefficients(groups[:, :-1], group_tasks)
         if len(groups) == 1:
             return self._run_group(batch, coefficients[0], int(group_tasks[0]))
+        mixed = self._mixed_for_groups(coefficients)
         parts, rows_of = [], []
         for number, each in enumerate(group_tasks.tolist()):
             rows = torch.nonzero(member == number).flatten()
             rows_of.append(rows)
             try:
-                parts.append(self._run_group(select_structures(batch, rows), coefficients[number], each))
+                own = select_structures(batch, rows)
+                parts.append(self._run_group(own, coefficients[number], each, mixed[number]))
             except InputError as error:
                 if error.structure is None:
                     raise
                 raise InputError(str(error), int(rows[error.structure])) from error
         return self._in_order(parts, rows_of, torch.as_tensor(batch.natoms, device=member.device).reshape(-1))
 
-    def _run_group(self, batch: Batch | Data, coefficients: Tensor, task: int) -> dict[str, Tensor]:
+    def _mixed_for_groups(self, coefficients: Tensor) -> list[dict[int, Tensor] | None]:
+        """Mix the stacks for all groups `[G, K]` in one pass over them, where gradients are wanted.
+
+        The sums are kept for the backward pass in any case; it then goes over the stacks once, too.
+        """
+        if not torch.is_grad_enabled() or self.activation_checkpointing:
+            return [None] * len(coefficients)
+        stacks = self.expert_weights().values()
+        mixed = [(id(stack), mix(stack, coefficients).unbind(0)) for stack in stacks]
+        return [{key: sums[number] for key, sums in mixed} for number in range(len(coefficients))]
+
+    def _run_group(
+        self,
+        batch: Batch | Data,
+        coefficients: Tensor,
+        task: int,
+        mixed: dict[int, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Run structures of one task and composition."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             # Not block by block: the coefficients of a group have to be those of its recomputation.
             return checkpoint(self._run, batch, coefficients, task, use_reentrant=False)  # type: ignore[no-any-return]
-        return self._run(batch, coefficients, task)
+        return self._run(batch, coefficients, task, mixed)
 
-    def _run(self, batch: Batch | Data, coefficients: Tensor, task: int) -> dict[str, Tensor]:
+    def _run(
+        self,
+        batch: Batch | Data,
+        coefficients: Tensor,
+        task: int,
+        mixed: dict[int, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         with self._turn.lock:
-            self._choice.use(coefficients, task)
+            self._choice.use(coefficients, task, mixed)
             try:
                 out: dict[str, Tensor] = self.network(batch)
             finally:

@@ -30,7 +30,7 @@ _NO_CHOICE = (
 
 
 class ExpertChoice(nn.Module):
-    """Coefficients and task of the forward pass that is going on; the stacks of one network share it.
+    """Coefficients and task of the forward pass that is going on, which the stacks of one network share.
 
     It belongs to one network, so that networks in other threads have their own. `folding.Snapshot` sees its
     values, so that matrices kept for inference are made again when they change.
@@ -40,9 +40,17 @@ class ExpertChoice(nn.Module):
         super().__init__()
         self.coefficients: Tensor | None = None
         self.task: int | None = None
+        self.mixed: Mapping[int, Tensor] | None = None
 
-    def use(self, coefficients: Tensor, task: int) -> None:
-        """Set the coefficients `[K]` and the number of the task from now on."""
+    def use(self, coefficients: Tensor, task: int, mixed: Mapping[int, Tensor] | None = None) -> None:
+        """Set what weights are from now on.
+
+        Args:
+            coefficients: `[K]`.
+            task: number.
+            mixed: sums with these coefficients by the `id` of their stacks, where they are known already.
+        """
+        self.mixed = mixed
         if torch.is_grad_enabled():
             self.coefficients, self.task = coefficients, task
             return
@@ -54,8 +62,8 @@ class ExpertChoice(nn.Module):
         self.task = task
 
     def clear(self) -> None:
-        """Forget both, so that no graph of gradients is kept alive."""
-        self.coefficients, self.task = None, None
+        """Forget all, so that no graph of gradients is kept alive."""
+        self.coefficients, self.task, self.mixed = None, None, None
 
 
 class ExpertMixture(nn.Module):
@@ -77,6 +85,8 @@ class ExpertMixture(nn.Module):
         """
         if self.choice.coefficients is None:
             raise InputError(_NO_CHOICE)
+        if self.choice.mixed is not None:
+            return self.choice.mixed[id(experts)]
         return mix(experts, self.choice.coefficients)
 
 
@@ -103,7 +113,7 @@ class TaskWeight(nn.Module):
 
 
 def mix(experts: Tensor, coefficients: Tensor) -> Tensor:
-    """Sum `experts [K, *shape]` with `coefficients [K]`, in the precision of the experts."""
+    """Sum `experts [K, *shape]` with `coefficients [K]` or `[G, K]`, in the precision of the experts."""
     with no_autocast(experts):
         return torch.tensordot(coefficients.to(experts.dtype), experts, dims=1)
 

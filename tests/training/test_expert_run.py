@@ -152,6 +152,22 @@ def test_experts_start_from_a_plain_network(data: dict[str, Any], tmp_path: Path
         run(tmp_path, data, "again", 1, f"--init_from={started}")
 
 
+@pytest.mark.parametrize("forces", ["gradient", "none"])
+@pytest.mark.one_in(2)
+def test_networks_without_a_force_head_have_experts(
+    data: dict[str, Any], tmp_path: Path, forces: str
+) -> None:
+    file = run(tmp_path, data, forces, 1, f"--model.forces={forces}") / "best_experts.safetensors"
+    merge_experts(file, "teacher", tmp_path / "merged.pt")
+    frame = OC20Lmdb(data["teacher"]["val"])[0]
+    predicted = Predictor(tmp_path / "merged.pt").predict([frame])
+    assert ("forces" in predicted) == (forces == "gradient")
+    units = read_experts(file).tasks
+    if forces == "gradient":
+        assert units["dft"].normalizers.energy.std == units["teacher"].normalizers.energy.std
+    assert units["dft"].normalizers.energy.mean != units["teacher"].normalizers.energy.mean
+
+
 def test_an_expert_file_is_no_ordinary_checkpoint(whole: Path) -> None:
     file = whole / "last_experts.safetensors"
     for use in (load_checkpoint, Predictor, EquiformerV2Calculator):
