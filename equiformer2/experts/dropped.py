@@ -11,10 +11,12 @@ from torch import Tensor
 
 from equiformer2.errors import InputError
 from equiformer2.experts import scores
+from equiformer2.experts.gate import ExpertGate
 from equiformer2.experts.network import ExpertNetwork
 from equiformer2.experts.settings import MOST_EXPERTS
 from equiformer2.values import Items, Number, Whole, mapping
 
+_ROUNDING = 1e-4
 KEY = "expert_pruning"
 """Part of a file's provenance that tells of the last pruning."""
 
@@ -53,33 +55,37 @@ class DroppedExperts:
         limit = float(scores.change_bound(coefficients, norms[None], kept).max())
         return cls(tuple(kept), weight, bias, norms, limit)
 
-    def bounds(self, pruned: ExpertNetwork, task: str, compositions: Tensor) -> Tensor:
+    def bounds(self, gate: ExpertGate, task: int, compositions: Tensor) -> Tensor:
         """Bound the norm of the change of all weights together.
 
         Args:
-            pruned: network of the pruned file.
-            task: name.
+            gate: of the pruned file.
+            task: number.
             compositions: `[B, Z]`.
 
         Returns:
             `[B]` float64.
 
         Raises:
-            InputError: the network has another gate.
+            InputError: the gate is another one.
         """
-        if (self.weight.shape[1], len(self.kept)) != (
-            pruned.gate.out.in_features,
-            pruned.gate.out.out_features,
-        ):
+        if (self.weight.shape[1], len(self.kept)) != (gate.out.in_features, gate.out.out_features):
             raise InputError(f"{KEY} does not fit the gate of the file: prune the file again")
-        number = torch.full((len(compositions),), pruned.task_number(task))
         gone = [each for each in range(len(self.norms)) if each not in set(self.kept)]
         logits = torch.zeros(len(compositions), len(self.norms), dtype=torch.float64)
         with torch.no_grad():
-            features = pruned.gate.features(compositions, number)
-            logits[:, list(self.kept)] = pruned.gate.out(features).double()
+            features = gate.features(compositions, torch.full((len(compositions),), task))
+            logits[:, list(self.kept)] = gate.out(features).double()
             logits[:, gone] = features.double() @ self.weight.T + self.bias
         return scores.change_bound(logits.softmax(1), self.norms[None], self.kept)[:, 0]
+
+    def excess(self, gate: ExpertGate, task: int, composition: Tensor) -> float | None:
+        """Return the bound for a composition `[Z]` where it is larger than those of the task's structures.
+
+        None where it is not, rounding aside; arguments as `bounds`.
+        """
+        bound = float(self.bounds(gate, task, composition[None])[0])
+        return bound if bound > self.limit * (1 + _ROUNDING) else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""

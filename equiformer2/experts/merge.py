@@ -14,6 +14,7 @@ from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.checkpoint.training_data import inherited
 from equiformer2.errors import InputError
 from equiformer2.experts.composition import composition_from_formula, shares_by_symbol
+from equiformer2.experts.dropped import DroppedExperts
 from equiformer2.experts.network import ExpertNetwork
 from equiformer2.model.equiformer import EquiformerV2
 from equiformer2.model.parameters import count_parameters
@@ -43,7 +44,8 @@ def merge_experts(
             all.
 
     Returns:
-        A summary in plain values.
+        A summary in plain values; of a pruned file with `excess_of_bound`, the bound of the change of the
+        weights where it is larger than those of the task's structures, else None.
 
     Raises:
         InputError: as `read_experts`; an unknown task, element or expert.
@@ -59,7 +61,7 @@ def merge_experts(
     if composition is not None:
         shares = composition_from_formula(composition, contents.config.max_num_elements)
     merged = network.merged(task, shares, experts)
-    of_experts = {
+    of_experts: dict[str, Any] = {
         "file": Path(path).name,
         "sha256": sha256(path),
         "task": task,
@@ -68,6 +70,9 @@ def merge_experts(
         "coefficients": coefficients_of(network, task, shares),
         "experts": list(range(network.settings.num_experts)) if experts is None else list(experts),
     }
+    dropped = DroppedExperts.from_provenance(contents.provenance, contents.source)
+    if dropped is not None:
+        of_experts["excess_of_bound"] = dropped.excess(network.gate, network.task_number(task), shares)
     save_merged(out, merged, info, kind, contents.provenance, of_experts)
     return {
         "out": str(out),

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ase.data import chemical_symbols
+from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 from tqdm import tqdm
 
 from equiformer2.checkpoint.expert_files import ExpertContents, TaskInfo, with_experts, with_tasks
+from equiformer2.checkpoint.training_data import TrainingData
 from equiformer2.errors import InputError, naming_structures
 from equiformer2.experts import scores
 from equiformer2.experts.composition import composition_of
@@ -22,7 +23,6 @@ from equiformer2.experts.dropped import KEY, DroppedExperts
 from equiformer2.experts.network import ExpertNetwork
 from equiformer2.experts.outputs import expert_outputs
 
-_ROUNDING = 1e-4
 _FIELDS = ("pos", "atomic_numbers", "cell", "pbc", "natoms", "fixed", "sid", "fid")
 
 
@@ -70,6 +70,16 @@ def task_compositions(info: TaskInfo, structures: Sequence[Data]) -> Tensor:
     if not structures:
         return info.composition[None]
     return torch.cat([_composition(structure, len(info.composition)) for structure in structures])
+
+
+def seen_elements(info: TaskInfo) -> Tensor:
+    """Mark the elements of the training structures of a task, `[Z]` bool."""
+    seen = info.composition > 0
+    # The mean is over some frames of large data sets; the lists are of all.
+    for symbol in TrainingData(info.provenance).elements or ():
+        if atomic_numbers[symbol] < len(seen):
+            seen[atomic_numbers[symbol]] = True
+    return seen
 
 
 def _composition(structure: Data, num_elements: int) -> Tensor:
@@ -252,7 +262,7 @@ def foreign_structures(
         composition = _composition(structure, len(info.composition))
         reasons: dict[str, Any] = {}
         texts = []
-        new = ((composition[0] > 0) & (info.composition <= 0)).nonzero().flatten().tolist()
+        new = ((composition[0] > 0) & ~seen_elements(info)).nonzero().flatten().tolist()
         if new:
             reasons["elements"] = [chemical_symbols[number] for number in new]
             texts.append(f"{', '.join(reasons['elements'])} not among the training data of {task}")
@@ -261,8 +271,8 @@ def foreign_structures(
             reasons |= {"distance": distance, "reach": reach}
             texts.append(f"a composition far from those of {task} ({distance:.3f}, theirs {reach:.3f} apart)")
         if dropped is not None and network is not None:
-            bound = float(dropped.bounds(network, task, composition)[0])
-            if bound > dropped.limit * (1 + _ROUNDING):
+            bound = dropped.excess(network.gate, network.task_number(task), composition[0])
+            if bound is not None:
                 reasons |= {"bound": bound, "limit": dropped.limit}
                 texts.append(
                     f"worse than the bound of {task} ({bound:.4g}, its own at most {dropped.limit:.4g})"

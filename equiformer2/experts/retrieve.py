@@ -20,11 +20,11 @@ from equiformer2.errors import InputError
 from equiformer2.experts import scores
 from equiformer2.experts.cache import BoundedCache
 from equiformer2.experts.composition import composition_of, shares_by_symbol
-from equiformer2.experts.dropped import KEY
+from equiformer2.experts.dropped import DroppedExperts
 from equiformer2.experts.gate import ExpertGate
 from equiformer2.experts.merge import save_merged
 from equiformer2.experts.network import merge_weights
-from equiformer2.experts.prune import task_compositions, task_structures
+from equiformer2.experts.prune import seen_elements, task_compositions, task_structures
 from equiformer2.experts.sets import ExpertSet, Match, Per, make_sets, nearest, nearest_composition
 from equiformer2.experts.settings import ExpertSettings
 from equiformer2.model.equiformer import EquiformerV2
@@ -43,6 +43,8 @@ class Retrieval:
         coefficients: `[M]` of the experts of the set, scaled to add up to 1.
         kept_share: sum of their coefficients before.
         unseen: symbols that no training structure of the task has.
+        excess: bound of the change by the pruning of the file, where it is larger than those of the task's
+            structures; else None.
     """
 
     match: Match
@@ -50,6 +52,7 @@ class Retrieval:
     coefficients: Tensor
     kept_share: float
     unseen: tuple[str, ...]
+    excess: float | None
 
     @property
     def task(self) -> str:
@@ -68,6 +71,8 @@ class Retrieval:
             told.append(f"{', '.join(self.unseen)} not among the training data of {self.task}")
         if self.match.far:
             told.append(f"a composition that is farther from those of {self.task} than these are")
+        if self.excess is not None:
+            told.append(f"worse than the bound with which the file was pruned ({self.excess:.4g})")
         return told
 
 
@@ -117,7 +122,8 @@ class ExpertStore:
         except (InputError, TypeError) as error:
             raise InputError(f"{path}: the settings of its experts are not valid: {error}") from error
         self.num_experts = settings.num_experts
-        if keep is None and KEY in head.provenance:
+        self._dropped = DroppedExperts.from_provenance(head.provenance, str(path))
+        if keep is None and self._dropped is not None:
             number = self.num_experts
         else:
             number = scores.number_kept(_DEFAULT_KEEP if keep is None else keep, self.num_experts)
@@ -176,7 +182,7 @@ class ExpertStore:
         names = self.choose_tasks(among)
         composition = composition_of(structure, self.config.max_num_elements)
         present = composition[0] > 0
-        seen = torch.stack([self.tasks[name].composition > 0 for name in names])
+        seen = torch.stack([seen_elements(self.tasks[name]) for name in names])
         nowhere = (present & ~seen.any(0)).nonzero().flatten().tolist()
         if nowhere:
             symbols = ", ".join(chemical_symbols[number] for number in nowhere)
@@ -192,14 +198,18 @@ class ExpertStore:
             match = nearest(sets, answers.flatten())
         number = list(self.tasks).index(match.chosen.task)
         own = answers[number][None].double()
-        known = self.tasks[match.chosen.task].composition > 0
+        known = seen_elements(self.tasks[match.chosen.task])
         unseen = (present & ~known).nonzero().flatten().tolist()
+        excess = None
+        if self._dropped is not None:
+            excess = self._dropped.excess(self.gate, number, composition[0])
         return Retrieval(
             match,
             composition[0],
             scores.renormalized(own, match.chosen.experts)[0],
             float(own[0, list(match.chosen.experts)].sum()),
             tuple(chemical_symbols[each] for each in unseen),
+            excess,
         )
 
     def network(self, found: Retrieval) -> EquiformerV2:
@@ -260,6 +270,7 @@ class ExpertStore:
             "reach": match.chosen.reach,
             "far": match.far,
             "unseen_elements": list(found.unseen),
+            "worse_than_bound": found.excess is not None,
             "second": None
             if match.second is None
             else {"task": match.second, "distance": match.second_distance},

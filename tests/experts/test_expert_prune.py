@@ -15,7 +15,10 @@ from equiformer2.errors import InputError
 from equiformer2.experts import ExpertNetwork
 from equiformer2.experts.composition import composition_of
 from equiformer2.experts.dropped import KEY, DroppedExperts
+from equiformer2.experts.merge import merge_experts
+from equiformer2.experts.outputs import expert_outputs
 from equiformer2.experts.prune import PruneSettings, foreign_structures, measure, prune_experts
+from equiformer2.experts.retrieve import ExpertStore
 
 
 def ready(structure: Data, sid: str) -> Data:
@@ -77,6 +80,17 @@ def test_the_change_of_weights_is_within_the_bound(
     assert found["force_mae_ratio"] is None
 
 
+def test_an_expert_of_zeros_adds_nothing_to_any_layer() -> None:
+    experts = network()
+    with torch.no_grad():
+        for stack in experts.expert_weights().values():
+            stack[2] = 0.0
+    outputs = expert_outputs(experts, STRUCTURES, "dft")
+    assert outputs.shape == (2, 4)
+    assert not outputs[:, 2].any()
+    assert (outputs[:, [0, 1, 3]] > 0).all()
+
+
 def test_labels_give_errors_and_no_structures_nothing(contents: ExpertContents) -> None:
     pruned, _ = prune_experts(contents, "dft", PruneSettings(0.5))
     labelled = []
@@ -121,7 +135,7 @@ def test_structures_unlike_those_of_the_task_are_named(contents: ExpertContents)
     dropped = DroppedExperts.from_provenance(pruned.provenance, "file")
     assert dropped is not None
     shares = torch.cat([composition_of(each, 90) for each in STRUCTURES])
-    bounds = dropped.bounds(ExpertNetwork.from_contents(pruned), "dft", shares)
+    bounds = dropped.bounds(ExpertNetwork.from_contents(pruned).gate, 0, shares)
     assert float(bounds.max()) <= record["bound"] * 1.2  # of all weights as one vector: a little looser
     assert float(bounds.max()) == pytest.approx(dropped.limit, rel=1e-5)
     foreign = foreign_structures(pruned, "dft", [*STRUCTURES, ready(water(), "water")])
@@ -132,7 +146,7 @@ def test_structures_unlike_those_of_the_task_are_named(contents: ExpertContents)
     assert all("bound" not in named.get(each.sid, {}) for each in STRUCTURES)
 
 
-def test_a_structure_that_needs_dropped_experts_is_worse_than_the_bound() -> None:
+def test_a_structure_that_needs_dropped_experts_is_worse_than_the_bound(tmp_path: Path) -> None:
     experts = network()
     with torch.no_grad():  # element 1 alone asks for expert 3, the others for expert 0
         experts.gate.hidden.weight.zero_()
@@ -144,11 +158,21 @@ def test_a_structure_that_needs_dropped_experts_is_worse_than_the_bound() -> Non
         experts.gate.out.weight[3, 0] = 5.0
         experts.gate.out.bias.copy_(torch.tensor([5.0, 4.0, 0.0, 0.0]))
     samples = {"dft": Samples.from_structures([STRUCTURES[0]])}
-    pruned, record = prune_experts(contents_of(experts, samples=samples), "dft", PruneSettings(0.5))
+    whole = contents_of(experts, samples=samples)
+    whole.tasks["dft"].composition[[1, 6]] = 0.1  # hydrogen and carbon are known
+    pruned, record = prune_experts(whole, "dft", PruneSettings(0.5))
     assert record["kept"] == [0, 1]
     (found,) = foreign_structures(pruned, "dft", [ready(water(), "water")])
     assert found["bound"] > 5 * found["limit"]
     assert "worse than the bound of dft" in found["text"]
+    file = tmp_path / "pruned.safetensors"
+    write_experts(file, pruned)
+    retrieved = [ExpertStore(file).find(each) for each in (STRUCTURES[0], ready(water(), "water"))]
+    assert [each.excess is None for each in retrieved] == [True, False]
+    assert "worse than the bound" in retrieved[1].warnings()[-1]
+    for formula, worse in (("Cu12CO", False), ("H2O", True)):
+        summary = merge_experts(file, "dft", tmp_path / f"{formula}.pt", formula)
+        assert (summary["excess_of_bound"] is not None) == worse
 
 
 @pytest.mark.parametrize(
