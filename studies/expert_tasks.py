@@ -88,7 +88,7 @@ def prepare(folder: Path, sources: Sources) -> None:
             raise InputError(f"{listing} is of other data or numbers of frames: give another --runs")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = {}
+    tasks: dict[str, Any] = {}
     for kind, source in (("dft", sources.dft), ("teacher", sources.teacher)):
         if not any(kind_of(task) == kind for task in sources.tasks):
             continue

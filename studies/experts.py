@@ -240,7 +240,8 @@ def two_stage_rows(study: Study) -> Iterator[Row | None]:
 
 def _two_stage(study: Study, seed: int) -> Row:
     words: list[str] = []
-    judged, plans = {}, {}
+    judged: dict[str, Row] = {}
+    plans: dict[str, Row] = {}
     for kind in reversed(KINDS):  # the cheap labels first
         own = [task for task in study.tasks if kind_of(task) == kind]
         if not own:
