@@ -170,6 +170,7 @@ def _check_callbacks(inside: str, value: Any, where: str) -> None:
 def ignored_settings(config: Any) -> list[str]:
     """Sentences about settings of a `RunConfig` that something else makes meaningless."""
     model, task, optim, data = config.model, config.task, config.optim, config.data
+    experts = config.experts
     rules = (
         (task.ema_decay == 0 and not task.ema_warmup, "task.ema_warmup", "task.ema_decay is 0"),
         (
@@ -201,6 +202,16 @@ def ignored_settings(config: Any) -> list[str]:
             data.get("max_edges") is None and data.get("max_neighbors", 20) != 20,
             "data.max_neighbors",
             "it counts edges for data.max_edges, which is not set (the network's is model.max_neighbors)",
+        ),
+        (
+            experts.num_experts == 0 and experts != type(experts)(),
+            "experts",
+            "experts.num_experts is 0",
+        ),
+        (
+            experts.num_experts > 0 and config.run.refit_normalizers,
+            "refit_normalizers",
+            "experts always take the normalizers of the training data of their tasks",
         ),
     )
     return [f"{key} has no effect: {reason}" for applies, key, reason in rules if applies]
