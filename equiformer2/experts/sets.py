@@ -7,7 +7,7 @@ PreMoe (2505.17639) describes a query in the same way by the first router's answ
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -48,7 +48,7 @@ class Match:
     Attributes:
         chosen: the set.
         distance: of the keys.
-        far: farther from the key than the systems that the set was made of.
+        far: farther from the key than the systems that the set was made of; not looked at by the baseline.
         second: name of the nearest set of another task, or None.
         second_distance: its distance.
     """
@@ -66,7 +66,6 @@ def make_sets(
     number: int,
     top: int,
     per: Per = "task",
-    experts: Mapping[str, Sequence[int]] | None = None,
 ) -> list[ExpertSet]:
     """Make the sets of all tasks.
 
@@ -77,7 +76,6 @@ def make_sets(
         number: experts per set.
         top: k of the scores (`scores.tcess`).
         per: one set per task, or one per composition of every task.
-        experts: task -> experts of its sets, where they are fixed already; others are chosen by TCESS.
 
     Raises:
         InputError: `per` is unknown.
@@ -88,18 +86,20 @@ def make_sets(
     for place, (task, values) in enumerate(answers.items()):
         own, shares = values[:, place], compositions[task].double()
         vectors = values.double().flatten(1)
-        fixed = None if experts is None else experts.get(task)
         if per == "task":
             key = vectors.mean(0)
-            chosen = fixed or scores.highest(scores.tcess(own, top), number)
+            chosen = scores.highest(scores.tcess(own, top), number)
             reach = float((vectors - key).norm(dim=1).max())
-            sets.append(ExpertSet(task, tuple(chosen), key, shares.mean(0), reach))
+            sets.append(ExpertSet(task, chosen, key, shares.mean(0), reach))
             continue
-        apart = torch.cdist(vectors, vectors) + torch.diag(torch.full((len(vectors),), math.inf)).double()
-        reach = float(apart.min(1).values.max()) if len(vectors) > 1 else 0.0
-        for row in range(len(vectors)):
-            chosen = fixed or scores.highest(own[row], number)
-            sets.append(ExpertSet(task, tuple(chosen), vectors[row], shares[row], reach))
+        # Frames of one relaxation have one composition.
+        rows = sorted({tuple(row): place for place, row in enumerate(shares.tolist())}.values())
+        apart = torch.cdist(vectors[rows], vectors[rows])
+        apart.fill_diagonal_(math.inf)
+        reach = float(apart.min(1).values.max()) if len(rows) > 1 else 0.0
+        for row in rows:
+            chosen = scores.highest(own[row], number)
+            sets.append(ExpertSet(task, chosen, vectors[row], shares[row], reach))
     return sets
 
 
@@ -111,7 +111,8 @@ def nearest(sets: Sequence[ExpertSet], key: Tensor) -> Match:
         key: `[tasks * K]` v of the structure.
     """
     distances = [float((each.key - key.double()).norm()) for each in sets]
-    return _match(sets, distances)
+    match = _match(sets, distances)
+    return replace(match, far=match.distance > match.chosen.reach * (1 + _ROUNDING) + _ROUNDING)
 
 
 def nearest_composition(sets: Sequence[ExpertSet], composition: Tensor) -> Match:
@@ -132,7 +133,7 @@ def _match(sets: Sequence[ExpertSet], distances: Sequence[float]) -> Match:
     return Match(
         chosen,
         distances[best],
-        distances[best] > chosen.reach * (1 + _ROUNDING) + _ROUNDING,
+        False,
         None if second is None else sets[second].task,
         None if second is None else distances[second],
     )

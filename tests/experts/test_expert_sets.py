@@ -25,13 +25,16 @@ def test_a_set_per_task_holds_the_experts_with_the_highest_scores() -> None:
     assert [(each.task, each.experts) for each in sets] == [("a", (0, 1)), ("b", (2, 3))]
     assert sets[0].composition.tolist() == [0.5, 0.5, 0.0]
     assert sets[1].reach == 0.0
-    fixed = make_sets(GIVEN, SHARES, number=2, top=2, experts={"b": (0, 3)})
-    assert [each.experts for each in fixed] == [(0, 1), (0, 3)]
 
 
 def test_a_set_per_composition() -> None:
     sets = make_sets(GIVEN, SHARES, number=1, top=1, per="composition")
     assert [(each.task, each.experts) for each in sets] == [("a", (0,)), ("a", (0,)), ("b", (3,))]
+    again = {name: torch.cat((values, values)) for name, values in GIVEN.items()}
+    shares = {name: torch.cat((values, values)) for name, values in SHARES.items()}
+    double = make_sets(again, shares, number=1, top=1, per="composition")
+    assert [(each.task, each.reach) for each in double] == [(each.task, each.reach) for each in sets]
+    assert sets[0].reach > 0
     with pytest.raises(InputError, match="per task or composition, not per 'element'"):
         make_sets(GIVEN, SHARES, 1, 1, per="element")  # type: ignore[arg-type]
 
