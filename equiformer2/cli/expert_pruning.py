@@ -67,7 +67,10 @@ class Prune(Command):
             help="scores of the experts; the others are there to compare with (default: %(default)s)",
         )
         parser.add_argument(
-            "--seed", type=int, default=0, help="of --method random and of the choice of data"
+            "--seed",
+            type=int,
+            default=0,
+            help="random seed of the choice of structures, and of --method random",
         )
         add_overwrite_argument(parser)
 
