@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,18 @@ from equiformer2.training.start import describe_training_data, keep_predictions,
 from equiformer2.training.task import TaskSettings
 
 log = logging.getLogger("equiformer2")
+_OF_PRUNING = "equiformer2.pruning."
 
 _SAMPLES = 32
 """Most training structures of a task that the file holds: for scores of experts, and what pruning changes."""
 
 
 def check_experts(
-    settings: ExpertSettings, data: dict[str, Any], task: TaskSettings, adapter_rank: int
+    settings: ExpertSettings,
+    data: dict[str, Any],
+    task: TaskSettings,
+    adapter_rank: int,
+    callbacks: Sequence[object],
 ) -> None:
     """Refuse a configuration of experts that cannot be trained, before anything is read.
 
@@ -48,6 +53,7 @@ def check_experts(
         data: arguments of the data module.
         task: of the run.
         adapter_rank: of its adapter.
+        callbacks: of the trainer that are configured.
 
     Raises:
         InputError: experts without tasks or tasks without experts, or settings that experts do not go with.
@@ -75,6 +81,8 @@ def check_experts(
         "task.stress_coefficient": task.stress_coefficient > 0,
         "task.backend: compile": task.backend == "compile",
         "adapter.rank": adapter_rank > 0,
+        # They prune and distill a network's own weights.
+        "trainer.callbacks": any(type(each).__module__.startswith(_OF_PRUNING) for each in callbacks),
     }
     for key, wrong in reasons.items():
         if wrong:

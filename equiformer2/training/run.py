@@ -157,7 +157,8 @@ def train(config: RunConfig) -> Path:
         InputError, datasets_oc20.DataError: anything wrong with the settings, the data or a checkpoint.
         OSError: the folder cannot be written.
     """
-    check_experts(config.experts, config.data, config.task, config.adapter.rank)
+    callbacks = config.trainer["callbacks"] or []
+    check_experts(config.experts, config.data, config.task, config.adapter.rank, callbacks)
     model, text = with_start_model(config.model, config.adapter, config.run.init_from, config.text)
     if config.experts.num_experts and config.run.init_from is not None:
         model, text = with_whole_model(model, config.run.init_from, text)

@@ -29,6 +29,11 @@ ARGUMENTS = [
 ]
 EXPERTS = ["--experts.num_experts=3", "--experts.channels=4", "--experts.hidden_channels=8"]
 
+PRUNING = (
+    "--trainer.callbacks=[{class_path: equiformer2.pruning.recovery.callbacks.GradualPruning, "
+    "init_args: {keep: 0.5, data: x}}]"
+)
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
@@ -204,6 +209,7 @@ def test_a_repeated_task_is_used_more_often(
         ({"dft": {}}, ["--data.val=x.lmdb"], "data.val has no meaning beside data.tasks"),
         ({"dft": {}}, ["--task.dens={}"], "task.dens does not go with experts"),
         ({"dft": {}}, ["--task.backend=compile"], "compile does not go with experts"),
+        ({"dft": {}}, [PRUNING], "trainer.callbacks does not go with experts"),
         ({"dft": {"train": None}}, [], "train is not set"),
         ({}, [], "data.tasks is empty"),
     ],
