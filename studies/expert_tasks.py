@@ -109,8 +109,8 @@ def _divide(
         data = dataset[row]
         numbers = data.atomic_numbers[data.tags != _ADSORBATE].unique().tolist()
         elements = frozenset(chemical_symbols[number] for number in numbers)
-        slab = rows[group_of(elements)].setdefault("-".join(sorted(elements)), {})
-        slab.setdefault(str(data.sid), []).append(row)
+        systems_of_slab = rows[group_of(elements)].setdefault("-".join(sorted(elements)), {})
+        systems_of_slab.setdefault(str(data.sid), []).append(row)
     for group, slabs in rows.items():
         if f"{kind}-{group}" not in sources.tasks:
             continue

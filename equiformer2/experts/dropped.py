@@ -123,5 +123,5 @@ class DroppedExperts:
         if len(widths) != 1 or not kept:
             raise InputError(f"{where} does not fit the gate of the file: prune the file again")
         limit = Number(0.0).read(values.get("limit"), f"{where}: limit")
-        wide = [torch.tensor(each, dtype=torch.float64) for each in (rows, bias, norms)]
-        return cls(tuple(kept), *wide, limit)
+        weight, shift, sizes = (torch.tensor(each, dtype=torch.float64) for each in (rows, bias, norms))
+        return cls(tuple(kept), weight, shift, sizes, limit)
