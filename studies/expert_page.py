@@ -173,7 +173,7 @@ def markdown(rows: Rows, found: Sequence[Verdict], figure: str) -> str:
         "# Mixture of experts",
         "",
         "Written by `python -m studies.experts`, which says what the rows are. Frames that are judged are of",
-        "slabs that were not learned, of elements that were; where a group of DFT frames has no such slabs,",
+        "slabs that were not learned, of elements that were; where a group has no such slabs,",
         "later frames of its relaxations. Forces of free atoms. Labels of `teacher` tasks are those of",
         "SevenNet-0, of `dft` tasks those of OC20: errors of the two kinds are not comparable.",
         "",
