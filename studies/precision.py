@@ -12,6 +12,9 @@ Parts, each resumable and runnable alone:
   information and searched.
 - `memory`: peak memory of a training step on float32 and on stored bases, of all weights or of low-rank maps
   on top of frozen ones.
+- `recovery`: all matrices in int4 with a low-rank adapter beside them, which begins with the rounding error
+  (LoftQ) or with zero: before and after --recovery-steps on --data, which needs labels.
+- `time`: `prune quantize` at limits of time, and a force call with all products in bfloat16.
 
 Every row is a file in --out: a killed program continues where it was, and --hours ends it before the next
 row. All errors are measured on the held-out structures, against labels and against the float32 network.
@@ -19,6 +22,7 @@ row. All errors are measured on the held-out structures, against labels and agai
 
 import argparse
 import copy
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,25 +41,40 @@ from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_bytes, write_json
 from equiformer2.inference import Predictor
+from equiformer2.kernels.linear import multiplies_bfloat16
 from equiformer2.model import EquiformerV2
 from equiformer2.pruning.calibration_data import mixed_systems, read_structures
+from equiformer2.pruning.cost.latency import compare_latency
 from equiformer2.pruning.precision.compact import FileSize, compact_network, write_compact
 from equiformer2.pruning.precision.measure import compare
 from equiformer2.pruning.precision.plan import PrecisionPlan, matrices, parts_of
 from equiformer2.pruning.precision.quantize_request import QuantizeRequest, quantize
+from equiformer2.pruning.precision.recovery import recover, write_start
 from equiformer2.pruning.structured.plan import PruningPlan
 from equiformer2.pruning.structured.plan_request import apply_plan
 from equiformer2.script import origin, run_script
+from equiformer2.training.configuration import parse
+from equiformer2.training.run import train
 from studies.force_call_times import peak_allocated
 from studies.verdicts import Verdict
 
-PARTS = ("uniform", "search", "pruned", "memory")
+PARTS = ("uniform", "search", "pruned", "memory", "recovery", "time")
 UNIFORM = ("float32", "bf16", "int8", "int4")
 SEED = 0
 _RANK = 4
+_RATE = 2e-3
+#: Ways, worst first, to patterns of the names of their rows.
+_RECOVERED = {
+    "int4": "int4",
+    "untrained": "recovery-int4-loftq-untrained",
+    "begun with zero": r"recovery-int4-zero-\d+-\d+",
+    "begun with the rounding error": r"recovery-int4-loftq-\d+-\d+",
+}
 _MOST_BYTES, _MOST_WORSE = 0.2, 1.02
 _MOST_TURNED = 1.1
 _MOST_MINUTES = 30.0
+_TIMES = (0.8, 0.5)
+_TIMED_CALLS = 15
 #: Prefixes of rows that a search makes, which no uniform row is to dominate.
 SEARCHED = "search"
 
@@ -106,13 +125,19 @@ class Study:
         network = compact_network(self.checkpoint.model, plan)
         path = self.options.out / "present.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        size = write_compact(path, self.checkpoint, network, plan)
+        write_compact(path, self.checkpoint, network, plan)
+        row = self.judged_file(path, plan)
+        path.unlink()
+        return row
+
+    def judged_file(self, path: Path, plan: PrecisionPlan, adapter: Path | None = None) -> Row:
+        """Measure the file of a plan's network, with an adapter or without."""
+        size = path.stat().st_size + (0 if adapter is None else adapter.stat().st_size)
         whole = FileSize(self.checkpoint, self.checkpoint.model).float32
         errors = {}
         for name, structures in self.held_out.items():
-            dense, compact = Predictor(self.checkpoint), Predictor(str(path))
+            dense, compact = Predictor(self.checkpoint), Predictor(str(path), adapter=adapter)
             errors[name] = compare(compact, dense, structures, self.options.batch_size)
-        path.unlink()
         return {"bytes": size, "bytes_ratio": size / whole, "plan": plan.to_dict(), "errors": errors}
 
 
@@ -269,11 +294,88 @@ def _memory(study: Study, base: str, trained: str, recomputed: bool) -> Row:
     }
 
 
+def recovery_rows(study: Study) -> Iterator[Row | None]:
+    plan, options = PrecisionPlan.uniform(study.checkpoint.config, "int4"), study.options
+    base, maps = options.out / "recovery.pt", options.out / "recovery.adapter.pt"
+
+    def start() -> Row:
+        options.out.mkdir(parents=True, exist_ok=True)
+        found = recover(study.checkpoint.model, plan, _RANK)
+        write_compact(base, study.checkpoint, found.network, plan)
+        write_start(maps, found, study.checkpoint, base, _RANK)
+        told = {"weight_error": found.error, "weight_error_plain": found.plain_error}
+        return {**told, **study.judged_file(base, plan, maps)}
+
+    yield study.row("recovery-int4-loftq-untrained", start)
+    for seed in options.seeds:
+        for way in ("loftq", "zero"):
+            name = f"recovery-int4-{way}-{options.recovery_steps}-{seed}"
+
+            def make(way: str = way, seed: int = seed, name: str = name) -> Row:
+                file = base if way == "loftq" else options.out / "recovery-plain.pt"
+                if not file.exists():
+                    network = compact_network(study.checkpoint.model, plan)
+                    write_compact(file, study.checkpoint, network, plan)
+                adapter = _trained(study, name, file, maps if way == "loftq" else None, seed)
+                return study.judged_file(file, plan, adapter)
+
+            yield study.row(name, make)
+
+
+def _trained(study: Study, name: str, base: Path, start: Path | None, seed: int) -> Path:
+    """Train an adapter of a compact checkpoint on the labels of --data, or continue to."""
+    options = study.options
+    words = [
+        *(f"--runs_dir={options.out / 'runs'}", f"--name={name}", f"--init_from={base}", f"--seed={seed}"),
+        *(f"--data.train={path}" for path in options.data[:1]),
+        *(f"--trainer.max_steps={options.recovery_steps}", "--trainer.max_epochs=-1", "--ckpt_path=auto"),
+        *(f"--optim.lr={_RATE}", f"--adapter.rank={_RANK}", "--adapter.keep=1.0", "--adapter.method=random"),
+        *(f"--data.batch_size={options.batch_size}", "--checkpoint_every_n_steps=50"),
+        *("--trainer.accelerator=cpu", "--task.ema_decay=0.99"),
+        *([] if start is None else [f"--adapter.start={start}"]),
+    ]
+    return train(parse(words)) / "checkpoints" / "last_adapter.pt"
+
+
+def time_rows(study: Study) -> Iterator[Row | None]:
+    def everywhere() -> Row:
+        one = Batch.from_data_list(next(iter(study.held_out.values()))[:1])
+        dense, bf16 = Predictor(study.checkpoint), Predictor(study.checkpoint, precision="bf16")
+        found = compare_latency(lambda: bf16.predict(one), lambda: dense.predict(one), _TIMED_CALLS)
+        able = multiplies_bfloat16(torch.device("cpu"))
+        return {"time": {**found.to_dict(), "instructions_for_bf16": able}}
+
+    yield study.row("time-bf16-everywhere", everywhere)
+    for limit in _TIMES:
+
+        def make(limit: float = limit) -> Row:
+            name = f"time-{limit:g}"
+            options = study.options
+            request = QuantizeRequest(
+                checkpoint=str(options.checkpoint),
+                data=tuple(options.data),
+                targets=(f"latency={limit!r}",),
+                trials=options.trials,
+                structures=options.structures,
+                held_out=options.held_out_structures,
+                batch_size=options.batch_size,
+            )
+            try:
+                found = quantize(request, options.out / f"{name}.pt", options.out / f"{name}.state")
+            except InputError as error:
+                return {"refused": str(error)}
+            return {"timed": found}
+
+        yield study.row(f"time-{limit:g}", make)
+
+
 MAKERS: dict[str, Callable[[Study], Iterator[Row | None]]] = {
     "uniform": uniform_rows,
     "search": search_rows,
     "pruned": pruned_rows,
     "memory": memory_rows,
+    "recovery": recovery_rows,
+    "time": time_rows,
 }
 
 
@@ -299,6 +401,9 @@ def main() -> None:
         help="number of structures from each held-out file (default: %(default)s)",
     )
     parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument(
+        "--recovery-steps", type=int, default=300, help="of an adapter's training (default: %(default)s)"
+    )
     parser.add_argument("--hours", type=float, default=2.5, help="no row is begun after them")
     parser.add_argument("--out", type=Path, default=Path("runs/precision"))
     parser.add_argument("--results", type=Path, default=Path("docs/results/precision"))
@@ -374,6 +479,15 @@ def verdicts(rows: Sequence[Mapping[str, Any]], gate: str) -> list[Verdict]:
     if turned:
         question = f"error under rotations at most {_MOST_TURNED} times that of float32"
         found.append(Verdict(question, f"at most {max(turned):.3f}", max(turned) <= _MOST_TURNED))
+    recovered = {
+        way: [ratio(row) for row in points(rows) if re.fullmatch(pattern, row["name"])]
+        for way, pattern in _RECOVERED.items()
+    }
+    if all(recovered.values()):
+        means = {way: statistics.fmean(values) for way, values in recovered.items()}
+        told = "of the force MAE: " + ", ".join(f"{way} {mean:.4f}" for way, mean in means.items())
+        question = "an adapter recovers from int4, more so if it begins with the rounding error"
+        found.append(Verdict(question, told, list(means.values())[-1] == min(means.values())))
     seconds = [row["seconds_of_command"] for row in rows if "seconds_of_command" in row]
     if seconds:
         minutes = max(seconds) / 60
@@ -407,6 +521,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], found: Sequence[Verdict]) -> str
                 _shown(part["equivariance_ratio"]),
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    lines += _times(rows)
     memory = [row for row in rows if "peak_bytes" in row]
     if memory:
         lines += ["", "## Memory of a training step", ""]
@@ -418,6 +533,29 @@ def markdown(rows: Sequence[Mapping[str, Any]], found: Sequence[Verdict]) -> str
             sizes = (f"{row[f'{key}_bytes'] / 1e6:.1f}" for key in ("weights", "optimizer", "peak"))
             lines.append(f"| {row['name'].removeprefix('memory-')} | {' | '.join(sizes)} |")
     return "\n".join(lines) + "\n"
+
+
+def _times(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Table of the times of a force call."""
+    lines = []
+    for row in rows:
+        if "time" in row:
+            time = row["time"]
+            able = "with" if time["instructions_for_bf16"] else "without"
+            lines.append(
+                f"| all products in bfloat16, on a processor {able} instructions for them | "
+                f"{1e3 * time['seconds']:.0f} | {time['ratio']:.3f} | – |"
+            )
+        elif "timed" in row:
+            found = row["timed"]
+            cells = (f"{found['ms']:.0f}", f"{found['ms_ratio']:.3f}", _shown(found["force_mae_ratio"]))
+            lines.append(f"| limit {row['name'].removeprefix('time-')} | {' | '.join(cells)} |")
+        elif "refused" in row:
+            lines.append(f"| limit {row['name'].removeprefix('time-')}: {row['refused']} | – | – | – |")
+    if not lines:
+        return []
+    head = ["| network | ms | over float32 | force MAE over float32's |", "|---|---|---|---|"]
+    return ["", "## Time of a force call", "", *head, *lines]
 
 
 def _shown(value: float | None) -> str:

@@ -38,6 +38,14 @@ class Published:
     ours: tuple[tuple[str, str], ...]
 
 
+OWN_STUDIES = {
+    "precision": "Precision and pruning chosen together",
+    "adapters": "Adapters",
+    "experts": "Mixtures of linear experts",
+}
+"""Studies of other methods, `studies.NAME`, whose pages `NAME.md` are taken in."""
+
+
 PUBLISHED = (
     Published(
         "FTP (trained token router)",
@@ -93,7 +101,7 @@ PUBLISHED = (
 
 
 def write_study(campaign: Campaign, out: Path, results: Path) -> list[Path]:
-    """Write the report of what is there; parts that are missing are named in it."""
+    """Write the report of what is there, with the pages of `OWN_STUDIES`; missing parts are named in it."""
     name = campaign.name
     found = {study: _results(out / study) for study in campaign.studies}
     tables = {study: summarise(items) for study, items in found.items() if items}
@@ -117,7 +125,10 @@ def write_study(campaign: Campaign, out: Path, results: Path) -> list[Path]:
         unfinished = _unfinished(campaign, study, found[study])
         if unfinished:
             text += [f"Not computed: {', '.join(unfinished)}.", ""]
-    text += _lossless_table(lossless) + _speed_table(speed) + _published_table(campaign, tables, speed)
+    text += _lossless_table(lossless) + _speed_table(speed)
+    for study, what in OWN_STUDIES.items():
+        text += _own_study(results, study, what)
+    text += _published_table(campaign, tables, speed)
     content = {
         **origin(),
         "verdicts": [vars(verdict) for verdict in found_verdicts],
@@ -133,6 +144,17 @@ def write_study(campaign: Campaign, out: Path, results: Path) -> list[Path]:
     if timed:
         written.append(results / f"{name}_time.png")
     return written
+
+
+def _own_study(results: Path, study: str, what: str) -> list[str]:
+    """Section of a method with a study of its own: its verdicts, and its page as it is."""
+    page, numbers = results / f"{study}.md", results / f"{study}.json"
+    if not (page.is_file() and numbers.is_file()):
+        return [f"# {what}", "", f"Not computed: `python -m studies.{study}`.", ""]
+    first, *rest = page.read_text(encoding="utf-8").strip().split("\n")
+    title = first.removeprefix("# ") if first.startswith("# ") else what
+    made = read_json(numbers)
+    return [f"# {title}", "", f"From `{made.get('command')}`, commit {made.get('commit')}.", *rest, ""]
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:

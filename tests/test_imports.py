@@ -43,7 +43,8 @@ ALLOWED = {
     "equiformer2/report": FILES | {"datasets_oc20", "equiformer2.inference"},
     "equiformer2/adsorption": FILES | {"datasets_oc20", "equiformer2.inference", "equiformer2.report"},
     "equiformer2/pruning": FILES
-    | {"datasets_oc20", "equiformer2.inference", "equiformer2.symmetry", "equiformer2.training"},
+    | {"datasets_oc20", "equiformer2.adapters", "equiformer2.inference", "equiformer2.symmetry"}
+    | {"equiformer2.training"},
     "equiformer2/training": FILES | {"datasets_oc20", "equiformer2.adapters", "equiformer2.experts"},
     "equiformer2/finetuning": FILES
     | {"datasets_oc20", "equiformer2.adapters", "equiformer2.inference", "equiformer2.training"},

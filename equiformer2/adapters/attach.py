@@ -1,5 +1,6 @@
 """Attach an adapter to a frozen network."""
 
+import copy
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
@@ -52,7 +53,9 @@ def choose_weights(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, Ten
     }
 
 
-def attach_adapter(model: EquiformerV2, settings: AdapterSettings, seed: int) -> dict[str, LowRank]:
+def attach_adapter(
+    model: EquiformerV2, settings: AdapterSettings, seed: int, start: Mapping[str, LowRank] | None = None
+) -> dict[str, LowRank]:
     """Hold all weights of a network and put low-rank maps on the chosen ones; its answers stay the same.
 
     Weights with a single output or input, such as the last layers of the heads, are no larger than their map
@@ -62,17 +65,22 @@ def attach_adapter(model: EquiformerV2, settings: AdapterSettings, seed: int) ->
         model: changed in place.
         settings: of the adapter, with a rank above 0.
         seed: of the random factors.
+        start: maps to begin with in place of new ones, by the names of their weights; they are copied.
 
     Returns:
         The maps, by the names of their weights.
 
     Raises:
-        InputError: a pattern of names matches no weight.
+        InputError: a pattern of names matches no weight; a map to begin with does not fit its weight.
     """
     if settings.rank < 1:
         raise InputError("adapter.rank is 0: give the rank of the maps")
     chosen = choose_weights(model, settings.weights)
     model.requires_grad_(False)
+    if start is not None:
+        maps = {name: copy.deepcopy(each) for name, each in start.items()}
+        attach(model, maps)
+        return maps
     maps = make_maps({name: weight.shape for name, weight in chosen.items()}, settings, seed)
     parameters = dict(model.named_parameters())
     for name in chosen:

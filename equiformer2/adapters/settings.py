@@ -1,6 +1,7 @@
 """Settings of an adapter."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from equiformer2.errors import InputError
@@ -26,6 +27,8 @@ class AdapterSettings:
         weights: patterns of names of weights (`*` stands for anything), such as `blocks.*.ga.*`.
         scale: factor of the maps.
         frames: training structures on which the entries are scored.
+        start: adapter file of the same network, whose maps the training starts with, such as those of
+            `prune quantize --recover`; rank, kept entries, scale and weights are then the file's.
 
     Raises:
         InputError: a value is out of its range.
@@ -39,12 +42,17 @@ class AdapterSettings:
     weights: tuple[str, ...] = ("*",)
     scale: float = 2.0
     frames: int = 32
+    start: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("rank", 0), ("large_sparse", 1), ("frames", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 100_000:
                 raise InputError(f"adapter.{name} is {value}: give a whole number of at least {least}")
+        if self.start is not None and self.rank == 0:
+            raise InputError(
+                "adapter.start is given and adapter.rank is 0, which trains no adapter: give both"
+            )
         if not 0 < self.keep <= 1:
             raise InputError(
                 f"adapter.keep is {self.keep}: give the share of the adapter that stays, above 0 and at "
@@ -76,6 +84,8 @@ class AdapterSettings:
 
     def describe(self) -> str:
         """Describe the adapter in a few words."""
+        if self.start is not None:
+            return f"an adapter that starts with the maps of {Path(self.start).name}"
         text = f"an adapter of rank {self.total_rank}"
         if self.total_keep < 1:
             of_each = "" if self.scope == "global" else " of each weight"

@@ -1,26 +1,35 @@
 """Trust card of an adsorption energy: what it is, what it rests on, and how to check it again."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 
+from datasets_oc20 import untrusted
+from datasets_oc20.errors import DataError
 from datasets_oc20.structure_files import read_structure
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.anomalies import check_anomalies
 from equiformer2.adsorption.dispersion_terms import SLAB as D3_SLAB
+from equiformer2.adsorption.neb import EnergyPath
 from equiformer2.adsorption.search_folder import CLEAN_SLAB, SEARCH, TRAJECTORIES
 from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.checkpoint.training_data import TrainingData
 from equiformer2.errors import InputError
 from equiformer2.files import as_input_error, read_json
 from equiformer2.inference.atoms import ADSORBATE, fixed_mask
-from equiformer2.inference.dispersion import Dispersion, recorded_dispersion, with_dispersion
-from equiformer2.inference.engines import Engine, Engineable, open_engine
+from equiformer2.inference.dispersion import (
+    Dispersion,
+    DispersionEngine,
+    recorded_dispersion,
+    with_dispersion,
+)
+from equiformer2.inference.engines import Engine, Engineable, NetworkEngine, open_engine
+from equiformer2.inference.familiarity import combined
 from equiformer2.inference.many import predict
-from equiformer2.inference.record import recorded_model
+from equiformer2.inference.record import adapter_record, given_or_recorded
 from equiformer2.shipped import find_checkpoint
 
 #: Elements whose magnetism OC20's calculations leave out.
@@ -30,6 +39,9 @@ CORRELATED = ("V", "Cr", "Mn", "Fe", "Co", "Ni", "Mo", "W")
 _OC20 = "OC20: VASP, RPBE, without spin polarisation, +U, dispersion, solvent and zero-point energy"
 #: eV and eV/Å; other processors and numbers of threads change sums in the last digits.
 SAME_ENERGY, SAME_FORCE = 1e-3, 5e-3
+_GIVE = "give the card.json of a search, a coverage series or a path"
+CLEAN = "clean_slab"
+"""Name of the clean slab among the structures of a card."""
 
 
 def label_physics(atoms: Atoms, energy_kind: str | None, provenance: Mapping[str, Any] | None) -> list[str]:
@@ -67,12 +79,15 @@ def label_physics(atoms: Atoms, energy_kind: str | None, provenance: Mapping[str
     return said
 
 
-def verify_card(path: AnyPath, model: Engineable | None = None) -> dict[str, dict[str, Any]]:
+def verify_card(
+    path: AnyPath, model: Engineable | None = None, adapter: AnyPath | None = None
+) -> dict[str, dict[str, Any]]:
     """Recompute what a trust card says and compare.
 
     Args:
-        path: the card; its structure lies beside it.
+        path: the card; its structure, or structures of a coverage series or a path, lie beside it.
         model: the model; None for the checkpoint that the card names.
+        adapter: adapter file in place of the one that the card names.
 
     Returns:
         By field `card`, `now` and `ok`: equal, or for numbers within `SAME_ENERGY` (also of Å) or
@@ -84,38 +99,33 @@ def verify_card(path: AnyPath, model: Engineable | None = None) -> dict[str, dic
         InputError: not a card, a structure or a checkpoint that is missing or cannot be read.
     """
     path = Path(path)
-    card = read_json(path)
-    expected = card.get("verifiable")
+    try:
+        card = untrusted.read_json(path)
+    except DataError as error:
+        raise InputError(f"{path} is no trust card ({error}): {_GIVE}") from error
+    if isinstance(card, dict) and isinstance(card.get("structures"), list):
+        return _verify_structures(path, card, model, adapter)
+    expected = card.get("verifiable") if isinstance(card, dict) else None
     if not isinstance(expected, dict) or not isinstance(card.get("structure"), str):
-        raise InputError(f"{path} is no trust card: give the card.json of a search")
+        raise InputError(f"{path} is no trust card: {_GIVE}")
     file = path.parent / Path(card["structure"]).name
     clean_file = path.parent / CLEAN_SLAB
     with as_input_error():
         atoms = read_structure(file)
         clean = read_structure(clean_file) if clean_file.is_file() else None
-    checkpoint = (card.get("model") or {}).get("checkpoint")
-    if model is None and checkpoint is None:
-        raise InputError(f"{path} names no checkpoint: give the calculator with which it was made")
-    given = recorded_model(card["model"]) if model is None else model
-    dispersion = recorded_dispersion(card.get("d3_eV"))
-    engine = open_engine(with_dispersion(given, dispersion))
+    engine, dispersion = _opened(path, card, model, adapter)
     (now,) = predict([atoms], engine)
-    model = checkpoint if model is None else model
-    forces = now.get_forces(apply_constraint=False)[~fixed_mask(atoms)]
     terms = _numbers(path, card.get("terms_eV"))
     energy = float(now.get_potential_energy(apply_constraint=False))
     fields = {
         "structure_sha256": sha256(file),
         "model_energy_eV": energy,
-        "max_force_eV_A": float(np.linalg.norm(forces, axis=1).max()) if len(forces) else 0.0,
+        "max_force_eV_A": _largest_force(now),
         "adsorption_energy_eV": energy - sum(terms.values()),
     }
     expected = {**expected, "adsorption_energy_eV": card.get("adsorption_energy_eV")}
-    if card.get("checkpoint_sha256") is not None and isinstance(model, str | list):
-        files = [model] if isinstance(model, str) else model
-        sums = [sha256(find_checkpoint(str(file))) for file in files]
-        expected["checkpoint_sha256"] = card["checkpoint_sha256"]
-        fields["checkpoint_sha256"] = sums[0] if isinstance(model, str) else sums
+    sums, known_sums = _sums_of_files(card, model, adapter)
+    fields, expected = {**fields, **sums}, {**expected, **known_sums}
     rows = {name: _row(name, expected.get(name), fields.get(name)) for name in {**fields, **expected}}
     search = read_json(path.parent / SEARCH) if (path.parent / SEARCH).is_file() else None
     rows |= _rows_of_terms(card, terms, atoms, search)
@@ -123,6 +133,179 @@ def verify_card(path: AnyPath, model: Engineable | None = None) -> dict[str, dic
         rows |= _rows_of_slab(terms, clean, engine, dispersion)
         if rows["structure_sha256"]["ok"]:  # the verdicts are about this structure alone
             rows |= _rows_of_anomalies(path.parent, card, atoms, clean, search)
+    return rows
+
+
+def card_structure(name: str, atoms: Atoms, file: Path, frame: int = -1) -> dict[str, Any]:
+    """Describe a structure for a card of several structures, with what `verify_card` recomputes.
+
+    Args:
+        name: unique in the card.
+        atoms: with energy and forces, and the spread of a committee in `info`.
+        file: that holds it, in the folder of the card.
+        frame: of the file.
+    """
+    return {
+        "name": name,
+        "file": file.name,
+        "frame": frame,
+        "file_sha256": sha256(file),
+        "model_energy_eV": float(atoms.get_potential_energy(apply_constraint=False)),
+        "max_force_eV_A": _largest_force(atoms),
+        "energy_std_eV": atoms.info.get("energy_std_eV"),
+        "max_force_std_eV_A": atoms.info.get("max_force_std_eV_A"),
+    }
+
+
+def engine_record(engine: Engine, model: Mapping[str, Any], structures: Sequence[Atoms]) -> dict[str, Any]:
+    """Record of a search's model for other structures: what its training data lack of these.
+
+    Args:
+        engine: the model.
+        model: its record in the search.
+        structures: those that a result is about.
+    """
+    network = engine.base if isinstance(engine, DispersionEngine) else engine
+    if not isinstance(network, NetworkEngine):
+        return dict(model)
+    judged = combined(network.predictor.judge(list(structures))).record()
+    return {
+        **model,
+        **adapter_record(network.predictor),
+        "unseen_elements": network.predictor.unseen_elements,
+        "familiarity": judged,
+    }
+
+
+def path_card(
+    path: EnergyPath,
+    search: Mapping[str, Any],
+    engine: Engine,
+    checkpoint: str | list[str] | None,
+    file: Path,
+) -> dict[str, Any]:
+    """Trust card of a path between two minima.
+
+    Args:
+        path: with energies and forces of all images.
+        search: record of the search whose minima it joins.
+        engine: the model.
+        checkpoint: its file or files; None for a calculator.
+        file: that holds the images.
+    """
+    model = {**(search.get("model") or {}), "checkpoint": checkpoint}
+    highest = path.images[int(path.energies.argmax())]
+    d3 = search.get("d3_eV") or {}
+    kept = ("barrier_eV", "reverse_barrier_eV", "reaction_energy_eV", "intermediate_minima", "converged")
+    summary = path.summary()
+    return {
+        **{name: summary[name] for name in kept},
+        "energy_kind": search.get("energy_kind"),
+        "d3_eV": {key: d3[key] for key in ("functional", "damping") if key in d3} or None,
+        "label_physics": label_physics(highest, search.get("energy_kind"), provenance_of(engine)),
+        "warnings": path.warnings,
+        # The ends and the image that the barrier rests on.
+        "model": engine_record(engine, model, [path.images[0], highest, path.images[-1]]),
+        "structures": [
+            card_structure(f"image_{number}", image, file, number) for number, image in enumerate(path.images)
+        ],
+    }
+
+
+def provenance_of(engine: Engine) -> Mapping[str, Any] | None:
+    """Provenance of the checkpoint behind an engine; None for a calculator."""
+    network = engine.base if isinstance(engine, DispersionEngine) else engine
+    return network.predictor.checkpoint.provenance if isinstance(network, NetworkEngine) else None
+
+
+def _largest_force(atoms: Atoms) -> float:
+    """Largest force on a free atom, eV/Å."""
+    forces = atoms.get_forces(apply_constraint=False)[~fixed_mask(atoms)]
+    return float(np.linalg.norm(forces, axis=1).max(initial=0.0))
+
+
+def _opened(
+    path: Path, card: Mapping[str, Any], model: Engineable | None, adapter: AnyPath | None
+) -> tuple[Engine, Dispersion | None]:
+    """The model of a card, or the one that is given for it, with the card's D3."""
+    record = card.get("model") or {}
+    if model is None and record.get("checkpoint") is None:
+        raise InputError(f"{path} names no checkpoint: give the calculator with which it was made")
+    given = given_or_recorded(record, model, adapter)
+    dispersion = recorded_dispersion(card.get("d3_eV"))
+    return open_engine(with_dispersion(given, dispersion)), dispersion
+
+
+def _sums_of_files(
+    card: Mapping[str, Any], model: Engineable | None, adapter: AnyPath | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """SHA-256 of the files of the model now, and those of the card."""
+    files: Any = card["model"].get("checkpoint") if model is None else model
+    if card.get("checkpoint_sha256") is None or not isinstance(files, str | list):
+        return {}, {}
+    sums = [sha256(find_checkpoint(str(file))) for file in ([files] if isinstance(files, str) else files)]
+    now = {"checkpoint_sha256": sums[0] if isinstance(files, str) else sums}
+    known = {"checkpoint_sha256": card["checkpoint_sha256"]}
+    of_adapter = adapter or card["model"].get("adapter")
+    if of_adapter is not None:
+        now["adapter_sha256"] = sha256(of_adapter)
+        known["adapter_sha256"] = card["model"].get("adapter_sha256")
+    return now, known
+
+
+def _verify_structures(
+    path: Path, card: Mapping[str, Any], model: Engineable | None, adapter: AnyPath | None
+) -> dict[str, dict[str, Any]]:
+    """Recompute the card of a coverage series or a path: see `verify_card`."""
+    keys = {"name": str, "file": str, "frame": int, "model_energy_eV": float, "max_force_eV_A": float}
+    entries = card["structures"]
+    if not entries or not all(
+        isinstance(one, dict) and all(isinstance(one.get(key), kind) for key, kind in keys.items())
+        for one in entries
+    ):
+        raise InputError(f"{path} is broken: its structures have no names, files and energies")
+    files = [path.parent / Path(one["file"]).name for one in entries]
+    with as_input_error():
+        atoms = [read_structure(file, one["frame"]) for file, one in zip(files, entries, strict=True)]
+    engine, _ = _opened(path, card, model, adapter)
+    sums, known_sums = _sums_of_files(card, model, adapter)
+    rows = {name: _row(name, known_sums[name], now) for name, now in sums.items()}
+    for file in dict.fromkeys(files):
+        known = next(one.get("file_sha256") for one in entries if Path(one["file"]).name == file.name)
+        rows[f"{file.name}.sha256"] = _row("sha256", known, sha256(file))
+    energies: dict[str, float] = {}
+    for one, now in zip(entries, predict(atoms, engine), strict=True):
+        energies[one["name"]] = float(now.get_potential_energy(apply_constraint=False))
+        found = {"model_energy_eV": energies[one["name"]], "max_force_eV_A": _largest_force(now)}
+        rows |= {f"{one['name']}.{key}": _row(key, one[key], value) for key, value in found.items()}
+    rows |= _rows_of_path(card, energies) if "barrier_eV" in card else _rows_of_series(path, card, energies)
+    return rows
+
+
+def _rows_of_path(card: Mapping[str, Any], energies: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """Compare the barriers of a path with those of its energies now."""
+    values = np.array(list(energies.values()))
+    now = EnergyPath([], values - values[0], True, 0.0, 0, 0)
+    found = {"barrier_eV": now.barrier, "reverse_barrier_eV": now.reverse_barrier}
+    found["reaction_energy_eV"] = float(now.energies[-1])
+    return {name: _row(name, card.get(name), value) for name, value in found.items()}
+
+
+def _rows_of_series(
+    path: Path, card: Mapping[str, Any], energies: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """Compare the energies of a coverage series with those that follow from its structures now."""
+    terms, rows = _numbers(path, card.get("terms_eV")), {}
+    if CLEAN in energies:
+        rows["terms_eV.slab"] = _row("slab_eV", terms.get("slab"), energies[CLEAN])
+    for one in card.get("coverages") or []:
+        count, total = one.get("molecules"), one.get("total_adsorption_energy_eV")
+        name = f"n{count:02d}" if isinstance(count, int) else ""
+        if total is not None and name in energies:
+            now = energies[name] - terms.get("slab", 0.0) - count * terms.get("gas_per_molecule", 0.0)
+            rows[f"{name}.total_adsorption_energy_eV"] = _row("eV", total, now)
+            average = one.get("average_adsorption_energy_eV")
+            rows[f"{name}.average_adsorption_energy_eV"] = _row("eV", average, now / count)
     return rows
 
 

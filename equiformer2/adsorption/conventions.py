@@ -11,6 +11,7 @@ from typing import Any
 
 from ase import Atoms
 
+from equiformer2.adsorption.corrections import Corrections, correction_text
 from equiformer2.adsorption.gases import water_formation_energy
 from equiformer2.adsorption.references import OC20_GAS_REFERENCES
 from equiformer2.checkpoint.training_data import TrainingData
@@ -90,6 +91,8 @@ def conventions(
     adsorbate: Atoms | Sequence[str],
     gas: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    corrections: Corrections | None = None,
+    name: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Give an adsorption energy in three conventions.
 
@@ -99,6 +102,8 @@ def conventions(
         adsorbate: its atoms, or their symbols.
         gas: summary of the gas reference (`GasReference.summary`), for total energies.
         provenance: of the checkpoint; None for a calculator that is no network of ours.
+        corrections: of the functional's gases and of adsorbates, for the convention of the literature.
+        name: of the adsorbate, by which it is corrected; None for its formula.
 
     Returns:
         `oc20` (from H2, H2O, CO and N2 as OC20's references per atom), `calculator` (from what the user
@@ -122,30 +127,35 @@ def conventions(
     base = _summed(_OC20_ATOMS, symbols)
     found["oc20"] = Convention(energy, base, product, notes=notes)
     literature = _summed(_LITERATURE_ATOMS, symbols)
-    corrections = {}
+    added = {}
     told = []
     if literature.get("O2"):
         # 1/2 O2 lies above H2O - H2 by what the formation of water sets free.
-        corrections["O2 by way of water"] = 2.0 * literature["O2"] * water_formation_energy()
+        added["O2 by way of water"] = 2.0 * literature["O2"] * water_formation_energy()
         told.append(_BY_WATER)
-    if "C" in symbols or "O" in symbols or "H" in symbols:
+    given = {} if corrections is None else corrections.of(name or product, base, 0.0)
+    if given and corrections is not None:
+        # O2 is made of H2O and H2, so these are corrected with their numbers in OC20's convention.
+        added |= given
+        told.append(f"corrections of {corrections.file or 'the user'}")
+    elif "C" in symbols or "O" in symbols or "H" in symbols:
         rpbe = energy_kind == "adsorption" or "oc20" in str((gas or {}).get("source"))
         told.append(_OF_RPBE if rpbe else _OF_OTHERS)
-    found["literature"] = Convention(
-        energy + sum(corrections.values()), literature, product, None, corrections, told
-    )
+    found["literature"] = Convention(energy + sum(added.values()), literature, product, None, added, told)
     return {name: found[name].summary() for name in ("oc20", "calculator", "literature")}
 
 
 def convention_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Write the conventions as lines for a terminal or a report."""
     names = {"oc20": "OC20's references", "calculator": "own references", "literature": "literature (O2)"}
-    return [
-        f"{names[name]}: "
-        + (f"not known: {one['reason']}" if one["energy_eV"] is None else f"{one['energy_eV']:.4f} eV")
-        + (f"  {one['reaction']}" if one["reaction"] else "")
-        for name, one in found.items()
-    ]
+    lines = []
+    for name, one in found.items():
+        energy = f"not known: {one['reason']}" if one["energy_eV"] is None else f"{one['energy_eV']:.4f} eV"
+        lines.append(f"{names[name]}: {energy}" + (f"  {one['reaction']}" if one["reaction"] else ""))
+        corrections = one.get("corrections_eV") or {}
+        given = correction_text({name: value for name, value in corrections.items() if " " not in name})
+        lines[-1] += f"  ({given})" if given else ""
+    return lines
 
 
 def oc20_gases(symbols: Sequence[str]) -> dict[str, float]:

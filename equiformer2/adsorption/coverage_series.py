@@ -5,11 +5,14 @@ average energy E_n / n and the differential energy, by which one molecule more c
 between total energies of one calculator.
 """
 
+import json
+import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,19 @@ from tqdm import tqdm
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.anomalies import SKIN, check_anomalies
+from equiformer2.adsorption.cards import CLEAN, card_structure, label_physics
 from equiformer2.adsorption.named_structures import free_side_up
 from equiformer2.adsorption.placements import Adsorbate, Placement, coverage_placements
 from equiformer2.adsorption.references import check_gas_references, gas_reference, refuse_gas_references
+from equiformer2.adsorption.saddle_points import (
+    DISPLACEMENT,
+    FALL,
+    SaddleCheck,
+    check_settings,
+    displaced,
+    status_of_check,
+)
+from equiformer2.adsorption.search_folder import CARD, CLEAN_SLAB, is_search, refuse_other_settings
 from equiformer2.adsorption.slabs import find_slab
 from equiformer2.adsorption.surface_energy import surface_area
 from equiformer2.adsorption.surface_sites import open_atoms
@@ -37,9 +50,11 @@ from equiformer2.inference.engines import calculator_identity, open_engine
 from equiformer2.inference.many import Relaxation
 from equiformer2.inference.named_calculators import resolve_energy_kind
 from equiformer2.inference.pictures import new_figure, png_bytes
-from equiformer2.inference.record import write_structure
+from equiformer2.inference.record import model_record, write_structure
 from equiformer2.inference.relaxation_store import RelaxationStore
 from equiformer2.script import header
+
+logger = logging.getLogger(__name__)
 
 COVERAGE = "coverage.json"
 """Record of a finished series, in its folder."""
@@ -48,7 +63,6 @@ DEFAULT_COUNTS = (1, 2, 3, 4)
 """Numbers of molecules, as many of them as fit."""
 
 _MOST_MOLECULES = 100
-_CLEAN_SLAB = "clean_slab"
 _PICTURE = "coverage.png"
 
 
@@ -64,6 +78,11 @@ class CoverageSettings:
         steps: most steps of a relaxation.
         gas: source of the energy of the molecule by itself (`references.gas_reference`).
         gas_per_atom: eV per atom, instead of it.
+        check_minima: number of the lowest arrangements of every number of molecules that are displaced and
+            relaxed again, since they may be saddle points; 0 for none.
+
+    Raises:
+        InputError: a number of minima below 0.
     """
 
     placements: int = 8
@@ -73,6 +92,11 @@ class CoverageSettings:
     steps: int = 300
     gas: str = "vacuum"
     gas_per_atom: Mapping[str, float] = field(default_factory=dict)
+    check_minima: int = 1
+
+    def __post_init__(self) -> None:
+        if self.check_minima < 0:
+            raise InputError(f"check_minima is {self.check_minima}: give 0 or more")
 
     def summary(self) -> dict[str, Any]:
         """Plain values for a JSON record."""
@@ -84,6 +108,7 @@ class CoverageSettings:
             "steps": self.steps,
             "gas": self.gas,
             "gas_eV_per_atom": dict(self.gas_per_atom),
+            "check_minima": self.check_minima,
         }
 
 
@@ -98,7 +123,9 @@ class Arrangement:
         status: `converged`, `unconverged`, `merged` (a copy of `merged_into` by symmetry), `anomalous` or
             `failed`.
         merged_into: id of the arrangement that it is a copy of.
-        relaxation: its own one; None for a copy.
+        relaxation: that which its energy is of; None for a copy.
+        saddle: its own relaxation where that has ended on a saddle point; `relaxation` is then the one that
+            has left it.
         anomalies: sentences, each with the molecule that it is about.
     """
 
@@ -108,20 +135,23 @@ class Arrangement:
     status: str = "failed"
     merged_into: str | None = None
     relaxation: Relaxation | None = None
+    saddle: Relaxation | None = None
     anomalies: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Plain values for a JSON record."""
-        done = self.relaxation
+        done, own = self.relaxation, self.saddle or self.relaxation
         return {
             "id": self.id,
             "molecules": self.count,
             "status": self.status,
             "merged_into": self.merged_into,
-            "steps": None if done is None else done.steps,
+            "steps": None if own is None else own.steps,
             "model_energy_eV": None if done is None else done.energy_eV,
             "max_force_eV_A": None if done is None else done.max_force_eV_A,
-            "model_evaluations": 0 if done is None else done.model_evaluations,
+            "model_evaluations": 0 if own is None else own.model_evaluations,
+            "checked_by": None if done is None or self.saddle is None else done.id,
+            "saddle_model_energy_eV": None if self.saddle is None else self.saddle.energy_eV,
             "anomalies": self.anomalies,
             "reason": None if done is None else done.reason,
         }
@@ -246,32 +276,40 @@ def coverage_series(
         calculator: any ASE calculator.
         counts: numbers of molecules; None for 1 to 4, as many as fit.
         settings: of arrangements, relaxations and references.
-        out: folder for all files; the same call continues a stopped series. None keeps nothing.
+        out: folder for all files; the same call continues a stopped series, and gives the result of a
+            finished one without writing anything. None keeps nothing.
         overwrite: write the results of a finished series again; finished relaxations are kept.
         energy_kind: as in `resolve_energy_kind`.
         describe: gives plain values about the model for the record, from structures.
         notes: plain values about how the slab was made, for the record.
 
     Raises:
-        InputError: counts that mean nothing or do not fit, a folder of another series or of a finished one,
-            and what placements and model refuse.
+        InputError: counts that mean nothing or do not fit, a folder of another series, and what placements
+            and model refuse.
     """
     settings = settings or CoverageSettings()
     clean = find_slab(slab)
     series = _Series(clean.atoms, adsorbate, calculator, settings, energy_kind)
     series.arrange(counts)
+    finished: dict[str, Any] | None = None
     with ExitStack() as stack:
         if out is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         else:
             folder = Path(out)
             check_target(folder, is_folder=True)
+            if is_search(folder):
+                raise InputError(f"{folder} holds a search, and no coverage series: give another folder")
             if (folder / COVERAGE).exists() and not overwrite:
-                raise InputError(
-                    f"{folder} holds a finished series ({COVERAGE}): give another folder, or --overwrite"
-                )
+                finished = read_json(folder / COVERAGE)
+                series.check_same_settings(folder, finished)
         series.relax(folder)
         rows = tuple(series.rows())
+        series.notices += attraction_notices(rows)
+        if finished is not None and series.is_result(folder, finished, rows):
+            logger.info(f"{folder} holds this series, finished: its result is given, and nothing is written")
+            notices = tuple(finished["notices"])
+            return CoverageSeries(rows, series.kind, series.surface_atoms, notices, finished)
         return series.write(
             folder, rows, describe or series.description, {"slab": clean.report.summary(), **(notes or {})}
         )
@@ -302,6 +340,7 @@ class _Series:
         self.terms: dict[str, float] = {}
         self.gas: dict[str, Any] | None = None
         self.clean: Relaxation | None = None
+        self.checks: list[SaddleCheck] = []
 
     def arrange(self, counts: Sequence[int] | None) -> None:
         """Place the molecules, and mark arrangements that are copies by symmetry."""
@@ -340,6 +379,22 @@ class _Series:
                 "energies"
             )
 
+    def check_same_settings(self, folder: Path, finished: Mapping[str, Any]) -> None:
+        """Raise `InputError` where a finished series was made with other settings than this one."""
+        before = finished.get("settings") or {}
+        now = json.loads(json.dumps(self.settings.summary()))
+        names = [name for name in now if before.get(name) != now[name]]
+        if [row.get("molecules") for row in finished.get("coverages") or []] != sorted(self.arrangements):
+            names.append("counts")
+        refuse_other_settings(folder, names, "series")
+
+    def is_result(self, folder: Path, finished: Mapping[str, Any], rows: Sequence[CoverageRow]) -> bool:
+        """Tell whether the files of a finished series are all there and say what its rows say."""
+        now = json.loads(json.dumps([row.summary(self.area) for row in rows]))
+        return bool(finished["coverages"] == now) and all(
+            (folder / name).exists() for name in finished["files"]
+        )
+
     def relax(self, folder: Path) -> None:
         """Relax the clean slab and all arrangements; those of an earlier run are read."""
         identity = {
@@ -357,7 +412,7 @@ class _Series:
         with RelaxationStore(folder, {"coverage": True, **identity}) as store:
             # A model of adsorption energies has none for it; its geometry is what anomalies are found by.
             self.engine.energies_matter = self.kind == "total"
-            (clean,) = self._relaxed(store, [(_CLEAN_SLAB, self.slab)])
+            (clean,) = self._relaxed(store, [(CLEAN, self.slab)])
             self.engine.energies_matter = True
             if clean.status == "failed" or clean.energy_eV is None:
                 raise InputError(f"the clean slab cannot be relaxed: {clean.reason}")
@@ -372,6 +427,8 @@ class _Series:
                 self._judge(waiting[relaxation.id], relaxation)
                 bar.update()
             bar.close()
+            for found in self.arrangements.values():
+                self._check_lowest(store, found)
 
     def rows(self) -> Iterator[CoverageRow]:
         """Give the lowest arrangement of every number of molecules, and its energies."""
@@ -411,7 +468,7 @@ class _Series:
     ) -> CoverageSeries:
         """Write structures, picture and, last, the record."""
         assert self.clean is not None
-        structures = {"clean_slab.extxyz": self.clean.atoms}
+        structures = {CLEAN_SLAB: self.clean.atoms}
         for row in rows:
             if row.best is not None and row.best.relaxation is not None:
                 structures[_file(row.count)] = row.best.relaxation.atoms
@@ -423,6 +480,8 @@ class _Series:
             files.append(_PICTURE)
         model = describe(list(structures.values())[1:])
         everything = [one.summary() for found in self.arrangements.values() for one in found]
+        checks = [check.summary() for check in self.checks]
+        files += [CARD]
         record = {
             **header("adsorption-coverage/1", model.get("checkpoint")),
             "adsorbate": self._molecule().get_chemical_formula(),
@@ -433,8 +492,9 @@ class _Series:
             "area_A2": self.area,
             "coverages": [row.summary(self.area) for row in rows],
             "arrangements": everything,
+            "saddle_check": {"displacement_A": DISPLACEMENT, "tolerance_eV": FALL, "checks": checks},
             "model_evaluations": self.clean.model_evaluations
-            + sum(row["model_evaluations"] for row in everything),
+            + sum(row["model_evaluations"] for row in [*everything, *checks]),
             "terms_eV": self.terms,
             "gas": self.gas,
             "clean_slab": {"converged": self.clean.converged, "max_force_eV_A": self.clean.max_force_eV_A},
@@ -443,11 +503,14 @@ class _Series:
             "settings": {**self.settings.summary(), **notes},
             "files": files,
         }
+        write_json(folder / CARD, self._card(folder, rows, record))
         write_json(folder / COVERAGE, record)
         return CoverageSeries(rows, self.kind, self.surface_atoms, tuple(self.notices), record)
 
-    def description(self, _: list[Atoms]) -> dict[str, Any]:
+    def description(self, structures: list[Atoms]) -> dict[str, Any]:
         """Plain values about a calculator that was given in Python."""
+        if isinstance(self.calculator, EquiformerV2Calculator):
+            return {**model_record(self.calculator.predictor, "", structures), "checkpoint": None}
         return {"checkpoint": None, **calculator_identity(self.calculator), "energy_kind": self.kind}
 
     def _checked(self, counts: Sequence[int]) -> list[int]:
@@ -480,6 +543,70 @@ class _Series:
         if not self.gas["converged"]:
             self.notices.append("the molecule by itself has not converged")
 
+    def _card(self, folder: Path, rows: Sequence[CoverageRow], record: Mapping[str, Any]) -> dict[str, Any]:
+        """Trust card of the series."""
+        assert self.clean is not None
+        structures = []
+        if self.kind == "total":  # a model of adsorption energies has none for it
+            structures = [card_structure(CLEAN, self.clean.atoms, folder / CLEAN_SLAB)]
+        chosen = [row.best for row in rows if row.best is not None and row.best.relaxation is not None]
+        best = {one.count: one.relaxation.atoms for one in chosen if one.relaxation is not None}
+        structures += [
+            card_structure(f"n{count:02d}", atoms, folder / _file(count)) for count, atoms in best.items()
+        ]
+        provenance = None
+        if isinstance(self.calculator, EquiformerV2Calculator):
+            provenance = self.calculator.predictor.checkpoint.provenance
+        largest = list(best.values())[-1] if best else self.clean.atoms
+        kept = ("adsorbate", "energy_kind", "converged", "coverages", "terms_eV", "gas", "saddle_check")
+        return {
+            **header("adsorption-coverage-card/1", record["model"].get("checkpoint")),
+            **{name: record[name] for name in kept},
+            "label_physics": label_physics(largest, self.kind, provenance),
+            "notices": self.notices,
+            "model": record["model"],
+            "settings": record["settings"],
+            "structures": structures,
+        }
+
+    def _check_lowest(self, store: RelaxationStore, found: Sequence[Arrangement]) -> None:
+        """Displace the lowest arrangements of one number and relax them again, until they stay."""
+        checked: set[str] = set()
+        while True:
+            known = [one for one in found if one.status == "converged" and one.relaxation is not None]
+            known.sort(key=lambda one: self._energy(one.count, one.relaxation) or 0.0)
+            one = next((one for one in known[: self.settings.check_minima] if one.id not in checked), None)
+            if one is None:
+                return
+            checked.add(one.id)
+            self._check(store, one)
+
+    def _check(self, store: RelaxationStore, one: Arrangement) -> None:
+        """Displace the molecules of an arrangement, each by itself, and relax it again."""
+        assert one.relaxation is not None
+        start = displaced(one.relaxation.atoms, one.id, self.settings.seed, one.placement.molecules)
+        settings = check_settings(self.settings.fmax, self.settings.steps)
+        (relaxation,) = store.relax([(f"{one.id}.check", start)], self.engine, settings)
+        trial = Arrangement(one.id, one.count, one.placement)
+        self._judge(trial, relaxation)
+        before, after = self._energy(one.count, one.relaxation), self._energy(one.count, relaxation)
+        status = status_of_check(trial.status, relaxation, self.settings.fmax)
+        check = SaddleCheck(one.id, relaxation, float(before or 0.0), after, status)
+        self.checks.append(check)
+        if check.fell:
+            logger.info(check.sentence)
+            one.saddle, one.relaxation = one.relaxation, relaxation
+        elif not check.stays:
+            because = f" ({trial.anomalies[0]})" if trial.anomalies else ""
+            self.notices.append(f"{check.sentence}{because}")
+
+    def _energy(self, count: int, relaxation: Relaxation | None) -> float | None:
+        """Energy of a relaxation: of all molecules, or the model's own where that is not defined, eV."""
+        if relaxation is None or relaxation.energy_eV is None:
+            return None
+        gas = count * self.terms.get("gas_per_molecule", 0.0)
+        return float(relaxation.energy_eV) - self.terms.get("slab", 0.0) - gas
+
     def _judge(self, one: Arrangement, relaxation: Relaxation) -> None:
         """Note what became of an arrangement."""
         one.relaxation, one.status = relaxation, relaxation.status
@@ -495,11 +622,8 @@ class _Series:
 
     def _total(self, best: Arrangement) -> float | None:
         """Adsorption energy of all molecules of an arrangement, eV; None where it is not defined."""
-        assert best.relaxation is not None
-        energy = float(best.relaxation.energy_eV or 0.0)
-        if self.kind == "adsorption":
-            return energy if best.count == 1 else None
-        return energy - self.terms["slab"] - best.count * self.terms["gas_per_molecule"]
+        is_defined = self.kind == "total" or best.count == 1
+        return self._energy(best.count, best.relaxation) if is_defined else None
 
     @staticmethod
     def _lowest(found: Sequence[Arrangement]) -> Arrangement | None:
@@ -513,6 +637,27 @@ class _Series:
             if known:
                 return min(known, key=energy)
         return None
+
+
+def attraction_notices(rows: Sequence[CoverageRow]) -> list[str]:
+    """Say where molecules are bound more strongly at a higher coverage than at a lower one.
+
+    Adsorbates mostly repel each other, so that their average energy rises with coverage.
+
+    Args:
+        rows: of a series, ascending.
+    """
+    known = [(row.count, row.average) for row in rows if row.average is not None]
+    sentences = []
+    for (fewer, higher), (count, lower) in pairwise(known):
+        if lower < higher - FALL:
+            sentences.append(
+                f"the average adsorption energy falls from {higher:.3f} eV with {fewer} in the cell to "
+                f"{lower:.3f} eV with {count}: either the molecules attract each other, or it is an "
+                f"artefact, of a lower arrangement of {fewer} that was not found (more --placements) or of a "
+                "model that does not know such coverages; look at the structures before using it"
+            )
+    return sentences
 
 
 def molecule_anomalies(placement: Placement, final: Atoms, clean_slab: Atoms) -> list[str]:

@@ -50,10 +50,12 @@ def ask_dft(folder: AnyPath, number: int = 5, spread_above: float = 0.0) -> Aske
         spread_above: eV/Å; only a larger standard deviation of a force is a reason to ask.
 
     Raises:
-        InputError: no finished search, or its files cannot be read.
+        InputError: no finished search, its files cannot be read, a number or spread without sense.
     """
     if number < 0:
         raise InputError(f"{number} structures cannot be asked: give a number from 0")
+    if not 0.0 <= spread_above < float("inf"):
+        raise InputError(f"the spread above which to ask is {spread_above} eV/Å: give 0 or more")
     search = FinishedSearch.read(folder)
     ledger = DftLedger(folder)
     known = {row["id"] for row in ledger.asked}

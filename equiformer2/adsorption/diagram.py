@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from equiformer2.adsorption.corrections import Corrections, correction_text
 from equiformer2.adsorption.gases import co2_reduction, water_formation
 from equiformer2.errors import InputError
 from equiformer2.files import read_json
@@ -30,16 +31,22 @@ GAS_STATES: dict[str, tuple[dict[str, float], float]] = {
 _COLOURS = ("#1f4e79", "#c55a11", "#548235", "#7f3f98", "#7f7f7f")
 
 
-def read_states(folders: Sequence[Path]) -> list[dict[str, Any]]:
+def read_states(folders: Sequence[Path], corrections: Corrections | None = None) -> list[dict[str, Any]]:
     """Read the states of a diagram from search folders, in their order.
+
+    Args:
+        folders: of searches with free energies.
+        corrections: for free energies that have none.
 
     Returns:
         For each folder `adsorbate`, `free_energy_eV` and `electrons` at its potential and acidity, `gases`
-        that it was made of, `temperature_K`, `pressures_bar`, and `folder`. `converged` is False where the
-        structure, its clean slab or its gases are not, and `warnings` are the sentences about it.
+        that it was made of, `temperature_K`, `pressures_bar`, `corrections_eV` and `folder`. `converged` is
+        False where the structure, its clean slab or its gases are not, and `warnings` are the sentences about
+        it.
 
     Raises:
-        InputError: a folder without a free energy, other slabs, models, gas references or temperatures.
+        InputError: a folder without a free energy, other slabs, models, gas references, temperatures or
+            corrections, and corrections of free energies that have some already.
     """
     states: list[dict[str, Any]] = []
     same: dict[str, tuple[Path, Any]] = {}
@@ -67,6 +74,7 @@ def read_states(folders: Sequence[Path]) -> list[dict[str, Any]]:
             ("temperature", found.get("temperature_K")),
             ("potential", found.get("potential_against_rhe_V")),
             ("pressures", found.get("pressures_bar") or {}),
+            ("set of corrections", (found.get("corrections") or {}).get("species_eV") or {}),
         ):
             first, known = same.setdefault(key, (folder, value))
             if known != value:
@@ -75,10 +83,19 @@ def read_states(folders: Sequence[Path]) -> list[dict[str, Any]]:
             _check_same_gas(first, other, folder, search.get("gas"))
         gases.append((folder, search.get("gas")))
         converged, warnings = _doubts(search, found)
+        adsorbate = Path(name).stem if name else f"*{settings.get('adsorbate', '')}"
+        added = dict(found.get("corrections_eV") or {})
+        energy = float(found["free_energy_eV"])
+        if corrections is not None:
+            if (found.get("corrections") or {}).get("species_eV"):
+                raise InputError(f"the free energy in {folder} is corrected already: leave --corrections out")
+            added = corrections.of(adsorbate, found.get("gases") or {}, float(found["electrons"]))
+            energy += sum(added.values())
         states.append(
             {
-                "adsorbate": Path(name).stem if name else f"*{settings.get('adsorbate', '')}",
-                "free_energy_eV": float(found["free_energy_eV"]),
+                "adsorbate": adsorbate,
+                "free_energy_eV": energy,
+                "corrections_eV": added,
                 "electrons": float(found["electrons"]),
                 "gases": found.get("gases") or {},
                 "reaction": found["reaction"],
@@ -167,6 +184,7 @@ def gas_state(
         "reaction": "",
         "temperature_K": temperature,
         "pressures_bar": dict(pressures or {}),
+        "corrections_eV": {},
         "converged": True,
         "warnings": [],
         "folder": "",
@@ -247,10 +265,19 @@ def diagram(
     }
 
 
-def diagram_picture(balanced: Mapping[str, Any], title: str) -> bytes:
+def used_corrections(states: Sequence[Mapping[str, Any]], species: Mapping[str, float]) -> dict[str, float]:
+    """Corrections, eV by species, that have changed the energy of a state."""
+    used = {name for state in states for name in state.get("corrections_eV") or {}}
+    return {name: value for name, value in species.items() if name in used}
+
+
+def diagram_picture(
+    balanced: Mapping[str, Any], title: str, corrections: Mapping[str, float] | None = None
+) -> bytes:
     """Draw the states as levels and the steps as lines between them, one line per potential, as PNG.
 
-    Each line starts at 0 eV; numbers are at the levels, unless more than two potentials would overlap them.
+    Corrections are named below. Each line starts at 0 eV; numbers are at the levels, unless more than two
+    potentials would overlap them.
     """
     names = [state["adsorbate"] for state in balanced["states"]]
     lines = balanced["at_potentials"]
@@ -275,6 +302,7 @@ def diagram_picture(balanced: Mapping[str, Any], title: str) -> bytes:
         for number, pair in enumerate(itertools.pairwise(energies)):
             axis.plot([number + 0.3, number + 0.7], pair, ":", color=colour, alpha=0.7)
     axis.set_xticks(range(len(names)), names)
+    axis.set_xlabel(correction_text(corrections), fontsize=7)
     axis.set(ylabel="free energy (eV)", title=title)
     axis.margins(y=0.15)
     axis.grid(axis="y", alpha=0.3)

@@ -1,5 +1,7 @@
 """`find_adsorption_energy`: from a slab and an adsorbate to the lowest adsorption energy, in one call."""
 
+import json
+import logging
 import os
 import re
 import tempfile
@@ -14,13 +16,14 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
 from datasets_oc20.untrusted import AnyPath
+from equiformer2.adsorption.corrections import Corrections
 from equiformer2.adsorption.dispersion_terms import dispersion_summary
 from equiformer2.adsorption.energy import resolve_energy_kind
 from equiformer2.adsorption.finished_search import FinishedSearch
 from equiformer2.adsorption.placements import Adsorbate
 from equiformer2.adsorption.placements import placements as make_placements
 from equiformer2.adsorption.search import SearchResult, SearchSettings, search_placements
-from equiformer2.adsorption.search_folder import CARD, SEARCH
+from equiformer2.adsorption.search_folder import CARD, SEARCH, refuse_other_settings
 from equiformer2.adsorption.search_output import write_search
 from equiformer2.adsorption.slabs import find_slab
 from equiformer2.checkpoint.tensor_files import sha256
@@ -40,6 +43,11 @@ from equiformer2.inference.many import Relaxation
 from equiformer2.inference.named_calculators import calculator_by_name, calculator_names
 from equiformer2.inference.record import model_record
 from equiformer2.shipped import find_checkpoint
+
+logger = logging.getLogger(__name__)
+
+#: Settings of a search that the folder of its relaxations does not know.
+_SETTINGS = ("placements", "fmax_eV_A", "steps", "stop", "check_minima", "stop_at_spread_eV_A", "corrections")
 
 
 @dataclass(frozen=True)
@@ -86,12 +94,12 @@ def find_adsorption_energy(
     check_minima: int = 1,
     out: AnyPath | None = None,
     overwrite: bool = False,
-    again: bool = False,
     describe: Callable[[list[Atoms]], dict[str, Any]] | None = None,
     notes: Mapping[str, Any] | None = None,
     clean_slab: Relaxation | None = None,
     stop_at_spread: float | None = None,
     starts_from: AnyPath | None = None,
+    corrections: Corrections | None = None,
 ) -> FoundEnergy:
     """Find the lowest adsorption energy of an adsorbate on a slab.
 
@@ -115,20 +123,21 @@ def find_adsorption_energy(
             of `calculator` all the same. Where a draft fails, that starts from the placement.
         check_minima: number of the lowest minima that are displaced and relaxed again, since they may be
             saddle points.
-        out: folder for all files; the same call continues a stopped search. None keeps nothing.
+        out: folder for all files; the same call continues a stopped search, and gives the result of a
+            finished one without writing anything. None keeps nothing.
         overwrite: write the results of a finished search again, for which its relaxations are kept; another
             search in the folder is replaced. What is no file of a search stays.
-        again: write the results of the same search again where it is finished, and replace nothing else.
         describe: gives plain values about the model for the records, from states of the structure.
         notes: plain values about how the slab was made, for the records.
         clean_slab: relaxed by the same model with the same settings, such as an earlier search's.
         stop_at_spread: eV/Å; end a relaxation where the forces of a committee differ by more.
         starts_from: folder of an earlier search of this adsorbate on this slab, whose minima are relaxed
             before the placements.
+        corrections: of gases and adsorbates, for the convention of the literature on the card.
 
     Raises:
-        InputError: no adsorbate or placement of that kind, a folder of another search or a finished one, and
-            what the model refuses. Placements that all fail or have an anomaly are no error: they are in the
+        InputError: no adsorbate or placement of that kind, a folder of another search, and what the model
+            refuses. Placements that all fail or have an anomaly are no error: they are in the
             result, whose `energy` is None.
     """
     clean = find_slab(slab)
@@ -167,16 +176,20 @@ def find_adsorption_energy(
     if starts_from is not None:
         placed_atoms = [*earlier_minima(starts_from, slab), *placed_atoms]
         placed["starts_from"] = str(starts_from)
+    told = {**placed, "fmax_eV_A": fmax, "steps": steps, "stop": stop, "check_minima": check_minima}
+    told |= {"stop_at_spread_eV_A": stop_at_spread, "slab": clean.report.summary(), **(notes or {})}
+    if corrections is not None:
+        told["corrections"] = corrections.summary()
+    finished: dict[str, Any] | None = None
     with ExitStack() as stack:
         if out is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         else:
             folder = Path(out)
             check_target(folder, is_folder=True)
-            if (folder / SEARCH).exists() and not (overwrite or again):
-                raise InputError(
-                    f"{folder} holds a finished search ({SEARCH}): give another folder, or --overwrite"
-                )
+            if (folder / SEARCH).exists() and not overwrite:
+                finished = read_json(folder / SEARCH)
+                _check_same_settings(folder, finished, told)
         result = search_placements(
             slab,
             placed_atoms,
@@ -187,25 +200,28 @@ def find_adsorption_energy(
             clean_slab=clean_slab,
             draft=drafting,
             overwrite=overwrite,
+            finished=finished is not None,
         )
         best, states = None, [result.found[0].start]
         if result.best is not None and result.best.relaxation is not None:
             best = result.best.relaxation.atoms
             states = [result.best.start, best]
-        told = {**placed, "fmax_eV_A": fmax, "steps": steps, "stop": stop, "check_minima": check_minima}
-        told |= {"slab": clean.report.summary(), **(notes or {})}
-        record_of_model = describe(states) if describe else _described(calculator, model, states)
-        if best is not None:
-            record_of_model["d3_eV"] = dispersion_summary(
-                calculator, best, result.clean_slab.atoms, result.terms, result.gas
-            )
-        provenance = None
-        if isinstance(network, EquiformerV2Calculator):
-            provenance = network.predictor.checkpoint.provenance
-        of_draft = None
-        if drafting is not None:  # a command gives a calculator, and notes its file
-            of_draft = _described_draft((notes or {}).get("draft", draft), drafting)
-        record = write_search(folder, result, record_of_model, told, provenance, of_draft)
+        if finished is not None and _is_result(folder, finished, result):
+            logger.info(f"{folder} holds this search, finished: its result is given, and nothing is written")
+            record = finished
+        else:
+            record_of_model = describe(states) if describe else _described(calculator, model, states)
+            if best is not None:
+                record_of_model["d3_eV"] = dispersion_summary(
+                    calculator, best, result.clean_slab.atoms, result.terms, result.gas
+                )
+            provenance = None
+            if isinstance(network, EquiformerV2Calculator):
+                provenance = network.predictor.checkpoint.provenance
+            of_draft = None
+            if drafting is not None:  # a command gives a calculator, and notes its file
+                of_draft = _described_draft((notes or {}).get("draft", draft), drafting)
+            record = write_search(folder, result, record_of_model, told, provenance, of_draft, corrections)
         card = None if best is None else read_json(folder / CARD)
     return FoundEnergy(
         energy=result.energy,
@@ -216,6 +232,23 @@ def find_adsorption_energy(
         card=card,
         record=record,
         search=result,
+    )
+
+
+def _check_same_settings(folder: Path, finished: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    """Raise `InputError` where a finished search was made with other settings than these."""
+    before = finished.get("settings") or {}
+    now = json.loads(json.dumps(told, default=str))
+    refuse_other_settings(folder, [name for name in _SETTINGS if before.get(name) != now.get(name)])
+
+
+def _is_result(folder: Path, finished: Mapping[str, Any], result: SearchResult) -> bool:
+    """Tell whether the files of a finished search are all there and say what a result says."""
+    best = (finished.get("best") or {}).get("id")
+    return (
+        finished.get("adsorption_energy_eV") == result.energy
+        and best == (None if result.best is None else result.best.id)
+        and all((folder / name).exists() for name in finished["files"])
     )
 
 

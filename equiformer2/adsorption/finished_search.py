@@ -22,7 +22,7 @@ from equiformer2.errors import InputError
 from equiformer2.files import as_input_error, read_json
 from equiformer2.inference.dispersion import recorded_dispersion, with_dispersion
 from equiformer2.inference.engines import Engine, Engineable, open_engine
-from equiformer2.inference.record import recorded_model
+from equiformer2.inference.record import given_or_recorded
 from equiformer2.shipped import find_checkpoint
 
 
@@ -64,23 +64,23 @@ class FinishedSearch:
         """Atoms of the adsorbate of the best placement."""
         return self.best[len(self.clean_slab) :]
 
-    def model(self, given: Engineable | None = None) -> Engine:
+    def model(self, given: Engineable | None = None, adapter: AnyPath | None = None) -> Engine:
         """Open the model of the search, from what is given or else from its own checkpoint.
 
-        A checkpoint that is given is opened with the weights and the precision of the search, so that a copy
-        of the search's is the same model.
+        A checkpoint that is given is opened with the weights, the precision and the adapter of the search, so
+        that a copy of the search's is the same model.
+
+        Args:
+            given: model in place of the search's.
+            adapter: file in place of that of the search's adapter.
 
         Raises:
             InputError: neither is there, or it is another model than that of the search.
         """
         record = self.record["model"]
-        checkpoint = record.get("checkpoint")
-        if given is None and checkpoint is None:
+        if given is None and record.get("checkpoint") is None:
             raise InputError(f"{self.folder} was searched with a calculator: give it again (--calculator)")
-        if given is None:
-            given = recorded_model(record)
-        elif isinstance(given, str | Path) and isinstance(checkpoint, str):
-            given = recorded_model({**record, "checkpoint": str(given)})
+        given = given_or_recorded(record, given, adapter)
         engine = open_engine(with_dispersion(given, recorded_dispersion(self.record.get("d3_eV"))))
         self._check_same(engine)
         return engine

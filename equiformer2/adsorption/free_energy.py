@@ -66,8 +66,9 @@ class Vibrations:
         energies = np.maximum(np.abs(self.frequencies) * (self.frequencies > 0.0), lowest) * _INVERSE_CM
         thermo = HarmonicThermo(energies, potentialenergy=0.0)
         zero_point = float(energies.sum() / 2.0)
-        heat = float(thermo.get_internal_energy(temperature, verbose=False)) - zero_point
-        entropy = float(thermo.get_entropy(temperature, verbose=False)) * temperature
+        with np.errstate(over="ignore"):  # near 0 K nothing is excited
+            heat = float(thermo.get_internal_energy(temperature, verbose=False)) - zero_point
+            entropy = float(thermo.get_entropy(temperature, verbose=False)) * temperature
         return {"zpe_eV": zero_point, "heat_eV": heat, "entropy_eV": entropy}
 
 
@@ -218,6 +219,7 @@ def free_energy(
     lowest_frequency: float = LOWEST_FREQUENCY,
     pressures: Mapping[str, float] | None = None,
     motion: Motion | None = None,
+    corrections: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Compute the free energy of formation of an adsorbate from CO, H2O, N2 and protons with electrons.
 
@@ -232,6 +234,7 @@ def free_energy(
         lowest_frequency: cm^-1, see `Vibrations.thermo`.
         pressures: bar, by molecule; the others have those of `gases.GASES`.
         motion: hindered translation and rotation in the place of the three softest modes.
+        corrections: eV by species, contributions to the energy of formation (`Corrections.of`).
 
     Returns:
         Plain values: `free_energy_eV`, its parts, and the same number with oxygen from O2 and with carbon
@@ -257,9 +260,10 @@ def free_energy(
         thermo = motion.thermo(modes.frequencies, temperature, lowest_frequency)
     against_rhe = potential + units.kB * temperature * np.log(10.0) * ph
     gas = reaction.correction(temperature, pressures)
+    corrections = dict(corrections or {})
     total = (
-        adsorption_energy + thermo["zpe_eV"] + thermo["heat_eV"] - thermo["entropy_eV"] - gas
-        + reaction.electrons * against_rhe
+        adsorption_energy + sum(corrections.values()) + thermo["zpe_eV"] + thermo["heat_eV"]
+        - thermo["entropy_eV"] - gas + reaction.electrons * against_rhe
     )  # fmt: skip
     at_zero = total - reaction.electrons * against_rhe
     oxygen, carbon = reaction.gases.get("H2O", 0.0), reaction.gases.get("CO", 0.0)
@@ -270,6 +274,7 @@ def free_energy(
         "harmonic": harmonic,
         "hindered": None if motion is None else motion.summary(),
         "gas_correction_eV": gas,
+        "corrections_eV": corrections,
         "pressures_bar": pressures,
         "reaction": reaction.text(),
         "gases": reaction.gases,

@@ -4,7 +4,9 @@ The model is ASE's (Sprowl, Campbell and Árnadóttir, J. Phys. Chem. C 2016, 12
 modes are replaced by two hindered translations and a hindered rotation about the normal of the surface.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,15 @@ from ase import units
 from ase.geometry import find_mic
 from ase.thermochemistry import HinderedThermo
 
+from datasets_oc20.structure_files import read_structure
 from equiformer2.adsorption.finished_search import FinishedSearch
 from equiformer2.adsorption.periodic_images import whole_molecule
+from equiformer2.adsorption.saddle_points import FALL
 from equiformer2.adsorption.search import MIGRATION
+from equiformer2.adsorption.search_folder import NEB
 from equiformer2.adsorption.symmetry import SurfaceSymmetry, surface_symmetry
 from equiformer2.errors import InputError
-from equiformer2.files import read_json
+from equiformer2.files import as_input_error, read_json
 
 #: amu Å²; below it nothing turns about the normal: a linear adsorbate that stands upright.
 _LEAST_INERTIA = 0.1
@@ -119,7 +124,8 @@ def hindered_motion(
     """Collect what the model of hindered motions needs from a search.
 
     A barrier that is not given is the lowest one of the search's own elastic bands from the best minimum
-    (`adsorption neb`), or else the energy of the next minimum, on another site or turned on the same one:
+    (`adsorption neb`): the highest energy along the band above that minimum, whatever other minima lie on the
+    way. Without a band it is the energy of the next minimum, on another site or turned on the same one:
     at least that much is to be overcome. The rotational minima that are not given are counted by the
     rotations of the clean slab about the site.
 
@@ -131,7 +137,7 @@ def hindered_motion(
 
     Raises:
         InputError: an atom or an upright linear adsorbate, which have no rotor, a barrier that is neither
-            given nor in the search, values without sense.
+            given nor in the search, a band through a minimum lower than the best, values without sense.
     """
     barriers = {"translation": translation_barrier, "rotation": rotation_barrier}
     for name, value in {
@@ -198,35 +204,67 @@ def _known_barriers(search: FinishedSearch, symmetry: SurfaceSymmetry) -> dict[s
     """Barriers of translation and rotation from the best minimum, eV, and where each is from."""
     rows = {row["id"]: row for row in search.record["placements"]}
     best = rows[search.record["best"]["id"]]["basin"]
+    if best is None:  # not converged
+        return {}
     centre = search.adsorbate.positions.mean(axis=0)
     images = symmetry.images(centre[None])[:, 0]
-
-    def kind_of(name: str) -> str:
-        other = search.minimum(name)[len(search.clean_slab) :].positions.mean(axis=0)
-        moved = find_mic(images - other, symmetry.cell, symmetry.pbc)[0]
-        normal = np.cross(symmetry.cell[0], symmetry.cell[1])
-        normal /= np.linalg.norm(normal)
-        along = moved - np.outer(moved @ normal, normal)
-        return "translation" if np.linalg.norm(along, axis=1).min() > MIGRATION else "rotation"
-
-    lowest: dict[str, tuple[float, str]] = {}
-
-    def note(name: str, barrier: float, source: str) -> None:
-        kind = kind_of(name)
-        if barrier > 0.0 and barrier < lowest.get(kind, (np.inf, ""))[0]:
-            lowest[kind] = barrier, source
-
+    found: list[tuple[str, float, str]] = []
     for row in rows.values():
-        if best is not None and row["basin"] == row["id"] and row["id"] != best:
+        if row["basin"] == row["id"] and row["id"] != best:
+            other = search.minimum(row["id"])[len(search.clean_slab) :].positions.mean(axis=0)
             above = float(row["energy_eV"]) - float(rows[best]["energy_eV"])
-            note(row["id"], above, f"energy of the minimum {row['id']} above the best: a lower bound")
-    from_minima = dict(lowest)
-    lowest.clear()
-    for file in sorted((search.folder / "neb").glob("*/neb.json")):
+            said = f"energy of the minimum {row['id']} above the best: a lower bound"
+            found.append((_kind_of(images - other, symmetry), above, said))
+    bands: list[tuple[str, float, str]] = []
+    for file in sorted((search.folder / NEB).glob("*/neb.json")):
         path = read_json(file)
         ends = [rows.get(str(path.get(key)), {}).get("basin") for key in ("start", "end")]
-        if best not in ends or None in ends or ends[0] == ends[1] or not path.get("converged"):
-            continue
-        key = "barrier_eV" if ends[0] == best else "reverse_barrier_eV"
-        note(ends[1] if ends[0] == best else ends[0], float(path[key]), f"elastic band {file.parent.name}")
-    return from_minima | lowest
+        if best in ends and None not in ends and path.get("converged"):
+            barrier = _climb_from_best(file, path, at_end=ends[0] != best)
+            with as_input_error():
+                first, last = (read_structure(file.with_name("neb.traj"), place) for place in (0, -1))
+            count = len(search.clean_slab)
+            moved = (last.positions - first.positions)[count:].mean(axis=0)
+            bands.append((_kind_of(moved[None], symmetry), barrier, f"elastic band {file.parent.name}"))
+    # The lowest barrier of each kind that is one at all; bands come before differences of minima.
+    lowest: dict[str, tuple[float, str]] = {}
+    for known in (found, bands):
+        for kind, barrier, source in sorted(known, key=lambda one: -one[1]):
+            if barrier > 0.0:
+                lowest[kind] = barrier, source
+    return lowest
+
+
+def _kind_of(moved: np.ndarray, symmetry: SurfaceSymmetry) -> str:
+    """Tell a translation from a rotation by vectors `[N, 3]` Å to all copies of the adsorbate's centre."""
+    moved = find_mic(moved, symmetry.cell, symmetry.pbc)[0]
+    normal = np.cross(symmetry.cell[0], symmetry.cell[1])
+    normal /= np.linalg.norm(normal)
+    along = moved - np.outer(moved @ normal, normal)
+    return "translation" if np.linalg.norm(along, axis=1).min() > MIGRATION else "rotation"
+
+
+def _climb_from_best(file: Path, path: Mapping[str, Any], at_end: bool) -> float:
+    """Highest energy along a band above its end in the best minimum, eV.
+
+    `barrier_eV` of the record is another number where the path crosses further minima: its climb may begin at
+    one of these.
+
+    Raises:
+        InputError: the record has no energies, or the band crosses a lower minimum.
+    """
+    try:
+        energies = np.array(path["energies_eV"], dtype=float)
+    except (KeyError, TypeError, ValueError):
+        energies = np.empty(0)
+    if energies.ndim != 1 or len(energies) < 3 or not np.isfinite(energies).all():
+        raise InputError(f"{file} has no energies of its images: find the path again")
+    own = float(energies[-1 if at_end else 0])
+    minimum = int(energies.argmin())
+    if energies[minimum] < own - FALL:
+        raise InputError(
+            f"image {minimum} of the elastic band {file.parent.name} lies {own - energies[minimum]:.3f} eV "
+            "below the best minimum of the search, from which barriers are counted: search with more "
+            "placements, or give --translation-barrier and --rotation-barrier"
+        )
+    return float(energies.max()) - own

@@ -20,7 +20,7 @@ from scipy.optimize import minimize_scalar
 
 from equiformer2.adsorption.bulks import Bulk, find_bulk
 from equiformer2.errors import InputError
-from equiformer2.inference.named_calculators import resolve_energy_kind
+from equiformer2.inference.named_calculators import calculator_errors, resolve_energy_kind
 
 RPBE_SOURCE = (
     "VASP 4.6, RPBE, PAW, 400 eV, 11x11x11 k-points; N. López group, ICIQ, 'Cell parameters', "
@@ -178,7 +178,8 @@ class _Relaxing:
         def energy(scale: float) -> float:
             atoms = _Relaxing.scaled(bulk, scale).atoms
             atoms.calc = calculator
-            value = float(atoms.get_potential_energy())
+            with calculator_errors(calculator, bulk.name):
+                value = float(atoms.get_potential_energy())
             if not math.isfinite(value):
                 raise InputError(f"the energy of {bulk.name} at {scale - 1:+.1%} strain is {value}")
             return value
@@ -191,9 +192,12 @@ class _Relaxing:
         """Relax cell and positions with the stress."""
         atoms = bulk.atoms.copy()
         atoms.calc = calculator
-        with BFGS(cast(Any, FrechetCellFilter(atoms)), logfile=None) as optimizer:
+        with (
+            calculator_errors(calculator, bulk.name),
+            BFGS(cast(Any, FrechetCellFilter(atoms)), logfile=None) as optimizer,
+        ):
             converged = bool(optimizer.run(fmax=fmax, steps=steps))
-        energy = float(atoms.get_potential_energy())
+            energy = float(atoms.get_potential_energy())
         atoms.calc = None
         if not np.isfinite(atoms.positions).all() or not math.isfinite(energy):
             raise InputError(f"the relaxation of {bulk.name} went to infinity: give a better start")

@@ -13,7 +13,13 @@ from ase.geometry import get_distances
 
 from equiformer2.adsorption.adsorbates import ase_molecule, check_binding_atoms, find_adsorbate, pointing_up
 from equiformer2.adsorption.anomalies import CUSHION, SKIN
-from equiformer2.adsorption.periodic_images import Slab, lowest_atom_index, whole_molecule, whole_slab
+from equiformer2.adsorption.periodic_images import (
+    SMALLEST_GAP,
+    Slab,
+    lowest_atom_index,
+    whole_molecule,
+    whole_slab,
+)
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import ADSORBATE, SUBSURFACE, SURFACE, fixed_mask
 
@@ -51,7 +57,7 @@ def build_slab(
         lattice_constant: a in Å; ASE's experimental value if None (OC20 used relaxed RPBE bulks).
 
     Raises:
-        InputError: unknown element, facet or size.
+        InputError: unknown element, facet or size, a vacuum that is none.
     """
     match = re.fullmatch(r"([A-Z][a-z]?)[-_(]?(\d+)\)?", name)
     several = re.fullmatch(r"([A-Z][a-z]?\d*){2,}[-_(]?\d*\)?", name)
@@ -82,6 +88,11 @@ def build_slab(
         raise InputError(f"free_layers is {free_layers}: give 1 to {size[2]}, the number of layers")
     if not 0 < vacuum < np.inf or not (lattice_constant is None or 0 < lattice_constant < np.inf):
         raise InputError("vacuum and lattice_constant must be positive (Å)")
+    if 2.0 * vacuum <= SMALLEST_GAP:
+        raise InputError(
+            f"a vacuum of {vacuum:g} Å on either side leaves {2.0 * vacuum:g} Å between the slab and its "
+            f"image, and a slab has more than {SMALLEST_GAP:g} Å: give more vacuum, such as --vacuum 10"
+        )
     slab = builders[facet](symbol, size, a=lattice_constant, vacuum=vacuum, periodic=True)
     held = slab.get_tags() > free_layers  # ASE numbers layers from the top, starting at 1
     slab.set_constraint(FixAtoms(mask=held) if held.any() else None)

@@ -21,10 +21,13 @@ from equiformer2.adsorption.basins import SAME_POSITIONS
 from equiformer2.adsorption.symmetry import SurfaceSymmetry, surface_symmetry
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import fixed_mask
+from equiformer2.inference.batched import RelaxationSettings
 from equiformer2.inference.engines import Engineable, open_engine
 from equiformer2.inference.many import predict
 from equiformer2.inference.pictures import new_figure, png_bytes
 
+#: Images between the ends at most.
+_MOST_IMAGES = 1000
 #: Å; ends whose atoms are nearer than this are the same minimum.
 _SAME = 0.05
 #: eV/Å at which the highest image begins to climb: before, it may not yet be the highest.
@@ -127,6 +130,7 @@ class _BatchedNEB(NEB):
             return np.asarray(super().get_forces())  # optimisers ask several times in a step
         self._calculated = positions
         for image, found in zip(moving, predict(moving, self.model), strict=True):
+            image.info = dict(found.info)  # with the spread of a committee
             image.calc = found.calc
             image.calc.atoms = image.copy()
         self.evaluations += len(moving)
@@ -151,12 +155,16 @@ def find_path(
         steps: most steps of the optimiser (FIRE), with and without the climbing image together.
 
     Raises:
-        InputError: ends of other atoms or cells, the same end twice, no image, and what the model refuses.
+        InputError: ends of other atoms or cells, the same end twice, no image, a threshold or number of steps
+            without sense, and what the model refuses.
     """
     if not np.array_equal(first.numbers, last.numbers) or not np.allclose(first.cell, last.cell, atol=1e-6):
         raise InputError("the ends of the path have other atoms, another order or another cell")
     if images < 1:
         raise InputError(f"{images} images lie between the ends: give at least 1")
+    if images > _MOST_IMAGES:
+        raise InputError(f"{images} images lie between the ends: give at most {_MOST_IMAGES}")
+    RelaxationSettings(fmax=fmax, steps=steps)  # refuses thresholds and steps that are none
     engine = open_engine(model)
     ends = predict([first, last], engine)
     band = [ends[0], *(first.copy() for _ in range(images)), ends[1]]

@@ -59,6 +59,7 @@ def _path(number: int, file: Path) -> list[str]:
         f"the band {record['max_force_eV_A']:.3f} eV/Å",
     ]
     sentences += record.get("warnings", [])
+    sentences += (record.get("familiarity") or {}).get("sentences", [])
     if record["highest_image"] in (0, len(images) - 1) and not record.get("intermediate_minima"):
         sentences.append("the highest structure is an end: between the ends there is no barrier")
     if not record["converged"]:

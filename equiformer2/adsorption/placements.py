@@ -32,7 +32,7 @@ from equiformer2.adsorption.named_structures import (
 )
 from equiformer2.adsorption.open_catalyst import numpy_seed, open_catalyst
 from equiformer2.adsorption.periodic_images import lowest_atom_index, whole_molecule
-from equiformer2.adsorption.start_checks import check_start, check_vacuum
+from equiformer2.adsorption.start_checks import MORE_VACUUM, check_start, check_vacuum, image_contact
 from equiformer2.adsorption.surface_sites import KINDS, Site, equal_sites, open_atoms, surface_sites
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import ADSORBATE, SUBSURFACE, SURFACE, check_atoms, oc20_tags
@@ -64,6 +64,9 @@ _FARTHEST = 1e4
 
 _FRUITLESS = 5
 """Arrangements of several adsorbates that fail before they count as impossible."""
+
+_TURNS = 200
+"""Turns of an adsorbate that are tried before it counts as too large."""
 
 _TRIES = 20
 """Placements that are tried for each one wanted."""
@@ -177,7 +180,7 @@ def placements(
     surface = whole.atoms
     surface.info = {}
     surface.set_tags(oc20_tags(slab)[0])
-    place = _Place(surface, molecule, binding, mode, seed, height)
+    place = _Place(surface, molecule, binding, mode, seed, height, whole.gap)
     top = float(surface.positions[:, 2].max())
     found = Placements()
     wanted, draws = place.plan(
@@ -260,7 +263,7 @@ def coverage_placements(
         try:
             kind = index % len(pools)
             arrangement = _Arrangement(
-                surface, pools[kind], molecules, (seed, index), min_distance, ordered=kind > 0
+                surface, pools[kind], molecules, (seed, index), min_distance, kind > 0, whole.gap
             )
             atoms, used, groups = arrangement.find()
         except InputError as error:
@@ -285,6 +288,7 @@ class _Place:
         surface: whole slab, its surface up.
         molecule, binding: the adsorbate and its binding atoms.
         mode, seed, height: of `placements`.
+        gap: Å of vacuum; infinite without an image above.
     """
 
     surface: Atoms
@@ -293,6 +297,7 @@ class _Place:
     mode: str
     seed: int
     height: float | None
+    gap: float = np.inf
     endless: bool = True
     _sites: list[Site] = field(default_factory=list)
     _core: Any = None
@@ -306,6 +311,7 @@ class _Place:
             return number, self._random
         if self.mode == OC20_MODE:
             assert number is not None
+            self._check_some_turn_fits()
             self._core = open_catalyst()
             return number, self._oc20
         if self.mode == "positions":
@@ -398,9 +404,21 @@ class _Place:
         x, y, z = map(float, made.metadata_list[0]["site"])
         return atoms, Site((x, y, z), "random"), rotation
 
+    def _check_some_turn_fits(self) -> None:
+        """Raise `InputError` where no turn of the adsorbate fits, as far as `_TURNS` of OC20's kind tell."""
+        draw = _Draw.generator(self.seed, 0, 5)
+        for last in reversed(range(_TURNS)):
+            try:
+                self._turned(_Draw.tilted(draw.random(3)))
+                return
+            except InputError:
+                if not last:
+                    raise
+
     def _turned(self, rotation: Rotation) -> Atoms:
         molecule = self.molecule.copy()
         molecule.positions = rotation.apply(molecule.positions)
+        _check_fits(molecule, self.surface, self.gap)
         return molecule
 
 
@@ -417,6 +435,10 @@ class _Arrangement:
         seed: seed and number of the arrangement.
         min_distance: Å between atoms of different adsorbates, and more where they would be in contact.
         ordered: turn all alike about the normal, without a tilt; else each by itself, with a tilt.
+        gap: Å of vacuum.
+
+    Raises:
+        InputError: an adsorbate touches its own image, or is taller than the vacuum.
     """
 
     def __init__(
@@ -427,6 +449,7 @@ class _Arrangement:
         seed: tuple[int, int],
         min_distance: float,
         ordered: bool,
+        gap: float,
     ) -> None:
         self.surface, self.sites, self.min_distance = surface, sites, min_distance
         generator = _Draw.generator(*seed, 3)
@@ -438,6 +461,7 @@ class _Arrangement:
             draw = generator.random(4)
             turned = molecule.copy()
             turned.positions = (alike if ordered else _Draw.tilted(draw[1:])).apply(turned.positions)
+            _check_fits(turned, surface, gap)
             self.turned.append((turned, binding[int(draw[0] * len(binding))]))
         self._placed: dict[tuple[int, int], Atoms | None] = {}
         self._apart: dict[tuple[int, int, int, int], bool] = {}
@@ -524,6 +548,26 @@ class _Arrangement:
             except InputError:
                 self._placed[key] = None
         return self._placed[key]
+
+
+def _check_fits(molecule: Atoms, surface: Atoms, gap: float) -> None:
+    """Raise `InputError` for a turned adsorbate that has no place on the slab, whatever the site.
+
+    Args:
+        molecule: whole, turned.
+        surface: slab, its surface up.
+        gap: Å of vacuum.
+    """
+    in_cell = Atoms(molecule.numbers, molecule.positions, cell=surface.cell, pbc=surface.pbc)
+    contact = image_contact(in_cell, "the adsorbate")
+    if contact is not None:
+        raise InputError(contact)
+    tall = float(np.ptp(molecule.positions[:, 2]))
+    if tall >= gap:
+        raise InputError(
+            f"the adsorbate is {tall:.1f} Å tall, and the vacuum of the slab is {gap:.1f} Å: give more "
+            f"vacuum ({MORE_VACUUM})"
+        )
 
 
 def _check_arguments(

@@ -24,6 +24,7 @@ from equiformer2.adsorption.anomalies import SKIN
 from equiformer2.adsorption.periodic_images import whole_molecule
 from equiformer2.errors import InputError
 from equiformer2.inference.dispersion import Dispersion, dispersion_of
+from equiformer2.inference.named_calculators import calculator_errors
 from equiformer2.inference.relaxation import RelaxationResult, relax
 
 logger = logging.getLogger(__name__)
@@ -234,12 +235,6 @@ def _relax_in_box(
     box = Atoms(molecule.numbers, molecule.positions, tags=np.full(len(molecule), 2))
     box.center(vacuum=_VACUUM)
     box.pbc = True
-    try:
-        return relax(box, calculator, label=f"{name} in vacuum", **settings)
-    except (InputError, OSError):
-        raise
-    except Exception as error:  # of any kind: a calculator is somebody else's code
-        raise InputError(
-            f"{name} in vacuum: {type(calculator).__name__} failed with {type(error).__name__}: {error}; "
-            "give gas references (eV per atom) instead"
-        ) from error
+    where = f"{name} in vacuum"
+    with calculator_errors(calculator, where, "give gas references (eV per atom) instead"):
+        return relax(box, calculator, label=where, **settings)

@@ -30,8 +30,16 @@ from equiformer2.adsorption.basins import Coverage, estimate_coverage, find_basi
 from equiformer2.adsorption.dispersion_terms import check_gas_source, dispersion_terms
 from equiformer2.adsorption.energy import resolve_energy_kind
 from equiformer2.adsorption.references import check_gas_references, gas_reference, refuse_gas_references
-from equiformer2.adsorption.saddle_points import FALL, LARGEST_FMAX, SHARE_OF_FMAX, displaced
-from equiformer2.adsorption.search_folder import GAS, RELAXED, SETTINGS, TRAJECTORIES, remove_search
+from equiformer2.adsorption.saddle_points import SaddleCheck, check_settings, displaced, status_of_check
+from equiformer2.adsorption.search_folder import (
+    GAS,
+    RELAXED,
+    SETTINGS,
+    TRAJECTORIES,
+    is_series,
+    refuse_other_settings,
+    remove_search,
+)
 from equiformer2.adsorption.symmetry import SurfaceSymmetry, merge_copies, surface_symmetry
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
@@ -96,7 +104,7 @@ class SearchSettings:
 
     def check(self) -> RelaxationSettings:
         """Settings of the relaxations of displaced minima."""
-        return RelaxationSettings(fmax=min(LARGEST_FMAX, SHARE_OF_FMAX * self.fmax), steps=self.steps)
+        return check_settings(self.fmax, self.steps)
 
 
 @dataclass
@@ -171,62 +179,6 @@ class Found:
 
 
 @dataclass(frozen=True)
-class SaddleCheck:
-    """Relaxation of a displaced minimum.
-
-    Attributes:
-        placement: id of the lowest placement in the minimum.
-        relaxation: from the displaced structure.
-        before: adsorption energy of the minimum, eV.
-        energy: of what it has relaxed to, eV; None if that failed.
-        status: as of a placement.
-    """
-
-    placement: str
-    relaxation: Relaxation
-    before: float
-    energy: float | None
-    status: str
-
-    @property
-    def fell(self) -> bool:
-        """True if it was a saddle point, and a minimum has been found from there."""
-        return self.status == "converged" and self.energy is not None and self.energy < self.before - FALL
-
-    @property
-    def stays(self) -> bool:
-        """True if it is a minimum; False where it was a saddle point, or the relaxation does not tell."""
-        return self.status == "converged" and not self.fell
-
-    @property
-    def sentence(self) -> str:
-        """Say what has come of it."""
-        if self.fell:
-            return (
-                f"{self.placement} was on a saddle point at {self.before:.3f} eV: displaced, it relaxes to "
-                f"{self.energy:.3f} eV"
-            )
-        if self.stays:
-            return f"{self.placement} is a minimum: displaced, it relaxes to the same energy"
-        return f"it is open whether {self.placement} is a minimum: displaced, it is {self.status}"
-
-    def summary(self) -> dict[str, Any]:
-        """Plain values for `search.json`."""
-        return {
-            "placement": self.placement,
-            "checked_by": self.relaxation.id,
-            "status": self.status,
-            "steps": self.relaxation.steps,
-            "model_evaluations": self.relaxation.model_evaluations,
-            "energy_before_eV": self.before,
-            "energy_eV": self.energy,
-            "fell": self.fell,
-            "stays": self.stays,
-            "sentence": self.sentence,
-        }
-
-
-@dataclass(frozen=True)
 class SearchResult:
     """Outcome of a search.
 
@@ -296,6 +248,7 @@ def search_placements(
     clean_slab: Relaxation | None = None,
     draft: Engineable | None = None,
     overwrite: bool = False,
+    finished: bool = False,
 ) -> SearchResult:
     """Relax placements of one adsorbate on one slab until the lowest is likely found.
 
@@ -312,6 +265,7 @@ def search_placements(
         draft: a cheaper model, such as a pruned network, that relaxes every placement first. The answer is a
             minimum of `calculator` all the same; where a draft fails, that starts from the placement.
         overwrite: replace another search in the folder; what is no file of a search stays.
+        finished: the folder holds a finished search; another one than this is refused.
 
     Raises:
         InputError: no placement, placements on another slab, a folder of another search, and what the model
@@ -322,6 +276,8 @@ def search_placements(
     )
     if overwrite:
         search.replace_another()
+    if finished:
+        search.check_same()
     return search.run(clean_slab)
 
 
@@ -367,6 +323,8 @@ class _Search:
         identity: Mapping[str, Any],
         draft: Engineable | None,
     ) -> None:
+        if is_series(folder):
+            raise InputError(f"{folder} holds a coverage series, and no search: give another folder")
         if not placed:
             raise InputError("there is no placement to relax: every one was refused, or none was asked for")
         for name, atoms in placed:
@@ -406,6 +364,12 @@ class _Search:
         self.evaluations = self.draft_evaluations = 0
         self.gas: dict[str, Any] | None = None
         self.checks: list[SaddleCheck] = []
+
+    def check_same(self) -> None:
+        """Raise `InputError` where the finished search in the folder is another one than this."""
+        before = read_json(self.folder / SETTINGS)
+        now = json.loads(json.dumps(self.identity, default=str))
+        refuse_other_settings(self.folder, [name for name in now if before.get(name) != now[name]])
 
     def replace_another(self) -> None:
         """Remove the files of another search from the folder."""
@@ -531,10 +495,8 @@ class _Search:
         (found,) = self._relaxed(store, [(f"{one.id}{_CHECK}", start)], self.settings.check())
         trial = Found(one.id, one.start)
         self._judge(trial, found)
-        # The threshold of the check is a tighter one than that of the search.
-        if trial.status == "unconverged" and (found.max_force_eV_A or np.inf) < self.settings.fmax:
-            trial.status = "converged"
-        check = SaddleCheck(one.id, found, one.energy, trial.energy, trial.status)
+        status = status_of_check(trial.status, found, self.settings.fmax)
+        check = SaddleCheck(one.id, found, one.energy, trial.energy, status)
         if check.fell:
             logger.info(check.sentence)
         elif not check.stays:

@@ -1,7 +1,7 @@
 """Names of the files in a search's folder, and how another search takes their place."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ CLEAN_SLAB, GAS = "clean_slab.extxyz", "gas.json"
 RELAXED, SETTINGS, TRAJECTORIES = "relaxed.jsonl", "settings.json", "trajectories"
 DFT, NEB = "dft", "neb"
 _INPUT_OF_DFT = {"POSCAR", "INCAR", "KPOINTS", "POTCAR.txt", "pw.in", "candidate.json", "ledger.json"}
-_OF_NEB = {"neb.json", "neb.traj", "neb.png"}
+_OF_NEB = {"neb.json", "neb.traj", "neb.png", CARD}
 
 
 def check_has_best(folder: AnyPath, record: Mapping[str, Any]) -> None:
@@ -23,6 +23,16 @@ def check_has_best(folder: AnyPath, record: Mapping[str, Any]) -> None:
     if record.get("best") is None:
         said = record.get("reason") or "no placement has relaxed to the intended adsorbate"
         raise InputError(f"the search in {folder} has found no energy: {said}")
+
+
+def refuse_other_settings(folder: AnyPath, names: Sequence[str], what: str = "search") -> None:
+    """Raise `InputError` for a folder that holds a finished search whose settings of these names differ."""
+    if names:
+        told = ", ".join(name.split("_eV")[0].removesuffix("_A").replace("_", " ") for name in names)
+        raise InputError(
+            f"{folder} holds a finished {what} with other settings ({told}): give another folder, or "
+            "--overwrite"
+        )
 
 
 def remove_search(folder: AnyPath) -> None:
@@ -36,7 +46,7 @@ def remove_search(folder: AnyPath) -> None:
             input or barriers; nothing is removed then.
     """
     folder = Path(folder)
-    if not _is_search(folder):
+    if not is_search(folder):
         raise InputError(f"{folder} holds something else than a search: give another folder")
     names = {f"{name}.traj" for name in _relaxed(folder)}
     ours: list[Path] = [folder / name for name in (SEARCH, REPORT, BEST, CLEAN_SLAB)]
@@ -75,16 +85,26 @@ def _files_below(folder: Path) -> Iterator[Path]:
             yield from (file for file in sorted(top.rglob("*")) if file.is_symlink() or not file.is_dir())
 
 
-def _is_search(folder: Path) -> bool:
+def is_search(folder: Path) -> bool:
     """Tell whether the settings or the record in a folder are a search's."""
     if _schema(folder / SEARCH).startswith("adsorption-search/"):
         return True
+    # Series of coverages keep their relaxations alike.
+    return {"model", "slab", "adsorbate"} <= set(_settings(folder)) and not is_series(folder)
+
+
+def is_series(folder: Path) -> bool:
+    """Tell whether the settings in a folder are a coverage series'."""
+    return "coverage" in _settings(folder)
+
+
+def _settings(folder: Path) -> Mapping[str, Any]:
+    """Settings of the relaxations in a folder; empty where there are none that can be read."""
     try:
         settings = read_json(folder / SETTINGS)
     except (DataError, OSError):
-        return False
-    known = isinstance(settings, dict) and {"model", "slab", "adsorbate"} <= set(settings)
-    return known and "coverage" not in settings  # series of coverages keep their relaxations alike
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _schema(file: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.cards import label_physics
 from equiformer2.adsorption.conventions import conventions
+from equiformer2.adsorption.corrections import Corrections
 from equiformer2.adsorption.dft_inputs import Candidate
 from equiformer2.adsorption.dft_ledger import DftLedger
 from equiformer2.adsorption.path_section import path_section
@@ -40,6 +41,7 @@ def write_search(
     settings: Mapping[str, Any],
     provenance: Mapping[str, Any] | None = None,
     draft: Mapping[str, Any] | None = None,
+    corrections: Corrections | None = None,
 ) -> dict[str, Any]:
     """Write everything that a finished search gives; `search.json` last.
 
@@ -52,6 +54,7 @@ def write_search(
         settings: plain values about how structures and placements were made, and relaxed.
         provenance: of the checkpoint; None for a calculator that is no network of ours.
         draft: plain values about the model that relaxed first.
+        corrections: of gases and adsorbates.
 
     Returns:
         The content of `search.json`.
@@ -69,7 +72,7 @@ def write_search(
         assert best.relaxation is not None
         write_structure(folder / BEST, best.relaxation.atoms)
         DftLedger(folder).ask(_dft_candidates(result, best), result.clean_slab.atoms)
-        card = trust_card(result, model, settings, provenance, sha256(folder / BEST))
+        card = trust_card(result, model, settings, provenance, sha256(folder / BEST), corrections)
         write_json(folder / CARD, {**header("adsorption-card/1", checkpoint), **card})
         record["conventions"] = card["conventions"]
         record["files"] = [BEST, CARD, REPORT, DFT, *record["files"]]
@@ -182,6 +185,7 @@ def trust_card(
     settings: Mapping[str, Any],
     provenance: Mapping[str, Any] | None,
     structure_sha256: str,
+    corrections: Corrections | None = None,
 ) -> dict[str, Any]:
     """Collect what the energy rests on, and under `verifiable` what `cards.verify_card` recomputes."""
     best = result.best
@@ -189,6 +193,7 @@ def trust_card(
     assert best.relaxation is not None
     assert result.energy is not None  # as there is a best placement
     atoms = best.relaxation.atoms
+    adsorbate, name = atoms[len(result.clean_slab.atoms) :], settings.get("adsorbate")
     return {
         "adsorption_energy_eV": result.energy,
         "start_energy_eV": best.start_energy,
@@ -197,7 +202,13 @@ def trust_card(
         "gas": result.gas,
         "d3_eV": model.get("d3_eV"),
         "conventions": conventions(
-            result.energy, result.energy_kind, atoms[len(result.clean_slab.atoms) :], result.gas, provenance
+            result.energy,
+            result.energy_kind,
+            adsorbate,
+            result.gas,
+            provenance,
+            corrections,
+            None if name is None else Path(str(name)).stem,
         ),
         "structure": BEST,
         "placement": best.id,

@@ -79,7 +79,13 @@ def search_page(
     model = [f"model: {told.get('checkpoint') or told.get('calculator')}"]
     if record["checkpoint_sha256"]:
         model.append(f"SHA-256 of the checkpoint: {record['checkpoint_sha256']}")
+    if told.get("adapter"):
+        model.append(f"adapter: {told['adapter']} (SHA-256 {told['adapter_sha256']})")
     model += (told.get("familiarity") or {}).get("sentences", [])
+    if card["energy_std_eV"] is not None:
+        model.append(f"spread of the committee: {card['energy_std_eV']:.3f} eV")
+        if card["max_force_std_eV_A"] is not None:
+            model[-1] += f", and up to {card['max_force_std_eV_A']:.3f} eV/Å in the force on an atom"
     error = (told.get("validation") or {}).get("energy_mae_eV")
     if error is not None:
         model.append(f"energy error of the checkpoint on its own validation data: {error:.2f} eV")

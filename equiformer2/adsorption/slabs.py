@@ -29,7 +29,7 @@ from equiformer2.adsorption.bulks import Bulk, find_bulk
 from equiformer2.adsorption.given_structures import given_atoms, path_text
 from equiformer2.adsorption.named_structures import MOST_ATOMS, build_slab
 from equiformer2.adsorption.open_catalyst import EXTRA
-from equiformer2.adsorption.periodic_images import whole_slab
+from equiformer2.adsorption.periodic_images import SMALLEST_GAP, whole_slab
 from equiformer2.errors import InputError
 from equiformer2.files import as_input_error
 from equiformer2.inference.atoms import ADSORBATE, SUBSURFACE, SURFACE, check_atoms, fixed_mask, oc20_tags
@@ -189,6 +189,11 @@ def slabs_of_bulk(
     for name, value in (("thickness", thickness), ("width", width), ("vacuum", vacuum)):
         if not 0 < value <= 200:
             raise InputError(f"the {name} of the slab is {value:g} Å: give a number above 0, at most 200")
+    if vacuum <= SMALLEST_GAP:
+        raise InputError(
+            f"a vacuum of {vacuum:g} Å is too thin, since a slab has more than {SMALLEST_GAP:g} Å: give more "
+            "(--vacuum; OC20 has 20)"
+        )
     if not 1 <= max_miller <= MOST_MILLER:
         raise InputError(f"the largest Miller index is {max_miller}: give 1 to {MOST_MILLER}")
     found = find_bulk(bulk, bulks)

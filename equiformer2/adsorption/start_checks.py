@@ -14,6 +14,10 @@ from equiformer2.adsorption.periodic_images import whole_molecule, whole_slab
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import ADSORBATE, SUBSURFACE, check_atoms
 
+WIDER = "--size of one built by name"
+MORE_VACUUM = "--vacuum of one built by name, on either side"
+"""Options that give a slab more room, for messages."""
+
 Groups = Sequence[Sequence[int]]
 
 
@@ -58,6 +62,37 @@ def check_start(
     faults += _Faults.between_adsorbates(atoms, groups)
     faults += _Faults.vacuum(atoms, adsorbate, slab, cutoff)
     return faults
+
+
+def image_contact(molecule: Atoms, name: str) -> str | None:
+    """Find a contact of a molecule with its own images in the plane of its cell.
+
+    Args:
+        molecule: whole, in the cell of the slab.
+        name: for the sentence.
+
+    Returns:
+        A sentence; None without a contact.
+    """
+    cell, positions = molecule.cell.array, molecule.positions
+    radii = covalent_radii[molecule.numbers]
+    reach = radii[:, None] + radii[None, :] + SKIN
+    between = positions[None, :] - positions[:, None]
+    farthest = float(np.linalg.norm(between, axis=2).max() + reach.max())
+    steps = [range(-2, 3) if periodic else (0,) for periodic in molecule.pbc[:2]]
+    for i, j in itertools.product(*steps):
+        shift = i * cell[0] + j * cell[1]
+        if (i, j) <= (0, 0) or np.linalg.norm(shift) > farthest:
+            continue  # the opposite shift has the same distances
+        distance = np.linalg.norm(between + shift, axis=2)
+        if (distance < reach).any():
+            a, b = np.argwhere(distance < reach)[0]
+            symbols = molecule.get_chemical_symbols()
+            return (
+                f"{name} is larger than the surface: its atom {symbols[a]} is {distance[a, b]:.2f} Å "
+                f"from {symbols[b]} of its own periodic image, a contact: give a wider slab ({WIDER})"
+            )
+    return None
 
 
 def check_vacuum(slab: Atoms, cutoff: float) -> None:
@@ -113,26 +148,12 @@ class _Faults:
     @staticmethod
     def images(molecule: Atoms, name: str) -> list[str]:
         """Find contacts of an adsorbate with its own images in the plane."""
-        cell = molecule.cell.array
-        radii = covalent_radii[molecule.numbers]
-        reach = radii[:, None] + radii[None, :] + SKIN
-        symbols = molecule.get_chemical_symbols()
         try:
-            positions = whole_molecule(molecule, name).positions
+            whole = whole_molecule(molecule, name)
         except InputError:
             return []  # told already
-        steps = [range(-2, 3) if periodic else (0,) for periodic in molecule.pbc[:2]]
-        for i, j in itertools.product(*steps):
-            if (i, j) <= (0, 0):
-                continue  # the opposite shift has the same distances
-            _, distance = get_distances(positions, positions + i * cell[0] + j * cell[1])
-            if (distance < reach).any():
-                a, b = np.argwhere(distance < reach)[0]
-                return [
-                    f"{name} is larger than the surface: its atom {symbols[a]} is {distance[a, b]:.2f} Å "
-                    f"from {symbols[b]} of its own periodic image, a contact: give a wider slab"
-                ]
-        return []
+        contact = image_contact(whole, name)
+        return [] if contact is None else [contact]
 
     @staticmethod
     def between_adsorbates(atoms: Atoms, groups: Sequence[np.ndarray]) -> list[str]:
@@ -172,7 +193,7 @@ class _Faults:
         if (distance < CUSHION * bonds + SKIN).any():
             return [
                 f"the adsorbate is {nearest:.2f} Å from the next image of the slab, a contact through the "
-                f"vacuum of {clean.gap:.1f} Å: give more vacuum"
+                f"vacuum of {clean.gap:.1f} Å: give more vacuum ({MORE_VACUUM})"
             ]
         return []
 
@@ -180,5 +201,6 @@ class _Faults:
     def thin(gap: float, cutoff: float) -> str:
         return (
             f"the vacuum of {gap:.1f} Å is thinner than the cutoff of {cutoff:g} Å, so that the slab sees "
-            f"its own image: give at least {cutoff:g} Å and the height of the adsorbate (OC20 has 20 Å)"
+            f"its own image: give at least {cutoff:g} Å and the height of the adsorbate (OC20 has 20 Å; "
+            "--vacuum of a slab built by name is half of it, on either side)"
         )

@@ -20,7 +20,7 @@ from equiformer2.adsorption.slabs import CleanSlab
 from equiformer2.errors import InputError
 from equiformer2.inference.batched import RelaxationSettings
 from equiformer2.inference.many import relax_many
-from equiformer2.inference.named_calculators import resolve_energy_kind
+from equiformer2.inference.named_calculators import calculator_errors, resolve_energy_kind
 
 J_M2 = float(m**2 / J)
 """J/m² of 1 eV/Å²."""
@@ -224,13 +224,8 @@ def unrelaxed_energy(atoms: Atoms, calculator: BaseCalculator) -> float:
     """
     copy = atoms.copy()
     copy.calc = calculator
-    try:
+    with calculator_errors(calculator, copy.get_chemical_formula("metal")):
         value = float(copy.get_potential_energy(apply_constraint=False))
-    except (InputError, OSError):
-        raise
-    except Exception as error:  # of any kind: a calculator is somebody else's code
-        name = type(calculator).__name__
-        raise InputError(f"{name} failed with {type(error).__name__}: {error}") from error
     if not math.isfinite(value):
         raise InputError("the calculator's energy is not finite")
     return value

@@ -10,14 +10,17 @@ import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ase import Atoms
 
 from datasets_oc20.untrusted import AnyPath, read_text
+from equiformer2.adsorption.corrections import Corrections, correction_text
 from equiformer2.adsorption.diagram import CLEAN, DIAGRAM, gas_state
+from equiformer2.adsorption.free_energy import Reaction
 from equiformer2.errors import InputError
 from equiformer2.files import as_input_error, read_json
 from equiformer2.inference.pictures import new_figure, png_bytes
@@ -27,6 +30,8 @@ _ENOUGH = 3
 _MOST_SYSTEMS = 100_000
 _TEMPERATURE = 298.15  # K, of the gases where a table of free energies does not say
 _SYSTEM = "system"
+#: eV; nothing is bound by more.
+_LARGEST = 1000.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,15 @@ def _gas(molecule: str) -> State:
     return State(state["adsorbate"], state["electrons"], state["free_energy_eV"])
 
 
+def _formation(adsorbate: str) -> tuple[dict[str, float], float]:
+    """Gases and electrons that an adsorbate is made of; none for a name that is no formula of C, H, O, N."""
+    try:
+        reaction = Reaction.of(Atoms(adsorbate.replace("*", "")))
+    except (InputError, ValueError, KeyError):
+        return {}, 0.0
+    return reaction.gases, reaction.electrons
+
+
 def named_path(reaction: str) -> list[State]:
     """Make the path of a reaction by name.
 
@@ -79,11 +93,31 @@ class SystemTable:
         energies: by system, by adsorbate (without its star), eV.
         path: of the diagrams that they were read from; None of a table.
         notes: sentences about what was left out, and doubts that the diagrams carry.
+        corrections: eV by species, that have changed an energy.
     """
 
     energies: dict[str, dict[str, float]]
     path: list[State] | None
     notes: list[str]
+    corrections: dict[str, float] = field(default_factory=dict)
+
+    def corrected(self, corrections: Corrections) -> "SystemTable":
+        """The table with corrections of adsorbates and of the gases that they are made of.
+
+        Raises:
+            InputError: the energies are corrected already.
+        """
+        if self.corrections:
+            raise InputError("the diagrams are corrected already: leave --corrections out")
+        names = {name for energies in self.energies.values() for name in energies}
+        added = {name: corrections.of(name, *_formation(name)) for name in names}
+        energies = {
+            system: {name: value + sum(added[name].values()) for name, value in known.items()}
+            for system, known in self.energies.items()
+        }
+        used = {name for one in added.values() for name in one}
+        species = {name: value for name, value in corrections.species.items() if name in used}
+        return SystemTable(energies, self.path, self.notes, species)
 
 
 def read_table(file: AnyPath) -> SystemTable:
@@ -124,8 +158,11 @@ def read_table(file: AnyPath) -> SystemTable:
                 value = float(text) if text else None
             except ValueError:
                 value = math.nan
-            if value is not None and not math.isfinite(value):
-                raise InputError(f"{file}, row {number}, column {column}: {text!r} is no finite energy in eV")
+            if value is not None and not abs(value) <= _LARGEST:
+                raise InputError(
+                    f"{file}, row {number}, column {column}: {text!r} is no finite energy in eV (at most "
+                    f"{_LARGEST:g})"
+                )
             if value is not None:
                 energies[name][column] = value
     if not energies:
@@ -146,11 +183,13 @@ def read_diagrams(folders: Sequence[Path]) -> SystemTable:
     energies: dict[str, dict[str, float]] = {}
     path: list[State] | None = None
     notes: list[str] = []
+    corrections: dict[str, float] | None = None
     files = [folder / DIAGRAM if folder.is_dir() else folder for folder in folders]
     for file, name in zip(files, _system_names(files), strict=True):
         try:
             record = read_json(file)
             states = _states_of(record)
+            added = {str(key): float(value) for key, value in (record.get("corrections_eV") or {}).items()}
         except (InputError, OSError, KeyError, TypeError, ValueError) as error:
             notes.append(f"{file} is left out: {error or type(error).__name__}")
             continue
@@ -161,7 +200,10 @@ def read_diagrams(folders: Sequence[Path]) -> SystemTable:
         if path is not None and [(s.name, s.electrons) for s in own] != [(s.name, s.electrons) for s in path]:
             notes.append(f"{file} is left out: its path is another one than that of {next(iter(energies))}")
             continue
-        path = path or own
+        if corrections not in (None, added):
+            notes.append(f"{file} is left out: it has other corrections than {next(iter(energies))}")
+            continue
+        path, corrections = path or own, added
         energies[name] = {
             one.name: float(one.energy or 0.0) for one in states if one.name not in _fixed(states)
         }
@@ -171,7 +213,7 @@ def read_diagrams(folders: Sequence[Path]) -> SystemTable:
         notes += [f"{name}: {text}" for text in warnings] if isinstance(warnings, list) else []
     if path is None:
         raise InputError("; ".join(notes) or "no diagram was given")
-    return SystemTable(energies, path, notes)
+    return SystemTable(energies, path, notes, corrections or {})
 
 
 def _system_names(files: Sequence[Path]) -> list[str]:
@@ -321,6 +363,7 @@ def volcano(table: SystemTable, path: Sequence[State], descriptor: str | None = 
         "scaling": scaling,
         "legs": legs,
         "peak": peak,
+        "corrections_eV": table.corrections,
         "notes": notes,
     }
 
@@ -390,6 +433,7 @@ def volcano_picture(found: Mapping[str, Any], title: str) -> bytes:
             fontsize=8,
         )
     axis.set_xlim(grid[0], grid[-1])
-    axis.set(xlabel=f"{found['descriptor']} (eV)", ylabel="activity: minus the largest step (V)", title=title)
+    axis.set(xlabel=f"{found['descriptor']} (eV)", ylabel="activity: minus the largest step (V)")
+    axis.set_title("\n".join(filter(None, [title, correction_text(found["corrections_eV"])])), fontsize=10)
     axis.grid(alpha=0.3)
     return png_bytes(figure)

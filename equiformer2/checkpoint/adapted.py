@@ -180,7 +180,7 @@ def merge_adapters(
         for name, value in state.items():
             sums[name] = sums.get(name, torch.zeros(())) + value.double() / len(read)
     network.use(None)
-    plain = checkpoint.model.state_dict()
+    plain = plain_state(checkpoint.model, checkpoint.model.state_dict())
     state = {name: value.to(plain[name].dtype) for name, value in sums.items()}
     provenance = {
         **first.provenance,
@@ -194,7 +194,7 @@ def merge_adapters(
     }
     save_checkpoint(
         out,
-        model=checkpoint.model,
+        model=EquiformerV2(checkpoint.config, device="meta"),  # of plain weights
         raw_state=state,
         averaged_state=None,
         normalizers=first.normalizers,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from equiformer2.errors import InputError
+from equiformer2.model.branches import bf16_branches, is_branch_name, set_bf16_branches
 from equiformer2.model.equiformer import EquiformerV2
 from equiformer2.model.folding import parametrized_weights
 from equiformer2.model.parametrizations import form_of, store, stored_form
@@ -17,6 +18,7 @@ from equiformer2.values import Items, Whole, mapping, shown, shown_name
 
 _KEYS = {"kind", "shape", "tensors"}
 _MOST_SIDE = 1 << 31
+_MOST_BRANCHES = 10_000
 
 
 class StoredWeight(NamedTuple):
@@ -78,10 +80,13 @@ class CompactState(Mapping[str, Tensor]):
     Args:
         plain: weights as they are.
         stored: the others.
+        products: branches of the network that multiply in bfloat16 (`model.branches`).
     """
 
-    def __init__(self, plain: Mapping[str, Tensor], stored: Mapping[str, StoredWeight]) -> None:
-        self.plain, self.stored = dict(plain), dict(stored)
+    def __init__(
+        self, plain: Mapping[str, Tensor], stored: Mapping[str, StoredWeight], products: Sequence[str] = ()
+    ) -> None:
+        self.plain, self.stored, self.products = dict(plain), dict(stored), tuple(products)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.plain[name] if name in self.plain else self.stored[name].weight()
@@ -111,10 +116,11 @@ class CompactState(Mapping[str, Tensor]):
                 raise InputError(f"{weight} is parametrized in a form that no file holds: merge it first")
             form, tensors = found
             stored[weight] = StoredWeight(form.kind, tuple(form.shape), tuple(tensors))
-        return cls(plain, stored)
+        return cls(plain, stored, bf16_branches(model))
 
     def put_into(self, model: EquiformerV2) -> None:
-        """Store the same weights of a plain network in the same forms."""
+        """Store the same weights of a plain network in the same forms, and choose the same products."""
+        set_bf16_branches(model, self.products)
         for weight, value in self.stored.items():
             path, _, name = weight.rpartition(".")
             store(model.get_submodule(path), name, value.kind, value.tensors)
@@ -127,6 +133,7 @@ class CompactState(Mapping[str, Tensor]):
                 name: value._replace(tensors=tuple(change(tensor) for tensor in value.tensors))
                 for name, value in self.stored.items()
             },
+            self.products,
         )
 
     @property
@@ -136,20 +143,26 @@ class CompactState(Mapping[str, Tensor]):
         return held + sum(math.prod(value.shape) for value in self.stored.values())
 
 
-def read_stored(values: Any, state: Mapping[str, Tensor], source: str) -> CompactState:
+def read_stored(values: Any, state: Mapping[str, Tensor], source: str, products: Any = ()) -> CompactState:
     """Read the stored weights of one kind from a native file.
 
     Args:
         values: weight's name -> `StoredWeight.to_dict()`.
         state: the plain weights of the same kind.
         source: names file and kind, for errors.
+        products: names of the branches that multiply in bfloat16.
 
     Raises:
-        InputError: as `StoredWeight.from_dict`, and where a weight is there twice.
+        InputError: as `StoredWeight.from_dict`, where a weight is there twice, and for a name of no branch.
     """
+    if not isinstance(products, list | tuple) or len(products) > _MOST_BRANCHES:
+        raise InputError(f"{source}: the products must be a list of names of branches")
+    for name in products:
+        if not isinstance(name, str) or not is_branch_name(name):
+            raise InputError(f"{source}: the products name {shown_name(name)}, which is no branch")
     stored = {}
     for name, value in mapping(values, source).items():
         if name in state:
             raise InputError(f"{source}: {shown_name(name)} is there twice, stored and plain")
         stored[name] = StoredWeight.from_dict(value, f"{source}: {shown_name(name)}")
-    return CompactState(state, stored)
+    return CompactState(state, stored, products)

@@ -3,7 +3,7 @@
 Layout, a dictionary in `torch.save`'s format that loads with `weights_only=True`:
 
     format           "equiformer2.checkpoint"
-    format_version   1, 2 with surroundings, or 3 with stored weights
+    format_version   1, 2 with surroundings, 3 with stored weights, or 4 with products
     model_config     ModelConfig.to_dict()
     weights          {"raw": {name: tensor}, "averaged": {name: tensor}}, one of them at least
     normalizers      Normalizers.to_dict()
@@ -13,6 +13,8 @@ Layout, a dictionary in `torch.save`'s format that loads with `weights_only=True
     surroundings     Surroundings.to_dict(); only where they are known
     stored           {"raw": {name: StoredWeight.to_dict()}, …}: weights in fewer bytes than float32, which
                      are not among `weights`; only where there are any
+    products         {"raw": ["blocks.0.ga", …], …}: branches that multiply in bfloat16 where the device has
+                     instructions for it; only where there are any, with stored weights
 """
 
 from __future__ import annotations
@@ -36,9 +38,10 @@ from equiformer2.errors import InputError
 from equiformer2.values import mapping, shown, shown_name
 
 FORMAT = "equiformer2.checkpoint"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 #: Parts beside `_KEYS` that a file of a version may have.
 _MORE: dict[int, set[str]] = {1: set(), 2: {"surroundings"}, 3: {"surroundings", "stored"}}
+_MORE[4] = {*_MORE[3], "products"}
 UNITS = {"energy": "eV", "forces": "eV/Å", "length": "Å"}
 _KEYS = {
     "format",
@@ -50,7 +53,7 @@ _KEYS = {
     "units",
     "provenance",
 }
-_SURROUNDINGS, _STORED = "surroundings", "stored"
+_SURROUNDINGS, _STORED, _PRODUCTS = "surroundings", "stored", "products"
 
 
 def write_native(path: str | os.PathLike[str], contents: Contents) -> None:
@@ -91,6 +94,7 @@ def native_content(source: str, contents: Contents) -> dict[str, Any]:
         for kind, state in states.items()
         if state.stored
     }
+    products = {kind: list(state.products) for kind, state in states.items() if state.products}
     written = {
         "written_with": {"equiformer2": version("equiformer2"), "torch": str(torch.__version__)},
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -99,7 +103,7 @@ def native_content(source: str, contents: Contents) -> dict[str, Any]:
     return {
         "format": FORMAT,
         # Older versions of the package read what holds nothing new.
-        "format_version": FORMAT_VERSION if stored else 1 if surroundings is None else 2,
+        "format_version": 4 if products else 3 if stored else 1 if surroundings is None else 2,
         "model_config": plain(contents.config.to_dict()),
         "weights": {kind: state.plain for kind, state in states.items()},
         "normalizers": contents.normalizers.to_dict(),
@@ -108,6 +112,7 @@ def native_content(source: str, contents: Contents) -> dict[str, Any]:
         "provenance": plain(contents.provenance) | written,
         **({} if surroundings is None else {_SURROUNDINGS: surroundings.to_dict()}),
         **({_STORED: stored} if stored else {}),
+        **({_PRODUCTS: products} if products else {}),
     }
 
 
@@ -160,7 +165,7 @@ def read_native(file: Mapping[str, Any], source: str) -> Contents:
         source=source,
         source_format="equiformer2",
         config=config,
-        weights=_read_weights(file["weights"], file.get(_STORED, {}), source),
+        weights=_read_weights(file["weights"], file.get(_STORED, {}), file.get(_PRODUCTS, {}), source),
         normalizers=normalizers,
         energy_kind=check_energy_kind(file["energy_kind"], source),
         provenance=dict(provenance),
@@ -169,7 +174,7 @@ def read_native(file: Mapping[str, Any], source: str) -> Contents:
 
 
 def _read_weights(
-    weights: Mapping[str, Any], stored: Any, source: str
+    weights: Mapping[str, Any], stored: Any, products: Any, source: str
 ) -> dict[WeightsKind, Mapping[str, Tensor]]:
     """Check the weights of a native file, by kind and name."""
     states: dict[WeightsKind, Mapping[str, Tensor]] = {}
@@ -183,11 +188,15 @@ def _read_weights(
                     f"{type(value).__name__}"
                 )
         states[kind] = state  # type: ignore[index]
-    for kind, values in mapping(stored, f"{source}: stored").items():
+    stored = mapping(stored, f"{source}: stored")
+    for kind in mapping(products, f"{source}: products"):
+        if kind not in stored:
+            raise InputError(f"{source} has products of weights that it does not store: {shown(kind)}")
+    for kind, values in stored.items():
         if kind not in states:
             raise InputError(f"{source} stores weights of a kind that it does not hold: {shown(kind)}")
         name = f"{source}: the stored {kind} weights"
-        states[kind] = read_stored(values, states[kind], name)  # type: ignore[index]
+        states[kind] = read_stored(values, states[kind], name, products.get(kind, ()))  # type: ignore[index]
     if not states:
         raise InputError(f"{source} holds no weights")
     return states

@@ -56,7 +56,10 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], source: str)
     check_weights(model, values, source)
     model.load_state_dict(values)
     if isinstance(weights, CompactState):
-        weights.put_into(model)
+        try:
+            weights.put_into(model)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
     return model
 
 

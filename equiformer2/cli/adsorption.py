@@ -1,6 +1,7 @@
 """Commands about adsorption: the energy of an adsorbate on a slab."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -256,7 +257,7 @@ def gas_reference(text: str) -> tuple[str, float]:
 
     symbol, _, value = text.partition("=")
     try:
-        if symbol in atomic_numbers:
+        if symbol in atomic_numbers and math.isfinite(float(value)):
             return symbol, float(value)
     except ValueError:
         pass

@@ -59,14 +59,16 @@ class AdsorptionBenchmark(Command):
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.adsorption.benchmark import CLASSES, evaluate, parity_picture, statistics
         from equiformer2.adsorption.catbench import read_catbench
+        from equiformer2.adsorption.search_folder import refuse_other_settings
         from equiformer2.checkpoint.tensor_files import sha256
-        from equiformer2.files import as_input_error, check_target, write_bytes, write_json
+        from equiformer2.files import as_input_error, check_target, read_json, write_bytes, write_json
         from equiformer2.inference.batched import RelaxationSettings
         from equiformer2.inference.engines import open_engine
         from equiformer2.script import header
 
         target = options.out / "benchmark.json"
-        check_target(target, inputs=[options.file], overwrite=options.overwrite)
+        check_target(target, inputs=[options.file])
+        finished = read_json(target) if target.is_file() and not options.overwrite else None
         with as_input_error():
             reactions, left_out = read_catbench(options.file)
         for name, reason in left_out.items():
@@ -76,24 +78,35 @@ class AdsorptionBenchmark(Command):
         molecules = named_energies(options.gas)
         if molecules and chosen.energy_kind == "adsorption":
             raise InputError("--gas is of total energies: this model's energies have references of their own")
+        settings_told = {
+            "file_sha256": sha256(options.file),
+            "energy_kind": chosen.energy_kind,
+            "fmax_eV_A": options.fmax,
+            "steps": options.steps,
+            "gas_eV": molecules,
+        }
+        if finished is not None:
+            names = [name for name, value in settings_told.items() if finished.get(name) != value]
+            refuse_other_settings(options.out, names, "benchmark")
         engine = open_engine(chosen.calculator)
         rows = evaluate(reactions, engine, chosen.energy_kind, options.out, settings, molecules)
         found = statistics(rows)
         record = {
             **header("adsorption-benchmark/2", chosen.checkpoint),
             "file": str(options.file),
-            "file_sha256": sha256(options.file),
-            "energy_kind": chosen.energy_kind,
             "model": chosen.record(),
-            "fmax_eV_A": options.fmax,
-            "steps": options.steps,
-            "gas_eV": molecules,
+            **settings_told,
             **found,
             "reactions": [row.summary() for row in rows],
             "left_out": left_out,
         }
-        write_bytes(options.out / "benchmark.png", parity_picture(rows, options.file.stem), make_folder=True)
-        write_json(target, record)
+        if finished is not None and all(finished.get(key) == record[key] for key in ("counts", "reactions")):
+            print(f"{options.out} holds this benchmark, finished: nothing is written")
+            record = finished
+        else:
+            picture = parity_picture(rows, options.file.stem)
+            write_bytes(options.out / "benchmark.png", picture, make_folder=True)
+            write_json(target, record)
         print(f"{'adsorbate':16}{'reactions':>10}{'MAE (eV)':>10}{'normal':>10}{'shift (eV)':>12}")
         for name, one in {**found["by_adsorbate"], "all": {**found, "reactions": len(rows)}}.items():
             values = (one["mae_eV"]["all"], one["mae_eV"]["normal"], one.get("shift_eV"))

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from equiformer2.cli.adsorption import gas_references
 from equiformer2.cli.adsorption_benchmark import named_energies
@@ -11,6 +12,10 @@ from equiformer2.cli.adsorption_search import add_model_in_place, model_in_place
 from equiformer2.cli.command import Command, Parser, Result
 from equiformer2.cli.options import add_overwrite_argument
 from equiformer2.errors import InputError
+
+if TYPE_CHECKING:
+    from equiformer2.adsorption.finished_search import FinishedSearch
+    from equiformer2.inference.engines import Engine
 
 
 class AdsorptionAsk(Command):
@@ -122,8 +127,8 @@ class AdsorptionNeb(Command):
     """Find the barrier between two minima of a search with a nudged elastic band.
 
     The end is moved to its copy by symmetry of the slab that is nearest to the start. Writes neb.json,
-    neb.traj and neb.png into FOLDER/neb/FROM-TO, and a section of FOLDER/report.html. Exit status 3 if it has
-    not converged.
+    card.json (what the barrier rests on), neb.traj and neb.png into FOLDER/neb/FROM-TO, and a section of
+    FOLDER/report.html. Exit status 3 if it has not converged.
 
         equiformer2 adsorption neb runs/co --start heuristic-0000 --end heuristic-0003
     """
@@ -153,48 +158,80 @@ class AdsorptionNeb(Command):
         add_overwrite_argument(parser)
 
     def run(self, options: argparse.Namespace) -> Result:
-        import numpy as np
-        from ase.io import write
-
         from equiformer2.adsorption.finished_search import FinishedSearch
-        from equiformer2.adsorption.neb import find_path, nearest_copy, path_picture
-        from equiformer2.adsorption.path_section import update_report
-        from equiformer2.files import check_target, write_bytes, write_json
-        from equiformer2.script import header
+        from equiformer2.adsorption.search_folder import CARD, NEB, REPORT, refuse_other_settings
+        from equiformer2.files import check_target, read_json
 
-        folder = options.folder / "neb" / f"{options.start}-{options.end}"
-        check_target(folder / "neb.json", overwrite=options.overwrite)
+        folder = options.folder / NEB / f"{options.start}-{options.end}"
+        target = folder / "neb.json"
+        check_target(target)
         search = FinishedSearch.read(options.folder)
-        first, end = search.minimum(options.start), search.minimum(options.end)
-        last = nearest_copy(first, end, search.clean_slab)
         given = model_in_place(options)
-        model = search.model(given)
-        path = find_path(first, last, model, options.images, options.fmax, options.steps)
-        folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "neb.traj", path.images)
-        write_bytes(folder / "neb.png", path_picture(path))
-        record = {
-            **header("adsorption-neb/1", search.checkpoint(given)),
-            **path.summary(),
-            "model": model.identity(),
-            "start": options.start,
-            "end": options.end,
-            "end_moved_to_copy": not np.array_equal(last.positions, end.positions),
-        }
-        write_json(folder / "neb.json", record)
-        update_report(options.folder)
+        model = search.model(given, options.adapter)
+        settings = {"images": options.images, "fmax_eV_A": options.fmax, "steps": options.steps}
+        if target.is_file() and not options.overwrite:
+            record = read_json(target)
+            before = record.get("settings") or {}
+            names = [name for name, value in settings.items() if before.get(name) != value]
+            refuse_other_settings(folder, names, "path")
+            print(f"{folder} holds this path, finished: its result is given, and nothing is written")
+        else:
+            record = self._find(options, search, model, search.checkpoint(given), folder, settings)
         if record["end_moved_to_copy"]:
             print("the end is the copy by symmetry of the slab whose adsorbate is nearest to the start")
         print(
             f"barrier {record['barrier_eV']:.4f} eV, back {record['reverse_barrier_eV']:.4f} eV; "
             f"{record['steps']} steps, largest force {record['max_force_eV_A']:.3f} eV/Å"
         )
-        for sentence in path.warnings:
+        for sentence in [*record["warnings"], *(record["familiarity"] or {}).get("sentences", [])]:
             print(f"warning: {sentence}")
         if not record["converged"]:
             print("NOT converged: the barrier is not that of a minimum-energy path (more --steps)")
-        print(f"saved in {folder}: neb.json, neb.traj, neb.png; see {options.folder / 'report.html'}")
+        print(f"saved in {folder}: neb.json, {CARD}, neb.traj, neb.png; see {options.folder / REPORT}")
         return Result(record, 0 if record["converged"] else 3)
+
+    def _find(
+        self,
+        options: argparse.Namespace,
+        search: "FinishedSearch",
+        model: "Engine",
+        checkpoint: str | list[str] | None,
+        folder: Path,
+        settings: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Find the path and write its files; gives the content of neb.json, which is written last."""
+        import numpy as np
+        from ase.io import write
+
+        from equiformer2.adsorption.cards import path_card
+        from equiformer2.adsorption.neb import find_path, nearest_copy, path_picture
+        from equiformer2.adsorption.path_section import update_report
+        from equiformer2.adsorption.search_folder import CARD
+        from equiformer2.files import write_bytes, write_json
+        from equiformer2.script import header
+
+        first, end = search.minimum(options.start), search.minimum(options.end)
+        last = nearest_copy(first, end, search.clean_slab)
+        path = find_path(first, last, model, options.images, options.fmax, options.steps)
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "neb.traj", path.images)
+        write_bytes(folder / "neb.png", path_picture(path))
+        ends = {"start": options.start, "end": options.end}
+        card = path_card(path, search.record, model, checkpoint, folder / "neb.traj")
+        card |= {**ends, "settings": settings}
+        write_json(folder / CARD, {**header("adsorption-neb-card/1", checkpoint), **card})
+        record = {
+            **header("adsorption-neb/1", checkpoint),
+            **path.summary(),
+            "familiarity": card["model"].get("familiarity"),
+            "model": model.identity(),
+            **ends,
+            "end_moved_to_copy": not np.array_equal(last.positions, end.positions),
+            "settings": settings,
+        }
+        write_json(folder / "neb.json", record)
+        update_report(options.folder)
+        return record
 
 
 def dft_gas(texts: Sequence[str]) -> dict[str, float]:

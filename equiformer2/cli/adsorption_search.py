@@ -17,6 +17,7 @@ from equiformer2.cli.chosen_slabs import add_slab_arguments, chosen_slabs, parse
 from equiformer2.cli.command import Command, Parser, Result
 from equiformer2.cli.options import (
     Options,
+    add_corrections_argument,
     add_dispersion_argument,
     add_draft_argument,
     add_model_arguments,
@@ -27,11 +28,13 @@ from equiformer2.cli.options import (
 from equiformer2.errors import InputError
 
 if TYPE_CHECKING:
+    from equiformer2.adsorption.corrections import Corrections
     from equiformer2.adsorption.find import FoundEnergy
     from equiformer2.adsorption.slabs import CleanSlab
     from equiformer2.inference import Relaxation
 
 _SEARCHES = "searches.json"
+_OF_SEARCHES = ("searches", "surface_energies")
 _MODES = ("heuristic", "random", "random_site_heuristic_placement", "symmetry", "positions")
 
 
@@ -106,6 +109,7 @@ class AdsorptionSearch(Command):
             metavar="vacuum|molecules|oc20|X=EV,Y=EV",
             help="energy of the adsorbate by itself, for total energies (default: vacuum)",
         )
+        add_corrections_argument(search, "for the convention of the literature on the card")
         search.add_argument(
             "--fmax",
             type=float,
@@ -136,10 +140,12 @@ class AdsorptionSearch(Command):
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.adsorption.adsorbates import find_adsorbate
+        from equiformer2.adsorption.corrections import Corrections
         from equiformer2.files import check_target, write_json
         from equiformer2.script import header, show_log
 
         gas, source = gas_references(options.gas)
+        corrections = None if options.corrections is None else Corrections.read(options.corrections)
         for name in options.adsorbate:  # before hours of work on another one
             find_adsorbate(name)
         show_log()
@@ -149,8 +155,10 @@ class AdsorptionSearch(Command):
         folders = search_folders(options.out, [slab.report.origin for slab in slabs], options.adsorbate)
         listed = options.out / _SEARCHES
         several = len(folders) > 1
+        finished = None
         if several:
-            check_target(listed, overwrite=options.overwrite or has_errors(listed))
+            finished = finished_list(listed, folders)
+            check_target(listed, overwrite=options.overwrite or finished is not None or has_errors(listed))
         records: dict[str, dict[str, Any]] = {}
         errors: list[Exception] = []
         clean: dict[int, Relaxation | None] = {}
@@ -164,7 +172,7 @@ class AdsorptionSearch(Command):
                     same_slab = folders[number : number + len(options.adsorbate)] if several else []
                     clean[place] = self._stored_clean_slab(options, chosen, slab, same_slab)
                 found = self._search(
-                    options, chosen, draft, slab, name, folder, (gas, source), clean[place], several
+                    options, chosen, draft, slab, name, folder, (gas, source), clean[place], corrections
                 )
                 clean[place], record = found.search.clean_slab, found.record
             except (InputError, DataError, OSError) as error:
@@ -187,6 +195,12 @@ class AdsorptionSearch(Command):
             "searches": {name: {key: one.get(key) for key in keys} for name, one in records.items()},
             "surface_energies": surfaces.summary(),
         }
+        if (
+            finished is not None
+            and not options.overwrite
+            and all(finished.get(key) == record[key] for key in _OF_SEARCHES)
+        ):
+            return Result(finished, 0 if converged else 3, chosen.checkpoint)
         write_json(listed, record)
         return Result(record, 0 if converged else 3, chosen.checkpoint)
 
@@ -200,7 +214,7 @@ class AdsorptionSearch(Command):
         folder: Path,
         gas: tuple[dict[str, float], str],
         clean_slab: "Relaxation | None",
-        several: bool,
+        corrections: "Corrections | None",
     ) -> "FoundEnergy":
         """Search one adsorbate on one slab."""
         from equiformer2.adsorption.find import find_adsorption_energy
@@ -223,10 +237,9 @@ class AdsorptionSearch(Command):
             check_minima=options.check_minima,
             stop_at_spread=options.stop_at_spread,
             starts_from=options.starts_from,
+            corrections=corrections,
             out=folder,
             overwrite=options.overwrite,
-            # Those of several that are finished are read again, with no evaluation of the model.
-            again=several,
             describe=chosen.record,
             notes={
                 "slab": slab.report.summary(),
@@ -285,21 +298,25 @@ class AdsorptionSearch(Command):
 class AdsorptionVerify(Command):
     """Recompute the numbers of a trust card, and compare.
 
-    With the clean slab and the files of the search beside it, these are compared, too. Exit status 3 if a
-    number differs. The checkpoint is the one that the card names, unless another is given.
+    The card is that of a search, a coverage series or a path. With the clean slab and the files of the search
+    beside it, these are compared, too. Exit status 3 if a number differs. The checkpoint is the one that the
+    card names, unless another is given.
 
         equiformer2 adsorption verify runs/co/card.json
         equiformer2 adsorption verify runs/o/card.json --calculator emt
+        equiformer2 adsorption verify runs/co/neb/heuristic-0000-heuristic-0003/card.json
     """
 
     def add_arguments(self, parser: Parser) -> None:
-        parser.add_argument("card", type=Path, metavar="CARD", help="card.json of a search")
+        parser.add_argument(
+            "card", type=Path, metavar="CARD", help="card.json of a search, a series or a path"
+        )
         add_model_in_place(parser)
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.adsorption.cards import verify_card
 
-        rows = verify_card(options.card, model_in_place(options))
+        rows = verify_card(options.card, model_in_place(options), options.adapter)
         for name, row in rows.items():
             print(f"{name:30} {'same' if row['ok'] else 'DIFFERS'}: card {row['card']}, now {row['now']}")
         return Result(rows, 0 if all(row["ok"] for row in rows.values()) else 3, whole=True)
@@ -324,13 +341,26 @@ def add_model_in_place(parser: Parser) -> None:
         metavar="NAME",
         help="ASE calculator of this name, or module:factory, which is imported and run",
     )
+    parser.add_argument(
+        "--adapter",
+        metavar="FILE",
+        help="adapter of the network, where its file is no longer where the search has found it",
+    )
 
 
 def model_in_place(options: argparse.Namespace) -> Any:
-    """The model of `add_model_in_place`; None for the search's own."""
+    """The model of `add_model_in_place` without its adapter; None for the search's own.
+
+    Raises:
+        InputError: an adapter beside a calculator, or no such calculator.
+    """
     from equiformer2.inference.named_calculators import calculator_by_name
 
-    return options.checkpoint if options.calculator is None else calculator_by_name(options.calculator)
+    if options.calculator is None:
+        return options.checkpoint
+    if options.adapter is not None:
+        raise InputError("--adapter has no meaning with --calculator: leave one of them out")
+    return calculator_by_name(options.calculator)
 
 
 def add_position_arguments(parser: Options) -> None:
@@ -389,11 +419,23 @@ def search_folders(out: AnyPath, slabs: Sequence[str], adsorbates: Sequence[str]
 
 def has_errors(file: AnyPath) -> bool:
     """Tell whether a list of several searches names one that failed, so that the command goes on."""
+    return any(one.get("error") is not None for one in _listed(file).values())
+
+
+def finished_list(file: AnyPath, folders: Sequence[Path]) -> dict[str, Any] | None:
+    """The list of several searches, if it is of the searches in these folders; else None."""
+    searches = _listed(file)
+    return dict(read_json(file)) if searches and set(searches) == set(map(str, folders)) else None
+
+
+def _listed(file: AnyPath) -> dict[str, dict[str, Any]]:
+    """Searches of a list by their folders; none where it cannot be read."""
     try:
-        searches = read_json(file)["searches"].values()
-        return any(one["error"] is not None for one in searches)
-    except (DataError, OSError, LookupError, TypeError, AttributeError):
-        return False
+        searches = read_json(file)["searches"]
+    except (DataError, OSError, LookupError, TypeError):
+        return {}
+    is_list = isinstance(searches, dict) and all(isinstance(one, dict) for one in searches.values())
+    return searches if is_list else {}
 
 
 def _folder_name(name: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from equiformer2.cli.adsorption_search import add_model_in_place, model_in_place
 from equiformer2.cli.command import Command, Parser, Result
-from equiformer2.cli.options import add_overwrite_argument, parse_checked
+from equiformer2.cli.options import add_corrections_argument, add_overwrite_argument, parse_checked
 from equiformer2.errors import InputError
 
 #: Times the threshold of a search, above which a structure is no minimum at all.
@@ -54,6 +54,7 @@ class AdsorptionFreeEnergy(Command):
             default=50.0,
             help="frequency that softer and imaginary modes count as, cm^-1 (default: %(default)s)",
         )
+        add_corrections_argument(parser, "of the energy of formation")
         hindered = parser.add_argument_group("entropy")
         hindered.add_argument(
             "--entropy",
@@ -90,6 +91,7 @@ class AdsorptionFreeEnergy(Command):
         return parse_checked(parser, arguments, excludes=[(option, "--entropy=harmonic") for option in only])
 
     def run(self, options: argparse.Namespace) -> Result:
+        from equiformer2.adsorption.corrections import Corrections
         from equiformer2.adsorption.finished_search import FinishedSearch
         from equiformer2.adsorption.free_energy import Reaction, free_energy, referred_energy, vibrations
         from equiformer2.adsorption.hindered import hindered_motion
@@ -99,9 +101,11 @@ class AdsorptionFreeEnergy(Command):
         target = options.folder / "free_energy.json"
         check_target(target, overwrite=options.overwrite)
         pressures = _pressures(options.pressure)
+        corrections = Corrections() if options.corrections is None else Corrections.read(options.corrections)
         search = FinishedSearch.read(options.folder)
         energy, warning = referred_energy(search.record)
-        Reaction.of(search.adsorbate)  # before hours of work on an adsorbate without gases
+        reaction = Reaction.of(search.adsorbate)  # before hours of work on an adsorbate without gases
+        name = search.record["settings"].get("adsorbate") or search.adsorbate.get_chemical_formula()
         motion = None
         if options.entropy == "hindered":
             motion = hindered_motion(
@@ -112,7 +116,7 @@ class AdsorptionFreeEnergy(Command):
                 options.symmetry_number,
             )
         given = model_in_place(options)
-        model = search.model(given)
+        model = search.model(given, options.adapter)
         threshold = float(search.record["settings"].get("fmax_eV_A", 0.05))
         modes = vibrations(search.best, model, largest_force=_FAR_FROM_MINIMUM * threshold)
         found = free_energy(
@@ -125,6 +129,7 @@ class AdsorptionFreeEnergy(Command):
             options.lowest_frequency,
             pressures,
             motion,
+            corrections.of(Path(str(name)).stem, reaction.gases, reaction.electrons),
         )
         converged = bool(search.record["converged"]) and modes.max_force < threshold + _ROUNDING
         warnings = [] if warning is None else [warning]
@@ -147,17 +152,22 @@ class AdsorptionFreeEnergy(Command):
         record = {
             **header("adsorption-free-energy/1", search.checkpoint(given)),
             **found,
+            "corrections": corrections.summary(),
             "model": model.identity(),
             "converged": converged,
             "warnings": warnings,
         }
         write_json(target, record)
         self._print(record)
+        if corrections.species:
+            print(corrections.told(record["corrections_eV"]))
         return Result(record, 0 if converged else 3)
 
     def _print(self, found: Mapping[str, Any]) -> None:
         print(f"formation: {found['reaction'] or 'nothing'}")
         print(f"adsorption energy   {found['adsorption_energy_eV']:10.4f} eV")
+        for name, value in found["corrections_eV"].items():
+            print(f"correction of {name:5} {value:+10.4f} eV")
         print(f"zero-point energy   {found['zpe_eV']:+10.4f} eV")
         print(f"heat                {found['heat_eV']:+10.4f} eV")
         print(f"entropy             {-found['entropy_eV']:+10.4f} eV ({found['entropy_model']})")
@@ -205,9 +215,11 @@ class AdsorptionDiagram(Command):
             "--out", required=True, type=Path, metavar="FOLDER", help="folder for the diagram"
         )
         parser.add_argument("--title", default="free energy", help="title of the figure")
+        add_corrections_argument(parser, "for free energies that have none")
         add_overwrite_argument(parser)
 
     def run(self, options: argparse.Namespace) -> Result:
+        from equiformer2.adsorption.corrections import Corrections
         from equiformer2.adsorption.diagram import (
             DIAGRAM,
             FREE_ENERGY,
@@ -215,14 +227,19 @@ class AdsorptionDiagram(Command):
             diagram_picture,
             gas_state,
             read_states,
+            used_corrections,
         )
         from equiformer2.files import check_target, read_json, write_bytes, write_json
         from equiformer2.script import header
 
         target = options.out / DIAGRAM
         check_target(target, overwrite=options.overwrite)
-        states = read_states(options.folders)
-        potential = float(read_json(options.folders[0] / FREE_ENERGY)["potential_against_rhe_V"])
+        given = None if options.corrections is None else Corrections.read(options.corrections)
+        states = read_states(options.folders, given)
+        of_first = read_json(options.folders[0] / FREE_ENERGY)
+        potential = float(of_first["potential_against_rhe_V"])
+        corrections = given or Corrections.recorded(of_first.get("corrections"))
+        used = used_corrections(states, corrections.species)
         ends = [
             [] if name is None else [gas_state(name, states[0]["temperature_K"], potential, pressures)]
             for name in (options.start, options.end)
@@ -230,8 +247,14 @@ class AdsorptionDiagram(Command):
         ]
         balanced = diagram([*ends[0], *states, *ends[1]], potential, options.potentials)
         options.out.mkdir(parents=True, exist_ok=True)
-        write_bytes(options.out / "diagram.png", diagram_picture(balanced, options.title))
-        record = {**header("adsorption-diagram/1"), **balanced, "potential_against_rhe_V": potential}
+        write_bytes(options.out / "diagram.png", diagram_picture(balanced, options.title, used))
+        record = {
+            **header("adsorption-diagram/1"),
+            **balanced,
+            "potential_against_rhe_V": potential,
+            "corrections": corrections.summary(),
+            "corrections_eV": used,
+        }
         write_json(target, record)
         for step in balanced["steps"]:
             gases = "".join(f", {number:+g} {name}" for name, number in step["gases"].items())
@@ -244,6 +267,8 @@ class AdsorptionDiagram(Command):
                 f"limiting potential {balanced['limiting_potential_V']:.3f} V against RHE "
                 f"({balanced['limiting_step']})"
             )
+        if corrections.species:
+            print(corrections.told(used))
         for warning in balanced["warnings"]:
             print(f"warning: {warning}")
         print(f"saved in {options.out}: diagram.json, diagram.png")
@@ -283,9 +308,11 @@ class AdsorptionVolcano(Command):
             "--out", required=True, type=Path, metavar="FOLDER", help="folder for the volcano"
         )
         parser.add_argument("--title", default="volcano", help="title of the figure")
+        add_corrections_argument(parser, "for free energies that have none")
         add_overwrite_argument(parser)
 
     def run(self, options: argparse.Namespace) -> Result:
+        from equiformer2.adsorption.corrections import Corrections, correction_text
         from equiformer2.adsorption.volcano import (
             named_path,
             read_diagrams,
@@ -304,11 +331,14 @@ class AdsorptionVolcano(Command):
         if tables and options.reaction is None:
             raise InputError(f"{tables[0]} does not say of which reaction it is: give --reaction")
         table = read_table(tables[0]) if tables else read_diagrams(options.inputs)
+        given = None if options.corrections is None else Corrections.read(options.corrections)
+        table = table if given is None else table.corrected(given)
         path = table.path if options.reaction is None else named_path(options.reaction)
         found = volcano(table, path or [], options.descriptor)
         options.out.mkdir(parents=True, exist_ok=True)
         write_bytes(options.out / "volcano.png", volcano_picture(found, options.title))
-        record = {**header("adsorption-volcano/1"), **found}
+        corrections = None if given is None else given.summary()
+        record = {**header("adsorption-volcano/1"), **found, "corrections": corrections}
         write_json(target, record)
         print(f"{'system':24}{found['descriptor'] + ' (eV)':>24}{'activity (V)':>14}  limiting step")
         for point in found["points"]:
@@ -326,6 +356,9 @@ class AdsorptionVolcano(Command):
             print(f"peak at {peak['descriptor_eV']:.3f} eV: activity {peak['activity_V']:.3f} V")
         elif not found["legs"]:
             print("no legs: lines take three systems of different descriptors")
+        used = found["corrections_eV"]
+        if given is not None or used:
+            print(correction_text(used) if given is None else given.told(used))
         for note in found["notes"]:
             print(f"note: {note}")
         print(f"saved in {options.out}: volcano.json, volcano.png")

@@ -24,7 +24,7 @@ class ChosenModel:
         dispersion: D3, if it is added.
         checkpoint: path of the checkpoint, or paths of a committee, the first one again for its twin in
             bfloat16; None with `--calculator`.
-        files: all checkpoints, which no output may replace.
+        files: all checkpoints and the adapter, which no output may replace.
         energy_kind: `"adsorption"` or `"total"`.
         committee: True for several networks.
         adapter: path of the adapter file, or None.
@@ -44,18 +44,19 @@ class ChosenModel:
         if twin and options.precision == "bf16":
             raise InputError("--twin-bf16 has no meaning with --precision bf16: leave one of them out")
         self.name: str | None = options.calculator
-        self.files: list[str] = [*(options.checkpoint or []), *(options.checkpoint[:1] if twin else [])]
-        self.committee = len(self.files) > 1
-        self.checkpoint: str | list[str] | None = only_one(self.files) if self.files else None
+        members: list[str] = [*(options.checkpoint or []), *(options.checkpoint[:1] if twin else [])]
+        self.committee = len(members) > 1
+        self.checkpoint: str | list[str] | None = only_one(members) if members else None
         self.adapter: str | None = None
         self.calculator: BaseCalculator
         if self.name is not None:
             self.calculator = calculator_by_name(self.name)
         else:
-            self.adapter = getattr(options, "adapter", None)
+            self.adapter = options.adapter
             self.calculator = network_calculator(
                 options, self.checkpoint, router, options.weights, twin, self.adapter
             )
+        self.files: list[str] = [*members, *filter(None, [self.adapter])]
         self.energy_kind = resolve_energy_kind(self.calculator, options.energy_kind, default="total")
         self.network = self.calculator
         self.dispersion = _dispersion(options)
@@ -71,8 +72,6 @@ class ChosenModel:
         from equiformer2.inference.record import model_record
 
         added: dict[str, Any] = {} if self.dispersion is None else {"d3": self.dispersion.summary()}
-        if self.adapter is not None:
-            added |= adapter_record(self.adapter)
         if self.checkpoint is not None and isinstance(self.network, EquiformerV2Calculator):
             return {**model_record(self.network.predictor, self.checkpoint, structures), **added}
         identity = calculator_identity(self.network)
@@ -107,9 +106,10 @@ class ChosenModel:
             return {**calculator_identity(self.network), **kind}
         predictor = self.network.predictor
         adapter = {} if self.adapter is None else {"adapter": sha256(self.adapter)}
+        members = [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint
         return {
             **adapter,
-            "checkpoint": only_one([sha256(file) for file in self.files]),
+            "checkpoint": only_one([sha256(file) for file in members]),
             "weights": predictor.checkpoint.weights,
             "precision": predictor.precision,
             **kind,
@@ -149,13 +149,6 @@ def network_calculator(
         router=router,
         adapter=adapter,
     )
-
-
-def adapter_record(path: str) -> dict[str, str]:
-    """Name an adapter file in a record."""
-    from equiformer2.checkpoint.tensor_files import sha256
-
-    return {"adapter": path, "adapter_sha256": sha256(path)}
 
 
 def _dispersion(options: argparse.Namespace) -> "Dispersion | None":

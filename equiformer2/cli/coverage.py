@@ -51,6 +51,14 @@ class AdsorptionCoverage(Command):
             help="distance of atoms of different molecules at the start at least, Å (default: %(default)s)",
         )
         series.add_argument(
+            "--check-minima",
+            type=int,
+            default=1,
+            metavar="N",
+            help="number of the lowest arrangements of every number of molecules that are displaced and "
+            "relaxed again, since they may be saddle points (default: %(default)s)",
+        )
+        series.add_argument(
             "--gas",
             action="append",
             default=[],
@@ -105,6 +113,7 @@ class AdsorptionCoverage(Command):
                 steps=options.steps,
                 gas=source,
                 gas_per_atom=gas,
+                check_minima=options.check_minima,
             ),
             out=options.out,
             overwrite=options.overwrite,
@@ -115,5 +124,8 @@ class AdsorptionCoverage(Command):
         for notice in series.notices:
             print(f"WARNING: {notice}")
         print(series)
+        for check in series.record["saddle_check"]["checks"]:
+            if check["fell"]:
+                print(check["sentence"])
         print(f"saved in {options.out}: {', '.join(['coverage.json', *series.record['files']])}")
         return Result(series.record, 0 if series.converged else 3, chosen.checkpoint)

@@ -15,6 +15,9 @@ from equiformer2.cli.options import (
 )
 from equiformer2.errors import InputError
 
+_OF_NEW_ADAPTERS = ("rank", "keep", "method", "weights")
+"""Options --adapter-… of which a given adapter has its own."""
+
 
 class FineTune(Command):
     """Fine-tune a checkpoint on your own data, and judge it beside training from scratch.
@@ -122,6 +125,12 @@ class FineTune(Command):
             help="names of the weights to adapt, * for anything, as in 'blocks.*.ffn.*' (default: all)",
         )
         training.add_argument(
+            "--adapter-start",
+            metavar="FILE",
+            type=Path,
+            help="adapter of the checkpoint to train on, as prune quantize --recover writes it",
+        )
+        training.add_argument(
             "--no-scratch", action="store_true", help="leave out the network trained from random weights"
         )
         training.add_argument(
@@ -155,12 +164,14 @@ class FineTune(Command):
             ("--replay-weight", "--replay"),
             ("--wandb-entity", "--wandb-project"),
             ("--wandb-offline", "--wandb-project"),
-            *((f"--adapter-{name}", "--adapter") for name in ("rank", "keep", "method", "weights")),
+            *((f"--adapter-{name}", "--adapter") for name in ("start", *_OF_NEW_ADAPTERS)),
         )
-        return parse_checked(parser, arguments, needs, [("--adapter", "--freeze")])
+        conflicts = [("--adapter-start", f"--adapter-{name}") for name in _OF_NEW_ADAPTERS]
+        return parse_checked(parser, arguments, needs, [("--adapter", "--freeze"), *conflicts])
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.adapters import AdapterSettings
+        from equiformer2.checkpoint.adapter_files import read_adapter
         from equiformer2.finetuning.folder import FineTuneSettings
         from equiformer2.finetuning.run import fine_tune
         from equiformer2.training.wandb_logging import WandbSettings
@@ -172,11 +183,13 @@ class FineTune(Command):
         if options.adapter:
             if options.adapter_rank < 1:
                 raise InputError(f"--adapter-rank is {options.adapter_rank}: give at least 1")
+            start = None if options.adapter_start is None else read_adapter(options.adapter_start)
             adapter = AdapterSettings(
-                rank=options.adapter_rank,
-                keep=options.adapter_keep,
+                rank=options.adapter_rank if start is None else max(1, start.rank),
+                keep=options.adapter_keep if start is None else start.kept_share,
                 method=options.adapter_method,
                 weights=tuple(options.adapter_weights),
+                start=None if start is None else str(options.adapter_start),
             )
         settings = FineTuneSettings(
             data=names(options.data),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from equiformer2.cli.chosen_model import ChosenModel, adapter_record, network_calculator
+from equiformer2.cli.chosen_model import ChosenModel, network_calculator
 from equiformer2.cli.command import Command, Parser, Result
 from equiformer2.cli.options import (
     NETWORK_ONLY,
@@ -104,6 +104,7 @@ class Evaluate(Command):
         from datasets_oc20.catalogue import VALIDATION_SPLITS, find_splits
         from equiformer2.files import write_json
         from equiformer2.inference import Predictor
+        from equiformer2.inference.record import adapter_record
         from equiformer2.pruning.routing.router_files import evaluation_router
         from equiformer2.script import header
         from equiformer2.training import evaluation
@@ -131,7 +132,7 @@ class Evaluate(Command):
             print(evaluation.table_of_average(list(results.values())))
         record = {
             **header("evaluate/1", options.checkpoint),
-            **({} if options.adapter is None else adapter_record(options.adapter)),
+            **adapter_record(predictor),
             **evaluation.report(predictor, results),
             "familiarity": {
                 name: _judge(predictor, evaluation.open_dataset(path, predictor, options.energy_kind))
@@ -256,6 +257,7 @@ class Predict(Command):
         from datasets_oc20 import open_dataset
         from equiformer2.files import check_target
         from equiformer2.inference import Predictor
+        from equiformer2.inference.record import adapter_record
         from equiformer2.training.prediction import check_output, predict_dataset, write_predictions
 
         check_output(options.out)
@@ -293,7 +295,7 @@ class Predict(Command):
             "weights": checkpoint.weights,
             "arrays": sorted(arrays),
             "familiarity": _judge(predictor, dataset),
-            **({} if options.adapter is None else adapter_record(options.adapter)),
+            **adapter_record(predictor),
         }
         return Result(record, checkpoint=options.checkpoint)
 
@@ -322,7 +324,6 @@ class Relax(Command):
         parser.add_argument("file", nargs="?", metavar="FILE", help="structure file of any format of ASE")
         parser.add_argument("--structure", metavar="FILE", help="structure file, in place of FILE")
         add_model_arguments(parser, committee=True, calculator=True)
-        add_adapter_argument(parser)
         add_dispersion_argument(parser)
         add_twin_argument(parser)
         add_draft_argument(parser)
@@ -391,7 +392,7 @@ class Relax(Command):
                 "energy` or `adsorption search`, which subtract that of slab and gases"
             )
         draft_calculator = None if options.draft is None else network_calculator(options, options.draft)
-        inputs = [file, *chosen.files, *filter(None, [options.adapter, options.router, options.draft])]
+        inputs = [file, *chosen.files, *filter(None, [options.router, options.draft])]
         folder = claim_folder(options.out, RELAXATION_RECORD, options.overwrite, inputs, RUN_FILES)
         result, draft = relax_with_draft(
             structure,
@@ -437,8 +438,9 @@ class Relax(Command):
             print(f"model output: {result.energy:.4f}, which is not an energy of this structure")
         if chosen.committee:
             print(
-                f"spread of {len(chosen.files)} networks: energy {result.energy_std:.4f} eV, largest "
-                f"of a force {result.force_spreads[-1]:.4f} eV/Å (on the way {max(result.force_spreads):.4f})"
+                f"spread of {len(chosen.checkpoint or [])} networks: energy {result.energy_std:.4f} eV, "
+                f"largest of a force {result.force_spreads[-1]:.4f} eV/Å (on the way "
+                f"{max(result.force_spreads):.4f})"
             )
         if draft is not None:
             print(

@@ -124,10 +124,13 @@ def add_model_arguments(
     Args:
         parser: of the command.
         committee: let `--checkpoint` take several.
-        calculator: add `--calculator`, which stands in place of `--checkpoint`.
+        calculator: add `--calculator`, which stands in place of `--checkpoint`, and `--adapter`: the options
+            of `chosen_model.ChosenModel`.
         required: refuse a command line without a model.
     """
     add_checkpoint_arguments(parser, committee=committee, calculator=calculator, required=required)
+    if calculator:
+        add_adapter_argument(parser)
     add_energy_kind_argument(parser, "a checkpoint or data that do not declare it; must not contradict them")
     add_device_argument(parser)
     parser.add_argument(
@@ -151,6 +154,16 @@ def add_dispersion_argument(parser: Options) -> None:
         metavar="FUNCTIONAL[/DAMPING]",
         help="add DFT-D3 dispersion with the parameters of a functional, that of the model's labels: rpbe "
         "for OC20's, pbe, pbe/d3zero, … (damping: d3bj unless given); needs the extra d3",
+    )
+
+
+def add_corrections_argument(parser: Options, text: str) -> None:
+    """Add `--corrections`; `text` says what they change."""
+    parser.add_argument(
+        "--corrections",
+        metavar="FILE",
+        help=f"JSON object or CSV file of corrections by species, eV ({text}): gases such as CO, and "
+        "adsorbates with a star such as *OH",
     )
 
 

@@ -349,6 +349,9 @@ class Quantize(Command):
     of the float32 network: bytes=0.4 of the file, latency=0.5 of the time of a force call. --plan and
     --uniform take given precisions in place of a search. A killed call continues where it was.
 
+    Under a limit of time alone, attention and feed-forward networks may multiply in bfloat16, where the
+    device has instructions for it and is measured to be faster so; otherwise time is saved by pruning.
+
     Rotations, grids, norms, biases, the attention's softmax, sums and the last layers stay float32. The file
     is an ordinary checkpoint. Beside it, NAME.pt.json has its size on disk and in memory, the bits of every
     module, and errors, time and equivariance measured on structures that the search did not see, where --data
@@ -387,6 +390,22 @@ class Quantize(Command):
         )
         parser.add_argument("--trials", type=int, help="number of trials, in place of --minutes")
         parser.add_argument(
+            "--max-minutes",
+            type=float,
+            default=25.0,
+            help="time after which the search ends with the best trial so far, whatever is left of it "
+            "(default: %(default)s)",
+        )
+        parser.add_argument(
+            "--recover",
+            nargs="?",
+            const=4,
+            type=int,
+            metavar="RANK",
+            help="write NAME.adapter.pt, too: low-rank maps that take back a part of what rounding to int8 "
+            "and int4 changes, for --adapter and to train on with finetune --adapter-start (default rank: 4)",
+        )
+        parser.add_argument(
             "--held-out",
             type=int,
             default=64,
@@ -407,15 +426,20 @@ class Quantize(Command):
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.pruning.precision.plan import PrecisionPlan
-        from equiformer2.pruning.precision.quantize_request import QuantizeRequest, quantize
+        from equiformer2.pruning.precision.quantize_request import (
+            QuantizeRequest,
+            default_adapter_path,
+            quantize,
+        )
 
         show_log()
         report = options.out.with_name(f"{options.out.name}.json")
         state = options.state or options.out.with_name(f"{options.out.stem}.state.json")
         inputs = [options.checkpoint, *options.data, *([options.plan] if options.plan else [])]
-        for path in (options.out, report):
+        adapter = default_adapter_path(options.out)
+        for path in (options.out, report, *([] if options.recover is None else [adapter])):
             check_target(path, inputs=inputs, overwrite=options.overwrite)
-        check_target(state, inputs=[*inputs, options.out, report])
+        check_target(state, inputs=[*inputs, options.out, report, adapter])
         request = QuantizeRequest(
             checkpoint=options.checkpoint,
             data=tuple(options.data),
@@ -425,6 +449,8 @@ class Quantize(Command):
             keep=tuple(options.keep),
             minutes=options.minutes,
             trials=options.trials,
+            max_minutes=options.max_minutes,
+            recover=options.recover,
             weights=options.weights,
             structures=options.structures,
             held_out=options.held_out,
@@ -433,7 +459,7 @@ class Quantize(Command):
             device=options.device,
             seed=options.seed,
         )
-        found = quantize(request, options.out, state)
+        found = quantize(request, options.out, state, adapter_path=adapter)
         record = {**header("prune-quantize/1", options.checkpoint), "file": str(options.out), **found}
         write_json(report, record)
         self._print(found)
@@ -444,6 +470,12 @@ class Quantize(Command):
         bits = list(found["modules"].values())
         counts = ", ".join(f"{bits.count(n)} of {n} bits" for n in sorted(set(bits)))
         print(f"matrices: {counts}; pruned: {'yes' if 'pruning' in found['plan'] else 'no'}")
+        products = found["plan"].get("products")
+        if products:
+            print(f"products in bfloat16: {', '.join(products)}")
+        search = found["search"]
+        if search is not None and len(search["trials"]) < search["trials_planned"]:
+            print(f"out of time: {len(search['trials'])} of {search['trials_planned']} trials were made")
         print(
             f"file: {found['bytes']:,} bytes, {found['bytes_ratio']:.1%} of {found['bytes_float32']:,} in "
             f"float32; in memory after a call: {found['resident_bytes']:,} bytes instead of "
@@ -459,6 +491,17 @@ class Quantize(Command):
         ):
             if found[key] is not None:
                 print(f"on {where}, {text} {found[key]:.4f} {unit}".rstrip())
+        recovery = found["recovery"]
+        if recovery is not None:
+            print(
+                f"with {recovery['adapter']} ({recovery['bytes']:,} bytes), matrices are off by "
+                f"{recovery['weight_error']:.2%} instead of {recovery['weight_error_plain']:.2%}"
+            )
+            if recovery["force_change_eV_A"] is not None:
+                print(
+                    f"and forces change by {recovery['force_change_eV_A']:.4f} eV/Å instead of "
+                    f"{recovery['plain']['force_change_eV_A']:.4f}"
+                )
         for sentence in found["missed"]:
             print(f"missed: {sentence}")
 

@@ -12,7 +12,6 @@ from equiformer2.cli.options import (
     NETWORK_ONLY,
     add_model_arguments,
     add_overwrite_argument,
-    only_one,
     parse_checked,
 )
 from equiformer2.errors import InputError
@@ -21,6 +20,7 @@ _NEEDS = [
     *(("--bulks", "--bulk"), ("--miller", "--bulk"), ("--max-miller", "--bulk"), ("--termination", "--bulk")),
     *(("--thickness", "--bulk"), ("--width", "--bulk"), ("--vacuum", "--bulk"), ("--relax-bulk", "--bulk")),
     *(("--check-convergence", "--bulk"), ("--adsorbate", "--check-convergence"), ("--overwrite", "--out")),
+    ("--adapter", "--checkpoint"),
 ]
 
 
@@ -146,8 +146,9 @@ class BuildSlab(Command):
                 for slab, path in itertools.zip_longest(slabs, paths)
             ],
             "notices": list(dict.fromkeys(notices)),
+            "model": None if model is None else model.record(),
         }
-        checkpoint = only_one(model.files) if model is not None and model.files else None
+        checkpoint = None if model is None else model.checkpoint
         if paths:
             document = {**header("adsorption-slab/1", checkpoint), **record}
             record["notices"] += write_slabs(paths, slabs, document, is_folder=paths[0] != options.out)
@@ -234,4 +235,6 @@ class BuildSlab(Command):
             progress=True,
         )
         print(table)
+        if all(row.value is None for row in table.rows):
+            raise InputError(f"no energy could be calculated: {table.rows[0].reason}")
         return table.summary()

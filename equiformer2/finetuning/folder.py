@@ -110,6 +110,7 @@ class FineTuneSettings:
             *self.replay,
             *self.old,
             *isolated,
+            *([self.adapter.start] if self.adapter is not None and self.adapter.start else []),
             str(find_checkpoint(self.checkpoint)),
         ]
 

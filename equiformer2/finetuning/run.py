@@ -13,6 +13,7 @@ from ase.data import chemical_symbols
 from datasets_oc20 import OC20Lmdb
 from equiformer2.adapters.attach import choose_weights
 from equiformer2.checkpoint import Normalizers, load_checkpoint
+from equiformer2.checkpoint.adapted import AdaptedNetwork
 from equiformer2.checkpoint.adapter_files import read_adapter, write_adapter
 from equiformer2.checkpoint.checkpoint import read_contents
 from equiformer2.checkpoint.native import write_native
@@ -54,6 +55,7 @@ from equiformer2.inference.seen_data import judge_dataset
 from equiformer2.model import EquiformerV2
 from equiformer2.script import header
 from equiformer2.shipped import find_checkpoint
+from equiformer2.training.adapter_part import check_start
 
 Say = Callable[[str], None]
 
@@ -113,6 +115,10 @@ def fine_tune(settings: FineTuneSettings, say: Say = print) -> dict[str, Any]:
         if contents.energy_kind is None:
             say(f"the checkpoint does not state its kind of energy: taken to be {kind}, as the data are")
         checkpoint = load_checkpoint(settings.checkpoint, settings.weights, contents.energy_kind or kind)
+        if settings.adapter is not None and settings.adapter.start is not None:
+            start = read_adapter(settings.adapter.start)
+            AdaptedNetwork(checkpoint, checkpoint.model).check(start)
+            check_start(start)
         tuning = _FineTuning(settings, folder, parts, Predictor(checkpoint, settings.device), say)
         return tuning.run()
 

@@ -20,6 +20,7 @@ from equiformer2.finetuning.schedule import Schedule
 from equiformer2.finetuning.start import Start, write_start
 from equiformer2.finetuning.trained_part import TimeLeft, TrainedPart, trained_part
 from equiformer2.model import EquiformerV2, ModelConfig
+from equiformer2.model.folding import plain_state
 from equiformer2.shipped import find_checkpoint
 from equiformer2.training.configuration import parse
 from equiformer2.training.run import RunConfig, train
@@ -121,7 +122,9 @@ class Trainer:
     def _write_adapter(self, trained: Path, begin: Path, target: Path) -> None:
         """Write the adapter of the start as one of the checkpoint, from which the start has other heads."""
         adapter, start = read_adapter(trained), load_checkpoint(begin)
-        before, after = (checkpoint.model.state_dict() for checkpoint in (self.base, start))
+        before, after = (
+            plain_state(checkpoint.model, checkpoint.model.state_dict()) for checkpoint in (self.base, start)
+        )
         changed = {
             name: value
             for name, value in after.items()
@@ -137,6 +140,14 @@ class Trainer:
                 replaced={**changed, **adapter.replaced},
             ),
         )
+
+    def _start_adapter(self, path: str, begin: Path) -> Path:
+        """Write the adapter to start with as one of `begin`, which is the checkpoint but for its heads."""
+        adapter, target = read_adapter(path), begin.with_suffix(".adapter.pt")
+        fingerprint = fingerprint_of_weights(load_checkpoint(begin).model)
+        base = Base(fingerprint, sha256(begin), begin.name, self.base.weights)
+        write_adapter(target, replace(adapter, base=base))
+        return target
 
     def _part(self, case: Case, model: ModelConfig) -> TrainedPart:
         if case.network == SCRATCH:
@@ -194,6 +205,8 @@ class Trainer:
         if self._adapts(case):
             assert settings.adapter is not None
             values["adapter"] = settings.adapter.to_dict()
+            if settings.adapter.start is not None:
+                values["adapter"]["start"] = str(self._start_adapter(settings.adapter.start, begin))
         if model.forces == "none":
             del values["task"]["force_coefficient"]
         path = self.runs / f"{case.name}.yaml"

@@ -251,6 +251,8 @@ class NetworkEngine(Engine):
         sums = []
         for member in members:
             digest = hashlib.sha256()
+            if member.adapter is not None:  # it brings normalizers of its own
+                digest.update(repr(member.checkpoint.normalizers.to_dict()).encode())
             for name, tensor in sorted(member.checkpoint.model.state_dict().items()):
                 flat = tensor.detach().cpu().contiguous().reshape(-1)
                 digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())

@@ -2,7 +2,8 @@
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ase.calculators import calculator as ase_calculators
@@ -61,6 +62,32 @@ def calculator_by_name(name: str) -> BaseCalculator:
 def calculator_names() -> list[str]:
     """Names of ASE's calculators, in small letters."""
     return sorted(ase_calculators.names)
+
+
+class CalculatorError(InputError):
+    """Failure of a calculator that is somebody else's code."""
+
+
+@contextmanager
+def calculator_errors(calculator: BaseCalculator, about: str, advice: str = "") -> Iterator[None]:
+    """Turn what a calculator raises inside the context into `CalculatorError`, which names it.
+
+    Args:
+        calculator: somebody else's code, which raises what it likes; keep what is not its own outside.
+        about: structure that it is asked about.
+        advice: what to do instead.
+    """
+    added = f"; {advice}" if advice else ""
+    try:
+        yield
+    except CalculatorError as error:  # of a context inside
+        raise CalculatorError(f"{error}{added}") from error
+    except (InputError, OSError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        name = type(calculator).__name__
+        raise CalculatorError(f"{about}: {name} failed with {type(error).__name__}: {text}{added}") from error
 
 
 def resolve_energy_kind(

@@ -164,6 +164,7 @@ def model_record(
     """
     record: dict[str, Any] = {
         "checkpoint": str(path) if isinstance(path, str | Path) else [str(one) for one in path],
+        **adapter_record(predictor),
         "weights": predictor.checkpoint.weights,
         "precision": predictor.precision,
         "energy_kind": predictor.energy_kind,
@@ -174,6 +175,16 @@ def model_record(
     if structures:
         record["familiarity"] = combined(predictor.judge(list(structures))).record()
     return record
+
+
+def adapter_record(predictor: Predictor | Committee) -> dict[str, Any]:
+    """Name the adapter file of a network, or of a committee of twins; nothing without one."""
+    members = predictor.members if isinstance(predictor, Committee) else [predictor]
+    adapter = members[0].adapter
+    if adapter is None:
+        return {}
+    is_file = Path(adapter.source).is_file()
+    return {"adapter": adapter.source, "adapter_sha256": sha256(adapter.source) if is_file else None}
 
 
 def recorded_model(record: Mapping[str, Any]) -> Predictor | Committee:
@@ -192,13 +203,38 @@ def recorded_model(record: Mapping[str, Any]) -> Predictor | Committee:
         precisions = [precisions] * len(files)
     # The members of a committee may hold other kinds of weights; only those of the first are recorded.
     weights = record.get("weights") if len(files) == 1 else None
-    kind = record.get("energy_kind")
+    kind, adapter = record.get("energy_kind"), record.get("adapter")
     return open_model(
         [
-            Predictor(find_checkpoint(str(file)), weights=weights, energy_kind=kind, precision=str(precision))
+            Predictor(
+                find_checkpoint(str(file)),
+                weights=weights,
+                energy_kind=kind,
+                precision=str(precision),
+                adapter=None if adapter is None else str(adapter),
+            )
             for file, precision in zip(files, precisions, strict=True)
         ]
     )
+
+
+def given_or_recorded(record: Mapping[str, Any], given: Any = None, adapter: AnyPath | None = None) -> Any:
+    """The model of a record, with the files that are given in place of its own.
+
+    Args:
+        record: of `model_record`, or of a calculator.
+        given: model in place of it, of any kind; a checkpoint in place of a checkpoint is opened with the
+            weights, the precision and the adapter of the record. None for the checkpoint of the record.
+        adapter: adapter file in place of the record's.
+
+    Raises:
+        InputError: as `recorded_model`, or an adapter of another network.
+    """
+    is_checkpoint = isinstance(given, str | Path) and isinstance(record.get("checkpoint"), str)
+    if given is not None and not is_checkpoint:
+        return given
+    files = {"checkpoint": None if given is None else str(given), "adapter": adapter}
+    return recorded_model({**record, **{name: file for name, file in files.items() if file is not None}})
 
 
 def draft_record(path: AnyPath, draft: RelaxationResult | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from equiformer2.inference.atoms import check_atoms, fixed_mask
 from equiformer2.inference.calculator import EquiformerV2Calculator
 from equiformer2.inference.committee import Model, largest_spread, spread_sentence
 from equiformer2.inference.extras import plain
+from equiformer2.inference.named_calculators import calculator_errors
 
 logger = logging.getLogger(__name__)
 
@@ -167,8 +168,9 @@ def relax(
             exceeds this, eV/Å; needs a committee.
 
     Raises:
-        InputError: wrong settings, a calculator without forces, a structure without meaning, or a
-            non-finite energy or force on the way (the frames before it stay in `trajectory`).
+        InputError: wrong settings, a calculator without forces, a structure without meaning, a non-finite
+            energy or force on the way (the frames before it stay in `trajectory`), or whatever another
+            calculator than an `EquiformerV2Calculator` raises.
     """
     if optimizer not in OPTIMIZERS:
         raise InputError(f"optimizer {optimizer!r} is not known: use one of {', '.join(OPTIMIZERS)}")
@@ -202,6 +204,8 @@ def relax(
             stack.enter_context(
                 calculator.reading(forces_on_fixed=forces_on_fixed, energy_every=energy_every)
             )
+        else:
+            stack.enter_context(calculator_errors(calculator, label))
         # Wrong input ends here, before anything is written.
         _finite_energy(atoms, step=0)
         _finite_max_force(atoms, step=0)

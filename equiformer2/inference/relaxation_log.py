@@ -57,7 +57,8 @@ class RelaxationLog:
             self.trajectories.mkdir(exist_ok=True)
             if file.tell():  # relaxations of an earlier run
                 self._check_same()
-            write_json(self.settings, self._asked)
+            else:
+                write_json(self.settings, self._asked)
             rows, end = self._read(file)
             # What a killed run did not finish.
             file.truncate(end)

@@ -1,5 +1,7 @@
 """Matrix products through the fastest library at hand."""
 
+import platform
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 # Without AVX-512 (or AVX-NE-CONVERT) oneDNN refuses bfloat16, which torch then multiplies by itself.
 _TAKES_BFLOAT16 = _HAS_ONEDNN and bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)())
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16) if _TAKES_BFLOAT16 else (torch.float32,)
+_X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 _CAN_PACK = _HAS_ONEDNN and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
@@ -40,6 +43,21 @@ def pack(weight: Tensor) -> Tensor:
         return weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return packed
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device has instructions for products of bfloat16 numbers.
+
+    Without them such products are slower than those of float32 numbers.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu" or not _TAKES_BFLOAT16:
+        return False
+    # oneDNN takes them on all processors with AVX-512, and computes in float32 on many of these.
+    return not _X86 or any(
+        getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
 
 
 class _OneDnnLinear(torch.autograd.Function):

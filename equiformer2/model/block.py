@@ -1,7 +1,9 @@
 """Transformer block (paper Figure 1a)."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from equiformer2.kernels.backend import Backend
@@ -10,6 +12,7 @@ from equiformer2.model.block_config import ResolvedBlock
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.edge_context import EVERYTHING, BlockRouting, EdgeGraph
 from equiformer2.model.feed_forward import FeedForwardNetwork, SwiGLUFeedForwardNetwork
+from equiformer2.model.folding import folded_in_bf16
 from equiformer2.model.norm import make_norm
 from equiformer2.model.regularization import EquivariantDropout, GraphDropPath
 from equiformer2.model.so3 import S2Grid
@@ -32,6 +35,9 @@ class TransformerBlock(nn.Module):
     """Norm, attention, residual; norm, feed-forward, residual.
 
     In a pruned network either branch, with its norm, may be missing: `ga` or `ffn` is None.
+
+    Attributes:
+        bf16_branches: which of `ga` and `ffn` are to multiply in bfloat16 (`model.branches`).
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         channels = config.sphere_channels
         self.norm_1, self.ga, self.norm_2, self.ffn = None, None, None, None
+        self.bf16_branches: frozenset[str] = frozenset()
         if block.attention:
             self.norm_1 = make_norm(config.norm_type, config.lmax, channels)
             self.ga = SO2EquivariantGraphAttention(
@@ -81,8 +88,21 @@ class TransformerBlock(nn.Module):
 
         updated, weights = routing.at_targets(x), None
         if self.ga is not None and self.norm_1 is not None:
-            messages, weights = self.ga(self.norm_1(x), edges, backend, routing, observe)
+            normed = self.norm_1(x)
+            with self._products("ga", x):
+                messages, weights = self.ga(normed, edges, backend, routing, observe)
             updated = updated + drop(messages)
         if self.ffn is not None and self.norm_2 is not None:
-            updated = updated + drop(self.ffn(self.norm_2(updated), backend))
+            normed = self.norm_2(updated)
+            with self._products("ffn", x):
+                change = self.ffn(normed, backend)
+            updated = updated + drop(change)
         return BlockOutput(routing.put_targets(x, updated), weights)
+
+    def _products(self, branch: str, x: Tensor) -> AbstractContextManager[object]:
+        """Context of the matrix products of a branch: autocast, if they are folded in bfloat16."""
+        if branch in self.bf16_branches and not torch.is_grad_enabled():
+            module: nn.Module = getattr(self, branch)
+            if folded_in_bf16(module):
+                return torch.autocast(x.device.type, torch.bfloat16)
+        return nullcontext()

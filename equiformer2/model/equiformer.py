@@ -14,10 +14,12 @@ from equiformer2.graph import RadiusGraph, checked_graph, radius_graph, structur
 from equiformer2.graph.validation import locate_atom
 from equiformer2.kernels.backend import COMPILE, NOTHING_MORE, Backend, Features, resolve, validate
 from equiformer2.kernels.chunks import chunks
+from equiformer2.kernels.linear import multiplies_bfloat16
 from equiformer2.kernels.rows import gather_rows, sum_rows
 from equiformer2.kernels.scratch_buffers import keep_freed_memory
 from equiformer2.model.attention import VectorHead, element_embedding
 from equiformer2.model.block import BlockOutput, TransformerBlock
+from equiformer2.model.branches import bf16_branches
 from equiformer2.model.compiled import Steps, compiled_graphs, compiled_network
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.conservative import check_config, outside_inference_mode, with_derivatives
@@ -411,14 +413,25 @@ class EquiformerV2(nn.Module):
         computed by the first pass, and again after every change of the weights but those through `.data`.
         `train()` ends it, and copies start without.
 
+        Branches that are to multiply in bfloat16 (`model.branches`) do so where the device has instructions
+        for it, and keep their matrices whatever form their weights are stored in.
+
         Args:
             dtype: precision of the matrix products, if not that of the weights.
         """
         self.eval()
         keep_freed_memory()
+        layout = Layout(dtype, packed=self.backend not in ("compile", "triton"))
         for module in self.modules():
             if isinstance(module, Folding):
-                module.fold(Layout(dtype, packed=self.backend not in ("compile", "triton")))
+                module.fold(layout)
+        # Compiled networks are one piece.
+        rounds = self.backend != "compile" and multiplies_bfloat16(self.sphere_embedding.weight.device)
+        quick = layout._replace(dtype=torch.bfloat16 if rounds else dtype, keeps_stored=True)
+        for name in bf16_branches(self):
+            for module in self.get_submodule(name).modules():
+                if isinstance(module, Folding):
+                    module.fold(quick)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay: biases of linear maps and everything in a norm."""

@@ -199,10 +199,12 @@ class Layout(NamedTuple):
     Attributes:
         dtype: precision of the matrix products, None for that of the weights.
         packed: whether matrices take the layout of `kernels.linear.pack`.
+        keeps_stored: whether those of weights that are stored in fewer bytes are kept, too.
     """
 
     dtype: torch.dtype | None
     packed: bool
+    keeps_stored: bool = False
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Round and pack `weight [out, in]`."""
@@ -238,7 +240,8 @@ class Folding(nn.Module):
     the weights. `train()` ends it; copies start without.
 
     Of weights that are stored in fewer bytes (`model.parametrizations`) nothing is kept: the matrices are
-    computed by every pass and freed after it, because they would take the memory that the form saves.
+    computed by every pass and freed after it, because they would take the memory that the form saves. Layouts
+    with `keeps_stored`, which are for speed, are the exception.
     """
 
     def __init__(self) -> None:
@@ -298,7 +301,15 @@ class Folding(nn.Module):
                 pending += item
 
     def _is_compact(self) -> bool:
+        layout = self._kept.layout
+        if layout is not None and layout.keeps_stored:
+            return False
         return any(getattr(module, "is_compact", False) for module in self.modules())
+
+    @property
+    def layout(self) -> Layout | None:
+        """Form of the kept matrices; None where none are kept."""
+        return self._kept.layout
 
     def _computed(self, form: str, layout: Layout) -> Any:
         with torch.inference_mode(False), torch.no_grad(), _own_precision(self):
@@ -314,3 +325,9 @@ class Folding(nn.Module):
         # The former device's memory is free at once.
         self._kept = _Kept(self._kept.layout)
         return super()._apply(fn, recurse)
+
+
+def folded_in_bf16(root: nn.Module) -> bool:
+    """Tell whether matrices below `root` are folded in bfloat16."""
+    layouts = [module.layout for module in root.modules() if isinstance(module, Folding)]
+    return any(layout is not None and layout.dtype == torch.bfloat16 for layout in layouts)

@@ -13,14 +13,14 @@ from datasets_oc20.frame_selection import spread_frames
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adapters import AdapterSettings, attach_adapter, prune_adapter
 from equiformer2.checkpoint import Checkpoint, Normalizers
-from equiformer2.checkpoint.adapter_files import Adapter, Base, write_adapter
+from equiformer2.checkpoint.adapter_files import Adapter, Base, read_adapter, write_adapter
 from equiformer2.checkpoint.contents import check_energy_kind
 from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
 from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2, ModelConfig
-from equiformer2.model.folding import plain_name
-from equiformer2.model.parametrizations import low_rank_maps
+from equiformer2.model.folding import plain_name, plain_state
+from equiformer2.model.parametrizations import LowRank, low_rank_maps
 from equiformer2.shipped import find_checkpoint
 from equiformer2.training.loader import ResumableDataModule
 from equiformer2.training.start import with_whole_model
@@ -70,16 +70,34 @@ class AdapterPart:
         file = find_checkpoint(path)
         self.settings, self.seed = settings, seed
         self.base = Base(fingerprint_of_weights(start.model), sha256(file), file.name, start.weights)
-        before = start.model.state_dict()
+        # Of matrices that the checkpoint stores in fewer bits, the weights that are computed from them.
+        before = plain_state(start.model, start.model.state_dict())
         changed = {
             name
             for name, value in model.state_dict().items()
             if name not in before or not torch.equal(value, before[name])
         }
-        self._maps = attach_adapter(model, settings, seed)
+        self._maps = attach_adapter(model, settings, seed, self._start_maps())
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         whole = {name for name in trained if "parametrizations." not in name}
         self._replaced = sorted(changed | whole)
+
+    def _start_maps(self) -> dict[str, LowRank] | None:
+        """Maps to start with; None for new ones.
+
+        Raises:
+            InputError: the file is no adapter, of another network, or changes more than its maps.
+        """
+        if self.settings.start is None:
+            return None
+        adapter = read_adapter(self.settings.start)
+        if adapter.base.fingerprint != self.base.fingerprint:
+            raise InputError(
+                f"{adapter.source} is an adapter of another network, {adapter.base.file}, and not of "
+                f"{self.base.file}: give the adapter that was written with it"
+            )
+        check_start(adapter)
+        return dict(adapter.maps)
 
     def prune(
         self,
@@ -96,6 +114,8 @@ class AdapterPart:
             loss: of a batch.
             device: to compute on.
         """
+        if self.settings.start is not None:
+            return  # its entries are chosen
         count = min(self.settings.frames, len(data.training))
         rows = spread_frames(len(data.training), count)
 
@@ -133,6 +153,15 @@ class AdapterPart:
                 energy_kind=check_energy_kind(energy_kind, str(path)),
                 provenance=provenance,
             ),
+        )
+
+
+def check_start(adapter: Adapter) -> None:
+    """Raise `InputError` for an adapter to start with that changes more of its network than its maps do."""
+    if adapter.replaced:
+        raise InputError(
+            f"{adapter.source} replaces {len(adapter.replaced)} parameters of its network, and a training "
+            "starts with maps alone: give an adapter of prune quantize --recover"
         )
 
 

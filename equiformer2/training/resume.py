@@ -157,6 +157,8 @@ class ResumeCheckpoint(Checkpoint):
         older = OlderCheckpoints(self.path, self.keep_last - 1)
         if trainer.is_global_zero and self._saved_step != trainer.global_step:
             older.keep(self._saved_step)
+        # All states are written and not the weights alone. They are read as tensors and plain values
+        # (`resume_state.read_resume_state`, `Trainer.fit(weights_only=True)`).
         trainer.save_checkpoint(self.path, weights_only=False)
         if trainer.is_global_zero:
             older.remove_surplus()

@@ -43,6 +43,7 @@ def test_all_parts_are_continued(tmp_path: Path, capsys: pytest.CaptureFixture[s
         held_out_structures=1,
         batch_size=1,
         hours=1.0,
+        recovery_steps=2,
         out=tmp_path / "out",
         results=tmp_path / "page",
     )
@@ -51,12 +52,16 @@ def test_all_parts_are_continued(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert {"float32", "int4", "search-0.5-0", "information-0.5-0", "sensitivity-0.5-0"} <= files
     assert {"pruned-int8-0", "pruned-search-0.5-0", "pruned-information-0.5-0"} <= files
     assert {"memory-float32-all-stored", "memory-int4-low_rank-recomputed"} <= files
+    assert {"recovery-int4-loftq-untrained", "recovery-int4-loftq-2-0", "recovery-int4-zero-2-0"} <= files
+    assert {"time-bf16-everywhere", "time-0.5"} <= files
     times = {path: path.stat().st_mtime_ns for path in options.out.glob("*.json")}
     precision.run(options)
     assert {path: path.stat().st_mtime_ns for path in options.out.glob("*.json")} == times
     page = (tmp_path / "page.md").read_text()
     assert "## test" in page
     assert "## Memory of a training step" in page
+    assert "## Time of a force call" in page
+    assert "an adapter recovers from int4" in page
     options.hours, options.seeds = 0.0, [0, 1]
     precision.run(options)
     assert "rows are left" in capsys.readouterr().out

@@ -113,11 +113,15 @@ def test_the_report_of_what_is_there(tmp_path: Path) -> None:
     call = {"atoms": 67, "threads": 2, "macs": 0.5, "latency": latency}
     peaks = {"peak_bytes": 2**20, "dense_peak_bytes": 2**21}
     write_json(out / "speed" / "oc20_small_multi.json", call | peaks, make_folder=True)
+    write_json(tmp_path / "results" / "adapters.json", {"command": "a b", "commit": "123"}, make_folder=True)
+    (tmp_path / "results" / "adapters.md").write_text("# Small adapters\n\nTheir table.\n\n## One\n")
     names = {path.name for path in write_study(campaign, out, tmp_path / "results")}
     assert names == {f"pruning_study{ending}" for ending in (".md", ".json", ".png", "_time.png")}
     text = (tmp_path / "results" / "pruning_study.md").read_text()
     assert "| multi | as cut | 50.0% | 50.0% | 0.1100 ± 0.0000 | 0.1100 ± 0.0000 | 2 |" in text
     assert "multi at 50%, seed 2" in text  # not computed
+    assert "# Small adapters\n\nFrom `a b`, commit 123.\n\nTheir table.\n\n## One\n" in text
+    assert "Not computed: `python -m studies.precision`." in text
     assert "| 2.00 (1.67 to 2.50) | 1.0 / 2.0 MiB |" in text
     ours = (
         "multi (oc20_small): 50% of the MACs, force MAE +10.0% teacher / +10.0% dft, a force call 2.00 times"

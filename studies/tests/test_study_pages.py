@@ -5,7 +5,7 @@ from pathlib import Path
 
 from equiformer2.pruning.analysis.pareto_report import markdown as pareto_table
 from studies import compare_v3, study_errors
-from studies.study_report import _lossless_table, _speed_table, _verdict_table
+from studies.study_report import OWN_STUDIES, _lossless_table, _own_study, _speed_table, _verdict_table
 from studies.verdicts import Verdict
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -18,7 +18,8 @@ def test_page_of_the_pruning_study() -> None:
     tables = (_verdict_table(verdicts), _lossless_table(data["lossless"]), _speed_table(data["speed"]))
     parts = [pareto_table(rows, times=False) for rows in data["studies"].values()]
     page = (RESULTS / "pruning_study.md").read_text(encoding="utf-8")
-    for part in [*parts, *("\n".join(lines) for lines in tables)]:
+    own = [_own_study(RESULTS, study, what) for study, what in OWN_STUDIES.items()]
+    for part in [*parts, *("\n".join(lines) for lines in (*tables, *own))]:
         assert part.strip() in page
 
 

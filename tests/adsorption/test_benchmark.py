@@ -190,8 +190,14 @@ def test_the_command_resumes_and_writes_one_record(
     assert (tmp_path / "out/benchmark.png").is_file()
     lines = (tmp_path / "out/relaxed.jsonl").read_text()
     assert len(lines.splitlines()) == 7  # the slab of copper and the molecule are relaxed once
-    assert run_command("adsorption benchmark", *words) == 2
+    stored = (tmp_path / "out/benchmark.json").read_bytes()
+    assert run_command("adsorption benchmark", *words, "--json") == 0  # finished
+    assert json.loads(capsys.readouterr().out) == json.loads(stored)
+    assert (tmp_path / "out/benchmark.json").read_bytes() == stored
+    assert run_command("adsorption benchmark", *words, "--steps", "5") == 2
+    assert "holds a finished benchmark with other settings (steps)" in capsys.readouterr().err
     assert run_command("adsorption benchmark", *words, "--overwrite") == 0
+    assert (tmp_path / "out/benchmark.json").read_bytes() != stored
     assert (tmp_path / "out/relaxed.jsonl").read_text() == lines
     assert "MAE (eV)" in capsys.readouterr().out
 

@@ -1,18 +1,23 @@
 """Energies over coverage: against ASE's relaxations one by one, going on, anomalies, refusals."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ase import Atoms
 from ase.calculators.emt import EMT
-from ase.io import read
+from ase.io import read, write
 from ase.optimize import LBFGS
 
+from equiformer2.adsorption.cards import verify_card
 from equiformer2.adsorption.coverage_series import (
+    CoverageRow,
     CoverageSeries,
     CoverageSettings,
+    attraction_notices,
     coverage_series,
     molecule_anomalies,
 )
@@ -20,7 +25,7 @@ from equiformer2.adsorption.named_structures import build_slab
 from equiformer2.adsorption.placements import coverage_placements
 from equiformer2.errors import InputError
 
-QUICK = CoverageSettings(placements=3, fmax=0.1, steps=60)
+QUICK = CoverageSettings(placements=3, fmax=0.1, steps=60, check_minima=0)
 
 
 def slab() -> Atoms:
@@ -84,16 +89,98 @@ def test_files(finished: tuple[Path, CoverageSeries]) -> None:
     assert f"{series.rows[1].average:.4f}" in str(series)
 
 
-def test_a_finished_series_relaxes_nothing_again(finished: tuple[Path, CoverageSeries]) -> None:
-    folder, series = finished
+def test_a_finished_series_relaxes_nothing_again(
+    finished: tuple[Path, CoverageSeries], tmp_path: Path
+) -> None:
+    series, folder = finished[1], shutil.copytree(finished[0], tmp_path / "copy")
     before = (folder / "relaxed.jsonl").read_bytes()
-    with pytest.raises(InputError, match="holds a finished series"):
-        coverage_series(slab(), "*O", EMT(), [1, 2, 4], QUICK, out=folder)
+    stored = (folder / "coverage.json").read_bytes()
+    same = coverage_series(slab(), "*O", EMT(), [4, 2, 1], QUICK, out=folder)
+    assert same.record == json.loads(stored)
+    assert [row.total for row in same.rows] == [row.total for row in series.rows]
+    assert (folder / "coverage.json").read_bytes() == stored
+    for counts, other, name in (
+        ([1, 2], QUICK, "counts"),
+        ([1, 2, 4], replace(QUICK, fmax=0.05), "fmax"),
+        ([1, 2, 4], replace(QUICK, placements=4), "placements"),
+    ):
+        with pytest.raises(InputError, match=rf"holds a finished series with other settings \({name}\)"):
+            coverage_series(slab(), "*O", EMT(), counts, other, out=folder)
+    assert (folder / "coverage.json").read_bytes() == stored
     again = coverage_series(slab(), "*O", EMT(), [1, 2], QUICK, out=folder, overwrite=True)
     assert (folder / "relaxed.jsonl").read_bytes() == before
     assert [row.total for row in again.rows] == pytest.approx([row.total for row in series.rows[:2]])
     with pytest.raises(InputError, match="holds relaxations with"):
         coverage_series(slab(), "*H", EMT(), [1], QUICK, out=folder, overwrite=True)
+
+
+def test_the_lowest_arrangement_leaves_a_saddle_point(tmp_path: Path) -> None:
+    """EMT's bridge on Cu(111) is a saddle point 0.03 eV above the hollow, where this start is."""
+    settings = replace(QUICK, placements=1, seed=4, gas_per_atom={"O": 4.6}, steps=100)
+    on_saddle = coverage_series(slab(), "*O", EMT(), [1], settings).rows[0]
+    series = coverage_series(slab(), "*O", EMT(), [1], replace(settings, check_minima=1), out=tmp_path / "s")
+    assert series.rows[0].total == pytest.approx(on_saddle.total - 0.03, abs=0.01)
+    record = json.loads((tmp_path / "s" / "coverage.json").read_text())
+    (check,) = record["saddle_check"]["checks"]
+    assert check["fell"]
+    assert check["energy_before_eV"] == pytest.approx(on_saddle.total)
+    assert check["energy_eV"] == series.rows[0].total
+    (row,) = record["arrangements"]
+    assert row["checked_by"] == check["checked_by"] == "n01-coverage-0000.check"
+    assert row["saddle_model_energy_eV"] == pytest.approx(on_saddle.best.relaxation.energy_eV)
+    before = (tmp_path / "s" / "relaxed.jsonl").read_bytes()
+    again = coverage_series(
+        slab(), "*O", EMT(), [1], replace(settings, check_minima=1), out=tmp_path / "s", overwrite=True
+    )
+    assert again.rows[0].total == series.rows[0].total
+    assert (tmp_path / "s" / "relaxed.jsonl").read_bytes() == before
+    with pytest.raises(InputError, match="check_minima is -1"):
+        CoverageSettings(check_minima=-1)
+
+
+def test_molecules_that_bind_when_displaced_are_told() -> None:
+    settings = replace(QUICK, placements=1, gas_per_atom={"O": 4.6}, steps=100, check_minima=1)
+    series = coverage_series(slab(), "*O", EMT(), [2], settings)
+    assert any(
+        "open whether n02-coverage-0000" in text and "bound to each" in text for text in series.notices
+    )
+
+
+def test_molecules_that_seem_to_attract_each_other_are_told() -> None:
+    def row(count: int, average: float | None) -> CoverageRow:
+        total = None if average is None else count * average
+        return CoverageRow(count, count / 4, total, average, None, 0, None, {})
+
+    assert attraction_notices([row(1, -1.0), row(2, -0.9), row(3, -0.91)]) == []
+    (sentence,) = attraction_notices([row(1, -1.0), row(2, None), row(3, -1.2)])
+    assert "falls from -1.000 eV with 1 in the cell to -1.200 eV with 3" in sentence
+    assert "attract each other, or it is an artefact" in sentence
+
+
+def test_the_card_is_recomputed(finished: tuple[Path, CoverageSeries], tmp_path: Path) -> None:
+    folder = finished[0]
+    card = json.loads((folder / "card.json").read_text())
+    assert card["schema"] == "adsorption-coverage-card/1"
+    assert {"label_physics", "settings", "model", "gas", "notices", "saddle_check"} <= set(card)
+    assert [one["name"] for one in card["structures"]] == ["clean_slab", "n01", "n02", "n04"]
+    rows = verify_card(folder / "card.json", EMT())
+    assert {"terms_eV.slab", "n04.total_adsorption_energy_eV", "n02.extxyz.sha256"} <= set(rows)
+    assert all(one["ok"] for one in rows.values())
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    card["coverages"][1]["total_adsorption_energy_eV"] += 0.1
+    (copy / "card.json").write_text(json.dumps(card))
+    moved = read(copy / "n04.extxyz")
+    moved.positions[-1, 2] += 0.3
+    write(copy / "n04.extxyz", moved)
+    wrong = {name for name, one in verify_card(copy / "card.json", EMT()).items() if not one["ok"]}
+    assert {"n02.total_adsorption_energy_eV", "n04.extxyz.sha256", "n04.model_energy_eV"} <= wrong
+    assert "n02.model_energy_eV" not in wrong
+    with pytest.raises(InputError, match="names no checkpoint"):
+        verify_card(folder / "card.json")
+    card["structures"][0].pop("file")
+    (copy / "card.json").write_text(json.dumps(card))
+    with pytest.raises(InputError, match="is broken: its structures"):
+        verify_card(copy / "card.json", EMT())
 
 
 def test_a_stopped_series_goes_on(tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
 """Hindered translation and rotation beside ASE's own example, and what is taken from a search."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ase import Atoms, units
+from ase.io import write
 from ase.thermochemistry import HinderedThermo
 from test_basins import slab, with_adsorbate
 
 from equiformer2.adsorption.finished_search import FinishedSearch
 from equiformer2.adsorption.hindered import HinderedMotion, hindered_motion
+from equiformer2.adsorption.neb import EnergyPath
 from equiformer2.errors import InputError
 
 # Ethane on Pt(111), the example of ASE's documentation.
@@ -90,13 +93,52 @@ def test_barriers_are_those_of_the_search(tmp_path: Path) -> None:
     area = np.linalg.norm(np.cross(*start.cell[:2])) * 1e-16
     assert motion.site_density == pytest.approx(4 / area)
     # A band between them is better than a difference, whichever way it was made.
-    (tmp_path / "neb" / "b-a").mkdir(parents=True)
-    band = {"start": "b", "end": "a", "barrier_eV": 0.3, "reverse_barrier_eV": 0.5, "converged": True}
-    (tmp_path / "neb" / "b-a" / "neb.json").write_text(json.dumps(band))
-    assert hindered_motion(found).translation_barrier == 0.5
+    band(tmp_path, "b-a", [other, start], [0.0, 0.3, -0.2])
+    assert hindered_motion(found).translation_barrier == pytest.approx(0.5)
     given = hindered_motion(found, 0.4, 0.05, 3)
     assert (given.translation_barrier, given.rotation_barrier, given.rotational_minima) == (0.4, 0.05, 3)
     assert given.sources["rotation_barrier"] == "given"
+
+
+def band(folder: Path, name: str, ends: list[Atoms], energies: list[float]) -> None:
+    """Converged path between two minima, with the barriers that `adsorption neb` counts."""
+    (folder / "neb" / name).mkdir(parents=True)
+    write(folder / "neb" / name / "neb.traj", ends)
+    path = EnergyPath(ends, np.array(energies), True, 0.01, 10, 50)
+    first, last = name.split("-")
+    record = {**path.summary(), "start": first, "end": last}
+    (folder / "neb" / name / "neb.json").write_text(json.dumps(record))
+
+
+def test_the_climb_of_a_band_begins_at_the_best_minimum(tmp_path: Path) -> None:
+    start = flat("CO", "ontop")
+    other, copy = start.copy(), start.copy()
+    other.positions[-2:] += [1.275, 0.0, 0.0]
+    copy.positions[-2:] += [2.55, 0.0, 0.0]  # on the next atom
+    found = search(tmp_path, "CO", {"a": (start, -1.0), "b": (other, -0.8), "c": (turned(start), -0.9)})
+    # It crosses another minimum, and the barrier is above the best one.
+    energies = [0.0, 0.25, 0.02, 0.5, 0.2]
+    band(tmp_path, "a-b", [start, other], energies)
+    record = json.loads((tmp_path / "neb" / "a-b" / "neb.json").read_text())
+    assert record["barrier_eV"] == pytest.approx(0.5)
+    assert record["reverse_barrier_eV"] == pytest.approx(0.3)
+    assert hindered_motion(found).translation_barrier == pytest.approx(0.5)
+    # Here it begins at a minimum between the ends, 0.01 eV below the best one.
+    shutil.rmtree(tmp_path / "neb")
+    band(tmp_path, "a-b", [start, other], [0.0, 0.1, -0.01, 0.4, 0.2])
+    record = json.loads((tmp_path / "neb" / "a-b" / "neb.json").read_text())
+    assert record["barrier_eV"] == pytest.approx(0.41)
+    assert hindered_motion(found).translation_barrier == pytest.approx(0.4)
+    # Between two copies of the best minimum it is a translation, too; a turn on the site is none.
+    band(tmp_path, "a-a", [start, copy], [0.0, 0.33, 0.0])
+    band(tmp_path, "a-c", [start, turned(start)], [0.0, 0.15, 0.1])
+    motion = hindered_motion(found)
+    assert (motion.translation_barrier, motion.rotation_barrier) == pytest.approx((0.33, 0.15))
+    assert motion.sources["translation_barrier"] == "elastic band a-a"
+    band(tmp_path, "b-a", [other, start], [-0.1, 0.2, -0.4, 0.3, 0.0])
+    with pytest.raises(InputError, match=r"image 2 of the elastic band b-a lies 0\.400 eV below the best"):
+        hindered_motion(found)
+    assert hindered_motion(found, 0.1, 0.1).translation_barrier == 0.1
 
 
 def test_rotational_minima_are_the_rotations_about_the_site(tmp_path: Path) -> None:

@@ -91,5 +91,9 @@ def test_strained_bulks_are_told() -> None:
 
 
 def test_no_minimum() -> None:
+    with pytest.raises(
+        InputError, match=r"Fe .*: EMT failed with NotImplementedError: No EMT-potential for Fe"
+    ):
+        relaxed_bulk("Fe", EMT())
     with pytest.raises(InputError, match="no minimum within 12% of its lattice constant"):
         relaxed_bulk("Cu fcc a=5.0", LennardJones(sigma=2.2, epsilon=0.4, rc=6.0))

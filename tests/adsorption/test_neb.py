@@ -112,8 +112,12 @@ def test_ends_that_are_no_ends_are_refused(ends: list[Atoms]) -> None:
         (first, first, 3, "are the same minimum"),
         (first, lifted, 3, "an atom that is held"),
         (first, last, 0, "at least 1"),
+        (first, last, 10_000, "at most 1000"),
     )
     for one, other, images, message in cases:
         with pytest.raises(InputError, match=message):
             find_path(one, other, EMT(), images=images)
+    for settings in ({"fmax": float("nan")}, {"fmax": 0.0}, {"fmax": -0.1}, {"steps": -1}):
+        with pytest.raises(InputError, match=f"{next(iter(settings))} is"):
+            find_path(first, last, EMT(), **settings)  # type: ignore[arg-type]
     assert np.allclose(first.positions, ends[0].positions)

@@ -186,6 +186,30 @@ def test_bad_starts_are_left_out_with_their_reasons() -> None:
 
 
 @pytest.mark.parametrize(
+    ("size", "vacuum", "adsorbate", "message"),
+    [
+        ((2, 2, 3), 10.0, "C60", "larger than the surface: its atom C is .* give a wider slab .--size"),
+        ((4, 4, 3), 3.2, "tall", r"is [89]\.\d Å tall, and the vacuum of the slab is 6\.4 Å: .*--vacuum"),
+    ],
+)
+def test_what_fits_nowhere_is_refused_before_a_site_is_tried(
+    size: tuple[int, int, int],
+    vacuum: float,
+    adsorbate: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chain = Atoms("C8", [[0, 0, 1.32 * number] for number in range(8)])
+    tried: list[object] = []
+    monkeypatch.setattr("equiformer2.adsorption.placements.place_adsorbate", tried.append)
+    slab = build_slab("Pt111", size, vacuum=vacuum)
+    for mode in ("symmetry", "heuristic", OC20_MODE):
+        with pytest.raises(InputError, match=message):
+            placements(slab, chain if adsorbate == "tall" else molecule(adsorbate), mode, number=40)
+    assert not tried
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"mode": "everywhere"}, "mode 'everywhere' is unknown: use one of heuristic"),

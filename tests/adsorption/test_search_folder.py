@@ -26,8 +26,6 @@ def test_overwrite_replaces_another_search_and_nothing_else(tmp_path: Path) -> N
     (tmp_path / "s" / "free_energy.json").write_text('{"schema": "adsorption-free-energy/1"}')
     with pytest.raises(InputError, match="holds a finished search"):
         search(tmp_path / "s", "*H")
-    with pytest.raises(InputError, match="holds relaxations with"):
-        search(tmp_path / "s", "*H", again=True)
     with_outcar = tmp_path / "s" / "dft" / "01" / "OUTCAR"
     with_outcar.write_text("days of work")
     before = sorted(path.name for path in (tmp_path / "s").rglob("*"))

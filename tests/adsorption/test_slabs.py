@@ -212,6 +212,7 @@ def test_all_planes() -> None:
         ({"termination": "top"}, "neither a number nor all"),
         ({"max_miller": 0, "miller": "all"}, "largest Miller index is 0"),
         ({"vacuum": 0}, "the vacuum of the slab is 0"),
+        ({"vacuum": 2.0}, r"a vacuum of 2 Å is too thin.*--vacuum"),
         ({"width": 1e9}, "the width of the slab is 1e"),
         ({"miller": "000"}, "are no Miller indices"),
     ],
@@ -337,6 +338,12 @@ def test_slab_by_name() -> None:
 def test_slabs_that_are_none(slab: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         find_slab(slab)  # type: ignore[arg-type]
+
+
+def test_a_vacuum_that_is_none_names_its_option() -> None:
+    with pytest.raises(InputError, match=r"2 Å on either side leaves 4 Å .* such as --vacuum 10"):
+        find_slab("Pt111", size=(2, 2, 3), vacuum=2.0)
+    assert find_slab("Pt111", size=(2, 2, 3), vacuum=3.1).report.vacuum == pytest.approx(6.2)
 
 
 def test_slab_with_an_adsorbate_is_refused() -> None:

@@ -13,6 +13,7 @@ from torch_geometric.data import Batch
 
 from equiformer2.checkpoint import load_checkpoint, save_checkpoint
 from equiformer2.checkpoint.checkpoint import import_checkpoint, read_contents
+from equiformer2.checkpoint.native import FORMAT_VERSION
 from equiformer2.errors import InputError
 from equiformer2.model.folding import read
 from equiformer2.model.parametrizations import stored_kinds
@@ -117,7 +118,7 @@ BROKEN = {
     "unknown weight": (unknown_weight, "do not fit"),
     "no dictionary": (lambda content: content.update(stored=[1]), "must be a dictionary"),
     "older version": (lambda content: content.update(format_version=1), "unknown parts"),
-    "newer version": (lambda content: content.update(format_version=4), "newer"),
+    "newer version": (lambda content: content.update(format_version=FORMAT_VERSION + 1), "newer"),
 }
 
 

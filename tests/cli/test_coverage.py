@@ -28,12 +28,37 @@ def test_a_coverage_series_is_one_document_with_json(capsys: pytest.CaptureFixtu
     assert rows[1]["differential_adsorption_energy_eV"] == pytest.approx(totals[1] - totals[0])
     assert printed["terms_eV"]["gas_per_molecule"] == 4.6
     assert printed["settings"]["slab"]["miller"] == [1, 1, 1]
+    assert run_command("adsorption verify", "c/card.json", "--calculator", "emt") == 0
     before = Path("c/relaxed.jsonl").read_bytes()
-    assert run_command("adsorption coverage", *EMT_CU, *options) == 2
-    assert "holds a finished series" in capsys.readouterr().err
+    assert run_command("adsorption coverage", *EMT_CU, *options) == 0
+    assert f"{totals[1]:.4f}" in capsys.readouterr().out
+    assert printed == json.loads(Path("c/coverage.json").read_text())
+    assert run_command("adsorption coverage", *EMT_CU, *options, "--seed", "3") == 2
+    assert "holds a finished series with other settings (seed)" in capsys.readouterr().err
     assert run_command("adsorption coverage", *EMT_CU, *options, "--overwrite") == 0
     assert Path("c/relaxed.jsonl").read_bytes() == before
     assert f"{totals[1]:.4f}" in capsys.readouterr().out
+
+
+def test_a_series_and_a_search_have_folders_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--adsorbate",
+        "*O",
+        "--placements",
+        "1",
+        "--steps",
+        "0",
+        "--gas",
+        "O=4.6",
+        "--check-minima",
+        "0",
+    ]
+    assert run_command("adsorption coverage", *EMT_CU, *options, "--counts", "1", "--out", "c") == 3
+    assert run_command("adsorption search", *EMT_CU, *options, "--out", "c", "--overwrite") == 2
+    assert "c holds a coverage series, and no search" in capsys.readouterr().err
+    assert run_command("adsorption search", *EMT_CU, *options, "--out", "s") == 3
+    assert run_command("adsorption coverage", *EMT_CU, *options, "--out", "s", "--overwrite") == 2
+    assert "s holds a search, and no coverage series" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -43,6 +68,7 @@ def test_a_coverage_series_is_one_document_with_json(capsys: pytest.CaptureFixtu
         (["--adsorbate", "*XY"], "no adsorbate of OC20"),
         (["--adsorbate", "*O", "--counts", "1", "--fmax", "nan"], "fmax is nan"),
         (["--adsorbate", "*O", "--gas", "C=1"], "no gas reference for O"),
+        (["--adsorbate", "C60"], "larger than the surface"),
     ],
 )
 def test_a_series_that_cannot_be(

@@ -38,12 +38,42 @@ def rows(folder: Path) -> list[dict[str, object]]:
     return sorted((row for row in placements if row["basin"] == row["id"]), key=lambda row: row["energy_eV"])
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Bytes of all files in a folder."""
+    return {str(file): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_a_finished_search_gives_its_result_again_and_changes_nothing(
+    searched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--adsorbate", "*O", "--gas", "O=4.6", "--placements", "6", "--out", searched]
+    before, record = contents(searched), json.loads((searched / "search.json").read_text())
+    capsys.readouterr()
+    assert run_command("adsorption search", *SEARCH, *options, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == record
+    assert run_command("adsorption search", *SEARCH, *options) == 0
+    assert f"adsorption energy {record['adsorption_energy_eV']:.4f} eV" in capsys.readouterr().out
+    for place, other, name in (
+        (len(options), ["--fmax", "0.05"], "fmax"),
+        (4, ["--placements", "7", *options[6:]], "placements"),
+        (len(options), ["--check-minima", "2"], "check minima"),
+        (len(options), ["--no-stop"], "stop"),
+        (2, ["--gas", "O=4.7", *options[4:]], "gas per atom"),
+        (len(options), ["--mode", "symmetry"], "mode"),
+        (0, ["--adsorbate", "*H", "--gas", "H=3.2", *options[4:]], "adsorbate"),
+        (len(options), ["--size", "2x2x4"], "slab"),
+    ):
+        assert run_command("adsorption search", *SEARCH, *options[:place], *other) == 2
+        error = capsys.readouterr().err
+        assert "holds a finished search with other settings (" in error
+        assert name in error.partition("settings (")[2].partition(")")[0].split(", ")
+    assert contents(searched) == before
+
+
 def test_a_search_is_one_document_with_json_and_is_not_done_twice(
     searched: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--adsorbate", "*O", "--gas", "O=4.6", "--placements", "6", "--out", searched]
-    assert run_command("adsorption search", *SEARCH, *options) == 2
-    assert "holds a finished search" in capsys.readouterr().err
     before = (searched / "relaxed.jsonl").read_bytes()
     assert run_command("adsorption search", *SEARCH, *options, "--overwrite", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
@@ -59,7 +89,10 @@ def test_several_adsorbates_share_the_slab(in_folder: Path) -> None:
     assert [evaluations_of_the_slab(in_folder / "both" / name) > 0 for name in ("O", "H")] == [True, False]
     clean = [read(in_folder / "both" / name / "clean_slab.extxyz").positions for name in ("O", "H")]
     assert np.allclose(*clean)
-    assert run_command("adsorption search", *SEARCH, *options) == 2  # finished
+    before_all = contents(in_folder / "both")
+    assert run_command("adsorption search", *SEARCH, *options) == 0  # finished
+    assert run_command("adsorption search", *SEARCH, *options, "--fmax", "0.2") == 2
+    assert contents(in_folder / "both") == before_all
     (in_folder / "both" / "searches.json").unlink()
     (in_folder / "both" / "H" / "search.json").unlink()
     before = [(in_folder / "both" / name / "relaxed.jsonl").read_text() for name in ("O", "H")]
@@ -153,6 +186,7 @@ def test_twins_with_a_draft(in_folder: Path, capsys: pytest.CaptureFixture[str])
     assert record["best"]["start_energy_eV"] is not None
     card = json.loads(Path("s/card.json").read_text())
     assert card["energy_std_eV"] > 0
+    assert "spread of the committee" in Path("s/report.html").read_text()
     assert run_command("adsorption verify", "s/card.json") == 0  # with the same committee
     for wrong in (["--calculator", "emt"], ["--checkpoint", "full.pt", "--precision", "bf16"]):
         rest = [*wrong, "--twin-bf16", *options[5:]]
@@ -305,6 +339,21 @@ def test_a_barrier_between_two_minima(searched: Path, capsys: pytest.CaptureFixt
     assert record["model"]["calculator"].endswith(".EMT")
     assert record["barrier_eV"] >= max(record["energies_eV"]) - 1e-9
     assert bool(record["intermediate_minima"]) == bool(record["warnings"])
+    card = json.loads((folder / "card.json").read_text())
+    assert card["barrier_eV"] == record["barrier_eV"]
+    assert len(card["structures"]) == 5
+    assert card["label_physics"]
+    assert run_command("adsorption verify", folder / "card.json", "--calculator", "emt") == 0
+    report = (searched / "report.html").read_bytes()
+    assert run_command("adsorption neb", searched, *options) == status  # finished
+    assert f"barrier {record['barrier_eV']:.4f} eV" in capsys.readouterr().out
+    assert json.loads((folder / "neb.json").read_text()) == record
+    assert (searched / "report.html").read_bytes() == report
+    assert run_command("adsorption neb", searched, *options, "--fmax", "0.3") == 2
+    assert "holds a finished path with other settings (fmax)" in capsys.readouterr().err
+    card["barrier_eV"] += 0.1
+    (folder / "card.json").write_text(json.dumps(card))
+    assert run_command("adsorption verify", folder / "card.json", "--calculator", "emt") == 3
     options = ["--calculator", "emt", "--start", first, "--end", "nothing"]
     assert run_command("adsorption neb", searched, *options) == 2
     assert "has no placement nothing" in capsys.readouterr().err
@@ -317,7 +366,10 @@ def test_a_barrier_between_two_minima(searched: Path, capsys: pytest.CaptureFixt
         (["--adsorbate", "*O", "--slab", "Qq111"], "Qq111"),
         (["--adsorbate", "*O", "--placements", "0"], "placements"),
         (["--adsorbate", "*O", "--gas", "air"], "--gas 'air'"),
+        (["--adsorbate", "*O", "--gas", "O=nan"], "--gas 'O=nan'"),
+        (["--adsorbate", "*O", "--gas", "O=inf"], "--gas 'O=inf'"),
         (["--adsorbate", "*O", "--calculator", "nothing"], "there is no calculator"),
+        (["--adsorbate", "*O", "--slab", "Fe110"], "No EMT-potential for Fe"),
     ],
 )
 def test_bad_input_is_one_sentence(

@@ -99,6 +99,12 @@ def test_relaxed_bulk(capsys: pytest.CaptureFixture[str]) -> None:
             ["--bulk", "Cu", "--miller", "111", "--check-convergence", "--calculator", "emt", "--width", "5"],
             "leave the option out",
         ),
+        (
+            ["--bulk", "Fe", "--miller", "110", "--check-convergence", "--calculator", "emt"],
+            "no energy could be calculated: Fe",
+        ),
+        (["--bulk", "Cu", "--vacuum", "2"], "--vacuum; OC20 has 20"),
+        (["--bulk", "Cu", "--adapter", "a.pt"], "--adapter has no meaning without --checkpoint"),
         (["--bulk", "Cu", "--miller", "all", "--out", "one.traj"], "is one file for 3 slabs"),
         (["--bulk", "Cu", "--miller", "111", "--out", "one.foo"], "ASE writes no structures"),
     ],

@@ -159,3 +159,58 @@ class TestDispersion:
         ):
             assert run_command("adsorption energy", *SEARCH, *placed, *options) == 2
             assert message in capsys.readouterr().err
+
+
+def test_one_file_of_corrections_serves_all(
+    carbon: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "of this project.csv"
+    file.write_text("species,eV\nCO,0.1\n*CHO,-0.2\n*OH,-0.3\nCO2,0.45\n")
+    given = ["--corrections", file]
+    assert run_command("adsorption free-energy", carbon, *EMT) == 0
+    plain = free_energy(carbon)
+    assert plain["corrections_eV"] == {}
+    capsys.readouterr()
+    assert run_command("adsorption diagram", carbon, *given, "--out", tmp_path / "d") == 0
+    assert "corrections (eV): CO +0.1, *CHO -0.2; not used here: *OH, CO2" in capsys.readouterr().out
+    drawn = json.loads((tmp_path / "d" / "diagram.json").read_text())
+    # * + CO + H+ + e- -> *CHO
+    assert drawn["steps"][0]["change_eV"] == pytest.approx(plain["free_energy_eV"] - 0.1 - 0.2)  # type: ignore[operator]
+    assert drawn["corrections_eV"] == {"CO": 0.1, "*CHO": -0.2}
+    assert drawn["corrections"]["file"] == str(file)
+    assert run_command("adsorption free-energy", carbon, *EMT, *given) == 0
+    corrected = free_energy(carbon)
+    assert corrected["free_energy_eV"] == pytest.approx(drawn["steps"][0]["change_eV"])
+    assert corrected["corrections_eV"] == pytest.approx({"CO": -0.1, "*CHO": -0.2})
+    assert corrected["corrections"] == drawn["corrections"]
+    assert run_command("adsorption diagram", carbon, "--out", tmp_path / "e") == 0
+    assert (
+        json.loads((tmp_path / "e" / "diagram.json").read_text())["corrections_eV"] == drawn["corrections_eV"]
+    )
+    capsys.readouterr()
+    assert run_command("adsorption diagram", carbon, *given, "--out", tmp_path / "f") == 2
+    assert "is corrected already: leave --corrections out" in capsys.readouterr().err
+    table = tmp_path / "orr.csv"
+    table.write_text("system,OH,O,OOH\nA,0.8,1.55,4.0\n")
+    options = ["--reaction", "orr", "--out", tmp_path / "v"]
+    assert run_command("adsorption volcano", table, *options, *given) == 0
+    (point,) = json.loads((tmp_path / "v" / "volcano.json").read_text())["points"]
+    assert point["free_energies_eV"] == pytest.approx({"OH": 0.5, "O": 1.55, "OOH": 4.0})
+    assert (
+        run_command("adsorption volcano", tmp_path / "e", tmp_path / "missing", "--out", tmp_path / "w") == 0
+    )
+    record = json.loads((tmp_path / "w" / "volcano.json").read_text())
+    assert record["corrections_eV"] == drawn["corrections_eV"]
+    # A search has them in the convention of the literature, on its card.
+    options = ["--adsorbate", "*CHO", "--gas", "molecules", "--placements", "1", *given]
+    search = [*options, "--steps", "0", "--check-minima", "0", "--out", tmp_path / "s"]
+    assert run_command("adsorption search", *SEARCH, *search) == 3
+    card = json.loads((tmp_path / "s" / "card.json").read_text())
+    found = card["conventions"]["literature"]
+    assert (found["corrections_eV"]["CO"], found["corrections_eV"]["*CHO"]) == pytest.approx((-0.1, -0.2))
+    assert card["settings"]["corrections"]["file_sha256"] == drawn["corrections"]["file_sha256"]
+    assert "corrections (eV): CO -0.1" in (tmp_path / "s" / "report.html").read_text()
+    capsys.readouterr()
+    file.write_text("CO,0.2\n")
+    assert run_command("adsorption search", *SEARCH, *search) == 2
+    assert "other settings (corrections)" in capsys.readouterr().err

@@ -428,6 +428,31 @@ def test_an_edited_checkpoint_is_one_sentence(
     assert "\n" not in str(error.value)
 
 
+class Command:
+    """Object that runs a command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("place", [("callbacks",), ("optimizer_states", 0), ("loops", "fit_loop"), ()])
+def test_code_in_a_checkpoint_to_resume_from_is_not_run(place: tuple[Any, ...], tmp_path: Path) -> None:
+    path, mark = tmp_path / "last.ckpt", tmp_path / "mark"
+    state: dict[Any, Any] = {"global_step": 1, "equiformer2": {"normalizers": {}}, "callbacks": {}}
+    state |= {"optimizer_states": [{}], "loops": {"fit_loop": {}}}
+    inside = state
+    for key in place:
+        inside = inside[key]
+    inside["more"] = Command(f"touch {mark}")
+    torch.save(state, path)
+    with pytest.raises(InputError, match=r"system, which could run code and is refused"):
+        read_resume_state(path)
+    assert not mark.exists()
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [(b"", "is empty"), (b"x" * 5000, "damaged"), (b"PK\x03\x04" + b"\0" * 500, "damaged")],

@@ -1,4 +1,4 @@
-"""Precisions of the parts of a network that fit a limit of bytes, from what each part needs."""
+"""Precisions of the parts of a network that fit a limit of bytes or time, from what each part needs."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,35 +12,42 @@ Choice = dict[str, str]
 
 
 class PartSizes:
-    """Bytes of every part in every precision, and the room that they share.
+    """Cost of every part in the precisions that it may have, and the room that the parts share.
 
     Args:
-        parts: part -> its modules.
-        shapes: module -> shape of its matrix.
-        room: bytes for all parts together.
-
-    Attributes:
-        bytes: part -> precision -> bytes in a file, at most.
+        costs: part -> precision -> bytes in a file, at most, or time.
+        room: for all parts together, in the same unit.
     """
 
-    def __init__(
-        self, parts: Mapping[str, Sequence[str]], shapes: Mapping[str, tuple[int, ...]], room: int
-    ) -> None:
-        self.room = room
-        self.bytes = {
+    def __init__(self, costs: Mapping[str, Mapping[str, int]], room: int) -> None:
+        self.costs, self.room = costs, room
+
+    @classmethod
+    def of_matrices(
+        cls, parts: Mapping[str, Sequence[str]], shapes: Mapping[str, tuple[int, ...]], room: int
+    ) -> "PartSizes":
+        """Count the bytes of every part.
+
+        Args:
+            parts: part -> its modules.
+            shapes: module -> shape of its matrix.
+            room: bytes for all parts together.
+        """
+        costs = {
             part: {p: sum(matrix_bytes(shapes[module], p) for module in modules) for p in PRECISIONS}
             for part, modules in parts.items()
         }
+        return cls(costs, room)
 
     def total(self, choice: Mapping[str, str]) -> int:
-        """Return the bytes of a choice."""
-        return sum(self.bytes[part][precision] for part, precision in choice.items())
+        """Return the cost of a choice."""
+        return sum(self.costs[part][precision] for part, precision in choice.items())
 
     def smallest(self) -> Choice:
-        """Return the choice of the fewest bytes; of equal ones the better."""
+        """Return the choice of the least cost; of equal ones the better."""
         return {
-            part: min(PRECISIONS, key=lambda precision: (sizes[precision], PRECISIONS.index(precision)))
-            for part, sizes in self.bytes.items()
+            part: min(costs, key=lambda precision: (costs[precision], PRECISIONS.index(precision)))
+            for part, costs in self.costs.items()
         }
 
     def check(self) -> None:
@@ -77,7 +84,10 @@ def by_information(sizes: PartSizes, bits: Mapping[str, float]) -> Choice:
     ranked = sorted(choice, key=lambda part: (-bits[part], part))
     for precision in ("int8", "bf16", "float32"):
         for part in ranked:
-            more = sizes.bytes[part][precision] - sizes.bytes[part][choice[part]]
+            costs = sizes.costs[part]
+            if precision not in costs:
+                continue
+            more = costs[precision] - costs[choice[part]]
             worse = PRECISIONS.index(choice[part]) > PRECISIONS.index(precision)
             if worse and sizes.total(choice) + more <= sizes.room:
                 choice[part] = precision
@@ -91,8 +101,11 @@ def filled(sizes: PartSizes, losses: Mapping[str, Mapping[str, float]], choice: 
     while True:
         best: tuple[float, str, str, int] | None = None
         for part, precision in now.items():
+            costs = sizes.costs[part]
             for other in PRECISIONS[: PRECISIONS.index(precision)]:
-                more = sizes.bytes[part][other] - sizes.bytes[part][precision]
+                if other not in costs:
+                    continue
+                more = costs[other] - costs[precision]
                 gain = losses[part][precision] ** 2 - losses[part][other] ** 2
                 if more > left or gain <= 0:
                     continue
@@ -111,11 +124,15 @@ def fitted(sizes: PartSizes, losses: Mapping[str, Mapping[str, float]], choice: 
     Args:
         sizes: bytes of the parts.
         losses: part -> precision -> loss.
-        choice: part -> precision; of more parts or fewer than there are.
+        choice: part -> precision; of more parts or fewer than there are. Precisions that a part may not have
+            become its cheapest one.
     """
     sizes.check()
     smallest = sizes.smallest()
-    now = {part: choice.get(part, smallest[part]) for part in sizes.bytes}
+    now = {
+        part: choice[part] if choice.get(part) in costs else smallest[part]
+        for part, costs in sizes.costs.items()
+    }
     while (over := sizes.total(now) - sizes.room) > 0:
         lower = [
             (
@@ -124,8 +141,8 @@ def fitted(sizes: PartSizes, losses: Mapping[str, Mapping[str, float]], choice: 
                 other,
             )
             for part, precision in now.items()
-            for other in PRECISIONS
-            if (less := sizes.bytes[part][precision] - sizes.bytes[part][other]) > 0
+            for other in sizes.costs[part]
+            if (less := sizes.costs[part][precision] - sizes.costs[part][other]) > 0
         ]
         _, part, other = min(lower)
         now[part] = other

@@ -18,6 +18,7 @@ from equiformer2.checkpoint.contents import Contents
 from equiformer2.checkpoint.native import native_content, write_native
 from equiformer2.checkpoint.training_data import inherited
 from equiformer2.model import EquiformerV2
+from equiformer2.model.branches import set_bf16_branches
 from equiformer2.model.folding import check_plain
 from equiformer2.model.parametrizations import form_of, rounded, store
 from equiformer2.pruning.precision.plan import PrecisionPlan, matrices
@@ -46,6 +47,7 @@ def compact_network(model: EquiformerV2, plan: PrecisionPlan) -> EquiformerV2:
     small = copy.deepcopy(model) if plan.pruning is None else shrink(model, plan.pruning)
     for name, precision in plan.modules:
         store(small.get_submodule(name), "weight", precision)
+    set_bf16_branches(small, plan.products)
     return small.eval()
 
 

@@ -7,6 +7,7 @@ import torch
 from torch_geometric.data import Batch, Data
 
 from equiformer2.inference import Predictor
+from equiformer2.kernels.linear import multiplies_bfloat16
 from equiformer2.model.folding import resident_bytes
 from equiformer2.pruning.calibration import unlabelled
 from equiformer2.pruning.cost.latency import compare_latency
@@ -40,21 +41,29 @@ def compare(
         `force_mae_dense_eV_A` and `force_mae_ratio` (against the labels), `ms`, `ms_dense` and `ms_ratio` (of
         one force call), `resident_bytes`, `resident_bytes_dense` (after a call), `equivariance_error`,
         `equivariance_error_dense` and `equivariance_ratio` (relative change of energies and forces under
-        rotations). None for what the network or the data do not have.
+        rotations). `ms_bf16` and `equivariance_error_bf16` are of the dense network with all products in
+        bfloat16. None for what the network, the data or the device do not have.
     """
-    figures = _errors(compact, dense, structures, batch_size)
+    bf16 = None
+    if multiplies_bfloat16(dense.device):
+        bf16 = Predictor(dense.checkpoint, dense.device, precision="bf16")
+    figures = errors(compact, dense, structures, batch_size)
     one = Batch.from_data_list([unlabelled(structures[0])])
     latency = compare_latency(lambda: compact.predict(one), lambda: dense.predict(one), repeats)
     figures |= {
         "ms": 1e3 * latency.seconds,
         "ms_dense": 1e3 * latency.dense_seconds,
         "ms_ratio": latency.ratio,
+        "ms_bf16": None if bf16 is None else _milliseconds(bf16, dense, one, repeats),
         # After calls, which leave what the network keeps for the next one.
         "resident_bytes": resident_bytes(compact.model),
         "resident_bytes_dense": resident_bytes(dense.model),
     }
-    errors = []
-    for predictor in (compact, dense):
+    turned: list[float | None] = []
+    for predictor in (compact, dense, bf16):
+        if predictor is None:
+            turned.append(None)
+            continue
         report = check_symmetries(
             predictor.predict,
             [unlabelled(structure) for structure in structures[:_ROTATED]],
@@ -62,19 +71,30 @@ def compare(
             trials=_TRIALS,
             seed=seed,
         )
-        errors.append(report.errors["rotation"].largest if "rotation" in report.errors else None)
-    figures["equivariance_error"], figures["equivariance_error_dense"] = errors
-    figures["equivariance_ratio"] = errors[0] / errors[1] if errors[0] is not None and errors[1] else None
+        turned.append(report.errors["rotation"].largest if "rotation" in report.errors else None)
+    for name, error in zip(("", "_dense", "_bf16"), turned, strict=True):
+        figures[f"equivariance_error{name}"] = error
+    figures["equivariance_ratio"] = turned[0] / turned[1] if turned[0] is not None and turned[1] else None
     return figures
 
 
-def _errors(
+def _milliseconds(predictor: Predictor, dense: Predictor, batch: Batch, repeats: int) -> float:
+    """Median time of a force call, taken in turns with the dense network's."""
+    latency = compare_latency(lambda: predictor.predict(batch), lambda: dense.predict(batch), repeats)
+    return 1e3 * latency.seconds
+
+
+def errors(
     compact: Predictor, dense: Predictor, structures: Sequence[Data], batch_size: int
 ) -> dict[str, Any]:
-    """Changes of the answers, and errors against the forces of the structures that have them."""
+    """Measure changes of the answers, and errors against the forces of the structures that have them.
+
+    Returns:
+        The figures of `compare` about forces and energies.
+    """
     energies: list[torch.Tensor] = []
     changes: list[torch.Tensor] = []
-    errors: dict[str, list[torch.Tensor]] = {"compact": [], "dense": []}
+    misses: dict[str, list[torch.Tensor]] = {"compact": [], "dense": []}
     for start in range(0, len(structures), batch_size):
         some = structures[start : start + batch_size]
         batch = Batch.from_data_list([unlabelled(structure) for structure in some])
@@ -87,13 +107,13 @@ def _errors(
         if all("forces" in structure for structure in some):
             labels = torch.cat([structure.forces for structure in some])[free].double()
             for name, out in (("compact", new), ("dense", old)):
-                errors[name].append((out["forces"][free].double() - labels).abs().flatten())
+                misses[name].append((out["forces"][free].double() - labels).abs().flatten())
 
     def mean(values: list[torch.Tensor]) -> float | None:
         numbers = torch.cat(values) if values else torch.empty(0)
         return float(numbers.mean()) if len(numbers) else None
 
-    mae, dense_mae = mean(errors["compact"]), mean(errors["dense"])
+    mae, dense_mae = mean(misses["compact"]), mean(misses["dense"])
     return {
         "force_mae_ratio": mae / dense_mae if mae is not None and dense_mae else None,
         "force_mae_eV_A": mae,

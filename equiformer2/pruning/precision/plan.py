@@ -14,6 +14,7 @@ from torch import nn
 
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2
+from equiformer2.model.branches import branch_names
 from equiformer2.model.config import ModelConfig
 from equiformer2.model.parametrizations import BITS
 from equiformer2.pruning.plan_files import PlanFile
@@ -80,9 +81,11 @@ class PrecisionPlan(PlanFile):
     Attributes:
         modules: pairs of a module's name in the dense network and `float32`, `bf16`, `int8` or `int4`.
         pruning: units that are kept; None for all.
+        products: branches of the dense network whose matrix products run in bfloat16 where the device has
+            instructions for it, such as `blocks.0.ga`. All of their matrices are stored as bfloat16.
 
     Raises:
-        InputError: a precision that does not exist, or a module that is named twice.
+        InputError: a precision that does not exist, or a module or branch that is named twice.
     """
 
     kind: ClassVar[str] = "precision plan"
@@ -90,6 +93,7 @@ class PrecisionPlan(PlanFile):
 
     modules: tuple[tuple[str, str], ...] = ()
     pruning: PruningPlan | None = None
+    products: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         pairs = tuple(sorted((str(name), precision) for name, precision in self.modules))
@@ -99,11 +103,13 @@ class PrecisionPlan(PlanFile):
                     f"precision plan: {shown_name(name)} is to be {shown(precision)}: use one of "
                     f"{', '.join(BITS)}"
                 )
-        names = [name for name, _ in pairs]
-        twice = next((name for name, other in itertools.pairwise(names) if name == other), None)
-        if twice is not None:
-            raise InputError(f"precision plan: {shown_name(twice)} is named twice")
+        branches = tuple(sorted(self.products))
+        for names in ([name for name, _ in pairs], branches):
+            twice = next((name for name, other in itertools.pairwise(names) if name == other), None)
+            if twice is not None:
+                raise InputError(f"precision plan: {shown_name(twice)} is named twice")
         object.__setattr__(self, "modules", pairs)
+        object.__setattr__(self, "products", branches)
 
     @classmethod
     def uniform(
@@ -137,10 +143,36 @@ class PrecisionPlan(PlanFile):
         pruning = None if self.pruning is None else self.pruning.checked(config)
         if pruning is not None and pruning == PruningPlan.keep_all(config).checked(config):
             pruning = None
+        named = dict(self.modules) | self._in_products(dense, known)
+        branches = branch_names(dense)
         if pruning is not None:
-            known = matrices(skeleton(pruning.applied_to(config)))
-        kept = tuple(pair for pair in self.modules if pair[0] in known and pair[1] != "float32")
-        return PrecisionPlan(kept, pruning)
+            small = skeleton(pruning.applied_to(config))
+            known, branches = matrices(small), branch_names(small)
+        kept = tuple(pair for pair in named.items() if pair[0] in known and pair[1] != "float32")
+        return PrecisionPlan(kept, pruning, tuple(name for name in self.products if name in branches))
+
+    def _in_products(self, dense: EquiformerV2, known: Mapping[str, object]) -> dict[str, str]:
+        """Precisions of the matrices that multiply in bfloat16.
+
+        Raises:
+            InputError: no such branch, or a matrix of one that is to be stored otherwise.
+        """
+        given, found = dict(self.modules), {}
+        for branch in self.products:
+            if branch not in branch_names(dense):
+                raise InputError(
+                    f"precision plan: {shown_name(branch)} cannot multiply in bfloat16: branches are "
+                    "blocks.N.ga and blocks.N.ffn"
+                )
+            for name in known:
+                if name.startswith(f"{branch}."):
+                    if given.get(name, "bf16") != "bf16":
+                        raise InputError(
+                            f"precision plan: {name} is to be {given[name]}, and {branch} multiplies in "
+                            "bfloat16: leave one out"
+                        )
+                    found[name] = "bf16"
+        return found
 
     def after(self, first: PruningPlan) -> PrecisionPlan:
         """Return one plan for a pruning and then this plan.
@@ -164,20 +196,14 @@ class PrecisionPlan(PlanFile):
         values: dict[str, Any] = {**self.header(), "modules": dict(self.modules)}
         if self.pruning is not None:
             values["pruning"] = self.pruning.to_dict()
+        if self.products:
+            values["products"] = list(self.products)
         return values
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "the precision plan") -> PrecisionPlan:
-        """Read the plain values of `to_dict`.
-
-        Args:
-            values: mapping as `to_dict` gives it.
-            source: name of their origin for errors.
-
-        Raises:
-            InputError: naming `source` and the key that is missing, unknown or of the wrong kind.
-        """
-        cls.check_keys(values, ("modules", "pruning"), source)
+        """Read the plain values of `to_dict`; see `PlanFile.from_dict`."""
+        cls.check_keys(values, ("modules", "pruning", "products"), source)
         modules = values.get("modules")
         if not isinstance(modules, Mapping) or not all(isinstance(name, str) for name in modules):
             raise InputError(f"{source}: modules must be a dictionary of names and precisions")
@@ -186,8 +212,13 @@ class PrecisionPlan(PlanFile):
         pruning = None
         if "pruning" in values:
             pruning = PruningPlan.from_dict(values["pruning"], f"{source}: pruning")
+        products = values.get("products", [])
+        if not isinstance(products, list | tuple) or not all(isinstance(name, str) for name in products):
+            raise InputError(f"{source}: products must be a list of names of branches")
+        if len(products) > _MOST_MODULES:
+            raise InputError(f"{source} names {len(products)} branches: at most {_MOST_MODULES} are read")
         try:
-            return cls(tuple(modules.items()), pruning)
+            return cls(tuple(modules.items()), pruning, tuple(products))
         except InputError as error:
             raise InputError(f"{source}: {str(error).removeprefix('precision plan: ')}") from error
 

@@ -9,7 +9,8 @@ before it alone, so that a search that was killed ends as one that was not.
 
 from __future__ import annotations
 
-import json
+import math
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
 from equiformer2.model import EquiformerV2
+from equiformer2.pruning.fingerprints import as_stored, check_same_work
 from equiformer2.pruning.precision.allocation import (
     PRECISIONS,
     Choice,
@@ -31,8 +33,9 @@ from equiformer2.pruning.precision.allocation import (
     by_sensitivity,
     fitted,
 )
+from equiformer2.pruning.precision.products import Timing
 from equiformer2.pruning.structured.plan import PruningPlan
-from equiformer2.values import Items, Number, Optional, Whole, mapping, shown
+from equiformer2.values import Items, Number, Optional, Whole, mapping
 
 _FORMAT = "equiformer2.precision_search"
 _VERSION = 1
@@ -79,7 +82,7 @@ class PrecisionState:
         path: file that is written after every measurement; None keeps it in memory.
         sensitivity: part -> precision -> loss, eV.
         prunings: plans of the pruned networks, in their order; None for the dense one.
-        ratios: their measured times over that of the dense network; None where time has no limit.
+        timings: their measured times; None where time has no limit.
         count: number of trials; None until it is decided.
         trials: evaluated choices, in their order.
     """
@@ -88,7 +91,7 @@ class PrecisionState:
     path: Path | None = None
     sensitivity: dict[str, dict[str, float]] = field(default_factory=dict)
     prunings: list[PruningPlan | None] | None = None
-    ratios: list[float | None] = field(default_factory=list)
+    timings: list[Timing | None] = field(default_factory=list)
     count: int | None = None
     trials: list[Trial] = field(default_factory=list)
 
@@ -105,7 +108,7 @@ class PrecisionState:
             "fingerprint": self.fingerprint,
             "sensitivity": self.sensitivity,
             "prunings": plans,
-            "ratios": self.ratios,
+            "timings": [None if timing is None else asdict(timing) for timing in self.timings],
             "count": self.count,
             "trials": [asdict(trial) for trial in self.trials],
         }
@@ -122,7 +125,7 @@ class PrecisionState:
         Raises:
             InputError: the file is no such state, or one of another search; the difference is named.
         """
-        fingerprint = json.loads(json.dumps(fingerprint))  # tuples become lists
+        fingerprint = as_stored(fingerprint)
         path = None if path is None else Path(path)
         if path is None or not path.exists():
             return cls(fingerprint, path)
@@ -132,12 +135,7 @@ class PrecisionState:
             raise InputError(
                 f"{path} is no state of a search for precisions ({error}): give another file or remove it"
             ) from error
-        for key in sorted({*fingerprint, *state.fingerprint}):
-            if fingerprint.get(key) != state.fingerprint.get(key):
-                raise InputError(
-                    f"{path} is the state of another search: {key} was {shown(state.fingerprint.get(key))} "
-                    f"and is {shown(fingerprint.get(key))} now; give another file or remove it"
-                )
+        check_same_work(path, state.fingerprint, fingerprint)
         return state
 
     @classmethod
@@ -156,15 +154,15 @@ class PrecisionState:
             if not isinstance(plans, list):
                 raise InputError("prunings must be a list")
             plans = [None if plan is None else PruningPlan.from_dict(plan, "prunings") for plan in plans]
-        ratios = Items(Optional(Number(0, 1e6))).read(values.get("ratios"), "ratios")
-        if len(ratios) != len(plans or ()):
-            raise InputError("ratios must be as many as prunings")
+        timings = Items(Optional(Timing)).read(values.get("timings", [None] * len(plans or ())), "timings")
+        if len(timings) != len(plans or ()):
+            raise InputError("timings must be as many as prunings")
         return cls(
             fingerprint=dict(mapping(values.get("fingerprint"), "fingerprint")),
             path=path,
             sensitivity=losses,
             prunings=plans,
-            ratios=ratios,
+            timings=timings,
             count=Optional(Whole(1, 100_000)).read(values.get("count"), "count"),
             trials=Items(Trial).read(values.get("trials"), "trials"),
         )
@@ -176,17 +174,17 @@ class Base:
 
     Attributes:
         pruning: plan of the network; None for the dense one.
-        model: the network, with plain weights.
-        parts: part -> its modules.
-        sizes: bytes of the parts and the room for them.
-        ratio: measured time over that of the dense network; None where time has no limit.
+        model: the network, with plain weights, folded.
+        parts: part -> its modules; with a limit of time alone, parts are branches.
+        sizes: bytes or times of the parts and the room for them.
+        timing: measured time; None where time has no limit.
     """
 
     pruning: PruningPlan | None
     model: EquiformerV2
     parts: Mapping[str, Sequence[str]]
     sizes: PartSizes
-    ratio: float | None = None
+    timing: Timing | None = None
 
     def modules(self, choice: Mapping[str, str]) -> dict[str, str]:
         """Return module -> precision for part -> precision."""
@@ -198,9 +196,10 @@ class PrecisionSearch:
 
     Args:
         bases: networks to choose from, at least one; the smallest choice of each fits.
+        losses: part -> precision -> loss with this part alone in it, eV.
         information: part -> mutual information, bits.
         evaluate: loss of a choice for a network, eV.
-        state: with the sensitivities; trials in it are not evaluated again.
+        state: trials in it are not evaluated again.
         seed: random seed.
         progress: show a progress bar.
 
@@ -211,13 +210,14 @@ class PrecisionSearch:
     def __init__(
         self,
         bases: Sequence[Base],
+        losses: Mapping[str, Mapping[str, float]],
         information: Mapping[str, float],
         evaluate: Callable[[Base, Mapping[str, str]], float],
         state: PrecisionState,
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        self.bases, self.information, self.evaluate = bases, information, evaluate
+        self.bases, self.losses, self.information, self.evaluate = bases, losses, information, evaluate
         self.state, self.seed, self.progress = state, seed, progress
         for trial in state.trials:
             if trial.base >= len(bases) or set(trial.precisions) != set(bases[trial.base].parts):
@@ -227,7 +227,7 @@ class PrecisionSearch:
 
     def starts(self) -> list[tuple[int, Choice, str]]:
         """List the first trials: by sensitivity for every network, by information for the first."""
-        losses = self.state.sensitivity
+        losses = self.losses
         chosen = [
             (index, by_sensitivity(base.sizes, losses), "sensitivity")
             for index, base in enumerate(self.bases)
@@ -235,8 +235,12 @@ class PrecisionSearch:
         chosen.insert(1, (0, by_information(self.bases[0].sizes, self.information), "information"))
         return chosen
 
-    def run(self, count: int) -> Trial:
+    def run(self, count: int, end: float = math.inf) -> Trial:
         """Evaluate choices until there are `count` trials, at least the first ones.
+
+        Args:
+            count: number of trials.
+            end: time, s of `time.monotonic`, by which the trials are over; at least one is made.
 
         Returns:
             The trial of the least loss; of equal ones the earliest.
@@ -246,20 +250,25 @@ class PrecisionSearch:
         with tqdm(
             desc="precisions", unit="trials", total=total, initial=len(trials), disable=not self.progress
         ) as bar:
+            longest = 0.0
             while len(trials) < total:
+                begin = time.monotonic()
+                if trials and begin + longest > end:
+                    break
                 number = len(trials)
                 base, choice, source = starts[number] if number < len(starts) else self._proposed(number)
                 known = [t.loss for t in trials if t.base == base and t.precisions == choice]
                 loss = known[0] if known else min(self.evaluate(self.bases[base], choice), _WORST)
                 trials.append(Trial(base, choice, loss, source))
                 self.state.save()
+                longest = max(longest, time.monotonic() - begin)
                 bar.update()
                 bar.set_postfix(best=f"{min(trial.loss for trial in trials):.4f} eV")
         return min(trials, key=lambda trial: trial.loss)
 
     def _proposed(self, number: int) -> tuple[int, Choice, str]:
         """Propose a choice that was not tried: that of the estimator, else one with a few random changes."""
-        losses, rng = self.state.sensitivity, np.random.default_rng((self.seed, number))
+        losses, rng = self.losses, np.random.default_rng((self.seed, number))
         base, wanted = self._asked(number)
         tried = [(trial.base, trial.precisions) for trial in self.state.trials]
         choice = fitted(self.bases[base].sizes, losses, wanted)
@@ -267,17 +276,20 @@ class PrecisionSearch:
             if (base, choice) not in tried:
                 break
             part = list(choice)[int(rng.integers(len(choice)))]
-            wanted = {**choice, part: PRECISIONS[int(rng.integers(len(PRECISIONS)))]}
+            others = list(self.bases[base].sizes.costs[part])
+            wanted = {**choice, part: others[int(rng.integers(len(others)))]}
             choice = fitted(self.bases[base].sizes, losses, wanted)
         return base, choice, "search"
 
     def _asked(self, number: int) -> tuple[int, Choice]:
         """Ask the estimator, which is told all trials so far."""
         optuna = import_optuna()
-        parts = list(self.bases[0].parts)
+        costs = self.bases[0].sizes.costs
+        parts = list(costs)
+        choices = {part: [p for p in PRECISIONS if p in costs[part]] for part in parts}
         distributions = {
             "pruning": optuna.distributions.CategoricalDistribution(range(len(self.bases))),
-            **{part: optuna.distributions.CategoricalDistribution(PRECISIONS) for part in parts},
+            **{part: optuna.distributions.CategoricalDistribution(choices[part]) for part in parts},
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -288,7 +300,7 @@ class PrecisionSearch:
                 # Parts that a network does not have count as the smallest.
                 values = {
                     "pruning": trial.base,
-                    **{p: trial.precisions.get(p, PRECISIONS[-1]) for p in parts},
+                    **{p: trial.precisions.get(p, choices[p][-1]) for p in parts},
                 }
                 study.add_trial(
                     optuna.trial.create_trial(params=values, distributions=distributions, value=trial.loss)

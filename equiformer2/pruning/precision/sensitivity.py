@@ -8,8 +8,10 @@ that holds the part tell about the energy and about the forces.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
@@ -24,6 +26,8 @@ from equiformer2.pruning.stored_passes import StoredPasses
 
 LOWER = ("bf16", "int8", "int4")
 """Precisions below float32, best first."""
+#: Steps of the numbers over the largest of a row: half a step is rounded away at most.
+_STEPS = {"bf16": 2**-8, "int8": 1 / 127, "int4": 1 / 7}
 _BINS = 8
 _SHUFFLES = 3
 
@@ -72,9 +76,13 @@ class RoundedTrials:
             return self.calibration.errors(index, self.model, **given)
 
         device = self.calibration.batches[0].pos.device
-        with as_rounded(self.model, precisions):
+        with self.changed(precisions):
             rows = list(map_batches(run, self.batches, count=len(self.batches), device=device))
         return self.calibration.loss_on(self.batches, dict(zip(self.batches, rows, strict=True)))
+
+    def changed(self, precisions: Mapping[str, str]) -> AbstractContextManager[None]:
+        """Context in which the network is that of a trial."""
+        return as_rounded(self.model, precisions)
 
     def _block_of(self, module: str) -> int:
         """First block that a change of a module reaches; -1 where all are."""
@@ -89,6 +97,8 @@ def measure_sensitivity(
     parts: Mapping[str, Sequence[str]],
     known: Mapping[str, Mapping[str, float]] | None = None,
     done: Callable[[str, str, float], None] | None = None,
+    lower: Sequence[str] = LOWER,
+    end: float = math.inf,
 ) -> dict[str, dict[str, float]]:
     """Measure the loss with one part at a time in each lower precision.
 
@@ -97,21 +107,50 @@ def measure_sensitivity(
         parts: part -> its modules.
         known: results of an earlier call, which are not measured again.
         done: called with part, precision and loss of every new measurement.
+        lower: the precisions to measure, best first. The last one, which tells most, is measured first.
+        end: time after which none is begun, s of `time.monotonic`; what is left is estimated.
 
     Returns:
         Part -> precision -> loss, eV; 0 for float32.
     """
     losses = {part: {"float32": 0.0, **(known or {}).get(part, {})} for part in parts}
-    if any(precision not in found for found in losses.values() for precision in LOWER):
+    if any(precision not in found for found in losses.values() for precision in lower):
         trials.store_passes()
-    for part, modules in parts.items():
-        for precision in LOWER:
+    for precision in reversed(lower):
+        for part, modules in parts.items():
             if precision in losses[part]:
                 continue
+            if time.monotonic() > end:
+                return estimated(losses, lower)
             loss = losses[part][precision] = trials.loss(dict.fromkeys(modules, precision))
             if done is not None:
                 done(part, precision, loss)
     return losses
+
+
+def estimated(
+    losses: Mapping[str, Mapping[str, float]], lower: Sequence[str] = LOWER
+) -> dict[str, dict[str, float]]:
+    """Fill in losses that were not measured: the median of the other parts', or by the size of the steps.
+
+    Args:
+        losses: part -> precision -> loss, without some.
+        lower: the precisions that every part is to have.
+
+    Returns:
+        All losses.
+    """
+    medians: dict[str, float] = {}
+    for precision in reversed(lower):
+        known = [row[precision] for row in losses.values() if precision in row]
+        if known:
+            medians[precision] = float(np.median(known))
+        elif medians:
+            coarser, loss = next(reversed(medians.items()))
+            medians[precision] = loss * _STEPS[precision] / _STEPS[coarser]
+        else:
+            medians[precision] = _STEPS[precision]
+    return {part: {**medians, **row} for part, row in losses.items()}
 
 
 def mutual_information(

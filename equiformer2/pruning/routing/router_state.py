@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from equiformer2.checkpoint.tensor_files import read_tensors
 from equiformer2.errors import InputError
 from equiformer2.files import write_bytes
+from equiformer2.pruning.fingerprints import as_stored, check_same_work
 from equiformer2.pruning.routing.schedule_objective import Measurement
 from equiformer2.pruning.routing.sparsity_schedule import Objective
 from equiformer2.values import Items, Number, Whole, mapping, shown
@@ -42,7 +42,7 @@ class RoutingState:
     """
 
     def __init__(self, path: Path | None, fingerprint: Mapping[str, Any]) -> None:
-        self.path, self.fingerprint = path, json.loads(json.dumps(fingerprint))
+        self.path, self.fingerprint = path, as_stored(fingerprint)
         self.tried: dict[str, dict[tuple[tuple[float, ...], int], Measurement]] = {}
         self._saved, self._lock = time.monotonic(), Lock()
         self.training: dict[str, Any] | None = None
@@ -118,12 +118,7 @@ class RoutingState:
             raise InputError(
                 f"{path} is no state of a router ({error}): give another file or remove it"
             ) from error
-        for key in sorted({*known, *self.fingerprint}):
-            if known.get(key) != self.fingerprint.get(key):
-                raise InputError(
-                    f"{path} is the state of another router: {key} was {shown(known.get(key))} and is "
-                    f"{shown(self.fingerprint.get(key))} now; give another file or remove it"
-                )
+        check_same_work(path, known, self.fingerprint, "router")
 
     @staticmethod
     def _read_trial(item: Any) -> tuple[tuple[tuple[float, ...], int], Measurement]:

@@ -195,18 +195,7 @@ class PruningPlan(PlanFile):
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "the pruning plan") -> PruningPlan:
-        """Read the plain values of `to_dict`.
-
-        Args:
-            values: mapping as `to_dict` gives it.
-            source: name of their origin for errors.
-
-        Returns:
-            The plan.
-
-        Raises:
-            InputError: naming `source` and the key that is missing, unknown or of the wrong kind.
-        """
+        """Read the plain values of `to_dict`; see `PlanFile.from_dict`."""
         cls.check_keys(values, [field.name for field in dataclasses.fields(cls)], source)
         blocks = values.get("blocks")
         if not isinstance(blocks, list | tuple):

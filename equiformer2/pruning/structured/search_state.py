@@ -1,12 +1,12 @@
 """State of a search for a plan between two steps, and its file."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
+from equiformer2.pruning.fingerprints import as_stored, check_same_work
 from equiformer2.pruning.structured.plan import PruningPlan
 from equiformer2.values import Items, Number, Optional, Rule, Switch, Whole, mapping
 
@@ -140,12 +140,5 @@ class SearchState:
             raise InputError(
                 f"{path} is no state of a pruning search ({error}): give another file or remove it"
             ) from error
-        # Through JSON, because tuples come back as lists.
-        present = json.loads(json.dumps(fingerprint))
-        for key in sorted({*present, *state.fingerprint}):
-            if present.get(key) != state.fingerprint.get(key):
-                raise InputError(
-                    f"{path} is the state of another search: {key} was {state.fingerprint.get(key)!r} and is "
-                    f"{present.get(key)!r} now; give another file or remove it"
-                )
+        check_same_work(path, state.fingerprint, as_stored(fingerprint))
         return state

@@ -23,7 +23,7 @@ BITS = {"a": 0.1, "b": 0.2, "c": 0.3}
 
 
 def sizes(megabytes: float) -> PartSizes:
-    return PartSizes(PARTS, SHAPES, int(1e6 * megabytes))
+    return PartSizes.of_matrices(PARTS, SHAPES, int(1e6 * megabytes))
 
 
 @pytest.mark.parametrize(
@@ -58,5 +58,5 @@ def test_a_room_that_is_too_small_is_refused():
 
 def test_small_matrices_stay_float32_where_their_scales_take_more_than_they_save():
     assert matrix_bytes((4, 4), "int4") > matrix_bytes((4, 4), "float32")
-    small = PartSizes({"x": ["x"]}, {"x": (4, 4)}, 10_000)
+    small = PartSizes.of_matrices({"x": ["x"]}, {"x": (4, 4)}, 10_000)
     assert small.smallest() == {"x": "float32"}

@@ -21,6 +21,7 @@ from equiformer2.pruning import PruningPlan
 from equiformer2.pruning.precision.compact import FileSize
 from equiformer2.pruning.precision.plan import PrecisionPlan
 from equiformer2.pruning.precision.quantize_request import QuantizeRequest, quantize
+from equiformer2.pruning.precision.sensitivity import estimated
 
 #: Large enough that numbers, not names, make up most of the file.
 WIDE = {"sphere_channels": 32, "attn_hidden_channels": 32, "ffn_hidden_channels": 48, "edge_channels": 32}
@@ -106,6 +107,27 @@ def test_a_killed_search_ends_as_one_that_was_not(folder: Path, searched: dict[s
         quantize(request(folder, targets=("bytes=0.3",)), tmp_path / "a.pt", tmp_path / "state.json")
 
 
+def test_a_search_without_time_ends_with_its_first_trial(folder: Path, tmp_path: Path):
+    pytest.importorskip("optuna")
+    found = quantize(
+        request(folder, targets=("bytes=0.3",), keep=(), max_minutes=1e-9), tmp_path / "a.pt", progress=False
+    )
+    search = found["search"]
+    assert (len(search["trials"]), search["trials_planned"]) == (1, 6)
+    parts = search["sensitivity"]
+    assert search["sensitivities_estimated"] == 3 * len(parts)
+    assert all(0 == row["float32"] < row["bf16"] < row["int8"] < row["int4"] for row in parts.values())
+    assert found["missed"] == []
+    load_checkpoint(tmp_path / "a.pt")
+
+
+def test_losses_that_were_not_measured_are_estimated():
+    measured = {"a": {"float32": 0.0, "int4": 2.0, "int8": 0.3}, "b": {"int4": 4.0}, "c": {"int4": 6.0}}
+    found = estimated(measured)
+    assert found["a"] == {"float32": 0.0, "int4": 2.0, "int8": 0.3, "bf16": pytest.approx(0.3 * 127 / 256)}
+    assert (found["b"]["int8"], found["c"]["int4"]) == (0.3, 6.0)
+
+
 def test_the_file_serves_the_calculator_and_training(folder: Path, searched: dict[str, Any]):
     from ase.build import add_adsorbate, fcc111
 
@@ -185,7 +207,7 @@ def test_bad_input_is_refused_in_a_sentence(folder: Path, tmp_path: Path):
         ({"targets": ("bytes=1.4",)}, "not understood"),
         ({"targets": ("macs=0.4",)}, "not understood"),
         ({"targets": ("bytes=0.4", "bytes=0.5")}, "not understood"),
-        ({"targets": ("latency=0.000001",)}, "cannot be met: pruning ends at"),
+        ({"targets": ("latency=0.000001",)}, "cannot be met: no choice takes less than .* of the time"),
         ({"uniform": "int8", "data": (str(tmp_path / "held.lmdb"),)}, "has a free atom"),
         ({"uniform": "int8", "checkpoint": str(tmp_path / "int8.pt")}, "in fewer bytes already"),
         ({"plan": PrecisionPlan((("softmax", "int8"),))}, "stay float32"),
@@ -202,6 +224,7 @@ def test_bad_input_is_refused_in_a_sentence(folder: Path, tmp_path: Path):
         ({"uniform": "int8", "keep": (1.5,)}, "above 0 and below 1"),
         ({"uniform": "int8", "trials": 0}, "at least 1"),
         ({"uniform": "int8", "minutes": 0.0}, "more than 0"),
+        ({"uniform": "int8", "max_minutes": -1.0}, "more than 0"),
         ({"uniform": "int8", "structures": 0}, "at least 1"),
     ]:
         with pytest.raises(InputError, match=message):

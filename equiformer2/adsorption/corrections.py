@@ -1,0 +1,142 @@
+"""Corrections of energies by species, from one file that serves several searches.
+
+Functionals are wrong for some gases, solvents bind some adsorbates, and a fit against DFT shifts others: such
+numbers are the user's, and each is named wherever it has changed an energy.
+"""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets_oc20.untrusted import AnyPath, read_json, read_text
+from equiformer2.checkpoint.tensor_files import sha256
+from equiformer2.errors import InputError
+from equiformer2.files import as_input_error
+
+#: eV; larger ones are total energies, or in other units.
+_LARGEST = 20.0
+_NAME = re.compile(r"\*?[A-Z][A-Za-z0-9*()-]*")
+#: Gases whose energies come from those of others by experiment.
+_BY_EXPERIMENT = ("O2", "CO2")
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """Energies that are added to those of species, eV.
+
+    Attributes:
+        species: by name; a star in front means an adsorbate (`*OH`), none a gas (`CO`).
+        file: that they were read from; empty for those that were given in Python.
+        file_sha256: of it.
+
+    Raises:
+        InputError: a name that is none, or no finite energy of a likely size.
+    """
+
+    species: Mapping[str, float] = field(default_factory=dict)
+    file: str = ""
+    file_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        where = f"{self.file}: " if self.file else ""
+        for name, value in self.species.items():
+            if not _NAME.fullmatch(name):
+                raise InputError(
+                    f"{where}{name!r} is no species: name gases (CO) and, with a star, adsorbates (*OH)"
+                )
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not math.isfinite(value) or abs(value) > _LARGEST:
+                raise InputError(
+                    f"{where}the correction of {name} is {value!r}: give eV, at most {_LARGEST:g}"
+                )
+
+    @classmethod
+    def read(cls, path: AnyPath) -> "Corrections":
+        """Read a JSON object of energies by species, or a CSV file with the columns species and eV.
+
+        Raises:
+            InputError: something else, a species twice, or as `Corrections`.
+            OSError: the file is missing or unreadable.
+        """
+        with as_input_error():
+            if Path(path).suffix.lower() == ".json":
+                found = read_json(path)
+                if not isinstance(found, dict):
+                    raise InputError(f"{path} is no JSON object of energies by species")
+                pairs = list(found.items())
+            else:
+                pairs = list(cls._rows(path, read_text(path)))
+        names = [name for name, _ in pairs]
+        if not names or len(set(names)) < len(names):
+            again = next((name for name in names if names.count(name) > 1), None)
+            problem = "holds no species" if again is None else f"gives {again} twice"
+            raise InputError(f"{path} {problem}: give every species once, such as *OH,-0.3")
+        return cls(dict(pairs), str(path), sha256(path))
+
+    @classmethod
+    def recorded(cls, summary: Any) -> "Corrections":
+        """Make the corrections of a `summary` in a record; none for a record without."""
+        known = summary if isinstance(summary, Mapping) else {}
+        values = (str(known.get(key) or "") for key in ("file", "file_sha256"))
+        return cls(known.get("species_eV") or {}, *values)
+
+    @staticmethod
+    def _rows(path: AnyPath, text: str) -> Iterator[tuple[str, float]]:
+        """Species and energies of a CSV file."""
+        try:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline=""))]
+        except csv.Error as error:
+            raise InputError(f"{path} is no CSV file ({error})") from error
+        numbered = [(number, row) for number, row in enumerate(rows, 1) if any(row)]
+        if numbered and numbered[0][1][0].lower() in ("species", "name"):
+            numbered = numbered[1:]
+        for number, row in numbered:
+            try:
+                name, value = row
+                yield name, float(value)
+            except ValueError:
+                raise InputError(
+                    f"{path}, row {number} is no species with an energy in eV, such as *OH,-0.3"
+                ) from None
+
+    def of(self, adsorbate: str, gases: Mapping[str, float], electrons: float) -> dict[str, float]:
+        """Contributions to the energy of formation of an adsorbate, eV by species, without those that are 0.
+
+        Args:
+            adsorbate: its name, with or without a star.
+            gases: molecules that are used up, by formula; negative for those that are set free.
+            electrons: pairs of proton and electron that are used up, each half an H2.
+        """
+        own = f"*{adsorbate.lstrip('*')}"
+        used = {**gases, "H2": gases.get("H2", 0.0) + electrons / 2.0}
+        found = {name: -number * self.species[name] for name, number in used.items() if name in self.species}
+        if own in self.species:
+            found[own] = self.species[own]
+        return {name: float(value) for name, value in found.items() if value}
+
+    def told(self, used: Iterable[str]) -> str:
+        """Say which corrections have changed an energy, and which have not; empty without any."""
+        used = set(used)
+        said = [correction_text({name: value for name, value in self.species.items() if name in used})]
+        others = [name for name in self.species if name not in used]
+        if others:
+            said.append(f"not used here: {', '.join(others)}")
+        if set(others) & set(_BY_EXPERIMENT):
+            said.append("O2 and CO2 come from H2O, H2 and CO by reaction energies of experiment")
+        return "; ".join(filter(None, said))
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for a JSON record."""
+        return {"species_eV": dict(self.species), "file": self.file, "file_sha256": self.file_sha256}
+
+
+def correction_text(species: Mapping[str, float] | None) -> str:
+    """Write corrections for a figure or a terminal; empty without any."""
+    if not species:
+        return ""
+    return "corrections (eV): " + ", ".join(f"{name} {value:+.3g}" for name, value in species.items())
