@@ -305,7 +305,8 @@ class ExpertFile:
             self._reader = _Reader(file, self.source, self._count, len(self._listed))
         except SafetensorError as error:
             raise InputError(f"{self.source} is damaged and cannot be read ({error})") from error
-        self._reader.bytes_read = _header_bytes(Path(path))
+        with as_input_error(), open_regular(path) as start:
+            self._reader.bytes_read = 8 + int.from_bytes(start.read(8), "little")
 
     @property
     def bytes_read(self) -> int:
@@ -355,12 +356,6 @@ class ExpertFile:
             experts=kept,
             bytes_read=self.bytes_read,
         )
-
-
-def _header_bytes(path: Path) -> int:
-    """Count the bytes in front of the tensors."""
-    with as_input_error(), open_regular(path) as file:
-        return 8 + int.from_bytes(file.read(8), "little")
 
 
 def _metadata(path: Path) -> dict[str, Any]:

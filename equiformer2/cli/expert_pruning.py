@@ -78,7 +78,6 @@ class Prune(Command):
         from equiformer2.checkpoint.expert_files import read_experts, write_experts
         from equiformer2.experts.prune import (
             PruneSettings,
-            describe,
             foreign_structures,
             measure,
             prune_experts,
@@ -92,7 +91,7 @@ class Prune(Command):
         contents = read_experts(options.checkpoint)
         given = read_structures(data, options.structures, options.seed) if data else []
         pruned, record = prune_experts(contents, options.task, settings, given, options.weights)
-        print(describe(record))
+        print(self._chosen(record))
         record |= measure(contents, pruned, options.task, given, options.weights, progress=True)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_experts(options.out, pruned)
@@ -106,25 +105,36 @@ class Prune(Command):
             "bytes_before": sizes[0],
         }
         write_json(summary_file, record)
-        print(_measured(record))
+        print(self._measured(record))
         for each in flagged:
             print(f"{each['sid']}/{each['fid']} (sid/fid): {each['text']}")
         share = sizes[1] / sizes[0]
         print(f"{options.out}: {sizes[1]:,} bytes, {share:.1%} of {sizes[0]:,}; summary in {summary_file}")
         return Result(record)
 
+    @staticmethod
+    def _chosen(record: dict[str, Any]) -> str:
+        """Lines about the experts that stay and the bound."""
+        kept = ", ".join(map(str, record["kept"]))
+        return (
+            f"experts {kept} of {record['num_experts']} stay for {record['task']} ({record['method']}), with "
+            f"at least {record['kept_share']:.1%} of the coefficients of {record['systems']} compositions\n"
+            f"bound of the change of the weights: {record['bound_relative']:.1%} of their norm "
+            f"({record['bound']:.4g}); the change is {record['weight_change_relative']:.1%}"
+        )
 
-def _measured(record: dict[str, Any]) -> str:
-    """Sentence about the measured change."""
-    change = record["measured_change_eV_A"]
-    if record["measured_change_eV"] is None:
-        return "no structures to measure the change on: the checkpoint holds none, so give --data"
-    energy = f"energies {record['measured_change_eV']:.4f} eV"
-    forces = "" if change is None else f"forces of free atoms {change:.4f} eV/Å, "
-    text = f"measured change on {record['systems']} structures (mean absolute): {forces}{energy}"
-    if record["force_mae_ratio"] is not None:
-        text += f"; force MAE {record['force_mae_eV_A']:.4f} eV/Å ({record['force_mae_ratio'] - 1:+.2%})"
-    return text
+    @staticmethod
+    def _measured(record: dict[str, Any]) -> str:
+        """Sentence about the measured change."""
+        change = record["measured_change_eV_A"]
+        if record["measured_change_eV"] is None:
+            return "no structures to measure the change on: the checkpoint holds none, so give --data"
+        energy = f"energies {record['measured_change_eV']:.4f} eV"
+        forces = "" if change is None else f"forces of free atoms {change:.4f} eV/Å, "
+        text = f"measured change on {record['systems']} structures (mean absolute): {forces}{energy}"
+        if record["force_mae_ratio"] is not None:
+            text += f"; force MAE {record['force_mae_eV_A']:.4f} eV/Å ({record['force_mae_ratio'] - 1:+.2%})"
+        return text
 
 
 class Retrieve(Command):

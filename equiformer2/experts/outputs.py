@@ -80,17 +80,17 @@ class _Without:
             return
         self._busy = True
         try:
-            whole = _tensor(output)
+            whole = self._tensor(output)
             merged = {name: module.get_parameter(name) for name in self.stacks}
             changes = []
             for expert, coefficient in enumerate(self.coefficients):
                 weights = {name: merged[name] - coefficient * self.stacks[name][expert] for name in merged}
-                changes.append((whole - _tensor(functional_call(module, weights, args, kwargs))).norm())
+                changes.append((whole - self._tensor(functional_call(module, weights, args, kwargs))).norm())
         finally:
             self._busy = False
         self.found.append(torch.stack(changes) / whole.norm().clamp(min=1e-30))
 
-
-def _tensor(output: Any) -> Tensor:
-    """Output of a layer; attention gives its messages with the observed weights."""
-    return output if isinstance(output, Tensor) else output.messages  # type: ignore[no-any-return]
+    @staticmethod
+    def _tensor(output: Any) -> Tensor:
+        """Output of a layer; attention gives its messages with the observed weights."""
+        return output if isinstance(output, Tensor) else output.messages  # type: ignore[no-any-return]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -254,7 +254,11 @@ def foreign_structures(
     """
     info = contents.task(task)
     known = task_compositions(info, task_structures(info))
-    reach = _reach(known)
+    distinct, reach = known.unique(dim=0), None
+    if len(distinct) > 1:  # largest distance of one to the nearest other
+        apart = torch.cdist(distinct, distinct)
+        apart.fill_diagonal_(math.inf)
+        reach = float(apart.min(1).values.max())
     dropped = DroppedExperts.from_provenance(contents.provenance, contents.source)
     network = ExpertNetwork.from_contents(contents, weights) if dropped else None
     found = []
@@ -281,23 +285,3 @@ def foreign_structures(
             place = {"sid": structure.sid, "fid": int(structure.fid)}
             found.append({**place, **reasons, "text": "; ".join(texts)})
     return found
-
-
-def _reach(known: Tensor) -> float | None:
-    """Largest distance of a composition to the nearest other one; None with fewer than two."""
-    distinct = known.unique(dim=0)
-    if len(distinct) < 2:
-        return None
-    apart = torch.cdist(distinct, distinct) + torch.diag(torch.full((len(distinct),), math.inf)).double()
-    return float(apart.min(1).values.max())
-
-
-def describe(record: Mapping[str, Any]) -> str:
-    """Describe what was kept, and its bound, in two lines."""
-    kept = ", ".join(map(str, record["kept"]))
-    return (
-        f"experts {kept} of {record['num_experts']} stay for {record['task']} ({record['method']}), with at "
-        f"least {record['kept_share']:.1%} of the coefficients of {record['systems']} compositions\n"
-        f"bound of the change of the weights: {record['bound_relative']:.1%} of their norm "
-        f"({record['bound']:.4g}); the change is {record['weight_change_relative']:.1%}"
-    )
