@@ -10,6 +10,7 @@ tensors:
     KIND/gate/NAME       from composition and task to the coefficients of the experts; `out.weight` and
                          `out.bias` have a row per expert
     tasks/TASK/composition, tasks/TASK/linear_references    float64
+    tasks/TASK/samples/NAME    some of its training structures (`checkpoint.samples`); may be missing
 
 with KIND `raw` or `averaged`, as in native checkpoints. The header's `__metadata__` holds `format`
 ("equiformer2.experts") and `content`, a JSON document:
@@ -42,6 +43,7 @@ from torch import Tensor
 from datasets_oc20.untrusted import load_json, open_regular
 from equiformer2.checkpoint.contents import EnergyKind, WeightsKind, check_energy_kind
 from equiformer2.checkpoint.normalizers import Normalizer, Normalizers
+from equiformer2.checkpoint.samples import Samples
 from equiformer2.checkpoint.tensor_files import plain
 from equiformer2.checkpoint.weights import config_from_values
 from equiformer2.errors import InputError
@@ -57,6 +59,8 @@ _KEYS = {"format_version", "model_config", "settings", "tasks", "units", "proven
 _TASK_KEYS = {"name", "energy_kind", "energy", "forces", "provenance"}
 _GATE_OUTPUTS = ("out.weight", "out.bias")
 _GROUPS = ("experts", "heads", "shared", "gate")
+_GATE_TASKS = "tasks.weight"
+_NOT_PER_TASK = "has no entry for each of the tasks"
 _MAX_HEADER = 16 << 20
 _TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -71,6 +75,7 @@ class TaskInfo:
         normalizers: to eV and eV/Å, with the references of its energies.
         composition: `[Z]` float64, mean shares of the elements over its training structures.
         provenance: plain values: what its training data hold.
+        samples: some of its training structures; None where the file has none.
     """
 
     name: str
@@ -78,6 +83,7 @@ class TaskInfo:
     normalizers: Normalizers
     composition: Tensor
     provenance: dict[str, Any]
+    samples: Samples | None = None
 
 
 @dataclass(frozen=True)
@@ -198,6 +204,9 @@ def write_experts(path: str | os.PathLike[str], contents: ExpertContents) -> Non
         references = task.normalizers.linear_references
         if references is not None:
             tensors[f"tasks/{name}/linear_references"] = references
+        if task.samples is not None:
+            for part, value in task.samples.tensors().items():
+                tensors[f"tasks/{name}/samples/{part}"] = value
     for name, value in tensors.items():
         if not bool(torch.isfinite(value).all()):
             raise InputError(f"{path} was not written, because {name} holds numbers that are not finite")
@@ -237,59 +246,116 @@ def _task_values(name: str, task: TaskInfo) -> dict[str, Any]:
 
 
 def read_experts(
-    path: str | os.PathLike[str], only: Sequence[int] | None = None, weights: str | None = None
+    path: str | os.PathLike[str],
+    only: Sequence[int] | None = None,
+    weights: str | None = None,
+    tasks: Sequence[str] | None = None,
 ) -> ExpertContents:
     """Read an expert file, or some of its experts; nothing in it is executed.
 
     Args:
         path: the file.
-        only: numbers of the experts to read, in the order of the stacks to return; None for all.
+        only: numbers of the experts to read, in the order of the stacks to return; None for all. With none of
+            them nothing is read but tasks and gate, which decide which experts are needed.
         weights: `raw` or `averaged`, to read these alone; None for all that the file holds.
+        tasks: names of the tasks to read, in the order of the stacks to return; None for all.
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: it is damaged, no expert file, or of a newer version; there are no such experts or
-            weights.
+        InputError: it is damaged, no expert file, or of a newer version; there are no such experts, weights
+            or tasks.
     """
-    source, metadata = str(path), _metadata(Path(path))
-    if metadata.get("format") != FORMAT:
-        raise InputError(
-            f"{source} is no file of an expert network: give one that equiformer2 train wrote with "
-            "experts.num_experts"
-        )
-    with as_input_error():
-        content = load_json(str(metadata.get("content", "")), f"{source}: content", _MAX_HEADER)
-    content = _checked_content(content, source)
-    config = config_from_values(mapping(content["model_config"], f"{source}: model_config"), source)
-    settings = dict(mapping(content["settings"], f"{source}: settings"))
-    count = Whole(1, 1 << 20).read(settings.get("num_experts"), f"{source}: settings.num_experts")
-    kept = tuple(range(count)) if only is None else tuple(int(each) for each in only)
-    if not kept or len(set(kept)) < len(kept) or not set(kept) <= set(range(count)):
-        raise InputError(f"{source} has the experts 0 to {count - 1}, and {shown(list(kept))} were asked for")
-    try:
-        with safe_open(source, framework="pt", device="cpu") as file:
-            reader = _Reader(file, source, None if only is None else kept, count)
-            tasks = {name: _read_task(reader, values, config) for name, values in _tasks(content, source)}
+    return ExpertFile(path).read(only, weights, tasks)
+
+
+class ExpertFile:
+    """An open expert file, of which parts are read when they are asked for.
+
+    Tasks and gates are read once. A file that is replaced on disk stays what it was here.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: it is damaged, no expert file, or of a newer version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.source, metadata = str(path), _metadata(Path(path))
+        if metadata.get("format") != FORMAT:
+            raise InputError(
+                f"{self.source} is no file of an expert network: give one that equiformer2 train wrote with "
+                "experts.num_experts"
+            )
+        with as_input_error():
+            content = load_json(str(metadata.get("content", "")), f"{self.source}: content", _MAX_HEADER)
+        content = _checked_content(content, self.source)
+        where = f"{self.source}: model_config"
+        self._config = config_from_values(mapping(content["model_config"], where), self.source)
+        self._settings = dict(mapping(content["settings"], f"{self.source}: settings"))
+        count = self._settings.get("num_experts")
+        self._count = Whole(1, 1 << 20).read(count, f"{self.source}: settings.num_experts")
+        provenance = mapping(plain(content["provenance"]), f"{self.source}: provenance")
+        self._provenance = dict(provenance)
+        self._listed = dict(_tasks(content, self.source))
+        self._infos: dict[str, TaskInfo] = {}
+        try:
+            file = safe_open(self.source, framework="pt", device="cpu")
+            self._reader = _Reader(file, self.source, self._count, len(self._listed))
+        except SafetensorError as error:
+            raise InputError(f"{self.source} is damaged and cannot be read ({error})") from error
+        with as_input_error(), open_regular(path) as start:
+            self._reader.bytes_read = 8 + int.from_bytes(start.read(8), "little")
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far: the header, and tensors or parts of them."""
+        return self._reader.bytes_read
+
+    def read(
+        self,
+        only: Sequence[int] | None = None,
+        weights: str | None = None,
+        tasks: Sequence[str] | None = None,
+    ) -> ExpertContents:
+        """Read the file or some of its experts and tasks; arguments and errors as of `read_experts`."""
+        source, count = self.source, self._count
+        kept = tuple(range(count)) if only is None else tuple(int(each) for each in only)
+        if len(set(kept)) < len(kept) or not set(kept) <= set(range(count)):
+            raise InputError(
+                f"{source} has the experts 0 to {count - 1}, and {shown(list(kept))} were asked for"
+            )
+        names = list(self._listed) if tasks is None else list(tasks)
+        for name in names:
+            if name not in self._listed:
+                raise InputError(
+                    f"{source} has no task {shown(name)}: its tasks are {', '.join(self._listed)}"
+                )
+        rows = None if tasks is None else [list(self._listed).index(name) for name in names]
+        try:
+            for name in names:
+                if name not in self._infos:
+                    self._infos[name] = _read_task(self._reader, self._listed[name], self._config)
             states = {
-                kind: reader.weights(kind, len(tasks))
+                kind: self._reader.weights(kind, None if only is None else kept, rows)
                 for kind in get_args(WeightsKind)
-                if weights in (None, kind) and reader.has(kind)
+                if weights in (None, kind) and self._reader.has(kind)
             }
-    except SafetensorError as error:
-        raise InputError(f"{source} is damaged and cannot be read ({error})") from error
-    contents = ExpertContents(
-        source=source,
-        config=config,
-        settings=settings,
-        tasks=tasks,
-        weights=states,
-        provenance=dict(mapping(plain(content["provenance"]), f"{source}: provenance")),
-        experts=kept,
-        bytes_read=reader.bytes_read,
-    )
-    if not states:
-        raise InputError(f"{source} holds no {'' if weights is None else f'{shown(weights)} '}weights")
-    return contents
+        except SafetensorError as error:
+            raise InputError(f"{source} is damaged and cannot be read ({error})") from error
+        if not states:
+            raise InputError(f"{source} holds no {'' if weights is None else f'{shown(weights)} '}weights")
+        return ExpertContents(
+            source=source,
+            config=self._config,
+            settings=self._settings,
+            tasks={name: self._infos[name] for name in names},
+            weights=states,
+            provenance=self._provenance,
+            experts=kept,
+            bytes_read=self.bytes_read,
+        )
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -367,12 +433,17 @@ def _read_task(reader: _Reader, values: Mapping[str, Any], config: ModelConfig) 
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     both.check_model(config, where)
+    prefix = f"tasks/{name}/samples/"
+    parts = {
+        full.removeprefix(prefix): reader.tensor(full) for full in reader.names if full.startswith(prefix)
+    }
     return TaskInfo(
         name=name,
         energy_kind=check_energy_kind(values["energy_kind"], where),
         normalizers=both,
         composition=composition.double(),
         provenance=dict(mapping(plain(values["provenance"]), f"{where}: provenance")),
+        samples=Samples.from_tensors(parts, f"{where}: samples") if parts else None,
     )
 
 
@@ -382,14 +453,15 @@ class _Reader:
     Args:
         file: of `safe_open`.
         source: name of the file, for errors.
-        only: numbers of the experts to read, or None.
-        count: number of all experts.
+        num_experts, num_tasks: of the file.
     """
 
-    def __init__(self, file: Any, source: str, only: tuple[int, ...] | None, count: int) -> None:
-        self.file, self.source, self.only, self.count = file, source, only, count
+    def __init__(self, file: Any, source: str, num_experts: int, num_tasks: int) -> None:
+        self.file, self.source = file, source
+        self.num_experts, self.num_tasks = num_experts, num_tasks
         self.names = set(file.keys())
         self.bytes_read = 0
+        self._gates: dict[str, Tensor] = {}
 
     def has(self, kind: str) -> bool:
         """Tell whether there are weights of a kind."""
@@ -409,8 +481,14 @@ class _Reader:
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
-    def weights(self, kind: str, num_tasks: int) -> ExpertWeights:
-        """Read the weights of a kind."""
+    def weights(self, kind: str, experts: Sequence[int] | None, tasks: Sequence[int] | None) -> ExpertWeights:
+        """Read the weights of a kind.
+
+        Args:
+            kind: `raw` or `averaged`.
+            experts: numbers of those to read; None for all, and with none of them the gate alone is read.
+            tasks: numbers of the tasks to read; None for all.
+        """
         groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
         for full in sorted(self.names):
             own, _, rest = full.partition("/")
@@ -419,23 +497,43 @@ class _Reader:
             group, _, name = rest.partition("/")
             if group not in groups:
                 raise InputError(f"{self.source} holds weights of an unknown group: {shown_name(full)}")
-            value = self._stack(full) if group == "experts" else self.tensor(full)
+            if group == "gate":
+                value = self._gate(full, name, tasks)
+            elif experts is not None and not experts:
+                continue
+            elif group == "experts":
+                value = self._rows(
+                    full, self.num_experts, experts, f"is no stack of {self.num_experts} experts"
+                )
+            elif group == "heads":
+                value = self._rows(full, self.num_tasks, tasks, _NOT_PER_TASK)
+            else:
+                value = self.tensor(full)
             if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
                 raise InputError(f"{self.source}: {shown_name(full)} holds values that are no finite numbers")
-            if group == "heads" and (value.dim() < 1 or len(value) != num_tasks):
-                raise InputError(f"{self.source}: {shown_name(full)} has no entry for each of the tasks")
             groups[group][name] = value
         return ExpertWeights(**groups)
 
-    def _stack(self, name: str) -> Tensor:
-        """Read the experts that are wanted of one weight, and no bytes of the others."""
+    def _gate(self, full: str, name: str, tasks: Sequence[int] | None) -> Tensor:
+        """Read a weight of the gate once; of its embeddings of tasks, those of `tasks`."""
+        if full not in self._gates:
+            self._gates[full] = self.tensor(full)
+        value = self._gates[full]
+        if name != _GATE_TASKS or tasks is None:
+            return value
+        if value.dim() != 2 or len(value) != self.num_tasks:
+            raise InputError(f"{self.source}: {shown_name(full)} {_NOT_PER_TASK}")
+        return value[list(tasks)]
+
+    def _rows(self, name: str, count: int, rows: Sequence[int] | None, problem: str) -> Tensor:
+        """Read the wanted entries of a stack of `count`, and no bytes of the others."""
         part = self.file.get_slice(name)
         shape = part.get_shape()
-        if not shape or shape[0] != self.count:
-            raise InputError(f"{self.source}: {shown_name(name)} is no stack of {self.count} experts")
-        if self.only is None:
+        if not shape or shape[0] != count:
+            raise InputError(f"{self.source}: {shown_name(name)} {problem}")
+        if rows is None:
             return self.tensor(name)
-        return self._counted(torch.cat([part[each : each + 1] for each in self.only]))
+        return self._counted(torch.cat([part[row : row + 1] for row in rows]))
 
 
 def with_experts(contents: ExpertContents, kept: Sequence[int]) -> ExpertContents:
@@ -461,3 +559,21 @@ def with_experts(contents: ExpertContents, kept: Sequence[int]) -> ExpertContent
         settings={**contents.settings, "num_experts": len(places)},
         experts=tuple(range(len(places))),
     )
+
+
+def with_tasks(contents: ExpertContents, names: Sequence[str]) -> ExpertContents:
+    """Return contents with some of the tasks, in the order of `names`.
+
+    Raises:
+        InputError: there is no such task.
+    """
+    tasks = {name: contents.task(name) for name in names}
+    rows = [list(contents.tasks).index(name) for name in names]
+
+    def cut(weights: ExpertWeights) -> ExpertWeights:
+        heads = {name: stack[rows] for name, stack in weights.heads.items()}
+        gate = {**weights.gate, _GATE_TASKS: weights.gate[_GATE_TASKS][rows]}
+        return replace(weights, heads=heads, gate=gate)
+
+    states = {kind: cut(weights) for kind, weights in contents.weights.items()}
+    return replace(contents, weights=states, tasks=tasks)

@@ -63,4 +63,9 @@ class Merge(Command):
             f"({summary['composition_from']}), {summary['parameters']:,} parameters, "
             f"{summary['energy_kind']} energies; summary in {summary_file}"
         )
+        if summary.get("excess_of_bound") is not None:
+            print(
+                f"for this composition the weights may have changed by {summary['excess_of_bound']:.4g} when "
+                "the file was pruned, more than for any structure of the task that it was pruned with"
+            )
         return Result(record)

@@ -44,6 +44,8 @@ COMMANDS = {
     "adapters merge": "adapters:Merge",
     "adapters inspect": "adapters:Inspect",
     "experts merge": "experts:Merge",
+    "experts prune": "expert_pruning:Prune",
+    "experts retrieve": "expert_pruning:Retrieve",
     "prune report": "prune:Report",
     "prune plan": "prune:Plan",
     "prune apply": "prune:Apply",
@@ -64,7 +66,7 @@ GROUPS = {
     "data": "Download, convert and inspect data.",
     "checkpoint": "Work with checkpoint files.",
     "adapters": "Work with adapters of a fine-tuned network.",
-    "experts": "Take one task out of a network of experts.",
+    "experts": "Take tasks or single experts out of a network of experts.",
     "prune": "Analyze and compress a trained model.",
 }
 

@@ -1,19 +1,22 @@
 """Ordinary checkpoints made of networks of experts, for one task and composition."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from equiformer2.checkpoint.checkpoint import save_checkpoint
-from equiformer2.checkpoint.expert_files import ExpertContents, read_experts
+from equiformer2.checkpoint.contents import WeightsKind
+from equiformer2.checkpoint.expert_files import TaskInfo, read_experts
 from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.checkpoint.training_data import inherited
 from equiformer2.errors import InputError
 from equiformer2.experts.composition import composition_from_formula, shares_by_symbol
+from equiformer2.experts.dropped import DroppedExperts
 from equiformer2.experts.network import ExpertNetwork
+from equiformer2.model.equiformer import EquiformerV2
 from equiformer2.model.parameters import count_parameters
 
 
@@ -41,7 +44,8 @@ def merge_experts(
             all.
 
     Returns:
-        A summary in plain values.
+        A summary in plain values; of a pruned file with `excess_of_bound`, the bound of the change of the
+        weights where it is larger than those of the task's structures, else None.
 
     Raises:
         InputError: as `read_experts`; an unknown task, element or expert.
@@ -57,7 +61,7 @@ def merge_experts(
     if composition is not None:
         shares = composition_from_formula(composition, contents.config.max_num_elements)
     merged = network.merged(task, shares, experts)
-    of_experts = {
+    of_experts: dict[str, Any] = {
         "file": Path(path).name,
         "sha256": sha256(path),
         "task": task,
@@ -66,20 +70,10 @@ def merge_experts(
         "coefficients": coefficients_of(network, task, shares),
         "experts": list(range(network.settings.num_experts)) if experts is None else list(experts),
     }
-    state = merged.state_dict()
-    save_checkpoint(
-        out,
-        model=merged,
-        raw_state=state if kind == "raw" else None,
-        averaged_state=state if kind == "averaged" else None,
-        normalizers=info.normalizers,
-        energy_kind=info.energy_kind,
-        provenance={
-            **inherited(info.provenance),
-            **validation_of(contents, task),
-            "merged_from": of_experts,
-        },
-    )
+    dropped = DroppedExperts.from_provenance(contents.provenance, contents.source)
+    if dropped is not None:
+        of_experts["excess_of_bound"] = dropped.excess(network.gate, network.task_number(task), shares)
+    save_merged(out, merged, info, kind, contents.provenance, of_experts)
     return {
         "out": str(out),
         "weights": kind,
@@ -90,6 +84,43 @@ def merge_experts(
     }
 
 
+def save_merged(
+    out: str | os.PathLike[str],
+    merged: EquiformerV2,
+    info: TaskInfo,
+    kind: WeightsKind,
+    provenance: Mapping[str, Any],
+    of_experts: Mapping[str, Any],
+) -> None:
+    """Write a merged network as an ordinary checkpoint.
+
+    Args:
+        out: native checkpoint to write.
+        merged: the network.
+        info: of its task.
+        kind: weights that it was merged from.
+        provenance: of the file of the experts.
+        of_experts: plain values: task, composition and coefficients.
+
+    Raises:
+        OSError: `out` cannot be written.
+    """
+    state = merged.state_dict()
+    save_checkpoint(
+        out,
+        model=merged,
+        raw_state=state if kind == "raw" else None,
+        averaged_state=state if kind == "averaged" else None,
+        normalizers=info.normalizers,
+        energy_kind=info.energy_kind,
+        provenance={
+            **inherited(info.provenance),
+            **validation_of(provenance, info.name),
+            "merged_from": dict(of_experts),
+        },
+    )
+
+
 def coefficients_of(network: ExpertNetwork, task: str, composition: Tensor) -> list[float]:
     """Compute the coefficients of all experts for a composition `[Z]` and a task, as a list."""
     gate = network.gate
@@ -98,15 +129,13 @@ def coefficients_of(network: ExpertNetwork, task: str, composition: Tensor) -> l
     return gate.coefficients(composition.to(device)[None], number)[0].tolist()  # type: ignore[no-any-return]
 
 
-def validation_of(contents: ExpertContents, task: str) -> dict[str, Any]:
+def validation_of(provenance: Mapping[str, Any], task: str) -> dict[str, Any]:
     """Select the errors of a task in the last validation, as the provenance of a checkpoint holds them."""
-    values = contents.provenance.get("validation")
+    values = provenance.get("validation")
     if not isinstance(values, dict):
         return {}
     own = {
         name.removeprefix(f"{task}/"): value for name, value in values.items() if name.startswith(f"{task}/")
     }
-    kept: dict[str, Any] = {
-        name: contents.provenance[name] for name in ("step", "epoch") if name in contents.provenance
-    }
+    kept: dict[str, Any] = {name: provenance[name] for name in ("step", "epoch") if name in provenance}
     return {"validation": own, **kept} if own else kept

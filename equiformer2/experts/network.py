@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch_geometric.data import Batch, Data
 
 from equiformer2.checkpoint.expert_files import ExpertContents, ExpertWeights, with_experts
+from equiformer2.checkpoint.weights import build_model
 from equiformer2.errors import InputError
 from equiformer2.experts.composition import composition_of
 from equiformer2.experts.gate import ExpertGate
@@ -126,12 +127,16 @@ class ExpertNetwork(nn.Module):
         network.config, network.tasks = contents.config, tuple(contents.tasks)
         network.settings = _settings_of(contents)
         network.activation_checkpointing = False
-        with torch.random.fork_rng(devices=[]):
-            plain = EquiformerV2(contents.config)
+        size = len(network.tasks), contents.config.max_num_elements
+        gate = ExpertGate.from_state(network.settings, *size, kept.gate, contents.source)
+        # With one entry of every stack, so that sizes are checked before anything is built.
+        stacks = {**kept.experts, **kept.heads}
+        first = {**kept.shared, **{name: stack[0] for name, stack in stacks.items()}}
+        plain = build_model(contents.config, first, contents.source)
         network._assemble(plain, dict(kept.experts), dict(kept.heads), 0)
+        network.gate = gate
         try:
             network.network.load_state_dict({**_in_place(kept), **kept.shared})
-            network.gate.load_state_dict(dict(kept.gate))
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(

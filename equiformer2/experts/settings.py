@@ -13,7 +13,7 @@ class ExpertSettings:
     """Mixture of linear experts in the SO(2) convolutions and feed-forward networks.
 
     Args:
-        num_experts: K, weights that each weight is a sum of; 0 for a plain network.
+        num_experts: K, weights that each weight is a sum of; 0 for a plain network. Pruning may leave 1.
         channels: of the embeddings of elements and tasks that the coefficients are computed from.
         hidden_channels: of the layer behind them.
         spread: differences between the experts at the start, relative to the weights (root mean squares).

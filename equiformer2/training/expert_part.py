@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from datasets_oc20 import OC20DataModule
+from datasets_oc20.frame_selection import spread_frames
 from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers
 from equiformer2.checkpoint.checkpoint import load_checkpoint, read_contents
 from equiformer2.checkpoint.contents import WeightsKind, check_energy_kind
@@ -21,6 +22,7 @@ from equiformer2.checkpoint.expert_files import (
     check_task_name,
     write_experts,
 )
+from equiformer2.checkpoint.samples import Samples
 from equiformer2.checkpoint.training_data import KEY
 from equiformer2.errors import InputError
 from equiformer2.experts import ExpertNetwork, ExpertSettings
@@ -32,6 +34,9 @@ from equiformer2.training.task import TaskSettings
 
 log = logging.getLogger("equiformer2")
 _OF_PRUNING = "equiformer2.pruning."
+
+_SAMPLES = 32
+"""Most training structures of a task that the file holds: for scores of experts, and what pruning changes."""
 
 
 def check_experts(
@@ -198,4 +203,13 @@ class ExpertPart:
         composition[:known] = shares[:known]
         kind = check_energy_kind(part.energy_kind, f"data.tasks.{name}")
         told = {KEY: self.training_data[name]}
-        return TaskInfo(name, kind, self.normalizers.tasks[name], composition, told)
+        return TaskInfo(name, kind, self.normalizers.tasks[name], composition, told, self.samples[name])
+
+    @cached_property
+    def samples(self) -> dict[str, Samples]:
+        """A few training structures of every task, evenly spread, so that most are of other systems."""
+        chosen = {}
+        for name, part in self.data.parts.items():
+            rows = spread_frames(len(part.datasets["train"]), _SAMPLES)
+            chosen[name] = Samples.from_structures([part.datasets["train"][int(row)] for row in rows])
+        return chosen

@@ -1,5 +1,6 @@
 """Tiny networks of experts and files of them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from model_helpers import random_model, small_config
 
 from equiformer2.checkpoint import Normalizer, Normalizers
 from equiformer2.checkpoint.expert_files import ExpertContents, TaskInfo, write_experts
+from equiformer2.checkpoint.samples import Samples
 from equiformer2.experts import ExpertNetwork, ExpertSettings
 
 TASKS = ("dft", "teacher")
@@ -44,7 +46,11 @@ def compositions(num_elements: int = 90) -> dict[str, torch.Tensor]:
     return found
 
 
-def contents_of(experts: ExpertNetwork, source: str = "tiny.safetensors") -> ExpertContents:
+def contents_of(
+    experts: ExpertNetwork,
+    source: str = "tiny.safetensors",
+    samples: Mapping[str, Samples] | None = None,
+) -> ExpertContents:
     return ExpertContents(
         source=source,
         config=experts.config,
@@ -56,6 +62,7 @@ def contents_of(experts: ExpertNetwork, source: str = "tiny.safetensors") -> Exp
                 NORMALIZERS[name],
                 compositions()[name],
                 {"frames": 7},  # type: ignore[arg-type]
+                None if samples is None else samples.get(name),
             )
             for name in TASKS
         },

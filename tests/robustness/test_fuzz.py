@@ -35,10 +35,13 @@ import pytest
 import torch
 import yaml
 from ase import Atoms
+from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixCartesian
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch_geometric.data import Data
 
 from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb, structure_record
@@ -50,7 +53,13 @@ from datasets_oc20.structure_record import PackedRecord
 from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint, save_checkpoint
 from equiformer2.checkpoint.adapter_files import Adapter, Base, read_adapter, write_adapter
+from equiformer2.checkpoint.expert_files import ExpertContents, TaskInfo, read_experts, write_experts
+from equiformer2.checkpoint.samples import Samples
 from equiformer2.errors import InputError
+from equiformer2.experts import ExpertNetwork, ExpertSettings
+from equiformer2.experts.prune import PruneSettings, foreign_structures, prune_experts
+from equiformer2.experts.retrieve import ExpertStore
+from equiformer2.inference.atoms import atoms_to_data
 from equiformer2.model.parametrizations import LowRank
 from equiformer2.pruning import PruningPlan
 from equiformer2.pruning.precision.compact import compact_network, write_compact
@@ -62,7 +71,7 @@ sys.path.insert(0, str(ROOT / "tests" / "datasets_oc20"))
 from oc20_files import dumps_pyg1, frame_text, is2re_fields, s2ef_fields, structure  # noqa: E402
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "5"))
-TARGETS = 9
+TARGETS = 10
 SLOW = 2.0
 """Most seconds of the processor for one example."""
 ROUND = 50
@@ -575,6 +584,47 @@ def test_adapters(tmp_path: Path) -> None:
         for key in keys
     )
     fuzz(st.one_of(changed_bytes(valid.read_bytes()), *trees), read)
+
+
+def test_expert_files(tmp_path: Path) -> None:
+    valid, path = tmp_path / "valid.safetensors", tmp_path / "x.safetensors"
+    mixture, names = ExpertSettings(num_experts=3, channels=2, hidden_channels=3), ("a", "b")
+    experts = ExpertNetwork(EquiformerV2(ModelConfig(**MODEL)), mixture, names)
+    structure, units = atoms_to_data(bulk("Cu")), Normalizers(Normalizer(0.5, 2.0), Normalizer(0.0, 1.5))
+    samples, shares = Samples.from_structures([structure]), torch.ones(32).double() / 32
+    tasks = {name: TaskInfo(name, "total", units, shares, {}, samples) for name in names}
+    weights, plain = {"raw": experts.weights()}, mixture.to_dict()
+    whole = ExpertContents("x", experts.config, plain, tasks, weights, {}, (0, 1, 2))  # type: ignore[arg-type]
+    write_experts(valid, prune_experts(whole, "a", PruneSettings(0.5))[0])
+    with safe_open(valid, "pt") as file:
+        content = json.loads(file.metadata()["content"])
+    tensors = load_file(valid)
+    odd = st.sampled_from([torch.zeros(0), torch.tensor(math.nan), torch.ones(9), torch.ones(3).bool()])
+
+    def read(value: Any) -> None:
+        if isinstance(value, bytes):
+            path.write_bytes(value)
+        else:
+            text, held = value
+            metadata = {"format": "equiformer2.experts", "content": json.dumps(text, default=str)}
+            path.write_bytes(save(held, metadata))
+        store = ExpertStore(path)
+        store.network(store.find(structure))
+        foreign_structures(read_experts(path), "a", [structure])
+
+    fuzz(
+        st.one_of(
+            changed_bytes(valid.read_bytes()),
+            changed_values(content).map(lambda text: (text, tensors)),
+            changed_values(content["provenance"]["expert_pruning"]).map(
+                lambda text: ({**content, "provenance": {"expert_pruning": text}}, tensors)
+            ),
+            st.tuples(st.sampled_from(sorted(tensors)), odd).map(
+                lambda item: (content, {**tensors, item[0]: item[1]})
+            ),
+        ),
+        read,
+    )
 
 
 def test_configurations(tmp_path: Path) -> None:
