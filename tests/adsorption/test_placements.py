@@ -12,12 +12,13 @@ from ase.constraints import FixAtoms
 from ase.data import covalent_radii
 from ase.geometry import get_distances
 
-from equiformer2.adsorption.named_structures import build_slab
+from equiformer2.adsorption.named_structures import build_slab, place_adsorbate
 from equiformer2.adsorption.open_catalyst import open_catalyst
 from equiformer2.adsorption.placements import MODES, OC20_MODE, coverage_placements, placements
 from equiformer2.adsorption.start_checks import check_start
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import fixed_mask
+from tests.observed import observed
 
 SLAB = build_slab("Pt111", (3, 3, 4))
 
@@ -197,15 +198,13 @@ def test_what_fits_nowhere_is_refused_before_a_site_is_tried(
     vacuum: float,
     adsorbate: str,
     message: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     chain = Atoms("C8", [[0, 0, 1.32 * number] for number in range(8)])
-    tried: list[object] = []
-    monkeypatch.setattr("equiformer2.adsorption.placements.place_adsorbate", tried.append)
     slab = build_slab("Pt111", size, vacuum=vacuum)
-    for mode in ("symmetry", "heuristic", OC20_MODE):
-        with pytest.raises(InputError, match=message):
-            placements(slab, chain if adsorbate == "tall" else molecule(adsorbate), mode, number=40)
+    with observed(place_adsorbate) as tried:
+        for mode in ("symmetry", "heuristic", OC20_MODE):
+            with pytest.raises(InputError, match=message):
+                placements(slab, chain if adsorbate == "tall" else molecule(adsorbate), mode, number=40)
     assert not tried
 
 
