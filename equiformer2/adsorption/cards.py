@@ -136,7 +136,7 @@ def verify_card(
     return rows
 
 
-def card_structure(name: str, atoms: Atoms, file: Path, frame: int = -1) -> dict[str, Any]:
+def card_structure(name: str, atoms: Atoms, file: AnyPath, frame: int = -1) -> dict[str, Any]:
     """Describe a structure for a card of several structures, with what `verify_card` recomputes.
 
     Args:
@@ -147,7 +147,7 @@ def card_structure(name: str, atoms: Atoms, file: Path, frame: int = -1) -> dict
     """
     return {
         "name": name,
-        "file": file.name,
+        "file": Path(file).name,
         "frame": frame,
         "file_sha256": sha256(file),
         "model_energy_eV": float(atoms.get_potential_energy(apply_constraint=False)),
@@ -182,7 +182,7 @@ def path_card(
     search: Mapping[str, Any],
     engine: Engine,
     checkpoint: str | list[str] | None,
-    file: Path,
+    file: AnyPath,
 ) -> dict[str, Any]:
     """Trust card of a path between two minima.
 

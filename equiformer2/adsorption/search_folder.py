@@ -85,17 +85,18 @@ def _files_below(folder: Path) -> Iterator[Path]:
             yield from (file for file in sorted(top.rglob("*")) if file.is_symlink() or not file.is_dir())
 
 
-def is_search(folder: Path) -> bool:
+def is_search(folder: AnyPath) -> bool:
     """Tell whether the settings or the record in a folder are a search's."""
+    folder = Path(folder)
     if _schema(folder / SEARCH).startswith("adsorption-search/"):
         return True
     # Series of coverages keep their relaxations alike.
     return {"model", "slab", "adsorbate"} <= set(_settings(folder)) and not is_series(folder)
 
 
-def is_series(folder: Path) -> bool:
+def is_series(folder: AnyPath) -> bool:
     """Tell whether the settings in a folder are a coverage series'."""
-    return "coverage" in _settings(folder)
+    return "coverage" in _settings(Path(folder))
 
 
 def _settings(folder: Path) -> Mapping[str, Any]:

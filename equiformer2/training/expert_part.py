@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from datasets_oc20 import OC20DataModule
 from datasets_oc20.frame_selection import spread_frames
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers
 from equiformer2.checkpoint.checkpoint import load_checkpoint, read_contents
 from equiformer2.checkpoint.contents import WeightsKind, check_energy_kind
@@ -167,7 +167,7 @@ class ExpertPart:
         }
 
     def write(
-        self, path: Path, networks: Mapping[WeightsKind, nn.Module], provenance: dict[str, Any]
+        self, path: AnyPath, networks: Mapping[WeightsKind, nn.Module], provenance: dict[str, Any]
     ) -> None:
         """Write the expert file of the networks in training.
 

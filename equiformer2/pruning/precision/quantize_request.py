@@ -244,8 +244,9 @@ def _given_plan(request: QuantizeRequest, config: ModelConfig) -> PrecisionPlan 
     return plan
 
 
-def default_adapter_path(out: Path) -> Path:
+def default_adapter_path(out: AnyPath) -> Path:
     """Name the adapter of a compact checkpoint, in the same folder."""
+    out = Path(out)
     return out.with_name(f"{out.stem}.adapter.pt")
 
 

@@ -134,7 +134,7 @@ def _with_weights(model: EquiformerV2, weights: Mapping[str, Tensor]) -> Equifor
     return changed
 
 
-def write_start(path: AnyPath, found: Recovery, checkpoint: Checkpoint, base: Path, rank: int) -> Adapter:
+def write_start(path: AnyPath, found: Recovery, checkpoint: Checkpoint, base: AnyPath, rank: int) -> Adapter:
     """Write the maps as an adapter of the compact checkpoint, for use beside it and to train further.
 
     Args:
@@ -146,7 +146,7 @@ def write_start(path: AnyPath, found: Recovery, checkpoint: Checkpoint, base: Pa
     """
     adapter = Adapter(
         source=str(path),
-        base=Base(fingerprint_of_weights(found.network), sha256(base), base.name, checkpoint.weights),
+        base=Base(fingerprint_of_weights(found.network), sha256(base), Path(base).name, checkpoint.weights),
         settings={**AdapterSettings(rank=rank, keep=1.0, scale=1.0).to_dict(), "origin": "rounding error"},
         maps=found.maps,
         replaced={},
