@@ -403,10 +403,16 @@ def main(words: Sequence[str] | None = None) -> None:
         "--keep", nargs="+", type=float, default=[0.5, 0.25], help="shares of the experts (default: 0.5 0.25)"
     )
     parser.add_argument(
-        "--frames", type=int, default=200, help="most frames of a task to learn (default: %(default)s)"
+        "--frames",
+        type=int,
+        default=200,
+        help="maximum number of training frames per task (default: %(default)s)",
     )
     parser.add_argument(
-        "--test-frames", type=int, default=40, help="most frames of a task to judge by (default: %(default)s)"
+        "--test-frames",
+        type=int,
+        default=40,
+        help="maximum number of test frames per task (default: %(default)s)",
     )
     parser.add_argument("--hours", type=float, help="begin no row after this time (default: no limit)")
     parser.add_argument("--dft", type=Path, default=Path("data/oc20_trajs"), help="folder of DFT frames")

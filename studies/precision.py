@@ -402,7 +402,10 @@ def main() -> None:
     )
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument(
-        "--recovery-steps", type=int, default=300, help="of an adapter's training (default: %(default)s)"
+        "--recovery-steps",
+        type=int,
+        default=300,
+        help="steps of an adapter's training (default: %(default)s)",
     )
     parser.add_argument("--hours", type=float, default=2.5, help="no row is begun after them")
     parser.add_argument("--out", type=Path, default=Path("runs/precision"))
