@@ -49,8 +49,8 @@ class ExpertNetwork(nn.Module):
     The coefficients depend on the mean composition of a structure and its task alone, so that all of a
     network's weights can be merged for them. A batch is divided into groups of one task and composition,
     and each group runs with its merged weights: exact, at the cost of K multiplications per weight and
-    group, and of smaller batches inside (docs/experts.md: up to half as long again on a processor, where
-    every structure has a composition of its own; on an accelerator small groups leave it idle).
+    group, and of smaller batches inside (the more groups a batch has, the longer it takes; on an
+    accelerator small groups leave it idle).
 
     One thread at a time runs a network; others wait.
 
