@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from equiformer2.checkpoint.contents import WeightsKind
 from equiformer2.errors import InputError
 from equiformer2.experts import scores
 from equiformer2.experts.gate import ExpertGate
-from equiformer2.experts.network import ExpertNetwork
 from equiformer2.experts.settings import MOST_EXPERTS
-from equiformer2.values import Items, Number, Whole, mapping
+from equiformer2.values import Items, Number, OneOf, Whole, mapping
 
 _ROUNDING = 1e-4
 KEY = "expert_pruning"
@@ -29,31 +29,36 @@ class DroppedExperts:
         kept: numbers of the experts that are left, in the order before.
         weight: `[K - M, hidden]`, rows of the gate's last layer for the dropped ones.
         bias: `[K - M]`.
-        norms: `[K]` of every expert's weights, all together.
+        products: `[K, K]` inner products of the experts, of all their weights together.
         limit: bound of the task: largest over its structures.
+        weights: `raw` or `averaged`, the weights that all this is of.
     """
 
     kept: tuple[int, ...]
     weight: Tensor
     bias: Tensor
-    norms: Tensor
+    products: Tensor
     limit: float
+    weights: str
 
     @classmethod
-    def of(cls, network: ExpertNetwork, kept: Sequence[int], coefficients: Tensor) -> DroppedExperts:
-        """Take what is needed from the whole network.
+    def of(
+        cls, gate: ExpertGate, products: Tensor, kept: Sequence[int], coefficients: Tensor, weights: str
+    ) -> DroppedExperts:
+        """Take what is needed of the whole network.
 
         Args:
-            network: with all experts.
+            gate: of all experts.
+            products: `[weights, K, K]` of `scores.expert_products`.
             kept: numbers of those that stay.
             coefficients: `[B, K]` of structures of the task.
+            weights: `raw` or `averaged`.
         """
-        last = network.gate.out
-        gone = [each for each in range(network.settings.num_experts) if each not in set(kept)]
-        norms = scores.expert_norms(network.expert_weights()).norm(dim=0)
+        last, together = gate.out, products.sum(0)
+        gone = [each for each in range(len(together)) if each not in set(kept)]
         weight, bias = last.weight.detach()[gone].double(), last.bias.detach()[gone].double()
-        limit = float(scores.change_bound(coefficients, norms[None], kept).max())
-        return cls(tuple(kept), weight, bias, norms, limit)
+        limit = float(scores.change_bound(coefficients, together[None], kept).max())
+        return cls(tuple(kept), weight, bias, together, limit, weights)
 
     def bounds(self, gate: ExpertGate, task: int, compositions: Tensor) -> Tensor:
         """Bound the norm of the change of all weights together.
@@ -71,13 +76,13 @@ class DroppedExperts:
         """
         if (self.weight.shape[1], len(self.kept)) != (gate.out.in_features, gate.out.out_features):
             raise InputError(f"{KEY} does not fit the gate of the file: prune the file again")
-        gone = [each for each in range(len(self.norms)) if each not in set(self.kept)]
-        logits = torch.zeros(len(compositions), len(self.norms), dtype=torch.float64)
+        gone = [each for each in range(len(self.products)) if each not in set(self.kept)]
+        logits = torch.zeros(len(compositions), len(self.products), dtype=torch.float64)
         with torch.no_grad():
             features = gate.features(compositions, torch.full((len(compositions),), task))
             logits[:, list(self.kept)] = gate.out(features).double()
             logits[:, gone] = features.double() @ self.weight.T + self.bias
-        return scores.change_bound(logits.softmax(1), self.norms[None], self.kept)[:, 0]
+        return scores.change_bound(logits.softmax(1), self.products[None], self.kept)[:, 0]
 
     def excess(self, gate: ExpertGate, task: int, composition: Tensor) -> float | None:
         """Return the bound for a composition `[Z]` where it is larger than those of the task's structures.
@@ -92,17 +97,21 @@ class DroppedExperts:
         return {
             "kept": list(self.kept),
             "dropped_gate": {"weight": self.weight.tolist(), "bias": self.bias.tolist()},
-            "norms": self.norms.tolist(),
+            "products": self.products.tolist(),
             "limit": self.limit,
+            "weights": self.weights,
         }
 
     @classmethod
-    def from_provenance(cls, provenance: Mapping[str, Any], source: str) -> DroppedExperts | None:
-        """Read what `to_dict` gave; None for a file that was never pruned.
+    def from_provenance(
+        cls, provenance: Mapping[str, Any], source: str, weights: str
+    ) -> DroppedExperts | None:
+        """Read what `to_dict` gave; None for a file that was never pruned, or was by its other weights.
 
         Args:
             provenance: of the file.
             source: name of the file, for errors.
+            weights: `raw` or `averaged`, those in use.
 
         Raises:
             InputError: a part is missing or does not fit the others.
@@ -112,9 +121,13 @@ class DroppedExperts:
         where = f"{source}: {KEY}"
         values = mapping(provenance[KEY], where)
         gate = mapping(values.get("dropped_gate"), f"{where}: dropped_gate")
-        norms = Items(Number(0.0), MOST_EXPERTS).read(values.get("norms"), f"{where}: norms")
-        kept = Items(Whole(0, len(norms) - 1), MOST_EXPERTS).read(values.get("kept"), f"{where}: kept")
-        gone = len(norms) - len(kept)
+        products = Items(Items(Number(), MOST_EXPERTS), MOST_EXPERTS).read(
+            values.get("products"), f"{where}: products"
+        )
+        if not products or any(len(row) != len(products) for row in products):
+            raise InputError(f"{where}: products must be a square table: prune the file again")
+        kept = Items(Whole(0, len(products) - 1), MOST_EXPERTS).read(values.get("kept"), f"{where}: kept")
+        gone = len(products) - len(kept)
         rows = Items(Items(Number()), MOST_EXPERTS).read(gate.get("weight"), f"{where}: weight")
         bias = Items(Number(), MOST_EXPERTS).read(gate.get("bias"), f"{where}: bias")
         widths = {len(row) for row in rows}
@@ -123,5 +136,6 @@ class DroppedExperts:
         if len(widths) != 1 or not kept:
             raise InputError(f"{where} does not fit the gate of the file: prune the file again")
         limit = Number(0.0).read(values.get("limit"), f"{where}: limit")
-        weight, shift, sizes = (torch.tensor(each, dtype=torch.float64) for each in (rows, bias, norms))
-        return cls(tuple(kept), weight, shift, sizes, limit)
+        of = OneOf(*get_args(WeightsKind)).read(values.get("weights"), f"{where}: weights")
+        weight, shift, table = (torch.tensor(each, dtype=torch.float64) for each in (rows, bias, products))
+        return cls(tuple(kept), weight, shift, table, limit, of) if of == weights else None

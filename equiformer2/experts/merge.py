@@ -70,7 +70,7 @@ def merge_experts(
         "coefficients": coefficients_of(network, task, shares),
         "experts": list(range(network.settings.num_experts)) if experts is None else list(experts),
     }
-    dropped = DroppedExperts.from_provenance(contents.provenance, contents.source)
+    dropped = DroppedExperts.from_provenance(contents.provenance, contents.source, kind)
     if dropped is not None:
         of_experts["excess_of_bound"] = dropped.excess(network.gate, network.task_number(task), shares)
     save_merged(out, merged, info, kind, contents.provenance, of_experts)

@@ -14,6 +14,7 @@ from equiformer2.checkpoint.weights import build_model
 from equiformer2.errors import InputError
 from equiformer2.experts.composition import composition_of
 from equiformer2.experts.gate import ExpertGate
+from equiformer2.experts.scores import renormalized
 from equiformer2.experts.settings import ExpertSettings
 from equiformer2.graph import RadiusGraph
 from equiformer2.graph.structures import structure_index
@@ -368,7 +369,7 @@ def merge_weights(
         raise InputError(f"the experts to keep are {shown(kept)}: name some of 0 to {count - 1}, each once")
     with torch.no_grad():
         if experts is not None:
-            coefficients = coefficients[kept] / coefficients[kept].sum()
+            coefficients = renormalized(coefficients[None], kept)[0]
         mixed = {
             name: mix(stack if experts is None else stack[kept], coefficients)
             for name, stack in weights.experts.items()

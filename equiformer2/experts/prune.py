@@ -22,6 +22,7 @@ from equiformer2.experts.composition import composition_of
 from equiformer2.experts.dropped import KEY, DroppedExperts
 from equiformer2.experts.network import ExpertNetwork
 from equiformer2.experts.outputs import expert_outputs
+from equiformer2.values import Optional, Whole, mapping
 
 _FIELDS = ("pos", "atomic_numbers", "cell", "pbc", "natoms", "fixed", "sid", "fid")
 
@@ -48,6 +49,8 @@ class PruneSettings:
     def __post_init__(self) -> None:
         if self.method not in scores.METHODS:
             raise InputError(f"experts are scored by {', '.join(scores.METHODS)}, not by {self.method!r}")
+        Optional(Whole(1, 1 << 30)).read(self.top, "number of leading experts (top)")
+        Whole(0, 2**63 - 1).read(self.seed, "seed")
 
     def leading(self, count: int) -> int:
         """Return k for a mixture of `count` experts."""
@@ -135,7 +138,9 @@ def prune_experts(
         chosen = scores.random_scores(count, settings.seed)
     else:
         chosen = scores.reap(expert_outputs(network, structures, task), coefficients, top)
-    kept = scores.highest(chosen, number)
+    kept = scores.highest(chosen, number, coefficients)
+    stacks = network.expert_weights()
+    products = scores.expert_products(stacks)
     record: dict[str, Any] = {
         "task": task,
         "num_experts": count,
@@ -145,30 +150,38 @@ def prune_experts(
         "scores": chosen.tolist(),
         "kept": list(kept),
         "systems": len(compositions),
-        **_bounds(network, coefficients, kept),
+        **_bounds(list(stacks), products, coefficients, kept),
     }
-    dropped = DroppedExperts.of(network, kept, coefficients)
+    kind = contents.choose_weights(weights)
+    dropped = DroppedExperts.of(network.gate, products, kept, coefficients, kind)
     smaller = with_tasks(with_experts(contents, kept), [task])
-    stage = {**record, **dropped.to_dict(), "file": Path(contents.source).name}
-    if KEY in contents.provenance:
-        stage["earlier"] = contents.provenance[KEY]
+    before = mapping(contents.provenance.get(KEY, {}), f"{contents.source}: {KEY}")
+    earlier = before.get("earlier")
+    # Gates and products of experts of which nothing is left are of no use.
+    known = {name: value for name, value in before.items() if name in record or name == "file"}
+    stage = {
+        **record,
+        **dropped.to_dict(),
+        "file": Path(contents.source).name,
+        "earlier": [*(earlier if isinstance(earlier, list) else []), *([known] if known else [])],
+    }
     return replace(smaller, provenance={**contents.provenance, KEY: stage}), record
 
 
-def _bounds(network: ExpertNetwork, coefficients: Tensor, kept: Sequence[int]) -> dict[str, Any]:
+def _bounds(
+    names: Sequence[str], products: Tensor, coefficients: Tensor, kept: Sequence[int]
+) -> dict[str, Any]:
     """Bounds of the change of weights, and the change itself, largest over the systems."""
-    stacks = network.expert_weights()
-    norms = scores.expert_norms(stacks)
-    bounds = scores.change_bound(coefficients, norms, kept)
-    changes = scores.weight_change(coefficients, stacks, kept)
-    sizes = scores.merged_norms(coefficients, stacks)
+    bounds = scores.change_bound(coefficients, products, kept)
+    changes = scores.weight_change(coefficients, products, kept)
+    sizes = scores.merged_norms(coefficients, products)
     # Of all weights together, as of one long vector.
     whole, moved, size = (each.norm(dim=1) for each in (bounds, changes, sizes))
     relative = (bounds / sizes.clamp(min=1e-30)).amax(0).tolist()
     return {
         "bound": float(whole.max()),
         "bound_relative": float((whole / size.clamp(min=1e-30)).max()),
-        "bounds_relative": dict(zip(stacks, relative, strict=True)),
+        "bounds_relative": dict(zip(names, relative, strict=True)),
         "weight_change": float(moved.max()),
         "weight_change_relative": float((moved / size.clamp(min=1e-30)).max()),
         "kept_share": float(coefficients[:, list(kept)].sum(1).min()),
@@ -259,7 +272,8 @@ def foreign_structures(
         apart = torch.cdist(distinct, distinct)
         apart.fill_diagonal_(math.inf)
         reach = float(apart.min(1).values.max())
-    dropped = DroppedExperts.from_provenance(contents.provenance, contents.source)
+    kind = contents.choose_weights(weights)
+    dropped = DroppedExperts.from_provenance(contents.provenance, contents.source, kind)
     network = ExpertNetwork.from_contents(contents, weights) if dropped else None
     found = []
     for structure in structures:

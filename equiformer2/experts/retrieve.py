@@ -24,7 +24,7 @@ from equiformer2.experts.dropped import DroppedExperts
 from equiformer2.experts.gate import ExpertGate
 from equiformer2.experts.merge import save_merged
 from equiformer2.experts.network import merge_weights
-from equiformer2.experts.prune import seen_elements, task_compositions, task_structures
+from equiformer2.experts.prune import PruneSettings, seen_elements, task_compositions, task_structures
 from equiformer2.experts.sets import ExpertSet, Match, Per, make_sets, nearest, nearest_composition
 from equiformer2.experts.settings import ExpertSettings
 from equiformer2.model.equiformer import EquiformerV2
@@ -122,7 +122,7 @@ class ExpertStore:
         except (InputError, TypeError) as error:
             raise InputError(f"{path}: the settings of its experts are not valid: {error}") from error
         self.num_experts = settings.num_experts
-        self._dropped = DroppedExperts.from_provenance(head.provenance, str(path))
+        self._dropped = DroppedExperts.from_provenance(head.provenance, str(path), self.weights)
         if keep is None and self._dropped is not None:
             number = self.num_experts
         else:
@@ -133,7 +133,7 @@ class ExpertStore:
             name: task_compositions(info, task_structures(info)) for name, info in self.tasks.items()
         }
         answers = {name: self._answers(shares) for name, shares in compositions.items()}
-        leading = max(1, self.num_experts // 4) if top is None else top
+        leading = PruneSettings(top=top).leading(self.num_experts)
         self.sets: list[ExpertSet] = make_sets(answers, compositions, number, leading, per)
 
     @property

@@ -8,11 +8,17 @@ A weight is W_s = sum over e of c_se W_e, with coefficients c of system s that s
                 outputs of the layers (REAP, 2510.13999: gate times norm of the expert's output)
     random      random numbers
 
-Without the dropped experts the coefficients of the kept ones are divided by their sum S. Then
+Without the dropped experts the coefficients of the kept ones are divided by their sum S. What is left is W',
+so that W = S W' + sum over dropped of c_e W_e, and as the dropped coefficients sum to 1 - S,
 
-    W - W' = sum over dropped of c_e W_e - (1/S - 1) sum over kept of c_e W_e
+    W - W' = sum over dropped of c_e (W_e - W')
 
-whose norm is at most the sum of the norms of its terms: a bound from coefficients and norms of experts alone.
+whose norm is at most the sum of the norms of its terms. With |W_e - W'| <= |W_e| + sum over kept of (c_e / S) |W_e|
+this is never more than the bound from norms of experts alone,
+
+    sum over dropped of c_e |W_e| + (1/S - 1) sum over kept of c_e |W_e|
+
+and it is far less where experts lie around a common weight. Inner products of the experts are all that it takes.
 """
 
 import math
@@ -110,12 +116,16 @@ def number_kept(keep: float, count: int) -> int:
     return number
 
 
-def highest(scores: Tensor, number: int) -> tuple[int, ...]:
-    """Choose the experts with the highest scores, of equal ones the first.
+def highest(scores: Tensor, number: int, coefficients: Tensor) -> tuple[int, ...]:
+    """Choose the experts with the highest scores.
+
+    Experts that are never among the leading ones have equal scores, zero. Of equal ones those with the
+    largest mean coefficient are chosen, and then the first.
 
     Args:
         scores: `[K]`.
         number: of experts to keep.
+        coefficients: `[systems, K]`.
 
     Returns:
         Their indices, ascending.
@@ -125,7 +135,8 @@ def highest(scores: Tensor, number: int) -> tuple[int, ...]:
     """
     if not bool(torch.isfinite(scores).all()):
         raise InputError("the scores of the experts are not finite: check the weights of the network")
-    order = torch.argsort(scores, descending=True, stable=True)
+    order = torch.argsort(coefficients.double().mean(0), descending=True, stable=True)
+    order = order[torch.argsort(scores[order], descending=True, stable=True)]
     return tuple(sorted(order[:number].tolist()))
 
 
@@ -139,64 +150,75 @@ def renormalized(coefficients: Tensor, kept: Sequence[int]) -> Tensor:
     Returns:
         `[systems, M]`; equal ones for a system whose kept experts all have a coefficient of zero.
     """
-    chosen = coefficients[:, list(kept)]
+    # In float64 the sum of the smallest numbers of float32 is a number to divide by, too.
+    chosen = coefficients[:, list(kept)].double()
     total = chosen.sum(1, keepdim=True)
-    return torch.where(total > 0, chosen / total.clamp(min=torch.finfo(chosen.dtype).tiny), 1 / len(kept))
+    shares = torch.where(total > 0, chosen / total.clamp(min=torch.finfo(chosen.dtype).tiny), 1 / len(kept))
+    return shares.to(coefficients.dtype)
 
 
-def expert_norms(stacks: Mapping[str, Tensor]) -> Tensor:
-    """Compute the Frobenius norm of every expert in every weight.
+def expert_products(stacks: Mapping[str, Tensor]) -> Tensor:
+    """Compute the inner products of the experts of every weight, whose diagonals are squared norms.
 
     Args:
         stacks: weight's name -> `[K, …]`.
 
     Returns:
-        `[weights, K]` float64, in the order of `stacks`.
+        `[weights, K, K]` float64, in the order of `stacks`.
     """
-    return torch.stack([stack.detach().double().flatten(1).norm(dim=1).cpu() for stack in stacks.values()])
+    wide = (stack.detach().double().cpu().flatten(1) for stack in stacks.values())
+    return torch.stack([experts @ experts.T for experts in wide])
 
 
-def change_bound(coefficients: Tensor, norms: Tensor, kept: Sequence[int]) -> Tensor:
+def _without(coefficients: Tensor, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Coefficients `[systems, K]` float64 with all experts, and with the kept ones alone."""
+    before = coefficients.double().cpu()
+    after = torch.zeros_like(before)
+    after[:, list(kept)] = renormalized(before, kept)
+    return before, after
+
+
+def change_bound(coefficients: Tensor, products: Tensor, kept: Sequence[int]) -> Tensor:
     """Bound the change of every weight when all experts but the kept ones are dropped.
 
     The change is that of weights merged in float32, so their rounding is in the bound.
 
     Args:
         coefficients: `[systems, K]`.
-        norms: `[weights, K]` of `expert_norms`.
+        products: `[weights, K, K]` of `expert_products`.
         kept: indices of the experts that stay.
 
     Returns:
         `[systems, weights]` float64: upper bounds of the Frobenius norm of W - W'.
     """
-    before = coefficients.double().cpu()
-    after = torch.zeros_like(before)
-    after[:, list(kept)] = renormalized(before, kept)
-    rounding = before.shape[1] * _UNIT_ROUNDOFF
-    return (before - after).abs() @ norms.T + rounding * (before + after) @ norms.T
+    before, after = _without(coefficients, kept)
+    squares = products.diagonal(dim1=1, dim2=2)
+    crossed = torch.einsum("wek,sk->swe", products, after)  # <W_e, W'>
+    own = (crossed * after[:, None]).sum(2, keepdim=True)
+    distances = (squares - 2 * crossed + own).clamp(min=0).sqrt()
+    dropped = before.clone()
+    dropped[:, list(kept)] = 0.0
+    missing = (before.sum(1, keepdim=True) - 1).abs()
+    rounding = 2 * before.shape[1] * _UNIT_ROUNDOFF + missing
+    return (distances @ dropped[:, :, None])[..., 0] + rounding * ((before + after) @ squares.sqrt().T)
 
 
-def weight_change(coefficients: Tensor, stacks: Mapping[str, Tensor], kept: Sequence[int]) -> Tensor:
+def weight_change(coefficients: Tensor, products: Tensor, kept: Sequence[int]) -> Tensor:
     """Compute the change of every weight when all experts but the kept ones are dropped.
 
     Args:
         coefficients: `[systems, K]`.
-        stacks: weight's name -> `[K, …]`.
+        products: `[weights, K, K]` of `expert_products`.
         kept: indices of the experts that stay.
 
     Returns:
-        `[systems, weights]` float64: Frobenius norms of W - W', in the order of `stacks`.
+        `[systems, weights]` float64: Frobenius norms of W - W'.
     """
-    difference = coefficients.double().cpu().clone()
-    difference[:, list(kept)] -= renormalized(coefficients.double().cpu(), kept)
-    return torch.stack(
-        [(difference @ stack.detach().double().cpu().flatten(1)).norm(dim=1) for stack in stacks.values()], 1
-    )
+    before, after = _without(coefficients, kept)
+    return merged_norms(before - after, products)
 
 
-def merged_norms(coefficients: Tensor, stacks: Mapping[str, Tensor]) -> Tensor:
+def merged_norms(coefficients: Tensor, products: Tensor) -> Tensor:
     """Compute the Frobenius norms `[systems, weights]` of merged weights; arguments as `weight_change`."""
     wide = coefficients.double().cpu()
-    return torch.stack(
-        [(wide @ stack.detach().double().cpu().flatten(1)).norm(dim=1) for stack in stacks.values()], 1
-    )
+    return torch.einsum("sk,wkl,sl->sw", wide, products, wide).clamp(min=0).sqrt()

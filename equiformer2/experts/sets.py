@@ -88,7 +88,7 @@ def make_sets(
         vectors = values.double().flatten(1)
         if per == "task":
             key = vectors.mean(0)
-            chosen = scores.highest(scores.tcess(own, top), number)
+            chosen = scores.highest(scores.tcess(own, top), number, own)
             reach = float((vectors - key).norm(dim=1).max())
             sets.append(ExpertSet(task, chosen, key, shares.mean(0), reach))
             continue
@@ -98,7 +98,7 @@ def make_sets(
         apart.fill_diagonal_(math.inf)
         reach = float(apart.min(1).values.max()) if len(rows) > 1 else 0.0
         for row in rows:
-            chosen = scores.highest(own[row], number)
+            chosen = scores.highest(own[row], number, own[[row]])
             sets.append(ExpertSet(task, chosen, vectors[row], shares[row], reach))
     return sets
 

@@ -74,6 +74,7 @@ def test_the_change_of_weights_is_within_the_bound(
         states = [each.state_dict() for each in both]
         change = torch.stack([(states[0][name] - states[1][name]).double().norm() for name in names])
         assert float(change.norm()) <= record["bound"]
+    assert 0 < record["bound_relative"] < 0.6  # experts that differ by half of the weights
     found = measure(contents, pruned, "dft")
     assert found["measured_change_eV_A"] > 0
     assert found["measured_change_eV"] > 0
@@ -120,7 +121,9 @@ def test_the_file_is_smaller_and_is_pruned_again_down_to_one(
         sizes.append((tmp_path / f"{number}.safetensors").stat().st_size)
     assert sizes == sorted(sizes, reverse=True)
     one = read_experts(tmp_path / "1.safetensors")
-    assert len(one.provenance[KEY]["earlier"]["kept"]) == 2
+    (earlier,) = one.provenance[KEY]["earlier"]
+    assert (len(earlier["kept"]), earlier["file"]) == (2, "full.safetensors")
+    assert "dropped_gate" not in earlier
     alone = ExpertNetwork.from_contents(one)
     assert alone.coefficients(STRUCTURES[0], "dft").tolist() == [[1.0]]
     samples = one.tasks["dft"].samples
@@ -132,7 +135,7 @@ def test_the_file_is_smaller_and_is_pruned_again_down_to_one(
 
 def test_structures_unlike_those_of_the_task_are_named(contents: ExpertContents) -> None:
     pruned, record = prune_experts(contents, "dft", PruneSettings(0.5))
-    dropped = DroppedExperts.from_provenance(pruned.provenance, "file")
+    dropped = DroppedExperts.from_provenance(pruned.provenance, "file", "raw")
     assert dropped is not None
     shares = torch.cat([composition_of(each, 90) for each in STRUCTURES])
     bounds = dropped.bounds(ExpertNetwork.from_contents(pruned).gate, 0, shares)
@@ -180,8 +183,11 @@ def test_a_structure_that_needs_dropped_experts_is_worse_than_the_bound(tmp_path
     [
         ({"kept": [0, 0]}, "dropped experts"),
         ({"kept": [0, 9]}, "must be at most 3"),
-        ({"norms": "many"}, "must be a list"),
-        ({"norms": []}, "kept"),
+        ({"products": "many"}, "must be a list"),
+        ({"products": []}, "square table"),
+        ({"products": [[1.0], [1.0]]}, "square table"),
+        ({"products": [["a"]]}, "must be a number"),
+        ({"weights": "mean"}, "one of raw, averaged"),
         ({"dropped_gate": None}, "dictionary"),
         ({"dropped_gate": {"weight": [[1.0], [1.0, 2.0]], "bias": [0.0, 0.0]}}, "does not fit"),
         ({"dropped_gate": {"weight": [[1.0]], "bias": [0.0]}}, "dropped experts"),
@@ -192,7 +198,7 @@ def test_changed_records_of_a_pruning(contents: ExpertContents, values: dict[str
     pruned, _ = prune_experts(contents, "dft", PruneSettings(0.5))
     provenance = {KEY: {**pruned.provenance[KEY], **values}}
     with pytest.raises(InputError, match=message):
-        DroppedExperts.from_provenance(provenance, "file.safetensors")
+        DroppedExperts.from_provenance(provenance, "file.safetensors", "raw")
 
 
 def test_unknown_tasks_methods_and_elements(contents: ExpertContents) -> None:

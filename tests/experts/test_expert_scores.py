@@ -37,7 +37,14 @@ def test_equal_coefficients_are_marked_alike_in_any_order_of_experts() -> None:
     assert scores.tcess(even, 1).tolist() == [0.25] * 4
     order = torch.tensor([2, 0, 3, 1])
     assert torch.equal(scores.tcess(COEFFICIENTS[:, order], 2), scores.tcess(COEFFICIENTS, 2)[order])
-    assert scores.highest(torch.tensor([0.1, 0.3, 0.3, 0.3]), 2) == (1, 2)
+    assert scores.highest(torch.tensor([0.1, 0.3, 0.3, 0.3]), 2, even) == (1, 2)
+
+
+def test_experts_of_equal_scores_are_chosen_by_their_mean_coefficient() -> None:
+    once = scores.tcess(COEFFICIENTS[1:], 1)
+    assert once.tolist() == pytest.approx([0.0, 0.6, 0.0, 0.0])
+    assert scores.highest(once, 2, COEFFICIENTS[1:]) == (1, 3)
+    assert scores.highest(once, 3, COEFFICIENTS[1:]) == (0, 1, 3)
 
 
 def test_random_scores_follow_the_seed() -> None:
@@ -72,7 +79,7 @@ def test_shares_that_keep_none_or_all(keep: float, count: int, message: str) -> 
 
 def test_scores_that_are_no_numbers() -> None:
     with pytest.raises(InputError, match="not finite"):
-        scores.highest(torch.tensor([0.1, float("nan")]), 1)
+        scores.highest(torch.tensor([0.1, float("nan")]), 1, COEFFICIENTS[:, :2])
     with pytest.raises(InputError, match="at least 1"):
         scores.in_top(COEFFICIENTS, 0)
 
@@ -82,6 +89,7 @@ def test_kept_coefficients_sum_to_one_even_where_none_is_used() -> None:
         scores.renormalized(COEFFICIENTS, (0, 3)), torch.tensor([[1.0, 0.0], [1 / 3, 2 / 3]])
     )
     assert scores.renormalized(torch.tensor([[1.0, 0.0, 0.0]]), (1, 2)).tolist() == [[0.5, 0.5]]
+    assert scores.renormalized(torch.tensor([[1.0, 1e-42, 1e-42]]), (1, 2)).tolist() == [[0.5, 0.5]]
 
 
 @st.composite
@@ -106,17 +114,51 @@ def mixtures(draw: st.DrawFn) -> tuple[Tensor, dict[str, Tensor], tuple[int, ...
 @given(mixtures())
 def test_the_bound_is_never_violated(mixture: tuple[Tensor, dict[str, Tensor], tuple[int, ...]]) -> None:
     coefficients, stacks, kept = mixture
-    bound = scores.change_bound(coefficients, scores.expert_norms(stacks), kept)
-    assert bool((scores.weight_change(coefficients, stacks, kept) <= bound).all())
+    products = scores.expert_products(stacks)
+    bound = scores.change_bound(coefficients, products, kept)
+    assert bool((scores.weight_change(coefficients, products, kept) <= bound).all())
     after = scores.renormalized(coefficients, kept)
     for column, stack in enumerate(stacks.values()):  # merged in float32, as networks are
         change = coefficients @ stack.flatten(1) - after @ stack[list(kept)].flatten(1)
         assert bool((change.double().norm(dim=1) <= bound[:, column]).all())
+    norms = products.diagonal(dim1=1, dim2=2).sqrt()
+    # All weights as one vector.
+    whole = scores.change_bound(coefficients, products.sum(0, keepdim=True), kept)[:, 0]
+    assert bool((bound.norm(dim=1) <= whole + 1e-6 * norms.sum()).all())
+    # The bound from norms of experts alone.
+    share = coefficients.double()[:, list(kept)]
+    lost = coefficients.double().clone()
+    lost[:, list(kept)] = after.double() - share
+    assert bool((bound <= (lost @ norms.T) * (1 + 1e-6) + 1e-5 * norms.sum(1)).all())
 
 
-def test_the_bound_is_that_of_dropped_experts_and_of_the_new_sum() -> None:
+def test_the_bound_is_that_of_distances_from_what_is_left() -> None:
     stacks = {"w": torch.tensor([[3.0, 4.0], [0.0, 1.0], [1.0, 0.0]])}
     coefficients = torch.tensor([[0.5, 0.25, 0.25]]).double()
-    bound = scores.change_bound(coefficients, scores.expert_norms(stacks), (0, 1))
-    # 0.25 * 1 dropped, and (1 / 0.75 - 1) * (0.5 * 5 + 0.25 * 1)
-    assert float(bound) == pytest.approx(0.25 + 2.75 / 3, rel=1e-5)
+    products = scores.expert_products(stacks)
+    # What is left is (2, 3): the distance of the dropped expert is that of (1, 3), times its coefficient.
+    bound = scores.change_bound(coefficients, products, (0, 1))
+    assert float(bound) == pytest.approx(0.25 * 10**0.5, rel=1e-5)
+    assert float(scores.weight_change(coefficients, products, (0, 1))) == pytest.approx(0.25 * 10**0.5)
+    # Two are dropped, (0, 1) and (1, 0), with (3, 4) left.
+    bound = scores.change_bound(coefficients, products, (0,))
+    assert float(bound) == pytest.approx(0.25 * (18**0.5 + 20**0.5), rel=1e-5)
+    change = torch.tensor([3.0, 4.0]) - torch.tensor([1.75, 2.25])
+    assert float(scores.weight_change(coefficients, products, (0,))) == pytest.approx(float(change.norm()))
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.2])
+def test_experts_around_a_common_weight_have_a_small_bound(spread: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.randn(1, 40, 40, generator=generator)
+    stack = stack + spread * torch.randn(8, 40, 40, generator=generator)
+    coefficients = torch.randn(3, 8, generator=generator).softmax(1)
+    products = scores.expert_products({"w": stack})
+    bound = scores.change_bound(coefficients, products, (0, 2, 4, 6))
+    change = scores.weight_change(coefficients, products, (0, 2, 4, 6))
+    size = scores.merged_norms(coefficients, products)
+    assert bool((bound < 1.2 * spread * size).all())
+    assert bool((bound < 3 * change).all())
+    exact = coefficients.double().clone()
+    exact[:, [0, 2, 4, 6]] -= scores.renormalized(coefficients.double(), (0, 2, 4, 6))
+    torch.testing.assert_close(change[:, 0], (exact @ stack.double().flatten(1)).norm(dim=1))
