@@ -62,6 +62,7 @@ _GROUPS = ("experts", "heads", "shared", "gate")
 _GATE_TASKS = "tasks.weight"
 _NOT_PER_TASK = "has no entry for each of the tasks"
 _MAX_HEADER = 16 << 20
+_SHARES_TOLERANCE = 1e-6
 _TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -188,12 +189,14 @@ def write_experts(path: str | os.PathLike[str], contents: ExpertContents) -> Non
 
     Args:
         path: the file.
-        contents: with all experts of the network.
+        contents: of a network; where some of its experts were read, these become the file's.
 
     Raises:
-        InputError: a weight is not finite.
+        InputError: a weight is not finite, or the header would be too long to be read.
         OSError: the file cannot be written.
     """
+    if contents.experts != tuple(range(contents.settings["num_experts"])):
+        contents = with_experts(contents, range(len(contents.experts)))
     tensors: dict[str, Tensor] = {}
     for kind, weights in contents.weights.items():
         for group, values in weights.groups().items():
@@ -227,6 +230,12 @@ def write_experts(path: str | os.PathLike[str], contents: ExpertContents) -> Non
         name: value.detach().to("cpu", copy=True).contiguous() for name, value in sorted(tensors.items())
     }
     metadata = {"format": FORMAT, "content": json.dumps(content, ensure_ascii=False, allow_nan=False)}
+    names = sum(len(name) + 200 for name in copies)  # with types, shapes and places
+    if (length := len(json.dumps(metadata)) + names) > _MAX_HEADER:
+        raise InputError(
+            f"{path} was not written, because its header of {length:,} bytes is longer than the "
+            f"{_MAX_HEADER:,} that are read: there are too many tasks, or too many experts"
+        )
     with whole_file(path) as file:
         try:
             save_file(copies, file.name, metadata)
@@ -285,8 +294,8 @@ class ExpertFile:
         self.source, metadata = str(path), _metadata(Path(path))
         if metadata.get("format") != FORMAT:
             raise InputError(
-                f"{self.source} is no file of an expert network: give one that equiformer2 train wrote with "
-                "experts.num_experts"
+                f"{self.source} is no file of an expert network, or is cut off: give one that equiformer2 "
+                "train wrote with experts.num_experts"
             )
         with as_input_error():
             content = load_json(str(metadata.get("content", "")), f"{self.source}: content", _MAX_HEADER)
@@ -426,8 +435,16 @@ def _read_task(reader: _Reader, values: Mapping[str, Any], config: ModelConfig) 
             raise InputError(f"{where}: {error}") from error
     references = reader.optional(f"tasks/{name}/linear_references")
     composition = reader.tensor(f"tasks/{name}/composition")
-    if composition.shape != (config.max_num_elements,) or not bool(torch.isfinite(composition).all()):
-        raise InputError(f"{where}: the composition must be {config.max_num_elements} finite shares")
+    composition = composition.double()
+    total = float(composition.sum())
+    if (
+        composition.shape != (config.max_num_elements,)
+        or not abs(total - 1) < _SHARES_TOLERANCE
+        or bool((composition < 0).any())
+    ):
+        raise InputError(
+            f"{where}: the composition must be {config.max_num_elements} shares that add up to 1"
+        )
     try:
         both = Normalizers(normalizers["energy"], normalizers["forces"], references)
     except InputError as error:
@@ -441,7 +458,7 @@ def _read_task(reader: _Reader, values: Mapping[str, Any], config: ModelConfig) 
         name=name,
         energy_kind=check_energy_kind(values["energy_kind"], where),
         normalizers=both,
-        composition=composition.double(),
+        composition=composition,
         provenance=dict(mapping(plain(values["provenance"]), f"{where}: provenance")),
         samples=Samples.from_tensors(parts, f"{where}: samples") if parts else None,
     )
@@ -460,6 +477,10 @@ class _Reader:
         self.file, self.source = file, source
         self.num_experts, self.num_tasks = num_experts, num_tasks
         self.names = set(file.keys())
+        known = ("tasks/", *(f"{kind}/" for kind in get_args(WeightsKind)))
+        unknown = sorted(name for name in self.names if not name.startswith(known))
+        if unknown:
+            raise InputError(f"{source} is not a valid expert file: it holds {shown_name(unknown[0])}")
         self.bytes_read = 0
         self._gates: dict[str, Tensor] = {}
 

@@ -24,6 +24,7 @@ from equiformer2.cli.options import (
     add_overwrite_argument,
     add_spread_argument,
     add_twin_argument,
+    random_seed,
 )
 from equiformer2.errors import InputError
 
@@ -83,7 +84,7 @@ class AdsorptionSearch(Command):
             help="kind of placements (default: heuristic, or positions with --position)",
         )
         add_position_arguments(search)
-        search.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+        search.add_argument("--seed", type=random_seed, default=0, help="random seed (default: %(default)s)")
         search.add_argument(
             "--no-stop", action="store_true", help="relax all placements, however unlikely a lower one is"
         )

@@ -8,7 +8,7 @@ from equiformer2.cli.adsorption import gas_references
 from equiformer2.cli.chosen_model import ChosenModel
 from equiformer2.cli.chosen_slabs import add_slab_arguments, chosen_slabs, parse_with_slab
 from equiformer2.cli.command import Command, Parser, Result
-from equiformer2.cli.options import add_model_arguments, add_overwrite_argument
+from equiformer2.cli.options import add_model_arguments, add_overwrite_argument, random_seed
 from equiformer2.errors import InputError
 
 
@@ -43,7 +43,7 @@ class AdsorptionCoverage(Command):
             help="number of arrangements of every number of molecules, copies by symmetry included "
             "(default: %(default)s)",
         )
-        series.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+        series.add_argument("--seed", type=random_seed, default=0, help="random seed (default: %(default)s)")
         series.add_argument(
             "--min-distance",
             type=float,

@@ -13,6 +13,7 @@ from equiformer2.cli.options import (
     add_overwrite_argument,
     add_worker_argument,
     parse_checked,
+    random_seed,
 )
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, write_json
@@ -131,7 +132,7 @@ class Import(Command):
             metavar="A,B,C",
             help="shares of the frames for train, val and, with three, test (default: 0.8,0.1,0.1)",
         )
-        add("--seed", type=int, help="random seed of the split (default: 0)")
+        add("--seed", type=random_seed, help="random seed of the split (default: 0)")
 
     def parse(self, parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
         options = parse_checked(

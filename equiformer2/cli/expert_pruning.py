@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from equiformer2.cli.command import Command, Parser, Result
-from equiformer2.cli.options import add_overwrite_argument
+from equiformer2.cli.options import add_overwrite_argument, random_seed
 from equiformer2.files import check_target, write_json
 from equiformer2.script import header
 
@@ -68,7 +68,7 @@ class Prune(Command):
         )
         parser.add_argument(
             "--seed",
-            type=int,
+            type=random_seed,
             default=0,
             help="random seed of the choice of structures, and of --method random",
         )
@@ -118,7 +118,7 @@ class Prune(Command):
         kept = ", ".join(map(str, record["kept"]))
         return (
             f"experts {kept} of {record['num_experts']} stay for {record['task']} ({record['method']}), with "
-            f"at least {record['kept_share']:.1%} of the coefficients of {record['systems']} compositions\n"
+            f"at least {record['kept_share']:.1%} of the coefficients ({record['systems']} structures)\n"
             f"bound of the change of the weights: {record['bound_relative']:.1%} of their norm "
             f"({record['bound']:.4g}); the change is {record['weight_change_relative']:.1%}"
         )
@@ -203,15 +203,14 @@ class Retrieve(Command):
         }
         experts = ", ".join(map(str, found.experts))
         told = (
-            f"task {found.task} (distance {found.match.distance:.3g})",
+            f"task {found.task}, {record['energy_kind']} energies (distance {found.match.distance:.3g})",
             f"experts {experts} of {store.num_experts} with {found.kept_share:.1%} of the coefficients",
             f"{store.bytes_read:,} of {size:,} bytes read",
         )
         print(f"{options.structure}: {'; '.join(told)}")
         for text in found.warnings():
-            print(f"beyond the training data: {text}")
+            print(f"warning: {text}")
         if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
             store.write(found, options.out)
             record["out"] = str(options.out)
             print(f"wrote {options.out}: an ordinary checkpoint for this composition")

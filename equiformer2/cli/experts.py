@@ -50,7 +50,6 @@ class Merge(Command):
         summary_file = Path(f"{options.out}.json")
         for target in (options.out, summary_file):
             check_target(target, False, [options.checkpoint], options.overwrite)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         summary = merge_experts(
             options.checkpoint, options.task, options.out, options.composition, options.weights
         )
@@ -63,6 +62,9 @@ class Merge(Command):
             f"({summary['composition_from']}), {summary['parameters']:,} parameters, "
             f"{summary['energy_kind']} energies; summary in {summary_file}"
         )
+        if summary["unseen_elements"]:
+            names = ", ".join(summary["unseen_elements"])
+            print(f"warning: {names} not among the training data of {options.task}")
         if summary.get("excess_of_bound") is not None:
             print(
                 f"for this composition the weights may have changed by {summary['excess_of_bound']:.4g} when "

@@ -12,6 +12,7 @@ from equiformer2.cli.options import (
     add_energy_kind_argument,
     add_overwrite_argument,
     parse_checked,
+    random_seed,
 )
 from equiformer2.errors import InputError
 
@@ -136,7 +137,9 @@ class FineTune(Command):
         training.add_argument(
             "--seeds", type=int, default=1, help="number of trainings and models (default: %(default)s)"
         )
-        training.add_argument("--seed", type=int, default=0, help="first random seed (default: %(default)s)")
+        training.add_argument(
+            "--seed", type=random_seed, default=0, help="first random seed (default: %(default)s)"
+        )
         training.add_argument(
             "--curve",
             action="store_true",

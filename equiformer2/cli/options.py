@@ -1,6 +1,7 @@
 """Options that several commands have, each written once, and checks of how options go together."""
 
 import argparse
+import contextlib
 import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +22,14 @@ def checkpoint_file(text: str) -> str:
         return str(find_checkpoint(text))
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def random_seed(text: str) -> int:
+    """Seed that every generator takes, 0 to 2^32 - 1, for `type=` of options."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (seed := int(text)) < 2**32:
+            return seed
+    raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of 0 to {2**32 - 1}")
 
 
 NETWORK_ONLY = tuple(
@@ -266,7 +275,7 @@ def add_calibration_arguments(parser: Options, structures: int = 32, batch_size:
         help="maximum number of structures that are drawn from the data (default: %(default)s)",
     )
     add_batch_size_argument(parser, batch_size)
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--seed", type=random_seed, default=0, help="random seed (default: %(default)s)")
 
 
 def parse_checked(

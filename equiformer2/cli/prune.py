@@ -14,6 +14,7 @@ from equiformer2.cli.options import (
     add_model_arguments,
     add_overwrite_argument,
     checkpoint_file,
+    random_seed,
 )
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, read_json, write_json
@@ -677,7 +678,7 @@ class Pareto(Command):
             help="shares of the MACs that stay (default: 0.8 0.7 0.5)",
         )
         parser.add_argument(
-            "--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds (default: 0 1 2)"
+            "--seeds", nargs="+", type=random_seed, default=[0, 1, 2], help="random seeds (default: 0 1 2)"
         )
         parser.add_argument(
             "--structures",

@@ -8,6 +8,8 @@ from ase.data import chemical_symbols
 from ase.formula import Formula
 from torch import Tensor
 
+from equiformer2.checkpoint.expert_files import TaskInfo
+from equiformer2.checkpoint.training_data import TrainingData
 from equiformer2.errors import InputError
 from equiformer2.graph import structure_index
 
@@ -28,9 +30,10 @@ def composition_of(data: Any, num_elements: int) -> Tensor:
         InputError: an element is not below Z.
     """
     numbers = data.atomic_numbers.long()
-    if numbers.numel() and (int(numbers.max()) >= num_elements or int(numbers.min()) < 0):
+    unknown = numbers[(numbers < 0) | (numbers >= num_elements)]
+    if len(unknown):
         raise InputError(
-            f"a structure holds atomic number {int(numbers.max())}, and the network knows those below "
+            f"a structure holds atomic number {int(unknown[0])}, and the network knows those below "
             f"{num_elements}"
         )
     natoms = torch.as_tensor(data.natoms, device=numbers.device).reshape(-1)
@@ -78,3 +81,13 @@ def shares_by_symbol(composition: Tensor) -> dict[str, float]:
     present = composition.nonzero().flatten().tolist()
     found = {chemical_symbols[number]: float(composition[number]) for number in present}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def unseen_elements(info: TaskInfo, composition: Tensor) -> list[str]:
+    """List the elements of a composition `[Z]` that no training structure of a task has, by symbol."""
+    seen = info.composition > 0
+    # The mean is over some frames of large data sets; the lists are of all.
+    for symbol in TrainingData(info.provenance).elements or ():
+        if known_numbers[symbol] < len(seen):
+            seen[known_numbers[symbol]] = True
+    return [chemical_symbols[number] for number in ((composition > 0) & ~seen).nonzero().flatten().tolist()]

@@ -83,8 +83,9 @@ class ExpertGate(nn.Module):
                 f"not fit: give [structures, {len(table)}] and [structures]"
             )
         known = self.tasks.num_embeddings
-        if task.numel() and not 0 <= int(task.min()) <= int(task.max()) < known:
-            raise InputError(f"a task has the number {int(task.max())}; there are {known}, counted from 0")
+        unknown = task[(task < 0) | (task >= known)]
+        if len(unknown):
+            raise InputError(f"a task has the number {int(unknown[0])}; there are {known}, counted from 0")
         with no_autocast(table):
             return self.out(self.features(composition, task)).softmax(dim=1)  # type: ignore[no-any-return]
 

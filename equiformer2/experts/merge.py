@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from equiformer2.checkpoint.checkpoint import save_checkpoint
 from equiformer2.checkpoint.contents import WeightsKind
@@ -13,9 +13,10 @@ from equiformer2.checkpoint.expert_files import TaskInfo, read_experts
 from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.checkpoint.training_data import inherited
 from equiformer2.errors import InputError
-from equiformer2.experts.composition import composition_from_formula, shares_by_symbol
+from equiformer2.experts.composition import composition_from_formula, shares_by_symbol, unseen_elements
 from equiformer2.experts.dropped import DroppedExperts
 from equiformer2.experts.network import ExpertNetwork
+from equiformer2.experts.scores import renormalized
 from equiformer2.model.equiformer import EquiformerV2
 from equiformer2.model.parameters import count_parameters
 
@@ -44,7 +45,8 @@ def merge_experts(
             all.
 
     Returns:
-        A summary in plain values; of a pruned file with `excess_of_bound`, the bound of the change of the
+        A summary in plain values, with the coefficients of the kept experts and the elements that no training
+        structure of the task has; of a pruned file with `excess_of_bound`, the bound of the change of the
         weights where it is larger than those of the task's structures, else None.
 
     Raises:
@@ -61,14 +63,18 @@ def merge_experts(
     if composition is not None:
         shares = composition_from_formula(composition, contents.config.max_num_elements)
     merged = network.merged(task, shares, experts)
+    with torch.no_grad():
+        coefficients = network.gate.coefficients(shares[None], torch.tensor([network.task_number(task)]))
+    used = list(range(network.settings.num_experts)) if experts is None else [int(each) for each in experts]
     of_experts: dict[str, Any] = {
         "file": Path(path).name,
         "sha256": sha256(path),
         "task": task,
         "composition": shares_by_symbol(shares),
         "composition_from": "mean of the training data" if composition is None else composition,
-        "coefficients": coefficients_of(network, task, shares),
-        "experts": list(range(network.settings.num_experts)) if experts is None else list(experts),
+        "coefficients": renormalized(coefficients, used)[0].tolist(),
+        "experts": used,
+        "unseen_elements": unseen_elements(info, shares),
     }
     dropped = DroppedExperts.from_provenance(contents.provenance, contents.source, kind)
     if dropped is not None:
@@ -95,7 +101,7 @@ def save_merged(
     """Write a merged network as an ordinary checkpoint.
 
     Args:
-        out: native checkpoint to write.
+        out: native checkpoint to write, in a folder that is made where it is missing.
         merged: the network.
         info: of its task.
         kind: weights that it was merged from.
@@ -106,6 +112,7 @@ def save_merged(
         OSError: `out` cannot be written.
     """
     state = merged.state_dict()
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(
         out,
         model=merged,
@@ -119,14 +126,6 @@ def save_merged(
             "merged_from": dict(of_experts),
         },
     )
-
-
-def coefficients_of(network: ExpertNetwork, task: str, composition: Tensor) -> list[float]:
-    """Compute the coefficients of all experts for a composition `[Z]` and a task, as a list."""
-    gate = network.gate
-    device = gate.elements.weight.device
-    number = gate.tasks.weight.new_full((1,), network.task_number(task)).long()
-    return gate.coefficients(composition.to(device)[None], number)[0].tolist()  # type: ignore[no-any-return]
 
 
 def validation_of(provenance: Mapping[str, Any], task: str) -> dict[str, Any]:

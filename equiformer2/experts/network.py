@@ -120,7 +120,7 @@ class ExpertNetwork(nn.Module):
         Raises:
             InputError: the weights do not fit the configuration; no such weights are there.
         """
-        if len(contents.experts) < contents.settings["num_experts"]:
+        if contents.experts != tuple(range(contents.settings["num_experts"])):  # some, or in another order
             contents = with_experts(contents, range(len(contents.experts)))
         kept = contents.weights[contents.choose_weights(weights)]
         network = cls.__new__(cls)
@@ -180,11 +180,12 @@ class ExpertNetwork(nn.Module):
             return torch.full((count,), self.task_number(task), device=device)
         if task is None:
             task = getattr(data, "task", None)
-        if task is None or len(numbers := torch.as_tensor(task, device=device).reshape(-1).long()) != count:
+        numbers = None if task is None else torch.as_tensor(task, device=device).reshape(-1)
+        if numbers is None or len(numbers) != count or numbers.is_floating_point():
             raise InputError(
                 f"{count} structures need a task each, one of {', '.join(self.tasks)}: give its name"
             )
-        return numbers
+        return numbers.long()
 
     # ---- forward
 

@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 from tqdm import tqdm
 
 from equiformer2.checkpoint.expert_files import ExpertContents, TaskInfo, with_experts, with_tasks
-from equiformer2.checkpoint.training_data import TrainingData
 from equiformer2.errors import InputError, naming_structures
 from equiformer2.experts import scores
-from equiformer2.experts.composition import composition_of
+from equiformer2.experts.composition import composition_of, unseen_elements
 from equiformer2.experts.dropped import KEY, DroppedExperts
 from equiformer2.experts.network import ExpertNetwork
 from equiformer2.experts.outputs import expert_outputs
@@ -73,16 +71,6 @@ def task_compositions(info: TaskInfo, structures: Sequence[Data]) -> Tensor:
     if not structures:
         return info.composition[None]
     return torch.cat([_composition(structure, len(info.composition)) for structure in structures])
-
-
-def seen_elements(info: TaskInfo) -> Tensor:
-    """Mark the elements of the training structures of a task, `[Z]` bool."""
-    seen = info.composition > 0
-    # The mean is over some frames of large data sets; the lists are of all.
-    for symbol in TrainingData(info.provenance).elements or ():
-        if atomic_numbers[symbol] < len(seen):
-            seen[atomic_numbers[symbol]] = True
-    return seen
 
 
 def _composition(structure: Data, num_elements: int) -> Tensor:
@@ -280,10 +268,10 @@ def foreign_structures(
         composition = _composition(structure, len(info.composition))
         reasons: dict[str, Any] = {}
         texts = []
-        new = ((composition[0] > 0) & ~seen_elements(info)).nonzero().flatten().tolist()
+        new = unseen_elements(info, composition[0])
         if new:
-            reasons["elements"] = [chemical_symbols[number] for number in new]
-            texts.append(f"{', '.join(reasons['elements'])} not among the training data of {task}")
+            reasons["elements"] = new
+            texts.append(f"{', '.join(new)} not among the training data of {task}")
         distance = float(torch.cdist(composition, known).min())
         if reach is not None and distance > reach:
             reasons |= {"distance": distance, "reach": reach}

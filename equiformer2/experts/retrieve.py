@@ -10,24 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ase.data import chemical_symbols
 from torch import Tensor
 from torch_geometric.data import Data
 
 from equiformer2.checkpoint.expert_files import ExpertFile, TaskInfo
+from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.checkpoint.weights import build_model
 from equiformer2.errors import InputError
 from equiformer2.experts import scores
 from equiformer2.experts.cache import BoundedCache
-from equiformer2.experts.composition import composition_of, shares_by_symbol
+from equiformer2.experts.composition import composition_of, shares_by_symbol, unseen_elements
 from equiformer2.experts.dropped import DroppedExperts
 from equiformer2.experts.gate import ExpertGate
 from equiformer2.experts.merge import save_merged
 from equiformer2.experts.network import merge_weights
-from equiformer2.experts.prune import PruneSettings, seen_elements, task_compositions, task_structures
+from equiformer2.experts.prune import PruneSettings, task_compositions, task_structures
 from equiformer2.experts.sets import ExpertSet, Match, Per, make_sets, nearest, nearest_composition
 from equiformer2.experts.settings import ExpertSettings
 from equiformer2.model.equiformer import EquiformerV2
+from equiformer2.values import shown
 
 DEFAULT_CACHE = 1 << 30
 _DEFAULT_KEEP = 0.5
@@ -71,6 +72,8 @@ class Retrieval:
             told.append(f"{', '.join(self.unseen)} not among the training data of {self.task}")
         if self.match.far:
             told.append(f"a composition that is farther from those of {self.task} than these are")
+        if self.match.tied:
+            told.append(f"{self.match.second} is as near as {self.task}: name the task that is wanted")
         if self.excess is not None:
             told.append(f"worse than the bound with which the file was pruned ({self.excess:.4g})")
         return told
@@ -156,10 +159,12 @@ class ExpertStore:
         Raises:
             InputError: a pattern fits no task; the known ones are named.
         """
+        if patterns is not None and (isinstance(patterns, str) or not patterns):
+            raise InputError(f"tasks are chosen by a list of names or patterns, not by {shown(patterns)}")
         for pattern in patterns or ():
             if not any(fnmatchcase(name, pattern) for name in self.tasks):
                 raise InputError(
-                    f"{self.path} has no task {pattern!r}: its tasks are {', '.join(self.tasks)}"
+                    f"{self.path} has no task {shown(pattern)}: its tasks are {', '.join(self.tasks)}"
                 )
         if patterns is None:
             return list(self.tasks)
@@ -181,14 +186,14 @@ class ExpertStore:
         """
         names = self.choose_tasks(among)
         composition = composition_of(structure, self.config.max_num_elements)
-        present = composition[0] > 0
-        seen = torch.stack([seen_elements(self.tasks[name]) for name in names])
-        nowhere = (present & ~seen.any(0)).nonzero().flatten().tolist()
+        if len(composition) != 1:
+            raise InputError(f"experts are found for one structure at a time, not for {len(composition)}")
+        unseen = {name: unseen_elements(self.tasks[name], composition[0]) for name in names}
+        nowhere = [each for each in unseen[names[0]] if all(each in others for others in unseen.values())]
         if nowhere:
-            symbols = ", ".join(chemical_symbols[number] for number in nowhere)
             raise InputError(
-                f"no task of {self.path} was trained on {symbols}, which the structure holds: use a network "
-                "that was"
+                f"no task of {self.path} was trained on {', '.join(nowhere)}, which the structure holds: use "
+                "a network that was"
             )
         sets = [each for each in self.sets if each.task in names]
         answers = self._answers(composition)[0]
@@ -198,8 +203,6 @@ class ExpertStore:
             match = nearest(sets, answers.flatten())
         number = list(self.tasks).index(match.chosen.task)
         own = answers[number][None].double()
-        known = seen_elements(self.tasks[match.chosen.task])
-        unseen = (present & ~known).nonzero().flatten().tolist()
         excess = None
         if self._dropped is not None:
             excess = self._dropped.excess(self.gate, number, composition[0])
@@ -208,7 +211,7 @@ class ExpertStore:
             composition[0],
             scores.renormalized(own, match.chosen.experts)[0],
             float(own[0, list(match.chosen.experts)].sum()),
-            tuple(chemical_symbols[each] for each in unseen),
+            tuple(unseen[match.chosen.task]),
             excess,
         )
 
@@ -246,14 +249,18 @@ class ExpertStore:
         Raises:
             OSError: `out` cannot be written.
         """
-        of_experts = {
+        of_experts: dict[str, Any] = {
             "file": self.path.name,
+            "sha256": sha256(self.path),
             "task": found.task,
             "composition": shares_by_symbol(found.composition),
             "composition_from": "a structure",
             "coefficients": found.coefficients.tolist(),
             "experts": list(found.experts),
+            "unseen_elements": list(found.unseen),
         }
+        if self._dropped is not None:
+            of_experts["excess_of_bound"] = found.excess
         info, network = self.tasks[found.task], self.network(found)
         save_merged(out, network, info, self.weights, self.provenance, of_experts)
 
@@ -262,6 +269,7 @@ class ExpertStore:
         match = found.match
         return {
             "task": found.task,
+            "energy_kind": self.tasks[found.task].energy_kind,
             "experts": list(found.experts),
             "num_experts": self.num_experts,
             "coefficients": found.coefficients.tolist(),
@@ -269,6 +277,7 @@ class ExpertStore:
             "distance": match.distance,
             "reach": match.chosen.reach,
             "far": match.far,
+            "tied": match.tied,
             "unseen_elements": list(found.unseen),
             "worse_than_bound": found.excess is not None,
             "second": None

@@ -13,12 +13,13 @@ so that W = S W' + sum over dropped of c_e W_e, and as the dropped coefficients 
 
     W - W' = sum over dropped of c_e (W_e - W')
 
-whose norm is at most the sum of the norms of its terms. With |W_e - W'| <= |W_e| + sum over kept of (c_e / S) |W_e|
-this is never more than the bound from norms of experts alone,
+whose norm is at most the sum of the norms of its terms. With |W_e - W'| <= |W_e| + sum over kept of
+(c_e / S) |W_e| this is never more than the bound from norms of experts alone,
 
     sum over dropped of c_e |W_e| + (1/S - 1) sum over kept of c_e |W_e|
 
-and it is far less where experts lie around a common weight. Inner products of the experts are all that it takes.
+and it is far less where experts lie around a common weight. Inner products of the experts are all that it
+takes.
 """
 
 import math

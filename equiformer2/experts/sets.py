@@ -59,6 +59,11 @@ class Match:
     second: str | None
     second_distance: float | None
 
+    @property
+    def tied(self) -> bool:
+        """The nearest set of another task is as near, rounding aside: the first was taken."""
+        return self.second_distance is not None and self.second_distance <= self.distance + _ROUNDING
+
 
 def make_sets(
     answers: Mapping[str, Tensor],

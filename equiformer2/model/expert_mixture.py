@@ -66,50 +66,30 @@ class ExpertChoice(nn.Module):
         self.coefficients, self.task, self.mixed = None, None, None
 
 
-class ExpertMixture(nn.Module):
-    """Sum of the weights of a stack, with the coefficients of the forward pass.
+class StackedWeight(nn.Module):
+    """Weight that a stack gives in the forward pass: the sum of its experts, or the entry of the task.
 
     Args:
         choice: of the network.
+        of_task: the stack is `[T, *shape]` and has one entry per task; else it is `[K, *shape]`, of experts.
     """
 
-    def __init__(self, choice: ExpertChoice) -> None:
+    def __init__(self, choice: ExpertChoice, of_task: bool) -> None:
         super().__init__()
-        self.choice = choice
+        self.choice, self.of_task = choice, of_task
 
-    def forward(self, experts: Tensor) -> Tensor:
-        """Mix `experts [K, *shape]` to `[*shape]`.
+    def forward(self, stack: Tensor) -> Tensor:
+        """Make the weight `[*shape]`.
 
         Raises:
             InputError: no forward pass of the expert network is going on.
         """
-        if self.choice.coefficients is None:
+        choice = self.choice
+        if choice.coefficients is None or choice.task is None:
             raise InputError(_NO_CHOICE)
-        if self.choice.mixed is not None:
-            return self.choice.mixed[id(experts)]
-        return mix(experts, self.choice.coefficients)
-
-
-class TaskWeight(nn.Module):
-    """Entry of a stack that belongs to the task of the forward pass.
-
-    Args:
-        choice: of the network.
-    """
-
-    def __init__(self, choice: ExpertChoice) -> None:
-        super().__init__()
-        self.choice = choice
-
-    def forward(self, heads: Tensor) -> Tensor:
-        """Take the entry of the task from `heads [T, *shape]`.
-
-        Raises:
-            InputError: no forward pass of the expert network is going on.
-        """
-        if self.choice.task is None:
-            raise InputError(_NO_CHOICE)
-        return heads[self.choice.task]
+        if self.of_task:
+            return stack[choice.task]
+        return mix(stack, choice.coefficients) if choice.mixed is None else choice.mixed[id(stack)]
 
 
 def mix(experts: Tensor, coefficients: Tensor) -> Tensor:
@@ -168,13 +148,13 @@ def attach_stacks(
     Raises:
         InputError: there is no such weight, or it has another shape.
     """
-    for stacks, kind in ((experts, ExpertMixture), (heads, TaskWeight)):
+    for stacks, of_task in ((experts, False), (heads, True)):
         for name, stack in stacks.items():
             module, leaf = find_weight(model, name, stack.shape[1:])
             weight = getattr(module, leaf)
             values = stack.detach().to(weight.device, weight.dtype)
             setattr(module, leaf, nn.Parameter(values, requires_grad=weight.requires_grad))
-            parametrize.register_parametrization(module, leaf, kind(choice), unsafe=True)
+            parametrize.register_parametrization(module, leaf, StackedWeight(choice, of_task), unsafe=True)
 
 
 def stacks_of(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -188,8 +168,8 @@ def stacks_of(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.P
     for path, module in model.named_modules():
         if isinstance(module, parametrize.ParametrizationList):
             owner, _, name = path.rpartition(".parametrizations.")
-            for kind, found in ((ExpertMixture, experts), (TaskWeight, heads)):
-                if isinstance(module[0], kind):
-                    assert isinstance(module.original, nn.Parameter)
-                    found[f"{owner}.{name}"] = module.original
+            if isinstance(weight := module[0], StackedWeight):
+                assert isinstance(module.original, nn.Parameter)
+                found = heads if weight.of_task else experts
+                found[f"{owner}.{name}"] = module.original
     return experts, heads

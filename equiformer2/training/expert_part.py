@@ -22,7 +22,7 @@ from equiformer2.checkpoint.expert_files import (
     check_task_name,
     write_experts,
 )
-from equiformer2.checkpoint.samples import Samples
+from equiformer2.checkpoint.samples import MOST_ATOMS, Samples
 from equiformer2.checkpoint.training_data import KEY
 from equiformer2.errors import InputError
 from equiformer2.experts import ExpertNetwork, ExpertSettings
@@ -211,5 +211,9 @@ class ExpertPart:
         chosen = {}
         for name, part in self.data.parts.items():
             rows = spread_frames(len(part.datasets["train"]), _SAMPLES)
-            chosen[name] = Samples.from_structures([part.datasets["train"][int(row)] for row in rows])
+            structures = [part.datasets["train"][int(row)] for row in rows]
+            # Of structures of very many atoms there are as many as a file may hold.
+            most = MOST_ATOMS // max(int(each.natoms) for each in structures)
+            fewer = spread_frames(len(structures), max(1, most))
+            chosen[name] = Samples.from_structures([structures[place] for place in fewer])
         return chosen

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ase.build import add_adsorbate, fcc111
 from ase.io import write
 from model_helpers import random_model, small_config
@@ -28,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = {name: Samples.from_structures(own) for name, own in structures.items()}
     contents = contents_of(network(num_experts=8), samples=samples)
     for name, info in contents.tasks.items():
-        info.composition.copy_(sum(composition_of(each, 90)[0] for each in structures[name]))
+        info.composition.copy_(torch.cat([composition_of(each, 90) for each in structures[name]]).mean(0))
     write_experts(folder / "joint.safetensors", contents)
     write_lmdb(folder / "data.lmdb", [*structures["dft"], small_slab("d", "Ni")])
     atoms = fcc111("Pt", (1, 1, 3), vacuum=6.0)

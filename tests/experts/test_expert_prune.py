@@ -162,7 +162,9 @@ def test_a_structure_that_needs_dropped_experts_is_worse_than_the_bound(tmp_path
         experts.gate.out.bias.copy_(torch.tensor([5.0, 4.0, 0.0, 0.0]))
     samples = {"dft": Samples.from_structures([STRUCTURES[0]])}
     whole = contents_of(experts, samples=samples)
-    whole.tasks["dft"].composition[[1, 6]] = 0.1  # hydrogen and carbon are known
+    shares = whole.tasks["dft"].composition
+    shares[[1, 6]] = 0.1  # hydrogen and carbon are known
+    shares /= shares.sum()
     pruned, record = prune_experts(whole, "dft", PruneSettings(0.5))
     assert record["kept"] == [0, 1]
     (found,) = foreign_structures(pruned, "dft", [ready(water(), "water")])

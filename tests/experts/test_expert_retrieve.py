@@ -24,9 +24,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = {"dft": Samples.from_structures([SLAB, CLUSTER]), "teacher": Samples.from_structures([SLAB])}
     contents = contents_of(network(num_experts=8), samples=samples)
     for name, info in contents.tasks.items():
-        info.composition.zero_()
-        for structure in [SLAB, CLUSTER] if name == "dft" else [SLAB]:
-            info.composition.add_(composition_of(structure, 90)[0] / 2)
+        structures = [SLAB, CLUSTER] if name == "dft" else [SLAB]
+        info.composition.copy_(torch.cat([composition_of(each, 90) for each in structures]).mean(0))
     path = tmp_path_factory.mktemp("experts") / "experts.safetensors"
     write_experts(path, contents)
     return path
