@@ -131,7 +131,8 @@ def nearest_composition(sets: Sequence[ExpertSet], composition: Tensor) -> Match
 
 
 def _match(sets: Sequence[ExpertSet], distances: Sequence[float]) -> Match:
-    best = min(range(len(sets)), key=distances.__getitem__)
+    least = min(distances) + _ROUNDING
+    best = next(index for index, distance in enumerate(distances) if distance <= least)
     chosen = sets[best]
     others = [index for index, each in enumerate(sets) if each.task != chosen.task]
     second = min(others, key=distances.__getitem__, default=None)

@@ -186,6 +186,12 @@ class Predictor:
             else:
                 self.checkpoint = load_base(checkpoint, adapter, weights, energy_kind)
             model = self.checkpoint.model
+        elif not isinstance(checkpoint, Checkpoint):
+            raise InputError(
+                "a model is a file, the name of a shipped one, or the result of load_checkpoint, not an "
+                f"object {type(checkpoint).__name__}: save a network to a file first (one of experts by "
+                "experts merge)"
+            )
         else:
             if weights is not None and weights != checkpoint.weights:
                 raise InputError(

@@ -72,7 +72,7 @@ def test_retrieve_reads_less_than_the_file(folder: Path, capsys: pytest.CaptureF
     words = ["experts", "retrieve", "--checkpoint", joint, "--structure", folder / "slab.traj"]
     status, record, told = run(capsys, *words, "--out", out)
     assert (status, record["schema"]) == (0, "experts-retrieve/1")
-    assert (record["task"], len(record["experts"])) == ("dft", 4)
+    assert (record["task"], record["energy_kind"], len(record["experts"])) == ("dft", "adsorption", 4)
     assert record["bytes_read"] < record["bytes"] == joint.stat().st_size
     assert "bytes read" in told
     provenance = load_checkpoint(out).provenance["merged_from"]
@@ -103,6 +103,8 @@ def plain_checkpoint(path: Path) -> Path:
         ("prune --task dft --keep 1 --out {0}/o", "keeps all"),
         ("prune --task dft --keep 4 --out {0}/o", "above 0 and below 1"),
         ("prune --task dft --top 0 --out {0}/o", "at least 1"),
+        ("prune --task dft --method random --seed 99999999999999999999 --out {0}/o", "whole number of 0 to"),
+        ("prune --task dft --data {0}/data.lmdb --seed -1 --out {0}/o", "whole number of 0 to"),
         ("prune --task dft --structures 0 --data {0}/data.lmdb --out {0}/o", "at least 1"),
         ("prune --task dft --data {0}/none.lmdb --out {0}/o", "none.lmdb"),
         ("prune --task dft --out {0}/joint.safetensors --overwrite", "is read as input"),

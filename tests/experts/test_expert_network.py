@@ -174,6 +174,10 @@ def test_bad_input_gets_one_sentence(experts: ExpertNetwork) -> None:
         experts(slab())
     with pytest.raises(InputError, match="number 5"):
         experts(slab(), torch.tensor([5]))
+    with pytest.raises(InputError, match="number -1"):
+        experts(batch_of(slab(), water()), torch.tensor([1, -1]))
+    with pytest.raises(InputError, match="need a task each"):
+        experts(slab(), torch.tensor([0.7]))
     with pytest.raises(InputError, match="own forward pass alone"):
         copy.deepcopy(network()).network(slab())
     with pytest.raises(InputError, match="2 or more experts"):

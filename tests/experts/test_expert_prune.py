@@ -175,6 +175,8 @@ def test_a_structure_that_needs_dropped_experts_is_worse_than_the_bound(tmp_path
     retrieved = [ExpertStore(file).find(each) for each in (STRUCTURES[0], ready(water(), "water"))]
     assert [each.excess is None for each in retrieved] == [True, False]
     assert "worse than the bound" in retrieved[1].warnings()[-1]
+    # The record is of the weights that the file was pruned by.
+    assert DroppedExperts.from_provenance(pruned.provenance, "file", "averaged") is None
     for formula, worse in (("Cu12CO", False), ("H2O", True)):
         summary = merge_experts(file, "dft", tmp_path / f"{formula}.pt", formula)
         assert (summary["excess_of_bound"] is not None) == worse

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_helpers import cluster, slab
+from model_helpers import batch_of, cluster, slab
 from test_expert_prune import ready
 from tiny_experts import contents_of, network
 
+from equiformer2.checkpoint import load_checkpoint
 from equiformer2.checkpoint.expert_files import read_experts, write_experts
 from equiformer2.checkpoint.samples import Samples
+from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.errors import InputError
 from equiformer2.experts import ExpertNetwork
 from equiformer2.experts.composition import composition_of
@@ -94,6 +96,20 @@ def test_structures_beyond_the_training_data(file: Path) -> None:
         store.find(CLUSTER, ["teacher"])
 
 
+def test_equally_near_tasks_are_told(file: Path, tmp_path: Path) -> None:
+    """The same slab with two kinds of labels: nothing in it says which energies are wanted."""
+    store = ExpertStore(file, per="composition")
+    found = store.find(SLAB)
+    assert (found.task, found.match.second, found.match.tied) == ("dft", "teacher", True)
+    assert found.warnings() == ["teacher is as near as dft: name the task that is wanted"]
+    assert store.find(SLAB, ["teacher"]).warnings() == []
+    described = store.describe(store.find(SLAB, ["teacher"]))
+    assert (described["energy_kind"], described["tied"]) == ("total", False)
+    store.write(found, tmp_path / "new" / "slab.pt")
+    merged = load_checkpoint(tmp_path / "new" / "slab.pt").provenance["merged_from"]
+    assert (merged["sha256"], merged["unseen_elements"]) == (sha256(file), [])
+
+
 def test_a_pruned_file_has_one_set_of_all_that_is_left(file: Path, tmp_path: Path) -> None:
     pruned, record = prune_experts(read_experts(file), "dft", PruneSettings(0.5))
     write_experts(tmp_path / "half.safetensors", pruned)
@@ -116,6 +132,15 @@ def test_settings_and_files_that_are_none(file: Path, tmp_path: Path) -> None:
         ExpertStore(file, cache_bytes=-1)
     with pytest.raises(InputError, match="per task or composition"):
         ExpertStore(file, per="element")  # type: ignore[arg-type]
+    for per in ("task", "composition"):
+        with pytest.raises(InputError, match=r"leading experts .* must be at least 1"):
+            ExpertStore(file, per=per, top=0)  # type: ignore[arg-type]
+    store = ExpertStore(file)
+    for names in ([], "dft"):
+        with pytest.raises(InputError, match="a list of names or patterns"):
+            store.find(SLAB, names)
+    with pytest.raises(InputError, match="one structure at a time, not for 2"):
+        store.find(batch_of(SLAB, CLUSTER))
     with pytest.raises(FileNotFoundError):
         ExpertStore(tmp_path / "none.safetensors")
     (tmp_path / "text.pt").write_text("no weights")

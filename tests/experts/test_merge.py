@@ -1,6 +1,7 @@
 """Files of experts: round trip, single experts, damage; merging one task into an ordinary checkpoint."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,22 @@ def test_some_experts_are_read_without_the_others(experts: ExpertNetwork, file: 
     expected = experts.merged("teacher", composition, [2, 0]).state_dict()
     for name, value in cut.merged("teacher", composition).state_dict().items():
         torch.testing.assert_close(value, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("order", [[2, 0, 3, 1], [3, 1]])
+def test_the_order_of_experts_changes_no_answer(
+    experts: ExpertNetwork, file: Path, tmp_path: Path, order: list[int]
+) -> None:
+    """The gate follows the stacks, in memory and in a file that is written of some experts."""
+    read = read_experts(file, only=order)
+    write_experts(tmp_path / "other.safetensors", read)
+    composition = compositions()["dft"]
+    expected = experts.merged("dft", composition, order).state_dict()
+    for contents in (read, read_experts(tmp_path / "other.safetensors")):
+        found = ExpertNetwork.from_contents(contents)
+        assert found.settings.num_experts == len(order)
+        for name, value in found.merged("dft", composition).state_dict().items():
+            torch.testing.assert_close(value, expected[name], msg=name)
 
 
 def test_a_file_of_some_experts_is_a_file_of_experts(
@@ -125,6 +142,22 @@ def test_bad_input_gets_one_sentence(
     assert not (tmp_path / "out.pt").exists()
 
 
+def test_elements_that_the_task_has_not_seen_are_told(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--checkpoint", file, "--out", tmp_path / "new" / "out.pt"]
+    assert run_command("experts merge", *words, "--task", "pbe") == 2
+    assert not (tmp_path / "new").exists()
+    assert run_command("experts merge", *words, "--task", "dft", "--composition", "Cu3Au", "--json") == 0
+    out, told = capsys.readouterr()
+    assert json.loads(out)["unseen_elements"] == ["Au"]
+    assert "warning: Au not among the training data of dft" in told
+    assert load_checkpoint(tmp_path / "new" / "out.pt").provenance["merged_from"]["unseen_elements"] == ["Au"]
+    summary = merge_experts(file, "dft", tmp_path / "some.pt", "Cu3O", experts=[2, 1])
+    assert (summary["unseen_elements"], summary["experts"]) == ([], [2, 1])
+    assert sum(summary["coefficients"]) == pytest.approx(1.0, abs=1e-6)
+
+
 def test_a_result_never_replaces_the_experts(file: Path) -> None:
     before = file.read_bytes()
     assert (
@@ -164,6 +197,10 @@ BIAS = "raw/shared/blocks.0.ga.so2_conv_1.fc_m0.bias"
         ({"raw/experts/blocks.0.ffn.so3_linear_1.weight": torch.zeros(2, 3)}, {}, "no stack of 4 experts"),
         ({"raw/heads/energy_block.so3_linear_2.bias": torch.zeros(3, 1)}, {}, "entry for each of the tasks"),
         ({"tasks/dft/composition": None}, {}, "it has no tasks/dft/composition"),
+        ({"tasks/dft/composition": torch.full((90,), 0.5)}, {}, "add up to 1"),
+        ({"tasks/dft/composition": torch.full((90,), torch.nan)}, {}, "add up to 1"),
+        ({"tasks/dft/composition": torch.eye(90)[0] * 2 - torch.eye(90)[1]}, {}, "add up to 1"),
+        ({"Averaged/gate/out.bias": torch.zeros(4)}, {}, "it holds Averaged/gate/out.bias"),
         ({}, {"format_version": 2}, "update equiformer2"),
         ({}, {"format_version": "1"}, "no valid format_version"),
         ({}, {"tasks": []}, "list of 1 to"),
@@ -197,6 +234,13 @@ def test_cut_and_foreign_files_are_named(file: Path, tmp_path: Path) -> None:
         read_experts(path)
     with pytest.raises(InputError, match="were asked for"):
         read_experts(file, only=[4])
+
+
+def test_a_header_that_could_not_be_read_is_not_written(experts: ExpertNetwork, tmp_path: Path) -> None:
+    contents = replace(contents_of(experts), provenance={"record": ["x" * 1000] * 17_000})
+    with pytest.raises(InputError, match=r"its header of 17,.* bytes is longer than"):
+        write_experts(tmp_path / "long.safetensors", contents)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_network_that_is_not_finite_is_not_written(tmp_path: Path) -> None:

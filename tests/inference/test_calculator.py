@@ -206,6 +206,10 @@ def test_predictor_batches_and_keeps_no_graph(checkpoint: Path, oxygen_on_copper
 
 
 def test_wrong_input_is_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
+    network = load_checkpoint(checkpoint).model
+    for use in (EquiformerV2Calculator, Predictor):
+        with pytest.raises(InputError, match="not an object EquiformerV2: save a network"):
+            use(network)  # type: ignore[arg-type]
     calculator = EquiformerV2Calculator(checkpoint)
     with pytest.raises(InputError, match="no atoms"):
         calculator.get_potential_energy(Atoms())
