@@ -260,8 +260,7 @@ class ExpertNetwork(nn.Module):
             try:
                 out: dict[str, Tensor] = self.network(batch)
             finally:
-                if torch.is_grad_enabled():
-                    self._choice.clear()
+                self._choice.clear()
         return out
 
     @staticmethod

@@ -41,6 +41,7 @@ class ExpertChoice(nn.Module):
         self.coefficients: Tensor | None = None
         self.task: int | None = None
         self.mixed: Mapping[int, Tensor] | None = None
+        self._last: Tensor | None = None
 
     def use(self, coefficients: Tensor, task: int, mixed: Mapping[int, Tensor] | None = None) -> None:
         """Set what weights are from now on.
@@ -55,14 +56,14 @@ class ExpertChoice(nn.Module):
             self.coefficients, self.task = coefficients, task
             return
         # Matrices that are kept for equal coefficients stay: the tensor is compared by identity.
-        before = self.coefficients
+        before = self._last
         if before is None or before.device != coefficients.device or not torch.equal(before, coefficients):
             with torch.inference_mode(False):
-                self.coefficients = coefficients.detach().clone()
-        self.task = task
+                self._last = coefficients.detach().clone()
+        self.coefficients, self.task = self._last, task
 
     def clear(self) -> None:
-        """Forget all, so that no graph of gradients is kept alive."""
+        """End the pass: no graph of gradients is kept alive, and nothing runs with the values of this one."""
         self.coefficients, self.task, self.mixed = None, None, None
 
 
