@@ -14,10 +14,13 @@ from tiny_run import LMDB, TINY_RUN
 from datasets_oc20 import DataError, LmdbWriter, OC20DataModule, OC20Lmdb
 from equiformer2 import EquiformerV2Calculator, Predictor, load_checkpoint
 from equiformer2.checkpoint.expert_files import ExpertContents, read_experts
+from equiformer2.checkpoint.samples import MOST_ATOMS
 from equiformer2.errors import InputError
-from equiformer2.experts import ExpertNetwork
+from equiformer2.experts import ExpertNetwork, ExpertSettings
 from equiformer2.experts.merge import merge_experts
 from equiformer2.training.configuration import parse
+from equiformer2.training.expert_part import ExpertPart
+from equiformer2.training.loader import ResumableDataModule
 from equiformer2.training.run import train
 
 NOT_OURS = ("--data.", "--trainer.max_epochs", "--seed", "--model.num_layers", "--model.max_radius")
@@ -194,6 +197,24 @@ def test_a_repeated_task_is_used_more_often(
     assert len(module.datasets["val"]) == 2 + 6 - held
     assert module.training.describe(7).endswith("key 1")
     assert len(module.training.natoms) == len(module.training)
+
+
+def test_of_very_large_structures_as_many_are_kept_as_a_file_holds(tmp_path: Path) -> None:
+    path, count = tmp_path / "large.lmdb", MOST_ATOMS // 2 + 1
+    frame = OC20Lmdb(LMDB)[0]
+    for name in ("pos", "forces", "atomic_numbers", "fixed", "tags"):
+        copies = -(-count // int(frame.natoms))
+        frame[name] = torch.cat([frame[name]] * copies)[:count]
+    frame.pos += 3.0 * torch.arange(count)[:, None]
+    frame.natoms = torch.tensor([count])
+    with LmdbWriter(path, "adsorption") as writer:
+        for fid in range(3):
+            frame.fid = fid
+            writer.write(frame)
+    module = ResumableDataModule(tasks={"large": {"train": str(path), "val": str(path)}}, batch_size=1)
+    module.setup()
+    samples = ExpertPart(ExpertSettings(2), module, "direct", None).samples["large"]
+    assert samples.natoms.tolist() == [count]
 
 
 @pytest.mark.parametrize(
