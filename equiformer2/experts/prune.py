@@ -207,9 +207,10 @@ def measure(
     structures = task_structures(info, given)
     networks = [ExpertNetwork.from_contents(each, weights) for each in (full, pruned)]
     sums: dict[str, list[Tensor]] = {}
-    starts = range(0, len(structures), batch_size)
-    for start in tqdm(starts, desc="measure", unit="batch", disable=not progress or not structures):
-        some = structures[start : start + batch_size]
+    # Apart, so that every label counts.
+    groups = [[each for each in structures if ("forces" in each) == labelled] for labelled in (True, False)]
+    batches = [own[at : at + batch_size] for own in groups for at in range(0, len(own), batch_size)]
+    for some in tqdm(batches, desc="measure", unit="batch", disable=not progress or not structures):
         batch = Batch.from_data_list([Data(**{name: each[name] for name in _FIELDS}) for each in some])
         with torch.no_grad(), naming_structures(batch):
             before, after = (info.normalizers.denormalize(each(batch, task), batch) for each in networks)

@@ -133,7 +133,7 @@ def open_model(model: Model | Sequence[Model], *settings: Any) -> Predictor | Co
     Raises:
         InputError: as `Predictor` and `Committee`; an empty list.
     """
-    models = list(model) if isinstance(model, list | tuple) else [model]
+    models: list[Any] = list(model) if isinstance(model, list | tuple) else [model]
     if not models:
         raise InputError("the list of checkpoints is empty: give at least one")
     members = [one if isinstance(one, Predictor) else Predictor(one, *settings) for one in models]

@@ -103,6 +103,10 @@ def test_labels_give_errors_and_no_structures_nothing(contents: ExpertContents) 
     found = measure(contents, pruned, "dft", labelled, batch_size=1)
     assert found["force_mae_full_eV_A"] < 1e-6
     assert found["force_mae_eV_A"] == pytest.approx(found["measured_change_eV_A"], rel=1e-4)
+    some = measure(contents, pruned, "dft", [STRUCTURES[0], labelled[1]])
+    alone = measure(contents, pruned, "dft", labelled[1:])
+    assert some["force_mae_eV_A"] == pytest.approx(alone["force_mae_eV_A"], rel=1e-4)
+    assert some["measured_change_eV_A"] == pytest.approx(found["measured_change_eV_A"], rel=1e-4)
     without = contents_of(network())
     pruned, record = prune_experts(without, "dft", PruneSettings(0.5))
     assert record["systems"] == 1
