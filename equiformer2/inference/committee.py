@@ -12,6 +12,7 @@ from torch_geometric.data import Data
 
 from equiformer2.batch_threads import map_all
 from equiformer2.checkpoint import Checkpoint
+from equiformer2.checkpoint.adapter_files import Adapter
 from equiformer2.errors import InputError
 from equiformer2.inference.familiarity import Judgement, combined
 from equiformer2.inference.predictor import Predictor, Structures
@@ -123,20 +124,30 @@ class Committee:
             logger.warning(warning)
 
 
-def open_model(model: Model | Sequence[Model], *settings: Any) -> Predictor | Committee:
+def open_model(
+    model: Model | Sequence[Model], *settings: Any, adapter: Adapter | str | Path | None = None
+) -> Predictor | Committee:
     """Make a predictor, or a committee of a list of several models.
 
     Args:
         model: one model, or a list of them.
         settings: further arguments of `Predictor`, for every member that is not loaded yet.
+        adapter: path of an adapter file of the one network, or a loaded `Adapter` (see `Predictor`).
 
     Raises:
-        InputError: as `Predictor` and `Committee`; an empty list.
+        InputError: as `Predictor` and `Committee`; an empty list; an adapter of several or loaded models.
     """
     models = [model] if isinstance(model, Checkpoint | Predictor | str | Path) else list(model)
     if not models:
         raise InputError("the list of checkpoints is empty: give at least one")
-    members = [one if isinstance(one, Predictor) else Predictor(one, *settings) for one in models]
+    if adapter is not None and (len(models) != 1 or isinstance(models[0], Predictor)):
+        raise InputError(
+            "an adapter belongs to one network that is loaded here: give one checkpoint, or call use_adapter "
+            "of the predictors"
+        )
+    members = [
+        one if isinstance(one, Predictor) else Predictor(one, *settings, adapter=adapter) for one in models
+    ]
     return members[0] if len(members) == 1 else Committee(members)
 
 
