@@ -20,9 +20,14 @@ from equiformer2.files import as_input_error
 
 #: eV; larger ones are total energies, or in other units.
 _LARGEST = 20.0
-_NAME = re.compile(r"\*?[A-Z][A-Za-z0-9*()-]*")
+#: Gases are formulas; adsorbates may have the names of files.
+_NAME = re.compile(r"[A-Z][A-Za-z0-9*()-]*|\*[A-Za-z0-9][\w*()-]*")
 #: Gases whose energies come from those of others by experiment.
 _BY_EXPERIMENT = ("O2", "CO2")
+
+
+SCHEMA = "adsorption-corrections/1"
+"""Schema of the file of `adsorption corrections`."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Corrections:
     def read(cls, path: AnyPath) -> "Corrections":
         """Read a JSON object of energies by species, or a CSV file with the columns species and eV.
 
+        The JSON file may be that of `adsorption corrections`.
+
         Raises:
             InputError: something else, a species twice, or as `Corrections`.
             OSError: the file is missing or unreadable.
@@ -66,6 +73,8 @@ class Corrections:
         with as_input_error():
             if Path(path).suffix.lower() == ".json":
                 found = read_json(path)
+                if isinstance(found, dict) and str(found.get("schema")).startswith(SCHEMA.split("/")[0]):
+                    found = found.get("species_eV")  # of several searches (`correction_averages`)
                 if not isinstance(found, dict):
                     raise InputError(f"{path} is no JSON object of energies by species")
                 pairs = list(found.items())
