@@ -22,7 +22,7 @@ MODEL = {"checkpoint_sha256": "a", "adapter_sha256": None, "energy_kind": "total
 
 def write_collected(folder: Path, *differences: float, **changes: Any) -> Path:
     """Record of `adsorption collect` with these differences, its model's energies drawn."""
-    drawn = np.random.default_rng(abs(hash((str(folder), differences))) % 2**32).normal(-1.0, 0.3, 99)
+    drawn = np.random.default_rng(len(list(folder.parent.iterdir()))).normal(-1.0, 0.3, 99)
     rows = [
         {"model_eV": float(energy), "dft_eV": float(energy) + difference, "in_correction": True}
         for energy, difference in zip(drawn, differences, strict=False)
@@ -160,5 +160,3 @@ def test_from_two_searches_to_a_corrected_energy(tmp_path: Path, capsys: pytest.
     assert "0.2" in capsys.readouterr().out
     assert run_command(*words[:-1], tmp_path / "Cu111" / "collect.json", "--overwrite") == 2
     assert Corrections.read(out).species == record["species_eV"]
-    words = ["adsorption free-energy", tmp_path / "Cu111", "--calculator", "emt", "--corrections", out]
-    assert run_command(*words) in (0, 2)  # references per atom are the user's here
