@@ -409,7 +409,7 @@ def coverage_picture(rows: Sequence[CoverageRow], species: Species, title: str) 
     if species.mixed:
         places = [float(place) for place in range(len(rows))]
         for place, name in enumerate(species.names):
-            lines.append((f"one {name} more", [row.differentials[place] for row in rows]))
+            lines.append((f"differential, {name}", [row.differentials[place] for row in rows]))
         axis.set_xticks(places, [species.text(row.composition) for row in rows], rotation=30, ha="right")
     else:
         lines.append(("differential", [row.differential for row in rows]))
