@@ -48,9 +48,9 @@ class Species:
         """
         names: list[str] = []
         for adsorbate, molecule in zip(adsorbates, molecules, strict=True):
-            given = isinstance(adsorbate, str | PathLike)
-            name = Path(adsorbate).stem if given else molecule.get_chemical_formula()
-            if not given and name in names:  # an isomer
+            if isinstance(adsorbate, str | PathLike):
+                name = Path(adsorbate).stem
+            elif (name := molecule.get_chemical_formula()) in names:  # an isomer
                 name = f"{name} #{1 + sum(other.split(' #')[0] == name for other in names)}"
             if name.lstrip("*") in (other.lstrip("*") for other in names):
                 raise InputError(f"the adsorbate {name} is given twice: give its number of molecules instead")

@@ -36,7 +36,6 @@ from equiformer2.adsorption.coverage_rows import (
     attraction_notices,
     coverage_picture,
 )
-from equiformer2.adsorption.dft_ledger import structure_digest
 from equiformer2.adsorption.named_structures import free_side_up
 from equiformer2.adsorption.placements import (
     Adsorbate,
@@ -45,7 +44,7 @@ from equiformer2.adsorption.placements import (
     coverage_placements,
     separate_adsorbates,
 )
-from equiformer2.adsorption.references import check_gas_references, gas_reference, refuse_gas_references
+from equiformer2.adsorption.references import check_gas_references, kept_gas_reference, refuse_gas_references
 from equiformer2.adsorption.saddle_points import (
     DISPLACEMENT,
     FALL,
@@ -227,7 +226,8 @@ class _Series:
 
     def arrange(self, counts: Sequence[int | Sequence[int]] | None) -> None:
         """Place the molecules, and mark arrangements that are copies by symmetry."""
-        symmetry, left_out = surface_symmetry(self.slab), []
+        symmetry = surface_symmetry(self.slab)
+        left_out: list[Composition] = []
         for composition in self.species.compositions(counts):
             if any(all(map(le, fewer, composition)) for fewer in left_out):
                 continue
@@ -276,7 +276,9 @@ class _Series:
         names = [name for name in now if before.get(name) != now[name]]
         wanted = [self.species.by_name(composition) for composition in self.arrangements]
         first = self.species.names[0]
-        rows = [row.get("composition") or {first: row["molecules"]} for row in finished["coverages"]]
+        rows = [
+            row.get("composition") or {first: row.get("molecules")} for row in finished.get("coverages") or []
+        ]
         if rows != wanted:
             names.append("counts")
         refuse_other_settings(folder, names, "series")
@@ -284,8 +286,8 @@ class _Series:
     def is_result(self, folder: Path, finished: Mapping[str, Any], rows: Sequence[CoverageRow]) -> bool:
         """Tell whether the files of a finished series are all there and say what its rows say."""
         now = json.loads(json.dumps([row.summary(self.area, self.species) for row in rows]))
-        return bool(finished["coverages"] == now) and all(
-            (folder / name).exists() for name in finished["files"]
+        return bool(finished.get("coverages") == now) and all(
+            (folder / name).exists() for name in finished.get("files") or [COVERAGE]
         )
 
     def relax(self, folder: Path) -> None:
@@ -411,19 +413,12 @@ class _Series:
     def _refer(self, folder: Path) -> None:
         """Find the energies of clean slab and molecules; those of molecules are kept in the folder."""
         assert self.clean is not None
-        file = folder / GAS
-        known = read_json(file) if file.exists() else {}
         relaxing = {"optimizer": "LBFGS", "fmax": self.settings.fmax, "steps": self.settings.steps}
         given, source = self.settings.gas_per_atom, self.settings.gas
         self.terms = {"slab": float(self.clean.energy_eV or 0.0)}
         for name, molecule in zip(self.species.names, self.molecules, strict=True):
-            digest = {"structure_sha256": structure_digest(molecule)}  # isomers have one formula
-            gas = known.get(name) if self.species.mixed else known
-            if not isinstance(gas, dict) or not digest.items() <= gas.items():
-                found = gas_reference(molecule, self.calculator, given, source, relaxing)
-                gas = {**found.summary(), "converged": found.converged, **digest}
-                known = {**known, name: gas} if self.species.mixed else gas
-                write_json(file, known)
+            key = name if self.species.mixed else None
+            gas = kept_gas_reference(folder / GAS, molecule, self.calculator, given, source, relaxing, key)
             self.gas[name] = gas
             self.terms[self.species.gas_term(name)] = float(gas["energy_eV"])
             if not gas["converged"]:

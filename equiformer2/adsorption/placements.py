@@ -612,15 +612,16 @@ def _check_arguments(
 
 def separate_adsorbates(given: Adsorbate | Sequence[Adsorbate]) -> list[Adsorbate]:
     """List adsorbates; of one by itself, with or without the indices of its binding atoms, there is one."""
+    parts: Any = given
     if not isinstance(given, tuple | list):
-        return [given]
-    if len(given) == 2 and not isinstance(given[1], str | PathLike | Atoms) and np.ndim(given[1]) == 1:
-        indices = np.asarray(given[1])
-        if indices.dtype.kind in "iu" or not indices.size:
-            return [(given[0], given[1])]
+        return [parts]
+    indices = parts[1] if len(given) == 2 else None
+    is_list = isinstance(indices, tuple | list | np.ndarray)
+    if is_list and all(isinstance(index, int | np.integer) for index in indices):
+        return [(parts[0], indices)]
     if not given:
         raise InputError("no adsorbate is given: give at least one")
-    return list(given)
+    return list(parts)
 
 
 def as_adsorbate(adsorbate: Adsorbate) -> tuple[Atoms, list[int]]:

@@ -12,7 +12,6 @@ from torch_geometric.data import Data
 
 from equiformer2.batch_threads import map_all
 from equiformer2.checkpoint import Checkpoint
-from equiformer2.checkpoint.adapter_files import Adapter
 from equiformer2.errors import InputError
 from equiformer2.inference.familiarity import Judgement, combined
 from equiformer2.inference.predictor import Predictor, Structures
@@ -124,15 +123,13 @@ class Committee:
             logger.warning(warning)
 
 
-def open_model(
-    model: Model | Sequence[Model], *settings: Any, adapter: Adapter | str | Path | None = None
-) -> Predictor | Committee:
+def open_model(model: Model | Sequence[Model], *settings: Any, **named: Any) -> Predictor | Committee:
     """Make a predictor, or a committee of a list of several models.
 
     Args:
         model: one model, or a list of them.
-        settings: further arguments of `Predictor`, for every member that is not loaded yet.
-        adapter: path of an adapter file of the one network, or a loaded `Adapter` (see `Predictor`).
+        settings, named: further arguments of `Predictor`, for every member that is not loaded yet; an
+            `adapter` is one of `named`.
 
     Raises:
         InputError: as `Predictor` and `Committee`; an empty list; an adapter of several or loaded models.
@@ -140,14 +137,12 @@ def open_model(
     models = [model] if isinstance(model, Checkpoint | Predictor | str | Path) else list(model)
     if not models:
         raise InputError("the list of checkpoints is empty: give at least one")
-    if adapter is not None and (len(models) != 1 or isinstance(models[0], Predictor)):
+    if named.get("adapter") is not None and (len(models) != 1 or isinstance(models[0], Predictor)):
         raise InputError(
             "an adapter belongs to one network that is loaded here: give one checkpoint, or call use_adapter "
             "of the predictors"
         )
-    members = [
-        one if isinstance(one, Predictor) else Predictor(one, *settings, adapter=adapter) for one in models
-    ]
+    members = [one if isinstance(one, Predictor) else Predictor(one, *settings, **named) for one in models]
     return members[0] if len(members) == 1 else Committee(members)
 
 

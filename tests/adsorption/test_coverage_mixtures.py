@@ -15,7 +15,7 @@ from equiformer2.adsorption.cards import verify_card
 from equiformer2.adsorption.coverage_rows import CoverageRow, CoverageSeries, Species, attraction_notices
 from equiformer2.adsorption.coverage_series import CoverageSettings, coverage_series
 from equiformer2.adsorption.named_structures import build_slab
-from equiformer2.adsorption.placements import coverage_placements
+from equiformer2.adsorption.placements import coverage_placements, separate_adsorbates
 from equiformer2.errors import InputError
 from tests.observed import observed
 
@@ -178,6 +178,8 @@ def test_one_adsorbate_may_come_with_its_binding_atoms() -> None:
         assert coverage_series(slab(), given, EMT(), [1], settings).species.names == ("CO",)
     mixed = coverage_series(slab(), ((carbon_monoxide, [1]), "*H"), EMT(), [(1, 1)], settings)
     assert mixed.species.names == ("CO", "*H")
+    assert len(separate_adsorbates(["*H", (carbon_monoxide, [1])])) == 2
+    assert len(separate_adsorbates([carbon_monoxide, molecule("H2O")])) == 2
 
 
 def test_defaults_leave_out_what_does_not_fit() -> None:
