@@ -615,7 +615,7 @@ def separate_adsorbates(given: Adsorbate | Sequence[Adsorbate]) -> list[Adsorbat
     parts: Any = given
     if not isinstance(given, tuple | list):
         return [parts]
-    indices = parts[1] if len(given) == 2 else None
+    indices: Any = parts[1] if len(given) == 2 else None
     is_list = isinstance(indices, tuple | list | np.ndarray)
     if is_list and all(isinstance(index, int | np.integer) for index in indices):
         return [(parts[0], indices)]

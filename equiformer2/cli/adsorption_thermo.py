@@ -132,7 +132,8 @@ class AdsorptionFreeEnergy(Command):
             corrections.of(Path(str(name)).stem, reaction.gases, reaction.electrons),
         )
         converged = bool(search.record["converged"]) and modes.max_force < threshold + _ROUNDING
-        warnings = [] if warning is None else [warning]
+        water = reaction.water_warning(options.temperature, pressures)
+        warnings = [text for text in (warning, water) if text is not None]
         if not converged:
             warnings.append(
                 f"the structure has not converged (largest force {modes.max_force:.3f} eV/Å), so its "
