@@ -30,7 +30,7 @@ from equiformer2.inference.many import predict
 #: cm^-1; softer modes count as these, because a harmonic mode of no frequency has infinite entropy.
 LOWEST_FREQUENCY = 50.0
 _STEP = 0.01  # Å
-#: K; below, classical rotations have negative entropies, and above, no adsorbate is left to vibrate.
+#: K; outside of these classical rotations and harmonic vibrations mean nothing.
 _COLDEST, _HOTTEST = 1.0, 5000.0
 _ROOM, _NEAR_ROOM = 298.15, 30.0  # K
 _INVERSE_CM = units.invcm  # eV

@@ -117,6 +117,7 @@ class AdsorptionFreeEnergy(Command):
             )
         given = model_in_place(options)
         model = search.model(given, options.adapter)
+        corrections.check_model(model.identity())
         threshold = float(search.record["settings"].get("fmax_eV_A", 0.05))
         modes = vibrations(search.best, model, largest_force=_FAR_FROM_MINIMUM * threshold)
         found = free_energy(

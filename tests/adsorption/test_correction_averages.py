@@ -15,6 +15,7 @@ from command_line import run_command
 
 from equiformer2.adsorption.correction_averages import correction_averages
 from equiformer2.adsorption.corrections import Corrections
+from equiformer2.adsorption.find import find_adsorption_energy
 from equiformer2.errors import InputError
 
 MODEL = {"checkpoint_sha256": "a", "adapter_sha256": None, "energy_kind": "total", "identity": {"x": 1}}
@@ -129,7 +130,7 @@ def test_what_is_no_search(tmp_path: Path) -> None:
 def test_from_two_searches_to_a_corrected_energy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """EMT is the model, and EMT with 0.2 eV more for the adsorbate stands for DFT."""
     common = ["--calculator", "emt", "--adsorbate", "*O", "--gas", "O=4.6", "--fmax", "0.1"]
-    common += ["--placements", "2", "--check-minima", "0", "--size", "2x2x3"]
+    common += ["--placements", "1", "--check-minima", "0", "--size", "2x2x3"]
     for slab, error in (("Cu111", 0.2), ("Ni111", 0.26)):
         folder = tmp_path / slab
         assert run_command("adsorption search", *common, "--slab", slab, "--out", folder) == 0
@@ -159,4 +160,11 @@ def test_from_two_searches_to_a_corrected_energy(tmp_path: Path, capsys: pytest.
     assert run_command(*words, "--overwrite") == 0
     assert "0.2" in capsys.readouterr().out
     assert run_command(*words[:-1], tmp_path / "Cu111" / "collect.json", "--overwrite") == 2
-    assert Corrections.read(out).species == record["species_eV"]
+    corrections = Corrections.read(out)
+    assert corrections.species == record["species_eV"]
+    corrected = find_adsorption_energy(
+        "Cu111", "*O", EMT(), placements=1, steps=0, gas_per_atom={"O": 4.6}, corrections=corrections
+    )
+    assert corrected.record["settings"]["corrections"]["species_eV"] == record["species_eV"]
+    with pytest.raises(InputError, match="corrects another model than this one"):
+        find_adsorption_energy("Cu111", "*O", EMT(asap_cutoff=True), placements=1, corrections=corrections)

@@ -109,7 +109,7 @@ def test_potential_and_acidity_shift_what_takes_electrons() -> None:
     with pytest.raises(InputError, match="no gas reference for S"):
         free_energy(0.0, Atoms("SH"), modes)
     for temperature in (0.0, 1e-3, 1e9, float("nan")):
-        with pytest.raises(InputError, match="the temperature is .* give one from 1 to 5000"):
+        with pytest.raises(InputError, match=r"the temperature is .* give one from 1 to 5000"):
             free_energy(0.0, Atoms("OH"), modes, temperature)
     with pytest.raises(InputError, match="lowest frequency is 0"):
         free_energy(0.0, Atoms("OH"), modes, lowest_frequency=0.0)
