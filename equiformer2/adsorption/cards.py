@@ -12,6 +12,7 @@ from datasets_oc20.errors import DataError
 from datasets_oc20.structure_files import read_structure
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.anomalies import check_anomalies
+from equiformer2.adsorption.coverage_rows import Species
 from equiformer2.adsorption.dispersion_terms import SLAB as D3_SLAB
 from equiformer2.adsorption.neb import EnergyPath
 from equiformer2.adsorption.search_folder import CLEAN_SLAB, SEARCH, TRAJECTORIES
@@ -300,9 +301,11 @@ def _rows_of_series(
         rows["terms_eV.slab"] = _row("slab_eV", terms.get("slab"), energies[CLEAN])
     for one in card.get("coverages") or []:
         count, total = one.get("molecules"), one.get("total_adsorption_energy_eV")
-        name = f"n{count:02d}" if isinstance(count, int) else ""
+        name = Path(str(one.get("file"))).stem
         if total is not None and name in energies:
-            now = energies[name] - terms.get("slab", 0.0) - count * terms.get("gas_per_molecule", 0.0)
+            numbers = one.get("composition") or {"": count}
+            gas = Species(tuple(numbers)).gas_energy(numbers, terms)
+            now = energies[name] - terms.get("slab", 0.0) - gas
             rows[f"{name}.total_adsorption_energy_eV"] = _row("eV", total, now)
             average = one.get("average_adsorption_energy_eV")
             rows[f"{name}.average_adsorption_energy_eV"] = _row("eV", average, now / count)

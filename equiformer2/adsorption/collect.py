@@ -321,7 +321,8 @@ def compare(
 
     Returns:
         Plain values: `ranking` by DFT's energy (`id`, `model_eV`, `dft_eV`, `file`, `steps`,
-        `max_force_eV_A`, `moved_A` by DFT, `ended_at`: another candidate that DFT ended at), `dft_energy`
+        `max_force_eV_A`, `moved_A` by DFT, `ended_at`: another candidate that DFT ended at, `in_correction`:
+        it is part of the correction), `dft_energy`
         (`adsorption` or `total`: what `dft_eV` is), `correction_eV` (mean of `dft_eV - model_eV`, to be added
         to the model's energies of this adsorbate on this slab) and `correction_std_eV`, `spearman` (None for
         fewer than two), `top1_held` (the model's lowest candidate is DFT's lowest; None unless it and another
@@ -363,6 +364,8 @@ def compare(
         candidates, key=lambda one: (not one.is_minimum, np.inf if one.energy is None else one.energy)
     ).id
     known = {row["id"] for row in minima}
+    for row in ranking:
+        row["in_correction"] = row["id"] in known
     dft = {row["id"]: row["dft_eV"] for row in ranking}
     reranked = [
         {"id": one.id, "energy_eV": dft[one.id], "from": "dft"}

@@ -6,6 +6,7 @@ numbers are the user's, and each is named wherever it has changed an energy.
 
 import csv
 import io
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,9 +21,14 @@ from equiformer2.files import as_input_error
 
 #: eV; larger ones are total energies, or in other units.
 _LARGEST = 20.0
-_NAME = re.compile(r"\*?[A-Z][A-Za-z0-9*()-]*")
+#: Gases are formulas; adsorbates may have the names of files.
+_NAME = re.compile(r"[A-Z][A-Za-z0-9*()-]*|\*[A-Za-z0-9][\w*()-]*")
 #: Gases whose energies come from those of others by experiment.
 _BY_EXPERIMENT = ("O2", "CO2")
+
+
+SCHEMA = "adsorption-corrections/1"
+"""Schema of the file of `adsorption corrections`."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Corrections:
         species: by name; a star in front means an adsorbate (`*OH`), none a gas (`CO`).
         file: that they were read from; empty for those that were given in Python.
         file_sha256: of it.
+        model: identity of the model (`Engine.identity`) that they correct; None if they do not say it.
 
     Raises:
         InputError: a name that is none, or no finite energy of a likely size.
@@ -41,6 +48,7 @@ class Corrections:
     species: Mapping[str, float] = field(default_factory=dict)
     file: str = ""
     file_sha256: str = ""
+    model: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         where = f"{self.file}: " if self.file else ""
@@ -59,13 +67,20 @@ class Corrections:
     def read(cls, path: AnyPath) -> "Corrections":
         """Read a JSON object of energies by species, or a CSV file with the columns species and eV.
 
+        The JSON file may be that of `adsorption corrections`.
+
         Raises:
             InputError: something else, a species twice, or as `Corrections`.
             OSError: the file is missing or unreadable.
         """
+        model = None
         with as_input_error():
             if Path(path).suffix.lower() == ".json":
                 found = read_json(path)
+                if isinstance(found, dict) and str(found.get("schema")).startswith(SCHEMA.split("/")[0]):
+                    of_model = found.get("model")
+                    model = of_model.get("identity") if isinstance(of_model, dict) else None
+                    found = found.get("species_eV")  # of several searches (`correction_averages`)
                 if not isinstance(found, dict):
                     raise InputError(f"{path} is no JSON object of energies by species")
                 pairs = list(found.items())
@@ -76,14 +91,22 @@ class Corrections:
             again = next((name for name in names if names.count(name) > 1), None)
             problem = "holds no species" if again is None else f"gives {again} twice"
             raise InputError(f"{path} {problem}: give every species once, such as *OH,-0.3")
-        return cls(dict(pairs), str(path), sha256(path))
+        return cls(dict(pairs), str(path), sha256(path), model)
 
     @classmethod
     def recorded(cls, summary: Any) -> "Corrections":
         """Make the corrections of a `summary` in a record; none for a record without."""
         known = summary if isinstance(summary, Mapping) else {}
-        values = (str(known.get(key) or "") for key in ("file", "file_sha256"))
-        return cls(known.get("species_eV") or {}, *values)
+        file, digest = (str(known.get(key) or "") for key in ("file", "file_sha256"))
+        return cls(known.get("species_eV") or {}, file, digest)
+
+    def check_model(self, identity: Any) -> None:
+        """Raise `InputError` where they were averaged for another model than the one with this identity."""
+        if self.model is not None and json.loads(json.dumps(identity, default=str)) != self.model:
+            raise InputError(
+                f"{self.file} corrects another model than this one, by DFT of searches with that: average "
+                "searches with this model, or give the energies of species alone"
+            )
 
     @staticmethod
     def _rows(path: AnyPath, text: str) -> Iterator[tuple[str, float]]:

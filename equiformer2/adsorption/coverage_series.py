@@ -1,8 +1,9 @@
-"""Adsorption energies over coverage: one, two, three and more molecules on one slab.
+"""Adsorption energies over coverage: one, two, three and more molecules of one or several species on a slab.
 
 E_n = E(slab with n molecules) - E(slab) - n E(molecule) of the lowest arrangement of n molecules gives the
-average energy E_n / n and the differential energy, by which one molecule more changes it. All differences are
-between total energies of one calculator.
+average energy E_n / n and the differential energy, by which one molecule more changes it. In a mixture n is a
+number for each species, and the energies of all molecules are subtracted. All differences are between total
+energies of one calculator.
 """
 
 import json
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import pairwise
+from operator import le
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,24 @@ from tqdm import tqdm
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.anomalies import SKIN, check_anomalies
 from equiformer2.adsorption.cards import CLEAN, card_structure, label_physics
+from equiformer2.adsorption.coverage_rows import (
+    Arrangement,
+    Composition,
+    CoverageRow,
+    CoverageSeries,
+    Species,
+    attraction_notices,
+    coverage_picture,
+)
 from equiformer2.adsorption.named_structures import free_side_up
-from equiformer2.adsorption.placements import Adsorbate, Placement, coverage_placements
-from equiformer2.adsorption.references import check_gas_references, gas_reference, refuse_gas_references
+from equiformer2.adsorption.placements import (
+    Adsorbate,
+    Placement,
+    as_adsorbate,
+    coverage_placements,
+    separate_adsorbates,
+)
+from equiformer2.adsorption.references import check_gas_references, kept_gas_reference, refuse_gas_references
 from equiformer2.adsorption.saddle_points import (
     DISPLACEMENT,
     FALL,
@@ -37,7 +53,7 @@ from equiformer2.adsorption.saddle_points import (
     displaced,
     status_of_check,
 )
-from equiformer2.adsorption.search_folder import CARD, CLEAN_SLAB, is_search, refuse_other_settings
+from equiformer2.adsorption.search_folder import CARD, CLEAN_SLAB, GAS, is_search, refuse_other_settings
 from equiformer2.adsorption.slabs import find_slab
 from equiformer2.adsorption.surface_energy import surface_area
 from equiformer2.adsorption.surface_sites import open_atoms
@@ -49,7 +65,6 @@ from equiformer2.inference.calculator import EquiformerV2Calculator
 from equiformer2.inference.engines import calculator_identity, open_engine
 from equiformer2.inference.many import Relaxation
 from equiformer2.inference.named_calculators import resolve_energy_kind
-from equiformer2.inference.pictures import new_figure, png_bytes
 from equiformer2.inference.record import model_record, write_structure
 from equiformer2.inference.relaxation_store import RelaxationStore
 from equiformer2.script import header
@@ -59,10 +74,6 @@ logger = logging.getLogger(__name__)
 COVERAGE = "coverage.json"
 """Record of a finished series, in its folder."""
 
-DEFAULT_COUNTS = (1, 2, 3, 4)
-"""Numbers of molecules, as many of them as fit."""
-
-_MOST_MOLECULES = 100
 _PICTURE = "coverage.png"
 
 
@@ -112,149 +123,11 @@ class CoverageSettings:
         }
 
 
-@dataclass
-class Arrangement:
-    """One arrangement of several molecules and what became of it.
-
-    Attributes:
-        id: its name, the number of molecules first.
-        count: number of molecules.
-        placement: start, with the atoms of every molecule.
-        status: `converged`, `unconverged`, `merged` (a copy of `merged_into` by symmetry), `anomalous` or
-            `failed`.
-        merged_into: id of the arrangement that it is a copy of.
-        relaxation: that which its energy is of; None for a copy.
-        saddle: its own relaxation where that has ended on a saddle point; `relaxation` is then the one that
-            has left it.
-        anomalies: sentences, each with the molecule that it is about.
-    """
-
-    id: str
-    count: int
-    placement: Placement
-    status: str = "failed"
-    merged_into: str | None = None
-    relaxation: Relaxation | None = None
-    saddle: Relaxation | None = None
-    anomalies: list[str] = field(default_factory=list)
-
-    def summary(self) -> dict[str, Any]:
-        """Plain values for a JSON record."""
-        done, own = self.relaxation, self.saddle or self.relaxation
-        return {
-            "id": self.id,
-            "molecules": self.count,
-            "status": self.status,
-            "merged_into": self.merged_into,
-            "steps": None if own is None else own.steps,
-            "model_energy_eV": None if done is None else done.energy_eV,
-            "max_force_eV_A": None if done is None else done.max_force_eV_A,
-            "model_evaluations": 0 if own is None else own.model_evaluations,
-            "checked_by": None if done is None or self.saddle is None else done.id,
-            "saddle_model_energy_eV": None if self.saddle is None else self.saddle.energy_eV,
-            "anomalies": self.anomalies,
-            "reason": None if done is None else done.reason,
-        }
-
-
-@dataclass(frozen=True)
-class CoverageRow:
-    """The lowest arrangement of one number of molecules.
-
-    Attributes:
-        count: number of molecules.
-        coverage: molecules per surface atom.
-        total: adsorption energy of all molecules together, eV; None where it is not defined.
-        average: the same per molecule, eV.
-        differential: change per molecule added to the count before, eV; None where that one has no energy.
-        differential_from: the count before; 0 for the clean slab.
-        best: the lowest arrangement; None without one.
-        statuses: number of arrangements by status.
-        reason: sentence for a missing energy.
-    """
-
-    count: int
-    coverage: float
-    total: float | None
-    average: float | None
-    differential: float | None
-    differential_from: int
-    best: Arrangement | None
-    statuses: dict[str, int]
-    reason: str = ""
-
-    @property
-    def converged(self) -> bool:
-        """True if the lowest arrangement has converged."""
-        return self.best is not None and self.best.status == "converged"
-
-    def summary(self, area: float) -> dict[str, Any]:
-        """Plain values for a JSON record.
-
-        Args:
-            area: of the surface, Å².
-        """
-        best = self.best
-        return {
-            "molecules": self.count,
-            "coverage_per_surface_atom": self.coverage,
-            "coverage_per_A2": self.count / area,
-            "total_adsorption_energy_eV": self.total,
-            "average_adsorption_energy_eV": self.average,
-            "differential_adsorption_energy_eV": self.differential,
-            "differential_from_molecules": self.differential_from,
-            "converged": self.converged,
-            "best": None if best is None else best.id,
-            "file": None if best is None else _file(self.count),
-            "statuses": self.statuses,
-            "reason": self.reason,
-        }
-
-
-@dataclass(frozen=True)
-class CoverageSeries:
-    """Adsorption energies over coverage.
-
-    Attributes:
-        rows: one per number of molecules, ascending.
-        energy_kind: of the model.
-        surface_atoms: number of atoms seen from above in one cell, by which coverage is counted.
-        notices: sentences that users should read.
-        record: content of `coverage.json`.
-    """
-
-    rows: tuple[CoverageRow, ...]
-    energy_kind: str
-    surface_atoms: int
-    notices: tuple[str, ...]
-    record: dict[str, Any]
-
-    @property
-    def converged(self) -> bool:
-        """True if everything that an energy rests on has converged."""
-        return bool(self.record["converged"])
-
-    def __str__(self) -> str:
-        lines = [
-            f"coverage in molecules per surface atom ({self.surface_atoms} in the cell); energies in eV",
-            f"{'molecules':>9} {'coverage':>9} {'total':>10} {'average':>10} {'differential':>13}  lowest",
-        ]
-        for row in self.rows:
-            values = (row.total, row.average, row.differential)
-            cells = ["-" if value is None else f"{value:.4f}" for value in values]
-            told = row.reason or ("" if row.best is None else row.best.id)
-            told += "" if row.converged or row.best is None else ", NOT converged"
-            lines.append(
-                f"{row.count:9d} {row.coverage:9.3f} {cells[0]:>10} {cells[1]:>10} {cells[2]:>13}  {told}"
-            )
-        return "\n".join(lines)
-
-
 def coverage_series(
     slab: Any,
-    adsorbate: Adsorbate,
+    adsorbate: Adsorbate | Sequence[Adsorbate],
     calculator: BaseCalculator,
-    counts: Sequence[int] | None = None,
+    counts: Sequence[int | Sequence[int]] | None = None,
     settings: CoverageSettings | None = None,
     *,
     out: AnyPath | None = None,
@@ -263,7 +136,7 @@ def coverage_series(
     describe: Callable[[list[Atoms]], dict[str, Any]] | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> CoverageSeries:
-    """Relax arrangements of several molecules on one slab, and compare the lowest of every number.
+    """Relax arrangements of several molecules on one slab, and compare the lowest of every composition.
 
     An arrangement does not count if a molecule has an anomaly, or if two molecules have bound to each other.
     A model of adsorption energies has one mean per structure, so that only the energy of a single molecule is
@@ -272,9 +145,11 @@ def coverage_series(
 
     Args:
         slab: clean slab, as `find_slab` takes it: held atoms stay held, and without one OC20's are.
-        adsorbate: name, file, or structure, as in `placements`.
+        adsorbate: name, file, or structure, as in `placements`; or a list of several, for mixtures.
         calculator: any ASE calculator.
-        counts: numbers of molecules; None for 1 to 4, as many as fit.
+        counts: numbers of molecules, or compositions of a mixture: a number for each adsorbate. A number
+            alone stands for all compositions of as many molecules. None for 1 to 4 molecules, and for 1 and
+            2 of a mixture, as many as fit.
         settings: of arrangements, relaxations and references.
         out: folder for all files; the same call continues a stopped series, and gives the result of a
             finished one without writing anything. None keeps nothing.
@@ -305,11 +180,12 @@ def coverage_series(
                 series.check_same_settings(folder, finished)
         series.relax(folder)
         rows = tuple(series.rows())
-        series.notices += attraction_notices(rows)
+        series.notices += attraction_notices(rows, series.species)
         if finished is not None and series.is_result(folder, finished, rows):
             logger.info(f"{folder} holds this series, finished: its result is given, and nothing is written")
             notices = tuple(finished["notices"])
-            return CoverageSeries(rows, series.kind, series.surface_atoms, notices, finished)
+            kind, atoms = series.kind, series.surface_atoms
+            return CoverageSeries(rows, kind, atoms, notices, finished, series.species)
         return series.write(
             folder, rows, describe or series.description, {"slab": clean.report.summary(), **(notes or {})}
         )
@@ -321,12 +197,18 @@ class _Series:
     def __init__(
         self,
         slab: Atoms,
-        adsorbate: Adsorbate,
+        adsorbate: Adsorbate | Sequence[Adsorbate],
         calculator: BaseCalculator,
         settings: CoverageSettings,
         energy_kind: str | None,
     ) -> None:
-        self.slab, self.adsorbate, self.calculator, self.settings = slab, adsorbate, calculator, settings
+        self.slab, self.calculator, self.settings = slab, calculator, settings
+        self.adsorbates = separate_adsorbates(adsorbate)
+        self.molecules = [as_adsorbate(one)[0] for one in self.adsorbates]
+        self.species = Species.of(self.adsorbates, self.molecules)
+        self.adsorbate = " + ".join(self.species.names)
+        if not self.species.mixed:
+            self.adsorbate = self.molecules[0].get_chemical_formula()
         self.relaxation = RelaxationSettings(fmax=settings.fmax, steps=settings.steps)
         self.engine = open_engine(calculator)
         self.kind = resolve_energy_kind(calculator, energy_kind)
@@ -335,22 +217,27 @@ class _Series:
             self.cutoff = calculator.predictor.checkpoint.config.max_radius
         self.surface_atoms = len(open_atoms(free_side_up(slab)[0].atoms))
         self.area = surface_area(slab)
-        self.arrangements: dict[int, list[Arrangement]] = {}
+        self.arrangements: dict[Composition, list[Arrangement]] = {}
         self.notices: list[str] = []
         self.terms: dict[str, float] = {}
-        self.gas: dict[str, Any] | None = None
+        self.gas: dict[str, dict[str, Any]] = {}
         self.clean: Relaxation | None = None
         self.checks: list[SaddleCheck] = []
 
-    def arrange(self, counts: Sequence[int] | None) -> None:
+    def arrange(self, counts: Sequence[int | Sequence[int]] | None) -> None:
         """Place the molecules, and mark arrangements that are copies by symmetry."""
-        wanted = DEFAULT_COUNTS if counts is None else self._checked(counts)
         symmetry = surface_symmetry(self.slab)
-        for count in wanted:
+        left_out: list[Composition] = []
+        for composition in self.species.compositions(counts):
+            if any(all(map(le, fewer, composition)) for fewer in left_out):
+                continue
+            count = sum(composition)
+            told = self.species.text(composition) if self.species.mixed else f"{count} of the adsorbate"
+            pairs = zip(self.adsorbates, composition, strict=True)
             try:
                 placed = coverage_placements(
                     self.slab,
-                    [self.adsorbate] * count,
+                    [adsorbate for adsorbate, number in pairs for _ in range(number)],
                     self.settings.placements,
                     self.settings.seed,
                     min_distance=self.settings.min_distance,
@@ -358,20 +245,23 @@ class _Series:
                 )
             except InputError as error:
                 if counts is not None or count == 1:
-                    raise InputError(f"{count} of the adsorbate: {error}") from error
-                self.notices.append(f"{count} molecules do not fit, and the series ends before them: {error}")
-                break
-            found = [Arrangement(f"n{count:02d}-{one.id}", count, one) for one in placed]
+                    raise InputError(f"{told}: {error}") from error
+                told = told if self.species.mixed else f"{count} molecules"
+                self.notices.append(f"{told} do not fit, and the series ends before them: {error}")
+                left_out.append(composition)
+                continue
+            label = self.species.label(composition)
+            found = [Arrangement(f"{label}-{one.id}", composition, one) for one in placed]
             adsorbates = [one.placement.atoms[len(self.slab) :] for one in found]
             for one, first in zip(found, merge_copies(adsorbates, symmetry), strict=True):
                 if found[first] is not one:
                     one.status, one.merged_into = "merged", found[first].id
-            self.arrangements[count] = found
-        if self.kind == "total":
-            check_gas_references(self._molecule(), self.settings.gas_per_atom, self.settings.gas)
-        else:
+            self.arrangements[composition] = found
+        for molecule in self.molecules if self.kind == "total" else []:
+            check_gas_references(molecule, self.settings.gas_per_atom, self.settings.gas)
+        if self.kind != "total":
             refuse_gas_references(self.settings.gas_per_atom, self.settings.gas)
-        if self.kind != "total" and max(self.arrangements) > 1:
+        if self.kind != "total" and max(map(sum, self.arrangements)) > 1:
             self.notices.append(
                 "a model of adsorption energies has one mean per structure, whatever the number of "
                 "molecules, so that total, average and differential energies of several molecules are not "
@@ -384,22 +274,27 @@ class _Series:
         before = finished.get("settings") or {}
         now = json.loads(json.dumps(self.settings.summary()))
         names = [name for name in now if before.get(name) != now[name]]
-        if [row.get("molecules") for row in finished.get("coverages") or []] != sorted(self.arrangements):
+        wanted = [self.species.by_name(composition) for composition in self.arrangements]
+        first = self.species.names[0]
+        rows = [
+            row.get("composition") or {first: row.get("molecules")} for row in finished.get("coverages") or []
+        ]
+        if rows != wanted:
             names.append("counts")
         refuse_other_settings(folder, names, "series")
 
     def is_result(self, folder: Path, finished: Mapping[str, Any], rows: Sequence[CoverageRow]) -> bool:
         """Tell whether the files of a finished series are all there and say what its rows say."""
-        now = json.loads(json.dumps([row.summary(self.area) for row in rows]))
-        return bool(finished["coverages"] == now) and all(
-            (folder / name).exists() for name in finished["files"]
+        now = json.loads(json.dumps([row.summary(self.area, self.species) for row in rows]))
+        return bool(finished.get("coverages") == now) and all(
+            (folder / name).exists() for name in finished.get("files") or [COVERAGE]
         )
 
     def relax(self, folder: Path) -> None:
         """Relax the clean slab and all arrangements; those of an earlier run are read."""
         identity = {
             "model": self.engine.identity(),
-            "adsorbate": self._molecule().get_chemical_formula(),
+            "adsorbate": self.adsorbate,
             "seed": self.settings.seed,
             "min_distance_A": self.settings.min_distance,
             "gas": self.settings.gas,
@@ -420,7 +315,7 @@ class _Series:
             if not clean.converged:
                 self.notices.append(f"the clean slab has not converged in {self.settings.steps} steps")
             if self.kind == "total":
-                self._refer(folder, clean)
+                self._refer(folder)
             starts = [(name, one.placement.atoms) for name, one in waiting.items()]
             bar = tqdm(total=len(starts), desc="relaxing", unit="arrangement", disable=None, leave=False)
             for relaxation in self._relaxed(store, starts):
@@ -431,33 +326,30 @@ class _Series:
                 self._check_lowest(store, found)
 
     def rows(self) -> Iterator[CoverageRow]:
-        """Give the lowest arrangement of every number of molecules, and its energies."""
-        before, lower = 0, 0.0 if self.kind == "total" else None
-        for count, found in sorted(self.arrangements.items()):
-            best = self._lowest(found)
-            statuses = dict(Counter(one.status for one in found))
-            total = None if best is None else self._total(best)
+        """Give the lowest arrangement of every composition, and its energies."""
+        lowest = {composition: self._lowest(found) for composition, found in self.arrangements.items()}
+        totals = {one: None if best is None else self._total(best) for one, best in lowest.items()}
+        nothing = (0,) * len(self.species.names)  # the clean slab
+        differences = self.species.differences({nothing: 0.0, **totals})
+        for composition, best in lowest.items():
+            count, total = sum(composition), totals[composition]
+            statuses = dict(Counter(one.status for one in self.arrangements[composition]))
             reason = ""
             if best is None:
                 listed = ", ".join(f"{number} {status}" for status, number in statuses.items())
                 reason = f"no arrangement has kept its molecules ({listed})"
             elif total is None:
                 reason = "not defined for a model of adsorption energies"
-            differential = None if total is None or lower is None else (total - lower) / (count - before)
-            if total is not None and self.kind == "adsorption":
-                differential = total
             yield CoverageRow(
-                count,
+                composition,
                 count / self.surface_atoms,
                 total,
                 None if total is None else total / count,
-                differential,
-                before,
+                *differences[composition],
                 best,
                 statuses,
                 reason,
             )
-            before, lower = count, total
 
     def write(
         self,
@@ -471,12 +363,12 @@ class _Series:
         structures = {CLEAN_SLAB: self.clean.atoms}
         for row in rows:
             if row.best is not None and row.best.relaxation is not None:
-                structures[_file(row.count)] = row.best.relaxation.atoms
+                structures[f"{self.species.label(row.composition)}.extxyz"] = row.best.relaxation.atoms
         for name, atoms in structures.items():
             write_structure(folder / name, atoms)
         files = [*structures, "trajectories"]
         if any(row.total is not None for row in rows):
-            write_bytes(folder / _PICTURE, coverage_picture(rows, self._molecule().get_chemical_formula()))
+            write_bytes(folder / _PICTURE, coverage_picture(rows, self.species, self.adsorbate))
             files.append(_PICTURE)
         model = describe(list(structures.values())[1:])
         everything = [one.summary() for found in self.arrangements.values() for one in found]
@@ -484,19 +376,21 @@ class _Series:
         files += [CARD]
         record = {
             **header("adsorption-coverage/1", model.get("checkpoint")),
-            "adsorbate": self._molecule().get_chemical_formula(),
+            "adsorbate": self.adsorbate,
+            "species": list(self.species.names),
             "energy_kind": self.kind,
             "converged": all(row.converged for row in rows)
-            and (self.gas is None or (self.clean.converged and self.gas["converged"])),
+            and all(one["converged"] for one in self.gas.values())
+            and (self.clean.converged or not self.gas),
             "surface_atoms": self.surface_atoms,
             "area_A2": self.area,
-            "coverages": [row.summary(self.area) for row in rows],
+            "coverages": [row.summary(self.area, self.species) for row in rows],
             "arrangements": everything,
             "saddle_check": {"displacement_A": DISPLACEMENT, "tolerance_eV": FALL, "checks": checks},
             "model_evaluations": self.clean.model_evaluations
             + sum(row["model_evaluations"] for row in [*everything, *checks]),
             "terms_eV": self.terms,
-            "gas": self.gas,
+            "gas": self.gas if self.species.mixed else next(iter(self.gas.values()), None),
             "clean_slab": {"converged": self.clean.converged, "max_force_eV_A": self.clean.max_force_eV_A},
             "notices": self.notices,
             "model": dict(model),
@@ -505,7 +399,7 @@ class _Series:
         }
         write_json(folder / CARD, self._card(folder, rows, record))
         write_json(folder / COVERAGE, record)
-        return CoverageSeries(rows, self.kind, self.surface_atoms, tuple(self.notices), record)
+        return CoverageSeries(rows, self.kind, self.surface_atoms, tuple(self.notices), record, self.species)
 
     def description(self, structures: list[Atoms]) -> dict[str, Any]:
         """Plain values about a calculator that was given in Python."""
@@ -513,35 +407,23 @@ class _Series:
             return {**model_record(self.calculator.predictor, "", structures), "checkpoint": None}
         return {"checkpoint": None, **calculator_identity(self.calculator), "energy_kind": self.kind}
 
-    def _checked(self, counts: Sequence[int]) -> list[int]:
-        whole = [count for count in range(1, _MOST_MOLECULES + 1) if count in counts]
-        if not whole or any(count not in whole for count in counts):
-            raise InputError(
-                f"the numbers of molecules {list(counts)} must be whole, from 1 to {_MOST_MOLECULES}"
-            )
-        return whole
-
-    def _molecule(self) -> Atoms:
-        """Atoms of one molecule, in the cell of the slab."""
-        one = next(iter(self.arrangements.values()))[0].placement
-        return one.atoms[list(one.molecules[0])]
-
     def _relaxed(self, store: RelaxationStore, starts: Sequence[tuple[str, Atoms]]) -> Iterator[Relaxation]:
         yield from store.relax(starts, self.engine, self.relaxation)
 
-    def _refer(self, folder: Path, clean: Relaxation) -> None:
-        """Find the energies of clean slab and molecule; the molecule's is kept in the folder."""
-        file = folder / "gas.json"
-        if not file.exists():
-            relaxing = {"optimizer": "LBFGS", "fmax": self.settings.fmax, "steps": self.settings.steps}
-            gas = gas_reference(
-                self._molecule(), self.calculator, self.settings.gas_per_atom, self.settings.gas, relaxing
-            )
-            write_json(file, gas.summary() | {"per_atom_eV": gas.per_atom, "converged": gas.converged})
-        self.gas = read_json(file)
-        self.terms = {"slab": float(clean.energy_eV or 0.0), "gas_per_molecule": float(self.gas["energy_eV"])}
-        if not self.gas["converged"]:
-            self.notices.append("the molecule by itself has not converged")
+    def _refer(self, folder: Path) -> None:
+        """Find the energies of clean slab and molecules; those of molecules are kept in the folder."""
+        assert self.clean is not None
+        relaxing = {"optimizer": "LBFGS", "fmax": self.settings.fmax, "steps": self.settings.steps}
+        given, source = self.settings.gas_per_atom, self.settings.gas
+        self.terms = {"slab": float(self.clean.energy_eV or 0.0)}
+        for name, molecule in zip(self.species.names, self.molecules, strict=True):
+            key = name if self.species.mixed else None
+            gas = kept_gas_reference(folder / GAS, molecule, self.calculator, given, source, relaxing, key)
+            self.gas[name] = gas
+            self.terms[self.species.gas_term(name)] = float(gas["energy_eV"])
+            if not gas["converged"]:
+                of = f"molecule {name}" if self.species.mixed else "molecule"
+                self.notices.append(f"the {of} by itself has not converged")
 
     def _card(self, folder: Path, rows: Sequence[CoverageRow], record: Mapping[str, Any]) -> dict[str, Any]:
         """Trust card of the series."""
@@ -550,18 +432,17 @@ class _Series:
         if self.kind == "total":  # a model of adsorption energies has none for it
             structures = [card_structure(CLEAN, self.clean.atoms, folder / CLEAN_SLAB)]
         chosen = [row.best for row in rows if row.best is not None and row.best.relaxation is not None]
-        best = {one.count: one.relaxation.atoms for one in chosen if one.relaxation is not None}
-        structures += [
-            card_structure(f"n{count:02d}", atoms, folder / _file(count)) for count, atoms in best.items()
-        ]
+        label = self.species.label
+        best = {label(one.composition): one.relaxation.atoms for one in chosen if one.relaxation is not None}
+        structures += [card_structure(name, atoms, folder / f"{name}.extxyz") for name, atoms in best.items()]
         provenance = None
         if isinstance(self.calculator, EquiformerV2Calculator):
             provenance = self.calculator.predictor.checkpoint.provenance
         largest = list(best.values())[-1] if best else self.clean.atoms
-        kept = ("adsorbate", "energy_kind", "converged", "coverages", "terms_eV", "gas", "saddle_check")
+        kept = ("adsorbate", "species", "energy_kind", "converged", "coverages", "terms_eV", "gas")
         return {
             **header("adsorption-coverage-card/1", record["model"].get("checkpoint")),
-            **{name: record[name] for name in kept},
+            **{name: record[name] for name in (*kept, "saddle_check")},
             "label_physics": label_physics(largest, self.kind, provenance),
             "notices": self.notices,
             "model": record["model"],
@@ -574,7 +455,7 @@ class _Series:
         checked: set[str] = set()
         while True:
             known = [one for one in found if one.status == "converged" and one.relaxation is not None]
-            known.sort(key=lambda one: self._energy(one.count, one.relaxation) or 0.0)
+            known.sort(key=lambda one: self._energy(one.composition, one.relaxation) or 0.0)
             one = next((one for one in known[: self.settings.check_minima] if one.id not in checked), None)
             if one is None:
                 return
@@ -587,9 +468,9 @@ class _Series:
         start = displaced(one.relaxation.atoms, one.id, self.settings.seed, one.placement.molecules)
         settings = check_settings(self.settings.fmax, self.settings.steps)
         (relaxation,) = store.relax([(f"{one.id}.check", start)], self.engine, settings)
-        trial = Arrangement(one.id, one.count, one.placement)
+        trial = Arrangement(one.id, one.composition, one.placement)
         self._judge(trial, relaxation)
-        before, after = self._energy(one.count, one.relaxation), self._energy(one.count, relaxation)
+        before, after = (self._energy(one.composition, each) for each in (one.relaxation, relaxation))
         status = status_of_check(trial.status, relaxation, self.settings.fmax)
         check = SaddleCheck(one.id, relaxation, float(before or 0.0), after, status)
         self.checks.append(check)
@@ -600,11 +481,11 @@ class _Series:
             because = f" ({trial.anomalies[0]})" if trial.anomalies else ""
             self.notices.append(f"{check.sentence}{because}")
 
-    def _energy(self, count: int, relaxation: Relaxation | None) -> float | None:
+    def _energy(self, composition: Composition, relaxation: Relaxation | None) -> float | None:
         """Energy of a relaxation: of all molecules, or the model's own where that is not defined, eV."""
         if relaxation is None or relaxation.energy_eV is None:
             return None
-        gas = count * self.terms.get("gas_per_molecule", 0.0)
+        gas = self.species.gas_energy(self.species.by_name(composition), self.terms)
         return float(relaxation.energy_eV) - self.terms.get("slab", 0.0) - gas
 
     def _judge(self, one: Arrangement, relaxation: Relaxation) -> None:
@@ -623,7 +504,7 @@ class _Series:
     def _total(self, best: Arrangement) -> float | None:
         """Adsorption energy of all molecules of an arrangement, eV; None where it is not defined."""
         is_defined = self.kind == "total" or best.count == 1
-        return self._energy(best.count, best.relaxation) if is_defined else None
+        return self._energy(best.composition, best.relaxation) if is_defined else None
 
     @staticmethod
     def _lowest(found: Sequence[Arrangement]) -> Arrangement | None:
@@ -637,27 +518,6 @@ class _Series:
             if known:
                 return min(known, key=energy)
         return None
-
-
-def attraction_notices(rows: Sequence[CoverageRow]) -> list[str]:
-    """Say where molecules are bound more strongly at a higher coverage than at a lower one.
-
-    Adsorbates mostly repel each other, so that their average energy rises with coverage.
-
-    Args:
-        rows: of a series, ascending.
-    """
-    known = [(row.count, row.average) for row in rows if row.average is not None]
-    sentences = []
-    for (fewer, higher), (count, lower) in pairwise(known):
-        if lower < higher - FALL:
-            sentences.append(
-                f"the average adsorption energy falls from {higher:.3f} eV with {fewer} in the cell to "
-                f"{lower:.3f} eV with {count}: either the molecules attract each other, or it is an "
-                f"artefact, of a lower arrangement of {fewer} that was not found (more --placements) or of a "
-                "model that does not know such coverages; look at the structures before using it"
-            )
-    return sentences
 
 
 def molecule_anomalies(placement: Placement, final: Atoms, clean_slab: Atoms) -> list[str]:
@@ -696,25 +556,3 @@ def molecule_anomalies(placement: Placement, final: Atoms, clean_slab: Atoms) ->
             if (distance < radii[first][:, None] + radii[second] + SKIN).any():
                 sentences.append(f"molecules {other} and {number} have bound to each other")
     return sentences
-
-
-def coverage_picture(rows: Sequence[CoverageRow], adsorbate: str) -> bytes:
-    """Draw average and differential adsorption energies against coverage, as PNG."""
-    figure = new_figure(6.4, 4.2)
-    axis = figure.subplots()
-    for name, colour, marker in (("average", "#1f4e79", "o"), ("differential", "#a33c1f", "s")):
-        points = [(row.coverage, getattr(row, name)) for row in rows if getattr(row, name) is not None]
-        if points:
-            axis.plot(*zip(*points, strict=True), marker + "-", color=colour, label=name)
-    axis.set(
-        xlabel="coverage (molecules per surface atom)",
-        ylabel="adsorption energy (eV per molecule)",
-        title=f"{adsorbate}: lowest arrangement of each coverage",
-    )
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
-    return png_bytes(figure)
-
-
-def _file(count: int) -> str:
-    return f"n{count:02d}.extxyz"

@@ -24,11 +24,12 @@ from equiformer2.adsorption.collect import (
 from equiformer2.adsorption.dft_inputs import Candidate
 from equiformer2.adsorption.dft_ledger import ANSWERS, CLEAN_SLAB_ID, Answer, DftLedger
 from equiformer2.adsorption.finished_search import FinishedSearch
+from equiformer2.adsorption.search_folder import COLLECT, SETTINGS
 from equiformer2.errors import InputError
 from equiformer2.files import as_input_error, read_json, write_json
 from equiformer2.script import header
 
-COLLECT, TRAINING_DATA = "collect.json", "collected.lmdb"
+TRAINING_DATA = "collected.lmdb"
 _SAME = 1e-6  # eV
 
 
@@ -89,7 +90,8 @@ def collect_dft(
 
     Returns:
         The content of `collect.json`: see `compare`, and `gas_per_atom_eV`, `left_out` (`file`, `reason`),
-        `open` (ids), `training_data` (`file`, `frames`, `energy_kind`).
+        `open` (ids), `training_data` (`file`, `frames`, `energy_kind`), and what was compared: `adsorbate`
+        (name), `slab`, `model`, `dft_settings`.
 
     Raises:
         InputError: no result of a candidate, none of `files` of use, results that contradict each other or an
@@ -134,6 +136,7 @@ def collect_dft(
         **header("adsorption-collect/2"),
         **found_ranking,
         "gas_per_atom_eV": dict(gas_per_atom or {}),
+        **_compared(search, answers),
         "left_out": [{"file": file, "reason": reason} for file, reason in left_out],
         "open": [row["id"] for row in ledger.open_questions()],
         "training_data": _write_training_data(ledger, answers, reference),
@@ -219,6 +222,28 @@ def _write_training_data(
 def _sid(ledger: DftLedger, name: str) -> str:
     digest = next((row["structure_sha256"] for row in ledger.asked if row["id"] == name), "")
     return f"{ledger.folder.parent.resolve().name}/{name}/{digest[:8]}"
+
+
+def _compared(search: FinishedSearch, answers: Mapping[str, Answer]) -> dict[str, Any]:
+    """Adsorbate, slab, model and DFT of a comparison, by which `correction_averages` joins several."""
+    record, settings = search.record, search.folder / SETTINGS
+    name = record["settings"].get("adsorbate") or search.adsorbate.get_chemical_formula(mode="reduce")
+    gas = record.get("gas") or {}
+    dft: dict[str, Any] = {}
+    for answer in answers.values():
+        dft = {**answer.settings, **dft}
+    return {
+        "adsorbate": f"*{Path(str(name)).stem.lstrip('*')}",
+        "slab": str((record["settings"].get("slab") or {}).get("origin") or search.clean_slab.symbols),
+        "model": {
+            "checkpoint_sha256": record.get("checkpoint_sha256"),
+            "adapter_sha256": record["model"].get("adapter_sha256"),
+            "energy_kind": record["energy_kind"],
+            "gas": None if not gas else {key: gas.get(key) for key in ("source", "per_atom_eV")},
+            "identity": read_json(settings).get("model") if settings.is_file() else None,
+        },
+        "dft_settings": dft,
+    }
 
 
 def _about_settings(

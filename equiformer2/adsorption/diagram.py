@@ -89,6 +89,7 @@ def read_states(folders: Sequence[Path], corrections: Corrections | None = None)
         if corrections is not None:
             if (found.get("corrections") or {}).get("species_eV"):
                 raise InputError(f"the free energy in {folder} is corrected already: leave --corrections out")
+            corrections.check_model(settings.get("model"))
             added = corrections.of(adsorbate, found.get("gases") or {}, float(found["electrons"]))
             energy += sum(added.values())
         states.append(

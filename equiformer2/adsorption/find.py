@@ -179,6 +179,7 @@ def find_adsorption_energy(
     told = {**placed, "fmax_eV_A": fmax, "steps": steps, "stop": stop, "check_minima": check_minima}
     told |= {"stop_at_spread_eV_A": stop_at_spread, "slab": clean.report.summary(), **(notes or {})}
     if corrections is not None:
+        corrections.check_model(open_engine(calculator).identity())
         told["corrections"] = corrections.summary()
     finished: dict[str, Any] | None = None
     with ExitStack() as stack:

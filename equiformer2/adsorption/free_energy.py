@@ -15,7 +15,13 @@ from ase import Atoms, units
 from ase.thermochemistry import HarmonicThermo
 from ase.vibrations import VibrationsData
 
-from equiformer2.adsorption.gases import check_pressures, co2_reduction, gas_correction, water_formation
+from equiformer2.adsorption.gases import (
+    GASES,
+    check_pressures,
+    co2_reduction,
+    gas_correction,
+    water_formation,
+)
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import ADSORBATE, fixed_mask
 from equiformer2.inference.engines import Engineable
@@ -24,6 +30,9 @@ from equiformer2.inference.many import predict
 #: cm^-1; softer modes count as these, because a harmonic mode of no frequency has infinite entropy.
 LOWEST_FREQUENCY = 50.0
 _STEP = 0.01  # Å
+#: K; outside of these classical rotations and harmonic vibrations mean nothing.
+_COLDEST, _HOTTEST = 1.0, 5000.0
+_ROOM, _NEAR_ROOM = 298.15, 30.0  # K
 _INVERSE_CM = units.invcm  # eV
 
 
@@ -173,6 +182,22 @@ class Reaction:
         )
         return total + self.electrons / 2 * gas_correction("H2", temperature, pressures)
 
+    def water_warning(self, temperature: float, pressures: Mapping[str, float]) -> str | None:
+        """Warn where water has its default pressure, that of the liquid at room temperature, elsewhere.
+
+        Args:
+            temperature: K.
+            pressures: bar, by formula, as they were given.
+        """
+        away = abs(temperature - _ROOM) > _NEAR_ROOM
+        if not away or "H2O" in pressures or not self.gases.get("H2O"):
+            return None
+        pressure = GASES["H2O"].pressure
+        return (
+            f"water counts as vapour of {pressure:g} bar, the pressure of its liquid at 300 K, also at "
+            f"{temperature:g} K: give its pressure (--pressure H2O=…)"
+        )
+
     def text(self) -> str:
         """Write what is used up (and, with a minus sign, set free)."""
         parts = [f"{number:g} {name}" for name, number in self.gases.items()]
@@ -241,10 +266,11 @@ def free_energy(
         from CO2, at 0 V against the reversible hydrogen electrode.
 
     Raises:
-        InputError: an element without a gas, values without sense, a pressure of H2 beside a potential or pH.
+        InputError: an element without a gas, values without sense, a temperature at which atoms are no
+            harmonic oscillators, a pressure of H2 beside a potential or pH.
     """
-    if not (np.isfinite(temperature) and temperature > 0.0):
-        raise InputError(f"the temperature is {temperature} K: give one above 0")
+    if not _COLDEST <= temperature <= _HOTTEST:
+        raise InputError(f"the temperature is {temperature} K: give one from {_COLDEST:g} to {_HOTTEST:g}")
     if not np.isfinite([potential, ph]).all():
         raise InputError(f"the potential is {potential} V and the pH {ph}: give finite numbers")
     pressures = dict(pressures or {})

@@ -170,7 +170,7 @@ def placements(
             package, no placement that passes the checks.
     """
     _check_arguments(mode, number, positions, height)
-    molecule, binding = _as_adsorbate(adsorbate)
+    molecule, binding = as_adsorbate(adsorbate)
     check_atoms(slab)
     if (oc20_tags(slab)[0] == ADSORBATE).any():
         raise InputError("the slab has adsorbate atoms (tag 2) already: give the clean slab")
@@ -227,7 +227,8 @@ def coverage_placements(
     """Place several adsorbates on one slab, at heuristic sites apart from each other.
 
     Arrangements take turns: at any sites, and then, as in ordered layers, at sites of one kind and all turned
-    alike, for every set of sites that symmetry makes equal and that is large enough.
+    alike, for every set of sites that symmetry makes equal and that is large enough. Of a mixture every other
+    arrangement is at any sites.
 
     Args:
         slab: clean slab, as in `placements`.
@@ -245,7 +246,7 @@ def coverage_placements(
     if not 0 <= min_distance < np.inf:
         raise InputError(f"the distance between adsorbates is {min_distance}: give 0 or more Å")
     _check_arguments("heuristic", number, None, None)
-    molecules = [_as_adsorbate(adsorbate) for adsorbate in adsorbates]
+    molecules = [as_adsorbate(adsorbate) for adsorbate in adsorbates]
     check_atoms(slab)
     whole, turn = free_side_up(slab)
     if cutoff is not None:
@@ -255,6 +256,8 @@ def coverage_placements(
     surface.set_tags(oc20_tags(slab)[0])
     sites = surface_sites(surface)
     pools = [sites, *(equal for equal in equal_sites(surface, sites) if len(equal) >= len(molecules))]
+    if any(one != molecules[0][0] for one, _ in molecules):  # different adsorbates prefer different sites
+        pools = [pool for one in pools[1:] for pool in (sites, one)] or pools
     found = Placements()
     for index in range(number + _TRIES):
         if len(found) == number or (not found and index >= _FRUITLESS):
@@ -262,8 +265,9 @@ def coverage_placements(
         name = f"coverage-{index:04d}"
         try:
             kind = index % len(pools)
+            ordered = pools[kind] is not sites
             arrangement = _Arrangement(
-                surface, pools[kind], molecules, (seed, index), min_distance, kind > 0, whole.gap
+                surface, pools[kind], molecules, (seed, index), min_distance, ordered, whole.gap
             )
             atoms, used, groups = arrangement.find()
         except InputError as error:
@@ -606,7 +610,21 @@ def _check_arguments(
         )
 
 
-def _as_adsorbate(adsorbate: Adsorbate) -> tuple[Atoms, list[int]]:
+def separate_adsorbates(given: Adsorbate | Sequence[Adsorbate]) -> list[Adsorbate]:
+    """List adsorbates; of one by itself, with or without the indices of its binding atoms, there is one."""
+    parts: Any = given
+    if not isinstance(given, tuple | list):
+        return [parts]
+    indices: Any = parts[1] if len(given) == 2 else None
+    is_list = isinstance(indices, tuple | list | np.ndarray)
+    if is_list and all(isinstance(index, int | np.integer) for index in indices):
+        return [(parts[0], indices)]
+    if not given:
+        raise InputError("no adsorbate is given: give at least one")
+    return list(parts)
+
+
+def as_adsorbate(adsorbate: Adsorbate) -> tuple[Atoms, list[int]]:
     """Return a whole molecule without constraints, and its binding atoms."""
     adsorbate = path_text(adsorbate)
     if isinstance(adsorbate, str):

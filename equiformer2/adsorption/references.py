@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ase.build
@@ -20,9 +21,12 @@ from ase.neighborlist import neighbor_list
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.anomalies import SKIN
+from equiformer2.adsorption.dft_ledger import structure_digest
 from equiformer2.adsorption.periodic_images import whole_molecule
 from equiformer2.errors import InputError
+from equiformer2.files import read_json, write_json
 from equiformer2.inference.dispersion import Dispersion, dispersion_of
 from equiformer2.inference.named_calculators import calculator_errors
 from equiformer2.inference.relaxation import RelaxationResult, relax
@@ -165,6 +169,48 @@ def gas_reference(
         relaxations=relaxations,
         d3=None if dispersion is None or table_given else _dispersion(relaxations, dispersion, counts),
     )
+
+
+def kept_gas_reference(
+    file: AnyPath,
+    adsorbate: Atoms,
+    calculator: BaseCalculator,
+    given: Mapping[str, float] | None,
+    source: str,
+    settings: dict[str, Any],
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Find the energy to subtract in the file of an earlier call, or compute it and write it there.
+
+    An energy of other atoms, such as those of an isomer, is not taken.
+
+    Args:
+        file: JSON file of the folder whose model and references are those of this call.
+        adsorbate, calculator, given, source, settings: of `gas_reference`.
+        name: of the molecule, in a file for several.
+
+    Returns:
+        `GasReference.summary` and `converged`.
+
+    Raises:
+        InputError: as `gas_reference`; the energy is not finite, or the file is broken.
+    """
+    file = Path(file)
+    content = read_json(file) if file.exists() else {}
+    known = content if name is None else content.get(name)
+    digest = structure_digest(adsorbate)
+    if isinstance(known, dict) and known.get("structure_sha256", digest) == digest:
+        energy = known.get("energy_eV")
+        if isinstance(energy, int | float) and math.isfinite(energy) and "converged" in known:
+            return known
+    gas = gas_reference(adsorbate, calculator, given, source, settings)
+    if not math.isfinite(gas.energy):
+        raise InputError(
+            f"the energy of the adsorbate by itself ({gas.label}) is not finite: give gas references"
+        )
+    known = {**gas.summary(), "converged": gas.converged, "structure_sha256": digest}
+    write_json(file, known if name is None else {**content, name: known})
+    return known
 
 
 def energies_per_atom(molecules: Mapping[str, float]) -> dict[str, float]:

@@ -29,7 +29,7 @@ from equiformer2.adsorption.anomalies import Anomaly, check_anomalies
 from equiformer2.adsorption.basins import Coverage, estimate_coverage, find_basins
 from equiformer2.adsorption.dispersion_terms import check_gas_source, dispersion_terms
 from equiformer2.adsorption.energy import resolve_energy_kind
-from equiformer2.adsorption.references import check_gas_references, gas_reference, refuse_gas_references
+from equiformer2.adsorption.references import check_gas_references, kept_gas_reference, refuse_gas_references
 from equiformer2.adsorption.saddle_points import SaddleCheck, check_settings, displaced, status_of_check
 from equiformer2.adsorption.search_folder import (
     GAS,
@@ -42,7 +42,7 @@ from equiformer2.adsorption.search_folder import (
 )
 from equiformer2.adsorption.symmetry import SurfaceSymmetry, merge_copies, surface_symmetry
 from equiformer2.errors import InputError
-from equiformer2.files import read_json, write_json
+from equiformer2.files import read_json
 from equiformer2.inference.atoms import fixed_mask
 from equiformer2.inference.batched import RelaxationSettings
 from equiformer2.inference.engines import Engineable, open_engine
@@ -525,18 +525,14 @@ class _Search:
         """Energies that every adsorption energy has subtracted; those of the gas are kept in the folder."""
         if self.kind == "adsorption":
             return dispersion_terms(self.calculator, clean.atoms, self.adsorbate)
-        file = self.folder / GAS
-        if not file.exists():
-            settings = {"optimizer": "LBFGS", "fmax": self.settings.fmax, "steps": self.settings.steps}
-            gas = gas_reference(
-                self.adsorbate, self.calculator, self.settings.gas_per_atom, self.settings.gas, settings
-            )
-            if not np.isfinite(gas.energy):
-                raise InputError(
-                    f"the energy of the adsorbate by itself ({gas.label}) is not finite: give gas references"
-                )
-            write_json(file, gas.summary() | {"converged": gas.converged})
-        self.gas = read_json(file)
+        self.gas = kept_gas_reference(
+            self.folder / GAS,
+            self.adsorbate,
+            self.calculator,
+            self.settings.gas_per_atom,
+            self.settings.gas,
+            {"optimizer": "LBFGS", "fmax": self.settings.fmax, "steps": self.settings.steps},
+        )
         return {"slab": float(clean.energy_eV or 0.0), "gas": float(self.gas["energy_eV"])}
 
     def _merge(self, symmetry: SurfaceSymmetry) -> None:

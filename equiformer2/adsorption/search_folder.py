@@ -13,7 +13,7 @@ SEARCH, CARD, BEST, BASINS, REPORT = "search.json", "card.json", "best.extxyz", 
 CLEAN_SLAB, GAS = "clean_slab.extxyz", "gas.json"
 #: Of `equiformer2.inference.relaxation_log`.
 RELAXED, SETTINGS, TRAJECTORIES = "relaxed.jsonl", "settings.json", "trajectories"
-DFT, NEB = "dft", "neb"
+DFT, NEB, COLLECT = "dft", "neb", "collect.json"
 _INPUT_OF_DFT = {"POSCAR", "INCAR", "KPOINTS", "POTCAR.txt", "pw.in", "candidate.json", "ledger.json"}
 _OF_NEB = {"neb.json", "neb.traj", "neb.png", CARD}
 

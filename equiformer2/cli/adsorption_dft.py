@@ -123,6 +123,55 @@ class AdsorptionCollect(Command):
         return Result(found, 3 if found["left_out"] and options.dft else 0)
 
 
+class AdsorptionCorrections(Command):
+    """Average what DFT has said of several searches into one file of corrections.
+
+    Reads the collect.json of every folder and averages DFT less model by adsorbate, with number of points and
+    standard error. The file is one for --corrections. Searches of different checkpoints, adapters, gas
+    references or settings of DFT are refused.
+
+        equiformer2 adsorption corrections runs/pt111/CO runs/pd111/CO runs/pt111/OH --out corrections.json
+    """
+
+    def add_arguments(self, parser: Parser) -> None:
+        parser.add_argument(
+            "folders",
+            nargs="+",
+            type=Path,
+            metavar="FOLDER",
+            help="folders of searches in which `adsorption collect` was run with adsorption energies of DFT",
+        )
+        parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="JSON file to write")
+        add_overwrite_argument(parser)
+
+    def run(self, options: argparse.Namespace) -> Result:
+        from equiformer2.adsorption.correction_averages import correction_averages
+        from equiformer2.adsorption.corrections import SCHEMA
+        from equiformer2.adsorption.search_folder import COLLECT
+        from equiformer2.files import check_target, write_json
+        from equiformer2.script import header
+
+        if options.out.suffix.lower() != ".json":
+            raise InputError(f"{options.out}: corrections are written as JSON, give this ending")
+        inputs = [file for folder in options.folders for file in (folder, folder / COLLECT)]
+        check_target(options.out, inputs=inputs, overwrite=options.overwrite)
+        found = correction_averages(options.folders)
+        print(f"{'adsorbate':16}{'DFT - model (eV)':>18}{'standard error':>16}{'points':>8}{'searches':>10}")
+        for name, row in found["species"].items():
+            error = "-" if row["standard_error_eV"] is None else f"{row['standard_error_eV']:.4f}"
+            mean = f"{row['mean_eV']:+.4f}"
+            print(f"{name:16}{mean:>18}{error:>16}{row['points']:8d}{row['searches']:10d}")
+            for one in row["by_search"] if len(row["by_search"]) > 1 else []:
+                print(f"  {one['correction_eV']:+.4f} eV of {one['points']}: {one['search']} ({one['slab']})")
+        for sentence in found["warnings"]:
+            print(f"warning: {sentence}")
+        record = {**header(SCHEMA), **found}
+        record["checkpoint_sha256"] = found["model"].get("checkpoint_sha256")
+        write_json(options.out, record, make_folder=True)
+        print(f"saved in {options.out}: use it with --corrections {options.out}")
+        return Result(record)
+
+
 class AdsorptionNeb(Command):
     """Find the barrier between two minima of a search with a nudged elastic band.
 

@@ -117,6 +117,7 @@ class AdsorptionFreeEnergy(Command):
             )
         given = model_in_place(options)
         model = search.model(given, options.adapter)
+        corrections.check_model(model.identity())
         threshold = float(search.record["settings"].get("fmax_eV_A", 0.05))
         modes = vibrations(search.best, model, largest_force=_FAR_FROM_MINIMUM * threshold)
         found = free_energy(
@@ -132,7 +133,8 @@ class AdsorptionFreeEnergy(Command):
             corrections.of(Path(str(name)).stem, reaction.gases, reaction.electrons),
         )
         converged = bool(search.record["converged"]) and modes.max_force < threshold + _ROUNDING
-        warnings = [] if warning is None else [warning]
+        water = reaction.water_warning(options.temperature, pressures)
+        warnings = [text for text in (warning, water) if text is not None]
         if not converged:
             warnings.append(
                 f"the structure has not converged (largest force {modes.max_force:.3f} eV/Å), so its "

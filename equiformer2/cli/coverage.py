@@ -13,34 +13,46 @@ from equiformer2.errors import InputError
 
 
 class AdsorptionCoverage(Command):
-    """Compute adsorption energies over coverage: one, two, three and more molecules on one slab.
+    r"""Compute adsorption energies over coverage: one, two, three and more molecules on one slab.
 
     Relaxes several arrangements of every number of molecules, leaves out those with an anomaly, and prints
-    the total, average and differential adsorption energy of the lowest of each. The folder gets
-    coverage.json, coverage.png, the lowest structures and all trajectories. Stopped at any moment, the same
-    command continues. Only a model of total energies has these energies. Exit status 3: not all converged.
+    the total, average and differential adsorption energy of the lowest of each. Several adsorbates are a
+    mixture, whose compositions are compared. The folder gets coverage.json, coverage.png, the lowest
+    structures and all trajectories. Stopped at any moment, the same command continues. Only a model of total
+    energies has these energies. Exit status 3: not all converged.
 
         equiformer2 adsorption coverage --calculator emt --slab Cu111 --size 2x2x3 --adsorbate O --out runs/o
         equiformer2 adsorption coverage --checkpoint total.pt --slab Pt111 --adsorbate '*CO' --out runs/co
+        equiformer2 adsorption coverage --checkpoint total.pt --slab Pt111 --adsorbate '*CO' '*O' \
+            --counts 1,0 0,1 1,1 2,1 --out runs/co_o
     """
 
     def add_arguments(self, parser: Parser) -> None:
         add_model_arguments(parser.add_argument_group("model"), committee=True, calculator=True)
         add_slab_arguments(parser.add_argument_group("slab"))
         series = parser.add_argument_group("coverage")
-        series.add_argument("--adsorbate", required=True, metavar="NAME|FILE", help="adsorbate (*CO, …)")
+        series.add_argument(
+            "--adsorbate",
+            required=True,
+            nargs="+",
+            action="extend",
+            metavar="NAME|FILE",
+            help="adsorbate (*CO, …), or several for mixtures",
+        )
         series.add_argument(
             "--counts",
-            type=int,
+            type=_composition,
             nargs="+",
-            metavar="N",
-            help="numbers of molecules in the cell (default: 1 2 3 4, as many as fit)",
+            metavar="N[,N]",
+            help="numbers of molecules in the cell (default: 1 2 3 4, as many as fit), or compositions of a "
+            "mixture, such as 2,1 for two of the first adsorbate and one of the second; a number alone "
+            "stands for all compositions of as many molecules (default of mixtures: 1 2)",
         )
         series.add_argument(
             "--placements",
             type=int,
             default=8,
-            help="number of arrangements of every number of molecules, copies by symmetry included "
+            help="number of arrangements of every composition, copies by symmetry included "
             "(default: %(default)s)",
         )
         series.add_argument("--seed", type=random_seed, default=0, help="random seed (default: %(default)s)")
@@ -55,8 +67,8 @@ class AdsorptionCoverage(Command):
             type=int,
             default=1,
             metavar="N",
-            help="number of the lowest arrangements of every number of molecules that are displaced and "
-            "relaxed again, since they may be saddle points (default: %(default)s)",
+            help="number of the lowest arrangements of every composition that are displaced and relaxed "
+            "again, since they may be saddle points (default: %(default)s)",
         )
         series.add_argument(
             "--gas",
@@ -91,7 +103,8 @@ class AdsorptionCoverage(Command):
         from equiformer2.script import show_log
 
         gas, source = gas_references(options.gas)
-        find_adsorbate(options.adsorbate)  # before the lattice is relaxed
+        for name in options.adsorbate:  # before the lattice is relaxed
+            find_adsorbate(name)
         show_log()
         chosen = ChosenModel(options)
         slabs, _ = chosen_slabs(options, chosen)
@@ -129,3 +142,14 @@ class AdsorptionCoverage(Command):
                 print(check["sentence"])
         print(f"saved in {options.out}: {', '.join(['coverage.json', *series.record['files']])}")
         return Result(series.record, 0 if series.converged else 3, chosen.checkpoint)
+
+
+def _composition(text: str) -> int | tuple[int, ...]:
+    """Number of molecules, or numbers of each adsorbate's."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number of molecules nor a composition such as 2,1"
+        ) from None
+    return numbers if "," in text else numbers[0]

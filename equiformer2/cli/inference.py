@@ -10,7 +10,6 @@ from equiformer2.cli.chosen_model import ChosenModel, network_calculator
 from equiformer2.cli.command import Command, Parser, Result
 from equiformer2.cli.options import (
     NETWORK_ONLY,
-    add_adapter_argument,
     add_batch_arguments,
     add_dispersion_argument,
     add_draft_argument,
@@ -67,7 +66,6 @@ class Evaluate(Command):
 
     def add_arguments(self, parser: Parser) -> None:
         add_model_arguments(parser)
-        add_adapter_argument(parser)
         add_router_argument(parser)
         _add_split_arguments(parser, "LMDB files or folders of shards", several=True)
         parser.add_argument("--out", type=Path, help="JSON file for all numbers")
@@ -243,7 +241,6 @@ class Predict(Command):
 
     def add_arguments(self, parser: Parser) -> None:
         add_model_arguments(parser)
-        add_adapter_argument(parser)
         parser.add_argument(
             "--data",
             required=True,
@@ -533,7 +530,7 @@ class RelaxIs2re(Command):
 
         check_target(options.out, is_folder=True)
         given = [*options.checkpoint, options.data or options.data_root]
-        given += [] if options.router is None else [options.router]
+        given += [file for file in (options.adapter, options.router) if file is not None]
         check_target(options.out / REPORT, inputs=given, overwrite=options.overwrite)
         reports = self._relax_all(options)
         average = average_over(reports)
@@ -543,8 +540,10 @@ class RelaxIs2re(Command):
                 print(f"  All of this is of {coverage(reports.values())}: the others were skipped")
         keys = ("structures", "relaxed", "converged")
         counts = {key: sum(report[key] for report in reports.values()) for key in keys}
+        first = next(iter(reports.values()))
         record = {
             **header("relax-is2re/1", self._files(options)),
+            **{name: first[name] for name in ("adapter", "adapter_sha256") if name in first},
             "datasets": reports,
             **counts,
             "average": average,
@@ -590,6 +589,7 @@ class RelaxIs2re(Command):
             options.precision,
             options.backend,
             batched_relaxation_router(options.router),
+            adapter=options.adapter,
         )
         show_log()
         datasets = {name: open_starts(path, predictor, options.energy_kind) for name, path in paths.items()}

@@ -25,6 +25,7 @@ COMMANDS = {
     "adsorption verify": "adsorption_search:AdsorptionVerify",
     "adsorption ask": "adsorption_dft:AdsorptionAsk",
     "adsorption collect": "adsorption_dft:AdsorptionCollect",
+    "adsorption corrections": "adsorption_dft:AdsorptionCorrections",
     "adsorption free-energy": "adsorption_thermo:AdsorptionFreeEnergy",
     "adsorption diagram": "adsorption_thermo:AdsorptionDiagram",
     "adsorption volcano": "adsorption_thermo:AdsorptionVolcano",

@@ -126,20 +126,29 @@ def add_device_argument(parser: Options) -> None:
 
 
 def add_model_arguments(
-    parser: Options, committee: bool = False, calculator: bool = False, required: bool = True
+    parser: Options,
+    committee: bool = False,
+    calculator: bool = False,
+    required: bool = True,
+    adapter: bool = True,
 ) -> None:
-    """Add all options of a network that is run: file, weights, energy kind, device, precision, backend.
+    """Add all options of a network that is run: file, adapter, weights, kind, device, precision, backend.
 
     Args:
         parser: of the command.
         committee: let `--checkpoint` take several.
-        calculator: add `--calculator`, which stands in place of `--checkpoint`, and `--adapter`: the options
-            of `chosen_model.ChosenModel`.
+        calculator: add `--calculator`, which stands in place of `--checkpoint`: the options of
+            `chosen_model.ChosenModel`.
         required: refuse a command line without a model.
+        adapter: add `--adapter`; commands that rewrite the weights themselves take a merged checkpoint.
     """
     add_checkpoint_arguments(parser, committee=committee, calculator=calculator, required=required)
-    if calculator:
-        add_adapter_argument(parser)
+    if adapter:
+        parser.add_argument(
+            "--adapter",
+            metavar="FILE",
+            help="adapter of `equiformer2 finetune --adapter` for the network of the checkpoint",
+        )
     add_energy_kind_argument(parser, "a checkpoint or data that do not declare it; must not contradict them")
     add_device_argument(parser)
     parser.add_argument(
@@ -184,15 +193,6 @@ def add_draft_argument(parser: Options) -> None:
         metavar="FILE|NAME",
         help="checkpoint of a cheaper network, such as a pruned one, that relaxes first; the result is a "
         "minimum of the full model all the same",
-    )
-
-
-def add_adapter_argument(parser: Options) -> None:
-    """Add `--adapter`."""
-    parser.add_argument(
-        "--adapter",
-        metavar="FILE",
-        help="adapter of `equiformer2 finetune --adapter` for the network of the checkpoint",
     )
 
 

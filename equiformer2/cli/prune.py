@@ -110,7 +110,7 @@ class Report(Command):
     """
 
     def add_arguments(self, parser: Parser) -> None:
-        add_model_arguments(parser)
+        add_model_arguments(parser, adapter=False)
         _add_structures_argument(parser)
         parser.add_argument(
             "--out", default="runs/pruning_report", help="output folder (default: %(default)s)"
@@ -573,7 +573,7 @@ class Grid(Command):
     """
 
     def add_arguments(self, parser: Parser) -> None:
-        add_model_arguments(parser)
+        add_model_arguments(parser, adapter=False)
         _add_structures_argument(parser)
         parser.add_argument(
             "--out", required=True, type=Path, help="checkpoint to write; a .json is written beside it"

@@ -19,7 +19,7 @@ from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import atoms_to_data, fixed_mask
 from equiformer2.inference.committee import Committee, Model, open_model
-from equiformer2.inference.predictor import Predictor, answering_old_names
+from equiformer2.inference.predictor import answering_old_names
 from equiformer2.inference.symmetric_sites import find_symmetric_sites
 
 logger = logging.getLogger(__name__)
@@ -105,15 +105,8 @@ class EquiformerV2Calculator(Calculator):
         self._unread: np.ndarray | None = None  # atoms that the present forces leave out
         if router is not None and isinstance(checkpoint, list | tuple) and len(checkpoint) > 1:
             raise InputError("a router belongs to one network: leave it out, or give one checkpoint")
-        models = checkpoint if isinstance(checkpoint, list | tuple) else [checkpoint]
-        if adapter is not None and (len(models) != 1 or isinstance(models[0], Predictor)):
-            raise InputError(
-                "an adapter belongs to one network that is loaded here: give one checkpoint, or call "
-                "use_adapter of the predictors"
-            )
-        self.predictor = open_model(
-            checkpoint, device, weights, energy_kind, precision, backend, router, cuda_graphs, adapter
-        )
+        settings = device, weights, energy_kind, precision, backend, router, cuda_graphs
+        self.predictor = open_model(checkpoint, *settings, adapter=adapter)
         if not self.predictor.has_forces:
             self.implemented_properties = ["energy", "free_energy"]
         if self.predictor.has_stress:

@@ -123,20 +123,26 @@ class Committee:
             logger.warning(warning)
 
 
-def open_model(model: Model | Sequence[Model], *settings: Any) -> Predictor | Committee:
+def open_model(model: Model | Sequence[Model], *settings: Any, **named: Any) -> Predictor | Committee:
     """Make a predictor, or a committee of a list of several models.
 
     Args:
         model: one model, or a list of them.
-        settings: further arguments of `Predictor`, for every member that is not loaded yet.
+        settings, named: further arguments of `Predictor`, for every member that is not loaded yet; an
+            `adapter` is one of `named`.
 
     Raises:
-        InputError: as `Predictor` and `Committee`; an empty list.
+        InputError: as `Predictor` and `Committee`; an empty list; an adapter of several or loaded models.
     """
     models: list[Any] = list(model) if isinstance(model, list | tuple) else [model]
     if not models:
         raise InputError("the list of checkpoints is empty: give at least one")
-    members = [one if isinstance(one, Predictor) else Predictor(one, *settings) for one in models]
+    if named.get("adapter") is not None and (len(models) != 1 or isinstance(models[0], Predictor)):
+        raise InputError(
+            "an adapter belongs to one network that is loaded here: give one checkpoint, or call use_adapter "
+            "of the predictors"
+        )
+    members = [one if isinstance(one, Predictor) else Predictor(one, *settings, **named) for one in models]
     return members[0] if len(members) == 1 else Committee(members)
 
 

@@ -28,6 +28,8 @@ from equiformer2.files import write_bytes, write_json
 from equiformer2.inference import Predictor
 from equiformer2.inference.batched import RelaxationSettings, Relaxed, free_forces, relax_batched
 from equiformer2.inference.committee import Committee
+from equiformer2.inference.engines import NetworkEngine
+from equiformer2.inference.record import adapter_record
 from equiformer2.inference.relaxation_folder import SKIPPED, RelaxationFolder, Row
 from equiformer2.training.evaluation import open_dataset
 from equiformer2.training.metrics import ENERGY_METRICS, energy_metrics
@@ -203,6 +205,10 @@ def relax_dataset(
     }
     if router is not None:
         asked["router"] = sha256(router)
+    adapter = adapter_record(predictor)
+    if adapter:  # one that was made in Python has no file
+        weights = NetworkEngine(predictor).identity()["weights_sha256"]
+        asked["adapter"] = adapter["adapter_sha256"] or weights
     relaxations = RelaxationFolder(folder, asked)
     with relaxations.open():
         finished = sorted(relaxations.rows)
@@ -256,6 +262,7 @@ def relax_dataset(
         write_bytes(folder / RELAXED, buffer.getvalue())
         report = {
             "energy_kind": predictor.energy_kind,
+            **adapter,
             "settings": asked,
             "units": UNITS,
             **judge(rows, skipped),

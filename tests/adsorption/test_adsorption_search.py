@@ -17,6 +17,7 @@ from test_basins import slab, with_adsorbate
 from equiformer2.adsorption.cards import label_physics, verify_card
 from equiformer2.adsorption.find import find_adsorption_energy
 from equiformer2.adsorption.finished_search import FinishedSearch
+from equiformer2.adsorption.placements import placements
 from equiformer2.adsorption.search import SearchResult, SearchSettings, search_placements
 from equiformer2.adsorption.search_output import search_record, write_search
 from equiformer2.adsorption.slabs import find_slab
@@ -454,3 +455,21 @@ def test_physics_that_labels_leave_out_is_said() -> None:
     assert "magnetic" not in " ".join(label_physics(Atoms("CuO", tags=[1, 2]), "adsorption", {}))
     stage = {"elements": {"Cu": 1}, "labels": ["SevenNet-0, not DFT"], "earlier": []}
     assert "SevenNet-0, not DFT" in label_physics(iron, "adsorption", {"training_data": stage})[0]
+
+
+def test_an_isomer_has_a_gas_energy_of_its_own(tmp_path: Path) -> None:
+    """A search that was stopped once the molecule was known goes on with another of the same formula."""
+    settings = SearchSettings(steps=1, check_minima=0)
+
+    def gas_energy(name: str, folder: str) -> float:
+        starts = [(one.id, one.atoms) for one in placements(base(), name, number=1)]
+        return search_placements(base(), starts, EMT(), tmp_path / folder, settings).gas["energy_eV"]
+
+    first, second = gas_energy("*COH", "first"), gas_energy("*CHO", "second")
+    assert abs(first - second) > 0.1
+    log, file = tmp_path / "first" / "relaxed.jsonl", tmp_path / "first" / "gas.json"
+    clean_slab = log.read_text().splitlines(keepends=True)[0]
+    for broken in (file.read_text(), "{}"):
+        log.write_text(clean_slab)
+        file.write_text(broken)
+        assert gas_energy("*CHO", "first") == pytest.approx(second, abs=1e-6)

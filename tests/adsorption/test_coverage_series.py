@@ -13,14 +13,8 @@ from ase.io import read, write
 from ase.optimize import LBFGS
 
 from equiformer2.adsorption.cards import verify_card
-from equiformer2.adsorption.coverage_series import (
-    CoverageRow,
-    CoverageSeries,
-    CoverageSettings,
-    attraction_notices,
-    coverage_series,
-    molecule_anomalies,
-)
+from equiformer2.adsorption.coverage_rows import CoverageRow, CoverageSeries, Species, attraction_notices
+from equiformer2.adsorption.coverage_series import CoverageSettings, coverage_series, molecule_anomalies
 from equiformer2.adsorption.named_structures import build_slab
 from equiformer2.adsorption.placements import coverage_placements
 from equiformer2.errors import InputError
@@ -149,10 +143,11 @@ def test_molecules_that_bind_when_displaced_are_told() -> None:
 def test_molecules_that_seem_to_attract_each_other_are_told() -> None:
     def row(count: int, average: float | None) -> CoverageRow:
         total = None if average is None else count * average
-        return CoverageRow(count, count / 4, total, average, None, 0, None, {})
+        return CoverageRow((count,), count / 4, total, average, (None,), (None,), None, None, {})
 
-    assert attraction_notices([row(1, -1.0), row(2, -0.9), row(3, -0.91)]) == []
-    (sentence,) = attraction_notices([row(1, -1.0), row(2, None), row(3, -1.2)])
+    alone = Species(("*O",))
+    assert attraction_notices([row(1, -1.0), row(2, -0.9), row(3, -0.91)], alone) == []
+    (sentence,) = attraction_notices([row(1, -1.0), row(2, None), row(3, -1.2)], alone)
     assert "falls from -1.000 eV with 1 in the cell to -1.200 eV with 3" in sentence
     assert "attract each other, or it is an artefact" in sentence
 

@@ -87,6 +87,13 @@ def test_reactions_are_balanced(formula: str, gases: dict[str, float], electrons
     assert (reaction.gases, reaction.electrons) == (gases, electrons)
 
 
+def test_the_default_pressure_of_water_is_that_of_room_temperature() -> None:
+    oxygen = Reaction.of(Atoms("O"))
+    assert oxygen.water_warning(298.15, {}) is oxygen.water_warning(500.0, {"H2O": 1.0}) is None
+    assert Reaction.of(Atoms("CO")).water_warning(500.0, {}) is None
+    assert "0.03534 bar" in str(oxygen.water_warning(500.0, {"H2": 1.0}))
+
+
 def test_potential_and_acidity_shift_what_takes_electrons() -> None:
     modes = Vibrations(np.full(6, 600.0), 0.0, 1.0)
     hydroxide = [
@@ -101,8 +108,9 @@ def test_potential_and_acidity_shift_what_takes_electrons() -> None:
     assert hydroxide[0]["imaginary"] == 0
     with pytest.raises(InputError, match="no gas reference for S"):
         free_energy(0.0, Atoms("SH"), modes)
-    with pytest.raises(InputError, match="the temperature is 0"):
-        free_energy(0.0, Atoms("OH"), modes, 0.0)
+    for temperature in (0.0, 1e-3, 1e9, float("nan")):
+        with pytest.raises(InputError, match=r"the temperature is .* give one from 1 to 5000"):
+            free_energy(0.0, Atoms("OH"), modes, temperature)
     with pytest.raises(InputError, match="lowest frequency is 0"):
         free_energy(0.0, Atoms("OH"), modes, lowest_frequency=0.0)
 

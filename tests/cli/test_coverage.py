@@ -65,6 +65,11 @@ def test_a_series_and_a_search_have_folders_of_their_own(capsys: pytest.CaptureF
     ("options", "message"),
     [
         (["--adsorbate", "*O", "--counts", "0"], "must be whole, from 1 to 100"),
+        (["--adsorbate", "*O", "--counts", "1,1"], "numbers for 2 adsorbates, and there are 1"),
+        (["--adsorbate", "*O", "--adsorbate", "*H", "--counts", "1,1,1"], "give one number for each"),
+        (["--adsorbate", "*O", "*H", "--counts", "1+1"], "neither a number of molecules nor a composition"),
+        (["--adsorbate", "*O", "--adsorbate", "O"], "is given twice"),
+        (["--adsorbate", "*O", "*H", "--gas", "O=4.6"], "no gas reference for H"),
         (["--adsorbate", "*XY"], "no adsorbate of OC20"),
         (["--adsorbate", "*O", "--counts", "1", "--fmax", "nan"], "fmax is nan"),
         (["--adsorbate", "*O", "--gas", "C=1"], "no gas reference for O"),
@@ -77,6 +82,29 @@ def test_a_series_that_cannot_be(
     assert run_command("adsorption coverage", *EMT_CU, "--out", "c", *options) == 2
     assert message in capsys.readouterr().err
     assert not Path("c/coverage.json").exists()
+
+
+def test_mixtures(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--adsorbate", "*O", "--adsorbate", "*H", "--counts", "1", "1,1", "--placements", "1"]
+    options += ["--check-minima", "0", "--gas", "O=4.6,H=3.2", "--out", "m"]
+    assert run_command("adsorption coverage", *EMT_CU, *options, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(Path("m/coverage.json").read_text())
+    assert [row["composition"] for row in printed["coverages"]] == [
+        {"*O": 1, "*H": 0},
+        {"*O": 0, "*H": 1},
+        {"*O": 1, "*H": 1},
+    ]
+    totals = [row["total_adsorption_energy_eV"] for row in printed["coverages"]]
+    assert printed["coverages"][2]["interaction_energy_eV"] == pytest.approx(
+        totals[2] - totals[0] - totals[1]
+    )
+    assert run_command("adsorption verify", "m/card.json", "--calculator", "emt") == 0
+    before = Path("m/relaxed.jsonl").read_bytes()
+    capsys.readouterr()
+    assert run_command("adsorption coverage", *EMT_CU, *options) == 0
+    assert "1 *O + 1 *H" in capsys.readouterr().out
+    assert Path("m/relaxed.jsonl").read_bytes() == before
 
 
 def test_a_series_is_of_one_slab(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,15 @@ import pytest
 import torch
 from ase.io import read
 from command_line import ROOT, run_script_file
+from tiny_adapters import make_adapter, network, write_network
 from tiny_checkpoint import write_tiny_checkpoint
 from torch_geometric.data import Data
 
 from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
 from datasets_oc20.structure_record import PackedRecord
+from equiformer2.checkpoint.adapted import merge_adapters
+from equiformer2.checkpoint.adapter_files import write_adapter
+from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.inference.relaxation_folder import RelaxationFolder
 from equiformer2.training.relaxation_run import is2rs_metrics, position_errors
 
@@ -45,10 +49,12 @@ def checkpoint(tmp_path: Path) -> Path:
     return write_tiny_checkpoint(tmp_path / "model.pt")
 
 
-def write_is2re(path: Path, lmdb_path: Path, targets: bool = True, sids: bool = True) -> Path:
+def write_is2re(
+    path: Path, lmdb_path: Path, targets: bool = True, sids: bool = True, kind: str = "adsorption"
+) -> Path:
     """Frames of the genuine file as systems of their own, their last frame as target."""
     frames = OC20Lmdb(lmdb_path)
-    with LmdbWriter(path, "adsorption") as writer:
+    with LmdbWriter(path, kind) as writer:
         for index in range(SYSTEMS):
             record = frames[index]
             if sids:
@@ -220,6 +226,41 @@ def test_what_cannot_be_mixed_is_refused(
     frames = write_is2re(tmp_path / "frames.lmdb", lmdb_path, sids=False)
     assert run_script_file("relax_is2re", *arguments(checkpoint, frames, out)) == 2
     assert "structures 0 and 1 have the same sid" in capsys.readouterr().err
+
+
+def test_an_adapter_relaxes_as_its_merged_network_and_is_named(
+    lmdb_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, model = tmp_path / "base.pt", network(max_radius=5.0)
+    write_network(base, model)
+    for name, seed in (("adapter", 0), ("other", 1)):
+        write_adapter(tmp_path / f"{name}.pt", make_adapter(model, seed))
+    merge_adapters(base, [tmp_path / "adapter.pt"], tmp_path / "merged.pt")
+    data = write_is2re(tmp_path / "starts.lmdb", lmdb_path, targets=False, kind="total")
+    adapted = ["--adapter", tmp_path / "adapter.pt"]
+    assert run_script_file("relax_is2re", *arguments(base, data, tmp_path / "a", *adapted)) == 0
+    assert run_script_file("relax_is2re", *arguments(tmp_path / "merged.pt", data, tmp_path / "m")) == 0
+    energies = []
+    for folder in (tmp_path / "a", tmp_path / "m"):
+        with np.load(folder / "starts" / "relaxed.npz") as arrays:
+            energies.append(arrays["energy"])
+    assert energies[0] == pytest.approx(energies[1], abs=1e-3)
+    own = {"adapter": str(tmp_path / "adapter.pt"), "adapter_sha256": sha256(tmp_path / "adapter.pt")}
+    for file in ("is2re.json", "starts/is2re.json"):
+        record = json.loads((tmp_path / "a" / file).read_text())
+        assert own.items() <= record.items()
+        assert "adapter" not in json.loads((tmp_path / "m" / file).read_text())
+    assert record["energy_kind"] == "total"  # the adapter's, not the network's
+    capsys.readouterr()
+    for more, message in (
+        (["--adapter", tmp_path / "other.pt"], "holds relaxations with adapter"),
+        ([], "the checkpoint predicts adsorption energies"),
+        (["--adapter", base], "checkpoint of a whole network"),
+        (["--adapter", tmp_path / "none.pt"], "none.pt"),
+        (["--adapter", tmp_path / "adapter.pt", "--checkpoint", base, base], "belongs to one network"),
+    ):
+        assert run_script_file("relax_is2re", *arguments(base, data, tmp_path / "a", *more)) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_unusable_systems_are_skipped_and_named(
