@@ -38,6 +38,7 @@ def tuned(emt: Path, adsorption_checkpoint: Path, tmp_path: Path) -> FineTuneSet
     )
 
 
+@pytest.mark.pictures
 def test_everything_in_one_command(
     emt: Path, adsorption_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
