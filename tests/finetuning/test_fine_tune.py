@@ -44,7 +44,7 @@ def test_everything_in_one_command(
 ) -> None:
     """Another kind of energy, two seeds, replay and forgetting; --json is one document."""
     out = tmp_path / "out"
-    old = Path(__file__).parents[1] / "fixtures" / "datasets_oc20" / "s2ef_val_20.lmdb"
+    old = Path(__file__).parents[1] / "fixtures" / "datasets_oc20" / "s2ef_val_20_packed.lmdb"
     words = ["--data", emt, "--checkpoint", adsorption_checkpoint, "--out", out, "--reset-head", "--seeds", 2]
     words += ["--no-scratch"]
     words += ["--steps", 1, "--batch-size", 8, "--replay", old, "--replay-weight", 0.1, "--json"]
