@@ -1,8 +1,8 @@
 """Markers of the fast suite.
 
 `one_in(n)`: it runs every n-th set of parameters of a test, the others are slow.
-`pictures`: figures are drawn; in all other tests they are saved blank, since drawing them takes a third of the
-time of a short training and most of that of a short relaxation.
+`pictures`: figures are drawn; in all other tests they are saved blank, since drawing them takes a third of
+the time of a short training and most of that of a short relaxation.
 """
 
 import base64
