@@ -213,7 +213,7 @@ def test_energies_alone(frames: list[Data], total_checkpoint: Path, tmp_path: Pa
 WRONG = [
     (["--checkpoint", "missing.pt"], "missing.pt"),
     (["--data", "missing.lmdb"], "missing.lmdb"),
-    (["--freeze", "7"], "the network has 2 blocks"),
+    (["--freeze", "7"], "the network has 1 block"),
     (["--seeds", "0"], "--seeds is 0"),
     (["--max-minutes", "-1"], "--max-minutes is -1"),
     (["--replay-weight", "2"], "--replay-weight has no meaning without --replay"),

@@ -58,7 +58,7 @@ class S2Grid(DerivedConstants):
     @staticmethod
     @functools.lru_cache(maxsize=64)
     def harmonics(lmax: int, latitudes: int, longitudes: int) -> tuple[np.ndarray, np.ndarray]:
-        """Factors of spherical harmonics at the grid points, float64: `[latitudes, K]`, `[longitudes, 2L + 1]`.
+        """Factors of spherical harmonics at grid points, float64: `[latitudes, K]`, `[longitudes, 2L + 1]`.
 
         Kept, as arrays, which have no device: to derive them takes most of the time of building a network.
         """
