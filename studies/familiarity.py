@@ -38,7 +38,7 @@ from studies.study_data import LABELS
 LARGE = Path("data/teacher_large")
 STUDY = Path("runs/data/study")
 #: Training data by checkpoint. That of oc20_small is in part OC20's own (data/oc20_trajs), which is left out.
-TRAINED_ON = {"study_teacher": "train_1_4", "oc20_small": "older"}
+TRAINED_ON = {"study_teacher": "train", "oc20_small": "older"}
 NOTES = {
     "oc20_small": "Its training data hold Se and Te (and OC20 frames), which this reference leaves out: what "
     "is measured is the distance to the reference, not to what the network has seen."
