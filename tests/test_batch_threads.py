@@ -16,7 +16,7 @@ from equiformer2.batch_threads import map_all, map_batches, side_by_side
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
 
-DATA = Path(__file__).parent / "fixtures" / "datasets_oc20" / "s2ef_val_20_packed.lmdb"
+DATA = Path(__file__).parent / "fixtures" / "datasets_oc20" / "s2ef_val_20.lmdb"
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from equiformer2.inference.seen_data import (
     store_seen_data,
 )
 
-LMDB = Path(__file__).parents[1] / "fixtures/datasets_oc20/s2ef_val_20_packed.lmdb"
+LMDB = Path(__file__).parents[1] / "fixtures/datasets_oc20/s2ef_val_20.lmdb"
 MakeCheckpoint = Callable[..., Path]
 
 

@@ -35,7 +35,7 @@ from equiformer2.training.wandb_logging import WandbSettings
 from tests.hooks import fails, with_hooks
 
 ROOT = Path(__file__).parents[2]
-LMDB = ROOT / "tests" / "fixtures" / "datasets_oc20" / "s2ef_val_20_packed.lmdb"
+LMDB = ROOT / "tests" / "fixtures" / "datasets_oc20" / "s2ef_val_20.lmdb"
 MODEL = {
     "num_layers": 1, "sphere_channels": 8, "attn_hidden_channels": 8, "num_heads": 1,
     "attn_alpha_channels": 4, "attn_value_channels": 4, "ffn_hidden_channels": 8, "lmax": 1, "mmax": 1,
