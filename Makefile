@@ -29,6 +29,7 @@ help:
 setup: $(VENV)/.setup-complete
 
 # The stamp goes first and comes back last: a set-up that was interrupted is never taken for a finished one.
+# Without --no-compile pip compiles all of torch, SymPy and SciPy, a minute of one core; a tenth is ever imported.
 $(VENV)/.setup-complete: pyproject.toml constraints.txt
 	@rm -f $@
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or newer, or run make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -36,7 +37,7 @@ $(VENV)/.setup-complete: pyproject.toml constraints.txt
 	    { echo "error: $$($(PYTHON) --version) is too old; equiformer2 needs Python 3.11 or newer (make PYTHON=/path/to/python3.11)" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools
-	$(BIN)/python -m pip install --no-build-isolation --constraint constraints.txt --editable '.[test,dev]'
+	$(BIN)/python -m pip install --no-compile --no-build-isolation --constraint constraints.txt --editable '.[test,dev]'
 	@$(BIN)/python -c 'import datasets_oc20, equiformer2, torch'
 	@touch $@
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,8 +73,12 @@ DEFAULT_CONFIG = "own_data"
 _OPTIONAL_GROUPS = {"data.normalizers": NormalizerValues, "task.dens": DensSettings}
 
 
+@functools.cache
 def build_parser() -> ArgumentParser:
-    """All keys of a run; the same names in YAML files and on the command line."""
+    """All keys of a run; the same names in YAML files and on the command line.
+
+    One parser for the process: to read Lightning's signatures takes longer than to parse a command line.
+    """
     parser = ArgumentParser(
         prog="equiformer2 train",
         description="Train EquiformerV2. Every key below can stand in a YAML file given with --config and be "

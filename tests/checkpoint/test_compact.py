@@ -47,11 +47,13 @@ def test_a_file_gives_the_network_back(file: Path):
 def test_a_file_loads_in_a_fresh_process_without_code_in_it(file: Path):
     code = (
         "import sys, torch; content = torch.load(sys.argv[1], weights_only=True); "
-        "print(content['format_version'], sorted(content['stored']['averaged']))"
+        "print(content['format_version'], sorted(content['stored']['averaged'])); "
+        "from equiformer2 import load_checkpoint; print(load_checkpoint(sys.argv[1]).energy_kind)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
     assert done.stdout.split()[0] == "3"
     assert f"{CONV}.weight" in done.stdout
+    assert done.stdout.split()[-1] == "adsorption"
 
 
 def test_other_readers_see_plain_weights(file: Path, tmp_path: Path):

@@ -299,6 +299,7 @@ def test_dft_results_are_collected(
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.pictures
 def test_free_energies_make_a_diagram(
     searched: Path, in_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,6 +80,7 @@ def test_a_structure_far_from_a_minimum_is_refused(
     assert not (tmp_path / "far" / "free_energy.json").exists()
 
 
+@pytest.mark.pictures
 def test_a_diagram_at_several_potentials(
     carbon: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +114,7 @@ def test_a_diagram_with_an_unconverged_state_has_status_3(
     assert f"*CHO: {sentence}" in json.loads((tmp_path / "d" / "diagram.json").read_text())["warnings"]
 
 
+@pytest.mark.pictures
 def test_a_volcano_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = tmp_path / "table.csv"
     table.write_text("system,H\nPt,-0.09\nAu,0.45\nNi,-0.3\n", encoding="utf-8")

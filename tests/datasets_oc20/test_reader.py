@@ -324,3 +324,10 @@ def test_energies_positions_and_cells_keep_their_digits(tmp_path: Path, energy: 
     assert np.array_equal(data.pos.numpy(), pos)
     assert np.array_equal(data.pos_relaxed.numpy(), pos + 1e-9)
     assert np.array_equal(data.cell.numpy(), fields["cell"])
+
+
+def test_the_packed_test_file_holds_the_original_records() -> None:
+    original, packed = OC20Lmdb(FIXTURES / "s2ef_val_20.lmdb"), OC20Lmdb(FIXTURES / "s2ef_val_20_packed.lmdb")
+    assert (packed.energy_kind, len(packed)) == (original.energy_kind, len(original))
+    for index in (0, 7, 19):
+        assert_same(packed[index], original[index])

@@ -40,6 +40,7 @@ def points(network: str, exponent: float) -> list[dict[str, object]]:
     ]
 
 
+@pytest.mark.pictures
 def test_what_more_frames_bring_is_said(tmp_path: Path) -> None:
     every = points("after", 0.5) + points("scratch", 0.3)
     told = " ".join(sentences(every))

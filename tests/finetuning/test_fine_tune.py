@@ -38,12 +38,13 @@ def tuned(emt: Path, adsorption_checkpoint: Path, tmp_path: Path) -> FineTuneSet
     )
 
 
+@pytest.mark.pictures
 def test_everything_in_one_command(
     emt: Path, adsorption_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Another kind of energy, two seeds, replay and forgetting; --json is one document."""
     out = tmp_path / "out"
-    old = Path(__file__).parents[1] / "fixtures" / "datasets_oc20" / "s2ef_val_20.lmdb"
+    old = Path(__file__).parents[1] / "fixtures" / "datasets_oc20" / "s2ef_val_20_packed.lmdb"
     words = ["--data", emt, "--checkpoint", adsorption_checkpoint, "--out", out, "--reset-head", "--seeds", 2]
     words += ["--no-scratch"]
     words += ["--steps", 1, "--batch-size", 8, "--replay", old, "--replay-weight", 0.1, "--json"]
@@ -212,7 +213,7 @@ def test_energies_alone(frames: list[Data], total_checkpoint: Path, tmp_path: Pa
 WRONG = [
     (["--checkpoint", "missing.pt"], "missing.pt"),
     (["--data", "missing.lmdb"], "missing.lmdb"),
-    (["--freeze", "7"], "the network has 2 blocks"),
+    (["--freeze", "7"], "the network has 1 block"),
     (["--seeds", "0"], "--seeds is 0"),
     (["--max-minutes", "-1"], "--max-minutes is -1"),
     (["--replay-weight", "2"], "--replay-weight has no meaning without --replay"),

@@ -30,6 +30,7 @@ def test_adsorption_energies_stay_and_nan_is_left_out() -> None:
     assert 50 < len(pairs.forces) <= 60
 
 
+@pytest.mark.pictures
 def test_the_figure_has_a_panel_per_quantity(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     after = {"energies": rng.normal(size=(20, 2)).tolist(), "forces": rng.normal(size=(90, 2)).tolist()}

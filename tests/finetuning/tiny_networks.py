@@ -8,7 +8,7 @@ from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
 
 TINY = ModelConfig(
-    num_layers=2,
+    num_layers=1,
     sphere_channels=8,
     attn_hidden_channels=8,
     num_heads=1,

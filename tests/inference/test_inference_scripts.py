@@ -40,6 +40,7 @@ def check_pictures(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.pictures
 def test_adsorption_energy_by_name(checkpoint: Path, tmp_path: Path) -> None:
     done = run(
         "adsorption_energy.py", "--checkpoint", checkpoint, *SLAB, "--adsorbate", "*CO",
@@ -104,6 +105,7 @@ def test_total_energy_model_from_a_file(
     assert len(read("result/slab.traj")) == 12
 
 
+@pytest.mark.pictures
 def test_relax(
     checkpoint: Path,
     oxygen_on_copper: Atoms,

@@ -12,7 +12,7 @@ from equiformer2.errors import InputError
 from equiformer2.pruning.calibration import Calibration
 from equiformer2.pruning.calibration_data import labelled_energies, mixed_systems, read_structures
 
-LMDB = Path(__file__).parents[1] / "fixtures" / "datasets_oc20" / "s2ef_val_20.lmdb"
+LMDB = Path(__file__).parents[1] / "fixtures" / "datasets_oc20" / "s2ef_val_20_packed.lmdb"
 COLUMNS = "species:S:1:pos:R:3:move_mask:L:1:tags:I:1:forces:R:3"
 FRAME = f"""2
 Lattice="5 0 0 0 5 0 0 0 9" Properties={COLUMNS} energy=-3.5 pbc="T T T"

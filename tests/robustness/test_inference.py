@@ -38,7 +38,7 @@ from equiformer2 import EquiformerV2, EquiformerV2Calculator, ModelConfig
 from equiformer2.adsorption.named_structures import build_slab
 from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
 from equiformer2.errors import InputError
-from equiformer2.inference import Predictor, atoms_to_data, record, relax
+from equiformer2.inference import Predictor, atoms_to_data, relax
 from equiformer2.inference.atoms import check_atoms, fixed_mask, oc20_tags
 from equiformer2.inference.extras import extras, plain, simple_info
 from equiformer2.inference.meaning import count_adsorbates, no_adsorption_energy
@@ -83,13 +83,6 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="module")
 def model(make_model: Callable[..., Path]) -> Path:
     return make_model()
-
-
-@pytest.fixture
-def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is drawn, which takes seconds, where files are looked at."""
-    for name in ("structure_picture", "relaxation_picture"):
-        monkeypatch.setattr(record, name, lambda *_: b"PNG")
 
 
 def slab(layers: int = 3, *, adsorbate: bool = True, oc20: bool = True, held: bool = True) -> Atoms:
@@ -438,7 +431,7 @@ ODD_INFO: list[tuple[str, dict[Any, Any], dict[str, Any]]] = [
     ("info", "arrays"), [case[1:] for case in ODD_INFO], ids=[case[0] for case in ODD_INFO]
 )
 def test_records_of_odd_structures(
-    quick_pictures: None, tmp_path: Path, info: dict[Any, Any], arrays: dict[str, np.ndarray]
+    tmp_path: Path, info: dict[Any, Any], arrays: dict[str, np.ndarray]
 ) -> None:
     atoms = slab()
     atoms.info.update({"sid": "random7", **info})
@@ -464,7 +457,7 @@ def test_records_of_odd_structures(
     "constraint",
     [FixCartesian(LOWER), FixScaled(LOWER), [FixedLine(LOWER, (0, 0, 1)), FixedPlane(LOWER, (0, 0, 1))]],
 )
-def test_relaxed_files_keep_what_is_held(quick_pictures: None, tmp_path: Path, constraint: Any) -> None:
+def test_relaxed_files_keep_what_is_held(tmp_path: Path, constraint: Any) -> None:
     atoms = slab()
     atoms.set_constraint(constraint)
     result = relax(atoms, EMT(), steps=1)
@@ -472,6 +465,7 @@ def test_relaxed_files_keep_what_is_held(quick_pictures: None, tmp_path: Path, c
     assert fixed_mask(read(tmp_path / "relaxed.extxyz")).tolist() == [True, True, False, False]
 
 
+@pytest.mark.pictures
 def test_a_picture_that_cannot_be_drawn_costs_no_result(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -509,7 +503,7 @@ def test_no_convergence_is_told_and_not_raised(caplog: pytest.LogCaptureFixture)
     ],
 )
 def test_relax_script(
-    quick_pictures: None, model: Path, tmp_path: Path,
+    model: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     name: str, fmax: float, status: int, last: str,
 ) -> None:  # fmt: skip
@@ -594,7 +588,7 @@ FOLDERS: list[tuple[str, list[str], str, list[str], str | None]] = [
     ("there", "structure", "options", "message"), [case[1:] for case in FOLDERS], ids=[c[0] for c in FOLDERS]
 )
 def test_folders_of_relaxations(
-    quick_pictures: None, model: Path, tmp_path: Path,
+    model: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     there: list[str], structure: str, options: list[str], message: str | None,
 ) -> None:  # fmt: skip

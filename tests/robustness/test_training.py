@@ -261,12 +261,6 @@ def test_a_configuration_for_millions_begins_on_twenty(name: str, tmp_path: Path
 
 
 @pytest.fixture(autouse=True)
-def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures take longer than these runs; other tests look at them."""
-    monkeypatch.setattr("equiformer2.training.run.draw_loss_curves", lambda *_: None)
-
-
-@pytest.fixture(autouse=True)
 def _answers_to_ctrl_c() -> Iterator[None]:
     """A process in the background of a shell is born with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

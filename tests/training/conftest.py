@@ -1,4 +1,4 @@
-"""A tiny run on the genuine OC20 file, shared by the training tests."""
+"""A tiny run on genuine OC20 records, shared by the training tests."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""A tiny run on the genuine OC20 file."""
+"""A tiny run on the records of the genuine OC20 file, packed, which are read in a tenth of the time."""
 
 from pathlib import Path
 
-LMDB = Path(__file__).parents[1] / "fixtures" / "datasets_oc20" / "s2ef_val_20.lmdb"
+LMDB = Path(__file__).parents[1] / "fixtures" / "datasets_oc20" / "s2ef_val_20_packed.lmdb"
 
 TINY_RUN = [
     "--seed=1",

@@ -1,7 +1,9 @@
 """Transformation between irreps coefficients and samples on the sphere."""
 
+import functools
 import math
 
+import numpy as np
 import torch
 from e3nn.o3 import ToS2Grid
 from torch import Tensor
@@ -53,6 +55,17 @@ class S2Grid(DerivedConstants):
         self.register_buffer("row_of", torch.tensor(row_of), persistent=False)
         self.order_by_order = row_of == sorted(row_of)
 
+    @staticmethod
+    @functools.lru_cache(maxsize=64)
+    def harmonics(lmax: int, latitudes: int, longitudes: int) -> tuple[np.ndarray, np.ndarray]:
+        """Factors of spherical harmonics at grid points, float64: `[latitudes, K]`, `[longitudes, 2L + 1]`.
+
+        Kept, as arrays, which have no device: to derive them takes most of the time of building a network.
+        """
+        with torch.device("cpu"):
+            to_s2 = ToS2Grid(lmax, (latitudes, longitudes), normalization="component", dtype=torch.float64)
+        return to_s2.shb.sum(0).numpy(), to_s2.sha.numpy()
+
     @property
     def factors(self) -> GridFactors:
         """Without the grid points of all coefficients: see there."""
@@ -80,15 +93,15 @@ def grid_factors(
     if resolution is None:
         resolution = smallest_resolution(lmax, mmax)
     latitudes, longitudes = (resolution, resolution) if isinstance(resolution, int) else resolution
-    to_s2 = ToS2Grid(lmax, (latitudes, longitudes), normalization="component", dtype=torch.float64)
+    of_latitude, of_longitude = map(torch.tensor, S2Grid.harmonics(lmax, latitudes, longitudes))
     degrees = [l for l in range(lmax + 1) for _ in range(2 * l + 1)]
-    to_latitude = to_s2.shb.sum(0) * truncation_scales(lmax, mmax).squeeze(1)
+    to_latitude = of_latitude * truncation_scales(lmax, mmax).squeeze(1)
     # The inverse is the quadrature with the same harmonics; `component` normalization divides by
     # sqrt((2l+1) (lmax+1)) in one direction and multiplies by it in the other. (e3nn's FromS2Grid is
     # the same matrix with float32 quadrature weights.)
     norm = torch.tensor([(2 * l + 1) * (lmax + 1) for l in degrees], dtype=torch.float64)
     weights = quadrature_weights(latitudes) / longitudes
-    return to_latitude, to_latitude * weights[:, None] * norm, to_s2.sha
+    return to_latitude, to_latitude * weights[:, None] * norm, of_longitude
 
 
 def opposite_pairs(longitude: Tensor) -> Tensor:

@@ -149,6 +149,7 @@ def test_networks_are_distilled_and_trained_from_scratch(files, tmp_path) -> Non
     assert small.weights == "averaged"
 
 
+@pytest.mark.pictures
 def test_tables_and_figure(study, tmp_path) -> None:
     _, results = study
     write_report(results, tmp_path)

@@ -15,7 +15,7 @@ from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
 from equiformer2.pruning.analysis.redundancy_report import units_holding
 
 ROOT = Path(__file__).parents[3]
-DATA = str(ROOT / "tests/fixtures/datasets_oc20/s2ef_val_20.lmdb")
+DATA = str(ROOT / "tests/fixtures/datasets_oc20/s2ef_val_20_packed.lmdb")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.pictures
 def test_from_checkpoint_to_tables(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -252,6 +252,7 @@ def test_networks_without_rules_for_pruning_get_precisions(tmp_path: Path, folde
     assert "pruning" not in found["plan"]
 
 
+@pytest.mark.slow
 def test_a_compact_file_loads_in_a_fresh_process(folder: Path, searched: dict[str, Any]):
     code = (
         "import sys; from equiformer2 import load_checkpoint; print(load_checkpoint(sys.argv[1]).energy_kind)"

@@ -17,7 +17,7 @@ from equiformer2.model.grid_resolution import GridResolution
 from equiformer2.pruning.structured.grid_tuning import GridRow, present_grids, tune_grid, with_grids
 
 ROOT = Path(__file__).parents[3]
-DATA = str(ROOT / "tests/fixtures/datasets_oc20/s2ef_val_20.lmdb")
+DATA = str(ROOT / "tests/fixtures/datasets_oc20/s2ef_val_20_packed.lmdb")
 
 
 def one_block(grid: Any = 10, **options: Any) -> EquiformerV2:
