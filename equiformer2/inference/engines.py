@@ -188,12 +188,7 @@ def open_engine(model: Engineable) -> Engine:
         return model.as_engine() if hasattr(model, "as_engine") else CalculatorEngine(model)
     if isinstance(model, Committee):
         return NetworkEngine(model)
-    try:
-        return NetworkEngine(open_model(model))
-    except TypeError as error:
-        raise InputError(
-            f"{type(model).__name__} is no model: give a checkpoint, a Predictor or an ASE calculator"
-        ) from error
+    return NetworkEngine(open_model(model))
 
 
 class NetworkEngine(Engine):

@@ -188,9 +188,9 @@ class Predictor:
             model = self.checkpoint.model
         elif not isinstance(checkpoint, Checkpoint):
             raise InputError(
-                "a model is a file, the name of a shipped one, or the result of load_checkpoint, not an "
-                f"object {type(checkpoint).__name__}: save a network to a file first (one of experts by "
-                "experts merge)"
+                f"{type(checkpoint).__name__} is no model: give a file, the name of a shipped model, the "
+                "result of load_checkpoint or, where structures are relaxed, an ASE calculator; save a network to a "
+                "file first (one of experts by experts merge)"
             )
         else:
             if weights is not None and weights != checkpoint.weights:
