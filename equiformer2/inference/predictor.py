@@ -189,8 +189,8 @@ class Predictor:
         elif not isinstance(checkpoint, Checkpoint):
             raise InputError(
                 f"{type(checkpoint).__name__} is no model: give a file, the name of a shipped model, the "
-                "result of load_checkpoint or, where structures are relaxed, an ASE calculator; save a network "
-                "to a file first (one of experts by experts merge)"
+                "result of load_checkpoint or, where structures are relaxed, an ASE calculator; save a "
+                "network to a file first (one of experts by experts merge)"
             )
         else:
             if weights is not None and weights != checkpoint.weights:
