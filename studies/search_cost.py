@@ -268,7 +268,7 @@ def _row(name: str, kind: str, setting: Setting, held_out: Calibration | None, p
 
 
 def _report(folder: Path, stem: Path) -> None:
-    rows = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    rows = [read_json(path) for name in SEARCHES for path in sorted(folder.glob(f"{name}-*.json"))]
     stem.parent.mkdir(parents=True, exist_ok=True)
     found = summary(rows)
     write_json(stem.with_suffix(".json"), {**origin(), "rows": rows, "summary": found})
