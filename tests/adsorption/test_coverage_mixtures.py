@@ -9,31 +9,19 @@ import pytest
 from ase import Atoms
 from ase.build import molecule
 from ase.calculators.emt import EMT
-from ase.optimize import LBFGS
 
 from equiformer2.adsorption.cards import verify_card
 from equiformer2.adsorption.coverage_rows import CoverageRow, CoverageSeries, Species, attraction_notices
 from equiformer2.adsorption.coverage_series import CoverageSettings, coverage_series
-from equiformer2.adsorption.named_structures import build_slab
 from equiformer2.adsorption.placements import coverage_placements, separate_adsorbates
 from equiformer2.errors import InputError
+from tests.adsorption.emt_coverage import relaxed_energy, slab
 from tests.observed import observed
 
 QUICK = CoverageSettings(placements=2, fmax=0.1, steps=80, check_minima=0)
+
 PAIR = ["*O", "*H"]
 COMPOSITIONS = [(1, 0), (0, 1), (1, 1), (1, 2)]
-
-
-def slab() -> Atoms:
-    return build_slab("Cu111", (2, 2, 3))
-
-
-def relaxed_energy(atoms: Atoms) -> float:
-    """Energy after ASE's own relaxation, eV."""
-    copy = atoms.copy()
-    copy.calc = EMT()
-    LBFGS(copy, logfile=None, maxstep=0.04).run(fmax=QUICK.fmax, steps=QUICK.steps)
-    return float(copy.get_potential_energy())
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +33,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CoverageSe
 def test_energies_are_those_of_ase_one_by_one(finished: tuple[Path, CoverageSeries]) -> None:
     series = finished[1]
     gas = [Atoms(name, cell=[20.0] * 3, calculator=EMT()).get_potential_energy() for name in ("O", "H")]
-    clean = relaxed_energy(slab())
+    clean = relaxed_energy(slab(), QUICK)
     totals = {}
     for composition in COMPOSITIONS:
         names = [name for name, count in zip(PAIR, composition, strict=True) for _ in range(count)]
         starts = coverage_placements(slab(), names, QUICK.placements, QUICK.seed)
         molecules = sum(count * energy for count, energy in zip(composition, gas, strict=True))
-        totals[composition] = min(relaxed_energy(start.atoms) for start in starts) - clean - molecules
+        totals[composition] = min(relaxed_energy(start.atoms, QUICK) for start in starts) - clean - molecules
     rows = {row.composition: row for row in series.rows}
     assert list(rows) == COMPOSITIONS
     for composition, row in rows.items():

@@ -10,34 +10,21 @@ import pytest
 from ase import Atoms
 from ase.calculators.emt import EMT
 from ase.io import read, write
-from ase.optimize import LBFGS
 
 from equiformer2.adsorption.cards import verify_card
 from equiformer2.adsorption.coverage_rows import CoverageRow, CoverageSeries, Species, attraction_notices
 from equiformer2.adsorption.coverage_series import CoverageSettings, coverage_series, molecule_anomalies
-from equiformer2.adsorption.named_structures import build_slab
 from equiformer2.adsorption.placements import coverage_placements
 from equiformer2.errors import InputError
+from tests.adsorption.emt_coverage import relaxed_energy, slab
 
 QUICK = CoverageSettings(placements=3, fmax=0.1, steps=60, check_minima=0)
-
-
-def slab() -> Atoms:
-    return build_slab("Cu111", (2, 2, 3))
 
 
 class AdsorptionModel(EMT):
     """EMT that calls its energies adsorption energies."""
 
     energy_kind = "adsorption"
-
-
-def relaxed_energy(atoms: Atoms) -> float:
-    """Energy after ASE's own relaxation, eV."""
-    copy = atoms.copy()
-    copy.calc = EMT()
-    LBFGS(copy, logfile=None, maxstep=0.04).run(fmax=QUICK.fmax, steps=QUICK.steps)
-    return float(copy.get_potential_energy())
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +35,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CoverageSe
 
 def test_energies_are_those_of_ase_one_by_one(finished: tuple[Path, CoverageSeries]) -> None:
     series = finished[1]
-    clean, gas = relaxed_energy(slab()), Atoms("O", cell=[20.0] * 3, calculator=EMT()).get_potential_energy()
+    clean = relaxed_energy(slab(), QUICK)
+    gas = Atoms("O", cell=[20.0] * 3, calculator=EMT()).get_potential_energy()
     totals = {}
     for count in (1, 2, 4):
         starts = coverage_placements(slab(), ["*O"] * count, QUICK.placements, QUICK.seed)
-        totals[count] = min(relaxed_energy(start.atoms) for start in starts) - clean - count * gas
+        totals[count] = min(relaxed_energy(start.atoms, QUICK) for start in starts) - clean - count * gas
     assert series.converged
     assert series.surface_atoms == 4
     for row in series.rows:
