@@ -239,7 +239,7 @@ class _Relaxing:
         try:
             return bool(np.abs(copy.get_forces()).max() > 0.01)
         except (PropertyNotImplementedError, NotImplementedError):
-            return False
+            return False  # a model of energies alone: only the lattice can be optimized
 
     @staticmethod
     def has_stress(atoms: Atoms, calculator: BaseCalculator) -> bool:

@@ -356,6 +356,7 @@ def _one_process(folder: Path) -> Iterator[None]:
             )
             lock.acquire(timeout=_LONGEST_BUILD)
     except (Timeout, OSError, NotImplementedError) as error:
+        # No locks on this file system, or a build that hangs: another build costs time and breaks nothing.
         logger.info("compiling without a lock: %s", error)
     try:
         yield
