@@ -34,7 +34,7 @@ from datasets_oc20.preprocess import preprocess
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.errors import InputError
-from equiformer2.files import read_json, write_json
+from equiformer2.files import write_json
 from equiformer2.inference import Predictor
 from equiformer2.script import run_script
 from equiformer2.shipped import find_checkpoint
@@ -42,7 +42,7 @@ from equiformer2.symmetry import check_symmetries
 from equiformer2.training.configuration import parse
 from equiformer2.training.evaluation import predicted_batches
 from equiformer2.training.run import train
-from studies.study_training import write_page
+from studies.results import Results, Row, write_page
 
 DATA = Path("data")
 SOURCE = "teacher_large/test"
@@ -142,12 +142,16 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     if arguments.steps < 1 or arguments.frames < 2:
         raise InputError("--steps must be at least 1 and --frames at least 2")
+    about = {name: getattr(arguments, name) for name in ("steps", "frames")}
+    about["checkpoint_sha256"] = sha256(find_checkpoint(arguments.checkpoint))
+    results = Results(arguments.runs, lambda _: about, arguments.results)
     if arguments.one is not None:
-        run_one(arguments, *arguments.one.split(":"))
+        run = arguments.one.split(":")
+        results.keep("-".join(run), run_one(arguments, *run))
         return
     if not arguments.collect:
-        run_all(arguments)
-    report(arguments.runs, arguments.results)
+        run_all(arguments, results)
+    report(results, arguments.results)
 
 
 def planned(parts: Sequence[str], settings: Sequence[str]) -> list[tuple[str, str, int]]:
@@ -166,14 +170,14 @@ def _seeds(name: str, part: str) -> int:
     return 1 if part == "adsorbates" else SETTINGS[name].seeds
 
 
-def run_all(arguments: argparse.Namespace) -> None:
+def run_all(arguments: argparse.Namespace, results: Results) -> None:
     """Run everything whose result is not there yet, one process after another."""
     begin = time.monotonic()
     for part in arguments.parts:
         prepare(arguments.runs / "data", part, arguments.frames)
     prepare_source(arguments.runs / "data", arguments.frames)
     for part, name, seed in tqdm(planned(arguments.parts, arguments.settings), desc="runs", unit="run"):
-        if result_file(arguments.runs, part, name, seed).exists():
+        if results.get(f"{part}-{name}-{seed}") is not None:
             continue
         if arguments.hours is not None and time.monotonic() - begin > 3600 * arguments.hours:
             print(f"--hours {arguments.hours:g} are over: the same command goes on", file=sys.stderr)
@@ -184,11 +188,6 @@ def run_all(arguments: argparse.Namespace) -> None:
         done = subprocess.run(command, check=False)
         if done.returncode:
             raise InputError(f"the run {part}-{name}-{seed} ended with status {done.returncode}")
-
-
-def result_file(runs: Path, part: str, name: str, seed: int | str) -> Path:
-    """Path of the result of a run."""
-    return runs / f"{part}-{name}-{seed}.result.json"
 
 
 def prepare(folder: Path, part: str, frames: int) -> None:
@@ -259,7 +258,7 @@ def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def run_one(arguments: argparse.Namespace, part: str, name: str, seed: str) -> None:
+def run_one(arguments: argparse.Namespace, part: str, name: str, seed: str) -> Row:
     """Train one setting with one seed, and judge it."""
     torch.set_num_threads(1)
     setting, data = SETTINGS[name], arguments.runs / "data"
@@ -292,24 +291,20 @@ def run_one(arguments: argparse.Namespace, part: str, name: str, seed: str) -> N
     frames = OC20Lmdb(data / f"{part}.test.lmdb")
     small = [frames[row] for row in np.argsort([int(frames[row].natoms) for row in range(len(frames))])[:2]]
     symmetry = check_symmetries(predictor.predict, small, symmetries=("rotation",), trials=1)
-    write_json(
-        result_file(arguments.runs, part, name, seed),
-        {
-            **{"part": part, "setting": name, "seed": int(seed), "steps": arguments.steps},
-            "checkpoint_sha256": sha256(find_checkpoint(arguments.checkpoint)),
-            "errors": {
-                where: errors(predictor, dense, OC20Lmdb(data / f"{file_name}.lmdb"))
-                for where, file_name in (("target", f"{part}.test"), ("source", "source"))
-            },
-            "trainable_parameters": count if adapter is None else adapter.trainable_parameters,
-            "bytes": file.stat().st_size,
-            # A continued run has measured a part of its steps.
-            "step_seconds": None if resumed else float(np.median(times.seconds)),
-            "peak_bytes": None if resumed else times.peak,
-            "peak_bytes_before_training": None if resumed else times.before,
-            "rotation_error": symmetry.errors["rotation"].largest,
+    return {
+        **{"part": part, "setting": name, "seed": int(seed)},
+        "errors": {
+            where: errors(predictor, dense, OC20Lmdb(data / f"{file_name}.lmdb"))
+            for where, file_name in (("target", f"{part}.test"), ("source", "source"))
         },
-    )
+        "trainable_parameters": count if adapter is None else adapter.trainable_parameters,
+        "bytes": file.stat().st_size,
+        # A continued run has measured a part of its steps.
+        "step_seconds": None if resumed else float(np.median(times.seconds)),
+        "peak_bytes": None if resumed else times.peak,
+        "peak_bytes_before_training": None if resumed else times.before,
+        "rotation_error": symmetry.errors["rotation"].largest,
+    }
 
 
 def errors(
@@ -341,19 +336,16 @@ def errors(
     return {name: float(np.concatenate(parts).mean()) for name, parts in sums.items()}
 
 
-def report(runs: Path, results: Path) -> None:
+def report(results: Results, page: Path) -> None:
     """Write page and numbers of all finished runs.
 
     Raises:
         InputError: there is none.
     """
     order = {name: number for number, name in enumerate(SETTINGS)}
-    rows = [read_json(path) for path in runs.glob("*.result.json")]
-    if not rows:
-        raise InputError(f"{runs} holds no finished run: leave --collect out")
+    rows = results.all()
     rows.sort(key=lambda row: (list(PARTS).index(row["part"]), order[row["setting"]], row["seed"]))
-    results.parent.mkdir(parents=True, exist_ok=True)
-    write_page(results, rows, markdown(rows))
+    write_page(page, rows, markdown(rows))
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -4,13 +4,14 @@
     python -m studies.fine_tuning --collect            # only write the results that there are
 
 All runs have the network, the data and the batches of `make demo` and as many optimizer steps; they differ in
-what they start from, the learning rate and the units. Every run is one result file: a killed program
-continues where it was. `make demo` uses the setting with the lowest score, which is the mean of two ratios:
-force MAE over that of zero forces, and energy MAE over that of the mean of the training energies.
+what they start from, the learning rate and the units. A killed program continues where it was, and runs on
+the published page are not computed again. `make demo` uses the setting with the lowest score, which is the
+mean of two ratios: force MAE over that of zero forces, and energy MAE over that of the mean of the training
+energies.
 """
 
 import argparse
-import json
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,12 +26,12 @@ from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.demo.plan import CHECKPOINT, UNSEEN_SYSTEMS, DemoPlan
 from equiformer2.demo.steps import DemoData, prepare
 from equiformer2.errors import InputError
-from equiformer2.files import write_bytes, write_json
 from equiformer2.inference import Predictor
-from equiformer2.script import origin, run_script
+from equiformer2.script import run_script
 from equiformer2.training.configuration import parse
 from equiformer2.training.evaluation import evaluate
 from equiformer2.training.run import train
+from studies.results import Results, Row, write_page
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "demo.yaml"
@@ -68,15 +69,14 @@ def main() -> None:
     if arguments.seeds < 1 or arguments.steps < 1:
         raise InputError("--seeds and --steps must be at least 1")
     torch.set_num_threads(1)
+    about = {"checkpoint_sha256": sha256(arguments.checkpoint), "steps": arguments.steps}
+    results = Results(arguments.runs, lambda _: about, arguments.results)
     if not arguments.collect:
-        run_all(arguments)
-    found = [json.loads(path.read_text()) for path in sorted(arguments.runs.glob("*.result.json"))]
-    if not found:
-        raise InputError(f"{arguments.runs} holds no results: run without --collect first")
-    report(found, arguments.results)
+        run_all(arguments, results)
+    report(results.all(), arguments.results)
 
 
-def run_all(arguments: argparse.Namespace) -> None:
+def run_all(arguments: argparse.Namespace, results: Results) -> None:
     """Train and judge every setting with every seed whose result is not there yet."""
     folder = arguments.runs / "data"
     data = DemoData(*(folder / f"{name}.lmdb" for name in ("train", "distill", "unseen")))
@@ -86,23 +86,14 @@ def run_all(arguments: argparse.Namespace) -> None:
         if folder.exists():
             folder.rmdir()
         prepare(ROOT / "data", folder, DemoPlan())
-    identity = {"checkpoint_sha256": sha256(arguments.checkpoint), "steps": arguments.steps}
     # Seeds outermost: whenever the program is stopped, all settings have as many of them.
-    planned = [(setting, seed) for seed in range(arguments.seeds) for setting in arguments.settings]
-    for setting, seed in tqdm(planned, desc="runs", unit="run"):
-        target = arguments.runs / f"{setting}-{seed}.result.json"
-        if target.exists():
-            known = json.loads(target.read_text())
-            for name, value in identity.items():
-                if known[name] != value:
-                    raise InputError(
-                        f"{target} has {name} {known[name]} and now it is {value}: give other --runs"
-                    )
-            continue
-        write_json(target, {**identity, **run_one(arguments, data, setting, seed)})
+    planned = list(itertools.product(range(arguments.seeds), arguments.settings))
+    for seed, setting in tqdm(planned, desc="runs", unit="run"):
+        if results.get(f"{setting}-{seed}") is None:
+            results.keep(f"{setting}-{seed}", run_one(arguments, data, setting, seed))
 
 
-def run_one(arguments: argparse.Namespace, data: DemoData, setting: str, seed: int) -> dict[str, Any]:
+def run_one(arguments: argparse.Namespace, data: DemoData, setting: str, seed: int) -> Row:
     """Train one setting with one seed, and judge it.
 
     Args:
@@ -171,22 +162,11 @@ def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return dict(sorted(table.items(), key=lambda item: item[1]["score"]["mean"]))
 
 
-def report(results: Sequence[Mapping[str, Any]], stem: Path) -> None:
+def report(rows: Sequence[Row], page: Path) -> None:
     """Write the page and its numbers."""
-    table = summary(results)
-    write_json(
-        stem.with_suffix(".json"),
-        {
-            **origin(),
-            "unseen_systems": UNSEEN_SYSTEMS,
-            "runs": results,
-            "summary": table,
-            "best": next(iter(table)),
-        },
-    )
-    text = markdown(table, results)
-    write_bytes(stem.with_suffix(".md"), text.encode(), make_folder=True)
-    print(text)
+    table = summary(rows)
+    more = {"unseen_systems": UNSEEN_SYSTEMS, "summary": table, "best": next(iter(table))}
+    write_page(page, rows, markdown(table, rows), **more)
 
 
 def markdown(table: Mapping[str, Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> str:
@@ -199,8 +179,8 @@ def markdown(table: Mapping[str, Mapping[str, Any]], results: Sequence[Mapping[s
         "# Fine-tuning against training from nothing",
         "",
         "Written by `python -m studies.fine_tuning`. The network of `configs/demo.yaml` learned "
-        f"{first['training_frames']} frames of OC20's DFT relaxations for {first['steps']} optimizer "
-        f"steps{took}, "
+        f"{first['training_frames']} frames of OC20's DFT relaxations for {first['about']['steps']} "
+        f"optimizer steps{took}, "
         "from random weights or from `models/study_teacher.pt`, which imitates SevenNet-0 and not DFT. Mean "
         "± "
         f"standard deviation over seeds, on {first['structures']} frames of {first['systems']} DFT systems "

@@ -6,10 +6,12 @@
     python -m studies.own_data --collect         # only write the page of the runs that there are
 
 Every run is one call of `equiformer2 finetune` with its defaults, in a folder of its own, and is continued
-where it was stopped. OMP_NUM_THREADS=1 for runs side by side.
+where it was stopped; runs on the published page are not computed again. OMP_NUM_THREADS=1 for runs side by
+side.
 """
 
 import argparse
+import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,13 +30,14 @@ from tqdm import tqdm
 
 from datasets_oc20 import LmdbWriter, OC20Lmdb, write_lmdb
 from datasets_oc20.preprocess import preprocess
+from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.errors import InputError
-from equiformer2.files import read_json
 from equiformer2.finetuning.folder import FineTuneSettings
 from equiformer2.finetuning.run import fine_tune
 from equiformer2.script import run_script
+from equiformer2.shipped import find_checkpoint
 from equiformer2.training.figures import save_figure
-from studies.study_training import write_page
+from studies.results import Results, Row, write_page
 
 OWN = Path("data/own_data")
 OC20 = Path("data/oc20_trajs")
@@ -176,6 +179,7 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--collect", action="store_true", help="train nothing: write the results there are")
     arguments = parser.parse_args(words)
+    results = Results(arguments.runs, about, arguments.results)
     if not arguments.collect:
         runs = [
             (case, name, replay)
@@ -185,15 +189,27 @@ def main(words: Sequence[str] | None = None) -> None:
             if not (replay and CASES[case].is_original and name == "oc20_small")
         ]
         for case, name, replay in tqdm(runs, desc="runs", unit="run"):
-            run(arguments.runs, case, name, replay)
-    report(arguments.runs, arguments.results)
+            if results.get(run_name(case, name, replay)) is None:
+                run(arguments.runs, case, name, replay, results)
+    report(results, arguments.results)
 
 
-def run(runs: Path, case: str, checkpoint: str, replay: bool) -> None:
-    """Fine-tune one checkpoint on one set, unless it was done before."""
+def about(run: str) -> dict[str, Any] | None:
+    """Settings of a run by its name."""
+    for case, checkpoint, replay in itertools.product(CASES, CHECKPOINTS, (False, True)):
+        if run_name(case, checkpoint, replay) == run:
+            setting = CASES[case]
+            return {
+                **{"case": case, "checkpoint": checkpoint, "replay": replay},
+                **{"minutes": setting.minutes, "seeds": setting.seeds, "curve": setting.curve},
+                "checkpoint_sha256": sha256(find_checkpoint(checkpoint)),
+            }
+    return None
+
+
+def run(runs: Path, case: str, checkpoint: str, replay: bool, results: Results) -> None:
+    """Fine-tune one checkpoint on one set, and keep the tables."""
     folder = runs / run_name(case, checkpoint, replay)
-    if (folder / "finetune.json").exists():
-        return
     setting, data = CASES[case], runs / "data" / case
     if not data.exists():
         unfinished = data.with_name(f".{case}")
@@ -203,7 +219,7 @@ def run(runs: Path, case: str, checkpoint: str, replay: bool) -> None:
         unfinished.rename(data)
     train, *judged = (data / name for name in setting.files)
     original = [] if setting.is_original and checkpoint == "oc20_small" else [original_data(runs, checkpoint)]
-    fine_tune(
+    found = fine_tune(
         FineTuneSettings(
             data=(str(train),),
             val=tuple(map(str, judged)),
@@ -217,6 +233,8 @@ def run(runs: Path, case: str, checkpoint: str, replay: bool) -> None:
             max_minutes=setting.minutes,
         )
     )
+    kept = ("table", "curve", "schedule", "seconds")
+    results.keep(folder.name, {name: found[name] for name in kept if name in found})
 
 
 def original_data(runs: Path, checkpoint: str) -> str:
@@ -263,36 +281,23 @@ def emt_frames(metals: Sequence[str] = _METALS, adsorbates: Sequence[str] = _ADS
     return frames
 
 
-def report(runs: Path, results: Path) -> None:
+def report(results: Results, page: Path) -> None:
     """Write page, numbers and figure of all finished runs.
+
+    Args:
+        results: of the runs.
+        page: path without ending.
 
     Raises:
         InputError: there is none.
     """
-    rows = []
-    for case in CASES:
-        for checkpoint in CHECKPOINTS:
-            for replay in (False, True):
-                path = runs / run_name(case, checkpoint, replay) / "finetune.json"
-                if path.exists():
-                    content = read_json(path)
-                    kept = ("table", "curve", "schedule", "seconds", "checkpoint_sha256")
-                    rows.append(
-                        {
-                            "case": case,
-                            "checkpoint": checkpoint,
-                            "replay": replay,
-                            **{name: content[name] for name in kept if name in content},
-                        }
-                    )
-    if not rows:
-        raise InputError(f"{runs} holds no finished run: leave --collect out")
-    results.parent.mkdir(parents=True, exist_ok=True)
-    draw(rows, results.with_suffix(".png"))
-    write_page(results, rows, markdown(rows, results.with_suffix(".png").name))
+    rows, figure = results.all(), page.with_suffix(".png")
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    draw(rows, figure)
+    write_page(page, rows, markdown(rows, figure.name))
 
 
-def markdown(rows: Sequence[dict[str, Any]], figure: str) -> str:
+def markdown(rows: Sequence[Row], figure: str) -> str:
     """Format the page."""
     lines = [
         "# Fine-tuning on own data",
@@ -304,7 +309,7 @@ def markdown(rows: Sequence[dict[str, Any]], figure: str) -> str:
         f"![errors over the number of training frames]({figure})",
     ]
     for case, setting in CASES.items():
-        chosen = [row for row in rows if row["case"] == case]
+        chosen = [row for row in rows if row["about"]["case"] == case]
         if not chosen:
             continue
         lines += [
@@ -320,15 +325,17 @@ def markdown(rows: Sequence[dict[str, Any]], figure: str) -> str:
                     _cell(row, "new", network, key) for network in ("before", "after", "scratch", "trivial")
                 ]
                 old = f"{_cell(row, 'old', 'before', key)} → {_cell(row, 'old', 'after', key)}"
-                replay = "yes" if row["replay"] else "no"
-                lines.append(f"| {row['checkpoint']} | {replay} | {words} | {' | '.join(cells)} | {old} |")
+                checkpoint = row["about"]["checkpoint"]
+                replay = "yes" if row["about"]["replay"] else "no"
+                lines.append(f"| {checkpoint} | {replay} | {words} | {' | '.join(cells)} | {old} |")
         for row in chosen:
             for sentence in row.get("curve", {}).get("sentences", []):
-                lines += ["", f"{row['checkpoint']}{', with replay' * row['replay']}: {sentence}."]
+                start = row["about"]
+                lines += ["", f"{start['checkpoint']}{', with replay' * start['replay']}: {sentence}."]
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: dict[str, Any], data: str, network: str, key: str) -> str:
+def _cell(row: Row, data: str, network: str, key: str) -> str:
     for item in row["table"]:
         if (item["data"], item["network"]) == (data, network) and item[key] is not None:
             spread = item.get(f"{key}_std")
@@ -336,22 +343,23 @@ def _cell(row: dict[str, Any], data: str, network: str, key: str) -> str:
     return "–"
 
 
-def draw(rows: Sequence[dict[str, Any]], target: Path) -> None:
+def draw(rows: Sequence[Row], target: Path) -> None:
     """Draw the force errors of the learning curves, tuned and from scratch, one panel per case."""
-    cases = [name for name in CASES if any(row["case"] == name and "curve" in row for row in rows)]
+    cases = [name for name in CASES if any(row["about"]["case"] == name and "curve" in row for row in rows)]
     figure = Figure(figsize=(5 * max(1, len(cases)), 4), layout="constrained")
     for axis, case in zip(np.atleast_1d(figure.subplots(1, max(1, len(cases)))), cases, strict=False):
         for row in rows:
-            if row["case"] != case or "curve" not in row:
+            if row["about"]["case"] != case or "curve" not in row:
                 continue
+            start = f"{row['about']['checkpoint']}{' + replay' * row['about']['replay']}"
             for network, style in (("after", "-"), ("scratch", ":")):
                 points: dict[int, list[float]] = {}
                 for point in row["curve"]["points"]:
                     if point["network"] == network and point["force_mae_eV_A"] is not None:
                         points.setdefault(point["frames"], []).append(point["force_mae_eV_A"])
                 frames = sorted(points)
-                label = f"{row['checkpoint']}{' + replay' * row['replay']}, {network}"
-                axis.plot(frames, [np.mean(points[n]) for n in frames], style, marker="o", label=label)
+                means = [np.mean(points[n]) for n in frames]
+                axis.plot(frames, means, style, marker="o", label=f"{start}, {network}")
         axis.set(title=CASES[case].title, xlabel="training frames", ylabel="force MAE (eV/Å)")
         axis.set(xscale="log", yscale="log")
         axis.legend(fontsize="x-small")

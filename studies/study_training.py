@@ -8,9 +8,9 @@
 
 All runs start from random weights and differ from configs/study.yaml in what SETTINGS says, and in 128
 Gaussians of the distance instead of the reference's 600: a step then costs less. Every run is resumed where
-it was stopped, and one result file is kept per run. Variants are judged on the validation bulks alone, the
-learning curve on the test bulks, too. One thread computes a run (`OMP_NUM_THREADS=1`); several programs may
-work on different `--only` runs at the same time.
+it was stopped. Variants are judged on the validation bulks alone, the learning curve on the test bulks, too.
+One thread computes a run (`OMP_NUM_THREADS=1`); several programs may work on different `--only` runs at the
+same time.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from matplotlib.figure import Figure
 
 from datasets_oc20 import OC20Lmdb
 from equiformer2.errors import InputError
-from equiformer2.files import read_json, write_bytes, write_json
 from equiformer2.inference import Predictor
-from equiformer2.script import origin, run_script
+from equiformer2.script import run_script
 from equiformer2.training.configuration import parse
 from equiformer2.training.figures import save_figure
 from equiformer2.training.run import train
+from studies.results import Results, Row, write_page
 from studies.study_errors import Frames
 
 CONFIG = Path("configs/study.yaml")
@@ -78,13 +78,12 @@ SETTINGS: dict[str, Setting] = {
     "1/4": Setting("curve", ("train_1_4",), 6000, MILLION, ("val", "test")),
     "1/2": Setting("curve", ("train_1_2",), 6000, MILLION, ("val", "test")),
     "all": Setting("curve", ("train",), 6000, MILLION, ("val", "test")),
-    "V2": Setting("v3", ("train_1_4",), 2400),
     "V3": Setting("v3", ("train_1_4",), 2400, V3),
 }
 PARTS = {
     "variants": "Variants on a quarter of the data",
     "curve": "Learning curve: one million parameters, equal steps",
-    "v3": "EquiformerV3's switches at equal steps",
+    "v3": "EquiformerV3's switches; the row `base` above is without them",
 }
 COLUMNS = {
     "force_ratio": "force MAE of zero forces",
@@ -108,33 +107,40 @@ def main(words: Sequence[str] | None = None) -> None:
         help="page, numbers and figure, as .md, .json and .png",
     )
     arguments = parser.parse_args(words)
-    chosen = [name for name, each in SETTINGS.items() if each.part == arguments.part]
-    for name in chosen:
-        if arguments.only is None or name in arguments.only:
-            run(name, arguments.data, arguments.runs)
-    report(arguments.runs, arguments.results)
+    results = Results(arguments.runs, about, arguments.results)
+    for name, setting in SETTINGS.items():
+        wanted = arguments.only is None or name in arguments.only
+        if setting.part == arguments.part and wanted and results.get(run_name(name)) is None:
+            run(name, arguments.data, arguments.runs, results)
+    report(results, arguments.results)
 
 
-def run(name: str, data: Path, runs: Path) -> None:
-    """Train one setting to its end, going on where it was, and write its errors to a result file.
+def run_name(name: str) -> str:
+    """Name of the folder and the result of a setting."""
+    return f"{SETTINGS[name].part}-{name.replace('/', '_').replace(' ', '_')}"
+
+
+def about(run: str) -> dict[str, Any] | None:
+    """Settings of a run by its name."""
+    setting = next((each for name, each in SETTINGS.items() if run_name(name) == run), None)
+    if setting is None:
+        return None
+    return {"steps": setting.steps, "options": list(setting.options), "data": list(setting.data)}
+
+
+def run(name: str, data: Path, runs: Path, results: Results) -> None:
+    """Train one setting to its end, going on where it was, and keep its errors.
 
     Args:
         name: one of `SETTINGS`.
         data: folder of the LMDB files.
-        runs: folder of runs and result files.
+        runs: folder of the runs.
+        results: takes the errors.
 
     Raises:
-        InputError: a file is missing, or an earlier result is of other settings.
+        InputError: a file is missing.
     """
     setting = SETTINGS[name]
-    slug = f"{setting.part}-{name.replace('/', '_').replace(' ', '_')}"
-    target = runs / f"{slug}.result.json"
-    asked = {"steps": setting.steps, "options": list(setting.options), "data": list(setting.data)}
-    if target.exists():
-        known = read_json(target)
-        if {key: known.get(key) for key in asked} != asked:
-            raise InputError(f"{target} is of other settings: remove it, or name another folder with --runs")
-        return
     files = {part: data / f"{part}.lmdb" for part in (*setting.data, *setting.judged, "val")}
     missing = [path for path in files.values() if not path.exists()]
     if missing:
@@ -143,7 +149,8 @@ def run(name: str, data: Path, runs: Path) -> None:
     folder = train(
         parse(
             [
-                *("--config", str(CONFIG), f"--name={slug}", f"--runs_dir={runs}", "--ckpt_path=auto"),
+                *("--config", str(CONFIG), "--ckpt_path=auto"),
+                *(f"--name={run_name(name)}", f"--runs_dir={runs}"),
                 *("--data.train", json.dumps([str(files[part]) for part in setting.data])),
                 *(f"--data.val={files['val']}", f"--trainer.max_steps={setting.steps}"),
                 *("--trainer.max_epochs=-1", f"--trainer.val_check_interval={every}"),
@@ -157,43 +164,28 @@ def run(name: str, data: Path, runs: Path) -> None:
         frames = Frames.compute(predictor, OC20Lmdb(files[part]), 8, part)
         errors[part] = frames.summary(torch.ones(len(frames.sid), dtype=torch.bool).numpy())
     count = sum(len(OC20Lmdb(files[part])) for part in setting.data)
-    write_json(target, {"name": name, "part": setting.part, **asked, "frames": count, "errors": errors})
+    results.keep(run_name(name), {"name": name, "part": setting.part, "frames": count, "errors": errors})
 
 
-def report(runs: Path, results: Path) -> None:
-    """Write page, numbers and figure of all result files.
+def report(results: Results, page: Path) -> None:
+    """Write page, numbers and figure of all results.
 
     Args:
-        runs: folder of the result files.
-        results: path without ending.
+        results: of the runs.
+        page: path without ending.
 
     Raises:
         InputError: there is no result yet.
     """
-    rows = [read_json(path) for path in sorted(runs.glob("*.result.json"))]
-    if not rows:
-        raise InputError(f"{runs} holds no result yet: give --part")
     order = list(SETTINGS)
-    rows.sort(key=lambda row: order.index(row["name"]))
-    results.parent.mkdir(parents=True, exist_ok=True)
-    draw(rows, results.with_suffix(".png"))
-    write_page(results, rows, markdown(rows, results.with_suffix(".png").name))
+    rows = sorted(results.all(), key=lambda row: order.index(row["name"]))
+    figure = page.with_suffix(".png")
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    draw(rows, figure)
+    write_page(page, rows, markdown(rows, figure.name))
 
 
-def write_page(results: Path, rows: Sequence[dict[str, Any]], text: str) -> None:
-    """Write the numbers of runs and the page about them, and print the page.
-
-    Args:
-        results: path without ending.
-        rows: one record per run.
-        text: the page.
-    """
-    write_json(results.with_suffix(".json"), {**origin(), "runs": list(rows)}, make_folder=True)
-    write_bytes(results.with_suffix(".md"), text.encode())
-    print(text)
-
-
-def markdown(rows: Sequence[dict[str, Any]], figure: str) -> str:
+def markdown(rows: Sequence[Row], figure: str) -> str:
     """Format the page of results."""
     lines = [
         "# Training runs of the study network",
@@ -217,13 +209,13 @@ def markdown(rows: Sequence[dict[str, Any]], figure: str) -> str:
         ]
         for row in chosen:
             for judged, errors in row["errors"].items():
-                cells = [row["name"], f"{row['frames']:,}", f"{row['steps']:,}", judged]
+                cells = [row["name"], f"{row['frames']:,}", f"{row['about']['steps']:,}", judged]
                 cells += [f"{errors[key]:.3f}" for key in COLUMNS]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def draw(rows: Sequence[dict[str, Any]], target: Path) -> None:
+def draw(rows: Sequence[Row], target: Path) -> None:
     """Draw the learning curve: each error over the number of training frames, a line per judged part."""
     curve = [row for row in rows if row["part"] == "curve"]
     figure = Figure(figsize=(4 * len(COLUMNS), 3.2), layout="constrained")

@@ -7,7 +7,7 @@ import pytest
 from datasets_oc20 import OC20Lmdb
 from equiformer2.errors import InputError
 from equiformer2.files import read_json
-from studies.adapters import PARTS, SETTINGS, main, planned, prepare, report, result_file
+from studies.adapters import PARTS, SETTINGS, main, planned, prepare
 
 
 def test_the_plan_has_every_run_once() -> None:
@@ -29,12 +29,13 @@ def test_learned_and_judged_frames_are_of_other_systems(tmp_path: Path) -> None:
 
 def test_runs_in_processes_of_their_own_and_a_page(tmp_path: Path) -> None:
     runs, page = tmp_path / "runs", tmp_path / "page"
-    with pytest.raises(InputError, match="no finished run"):
-        report(runs, page)
     words = ["--parts", "adsorbates", "--settings", "full", "removed_80", "--steps", "1", "--frames", "2"]
     words += ["--runs", str(runs), "--results", str(page)]
+    with pytest.raises(InputError, match="no finished run"):
+        main([*words, "--collect"])
     main(words)
-    full, adapter = (read_json(result_file(runs, "adsorbates", name, 0)) for name in ("full", "removed_80"))
+    files = [runs / f"adsorbates-{name}-0.result.json" for name in ("full", "removed_80")]
+    full, adapter = map(read_json, files)
     assert adapter["trainable_parameters"] < 0.1 * full["trainable_parameters"]
     assert adapter["bytes"] < 0.1 * full["bytes"]
     for record in (full, adapter):
@@ -44,7 +45,13 @@ def test_runs_in_processes_of_their_own_and_a_page(tmp_path: Path) -> None:
             assert all(value > 0 for value in record["errors"][where].values())
     text = page.with_suffix(".md").read_text()
     assert "| adapter, 80 % removed | 1 |" in text
-    before = result_file(runs, "adsorbates", "full", 0).stat().st_mtime_ns
+    before = files[0].stat().st_mtime_ns
     main([*words, "--collect"])
     main(words)
-    assert result_file(runs, "adsorbates", "full", 0).stat().st_mtime_ns == before
+    assert files[0].stat().st_mtime_ns == before
+    # In another clone only the page is there.
+    files[0].unlink()
+    main([*words, "--collect"])
+    assert "| full fine-tuning | 1 |" in page.with_suffix(".md").read_text()
+    with pytest.raises(InputError, match="of other settings"):
+        main([*words, "--steps", "2"])

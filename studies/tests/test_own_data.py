@@ -8,8 +8,8 @@ import pytest
 
 from datasets_oc20 import OC20Lmdb
 from equiformer2.errors import InputError
-from equiformer2.files import write_json
-from studies.own_data import CASES, emt_frames, report, run_name
+from studies.own_data import CASES, about, emt_frames, report, run_name
+from studies.results import Results
 
 
 @pytest.mark.parametrize(
@@ -44,17 +44,17 @@ def row(data: str, network: str, error: float | None) -> dict[str, Any]:
 
 
 def test_the_page_of_what_is_there(tmp_path: Path) -> None:
-    runs, results = tmp_path / "runs", tmp_path / "page"
+    results, page = Results(tmp_path / "runs", about), tmp_path / "page"
     with pytest.raises(InputError, match="no finished run"):
-        report(runs, results)
+        report(results, page)
     errors = {"before": None, "after": 0.1, "scratch": 0.2, "trivial": 0.4}
     table = [row("new", name, error) for name, error in errors.items()]
     table += [row("old", "before", 0.3), row("old", "after", 0.5)]
     points = [{"network": "after", "frames": n, "force_mae_eV_A": 1 / n, "seed": 0} for n in (2, 4)]
     content = {"table": table, "curve": {"points": points, "sentences": ["twice the frames halve it"]}}
-    write_json(runs / run_name("ch3_cu", "study_teacher", True) / "finetune.json", content, make_folder=True)
-    report(runs, results)
-    text = results.with_suffix(".md").read_text()
+    results.keep(run_name("ch3_cu", "study_teacher", True), content)
+    report(results, page)
+    text = page.with_suffix(".md").read_text()
     assert "| study_teacher | yes | forces (eV/Å) | – | 0.100 | 0.200 | 0.400 | 0.300 → 0.500 |" in text
     assert "study_teacher, with replay: twice the frames halve it." in text
-    assert results.with_suffix(".png").stat().st_size > 0
+    assert page.with_suffix(".png").stat().st_size > 0

@@ -8,6 +8,7 @@ import pytest
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
 from studies import study_training
+from studies.results import Results
 from studies.study_data import FRACTIONS, System, divide
 
 
@@ -48,28 +49,25 @@ def test_data_that_cannot_be_divided(train: list[System], share: float, told: st
 
 
 def test_missing_files_and_results_of_other_settings(tmp_path: Path) -> None:
+    words = ["--runs", str(tmp_path), "--results", str(tmp_path / "page"), "--data", str(tmp_path)]
+    part = ["--part", "variants", "--only", "base"]
     with pytest.raises(InputError, match="run `python -m"):
-        study_training.run("base", tmp_path, tmp_path / "runs")
-    write_json(tmp_path / "variants-base.result.json", {"steps": 1, "options": [], "data": []})
+        study_training.main([*words, *part])
+    with pytest.raises(InputError, match="no finished run"):
+        study_training.main(words)
+    write_json(tmp_path / "variants-base.result.json", {"about": {"steps": 1, "options": [], "data": []}})
     with pytest.raises(InputError, match="other settings"):
-        study_training.run("base", tmp_path, tmp_path)
-    with pytest.raises(InputError, match="no result"):
-        study_training.report(tmp_path / "none", tmp_path / "page")
+        study_training.main([*words, *part])
 
 
 def test_page_of_results(tmp_path: Path) -> None:
     errors = {"force_ratio": 0.5, "force_cosine": 0.6, "energy_ratio": 0.4}
+    results = Results(tmp_path / "runs", study_training.about)
     for number, (name, part) in enumerate([("base", "variants"), ("1/8", "curve"), ("all", "curve")]):
-        row = {
-            "name": name,
-            "part": part,
-            "steps": 10,
-            "frames": 10 ** (number + 1),
-            "errors": {"val": errors},
-        }
-        write_json(tmp_path / f"{number}.result.json", row)
-    study_training.report(tmp_path, tmp_path / "page")
+        row = {"name": name, "part": part, "frames": 10 ** (number + 1), "errors": {"val": errors}}
+        results.keep(study_training.run_name(name), row)
+    study_training.report(results, tmp_path / "page")
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
-    assert "| 1/8 | 100 | 10 | val | 0.500 | 0.600 | 0.400 |" in text
+    assert "| 1/8 | 100 | 6,000 | val | 0.500 | 0.600 | 0.400 |" in text
     assert text.index("Variants") < text.index("Learning curve")
     assert (tmp_path / "page.png").stat().st_size > 1000
