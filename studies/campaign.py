@@ -11,6 +11,13 @@ from equiformer2.pruning.routing import RoutingSettings
 from equiformer2.training.config_values import check_finite
 from studies.timed_study import TimedSettings, TimedStudy
 
+OTHER_METHODS = {
+    "precision": "Precision and pruning chosen together",
+    "adapters": "Adapters",
+    "experts": "Mixtures of linear experts",
+}
+"""Methods with studies of their own, `studies.NAME`, and the titles of their pages, docs/results/NAME.md."""
+
 
 @dataclass(frozen=True)
 class Distillation:
@@ -62,6 +69,7 @@ class Campaign:
     Attributes:
         name: file name of the report without its ending.
         jobs: studies at the same time, each with its share of the cores.
+        other_methods: studies with pages of their own that the report takes in, of `OTHER_METHODS`.
     """
 
     models: dict[str, str]
@@ -78,6 +86,7 @@ class Campaign:
     speed: Speed
     jobs: int = 1
     name: str = "pruning_study"
+    other_methods: tuple[str, ...] = ()
 
     def settings(self, name: str) -> TimedSettings:
         """Return the settings of the study `name`."""
@@ -140,12 +149,16 @@ def read_campaign(path: Path) -> Campaign:
         if not isinstance(values[key], list) or not values[key]:
             raise InputError(f"{path}: {key} is {values[key]!r}: give a list, such as [0, 1, 2] for seeds")
         values[key] = tuple(values[key])
+    values["other_methods"] = tuple(values.get("other_methods", ()))
     values["studies"] = {name: _part(name, given, path) for name, given in values["studies"].items()}
     values["speed"] = Speed(**_only(Speed, values["speed"], f"{path}, speed"))
     router = _only(RoutingSettings, values["router"], f"{path}, router")
     if router.get("protected") is not None:
         router["protected"] = tuple(router["protected"])
     values["router"] = router
+    for name in values["other_methods"]:
+        if name not in OTHER_METHODS:
+            raise InputError(f"{path}: other_methods has {name!r}: known are {', '.join(OTHER_METHODS)}")
     campaign = Campaign(**values)
     if type(campaign.jobs) is not int or campaign.jobs < 1:
         raise InputError(

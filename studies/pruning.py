@@ -4,8 +4,8 @@
 
 Parts: `lossless` (what inference leaves out anyway), `studies` (methods, budgets, seeds; routers, cuts,
 distillation; `jobs` of them at a time), `speed` (force calls through the ASE calculator), `report`
-(docs/results/pruning_study.*). The report takes in the pages of `studies.precision`, `studies.adapters` and
-`studies.experts` that are in the same folder.
+(docs/results/pruning_study.*). With configs/pruning/study_teacher.yaml the report takes in the pages of
+`studies.precision`, `studies.adapters` and `studies.experts`.
 Results that are there are not computed again: a call that was stopped goes on. Time `lossless` and `speed`
 when the machine does nothing else.
 """

@@ -11,7 +11,7 @@ from equiformer2.files import read_json, write_bytes, write_json
 from equiformer2.pruning.analysis.pareto import DENSE, NO_BUDGET, PREFIX, planned_results
 from equiformer2.pruning.analysis.pareto_report import markdown, missed, summarise
 from equiformer2.script import origin
-from studies.campaign import Campaign
+from studies.campaign import OTHER_METHODS, Campaign
 from studies.stopwatch import in_words, read_seconds
 from studies.study_figures import draw, draw_times
 from studies.verdicts import Rows, Verdict, mae_of, row_of, verdicts
@@ -36,14 +36,6 @@ class Published:
     figures: str
     source: str
     ours: tuple[tuple[str, str], ...]
-
-
-OWN_STUDIES = {
-    "precision": "Precision and pruning chosen together",
-    "adapters": "Adapters",
-    "experts": "Mixtures of linear experts",
-}
-"""Studies of other methods, `studies.NAME`, whose pages `NAME.md` are taken in."""
 
 
 PUBLISHED = (
@@ -73,7 +65,7 @@ PUBLISHED = (
         "language models (Llama3.1-8B, 20 % cut)",
         "59.08 where MultiPruner reaches 63.07",
         "repository of MultiPruner",
-        (("block", "cut"),),
+        (("block", "cut"), ("block_filled", "cut")),
     ),
     Published(
         "PhAST (without subsurface atoms, or super-nodes)",
@@ -95,19 +87,19 @@ PUBLISHED = (
         "atomistic: JMP-L, fine-tuned on molecular properties after the cut",
         "two blocks fewer: 32 % fewer parameters, 1.3 times the throughput, a minimal loss",
         "abstract of arXiv 2504.19538",
-        (("block", "cut"),),
+        (("block", "cut"), ("block_filled", "cut")),
     ),
 )
 
 
 def write_study(campaign: Campaign, out: Path, results: Path) -> list[Path]:
-    """Write the report of what is there, with the pages of `OWN_STUDIES`; missing parts are named in it."""
+    """Write the report of what is there, with the pages of other studies; missing parts are named in it."""
     name = campaign.name
     found = {study: _results(out / study) for study in campaign.studies}
     tables = {study: summarise(items) for study, items in found.items() if items}
     speed, lossless = _records(out / "speed"), _records(out / "lossless")
     found_verdicts = verdicts(campaign, tables, lossless, speed)
-    text = [f"![errors against operations]({name}.png)"]
+    text = [f"# Pruning of {', '.join(campaign.models)}", "", f"![errors against operations]({name}.png)"]
     timed = draw_times(campaign, tables, speed, results / f"{name}_time.png")
     text += [f"![errors against time]({name}_time.png)"] * timed + [""]
     text += ["Written by `python -m studies.pruning`.", *_READING, ""]
@@ -126,8 +118,8 @@ def write_study(campaign: Campaign, out: Path, results: Path) -> list[Path]:
         if unfinished:
             text += [f"Not computed: {', '.join(unfinished)}.", ""]
     text += _lossless_table(lossless) + _speed_table(speed)
-    for study, what in OWN_STUDIES.items():
-        text += _own_study(results, study, what)
+    for study in campaign.other_methods:
+        text += _own_study(results, study, OTHER_METHODS[study])
     text += _published_table(campaign, tables, speed)
     content = {
         **origin(),

@@ -35,6 +35,7 @@ def test_the_settings_are_read() -> None:
         ({"held_out": 3}, "held_out is 3: give names"),
         ({"seeds": []}, r"seeds is \[\]: give a list"),
         ({"calibration": "x.lmdb"}, "calibration is 'x.lmdb': give a list"),
+        ({"other_methods": ["adapter"]}, "other_methods has 'adapter': known are precision, adapters"),
     ],
 )
 def test_wrong_settings_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from equiformer2.pruning.analysis.pareto_report import markdown as pareto_table
 from studies import compare_v3, study_errors
-from studies.study_report import OWN_STUDIES, _lossless_table, _own_study, _speed_table, _verdict_table
+from studies.campaign import OTHER_METHODS
+from studies.study_report import _lossless_table, _own_study, _speed_table, _verdict_table
 from studies.verdicts import Verdict
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -18,9 +19,14 @@ def test_page_of_the_pruning_study() -> None:
     tables = (_verdict_table(verdicts), _lossless_table(data["lossless"]), _speed_table(data["speed"]))
     parts = [pareto_table(rows, times=False) for rows in data["studies"].values()]
     page = (RESULTS / "pruning_study.md").read_text(encoding="utf-8")
-    own = [_own_study(RESULTS, study, what) for study, what in OWN_STUDIES.items()]
-    for part in [*parts, *("\n".join(lines) for lines in (*tables, *own))]:
+    for part in [*parts, *("\n".join(lines) for lines in tables)]:
         assert part.strip() in page
+
+
+def test_page_of_the_study_network_takes_in_other_methods() -> None:
+    page = (RESULTS / "pruning_study_teacher.md").read_text(encoding="utf-8")
+    for study, what in OTHER_METHODS.items():
+        assert "\n".join(_own_study(RESULTS, study, what)).strip() in page
 
 
 def test_page_of_the_comparison_with_v3() -> None:

@@ -108,6 +108,10 @@ def _study(data: dict[str, Any]) -> dict[str, Any]:
     ) -> float:
         return row(study, method, keep, trained)["errors"][on][to]["force_mae"]["mean"]
 
+    def energy(study: str, method: str, keep: float, on: str = "teacher") -> float:
+        """Error of the energy per atom against labels, eV."""
+        return row(study, method, keep)["errors"][on]["to_labels"]["energy_per_atom"]["mean"]
+
     def worse(study: str, method: str, keep: float, trained: str = "cut", on: str = "teacher") -> float:
         """Percent."""
         dense = mae(study, "dense", 1.0, "cut", on, "to_labels")
@@ -148,6 +152,7 @@ def _study(data: dict[str, Any]) -> dict[str, Any]:
     return {
         "row": row,
         "mae": mae,
+        "energy": energy,
         "worse": worse,
         "macs": macs,
         "fast": fast,
@@ -266,8 +271,26 @@ def _sites_reference(data: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _better_network(data: dict[str, Any]) -> list[str]:
+    """Methods of the study of `study_teacher`, by budget and distance from the dense network."""
+    known = _study(data)
+    rows = [
+        (study, row["keep"], known["mae"](study, row["method"], row["keep"], on="test"), row["method"])
+        for study in ("routers", "cuts")
+        for row in data["studies"][study]
+        if row["method"] != "dense"
+    ]
+    lines = []
+    for study, keep, change, method in sorted(rows, key=lambda row: (row[0] == "cuts", -row[1], row[2])):
+        macs = known["macs"](study, method, keep, on="test")
+        worse = known["worse"](study, method, keep, on="test")
+        lines.append(f"| `{method.removeprefix('route_')}` | {macs:.0f} % | {change:.3f} | {worse:.1f} % |")
+    return lines
+
+
 TABLES: dict[str, Callable[[Any], list[str]]] = {
     "batches": _batches,
+    "better_network": _better_network,
     "grid": _grid,
     "lossless": _lossless,
     "sites": _sites,
