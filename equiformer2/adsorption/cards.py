@@ -103,7 +103,8 @@ def verify_card(
     try:
         card = untrusted.read_json(path)
     except DataError as error:
-        raise InputError(f"{path} is no trust card ({error}): {_GIVE}") from error
+        reason = str(error).removeprefix(f"{path}: ").rstrip(".")
+        raise InputError(f"{path} is no trust card ({reason}): {_GIVE}") from error
     if isinstance(card, dict) and isinstance(card.get("structures"), list):
         return _verify_structures(path, card, model, adapter)
     expected = card.get("verifiable") if isinstance(card, dict) else None

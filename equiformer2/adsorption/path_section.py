@@ -60,8 +60,6 @@ def _path(number: int, file: Path) -> list[str]:
     ]
     sentences += record.get("warnings", [])
     sentences += (record.get("familiarity") or {}).get("sentences", [])
-    if record["highest_image"] in (0, len(images) - 1) and not record.get("intermediate_minima"):
-        sentences.append("the highest structure is an end: between the ends there is no barrier")
     if not record["converged"]:
         sentences.append("NOT converged: the barrier is not that of a minimum-energy path")
     shown = dict(zip(captions, images, strict=False))

@@ -434,6 +434,7 @@ def volcano_picture(found: Mapping[str, Any], title: str) -> bytes:
         )
     axis.set_xlim(grid[0], grid[-1])
     axis.set(xlabel=f"{found['descriptor']} (eV)", ylabel="activity: minus the largest step (V)")
-    axis.set_title("\n".join(filter(None, [title, correction_text(found["corrections_eV"])])), fontsize=10)
+    headline = "\n".join(filter(None, [title, correction_text(found["corrections_eV"])]))
+    axis.set_title(headline, fontsize=10, wrap=True)
     axis.grid(alpha=0.3)
     return png_bytes(figure)

@@ -130,8 +130,11 @@ def test_one_search_of_several_fails_and_the_others_are_done(
     assert run_command("adsorption search", *SEARCH, *options, *adsorbates, *gas) == 0
     assert Path("several/O/relaxed.jsonl").read_bytes() == before
     options[3] = "none"
+    capsys.readouterr()
     assert run_command("adsorption search", *SEARCH, *options, *adsorbates, "--gas", "C=1.0") == 2
-    assert "no gas reference" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.count("no gas reference") == 2
+    assert "none of the 2 searches could be made" in error
 
 
 STRANGE = """
@@ -249,6 +252,8 @@ def test_a_card_is_verified(searched: Path, in_folder: Path, capsys: pytest.Capt
     assert "DIFFERS" in capsys.readouterr().out
     assert run_command("adsorption verify", searched / "card.json") == 2
     assert "names no checkpoint" in capsys.readouterr().err
+    assert run_command("adsorption verify", searched, "--calculator", "emt") == 2
+    assert "is no trust card (is a folder, not a file; name a file): give" in capsys.readouterr().err
 
 
 def test_another_model_than_the_searchs_is_refused(
@@ -292,9 +297,10 @@ def test_dft_results_are_collected(
     record = json.loads((searched / "collect.json").read_text())
     assert [row["id"] for row in record["ranking"]] == [other["id"], best["id"]]
     assert (record["top1_held"], record["spearman"]) == (False, pytest.approx(-1.0))
-    assert "did NOT hold" in capsys.readouterr().out
-    for wrong, message in ((["--gas", "molecules"], "energies of your DFT"), (["--gas", "O"], "--gas 'O'")):
-        arguments = ["--search", searched, "--dft", *files, "--overwrite", *wrong]
+    assert "did NOT hold in DFT; rank correlation -1.00" in capsys.readouterr().out
+    refused = ("molecules", "energies of your DFT"), ("vacuum", "energies of your DFT"), ("O", "--gas 'O'")
+    for wrong, message in refused:
+        arguments = ["--search", searched, "--dft", *files, "--overwrite", "--gas", wrong]
         assert run_command("adsorption collect", *arguments) == 2
         assert message in capsys.readouterr().err
 
@@ -339,7 +345,7 @@ def test_a_barrier_between_two_minima(searched: Path, capsys: pytest.CaptureFixt
     assert len(read(folder / "neb.traj", ":")) == 5
     assert record["model"]["calculator"].endswith(".EMT")
     assert record["barrier_eV"] >= max(record["energies_eV"]) - 1e-9
-    assert bool(record["intermediate_minima"]) == bool(record["warnings"])
+    assert bool(record["intermediate_minima"]) <= bool(record["warnings"])
     card = json.loads((folder / "card.json").read_text())
     assert card["barrier_eV"] == record["barrier_eV"]
     assert len(card["structures"]) == 5

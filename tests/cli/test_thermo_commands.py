@@ -96,6 +96,8 @@ def test_a_diagram_at_several_potentials(
     assert (tmp_path / "diagram.png").stat().st_size > 5000
     assert run_command("adsorption diagram", carbon, "--end", "CH4", "--out", tmp_path / "x") == 2
     assert "no gas CH4" in capsys.readouterr().err
+    assert run_command("adsorption diagram", carbon, carbon, "--out", tmp_path / "x") == 2
+    assert "are the same state" in capsys.readouterr().err
 
 
 def test_a_diagram_with_an_unconverged_state_has_status_3(
