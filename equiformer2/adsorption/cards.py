@@ -217,7 +217,7 @@ def path_card(
 def provenance_of(engine: Engine) -> Mapping[str, Any] | None:
     """Provenance of the checkpoint behind an engine; None for a calculator."""
     network = engine.base if isinstance(engine, DispersionEngine) else engine
-    return network.predictor.checkpoint.provenance if isinstance(network, NetworkEngine) else None
+    return network.predictor.provenance if isinstance(network, NetworkEngine) else None
 
 
 def _largest_force(atoms: Atoms) -> float:

@@ -61,7 +61,7 @@ def read_states(folders: Sequence[Path], corrections: Corrections | None = None)
                     else "give folders of finished searches"
                 )
                 raise InputError(f"{folder} has no {name}: {remedy}")
-        found, settings = read_json(folder / FREE_ENERGY), read_json(folder / SETTINGS)
+        found, settings = _read_free_energy(folder), read_json(folder / SETTINGS)
         search = read_json(folder / SEARCH)
         name = search.get("settings", {}).get("adsorbate")
         if found.get("model", settings.get("model")) != settings.get("model"):
@@ -115,6 +115,19 @@ def read_states(folders: Sequence[Path], corrections: Corrections | None = None)
             }
         )
     return states
+
+
+def _read_free_energy(folder: Path) -> dict[str, Any]:
+    """Content of `free_energy.json`; raises `InputError` for one that lacks what a diagram needs."""
+    found = read_json(folder / FREE_ENERGY)
+    numbers = ("free_energy_eV", "electrons", "temperature_K", "potential_against_rhe_V")
+    kinds = {**dict.fromkeys(numbers, int | float), "reaction": str, "gases": dict}
+    if not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
+        raise InputError(
+            f"{folder / FREE_ENERGY} is broken, or no free energy: run `equiformer2 adsorption free-energy "
+            f"{folder} --overwrite`"
+        )
+    return found
 
 
 def _check_same_gas(

@@ -218,7 +218,7 @@ def find_adsorption_energy(
                 )
             provenance = None
             if isinstance(network, EquiformerV2Calculator):
-                provenance = network.predictor.checkpoint.provenance
+                provenance = network.predictor.provenance
             of_draft = None
             if drafting is not None:  # a command gives a calculator, and notes its file
                 of_draft = _described_draft((notes or {}).get("draft", draft), drafting)

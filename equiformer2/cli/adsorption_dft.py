@@ -260,7 +260,7 @@ class AdsorptionNeb(Command):
         from equiformer2.files import write_bytes, write_json
         from equiformer2.script import header
 
-        first, end = search.minimum(options.start), search.minimum(options.end)
+        first, end = search.end_of_path(options.start), search.end_of_path(options.end)
         last = nearest_copy(first, end, search.clean_slab)
         path = find_path(first, last, model, options.images, options.fmax, options.steps)
         folder.mkdir(parents=True, exist_ok=True)

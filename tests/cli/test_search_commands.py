@@ -1,6 +1,7 @@
 """Commands of a search and of what follows from it: files, statuses, refusals."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,9 @@ def test_an_unconverged_search_has_status_3(in_folder: Path, capsys: pytest.Capt
     options = ["--adsorbate", "*O", "--placements", "2", "--steps", "1", "--out", "s"]
     assert run_command("adsorption search", *SEARCH, *options) == 3
     assert "NOT converged" in capsys.readouterr().out
+    ends = ["--start", "heuristic-0000", "--end", "heuristic-0001", "--calculator", "emt"]
+    assert run_command("adsorption neb", "s", *ends) == 2
+    assert "heuristic-0000 has not converged (unconverged)" in capsys.readouterr().err
 
 
 def test_a_card_is_verified(searched: Path, in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -364,6 +368,29 @@ def test_a_barrier_between_two_minima(searched: Path, capsys: pytest.CaptureFixt
     options = ["--calculator", "emt", "--start", first, "--end", "nothing"]
     assert run_command("adsorption neb", searched, *options) == 2
     assert "has no placement nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", ["{}", "energy", "best"])
+def test_a_broken_record_is_one_sentence(
+    searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: str
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(searched, folder)
+    record = json.loads((folder / "search.json").read_text())
+    if broken == "energy":
+        del record["placements"][0]["energy_eV"]
+    elif broken == "best":
+        record["best"]["id"] = "nothing"
+    (folder / "search.json").write_text(json.dumps(record if broken != "{}" else {}))
+    emt = ["--calculator", "emt", "--overwrite"]
+    for command in (
+        ["free-energy", folder, *emt],
+        ["neb", folder, *emt, "--start", "a", "--end", "b"],
+        ["ask", folder],
+        ["collect", "--search", folder],
+    ):
+        assert run_command(f"adsorption {command[0]}", *command[1:]) == 2
+        assert "search.json is broken, or no record of a search" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
