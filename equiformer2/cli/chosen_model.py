@@ -93,6 +93,15 @@ class ChosenModel:
             return None
         return self.network.predictor.provenance
 
+    @property
+    def cutoff(self) -> float | None:
+        """Cutoff radius of the network, Å; None with `--calculator`."""
+        from equiformer2.inference import EquiformerV2Calculator
+
+        if not isinstance(self.network, EquiformerV2Calculator):
+            return None
+        return float(self.network.predictor.checkpoint.config.max_radius)
+
     def identity(self) -> dict[str, Any]:
         """Plain values that tell the model from others, for folders that go on with their relaxations."""
         from equiformer2.checkpoint.tensor_files import sha256
