@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -347,7 +348,7 @@ def test_one_wrong_answer_of_a_calculator_fails_one_placement(
 
 
 def test_minima_of_another_adsorbate_are_no_starts(tmp_path: Path) -> None:
-    settings = {"placements": 1, "steps": 1, "check_minima": 0}
+    settings: dict[str, Any] = {"placements": 1, "steps": 1, "check_minima": 0}
     find_adsorption_energy(base(), "*OH", EMT(), out=tmp_path / "oh", **settings)
     with pytest.raises(InputError, match=r"is a search of another adsorbate \(HO, here O\)"):
         find_adsorption_energy(base(), "*O", EMT(), starts_from=tmp_path / "oh", **settings)
