@@ -109,8 +109,9 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = untrusted.read_json(path)
     except DataError as error:
+        reason = str(error).removeprefix(f"{path}: ").rstrip(".")
         raise InputError(
-            f"{path} is broken ({error}): remove it, and what it told is computed again"
+            f"{path} is broken ({reason}): remove it, and what it told is computed again"
         ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is broken (no JSON object): remove it, and what it told is computed again")

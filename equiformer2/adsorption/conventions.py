@@ -208,7 +208,7 @@ def _why_not_oc20(
         return f"there is no reference for {', '.join(others)} (H, C, N and O have one)"
     if energy_kind == "adsorption":
         labels = _labels(provenance)
-        if labels and not any("oc20" in label.lower() for label in labels):
+        if not all("oc20" in label.lower() for label in labels):
             return (
                 f"the labels of the checkpoint are {', '.join(labels)}, and what they are referred to is not "
                 "stated"

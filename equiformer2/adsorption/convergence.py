@@ -115,7 +115,7 @@ class Convergence:
             else:
                 lines.append(f"{head} {row.value:10.{digits}f} {row.change:+9.{digits}f}")
         lines.append(
-            "change: from the largest value of the same kind"
+            "thickness, vacuum and width in Å; change: from the largest value of the same kind"
             + (f"; 1 eV/Å² is {J_M2:.2f} J/m²" if is_surface else "")
         )
         return "\n".join([*lines, *(f"WARNING: {notice}" for notice in self.notices)])

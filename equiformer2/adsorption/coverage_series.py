@@ -437,7 +437,7 @@ class _Series:
         structures += [card_structure(name, atoms, folder / f"{name}.extxyz") for name, atoms in best.items()]
         provenance = None
         if isinstance(self.calculator, EquiformerV2Calculator):
-            provenance = self.calculator.predictor.checkpoint.provenance
+            provenance = self.calculator.predictor.provenance
         largest = list(best.values())[-1] if best else self.clean.atoms
         kept = ("adsorbate", "species", "energy_kind", "converged", "coverages", "terms_eV", "gas")
         return {

@@ -27,8 +27,9 @@ GAS_STATES: dict[str, tuple[dict[str, float], float]] = {
     "O2": ({"H2O": 2.0}, -4.0),
     "CO2": ({"CO": 1.0, "H2O": 1.0}, -2.0),
 }
-#: V against RHE; the colours of a diagram at several.
+#: The colours of a diagram at several potentials; further ones have the next kind of line.
 _COLOURS = ("#1f4e79", "#c55a11", "#548235", "#7f3f98", "#7f7f7f")
+_LINES = ("-", "--", "-.")
 
 
 def read_states(folders: Sequence[Path], corrections: Corrections | None = None) -> list[dict[str, Any]]:
@@ -46,7 +47,7 @@ def read_states(folders: Sequence[Path], corrections: Corrections | None = None)
 
     Raises:
         InputError: a folder without a free energy, other slabs, models, gas references, temperatures or
-            corrections, and corrections of free energies that have some already.
+            corrections, a state twice, and corrections of free energies that have some already.
     """
     states: list[dict[str, Any]] = []
     same: dict[str, tuple[Path, Any]] = {}
@@ -60,7 +61,7 @@ def read_states(folders: Sequence[Path], corrections: Corrections | None = None)
                     else "give folders of finished searches"
                 )
                 raise InputError(f"{folder} has no {name}: {remedy}")
-        found, settings = read_json(folder / FREE_ENERGY), read_json(folder / SETTINGS)
+        found, settings = _read_free_energy(folder), read_json(folder / SETTINGS)
         search = read_json(folder / SEARCH)
         name = search.get("settings", {}).get("adsorbate")
         if found.get("model", settings.get("model")) != settings.get("model"):
@@ -92,6 +93,12 @@ def read_states(folders: Sequence[Path], corrections: Corrections | None = None)
             corrections.check_model(settings.get("model"))
             added = corrections.of(adsorbate, found.get("gases") or {}, float(found["electrons"]))
             energy += sum(added.values())
+        known_states = {(one["adsorbate"], one["free_energy_eV"]): one["folder"] for one in states}
+        if (adsorbate, energy) in known_states:
+            raise InputError(
+                f"{known_states[adsorbate, energy]} and {folder} are the same state ({adsorbate} at "
+                f"{energy:.3f} eV): leave one out"
+            )
         states.append(
             {
                 "adsorbate": adsorbate,
@@ -108,6 +115,19 @@ def read_states(folders: Sequence[Path], corrections: Corrections | None = None)
             }
         )
     return states
+
+
+def _read_free_energy(folder: Path) -> dict[str, Any]:
+    """Content of `free_energy.json`; raises `InputError` for one that lacks what a diagram needs."""
+    found = read_json(folder / FREE_ENERGY)
+    numbers = ("free_energy_eV", "electrons", "temperature_K", "potential_against_rhe_V")
+    kinds = {**dict.fromkeys(numbers, int | float), "reaction": str, "gases": dict}
+    if not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
+        raise InputError(
+            f"{folder / FREE_ENERGY} is broken, or no free energy: run `equiformer2 adsorption free-energy "
+            f"{folder} --overwrite`"
+        )
+    return found
 
 
 def _check_same_gas(
@@ -286,10 +306,12 @@ def diagram_picture(
     axis = figure.subplots()
     for place, line in enumerate(lines):
         colour = _COLOURS[place % len(_COLOURS)]
+        kind = _LINES[place // len(_COLOURS) % len(_LINES)]
         energies = [energy - line["free_energies_eV"][0] for energy in line["free_energies_eV"]]
         for number, energy in enumerate(energies):
             label = f"{line['potential_against_rhe_V']:g} V against RHE" if number == 0 else None
-            axis.plot([number - 0.3, number + 0.3], [energy] * 2, color=colour, linewidth=3, label=label)
+            level = ([number - 0.3, number + 0.3], [energy] * 2)
+            axis.plot(*level, kind, color=colour, linewidth=3, label=label)
             if len(lines) <= 2:
                 below = place == 1
                 axis.annotate(
@@ -303,8 +325,9 @@ def diagram_picture(
         for number, pair in enumerate(itertools.pairwise(energies)):
             axis.plot([number + 0.3, number + 0.7], pair, ":", color=colour, alpha=0.7)
     axis.set_xticks(range(len(names)), names)
-    axis.set_xlabel(correction_text(corrections), fontsize=7)
-    axis.set(ylabel="free energy (eV)", title=title)
+    axis.set_xlabel(correction_text(corrections), fontsize=7, wrap=True)
+    axis.set_ylabel("free energy (eV)")
+    axis.set_title(title, wrap=True)
     axis.margins(y=0.15)
     axis.grid(axis="y", alpha=0.3)
     axis.legend(fontsize=8, frameon=False)

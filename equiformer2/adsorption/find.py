@@ -16,6 +16,7 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
 from datasets_oc20.untrusted import AnyPath
+from equiformer2.adsorption.anomalies import check_anomalies
 from equiformer2.adsorption.corrections import Corrections
 from equiformer2.adsorption.dispersion_terms import dispersion_summary
 from equiformer2.adsorption.energy import resolve_energy_kind
@@ -174,7 +175,7 @@ def find_adsorption_energy(
         placed |= {"positions_A": [list(map(float, xy)) for xy in positions], "height_A": height}
     placed_atoms = [(one.id, one.atoms) for one in starts]
     if starts_from is not None:
-        placed_atoms = [*earlier_minima(starts_from, slab), *placed_atoms]
+        placed_atoms = [*earlier_minima(starts_from, slab, starts[0].atoms), *placed_atoms]
         placed["starts_from"] = str(starts_from)
     told = {**placed, "fmax_eV_A": fmax, "steps": steps, "stop": stop, "check_minima": check_minima}
     told |= {"stop_at_spread_eV_A": stop_at_spread, "slab": clean.report.summary(), **(notes or {})}
@@ -218,7 +219,7 @@ def find_adsorption_energy(
                 )
             provenance = None
             if isinstance(network, EquiformerV2Calculator):
-                provenance = network.predictor.checkpoint.provenance
+                provenance = network.predictor.provenance
             of_draft = None
             if drafting is not None:  # a command gives a calculator, and notes its file
                 of_draft = _described_draft((notes or {}).get("draft", draft), drafting)
@@ -253,11 +254,16 @@ def _is_result(folder: Path, finished: Mapping[str, Any], result: SearchResult) 
     )
 
 
-def earlier_minima(folder: AnyPath, slab: Atoms) -> list[tuple[str, Atoms]]:
+def earlier_minima(folder: AnyPath, slab: Atoms, placed: Atoms) -> list[tuple[str, Atoms]]:
     """Name and structure of the minima of an earlier search, lowest first, as placements on a slab.
 
+    Args:
+        folder: of the earlier search.
+        slab: clean slab of this one.
+        placed: one of its placements, by which the adsorbate is known.
+
     Raises:
-        InputError: no finished search, or one on another slab.
+        InputError: no finished search, or one on another slab, of another adsorbate or of an isomer.
     """
     found = []
     for one in FinishedSearch.read(folder).candidates():
@@ -265,6 +271,13 @@ def earlier_minima(folder: AnyPath, slab: Atoms) -> list[tuple[str, Atoms]]:
         same = len(atoms) > len(slab) and np.array_equal(atoms.numbers[: len(slab)], slab.numbers)
         if not same or not np.allclose(atoms.cell.array, slab.cell.array, atol=1e-3):
             raise InputError(f"{folder} is a search on another slab: its minima are no starts here")
+        same = np.array_equal(atoms.numbers, placed.numbers)
+        if not same or check_anomalies(placed, atoms, placed.get_tags())[0].present:  # other bonds within it
+            formulas = [system[len(slab) :].get_chemical_formula() for system in (atoms, placed)]
+            told = f" ({formulas[0]}, here {formulas[1]})" if formulas[0] != formulas[1] else ""
+            raise InputError(
+                f"{folder} is a search of another adsorbate{told}: its minima are no starts here"
+            )
         atoms.info = {}
         found.append((f"earlier-{one.id}", atoms))
     return found

@@ -54,6 +54,7 @@ class FinishedSearch:
         if not (folder / SEARCH).is_file():
             raise InputError(f"{folder} holds no finished search ({SEARCH}): give the folder of one")
         record = read_json(folder / SEARCH)
+        _check_whole(folder / SEARCH, record)
         check_has_best(folder, record)
         with as_input_error():
             structures = [read_structure(folder / name) for name in (BEST, CLEAN_SLAB)]
@@ -128,6 +129,22 @@ class FinishedSearch:
         with as_input_error():
             return read_structure(self.folder / TRAJECTORIES / file)
 
+    def end_of_path(self, name: str) -> Atoms:
+        """Relaxed structure of a placement, as `minimum`, where a path may begin or end.
+
+        Raises:
+            InputError: as `minimum`, or the relaxation has failed or not converged.
+        """
+        found = self.minimum(name)
+        rows = {row["id"]: row for row in self.record["placements"]}
+        status = rows[rows[name]["merged_into"] or name]["status"]
+        if status in ("failed", "unconverged"):
+            raise InputError(
+                f"the relaxation of {name} has not converged ({status}), so it is no end of a path: give "
+                "another placement, or search with more --steps"
+            )
+        return found
+
     def candidates(self) -> list[Candidate]:
         """The lowest placement of every minimum, lowest first."""
         rows = [row for row in self.record["placements"] if row["basin"] == row["id"]]
@@ -147,6 +164,30 @@ class FinishedSearch:
             spread = atoms.info.get("max_force_std_eV_A")
             found.append(Candidate(row["id"], atoms, row["energy_eV"], spread, is_minimum))
         return found
+
+
+def _check_whole(file: Path, record: dict[str, Any]) -> None:
+    """Raise `InputError` for a record that lacks what other commands read of it."""
+    kinds: dict[str, Any] = {"placements": list, "settings": dict, "model": dict, "energy_kind": str}
+    kinds |= {"converged": bool, "best": dict | None, "adsorption_energy_eV": float | int | None}
+    text = str | None
+    of_row: dict[str, Any] = {"id": str, "status": str, "merged_into": text, "basin": text}
+    of_row |= {"energy_eV": float | int | None}
+
+    def has(values: Any, wanted: dict[str, Any]) -> bool:
+        return isinstance(values, dict) and all(
+            name in values and isinstance(values[name], kind) for name, kind in wanted.items()
+        )
+
+    is_whole = has(record, kinds) and all(has(row, of_row) for row in record["placements"])
+    if is_whole and record["best"] is not None:
+        names = {row["id"] for row in record["placements"]}
+        is_whole = record["best"].get("id") in names and record["adsorption_energy_eV"] is not None
+    if not is_whole:
+        raise InputError(
+            f"{file} is broken, or no record of a search: remove it and search again, for which the "
+            "relaxations are kept"
+        )
 
 
 def _model_name(identity: Any) -> str:

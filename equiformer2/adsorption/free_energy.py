@@ -200,9 +200,12 @@ class Reaction:
 
     def text(self) -> str:
         """Write what is used up (and, with a minus sign, set free)."""
-        parts = [f"{number:g} {name}" for name, number in self.gases.items()]
-        parts += [f"{self.electrons:g} (H+ + e-)"] if self.electrons else []
-        return " + ".join(parts)
+        numbers = {**self.gases, **({"(H+ + e-)": self.electrons} if self.electrons else {})}
+        parts = [
+            f"{'-' if number < 0 else '+'} {'' if abs(number) == 1 else f'{abs(number):g} '}{name}"
+            for name, number in numbers.items()
+        ]
+        return " ".join(parts).removeprefix("+ ")
 
 
 def referred_energy(record: Mapping[str, Any]) -> tuple[float, str | None]:

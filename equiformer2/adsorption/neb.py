@@ -83,8 +83,10 @@ class EnergyPath:
 
     @property
     def warnings(self) -> list[str]:
-        """Sentences about minima between the ends."""
+        """Sentences about minima between the ends, or about a path without a barrier."""
         minima = self.intermediate_minima
+        if not minima and self.energies.argmax() in (0, len(self.energies) - 1):
+            return ["the highest structure is an end: between the ends there is no barrier"]
         if not minima:
             return []
         listed = ", ".join(f"image {image} at {self.energies[image]:+.3f} eV" for image in minima)

@@ -7,10 +7,15 @@ from typing import Any
 from datasets_oc20.own_data.reading import SourceFile
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.search_folder import NEB, REPORT
+from equiformer2.errors import InputError
 from equiformer2.files import as_input_error, read_json, write_bytes
 from equiformer2.report import bullets, picture, structure_viewer
 
 _BEGIN, _END = "<!-- paths -->", "<!-- end of paths -->"
+_OF_RECORD = {
+    *("start", "end", "barrier_eV", "reverse_barrier_eV", "reaction_energy_eV", "energies_eV"),
+    *("steps", "model_evaluations", "max_force_eV_A", "converged"),
+}
 
 
 def path_section(folder: AnyPath) -> str:
@@ -47,6 +52,8 @@ def update_report(folder: AnyPath) -> None:
 def _path(number: int, file: Path) -> list[str]:
     """Profile, numbers and structures of one path."""
     record: dict[str, Any] = read_json(file)
+    if not record.keys() >= _OF_RECORD:
+        raise InputError(f"{file} is broken: remove its folder, and find the path again")
     with as_input_error():
         frames = [one.atoms for one in SourceFile(file.with_name("neb.traj")).frames()]
     images = [atoms for atoms in frames if atoms is not None]
@@ -60,8 +67,6 @@ def _path(number: int, file: Path) -> list[str]:
     ]
     sentences += record.get("warnings", [])
     sentences += (record.get("familiarity") or {}).get("sentences", [])
-    if record["highest_image"] in (0, len(images) - 1) and not record.get("intermediate_minima"):
-        sentences.append("the highest structure is an end: between the ends there is no barrier")
     if not record["converged"]:
         sentences.append("NOT converged: the barrier is not that of a minimum-energy path")
     shown = dict(zip(captions, images, strict=False))

@@ -585,8 +585,8 @@ def _check_arguments(
         raise InputError(f"the placement mode {mode!r} is unknown: use one of {', '.join(MODES)}")
     if number is None and mode in ("random", OC20_MODE):
         raise InputError(f"the placement mode {mode} has no end: give the number of placements")
-    if number is not None and not 1 <= number <= _MOST:
-        raise InputError(f"the number of placements is {number}: give 1 to {_MOST}")
+    if number is not None and not (isinstance(number, int | np.integer) and 1 <= number <= _MOST):
+        raise InputError(f"the number of placements is {number!r}: give a whole number from 1 to {_MOST}")
     if (mode == "positions") != (positions is not None and len(positions) > 0):
         raise InputError(
             "positions and the mode positions go together: give x and y in Å with that mode, and only with it"

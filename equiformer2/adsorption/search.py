@@ -330,6 +330,8 @@ class _Search:
         for name, atoms in placed:
             if not np.array_equal(atoms.numbers[: len(slab)], slab.numbers) or len(atoms) <= len(slab):
                 raise InputError(f"the placement {name} is not an adsorbate on this slab")
+            if not np.array_equal(atoms.numbers, placed[0][1].numbers):
+                raise InputError(f"the placements {placed[0][0]} and {name} are of different adsorbates")
         self.slab, self.folder, self.settings = slab, folder, settings
         self.calculator = calculator
         self.engine = open_engine(calculator)

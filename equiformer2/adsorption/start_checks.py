@@ -79,8 +79,9 @@ def image_contact(molecule: Atoms, name: str) -> str | None:
     reach = radii[:, None] + radii[None, :] + SKIN
     between = positions[None, :] - positions[:, None]
     farthest = float(np.linalg.norm(between, axis=2).max() + reach.max())
-    steps = [range(-2, 3) if periodic else (0,) for periodic in molecule.pbc[:2]]
-    for i, j in itertools.product(*steps):
+    # An image i lines of the lattice away is at least i times their distance away, also in a skewed cell.
+    counts = molecule.pbc[:2] * (farthest * np.linalg.norm(np.linalg.pinv(cell[:2]), axis=0)).astype(int)
+    for i, j in itertools.product(*(range(-count, count + 1) for count in counts)):
         shift = i * cell[0] + j * cell[1]
         if (i, j) <= (0, 0) or np.linalg.norm(shift) > farthest:
             continue  # the opposite shift has the same distances

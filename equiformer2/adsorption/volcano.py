@@ -190,8 +190,11 @@ def read_diagrams(folders: Sequence[Path]) -> SystemTable:
             record = read_json(file)
             states = _states_of(record)
             added = {str(key): float(value) for key, value in (record.get("corrections_eV") or {}).items()}
-        except (InputError, OSError, KeyError, TypeError, ValueError) as error:
-            notes.append(f"{file} is left out: {error or type(error).__name__}")
+        except (InputError, OSError) as error:
+            notes.append(f"{file} is left out: {error}")
+            continue
+        except (KeyError, TypeError, ValueError):
+            notes.append(f"{file} is left out: it is no diagram, or broken")
             continue
         own = [
             State(one.name, one.electrons, None if one.name not in _fixed(states) else one.energy)
@@ -434,6 +437,7 @@ def volcano_picture(found: Mapping[str, Any], title: str) -> bytes:
         )
     axis.set_xlim(grid[0], grid[-1])
     axis.set(xlabel=f"{found['descriptor']} (eV)", ylabel="activity: minus the largest step (V)")
-    axis.set_title("\n".join(filter(None, [title, correction_text(found["corrections_eV"])])), fontsize=10)
+    headline = "\n".join(filter(None, [title, correction_text(found["corrections_eV"])]))
+    axis.set_title(headline, fontsize=10, wrap=True)
     axis.grid(alpha=0.3)
     return png_bytes(figure)

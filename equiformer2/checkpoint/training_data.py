@@ -18,7 +18,7 @@ nothing is concluded from it.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -34,6 +34,8 @@ from equiformer2.errors import InputError
 from equiformer2.graph import radius_graph
 
 KEY = "training_data"
+DENSE_ANSWERS = "answers of the dense network, not of DFT"
+"""Labels of a pruned network that was trained on the answers of the network that it is made from."""
 #: A structure without an atom of tag 2.
 NO_ADSORBATE = "(none)"
 #: A structure without any other atom.
@@ -247,6 +249,28 @@ class TrainingData:
         if self.stages is None:
             return None
         return [{name: value for name, value in stage.items() if name != "earlier"} for stage in self.stages]
+
+
+def with_labels_of_all(provenances: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Provenance of the first of several networks, whose last training states the labels of all.
+
+    Labels that are the answers of a dense network are those of another member and add none.
+
+    Args:
+        provenances: of the members of a committee.
+    """
+    labels: list[str] = []
+    for one in provenances:
+        last = (TrainingData(one).stages or [{}])[-1]
+        labels += [str(label) for label in last.get("labels") or () if label != DENSE_ANSWERS]
+    first = provenances[0]
+    own = TrainingData(first).stages
+    if not labels:
+        return first
+    last = own[-1] if own else {"elements": {}}
+    earlier = first[KEY]["earlier"] if own else []
+    stage = {**last, "labels": list(dict.fromkeys(labels)), "earlier": earlier}
+    return {**first, KEY: stage}
 
 
 def validation_errors(provenance: Mapping[str, Any]) -> dict[str, float]:

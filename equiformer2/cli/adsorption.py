@@ -133,7 +133,9 @@ class AdsorptionEnergy(Command):
         from equiformer2.adsorption.adsorbates import is_file
         from equiformer2.adsorption.conventions import convention_lines
         from equiformer2.adsorption.record import adsorption_report, write_adsorption_record
+        from equiformer2.adsorption.start_checks import check_vacuum
         from equiformer2.files import read_json
+        from equiformer2.inference.atoms import ADSORBATE
         from equiformer2.inference.record import ADSORPTION_RECORD, RUN_FILES, claim_folder
         from equiformer2.script import show_log
 
@@ -142,6 +144,8 @@ class AdsorptionEnergy(Command):
         show_log()
         system = _system(options)
         chosen = ChosenModel(options)
+        if options.slab is not None and chosen.cutoff is not None:
+            check_vacuum(system[system.get_tags() != ADSORBATE], chosen.cutoff)
         named = [name for name in (options.slab, options.adsorbate) if name is not None and is_file(name)]
         inputs = [*chosen.files, *named, *filter(None, [options.system])]
         folder = claim_folder(options.out, ADSORPTION_RECORD, options.overwrite, inputs, RUN_FILES)

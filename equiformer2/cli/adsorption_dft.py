@@ -6,7 +6,7 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from equiformer2.cli.adsorption import gas_references
+from equiformer2.cli.adsorption import GAS_SOURCES, gas_references
 from equiformer2.cli.adsorption_benchmark import named_energies
 from equiformer2.cli.adsorption_search import add_model_in_place, model_in_place
 from equiformer2.cli.command import Command, Parser, Result
@@ -116,7 +116,8 @@ class AdsorptionCollect(Command):
             print("whether the model's lowest candidate holds takes DFT results of it and of another")
         else:
             held = "held" if found["top1_held"] else "did NOT hold"
-            print(f"the model's lowest candidate {held} in DFT; rank correlation {found['spearman']}")
+            rank = "" if found["spearman"] is None else f"; rank correlation {found['spearman']:.2f}"
+            print(f"the model's lowest candidate {held} in DFT{rank}")
         data = found["training_data"]
         kind = f"{data['frames']} frames with {data['energy_kind']} energies"
         print(f"{kind}: equiformer2 finetune --data {data['file']}")
@@ -259,7 +260,7 @@ class AdsorptionNeb(Command):
         from equiformer2.files import write_bytes, write_json
         from equiformer2.script import header
 
-        first, end = search.minimum(options.start), search.minimum(options.end)
+        first, end = search.end_of_path(options.start), search.end_of_path(options.end)
         last = nearest_copy(first, end, search.clean_slab)
         path = find_path(first, last, model, options.images, options.fmax, options.steps)
         folder.mkdir(parents=True, exist_ok=True)
@@ -294,9 +295,10 @@ def dft_gas(texts: Sequence[str]) -> dict[str, float]:
     parts = [part.strip() for text in texts for part in text.split(",")]
     is_molecule = [part.partition("=")[0] in ("H2", "H2O", "CO", "N2") for part in parts]
     molecules = named_energies(list(compress(parts, is_molecule)))
-    atoms, source = gas_references([part for part, skip in zip(parts, is_molecule, strict=True) if not skip])
-    if source != "vacuum":
-        raise InputError(f"--gas {source} is of a model: give energies of your DFT, such as O=-7.2")
+    of_model = next((part for part in parts if part in GAS_SOURCES), None)
+    if of_model is not None:
+        raise InputError(f"--gas {of_model} is of a model: give energies of your DFT, such as O=-7.2")
+    atoms, _ = gas_references([part for part, skip in zip(parts, is_molecule, strict=True) if not skip])
     of_molecules = energies_per_atom(molecules)
     if molecules and not of_molecules:
         raise InputError(f"--gas {', '.join(molecules)} gives no element: add H2, and H2O for O and C")

@@ -186,7 +186,7 @@ class AdsorptionSearch(Command):
             records[str(folder)] = {**record, "error": None}
             self._print(title, folder, record)
         if len(errors) == len(folders):
-            raise errors[-1]
+            raise InputError(f"none of the {len(folders)} searches could be made: see above")
         converged = all(record.get("converged") for record in records.values())
         if not several:
             return Result(record, 0 if converged else 3, chosen.checkpoint)

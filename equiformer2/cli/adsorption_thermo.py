@@ -259,11 +259,9 @@ class AdsorptionDiagram(Command):
         }
         write_json(target, record)
         for step in balanced["steps"]:
-            gases = "".join(f", {number:+g} {name}" for name, number in step["gases"].items())
-            print(
-                f"{step['from']} -> {step['to']}: {step['change_eV']:+.3f} eV; "
-                f"takes {step['electrons']:+g} (H+ + e-){gases}"
-            )
+            taken = {"(H+ + e-)": step["electrons"], **step["gases"]}
+            told = ", ".join(f"{number:+g} {name}" for name, number in taken.items() if number)
+            print(f"{step['from']} -> {step['to']}: {step['change_eV']:+.3f} eV; takes {told or 'nothing'}")
         if balanced["limiting_potential_V"] is not None:
             print(
                 f"limiting potential {balanced['limiting_potential_V']:.3f} V against RHE "

@@ -86,12 +86,21 @@ class ChosenModel:
 
     @property
     def provenance(self) -> Mapping[str, Any] | None:
-        """Provenance of the checkpoint, the first one's of a committee; None with `--calculator`."""
+        """Provenance of the checkpoint, or of a committee; None with `--calculator`."""
         from equiformer2.inference import EquiformerV2Calculator
 
         if not isinstance(self.network, EquiformerV2Calculator):
             return None
-        return self.network.predictor.checkpoint.provenance
+        return self.network.predictor.provenance
+
+    @property
+    def cutoff(self) -> float | None:
+        """Cutoff radius of the network, Å; None with `--calculator`."""
+        from equiformer2.inference import EquiformerV2Calculator
+
+        if not isinstance(self.network, EquiformerV2Calculator):
+            return None
+        return float(self.network.predictor.checkpoint.config.max_radius)
 
     def identity(self) -> dict[str, Any]:
         """Plain values that tell the model from others, for folders that go on with their relaxations."""

@@ -1,7 +1,7 @@
 """Several networks as one: their mean energy and forces, and how far apart they are."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch_geometric.data import Data
 
 from equiformer2.batch_threads import map_all
 from equiformer2.checkpoint import Checkpoint
+from equiformer2.checkpoint.training_data import with_labels_of_all
 from equiformer2.errors import InputError
 from equiformer2.inference.familiarity import Judgement, combined
 from equiformer2.inference.predictor import Predictor, Structures
@@ -69,6 +70,11 @@ class Committee:
                         f"checkpoints {other + 1} and {number + 1} of the committee hold the same weights, "
                         "whose spread would say nothing: give networks of other seeds, or another precision"
                     )
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Provenance of the first member's checkpoint, which states the labels of all members."""
+        return with_labels_of_all([member.provenance for member in self.members])
 
     @property
     def has_forces(self) -> bool:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ParamSpec, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from ase import Atoms
@@ -245,6 +245,11 @@ class Predictor:
         self.unseen_elements: list[str] = []
         self.familiarity = Familiarity(self.checkpoint, self.embed)
         self._said: set[str] = set()
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Provenance of the checkpoint."""
+        return self.checkpoint.provenance
 
     @property
     def has_forces(self) -> bool:

@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from ase.optimize import LBFGS
 from test_basins import slab, with_adsorbate
 
 from equiformer2.adsorption.cards import label_physics, verify_card
-from equiformer2.adsorption.find import find_adsorption_energy
+from equiformer2.adsorption.find import earlier_minima, find_adsorption_energy
 from equiformer2.adsorption.finished_search import FinishedSearch
 from equiformer2.adsorption.placements import placements
 from equiformer2.adsorption.search import SearchResult, SearchSettings, search_placements
@@ -346,6 +347,22 @@ def test_one_wrong_answer_of_a_calculator_fails_one_placement(
     assert result.best.id == "good"
 
 
+def test_minima_of_another_adsorbate_are_no_starts(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"placements": 1, "steps": 1, "check_minima": 0}
+    find_adsorption_energy(base(), "*OH", EMT(), out=tmp_path / "oh", **settings)
+    with pytest.raises(InputError, match=r"is a search of another adsorbate \(HO, here O\)"):
+        find_adsorption_energy(base(), "*O", EMT(), starts_from=tmp_path / "oh", **settings)
+    start = read(tmp_path / "oh" / "trajectories" / "heuristic-0000.traj", 0)
+    ((name, atoms),) = earlier_minima(tmp_path / "oh", base(), start)
+    assert (name, len(atoms)) == ("earlier-heuristic-0000", len(start))
+    start.positions[-1, 2] += 2.0  # not bound within the adsorbate, as in an isomer
+    with pytest.raises(InputError, match="is a search of another adsorbate: its"):
+        earlier_minima(tmp_path / "oh", base(), start)
+    mixed = [*placed("O", ("fcc",)), ("other", with_adsorbate(base(), "H", "fcc", (0, 0), 0.0))]
+    with pytest.raises(InputError, match="p00 and other are of different adsorbates"):
+        search_placements(base(), mixed, EMT(), tmp_path / "mixed", QUICK)
+
+
 def test_a_calculator_by_name(tmp_path: Path) -> None:
     found = find_adsorption_energy(
         base(), "*O", "emt", placements=1, steps=1, out=tmp_path / "s", draft="emt", check_minima=0
@@ -400,6 +417,11 @@ def test_a_card_is_recomputed(finished: tuple[Path, SearchResult], tmp_path: Pat
     write(tmp_path / "best.extxyz", read(folder / "best.extxyz")[::-1])
     rows = verify_card(tmp_path / "card.json", EMT())
     assert {name for name, row in rows.items() if not row["ok"]} == {"model_energy_eV", "structure_sha256"}
+    card["verifiable"]["model_energy_eV"] -= 0.005
+    for precision, differs in (("float32", True), ("bf16", False), (["float32", "bf16"], False)):
+        card["model"]["precision"] = precision
+        (tmp_path / "card.json").write_text(json.dumps(card))
+        assert verify_card(tmp_path / "card.json", EMT())["model_energy_eV"]["ok"] != differs
     with pytest.raises(InputError, match="names no checkpoint"):
         verify_card(folder / "card.json")
     with pytest.raises(InputError, match="is no trust card"):

@@ -79,14 +79,15 @@ def test_reactions_are_written_out() -> None:
         ("adsorption", "SH", None, None, "no reference for S"),
         ("total", "OH", {"source": "vacuum", "molecules": {"HO": {}}}, None, "referred to HO in vacuum"),
         ("total", "O", {"source": "given", "per_atom_eV": {"O": 4.6}}, None, "are given, and of which"),
-        ("adsorption", "O", None, "SevenNet-0, not DFT", "labels of the checkpoint are SevenNet-0"),
+        ("adsorption", "O", None, ["SevenNet-0, not DFT"], "labels of the checkpoint are SevenNet-0"),
+        ("adsorption", "O", None, ["OC20's DFT", "SevenNet-0"], "are OC20's DFT, SevenNet-0, and what"),
     ],
 )
 def test_unknown_conventions_have_a_reason(
     kind: str, symbols: str, gas: dict[str, Any] | None, provenance: Any, reason: str
 ) -> None:
     if provenance is not None:
-        stage = {"elements": {"O": 1}, "labels": [provenance], "earlier": []}
+        stage = {"elements": {"O": 1}, "labels": provenance, "earlier": []}
         provenance = {"training_data": stage}
     found = conventions(0.5, kind, Atoms(symbols), gas, provenance)
     for name in ("oc20", "literature"):

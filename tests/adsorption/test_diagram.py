@@ -60,6 +60,11 @@ def test_folders_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
     ):
         with pytest.raises(InputError, match=message):
             read_states([first, folder(tmp_path / name, "OH", 1.0, -1.0, **changes)])
+    with pytest.raises(InputError, match="are the same state"):
+        read_states([first, folder(tmp_path / "f", "HO", 1.0, -1.0), first])
+    (first / "free_energy.json").write_text('{"free_energy_eV": "low"}')
+    with pytest.raises(InputError, match="is broken, or no free energy"):
+        read_states([first])
     (first / "free_energy.json").unlink()
     with pytest.raises(InputError, match="adsorption free-energy"):
         read_states([first])

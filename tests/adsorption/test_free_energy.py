@@ -70,21 +70,22 @@ def test_thermochemistry_is_that_of_the_formulas() -> None:
 
 
 @pytest.mark.parametrize(
-    ("formula", "gases", "electrons"),
+    ("formula", "gases", "electrons", "text"),
     [
-        ("H", {}, 1.0),
-        ("OH", {"H2O": 1.0}, -1.0),
-        ("O", {"H2O": 1.0}, -2.0),
-        ("CO", {"CO": 1.0}, 0.0),
-        ("CHO", {"CO": 1.0}, 1.0),
-        ("C", {"CO": 1.0, "H2O": -1.0}, 2.0),
-        ("NH3", {"N2": 0.5}, 3.0),
-        ("CO2", {"CO": 1.0, "H2O": 1.0}, -2.0),
+        ("H", {}, 1.0, "(H+ + e-)"),
+        ("OH", {"H2O": 1.0}, -1.0, "H2O - (H+ + e-)"),
+        ("O", {"H2O": 1.0}, -2.0, "H2O - 2 (H+ + e-)"),
+        ("CO", {"CO": 1.0}, 0.0, "CO"),
+        ("CHO", {"CO": 1.0}, 1.0, "CO + (H+ + e-)"),
+        ("C", {"CO": 1.0, "H2O": -1.0}, 2.0, "CO - H2O + 2 (H+ + e-)"),
+        ("NH3", {"N2": 0.5}, 3.0, "0.5 N2 + 3 (H+ + e-)"),
+        ("CO2", {"CO": 1.0, "H2O": 1.0}, -2.0, "CO + H2O - 2 (H+ + e-)"),
     ],
 )
-def test_reactions_are_balanced(formula: str, gases: dict[str, float], electrons: float) -> None:
+def test_reactions_are_balanced(formula: str, gases: dict[str, float], electrons: float, text: str) -> None:
     reaction = Reaction.of(Atoms(formula))
     assert (reaction.gases, reaction.electrons) == (gases, electrons)
+    assert reaction.text() == text
 
 
 def test_the_default_pressure_of_water_is_that_of_room_temperature() -> None:

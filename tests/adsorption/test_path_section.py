@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
@@ -11,6 +12,7 @@ from test_basins import slab, with_adsorbate
 
 from equiformer2.adsorption.neb import EnergyPath, path_picture
 from equiformer2.adsorption.path_section import path_section, update_report
+from equiformer2.errors import InputError
 from equiformer2.report import page
 
 
@@ -73,3 +75,10 @@ def test_reports_of_earlier_versions_get_the_section(tmp_path: Path) -> None:
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert text.count("showStructures('path-0'") == 1
     assert text.rstrip().endswith("</html>")
+
+
+def test_a_broken_path_is_named(tmp_path: Path) -> None:
+    write_path(tmp_path, "a-b")
+    (tmp_path / "neb" / "a-b" / "neb.json").write_text("{}")
+    with pytest.raises(InputError, match=r"a-b/neb.json is broken"):
+        path_section(tmp_path)

@@ -214,6 +214,7 @@ def test_what_fits_nowhere_is_refused_before_a_site_is_tried(
         ({"mode": "everywhere"}, "mode 'everywhere' is unknown: use one of heuristic"),
         ({"mode": "random"}, "give the number of placements"),
         ({"number": 0}, "number of placements is 0"),
+        ({"number": 2.5}, "number of placements is 2.5: give a whole number"),
         ({"mode": "positions"}, "positions and the mode positions go together"),
         ({"positions": [(1, 2)]}, "positions and the mode positions go together"),
         ({"mode": "positions", "positions": [(1, np.nan)]}, "must be two numbers x and y"),

@@ -9,7 +9,7 @@ from ase import Atoms
 
 from equiformer2.adsorption.named_structures import build_slab, place_adsorbate
 from equiformer2.adsorption.prepare import PlacementOptions, prepare_system
-from equiformer2.adsorption.start_checks import check_start
+from equiformer2.adsorption.start_checks import check_start, image_contact
 
 
 def start(size: str = "3x3") -> Atoms:
@@ -30,6 +30,22 @@ def test_good_starts() -> None:
     built = prepare_system("Pt111", "O", placement=PlacementOptions(site="fcc"))
     assert not check_start(built, closest=1.0)
     assert not check_start(start("1x1"))  # a full layer of CO
+
+
+def test_contacts_with_images_are_found_in_skewed_cells() -> None:
+    # The shortest lattice vector is the second one less three times the first.
+    cell = [[10.0, 0.0, 0.0], [25.0, 8.0, 0.0], [0.0, 0.0, 30.0]]
+    along = np.array([-5.0, 8.0, 0.0])
+    molecule = Atoms("C7", along * np.linspace(0.0, 0.9, 7)[:, None], cell=cell, pbc=True)
+    contact = image_contact(molecule, "the adsorbate")
+    assert contact is not None
+    assert "own periodic image" in contact
+    reduced = molecule.copy()
+    reduced.set_cell([cell[0], along, cell[2]])
+    assert image_contact(reduced, "the adsorbate") == contact
+    assert image_contact(molecule[:4], "the adsorbate") is None
+    molecule.pbc = (True, False, True)
+    assert image_contact(molecule, "the adsorbate") is None
 
 
 def moved(atoms: Atoms, index: int, by: tuple[float, float, float]) -> Atoms:

@@ -13,7 +13,13 @@ from ase.build import add_adsorbate, fcc111, molecule
 
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.checkpoint.tensor_files import sha256
-from equiformer2.checkpoint.training_data import TrainingData, count_contents
+from equiformer2.checkpoint.training_data import (
+    DENSE_ANSWERS,
+    KEY,
+    TrainingData,
+    count_contents,
+    with_labels_of_all,
+)
 from equiformer2.errors import InputError
 from equiformer2.inference import atoms_to_data
 from equiformer2.shipped import find_checkpoint
@@ -118,3 +124,20 @@ def test_lists_beside_a_checkpoint_count_for_that_file_only(
     lists.write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match=r"old\.training_data\.json is broken"):
         load_checkpoint(path)
+
+
+def test_a_committee_states_the_labels_of_all_members() -> None:
+    def stage(*labels: str) -> dict[str, Any]:
+        return {"elements": {"O": 1}, "labels": list(labels)}
+
+    first = {KEY: {**stage("OC20's DFT"), "earlier": [stage("SevenNet-0, not DFT")]}, "step": 1}
+    other = {KEY: {**stage("PBE"), "earlier": []}}
+    pruned = {KEY: {**stage(DENSE_ANSWERS), "earlier": []}}
+    together = with_labels_of_all([first, other, first])
+    assert together["step"] == 1
+    told = [stage["labels"] for stage in TrainingData(together).stages or ()]
+    assert told == [["SevenNet-0, not DFT"], ["OC20's DFT", "PBE"]]
+    assert with_labels_of_all([first, pruned]) == first
+    assert with_labels_of_all([{}, {}]) == {}
+    (only,) = TrainingData(with_labels_of_all([{}, other])).stages or ()
+    assert only["labels"] == ["PBE"]

@@ -96,6 +96,8 @@ def test_a_diagram_at_several_potentials(
     assert (tmp_path / "diagram.png").stat().st_size > 5000
     assert run_command("adsorption diagram", carbon, "--end", "CH4", "--out", tmp_path / "x") == 2
     assert "no gas CH4" in capsys.readouterr().err
+    assert run_command("adsorption diagram", carbon, carbon, "--out", tmp_path / "x") == 2
+    assert "are the same state" in capsys.readouterr().err
 
 
 def test_a_diagram_with_an_unconverged_state_has_status_3(
@@ -109,7 +111,7 @@ def test_a_diagram_with_an_unconverged_state_has_status_3(
     sentence = "the structure has not converged (largest force 0.200 eV/Å)"
     changed = free_energy(carbon) | {"converged": False, "warnings": [sentence]}
     (copy / "free_energy.json").write_text(json.dumps(changed))
-    assert run_command("adsorption diagram", carbon, copy, "--out", tmp_path / "d") == 3
+    assert run_command("adsorption diagram", copy, "--out", tmp_path / "d") == 3
     assert f"warning: *CHO: {sentence}" in capsys.readouterr().out
     assert f"*CHO: {sentence}" in json.loads((tmp_path / "d" / "diagram.json").read_text())["warnings"]
 

@@ -62,6 +62,7 @@ def test_mean_and_spread_are_those_of_the_members(three: list[Path], oxygen_on_c
     np.testing.assert_allclose(calculator.results["forces_std"], members.std(axis=0), atol=1e-5)
     assert calculator.results["energy_std"] > 0
     assert calculator.energy_kind == "adsorption"
+    assert calculator.predictor.provenance == Predictor(three[0]).provenance
 
 
 def test_a_list_of_one_and_loaded_predictors(three: list[Path], oxygen_on_copper: Atoms) -> None:

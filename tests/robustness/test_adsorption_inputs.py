@@ -511,3 +511,13 @@ def test_a_wrapped_system_gives_the_same(tmp_path: Path) -> None:
 def test_placement_options_reach_the_check() -> None:
     with pytest.raises(InputError, match="closer than a bond"):
         prepare_system("Pt111", "O", placement=PlacementOptions(height=0.5))
+
+
+def test_a_vacuum_thinner_than_the_cutoff_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slab = ["--slab", "Cu111", "--size", "2x2x2", "--vacuum", "3.5", "--adsorbate", "O"]
+    network = ["--checkpoint", "oc20_small", "--out", tmp_path / "out"]
+    assert run_command("adsorption energy", *network, *slab) == 2
+    assert "the vacuum of 7.0 Å is thinner than the cutoff of 8 Å" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

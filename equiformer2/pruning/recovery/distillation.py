@@ -22,6 +22,7 @@ from datasets_oc20.targets import NUM_ELEMENTS
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import Checkpoint, Normalizers, load_checkpoint
 from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
+from equiformer2.checkpoint.training_data import DENSE_ANSWERS
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, read_json, whole_file, write_json
 from equiformer2.inference import Predictor
@@ -135,7 +136,7 @@ def label(teacher: Predictor, paths: Paths, target: AnyPath, batch_size: int = 8
     named = [paths] if isinstance(paths, str | Path) else list(paths)
     check_target(target, inputs=named)
     origin = {
-        "labels": "answers of the dense network, not of DFT",
+        "labels": DENSE_ANSWERS,
         "teacher": fingerprint_of_weights(teacher.checkpoint.model),
         "structures": [str(path) for path in named],
     }
