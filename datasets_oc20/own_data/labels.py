@@ -15,6 +15,7 @@ from datasets_oc20.constraints import held_atoms
 from datasets_oc20.errors import DataError
 from datasets_oc20.own_data.atom_rules import AtomRule
 from datasets_oc20.own_data.selection import FrameSelection
+from datasets_oc20.schema import LARGEST_COORDINATE
 from datasets_oc20.structure_record import check_energy_kind
 from datasets_oc20.tags import are_ase_layers
 
@@ -122,6 +123,10 @@ NOTICES = {
     "no adsorbate": "no atom is marked as adsorbate (tag 2), which energies and forces do not need; "
     "--adsorbate "
     "'last 2' or a formula marks it",
+    "other forces": "structures have no forces under ASE's name, but numbers for every atom under {key}; if "
+    "these are the forces, give --forces-key {key}",
+    "no such adsorbate": "no atom fulfils the rule of --adsorbate",
+    "no such fixed": "no atom fulfils the rule of --fixed",
     "magnetic": "magnetic moments are not kept: the network sees positions and elements only, and learns the "
     "energy of one magnetic state per structure",
     "charged": "structures state a charge, which the network does not see; do not mix charges in one set",
@@ -131,6 +136,12 @@ NOTICES = {
     "or T,T,F sets the periodic directions",
 }
 """Sentences of notices, by kind; each is told once, with the number of structures."""
+
+
+def notice_sentence(kind: str) -> str:
+    """Return the sentence of a kind of notice, which may name a key: `other forces: REF_forces`."""
+    name, _, key = kind.partition(": ")
+    return NOTICES[name].format(key=key)
 
 
 def label(atoms: Atoms, options: LabelOptions, needs_energy: bool = True) -> Labelled:
@@ -150,6 +161,7 @@ def label(atoms: Atoms, options: LabelOptions, needs_energy: bool = True) -> Lab
     results = {name: value for name, value in results.items() if value is not None}
     pbc = np.array(atoms.pbc if options.pbc is None else options.pbc, dtype=bool)
     cell = atoms.cell.array
+    _check_positions(atoms.positions)
     notices = _check_cell(cell, pbc)
     fields: dict[str, Any] = {
         "pos": wrap_positions(atoms.get_positions(), atoms.cell, pbc, eps=0),
@@ -165,6 +177,8 @@ def label(atoms: Atoms, options: LabelOptions, needs_energy: bool = True) -> Lab
     forces = _found(atoms, results, options.forces_key, "forces")
     if forces is not None:
         fields["forces"] = _numbers(forces, "forces", len(atoms)) * FORCE_UNITS[options.forces_unit]
+    elif (key := _key_like_forces(atoms)) is not None:
+        notices.add(f"other forces: {key}")
     stress = _stress(atoms, results, options)
     if stress is not None:
         fields["stress"] = stress
@@ -172,6 +186,12 @@ def label(atoms: Atoms, options: LabelOptions, needs_energy: bool = True) -> Lab
     tags, tags_from, other = _tags(atoms, fixed, options)
     fields |= {"fixed": fixed, "tags": tags}
     notices |= other
+    for rule, chosen, kind in (
+        (options.adsorbate, tags == 2, "no such adsorbate"),
+        (options.fixed, fixed, "no such fixed"),
+    ):
+        if rule is not None and not rule.is_none and not chosen.any():
+            notices.add(kind)
     magnetic = results.get("magmoms", results.get("magmom", 0.0))
     if np.any(np.abs(np.nan_to_num(np.asarray(magnetic, dtype=float))) > 1e-3):
         notices.add("magnetic")
@@ -179,6 +199,29 @@ def label(atoms: Atoms, options: LabelOptions, needs_energy: bool = True) -> Lab
     if isinstance(charge, int | float | np.number) and charge:
         notices.add("charged")
     return Labelled(fields, tags_from, fixed_from, notices, _system(atoms), _group(atoms, options))
+
+
+def _check_positions(positions: np.ndarray) -> None:
+    """Raise `DataError` for positions `[N, 3]` (Å) that wrapping into the cell would make look usable."""
+    wrong = np.flatnonzero(~(np.abs(positions) <= LARGEST_COORDINATE).all(axis=1))
+    if not len(wrong):
+        return
+    atom = int(wrong[0])
+    if not np.isfinite(positions[atom]).all():
+        raise DataError(f"the position of atom {atom} is not finite (NaN)")
+    raise DataError(
+        f"atom {atom} is {np.abs(positions[atom]).max():.3g} Å away from the origin, too far to tell where "
+        "it is among the others; move the structure to the origin"
+    )
+
+
+def _key_like_forces(atoms: Atoms) -> str | None:
+    """Return a key that has forces in its name and three numbers per atom, if there is one."""
+    for key, value in {**atoms.info, **atoms.arrays}.items():
+        is_named = isinstance(key, str) and "force" in key.lower()
+        if is_named and isinstance(value, np.ndarray) and value.shape == (len(atoms), 3):
+            return key[:40]
+    return None
 
 
 def _check_cell(cell: np.ndarray, pbc: np.ndarray) -> set[str]:
@@ -228,6 +271,7 @@ def _keys(atoms: Atoms, results: Mapping[str, Any]) -> str:
         "tags",
         "sid",
         "unique_id",
+        "adsorbate_info",
         "initial_magmoms",
         "initial_charges",
         "momenta",
