@@ -216,6 +216,12 @@ class Import(Command):
         print(f"energy: {options.energy_key or energy}")
         kind = options.energy_kind or "total, unless the file says otherwise (codes write total energies)"
         print(f"kind of energy: {kind}")
+        print(
+            f"units: energies in {options.energy_unit}, forces in {options.forces_unit}, stress in "
+            f"{options.stress_unit}, positive under {options.stress_sign} (ASE's: eV, eV/A, eV/A^3, tension; "
+            "--energy-unit, --forces-unit, --stress-unit, --stress-sign)"
+        )
+        print("steps whose electronic steps did not converge: dropped (their energies are not final)")
         print(f"periodic directions: {options.pbc or 'as in the files (--pbc sets them)'}")
 
     def _directions(self, text: str | None) -> tuple[bool, bool, bool] | None:
