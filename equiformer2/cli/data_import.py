@@ -178,11 +178,18 @@ class Import(Command):
             split = SplitOptions(options.split or "key", self._shares(options.fractions), options.seed or 0)
         settings = ImportOptions(labels, options.energy_kind, options.mixed, not options.no_unit_check, split)
         report_path = report_file(options.out)
-        for path in (*part_files(options.out, split).values(), report_path):
+        written = part_files(options.out, split).values()
+        for path in (*written, report_path):
             check_target(path, inputs=options.files, overwrite=options.overwrite)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         self._print_defaults(options)
         report = import_files(options.files, options.out, settings, options.num_workers)
+        for path in part_files(options.out, SplitOptions()).values():
+            if path not in written and path.exists():
+                report.notices.append(
+                    f"{path} is of an earlier import, and its frames may be among those for training now: "
+                    "remove it, or give --split"
+                )
         record = {**header("data-import/1"), **report.to_record()}
         print(report.to_text())
         if not report.kept:

@@ -68,6 +68,7 @@ def test_everything_in_one_command(
     assert sorted(path.name for path in out.glob("model*.pt")) == ["model.pt", "model_1.pt"]
     assert (out / "parity.png").stat().st_size > 10_000
     assert not any("parity" in training for training in record["trainings"].values())
+    assert f"{record['models'][0]['trainable_parameters']:,} trainable parameters" in printed.err
     assert "forces alone" in printed.err
     assert "total energies" in printed.err
     model = load_checkpoint(out / "model.pt")
