@@ -79,9 +79,24 @@ class Import(Command):
             metavar="KEY",
             help="key with the stress, or with a virial if its name says so (default: ASE's stress)",
         )
-        add("--energy-unit", choices=_ENERGY_UNITS, default="eV", help="unit (default: %(default)s)")
-        add("--forces-unit", choices=_FORCE_UNITS, default="eV/A", help="unit (default: %(default)s)")
-        add("--stress-unit", choices=_STRESS_UNITS, default="eV/A^3", help="unit (default: %(default)s)")
+        add(
+            "--energy-unit",
+            choices=_ENERGY_UNITS,
+            default="eV",
+            help="unit of the energies, and of a virial (default: %(default)s)",
+        )
+        add(
+            "--forces-unit",
+            choices=_FORCE_UNITS,
+            default="eV/A",
+            help="unit of the forces (default: %(default)s)",
+        )
+        add(
+            "--stress-unit",
+            choices=_STRESS_UNITS,
+            default="eV/A^3",
+            help="unit of the stress (default: %(default)s)",
+        )
         add(
             "--stress-sign",
             choices=("tension", "compression"),
