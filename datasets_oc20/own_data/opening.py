@@ -154,7 +154,7 @@ def open_dataset(
 
     LMDB and ASE-LMDB files and folders of them are opened as `OC20Lmdb`. Anything else (extended XYZ,
     trajectories, `ase.db` databases, outputs of VASP, Quantum ESPRESSO and GPAW, folders of these) is read
-    into memory, with the checks of `equiformer2 data import`.
+    into memory, with the checks of `equiformer2 data import`, and so are LMDB files that are named beside it.
 
     Args:
         path: a file, a folder, or a list of them.
@@ -166,8 +166,11 @@ def open_dataset(
     """
     paths = [Path(path)] if isinstance(path, str | os.PathLike) else [Path(item) for item in path]
     check_energy_kind(energy_kind)
-    if not paths or any(is_lmdb(item) for item in paths):
+    if all(is_lmdb(item) for item in paths):
         return OC20Lmdb(path, energy_kind)
+    for item in paths:
+        if not item.exists():
+            raise DataError(f"{item}: no such file.")
     return MemoryDataset(paths, energy_kind, needs_energy)
 
 

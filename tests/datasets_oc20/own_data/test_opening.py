@@ -40,6 +40,17 @@ def test_files_in_memory_are_as_the_imported_ones() -> None:
         memory[4]
 
 
+def test_lmdb_files_beside_others_are_read_with_them() -> None:
+    write("a.traj", trajectory(slab(), 4))
+    write_lmdb("b.lmdb", trajectory(slab("Cu"), 3), "total")
+    data = open_dataset(["a.traj", Path("b.lmdb")])
+    assert (len(data), data.energy_kind) == (7, "total")
+    assert data[6].atomic_numbers.unique().tolist() == [29]
+    for paths in (["a.traj", "missing.traj"], ["missing.traj", "a.traj"]):
+        with pytest.raises(DataError, match=r"^missing\.traj: no such file"):
+            open_dataset(paths)
+
+
 def test_what_is_left_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
     frames = trajectory(slab(), 3)
     frames[1].calc.results["energy"] = np.nan
