@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.geometry import wrap_positions
+from ase.geometry import complete_cell, wrap_positions
 from ase.stress import voigt_6_to_full_3x3_stress
 from ase.units import Bohr, GPa, Hartree, Rydberg, kcal, kJ, mol
+from scipy.spatial import cKDTree
 
 from datasets_oc20.constraints import held_atoms
 from datasets_oc20.errors import DataError
@@ -38,6 +39,8 @@ FORCE_UNITS = {
 }
 STRESS_UNITS = {"eV/A^3": 1.0, "GPa": GPa, "kbar": 0.1 * GPa}
 STRESS_SIGNS = ("tension", "compression")
+_SAME_PLACE = 0.01
+"""Å; atoms of which one is nearer to another, or to its image, have no direction to it."""
 _FLAT = 1e-6
 """Å³ per volume of a box of the same edges; a cell below has no volume."""
 
@@ -163,6 +166,7 @@ def label(atoms: Atoms, options: LabelOptions, needs_energy: bool = True) -> Lab
     cell = atoms.cell.array
     _check_positions(atoms.positions)
     notices = _check_cell(cell, pbc)
+    _check_apart(atoms.positions, cell, pbc)
     fields: dict[str, Any] = {
         "pos": wrap_positions(atoms.get_positions(), atoms.cell, pbc, eps=0),
         "atomic_numbers": atoms.get_atomic_numbers(),
@@ -215,6 +219,26 @@ def _check_positions(positions: np.ndarray) -> None:
     )
 
 
+def _check_apart(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> None:
+    """Raise `DataError` for two atoms at the same place, which no network takes."""
+    box = complete_cell(cell)
+    places = np.linalg.solve(box.T, positions.T).T
+    places[:, pbc] -= np.floor(places[:, pbc])
+    places[:, pbc] = np.where(places[:, pbc] < 1.0, places[:, pbc], 0.0)
+    # A difference of fractions is at most this long where atoms are so near.
+    reach = min(_SAME_PLACE / np.linalg.svd(box, compute_uv=False).min(), 0.49)
+    pairs = cKDTree(places, boxsize=pbc.astype(float)).query_pairs(reach, output_type="ndarray")
+    between = places[pairs[:, 0]] - places[pairs[:, 1]]
+    between[:, pbc] -= np.round(between[:, pbc])
+    near = np.flatnonzero(np.linalg.norm(between @ box, axis=1) <= _SAME_PLACE)
+    if len(near):
+        first, second = sorted(pairs[near[0]].tolist())
+        raise DataError(
+            f"atoms {first} and {second} are at the same place (a periodic image counts); remove one of "
+            "them, or correct the cell or --pbc"
+        )
+
+
 def _key_like_forces(atoms: Atoms) -> str | None:
     """Return a key that has forces in its name and three numbers per atom, if there is one."""
     for key, value in {**atoms.info, **atoms.arrays}.items():
@@ -237,11 +261,11 @@ def _check_cell(cell: np.ndarray, pbc: np.ndarray) -> set[str]:
             f"the structure is periodic along {' and '.join(missing)} but has no lattice vector there; set "
             "the cell, or --pbc"
         )
+    box = cell if (lengths >= 1e-6).all() else complete_cell(np.where(lengths[:, None] < 1e-6, 0.0, cell))
+    if not abs(np.linalg.det(box)) >= _FLAT * np.prod(np.linalg.norm(box, axis=1)):  # NaN for parallel ones
+        raise DataError("the cell has no volume: its lattice vectors lie in one plane")
     if (lengths < 1e-6).any():
         return {"no cell"} if not pbc.any() else set()
-    volume = abs(np.linalg.det(cell))
-    if volume < _FLAT * np.prod(lengths):
-        raise DataError("the cell has no volume: its lattice vectors lie in one plane")
     return set() if pbc.any() else {"not periodic"}
 
 

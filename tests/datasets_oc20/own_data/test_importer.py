@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -250,13 +251,17 @@ def _plane_cell(frames: list[Atoms]) -> list[Atoms]:
     return frames
 
 
-def _moved(positions: list[float]) -> Change:
+def _moved(positions: Any) -> Change:
     def change(frames: list[Atoms]) -> list[Atoms]:
         frames[1].positions[3] = positions
         frames[1].calc.atoms.positions[3] = positions
         return frames
 
     return change
+
+
+def _at_an_image(frames: list[Atoms]) -> list[Atoms]:
+    return _moved(frames[1].positions[9] + frames[1].cell[0] - frames[1].cell[1])(frames)
 
 
 def _huge_force(frames: list[Atoms]) -> list[Atoms]:
@@ -273,6 +278,7 @@ BAD_FRAMES: list[tuple[Change, str]] = [
     (_plane_cell, "the cell has no volume"),
     (_huge_force, "the force on atom 2 is"),
     (_moved([0.0, 1e30, 0.0]), "atom 3 is 1e+30 Å away from the origin"),
+    (_at_an_image, "atoms 3 and 9 are at the same place (a periodic image counts)"),
 ]
 
 
