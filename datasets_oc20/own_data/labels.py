@@ -261,8 +261,11 @@ def _check_cell(cell: np.ndarray, pbc: np.ndarray) -> set[str]:
             f"the structure is periodic along {' and '.join(missing)} but has no lattice vector there; set "
             "the cell, or --pbc"
         )
-    box = cell if (lengths >= 1e-6).all() else complete_cell(np.where(lengths[:, None] < 1e-6, 0.0, cell))
-    if not abs(np.linalg.det(box)) >= _FLAT * np.prod(np.linalg.norm(box, axis=1)):  # NaN for parallel ones
+    box = np.where(lengths[:, None] < 1e-6, 0.0, cell)
+    with np.errstate(invalid="ignore"):  # NaN for parallel vectors
+        box = box if (lengths >= 1e-6).all() else complete_cell(box)
+        is_whole = abs(np.linalg.det(box)) >= _FLAT * np.prod(np.linalg.norm(box, axis=1))
+    if not is_whole:
         raise DataError("the cell has no volume: its lattice vectors lie in one plane")
     if (lengths < 1e-6).any():
         return {"no cell"} if not pbc.any() else set()

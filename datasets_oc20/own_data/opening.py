@@ -66,7 +66,7 @@ class MemoryDataset(OC20Lmdb):
             if kept > MAX_FRAMES:
                 raise self._too_large(f"{kept} frames")
             if not kept:
-                rows = dropped_rows(dropped) or ["no file with results of DFT"]
+                rows = dropped_rows(dropped)
                 more = f", and {len(rows) - 1} more" if len(rows) > 1 else ""
                 raise DataError(f"{self.path}: no frame can be used ({_with_origin(rows[0])}{more}).")
             _warn_of(dropped)

@@ -221,8 +221,6 @@ class Import(Command):
                 f"the selection leaves out all {report.not_selected} frames that could be read, so nothing "
                 "was written"
             )
-        if not report.dropped:
-            return "no file holds results of DFT: nothing was written"
         first = report.dropped[0]
         place = "" if first.index is None else f", frame {first.index}"
         more = f" (and {len(report.dropped) - 1} more)" if len(report.dropped) > 1 else ""

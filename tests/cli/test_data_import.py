@@ -114,7 +114,7 @@ REFUSED: list[tuple[str, list[str], str]] = [
         ["a.traj", "--out", "b.lmdb", "--select", "natoms>500"],
         "leaves out all 3",
     ),
-    ("nothing", ["empty", "--out", "b.lmdb"], "no file holds results of DFT"),
+    ("nothing", ["empty", "--out", "b.lmdb"], "empty: the folder holds no results that ASE reads"),
 ]
 
 

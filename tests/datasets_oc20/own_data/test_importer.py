@@ -251,6 +251,13 @@ def _plane_cell(frames: list[Atoms]) -> list[Atoms]:
     return frames
 
 
+def _parallel_vectors(frames: list[Atoms]) -> list[Atoms]:
+    for atoms in (frames[1], frames[1].calc.atoms):
+        atoms.cell[1], atoms.cell[2] = 2 * atoms.cell[0], 0.0
+        atoms.pbc = (True, True, False)
+    return frames
+
+
 def _moved(positions: Any) -> Change:
     def change(frames: list[Atoms]) -> list[Atoms]:
         frames[1].positions[3] = positions
@@ -276,6 +283,7 @@ BAD_FRAMES: list[tuple[Change, str]] = [
     (_no_energy, "it has no energy"),
     (_flat_cell, "periodic along c but has no lattice vector"),
     (_plane_cell, "the cell has no volume"),
+    (_parallel_vectors, "the cell has no volume"),
     (_huge_force, "the force on atom 2 is"),
     (_moved([0.0, 1e30, 0.0]), "atom 3 is 1e+30 Å away from the origin"),
     (_at_an_image, "atoms 3 and 9 are at the same place (a periodic image counts)"),
