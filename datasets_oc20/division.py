@@ -87,12 +87,15 @@ def divide(
     if len(sizes) == 1:
         order = np.lexsort((np.arange(count), np.asarray(frame_numbers)))
         before, later = split_later_frames(count, LATER_SHARE, _LATER_GAP)
+        between = count - len(before) - len(later)
         return Division(
             np.sort(order[before]),
             np.sort(order[later]),
             True,
             f"all {count} frames are of one system, {systems[0]}: its first {len(before)} frames to train on "
-            f"and its last {len(later)} to judge by, the easy case, which says nothing about other systems",
+            f"and its last {len(later)} to judge by"
+            f"{f', without the {between} between' if between else ''}, the easy case, which says nothing "
+            "about other systems",
         )
     names = sorted(sizes)
     random.Random(seed).shuffle(names)

@@ -157,13 +157,16 @@ def open_content(path: Path, limit: int = MAX_UNPACKED) -> IO[bytes]:
 class GuardedText(io.TextIOWrapper):
     """Text that stops a parser which reads on behind the end, for atoms that it was promised.
 
+    Bytes that are not UTF-8, as in a title that was written in Latin-1, become replacement characters:
+    numbers and elements are ASCII in all formats.
+
     Args:
         path: the file, for messages.
         file: its content.
     """
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
-        super().__init__(file, encoding="utf-8")
+        super().__init__(file, encoding="utf-8", errors="replace")
         self._path = path
         self._at_end = 0
 

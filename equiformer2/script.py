@@ -46,8 +46,9 @@ def exit_status(main: Callable[[], int | None], debug: bool = False) -> int:
     global _began
     _began = time.monotonic()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal in ASCII prints Å as \\xc5
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal in ASCII prints Å as \\xc5; a log file shows every line when it is printed.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     # Signals that would kill the process at once end it as an exception does.
     owner = os.getpid()
 

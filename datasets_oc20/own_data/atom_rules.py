@@ -49,6 +49,11 @@ class AtomRule:
         if text != "none" and not is_formula and not any(pattern.fullmatch(text) for pattern in patterns):
             raise DataError(f"the rule {self.text[:60]!r} for atoms is not understood; give {_KINDS}.")
 
+    @property
+    def is_none(self) -> bool:
+        """True for the rule that chooses no atom of any structure."""
+        return self.text.strip() == "none"
+
     def choose(self, atoms: Atoms) -> np.ndarray:
         """Find the atoms, `[N]` bool.
 
@@ -58,7 +63,7 @@ class AtomRule:
         text = self.text.strip()
         natoms = len(atoms)
         chosen = np.zeros(natoms, dtype=bool)
-        if text == "none":
+        if self.is_none:
             return chosen
         if (match := _HEIGHT.fullmatch(text)) is not None:
             heights = atoms.positions[:, "xyz".index(match[1])]

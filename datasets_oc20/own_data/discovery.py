@@ -63,8 +63,8 @@ def find_sources(paths: Iterable[str | os.PathLike[str]]) -> Found:
     """Find the files to read; folders are searched with all folders in them.
 
     Where `vasprun.xml` and `OUTCAR` of one calculation lie side by side in a folder, the first is read, which
-    holds settings and constraints, and the other where it is not whole. Hidden files are left out, and LMDB
-    files that an import wrote.
+    holds settings and constraints, and the other where it is not whole. Links to folders are followed. Hidden
+    files are left out, and LMDB files that an import wrote.
 
     Args:
         paths: files and folders; one that is named twice is read once.
@@ -82,6 +82,8 @@ def find_sources(paths: Iterable[str | os.PathLike[str]]) -> Found:
         try:
             if path.is_dir():
                 files = _files_of(path, found)
+                if not files:
+                    found.missing.append((str(path), "the folder holds no results that ASE reads"))
             elif not os.path.lexists(path):
                 found.missing.append((str(path), "there is no such file"))
                 continue
@@ -110,8 +112,21 @@ def find_sources(paths: Iterable[str | os.PathLike[str]]) -> Found:
 def _files_of(folder: Path, found: Found) -> list[tuple[Path, ...]]:
     """List the files of a folder that may hold energies, each with the others of its calculation."""
     groups: list[tuple[Path, ...]] = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    visited = {os.path.realpath(folder)}
+
+    def is_new(place: str) -> bool:
+        """Tell whether a folder was not visited yet: links may lead in a circle."""
+        real = os.path.realpath(place)
+        new = real not in visited
+        visited.add(real)
+        return new
+
+    def note(error: OSError) -> None:
+        found.missing.append((str(error.filename), f"cannot be read ({error.strerror})"))
+
+    for place, folders, names in os.walk(folder, onerror=note, followlinks=True):
+        shown = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in shown if is_new(os.path.join(place, name))]
         files = {
             name: Path(place, name)
             for name in sorted(names)

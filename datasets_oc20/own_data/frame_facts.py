@@ -17,6 +17,21 @@ _SMALL_STEP = 0.2
 _PROJECTIONS = 8  # with three, some of 100,000 different frames of one slab agree
 
 
+@dataclass(frozen=True)
+class Origins:
+    """Where the labels of a frame come from; one object stands for all frames of the same.
+
+    Attributes:
+        tags: origin of the tags.
+        fixed: origin of the fixed atoms.
+        notices: kinds of notices that concern the frame, as `labels.notice_sentence` takes them.
+    """
+
+    tags: str = ""
+    fixed: str = ""
+    notices: tuple[str, ...] = ()
+
+
 @dataclass(slots=True)
 class FrameFacts:
     """One frame that can be used.
@@ -36,6 +51,7 @@ class FrameFacts:
         sid: name of its system.
         step: difference in energy (eV) to the frame before it, and that difference as the forces of both give
             it (eV); None where they do not tell.
+        origins: where its labels come from.
         offset: place of its record in the file of its source.
         size: bytes of its record.
     """
@@ -53,6 +69,7 @@ class FrameFacts:
     group: str = ""
     sid: str = ""
     step: tuple[float, float] | None = None
+    origins: Origins = Origins()
     offset: int = 0
     size: int = 0
 

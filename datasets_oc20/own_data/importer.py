@@ -16,7 +16,14 @@ from tqdm import tqdm
 
 from datasets_oc20.atomic import remove_stale, temporary_beside
 from datasets_oc20.errors import DataError
-from datasets_oc20.own_data.checks import Place, check_one_kind, different_settings, places, unit_problem
+from datasets_oc20.own_data.checks import (
+    MAX_FORCE,
+    Place,
+    check_one_kind,
+    different_settings,
+    places,
+    unit_problem,
+)
 from datasets_oc20.own_data.discovery import Found, find_sources
 from datasets_oc20.own_data.frame_facts import FrameFacts
 from datasets_oc20.own_data.labels import LabelOptions, check_kind
@@ -344,7 +351,8 @@ def _check_size(frames: ReadSet, placed: Sequence[Place]) -> None:
     frames.notices.append(
         f"the energies are taken as total energies, but {size}; if they are adsorption energies, give "
         "--energy-kind "
-        "adsorption, and if they are energies per atom, multiply them by the number of atoms"
+        "adsorption, if they are energies per atom, multiply them by the number of atoms, and if they are in "
+        "another unit, give --energy-unit"
     )
 
 
@@ -364,9 +372,7 @@ def _note(frames: ReadSet, placed: Sequence[Place]) -> None:
     if len(kinds) > 1:
         periodicity = Periodicity(directions={pbc: (1, str(place)) for pbc, place in kinds.items()})
         frames.notices += periodicity.notices().values()
-    total: Counter[str] = Counter()
-    for result in frames.results:
-        total.update(result.notices)
+    total = Counter(kind for place in placed for kind in place.facts.origins.notices)
     frames.notices += notice_sentences(total, len(placed))
     for names, text in (
         (frames.found.merged, "of calculations of which vasprun.xml is read"),
@@ -377,8 +383,8 @@ def _note(frames: ReadSet, placed: Sequence[Place]) -> None:
             frames.notices.append(f"{numbered(len(names), 'file')} {text} ({shown})")
 
 
-def _size_notices(placed: Sequence[Place]) -> list[str]:
-    """Return notices about sets that are too small to learn from or to test on."""
+def _set_notices(placed: Sequence[Place]) -> list[str]:
+    """Return notices about sets that are too small to learn from or to test on, or have too large forces."""
     notices: list[str] = []
     if len(placed) == 1:
         notices.append("there is one frame, which is too few to train or to test on")
@@ -388,17 +394,19 @@ def _size_notices(placed: Sequence[Place]) -> list[str]:
             f"all frames are of one system ({next(iter(systems))}), so nothing is known about others; errors "
             "on held-out frames will look better than they are"
         )
+    large = sum(place.facts.max_force > MAX_FORCE for place in placed)
+    if 2 * large > len(placed):
+        notices.append(
+            f"{large} of {len(placed)} frames have forces above {MAX_FORCE:g} eV/Å, as hardly any "
+            "relaxation has; if they are in another unit, such as meV/Å, give --forces-unit"
+        )
     return notices
 
 
 def _report(frames: ReadSet, placed: list[Place], out: str) -> ImportReport:
     dropped = frames.dropped()
-    tags: Counter[str] = Counter()
-    fixed: Counter[str] = Counter()
-    for result in frames.results:
-        if result.frames:
-            tags.update(result.tags_from)
-            fixed.update(result.fixed_from)
+    tags = Counter(place.facts.origins.tags for place in placed)
+    fixed = Counter(place.facts.origins.fixed for place in placed)
     not_selected = sum(result.not_selected for result in frames.results)
     return ImportReport(
         read=len(placed) + not_selected + sum(item.index is not None for item in dropped),
@@ -417,7 +425,7 @@ def _report(frames: ReadSet, placed: list[Place], out: str) -> ImportReport:
         duplicates=listed_duplicates(placed),
         outliers=listed_outliers(placed),
         isolated_atoms=isolated_atoms(placed),
-        notices=[*_size_notices(placed), *frames.notices],
+        notices=[*_set_notices(placed), *frames.notices],
     )
 
 

@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.geometry import wrap_positions
+from ase.geometry import complete_cell, wrap_positions
 from ase.stress import voigt_6_to_full_3x3_stress
 from ase.units import Bohr, GPa, Hartree, Rydberg, kcal, kJ, mol
+from scipy.spatial import cKDTree
 
 from datasets_oc20.constraints import held_atoms
 from datasets_oc20.errors import DataError
 from datasets_oc20.own_data.atom_rules import AtomRule
 from datasets_oc20.own_data.selection import FrameSelection
+from datasets_oc20.schema import LARGEST_COORDINATE
 from datasets_oc20.structure_record import check_energy_kind
 from datasets_oc20.tags import are_ase_layers
 
@@ -37,6 +39,8 @@ FORCE_UNITS = {
 }
 STRESS_UNITS = {"eV/A^3": 1.0, "GPa": GPa, "kbar": 0.1 * GPa}
 STRESS_SIGNS = ("tension", "compression")
+_SAME_PLACE = 0.01
+"""Å; atoms of which one is nearer to another, or to its image, have no direction to it."""
 _FLAT = 1e-6
 """Å³ per volume of a box of the same edges; a cell below has no volume."""
 
@@ -122,6 +126,10 @@ NOTICES = {
     "no adsorbate": "no atom is marked as adsorbate (tag 2), which energies and forces do not need; "
     "--adsorbate "
     "'last 2' or a formula marks it",
+    "other forces": "structures have no forces under ASE's name, but numbers for every atom under {key}; if "
+    "these are the forces, give --forces-key {key}",
+    "no such adsorbate": "no atom fulfils the rule of --adsorbate",
+    "no such fixed": "no atom fulfils the rule of --fixed",
     "magnetic": "magnetic moments are not kept: the network sees positions and elements only, and learns the "
     "energy of one magnetic state per structure",
     "charged": "structures state a charge, which the network does not see; do not mix charges in one set",
@@ -131,6 +139,12 @@ NOTICES = {
     "or T,T,F sets the periodic directions",
 }
 """Sentences of notices, by kind; each is told once, with the number of structures."""
+
+
+def notice_sentence(kind: str) -> str:
+    """Return the sentence of a kind of notice, which may name a key: `other forces: REF_forces`."""
+    name, _, key = kind.partition(": ")
+    return NOTICES[name].format(key=key)
 
 
 def label(atoms: Atoms, options: LabelOptions, needs_energy: bool = True) -> Labelled:
@@ -150,7 +164,9 @@ def label(atoms: Atoms, options: LabelOptions, needs_energy: bool = True) -> Lab
     results = {name: value for name, value in results.items() if value is not None}
     pbc = np.array(atoms.pbc if options.pbc is None else options.pbc, dtype=bool)
     cell = atoms.cell.array
+    _check_positions(atoms.positions)
     notices = _check_cell(cell, pbc)
+    _check_apart(atoms.positions, cell, pbc)
     fields: dict[str, Any] = {
         "pos": wrap_positions(atoms.get_positions(), atoms.cell, pbc, eps=0),
         "atomic_numbers": atoms.get_atomic_numbers(),
@@ -165,6 +181,8 @@ def label(atoms: Atoms, options: LabelOptions, needs_energy: bool = True) -> Lab
     forces = _found(atoms, results, options.forces_key, "forces")
     if forces is not None:
         fields["forces"] = _numbers(forces, "forces", len(atoms)) * FORCE_UNITS[options.forces_unit]
+    elif (key := _key_like_forces(atoms)) is not None:
+        notices.add(f"other forces: {key}")
     stress = _stress(atoms, results, options)
     if stress is not None:
         fields["stress"] = stress
@@ -172,6 +190,12 @@ def label(atoms: Atoms, options: LabelOptions, needs_energy: bool = True) -> Lab
     tags, tags_from, other = _tags(atoms, fixed, options)
     fields |= {"fixed": fixed, "tags": tags}
     notices |= other
+    for rule, chosen, kind in (
+        (options.adsorbate, tags == 2, "no such adsorbate"),
+        (options.fixed, fixed, "no such fixed"),
+    ):
+        if rule is not None and not rule.is_none and not chosen.any():
+            notices.add(kind)
     magnetic = results.get("magmoms", results.get("magmom", 0.0))
     if np.any(np.abs(np.nan_to_num(np.asarray(magnetic, dtype=float))) > 1e-3):
         notices.add("magnetic")
@@ -179,6 +203,49 @@ def label(atoms: Atoms, options: LabelOptions, needs_energy: bool = True) -> Lab
     if isinstance(charge, int | float | np.number) and charge:
         notices.add("charged")
     return Labelled(fields, tags_from, fixed_from, notices, _system(atoms), _group(atoms, options))
+
+
+def _check_positions(positions: np.ndarray) -> None:
+    """Raise `DataError` for positions `[N, 3]` (Å) that wrapping into the cell would make look usable."""
+    wrong = np.flatnonzero(~(np.abs(positions) <= LARGEST_COORDINATE).all(axis=1))
+    if not len(wrong):
+        return
+    atom = int(wrong[0])
+    if not np.isfinite(positions[atom]).all():
+        raise DataError(f"the position of atom {atom} is not finite (NaN)")
+    raise DataError(
+        f"atom {atom} is {np.abs(positions[atom]).max():.3g} Å away from the origin, too far to tell where "
+        "it is among the others; move the structure to the origin"
+    )
+
+
+def _check_apart(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> None:
+    """Raise `DataError` for two atoms at the same place, which no network takes."""
+    box = complete_cell(cell)
+    places = np.linalg.solve(box.T, positions.T).T
+    places[:, pbc] -= np.floor(places[:, pbc])
+    places[:, pbc] = np.where(places[:, pbc] < 1.0, places[:, pbc], 0.0)
+    # A difference of fractions is at most this long where atoms are so near.
+    reach = min(_SAME_PLACE / np.linalg.svd(box, compute_uv=False).min(), 0.49)
+    pairs = cKDTree(places, boxsize=pbc.astype(float)).query_pairs(reach, output_type="ndarray")
+    between = places[pairs[:, 0]] - places[pairs[:, 1]]
+    between[:, pbc] -= np.round(between[:, pbc])
+    near = np.flatnonzero(np.linalg.norm(between @ box, axis=1) <= _SAME_PLACE)
+    if len(near):
+        first, second = sorted(pairs[near[0]].tolist())
+        raise DataError(
+            f"atoms {first} and {second} are at the same place (a periodic image counts); remove one of "
+            "them, or correct the cell or --pbc"
+        )
+
+
+def _key_like_forces(atoms: Atoms) -> str | None:
+    """Return a key that has forces in its name and three numbers per atom, if there is one."""
+    for key, value in {**atoms.info, **atoms.arrays}.items():
+        is_named = isinstance(key, str) and "force" in key.lower()
+        if is_named and isinstance(value, np.ndarray) and value.shape == (len(atoms), 3):
+            return key[:40]
+    return None
 
 
 def _check_cell(cell: np.ndarray, pbc: np.ndarray) -> set[str]:
@@ -194,11 +261,14 @@ def _check_cell(cell: np.ndarray, pbc: np.ndarray) -> set[str]:
             f"the structure is periodic along {' and '.join(missing)} but has no lattice vector there; set "
             "the cell, or --pbc"
         )
+    box = np.where(lengths[:, None] < 1e-6, 0.0, cell)
+    with np.errstate(invalid="ignore"):  # NaN for parallel vectors
+        box = box if (lengths >= 1e-6).all() else complete_cell(box)
+        is_whole = abs(np.linalg.det(box)) >= _FLAT * np.prod(np.linalg.norm(box, axis=1))
+    if not is_whole:
+        raise DataError("the cell has no volume: its lattice vectors lie in one plane")
     if (lengths < 1e-6).any():
         return {"no cell"} if not pbc.any() else set()
-    volume = abs(np.linalg.det(cell))
-    if volume < _FLAT * np.prod(lengths):
-        raise DataError("the cell has no volume: its lattice vectors lie in one plane")
     return set() if pbc.any() else {"not periodic"}
 
 
@@ -228,6 +298,7 @@ def _keys(atoms: Atoms, results: Mapping[str, Any]) -> str:
         "tags",
         "sid",
         "unique_id",
+        "adsorbate_info",
         "initial_magmoms",
         "initial_charges",
         "momenta",

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch_geometric.data import Data
 from datasets_oc20.errors import DataError
 from datasets_oc20.own_data.discovery import find_sources
 from datasets_oc20.own_data.importer import ImportOptions, read_set
+from datasets_oc20.own_data.report import dropped_rows
+from datasets_oc20.own_data.source_worker import Dropped
 from datasets_oc20.periodicity import Periodicity
 from datasets_oc20.reader import OC20Lmdb
 from datasets_oc20.structure_record import PackedRecord, check_energy_kind
@@ -24,6 +27,9 @@ MAX_BYTES = 2 << 30
 """Most bytes of files that are read into memory."""
 MAX_FRAMES = 10_000
 """Most frames that are read into memory."""
+_MOST_LINES = 20
+_IMPORT = "`equiformer2 data import`"
+_IMPORT_OPTION = re.compile(r"--(?!energy-kind|out\b)[a-z][a-z-]*[a-z]")
 _LMDB_ENDINGS = (".lmdb", ".aselmdb", ".mdb")
 
 
@@ -50,23 +56,20 @@ class MemoryDataset(OC20Lmdb):
         if size > MAX_BYTES:
             raise self._too_large(f"{size >> 20} MiB")
         with tempfile.TemporaryDirectory() as folder:
-            frames = read_set(
-                found, ImportOptions(energy_kind=energy_kind), Path(folder), 1, needs_energy=needs_energy
-            )
+            options = ImportOptions(energy_kind=energy_kind)
+            try:
+                frames = read_set(found, options, Path(folder), 1, needs_energy=needs_energy)
+            except DataError as error:
+                raise DataError(f"{_with_origin(str(error).rstrip('.'))}.") from error
             dropped = frames.dropped()
-            for item in dropped:
-                place = item.file if item.index is None else f"{item.file}, frame {item.index}"
-                _LOG.warning("%s: left out: %s.", place, item.reason)
             kept = sum(len(result.frames) for result in frames.results)
             if kept > MAX_FRAMES:
                 raise self._too_large(f"{kept} frames")
             if not kept:
-                first = dropped[0] if dropped else None
-                place = "" if first is None or first.index is None else f", frame {first.index}"
-                reason = (
-                    "no file with results of DFT" if first is None else f"{first.file}{place}: {first.reason}"
-                )
-                raise DataError(f"{self.path}: no frame can be used ({reason}).")
+                rows = dropped_rows(dropped)
+                more = f", and {len(rows) - 1} more" if len(rows) > 1 else ""
+                raise DataError(f"{self.path}: no frame can be used ({_with_origin(rows[0])}{more}).")
+            _warn_of(dropped)
             self._records: list[bytes] = []
             self._places: list[str] = []
             natoms: list[int] = []
@@ -75,7 +78,7 @@ class MemoryDataset(OC20Lmdb):
                 self._places.append(f"{result.file}, frame {facts.index}")
                 natoms.append(facts.natoms)
         for text in frames.notices:
-            _LOG.warning("%s: %s.", self.path, text)
+            _LOG.warning("%s: %s.", self.path, _with_origin(text))
         self.shards = [Path(source.name) for source in found.sources]
         self.energy_kind = frames.energy_kind
         self.labels = []
@@ -126,6 +129,24 @@ class MemoryDataset(OC20Lmdb):
         )
 
 
+def _warn_of(dropped: Sequence[Dropped]) -> None:
+    """Log what is left out, a line for all frames of a file with one reason, and at most `_MOST_LINES`."""
+    rows = dropped_rows(dropped)
+    for row in rows[:_MOST_LINES]:
+        _LOG.warning("left out: %s.", _with_origin(row))
+    if len(rows) > _MOST_LINES:
+        _LOG.warning("left out: %d more files or frames.", len(rows) - _MOST_LINES)
+
+
+def _with_origin(text: str) -> str:
+    """Add which command has the options that a sentence of the import names."""
+    names = sorted(set(_IMPORT_OPTION.findall(text)))
+    if not names:
+        return text
+    are = f"is an option of {_IMPORT}" if len(names) == 1 else f"are options of {_IMPORT}"
+    return f"{text} ({' and '.join(names)} {are}, whose file this command reads)"
+
+
 def open_dataset(
     path: AnyPath | Sequence[AnyPath], energy_kind: str | None = None, needs_energy: bool = True
 ) -> OC20Lmdb:
@@ -133,7 +154,7 @@ def open_dataset(
 
     LMDB and ASE-LMDB files and folders of them are opened as `OC20Lmdb`. Anything else (extended XYZ,
     trajectories, `ase.db` databases, outputs of VASP, Quantum ESPRESSO and GPAW, folders of these) is read
-    into memory, with the checks of `equiformer2 data import`.
+    into memory, with the checks of `equiformer2 data import`, and so are LMDB files that are named beside it.
 
     Args:
         path: a file, a folder, or a list of them.
@@ -145,8 +166,11 @@ def open_dataset(
     """
     paths = [Path(path)] if isinstance(path, str | os.PathLike) else [Path(item) for item in path]
     check_energy_kind(energy_kind)
-    if not paths or any(is_lmdb(item) for item in paths):
+    if all(is_lmdb(item) for item in paths):
         return OC20Lmdb(path, energy_kind)
+    for item in paths:
+        if not item.exists():
+            raise DataError(f"{item}: no such file.")
     return MemoryDataset(paths, energy_kind, needs_energy)
 
 

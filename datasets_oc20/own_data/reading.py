@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import sqlite3
 import tempfile
 import warnings
@@ -60,6 +61,7 @@ _SIGNATURES = {
 }
 """Words of outputs whose format ASE guesses by an ending that other texts have as well."""
 _MOST_ATOMS = 10_000_000
+_PROPERTIES = re.compile(r"\bProperties\s*=\s*[\"{]?([^\s\"}]+)")
 _NOT_READ = {
     "mysql": "an address of a database",
     "postgresql": "an address of a database",
@@ -250,6 +252,9 @@ class SourceFile:
             if not lines[-1]:
                 yield ReadFrame(index, None, "the file ends inside the frame")
                 return
+            if (problem := _wrong_columns(lines)) is not None:
+                yield ReadFrame(index, None, problem)
+                continue
             try:
                 yield ReadFrame(index, next(iread(io.StringIO("".join(lines)), index=0, format="extxyz")))
             except Exception as error:  # of ASE's parser
@@ -420,6 +425,21 @@ class _OutcarLines:
 def _range(part: FilePart, total: int) -> range:
     """Indices of a part of a file of `total` frames."""
     return range(part.first, total if part.number is None else min(part.first + part.number, total))
+
+
+def _wrong_columns(lines: list[str]) -> str | None:
+    """Return what is wrong with the columns of a frame, which ASE reads by their place alone."""
+    match = _PROPERTIES.search(lines[1])
+    if match is None:  # plain XYZ
+        return None
+    sizes = match[1].split(":")[2::3]
+    if not all(size.isdecimal() and len(size) < 6 for size in sizes):
+        return None  # ASE says what is wrong
+    columns = sum(int(size) for size in sizes)
+    for atom, line in enumerate(lines[2:]):
+        if (found := len(line.split())) != columns:
+            return f"the line of atom {atom} has {found} columns, and Properties names {columns}"
+    return None
 
 
 def _extxyz_parts(file: IO[bytes], number: int) -> list[FilePart]:

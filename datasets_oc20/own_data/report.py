@@ -1,13 +1,14 @@
 """Report of an import: numbers, dropped frames and notices, as text and as JSON."""
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ase.data import chemical_symbols
 
 from datasets_oc20.own_data.checks import MAX_FORCE, Place, duplicates, energy_outliers
-from datasets_oc20.own_data.labels import NOTICES
+from datasets_oc20.own_data.labels import notice_sentence
 from datasets_oc20.own_data.source_worker import Dropped, SourceResult
 
 _MOST_SHOWN = 20
@@ -113,21 +114,35 @@ class ImportReport:
         return "\n".join(lines)
 
     def _dropped_lines(self) -> list[str]:
-        if not self.dropped:
-            return []
-        rows = [
-            f"{item.file}{'' if item.index is None else f', frame {item.index}'}: {item.reason}"
-            for item in self.dropped
-        ]
-        return _shown("dropped", rows)
+        return _shown("dropped", dropped_rows(self.dropped), len(self.dropped))
 
 
-def _shown(title: str, rows: list[str]) -> list[str]:
-    """Return a heading and the first rows below it."""
+def dropped_rows(dropped: Iterable[Dropped]) -> list[str]:
+    """Write what is not used, one row for all frames of a file with one reason."""
+    frames: dict[tuple[str, str], list[int | None]] = {}
+    for item in dropped:
+        frames.setdefault((item.file, item.reason), []).append(item.index)
+    return [f"{file}{_frames(indices)}: {reason}" for (file, reason), indices in frames.items()]
+
+
+def _frames(indices: Sequence[int | None]) -> str:
+    """Name frames of a file; nothing for the whole of it."""
+    numbers = [index for index in indices if index is not None]
+    if not numbers:
+        return ""
+    if len(numbers) == 1:
+        return f", frame {numbers[0]}"
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f", frames {numbers[0]} to {numbers[-1]}"
+    return f", {len(numbers)} frames (first {numbers[0]}, last {numbers[-1]})"
+
+
+def _shown(title: str, rows: list[str], count: int | None = None) -> list[str]:
+    """Return a heading with a number, that of the rows unless given, and the first rows below it."""
     if not rows:
         return []
     more = [f"  and {len(rows) - _MOST_SHOWN} more, in the report"] if len(rows) > _MOST_SHOWN else []
-    return [f"{title}: {len(rows)}", *(f"  {row}" for row in rows[:_MOST_SHOWN]), *more]
+    return [f"{title}: {count or len(rows)}", *(f"  {row}" for row in rows[:_MOST_SHOWN]), *more]
 
 
 def numbered(count: int, noun: str) -> str:
@@ -202,4 +217,4 @@ def isolated_atoms(frames: list[Place]) -> list[str]:
 
 def notice_sentences(counts: Counter[str], kept: int) -> list[str]:
     """Return the notices about single frames, one of each kind."""
-    return [f"{number} of {kept} frames: {NOTICES[kind]}" for kind, number in counts.items()]
+    return [f"{number} of {kept} frames: {notice_sentence(kind)}" for kind, number in counts.items()]

@@ -1,7 +1,6 @@
 """Reading, labelling and packing of one source, in a process of its own or divided over several."""
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +10,7 @@ from typing import IO, Any
 from datasets_oc20.errors import DataError
 from datasets_oc20.own_data.dft_settings import Calculation
 from datasets_oc20.own_data.discovery import Source
-from datasets_oc20.own_data.frame_facts import FrameFacts, RunFinder
+from datasets_oc20.own_data.frame_facts import FrameFacts, Origins, RunFinder
 from datasets_oc20.own_data.labels import Labelled, LabelOptions, label
 from datasets_oc20.own_data.reading import LMDB, FilePart, SourceFile, UnreadableError
 from datasets_oc20.structure_record import pack
@@ -56,9 +55,6 @@ class SourceResult:
         calculation: settings of the calculation.
         energy_kind: kind that the file declares, or None.
         not_selected: number of frames that `LabelOptions.select` leaves out.
-        notices: number of frames by kind of notice.
-        tags_from: number of frames by origin of their tags.
-        fixed_from: number of frames by origin of their fixed atoms.
     """
 
     source: Source
@@ -68,9 +64,6 @@ class SourceResult:
     calculation: Calculation = field(default_factory=Calculation)
     energy_kind: str | None = None
     not_selected: int = 0
-    notices: Counter[str] = field(default_factory=Counter)
-    tags_from: Counter[str] = field(default_factory=Counter)
-    fixed_from: Counter[str] = field(default_factory=Counter)
 
 
 def part_file(folder: AnyPath, source: Source) -> Path:
@@ -192,6 +185,7 @@ class _SourceReader:
         self._path, self._options, self._needs_energy = path, options, needs_energy
         self._source, self._num_workers = source, num_workers
         self._result = SourceResult(source, str(path))
+        self._origins: dict[Origins, Origins] = {}
 
     def read(self, records: IO[bytes], progress: Callable[[int], None] | None) -> SourceResult:
         """Read all frames; write the records of usable ones to `records`."""
@@ -241,7 +235,7 @@ class _SourceReader:
             else:
                 runs.add(one.facts, one.labelled.fields)
                 one.facts.sid, one.facts.group = one.labelled.sid, one.labelled.group
-                self._count(one.labelled, file)
+                one.facts.origins = self._origins_of(one.labelled, file)
                 yield one.facts, one.labelled.fields
         result.calculation, result.energy_kind = file.calculation, file.energy_kind
 
@@ -265,17 +259,14 @@ class _SourceReader:
                 file.energy_kind = energy_kind
                 yield from frames
 
-    def _count(self, found: Labelled, file: SourceFile) -> None:
-        self._result.notices.update(found.notices)
+    def _origins_of(self, found: Labelled, file: SourceFile) -> Origins:
         beside = file.constraints_from
         origin = f"constraints of {beside} beside the output" if beside else "constraints"
-        self._result.tags_from[found.tags_from.replace("constraints", origin)] += 1
-        fixed = (
-            found.fixed_from.replace("constraints", origin)
-            if "none" not in found.fixed_from
-            else found.fixed_from
-        )
-        self._result.fixed_from[fixed] += 1
+        tags = found.tags_from.replace("constraints", origin)
+        fixed = found.fixed_from
+        fixed = fixed if "none" in fixed else fixed.replace("constraints", origin)
+        origins = Origins(tags, fixed, tuple(sorted(found.notices)))
+        return self._origins.setdefault(origins, origins)
 
     def _drop(self, index: int | None, reason: str) -> None:
         self._result.dropped.append(Dropped(str(self._path), index, reason))

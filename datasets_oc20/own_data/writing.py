@@ -9,7 +9,7 @@ from typing import Any
 from ase import Atoms
 
 from datasets_oc20.errors import DataError
-from datasets_oc20.own_data.labels import NOTICES, LabelOptions, check_kind, label
+from datasets_oc20.own_data.labels import LabelOptions, check_kind, label, notice_sentence
 from datasets_oc20.structure_record import pack
 from datasets_oc20.writer import LmdbWriter
 
@@ -79,5 +79,5 @@ def write_lmdb(
             writer.write_packed(pack(fields, where), len(atoms))
         count = writer.count
     for kind, number in notices.items():
-        _LOG.warning("%d of %d structures: %s.", number, count, NOTICES[kind])
+        _LOG.warning("%d of %d structures: %s.", number, count, notice_sentence(kind))
     return count

@@ -79,9 +79,24 @@ class Import(Command):
             metavar="KEY",
             help="key with the stress, or with a virial if its name says so (default: ASE's stress)",
         )
-        add("--energy-unit", choices=_ENERGY_UNITS, default="eV", help="unit (default: %(default)s)")
-        add("--forces-unit", choices=_FORCE_UNITS, default="eV/A", help="unit (default: %(default)s)")
-        add("--stress-unit", choices=_STRESS_UNITS, default="eV/A^3", help="unit (default: %(default)s)")
+        add(
+            "--energy-unit",
+            choices=_ENERGY_UNITS,
+            default="eV",
+            help="unit of the energies, and of a virial (default: %(default)s)",
+        )
+        add(
+            "--forces-unit",
+            choices=_FORCE_UNITS,
+            default="eV/A",
+            help="unit of the forces (default: %(default)s)",
+        )
+        add(
+            "--stress-unit",
+            choices=_STRESS_UNITS,
+            default="eV/A^3",
+            help="unit of the stress (default: %(default)s)",
+        )
         add(
             "--stress-sign",
             choices=("tension", "compression"),
@@ -178,11 +193,18 @@ class Import(Command):
             split = SplitOptions(options.split or "key", self._shares(options.fractions), options.seed or 0)
         settings = ImportOptions(labels, options.energy_kind, options.mixed, not options.no_unit_check, split)
         report_path = report_file(options.out)
-        for path in (*part_files(options.out, split).values(), report_path):
+        written = part_files(options.out, split).values()
+        for path in (*written, report_path):
             check_target(path, inputs=options.files, overwrite=options.overwrite)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         self._print_defaults(options)
         report = import_files(options.files, options.out, settings, options.num_workers)
+        for path in part_files(options.out, SplitOptions()).values():
+            if path not in written and path.exists():
+                report.notices.append(
+                    f"{path} is of an earlier import, and its frames may be among those for training now: "
+                    "remove it, or give --split"
+                )
         record = {**header("data-import/1"), **report.to_record()}
         print(report.to_text())
         if not report.kept:
@@ -199,8 +221,6 @@ class Import(Command):
                 f"the selection leaves out all {report.not_selected} frames that could be read, so nothing "
                 "was written"
             )
-        if not report.dropped:
-            return "no file holds results of DFT: nothing was written"
         first = report.dropped[0]
         place = "" if first.index is None else f", frame {first.index}"
         more = f" (and {len(report.dropped) - 1} more)" if len(report.dropped) > 1 else ""
@@ -216,6 +236,12 @@ class Import(Command):
         print(f"energy: {options.energy_key or energy}")
         kind = options.energy_kind or "total, unless the file says otherwise (codes write total energies)"
         print(f"kind of energy: {kind}")
+        print(
+            f"units: energies in {options.energy_unit}, forces in {options.forces_unit}, stress in "
+            f"{options.stress_unit}, positive under {options.stress_sign} (ASE's: eV, eV/A, eV/A^3, tension; "
+            "--energy-unit, --forces-unit, --stress-unit, --stress-sign)"
+        )
+        print("steps whose electronic steps did not converge: dropped (their energies are not final)")
         print(f"periodic directions: {options.pbc or 'as in the files (--pbc sets them)'}")
 
     def _directions(self, text: str | None) -> tuple[bool, bool, bool] | None:

@@ -186,16 +186,17 @@ class ImportCheckpoint(Command):
             nargs="+",
             type=Path,
             metavar="DATA",
-            help="LMDB files or folders that the checkpoint was trained on: their elements, pairs, "
-            "adsorbates and surroundings of atoms are stored with it",
+            help="LMDB files, small sets of other files that ASE reads, or folders of them, that the "
+            "checkpoint was trained on: their elements, pairs, adsorbates and surroundings of atoms are "
+            "stored with it",
         )
         parser.add_argument(
             "--held-out",
             nargs="+",
             type=Path,
             metavar="DATA",
-            help="LMDB files or folders of systems that it was not trained on and is trusted for, on which "
-            "the distance of familiar surroundings is calibrated",
+            help="such files of systems that it was not trained on and is trusted for, on which the distance "
+            "of familiar surroundings is calibrated",
         )
         parser.add_argument(
             "--structures",
@@ -246,7 +247,7 @@ class ImportCheckpoint(Command):
     def _seen_data(self, options: argparse.Namespace) -> "SeenData":
         from torch.utils.data import ConcatDataset
 
-        from datasets_oc20 import OC20Lmdb
+        from datasets_oc20 import open_dataset
         from equiformer2.checkpoint import load_checkpoint
         from equiformer2.inference import Predictor
         from equiformer2.inference.seen_data import see_data
@@ -255,7 +256,7 @@ class ImportCheckpoint(Command):
             raise InputError(f"--structures is {options.structures}: give 1 or more")
         predictor = Predictor(load_checkpoint(options.checkpoint, options.weights, options.energy_kind))
         training, held_out = (
-            ConcatDataset[Any]([OC20Lmdb(path) for path in paths])
+            ConcatDataset[Any]([open_dataset(path, needs_energy=False) for path in paths])
             for paths in (options.familiarity, options.held_out)
         )
         given = {"training": options.familiarity, "held_out": options.held_out}

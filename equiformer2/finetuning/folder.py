@@ -1,6 +1,7 @@
 """Settings of a fine-tuning and the folder that it writes, which the same command continues."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +20,7 @@ from equiformer2.training.wandb_logging import WandbSettings
 
 _FOLDERS = ("data", "runs")
 _FILES = ("task.json", "prepared.json", "before.json", "finetune.json", "curve.png", "parity.png")
-_MODELS = ("model*.pt", "adapter*.pt")
+_MODEL = re.compile(r"(?:model|adapter)(?:_\d+)?\.pt")
 #: Settings that change nothing of the results.
 _FREE = ("out", "overwrite", "wandb")
 
@@ -166,6 +167,10 @@ class OutFolder:
     def _check_input(self, given: Path) -> None:
         """Raise `InputError` if a result would replace an input or a file in an input folder."""
         inside = os.path.realpath(given)
+        if given.is_dir() and os.path.realpath(self.path).startswith(inside + os.sep):
+            raise InputError(
+                f"{self.path} lies in {given}, of which all files are read as input: give another --out"
+            )
         for own in (*(self.path / name for name in _FOLDERS), *self._results()):
             real = os.path.realpath(own)
             if inside == real or inside.startswith(real + os.sep):
@@ -175,12 +180,9 @@ class OutFolder:
                 )
 
     def _results(self) -> list[Path]:
-        return [
-            *(self.path / name for name in _FILES),
-            *sorted(model for pattern in _MODELS for model in self.path.glob(pattern)),
-            self.path / "model.pt",
-            self.path / "adapter.pt",
-        ]
+        found = os.listdir(self.path) if self.path.is_dir() else []
+        models = {"model.pt", "adapter.pt", *(name for name in found if _MODEL.fullmatch(name))}
+        return [self.path / name for name in (*_FILES, *sorted(models))]
 
     @contextmanager
     def open(self) -> Iterator[bool]:
@@ -213,21 +215,29 @@ class OutFolder:
     def _take_over(self) -> bool:
         """Make the folder this command's; True where it continues."""
         task, taken = self.file("task.json"), self._taken()
+        if taken and not self._is_own(task):
+            raise InputError(
+                f"{taken[0]} exists already and was not written by this command: give another --out"
+            )
         # What was stopped before it had decided anything is begun anew, whatever its settings.
-        unprepared = task.exists() and not self.file("prepared.json").exists()
-        if self._settings.overwrite or unprepared:
+        if self._settings.overwrite or not self.file("prepared.json").exists():
             self._remove(taken)
             taken = []
-        if taken and not task.exists():
-            raise InputError(
-                f"{taken[0]} exists already and was not written by this command: give another --out, or "
-                "--overwrite to replace it"
-            )
         if taken:
             self._check_same(read_json(task))
         else:
             write_json(task, self._identity)
         return bool(taken)
+
+    def _is_own(self, task: Path) -> bool:
+        """Tell whether this command wrote a file of settings, and so all with the names of its results."""
+        if not task.exists():
+            return False
+        try:
+            known = read_json(task)
+        except InputError:
+            return False
+        return known.keys() >= {"data", "checkpoint", "files"}
 
     def _check_same(self, before: dict[str, Any]) -> None:
         different = sorted(

@@ -424,7 +424,9 @@ class _FineTuning:
             write_native(target, replace(contents, provenance=contents.provenance | origin))
             part = trained_part(self.settings.freeze, None, contents.config.num_layers)
             shapes = EquiformerV2(contents.config, device="meta").named_parameters()
-            written["trainable_parameters"] = sum(p.numel() for name, p in shapes if not part.holds(name))
+            written["trainable_parameters"] = sum(
+                p.numel() for name, p in shapes if p.requires_grad and not part.holds(name)
+            )
         return {**written, "bytes": target.stat().st_size, "sha256": sha256(target)}
 
     def _draw_parity(self, table: list[dict[str, Any]], results: dict[Case, dict[str, Any]]) -> Path:

@@ -82,8 +82,8 @@ def reason_to_reset(checkpoint: Checkpoint, frames: Frames, predicted: "Predicte
         offset = predicted.offset_per_atom()
         if offset is not None:
             return (
-                f"the total energies are {offset:+.3g} eV per atom from the checkpoint's, a constant per "
-                "element, as of another functional, code or pseudopotential"
+                f"the total energies differ from the checkpoint's by {offset:.3g} eV per atom on average, "
+                "mostly a constant per element, as of another functional, code or pseudopotential"
             )
     return None
 
@@ -115,12 +115,12 @@ class Predicted:
         return np.where(self.sample.composition.any(axis=0), table, 0.0)
 
     def offset_per_atom(self) -> float | None:
-        """Mean error in eV per atom if it is large and a constant per element explains it, else None."""
+        """Mean size of the error, eV per atom, if a constant per element explains a large one; else None."""
         atoms = self.sample.composition.sum(axis=1)
         before = np.abs(self.error / atoms).mean()
         after = np.abs((self.error - self.sample.composition @ self.shift()) / atoms).mean()
         if before > _OTHER_ZERO and before > _EXPLAINED * after:
-            return float((self.error / atoms).mean())
+            return float(before)
         return None
 
 

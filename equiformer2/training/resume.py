@@ -141,7 +141,10 @@ class ResumeCheckpoint(Checkpoint):
     def _end(self, trainer: pl.Trainer, stop: int) -> None:
         if stop:
             name = signal.Signals(stop).name
-            log.info(f"stopped by {name} at step {trainer.global_step}; --ckpt_path auto goes on from here")
+            log.info(
+                f"stopped by {name} at step {trainer.global_step}; the same command goes on from here, "
+                "`train` with --ckpt_path auto"
+            )
             raise StoppedBySignal(stop, trainer.is_global_zero)
 
     @staticmethod

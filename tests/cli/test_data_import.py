@@ -57,6 +57,30 @@ def test_files_report_and_status(capsys: pytest.CaptureFixture[str]) -> None:
     assert "3 frames of 2 files read, 2 kept, 1 system" in printed
 
 
+def test_parts_of_an_earlier_import_are_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
+    for element in ("Cu", "Ag", "Au", "Pt"):
+        write(f"{element}.traj", frames(2, element))
+    words = [
+        "data import",
+        "Cu.traj",
+        "Ag.traj",
+        "Au.traj",
+        "Pt.traj",
+        "--out",
+        "my.lmdb",
+        "--num-workers",
+        1,
+    ]
+    assert run_command(*words, "--split", "source") == 0
+    assert "units: energies in eV, forces in eV/A" in capsys.readouterr().out
+    assert run_command(*words, "--overwrite", "--split", "source") == 0
+    assert "earlier import" not in capsys.readouterr().out
+    assert run_command(*words, "--overwrite") == 0
+    printed = capsys.readouterr().out
+    assert "my.val.lmdb is of an earlier import, and its frames may be among those for training" in printed
+    assert "my.test.lmdb is of an earlier import" in printed
+
+
 def test_json_is_one_document_and_nothing_kept_has_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     status = run_command("data import", DATA / "OUTCAR.Al.gz", "--out", "my.lmdb", "--json")
     printed = capsys.readouterr()
@@ -90,7 +114,7 @@ REFUSED: list[tuple[str, list[str], str]] = [
         ["a.traj", "--out", "b.lmdb", "--select", "natoms>500"],
         "leaves out all 3",
     ),
-    ("nothing", ["empty", "--out", "b.lmdb"], "no file holds results of DFT"),
+    ("nothing", ["empty", "--out", "b.lmdb"], "empty: the folder holds no results that ASE reads"),
 ]
 
 

@@ -68,6 +68,7 @@ def test_everything_in_one_command(
     assert sorted(path.name for path in out.glob("model*.pt")) == ["model.pt", "model_1.pt"]
     assert (out / "parity.png").stat().st_size > 10_000
     assert not any("parity" in training for training in record["trainings"].values())
+    assert f"{record['models'][0]['trainable_parameters']:,} trainable parameters" in printed.err
     assert "forces alone" in printed.err
     assert "total energies" in printed.err
     model = load_checkpoint(out / "model.pt")
@@ -270,3 +271,20 @@ def test_a_file_in_the_way_is_not_replaced(tuned: FineTuneSettings) -> None:
     with pytest.raises(InputError, match="exists already and was not written by this command"):
         fine_tune(replace(tuned, reset_head=True))
     assert (tuned.out / "model.pt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("task", [None, "{}", "not json"])
+def test_overwrite_replaces_results_of_this_command_alone(tuned: FineTuneSettings, task: str | None) -> None:
+    (tuned.out / "data").mkdir(parents=True)
+    (tuned.out / "data" / "years_of_work").write_text("mine")
+    if task is not None:
+        (tuned.out / "task.json").write_text(task)
+    with pytest.raises(InputError, match="exists already and was not written by this command"):
+        fine_tune(replace(tuned, reset_head=True, overwrite=True))
+    assert (tuned.out / "data" / "years_of_work").read_text() == "mine"
+
+
+def test_results_are_not_written_among_the_data(tuned: FineTuneSettings, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="of which all files are read as input: give another --out"):
+        fine_tune(replace(tuned, data=(str(tmp_path),), out=tmp_path / "deep" / "tuned"))
+    assert not (tmp_path / "deep").exists()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import add_adsorbate, bulk, fcc111, molecule
+from ase.io import write
 from command_line import run_command
 
 from datasets_oc20 import LmdbWriter, OC20Lmdb
@@ -286,6 +287,20 @@ def test_a_checkpoint_is_told_what_it_was_trained_on(
     assert load_checkpoint(again).provenance[KEY]["frames"] == 20
     assert run_command("checkpoint import", "--checkpoint", out, "--out", again, "--familiarity", LMDB) == 2
     assert "--held-out" in capsys.readouterr().err
+
+
+def test_own_files_tell_what_a_checkpoint_was_trained_on(
+    checkpoint: Path, oxygen_on_copper: Atoms, tmp_path: Path
+) -> None:
+    frames = []
+    for seed in range(4):
+        frames.append(oxygen_on_copper.copy())
+        frames[-1].rattle(0.05, seed=seed)
+    own, out = tmp_path / "own.extxyz", tmp_path / "knowing.pt"
+    write(own, frames)
+    words = ["--checkpoint", checkpoint, "--out", out, "--familiarity", own, "--held-out", own]
+    assert run_command("checkpoint import", *words) == 0
+    assert Predictor(out).familiarity.known == KINDS
 
 
 def test_a_force_error_above_the_threshold_is_named(

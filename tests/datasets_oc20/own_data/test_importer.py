@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -250,6 +251,26 @@ def _plane_cell(frames: list[Atoms]) -> list[Atoms]:
     return frames
 
 
+def _parallel_vectors(frames: list[Atoms]) -> list[Atoms]:
+    for atoms in (frames[1], frames[1].calc.atoms):
+        atoms.cell[1], atoms.cell[2] = 2 * atoms.cell[0], 0.0
+        atoms.pbc = (True, True, False)
+    return frames
+
+
+def _moved(positions: Any) -> Change:
+    def change(frames: list[Atoms]) -> list[Atoms]:
+        frames[1].positions[3] = positions
+        frames[1].calc.atoms.positions[3] = positions
+        return frames
+
+    return change
+
+
+def _at_an_image(frames: list[Atoms]) -> list[Atoms]:
+    return _moved(frames[1].positions[9] + frames[1].cell[0] - frames[1].cell[1])(frames)
+
+
 def _huge_force(frames: list[Atoms]) -> list[Atoms]:
     frames[1].calc.results["forces"][2] = [2e4, 0, 0]
     return frames
@@ -262,11 +283,14 @@ BAD_FRAMES: list[tuple[Change, str]] = [
     (_no_energy, "it has no energy"),
     (_flat_cell, "periodic along c but has no lattice vector"),
     (_plane_cell, "the cell has no volume"),
+    (_parallel_vectors, "the cell has no volume"),
     (_huge_force, "the force on atom 2 is"),
+    (_moved([0.0, 1e30, 0.0]), "atom 3 is 1e+30 Å away from the origin"),
+    (_at_an_image, "atoms 3 and 9 are at the same place (a periodic image counts)"),
 ]
 
 
-@pytest.mark.parametrize(("change", "reason"), BAD_FRAMES, ids=[change.__name__ for change, _ in BAD_FRAMES])
+@pytest.mark.parametrize(("change", "reason"), BAD_FRAMES, ids=[reason[:20] for _, reason in BAD_FRAMES])
 @pytest.mark.parametrize("name", ["a.traj", "a.extxyz"])
 def test_a_bad_frame_is_dropped_and_named(change: Change, reason: str, name: str) -> None:
     write(name, change(trajectory(slab(), 4)))
@@ -287,6 +311,18 @@ def _word(text: str) -> str:
     return "".join(lines)
 
 
+def _more_columns(text: str) -> str:
+    lines = text.splitlines(keepends=True)
+    lines[16] = lines[16].replace("Pt ", "Pt 7.5 ", 1)
+    return "".join(lines)
+
+
+def _less_columns(text: str) -> str:
+    lines = text.splitlines(keepends=True)
+    lines[17] = lines[17].rsplit(maxsplit=1)[0] + "\n"
+    return "".join(lines)
+
+
 def _empty_line(text: str) -> str:
     lines = text.splitlines(keepends=True)
     return "".join([*lines[:28], "\n", *lines[28:]])
@@ -294,7 +330,10 @@ def _empty_line(text: str) -> str:
 
 DAMAGED: list[tuple[Callable[[str], str], list[int], int | None, str]] = [
     (_cut, [0, 1, 2], 3, "ends inside the frame"),
-    (_word, [0, 2, 3], 1, "not readable"),
+    (_word, [0, 2, 3], 1, "the line of atom 0 has 8 columns, and Properties names 9"),
+    (_more_columns, [0, 2, 3], 1, "the line of atom 0 has 10 columns, and Properties names 9"),
+    (_less_columns, [0, 2, 3], 1, "the line of atom 1 has 8 columns, and Properties names 9"),
+    (lambda text: text.replace("Pt ", "Xq ", 1), [1, 2, 3], 0, "there is no element 'Xq'"),
     (_empty_line, [0, 1], None, "empty line before frame 2"),
     (lambda text: text.replace("12\n", "99999999999\n", 1), [], None, "too many"),
     (lambda _: "", [], None, "empty"),
@@ -315,6 +354,76 @@ def test_a_damaged_file_does_not_stop_the_others(
     assert reason in report.dropped[1].reason
     records = list(OC20Lmdb("out.lmdb"))
     assert [record.fid for record in records] == [*kept, 0, 1]
+
+
+def test_links_to_folders_are_followed_once() -> None:
+    Path("here/deep").mkdir(parents=True)
+    Path("elsewhere").mkdir()
+    write("elsewhere/a.traj", trajectory(slab(), 2))
+    write("here/deep/b.traj", trajectory(slab("Cu"), 3))
+    Path("here/linked").symlink_to(Path("elsewhere").resolve())
+    Path("here/deep/circle").symlink_to(Path("here").resolve())
+    Path("here/again").symlink_to(Path("elsewhere").resolve())
+    Path("empty").mkdir()
+    report = run("here", "empty")
+    assert report.kept == 5
+    assert [(item.file, item.index) for item in report.dropped] == [("empty", None)]
+    assert "holds no results" in report.dropped[0].reason
+
+
+def test_notices_count_the_frames_that_are_kept() -> None:
+    good, bad = trajectory(slab(), 4), trajectory(slab("Cu"), 8)
+    for atoms in bad:
+        atoms.calc.results["forces"] /= 51.42  # dropped with the whole file, after it was read
+    good[1].calc.results["forces"][2] = [2e4, 0, 0]
+    bad[0].set_constraint()
+    write("a.traj", good)
+    write("b.traj", bad)
+    report = run("a.traj", "b.traj")
+    assert report.kept == 3
+    assert any(text.startswith("3 of 3 frames: no atom is marked") for text in report.notices)
+    assert (report.tags_from, report.fixed_from) == ("constraints", "constraints")
+    assert "b.traj, frames 0 to 7: energies change" in report.to_text()
+
+
+def test_forces_under_another_name_are_pointed_out() -> None:
+    write("a.extxyz", trajectory(slab(), 3))
+    text = Path("a.extxyz").read_text()
+    Path("a.extxyz").write_text(text.replace("forces:R:3", "REF_forces:R:3"))
+    report = run("a.extxyz")
+    assert report.targets == []
+    assert any("if these are the forces, give --forces-key REF_forces" in text for text in report.notices)
+    report = run("a.extxyz", forces_key="REF_forces", out="b.lmdb")
+    assert report.targets == ["forces"]
+
+
+def test_a_rule_that_no_atom_fulfils_is_said() -> None:
+    from datasets_oc20.own_data.atom_rules import AtomRule
+
+    write("a.traj", trajectory(slab(), 2))
+    report = run("a.traj", adsorbate=AtomRule("z>99"), fixed=AtomRule("z<0"))
+    text = " ".join(report.notices)
+    assert "no atom fulfils the rule of --adsorbate" in text
+    assert "no atom fulfils the rule of --fixed" in text
+    report = run("a.traj", adsorbate=AtomRule("none"), fixed=AtomRule("none"), out="b.lmdb")
+    assert not any("fulfils" in text for text in report.notices)
+
+
+def test_forces_of_all_frames_that_are_far_too_large_are_pointed_out() -> None:
+    frames = [labelled(slab(seed=seed)) for seed in range(3)]
+    for atoms in frames:
+        atoms.calc.results["forces"] *= 1000
+    write("a.extxyz", frames)
+    report = run("a.extxyz")
+    assert any("3 of 3 frames have forces above 50 eV/Å" in text for text in report.notices)
+
+
+def test_an_outcar_with_a_title_in_another_encoding_is_read() -> None:
+    import gzip
+
+    content = gzip.decompress((DATA / "hfo2_OUTCAR_5.gz").read_bytes())
+    Path("OUTCAR").write_bytes(content.replace(b"HfO2_p21c", "HfO2 für Käse".encode("latin-1"), 1))
+    assert run("OUTCAR").kept == 1
 
 
 def test_a_cut_outcar_names_the_step_it_lost() -> None:

@@ -40,15 +40,56 @@ def test_files_in_memory_are_as_the_imported_ones() -> None:
         memory[4]
 
 
+def test_lmdb_files_beside_others_are_read_with_them() -> None:
+    write("a.traj", trajectory(slab(), 4))
+    write_lmdb("b.lmdb", trajectory(slab("Cu"), 3), "total")
+    data = open_dataset(["a.traj", Path("b.lmdb")])
+    assert (len(data), data.energy_kind) == (7, "total")
+    assert data[6].atomic_numbers.unique().tolist() == [29]
+    for paths in (["a.traj", "missing.traj"], ["missing.traj", "a.traj"]):
+        with pytest.raises(DataError, match=r"^missing\.traj: no such file"):
+            open_dataset(paths)
+
+
 def test_what_is_left_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
     frames = trajectory(slab(), 3)
     frames[1].calc.results["energy"] = np.nan
     write("a.traj", frames)
     with caplog.at_level(logging.WARNING):
         assert len(open_dataset(["a.traj", DATA / "OUTCAR.Al.gz"])) == 2
-    assert "a.traj, frame 1: left out: the energy is not finite (NaN)" in caplog.text
+    assert "left out: a.traj, frame 1: the energy is not finite (NaN)" in caplog.text
     with pytest.raises(DataError, match=r"OUTCAR.Al.gz: no frame can be used .*OUTCAR.Al.gz, frame 0"):
         open_dataset(DATA / "OUTCAR.Al.gz")
+
+
+def test_many_frames_with_one_fault_are_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    frames = trajectory(slab(), 12)
+    for atoms in frames[3:]:
+        atoms.calc.results["energy"] = np.nan
+    frames[4].calc.results |= frames[0].calc.results
+    write("a.traj", frames)
+    with caplog.at_level(logging.WARNING):
+        assert len(open_dataset("a.traj")) == 4
+    lines = [record.message for record in caplog.records if "left out" in record.message]
+    assert lines == ["left out: a.traj, 8 frames (first 3, last 11): the energy is not finite (NaN)."]
+
+
+def test_options_of_the_import_are_said_to_be_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    frames = trajectory(slab(), 4)
+    write("a.traj", frames)
+    with caplog.at_level(logging.WARNING):
+        open_dataset("a.traj")
+    assert "(--adsorbate is an option of `equiformer2 data import`" in caplog.text
+    for atoms in frames[2:]:
+        atoms.calc.results["energy"] -= 5000.0
+    write("b.extxyz", frames)
+    with pytest.raises(DataError, match=r"give --mixed \(--mixed is an option of `equiformer2 data import`"):
+        open_dataset("b.extxyz")
+    write("c.extxyz", frames)
+    text = Path("c.extxyz").read_text()
+    Path("c.extxyz").write_text(text.replace("energy=", "REF_energy="))
+    with pytest.raises(DataError, match=r"frames 0 to 3: .*--energy-key REF_energy takes that key \(--en"):
+        open_dataset("c.extxyz")
 
 
 def test_structures_without_energies_can_be_predicted() -> None:
