@@ -197,6 +197,7 @@ def quantize(
     recovery = None if found is None else _recovered(found, plan, request, dense, judged)
     whole = FileSize(checkpoint, checkpoint.model)
     # Last: a call that is killed while it measures leaves no file, and the same command goes on.
+    out.parent.mkdir(parents=True, exist_ok=True)
     size = write_compact(out, checkpoint, network, plan)
     if found is not None and recovery is not None:
         path = default_adapter_path(out) if adapter_path is None else Path(adapter_path)

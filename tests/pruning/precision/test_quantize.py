@@ -201,7 +201,7 @@ def test_a_limit_of_time_prunes(folder: Path, tmp_path: Path):
 
 
 def test_the_command_writes_its_record(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    out = tmp_path / "small.pt"
+    out = tmp_path / "new" / "small.pt"
     arguments = ["prune", "quantize", "--checkpoint", str(folder / "dense.pt"), "--data"]
     arguments += [str(folder / "data.lmdb"), "--out", str(out), "--uniform", "int8", "--json"]
     assert main(arguments) == 0
