@@ -13,6 +13,7 @@ from equiformer2.checkpoint.adapter_files import Adapter, read_adapter
 from equiformer2.checkpoint.checkpoint import Checkpoint, load_checkpoint, read_contents, save_checkpoint
 from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
 from equiformer2.checkpoint.tensor_files import sha256
+from equiformer2.checkpoint.training_data import inherited
 from equiformer2.errors import InputError
 from equiformer2.model.equiformer import EquiformerV2
 from equiformer2.model.folding import plain_state
@@ -71,9 +72,17 @@ class AdaptedNetwork:
             model=self.model,
             normalizers=adapter.normalizers,
             energy_kind=adapter.energy_kind,
-            provenance={**adapter.provenance, "adapter": adapter.describe()},
+            provenance={**self.provenance(adapter), "adapter": adapter.describe()},
             surroundings=None,  # other weights see the same atoms differently
         )
+
+    def provenance(self, adapter: Adapter) -> dict[str, Any]:
+        """Return the origin of the network with an adapter.
+
+        Maps that were not trained, such as those of `prune quantize --recover`, leave the network's training
+        data as they were.
+        """
+        return {**inherited(self.base.provenance), **adapter.provenance}
 
     def check(self, adapter: Adapter) -> None:
         """Check that the adapter belongs to this network.
@@ -160,7 +169,9 @@ def merge_adapters(
         out: native checkpoint to write.
 
     Returns:
-        A summary, in plain values.
+        A summary, in plain values: `bytes` of the file, `base_sha256` and `rank`, which the adapters share,
+        the mean of their `kept_share`, the sum of their `trainable_parameters`, `energy_kind`, and every
+        adapter by itself.
 
     Raises:
         InputError: an adapter belongs to another network; several have different ranks, kinds of energy or
@@ -183,7 +194,7 @@ def merge_adapters(
     plain = plain_state(checkpoint.model, checkpoint.model.state_dict())
     state = {name: value.to(plain[name].dtype) for name, value in sums.items()}
     provenance = {
-        **first.provenance,
+        **network.provenance(first),
         "adapter": [adapter.describe() for adapter in read],
         "merged_from": {
             "checkpoint": Path(source).name,
@@ -203,6 +214,11 @@ def merge_adapters(
     )
     return {
         "out": str(out),
+        "bytes": Path(out).stat().st_size,
+        "base_sha256": first.base.sha256,
+        "rank": first.rank,
+        "kept_share": sum(adapter.kept_share for adapter in read) / len(read),
+        "trainable_parameters": sum(adapter.trainable_parameters for adapter in read),
         "adapters": [{"file": adapter.source, **adapter.describe()} for adapter in read],
         "energy_kind": first.energy_kind,
         "parameters": sum(value.numel() for value in state.values()),

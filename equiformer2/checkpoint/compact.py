@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 from equiformer2.model.branches import bf16_branches, is_branch_name, set_bf16_branches
 from equiformer2.model.equiformer import EquiformerV2
 from equiformer2.model.folding import parametrized_weights
-from equiformer2.model.parametrizations import form_of, store, stored_form
+from equiformer2.model.parametrizations import form_of, store, stored_form, stored_kinds
 from equiformer2.values import Items, Whole, mapping, shown, shown_name
 
 _KEYS = {"kind", "shape", "tensors"}
@@ -141,6 +142,24 @@ class CompactState(Mapping[str, Tensor]):
         """Number of weights, from their shapes."""
         held = sum(tensor.numel() for tensor in self.plain.values())
         return held + sum(math.prod(value.shape) for value in self.stored.values())
+
+
+def check_not_stored(model: EquiformerV2, source: AnyPath) -> None:
+    """Refuse a network of which weights are stored in fewer bits, where the plain ones are needed.
+
+    Args:
+        model: as its checkpoint is loaded.
+        source: the checkpoint.
+
+    Raises:
+        InputError: some are.
+    """
+    stored = stored_kinds(model)
+    if stored:
+        raise InputError(
+            f"{source} holds {len(stored)} matrices in fewer bits already: give the float32 checkpoint that "
+            "it was made of"
+        )
 
 
 def read_stored(values: Any, state: Mapping[str, Tensor], source: str, products: Any = ()) -> CompactState:

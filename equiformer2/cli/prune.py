@@ -130,6 +130,7 @@ class Report(Command):
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.checkpoint import load_checkpoint
+        from equiformer2.checkpoint.compact import check_not_stored
         from equiformer2.inference import Predictor
         from equiformer2.inference.record import claim_folder
         from equiformer2.pruning.analysis.redundancy_report import RECORD, make_report
@@ -140,6 +141,7 @@ class Report(Command):
         check_target(Path(options.out) / RECORD, inputs=[options.checkpoint, *options.data])
         folder = claim_folder(options.out, RECORD, options.overwrite)
         checkpoint = load_checkpoint(options.checkpoint, options.weights, options.energy_kind)
+        check_not_stored(checkpoint.model, options.checkpoint)
         predictor = Predictor(
             checkpoint, options.device, precision=options.precision, backend=options.backend
         )
@@ -596,6 +598,7 @@ class Grid(Command):
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.checkpoint import load_checkpoint
+        from equiformer2.checkpoint.compact import check_not_stored
         from equiformer2.inference import Predictor
         from equiformer2.inference.predictor import matmul_precision
         from equiformer2.pruning.calibration_data import read_structures
@@ -606,6 +609,7 @@ class Grid(Command):
         for path in (options.out, file):
             check_target(path, inputs=[options.checkpoint, *options.data], overwrite=options.overwrite)
         checkpoint = load_checkpoint(options.checkpoint, options.weights, options.energy_kind)
+        check_not_stored(checkpoint.model, options.checkpoint)
         predictor = Predictor(
             checkpoint, options.device, precision=options.precision, backend=options.backend
         )

@@ -314,8 +314,8 @@ def _adjusted(
         "constants per element and one per structure" if own.linear_references is not None else "one constant"
     )
     return changed, (
-        f"energies: {by} fitted to the checkpoint's errors on the data lower its mean error there from "
-        f"{size:.3f} to {np.abs(error - constant).mean():.3f} eV"
+        f"energies: {by} fitted to the checkpoint's errors on the data, whose mean size was {size:.3f} eV "
+        f"and is {np.abs(error - constant).mean():.3f} eV with that"
     )
 
 

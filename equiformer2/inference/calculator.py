@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from ase.constraints import FixAtoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch_geometric.data import Data
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint.adapter_files import Adapter
 from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
@@ -95,7 +95,7 @@ class EquiformerV2Calculator(Calculator):
         energy_every: int = 1,
         router: Callable[..., dict[str, torch.Tensor]] | None = None,
         cuda_graphs: bool | None = None,
-        adapter: Adapter | str | Path | None = None,
+        adapter: Adapter | AnyPath | None = None,
     ) -> None:
         super().__init__()
         if energy_every < 1:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from torch_geometric.data import Batch, Data
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.batch_threads import map_batches
 from equiformer2.checkpoint import Checkpoint, load_checkpoint
 from equiformer2.checkpoint.adapted import AdaptedNetwork, load_base
@@ -173,13 +175,12 @@ class Predictor:
         backend: str = "auto",
         router: Callable[..., dict[str, torch.Tensor]] | None = None,
         cuda_graphs: bool | None = None,
-        adapter: Adapter | str | Path | None = None,
+        adapter: Adapter | AnyPath | None = None,
     ) -> None:
         self.device = usable_device(device)
         check_precision(precision, self.device)
         self.precision = precision
-        if isinstance(adapter, str | Path):
-            adapter = read_adapter(adapter)
+        adapter = _opened(adapter)
         if isinstance(checkpoint, str | Path):
             if adapter is None:
                 self.checkpoint = load_checkpoint(checkpoint, weights=weights, energy_kind=energy_kind)
@@ -226,7 +227,7 @@ class Predictor:
         """The adapter in use."""
         return self._adapted.adapter
 
-    def use_adapter(self, adapter: Adapter | str | Path | None) -> None:
+    def use_adapter(self, adapter: Adapter | AnyPath | None) -> None:
         """Exchange the adapter of the loaded network; a refused one changes nothing.
 
         Args:
@@ -235,9 +236,7 @@ class Predictor:
         Raises:
             InputError: no adapter, or one of another network.
         """
-        if isinstance(adapter, str | Path):
-            adapter = read_adapter(adapter)
-        self.checkpoint = self._adapted.use(adapter)
+        self.checkpoint = self._adapted.use(_opened(adapter))
         self.energy_kind = self.checkpoint.energy_kind
         self._warned = False
         seen = TrainingData(self.checkpoint.provenance)
@@ -491,6 +490,19 @@ def check_finite(out: Mapping[str, torch.Tensor], natoms: torch.Tensor) -> None:
     if several:
         name, at = locate_atom(int(wrong[0]), natoms.reshape(-1).cpu().numpy())
     raise InputError(f"the model gives a non-finite force on {name}: {remedy}", at)
+
+
+def _opened(adapter: Adapter | AnyPath | None) -> Adapter | None:
+    """Read an adapter file; a loaded adapter is given back.
+
+    Raises:
+        InputError: neither, or a file that cannot be read.
+    """
+    if isinstance(adapter, str | os.PathLike):
+        return read_adapter(adapter)
+    if adapter is None or isinstance(adapter, Adapter):
+        return adapter
+    raise InputError(f"{type(adapter).__name__} is no adapter: give the path of one adapter file")
 
 
 def batch_of_one(data: Data) -> Batch:

@@ -182,10 +182,22 @@ def detach(model: nn.Module, only: Collection[LowRank] | None = None) -> None:
                 if isinstance(each, LowRank) and (only is None or each in only)
             ]
             if len(places) == len(listed):
+                _give_own_class(module)
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
                 continue
             for index in reversed(places):
                 del listed[index]
+
+
+def _give_own_class(module: nn.Module) -> None:
+    """Take a parametrized module out of the class that it shares with its copies.
+
+    torch makes a class per parametrized module and removes the weight's property from it with the
+    parametrization: copies made by `copy.deepcopy` would lose their weight, too.
+    """
+    shared = type(module)
+    own = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, own)
 
 
 def low_rank_maps(model: nn.Module) -> dict[str, LowRank]:

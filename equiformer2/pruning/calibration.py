@@ -6,6 +6,7 @@ The dense network is its own teacher, so any structures of the users' domain wil
 however many frames each has: frames of one relaxation are near copies of each other.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,8 +133,8 @@ class Calibration:
             raise InputError("there are no structures to calibrate on: give at least one")
         if batch_size < 1:
             raise InputError(f"the batch size is {batch_size}: give at least 1 structure")
-        if not force_weight >= 0:
-            raise InputError(f"the force weight is {force_weight}: give 0 or more (Å)")
+        if not 0 <= force_weight < math.inf:
+            raise InputError(f"the force weight is {force_weight}: give a number of at least 0 (Å)")
         self.energy_std, self.force_std = normalizers.energy.std, normalizers.forces.std
         self.force_weight = force_weight
         device = model.sphere_embedding.weight.device

@@ -21,6 +21,7 @@ from equiformer2.checkpoint.training_data import KEY
 from equiformer2.errors import InputError
 from equiformer2.experts import ExpertSettings
 from equiformer2.model import EquiformerV2, ModelConfig
+from equiformer2.model.parametrizations import low_rank_maps
 from equiformer2.training.adapter_part import AdapterPart, scoring_device, with_start_model
 from equiformer2.training.callbacks import BatchAtWork, NativeCheckpoints, ParityFigures, Summary
 from equiformer2.training.config_values import ignored_settings
@@ -235,7 +236,8 @@ class _Training:
         self.folder.save_config(self.config.text)
         seed_generators(self.config.run.seed, trainer.global_rank, self.begin)
         trainable = sum(p.numel() for p in self.task.model.parameters() if p.requires_grad)
-        log.info(f"run folder {self.folder.path}; {trainable:,} trainable parameters")
+        pruned = sum(each.size - each.kept for each in low_rank_maps(self.task.model).values())
+        log.info(f"run folder {self.folder.path}; {trainable - pruned:,} trainable parameters")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 with wandb_errors():

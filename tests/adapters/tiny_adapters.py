@@ -23,7 +23,7 @@ def network(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -
     )
 
 
-def write_network(path: Path, model: EquiformerV2, energy_kind: str = "adsorption") -> Path:
+def write_network(path: Path, model: EquiformerV2, energy_kind: str = "adsorption", **origin: Any) -> Path:
     save_checkpoint(
         path,
         model=model,
@@ -31,7 +31,7 @@ def write_network(path: Path, model: EquiformerV2, energy_kind: str = "adsorptio
         averaged_state=None,
         normalizers=NORMALIZERS,
         energy_kind=energy_kind,
-        provenance={"origin": "random weights"},
+        provenance={"origin": "random weights", **origin},
     )
     return path
 

@@ -1,5 +1,6 @@
 """Adapter files: round trip, size, damage; adapters on a loaded network, and merged."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from equiformer2.checkpoint.adapted import merge_adapters
 from equiformer2.checkpoint.adapter_files import Adapter, Base, read_adapter, write_adapter
 from equiformer2.errors import InputError
 
+OF_ADAPTERS = ("base_sha256", "rank", "kept_share", "trainable_parameters", "energy_kind")
 H2O = Atoms("OH2", [[0, 0, 0.1], [0.8, 0.6, 0], [-0.7, 0.6, 0.05]], cell=[9, 9, 9], pbc=True)
 
 
@@ -115,6 +117,25 @@ def test_a_calculator_answers_with_the_adapter_in_use(base: Path, tmp_path: Path
             EquiformerV2Calculator(wrong, adapter=path)
 
 
+def test_copies_of_a_calculator_exchange_their_adapters_alone(base: Path, tmp_path: Path) -> None:
+    calculator = EquiformerV2Calculator(base, adapter=written(tmp_path))
+    plain, adapted = outputs(Predictor(base)), outputs(calculator.predictor)
+    copied = copy.deepcopy(calculator)
+    copied.predictor.use_adapter(None)
+    torch.testing.assert_close(outputs(copied.predictor), plain, atol=1e-5, rtol=1e-5)
+    assert torch.equal(outputs(calculator.predictor), adapted)
+    calculator.predictor.use_adapter(None)
+    assert torch.equal(outputs(calculator.predictor), plain)
+
+
+@pytest.mark.parametrize("given", [5, ["adapter.pt"]])
+def test_something_else_in_place_of_an_adapter(base: Path, given: object) -> None:
+    with pytest.raises(InputError, match="is no adapter: give the path"):
+        EquiformerV2Calculator(base, adapter=given)
+    with pytest.raises(InputError, match="is no adapter: give the path"):
+        Predictor(base).use_adapter(given)
+
+
 def test_merged_is_an_ordinary_checkpoint_with_equal_answers(base: Path, tmp_path: Path) -> None:
     path, out = written(tmp_path), tmp_path / "merged.pt"
     summary = merge_adapters(base, [path], out)
@@ -123,10 +144,23 @@ def test_merged_is_an_ordinary_checkpoint_with_equal_answers(base: Path, tmp_pat
     assert merged.normalizers == NEW_NORMALIZERS
     assert not any("parametrizations" in name for name in merged.model.state_dict())
     assert merged.provenance["merged_from"]["adapters"] == ["adapter.pt"]
+    own = read_adapter(path).describe()
+    assert {name: summary[name] for name in OF_ADAPTERS} == {name: own[name] for name in OF_ADAPTERS}
+    assert summary["bytes"] == out.stat().st_size
     difference = outputs(Predictor(out)) - outputs(Predictor(base, adapter=path))
     assert difference.abs().max() < 1e-6
     batch = batch_of(water(), cluster())
     assert torch.equal(Predictor(out).predict(batch)["forces"], Predictor(merged).predict(batch)["forces"])
+
+
+def test_an_adapter_that_was_not_trained_leaves_the_training_data(tmp_path: Path) -> None:
+    """So that warnings of what the network has never seen stay."""
+    seen = {"frames": 3, "systems": 1, "elements": {"O": 3}}
+    base = write_network(tmp_path / "base.pt", network(), training_data=seen)
+    path = written(tmp_path)
+    merge_adapters(base, [path], tmp_path / "merged.pt")
+    for predictor in (Predictor(base, adapter=path), Predictor(tmp_path / "merged.pt")):
+        assert predictor.checkpoint.provenance["training_data"] == seen
 
 
 def test_adapters_of_several_seeds_are_merged_into_their_mean(base: Path, tmp_path: Path) -> None:

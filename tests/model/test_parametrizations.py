@@ -103,6 +103,19 @@ def test_other_parametrizations_stay() -> None:
     torch.testing.assert_close(read(copied[0]), 2 * before + 0.5)
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["the original", "the copy"])
+def test_taking_a_map_off_leaves_copies_alone(which: int) -> None:
+    layer = nn.Sequential(nn.Linear(4, 3))
+    before = layer[0].weight.detach().clone()
+    attach(layer, {"0.weight": LowRank(torch.ones(3, 1), torch.ones(1, 4), 0.5)})
+    pair = [layer, copy.deepcopy(layer)]
+    detach(pair[which])
+    torch.testing.assert_close(pair[which][0].weight, before)
+    torch.testing.assert_close(pair[1 - which][0].weight, before + 0.5)
+    detach(pair[1 - which])
+    assert type(layer[0]) is type(pair[1][0]) is nn.Linear
+
+
 @pytest.mark.parametrize(
     ("name", "left", "right", "message"),
     [

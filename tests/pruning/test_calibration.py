@@ -104,6 +104,12 @@ def test_a_network_that_answers_no_number_is_infinitely_wrong(broken: tuple[str,
     assert calibration.loss(lambda batch, graph: answers[0]) == float("inf")
 
 
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_of_the_forces_that_weighs_nothing(weight: float) -> None:
+    with pytest.raises(InputError, match="the force weight is"):
+        Calibration(tiny_model(), NORMALIZERS, slabs(), force_weight=weight)
+
+
 def test_a_training_network_is_compared_in_evaluation_mode() -> None:
     model = tiny_model(alpha_drop=0.5)
     calibration = Calibration(model, NORMALIZERS, slabs())

@@ -52,6 +52,8 @@ def test_the_result_is_an_adapter_of_the_start(whole: Path, base: Path) -> None:
     assert adapter.kept_share == pytest.approx(0.5, abs=0.01)
     assert adapter.settings["method"] == "snip"
     assert adapter.provenance["step"] == 4
+    log = (whole.parent / "log.txt").read_text()
+    assert f" {adapter.trainable_parameters:,} trainable parameters" in log
     assert set(adapter.provenance["training_data"]["elements"])
     assert any(bool(each.left.any()) for each in adapter.maps.values())
     for each in adapter.maps.values():

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import Normalizers, load_checkpoint, save_checkpoint
+from equiformer2.checkpoint.compact import check_not_stored
 from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
 from equiformer2.checkpoint.training_data import inherited
 from equiformer2.errors import InputError
@@ -314,6 +315,7 @@ class Study:
         out = Path(out)
         searches = None if searches is None else Path(searches)
         self.path, self.checkpoint = path, load_checkpoint(path)
+        check_not_stored(self.checkpoint.model, path)
         self.model = self.checkpoint.model.eval()
         self.calibration_data, self.settings, self.out, self.recovery = calibration, settings, out, recovery
         self.searches = out / "searches" if searches is None else searches

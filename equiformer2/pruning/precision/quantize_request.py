@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -15,13 +16,14 @@ from tqdm import tqdm
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import Checkpoint, load_checkpoint
+from equiformer2.checkpoint.compact import check_not_stored
 from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
 from equiformer2.errors import InputError
 from equiformer2.files import check_target
 from equiformer2.inference import Predictor
 from equiformer2.model import EquiformerV2, ModelConfig
 from equiformer2.model.branches import branch_names
-from equiformer2.model.parametrizations import BITS, stored_kinds
+from equiformer2.model.parametrizations import BITS, attach
 from equiformer2.pruning.calibration import FORCE_WEIGHT, Calibration
 from equiformer2.pruning.calibration_data import mixed_systems, read_structures
 from equiformer2.pruning.cost.targets import MacTarget, ParameterTarget, parse_targets
@@ -161,7 +163,7 @@ def quantize(
     Returns:
         Content of the JSON file beside `out`: `bytes`, `bytes_float32`, `resident_bytes`, `modules` (bits by
         name), the figures of `measure.compare`, `plan`, `limits` and, after a search, `search`; with
-        `request.recover` also `recovery` (see `_recovered`).
+        `request.recover` also `recovery` (`adapter`, `bytes`, and see `_recovered`).
 
     Raises:
         InputError: a target that is not understood or cannot be met, a plan that does not fit, structures
@@ -174,12 +176,7 @@ def quantize(
     if shares:
         import_optuna()  # before the work
     checkpoint = load_checkpoint(request.checkpoint, request.weights, device=request.device)
-    stored = stored_kinds(checkpoint.model)
-    if stored:
-        raise InputError(
-            f"{request.checkpoint} holds {len(stored)} matrices in fewer bytes already: give the float32 "
-            "checkpoint that it was made of"
-        )
+    check_not_stored(checkpoint.model, request.checkpoint)
     plan = _given_plan(request, checkpoint.config)  # checked before the data are read
     structures = mixed_systems(
         read_structures(request.data, request.structures + request.held_out, request.seed), request.seed
@@ -194,25 +191,27 @@ def quantize(
     if request.recover is not None and is_recoverable(plan):
         found = recover(checkpoint.model, plan, request.recover)
     network = compact_network(checkpoint.model, plan) if found is None else found.network
-    size = write_compact(out, checkpoint, network, plan)
-    del network
+    dense, judged = Predictor(checkpoint, request.device), others or used
+    compact = _predictor(checkpoint, network, request.device)
+    figures = compare(compact, dense, judged, request.batch_size, seed=request.seed)
+    recovery = None if found is None else _recovered(found, plan, request, dense, judged)
     whole = FileSize(checkpoint, checkpoint.model)
-    dense = Predictor(checkpoint, request.device)
-    compact = Predictor(str(out), request.device)
-    figures = compare(compact, dense, others or used, request.batch_size, seed=request.seed)
-    recovery = None
-    if found is not None:
+    # Last: a call that is killed while it measures leaves no file, and the same command goes on.
+    out.parent.mkdir(parents=True, exist_ok=True)
+    size = write_compact(out, checkpoint, network, plan)
+    if found is not None and recovery is not None:
         path = default_adapter_path(out) if adapter_path is None else Path(adapter_path)
-        recovery = _recovered(found, path, plan, request, dense, out, others or used)
+        write_start(path, found, checkpoint, out, recovery["rank"])
+        recovery = {"adapter": path.name, "bytes": path.stat().st_size, **recovery}
     precisions = dict(plan.modules)
-    names = matrices(skeleton(compact.checkpoint.config))
+    names = matrices(skeleton(network.config))
     record = {
         "bytes": size,
         "bytes_float32": whole.float32,
         "bytes_ratio": size / whole.float32,
         "modules": {name: BITS[precisions.get(name, "float32")] for name in names},
         **figures,
-        "measured_on": {"structures": len(others or used), "calibration": not others},
+        "measured_on": {"structures": len(judged), "calibration": not others},
         "limits": shares,
         "plan": plan.to_dict(),
         "search": search,
@@ -250,32 +249,32 @@ def default_adapter_path(out: AnyPath) -> Path:
     return out.with_name(f"{out.stem}.adapter.pt")
 
 
+def _predictor(checkpoint: Checkpoint, network: EquiformerV2, device: str) -> Predictor:
+    """Predictor of a network that was made from a checkpoint."""
+    return Predictor(replace(checkpoint, model=network, config=network.config), device)
+
+
 def _recovered(
     found: Recovery,
-    path: Path,
     plan: PrecisionPlan,
     request: QuantizeRequest,
     dense: Predictor,
-    out: Path,
     structures: Sequence[Data],
 ) -> dict[str, Any]:
-    """Write the adapter of a compact checkpoint and measure both together.
+    """Measure a compact network together with its maps.
 
     Returns:
-        `adapter` (file), `rank`, `bytes`, the figures of `measure.errors` for the checkpoint with the adapter
-        and, under `plain`, for the plan's network without maps, and `weight_error` with
-        `weight_error_plain`: what rounding changes of the matrices with a map, relative to them.
+        `rank`, the figures of `measure.errors` for the network with the maps and, under `plain`, for the
+        plan's network without maps, and `weight_error` with `weight_error_plain`: what rounding changes of
+        the matrices with a map, relative to them.
     """
-    assert request.recover is not None
     checkpoint = dense.checkpoint
-    write_start(path, found, checkpoint, out, request.recover)
-    network = compact_network(checkpoint.model, plan)
-    plain = Predictor(replace(checkpoint, model=network, config=network.config), request.device)
-    with_maps = Predictor(str(out), request.device, adapter=path)
+    adapted = copy.deepcopy(found.network)
+    attach(adapted, copy.deepcopy(dict(found.maps)))
+    with_maps = _predictor(checkpoint, adapted, request.device)
+    plain = _predictor(checkpoint, compact_network(checkpoint.model, plan), request.device)
     return {
-        "adapter": path.name,
         "rank": request.recover,
-        "bytes": path.stat().st_size,
         "weight_error": found.error,
         "weight_error_plain": found.plain_error,
         **errors(with_maps, dense, structures, request.batch_size),

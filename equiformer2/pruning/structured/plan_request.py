@@ -8,6 +8,7 @@ from torch_geometric.data import Batch
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import load_checkpoint, save_checkpoint
+from equiformer2.checkpoint.compact import check_not_stored
 from equiformer2.checkpoint.training_data import inherited
 from equiformer2.files import check_target
 from equiformer2.model.parameters import count_parameters
@@ -128,6 +129,7 @@ def make_plan(request: PlanRequest, state_path: AnyPath | None = None, progress:
     state_path = None if state_path is None else Path(state_path)
     shares = parse_targets(request.targets, {"macs": 0.5, "parameters": 0.5, "latency": 0.6})
     checkpoint = load_checkpoint(request.checkpoint, request.weights, device=request.device)
+    check_not_stored(checkpoint.model, request.checkpoint)
     model = checkpoint.model.eval()
     structures = mixed_systems(read_structures(request.data, request.structures, request.seed), request.seed)
     calibration = Calibration(
@@ -183,6 +185,7 @@ def apply_plan(checkpoint: str | Path, plan: PruningPlan, out: AnyPath) -> tuple
     states: dict[str, Any] = {"raw": None, "averaged": None}
     for kind in kinds:
         loaded = load_checkpoint(checkpoint, kind)
+        check_not_stored(loaded.model, checkpoint)
         small = shrink(loaded.model, plan)
         states[kind] = small.state_dict()
     save_checkpoint(

@@ -12,7 +12,7 @@ from search_helpers import save_tiny, slab, slabs, tiny_model, write_lmdb
 from torch_geometric.data import Data
 
 from equiformer2 import EquiformerV2Calculator
-from equiformer2.checkpoint import load_checkpoint
+from equiformer2.checkpoint import load_checkpoint, save_checkpoint
 from equiformer2.cli.main import main
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
@@ -161,6 +161,26 @@ def test_uniform_precisions_need_no_search(folder: Path, tmp_path: Path, precisi
     assert found["search"] is None
 
 
+def test_a_call_that_ends_while_it_measures_leaves_no_file(folder: Path, tmp_path: Path):
+    """So that the same command goes on, without --overwrite."""
+    checkpoint = load_checkpoint(folder / "dense.pt")
+    with torch.no_grad():
+        checkpoint.model.energy_block.so3_linear_2.weight.fill_(3e38)
+    save_checkpoint(
+        tmp_path / "dense.pt",
+        model=checkpoint.model,
+        raw_state=checkpoint.model.state_dict(),
+        averaged_state=None,
+        normalizers=checkpoint.normalizers,
+        energy_kind=checkpoint.energy_kind,
+        provenance={},
+    )
+    wanted = request(folder, checkpoint=str(tmp_path / "dense.pt"), uniform="int4", recover=2)
+    with pytest.raises(InputError, match="non-finite energy"):
+        quantize(wanted, tmp_path / "small.pt", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense.pt"]
+
+
 def test_a_plan_with_pruning_is_applied(folder: Path, tmp_path: Path):
     config = load_checkpoint(folder / "dense.pt").config
     pruning = PruningPlan.keep_all(config).with_block(0, heads=(1,), mmax=1)
@@ -181,7 +201,7 @@ def test_a_limit_of_time_prunes(folder: Path, tmp_path: Path):
 
 
 def test_the_command_writes_its_record(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    out = tmp_path / "small.pt"
+    out = tmp_path / "new" / "small.pt"
     arguments = ["prune", "quantize", "--checkpoint", str(folder / "dense.pt"), "--data"]
     arguments += [str(folder / "data.lmdb"), "--out", str(out), "--uniform", "int8", "--json"]
     assert main(arguments) == 0
@@ -209,7 +229,7 @@ def test_bad_input_is_refused_in_a_sentence(folder: Path, tmp_path: Path):
         ({"targets": ("bytes=0.4", "bytes=0.5")}, "not understood"),
         ({"targets": ("latency=0.000001",)}, "cannot be met: no choice takes less than .* of the time"),
         ({"uniform": "int8", "data": (str(tmp_path / "held.lmdb"),)}, "has a free atom"),
-        ({"uniform": "int8", "checkpoint": str(tmp_path / "int8.pt")}, "in fewer bytes already"),
+        ({"uniform": "int8", "checkpoint": str(tmp_path / "int8.pt")}, "in fewer bits already"),
         ({"plan": PrecisionPlan((("softmax", "int8"),))}, "stay float32"),
         ({"targets": ("latency=0.5",), "checkpoint": str(tmp_path / "swiglu.pt")}, "cannot be pruned"),
     ]
@@ -229,6 +249,25 @@ def test_bad_input_is_refused_in_a_sentence(folder: Path, tmp_path: Path):
     ]:
         with pytest.raises(InputError, match=message):
             request(folder, **changes)
+
+
+def test_commands_that_prune_refuse_a_compact_file_at_once(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    compact, out = tmp_path / "int4.pt", tmp_path / "out"
+    quantize(request(folder, uniform="int4"), compact, progress=False)
+    PruningPlan.keep_all(load_checkpoint(compact).config).save(tmp_path / "plan.json")
+    data = ["--data", str(folder / "data.lmdb")]
+    for name, more in (
+        ("plan", [*data, "--target", "macs=0.5", "--out", f"{out}.json"]),
+        ("apply", ["--plan", str(tmp_path / "plan.json"), "--out", f"{out}.pt"]),
+        ("report", [*data, "--out", str(out)]),
+        ("grid", [*data, "--out", f"{out}.pt"]),
+    ):
+        assert main(["prune", name, "--checkpoint", str(compact), *more]) == 2
+        assert "int4.pt holds" in (told := capsys.readouterr().err)
+        assert "in fewer bits already" in told
+    assert not list(tmp_path.glob("out.*"))
 
 
 def test_a_search_without_optuna_says_what_to_install(
