@@ -13,6 +13,10 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 
+from datasets_oc20.own_data.importer import ImportOptions, import_files
+from datasets_oc20.own_data.labels import LabelOptions
+from datasets_oc20.own_data.report import ImportReport
+
 DATA = Path(__file__).parents[2] / "data/own_data"
 
 
@@ -67,3 +71,12 @@ def in_folder(tmp_path: Path) -> Iterator[Path]:
 
 
 Change = Callable[[list[Atoms]], list[Atoms]]
+
+
+def run(*paths: object, out: str = "out.lmdb", mixed: bool = False, **settings: object) -> ImportReport:
+    """Import files in this process, with settings of the import or of the labels."""
+    options = ImportOptions(LabelOptions(), mixed=mixed)
+    for name, value in settings.items():
+        target = options if hasattr(options, name) else options.labels
+        object.__setattr__(target, name, value)
+    return import_files([Path(str(path)) for path in paths], out, options, num_workers=1, progress=False)
