@@ -292,12 +292,14 @@ def report(results: Results, page: Path) -> None:
         InputError: there is none.
     """
     rows, figure = results.all(), page.with_suffix(".png")
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    draw(rows, figure)
-    write_page(page, rows, markdown(rows, figure.name))
+    has_curve = any("curve" in row for row in rows)
+    if has_curve:
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        draw(rows, figure)
+    write_page(page, rows, markdown(rows, figure.name if has_curve else None))
 
 
-def markdown(rows: Sequence[Row], figure: str) -> str:
+def markdown(rows: Sequence[Row], figure: str | None) -> str:
     """Format the page."""
     lines = [
         "# Fine-tuning on own data",
@@ -305,8 +307,7 @@ def markdown(rows: Sequence[Row], figure: str) -> str:
         "Written by `python -m studies.own_data`, which says what the sets are. Mean absolute errors on",
         "frames that were not trained on, with the standard deviation over seeds. *Old* is the original",
         "data of the checkpoint, before → after; energies of another kind are not compared.",
-        "",
-        f"![errors over the number of training frames]({figure})",
+        *([] if figure is None else ["", f"![errors over the number of training frames]({figure})"]),
     ]
     for case, setting in CASES.items():
         chosen = [row for row in rows if row["about"]["case"] == case]
@@ -346,8 +347,8 @@ def _cell(row: Row, data: str, network: str, key: str) -> str:
 def draw(rows: Sequence[Row], target: Path) -> None:
     """Draw the force errors of the learning curves, tuned and from scratch, one panel per case."""
     cases = [name for name in CASES if any(row["about"]["case"] == name and "curve" in row for row in rows)]
-    figure = Figure(figsize=(5 * max(1, len(cases)), 4), layout="constrained")
-    for axis, case in zip(np.atleast_1d(figure.subplots(1, max(1, len(cases)))), cases, strict=False):
+    figure = Figure(figsize=(5 * len(cases), 4), layout="constrained")
+    for axis, case in zip(np.atleast_1d(figure.subplots(1, len(cases))), cases, strict=True):
         for row in rows:
             if row["about"]["case"] != case or "curve" not in row:
                 continue
