@@ -9,8 +9,8 @@ PRUNING_PLAN = "configs/pruning/demo_plan.json"
 """Plan for a network of this architecture, found by `equiformer2 prune plan` on the network itself."""
 
 SCRATCH_LEARNING_RATE = 2e-3
-"""Learning rate of the training from nothing, the better of two (docs/results/fine_tuning.md); that of fine-tuning
-is in configs/demo.yaml."""
+"""Learning rate of the training from nothing, the better of two (docs/results/fine_tuning.md); that of
+fine-tuning is in configs/demo.yaml."""
 
 UNSEEN_SYSTEMS = ("random1000100", "random1000120", "random1000151", "random1000193")
 """DFT relaxations that no training ever reads: 33 to 77 atoms, of elements that the network has seen."""
