@@ -19,7 +19,7 @@ _PROJECTIONS = 8  # with three, some of 100,000 different frames of one slab agr
 
 @dataclass(frozen=True)
 class Origins:
-    """Where the labels of a frame come from; one object stands for all frames of the same.
+    """Origins of the labels of a frame; frames of equal origins share one object.
 
     Attributes:
         tags: origin of the tags.
