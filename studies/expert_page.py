@@ -4,16 +4,13 @@ import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
-from equiformer2.errors import InputError
 from equiformer2.experts.scores import METHODS
-from equiformer2.files import read_json, write_bytes, write_json
-from equiformer2.script import origin
 from equiformer2.training.figures import save_figure
 from studies.expert_tasks import KINDS, kind_of
+from studies.results import Row, write_page
 from studies.verdicts import Verdict
 
 TITLES = {"joint": "one network of experts", "single": "a network per task", "two_stage": "two stages"}
@@ -21,31 +18,21 @@ _WORSE = 1.02
 _TOP1 = 0.95
 _HALF = 0.5
 
-Row = Mapping[str, Any]
 Rows = Sequence[Row]
 
 
-def report(runs: Path, results: Path) -> None:
+def report(rows: Rows, results: Path) -> None:
     """Write page, numbers and figure of all rows.
 
     Args:
-        runs: folder of the rows.
+        rows: that there are.
         results: path without ending.
-
-    Raises:
-        InputError: there is none.
     """
-    rows = [read_json(path) for path in sorted(runs.glob("*.result.json"))]
-    if not rows:
-        raise InputError(f"{runs} holds no finished row: leave --collect out")
-    found = verdicts(rows)
-    record = {**origin(), "rows": rows, "verdicts": [vars(verdict) for verdict in found]}
+    found, figure = verdicts(rows), results.with_suffix(".png")
     results.parent.mkdir(parents=True, exist_ok=True)
-    draw(rows, results.with_suffix(".png"))
-    write_json(results.with_suffix(".json"), record)
-    text = markdown(rows, found, results.with_suffix(".png").name)
-    write_bytes(results.with_suffix(".md"), text.encode())
-    print(text)
+    draw(rows, figure)
+    told = [vars(verdict) for verdict in found]
+    write_page(results, rows, markdown(rows, found, figure.name), verdicts=told)
 
 
 def of_part(rows: Rows, part: str) -> list[Row]:

@@ -16,8 +16,8 @@ elements (`studies.expert_tasks`). Parts, each resumable and runnable alone:
   bytes read and memory.
 
 Minutes become a number of optimizer steps by the time of the first steps, so a run that is continued takes
-no longer. Every row is a file in --runs. Averaged weights are judged. Words after -- are keys of
-`equiformer2 train` for all runs.
+no longer. Every row is a file in --runs; rows that the page holds are not computed again. Averaged weights
+are judged. Words after -- are keys of `equiformer2 train` for all runs.
 """
 
 import argparse
@@ -29,7 +29,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +57,7 @@ from equiformer2.training.run import train
 from studies.adapters import StepTimes
 from studies.expert_page import report
 from studies.expert_tasks import KINDS, TASKS, Sources, kind_of, prepare, task_file
+from studies.results import Results, Row
 
 PARTS = ("joint", "single", "two_stage", "prune", "retrieve")
 MODEL = (
@@ -76,7 +76,6 @@ _TIMED_STEPS, _UNTIMED_STEPS = 12, 2
 _RANDOM_SEEDS = 3
 _CACHED_NETWORKS = 4
 
-Row = dict[str, Any]
 Answer = Callable[[Batch], dict[str, Tensor]]
 
 
@@ -86,10 +85,12 @@ class Study:
 
     Attributes:
         options: of the command line.
+        results: rows that are there.
         stop: time after which no row is begun, s of `time.monotonic`.
     """
 
     options: argparse.Namespace
+    results: Results
     stop: float
 
     @property
@@ -102,24 +103,12 @@ class Study:
         """Names of the tasks."""
         return list(self.options.tasks)
 
-    def about(self) -> dict[str, Any]:
-        """Return what rows of one folder have in common."""
-        names = ("minutes", "experts", "frames", "test_frames", "tasks", "keep", "settings")
-        return {name: getattr(self.options, name) for name in names}
-
     def row(self, name: str, make: Callable[[], Row]) -> Row | None:
         """Read the row `name`, or make it if there is time; None if there is none."""
-        path = self.options.runs / f"{name}.result.json"
-        if path.exists():
-            row = read_json(path)
-            if row["about"] != self.about():
-                raise InputError(f"{path} is of other options: give another --runs")
+        row = self.results.get(name)
+        if row is not None or time.monotonic() > self.stop:
             return row
-        if time.monotonic() > self.stop:
-            return None
-        row = {"name": name, "part": name.partition("-")[0], "about": self.about(), **make()}
-        write_json(path, row, make_folder=True)
-        return row
+        return self.results.keep(name, {"part": name.partition("-")[0], **make()})
 
     def joint_file(self, seed: int) -> Path:
         """Path of the joint network of a seed.
@@ -127,9 +116,14 @@ class Study:
         Raises:
             InputError: it is not there.
         """
-        path = self.options.runs / f"joint-{seed}" / "checkpoints" / "last_experts.safetensors"
-        if not (self.options.runs / f"joint-{seed}.result.json").exists():
+        name = f"joint-{seed}"
+        path = Path(self.options.runs) / name / "checkpoints" / "last_experts.safetensors"
+        if self.results.get(name) is None:
             raise InputError(f"{path} is not finished: run --part joint first")
+        if not path.exists():
+            raise InputError(
+                f"{path} was trained elsewhere: train it again with --part joint and another --results"
+            )
         return path
 
     def train(self, name: str, words: Sequence[str], minutes: float, seed: int) -> tuple[Path, Row]:
@@ -429,16 +423,19 @@ def main(words: Sequence[str] | None = None) -> None:
     if options.minutes <= 0 or options.frames < 1 or options.test_frames < 1:
         raise InputError("--minutes, --frames and --test-frames must be above 0")
     torch.set_num_threads(1)
-    left = False if options.collect else run(options)
-    report(options.runs, options.results)
+    names = ("minutes", "experts", "frames", "test_frames", "tasks", "keep", "settings")
+    about = {name: getattr(options, name) for name in names}
+    results = Results(options.runs, lambda _: about, options.results)
+    left = False if options.collect else run(options, results)
+    report(results.all(), options.results)
     if left:
         print("rows are left: the same command goes on", file=sys.stderr)
 
 
-def run(options: argparse.Namespace) -> bool:
+def run(options: argparse.Namespace, results: Results) -> bool:
     """Make the rows of the parts that are asked for; True if time was over before the last."""
     stop = float("inf") if options.hours is None else time.monotonic() + 3600 * options.hours
-    study = Study(options, stop)
+    study = Study(options, results, stop)
     sources = Sources(options.dft, options.teacher, options.frames, options.test_frames, tuple(options.tasks))
     prepare(study.data, sources)
     for part in options.part:

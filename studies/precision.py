@@ -17,7 +17,8 @@ Parts, each resumable and runnable alone:
 - `time`: `prune quantize` at limits of time, and a force call with all products in bfloat16.
 
 Every row is a file in --out: a killed program continues where it was, and --hours ends it before the next
-row. All errors are measured on the held-out structures, against labels and against the float32 network.
+row. Rows that the page holds are not computed again. All errors are measured on the held-out structures,
+against labels and against the float32 network.
 """
 
 import argparse
@@ -39,7 +40,6 @@ from tqdm import tqdm
 from equiformer2.checkpoint import Checkpoint, load_checkpoint
 from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.errors import InputError
-from equiformer2.files import read_json, write_bytes, write_json
 from equiformer2.inference import Predictor
 from equiformer2.kernels.linear import multiplies_bfloat16
 from equiformer2.model import EquiformerV2
@@ -49,13 +49,14 @@ from equiformer2.pruning.precision.compact import FileSize, compact_network, wri
 from equiformer2.pruning.precision.measure import compare
 from equiformer2.pruning.precision.plan import PrecisionPlan, matrices, parts_of
 from equiformer2.pruning.precision.quantize_request import QuantizeRequest, quantize
-from equiformer2.pruning.precision.recovery import recover, write_start
+from equiformer2.pruning.precision.recovery import Recovery, recover, write_start
 from equiformer2.pruning.structured.plan import PruningPlan
 from equiformer2.pruning.structured.plan_request import apply_plan
 from equiformer2.script import origin, run_script
 from equiformer2.training.configuration import parse
 from equiformer2.training.run import train
 from studies.force_call_times import peak_allocated
+from studies.results import Results, Row, write_page
 from studies.verdicts import Verdict
 
 PARTS = ("uniform", "search", "pruned", "memory", "recovery", "time")
@@ -78,8 +79,6 @@ _TIMED_CALLS = 15
 #: Prefixes of rows that a search makes, which no uniform row is to dominate.
 SEARCHED = "search"
 
-Row = dict[str, Any]
-
 
 @dataclass
 class Study:
@@ -89,36 +88,26 @@ class Study:
         options: of the command line.
         checkpoint: the float32 network.
         held_out: name -> structures.
+        results: rows that are there.
         stop: time after which no row is begun, s of `time.monotonic`.
     """
 
     options: argparse.Namespace
     checkpoint: Checkpoint
     held_out: dict[str, list[Data]]
+    results: Results
     stop: float
-
-    def about(self) -> dict[str, Any]:
-        """Return what rows of one folder have in common."""
-        names = ("limits", "structures", "held_out_structures", "trials", "keep")
-        values = {name: getattr(self.options, name) for name in names}
-        return {"checkpoint_sha256": sha256(self.options.checkpoint), **values}
 
     def row(self, name: str, make: Callable[[], Row]) -> Row | None:
         """Read the row `name`, or make it if there is time; None if there is none."""
-        path = self.options.out / f"{name}.json"
-        if path.exists():
-            row = read_json(path)
-            if row["about"] != self.about():
-                raise InputError(f"{path} is of another network or other options: give another --out")
+        row = self.results.get(name)
+        if row is not None or time.monotonic() > self.stop:
             return row
-        if time.monotonic() > self.stop:
-            return None
         start = time.monotonic()
-        row = {"name": name, "about": self.about(), **make()}
-        row |= {"minutes": (time.monotonic() - start) / 60, **origin()}
-        write_json(path, row, make_folder=True)
-        tqdm.write(f"{name}: {row['minutes']:.1f} min")
-        return row
+        made = make()
+        minutes = (time.monotonic() - start) / 60
+        tqdm.write(f"{name}: {minutes:.1f} min")
+        return self.results.keep(name, {**made, "minutes": minutes, **origin()})
 
     def judged(self, plan: PrecisionPlan) -> Row:
         """Measure the network of a plan on all held-out structures."""
@@ -197,13 +186,14 @@ def _first_choices(study: Study, found: Row, limit: float, seed: int) -> dict[st
 def pruned_rows(study: Study) -> Iterator[Row | None]:
     for seed in study.options.seeds:
         limit = study.options.limits[0]
-        path = study.options.out / f"{SEARCHED}-{limit:g}-{seed}-trials.json"
-        if not path.exists():
+        trials = f"{SEARCHED}-{limit:g}-{seed}-trials"
+        searched = study.results.get(trials)
+        if searched is None:
             if time.monotonic() > study.stop:
                 yield None
                 return
-            raise InputError(f"{path} is not there: run --part search first, which decides what is pruned")
-        pruning = PruningPlan.from_dict(read_json(path)["search"]["prunings"][-1])
+            raise InputError(f"{trials} is not there: run --part search first, which decides what is pruned")
+        pruning = PruningPlan.from_dict(searched["search"]["prunings"][-1])
         for kind in ("float32", "int8", "int4"):
             plan = PrecisionPlan.uniform(study.checkpoint.config, kind, pruning)
             yield study.row(f"pruned-{kind}-{seed}", lambda plan=plan: study.judged(plan))  # type: ignore[misc]
@@ -298,11 +288,15 @@ def recovery_rows(study: Study) -> Iterator[Row | None]:
     plan, options = PrecisionPlan.uniform(study.checkpoint.config, "int4"), study.options
     base, maps = options.out / "recovery.pt", options.out / "recovery.adapter.pt"
 
-    def start() -> Row:
+    def write_files() -> Recovery:
         options.out.mkdir(parents=True, exist_ok=True)
         found = recover(study.checkpoint.model, plan, _RANK)
         write_compact(base, study.checkpoint, found.network, plan)
         write_start(maps, found, study.checkpoint, base, _RANK)
+        return found
+
+    def start() -> Row:
+        found = write_files()
         told = {"weight_error": found.error, "weight_error_plain": found.plain_error}
         return {**told, **study.judged_file(base, plan, maps)}
 
@@ -312,6 +306,8 @@ def recovery_rows(study: Study) -> Iterator[Row | None]:
             name = f"recovery-int4-{way}-{options.recovery_steps}-{seed}"
 
             def make(way: str = way, seed: int = seed, name: str = name) -> Row:
+                if not maps.exists():  # the first row may come from the page
+                    write_files()
                 file = base if way == "loftq" else options.out / "recovery-plain.pt"
                 if not file.exists():
                     network = compact_network(study.checkpoint.model, plan)
@@ -424,7 +420,11 @@ def run(options: argparse.Namespace) -> None:
             raise InputError(f"--held-out {text}: give NAME=PATH, such as teacher=test.lmdb")
         held_out[name] = mixed_systems(read_structures(path, options.held_out_structures))
     stop = time.monotonic() + 3600 * options.hours
-    study = Study(options, load_checkpoint(options.checkpoint), held_out, stop)
+    names = ("limits", "structures", "held_out_structures", "trials", "keep")
+    about = {name: getattr(options, name) for name in names}
+    about["checkpoint_sha256"] = sha256(options.checkpoint)
+    results = Results(options.out, lambda _: about, options.results)
+    study = Study(options, load_checkpoint(options.checkpoint), held_out, results, stop)
     left = False
     for part in options.part:
         left |= any([row is None for row in MAKERS[part](study)])
@@ -434,15 +434,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def report(study: Study) -> None:
-    """Write `RESULTS.json` and `RESULTS.md` of all rows in the folder."""
-    rows = [read_json(path) for path in sorted(study.options.out.glob("*.json"))]
-    rows = [row for row in rows if row["about"] == study.about()]
+    """Write `RESULTS.json` and `RESULTS.md` of all rows that there are."""
+    rows = study.results.all()
     found = verdicts(rows, next(iter(study.held_out)))
-    record = {**origin(), "rows": rows, "verdicts": [vars(verdict) for verdict in found]}
-    write_json(study.options.results.with_suffix(".json"), record, make_folder=True)
-    text = markdown(rows, found)
-    write_bytes(study.options.results.with_suffix(".md"), text.encode())
-    print(text)
+    told = [vars(verdict) for verdict in found]
+    write_page(study.options.results, rows, markdown(rows, found), verdicts=told)
 
 
 def points(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -462,7 +458,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]], gate: str) -> list[Verdict]:
         value = row["errors"][gate]["force_mae_ratio"]
         return float("inf") if value is None else float(value)
 
-    own = [row for row in points(rows) if row["name"].startswith(SEARCHED)]
+    own = [row for row in points(rows) if row["run"].startswith(SEARCHED)]
     small = [row for row in own if row["bytes_ratio"] <= _MOST_BYTES]
     found = []
     if small:
@@ -471,19 +467,19 @@ def verdicts(rows: Sequence[Mapping[str, Any]], gate: str) -> list[Verdict]:
         question = f"at most {_MOST_BYTES:.0%} of the bytes at most 2 % worse ({gate}, labels)"
         found.append(Verdict(question, told, mean <= _MOST_WORSE))
     for other in points(rows):
-        if own and (other["name"] in UNIFORM[1:] or other["name"].startswith("pruned-int8")):
+        if own and (other["run"] in UNIFORM[1:] or other["run"].startswith("pruned-int8")):
             # A point dominates the front where every searched point with no more bytes is worse than it.
             rivals = [row for row in own if row["bytes"] <= other["bytes"]]
             best = min((ratio(row) for row in rivals), default=float("inf"))
             told = f"{ratio(other):.4f} of the force MAE; searched with no more bytes {best:.4f}"
-            found.append(Verdict(f"{other['name']} does not dominate the front", told, best <= ratio(other)))
+            found.append(Verdict(f"{other['run']} does not dominate the front", told, best <= ratio(other)))
     turned = [row["errors"][gate]["equivariance_ratio"] for row in points(rows)]
     turned = [value for value in turned if value is not None]
     if turned:
         question = f"error under rotations at most {_MOST_TURNED} times that of float32"
         found.append(Verdict(question, f"at most {max(turned):.3f}", max(turned) <= _MOST_TURNED))
     recovered = {
-        way: [ratio(row) for row in points(rows) if re.fullmatch(pattern, row["name"])]
+        way: [ratio(row) for row in points(rows) if re.fullmatch(pattern, row["run"])]
         for way, pattern in _RECOVERED.items()
     }
     if all(recovered.values()):
@@ -515,7 +511,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], found: Sequence[Verdict]) -> str
         for row in sorted(points(rows), key=lambda row: -row["bytes"]):
             part = row["errors"][name]
             cells = [
-                row["name"],
+                row["run"],
                 f"{row['bytes_ratio']:.1%}",
                 f"{_shown(part['force_mae_eV_A'])} ({_shown(part['force_mae_ratio'])})",
                 _shown(part["force_change_eV_A"]),
@@ -534,7 +530,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], found: Sequence[Verdict]) -> str
         ]
         for row in memory:
             sizes = (f"{row[f'{key}_bytes'] / 1e6:.1f}" for key in ("weights", "optimizer", "peak"))
-            lines.append(f"| {row['name'].removeprefix('memory-')} | {' | '.join(sizes)} |")
+            lines.append(f"| {row['run'].removeprefix('memory-')} | {' | '.join(sizes)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -552,9 +548,9 @@ def _times(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         elif "timed" in row:
             found = row["timed"]
             cells = (f"{found['ms']:.0f}", f"{found['ms_ratio']:.3f}", _shown(found["force_mae_ratio"]))
-            lines.append(f"| limit {row['name'].removeprefix('time-')} | {' | '.join(cells)} |")
+            lines.append(f"| limit {row['run'].removeprefix('time-')} | {' | '.join(cells)} |")
         elif "refused" in row:
-            lines.append(f"| limit {row['name'].removeprefix('time-')}: {row['refused']} | – | – | – |")
+            lines.append(f"| limit {row['run'].removeprefix('time-')}: {row['refused']} | – | – | – |")
     if not lines:
         return []
     head = ["| network | ms | over float32 | force MAE over float32's |", "|---|---|---|---|"]

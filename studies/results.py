@@ -24,6 +24,9 @@ class Results:
         about: takes the name of a run and returns what its result must be of: settings, hashes of inputs;
             None for a name that the study does not have.
         page: path of the published page, with any ending; its numbers may be missing.
+
+    Raises:
+        InputError: the page has a run of other settings, which a new page would no longer show.
     """
 
     def __init__(
@@ -32,7 +35,10 @@ class Results:
         self._folder, self._about = folder, about
         numbers = page and page.with_suffix(".json")
         rows = read_json(numbers)["runs"] if numbers and numbers.exists() else []
-        self._published = {row["run"]: row for row in rows if row["about"] == about(row["run"])}
+        self._published = {row["run"]: row for row in rows if about(row["run"]) is not None}
+        for run, row in self._published.items():
+            if row["about"] != about(run):
+                raise InputError(f"{numbers} has {run} with other settings: name another page with --results")
 
     def get(self, run: str) -> Row | None:
         """Return the result of a run, or None.
@@ -45,7 +51,7 @@ class Results:
             return self._published.get(run)
         row: Row = read_json(path)
         if row["about"] != self._about(run):
-            raise InputError(f"{path} is of other settings: remove it, or name another folder with --runs")
+            raise InputError(f"{path} is of other settings: remove it, or give another folder for the runs")
         return row
 
     def keep(self, run: str, content: Mapping[str, Any]) -> Row:

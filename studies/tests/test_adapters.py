@@ -53,5 +53,5 @@ def test_runs_in_processes_of_their_own_and_a_page(tmp_path: Path) -> None:
     files[0].unlink()
     main([*words, "--collect"])
     assert "| full fine-tuning | 1 |" in page.with_suffix(".md").read_text()
-    with pytest.raises(InputError, match="of other settings"):
+    with pytest.raises(InputError, match="with other settings"):
         main([*words, "--steps", "2"])

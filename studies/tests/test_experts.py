@@ -77,7 +77,7 @@ def test_all_parts_are_continued(frames: Path, tmp_path: Path, capsys: pytest.Ca
     words = ["--tasks", *OWN, "--minutes", "0.001", "--seeds", "0", "--experts", "4", "--frames", "4"]
     words += ["--test-frames", "2", "--keep", "0.5", "--dft", str(frames), "--teacher", str(frames)]
     words += ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "page")]
-    with pytest.raises(InputError, match="no finished row"):
+    with pytest.raises(InputError, match="no finished run"):
         main([*words, "--collect"])
     with pytest.raises(InputError, match="run --part joint first"):
         main([*words, "--part", "prune", "--", *SMALL])
@@ -99,7 +99,7 @@ def test_all_parts_are_continued(frames: Path, tmp_path: Path, capsys: pytest.Ca
     main([*words, "--", *SMALL])
     assert {path: path.stat().st_mtime_ns for path in files.values()} == times
     capsys.readouterr()
-    with pytest.raises(InputError, match="of other options"):
+    with pytest.raises(InputError, match="with other settings"):
         main([*words, "--keep", "0.25", "--", *SMALL])
     main([*words, "--seeds", "1", "--hours", "0", "--", *SMALL])
     assert "rows are left" in capsys.readouterr().err

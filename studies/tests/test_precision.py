@@ -15,7 +15,7 @@ from search_helpers import save_tiny, slab, slabs, write_lmdb
 
 def row(name: str, share: float, ratio: float) -> dict[str, Any]:
     errors = {"force_mae_ratio": ratio, "equivariance_ratio": 1.0}
-    return {"name": name, "bytes": int(1e6 * share), "bytes_ratio": share, "errors": {"test": errors}}
+    return {"run": name, "bytes": int(1e6 * share), "bytes_ratio": share, "errors": {"test": errors}}
 
 
 def test_verdicts() -> None:
@@ -48,7 +48,7 @@ def test_all_parts_are_continued(tmp_path: Path, capsys: pytest.CaptureFixture[s
         results=tmp_path / "page",
     )
     precision.run(options)
-    files = {path.stem for path in options.out.glob("*.json")}
+    files = {path.name.removesuffix(".result.json") for path in options.out.glob("*.result.json")}
     assert {"float32", "int4", "search-0.5-0", "information-0.5-0", "sensitivity-0.5-0"} <= files
     assert {"pruned-int8-0", "pruned-search-0.5-0", "pruned-information-0.5-0"} <= files
     assert {"memory-float32-all-stored", "memory-int4-low_rank-recomputed"} <= files

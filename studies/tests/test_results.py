@@ -19,12 +19,18 @@ def test_a_fresh_clone_takes_results_from_the_page(tmp_path: Path) -> None:
         first.all()
     row = first.keep("a", {"error": 0.5})
     gone = {"run": "gone", "about": {"steps": 10}}
-    other = {"run": "b", "about": {"steps": 20}, "error": 0.1}
-    write_page(page, [row, gone, other], "text")
+    write_page(page, [row, gone], "text")
     clone = Results(tmp_path / "clone", about, page)
     assert clone.get("a") == row
-    assert clone.get("b") is None
+    assert clone.get("gone") is None
     assert clone.all() == [row]
+
+
+def test_a_page_of_other_settings_is_not_replaced(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    write_page(page, [Results(tmp_path / "first", about).keep("a", {"error": 0.5})], "text")
+    with pytest.raises(InputError, match="has a with other settings: name another page"):
+        Results(tmp_path / "second", lambda _: {"steps": 20}, page)
 
 
 def test_an_own_file_comes_first_and_must_be_of_the_same_settings(tmp_path: Path) -> None:
