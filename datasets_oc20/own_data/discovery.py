@@ -158,7 +158,7 @@ def _may_hold_energies(path: Path, found: Found) -> bool:
     if Path(f"{path}{REPORT_ENDING}").exists() or not path.is_file():
         found.ignored.append(str(path))
         return False
-    if _RESULT_NAMES.search(_bare(path.name)):
+    if names_result(path.name):
         return True
     try:
         is_carrier = find_format(path) in CARRIERS
@@ -170,6 +170,11 @@ def _may_hold_energies(path: Path, found: Found) -> bool:
     if not is_carrier:
         found.ignored.append(str(path))
     return is_carrier
+
+
+def names_result(name: str) -> bool:
+    """Tell whether a file is named like a result of DFT or a set of frames."""
+    return _RESULT_NAMES.search(_bare(name)) is not None
 
 
 def _bare(name: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from torch_geometric.data import Data
 
 from datasets_oc20.errors import DataError
-from datasets_oc20.own_data.discovery import find_sources
+from datasets_oc20.own_data.discovery import find_sources, names_result
 from datasets_oc20.own_data.importer import ImportOptions, read_set
 from datasets_oc20.own_data.report import dropped_rows
 from datasets_oc20.own_data.source_worker import Dropped
@@ -167,11 +167,30 @@ def open_dataset(
     paths = [Path(path)] if isinstance(path, str | os.PathLike) else [Path(item) for item in path]
     check_energy_kind(energy_kind)
     if all(is_lmdb(item) for item in paths):
+        for item in paths:
+            _warn_of_others(item)
         return OC20Lmdb(path, energy_kind)
     for item in paths:
         if not item.exists():
             raise DataError(f"{item}: no such file.")
     return MemoryDataset(paths, energy_kind, needs_energy)
+
+
+def _warn_of_others(path: Path) -> None:
+    """Log that files of other formats in a folder with LMDB files are not read."""
+    if not path.is_dir():
+        return
+    others = sorted(
+        item.name for item in path.iterdir() if names_result(item.name) and not is_lmdb(path / item.name)
+    )
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        _LOG.warning(
+            "%s: its LMDB files alone are read, not %s%s: name these, too, or keep them apart.",
+            path,
+            others[0],
+            more,
+        )
 
 
 def is_lmdb(path: AnyPath) -> bool:

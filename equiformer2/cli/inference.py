@@ -123,7 +123,9 @@ class Evaluate(Command):
             adapter=options.adapter,
         )
         checkpoint = predictor.checkpoint
-        print(f"{options.checkpoint}: {checkpoint.weights} weights, {checkpoint.energy_kind} energies")
+        adapter = "" if options.adapter is None else f" with the adapter {options.adapter}"
+        kind = f"{checkpoint.weights} weights, {checkpoint.energy_kind} energies"
+        print(f"{options.checkpoint}{adapter}: {kind}")
         results = self._evaluate_all(options, predictor, paths)
         if len(results) > 1:
             print(f"average of {len(results)}")

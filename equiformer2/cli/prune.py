@@ -14,6 +14,7 @@ from equiformer2.cli.options import (
     add_model_arguments,
     add_overwrite_argument,
     checkpoint_file,
+    parse_checked,
     random_seed,
 )
 from equiformer2.errors import InputError
@@ -426,6 +427,11 @@ class Quantize(Command):
             "--state", type=Path, help="file for resumable search state (default: beside --out)"
         )
         add_overwrite_argument(parser)
+
+    def parse(self, parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+        of_searches = ("--keep", "--minutes", "--trials", "--max-minutes", "--force-weight", "--state")
+        needs = [(option, "--target") for option in of_searches]
+        return parse_checked(parser, arguments, needs=needs)
 
     def run(self, options: argparse.Namespace) -> Result:
         from equiformer2.pruning.precision.plan import PrecisionPlan

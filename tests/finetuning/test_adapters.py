@@ -46,7 +46,11 @@ def test_the_result_is_an_adapter_of_the_checkpoint(tuned: Path, adsorption_chec
 
 
 def test_the_table_is_of_the_checkpoint_with_the_adapter(
-    tuned: Path, emt: Path, adsorption_checkpoint: Path, tmp_path: Path
+    tuned: Path,
+    emt: Path,
+    adsorption_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Evaluated and predicted by the commands, merged and unmerged."""
     common = ["--checkpoint", adsorption_checkpoint, "--adapter", tuned / "adapter.pt"]
@@ -59,6 +63,8 @@ def test_the_table_is_of_the_checkpoint_with_the_adapter(
     for number, words in enumerate((common, ["--checkpoint", merged])):
         out = tmp_path / f"{number}.json"
         assert run_command("evaluate", *words, "--data", judged, "--out", out) == 0
+        named = f"with the adapter {tuned / 'adapter.pt'}: " in capsys.readouterr().out
+        assert named == (words is common)
         found.append(json.loads(out.read_text()))
         assert run_command("predict", *words, "--data", emt, "--out", tmp_path / f"{number}.npz") == 0
     assert found[0]["adapter_sha256"] == sha256(tuned / "adapter.pt")

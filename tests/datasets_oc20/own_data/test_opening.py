@@ -51,6 +51,22 @@ def test_lmdb_files_beside_others_are_read_with_them() -> None:
             open_dataset(paths)
 
 
+def test_other_files_beside_the_lmdb_files_of_a_folder_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    folder = Path("set")
+    folder.mkdir()
+    write_lmdb(folder / "b.lmdb", trajectory(slab("Cu"), 3), "total")
+    (folder / "notes.txt").write_text("of the set")
+    caplog.clear()
+    assert len(open_dataset(folder)) == 3
+    assert not caplog.messages
+    for name in ("OUTCAR.gz", "a.traj"):
+        write(folder / name, trajectory(slab(), 1), format="traj")
+    assert len(open_dataset(folder)) == 3
+    assert caplog.messages == [
+        "set: its LMDB files alone are read, not OUTCAR.gz and 1 more: name these, too, or keep them apart."
+    ]
+
+
 def test_what_is_left_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
     frames = trajectory(slab(), 3)
     frames[1].calc.results["energy"] = np.nan

@@ -209,6 +209,8 @@ def test_the_command_writes_its_record(folder: Path, tmp_path: Path, capsys: pyt
     assert printed == json.loads(Path(f"{out}.json").read_text())
     assert printed["schema"] == "prune-quantize/1"
     assert set(printed) >= KEYS | {"command", "commit", "checkpoint_sha256", "seconds"}
+    assert main([*arguments, "--overwrite", "--keep", "0.9"]) == 2
+    assert "--keep has no meaning without --target" in capsys.readouterr().err
 
 
 def held(data: Data) -> Data:
