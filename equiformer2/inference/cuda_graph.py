@@ -9,7 +9,7 @@ own, which send nothing to other atoms and which nothing reads.
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +71,10 @@ class GraphedNetwork:
         self._weights = Snapshot(model)
         self._failed = False
         self.captures = self.replays = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, and those in other processes, make recordings of their own."""
+        return GraphedNetwork, (self.model, self._record, self.max_graphs)
 
     def __call__(self, batch: Batch) -> Outputs | None:
         """All outputs for `batch`, on its device; None where the network should run as usual.

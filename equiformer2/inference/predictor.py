@@ -211,7 +211,7 @@ class Predictor:
         self.model.backend = backend
         self.model.check_backend(Features(routing=router is not None))
         self.router = router
-        self.model.fold_weights(torch.bfloat16 if precision == "bf16" else None)
+        self._fold_weights()
         self.graphed: GraphedNetwork | None = None
         use = self.device, backend, router is not None, self.model.config.forces == "gradient"
         if cuda_graphs:
@@ -221,6 +221,14 @@ class Predictor:
         self._adapted = AdaptedNetwork(self.checkpoint, self.model)
         self.energy_kind: str
         self.use_adapter(adapter)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Go on in another process, or as a copy: the matrices kept for inference are computed again."""
+        self.__dict__.update(state)
+        self._fold_weights()
+
+    def _fold_weights(self) -> None:
+        self.model.fold_weights(torch.bfloat16 if self.precision == "bf16" else None)
 
     @property
     def adapter(self) -> Adapter | None:

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from equiformer2.errors import InputError
 from equiformer2.kernels.chunks import no_autocast
 from equiformer2.model.feed_forward import FeedForwardNetwork, SwiGLUFeedForwardNetwork
-from equiformer2.model.parametrizations import find_weight
+from equiformer2.model.parametrizations import find_weight, register
 from equiformer2.model.so2_convolution import SO2Convolution
 from equiformer2.model.so3_linear import SO3Linear
 
@@ -155,7 +155,7 @@ def attach_stacks(
             weight = getattr(module, leaf)
             values = stack.detach().to(weight.device, weight.dtype)
             setattr(module, leaf, nn.Parameter(values, requires_grad=weight.requires_grad))
-            parametrize.register_parametrization(module, leaf, StackedWeight(choice, of_task), unsafe=True)
+            register(module, leaf, StackedWeight(choice, of_task), unsafe=True)
 
 
 def stacks_of(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

@@ -9,7 +9,7 @@ same way. Maps of a mixture over the components of a degree would not be (the pu
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,42 @@ def attach(model: nn.Module, maps: Mapping[str, LowRank]) -> None:
     places = {name: find_weight(model, name, each.shape) for name, each in maps.items()}
     for name, (module, leaf) in places.items():
         weight = getattr(module, leaf)
-        parametrize.register_parametrization(module, leaf, maps[name].to(weight.device, weight.dtype))
+        register(module, leaf, maps[name].to(weight.device, weight.dtype))
+
+
+def register(module: nn.Module, name: str, form: nn.Module, unsafe: bool = False) -> None:
+    """Compute a weight by `form` from now on; the module can then still be pickled, unlike torch's.
+
+    Args:
+        module: holds the weight.
+        name: of the weight.
+        form: see `parametrize.register_parametrization`.
+        unsafe: see there.
+    """
+    parametrize.register_parametrization(module, name, form, unsafe=unsafe)
+    type(module).__reduce_ex__ = _reduced  # type: ignore[method-assign,assignment]
+
+
+def _reduced(module: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """Take a parametrized module apart for pickle, which cannot find the class that torch made for it."""
+    state = dict(vars(module)), tuple(module.parametrizations)  # type: ignore[arg-type]
+    return _empty, type(module).__bases__[:1], state, None, None, _fill
+
+
+def _empty(base: type[nn.Module]) -> nn.Module:
+    """Make a parametrized module of a class, without content."""
+    module = base.__new__(base)
+    parametrize._inject_new_class(module)
+    type(module).__reduce_ex__ = _reduced  # type: ignore[method-assign,assignment]
+    return module
+
+
+def _fill(module: nn.Module, state: tuple[dict[str, Any], Sequence[str]]) -> None:
+    """Give a module of `_empty` its content, and the names of its parametrized weights."""
+    content, names = state
+    module.__setstate__(content)
+    for name in names:
+        parametrize._inject_property(module, name)
 
 
 def find_weight(model: nn.Module, name: str, shape: torch.Size) -> tuple[nn.Module, str]:
@@ -373,7 +408,7 @@ def store(module: nn.Module, name: str, kind: str, tensors: Sequence[Tensor] | N
     del module._parameters[name]
     # As a buffer: its stored form becomes buffers, too, which `requires_grad_` and optimizers leave alone.
     module.register_buffer(name, weight)
-    parametrize.register_parametrization(module, name, form, unsafe=True)
+    register(module, name, form, unsafe=True)
     if tensors is not None:
         held = module.parametrizations[name]  # type: ignore[index]
         for place, tensor in enumerate(tensors):

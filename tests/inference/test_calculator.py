@@ -1,6 +1,8 @@
 """Predictor and ASE calculator on a small network with random weights."""
 
+import copy
 import logging
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from torch_geometric.data import Batch
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.inference import EquiformerV2Calculator, Predictor, atoms_to_data
+from equiformer2.model.folding import resident_bytes
 
 FOREIGN = Path(__file__).parents[1] / "fixtures" / "checkpoint"
 
@@ -50,6 +53,17 @@ def test_energy_and_forces_are_the_model_output_in_physical_units(
         oxygen_on_copper.get_potential_energy(force_consistent=True)
         == oxygen_on_copper.get_potential_energy()
     )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_bit_equal_in_another_process(checkpoint: Path, oxygen_on_copper: Atoms, precision: str) -> None:
+    calculator = EquiformerV2Calculator(checkpoint, precision=precision)
+    expected = calculator.get_forces(oxygen_on_copper)
+    size = resident_bytes(calculator.predictor.model)
+    for again in (pickle.loads(pickle.dumps(calculator)), copy.deepcopy(calculator)):
+        again.reset()
+        assert np.array_equal(again.get_forces(oxygen_on_copper), expected)
+        assert resident_bytes(again.predictor.model) == size  # with the matrices kept for inference
 
 
 def test_bit_equal_on_every_call(checkpoint: Path, oxygen_on_copper: Atoms) -> None:

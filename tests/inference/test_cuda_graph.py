@@ -1,5 +1,7 @@
 """Replaying fixed compositions. On a CPU a stand-in for CUDA graphs runs what was recorded once more."""
 
+import copy
+import pickle
 import sys
 import warnings
 from collections.abc import Callable
@@ -145,6 +147,18 @@ def test_few_recordings_are_kept(checkpoint: Path, oxygen_on_copper: Atoms) -> N
     for atoms in (small, small, large, large, small):
         predictor.predict(moved(atoms, 0))
     assert (predictor.graphed.captures, predictor.graphed.replays) == (2, 2)
+
+
+def test_a_copy_makes_recordings_of_its_own(checkpoint: Path, oxygen_on_copper: Atoms) -> None:
+    predictor = replaying(checkpoint)
+    for step in range(3):
+        expected = predictor.predict(moved(oxygen_on_copper, step))
+    for again in (pickle.loads(pickle.dumps(predictor)), copy.deepcopy(predictor)):
+        assert again.graphed.model is again.model
+        for step in range(3):
+            found = again.predict(moved(oxygen_on_copper, step))
+        assert (again.graphed.captures, again.graphed.replays) == (1, 2)
+        assert_equal(found, expected)
 
 
 def test_what_is_asked_for_alone(checkpoint: Path, oxygen_on_copper: Atoms) -> None:

@@ -1,6 +1,7 @@
 """Low-rank maps: symmetry, masks, and taking them off again."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -101,6 +102,17 @@ def test_other_parametrizations_stay() -> None:
     detach(layer)
     torch.testing.assert_close(read(layer[0]), 2 * before)
     torch.testing.assert_close(read(copied[0]), 2 * before + 0.5)
+
+
+def test_a_pickled_network_answers_as_before() -> None:
+    model = adapted()
+    again = pickle.loads(pickle.dumps(model))
+    batch = batch_of(slab(F64))
+    torch.testing.assert_close(loss_of(again(batch)), loss_of(model(batch)), rtol=0, atol=0)
+    twice = pickle.loads(pickle.dumps(copy.deepcopy(again)))
+    detach(again)
+    assert not low_rank_maps(again)
+    assert len(low_rank_maps(twice)) == len(low_rank_maps(model))
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["the original", "the copy"])

@@ -1,6 +1,7 @@
 """Weights stored as bfloat16 or as integers with a scale per row."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -163,3 +164,10 @@ def test_a_stored_network_can_be_copied_and_cast(model: EquiformerV2, kind: str)
     with torch.no_grad():
         found = wide(batch_of(water(torch.float64), cluster(torch.float64)))["forces"]
     assert torch.allclose(found.float(), expected, atol=1e-3)
+
+
+def test_a_pickled_network_keeps_its_forms(model: EquiformerV2) -> None:
+    compact = stored(model, "int8")
+    again = pickle.loads(pickle.dumps(compact))
+    assert stored_kinds(again) == stored_kinds(compact)
+    torch.testing.assert_close(forces(again), forces(compact), rtol=0, atol=0)
