@@ -37,6 +37,7 @@ from studies.campaign import Campaign, Speed
 from studies.timed_study import TIMED
 
 _STRUCTURES = 3
+_NO_ENERGY = 10**9  # calls between energies
 _STEP = 1e-3  # Å: every call is for a new structure, as in a relaxation
 _NEAR = 0.03  # of the dense cost: blocks are large steps
 _ALSO_LARGE = ("multi", TIMED, "route_static", "route_ftp", "route_context_only")
@@ -151,9 +152,13 @@ def _measure(path: Path, atoms: Atoms, dense: _Dense, cheaper: _Cheaper, speed: 
     if _measured(path, settings | {"repeats": speed.repeats}, _settings_of_calls):
         return
     calls = []
+    # With a router an energy takes a pass of its own, so forces are compared.
+    every = 1 if cheaper.router is None else _NO_ENERGY
     for checkpoint, router in ((cheaper.checkpoint, cheaper.router), (dense.checkpoint, None)):
         own = atoms.copy()
-        own.calc = EquiformerV2Calculator(checkpoint, forces_on_fixed=False, router=router)
+        own.calc = EquiformerV2Calculator(
+            checkpoint, forces_on_fixed=False, router=router, energy_every=every
+        )
         calls.append(_call(own))
     with with_threads(speed.threads):
         latency = compare_latency(calls[0], calls[1], speed.repeats)

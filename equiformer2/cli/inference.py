@@ -342,8 +342,8 @@ class Relax(Command):
         parser.add_argument(
             "--energy-every",
             type=int,
-            default=1,
-            help="number of steps between energies in the trajectory (default: %(default)s)",
+            help="number of steps between energies in the trajectory (default: 1; with --router the first "
+            "and the last frame alone have one)",
         )
         parser.add_argument(
             "--forces-on-fixed",

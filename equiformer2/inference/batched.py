@@ -171,7 +171,7 @@ class Frame:
 
     Attributes:
         positions: `[N, 3]` float64 Å.
-        forces, energy: the model's, `[N, 3]` eV/Å and eV.
+        forces, energy: the model's, `[N, 3]` eV/Å and eV. The energy may be NaN where a router was used.
         energy_std: standard deviation over the members of a committee, eV; None without one.
         max_force_std: likewise the largest of a free atom's force (`committee.largest_spread`), eV/Å.
     """

@@ -1,7 +1,7 @@
 """ASE calculator."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import atoms_to_data, fixed_mask
 from equiformer2.inference.committee import Committee, Model, open_model
-from equiformer2.inference.predictor import answering_old_names
+from equiformer2.inference.predictor import Predictor, Router, answering_old_names
 from equiformer2.inference.symmetric_sites import find_symmetric_sites
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,9 @@ class EquiformerV2Calculator(Calculator):
             the forces came without it.
         router: skips atoms or edges (see `equiformer2.pruning.routing`). One that chooses anew at every step
             makes forces jump: give a `FrozenPlan` of it, or one in the mode `smooth`. Tags and held atoms
-            then enter the results.
+            then enter the results. Forces are the router's; an energy is that of the whole network, since
+            routers cost it more accuracy, and is computed where it is asked for alone (without regard to
+            `energy_every`), in a pass of its own.
 
     Raises:
         InputError: `energy_every` is not positive; not a usable checkpoint; at calculation, a structure
@@ -93,7 +95,7 @@ class EquiformerV2Calculator(Calculator):
         backend: str = "auto",
         forces_on_fixed: bool = True,
         energy_every: int = 1,
-        router: Callable[..., dict[str, torch.Tensor]] | None = None,
+        router: Router | None = None,
         cuda_graphs: bool | None = None,
         adapter: Adapter | AnyPath | None = None,
     ) -> None:
@@ -206,14 +208,18 @@ class EquiformerV2Calculator(Calculator):
             self.atoms, max_num_elements=config.max_num_elements, notify=not self._notified_tags
         )
         self._notified_tags = True
-        if set(system_changes) != {"positions"}:  # else it is the structure of the call before, moved
+        # Else it is the structure of the call before, moved or with another property.
+        if set(system_changes) - {"positions"}:
             self.predictor.warn_of(self.atoms)
             self.predictor.warn_of_unfamiliar(data)
         self._warn_of_symmetry(data)
+        held = self._held(self.atoms) if self.predictor.has_forces else None
+        if self.predictor.router is not None:
+            self._calculate_routed(data, properties, held, keep=not system_changes)
+            return
         # Forces that are the gradient of the energy come with it.
         asked = set(properties) != {"forces"} or config.forces == "gradient"
         with_energy = asked or self._without_energy + 1 >= self.energy_every
-        held = self._held(self.atoms) if self.predictor.has_forces else None
         out = self.predictor.predict(
             data, energy=with_energy, force_atoms=None if held is None else torch.as_tensor(~held)
         )
@@ -232,4 +238,30 @@ class EquiformerV2Calculator(Calculator):
             results["forces_std"] = out["forces_std"].double().numpy()
         if "stress" in out and self.atoms.pbc.all():
             results["stress"] = full_3x3_to_voigt_6_stress(out["stress"][0].double().numpy())
+        self.results = results
+
+    def _calculate_routed(
+        self, data: Data, properties: Sequence[str], held: np.ndarray | None, keep: bool
+    ) -> None:
+        """Fill `results` with forces of the router, and with an energy of the whole network where asked for.
+
+        Args:
+            data: the structure.
+            properties: what is asked for.
+            held: `[N]` bool: atoms whose forces are not wanted; None if all are.
+            keep: the results there are of the same structure.
+        """
+        results = dict(self.results) if keep else {}
+        if "forces" in properties:
+            free = None if held is None else torch.as_tensor(~held)
+            out = self.predictor.predict(data, energy=False, force_atoms=free)
+            results["forces"] = out["forces"].double().numpy()
+            self._unread = held
+        if set(properties) - {"forces"}:
+            none = torch.zeros(len(data.pos), dtype=torch.bool) if self.predictor.has_forces else None
+            assert isinstance(self.predictor, Predictor)  # a committee has no router
+            out = self.predictor.predict(data, force_atoms=none, routed=False)
+            results["energy"] = results["free_energy"] = float(out["energy"][0])
+        self._answers_of = self.predictor.checkpoint
+        self.parameters["energy_kind"] = self.energy_kind
         self.results = results

@@ -125,6 +125,7 @@ def answering_old_names(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 logger = logging.getLogger(__name__)
 
+Router: TypeAlias = Callable[..., dict[str, torch.Tensor]]
 Structures: TypeAlias = Batch | Data | Atoms | Sequence[Data] | Sequence[Atoms]
 """Structures that `Predictor.predict` takes."""
 
@@ -173,7 +174,7 @@ class Predictor:
         energy_kind: str | None = None,
         precision: str = "float32",
         backend: str = "auto",
-        router: Callable[..., dict[str, torch.Tensor]] | None = None,
+        router: Router | None = None,
         cuda_graphs: bool | None = None,
         adapter: Adapter | AnyPath | None = None,
     ) -> None:
@@ -271,7 +272,12 @@ class Predictor:
     @torch.no_grad()
     @own_defaults()
     def predict(
-        self, batch: Structures, *, energy: bool = True, force_atoms: torch.Tensor | None = None
+        self,
+        batch: Structures,
+        *,
+        energy: bool = True,
+        force_atoms: torch.Tensor | None = None,
+        routed: bool = True,
     ) -> dict[str, torch.Tensor]:
         """`{"energy": [B] float64 eV, "forces": [N, 3] float32 eV/Å}` on the CPU.
 
@@ -286,6 +292,7 @@ class Predictor:
             energy: whether energies are wanted; without them less is computed for the forces, too.
             force_atoms: bool `[N]`: atoms whose forces are wanted, None for all. Those of the others are not
                 computed and given as zero.
+            routed: whether the router, if there is one, skips atoms; False computes the whole network.
 
         Raises:
             InputError: an element outside the network's table, what the graph refuses, or an energy or force
@@ -298,7 +305,7 @@ class Predictor:
             self._warn_of_elements(batch.atomic_numbers)
             with matmul_precision(self.precision, self.device):
                 wanted = None if force_atoms is None else force_atoms.to(self.device)
-                out = self._run(batch, OutputRequest(energy, wanted))
+                out = self._run(batch, OutputRequest(energy, wanted), self.router if routed else None)
         out = {key: value.float().cpu() for key, value in out.items()}
         if energy:
             # Total energies reach thousands of eV: float64 keeps the differences between them.
@@ -463,7 +470,7 @@ class Predictor:
             data.append(converted)
         return Batch.from_data_list(data)
 
-    def _run(self, batch: Batch, request: OutputRequest) -> dict[str, torch.Tensor]:
+    def _run(self, batch: Batch, request: OutputRequest, router: Router | None) -> dict[str, torch.Tensor]:
         # Batch.to moves in place: a copy keeps the caller's batch where it is. It is moved before anything
         # else, so that neighbours are searched on the device and edges never travel.
         moved = copy.copy(batch).to(self.device)
@@ -472,7 +479,7 @@ class Predictor:
             out = self.graphed(moved)
             if out is not None:
                 return request.cut(out)
-        run = self.model if self.router is None else functools.partial(self.router, self.model)
+        run = self.model if router is None else functools.partial(router, self.model)
         return run(moved, request=request)
 
 

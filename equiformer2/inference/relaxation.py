@@ -139,7 +139,7 @@ def relax(
     progress: bool = False,
     label: str = "relaxing",
     forces_on_fixed: bool = False,
-    energy_every: int = 1,
+    energy_every: int | None = None,
     stop_at_spread: float | None = None,
 ) -> RelaxationResult:
     """Move the free atoms of a copy of `atoms` until no force exceeds `fmax`.
@@ -163,7 +163,8 @@ def relax(
         forces_on_fixed: have an `EquiformerV2Calculator` compute forces on atoms held by `FixAtoms`, which no
             relaxation reads. Without it they are zero in the result and in `trajectory`.
         energy_every: evaluate the energy of every n-th frame, and of the first and the last. An
-            `EquiformerV2Calculator` then computes less for the others; their frames hold no energy.
+            `EquiformerV2Calculator` then computes less for the others; their frames hold no energy. None is
+            every frame; with a router, whose energies take a pass of their own, the first and the last.
         stop_at_spread: end once the standard deviation of a free atom's force over the members of a committee
             exceeds this, eV/Å; needs a committee.
 
@@ -178,7 +179,7 @@ def relax(
         raise InputError(f"fmax is {fmax}: give a positive force in eV/Å")
     if steps < 0:
         raise InputError(f"steps is {steps}: give 0 or more")
-    if energy_every < 1:
+    if energy_every is not None and energy_every < 1:
         raise InputError(f"energy_every is {energy_every}: give 1 or more")
     if stop_at_spread is not None and not (math.isfinite(stop_at_spread) and stop_at_spread > 0):
         raise InputError(f"stop_at_spread is {stop_at_spread}: give a positive force in eV/Å")
@@ -192,8 +193,11 @@ def relax(
             "use a checkpoint trained with forces (model.forces)"
         )
     check_atoms(atoms)
+    routed = False
     if isinstance(calculator, EquiformerV2Calculator):
         _warn_of_error(calculator, fmax)
+        routed = calculator.predictor.router is not None
+    energy_every = energy_every or (steps + 1 if routed else 1)
     atoms = atoms.copy()
     atoms.calc = calculator
     energies: list[float | None] = []
@@ -223,7 +227,7 @@ def relax(
         for converged in dynamics.irun(fmax=fmax, steps=steps):
             max_force = _finite_max_force(atoms, step=len(energies))
             energy = None
-            if len(energies) % energy_every == 0:
+            if len(energies) % energy_every == 0 or converged or len(energies) == steps:
                 energy = _finite_energy(atoms, step=len(energies))
             energies.append(energy)
             max_forces.append(max_force)
@@ -265,7 +269,7 @@ def relax_with_draft(
     folder: AnyPath,
     *,
     stop_at_spread: float | None = None,
-    energy_every: int = 1,
+    energy_every: int | None = None,
     **settings: Any,
 ) -> tuple[RelaxationResult, RelaxationResult | None]:
     """Relax with a cheap model first, and finish with the full one, whose minimum is the answer.

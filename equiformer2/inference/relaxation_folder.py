@@ -10,6 +10,7 @@ tried again.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,5 +148,6 @@ class RelaxationFolder:
                 constraint=FixAtoms(mask=start.fixed.bool().numpy()),
                 info={"sid": str(start.sid), **spread},
             )
-            atoms.calc = SinglePointCalculator(atoms, energy=frame.energy, forces=frame.forces)
+            energy = None if math.isnan(frame.energy) else frame.energy
+            atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=frame.forces)
             yield atoms

@@ -4,9 +4,11 @@ A structure that cannot be relaxed (its record is damaged or holds NaN, the netw
 it has no cell, …) is skipped and named with the reason; every number is then said to be of N of M structures.
 """
 
+import copy
 import dataclasses
 import io
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ase.geometry import complete_cell
 from torch_geometric.data import Data
 from tqdm import tqdm
@@ -239,6 +242,8 @@ def relax_dataset(
                 max_atoms=max_atoms,
                 device=predictor.device,
             ):
+                if isinstance(predictor, Predictor) and predictor.router is not None:
+                    _compute_whole_energies(predictor, relaxed)
                 if relaxed.frames:
                     relaxations.add(relaxed, _targets(relaxed))
                 else:
@@ -365,6 +370,27 @@ def _missing(
             continue
         relaxations.check_name(index, str(start.sid))
         yield index, start
+
+
+def _compute_whole_energies(predictor: Predictor, relaxed: Relaxed) -> None:
+    """Give the first and the last frame the energy of the whole network, the others none.
+
+    Routers keep forces better than energies, and no other frame's energy is read. A relaxation without these
+    energies has failed as if it had never begun.
+    """
+    last = len(relaxed.frames) - 1
+    for number, frame in enumerate(relaxed.frames):
+        energy = math.nan
+        if number in (0, last):
+            at = copy.copy(relaxed.start)
+            at.pos = torch.as_tensor(frame.positions)
+            none = torch.zeros(len(at.pos), dtype=torch.bool)
+            try:
+                energy = float(predictor.predict(at, force_atoms=none, routed=False)["energy"])
+            except InputError as error:
+                relaxed.failure, relaxed.frames = str(error), []
+                return
+        relaxed.frames[number] = dataclasses.replace(frame, energy=energy)
 
 
 def _targets(relaxed: Relaxed) -> dict[str, Any]:

@@ -149,6 +149,16 @@ def test_the_calculator_runs_with_a_router(checkpoint) -> None:  # type: ignore[
     data = as_data(atoms, torch.float32)
     expected = Predictor(checkpoint, router=StaticRouter(0.5)).predict(data)
     np.testing.assert_allclose(routed.get_forces(atoms), expected["forces"].numpy(), atol=1e-4)
+    # An energy is that of all atoms, in whatever order it and the forces are asked for.
+    forces, energy = routed.get_forces(atoms), routed.get_potential_energy(atoms)
+    assert energy == pytest.approx(dense.get_potential_energy(atoms), abs=1e-5)
+    assert abs(energy - float(expected["energy"])) > 1e-5
+    assert np.array_equal(routed.get_forces(atoms), forces)
+    routed.reset()
+    assert routed.get_potential_energy(atoms) == energy
+    assert set(routed.results) == {"energy", "free_energy"}
+    assert np.array_equal(routed.get_forces(atoms), forces)
+    assert set(routed.results) == {"energy", "free_energy", "forces"}
     atoms.calc = routed
     FIRE(atoms, logfile=None, maxstep=0.02).run(fmax=1e-9, steps=6)
     assert plan.plans == 2

@@ -71,7 +71,12 @@ def test_relax(files, tmp_path) -> None:
     dense = relax(read(files["structure"]), EquiformerV2Calculator(files["model"]), steps=4)
     record = json.loads((out / "relaxation.json").read_text())
     assert record["energy_eV"] == pytest.approx(expected.energy, abs=1e-6)
-    assert abs(dense.energy - expected.energy) > 1e-4
+    assert np.abs(dense.atoms.positions - expected.atoms.positions).max() > 1e-6
+    assert expected.energies[1:-1] == [None] * 3
+    whole = Predictor(files["model"])
+    for frame, energy in zip(read(out / "relaxation.traj", "::4"), expected.energies[::4], strict=True):
+        found = float(whole.predict(frame)["energy"])
+        assert [energy, frame.get_potential_energy()] == pytest.approx([found] * 2, abs=1e-5)
     assert plan.plans == 3  # steps 0, 2, 4
     assert record["model"]["router"] == str(files["static"])
     assert record["model"]["replan_every"] == 2
@@ -125,11 +130,17 @@ def test_relax_is2re(files, tmp_path, capsys) -> None:
     )  # fmt: skip
     assert run_script_file("relax_is2re", *arguments, "--router", files["context"]) == 0
     frames = read(tmp_path / "out" / "data" / "trajectories" / "a.traj", ":")
-    predictor = Predictor(files["model"], router=ActiveRegion("context_only"))
-    start = OC20Lmdb(files["data"])[0]
-    found = float(predictor.predict(start)["energy"][0])
-    assert frames[0].get_potential_energy() == pytest.approx(found, abs=1e-5)
-    assert abs(found - float(Predictor(files["model"]).predict(start)["energy"][0])) > 1e-4
+    routed = Predictor(files["model"], router=ActiveRegion("context_only")).predict(frames[0])
+    whole = Predictor(files["model"])
+    assert frames[0].get_forces(apply_constraint=False)[-1] == pytest.approx(routed["forces"][-1].numpy())
+    for frame in frames[::2]:
+        found = float(whole.predict(frame)["energy"])
+        assert frame.get_potential_energy() == pytest.approx(found, abs=1e-5)
+    assert abs(float(routed["energy"]) - frames[0].get_potential_energy()) > 1e-4
+    assert "energy" not in frames[1].calc.results
+    rows = [json.loads(line) for line in (tmp_path / "out/data/relaxed.jsonl").read_text().splitlines()]
+    row = next(row for row in rows if row["sid"] == "a")
+    assert [row["initial_energy"], row["energy"]] == [frame.get_potential_energy() for frame in frames[::2]]
     assert run_script_file("relax_is2re", *arguments) == 2
     assert "holds relaxations with router" in capsys.readouterr().err
     assert run_script_file("relax_is2re", *arguments, "--router", files["static"]) == 2
