@@ -15,11 +15,12 @@ same time.
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -90,6 +91,9 @@ COLUMNS = {
     "force_cosine": "cosine",
     "energy_ratio": "energy MAE of the mean",
 }
+
+#: Of the learning curve, for its slope.
+_FEWEST_POINTS = 3
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -182,11 +186,41 @@ def report(results: Results, page: Path) -> None:
     figure = page.with_suffix(".png")
     figure.parent.mkdir(parents=True, exist_ok=True)
     draw(rows, figure)
-    write_page(page, rows, markdown(rows, figure.name))
+    found = doubling(rows)
+    write_page(page, rows, markdown(rows, found, figure.name), doubling=found)
 
 
-def markdown(rows: Sequence[Row], figure: str) -> str:
-    """Format the page of results."""
+def doubling(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Fit a power law of the number of training frames to the learning curve.
+
+    Args:
+        rows: of all runs.
+
+    Returns:
+        By judged part and error, its factor for twice the frames; of the cosine, that of 1 - cosine. Nothing
+        before three points are there.
+    """
+    curve = [row for row in rows if row["part"] == "curve"]
+    if len(curve) < _FEWEST_POINTS:
+        return {}
+    frames = np.log2([row["frames"] for row in curve])
+    found: dict[str, dict[str, float]] = {}
+    for judged in curve[0]["errors"]:
+        for key in COLUMNS:
+            values = np.array([row["errors"][judged][key] for row in curve])
+            errors = 1 - values if key == "force_cosine" else values
+            found.setdefault(judged, {})[key] = float(np.exp(np.polyfit(frames, np.log(errors), 1)[0]))
+    return found
+
+
+def markdown(rows: Sequence[Row], twice: Mapping[str, Mapping[str, float]], figure: str) -> str:
+    """Format the page of results.
+
+    Args:
+        rows: of all runs.
+        twice: see `doubling`.
+        figure: name of the file.
+    """
     lines = [
         "# Training runs of the study network",
         "",
@@ -212,6 +246,11 @@ def markdown(rows: Sequence[Row], figure: str) -> str:
                 cells = [row["name"], f"{row['frames']:,}", f"{row['about']['steps']:,}", judged]
                 cells += [f"{errors[key]:.3f}" for key in COLUMNS]
                 lines.append(f"| {' | '.join(cells)} |")
+        if part == "curve" and twice:
+            lines += ["", "Twice the frames multiply, by a power law through the points:", ""]
+            lines += ["| judged on | force MAE | 1 - cosine | energy MAE |", "|---|---|---|---|"]
+            for judged, factors in twice.items():
+                lines.append(f"| {judged} | {' | '.join(f'{factor:.3f}' for factor in factors.values())} |")
     return "\n".join(lines) + "\n"
 
 

@@ -60,6 +60,23 @@ def test_missing_files_and_results_of_other_settings(tmp_path: Path) -> None:
         study_training.main([*words, *part])
 
 
+def test_slope_of_the_learning_curve() -> None:
+    rows = [
+        {
+            "part": "curve",
+            "frames": frames,
+            "errors": {"test": {"force_ratio": 0.8**n, "force_cosine": 1 - 0.5**n, "energy_ratio": 1.0}},
+        }
+        for n, frames in ((1, 100), (2, 200), (3, 400))
+    ]
+    found = study_training.doubling(rows)["test"]
+    assert found == pytest.approx({"force_ratio": 0.8, "force_cosine": 0.5, "energy_ratio": 1.0})
+    assert study_training.doubling(rows[:2]) == {}
+    assert "| test | 0.800 | 0.500 | 1.000 |" in study_training.markdown(
+        [{**row, "name": "x", "about": {"steps": 1}} for row in rows], {"test": found}, "x.png"
+    )
+
+
 def test_page_of_results(tmp_path: Path) -> None:
     errors = {"force_ratio": 0.5, "force_cosine": 0.6, "energy_ratio": 0.4}
     results = Results(tmp_path / "runs", study_training.about)
