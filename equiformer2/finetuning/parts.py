@@ -181,8 +181,15 @@ def _add_original(
             f"replay: {len(rows)} of {len(frames)} frames of {path} ({weight:g} per new frame asked for"
             f"{', all there are beside those to judge by' if len(rows) < wanted else ''})"
         )
+    replayed = {frames.systems[row] for frames, rows in parts.replay for row in rows}
     for path in settings.old:
         frames = read(path)
+        shared = sorted(set(frames.systems) & replayed)
+        if shared:
+            parts.sentences.append(
+                f"warning: {len(shared)} of the systems of {path} in --old are replayed, too (such as "
+                f"{shared[0]}), so that the errors on old data say little about forgetting"
+            )
         parts.old.append((frames, spread(np.arange(len(frames)), _OLD_JUDGED)))
     kinds = {frames.energy_kind for frames, _ in parts.old}
     if len(kinds) > 1:

@@ -215,7 +215,8 @@ def prepare_start(
         normalizers, more = _with_new_head(model, predictor, frames, rows, own)
         sentences += [f"energy head: new last layer ({what}), {more[0]}", *more[1:]]
     else:
-        normalizers, told = _adjusted(checkpoint.normalizers, predicted, own)
+        fitted = _own_references(frames, sample, {})[0] if isolated else references
+        normalizers, told = _adjusted(checkpoint.normalizers, predicted, _normalizers(sample, fitted, weight))
         if model.config.forces == "gradient":
             normalizers = normalizers.for_gradient()
         keep_predictions(model, checkpoint.normalizers, normalizers)

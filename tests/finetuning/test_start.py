@@ -132,9 +132,7 @@ def test_a_kept_head_keeps_the_references_that_it_has_learned_with(
     every = {number: -float(number) for number in found.elements()}
     start, without = start_of(total_checkpoint, found, isolated=every), start_of(total_checkpoint, found)
     assert start.checkpoint.normalizers.linear_references is not None
-    assert torch.equal(
-        start.checkpoint.normalizers.linear_references, without.checkpoint.normalizers.linear_references
-    )
+    assert start.checkpoint.normalizers == without.checkpoint.normalizers
     assert start.own.linear_references[29] == -29.0
     assert any("isolated atoms: for the network from scratch" in text for text in start.sentences)
 
@@ -175,6 +173,15 @@ def test_isolated_atoms_among_the_frames_are_taken_apart(frames: list[Data], tmp
     assert any("without 1 isolated atoms" in text for text in parts.sentences)
     with pytest.raises(InputError, match=r"b\.lmdb, key 9: the isolated atom O has -430\.0.* -1\.5"):
         divide_data(replace(settings, data=(twice,)), 89, "total")
+
+
+def test_old_data_that_are_replayed_are_told(emt: Path, copper: Path, tmp_path: Path) -> None:
+    settings = FineTuneSettings(
+        data=(str(copper),), checkpoint="oc20_small", out=tmp_path, replay=(str(emt),), old=(str(emt),)
+    )
+    assert any("in --old are replayed, too" in text for text in divide_data(settings, 89, "total").sentences)
+    apart = divide_data(replace(settings, old=()), 89, "total")
+    assert not any("in --old" in text for text in apart.sentences)
 
 
 def test_isolated_atoms_among_the_frames_are_seen(frames: list[Data], tmp_path: Path) -> None:
