@@ -10,11 +10,12 @@ as well. That needs no other package; writing (ase_lmdb_writer.py) needs `ase-db
     constraints                               fixed: atoms that they hold in every direction
     energy, forces                            the same; forces as stored, those on fixed atoms too
     stress                                    the same, all nine components
-    data: sid, fid, y_init, y_relaxed, …      the same; without sid it is the id of the row
+    data: sid, fid, y_init, y_relaxed, …      the same; without sid it is folder, file and id of the row
     metadata: energy_kind, provenance         of the dataset
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,12 @@ class AseLmdbFile(LmdbFile):
         if not key.isdigit() or int(key) >= self.length:
             return None
         row, row_id, where = self._row(int(key))
-        return None if row is None else pack(AseRow(row, where).fields(row_id, self._is_ours), where)
+        if row is None:
+            return None
+        # Every file counts its rows from 1: an id alone would name rows of all shards alike.
+        place = "-".join([*self.path.absolute().with_suffix("").parts[-2:], row_id])
+        name = re.sub(r"[^\w-]", "_", place)
+        return pack(AseRow(row, where).fields(name, self._is_ours), where)
 
     def raw_fields(self, index: int) -> dict[str, Any]:
         """Return the unchecked fields of a row, and its key-value pairs and data under `names`.
@@ -160,11 +166,11 @@ class AseRow:
     def __init__(self, row: Any, where: str) -> None:
         self._row, self._where = row, where
 
-    def fields(self, row_id: str, keep_tags: bool | None, with_names: bool = False) -> dict[str, Any]:
+    def fields(self, name: str, keep_tags: bool | None, with_names: bool = False) -> dict[str, Any]:
         """Return the fields of the data object (`structure_record.make_data`).
 
         Args:
-            row_id: name of the system where the row has none.
+            name: of the system where the row has none.
             keep_tags: take tags that are all 0 as OC20's; False takes them as missing; None takes any tags,
                 or none, as they are.
             with_names: add the key-value pairs and data under `names`.
@@ -191,7 +197,7 @@ class AseRow:
                 "energy": plain.get("energy"),
                 "forces": plain.get("forces"),
                 "stress": self._stress(plain.get("stress")),
-                "sid": names.get("sid", row_id),
+                "sid": names.get("sid", name),
                 "fid": names.get("fid", 0),
                 "natoms": plain.get("natoms"),
             }

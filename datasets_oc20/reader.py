@@ -4,6 +4,7 @@ import bisect
 import contextlib
 import copy
 import io
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
@@ -27,6 +28,8 @@ from datasets_oc20.schema import LARGEST_ATOMS
 from datasets_oc20.structure_record import PackedRecord, check_energy_kind, known_fields, make_data
 from datasets_oc20.untrusted import AnyPath, regular_file
 from datasets_oc20.writer import FORMAT_VERSION, SPECIAL_KEYS
+
+_LOG = logging.getLogger(__name__)
 
 
 class _Shard:
@@ -71,6 +74,12 @@ class _Shard:
                 f"{file.path}: the key length says {length} records but only {available} are there; "
                 "the file is incomplete, write it again."
             )
+        if length < available and file.get(str(length).encode("ascii")) is not None:
+            _LOG.warning(
+                "%s: the key length says %d records, and those behind them (from key %d on) are not read; "
+                "correct the key if they belong to the data.",
+                file.path, length, length,
+            )  # fmt: skip
         return length
 
     def record(self, key: int) -> tuple[bytes, str]:

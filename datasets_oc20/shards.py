@@ -57,14 +57,13 @@ class _Shard:
 
     @staticmethod
     def sum_of(files: list[RawFile], options: PreprocessOptions) -> str:
-        """Return a sum that changes with the options, and with the size or reference energy of a raw file."""
+        """Return a sum that changes with the options, and size, time or reference energy of a raw file."""
+
+        def state(path: Path | None) -> list[int] | None:
+            return None if path is None else [(status := path.stat()).st_size, status.st_mtime_ns]
+
         sizes = [
-            [
-                file.path.name,
-                file.path.stat().st_size,
-                file.index_file.stat().st_size if file.index_file else None,
-                file.reference_energy,
-            ]
+            [file.path.name, state(file.path), state(file.index_file), file.reference_energy]
             for file in files
         ]
         return hashlib.sha256(orjson.dumps([sizes, options.to_dict()])).hexdigest()

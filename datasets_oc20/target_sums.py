@@ -16,8 +16,9 @@ from datasets_oc20.reader import OC20Lmdb
 from datasets_oc20.workers import parallel_map
 
 NUM_ELEMENTS = 100
-# Weight of the pull to the mean energy per atom, in units of one structure with one such atom.
-_RIDGE = 1e-3
+# Weight of the pull to the references of the step before, in units of one structure with one such atom. Of
+# what is left to a step, the share ridge / (ridge + its weight in the data) is left to the next.
+_RIDGE, _STEPS = 1e-3, 20
 CHUNK_FRAMES = 5000
 """Frames that one process reads at a time. Fixed, so that sums do not depend on the number of processes."""
 # Of the element counts, each scaled to norm 1: a direction below this share of the largest is empty.
@@ -88,14 +89,20 @@ class TargetSums:
     def references(self) -> np.ndarray:
         """Fit the reference energies, `[100]` eV per atomic number.
 
-        Least squares of energy = sum over atoms of reference[Z], with a weak pull (ridge) of every reference
-        to the mean energy per atom. So an element that is not in the data gets that mean, and elements whose
-        counts depend linearly on each other (`undetermined`) share their sum evenly.
+        Least squares of energy = sum over atoms of reference[Z], of all solutions the one nearest to the mean
+        energy per atom for every element. So an element that is not in the data gets that mean, and elements
+        whose counts depend linearly on each other (`undetermined`) share their sum evenly.
+
+        The pull to the mean is a ridge that is repeated, each time to the references found so far: a single
+        one would move references by eV where energies per atom differ by thousands of eV, as those of codes
+        that count core electrons do.
         """
         per_atom = (self.residual + self.atoms @ self.guess) / self.atoms.sum()
-        pull = per_atom - self.guess
-        ridge = _RIDGE * np.eye(NUM_ELEMENTS)
-        return self.guess + np.linalg.solve(self.gram + ridge, self.moment + _RIDGE * pull)
+        shift = per_atom - self.guess
+        inverse = np.linalg.inv(self.gram + _RIDGE * np.eye(NUM_ELEMENTS))
+        for _ in range(_STEPS):
+            shift = shift + inverse @ (self.moment - self.gram @ shift)
+        return self.guess + shift
 
     def undetermined(self) -> list[int]:
         """Return the elements for whose references the data determine only sums with others."""

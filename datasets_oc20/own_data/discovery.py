@@ -21,6 +21,8 @@ CARRIERS = frozenset(
 """Formats that can hold energies; others, such as POSCAR and CIF, hold structures only."""
 _RESULT_NAMES = re.compile(r"OUTCAR|vasprun|\.(?:traj|db|extxyz|lmdb|aselmdb|pwo)$")
 REPORT_ENDING = ".import.json"
+_PART_ENDINGS = (".val", ".test")
+"""Ends of the names of the other parts of a split (`importer.part_files`), before that of the file."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def _outcar_of(name: str, names: Iterable[str]) -> str | None:
 
 def _may_hold_energies(path: Path, found: Found) -> bool:
     """Tell whether a file of a folder is to be read; one that is named like a result always is."""
-    if Path(f"{path}{REPORT_ENDING}").exists() or not path.is_file():
+    if _is_imported(path) or not path.is_file():
         found.ignored.append(str(path))
         return False
     if names_result(path.name):
@@ -170,6 +172,13 @@ def _may_hold_energies(path: Path, found: Found) -> bool:
     if not is_carrier:
         found.ignored.append(str(path))
     return is_carrier
+
+
+def _is_imported(path: Path) -> bool:
+    """Tell whether an import wrote a file, or part of a split, whose report lies beside the first part."""
+    stem = Path(path.stem)
+    first = path.with_name(f"{stem.stem}{path.suffix}") if stem.suffix in _PART_ENDINGS else path
+    return any(Path(f"{part}{REPORT_ENDING}").exists() for part in (path, first))
 
 
 def names_result(name: str) -> bool:

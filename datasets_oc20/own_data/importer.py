@@ -21,6 +21,7 @@ from datasets_oc20.own_data.checks import (
     Place,
     check_one_kind,
     different_settings,
+    duplicates,
     places,
     unit_problem,
 )
@@ -155,6 +156,8 @@ def import_files(
         if not placed:
             return report
         parts = None if options.split is None else split_frames(placed, options.split)
+        if parts is not None:
+            report.notices += _shared_notices(placed, parts)
         _write(frames, placed, parts, out, options, report, progress)
     return report
 
@@ -401,6 +404,24 @@ def _set_notices(placed: Sequence[Place]) -> list[str]:
             "relaxation has; if they are in another unit, such as meV/Å, give --forces-unit"
         )
     return notices
+
+
+def _shared_notices(placed: Sequence[Place], parts: Sequence[str]) -> list[str]:
+    """Return a notice about the same structures in several parts of a split."""
+    part_of = {id(place): part for place, part in zip(placed, parts, strict=True)}
+    shared = [
+        (later, first) for later, first, _ in duplicates(placed) if part_of[id(later)] != part_of[id(first)]
+    ]
+    if not shared:
+        return []
+    later, first = shared[0]
+    verb = "is" if len(shared) == 1 else "are"
+    return [
+        f"{numbered(len(shared), 'structure')} of one part of the split {verb} in another one, too (such "
+        f"as {later} in {part_of[id(later)]} and {first} in {part_of[id(first)]}), so that "
+        "errors on held-out frames will look better than they are; leave copies out, or give --split "
+        "composition"
+    ]
 
 
 def _report(frames: ReadSet, placed: list[Place], out: str) -> ImportReport:

@@ -23,7 +23,7 @@ from equiformer2.checkpoint.normalizers import Normalizer, Normalizers
 from equiformer2.checkpoint.reference import ReferenceState, config_from_reference, strip_prefix
 from equiformer2.checkpoint.tensor_files import plain
 from equiformer2.errors import InputError
-from equiformer2.values import Number, Optional, Switch, mapping, shown_name
+from equiformer2.values import Number, Optional, Switch, mapping, shown, shown_name
 
 _TRAINING_STATE = ("epoch", "step", "optimizer", "scheduler", "ema")
 _KEYS = {
@@ -192,10 +192,23 @@ class _FairchemFile:
                 )
             # The network's parameter is in units of the standard deviation.
             references = energy_lin_ref.double() * by_name["energy"].std
+        subtracted = self._dataset().get("lin_ref")
+        if references is None and subtracted:
+            raise InputError(
+                f"{source} was trained on energies less the per-element energies of dataset.lin_ref "
+                f"({shown(subtracted)}), which the file does not hold, so that its energies would lack them: "
+                "add that table (its array coeff, as a tensor) to the file under "
+                "['elementrefs']['energy']['element_references']"
+            )
         try:
             return Normalizers(by_name["energy"], by_name["forces"], references)
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
+
+    def _dataset(self) -> Mapping[str, Any]:
+        """Settings of the training data; empty where they are not stated."""
+        dataset = self._training_config.get("dataset")
+        return dataset if isinstance(dataset, Mapping) else {}
 
     def _element_references(self) -> Tensor | None:
         """Table of per-element energies, or None."""
@@ -215,9 +228,7 @@ class _FairchemFile:
 
     def _energy_kind(self, normalizers: Normalizers) -> tuple[EnergyKind | None, str]:
         """Kind of energy that the training configuration implies, and the reason."""
-        dataset = self._training_config.get("dataset")
-        dataset = dataset if isinstance(dataset, Mapping) else {}
-        if dataset.get("total_energy") is True:
+        if self._dataset().get("total_energy") is True:
             return "total", "dataset.total_energy of the training configuration"
         if normalizers.linear_references is not None:
             return "total", "the per-element energies in the file"

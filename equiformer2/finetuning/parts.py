@@ -61,15 +61,15 @@ def divide_data(settings: FineTuneSettings, largest_element: int, checkpoint_kin
         open_frames(settings.data, settings.energy_kind), largest_element, settings.energy_kind
     )
     told = [f"data: {frames.describe()}"]
-    isolated = {}
-    if frames.isolated.any() and frames.energy_kind == "total":
-        rows = np.flatnonzero(frames.isolated)
-        isolated = {
-            int(frames.elements(rows[i : i + 1])[0]): float(frames.energy[row]) for i, row in enumerate(rows)
-        }
+    isolated: dict[int, float] = {}
+    lone = np.flatnonzero(frames.isolated)
+    if len(lone) and frames.energy_kind == "total":
+        isolated = read_isolated_atoms(frames.dataset.select(lone, "isolated atoms"))
         told.append(
             f"isolated atoms among the frames: {_symbols(isolated)}, taken as references and not trained on"
         )
+    elif len(lone):
+        told.append(f"isolated atoms: {len(lone)} of the frames, left out of these adsorption energies")
     if settings.isolated_atoms is not None:
         isolated |= read_isolated_atoms(open_frames([settings.isolated_atoms], "total"))
         told.append(f"isolated atoms of {settings.isolated_atoms}: {_symbols(isolated)}")
@@ -117,8 +117,11 @@ def _divide_new(
                 "so "
                 "that the errors say nothing about new systems"
             )
-        told.append(f"judged by {len(given)} frames of --val; {chosen_on}")
-        every = np.arange(len(given))
+        every = np.flatnonzero(~given.isolated)
+        if not len(every):
+            raise InputError(f"{given.dataset.path} holds isolated atoms alone: give structures to judge by")
+        lone = f", without {len(given) - len(every)} isolated atoms" if len(every) < len(given) else ""
+        told.append(f"judged by {len(every)} frames of --val{lone}; {chosen_on}")
         watched, judged, train = (given, every), (given, every), usable
     else:
         many = len(set(systems)) >= _MANY_SYSTEMS
@@ -178,8 +181,15 @@ def _add_original(
             f"replay: {len(rows)} of {len(frames)} frames of {path} ({weight:g} per new frame asked for"
             f"{', all there are beside those to judge by' if len(rows) < wanted else ''})"
         )
+    replayed = {frames.systems[row] for frames, rows in parts.replay for row in rows}
     for path in settings.old:
         frames = read(path)
+        shared = sorted(set(frames.systems) & replayed)
+        if shared:
+            parts.sentences.append(
+                f"warning: {len(shared)} of the systems of {path} in --old are replayed, too (such as "
+                f"{shared[0]}), so that the errors on old data say little about forgetting"
+            )
         parts.old.append((frames, spread(np.arange(len(frames)), _OLD_JUDGED)))
     kinds = {frames.energy_kind for frames, _ in parts.old}
     if len(kinds) > 1:

@@ -215,11 +215,17 @@ def prepare_start(
         normalizers, more = _with_new_head(model, predictor, frames, rows, own)
         sentences += [f"energy head: new last layer ({what}), {more[0]}", *more[1:]]
     else:
-        normalizers, told = _adjusted(checkpoint.normalizers, predicted, own, isolated)
+        fitted = _own_references(frames, sample, {})[0] if isolated else references
+        normalizers, told = _adjusted(checkpoint.normalizers, predicted, _normalizers(sample, fitted, weight))
         if model.config.forces == "gradient":
             normalizers = normalizers.for_gradient()
         keep_predictions(model, checkpoint.normalizers, normalizers)
         sentences += ["heads: the checkpoint's, with the same answers at the start but for constants", told]
+        if isolated:
+            sentences.append(
+                "isolated atoms: for the network from scratch and the trivial answer alone, because the "
+                "checkpoint's head has learned energies less its own references (--reset-head for a new one)"
+            )
     ready = replace(
         checkpoint,
         model=model,
@@ -285,12 +291,11 @@ def _normalizers(sample: TargetSample, references: np.ndarray | None, ratio: flo
     return Normalizers(Normalizer(mean, ratio * energy), Normalizer(0.0, forces), table)
 
 
-def _adjusted(
-    before: Normalizers, predicted: Predicted, own: Normalizers, isolated: dict[int, float]
-) -> tuple[Normalizers, str]:
+def _adjusted(before: Normalizers, predicted: Predicted, own: Normalizers) -> tuple[Normalizers, str]:
     """The checkpoint's normalizers in the units of the data, and corrected by constants.
 
-    The head keeps what it knows, so the constants are fitted to its errors and not to the energies.
+    The head keeps what it knows, so the constants are fitted to its errors and not to the energies; other
+    references, such as isolated atoms, would move its answers by what binds the atoms, eV for each.
     """
     references, error = before.linear_references, predicted.error
     if own.linear_references is not None:
@@ -299,8 +304,6 @@ def _adjusted(
             size = min(len(references), NUM_ELEMENTS)
             table[:size] = references.numpy()[:size]
         shift = predicted.shift()
-        for number, energy in isolated.items():
-            shift[number] = energy - table[number]
         references = torch.from_numpy(table + shift)
         error = error - predicted.sample.composition @ shift
     constant = float(error.mean())

@@ -73,7 +73,10 @@ class ResumeCheckpoint(Checkpoint):
         # set up, to count steps, before the loops know their state; so the position is restored here.
         loader = trainer.train_dataloader
         if isinstance(loader, ResumableLoader):
-            loader.load_state_dict({"served": trainer.fit_loop.epoch_loop.batch_progress.current.ready})
+            served = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            # An epoch that `limit_train_batches` ends is over before the loader is.
+            is_over = served >= trainer.num_training_batches
+            loader.load_state_dict({"served": 0 if is_over else served})
         self._saved_step = trainer.global_step
         if self._restored and trainer.is_global_zero:
             with restoring(trainer.ckpt_path):

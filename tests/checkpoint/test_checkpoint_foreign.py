@@ -245,6 +245,16 @@ def test_element_references_become_linear_references(flat: Edited) -> None:
     assert energy == pytest.approx(system["energy"] + references[system["numbers"]].sum().item(), abs=1e-5)
 
 
+def test_references_that_the_file_does_not_hold_are_refused(flat: Edited) -> None:
+    """fairchem can subtract them while it reads its data; then only the table's path is in the file."""
+    flat.file["config"]["dataset"] |= {"total_energy": True, "lin_ref": "/data/oc22_linfit_coeffs.npz"}
+    message = r"edited\.pt was trained on energies less .*oc22_linfit_coeffs.*, which the file does not hold"
+    with pytest.raises(InputError, match=message):
+        flat.load(energy_kind="total")
+    flat.file["elementrefs"] = {"energy": {"element_references": torch.linspace(-5.0, 5.0, 119)}}
+    assert flat.load().energy_kind == "total"
+
+
 def test_linear_references_in_the_network_are_scaled(v0: Edited) -> None:
     """The reference adds `energy_lin_ref` before it multiplies with the standard deviation."""
     references = torch.linspace(-1.0, 1.0, 90)

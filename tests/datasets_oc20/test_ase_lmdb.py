@@ -21,6 +21,7 @@ from torch_geometric.data import Batch
 
 from datasets_oc20 import DataError, LmdbWriter, OC20DataModule, OC20Lmdb
 from datasets_oc20.convert import convert
+from datasets_oc20.division import group_names
 from tests.disk import full_disk
 
 aselmdb = pytest.importorskip("ase_db_backends.aselmdb")
@@ -143,6 +144,19 @@ def slab(energy: float = -3.0) -> Atoms:
     forces = np.random.default_rng(0).normal(size=(len(atoms), 3))
     atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces, stress=np.zeros(6))
     return atoms
+
+
+def test_rows_without_a_name_are_told_apart_over_all_shards(tmp_path: Path) -> None:
+    """Every file counts its rows from 1; frames of a relaxation must not be parted by these numbers."""
+    shards = [tmp_path / folder / "data.0000.aselmdb" for folder in ("one", "two")]
+    for shard in shards:
+        shard.parent.mkdir()
+        write_ase(shard, *(slab(-3.0 - k) for k in range(3)))
+    dataset = OC20Lmdb(shards, energy_kind="total")
+    sids = [data.sid for data in dataset]
+    assert sids[0] == "one-data_0000-1"
+    assert len(set(sids)) == 6
+    assert len(set(group_names(sids, [data.atomic_numbers.numpy() for data in dataset]))) == 1
 
 
 def test_a_file_that_ase_wrote(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from oc20_files import structure
 from datasets_oc20 import DataError, LmdbWriter, OC20Lmdb
 from datasets_oc20.datamodule import load_linear_references
 from datasets_oc20.reference_fit import fit_references, to_text, write_references
-from datasets_oc20.target_sums import sum_targets
+from datasets_oc20.target_sums import TargetSums, sum_targets
 from datasets_oc20.targets import fit_normalizers
 
 ENERGIES = {1: -3.5, 8: -7.2, 29: -3.7, 78: -6.1}
@@ -68,6 +68,21 @@ def test_elements_that_never_vary_alone_share_their_sum(tmp_path: Path) -> None:
     assert [line.endswith("*") for line in text.splitlines()[3:6]] == [True, True, False]
     per_atom = fit.mean * fit.sums.frames / fit.sums.atoms.sum()
     assert f"not in the data: {per_atom:.4f}" in text
+
+
+def test_energies_with_core_electrons_are_fitted_as_well_as_any() -> None:
+    """Codes that count them give tens of thousands of eV per atom, and some eV for H."""
+    random = np.random.default_rng(0)
+    composition = np.zeros((10, 100))
+    composition[:, 29], composition[:, 1] = random.choice([36, 48], 10), random.choice([1, 2, 3], 10)
+    noise = random.normal(scale=0.3, size=10)
+    energy = composition[:, 29] * -45_000.0 + composition[:, 1] * -15.0 + noise
+    best = np.linalg.lstsq(composition, energy, rcond=None)[0]
+    sums = TargetSums()
+    sums.add(composition, energy)
+    found = sums.references()
+    assert found[[1, 29]] == pytest.approx(best[[1, 29]], abs=1e-4)
+    assert found[79] == pytest.approx(energy.sum() / composition.sum())
 
 
 def test_what_is_no_total_energy_is_refused(tmp_path: Path) -> None:

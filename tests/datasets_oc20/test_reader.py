@@ -292,6 +292,14 @@ def test_files_are_closed_with_the_last_dataset(val_20: Path) -> None:
     assert handles() == 0
 
 
+def test_records_behind_the_length_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = [dumps_pyg1(s2ef_fields(5, fid)) for fid in range(3)]
+    assert len(OC20Lmdb(write_lmdb(tmp_path / "whole.lmdb", values, b"3"))) == 3
+    assert not caplog.text
+    assert len(OC20Lmdb(write_lmdb(tmp_path / "a.lmdb", values, b"2"))) == 2
+    assert "says 2 records, and those behind them (from key 2 on) are not read" in caplog.text
+
+
 def test_a_length_beyond_the_records_is_refused(tmp_path: Path) -> None:
     values = [dumps_pyg1(s2ef_fields(5, 0))]
     path = write_lmdb(tmp_path / "a.lmdb", values, pickle.dumps(10**30, protocol=2))

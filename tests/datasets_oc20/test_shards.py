@@ -180,7 +180,11 @@ def test_a_wrong_file_keeps_the_good_shards(release: Path, tmp_path: Path, worke
     preprocess_shards(release, out, FILES, num_workers=workers)
     changed = {path.name for path in out.glob("*.lmdb") if path.stat().st_mtime_ns != times[path.name]}
     assert len(changed) == 1
-    assert OC20Lmdb(out / changed.pop())[3].energy.item() == -0.75
+    shard = out / changed.pop()
+    assert OC20Lmdb(shard)[3].energy.item() == -0.75
+    wrong.write_text(text.replace("energy=-23.0", "energy=-23.50"))  # of the same size
+    preprocess_shards(release, out, FILES, num_workers=workers)
+    assert OC20Lmdb(shard)[3].energy.item() == -1.0
 
 
 def test_a_killed_worker_is_an_error(release: Path, tmp_path: Path) -> None:

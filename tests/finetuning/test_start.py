@@ -11,7 +11,9 @@ from tiny_networks import write_checkpoint
 from torch_geometric.data import Data
 
 from equiformer2.errors import InputError
+from equiformer2.finetuning.folder import FineTuneSettings
 from equiformer2.finetuning.frames import Frames, open_frames, read_frames
+from equiformer2.finetuning.parts import divide_data
 from equiformer2.finetuning.start import isolated_references, prepare_start, read_isolated_atoms
 from equiformer2.inference import Predictor
 
@@ -123,6 +125,18 @@ def test_references_of_isolated_atoms_are_in_the_start(found: Frames, adsorption
         start_of(adsorption_checkpoint, adsorption, isolated=every)
 
 
+def test_a_kept_head_keeps_the_references_that_it_has_learned_with(
+    found: Frames, total_checkpoint: Path
+) -> None:
+    """Energies of isolated atoms are eV per atom away from those that it was trained less."""
+    every = {number: -float(number) for number in found.elements()}
+    start, without = start_of(total_checkpoint, found, isolated=every), start_of(total_checkpoint, found)
+    assert start.checkpoint.normalizers.linear_references is not None
+    assert start.checkpoint.normalizers == without.checkpoint.normalizers
+    assert start.own.linear_references[29] == -29.0
+    assert any("isolated atoms: for the network from scratch" in text for text in start.sentences)
+
+
 def atom(number: int, energy: float, count: int = 1) -> Data:
     return Data(
         pos=torch.arange(3 * count).reshape(count, 3).double() * 2,
@@ -144,6 +158,30 @@ def test_files_of_isolated_atoms_are_read_and_checked(tmp_path: Path) -> None:
         read_isolated_atoms(open_frames([write_frames(tmp_path / "b.lmdb", [atom(8, -1.0, 2)])]))
     with pytest.raises(InputError, match=r"isolated atom O has -1\.0"):
         read_isolated_atoms(open_frames([write_frames(tmp_path / "c.lmdb", [atom(8, -2.0), atom(8, -1.0)])]))
+
+
+def test_isolated_atoms_among_the_frames_are_taken_apart(frames: list[Data], tmp_path: Path) -> None:
+    lone = [atom(8, -1.5), atom(8, -430.0)]
+    for each in lone:
+        each.forces = torch.zeros(1, 3)
+    data = str(write_frames(tmp_path / "a.lmdb", [*frames[:8], lone[0]]))
+    twice = str(write_frames(tmp_path / "b.lmdb", [*frames[:8], *lone]))
+    settings = FineTuneSettings(data=(data,), val=(data,), checkpoint="oc20_small", out=tmp_path)
+    parts = divide_data(settings, 89, "total")
+    assert parts.isolated == {8: -1.5}
+    assert [len(rows) for rows in (parts.all, parts.judged[1], parts.watched[1])] == [8, 8, 8]
+    assert any("without 1 isolated atoms" in text for text in parts.sentences)
+    with pytest.raises(InputError, match=r"b\.lmdb, key 9: the isolated atom O has -430\.0.* -1\.5"):
+        divide_data(replace(settings, data=(twice,)), 89, "total")
+
+
+def test_old_data_that_are_replayed_are_told(emt: Path, copper: Path, tmp_path: Path) -> None:
+    settings = FineTuneSettings(
+        data=(str(copper),), checkpoint="oc20_small", out=tmp_path, replay=(str(emt),), old=(str(emt),)
+    )
+    assert any("in --old are replayed, too" in text for text in divide_data(settings, 89, "total").sentences)
+    apart = divide_data(replace(settings, old=()), 89, "total")
+    assert not any("in --old" in text for text in apart.sentences)
 
 
 def test_isolated_atoms_among_the_frames_are_seen(frames: list[Data], tmp_path: Path) -> None:

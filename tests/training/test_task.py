@@ -81,6 +81,7 @@ def losses(folder: Path) -> dict[str, str]:
     ("settings", "places"),
     [
         ({"max_epochs": 2}, ["batch2", "validation7", "batch10"]),
+        ({"max_epochs": 2, "limit_train_batches": 4}, ["validation4"]),
         *(
             pytest.param(settings, places, marks=pytest.mark.slow)
             for settings, places in (
@@ -90,7 +91,7 @@ def losses(folder: Path) -> dict[str, str]:
             )
         ),
     ],
-    ids=["plain", "accumulation", "validation in mid-epoch", "limited by steps"],
+    ids=["plain", "limited epochs", "accumulation", "validation in mid-epoch", "limited by steps"],
 )
 def test_resuming_repeats_the_uninterrupted_run(
     tmp_path: Path, lmdb_path: Path, settings: dict[str, Any], places: list[str]

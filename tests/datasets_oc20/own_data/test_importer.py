@@ -545,6 +545,27 @@ def test_splits_never_divide_a_trajectory() -> None:
     assert not Path("one.lmdb").exists()
 
 
+def test_copies_in_several_parts_of_a_split_are_told() -> None:
+    frames = trajectory(slab("Pt"), 3)
+    for name in ("a.extxyz", "copy.extxyz"):
+        write(name, frames)
+    report = run("a.extxyz", "copy.extxyz", split=SplitOptions("source", (0.5, 0.5)))
+    (told,) = [text for text in report.notices if "one part of the split" in text]
+    assert told.startswith("3 structures of one part of the split are in another one, too")
+    write("b.extxyz", trajectory(slab("Cu"), 3))
+    report = run("a.extxyz", "b.extxyz", out="other.lmdb", split=SplitOptions("source", (0.5, 0.5)))
+    assert not [text for text in report.notices if "one part of the split" in text]
+
+
+def test_parts_of_an_earlier_import_are_left_out_of_a_folder() -> None:
+    for number, element in enumerate(["Pt", "Cu", "Ni"]):
+        write(f"{number}.extxyz", trajectory(slab(element, seed=number), 3))
+    run(".", split=SplitOptions("system", (0.4, 0.3, 0.3)))
+    assert Path("out.test.lmdb").exists()
+    Path("out.lmdb.import.json").write_text("{}")  # the report of the command
+    assert run(".", out="again.lmdb").kept == 9
+
+
 def test_splits_by_a_key() -> None:
     frames = [labelled(slab(element, seed)) for seed in range(4) for element in ("Pt", "Cu")]
     for number, atoms in enumerate(frames):
