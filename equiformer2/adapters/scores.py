@@ -45,7 +45,7 @@ def prune_adapter(maps: Mapping[str, LowRank], settings: AdapterSettings, losses
         seed: of random numbers.
 
     Raises:
-        InputError: a score is not finite; nothing would be kept.
+        InputError: a score is not finite, or all are zero; nothing would be kept.
     """
     if settings.total_keep >= 1:
         return
@@ -68,6 +68,11 @@ def prune_adapter(maps: Mapping[str, LowRank], settings: AdapterSettings, losses
         raise InputError(
             f"the scores of the adapter ({settings.method}) are not finite: check the training data, or use "
             "adapter.method: random"
+        )
+    if not any(bool(score.any()) for score in scores):
+        raise InputError(
+            f"the scores of the adapter ({settings.method}) are all zero, because the loss of the training "
+            "structures depends on none of its weights: choose others with adapter.weights"
         )
     sizes = [[2 * number, 2 * number + 1] for number in range(len(maps))]
     groups = sizes if settings.scope == "layer" else [[place for pair in sizes for place in pair]]
@@ -100,9 +105,10 @@ def _gradients(factors: Sequence[nn.Parameter], losses: Losses) -> list[Tensor]:
     sums = [torch.zeros_like(factor) for factor in factors]
     with torch.enable_grad():
         for loss in losses:
-            for total, part in zip(
-                sums, torch.autograd.grad(loss(), factors, allow_unused=True), strict=True
-            ):
+            value = loss()
+            if not value.requires_grad:  # of weights without a map
+                continue
+            for total, part in zip(sums, torch.autograd.grad(value, factors, allow_unused=True), strict=True):
                 if part is not None:
                     total += part
     return sums

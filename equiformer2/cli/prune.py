@@ -262,7 +262,7 @@ class Route(Command):
     Needs no labels. A schedule (how much every block skips) is searched, and the router of --method ftp is
     also trained against the dense network. A killed call continues where it was. Beside --out,
     NAME.report.json has the share that the router leaves and how far the answers move on the calibration
-    structures.
+    structures. Exit status 3: more than the target is left, as it can be with --mode threshold and smooth.
     """
 
     def add_arguments(self, parser: Parser) -> None:
@@ -325,7 +325,7 @@ class Route(Command):
         save_router(options.out, routed.router)
         print(routed)
         print(f"wrote {options.out} and {report}")
-        return Result(record)
+        return Result(record, status=0 if routed.missed is None else 3)
 
     def _check_unused(self, options: argparse.Namespace) -> None:
         """Refuse options that a method or mode would ignore; `context_only` has nothing to choose."""

@@ -14,6 +14,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch_geometric.data import Data
 
 from datasets_oc20.untrusted import AnyPath
+from equiformer2.checkpoint import Checkpoint
 from equiformer2.checkpoint.adapter_files import Adapter
 from equiformer2.devices import own_defaults
 from equiformer2.errors import InputError
@@ -56,7 +57,8 @@ class EquiformerV2Calculator(Calculator):
     Args:
         checkpoint: a path (native, OCP or fairchem v1 file), the name of a shipped model such as
             `"oc20_small"`, a loaded `Checkpoint` or `Predictor`, or a list of these, which is a committee.
-            Many calculators of one `Predictor` share its network; its settings are the calculators'.
+            Many calculators of one `Predictor` share its network; its settings are the calculators', and
+            others are refused.
         device: `"cpu"`, `"cuda"`, ….
         weights: `"raw"`, `"averaged"` or `None` (averaged where the file has them).
         energy_kind: only needed for a foreign file that does not say; must not contradict the checkpoint.
@@ -73,10 +75,12 @@ class EquiformerV2Calculator(Calculator):
             makes forces jump: give a `FrozenPlan` of it, or one in the mode `smooth`. Tags and held atoms
             then enter the results. Forces are the router's; an energy is that of the whole network, since
             routers cost it more accuracy, and is computed where it is asked for alone (without regard to
-            `energy_every`), in a pass of its own.
+            `energy_every`), in a pass of its own. Only a router that changes the structure, whose network was
+            trained so, gives energies, too.
 
     Raises:
-        InputError: `energy_every` is not positive; not a usable checkpoint; at calculation, a structure
+        InputError: `energy_every` is not positive; not a usable checkpoint; settings that a loaded
+            `Predictor` does not have; at calculation, a structure
             without a meaningful energy (see `equiformer2.inference.atoms.atoms_to_data`).
     """
 
@@ -109,16 +113,20 @@ class EquiformerV2Calculator(Calculator):
             raise InputError("a router belongs to one network: leave it out, or give one checkpoint")
         settings = device, weights, energy_kind, precision, backend, router, cuda_graphs
         self.predictor = open_model(checkpoint, *settings, adapter=adapter)
+        if isinstance(checkpoint, Predictor):
+            _check_settings(checkpoint, weights, precision, backend, router, cuda_graphs)
         if not self.predictor.has_forces:
             self.implemented_properties = ["energy", "free_energy"]
         if self.predictor.has_stress:
             self.implemented_properties = [*self.implemented_properties, "stress"]
-        self._answers_of = self.predictor.checkpoint  # what the present results were computed with
+        self._answers_of = self._checkpoints()  # what the present results were computed with
         self._notified_tags = False
         self._looked_at = b""  # atomic numbers of the structure last looked at for sites of high symmetry
         # What ASE stores beside results in trajectories and databases.
         self.parameters.update(
-            energy_kind=self.energy_kind, weights=self.predictor.checkpoint.weights, precision=precision
+            energy_kind=self.energy_kind,
+            weights=self.predictor.checkpoint.weights,
+            precision=self.predictor.precision,
         )
 
     @property
@@ -157,7 +165,7 @@ class EquiformerV2Calculator(Calculator):
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """List the changes since the last calculation; constraints, too, where forces were left out."""
         changes: list[str] = super().check_state(atoms, tol)
-        if self._answers_of is not self.predictor.checkpoint:
+        if any(one is not other for one, other in zip(self._answers_of, self._checkpoints(), strict=True)):
             return [*changes, "adapter"]
         if self.predictor.router is not None and self.atoms is not None and not changes:
             if not np.array_equal(atoms.get_tags(), self.atoms.get_tags()):
@@ -169,6 +177,12 @@ class EquiformerV2Calculator(Calculator):
             if held is None or not np.array_equal(held, self._unread):
                 return ["constraints"]
         return changes
+
+    def _checkpoints(self) -> list[Checkpoint]:
+        """Checkpoints of the network or of all members; other adapters make other ones."""
+        if isinstance(self.predictor, Committee):
+            return [member.checkpoint for member in self.predictor.members]
+        return [self.predictor.checkpoint]
 
     def _warn_of_symmetry(self, data: Data) -> None:
         """Log once per composition that a perfect crystal has less certain forces."""
@@ -214,7 +228,7 @@ class EquiformerV2Calculator(Calculator):
             self.predictor.warn_of_unfamiliar(data)
         self._warn_of_symmetry(data)
         held = self._held(self.atoms) if self.predictor.has_forces else None
-        if self.predictor.router is not None:
+        if self.predictor.energies_apart:
             self._calculate_routed(data, properties, held, keep=not system_changes)
             return
         # Forces that are the gradient of the energy come with it.
@@ -225,7 +239,7 @@ class EquiformerV2Calculator(Calculator):
         )
         self._without_energy = 0 if with_energy else self._without_energy + 1
         self._unread = held
-        self._answers_of = self.predictor.checkpoint
+        self._answers_of = self._checkpoints()
         self.parameters["energy_kind"] = self.energy_kind  # of the adapter in use
         results: dict[str, Any] = {}
         if with_energy:
@@ -262,6 +276,29 @@ class EquiformerV2Calculator(Calculator):
             assert isinstance(self.predictor, Predictor)  # a committee has no router
             out = self.predictor.predict(data, force_atoms=none, routed=False)
             results["energy"] = results["free_energy"] = float(out["energy"][0])
-        self._answers_of = self.predictor.checkpoint
+        self._answers_of = self._checkpoints()
         self.parameters["energy_kind"] = self.energy_kind
         self.results = results
+
+
+def _check_settings(
+    predictor: Predictor,
+    weights: str | None,
+    precision: str,
+    backend: str,
+    router: Router | None,
+    cuda_graphs: bool | None,
+) -> None:
+    """Refuse settings that a loaded predictor has otherwise; default values stand for its own."""
+    replays = predictor.graphed is not None
+    for name, wanted, default, own in (
+        ("weights", weights, None, predictor.checkpoint.weights),
+        ("precision", precision, "float32", predictor.precision),
+        ("backend", backend, "auto", predictor.model.backend),
+        ("router", router, None, predictor.router),
+        ("cuda_graphs", cuda_graphs, None, replays),
+    ):
+        if wanted != default and wanted != own:
+            raise InputError(
+                f"{name} is given with a loaded Predictor, which has another: give it to the Predictor"
+            )

@@ -37,8 +37,6 @@ class Committee:
     Attributes:
         members: see there.
         precision: of all members, or a list with that of each.
-        energy_kind: `"adsorption"` or `"total"`.
-        checkpoint: of the first member.
 
     Raises:
         InputError: the members do not fit together, or two of them are the same network.
@@ -48,11 +46,24 @@ class Committee:
         if len(members) < 2:
             raise InputError("a committee has at least two checkpoints: give more, or one without a list")
         self.members = list(members)
-        first = self.members[0]
-        self.checkpoint, self.energy_kind, self.device = first.checkpoint, first.energy_kind, first.device
+        self.device = self.members[0].device
         precisions = [member.precision for member in self.members]
         self.precision: str | list[str] = precisions if len(set(precisions)) > 1 else precisions[0]
         self.router = None
+        if any(member.router is not None for member in members):
+            raise InputError("a router belongs to one network: give the members of a committee without one")
+        self._check_alike()
+        for number, member in enumerate(self.members):
+            for other, earlier in enumerate(self.members[:number]):
+                if member.precision == earlier.precision and _same_weights(member, earlier):
+                    raise InputError(
+                        f"checkpoints {other + 1} and {number + 1} of the committee hold the same weights, "
+                        "whose spread would say nothing: give networks of other seeds, or another precision"
+                    )
+
+    def _check_alike(self) -> None:
+        """Raise `InputError` for members whose mean means nothing, which other adapters may make of them."""
+        members = self.members
         for name, values in (
             ("kinds of energy", [member.energy_kind for member in members]),
             ("cutoff radii (Å)", [member.checkpoint.config.max_radius for member in members]),
@@ -63,13 +74,16 @@ class Committee:
                     f"the checkpoints of a committee have different {name}: {', '.join(map(str, values))}; "
                     "give checkpoints that were trained alike"
                 )
-        for number, member in enumerate(self.members):
-            for other, earlier in enumerate(self.members[:number]):
-                if member.precision == earlier.precision and _same_weights(member, earlier):
-                    raise InputError(
-                        f"checkpoints {other + 1} and {number + 1} of the committee hold the same weights, "
-                        "whose spread would say nothing: give networks of other seeds, or another precision"
-                    )
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Checkpoint of the first member, with the adapter that this one uses now."""
+        return self.members[0].checkpoint
+
+    @property
+    def energy_kind(self) -> str:
+        """`"adsorption"` or `"total"`."""
+        return self.members[0].energy_kind
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -80,6 +94,11 @@ class Committee:
     def has_forces(self) -> bool:
         """True if the members predict forces."""
         return self.members[0].has_forces
+
+    @property
+    def energies_apart(self) -> bool:
+        """False: a committee has no router."""
+        return False
 
     @property
     def has_stress(self) -> bool:
@@ -104,6 +123,7 @@ class Committee:
         def predict(member: Predictor) -> dict[str, Tensor]:
             return member.predict(batch, energy=energy, force_atoms=force_atoms)
 
+        self._check_alike()
         outs = map_all(predict, self.members, self.device)
         found = {}
         for name in set.intersection(*(set(out) for out in outs)):

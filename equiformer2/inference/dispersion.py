@@ -118,6 +118,12 @@ class DispersionCalculator(Calculator):
         self.energy_kind = resolve_energy_kind(base, energy_kind)
         self.parameters.update(d3=dispersion.summary(), base=calculator_identity(base))
 
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """List the changes since the last calculation, those that the base alone knows of among them."""
+        changes: list[str] = super().check_state(atoms, tol)
+        of_base = getattr(self.base, "check_state", None)
+        return changes if changes or of_base is None else list(of_base(atoms, tol))
+
     def calculate(
         self,
         atoms: Atoms | None = None,

@@ -1,6 +1,7 @@
 """Networks, committees and ASE calculators in one form, for lists of structures and batched relaxations."""
 
 import hashlib
+import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +25,8 @@ from equiformer2.inference.batched import (
 from equiformer2.inference.calculator import EquiformerV2Calculator
 from equiformer2.inference.committee import Committee, Model, open_model
 from equiformer2.inference.extras import plain
-from equiformer2.inference.predictor import Predictor
+from equiformer2.inference.predictor import Predictor, Router
+from equiformer2.model.branches import bf16_branches
 
 logger = logging.getLogger(__name__)
 
@@ -173,15 +175,18 @@ def open_engine(model: Engineable) -> Engine:
 
     Args:
         model: a `Predictor`, a `Committee`, a checkpoint (path, name of a shipped model, loaded) or a list of
-            these, a committee; or an ASE calculator. An `EquiformerV2Calculator` is taken for its network,
-            and with a router as it is. An engine is given back.
+            these, a committee; or an ASE calculator. An `EquiformerV2Calculator` is taken for its network.
+            Where a router leaves energies to the whole network (`Predictor.energies_apart`), the calculator
+            is taken, which knows how, and may keep a plan of one structure. An engine is given back.
 
     Raises:
         InputError: something else, or a checkpoint that cannot be used.
     """
     if isinstance(model, Engine):
         return model
-    if isinstance(model, EquiformerV2Calculator) and model.predictor.router is None:
+    if isinstance(model, Predictor) and model.energies_apart:
+        model = EquiformerV2Calculator(model)
+    if isinstance(model, EquiformerV2Calculator) and not model.predictor.energies_apart:
         return NetworkEngine(model.predictor)
     if isinstance(model, BaseCalculator):
         # A calculator that adds to a network knows how to keep its batches.
@@ -243,11 +248,16 @@ class NetworkEngine(Engine):
     def identity(self) -> dict[str, Any]:
         """SHA-256 of the weights of every network, and the settings that change their answers."""
         members = self.predictor.members if isinstance(self.predictor, Committee) else [self.predictor]
-        sums = []
+        sums, router = [], self.predictor.router
         for member in members:
             digest = hashlib.sha256()
             if member.adapter is not None:  # it brings normalizers of its own
                 digest.update(repr(member.checkpoint.normalizers.to_dict()).encode())
+            # Other networks of the same weights; that of all others is as it was in files that exist.
+            if "grids_tuned" in member.provenance:
+                digest.update(repr(member.checkpoint.config.grid_resolution).encode())
+            if branches := bf16_branches(member.model):
+                digest.update(repr(branches).encode())
             for name, tensor in sorted(member.checkpoint.model.state_dict().items()):
                 flat = tensor.detach().cpu().contiguous().reshape(-1)
                 digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
@@ -256,6 +266,7 @@ class NetworkEngine(Engine):
             "weights_sha256": sums if len(sums) > 1 else sums[0],
             "energy_kind": self.energy_kind,
             "precision": self.predictor.precision,
+            **({} if router is None else {"router_sha256": _sum_of_router(router)}),
         }
 
 
@@ -295,8 +306,11 @@ class CalculatorEngine(Engine):
         return BatchLimits(1, None)
 
     def identity(self) -> dict[str, Any]:
-        """Class of the calculator and its parameters."""
-        return calculator_identity(self.calculator)
+        """Class of the calculator and its parameters; of a network with a router also what tells these."""
+        found = calculator_identity(self.calculator)
+        if isinstance(self.calculator, EquiformerV2Calculator):
+            found |= NetworkEngine(self.calculator.predictor).identity()
+        return found
 
     def predict(self, batch: Batch, *, free_only: bool = False) -> dict[str, Tensor]:
         """Calculate one structure after another; see `Engine.predict`.
@@ -348,6 +362,16 @@ class CalculatorEngine(Engine):
         if not np.isfinite(energy) or (forces is not None and not bool(torch.isfinite(forces).all())):
             raise InputError(f"{self.name} gives a non-finite energy or force")
         return energy, forces
+
+
+def _sum_of_router(router: Router) -> str:
+    """SHA-256 of the classes and settings of a router and those inside it."""
+
+    def described(value: Any) -> dict[str, Any]:
+        settings = value.settings() if hasattr(value, "settings") else None
+        return {"kind": getattr(value, "__qualname__", type(value).__qualname__), "settings": settings}
+
+    return hashlib.sha256(json.dumps(router, default=described, sort_keys=True).encode()).hexdigest()
 
 
 def calculator_identity(calculator: BaseCalculator) -> dict[str, Any]:

@@ -265,6 +265,15 @@ class Predictor:
         return self.checkpoint.config.forces != "none"
 
     @property
+    def energies_apart(self) -> bool:
+        """True if energies are better taken from the whole network, in a pass without the router.
+
+        False without a router, and with one that changes the structure (`remove_tag0`, super-nodes): its
+        network was trained on such structures and does not know whole ones.
+        """
+        return self.router is not None and not getattr(self.router, "changes_structure", False)
+
+    @property
     def has_stress(self) -> bool:
         """True if it gives the stress of structures that are periodic in all three directions."""
         return self.checkpoint.config.stress

@@ -164,7 +164,8 @@ def relax(
             relaxation reads. Without it they are zero in the result and in `trajectory`.
         energy_every: evaluate the energy of every n-th frame, and of the first and the last. An
             `EquiformerV2Calculator` then computes less for the others; their frames hold no energy. None is
-            every frame; with a router, whose energies take a pass of their own, the first and the last.
+            every frame; where energies take a pass of their own (`Predictor.energies_apart`), the first and
+            the last.
         stop_at_spread: end once the standard deviation of a free atom's force over the members of a committee
             exceeds this, eV/Å; needs a committee.
 
@@ -193,11 +194,11 @@ def relax(
             "use a checkpoint trained with forces (model.forces)"
         )
     check_atoms(atoms)
-    routed = False
+    apart = False
     if isinstance(calculator, EquiformerV2Calculator):
         _warn_of_error(calculator, fmax)
-        routed = calculator.predictor.router is not None
-    energy_every = energy_every or (steps + 1 if routed else 1)
+        apart = calculator.predictor.energies_apart
+    energy_every = energy_every or (steps + 1 if apart else 1)
     atoms = atoms.copy()
     atoms.calc = calculator
     energies: list[float | None] = []

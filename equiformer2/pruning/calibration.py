@@ -79,14 +79,19 @@ class Discrepancy:
 
     @property
     def by_system(self) -> np.ndarray:
-        """Losses of the systems, `[S]` eV; errors that a system does not have count as 0."""
+        """Losses of the systems, `[S]` eV; of energy and forces, one that a system does not have counts as 0.
+
+        NaN for a system that has neither, such as one without labels.
+        """
         energy, forces = (np.where(np.isnan(values), 0.0, values) for values in (self.energy, self.forces))
-        return energy + self.force_weight * forces
+        neither = np.isnan(self.energy) & np.isnan(self.forces)
+        return np.where(neither, np.nan, energy + self.force_weight * forces)
 
     @property
     def loss(self) -> float:
-        """Loss L, eV."""
-        return float(self.by_system.mean())
+        """Loss L, eV; 0 where no system has errors."""
+        known = self.by_system[~np.isnan(self.by_system)]
+        return float(known.mean()) if len(known) else 0.0
 
     def averages(self) -> dict[str, float | None]:
         """Return means over systems; None for errors that no system has."""
@@ -245,15 +250,18 @@ class Calibration:
 
         Args:
             answers: outputs per batch, as `answers()` gives them.
-            reference: outputs to compare with instead of the dense network's.
+            reference: labels to compare with instead of the dense network's answers; NaN where a structure
+                has none.
 
         Returns:
             Errors by system.
         """
-        columns = [
-            structure_errors(out, expected, batch, self.energy_std, self.force_std)
-            for out, expected, batch in zip(answers, reference or self.dense, self.batches, strict=True)
-        ]
+        columns = []
+        for out, expected, batch in zip(answers, reference or self.dense, self.batches, strict=True):
+            errors = structure_errors(out, expected, batch, self.energy_std, self.force_std)
+            if reference is not None:
+                errors[_unlabelled_errors(expected, batch)] = torch.nan
+            columns.append(errors)
         table = torch.cat(columns).cpu().numpy()
         return Discrepancy.from_structures(self.systems, self._system_of, table, self.force_weight)
 
@@ -311,3 +319,13 @@ def structure_errors(
     count = torch.zeros_like(natoms).index_add(0, structure, torch.ones_like(per_atom[:, 0]))
     total = natoms.new_zeros(len(natoms), 2).index_add(0, structure, per_atom)
     return torch.cat((energy[:, None], total / count[:, None]), dim=1)  # 0 / 0 is NaN
+
+
+def _unlabelled_errors(labels: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    """Mark the errors `[B, 3]` of `structure_errors` for which a structure has no label: NaN in `labels`."""
+    missing = torch.zeros(batch.num_graphs, 3, dtype=torch.bool, device=batch.pos.device)
+    if "energy" in labels:
+        missing[:, 0] = labels["energy"].isnan()
+    if "forces" in labels:
+        missing[batch.batch[labels["forces"].isnan().any(dim=1)], 1:] = True
+    return missing

@@ -208,6 +208,8 @@ def relax_dataset(
     }
     if router is not None:
         asked["router"] = sha256(router)
+        if predictor.energies_apart:  # earlier versions wrote the router's, which do not go with these
+            asked["whole_energies"] = True
     adapter = adapter_record(predictor)
     if adapter:  # one that was made in Python has no file
         weights = NetworkEngine(predictor).identity()["weights_sha256"]
@@ -242,7 +244,7 @@ def relax_dataset(
                 max_atoms=max_atoms,
                 device=predictor.device,
             ):
-                if isinstance(predictor, Predictor) and predictor.router is not None:
+                if isinstance(predictor, Predictor) and predictor.energies_apart:
                     _compute_whole_energies(predictor, relaxed)
                 if relaxed.frames:
                     relaxations.add(relaxed, _targets(relaxed))

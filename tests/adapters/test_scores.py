@@ -169,6 +169,13 @@ def test_too_small_a_share_and_scores_that_are_no_numbers() -> None:
         prune_adapter(maps, settings, [lambda: loss_of(model(batch_of(water()))) * float("nan")], 0)
 
 
+@pytest.mark.parametrize("method", ["snip", "grasp"])
+def test_a_loss_that_depends_on_no_entry_ranks_none(method: str) -> None:
+    model, maps, settings = attached(keep=0.5, method=method, weights=("force_block.*",))
+    with pytest.raises(InputError, match=rf"{method}\) are all zero"):
+        prune_adapter(maps, settings, [lambda: model(batch_of(water()))["energy"].sum()], 0)
+
+
 def test_forces_that_are_the_gradient_of_the_energy_count_in_the_scores() -> None:
     model = network(forces="gradient")
     settings = AdapterSettings(rank=2, keep=0.3)

@@ -117,6 +117,24 @@ def test_a_calculator_answers_with_the_adapter_in_use(base: Path, tmp_path: Path
             EquiformerV2Calculator(wrong, adapter=path)
 
 
+def test_a_committee_answers_with_the_adapters_in_use(base: Path, tmp_path: Path) -> None:
+    other = network(seed=1)
+    paths = written(tmp_path), tmp_path / "other.pt"
+    write_adapter(paths[1], make_adapter(other))
+    members = [Predictor(base), Predictor(write_network(tmp_path / "second.pt", other))]
+    calculator = EquiformerV2Calculator(members)
+    atoms = H2O.copy()
+    atoms.calc = calculator
+    plain = atoms.get_potential_energy()
+    members[1].use_adapter(paths[1])
+    with pytest.raises(InputError, match="different kinds of energy: adsorption, total"):
+        atoms.get_potential_energy()
+    members[0].use_adapter(paths[0])
+    energies = [float(member.predict(H2O)["energy"]) for member in members]
+    assert atoms.get_potential_energy() == pytest.approx(sum(energies) / 2) != pytest.approx(plain)
+    assert calculator.energy_kind == calculator.parameters["energy_kind"] == "total"
+
+
 def test_copies_of_a_calculator_exchange_their_adapters_alone(base: Path, tmp_path: Path) -> None:
     calculator = EquiformerV2Calculator(base, adapter=written(tmp_path))
     plain, adapted = outputs(Predictor(base)), outputs(calculator.predictor)

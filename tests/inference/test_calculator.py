@@ -66,6 +66,23 @@ def test_bit_equal_in_another_process(checkpoint: Path, oxygen_on_copper: Atoms,
         assert resident_bytes(again.predictor.model) == size  # with the matrices kept for inference
 
 
+def test_settings_of_a_loaded_predictor_are_told_and_not_replaced(checkpoint: Path) -> None:
+    predictor = Predictor(checkpoint, precision="bf16", backend="torch")
+    calculator = EquiformerV2Calculator(predictor)
+    assert calculator.parameters["precision"] == "bf16"
+    EquiformerV2Calculator(predictor, precision="bf16", backend="torch", weights="raw")
+    for name, value in (
+        ("router", lambda model, batch, request: {}),
+        ("backend", "cpp"),
+        ("weights", "averaged"),
+        ("cuda_graphs", True),
+    ):
+        with pytest.raises(InputError, match=f"{name} is given with a loaded Predictor"):
+            EquiformerV2Calculator(predictor, **{name: value})
+    with pytest.raises(InputError, match="precision is given with a loaded Predictor"):
+        EquiformerV2Calculator(Predictor(checkpoint), precision="bf16")
+
+
 def test_bit_equal_on_every_call(checkpoint: Path, oxygen_on_copper: Atoms) -> None:
     results = []
     for _ in range(2):

@@ -24,6 +24,38 @@ def test_a_missing_package_is_named() -> None:
             Dispersion.read("rpbe")
 
 
+class Shifted(EMT):
+    """Effective medium theory with an energy that is exchanged, as an adapter of a network is."""
+
+    shift, answered = 0.0, 0.0
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        return [*super().check_state(atoms, tol), *(["shift"] if self.shift != self.answered else [])]
+
+    def calculate(self, *arguments: object) -> None:
+        super().calculate(*arguments)
+        self.results["energy"] += self.shift
+        self.answered = self.shift
+
+
+class NoDispersion(Dispersion):
+    """Zero everywhere, without a package."""
+
+    def __post_init__(self) -> None:
+        pass
+
+    def energy_and_forces(self, atoms: Atoms) -> tuple[float, np.ndarray]:
+        return 0.0, np.zeros((len(atoms), 3))
+
+
+def test_results_follow_a_base_that_changes() -> None:
+    atoms, base = slab("Cu", 1), Shifted()
+    atoms.calc = DispersionCalculator(base, NoDispersion("none"))
+    before = atoms.get_potential_energy()
+    base.shift = 2.0
+    assert atoms.get_potential_energy() == pytest.approx(before + 2.0)
+
+
 class TestDispersion:
     @pytest.fixture(autouse=True)
     def _package(self) -> None:

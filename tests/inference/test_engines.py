@@ -1,8 +1,11 @@
 """Any model in batched relaxations: ASE's minima by any calculator, failures by name, shared networks."""
 
+import copy
 import itertools
+import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +18,10 @@ from ase.constraints import FixAtoms, FixCartesian, FixedPlane, Hookean
 from ase.optimize import LBFGS
 from inference_helpers import SYSTEMS, KindedEMT, slab
 
-from equiformer2 import EquiformerV2Calculator, Predictor, predict, relax_many
+from equiformer2 import EquiformerV2Calculator, Predictor, load_checkpoint, predict, relax_many
 from equiformer2.errors import InputError
 from equiformer2.inference.batched import RelaxationSettings
+from equiformer2.inference.committee import Committee
 from equiformer2.inference.engines import (
     CPU_ATOMS,
     CPU_STRUCTURES,
@@ -25,6 +29,10 @@ from equiformer2.inference.engines import (
     NetworkEngine,
     open_engine,
 )
+from equiformer2.model.branches import set_bf16_branches
+from equiformer2.model.grid_resolution import GridResolution
+from equiformer2.pruning.routing import ActiveRegion, FrozenPlan, StaticRouter
+from equiformer2.pruning.structured.grid_tuning import with_grids
 
 SETTINGS = RelaxationSettings(fmax=0.05, frames="ends")
 
@@ -254,6 +262,37 @@ def test_identities_tell_models_apart(checkpoint: Path, make_checkpoint: Callabl
     assert emt["calculator"] == "ase.calculators.emt.EMT"
     assert emt != open_engine(EMT(asap_cutoff=True)).identity()
     assert open_engine(KindedEMT("total")).energy_kind == "total"
+
+
+def test_identities_tell_networks_of_the_same_weights_apart(
+    checkpoint: Path, make_checkpoint: Callable[..., Path]
+) -> None:
+    loaded = load_checkpoint(checkpoint)
+    coarse = with_grids(loaded.model, GridResolution((8, 5), (8, 8)))
+    provenance = {**loaded.provenance, "grids_tuned": {}}
+    tuned = replace(loaded, model=coarse, config=coarse.config, provenance=provenance)
+    quick = replace(loaded, model=copy.deepcopy(loaded.model))
+    set_bf16_branches(quick.model, ["blocks.0.ga"])
+
+    def routed(path: Path, level: float, every: int = 10) -> EquiformerV2Calculator:
+        return EquiformerV2Calculator(path, router=FrozenPlan(StaticRouter(level), every))
+
+    without_context = Predictor(checkpoint, router=ActiveRegion("remove_tag0"))
+    models = [loaded, tuned, quick, routed(checkpoint, 0.5), routed(checkpoint, 0.4), without_context]
+    models += [routed(checkpoint, 0.5, 5), routed(make_checkpoint("adsorption", lmax=1), 0.5)]
+    found = [json.dumps(open_engine(model).identity()) for model in models]
+    assert len(set(found)) == len(models)
+    assert open_engine(routed(checkpoint, 0.5)).identity() == json.loads(found[3])
+
+
+def test_energies_beside_a_router_are_those_of_the_whole_network(checkpoint: Path) -> None:
+    start = slab(*SYSTEMS[0])
+    (found,) = predict([start], Predictor(checkpoint, router=StaticRouter(0.5, protect_ends=False)))
+    (whole,) = predict([start], checkpoint)
+    assert found.get_potential_energy() == pytest.approx(whole.get_potential_energy(), abs=1e-5)
+    assert np.abs(found.get_forces() - whole.get_forces()).max() > 1e-4
+    with pytest.raises(InputError, match="router belongs to one network"):
+        Committee([Predictor(checkpoint, router=StaticRouter(0.5)), Predictor(checkpoint)])
 
 
 def test_invariants_of_every_atom(checkpoint: Path, oxygen_on_copper: Atoms) -> None:

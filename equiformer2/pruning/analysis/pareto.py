@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 from tqdm import tqdm
@@ -55,7 +56,8 @@ class HeldOut:
     Attributes:
         name: name of the set, such as `dft`.
         calibration: the structures and the dense answers.
-        labels: labels per batch, in normalised units; fields that the data lack are absent.
+        labels: labels per batch, in normalised units, NaN for structures without; fields that all of a batch
+            lack are absent.
     """
 
     name: str
@@ -95,16 +97,16 @@ class HeldOut:
         calibration = Calibration(model, normalizers, structures, batch_size)
         energies = labelled_energies(paths, energy_kind)
         labels = []
-        for start in range(0, len(structures), batch_size):
-            part = structures[start : start + batch_size]
-            batch = Batch.from_data_list(part)
+        for number, batch in enumerate(calibration.batches):
+            part = structures[number * batch_size : (number + 1) * batch_size]
             fields: dict[str, Tensor] = {}
-            if energies and all("energy" in structure for structure in part):
-                fields["energy"] = normalizers.normalize_energy(batch.energy.view(-1), batch)
-            if all("forces" in structure for structure in part):
-                fields["forces"] = normalizers.normalize_forces(batch.forces)
-            device = calibration.batches[start // batch_size].pos.device
-            labels.append({field: value.to(device) for field, value in fields.items()})
+            if energies and any("energy" in one for one in part):
+                values = torch.cat([one.get("energy", torch.full((1,), torch.nan)).view(-1) for one in part])
+                fields["energy"] = normalizers.normalize_energy(values.to(batch.pos.device), batch)
+            if any("forces" in one for one in part):
+                values = torch.cat([one.get("forces", one.pos * torch.nan) for one in part])
+                fields["forces"] = normalizers.normalize_forces(values.to(batch.pos.device))
+            labels.append(fields)
         return cls(name, calibration, labels)
 
     @property

@@ -104,10 +104,11 @@ def errors(
             continue
         free = ~batch.fixed.bool()
         changes.append((new["forces"] - old["forces"])[free].abs().double().flatten())
-        if all("forces" in structure for structure in some):
-            labels = torch.cat([structure.forces for structure in some])[free].double()
-            for name, out in (("compact", new), ("dense", old)):
-                misses[name].append((out["forces"][free].double() - labels).abs().flatten())
+        # Structures without labels leave those beside them their own.
+        labels = torch.cat([structure.get("forces", structure.pos * torch.nan) for structure in some])
+        known = free & ~labels.isnan().any(1)
+        for name, out in (("compact", new), ("dense", old)):
+            misses[name].append((out["forces"][known].double() - labels[known].double()).abs().flatten())
 
     def mean(values: list[torch.Tensor]) -> float | None:
         numbers = torch.cat(values) if values else torch.empty(0)

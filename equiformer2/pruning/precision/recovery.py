@@ -86,6 +86,7 @@ def recover(model: EquiformerV2, plan: PrecisionPlan, rank: int) -> Recovery:
         error += found.error
         plain_error += float((weight - rounded(weight, precision)).double().square().sum())
     network = compact_network(_with_weights(small, weights), dataclasses.replace(plan, pruning=None))
+    total = total or 1.0  # of no matrix, or of zeros alone, nothing is rounded away
     return Recovery(network, maps, (error / total) ** 0.5, (plain_error / total) ** 0.5)
 
 

@@ -284,9 +284,12 @@ class PrecisionSearch:
     def _asked(self, number: int) -> tuple[int, Choice]:
         """Ask the estimator, which is told all trials so far."""
         optuna = import_optuna()
-        costs = self.bases[0].sizes.costs
-        parts = list(costs)
-        choices = {part: [p for p in PRECISIONS if p in costs[part]] for part in parts}
+        parts = list(self.bases[0].sizes.costs)
+        # A precision may be of use in some of the networks only: `fitted` replaces it in the others.
+        costs = [base.sizes.costs for base in self.bases]
+        choices = {
+            part: [p for p in PRECISIONS if any(p in c.get(part, ()) for c in costs)] for part in parts
+        }
         distributions = {
             "pruning": optuna.distributions.CategoricalDistribution(range(len(self.bases))),
             **{part: optuna.distributions.CategoricalDistribution(choices[part]) for part in parts},

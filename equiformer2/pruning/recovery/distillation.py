@@ -5,6 +5,7 @@ ordinary dataset, and training on that dataset is an ordinary run: energies of a
 free atoms only (`training.losses`), the run folder, resuming and all settings of `equiformer2 train`.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from datasets_oc20.targets import NUM_ELEMENTS
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.checkpoint import Checkpoint, Normalizers, load_checkpoint
 from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
+from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.checkpoint.training_data import DENSE_ANSWERS
 from equiformer2.errors import InputError
 from equiformer2.files import check_target, read_json, whole_file, write_json
@@ -139,10 +141,12 @@ def label(teacher: Predictor, paths: Paths, target: AnyPath, batch_size: int = 8
         "labels": DENSE_ANSWERS,
         "teacher": fingerprint_of_weights(teacher.checkpoint.model),
         "structures": [str(path) for path in named],
+        "content": _content_of(named),
     }
     record = target.with_name(f"{target.name}.json")
     if target.exists() and record.exists():
-        if read_json(record) != origin:
+        # Records of earlier versions do not tell the content.
+        if {"content": origin["content"], **read_json(record)} != origin:
             raise InputError(
                 f"{target} holds the answers of another teacher or to other structures: remove it or name "
                 "another folder"
@@ -167,6 +171,17 @@ def label(teacher: Predictor, paths: Paths, target: AnyPath, batch_size: int = 8
             write(batch)
     write_json(record, origin)
     return target
+
+
+def _content_of(paths: Sequence[str | Path]) -> str:
+    """Hash the files that are named or lie in the named folders, but for locks."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        for file in files:
+            if not file.name.endswith(("-lock", "lock.mdb")):
+                digest.update(f"{file.name} {sha256(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def _structures(paths: Sequence[str | Path]) -> Iterator[Data]:

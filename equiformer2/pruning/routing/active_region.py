@@ -63,6 +63,11 @@ class ActiveRegion(BaseRouter):
         """False: the selection depends on tags alone."""
         return False
 
+    @property
+    def changes_structure(self) -> bool:
+        """True unless all atoms stay sources, as they do with `context_only`."""
+        return self.mode != "context_only"
+
     def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> BaseRouting:
         """Begin the decisions of `context_only` for one batch.
 

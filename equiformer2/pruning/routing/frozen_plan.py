@@ -136,7 +136,7 @@ class _Replay(BaseRouting):
     def __init__(self, plan: _StoredPlan, graph: RadiusGraph) -> None:
         self.plan = plan
         self._place: Tensor | None = None  # of each edge in the plan, -1 for a new one
-        if any(decision.edges is not None for decision in plan.decisions):
+        if len(plan.keys) and any(decision.edges is not None for decision in plan.decisions):
             keys = plan.edge_keys(graph)
             order = torch.argsort(plan.keys)
             at = torch.searchsorted(plan.keys[order], keys).clamp(max=len(order) - 1)
@@ -144,7 +144,9 @@ class _Replay(BaseRouting):
 
     def decide(self, state: BlockState) -> Decision:
         atoms, edges, _ = self.plan.decisions[state.block]
-        if edges is not None and self._place is not None:
+        if edges is not None and not len(edges):
+            edges = None  # all are new
+        elif edges is not None and self._place is not None:
             new = torch.ones((), dtype=edges.dtype, device=edges.device)
             edges = torch.where(self._place >= 0, edges[self._place.clamp(min=0)], new)
         return Decision(atoms, edges)

@@ -14,6 +14,8 @@ from equiformer2.pruning.routing.router import BaseRouter
 from equiformer2.pruning.routing.router_search import RoutingSettings, find_router
 from equiformer2.pruning.routing.schedule_objective import RoutedModel
 
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class RouteRequest:
@@ -55,12 +57,15 @@ class RouteResult:
         shares: shares of atoms, edges and MACs that it leaves.
         errors: errors against the dense network (`Discrepancy.averages`).
         search: record of the search (`find_router`).
+        missed: sentence about a target that it misses; None if it does not. Thresholds, into which budgets
+            are made, and gates that are open in part leave other shares than the search had.
     """
 
     router: BaseRouter
     shares: ComputedShares
     errors: dict[str, float | None]
     search: dict[str, Any]
+    missed: str | None = None
 
     def to_dict(self, request: RouteRequest) -> dict[str, Any]:
         """Return the report with its request, plain values for JSON."""
@@ -69,6 +74,7 @@ class RouteResult:
             "achieved": self.shares.to_dict(),
             "errors": self.errors,
             "found": self.search,
+            "missed": self.missed,
         }
 
     def __str__(self) -> str:
@@ -82,6 +88,8 @@ class RouteResult:
         passes = [found["passes"] for found in self.search.values() if "passes" in found]
         if passes:
             lines.append(f"the search took {sum(passes):,.0f} passes of the dense network over one structure")
+        if self.missed is not None:
+            lines.append(f"missed: {self.missed}")
         return "\n".join(lines)
 
 
@@ -132,4 +140,10 @@ def make_router(
     )
     routed = RoutedModel(model, router)
     errors = calibration.discrepancy(routed).averages()
-    return RouteResult(router, routed.computed_shares(), errors, search)
+    shares, missed = routed.computed_shares(), None
+    if target is not None and shares.macs > target + _ROUNDING:
+        missed = (
+            f"{shares.macs:.3f} of the MACs are left in the mode {request.settings.mode}, the target is "
+            f"{target:g}: give a lower one, or use the mode topk"
+        )
+    return RouteResult(router, shares, errors, search, missed)

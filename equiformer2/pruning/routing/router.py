@@ -36,6 +36,11 @@ class BaseRouter(ABC):
         """True if the selection can change at once while atoms move, so that forces jump."""
         return True
 
+    @property
+    def changes_structure(self) -> bool:
+        """True if the network runs on other structures, for which it was trained, and never on whole ones."""
+        return False
+
     @abstractmethod
     def start(self, batch: Batch | Data, graph: RadiusGraph, num_blocks: int) -> "BaseRouting":
         """Begin the decisions for one batch (`model.routing.Router`).

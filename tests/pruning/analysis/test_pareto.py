@@ -14,7 +14,7 @@ from datasets_oc20 import OC20Lmdb
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
-from equiformer2.pruning.analysis.pareto import Recovery, Study, StudySettings
+from equiformer2.pruning.analysis.pareto import HeldOut, Recovery, Study, StudySettings
 from equiformer2.pruning.analysis.pareto_report import markdown, summarise, write_report
 from equiformer2.pruning.cost.latency import compare_latency
 from equiformer2.pruning.cost.targets import MacTarget
@@ -150,6 +150,25 @@ def test_networks_are_distilled_and_trained_from_scratch(files, tmp_path) -> Non
 
 
 @pytest.mark.pictures
+@pytest.mark.parametrize("names", [("dft", "bare"), ("bare", "dft")])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_labels_count_whatever_they_are_beside(files, names, batch_size) -> None:
+    dense = load_checkpoint(files["dense"])
+
+    def to_labels(paths: list[Path]) -> dict[str, float | None]:
+        facts = dense.model, dense.normalizers, "adsorption"
+        held_out = HeldOut.read("x", paths, *facts, batch_size=batch_size)
+        return held_out.errors(tiny_model(1))["to_labels"]
+
+    alone, beside = to_labels([files["dft"]]), to_labels([files[name] for name in names])
+    for name in ("force_norm", "force_mae"):
+        assert beside[name] == pytest.approx(alone[name], rel=1e-5)
+    # Energies are compared where all files have them; a system without labels has no part in the mean.
+    assert alone["energy_per_atom"] > 0
+    assert beside["energy_per_atom"] is None
+    assert beside["loss"] == pytest.approx(alone["force_norm"], rel=1e-5)
+
+
 def test_tables_and_figure(study, tmp_path) -> None:
     _, results = study
     write_report(results, tmp_path)

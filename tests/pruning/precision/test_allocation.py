@@ -1,6 +1,7 @@
 """Precisions that fit a limit of bytes."""
 
 import pytest
+from search_helpers import tiny_model
 
 from equiformer2.errors import InputError
 from equiformer2.pruning.precision.allocation import (
@@ -11,6 +12,7 @@ from equiformer2.pruning.precision.allocation import (
     fitted,
 )
 from equiformer2.pruning.precision.compact import matrix_bytes
+from equiformer2.pruning.precision.search import Base, PrecisionSearch, PrecisionState, Trial
 
 SHAPES = {"a": (1000, 1000), "b.0": (500, 1000), "b.1": (500, 1000), "c": (1000, 1000)}
 PARTS = {"a": ["a"], "b": ["b.0", "b.1"], "c": ["c"]}
@@ -60,3 +62,17 @@ def test_small_matrices_stay_float32_where_their_scales_take_more_than_they_save
     assert matrix_bytes((4, 4), "int4") > matrix_bytes((4, 4), "float32")
     small = PartSizes.of_matrices({"x": ["x"]}, {"x": (4, 4)}, 10_000)
     assert small.smallest() == {"x": "float32"}
+
+
+def test_precisions_that_one_network_alone_may_have_are_proposed_and_made_to_fit():
+    """Measured times may favour bfloat16 in a pruned network only."""
+    pytest.importorskip("optuna")
+    only_plain = PartSizes({"a": {"float32": 0}, "b": {"float32": 0}}, 0)
+    quicker = PartSizes({"a": {"float32": 5, "bf16": 0}, "b": {"float32": 0}}, 5)
+    bases = [Base(None, tiny_model(), {"a": ["a"], "b": ["b"]}, sizes) for sizes in (only_plain, quicker)]
+    losses = {part: {"float32": 0.0, "bf16": 0.1} for part in "ab"}
+    state = PrecisionState({}, trials=[Trial(1, {"a": "bf16", "b": "float32"}, 0.1, "search")])
+    search = PrecisionSearch(bases, losses, {"a": 0.0, "b": 0.0}, lambda base, choice: 1.0, state, 0, False)
+    search.run(8)
+    assert len(state.trials) == 8
+    assert all(trial.precisions["a"] == "float32" for trial in state.trials if trial.base == 0)

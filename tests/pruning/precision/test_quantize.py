@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from equiformer2.inference import Predictor
 from equiformer2.model.folding import resident_bytes
 from equiformer2.pruning import PruningPlan
 from equiformer2.pruning.precision.compact import FileSize
+from equiformer2.pruning.precision.measure import errors
 from equiformer2.pruning.precision.plan import PrecisionPlan
 from equiformer2.pruning.precision.quantize_request import QuantizeRequest, quantize
 from equiformer2.pruning.precision.sensitivity import estimated
@@ -119,6 +121,21 @@ def test_a_search_without_time_ends_with_its_first_trial(folder: Path, tmp_path:
     assert all(0 == row["float32"] < row["bf16"] < row["int8"] < row["int4"] for row in parts.values())
     assert found["missed"] == []
     load_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_every_label_counts_whatever_it_is_beside(folder: Path, batch_size: int):
+    dense = Predictor(folder / "dense.pt")
+    compact = Predictor(replace(dense.checkpoint, model=tiny_model(1, **WIDE)))
+    labelled = slabs()[:2]
+    for structure in labelled:
+        structure.forces = torch.sin(structure.pos).float()
+    expected = errors(compact, dense, labelled, 2)
+    found = errors(compact, dense, [labelled[0], slab("d", "Ag"), labelled[1]], batch_size)
+    assert expected["force_mae_eV_A"] > 0
+    for name in ("force_mae_eV_A", "force_mae_dense_eV_A", "force_mae_ratio"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
+    assert errors(compact, dense, slabs(), 2)["force_mae_eV_A"] is None
 
 
 def test_losses_that_were_not_measured_are_estimated():

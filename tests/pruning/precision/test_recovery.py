@@ -45,6 +45,14 @@ def test_maps_lower_the_error_at_the_start(precision: str):
     assert calibration.loss(found.network) < plain
 
 
+def test_matrices_of_zeros_have_no_error():
+    model = tiny_model()
+    name = matrix = next(name for name, _ in uniform("int4").modules)
+    torch.nn.init.zeros_(model.get_submodule(matrix).weight)
+    found = recover(model, PrecisionPlan(((name, "int4"),)), 2)
+    assert (found.error, found.plain_error) == (0.0, 0.0)
+
+
 def test_pruning_comes_first():
     model = tiny_model()
     pruning = PruningPlan.keep_all(model.config).with_block(0, heads=(1,), mmax=1)

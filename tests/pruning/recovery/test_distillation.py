@@ -65,6 +65,10 @@ def test_labels_are_the_teachers_answers_and_are_made_once(files, tmp_path) -> N
     assert path.stat().st_mtime_ns == written
     with pytest.raises(InputError, match="another teacher"):
         label(Predictor(files["student"]), files["train"], path)
+    # Other structures under the same name are no others to the eye.
+    write_lmdb(files["train"], [slab("a"), slab("b", "Ni")] * 2, labels=False)
+    with pytest.raises(InputError, match="to other structures"):
+        label(teacher, files["train"], path)
 
 
 @pytest.mark.slow

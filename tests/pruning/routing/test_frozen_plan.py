@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 from ase.constraints import FixAtoms
 from ase.optimize import FIRE
 from routers import routers
@@ -14,8 +15,9 @@ from torch_geometric.data import Batch
 
 from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint, save_checkpoint
 from equiformer2.errors import InputError
-from equiformer2.inference import EquiformerV2Calculator, Predictor
+from equiformer2.inference import EquiformerV2Calculator, Predictor, relax
 from equiformer2.pruning.routing import (
+    ActiveRegion,
     AtomPruner,
     BaseRouter,
     DistanceRouter,
@@ -167,6 +169,34 @@ def test_the_calculator_runs_with_a_router(checkpoint) -> None:  # type: ignore[
     atoms.set_tags(np.where(atoms.get_tags() == 1, 0, atoms.get_tags()))
     atoms.set_constraint(FixAtoms(mask=atoms.get_tags() == 0))
     assert np.abs(atoms.get_forces(apply_constraint=False) - before).max() > 1e-7
+
+
+@pytest.mark.parametrize("mode", ["remove_tag0", "supernode"])
+def test_networks_that_know_no_whole_structures_give_no_energies_of_them(checkpoint, mode: str) -> None:  # type: ignore[no-untyped-def]
+    predictor = Predictor(checkpoint, router=ActiveRegion(mode))
+    assert not predictor.energies_apart
+    atoms = slab_atoms(0.1)
+    expected = predictor.predict(as_data(atoms, torch.float32))
+    found = EquiformerV2Calculator(predictor).get_potential_energy(atoms)
+    assert found == pytest.approx(float(expected["energy"]), abs=1e-5)
+    assert abs(found - float(Predictor(checkpoint).predict(atoms)["energy"])) > 1e-3
+    relaxed = relax(atoms, EquiformerV2Calculator(predictor), steps=2)
+    assert relaxed.energies[0] == found
+    assert None not in relaxed.energies
+    assert Predictor(checkpoint, router=ActiveRegion("context_only")).energies_apart
+
+
+def test_a_plan_made_without_edges_computes_those_that_come() -> None:
+    """Two atoms come within the cutoff after the plan."""
+    model = exact_model()
+    plan = FrozenPlan(EdgePruner(0.4), replan_every=10)
+    for distance in (6.1, 5.9):
+        atoms = Atoms("Cu2", [[0, 0, 0], [0, 0, distance]], cell=[30.0] * 3, pbc=True)
+        batch = Batch.from_data_list([as_data(atoms)])
+        with torch.no_grad():
+            found = model(batch, active=plan)
+    torch.testing.assert_close(found, model(batch))
+    assert plan.plans == 1
 
 
 def test_backends_are_refused_before_the_first_step(checkpoint) -> None:  # type: ignore[no-untyped-def]

@@ -91,6 +91,22 @@ def test_budgets_become_thresholds(files, mode) -> None:
     assert (router.mode, router.width) == (mode, 0.3)
 
 
+def test_a_target_that_gates_miss_is_told(files, tmp_path, capsys) -> None:
+    found = made(files, "static", mode="smooth", width=2.0)
+    assert found.shares.macs > 0.7
+    assert f"missed: {found.shares.macs:.3f} of the MACs are left in the mode smooth" in str(found)
+    out = tmp_path / "router.json"
+    status = run_command(
+        "prune route", "--checkpoint", files["dense"], "--data", files["calibration"], "--out", out,
+        "--target", "macs=0.7", "--population", 4, "--generations", 1, "--tolerance", 0.1,
+        "--mode", "smooth", "--width", 2,
+    )  # fmt: skip
+    assert status == 3
+    assert "the target is 0.7" in capsys.readouterr().out
+    assert json.loads((tmp_path / "router.report.json").read_text())["missed"] == found.missed
+    assert load_router(out).mode == "smooth"
+
+
 class Batches(list):
     """Batches that count the steps of a training, and end it after some."""
 
