@@ -23,7 +23,8 @@ _FEWEST_DRAWS = 8
 #: Sightings of unseen basins that are assumed beside those that were made, so that a few draws into the same
 #: basin do not mean that there is no other.
 _PRIOR = 0.5
-#: eV; scale of the differences between minima while only one is known.
+#: eV; one difference between minima that is assumed beside those that were seen, so that two that happen to
+#: be nearly equal, as in both hollows of a (111) surface, do not mean that all are.
 _USUAL_SPREAD = 0.3
 
 
@@ -95,7 +96,7 @@ def estimate_coverage(
     (I. J. Good, Biometrika 1953, 40, 237), and their number follows from those seen once and twice (A. Chao,
     Scand. J. Stat. 1984, 11, 265; extrapolated to more draws as in Chao et al., Ecology 2009, 90, 1125). New
     basins are as likely as known ones to be the lowest, and the distance to the lowest one is taken to be
-    exponential with the mean distance of the known ones.
+    exponential with the mean distance of the known ones and a usual one.
 
     Args:
         basins: basin of every draw.
@@ -115,6 +116,6 @@ def estimate_coverage(
     for basin, energy in zip(basins, energies, strict=True):
         lowest[basin] = min(energy, lowest.get(basin, math.inf))
     levels = sorted(lowest.values())
-    spread = float(np.mean(levels[1:]) - levels[0]) if known > 1 else _USUAL_SPREAD
-    p_lower = found / (known + found) * math.exp(-lower / spread) if spread > 0 else 0.0
+    spread = float(np.mean([_USUAL_SPREAD, *(level - levels[0] for level in levels[1:])]))
+    p_lower = found / (known + found) * math.exp(-lower / spread)
     return Coverage(draws, known, unseen, found, p_lower, remaining)

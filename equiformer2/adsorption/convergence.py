@@ -1,16 +1,19 @@
 """Convergence of an energy with the slab: its layers, its vacuum and its width."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
+from ase.neighborlist import neighbor_list
 from tqdm import tqdm
 
 from equiformer2.adsorption.bulks import Bulk, find_bulk
+from equiformer2.adsorption.dispersion_terms import refuse_dispersion
 from equiformer2.adsorption.placements import Adsorbate, Placement, placements
 from equiformer2.adsorption.slabs import THICKNESS, VACUUM, WIDTH, CleanSlab, slabs_of_bulk
 from equiformer2.adsorption.surface_energy import (
@@ -30,6 +33,12 @@ WIDTHS = (5.0, 8.0, 11.0)
 
 _BOX = 10.0
 """Å of vacuum on every side of an adsorbate by itself."""
+
+_AROUND, _BELOW, _NEAREST = 6.0, 3.0, 12
+"""Å around and below a site, and number of atoms of each element there, that tell it from others."""
+
+_SAME_SITE = 0.1
+"""Å; distances around the same site of two slabs differ by rounding only."""
 
 SURFACE_ENERGY, ADSORPTION_ENERGY = "surface_energy_eV_A2", "adsorption_energy_eV"
 
@@ -138,8 +147,8 @@ def convergence_table(
     """Compute an energy for thicker slabs, more vacuum and wider cells, one at a time.
 
     Without an adsorbate it is the surface energy, (E(slab) - n E(bulk)) / 2A, the mean of the two sides. With
-    one it is the adsorption energy of the first symmetry-distinct placement. Nothing is relaxed: a row takes
-    at most three energies.
+    one it is the adsorption energy of the first symmetry-distinct placement of the first slab, at the same
+    site on all others. Nothing is relaxed: a row takes at most three energies.
 
     Args:
         bulk, miller, bulks: as in `slabs_of_bulk`; one plane.
@@ -154,6 +163,8 @@ def convergence_table(
         InputError: a clean slab with a model of adsorption energies, and what `slabs_of_bulk` raises.
     """
     kind = resolve_energy_kind(calculator, energy_kind)
+    if kind == "adsorption":
+        refuse_dispersion(calculator, "a table of convergence")
     if kind == "adsorption" and adsorbate is None:
         raise InputError(f"{UNKNOWN}: give an adsorbate, or a calculator of total energies")
     if (isinstance(miller, str) and miller.strip().lower() == "all") or termination == "all":
@@ -168,12 +179,12 @@ def convergence_table(
     ]
     known: dict[tuple[float, float, float], tuple[int, float | None, str]] = {}
     rows, first = [], None
+    energies = _Energies(calculator, kind, found)
     for name, sizes in tqdm(settings, desc="convergence", unit="slab", disable=not progress):
         key = sizes["thickness"], sizes["vacuum"], sizes["width"]
         if key not in known:
             (slab,) = slabs_of_bulk(found, miller, termination, **sizes)
             first = first or slab
-            energies = _Energies(calculator, kind, found)
             try:
                 value = energies.surface(slab) if adsorbate is None else energies.adsorption(slab, adsorbate)
                 known[key] = (len(slab.atoms), value, "")
@@ -198,11 +209,13 @@ class _Energies:
         calculator: of the kind of energies that `kind` says.
         kind: "adsorption" or "total".
         bulk: what slabs are cut from.
+        surroundings: of the site of the first slab (`_surroundings`); empty before.
     """
 
     calculator: BaseCalculator
     kind: str
     bulk: Bulk
+    surroundings: dict[int, np.ndarray] = field(default_factory=dict)
 
     def surface(self, slab: CleanSlab) -> float:
         """Surface energy, eV/Å²."""
@@ -213,8 +226,8 @@ class _Energies:
         return excess / (2 * surface_area(slab.atoms))
 
     def adsorption(self, slab: CleanSlab, adsorbate: Adsorbate) -> float:
-        """Adsorption energy of the first distinct placement, eV."""
-        placement: Placement = placements(slab.atoms, adsorbate, "symmetry", 1)[0]
+        """Adsorption energy at the site of the first slab, eV."""
+        placement = self._placed(slab, adsorbate)
         energy = unrelaxed_energy(placement.atoms, self.calculator)
         if self.kind == "adsorption":
             return energy
@@ -223,6 +236,22 @@ class _Energies:
         box.center(vacuum=_BOX)
         box.pbc = True
         return energy - unrelaxed_energy(slab.atoms, self.calculator) - unrelaxed_energy(box, self.calculator)
+
+    def _placed(self, slab: CleanSlab, adsorbate: Adsorbate) -> Placement:
+        """Place at the first distinct site of the first slab, and at the same one of all others.
+
+        Which site is the first changes with the cell: that of a step with its thickness, for one.
+        """
+        if not self.surroundings:
+            (first,) = placements(slab.atoms, adsorbate, "symmetry", 1)
+            self.surroundings.update(_surroundings(slab.atoms, first))
+            return first
+        found = placements(slab.atoms, adsorbate, "symmetry")
+        differences = [_difference(self.surroundings, _surroundings(slab.atoms, one)) for one in found]
+        best = int(np.argmin(differences))
+        if not differences[best] < _SAME_SITE:
+            raise InputError("no site of this slab is like that of the first one")
+        return found[best]
 
     @staticmethod
     def with_changes(rows: list[ConvergenceRow]) -> list[ConvergenceRow]:
@@ -246,3 +275,24 @@ class _Energies:
             return Path(adsorbate).name
         atoms = adsorbate if isinstance(adsorbate, Atoms) else adsorbate[0]
         return str(atoms.get_chemical_formula())
+
+
+def _surroundings(slab: Atoms, placement: Placement) -> dict[int, np.ndarray]:
+    """Distances from a site to the nearest atoms of a slab, Å, ascending, by atomic number."""
+    marked = Atoms(
+        [*slab.numbers, 0], [*slab.positions, placement.site.position], cell=slab.cell, pbc=slab.pbc
+    )
+    first, second, distances, vectors = neighbor_list("ijdD", marked, _AROUND)
+    normal = np.cross(slab.cell[0], slab.cell[1])
+    depths = -vectors @ (normal / np.linalg.norm(normal))  # a thin slab lacks what lies deeper
+    of_site = (first == len(slab)) & (second != len(slab)) & (depths < _BELOW)
+    numbers, distances = marked.numbers[second[of_site]], distances[of_site]
+    return {int(kind): np.sort(distances[numbers == kind])[:_NEAREST] for kind in np.unique(numbers)}
+
+
+def _difference(first: dict[int, np.ndarray], second: dict[int, np.ndarray]) -> float:
+    """Largest difference between the distances around two sites, Å, as far as both slabs have atoms."""
+    if first.keys() != second.keys():
+        return float("inf")
+    pairs = [(distances, second[kind]) for kind, distances in first.items()]
+    return max(float(np.abs(one[: len(other)] - other[: len(one)]).max(initial=0.0)) for one, other in pairs)

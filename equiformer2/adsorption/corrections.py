@@ -23,6 +23,8 @@ from equiformer2.files import as_input_error
 _LARGEST = 20.0
 #: Gases are formulas; adsorbates may have the names of files.
 _NAME = re.compile(r"[A-Z][A-Za-z0-9*()-]*|\*[A-Za-z0-9][\w*()-]*")
+#: eV per atom; gas references are the same to so much.
+_SAME_GAS = 1e-3
 #: Gases whose energies come from those of others by experiment.
 _BY_EXPERIMENT = ("O2", "CO2")
 
@@ -40,6 +42,7 @@ class Corrections:
         file: that they were read from; empty for those that were given in Python.
         file_sha256: of it.
         model: identity of the model (`Engine.identity`) that they correct; None if they do not say it.
+        gas: gas references of that model's adsorption energies (`source`, `per_atom_eV`); None without.
 
     Raises:
         InputError: a name that is none, or no finite energy of a likely size.
@@ -49,6 +52,7 @@ class Corrections:
     file: str = ""
     file_sha256: str = ""
     model: Mapping[str, Any] | None = None
+    gas: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         where = f"{self.file}: " if self.file else ""
@@ -73,13 +77,14 @@ class Corrections:
             InputError: something else, a species twice, or as `Corrections`.
             OSError: the file is missing or unreadable.
         """
-        model = None
+        model = gas = None
         with as_input_error():
             if Path(path).suffix.lower() == ".json":
                 found = read_json(path)
                 if isinstance(found, dict) and str(found.get("schema")).startswith(SCHEMA.split("/")[0]):
                     of_model = found.get("model")
-                    model = of_model.get("identity") if isinstance(of_model, dict) else None
+                    if isinstance(of_model, dict):
+                        model, gas = of_model.get("identity"), of_model.get("gas")
                     found = found.get("species_eV")  # of several searches (`correction_averages`)
                 if not isinstance(found, dict):
                     raise InputError(f"{path} is no JSON object of energies by species")
@@ -91,7 +96,7 @@ class Corrections:
             again = next((name for name in names if names.count(name) > 1), None)
             problem = "holds no species" if again is None else f"gives {again} twice"
             raise InputError(f"{path} {problem}: give every species once, such as *OH,-0.3")
-        return cls(dict(pairs), str(path), sha256(path), model)
+        return cls(dict(pairs), str(path), sha256(path), model, gas if isinstance(gas, dict) else None)
 
     @classmethod
     def recorded(cls, summary: Any) -> "Corrections":
@@ -100,12 +105,31 @@ class Corrections:
         file, digest = (str(known.get(key) or "") for key in ("file", "file_sha256"))
         return cls(known.get("species_eV") or {}, file, digest)
 
-    def check_model(self, identity: Any) -> None:
-        """Raise `InputError` where they were averaged for another model than the one with this identity."""
+    def check_model(self, identity: Any, gas: Mapping[str, Any] | None) -> None:
+        """Raise `InputError` where they were averaged for another model, or other gas references.
+
+        Args:
+            identity: of the model (`Engine.identity`).
+            gas: references of its adsorption energies (`source`, `per_atom_eV`); None without.
+        """
         if self.model is not None and json.loads(json.dumps(identity, default=str)) != self.model:
             raise InputError(
                 f"{self.file} corrects another model than this one, by DFT of searches with that: average "
                 "searches with this model, or give the energies of species alone"
+            )
+        if self.model is None:
+            return
+        known, own = (dict(one or {}) for one in (self.gas, gas))
+        tables = [one.get("per_atom_eV") or {} for one in (known, own)]
+        shared = tables[0].keys() & tables[1].keys()
+        in_vacuum = [one.get("source") == "vacuum" for one in (known, own)]
+        if in_vacuum[0] != in_vacuum[1] or any(
+            abs(float(tables[0][one]) - float(tables[1][one])) > _SAME_GAS for one in shared
+        ):
+            raise InputError(
+                f"{self.file} corrects energies of other gas references ({known.get('source')}) than these "
+                f"({own.get('source')}): average searches with the same --gas, or give the energies of "
+                "species alone"
             )
 
     @staticmethod

@@ -36,6 +36,7 @@ from equiformer2.adsorption.coverage_rows import (
     attraction_notices,
     coverage_picture,
 )
+from equiformer2.adsorption.dispersion_terms import refuse_dispersion
 from equiformer2.adsorption.named_structures import free_side_up
 from equiformer2.adsorption.placements import (
     Adsorbate,
@@ -210,6 +211,7 @@ class _Series:
         if not self.species.mixed:
             self.adsorbate = self.molecules[0].get_chemical_formula()
         self.relaxation = RelaxationSettings(fmax=settings.fmax, steps=settings.steps)
+        refuse_dispersion(calculator, "a coverage series")
         self.engine = open_engine(calculator)
         self.kind = resolve_energy_kind(calculator, energy_kind)
         self.cutoff = None

@@ -1,6 +1,5 @@
 """DFT input for the best structures of a search: VASP with OC20's settings, and Quantum ESPRESSO."""
 
-import math
 from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
@@ -31,7 +30,7 @@ OC20_INCAR: Mapping[str, Any] = {
 """OC20's settings of slabs with adsorbates (fairchem-data-oc 1.0.2, `utils/vasp_flags.py`), with PBE
 potentials: RPBE, no spin polarisation, no +U, no dispersion."""
 
-_K_PRODUCT = 40.0  # Å; OC20: points along a direction times its length
+_K_PRODUCT = 40.0  # Å; OC20: points along a vector times its largest component
 #: Settings of Quantum ESPRESSO; the cut-offs (Ry) are usual for ultrasoft potentials, others need others.
 _ESPRESSO: Mapping[str, Mapping[str, Any]] = {
     "control": {"calculation": "relax", "tprnfor": True, "forc_conv_thr": 1.2e-3},
@@ -101,8 +100,13 @@ def write_dft_input(place: AnyPath, candidate: Candidate, notes: Mapping[str, An
 
 
 def k_points(atoms: Atoms) -> tuple[int, int, int]:
-    """Choose OC20's k-points of a slab: 40 Å over the length of each surface vector, one along the normal."""
-    first, second = (max(1, math.ceil(_K_PRODUCT / length)) for length in atoms.cell.lengths()[:2])
+    """Choose OC20's k-points of a slab, one along the normal.
+
+    Along each surface vector it is 40 Å over the largest component of the vector, rounded to the nearest
+    number (`calculate_surface_k_points` of fairchem-data-oc 1.0.2, `utils/vasp.py`).
+    """
+    components = np.abs(atoms.cell.array[:2]).max(axis=1)
+    first, second = (max(1, round(_K_PRODUCT / component)) for component in components.tolist())
     return first, second, 1
 
 

@@ -41,9 +41,9 @@ def read_states(folders: Sequence[Path], corrections: Corrections | None = None)
 
     Returns:
         For each folder `adsorbate`, `free_energy_eV` and `electrons` at its potential and acidity, `gases`
-        that it was made of, `temperature_K`, `pressures_bar`, `corrections_eV` and `folder`. `converged` is
-        False where the structure, its clean slab or its gases are not, and `warnings` are the sentences about
-        it.
+        that it was made of, `gas_references` of its adsorption energy, `temperature_K`, `pressures_bar`,
+        `corrections_eV` and `folder`. `converged` is False where the structure, its clean slab or its gases
+        are not, and `warnings` are the sentences about it.
 
     Raises:
         InputError: a folder without a free energy, other slabs, models, gas references, temperatures or
@@ -81,7 +81,7 @@ def read_states(folders: Sequence[Path], corrections: Corrections | None = None)
             if known != value:
                 raise InputError(f"{first} and {folder} have another {key}: a diagram is of one")
         for first, other in gases:
-            _check_same_gas(first, other, folder, search.get("gas"))
+            check_same_gas(first, other, folder, search.get("gas"))
         gases.append((folder, search.get("gas")))
         converged, warnings = _doubts(search, found)
         adsorbate = Path(name).stem if name else f"*{settings.get('adsorbate', '')}"
@@ -90,7 +90,7 @@ def read_states(folders: Sequence[Path], corrections: Corrections | None = None)
         if corrections is not None:
             if (found.get("corrections") or {}).get("species_eV"):
                 raise InputError(f"the free energy in {folder} is corrected already: leave --corrections out")
-            corrections.check_model(settings.get("model"))
+            corrections.check_model(settings.get("model"), search.get("gas"))
             added = corrections.of(adsorbate, found.get("gases") or {}, float(found["electrons"]))
             energy += sum(added.values())
         known_states = {(one["adsorbate"], one["free_energy_eV"]): one["folder"] for one in states}
@@ -106,6 +106,7 @@ def read_states(folders: Sequence[Path], corrections: Corrections | None = None)
                 "corrections_eV": added,
                 "electrons": float(found["electrons"]),
                 "gases": found.get("gases") or {},
+                "gas_references": _references(search.get("gas")),
                 "reaction": found["reaction"],
                 "temperature_K": found["temperature_K"],
                 "pressures_bar": found.get("pressures_bar") or {},
@@ -130,7 +131,12 @@ def _read_free_energy(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _check_same_gas(
+def _references(gas: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What tells gas references from others, of their summary in the record of a search."""
+    return None if gas is None else {key: gas.get(key) for key in ("source", "per_atom_eV")}
+
+
+def check_same_gas(
     first: Path, known: Mapping[str, Any] | None, folder: Path, gas: Mapping[str, Any] | None
 ) -> None:
     """Raise `InputError` where two searches have other gas references.
@@ -229,13 +235,20 @@ def diagram(
         `states` (the clean slab first), their `warnings`, `converged` (of all of them), `steps` with
         `change_eV`, the `electrons` and the `gases` that they take (negative: set free), `at_potentials`
         (`potential_against_rhe_V`, `free_energies_eV`), `limiting_potential_V` against RHE (the potential at
-        which no step that takes electrons goes uphill) and `limiting_step`; None without such a step.
+        which no step that takes electrons goes uphill) and `limiting_step`; None without such a step, and
+        with H2 of another pressure than the electrode's 1 bar.
 
     Raises:
-        InputError: a potential that is no number.
+        InputError: a potential that is no number, or another one than `potential` beside a pressure of H2.
     """
     if not all(math.isfinite(one) for one in potentials):
         raise InputError(f"a potential is no finite number ({', '.join(map(str, potentials))}): give V")
+    hydrogen = {float((state.get("pressures_bar") or {}).get("H2", 1.0)) for state in states} - {1.0}
+    if hydrogen and any(one != potential for one in potentials):
+        raise InputError(
+            f"an electrode's potential is against H2 of 1 bar, and the free energies are with H2 of "
+            f"{min(hydrogen):g} bar: leave the potentials out, or compute these without a pressure of H2"
+        )
     clean = {"adsorbate": CLEAN, "free_energy_eV": 0.0, "electrons": 0.0, "gases": {}, "reaction": ""}
     rows = [dict(state) for state in states]
     if not rows or not rows[0]["adsorbate"].endswith("(g)"):
@@ -256,7 +269,7 @@ def diagram(
                 "gases": {name: float(number) for name, number in taken.items() if number},
             }
         )
-        if electrons:
+        if electrons and not hydrogen:
             # A step that takes n electrons changes by n eV per volt.
             name = f"{before['adsorbate']} -> {after['adsorbate']}"
             limits.append((potential - change / electrons, electrons, name))

@@ -29,6 +29,15 @@ def check_gas_source(calculator: BaseCalculator, source: str, given: Mapping[str
         )
 
 
+def refuse_dispersion(calculator: BaseCalculator, what: str) -> None:
+    """Raise `InputError` where D3 is added and `what` does not subtract that of the slab and the gases."""
+    if dispersion_of(calculator) is not None:
+        raise InputError(
+            f"{what} does not subtract the D3 dispersion within the slab, which would count as adsorption: "
+            "leave D3 out"
+        )
+
+
 def dispersion_terms(calculator: BaseCalculator, clean_slab: Atoms, adsorbate: Atoms) -> dict[str, float]:
     """Compute what D3 makes a model of adsorption energies subtract, eV; nothing without D3.
 

@@ -180,7 +180,10 @@ def find_adsorption_energy(
     told = {**placed, "fmax_eV_A": fmax, "steps": steps, "stop": stop, "check_minima": check_minima}
     told |= {"stop_at_spread_eV_A": stop_at_spread, "slab": clean.report.summary(), **(notes or {})}
     if corrections is not None:
-        corrections.check_model(open_engine(calculator).identity())
+        of_gas = None
+        if kind == "total":
+            of_gas = {"source": "given" if gas_per_atom else gas, "per_atom_eV": dict(gas_per_atom or {})}
+        corrections.check_model(open_engine(calculator).identity(), of_gas)
         told["corrections"] = corrections.summary()
     finished: dict[str, Any] | None = None
     with ExitStack() as stack:

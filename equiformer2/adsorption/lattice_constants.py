@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+import spglib
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator, PropertyNotImplementedError
 from ase.filters import FrechetCellFilter
@@ -46,6 +47,12 @@ _RANGE = 0.12
 
 _ENOUGH = 1e-5
 """Fraction of the lattice constant to which it is searched."""
+
+_FIRST_CUBIC = 195
+"""Number of the first cubic space group."""
+
+_SYMPREC = 0.01
+"""Å; tolerance of the search for symmetry."""
 
 
 @dataclass(frozen=True)
@@ -222,12 +229,20 @@ class _Relaxing:
 
     @staticmethod
     def is_cubic(atoms: Atoms) -> bool:
-        """Tell whether the cell's Niggli form is that of a cubic lattice (sc, fcc or bcc)."""
+        """Tell whether the crystal is cubic: its cell (sc, fcc or bcc) and the atoms in it.
+
+        Layers of two elements in a cubic cell, such as L1_0 with c = a, are tetragonal: nothing but the start
+        keeps their cell cubic.
+        """
         try:
             name = atoms.cell.get_bravais_lattice(eps=1e-4).name
         except RuntimeError:  # ASE's word for a cell that it does not recognise
             return False
-        return name in ("CUB", "FCC", "BCC")
+        if name not in ("CUB", "FCC", "BCC"):
+            return False
+        crystal = atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers
+        found = spglib.get_symmetry_dataset(crystal, symprec=_SYMPREC)
+        return found is not None and found.number >= _FIRST_CUBIC
 
     @staticmethod
     def has_forces(atoms: Atoms, calculator: BaseCalculator) -> bool:

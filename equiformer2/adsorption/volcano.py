@@ -10,7 +10,7 @@ import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ase import Atoms
 
 from datasets_oc20.untrusted import AnyPath, read_text
 from equiformer2.adsorption.corrections import Corrections, correction_text
-from equiformer2.adsorption.diagram import CLEAN, DIAGRAM, gas_state
+from equiformer2.adsorption.diagram import CLEAN, DIAGRAM, check_same_gas, gas_state
 from equiformer2.adsorption.free_energy import Reaction
 from equiformer2.errors import InputError
 from equiformer2.files import as_input_error, read_json
@@ -28,7 +28,9 @@ from equiformer2.inference.pictures import new_figure, png_bytes
 #: Fewest systems for a line.
 _ENOUGH = 3
 _MOST_SYSTEMS = 100_000
-_TEMPERATURE = 298.15  # K, of the gases where a table of free energies does not say
+_TEMPERATURE = 298.15  # K, of the gases where free energies do not say theirs
+#: Gases that adsorbates are made of, so that their corrections change free energies of formation.
+_OF_FORMATION = ("H2", "H2O", "CO", "N2")
 _SYSTEM = "system"
 #: eV; nothing is bound by more.
 _LARGEST = 1000.0
@@ -54,32 +56,37 @@ class State:
         return self.name if self.energy is not None else f"*{self.name}"
 
 
-def _gas(molecule: str) -> State:
-    state = gas_state(molecule, _TEMPERATURE)
+def _gas(molecule: str, temperature: float, pressures: Mapping[str, float] | None) -> State:
+    state = gas_state(molecule, temperature, 0.0, pressures)
     return State(state["adsorbate"], state["electrons"], state["free_energy_eV"])
 
 
-def _formation(adsorbate: str) -> tuple[dict[str, float], float]:
-    """Gases and electrons that an adsorbate is made of; none for a name that is no formula of C, H, O, N."""
+def _formation(adsorbate: str) -> tuple[dict[str, float], float] | None:
+    """Gases and electrons that an adsorbate is made of; None for a name that is no formula of C, H, O, N."""
     try:
         reaction = Reaction.of(Atoms(adsorbate.replace("*", "")))
     except (InputError, ValueError, KeyError):
-        return {}, 0.0
+        return None
     return reaction.gases, reaction.electrons
 
 
-def named_path(reaction: str) -> list[State]:
+def named_path(
+    reaction: str, temperature: float = _TEMPERATURE, pressures: Mapping[str, float] | None = None
+) -> list[State]:
     """Make the path of a reaction by name.
 
     Args:
         reaction: `"her"` (2 H+ -> H2 by *H), `"oer"` (H2O -> O2 by *OH, *O and *OOH) or `"orr"`, its reverse.
+        temperature: K, of the gas at the end.
+        pressures: bar, see `gases.thermal_correction`.
 
     Raises:
         InputError: another name.
     """
     clean = State(CLEAN, 0.0, 0.0)
-    oxygen = [clean, State("OH", -1.0), State("O", -2.0), State("OOH", -3.0), _gas("O2")]
-    paths = {"her": [clean, State("H", 1.0), _gas("H2")], "oer": oxygen, "orr": oxygen[::-1]}
+    hydrogen, o2 = (_gas(molecule, temperature, pressures) for molecule in ("H2", "O2"))
+    oxygen = [clean, State("OH", -1.0), State("O", -2.0), State("OOH", -3.0), o2]
+    paths = {"her": [clean, State("H", 1.0), hydrogen], "oer": oxygen, "orr": oxygen[::-1]}
     if reaction not in paths:
         raise InputError(f"the reaction {reaction!r} is unknown: give one of {', '.join(paths)}")
     return paths[reaction]
@@ -94,30 +101,49 @@ class SystemTable:
         path: of the diagrams that they were read from; None of a table.
         notes: sentences about what was left out, and doubts that the diagrams carry.
         corrections: eV by species, that have changed an energy.
+        temperature: K, of the energies.
+        pressures: bar, by formula, where they are not those of `gases.GASES`.
+        model: identity of the model of the diagrams; None where it is not known.
+        gas: gas references of its adsorption energies; None without.
     """
 
     energies: dict[str, dict[str, float]]
     path: list[State] | None
     notes: list[str]
     corrections: dict[str, float] = field(default_factory=dict)
+    temperature: float = _TEMPERATURE
+    pressures: dict[str, float] = field(default_factory=dict)
+    model: Any = None
+    gas: Mapping[str, Any] | None = None
 
     def corrected(self, corrections: Corrections) -> "SystemTable":
         """The table with corrections of adsorbates and of the gases that they are made of.
 
         Raises:
-            InputError: the energies are corrected already.
+            InputError: the energies are corrected already, the corrections are of another model, or those of
+                gases meet an adsorbate whose name does not say what it is made of.
         """
         if self.corrections:
             raise InputError("the diagrams are corrected already: leave --corrections out")
+        if self.model is not None:
+            corrections.check_model(self.model, self.gas)
         names = {name for energies in self.energies.values() for name in energies}
-        added = {name: corrections.of(name, *_formation(name)) for name in names}
+        made_of = {name: _formation(name) for name in names}
+        nameless = sorted(name for name, found in made_of.items() if found is None)
+        gases = [name for name in _OF_FORMATION if name in corrections.species]
+        if nameless and gases:
+            raise InputError(
+                f"the correction of {gases[0]} cannot be applied to *{nameless[0]}, whose name is no formula "
+                "of C, H, O and N: name it by its formula, or give --corrections to `adsorption free-energy`"
+            )
+        added = {name: corrections.of(name, *(made_of[name] or ({}, 0.0))) for name in names}
         energies = {
             system: {name: value + sum(added[name].values()) for name, value in known.items()}
             for system, known in self.energies.items()
         }
         used = {name for one in added.values() for name in one}
         species = {name: value for name, value in corrections.species.items() if name in used}
-        return SystemTable(energies, self.path, self.notes, species)
+        return replace(self, energies=energies, corrections=species)
 
 
 def read_table(file: AnyPath) -> SystemTable:
@@ -184,11 +210,14 @@ def read_diagrams(folders: Sequence[Path]) -> SystemTable:
     path: list[State] | None = None
     notes: list[str] = []
     corrections: dict[str, float] | None = None
+    conditions: _Conditions | None = None
     files = [folder / DIAGRAM if folder.is_dir() else folder for folder in folders]
     for file, name in zip(files, _system_names(files), strict=True):
         try:
             record = read_json(file)
-            states = _states_of(record)
+            states, own_conditions = _states_of(record), _Conditions.of(file, record)
+            own_conditions.check(conditions)
+            _check_each_once(states)
             added = {str(key): float(value) for key, value in (record.get("corrections_eV") or {}).items()}
         except (InputError, OSError) as error:
             notes.append(f"{file} is left out: {error}")
@@ -206,7 +235,7 @@ def read_diagrams(folders: Sequence[Path]) -> SystemTable:
         if corrections not in (None, added):
             notes.append(f"{file} is left out: it has other corrections than {next(iter(energies))}")
             continue
-        path, corrections = path or own, added
+        path, corrections, conditions = path or own, added, conditions or own_conditions
         energies[name] = {
             one.name: float(one.energy or 0.0) for one in states if one.name not in _fixed(states)
         }
@@ -214,9 +243,71 @@ def read_diagrams(folders: Sequence[Path]) -> SystemTable:
             notes.append(f"{name}: one of its states has not converged")
         warnings = record.get("warnings")
         notes += [f"{name}: {text}" for text in warnings] if isinstance(warnings, list) else []
-    if path is None:
+    if path is None or conditions is None:
         raise InputError("; ".join(notes) or "no diagram was given")
-    return SystemTable(energies, path, notes, corrections or {})
+    return SystemTable(
+        energies,
+        path,
+        notes,
+        corrections or {},
+        conditions.temperature or _TEMPERATURE,
+        conditions.pressures,
+        conditions.model,
+        next(iter(conditions.gases), None),
+    )
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    """What the free energies of a diagram are of, which all diagrams of a volcano share.
+
+    Attributes:
+        file: the diagram.
+        temperature: K; None where it does not say.
+        pressures: bar, by formula.
+        model: identity of the model; None where it does not say.
+        gases: gas references of every state that has some.
+    """
+
+    file: Path
+    temperature: float | None
+    pressures: dict[str, float]
+    model: Any
+    gases: list[Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, file: Path, record: Mapping[str, Any]) -> "_Conditions":
+        """Read them from the record of a diagram."""
+        rows = [row for row in record["states"] if row.get("temperature_K") is not None]
+        temperature = float(rows[0]["temperature_K"]) if rows else None
+        pressures = dict(rows[0].get("pressures_bar") or {}) if rows else {}
+        gases = [row["gas_references"] for row in rows if row.get("gas_references")]
+        return cls(file, temperature, pressures, record.get("model"), gases)
+
+    def check(self, other: "_Conditions | None") -> None:
+        """Raise `InputError` where they are no electrode's, or others than those of another diagram."""
+        hydrogen = self.pressures.get("H2", 1.0)
+        if hydrogen != 1.0:
+            raise InputError(
+                f"its H2 has {hydrogen:g} bar, and activities are potentials against H2 of 1 bar"
+            )
+        if other is None:
+            return
+        pairs = [("temperature", self.temperature, other.temperature), ("model", self.model, other.model)]
+        different = [name for name, a, b in pairs if a is not None and b is not None and a != b]
+        different += ["pressures"] if self.pressures != other.pressures else []
+        if different:
+            raise InputError(f"it is of another {different[0]} than {other.file}")
+        for own, known in itertools.product(self.gases, other.gases):
+            check_same_gas(other.file, known, self.file, own)
+
+
+def _check_each_once(states: Sequence[State]) -> None:
+    """Raise `InputError` for an adsorbate that is more than one state, of which one energy would be lost."""
+    names = [one.name for one in states if one.name not in _fixed(states)]
+    again = next((name for name in names if names.count(name) > 1), None)
+    if again is not None:
+        raise InputError(f"*{again} is more than one of its states, and a volcano takes one of each")
 
 
 def _system_names(files: Sequence[Path]) -> list[str]:

@@ -140,7 +140,8 @@ class AdsorptionEnergy(Command):
         from equiformer2.script import show_log
 
         _check_structure_options(options)
-        gas, source = gas_references(options.gas)
+        of_elements = [f"{symbol}={value!r}" for symbol, value in options.gas_reference]
+        gas, source = gas_references([*options.gas, *of_elements])
         show_log()
         system = _system(options)
         chosen = ChosenModel(options)
@@ -154,7 +155,7 @@ class AdsorptionEnergy(Command):
             chosen.calculator,
             energy_kind=chosen.energy_kind,
             slab_energy=options.slab_energy,
-            gas_references={**gas, **dict(options.gas_reference)},
+            gas_references=gas,
             gas_source=source,
             relax_clean_slab=options.relax_clean_slab,
             optimizer=options.optimizer,
@@ -252,6 +253,10 @@ def gas_references(texts: list[str]) -> tuple[dict[str, float], str]:
         table[symbol] = value
     if len(set(sources)) > 1:
         raise InputError(f"--gas {' and '.join(sorted(set(sources)))} were both given: give one of them")
+    if table and "vacuum" in sources:
+        raise InputError(
+            f"--gas vacuum and the energy of {next(iter(table))} per atom were both given: give one of them"
+        )
     return table, sources[0] if sources else "vacuum"
 
 

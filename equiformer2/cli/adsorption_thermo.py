@@ -117,7 +117,7 @@ class AdsorptionFreeEnergy(Command):
             )
         given = model_in_place(options)
         model = search.model(given, options.adapter)
-        corrections.check_model(model.identity())
+        corrections.check_model(model.identity(), search.record.get("gas"))
         threshold = float(search.record["settings"].get("fmax_eV_A", 0.05))
         modes = vibrations(search.best, model, largest_force=_FAR_FROM_MINIMUM * threshold)
         found = free_energy(
@@ -253,6 +253,7 @@ class AdsorptionDiagram(Command):
         record = {
             **header("adsorption-diagram/1"),
             **balanced,
+            "model": of_first.get("model"),
             "potential_against_rhe_V": potential,
             "corrections": corrections.summary(),
             "corrections_eV": used,
@@ -333,7 +334,9 @@ class AdsorptionVolcano(Command):
         table = read_table(tables[0]) if tables else read_diagrams(options.inputs)
         given = None if options.corrections is None else Corrections.read(options.corrections)
         table = table if given is None else table.corrected(given)
-        path = table.path if options.reaction is None else named_path(options.reaction)
+        path = table.path
+        if options.reaction is not None:
+            path = named_path(options.reaction, table.temperature, table.pressures)
         found = volcano(table, path or [], options.descriptor)
         options.out.mkdir(parents=True, exist_ok=True)
         write_bytes(options.out / "volcano.png", volcano_picture(found, options.title))

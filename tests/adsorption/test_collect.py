@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.build import fcc111
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 from test_basins import slab, with_adsorbate
@@ -39,8 +40,10 @@ def test_dft_input_has_oc20_s_settings(tmp_path: Path) -> None:
     folders = DftLedger(tmp_path).ask(candidates()[:2], base())
     assert [folder.name for folder in folders] == ["01", "02", "slab"]
     assert "GGA = RP" in (tmp_path / "dft/01/INCAR").read_text()
-    assert k_points(base()) == (8, 8, 1)  # 40 Å over 5.1 Å
-    assert "8 8 1" in (tmp_path / "dft/01/KPOINTS").read_text()
+    assert k_points(base()) == (8, 9, 1)  # 40 Å over 5.1 Å, and over 4.4 Å, the larger of (2.6, 4.4)
+    assert "8 9 1" in (tmp_path / "dft/01/KPOINTS").read_text()
+    # Over 10.4 and 9.0 Å: both are rounded to the nearest number.
+    assert k_points(fcc111("Cu", (4, 4, 1), a=3.676, vacuum=8.0)) == (4, 4, 1)
     poscar = read(tmp_path / "dft/01/POSCAR")
     order = json.loads((tmp_path / "dft/01/candidate.json").read_text())["order"]
     original = candidates()[0].atoms

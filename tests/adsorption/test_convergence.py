@@ -56,6 +56,13 @@ def test_adsorption_energy() -> None:
     assert wide.rows[0].reason in str(wide)
 
 
+def test_all_slabs_have_the_adsorbate_on_the_same_site() -> None:
+    """The first site of a stepped surface is at the edge of one slab and on the terrace of another."""
+    settings = {"thicknesses": (4, 7), "vacuums": (), "widths": ()}
+    table = convergence_table("Cu fcc a=3.6", "211", EMT(), adsorbate="*O", **settings)
+    assert abs(table.rows[0].change) < 0.01
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

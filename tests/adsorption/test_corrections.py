@@ -85,3 +85,36 @@ def test_systems_of_a_table_are_corrected_once() -> None:
     assert found.corrections == {"H2O": -0.1, "H2": 0.08, "*OH": -0.3}
     with pytest.raises(InputError, match="corrected already"):
         found.corrected(Corrections(GIVEN))
+
+
+def test_gases_of_a_name_without_a_formula_are_not_forgotten() -> None:
+    table = SystemTable({"A": {"hydroxide": 0.8, "OH": 0.8}}, None, [])
+    with pytest.raises(InputError, match=r"correction of H2 cannot be applied to \*hydroxide"):
+        table.corrected(Corrections({"H2": 0.1}))
+    assert table.corrected(Corrections({"*hydroxide": 0.1})).energies["A"] == {"hydroxide": 0.9, "OH": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("gas", "fits"),
+    [
+        ({"source": "vacuum", "per_atom_eV": {}}, True),
+        ({"source": "molecules", "per_atom_eV": {"O": -7.2}}, False),
+        (None, False),
+    ],
+)
+def test_corrections_are_of_energies_with_one_gas_reference(
+    tmp_path: Path, gas: dict[str, object] | None, fits: bool
+) -> None:
+    """DFT less model holds the difference of the references, too: electronvolts for an atom in vacuum."""
+    file = tmp_path / "a.json"
+    of_model = {"identity": {"x": 1}, "gas": {"source": "vacuum", "per_atom_eV": {}}}
+    file.write_text(
+        json.dumps({"schema": "adsorption-corrections/1", "species_eV": {"*O": 4.0}, "model": of_model})
+    )
+    corrections = Corrections.read(file)
+    if fits:
+        corrections.check_model({"x": 1}, gas)
+    else:
+        with pytest.raises(InputError, match=r"other gas references \(vacuum\)"):
+            corrections.check_model({"x": 1}, gas)
+    Corrections({"*O": 0.1}).check_model({"x": 1}, gas)

@@ -181,3 +181,14 @@ def test_carbon_dioxide_is_reduced_by_two_electrons() -> None:
         gas_state("CH4", 298.15)
     with pytest.raises(InputError, match="no finite number"):
         diagram([state("COOH")], 0.0, [float("nan")])
+
+
+def test_a_pressure_of_hydrogen_leaves_no_potential() -> None:
+    """An electrode's potential is against H2 of 1 bar."""
+    warm = state("H", 0.1) | {"pressures_bar": {"H2": 10.0}}
+    balanced = diagram([warm], 0.0, [0.0])
+    assert balanced["steps"][0]["change_eV"] == 0.1
+    assert (balanced["limiting_potential_V"], balanced["limiting_step"]) == (None, None)
+    with pytest.raises(InputError, match="against H2 of 1 bar, and the free energies are with H2 of 10 bar"):
+        diagram([warm], 0.0, [0.0, -0.2])
+    assert diagram([warm | {"pressures_bar": {"CO": 10.0}}], 0.0, [-0.2])["limiting_potential_V"] == -0.1

@@ -11,6 +11,8 @@ from test_basins import slab, with_adsorbate
 
 from equiformer2.adsorption import adsorption_energy, find_adsorption_energy
 from equiformer2.adsorption.cards import verify_card
+from equiformer2.adsorption.convergence import convergence_table
+from equiformer2.adsorption.coverage_series import CoverageSettings, coverage_series
 from equiformer2.adsorption.finished_search import FinishedSearch
 from equiformer2.adsorption.free_energy import vibrations
 from equiformer2.errors import InputError
@@ -94,3 +96,12 @@ def test_energies_without_d3_are_refused() -> None:
             adsorption_energy(start(), calculator, **given)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="slab energy that is given has no D3"):
         adsorption_energy(start(), calculator, slab_energy=1.0)
+
+
+def test_energies_that_do_not_subtract_d3_of_the_slab_are_refused() -> None:
+    calculator = DispersionCalculator(Referenced(), D3)
+    settings = CoverageSettings(placements=1, steps=0)
+    with pytest.raises(InputError, match="D3 dispersion within the slab"):
+        coverage_series(slab(size=(2, 2, 3)), "*O", calculator, [1], settings)
+    with pytest.raises(InputError, match="D3 dispersion within the slab"):
+        convergence_table("Cu", "100", calculator, adsorbate="*O")

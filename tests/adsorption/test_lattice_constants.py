@@ -69,6 +69,16 @@ def test_other_bulks_are_relaxed_with_the_stress() -> None:
     assert without.energy > result.energy - 1e-6
 
 
+def test_layers_in_a_cubic_cell_are_no_cubic_crystal() -> None:
+    """L1_0 of one lattice constant is tetragonal: c is relaxed, too."""
+    result = relaxed_bulk("CuAu L1_0", EMT(), fmax=0.005)
+    assert result.method == "stress"
+    a, _, c = result.bulk.atoms.cell.lengths()
+    assert c / a == pytest.approx(0.905, abs=0.005)
+    assert result.energy < relaxed_bulk("CuAu L1_0", NoStress()).energy - 0.03
+    assert relaxed_bulk("Cu3Au L1_2", EMT()).method == "energy"
+
+
 def test_models_of_adsorption_energies_get_the_table() -> None:
     result = relaxed_bulk("Pt", AdsorptionEnergies())
     assert result.bulk.lattice_constant == pytest.approx(RPBE_FCC["Pt"])

@@ -5,6 +5,7 @@ import math
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -155,3 +156,56 @@ def test_diagrams_give_their_own_limiting_potentials(tmp_path: Path) -> None:
         read_diagrams([folders[0], folders[0]])
     with pytest.raises(InputError, match=r"has no file|diagram"):
         read_diagrams([broken])
+
+
+def write_diagram(folder: Path, *names: str, **changes: Any) -> Path:
+    """Diagram of these adsorbates and O2, of one model, at 298.15 K and with one gas reference."""
+    conditions = {"temperature_K": 298.15, "pressures_bar": {}}
+    conditions["gas_references"] = {"source": "molecules", "per_atom_eV": {"O": -7.2}}
+    conditions |= {key: value for key, value in changes.items() if key in conditions}
+    states = [
+        {"adsorbate": f"*{name}", "free_energy_eV": 0.9 * n, "electrons": -float(n), "gases": {}} | conditions
+        for n, name in enumerate(names, 1)
+    ]
+    o2 = gas_state("O2", conditions["temperature_K"], 0.0, conditions["pressures_bar"])
+    folder.mkdir()
+    record = {
+        **diagram([*states, o2], 0.0),
+        "potential_against_rhe_V": 0.0,
+        "model": changes.get("model", "a"),
+    }
+    (folder / "diagram.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature_K": 400.0}, "another temperature"),
+        ({"pressures_bar": {"H2O": 1.0}}, "another pressures"),
+        ({"model": "b"}, "another model"),
+        ({"gas_references": {"source": "molecules", "per_atom_eV": {"O": -7.0}}}, "other gas references"),
+        ({"pressures_bar": {"H2": 10.0}}, "H2 has 10 bar"),
+    ],
+)
+def test_diagrams_of_other_conditions_are_left_out(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    first = write_diagram(tmp_path / "a", "OH", "O", "OOH")
+    second = write_diagram(tmp_path / "b", "OH", "O", "OOH", **changes)
+    table = read_diagrams([first, second])
+    assert set(table.energies) == {"a"}
+    assert message in table.notes[0]
+
+
+def test_an_adsorbate_that_is_two_states_is_left_out(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"\*OH is more than one of its states"):
+        read_diagrams([write_diagram(tmp_path / "a", "OH", "OH", "OOH")])
+
+
+def test_a_named_path_ends_at_the_temperature_of_the_diagrams(tmp_path: Path) -> None:
+    table = read_diagrams([write_diagram(tmp_path / "a", "OH", "O", "OOH", temperature_K=700.0)])
+    path = named_path("oer", table.temperature, table.pressures)
+    assert table.path is not None
+    assert path[-1].energy == pytest.approx(table.path[-1].energy)
+    assert path[-1].energy != pytest.approx(named_path("oer")[-1].energy, abs=0.1)

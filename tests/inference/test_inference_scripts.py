@@ -143,6 +143,8 @@ def test_relax(
         ([*SLAB, "--adsorbate", "CO", "--gas-reference", "O=-3"], "already have slab and gas references"),
         ([*SLAB, "--adsorbate", "CO", "--energy-kind", "total"], "adsorption energies"),
         ([*SLAB, "--adsorbate", "CO", "--gas-reference", "O:3"], "such as S=-4.1"),
+        ([*SLAB, "--adsorbate", "O", "--gas", "O=-4", "--gas-reference", "O=-3"], "gives O twice"),
+        ([*SLAB, "--adsorbate", "O", "--gas", "vacuum,O=-4"], "--gas vacuum and the energy of O per atom"),
         ([*SLAB], "either --system, or --slab and --adsorbate"),
         ([*SLAB, "--adsorbate", "CO", "--system", "nan.traj"], "either --system, or --slab and --adsorbate"),
         (["--slab", "Cu111", "--size", "3x3", "--adsorbate", "CO"], "three numbers"),
