@@ -16,6 +16,7 @@ from ase.thermochemistry import HinderedThermo
 
 from datasets_oc20.structure_files import read_structure
 from equiformer2.adsorption.finished_search import FinishedSearch
+from equiformer2.adsorption.named_structures import free_side_up
 from equiformer2.adsorption.periodic_images import whole_molecule
 from equiformer2.adsorption.saddle_points import FALL
 from equiformer2.adsorption.search import MIGRATION
@@ -162,7 +163,7 @@ def hindered_motion(
             f"{adsorbate.get_chemical_formula()} is linear and stands upright, so nothing turns about the "
             "normal of the surface: use --entropy harmonic"
         )
-    heights = search.clean_slab.positions @ normal
+    heights = free_side_up(search.clean_slab)[0].atoms.positions[:, 2]
     sites = int((heights > heights.max() - _TOP_LAYER).sum())
     symmetry = surface_symmetry(search.clean_slab)
     sources = {"inertia": "relaxed structure", "site_density": "atoms of the outermost layer"}

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.constraints import FixAtoms
+from ase.constraints import FixAtoms, FixScaled
 from ase.neighborlist import neighbor_list
 
 from datasets_oc20.structure_files import read_structure
@@ -126,6 +126,8 @@ def find_slab(slab: Any, **name_options: Any) -> CleanSlab:
 
     Constraints are kept. A slab without a held atom gets OC20's: those of its tags 0 where it has OC20's
     tags, else those of the rule at the top of this file. Tags follow from the constraints where it has none.
+    DFT codes need three lattice vectors in a right-handed order: the first two are exchanged where they are
+    not, and a slab that is not periodic along its normal gets a third one beyond its atoms.
 
     Args:
         slab: name, file or slab, see `given_atoms`.
@@ -301,6 +303,7 @@ def _completed(slab: Atoms, origin: str) -> CleanSlab:
     atoms = whole.atoms
     atoms.info = {}
     atoms.calc = None
+    lattice_notices = _complete_lattice(atoms, origin)
     had_tags = bool(slab.get_tags().any()) and notice is None
     notices: tuple[str, ...] = () if notice is None or not slab.get_tags().any() else (f"{origin}: {notice}",)
     if fixed_mask(atoms).any():
@@ -318,7 +321,40 @@ def _completed(slab: Atoms, origin: str) -> CleanSlab:
             notices += (f"{origin} is no thicker than {SURFACE_DEPTH:g} Å: none of its atoms is held",)
     atoms.set_tags(tags)
     report = _report(atoms, origin, constraints_from, tags_from)
-    return CleanSlab(atoms, replace(report, notices=notices + report.notices))
+    return CleanSlab(atoms, replace(report, notices=lattice_notices + notices + report.notices))
+
+
+def _complete_lattice(slab: Atoms, origin: str) -> tuple[str, ...]:
+    """Give a whole slab three lattice vectors in a right-handed order, in place; sentences about it."""
+    notices: tuple[str, ...] = ()
+    cell = slab.cell.array.copy()
+    normal = np.cross(cell[0], cell[1])
+    area = float(np.linalg.norm(normal))
+    if area < 1e-6:
+        return ()  # told where its surface is looked for
+    normal /= area
+    thickness = float(np.ptp(slab.positions @ normal))
+    if not slab.pbc[2] and abs(cell[2] @ normal) < thickness + SMALLEST_GAP:
+        up = -normal if normal[2] < -1.0 + 1e-6 else normal  # of slabs that lie along z, z is up
+        cell[2] = up * (thickness + VACUUM)
+        notices += (
+            f"{origin} has no third lattice vector beyond its atoms: in files for DFT, which knows periodic "
+            f"cells only, it has {VACUUM:g} Å of vacuum",
+        )
+    if np.linalg.det(cell) < 0:
+        cell[[0, 1]] = cell[[1, 0]]
+        slab.set_constraint(
+            [
+                FixScaled(one.index, one.mask[[1, 0, 2]]) if isinstance(one, FixScaled) else one
+                for one in slab.constraints
+            ]
+        )
+        notices += (
+            f"the lattice vectors of {origin} are left-handed, which VASP refuses: the first two change "
+            "places",
+        )
+    slab.set_cell(cell)
+    return notices
 
 
 def _report(atoms: Atoms, origin: str, constraints_from: str, tags_from: str, **details: Any) -> SlabReport:

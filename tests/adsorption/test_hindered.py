@@ -92,6 +92,13 @@ def test_barriers_are_those_of_the_search(tmp_path: Path) -> None:
     assert motion.inertia == pytest.approx(12.011 * 15.999 / 28.01 * 1.15**2, abs=0.01)
     area = np.linalg.norm(np.cross(*start.cell[:2])) * 1e-16
     assert motion.site_density == pytest.approx(4 / area)
+    # Sites are those of the upper side, whichever way the lattice vectors are listed.
+    left = found.clean_slab.copy()
+    left.extend(Atoms("Cu", [left.positions[0] - (0.0, 0.0, 2.0)]))
+    left.set_cell(left.cell.array[[1, 0, 2]])
+    best = left + start[-2:]
+    other_handed = FinishedSearch(tmp_path, found.record, best, left)
+    assert hindered_motion(other_handed, 0.1, 0.1, 3).site_density == pytest.approx(4 / area)
     # A band between them is better than a difference, whichever way it was made.
     band(tmp_path, "b-a", [other, start], [0.0, 0.3, -0.2])
     assert hindered_motion(found).translation_barrier == pytest.approx(0.5)
