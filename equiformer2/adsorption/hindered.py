@@ -21,7 +21,7 @@ from equiformer2.adsorption.periodic_images import whole_molecule
 from equiformer2.adsorption.saddle_points import FALL
 from equiformer2.adsorption.search import MIGRATION
 from equiformer2.adsorption.search_folder import NEB
-from equiformer2.adsorption.symmetry import SurfaceSymmetry, surface_symmetry
+from equiformer2.adsorption.symmetry import SurfaceSymmetry
 from equiformer2.errors import InputError
 from equiformer2.files import as_input_error, read_json
 
@@ -165,7 +165,7 @@ def hindered_motion(
         )
     heights = free_side_up(search.clean_slab)[0].atoms.positions[:, 2]
     sites = int((heights > heights.max() - _TOP_LAYER).sum())
-    symmetry = surface_symmetry(search.clean_slab)
+    symmetry = search.symmetry()
     sources = {"inertia": "relaxed structure", "site_density": "atoms of the outermost layer"}
     sources["rotational_minima"] = "given"
     if rotational_minima is None:

@@ -107,6 +107,19 @@ def test_barriers_are_those_of_the_search(tmp_path: Path) -> None:
     assert given.sources["rotation_barrier"] == "given"
 
 
+def test_symmetry_is_that_of_the_slab_as_it_was_cut(tmp_path: Path) -> None:
+    start = flat("CO", "fcc")
+    found = search(tmp_path, "CO", {"a": (start, -1.0)})
+    noise = np.random.default_rng(0).normal(0.0, 0.005, (8, 3))
+    noisy = found.clean_slab.copy()
+    noisy.positions[4:] += noise
+    found = FinishedSearch(tmp_path, found.record, found.best, noisy)
+    assert len(found.symmetry()) == 1
+    write(tmp_path / "trajectories" / "clean_slab.traj", [slab(size=(2, 2, 3)), noisy])
+    assert len(found.symmetry()) == 24
+    assert hindered_motion(found, 0.1, 0.1).rotational_minima == 3
+
+
 def band(folder: Path, name: str, ends: list[Atoms], energies: list[float]) -> None:
     """Converged path between two minima, with the barriers that `adsorption neb` counts."""
     (folder / "neb" / name).mkdir(parents=True)

@@ -104,6 +104,43 @@ def test_the_end_is_the_copy_nearest_to_the_start() -> None:
     assert np.array_equal(same.positions, first.positions)
 
 
+def test_equal_atoms_of_a_molecule_change_places_rather_than_turn_it() -> None:
+    clean = slab(size=(2, 2, 3))
+    clean.positions[4:] += np.random.default_rng(0).normal(0.0, 0.02, (8, 3))  # it has no symmetry left
+    first = with_adsorbate(clean, "H2O", "ontop", turn=20.0)
+    last = first.copy()
+    last.positions[12:] += (0.6, 0.3, 0.0)
+    last.positions[[13, 14]] = last.positions[[14, 13]]
+    moved = nearest_copy(first, last, clean).positions[12:] - first.positions[12:]
+    assert np.abs(moved - (0.6, 0.3, 0.0)).max() < 1e-6
+    # The hydrogen of the hydroxyl group stays its hydrogen.
+    first = with_adsorbate(clean, "CH3OH", "ontop")
+    last = first.copy()
+    hydrogens = np.flatnonzero(last.numbers == 1)
+    of_oxygen = int(hydrogens[last.get_distances(13, hydrogens, mic=True).argmin()])
+    assert last.numbers[13] == 8
+    last.positions[12:] += (1.0, 0.0, 0.0)
+    found = nearest_copy(first, last, clean)
+    assert int(hydrogens[found.get_distances(13, hydrogens, mic=True).argmin()]) == of_oxygen
+
+
+def test_a_copy_is_not_turned_inside_out() -> None:
+    def hand(atoms: Atoms) -> float:
+        return float(np.sign(np.linalg.det(atoms.positions[-3:] - atoms.positions[-4])))
+
+    clean = slab(size=(3, 3, 3))
+    for turn in (10.0, 50.0, 100.0):
+        first, last = (with_adsorbate(clean, "NH3", site) for site in ("fcc", "hcp"))
+        arms = last.positions[-3:] - last.positions[-4]
+        angle = np.radians(turn)
+        about = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+        last.positions[-3:] = last.positions[-4] + arms @ about.T
+        found = nearest_copy(first, last, clean)
+        assert hand(found) == hand(last) == hand(first)
+        vectors = found.positions[-4:] - first.positions[-4:]
+        assert np.linalg.norm(vectors, axis=1).max() < 2.1  # 1.47 Å to the next site, and at most 60° of turn
+
+
 def test_ends_that_are_no_ends_are_refused(ends: list[Atoms]) -> None:
     first, last = ends
     lifted = last.copy()
