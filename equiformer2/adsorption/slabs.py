@@ -201,6 +201,11 @@ def slabs_of_bulk(
     found = find_bulk(bulk, bulks)
     cutter = _LatticeCutter(found) if found.primitive_axes is not None else _Pymatgen(found)
     plane = check_miller(miller)
+    if plane is not None and len(_whole_numbers(miller, "")) == 4 and not cutter.is_hexagonal:
+        raise InputError(
+            f"{miller!r} are four indices, which planes of hexagonal crystals have, and {found.name} is "
+            "none: give three"
+        )
     planes = cutter.distinct_planes(max_miller) if plane is None else [plane]
     slabs: list[CleanSlab] = []
     for plane in planes:
@@ -242,6 +247,25 @@ def parse_miller(miller: str | Sequence[int]) -> tuple[int, int, int]:
         InputError: not three (or four) whole numbers, all 0, or larger than `MOST_MILLER`.
     """
     advice = "give three whole numbers, not all 0, such as 111 or 1,1,-1"
+    indices = _whole_numbers(miller, advice)
+    if len(indices) == 4:
+        if indices[2] != -(indices[0] + indices[1]):
+            raise InputError(
+                f"{miller!r} are no Miller-Bravais indices, since the third is not minus the sum of the "
+                "first two: correct them, or give three indices"
+            )
+        indices = [indices[0], indices[1], indices[3]]
+    if len(indices) != 3 or not any(indices):
+        raise InputError(f"{miller!r} are no Miller indices: {advice}")
+    divisor = math.gcd(*indices)
+    first, second, third = (index // divisor for index in indices)
+    if max(abs(first), abs(second), abs(third)) > MOST_MILLER:
+        raise InputError(f"the Miller indices {miller!r} are larger than {MOST_MILLER}: {advice}")
+    return first, second, third
+
+
+def _whole_numbers(miller: str | Sequence[int], advice: str) -> list[int]:
+    """List the indices as they are written; raises `InputError`, with advice, where they are none."""
     if isinstance(miller, str):
         text = miller.strip().strip("()[]{}")
         pattern = r"-?\d+" if re.search(r"[,\s]", text) else r"-?\d"
@@ -257,20 +281,7 @@ def parse_miller(miller: str | Sequence[int]) -> tuple[int, int, int]:
             whole = False
         if not whole:
             raise InputError(f"{miller!r} are no Miller indices: {advice}")
-    if len(indices) == 4:
-        if indices[2] != -(indices[0] + indices[1]):
-            raise InputError(
-                f"{miller!r} are no Miller-Bravais indices, since the third is not minus the sum of the "
-                "first two: correct them, or give three indices"
-            )
-        indices = [indices[0], indices[1], indices[3]]
-    if len(indices) != 3 or not any(indices):
-        raise InputError(f"{miller!r} are no Miller indices: {advice}")
-    divisor = math.gcd(*indices)
-    first, second, third = (index // divisor for index in indices)
-    if max(abs(first), abs(second), abs(third)) > MOST_MILLER:
-        raise InputError(f"the Miller indices {miller!r} are larger than {MOST_MILLER}: {advice}")
-    return first, second, third
+    return indices
 
 
 def height_tags(slab: Atoms) -> np.ndarray:
@@ -445,6 +456,8 @@ class _LatticeCutter:
         bulk: the lattice.
     """
 
+    is_hexagonal = False
+
     def __init__(self, bulk: Bulk) -> None:
         self.symbol = bulk.atoms.get_chemical_symbols()[0]
         assert bulk.primitive_axes is not None
@@ -543,6 +556,7 @@ class _Pymatgen:
             warnings.simplefilter("ignore")
             self.analyzer = SpacegroupAnalyzer(structure, symprec=0.1)
             self.standard = self.analyzer.get_conventional_standard_structure()
+        self.is_hexagonal = bool(self.standard.lattice.is_hexagonal())
         self._least: dict[str, float] = {}
 
     def distinct_planes(self, max_miller: int) -> list[tuple[int, int, int]]:

@@ -202,6 +202,16 @@ def test_lattices_are_cut_without_other_packages(name: str, miller: str, layers_
     )
 
 
+def test_four_indices_are_of_hexagonal_crystals() -> None:
+    for miller in ("0001", (1, 0, -1, 0)):
+        with pytest.raises(InputError, match=r"Cu \(fcc\) is none: give three"):
+            slabs_of_bulk("Cu", miller)
+
+
+def test_planes_of_tetragonal_alloys_are_told() -> None:
+    assert "close-packed 111 is 101" in find_bulk("FePt L1_0 a=3.85 c=3.71").notices[-1]
+
+
 def test_all_planes() -> None:
     planes = [slab.report.miller for slab in slabs_of_bulk("Cu", "all", max_miller=2)]
     assert planes == [(1, 0, 0), (1, 1, 0), (1, 1, 1), (2, 1, 0), (2, 1, 1), (2, 2, 1)]
