@@ -188,6 +188,7 @@ def placements(
     surface = whole.atoms
     surface.info = {}
     surface.set_tags(oc20_tags(slab)[0])
+    _tell_of_open_subsurface(surface)
     place = _Place(surface, molecule, binding, mode, seed, height, whole.gap)
     top = float(surface.positions[:, 2].max())
     found = Placements()
@@ -262,6 +263,7 @@ def coverage_placements(
     surface = whole.atoms
     surface.info = {}
     surface.set_tags(oc20_tags(slab)[0])
+    _tell_of_open_subsurface(surface)
     sites = surface_sites(surface)
     pools = [sites, *(equal for equal in equal_sites(surface, sites) if len(equal) >= len(molecules))]
     if any(one != molecules[0][0] for one, _ in molecules):  # different adsorbates prefer different sites
@@ -580,6 +582,16 @@ def _check_fits(molecule: Atoms, surface: Atoms, gap: float) -> None:
         raise InputError(
             f"the adsorbate is {tall:.1f} Å tall, and the vacuum of the slab is {gap:.1f} Å: give more "
             f"vacuum ({MORE_VACUUM})"
+        )
+
+
+def _tell_of_open_subsurface(surface: Atoms) -> None:
+    """Log a warning for a surface with sites at atoms that count as subsurface, such as bcc (111)."""
+    number = int((surface.get_tags()[open_atoms(surface)] == SUBSURFACE).sum())
+    if number:
+        logger.warning(
+            f"{number} atoms of tag 0 lie open on the surface, and an adsorbate that touches one counts as "
+            "inside the slab (intercalated): let more layers move (--free-layers, or tags 1 in the file)"
         )
 
 
