@@ -301,6 +301,12 @@ class _Formula:
                 f"the lattice constant of {formula} ({crystal}) is {a:.2f} Å from the volumes of its "
                 "elements: give it with a=…, or relax the bulk",
             )
+        if crystal == "l1_0":
+            notices += (
+                f"Miller indices of {formula} (l1_0) are those of its standard cell of two atoms, with a "
+                "over the square root of 2: the plane h k l of the cell of four atoms is h+k k-h 2l, so that "
+                "its close-packed 111 is 101",
+            )
         c = constants.get("c", a)
         if "c" in constants and crystal not in ("l1_0", "wurtzite"):
             raise InputError(f"c={c:g} has no meaning for a {crystal} crystal: leave it out")

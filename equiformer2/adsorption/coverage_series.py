@@ -76,6 +76,8 @@ COVERAGE = "coverage.json"
 """Record of a finished series, in its folder."""
 
 _PICTURE = "coverage.png"
+_LAYER = 0.5
+"""Å of height that belong to the outermost layer of atoms."""
 
 
 @dataclass(frozen=True)
@@ -217,10 +219,19 @@ class _Series:
         self.cutoff = None
         if isinstance(calculator, EquiformerV2Calculator):
             self.cutoff = calculator.predictor.checkpoint.config.max_radius
-        self.surface_atoms = len(open_atoms(free_side_up(slab)[0].atoms))
+        surface = free_side_up(slab)[0].atoms
+        heights = surface.positions[open_atoms(surface), 2]
+        self.surface_atoms = len(heights)
         self.area = surface_area(slab)
         self.arrangements: dict[Composition, list[Arrangement]] = {}
         self.notices: list[str] = []
+        outermost = int((heights > heights.max() - _LAYER).sum())
+        if outermost < self.surface_atoms:
+            self.notices.append(
+                f"{self.surface_atoms} atoms are seen from above and {outermost} of them are the outermost "
+                f"layer: where a monolayer is counted by that layer, it is a coverage of "
+                f"{outermost / self.surface_atoms:.2f} here"
+            )
         self.terms: dict[str, float] = {}
         self.gas: dict[str, dict[str, Any]] = {}
         self.clean: Relaxation | None = None

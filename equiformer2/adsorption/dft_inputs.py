@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from ase import Atoms
+from ase.constraints import FixAtoms
 from ase.io import write
 
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.files import write_bytes, write_json
+from equiformer2.inference.atoms import fixed_mask
 
 OC20_INCAR: Mapping[str, Any] = {
     "IBRION": 2,
@@ -111,9 +113,11 @@ def k_points(atoms: Atoms) -> tuple[int, int, int]:
 
 
 def _written(atoms: Atoms, file_format: str, **options: Any) -> str:
-    plain = Atoms(
-        atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True, constraint=atoms.constraints
-    )  # without results, which writers would take along
+    # Without results, which writers would take along. A writer knows some kinds of constraints, and drops
+    # the others; all know this one, and no search has atoms that are held in part.
+    plain = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True)
+    held = fixed_mask(atoms)
+    plain.set_constraint(FixAtoms(mask=held) if held.any() else None)
     text = StringIO()
     write(text, plain, format=file_format, **options)
     return text.getvalue()

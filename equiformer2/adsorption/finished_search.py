@@ -18,6 +18,7 @@ from equiformer2.adsorption.search_folder import (
     TRAJECTORIES,
     check_has_best,
 )
+from equiformer2.adsorption.symmetry import SurfaceSymmetry, surface_symmetry
 from equiformer2.errors import InputError
 from equiformer2.files import as_input_error, read_json
 from equiformer2.inference.dispersion import recorded_dispersion, with_dispersion
@@ -64,6 +65,19 @@ class FinishedSearch:
     def adsorbate(self) -> Atoms:
         """Atoms of the adsorbate of the best placement."""
         return self.best[len(self.clean_slab) :]
+
+    def symmetry(self) -> SurfaceSymmetry:
+        """Operations of the clean slab as it was cut that its relaxation has kept.
+
+        Those of the relaxed slab alone are fewer: what a network leaves of a symmetry is hardly exact. A
+        clean slab that was taken from another search has no other structure here.
+        """
+        file = self.folder / TRAJECTORIES / Path(CLEAN_SLAB).with_suffix(".traj")
+        as_cut = self.clean_slab
+        if file.is_file():
+            with as_input_error():
+                as_cut = read_structure(file, 0)
+        return surface_symmetry(as_cut, self.clean_slab)
 
     def model(self, given: Engineable | None = None, adapter: AnyPath | None = None) -> Engine:
         """Open the model of the search, from what is given or else from its own checkpoint.

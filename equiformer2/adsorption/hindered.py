@@ -16,11 +16,12 @@ from ase.thermochemistry import HinderedThermo
 
 from datasets_oc20.structure_files import read_structure
 from equiformer2.adsorption.finished_search import FinishedSearch
+from equiformer2.adsorption.named_structures import free_side_up
 from equiformer2.adsorption.periodic_images import whole_molecule
 from equiformer2.adsorption.saddle_points import FALL
 from equiformer2.adsorption.search import MIGRATION
 from equiformer2.adsorption.search_folder import NEB
-from equiformer2.adsorption.symmetry import SurfaceSymmetry, surface_symmetry
+from equiformer2.adsorption.symmetry import SurfaceSymmetry
 from equiformer2.errors import InputError
 from equiformer2.files import as_input_error, read_json
 
@@ -162,9 +163,9 @@ def hindered_motion(
             f"{adsorbate.get_chemical_formula()} is linear and stands upright, so nothing turns about the "
             "normal of the surface: use --entropy harmonic"
         )
-    heights = search.clean_slab.positions @ normal
+    heights = free_side_up(search.clean_slab)[0].atoms.positions[:, 2]
     sites = int((heights > heights.max() - _TOP_LAYER).sum())
-    symmetry = surface_symmetry(search.clean_slab)
+    symmetry = search.symmetry()
     sources = {"inertia": "relaxed structure", "site_density": "atoms of the outermost layer"}
     sources["rotational_minima"] = "given"
     if rotational_minima is None:

@@ -9,7 +9,7 @@ import numpy as np
 from ase import Atoms
 from ase.constraints import FixAtoms
 from ase.data import atomic_numbers, chemical_symbols, covalent_radii, reference_states
-from ase.geometry import get_distances
+from ase.geometry import get_distances, minkowski_reduce
 
 from equiformer2.adsorption.adsorbates import ase_molecule, check_binding_atoms, find_adsorbate, pointing_up
 from equiformer2.adsorption.anomalies import CUSHION, SKIN
@@ -304,7 +304,9 @@ def _check_place(slab: Atoms, adsorbate: Atoms, binding_atom: int, gap: float, h
                 f"atom {a} ({symbols[a]}) of the adsorbate{told} is {beyond[a].min():.2f} Å from the "
                 f"periodic image of the slab above it, whose vacuum is {gap:.1f} Å: give more vacuum"
             )
-    shifts = [i * cell[0] + j * cell[1] for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
+    # The nearest images are those along the shortest vectors of the lattice, also in a skewed cell.
+    plane, _ = minkowski_reduce([*cell[:2], [0.0, 0.0, 1.0]], (True, True, False))
+    shifts = [i * plane[0] + j * plane[1] for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
     for shift in shifts:
         _, images = get_distances(adsorbate.positions, adsorbate.positions + shift)
         overlap = images / (radii[:, None] + radii[None, :])

@@ -4,12 +4,14 @@ The band and its forces are ASE's (`ase.mep`); only the calls of the model are p
 for all images takes a fraction of the time of one call each.
 """
 
+import math
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, permutations, product
 from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.data import covalent_radii
 from ase.geometry import find_mic
 from ase.mep import NEB
 from ase.optimize import FIRE
@@ -17,6 +19,7 @@ from ase.utils.forcecurve import fit_images
 from scipy.optimize import linear_sum_assignment
 from scipy.signal import find_peaks
 
+from equiformer2.adsorption.anomalies import SKIN
 from equiformer2.adsorption.basins import SAME_POSITIONS
 from equiformer2.adsorption.symmetry import SurfaceSymmetry, surface_symmetry
 from equiformer2.errors import InputError
@@ -34,6 +37,10 @@ _SAME = 0.05
 _CLIMB = 0.3
 #: eV; an image from which the path climbs by more on both sides is in a minimum of its own.
 _VALLEY = 0.01
+#: Orders of the atoms of a molecule that are looked at.
+_MOST_ORDERS = 5000
+#: Volume of three unit vectors to the neighbours of an atom below which it lies in their plane.
+_FLAT = 0.2
 
 
 @dataclass(frozen=True)
@@ -196,38 +203,85 @@ def find_path(
     )
 
 
-def nearest_copy(first: Atoms, last: Atoms, clean_slab: Atoms) -> Atoms:
+def nearest_copy(
+    first: Atoms, last: Atoms, clean_slab: Atoms, symmetry: SurfaceSymmetry | None = None
+) -> Atoms:
     """Move the end of a path to its copy whose adsorbate is nearest to that of the start.
 
-    Copies are those by the operations of the clean slab, its lattice translations among them. Slab atoms are
-    put into the order of the start, and every atom into the periodic image nearest to it; the order of the
-    adsorbate's atoms stays. A copy whose adsorbate is within 0.3 Å of that of the start is in the start's own
-    place and is left out, so that a path between two copies of one minimum leads to the nearest other one.
+    Copies are those by the operations of the clean slab, its lattice translations among them, and by another
+    order of equal atoms within the molecule (`_orders`). Slab atoms are put into the order of the start, and
+    every atom into the periodic image nearest to it. A copy whose adsorbate is within 0.3 Å of that of the
+    start is in the start's own place and is left out, so that a path between two copies of one minimum leads
+    to the nearest other one.
 
     Args:
         first, last: relaxed structures, clean slab first, then the adsorbate, in the same order.
         clean_slab: relaxed.
+        symmetry: of the clean slab; None finds what the relaxation has left of it.
 
     Returns:
         A copy of `last`, as it is where no copy is nearer, or where it is itself in the place of the start.
     """
     count = len(clean_slab)
-    symmetry = surface_symmetry(clean_slab)
-    towards = symmetry.images(last.positions) - first.positions
-    vectors = find_mic(towards.reshape(-1, 3), symmetry.cell, symmetry.pbc)[0].reshape(towards.shape)
-    distances = np.linalg.norm(vectors[:, count:], axis=2)  # the first operation is the identity
-    moved = distances.max(axis=1, initial=0.0)
-    squared = np.where(moved > SAME_POSITIONS, (distances**2).sum(axis=1), np.inf)
-    best = int(squared.argmin())
+    symmetry = surface_symmetry(clean_slab) if symmetry is None else symmetry
+    orders, hands = _orders(last[count:])
+    towards = symmetry.images(last.positions[count:])[:, None] - first.positions[count:][:, None]
+    lengths = find_mic(towards.reshape(-1, 3), symmetry.cell, symmetry.pbc)[1].reshape(towards.shape[:3])
+    # `[G, P, n]` from atom i of the start to the atom of an image that an order puts into its place; the
+    # first operation is the identity, and so is the first order.
+    distances = lengths[:, np.arange(orders.shape[1]), orders]
+    moved = distances.max(axis=2, initial=0.0)
+    # An operation that mirrors needs an order that mirrors: a group of atoms does not turn inside out.
+    turns = np.sign(np.linalg.det(symmetry.rotations))
+    allowed = (turns[:, None, None] * hands[None] >= 0).all(axis=2) & (moved > SAME_POSITIONS)
+    squared = np.where(allowed, (distances**2).sum(axis=2), np.inf)
+    best, order = map(int, np.unravel_index(int(squared.argmin()), squared.shape))
     copy = last.copy()
-    if moved[0] <= SAME_POSITIONS or not squared[best] < squared[0] - _SAME**2:
+    if moved[0, 0] <= SAME_POSITIONS or not squared[best, order] < squared[0, 0] - _SAME**2:
         return copy
     image = symmetry.images(last.positions)[best]
     place = _permutation(clean_slab, symmetry, best)
-    ordered = np.concatenate([image[:count][np.argsort(place)], image[count:]])
+    ordered = np.concatenate([image[:count][np.argsort(place)], image[count:][orders[order]]])
     shift = find_mic(ordered - first.positions, symmetry.cell, symmetry.pbc)[0]
     copy.set_positions(first.positions + shift, apply_constraint=False)
     return copy
+
+
+def _orders(molecule: Atoms) -> tuple[np.ndarray, np.ndarray]:
+    """Orders of equal atoms that leave the bonds of a molecule as they are.
+
+    Returns:
+        `[P, n]` indices, the order that is there first; and `[P, centres]` for each atom with three or more
+        bonds 1 where the order keeps its handedness, -1 where it mirrors it, 0 where it is flat. A molecule
+        with more than `_MOST_ORDERS` orders of its atoms stays as it is.
+    """
+    count = len(molecule)
+    vectors, lengths = find_mic(
+        (molecule.positions[None] - molecule.positions[:, None]).reshape(-1, 3), molecule.cell, molecule.pbc
+    )
+    vectors, lengths = np.reshape(vectors, (count, count, 3)), np.reshape(lengths, (count, count))
+    radii = covalent_radii[molecule.numbers]
+    bonds = (lengths < radii[:, None] + radii + SKIN) & ~np.eye(count, dtype=bool)
+    kinds = [np.flatnonzero(molecule.numbers == number) for number in np.unique(molecule.numbers)]
+    orders = [np.arange(count)]
+    if math.prod(math.factorial(len(kind)) for kind in kinds) <= _MOST_ORDERS:
+        for parts in product(*(permutations(kind) for kind in kinds)):
+            order = np.arange(count)
+            for kind, part in zip(kinds, parts, strict=True):
+                order[kind] = part
+            if (bonds[np.ix_(order, order)] == bonds).all() and (order != orders[0]).any():
+                orders.append(order)
+    hands = []
+    for centre in np.flatnonzero(bonds.sum(axis=1) >= 3):
+        around = np.flatnonzero(bonds[centre])[:3]
+
+        def hand(order: np.ndarray, centre: int = centre, around: np.ndarray = around) -> float:
+            arms = vectors[order[centre], order[around]]
+            volume = np.linalg.det(arms / np.linalg.norm(arms, axis=1, keepdims=True))
+            return float(np.sign(volume)) if abs(volume) > _FLAT else 0.0
+
+        hands.append([hand(order) * hand(orders[0]) for order in orders])
+    return np.array(orders), np.array(hands).reshape(len(hands), len(orders)).T
 
 
 def _permutation(slab: Atoms, symmetry: SurfaceSymmetry, operation: int) -> np.ndarray:

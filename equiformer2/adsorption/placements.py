@@ -33,7 +33,15 @@ from equiformer2.adsorption.named_structures import (
 from equiformer2.adsorption.open_catalyst import numpy_seed, open_catalyst
 from equiformer2.adsorption.periodic_images import lowest_atom_index, whole_molecule
 from equiformer2.adsorption.start_checks import MORE_VACUUM, check_start, check_vacuum, image_contact
-from equiformer2.adsorption.surface_sites import KINDS, Site, equal_sites, open_atoms, surface_sites
+from equiformer2.adsorption.surface_sites import (
+    KINDS,
+    SAME_PLACE,
+    Site,
+    equal_sites,
+    open_atoms,
+    surface_sites,
+)
+from equiformer2.adsorption.symmetry import SurfaceSymmetry
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import ADSORBATE, SUBSURFACE, SURFACE, check_atoms, oc20_tags
 
@@ -145,7 +153,7 @@ def placements(
     * heuristic: at the top, bridge and hollow sites of the surface, kinds in turn, each in an order of the
       seed; turned at random about the normal and tilted by up to `CONE`.
     * symmetry: the same at one of every set of sites that symmetry makes equal, rotations spread evenly, no
-      tilt.
+      tilt. Mirror planes of the slab make no sites equal for an adsorbate that is handed as it stands.
     * random: at points spread uniformly over the surface, in uniformly random orientations.
     * random_site_heuristic_placement: OC20's own, by `fairchem-data-oc` (extra `surfaces`).
     * positions: at the given points in turn, first as the adsorbate is oriented, then turned as in symmetry.
@@ -180,6 +188,7 @@ def placements(
     surface = whole.atoms
     surface.info = {}
     surface.set_tags(oc20_tags(slab)[0])
+    _tell_of_open_subsurface(surface)
     place = _Place(surface, molecule, binding, mode, seed, height, whole.gap)
     top = float(surface.positions[:, 2].max())
     found = Placements()
@@ -254,6 +263,7 @@ def coverage_placements(
     surface = whole.atoms
     surface.info = {}
     surface.set_tags(oc20_tags(slab)[0])
+    _tell_of_open_subsurface(surface)
     sites = surface_sites(surface)
     pools = [sites, *(equal for equal in equal_sites(surface, sites) if len(equal) >= len(molecules))]
     if any(one != molecules[0][0] for one, _ in molecules):  # different adsorbates prefer different sites
@@ -324,7 +334,8 @@ class _Place:
         else:
             sites = surface_sites(self.surface)
             if self.mode == "symmetry":
-                sites = [group[0] for group in equal_sites(self.surface, sites)]
+                mirrors = all(_is_own_mirror_image(self.molecule, atom) for atom in self.binding)
+                sites = [group[0] for group in equal_sites(self.surface, sites, mirrors)]
             self._sites = self._in_turn(sites)
         # An atom at a site, or an upright line of atoms, is the same whichever way it is turned.
         axis = self.molecule.positions[:, :2] - self.molecule.positions[0, :2]
@@ -572,6 +583,33 @@ def _check_fits(molecule: Atoms, surface: Atoms, gap: float) -> None:
             f"the adsorbate is {tall:.1f} Å tall, and the vacuum of the slab is {gap:.1f} Å: give more "
             f"vacuum ({MORE_VACUUM})"
         )
+
+
+def _tell_of_open_subsurface(surface: Atoms) -> None:
+    """Log a warning for a surface with sites at atoms that count as subsurface, such as bcc (111)."""
+    number = int((surface.get_tags()[open_atoms(surface)] == SUBSURFACE).sum())
+    if number:
+        logger.warning(
+            f"{number} atoms of tag 0 lie open on the surface, and an adsorbate that touches one counts as "
+            "inside the slab (intercalated): let more layers move (--free-layers, or tags 1 in the file)"
+        )
+
+
+def _is_own_mirror_image(molecule: Atoms, atom: int) -> bool:
+    """Tell whether a turn about the normal through an atom carries an adsorbate onto its mirror image.
+
+    Molecules without a handedness have one on a surface where no mirror plane of theirs stands upright.
+    """
+    arms = molecule.positions - molecule.positions[atom]
+    mirrored = arms * (1.0, -1.0, 1.0)
+    angles = np.arctan2(arms[:, 1], arms[:, 0])
+    farthest = int(np.linalg.norm(arms[:, :2], axis=1).argmax())
+    for other in np.flatnonzero(molecule.numbers == molecule.numbers[farthest]):
+        turned = Rotation.from_rotvec([0.0, 0.0, angles[other] + angles[farthest]]).apply(mirrored)
+        lengths = np.linalg.norm(turned[:, None] - arms[None], axis=2)
+        if SurfaceSymmetry.matched(lengths, molecule.numbers, molecule.numbers) < SAME_PLACE:
+            return True
+    return False
 
 
 def _check_arguments(

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.constraints import FixAtoms
+from ase.constraints import FixAtoms, FixScaled
 from ase.neighborlist import neighbor_list
 
 from datasets_oc20.structure_files import read_structure
@@ -126,6 +126,8 @@ def find_slab(slab: Any, **name_options: Any) -> CleanSlab:
 
     Constraints are kept. A slab without a held atom gets OC20's: those of its tags 0 where it has OC20's
     tags, else those of the rule at the top of this file. Tags follow from the constraints where it has none.
+    DFT codes need three lattice vectors in a right-handed order: the first two are exchanged where they are
+    not, and a slab that is not periodic along its normal gets a third one beyond its atoms.
 
     Args:
         slab: name, file or slab, see `given_atoms`.
@@ -199,6 +201,11 @@ def slabs_of_bulk(
     found = find_bulk(bulk, bulks)
     cutter = _LatticeCutter(found) if found.primitive_axes is not None else _Pymatgen(found)
     plane = check_miller(miller)
+    if plane is not None and len(_whole_numbers(miller, "")) == 4 and not cutter.is_hexagonal:
+        raise InputError(
+            f"{miller!r} are four indices, which planes of hexagonal crystals have, and {found.name} is "
+            "none: give three"
+        )
     planes = cutter.distinct_planes(max_miller) if plane is None else [plane]
     slabs: list[CleanSlab] = []
     for plane in planes:
@@ -240,6 +247,25 @@ def parse_miller(miller: str | Sequence[int]) -> tuple[int, int, int]:
         InputError: not three (or four) whole numbers, all 0, or larger than `MOST_MILLER`.
     """
     advice = "give three whole numbers, not all 0, such as 111 or 1,1,-1"
+    indices = _whole_numbers(miller, advice)
+    if len(indices) == 4:
+        if indices[2] != -(indices[0] + indices[1]):
+            raise InputError(
+                f"{miller!r} are no Miller-Bravais indices, since the third is not minus the sum of the "
+                "first two: correct them, or give three indices"
+            )
+        indices = [indices[0], indices[1], indices[3]]
+    if len(indices) != 3 or not any(indices):
+        raise InputError(f"{miller!r} are no Miller indices: {advice}")
+    divisor = math.gcd(*indices)
+    first, second, third = (index // divisor for index in indices)
+    if max(abs(first), abs(second), abs(third)) > MOST_MILLER:
+        raise InputError(f"the Miller indices {miller!r} are larger than {MOST_MILLER}: {advice}")
+    return first, second, third
+
+
+def _whole_numbers(miller: str | Sequence[int], advice: str) -> list[int]:
+    """List the indices as they are written; raises `InputError`, with advice, where they are none."""
     if isinstance(miller, str):
         text = miller.strip().strip("()[]{}")
         pattern = r"-?\d+" if re.search(r"[,\s]", text) else r"-?\d"
@@ -255,20 +281,7 @@ def parse_miller(miller: str | Sequence[int]) -> tuple[int, int, int]:
             whole = False
         if not whole:
             raise InputError(f"{miller!r} are no Miller indices: {advice}")
-    if len(indices) == 4:
-        if indices[2] != -(indices[0] + indices[1]):
-            raise InputError(
-                f"{miller!r} are no Miller-Bravais indices, since the third is not minus the sum of the "
-                "first two: correct them, or give three indices"
-            )
-        indices = [indices[0], indices[1], indices[3]]
-    if len(indices) != 3 or not any(indices):
-        raise InputError(f"{miller!r} are no Miller indices: {advice}")
-    divisor = math.gcd(*indices)
-    first, second, third = (index // divisor for index in indices)
-    if max(abs(first), abs(second), abs(third)) > MOST_MILLER:
-        raise InputError(f"the Miller indices {miller!r} are larger than {MOST_MILLER}: {advice}")
-    return first, second, third
+    return indices
 
 
 def height_tags(slab: Atoms) -> np.ndarray:
@@ -301,6 +314,7 @@ def _completed(slab: Atoms, origin: str) -> CleanSlab:
     atoms = whole.atoms
     atoms.info = {}
     atoms.calc = None
+    lattice_notices = _complete_lattice(atoms, origin)
     had_tags = bool(slab.get_tags().any()) and notice is None
     notices: tuple[str, ...] = () if notice is None or not slab.get_tags().any() else (f"{origin}: {notice}",)
     if fixed_mask(atoms).any():
@@ -318,7 +332,40 @@ def _completed(slab: Atoms, origin: str) -> CleanSlab:
             notices += (f"{origin} is no thicker than {SURFACE_DEPTH:g} Å: none of its atoms is held",)
     atoms.set_tags(tags)
     report = _report(atoms, origin, constraints_from, tags_from)
-    return CleanSlab(atoms, replace(report, notices=notices + report.notices))
+    return CleanSlab(atoms, replace(report, notices=lattice_notices + notices + report.notices))
+
+
+def _complete_lattice(slab: Atoms, origin: str) -> tuple[str, ...]:
+    """Give a whole slab three lattice vectors in a right-handed order, in place; sentences about it."""
+    notices: tuple[str, ...] = ()
+    cell = slab.cell.array.copy()
+    normal = np.cross(cell[0], cell[1])
+    area = float(np.linalg.norm(normal))
+    if area < 1e-6:
+        return ()  # told where its surface is looked for
+    normal /= area
+    thickness = float(np.ptp(slab.positions @ normal))
+    if not slab.pbc[2] and abs(cell[2] @ normal) < thickness + SMALLEST_GAP:
+        up = -normal if normal[2] < -1.0 + 1e-6 else normal  # of slabs that lie along z, z is up
+        cell[2] = up * (thickness + VACUUM)
+        notices += (
+            f"{origin} has no third lattice vector beyond its atoms: in files for DFT, which knows periodic "
+            f"cells only, it has {VACUUM:g} Å of vacuum",
+        )
+    if np.linalg.det(cell) < 0:
+        cell[[0, 1]] = cell[[1, 0]]
+        slab.set_constraint(
+            [
+                FixScaled(one.index, one.mask[[1, 0, 2]]) if isinstance(one, FixScaled) else one
+                for one in slab.constraints
+            ]
+        )
+        notices += (
+            f"the lattice vectors of {origin} are left-handed, which VASP refuses: the first two change "
+            "places",
+        )
+    slab.set_cell(cell)
+    return notices
 
 
 def _report(atoms: Atoms, origin: str, constraints_from: str, tags_from: str, **details: Any) -> SlabReport:
@@ -408,6 +455,8 @@ class _LatticeCutter:
     Args:
         bulk: the lattice.
     """
+
+    is_hexagonal = False
 
     def __init__(self, bulk: Bulk) -> None:
         self.symbol = bulk.atoms.get_chemical_symbols()[0]
@@ -507,6 +556,7 @@ class _Pymatgen:
             warnings.simplefilter("ignore")
             self.analyzer = SpacegroupAnalyzer(structure, symprec=0.1)
             self.standard = self.analyzer.get_conventional_standard_structure()
+        self.is_hexagonal = bool(self.standard.lattice.is_hexagonal())
         self._least: dict[str, float] = {}
 
     def distinct_planes(self, max_miller: int) -> list[tuple[int, int, int]]:

@@ -98,17 +98,20 @@ def surface_sites(slab: Atoms) -> list[Site]:
     return _Plane.in_one_cell(found, cell)
 
 
-def equal_sites(slab: Atoms, sites: Sequence[Site]) -> list[list[Site]]:
+def equal_sites(slab: Atoms, sites: Sequence[Site], mirrors: bool = True) -> list[list[Site]]:
     """Group the sites that symmetry operations of the slab carry onto each other.
 
     Args:
         slab: whole, its surface up; unrelaxed, since a relaxed one has hardly any operations left.
         sites: of `surface_sites`.
+        mirrors: count mirror planes and glide planes among the operations; for an adsorbate that is not its
+            own mirror image, sites that these alone make equal are different.
 
     Returns:
         The groups in the order of their first sites, their sites in the order given.
     """
     symmetry = surface_symmetry(slab)
+    kept = np.linalg.det(symmetry.rotations) > (-np.inf if mirrors else 0.0)
     cell = slab.cell.array[:2, :2]
     groups: list[list[Site]] = []
     images: list[np.ndarray] = []
@@ -120,7 +123,7 @@ def equal_sites(slab: Atoms, sites: Sequence[Site]) -> list[list[Site]]:
                 break
         else:
             groups.append([site])
-            images.append(symmetry.images(np.array([site.position]))[:, 0, :2])
+            images.append(symmetry.images(np.array([site.position]))[kept, 0, :2])
     return groups
 
 
@@ -130,6 +133,7 @@ class _Plane:
     @staticmethod
     def lengths(vectors: np.ndarray, cell: np.ndarray) -> np.ndarray:
         """Lengths `[...]` Å of the shortest lattice images of vectors `[..., 2]`."""
+        cell = _Plane.reduced(cell)
         fractions = vectors @ np.linalg.inv(cell)
         fractions -= np.round(fractions)
         images = [
@@ -137,6 +141,14 @@ class _Plane:
             for i, j in itertools.product((-1, 0, 1), repeat=2)
         ]
         return np.asarray(np.min(images, axis=0))
+
+    @staticmethod
+    def reduced(cell: np.ndarray) -> np.ndarray:
+        """Two shortest vectors of the lattice (Gauss); the nearest images are one of them away at most."""
+        short, long = sorted(cell, key=lambda vector: float(vector @ vector))
+        while turns := round(float(short @ long) / float(short @ short)):
+            short, long = sorted((short, long - turns * short), key=lambda vector: float(vector @ vector))
+        return np.array([short, long])
 
     @staticmethod
     def shifts(cell: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -261,7 +261,7 @@ class AdsorptionNeb(Command):
         from equiformer2.script import header
 
         first, end = search.end_of_path(options.start), search.end_of_path(options.end)
-        last = nearest_copy(first, end, search.clean_slab)
+        last = nearest_copy(first, end, search.clean_slab, search.symmetry())
         path = find_path(first, last, model, options.images, options.fmax, options.steps)
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "neb.traj", path.images)

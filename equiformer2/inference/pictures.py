@@ -5,11 +5,12 @@ from io import BytesIO
 import numpy as np
 from ase import Atoms
 from ase.data.colors import jmol_colors
+from ase.geometry import get_distances
 from ase.visualize.plot import plot_atoms
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from equiformer2.inference.atoms import fixed_mask
+from equiformer2.inference.atoms import ADSORBATE, fixed_mask, oc20_tags
 from equiformer2.inference.relaxation import RelaxationResult
 
 
@@ -41,13 +42,30 @@ def structure_picture(structures: dict[str, Atoms], title: str) -> bytes:
 
 
 def upright(atoms: Atoms) -> Atoms:
-    """Copy a structure, rotated so that its first two lattice vectors span the xy plane, as most do."""
+    """Copy a structure, rotated so that its first two lattice vectors span the xy plane, its surface up.
+
+    The surface is where the adsorbate (tag 2) is, else where the third lattice vector points to.
+    """
     turned = atoms.copy()
+    turned.set_constraint()
     normal = np.cross(*turned.cell.array[:2])
-    if np.linalg.norm(normal[:2]) > 1e-6:
-        turned.set_constraint()
-        turned.rotate(normal * (-1.0 if normal[2] < 0 else 1.0), "z", rotate_cell=True)
-        turned.set_constraint(atoms.constraints)
+    area = float(np.linalg.norm(normal))
+    if area > 1e-6:
+        tags, notice = oc20_tags(atoms)
+        adsorbate = (tags == ADSORBATE) & (notice is None)  # not where they may be layers of ASE's builders
+        slab = ~adsorbate
+        across = float(normal @ atoms.cell.array[2]) or float(normal[2])
+        if adsorbate.any() and slab.any():
+            vectors, lengths = get_distances(
+                atoms.positions[slab], atoms.positions[adsorbate], cell=atoms.cell, pbc=atoms.pbc
+            )  # of the nearest images, however the atoms are wrapped into the cell
+            across = float((vectors[lengths.argmin(axis=0), np.arange(int(adsorbate.sum()))] @ normal).sum())
+        normal = normal / area * (-1.0 if across < 0 else 1.0)
+        if normal[2] < -1.0 + 1e-9:
+            turned.rotate(180.0, "x", rotate_cell=True)
+        elif np.linalg.norm(normal[:2]) > 1e-6:
+            turned.rotate(normal, "z", rotate_cell=True)
+    turned.set_constraint(atoms.constraints)
     return turned
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from ase import Atoms
 from ase.build import fcc111
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixCartesian, FixedLine, FixedPlane, FixScaled
 from ase.io import read, write
 from test_basins import slab, with_adsorbate
 
@@ -19,7 +21,7 @@ from equiformer2.adsorption.collect import (
     read_dft_result,
     with_clean_slab,
 )
-from equiformer2.adsorption.dft_inputs import Candidate, k_points
+from equiformer2.adsorption.dft_inputs import Candidate, k_points, write_dft_input
 from equiformer2.adsorption.dft_ledger import DftLedger
 from equiformer2.errors import InputError
 
@@ -67,6 +69,19 @@ def dft_file(path: Path, atoms: Atoms, energy: float) -> Path:
         frames.append(frame)
     write(path, frames)
     return path
+
+
+def test_held_atoms_stay_held_in_dft_whatever_holds_them(tmp_path: Path) -> None:
+    atoms = fcc111("Cu", (1, 1, 3), vacuum=8.0)
+    # Quantum ESPRESSO's input and extended XYZ are read as the first of these.
+    for held in (FixCartesian([0]), FixScaled([0]), [FixedLine(0, (0, 0, 1)), FixedPlane(0, (0, 0, 1))]):
+        atoms.set_constraint(held)
+        write_dft_input(tmp_path, Candidate("a", atoms, 0.0))
+        flags = [line.split()[-3:] for line in (tmp_path / "POSCAR").read_text().splitlines()[-3:]]
+        assert flags == [["F"] * 3, ["T"] * 3, ["T"] * 3]
+        lines = (tmp_path / "pw.in").read_text().split("ATOMIC_POSITIONS angstrom\n")[1].splitlines()
+        assert [line.split()[4:] for line in lines[:3]] == [["0"] * 3, [], []]
+        shutil.rmtree(tmp_path)
 
 
 def test_dft_results_are_read_back(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from ase.io import read, write
 from equiformer2.adsorption.cards import verify_card
 from equiformer2.adsorption.coverage_rows import CoverageRow, CoverageSeries, Species, attraction_notices
 from equiformer2.adsorption.coverage_series import CoverageSettings, coverage_series, molecule_anomalies
+from equiformer2.adsorption.named_structures import build_slab
 from equiformer2.adsorption.placements import coverage_placements
 from equiformer2.errors import InputError
 from tests.adsorption.emt_coverage import relaxed_energy, slab
@@ -229,6 +230,17 @@ def test_default_counts_end_where_no_more_fit() -> None:
     assert "2 molecules do not fit" in series.notices[0]
     with pytest.raises(InputError, match="2 of the adsorbate: adsorbate 1 of 2 has no site 4 Å"):
         coverage_series(slab(), "*H", EMT(), [2], settings)
+
+
+def test_open_surfaces_tell_how_a_monolayer_is_counted() -> None:
+    ridges = build_slab("Cu110", (2, 2, 3), free_layers=1)
+    quick = replace(QUICK, placements=1, steps=1)
+    series = coverage_series(ridges, "*O", EMT(), [1], quick)
+    assert series.surface_atoms == 8
+    assert any("4 of them are the outermost layer" in notice for notice in series.notices)
+    assert not any(
+        "outermost" in notice for notice in coverage_series(slab(), "*O", EMT(), [1], quick).notices
+    )
 
 
 @pytest.mark.parametrize(

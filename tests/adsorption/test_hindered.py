@@ -92,12 +92,32 @@ def test_barriers_are_those_of_the_search(tmp_path: Path) -> None:
     assert motion.inertia == pytest.approx(12.011 * 15.999 / 28.01 * 1.15**2, abs=0.01)
     area = np.linalg.norm(np.cross(*start.cell[:2])) * 1e-16
     assert motion.site_density == pytest.approx(4 / area)
+    # Sites are those of the upper side, whichever way the lattice vectors are listed.
+    left = found.clean_slab.copy()
+    left.extend(Atoms("Cu", [left.positions[0] - (0.0, 0.0, 2.0)]))
+    left.set_cell(left.cell.array[[1, 0, 2]])
+    best = left + start[-2:]
+    other_handed = FinishedSearch(tmp_path, found.record, best, left)
+    assert hindered_motion(other_handed, 0.1, 0.1, 3).site_density == pytest.approx(4 / area)
     # A band between them is better than a difference, whichever way it was made.
     band(tmp_path, "b-a", [other, start], [0.0, 0.3, -0.2])
     assert hindered_motion(found).translation_barrier == pytest.approx(0.5)
     given = hindered_motion(found, 0.4, 0.05, 3)
     assert (given.translation_barrier, given.rotation_barrier, given.rotational_minima) == (0.4, 0.05, 3)
     assert given.sources["rotation_barrier"] == "given"
+
+
+def test_symmetry_is_that_of_the_slab_as_it_was_cut(tmp_path: Path) -> None:
+    start = flat("CO", "fcc")
+    found = search(tmp_path, "CO", {"a": (start, -1.0)})
+    noise = np.random.default_rng(0).normal(0.0, 0.005, (8, 3))
+    noisy = found.clean_slab.copy()
+    noisy.positions[4:] += noise
+    found = FinishedSearch(tmp_path, found.record, found.best, noisy)
+    assert len(found.symmetry()) == 1
+    write(tmp_path / "trajectories" / "clean_slab.traj", [slab(size=(2, 2, 3)), noisy])
+    assert len(found.symmetry()) == 24
+    assert hindered_motion(found, 0.1, 0.1).rotational_minima == 3
 
 
 def band(folder: Path, name: str, ends: list[Atoms], energies: list[float]) -> None:

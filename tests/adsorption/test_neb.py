@@ -104,6 +104,41 @@ def test_the_end_is_the_copy_nearest_to_the_start() -> None:
     assert np.array_equal(same.positions, first.positions)
 
 
+def test_equal_atoms_of_a_molecule_change_places_rather_than_turn_it() -> None:
+    clean = slab(size=(2, 2, 3))
+    clean.positions[4:] += np.random.default_rng(0).normal(0.0, 0.02, (8, 3))  # it has no symmetry left
+    first = with_adsorbate(clean, "H2O", "ontop", turn=20.0)
+    last = first.copy()
+    last.positions[12:] += (0.6, 0.3, 0.0)
+    last.positions[[13, 14]] = last.positions[[14, 13]]
+    moved = nearest_copy(first, last, clean).positions[12:] - first.positions[12:]
+    assert np.abs(moved - (0.6, 0.3, 0.0)).max() < 1e-6
+    # The hydrogen of the hydroxyl group stays its hydrogen.
+    first = with_adsorbate(clean, "CH3OH", "ontop")
+    last = first.copy()
+    hydrogens = np.flatnonzero(last.numbers == 1)
+    of_oxygen = int(hydrogens[last.get_distances(13, hydrogens, mic=True).argmin()])
+    assert last.numbers[13] == 8
+    last.positions[12:] += (1.0, 0.0, 0.0)
+    found = nearest_copy(first, last, clean)
+    assert int(hydrogens[found.get_distances(13, hydrogens, mic=True).argmin()]) == of_oxygen
+
+
+def test_a_copy_is_not_turned_inside_out() -> None:
+    def hand(atoms: Atoms) -> float:
+        return float(np.sign(np.linalg.det(atoms.positions[-3:] - atoms.positions[-4])))
+
+    clean = slab(size=(3, 3, 3))
+    # The mirror image of the end is nearer than the end by a lattice translation, but inverted at nitrogen.
+    for turn in (10.0, 20.0):
+        first = with_adsorbate(clean, "NH3", "fcc", turn=turn)
+        last = with_adsorbate(clean, "NH3", "hcp", turn=-turn)
+        found = nearest_copy(first, last, clean)
+        assert hand(found) == hand(last) == hand(first)
+        vectors = found.positions[-4:] - first.positions[-4:]
+        assert np.linalg.norm(vectors, axis=1).max() < 2.2  # 1.47 Å to the next site, and the turn
+
+
 def test_ends_that_are_no_ends_are_refused(ends: list[Atoms]) -> None:
     first, last = ends
     lifted = last.copy()

@@ -264,6 +264,25 @@ def test_coverage() -> None:
         coverage_placements(SLAB, ["*CO"] * 9, 1, min_distance=4.0)
 
 
+def test_subsurface_atoms_that_lie_open_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    placements(build_slab("Fe111", (2, 2, 6), free_layers=3), "*O")
+    placements(SLAB, "*O")
+    assert "lie open" not in caplog.text
+    placements(build_slab("Fe111", (2, 2, 6)), "*O")
+    assert "4 atoms of tag 0 lie open on the surface" in caplog.text
+
+
+def test_an_adsorbate_meets_its_image_in_a_skewed_cell() -> None:
+    slab = build_slab("Cu111", (1, 1, 3))
+    slab.info = {}
+    slab.set_cell(slab.cell.array + np.outer([0, 3, 0], slab.cell.array[0]))
+    ethane = molecule("C2H6")
+    ethane.rotate(90, "y")
+    ethane.rotate(90, "z")
+    with pytest.raises(InputError, match="meets its own periodic image"):
+        place_adsorbate(slab, ethane)
+
+
 def test_starts_keep_oc20s_distance() -> None:
     for placement in placements(SLAB, "*NH3", number=10, seed=4):
         atoms = placement.atoms

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk, fcc111
-from ase.constraints import FixAtoms
+from ase.constraints import FixAtoms, FixScaled
 from ase.db import connect
 from ase.io import write
 
 from equiformer2.adsorption.bulks import find_bulk
+from equiformer2.adsorption.dft_inputs import Candidate, write_dft_input
 from equiformer2.adsorption.named_structures import build_slab
+from equiformer2.adsorption.placements import placements
 from equiformer2.adsorption.slabs import find_slab, height_tags, parse_miller, sides_differ, slabs_of_bulk
 from equiformer2.errors import InputError
 from equiformer2.inference.atoms import fixed_mask
@@ -200,6 +202,16 @@ def test_lattices_are_cut_without_other_packages(name: str, miller: str, layers_
     )
 
 
+def test_four_indices_are_of_hexagonal_crystals() -> None:
+    for miller in ("0001", (1, 0, -1, 0)):
+        with pytest.raises(InputError, match=r"Cu \(fcc\) is none: give three"):
+            slabs_of_bulk("Cu", miller)
+
+
+def test_planes_of_tetragonal_alloys_are_told() -> None:
+    assert "close-packed 111 is 101" in find_bulk("FePt L1_0 a=3.85 c=3.71").notices[-1]
+
+
 def test_all_planes() -> None:
     planes = [slab.report.miller for slab in slabs_of_bulk("Cu", "all", max_miller=2)]
     assert planes == [(1, 0, 0), (1, 1, 0), (1, 1, 1), (2, 1, 0), (2, 1, 1), (2, 2, 1)]
@@ -301,6 +313,32 @@ def test_a_tilted_slab_is_as_thick_as_an_upright_one() -> None:
     tilted = find_slab(slab).report
     assert tilted.thickness == pytest.approx(upright.thickness, abs=1e-3)
     assert tilted.asymmetric == upright.asymmetric
+
+
+def test_lattices_that_dft_codes_refuse_are_completed(tmp_path: Path) -> None:
+    right = fcc111("Cu", (2, 2, 3), vacuum=8.0)
+    left = right.copy()
+    left.set_cell(right.cell.array[[1, 0, 2]])
+    left.set_constraint([FixAtoms(range(4)), FixScaled([5], (True, False, False))])
+    found = find_slab(left)
+    assert np.allclose(found.atoms.cell.array, right.cell.array)
+    assert np.allclose(found.atoms.positions, right.positions)
+    assert list(found.atoms.constraints[1].mask) == [False, True, False]
+    assert any("left-handed" in notice for notice in found.report.notices)
+    # ASE's builders give no third vector without a vacuum.
+    for bare in (fcc111("Cu", (2, 2, 3)), left[::-1]):
+        bare.set_constraint(FixAtoms(mask=bare.positions[:, 2] < bare.positions[:, 2].min() + 0.1))
+        bare.cell[2], bare.pbc = 0.0, (True, True, False)
+        found = find_slab(bare)
+        assert found.report.vacuum is None
+        assert not found.atoms.pbc[2]
+        assert np.linalg.det(found.atoms.cell.array) > 0.0
+        assert found.atoms.cell[2, 2] == pytest.approx(found.report.thickness + 20.0, abs=1e-3)
+        assert np.allclose(found.atoms.positions, bare.positions)
+        assert any("no third lattice vector" in notice for notice in found.report.notices)
+        (top,) = placements(found.atoms, "O", "positions", positions=[(0.0, 0.0)])
+        write_dft_input(tmp_path / "dft", Candidate("O", top.atoms, 0.0))
+        (tmp_path / "dft" / "POSCAR").unlink()
 
 
 def test_slab_without_constraints_gets_oc20s(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from ase import Atoms
 from ase.build import fcc211
 
 from equiformer2.adsorption.named_structures import build_slab, free_side_up
+from equiformer2.adsorption.placements import placements
 from equiformer2.adsorption.surface_sites import equal_sites, open_atoms, surface_sites
 from equiformer2.adsorption.symmetry import surface_symmetry
 
@@ -70,3 +72,27 @@ def test_a_foreign_atom_breaks_the_symmetry() -> None:
     sites = surface_sites(slab)
     assert len(surface_symmetry(slab)) == 6
     assert len(equal_sites(slab, sites)) > 4
+
+
+def test_handed_adsorbates_tell_mirrored_sites_apart() -> None:
+    slab = free_side_up(fcc211("Cu", (3, 2, 3), vacuum=8.0))[0].atoms
+    sites = surface_sites(slab)
+    assert len(equal_sites(slab, sites, mirrors=False)) > len(equal_sites(slab, sites))
+    straight = Atoms("OH2", [(0.0, 0.0, 0.0), (0.75, 0.0, 0.6), (-0.75, 0.0, 0.6)])
+    # The plane of the molecule leans, so that no turn about the normal gives its mirror image.
+    handed = Atoms("OHF", [(0.0, 0.0, 0.0), (0.95, 0.0, 0.1), (-0.3, 1.1, 0.8)])
+    for molecule, mirrors in ((straight, True), (handed, False)):
+        found = placements(slab, (molecule, [0]), "symmetry")
+        assert len(found) + len(found.left_out) == len(equal_sites(slab, sites, mirrors))
+
+
+@pytest.mark.parametrize(("name", "skew"), [("Cu111", 6), ("Cu100", -6), ("Cu110", 3)])
+def test_sites_do_not_depend_on_the_choice_of_lattice_vectors(name: str, skew: int) -> None:
+    slab = build_slab(name, (1, 1, 5))
+    before = surface_sites(slab)
+    slab.set_cell(slab.cell.array + np.outer([0, skew, 0], slab.cell.array[0]))
+    found = surface_sites(slab)
+    assert Counter((one.kind, one.coordination) for one in found) == Counter(
+        (one.kind, one.coordination) for one in before
+    )
+    assert len(equal_sites(slab, found)) == len(equal_sites(slab, before))

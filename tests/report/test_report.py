@@ -11,6 +11,7 @@ from ase import Atoms
 from ase.build import add_adsorbate, fcc111
 from ase.constraints import FixAtoms
 
+from equiformer2.inference.pictures import upright
 from equiformer2.report import bullets, page, picture, structure_viewer, table, viewer_script
 
 
@@ -57,6 +58,25 @@ def test_a_tilted_slab_is_shown_upright() -> None:
     assert [height - heights[0] for height in heights] == pytest.approx(
         [height - expected[0] for height in expected], abs=1e-3
     )
+
+
+def test_the_adsorbate_is_on_top_however_the_slab_lies() -> None:
+    standing = slab()
+    standing.set_tags([0] * 12 + [2])
+    standing.rotate(90, "x", rotate_cell=True)
+    swapped = standing.copy()  # its first two vectors make a left-handed cell
+    swapped.set_cell(standing.cell.array[[1, 0, 2]])
+    hanging = slab()
+    hanging.set_tags([0] * 12 + [2])
+    hanging.positions[12, 2] = hanging.positions[:12, 2].min() - 1.3
+    wrapped = slab()
+    wrapped.set_tags([0] * 12 + [2])
+    wrapped.positions[:, 2] -= wrapped.positions[7, 2]  # the layers below the second are at the cell's end
+    wrapped.wrap()
+    for atoms in (standing, swapped, hanging):
+        shown = upright(atoms)
+        assert shown.positions[12, 2] == pytest.approx(shown.positions[:12, 2].max() + 1.3, abs=1e-3)
+    assert upright(wrapped).positions == pytest.approx(wrapped.positions)
 
 
 def test_nothing_is_loaded_from_elsewhere() -> None:
