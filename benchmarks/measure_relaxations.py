@@ -9,7 +9,7 @@ every round, so that a machine that slows down slows all of them. With --checkpo
 one and relaxations converge; fairchem cannot load that. With --size all have the same random parameters, with
 which nothing converges: every system takes all --steps. fairchem's loop (`ml_relax`) keeps a batch until all
 of it has converged; it is measured where --reference-python is the environment of setup_reference.sh.
-Writes relaxations.json and .md into --output.
+Writes relaxations_NETWORK.json and .md into --output, NETWORK being the size or the checkpoint's name.
 """
 
 import argparse
@@ -180,7 +180,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> int:
     options = parse_arguments(words)
-    targets = [options.output / f"relaxations{suffix}" for suffix in (".json", ".md")]
+    network = options.size if options.checkpoint is None else options.checkpoint.stem
+    targets = [options.output / f"relaxations_{network}{suffix}" for suffix in (".json", ".md")]
     for target in targets:
         check_target(target)
     machine = describe_machine()

@@ -13,7 +13,6 @@ are those of `equiformer2 finetune`, the same for all adapters.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from tqdm import tqdm
 
+from benchmarks.machine import peak_memory
 from datasets_oc20 import LmdbWriter, OC20Lmdb
 from datasets_oc20.frame_selection import hold_out_systems, spread_frames
 from datasets_oc20.preprocess import preprocess
@@ -173,9 +173,10 @@ def _seeds(name: str, part: str) -> int:
 def run_all(arguments: argparse.Namespace, results: Results) -> None:
     """Run everything whose result is not there yet, one process after another."""
     begin = time.monotonic()
+    data = data_folder(arguments)
     for part in arguments.parts:
-        prepare(arguments.runs / "data", part, arguments.frames)
-    prepare_source(arguments.runs / "data", arguments.frames)
+        prepare(data, part, arguments.frames)
+    prepare_source(data, arguments.frames)
     for part, name, seed in tqdm(planned(arguments.parts, arguments.settings), desc="runs", unit="run"):
         if results.get(f"{part}-{name}-{seed}") is not None:
             continue
@@ -185,9 +186,15 @@ def run_all(arguments: argparse.Namespace, results: Results) -> None:
         command = [sys.executable, "-m", "studies.adapters", "--one", f"{part}:{name}:{seed}"]
         command += ["--checkpoint", arguments.checkpoint, "--steps", str(arguments.steps)]
         command += ["--runs", str(arguments.runs), "--frames", str(arguments.frames)]
+        command += ["--results", str(arguments.results)]
         done = subprocess.run(command, check=False)
         if done.returncode:
             raise InputError(f"the run {part}-{name}-{seed} ended with status {done.returncode}")
+
+
+def data_folder(arguments: argparse.Namespace) -> Path:
+    """Folder of the frames; each number of frames has its own."""
+    return Path(arguments.runs) / f"data_{arguments.frames}"
 
 
 def prepare(folder: Path, part: str, frames: int) -> None:
@@ -243,25 +250,20 @@ class StepTimes(Callback):
         self._begin = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.before = peak_bytes()
+        self.before = peak_memory("cpu")
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._begin = time.process_time()
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.seconds.append(time.process_time() - self._begin)
-        self.peak = peak_bytes()
-
-
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.peak = peak_memory("cpu")
 
 
 def run_one(arguments: argparse.Namespace, part: str, name: str, seed: str) -> Row:
     """Train one setting with one seed, and judge it."""
     torch.set_num_threads(1)
-    setting, data = SETTINGS[name], arguments.runs / "data"
+    setting, data = SETTINGS[name], data_folder(arguments)
     run_name, times = f"{part}-{name}-{seed}", StepTimes()
     base = load_checkpoint(arguments.checkpoint)
     own = {key: value for key, value in base.config.to_dict().items() if value is not None}
@@ -290,7 +292,10 @@ def run_one(arguments: argparse.Namespace, part: str, name: str, seed: str) -> R
     dense = Predictor(base)
     frames = OC20Lmdb(data / f"{part}.test.lmdb")
     small = [frames[row] for row in np.argsort([int(frames[row].natoms) for row in range(len(frames))])[:2]]
-    symmetry = check_symmetries(predictor.predict, small, symmetries=("rotation",), trials=1)
+    turned, turned_before = (
+        check_symmetries(each.predict, small, symmetries=("rotation",), trials=1).errors["rotation"].largest
+        for each in (predictor, dense)
+    )
     return {
         **{"part": part, "setting": name, "seed": int(seed)},
         "errors": {
@@ -303,7 +308,8 @@ def run_one(arguments: argparse.Namespace, part: str, name: str, seed: str) -> R
         "step_seconds": None if resumed else float(np.median(times.seconds)),
         "peak_bytes": None if resumed else times.peak,
         "peak_bytes_before_training": None if resumed else times.before,
-        "rotation_error": symmetry.errors["rotation"].largest,
+        "rotation_error": turned,
+        "rotation_error_before": turned_before,
     }
 
 
@@ -354,11 +360,13 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         "# Adapters",
         "",
         "Written by `python -m studies.adapters`, which says what the runs are. Mean absolute errors of",
-        "forces on free atoms in eV/Å, with the standard deviation over seeds. *Forgetting* is the",
+        f"forces on free atoms in eV/Å on at most {rows[0]['about']['frames']} frames, with the standard",
+        "deviation over seeds. *To before* is the change of the forces there. *Forgetting* is the",
         "force error on the network's own test data after the training, with its change in per cent;",
         "*moved* is how far the forces there are from those of the network before. Memory is the peak",
         "of the process, of which *before* was there before the first step; times are seconds of one",
-        "core. Labels of all parts but `dft` are those of SevenNet-0.",
+        "core. *Rotation* is the largest relative change of energies and forces under rotations (of the",
+        "network before). Labels of all parts but the first are those of SevenNet-0.",
     ]
     for part, (title, _) in PARTS.items():
         chosen = [row for row in rows if row["part"] == part]
@@ -405,7 +413,10 @@ def _cells(own: Sequence[Mapping[str, Any]]) -> list[str]:
         f"{own[0]['bytes'] / 1e6:.2f} MB",
         "–" if peak is None or before is None else f"{peak / 1e6:.0f} ({before / 1e6:.0f}) MB",
         "–" if step is None else f"{step:.2f} s",
-        f"{max(row['rotation_error'] for row in own):.1e}",
+        " ".join(
+            text.format(max(row[key] for row in own))
+            for key, text in (("rotation_error", "{:.1e}"), ("rotation_error_before", "({:.1e})"))
+        ),
     ]
 
 

@@ -69,7 +69,14 @@ def judge(rows: Sequence[Row], energies: np.ndarray) -> dict[str, Any]:
     Returns:
         `offset_eV` by element; `mae_eV` over all metals but copper, by element and in all, beside
         `trivial_mae_eV` of the mean of copper's energies; `sites` and `metals`: mean rank correlations.
+
+    Raises:
+        InputError: there is no copper, or nothing else.
     """
+    if {row["metal"] == FITTED_ON for row in rows} != {True, False}:
+        raise InputError(
+            f"offsets are fitted on {FITTED_ON} and errors are of other metals: give a model that knows both"
+        )
     metal, element, dft = (
         np.array([row[key] for row in rows]) for key in ("metal", "adsorbate", "energy_eV")
     )
@@ -119,13 +126,16 @@ def page(record: Mapping[str, Any]) -> str:
         ]
         for model, result in record["models"].items()
     ]
-    first = next(iter(record["models"].values()))
     left = [
         f"{model}: {', '.join(one['left_out'])}" for model, one in record["models"].items() if one["left_out"]
     ]
     if left:
         lines += [f"Left out, because the model refuses them: {'; '.join(left)}.", ""]
-    rows.append(["trivial", *(cell(first["trivial_mae_eV"][name], 3) for name in names), "–", "–"])
+    # Beside each set of metals that a model was judged on.
+    trivial = {tuple(one["left_out"]): one["trivial_mae_eV"] for one in record["models"].values()}
+    for left_out, errors in sorted(trivial.items()):
+        title = "trivial" + (f", without {', '.join(left_out)}" if left_out else "")
+        rows.append([title, *(cell(errors[name], 3) for name in names), "–", "–"])
     return "\n".join([*lines, *table(head, rows)])
 
 
@@ -166,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         models[name] = {
             "energy_kind": kind,
             "left_out": left_out,
-            **judge(kept, np.concatenate(energies)),
+            **judge(kept, np.concatenate(energies) if energies else np.empty(0)),
         }
     record = {**header("adsorption-benchmark/1"), "models": models}
     write_json(options.results.with_suffix(".json"), record, make_folder=True)

@@ -13,9 +13,12 @@ among what it passes on is at most 0.1 eV above. Methods, each with k = 1 to 5:
 - teacher only: k placements in random order, relaxed by the teacher (mean over all choices).
 - lowest starts: one teacher call for every start, and the k lowest relaxed by the teacher.
 
+*Equal success*: the mean teacher calls of the last two for as many relaxations as find it as often. All
+energies are those after at most `--steps` steps; calls for the clean slab, which all need, are not counted.
+
 `stops`: the network alone relaxes all of 40 placements of every system, and the rule of the search is
 replayed on them in their order: how much it would have saved, and how often a minimum more than 0.1 eV lower
-was missed.
+was missed, in all and among the systems that were stopped.
 
 Every relaxation is kept in `--runs`: a stopped command goes on where it was.
 """
@@ -52,7 +55,9 @@ from studies.teacher_relaxations import choose, read_starts
 logger = logging.getLogger(__name__)
 
 MOST = 5
-METHODS = ("network, single point", "network, relaxed", "teacher only", "lowest starts")
+NETWORK = ("network, single point", "network, relaxed")
+ALONE = ("teacher only", "lowest starts")
+METHODS = (*NETWORK, *ALONE)
 Row = dict[str, Any]
 
 
@@ -83,9 +88,16 @@ class Case:
 
 
 def cases(data: Path, count: int, number: int, seed: int) -> list[Case]:
-    """Place the adsorbates of systems of a raw folder anew on their slabs; those that cannot be are named."""
-    found = []
-    for start in read_starts(data, choose(read_index(data), count, seed)):
+    """Place the adsorbates of systems of a raw folder anew on their slabs.
+
+    Systems whose adsorbate cannot be placed are named, and others taken for them.
+    """
+    found: list[Case] = []
+    index = read_index(data)
+    for system in choose(index, max(count, len(index)), seed):
+        if len(found) == count:
+            break
+        (start,) = read_starts(data, [system])
         atoms = start.atoms(start.frame.pos)
         atoms.set_constraint(FixAtoms(mask=np.asarray(start.frame.fixed, dtype=bool)))
         slab = atoms[atoms.get_tags() != 2]
@@ -160,7 +172,22 @@ def judge_case(
     cheapest = [end for end in own.values() if end.start_energy_eV is not None]
     cheapest.sort(key=lambda end: float(end.start_energy_eV or 0.0))
     mean_calls = float(np.mean([end.model_evaluations for end in own.values()]))
-    row: Row = {"sid": case.sid, "placements": len(own), "minima": len(chosen), "methods": {}}
+    number = len(own)
+    curves: dict[str, list[tuple[float, float]]] = {
+        "teacher only": [
+            (by_chance(truth, list(energies.values()), number, k), k * mean_calls)
+            for k in range(1, number + 1)
+        ],
+        "lowest starts": [
+            (
+                found_by(truth, [energies[end.id] for end in cheapest[:k] if end.id in energies]),
+                number + sum(end.model_evaluations - 1 for end in cheapest[:k]),
+            )
+            for k in range(1, number + 1)
+        ],
+    }
+    row: Row = {"sid": case.sid, "placements": number, "minima": len(chosen), "methods": {}}
+    row |= {"converged": sum(end.converged for end in own.values()), "curves": curves}
     for k in range(1, MOST + 1):
         first = chosen[:k]
         row["methods"][str(k)] = {
@@ -172,11 +199,7 @@ def judge_case(
                 found_by(truth, [again_energies[end.id] for end in first if end.id in again_energies]),
                 sum(again[end.id].model_evaluations for end in first),
             ),
-            "teacher only": (by_chance(truth, list(energies.values()), len(own), k), k * mean_calls),
-            "lowest starts": (
-                found_by(truth, [energies[end.id] for end in cheapest[:k] if end.id in energies]),
-                len(own) + sum(end.model_evaluations - 1 for end in cheapest[:k]),
-            ),
+            **{method: curve[min(k, number) - 1] for method, curve in curves.items()},
         }
     return row
 
@@ -221,42 +244,102 @@ def averages(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
     }
 
 
+def equal_success(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean calls with which the teacher alone finds it as often as a network's k candidates, by way."""
+    most = max(row["placements"] for row in rows)
+
+    def calls(way: str, success: float) -> float:
+        for number in range(most):
+            points = [row["curves"][way][min(number, row["placements"] - 1)] for row in rows]
+            if np.mean([float(found) for found, _ in points]) >= success - 1e-9:
+                break
+        return float(np.mean([spent for _, spent in points]))
+
+    return {
+        method: {
+            str(k): {way: calls(way, found[str(k)]["success"]) for way in ALONE} for k in range(1, MOST + 1)
+        }
+        for method, found in averages(rows).items()
+        if method in NETWORK
+    }
+
+
+def stop_numbers(rows: Sequence[Row]) -> Row:
+    """Shares over all systems, and misses among those that were stopped early."""
+    stopped = [row for row in rows if row["relaxed"] < row["placements"]]
+    return {
+        "relaxed_share": float(np.mean([row["relaxed"] / row["placements"] for row in rows])),
+        "missed_share": float(np.mean([row["missed"] for row in rows])),
+        "stopped": len(stopped),
+        "missed_of_stopped": sum(row["missed"] for row in stopped),
+        "largest_miss_eV": max(row["missed_by_eV"] for row in rows),
+    }
+
+
 def page(record: Mapping[str, Any]) -> str:
     """Page of the results."""
-    lines = ["# Candidates for DFT", "", f"Made by `{record['command']}`.", ""]
+    lines = ["# Candidates for DFT", "", "Made by `python -m studies.dft_candidates`.", ""]
     for name, result in record["checkpoints"].items():
         lines += [f"## {name}", ""]
         if "candidates" in result:
-            rows = result["candidates"]["systems"]
-            lines += [
-                f"{len(rows)} systems of unseen bulks, {record['settings']['placements']} placements each.",
-                "The truth is SevenNet-0's lowest placement; found is what lies at most 0.1 eV above it.",
-                "",
-            ]
-            head = ["method", *(f"found, k = {k}" for k in range(1, MOST + 1))]
-            head += [f"teacher calls, k = {k}" for k in (1, MOST)]
-            found = result["candidates"]["averages"]
-            lines += table(
-                head,
-                [
-                    [
-                        method,
-                        *(f"{found[method][str(k)]['success']:.0%}" for k in range(1, MOST + 1)),
-                        *(f"{found[method][str(k)]['teacher_calls']:.1f}" for k in (1, MOST)),
-                    ]
-                    for method in METHODS
-                ],
-            )
+            lines += _candidate_lines(result["candidates"])
         if "stops" in result:
             stops = result["stops"]
             lines += [
-                f"Early stops on {len(stops['systems'])} systems: {stops['relaxed_share']:.0%} of the "
-                f"placements were relaxed, and in {stops['missed_share']:.1%} of the systems a minimum more "
-                f"than {LOWER:g} eV lower was missed (the rule promises {ENOUGH:.0%}); the largest miss was "
-                f"{cell(stops['largest_miss_eV'], 2)} eV.",
+                f"Early stops (`{stops['command']}`): {len(stops['systems'])} systems of "
+                f"{stops['settings']['placements']} placements each. {stops['relaxed_share']:.0%} of the "
+                f"placements were relaxed; {stops['stopped']} systems were stopped early, and in "
+                f"{stops['missed_of_stopped']} of them ({stops['missed_share']:.1%} of all) a minimum more "
+                f"than {LOWER:g} eV lower was missed. The rule promises {ENOUGH:.0%}; the largest miss was "
+                f"{cell(stops['largest_miss_eV'], 2)} eV. Truth: the network's own minima.",
                 "",
             ]
     return "\n".join(lines)
+
+
+def _candidate_lines(result: Mapping[str, Any]) -> list[str]:
+    rows, settings = result["systems"], result["settings"]
+    converged = sum(row["converged"] for row in rows) / sum(row["placements"] for row in rows)
+    lines = [
+        f"{len(rows)} systems of unseen bulks, {settings['placements']} placements each "
+        f"(`{result['command']}`). The truth is SevenNet-0's lowest placement after at most "
+        f"{settings['steps']} steps ({converged:.0%} of its relaxations have converged); found is what lies "
+        f"at most {LOWER:g} eV above it. Calls are means over the systems.",
+        "",
+    ]
+    each = range(1, MOST + 1)
+    head = ["method", *(f"found, k = {k}" for k in each), *(f"teacher calls, k = {k}" for k in each)]
+    found = result["averages"]
+    lines += table(
+        head,
+        [
+            [
+                method,
+                *(f"{found[method][str(k)]['success']:.0%}" for k in each),
+                *(f"{found[method][str(k)]['teacher_calls']:.1f}" for k in each),
+            ]
+            for method in METHODS
+        ],
+    )
+    lines += ["Teacher calls for equal success:", ""]
+    lines += table(
+        ["as often as", *(f"k = {k}: {way}" for k in each for way in ("itself", *ALONE))],
+        [
+            [
+                method,
+                *(
+                    f"{calls:.1f}"
+                    for k in each
+                    for calls in (
+                        found[method][str(k)]["teacher_calls"],
+                        *(result["equal_success"][method][str(k)][way] for way in ALONE),
+                    )
+                ),
+            ]
+            for method in NETWORK
+        ],
+    )
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -291,6 +374,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     file = options.results.with_suffix(".json")
     record = read_json(file) if file.exists() else {"checkpoints": {}}
     check_target(file)
+    about = header("dft_candidates/1")
     settings = RelaxationSettings(fmax=options.fmax, steps=options.steps, frames="ends")
     systems = cases(options.data, options.systems, number, options.seed)
     teacher = open_engine(sevennet()) if options.part == "candidates" else None
@@ -310,21 +394,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not kept:
             raise InputError("no system can be judged: give others")
         result = record["checkpoints"].setdefault(path.stem, {})
-        result["sha256"] = sha256(path)
-        if teacher is not None:
-            result["candidates"] = {"systems": kept, "averages": averages(kept)}
-        else:
-            result["stops"] = {
-                "systems": kept,
-                "relaxed_share": float(np.mean([row["relaxed"] / row["placements"] for row in kept])),
-                "missed_share": float(np.mean([row["missed"] for row in kept])),
-                "largest_miss_eV": max(row["missed_by_eV"] for row in kept),
-            }
-    record = {
-        **header("dft_candidates/1"),
-        "settings": {"placements": number, "seed": options.seed, **dataclasses.asdict(settings)},
-        "checkpoints": record["checkpoints"],
-    }
+        # Each part with what it is of: the other one may be of another call.
+        result[options.part] = {
+            "command": about["command"],
+            "sha256": sha256(path),
+            "settings": {"placements": number, "seed": options.seed, **dataclasses.asdict(settings)},
+            "systems": kept,
+            **(
+                {"averages": averages(kept), "equal_success": equal_success(kept)}
+                if teacher is not None
+                else stop_numbers(kept)
+            ),
+        }
+    record = {**about, "checkpoints": record["checkpoints"]}
     write_json(file, record, make_folder=True)
     write_bytes(options.results.with_suffix(".md"), page(read_json(file)).encode())
     print(page(read_json(file)))

@@ -41,12 +41,12 @@ def of_part(rows: Rows, part: str) -> list[Row]:
 
 
 def force_errors(rows: Rows, part: str) -> dict[int, dict[str, float]]:
-    """Collect force MAE, eV/Å, by seed and task; of a network per task, seeds with all of them."""
+    """Collect force MAE, eV/Å, by seed and task; seeds with all tasks that there are."""
     found: dict[int, dict[str, float]] = {}
     for row in of_part(rows, part):
         own = {task: errors["force_mae_eV_A"] for task, errors in row["errors"].items()}
         found.setdefault(row["seed"], {}).update(own)
-    every = {task for errors in found.values() for task in errors}
+    every = {task for row in rows for task in row.get("errors", {})}
     return {seed: errors for seed, errors in found.items() if errors.keys() == every}
 
 

@@ -25,6 +25,7 @@ import json
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -133,8 +134,9 @@ class Study:
             Folder of the checkpoints, and steps with their time.
         """
         runs = Path(self.options.runs)
-        common = [*MODEL, *_TRAINING, *words, *self.options.settings]
-        common += [f"--runs_dir={runs}", f"--seed={seed}"]
+        common = [*MODEL, *_TRAINING, *words, *self.options.settings, f"--seed={seed}"]
+        made_of = {"minutes": minutes, "words": common}
+        common = [*common, f"--runs_dir={runs}"]
         timing, path = runs / f"{name}-timing", runs / f"{name}.steps.json"
         if not path.exists():
             shutil.rmtree(timing, ignore_errors=True)
@@ -142,9 +144,12 @@ class Study:
             config = parse([*common, f"--name={timing.name}", f"--trainer.max_steps={_TIMED_STEPS}"])
             train(replace(config, trainer=config.trainer | {"callbacks": [times]}))
             seconds = statistics.median(times.seconds[_UNTIMED_STEPS:])
-            write_json(path, {"step_seconds": seconds, "steps": max(1, round(60 * minutes / seconds))})
+            steps = max(1, round(60 * minutes / seconds))
+            write_json(path, {"step_seconds": seconds, "steps": steps, "of": made_of})
             shutil.rmtree(timing, ignore_errors=True)
         plan = read_json(path)
+        if plan.pop("of") != made_of:
+            raise InputError(f"{path} is of a run with other settings: give another --runs")
         more = ["--ckpt_path=auto", "--checkpoint_every_n_steps=50", f"--trainer.max_steps={plan['steps']}"]
         return train(parse([*common, f"--name={name}", *more])) / "checkpoints", plan
 
@@ -285,11 +290,10 @@ def _prune(study: Study, task: str, seed: int) -> Row:
 
 def _bytes(file: Path, contents: ExpertContents) -> int:
     """Size of contents as a file."""
-    path = file.with_name("present.safetensors")
-    write_experts(path, contents)
-    size = path.stat().st_size
-    path.unlink()
-    return size
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        path = Path(folder) / "present.safetensors"
+        write_experts(path, contents)
+        return path.stat().st_size
 
 
 def _flagged(study: Study, pruned: ExpertContents, task: str) -> dict[str, dict[str, float]]:

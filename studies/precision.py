@@ -1,7 +1,7 @@
 """Precision and pruning chosen together against what a user would do without a search, at equal bytes.
 
     python -m studies.precision --checkpoint models/study_teacher.pt --data runs/data/study/train.lmdb \
-        --held-out teacher=runs/data/study/test.lmdb dft=runs/data/dft_test.lmdb --part search --hours 2.5
+        --held-out teacher=runs/data/study/test.lmdb dft=data/oc20_trajs --part search --hours 2.5
 
 Parts, each resumable and runnable alone:
 
@@ -17,14 +17,15 @@ Parts, each resumable and runnable alone:
 - `time`: `prune quantize` at limits of time, and a force call with all products in bfloat16.
 
 Every row is a file in --out: a killed program continues where it was, and --hours ends it before the next
-row. Rows that the page holds are not computed again. All errors are measured on the held-out structures,
-against labels and against the float32 network.
+row. The LMDB files are those of `python -m studies.study_data`. Rows that the page holds are not computed
+again. All errors are measured on the held-out structures, against labels and against the float32 network.
 """
 
 import argparse
 import copy
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ _MOST_TURNED = 1.1
 _MOST_MINUTES = 30.0
 _TIMES = (0.8, 0.5)
 _TIMED_CALLS = 15
-#: Prefixes of rows that a search makes, which no uniform row is to dominate.
+#: Prefix of rows that a search makes, which no uniform row is to dominate.
 SEARCHED = "search"
 
 
@@ -112,12 +113,11 @@ class Study:
     def judged(self, plan: PrecisionPlan) -> Row:
         """Measure the network of a plan on all held-out structures."""
         network = compact_network(self.checkpoint.model, plan)
-        path = self.options.out / "present.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_compact(path, self.checkpoint, network, plan)
-        row = self.judged_file(path, plan)
-        path.unlink()
-        return row
+        self.options.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.options.out) as folder:  # other parts may run beside it
+            path = Path(folder) / "present.pt"
+            write_compact(path, self.checkpoint, network, plan)
+            return self.judged_file(path, plan)
 
     def judged_file(self, path: Path, plan: PrecisionPlan, adapter: Path | None = None) -> Row:
         """Measure the file of a plan's network, with an adapter or without."""
@@ -167,9 +167,11 @@ def _searched(study: Study, name: str, limit: float, seed: int, checkpoint: Path
         batch_size=options.batch_size,
         seed=seed,
     )
-    begin = time.monotonic()
-    found = quantize(request, options.out / f"{name}.pt", options.out / f"{name}.state")
-    return {"seconds_of_command": time.monotonic() - begin, **found}
+    state = options.out / f"{name}.state"
+    continued, begin = state.exists(), time.monotonic()
+    found = quantize(request, options.out / f"{name}.pt", state)
+    # A search that was stopped has taken longer than its last call.
+    return {"seconds_of_command": None if continued else time.monotonic() - begin, **found}
 
 
 def _first_choices(study: Study, found: Row, limit: float, seed: int) -> dict[str, PrecisionPlan]:
@@ -422,6 +424,8 @@ def run(options: argparse.Namespace) -> None:
     stop = time.monotonic() + 3600 * options.hours
     names = ("limits", "structures", "held_out_structures", "trials", "keep")
     about = {name: getattr(options, name) for name in names}
+    about |= {"data": list(map(str, options.data)), "held_out": list(options.held_out)}
+    about["batch_size"], about["recovery_steps"] = options.batch_size, options.recovery_steps
     about["checkpoint_sha256"] = sha256(options.checkpoint)
     results = Results(options.out, lambda _: about, options.results)
     study = Study(options, load_checkpoint(options.checkpoint), held_out, results, stop)
@@ -446,6 +450,39 @@ def points(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in rows if "errors" in row]
 
 
+@dataclass(frozen=True)
+class _Point:
+    """Rows of one name but for the seed.
+
+    Attributes:
+        bytes_ratio: of the file, over float32, mean over seeds.
+        ratios: force MAE over that of float32, by seed.
+    """
+
+    bytes_ratio: float
+    ratios: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        return statistics.fmean(self.ratios)
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.4f} of the force MAE at {self.bytes_ratio:.1%} of the bytes"
+
+
+def _over_seeds(
+    rows: Sequence[Mapping[str, Any]], ratio: Callable[[Mapping[str, Any]], float]
+) -> dict[str, _Point]:
+    """Collect rows by their name without the seed at its end."""
+    by_name: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_name.setdefault(re.sub(r"-\d+$", "", row["run"]), []).append(row)
+    return {
+        name: _Point(statistics.fmean(row["bytes_ratio"] for row in own), tuple(map(ratio, own)))
+        for name, own in by_name.items()
+    }
+
+
 def verdicts(rows: Sequence[Mapping[str, Any]], gate: str) -> list[Verdict]:
     """Judge what the study is to show.
 
@@ -458,21 +495,23 @@ def verdicts(rows: Sequence[Mapping[str, Any]], gate: str) -> list[Verdict]:
         value = row["errors"][gate]["force_mae_ratio"]
         return float("inf") if value is None else float(value)
 
-    own = [row for row in points(rows) if row["run"].startswith(SEARCHED)]
-    small = [row for row in own if row["bytes_ratio"] <= _MOST_BYTES]
+    searched = _over_seeds([row for row in points(rows) if row["run"].startswith(f"{SEARCHED}-")], ratio)
     found = []
-    if small:
-        mean = statistics.fmean(ratio(row) for row in small)
-        told = ", ".join(f"{ratio(row) - 1:+.2%}" for row in small)
-        question = f"at most {_MOST_BYTES:.0%} of the bytes at most 2 % worse ({gate}, labels)"
-        found.append(Verdict(question, told, mean <= _MOST_WORSE))
-    for other in points(rows):
-        if own and (other["run"] in UNIFORM[1:] or other["run"].startswith("pruned-int8")):
-            # A point dominates the front where every searched point with no more bytes is worse than it.
-            rivals = [row for row in own if row["bytes"] <= other["bytes"]]
-            best = min((ratio(row) for row in rivals), default=float("inf"))
-            told = f"{ratio(other):.4f} of the force MAE; searched with no more bytes {best:.4f}"
-            found.append(Verdict(f"{other['run']} does not dominate the front", told, best <= ratio(other)))
+    for name, point in searched.items():
+        if point.bytes_ratio <= _MOST_BYTES:
+            told = ", ".join(f"{value - 1:+.2%}" for value in point.ratios)
+            question = f"{name}: at most {_MOST_BYTES:.0%} of the bytes at most 2 % worse ({gate}, labels)"
+            found.append(Verdict(question, told, point.ratio <= _MOST_WORSE))
+    fixed = [row for row in points(rows) if re.fullmatch(r"bf16|int8|int4|pruned-int8-\d+", row["run"])]
+    for name, point in _over_seeds(fixed, ratio).items():
+        if not searched:
+            continue
+        # It dominates the front where it is no larger than a searched point and no worse.
+        larger = {key: one for key, one in searched.items() if one.bytes_ratio >= point.bytes_ratio}
+        beaten = [key for key, one in larger.items() if one.ratio >= point.ratio]
+        told = f"{point}; searched with as many bytes: "
+        told += ", ".join(f"{key} {one}" for key, one in larger.items()) or "none"
+        found.append(Verdict(f"{name} does not dominate the front", told, not beaten))
     turned = [row["errors"][gate]["equivariance_ratio"] for row in points(rows)]
     turned = [value for value in turned if value is not None]
     if turned:
@@ -487,11 +526,12 @@ def verdicts(rows: Sequence[Mapping[str, Any]], gate: str) -> list[Verdict]:
         told = "of the force MAE: " + ", ".join(f"{way} {mean:.4f}" for way, mean in means.items())
         question = "an adapter recovers from int4, more so if it begins with the rounding error"
         found.append(Verdict(question, told, list(means.values())[-1] == min(means.values())))
-    seconds = [row["seconds_of_command"] for row in rows if "seconds_of_command" in row]
+    seconds = [row["seconds_of_command"] for row in rows if row.get("seconds_of_command") is not None]
     if seconds:
         minutes = max(seconds) / 60
         question = f"`prune quantize` ends within {_MOST_MINUTES:.0f} minutes"
-        found.append(Verdict(question, f"at most {minutes:.1f} min", minutes <= _MOST_MINUTES))
+        told = f"at most {minutes:.1f} min in {len(seconds)} searches that were not interrupted"
+        found.append(Verdict(question, told, minutes <= _MOST_MINUTES))
     return found
 
 

@@ -15,6 +15,9 @@ is added here). Predictions of every member are kept in `--runs`, so that a stop
 - rank correlation: Spearman's, over frames, with its 90 % interval by drawing systems anew.
 - shared: part of the members' mean squared error that all have in common (that of their mean), which no
   spread can show.
+
+The spread of a committee fails where the interval holds less than 80 % of the labels, where the rank
+correlation is below 0.3 or may be 0, or where more than 90 % of the squared error are shared.
 """
 
 import argparse
@@ -43,6 +46,8 @@ SCHEMA = "uncertainty/1"
 LEVEL = 0.9
 #: Below these an interval is too narrow, and a spread does not rank.
 LOWEST_COVERAGE, LOWEST_RANK = 0.8, 0.3
+#: Above this nearly all of the error is common to all members.
+MOST_SHARED = 0.9
 _DRAWS = 200
 _TWIN = "bf16"
 Row = dict[str, Any]
@@ -228,7 +233,7 @@ def verdict(name: str, quantity: str, row: Row) -> str:
     if rank is None or rank < LOWEST_RANK or interval is None or interval[0] <= 0:
         shown = "no rank correlation" if rank is None else f"a rank correlation of {rank:.2f}"
         said.append(f"the spread does not tell large errors from small ones ({shown})")
-    if row["shared"] is not None and row["shared"] > 0.9:
+    if row["shared"] is not None and row["shared"] > MOST_SHARED:
         said.append(f"{row['shared']:.0%} of the squared error is common to all members")
     failing = "; ".join(said)
     return f"{name}, {quantity}: " + (f"fails: {failing}." if said else "holds by these measures.")

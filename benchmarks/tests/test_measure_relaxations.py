@@ -27,14 +27,14 @@ def test_starts_are_displaced_and_the_same_again(tmp_path: Path) -> None:
 def test_both_ways_end_alike(tmp_path: Path) -> None:
     arguments = ["--size", "toy", "--systems", "2", "--steps", "2", "--repeats", "1", "--threads", "1"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
-    record = json.loads((tmp_path / "relaxations.json").read_text())
+    record = json.loads((tmp_path / "relaxations_toy.json").read_text())
     assert list(record["methods"]) == ["batched", "ase"]
     for row in record["methods"].values():
         assert row["model_evaluations"] == 2 * 3
         assert row["converged"] == 0
         assert row["largest_energy_difference_eV"] < 1e-3
         assert row["systems_per_hour"] > 0
-    page = (tmp_path / "relaxations.md").read_text()
+    page = (tmp_path / "relaxations_toy.md").read_text()
     assert "one by one through ASE" in page
     assert "toy, random parameters" in page
 

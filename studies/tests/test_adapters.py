@@ -1,5 +1,6 @@
 """The study of adapters: its runs, one of them at tiny size, and its page."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from datasets_oc20 import OC20Lmdb
 from equiformer2.errors import InputError
 from equiformer2.files import read_json
-from studies.adapters import PARTS, SETTINGS, main, planned, prepare
+from studies.adapters import PARTS, SETTINGS, data_folder, main, planned, prepare
 
 
 def test_the_plan_has_every_run_once() -> None:
@@ -43,6 +44,7 @@ def test_runs_in_processes_of_their_own_and_a_page(tmp_path: Path) -> None:
         assert record["peak_bytes"] >= record["peak_bytes_before_training"] > 0
         for where in ("target", "source"):
             assert all(value > 0 for value in record["errors"][where].values())
+        assert record["rotation_error_before"] > 0
     text = page.with_suffix(".md").read_text()
     assert "| adapter, 80 % removed | 1 |" in text
     before = files[0].stat().st_mtime_ns
@@ -55,3 +57,8 @@ def test_runs_in_processes_of_their_own_and_a_page(tmp_path: Path) -> None:
     assert "| full fine-tuning | 1 |" in page.with_suffix(".md").read_text()
     with pytest.raises(InputError, match="with other settings"):
         main([*words, "--steps", "2"])
+
+
+def test_other_numbers_of_frames_are_other_data(tmp_path: Path) -> None:
+    folders = [data_folder(argparse.Namespace(runs=tmp_path, frames=frames)) for frames in (50, 200)]
+    assert folders[0] != folders[1]

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from equiformer2.errors import InputError
 from studies.adsorption_benchmark import judge, main, page, read_structures
 
 pytestmark = pytest.mark.studies
@@ -39,3 +40,19 @@ def test_the_command_writes_a_page(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["models"]["emt"]["energy_kind"] == "total"
     assert (tmp_path / "r.md").read_text() == page(record)
+
+
+def test_metals_that_a_model_leaves_out_are_left_out_of_its_trivial_answer() -> None:
+    rows = [row for row, _ in read_structures()]
+    fewer = [row for row in rows if row["metal"] != "Pt"]
+    models = {
+        name: {"left_out": left_out, **judge(own, np.zeros(len(own)))}
+        for name, left_out, own in (("a", [], rows), ("b", ["Pt"], fewer))
+    }
+    text = page({"command": "x", "models": models})
+    assert text.count("| trivial |") == 1
+    assert text.count("| trivial, without Pt |") == 1
+    with pytest.raises(InputError, match="fitted on Cu"):
+        judge([row for row in rows if row["metal"] != "Cu"], np.zeros(1))
+    with pytest.raises(InputError, match="fitted on Cu"):
+        judge([], np.empty(0))

@@ -11,10 +11,31 @@ from equiformer2.adsorption.named_structures import build_slab
 from equiformer2.adsorption.placements import placements
 from equiformer2.inference import open_engine
 from equiformer2.inference.batched import RelaxationSettings
-from studies.dft_candidates import METHODS, Case, averages, by_chance, judge_case, page, relaxed, replay
+from studies.dft_candidates import (
+    ALONE,
+    METHODS,
+    NETWORK,
+    Case,
+    averages,
+    by_chance,
+    cases,
+    equal_success,
+    judge_case,
+    page,
+    relaxed,
+    replay,
+    stop_numbers,
+)
+from studies.study_errors import LARGE
 
 pytestmark = pytest.mark.studies
 SETTINGS = RelaxationSettings(fmax=0.1, steps=40, frames="ends")
+
+
+STOPS = [
+    {"placements": 40, "relaxed": 8, "missed": True, "missed_by_eV": 0.3},
+    {"placements": 40, "relaxed": 40, "missed": False, "missed_by_eV": 0.0},
+]
 
 
 class Wrong(EMT):
@@ -42,11 +63,14 @@ def test_a_perfect_network_finds_it_with_one_candidate(tmp_path: Path) -> None:
     found = averages([row])
     assert set(found) == set(METHODS)
     assert found["network, single point"]["1"] == {"success": 1.0, "teacher_calls": 1.0}
-    record = {
-        "command": "x",
-        "settings": {"placements": 6},
-        "checkpoints": {"emt": {"candidates": {"systems": [row], "averages": found}}},
-    }
+    own = row["curves"]
+    assert all(len(own[way]) == row["placements"] and own[way][-1][0] == 1.0 for way in ALONE)
+    candidates = {"command": "x", "settings": {"placements": 6, "steps": 40}, "systems": [row]}
+    candidates |= {"averages": found, "equal_success": equal_success([row])}
+    stops = {"command": "y", "settings": {"placements": 40}, "systems": [], **stop_numbers(STOPS)}
+    record = {"checkpoints": {"emt": {"candidates": candidates, "stops": stops}}}
+    assert "6 placements each (`x`)" in page(record)
+    assert "1 systems were stopped early, and in 1 of them (50.0% of all)" in page(record)
     assert "| network, single point | 100% |" in page(record)
 
 
@@ -76,3 +100,18 @@ def test_the_rule_of_the_search_is_replayed(tmp_path: Path) -> None:
     energies = np.array([ends[name].energy_eV for name, _ in one.placed])
     missed = energies.min() < energies[: row["relaxed"]].min() - 0.1
     assert row["missed"] == missed
+
+
+def test_calls_for_equal_success_are_those_of_the_fewest_relaxations() -> None:
+    method = {k: dict.fromkeys(METHODS, (True, 1)) for k in map(str, range(1, 6))}
+    curve = [(0.5, 10.0), (0.9, 20.0), (1.0, 30.0)]
+    row = {"placements": 3, "curves": dict.fromkeys(ALONE, curve), "methods": method}
+    other = {**row, "methods": {k: dict.fromkeys(METHODS, (False, 1)) for k in method}}
+    assert equal_success([row])[NETWORK[0]]["1"] == dict.fromkeys(ALONE, 30.0)
+    assert equal_success([row, other])[NETWORK[0]]["1"] == dict.fromkeys(ALONE, 10.0)
+
+
+def test_as_many_systems_as_were_asked_for() -> None:
+    found = cases(LARGE / "test", 2, 1, 0)
+    assert [len(one.placed) for one in found] == [1, 1]
+    assert [one.sid for one in cases(LARGE / "test", 3, 1, 0)][:2] == [one.sid for one in found]

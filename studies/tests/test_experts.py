@@ -103,6 +103,11 @@ def test_all_parts_are_continued(frames: Path, tmp_path: Path, capsys: pytest.Ca
         main([*words, "--keep", "0.25", "--", *SMALL])
     main([*words, "--seeds", "1", "--hours", "0", "--", *SMALL])
     assert "rows are left" in capsys.readouterr().err
+    # A run that was stopped before its row was there keeps its number of steps, and no other run takes it.
+    for path in [*files.values(), tmp_path / "page.json"]:
+        path.unlink()
+    with pytest.raises(InputError, match=r"joint-0.steps.json is of a run with other settings"):
+        main([*words, "--minutes", "0.002", "--part", "joint", "--", *SMALL])
 
 
 def trained(part: str, seed: int, value: float) -> dict[str, Any]:
@@ -141,3 +146,11 @@ def test_verdicts_of_given_rows() -> None:
     assert found["the bound of the change of weights is never violated"]
     assert found["retrieval, a set per task, kind of labels given: top-1 at least 95%"]
     assert expert_page.verdicts([]) == []
+
+
+def test_a_seed_with_some_of_the_networks_per_task_is_not_judged() -> None:
+    """The page is written whenever the time is over."""
+    rows = [trained("joint", 0, 0.2), trained("single", 0, 0.3)]
+    rows[1]["errors"].pop(OWN[1])
+    assert expert_page.verdicts(rows) == []
+    assert "| – |" in expert_page.markdown(rows, [], "x.png")

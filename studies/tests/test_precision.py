@@ -21,9 +21,32 @@ def row(name: str, share: float, ratio: float) -> dict[str, Any]:
 def test_verdicts() -> None:
     rows = [row("int8", 0.3, 1.01), row("search-0.2-0", 0.19, 1.005), row("int4", 0.15, 1.5)]
     found = {verdict.question: verdict.holds for verdict in precision.verdicts(rows, "test")}
-    assert found["at most 20% of the bytes at most 2 % worse (test, labels)"]
-    assert found["int8 does not dominate the front"]
-    assert not found["int4 does not dominate the front"]  # nothing searched is as small
+    assert found["search-0.2: at most 20% of the bytes at most 2 % worse (test, labels)"]
+    assert found["int8 does not dominate the front"]  # nothing searched is as large
+    assert found["int4 does not dominate the front"]  # smaller, and worse
+
+
+def test_verdicts_are_of_means_over_seeds() -> None:
+    """One lucky seed is no front, and a smaller limit has a verdict of its own."""
+    rows = [row(f"search-0.2-{seed}", 0.19, ratio) for seed, ratio in enumerate((1.0, 1.02, 1.04))]
+    rows += [
+        row("search-0.17-0", 0.17, 1.2),
+        row("pruned-int8-0", 0.18, 1.01),
+        row("pruned-int8-1", 0.18, 1.02),
+    ]
+    found = {verdict.question: verdict for verdict in precision.verdicts(rows, "test")}
+    question = "at most 20% of the bytes at most 2 % worse (test, labels)"
+    assert found[f"search-0.2: {question}"].holds
+    assert not found[f"search-0.17: {question}"].holds
+    assert not found["pruned-int8 does not dominate the front"].holds
+    assert "search-0.2 1.0200 of the force MAE" in found["pruned-int8 does not dominate the front"].measured
+
+
+def test_a_search_that_was_interrupted_is_not_timed() -> None:
+    rows = [{"run": "a", "seconds_of_command": None}, {"run": "b", "seconds_of_command": 60.0}]
+    (found,) = precision.verdicts(rows, "test")
+    assert found.measured == "at most 1.0 min in 1 searches that were not interrupted"
+    assert precision.verdicts(rows[:1], "test") == []
 
 
 def test_all_parts_are_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
