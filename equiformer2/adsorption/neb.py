@@ -272,7 +272,7 @@ def _orders(molecule: Atoms) -> tuple[np.ndarray, np.ndarray]:
             if (bonds[np.ix_(order, order)] == bonds).all() and (order != orders[0]).any():
                 orders.append(order)
     hands = []
-    for centre in np.flatnonzero(bonds.sum(axis=1) >= 3):
+    for centre in np.flatnonzero(bonds.sum(axis=1) >= 3).tolist():
         around = np.flatnonzero(bonds[centre])[:3]
 
         def hand(order: np.ndarray, centre: int = centre, around: np.ndarray = around) -> float:
