@@ -13,6 +13,7 @@ are those of `equiformer2 finetune`, the same for all adapters.
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -27,7 +28,6 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from tqdm import tqdm
 
-from benchmarks.machine import peak_memory
 from datasets_oc20 import LmdbWriter, OC20Lmdb
 from datasets_oc20.frame_selection import hold_out_systems, spread_frames
 from datasets_oc20.preprocess import preprocess
@@ -250,14 +250,24 @@ class StepTimes(Callback):
         self._begin = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.before = peak_memory("cpu")
+        self.before = peak_bytes()
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._begin = time.process_time()
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.seconds.append(time.process_time() - self._begin)
-        self.peak = peak_memory("cpu")
+        self.peak = peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # On Linux ru_maxrss starts at the parent's peak; VmHWM is this program's own.
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def run_one(arguments: argparse.Namespace, part: str, name: str, seed: str) -> Row:

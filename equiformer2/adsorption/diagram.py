@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets_oc20.untrusted import AnyPath
 from equiformer2.adsorption.corrections import Corrections, correction_text
 from equiformer2.adsorption.gases import co2_reduction, water_formation
 from equiformer2.errors import InputError
@@ -137,7 +138,7 @@ def _references(gas: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def check_same_gas(
-    first: Path, known: Mapping[str, Any] | None, folder: Path, gas: Mapping[str, Any] | None
+    first: AnyPath, known: Mapping[str, Any] | None, folder: AnyPath, gas: Mapping[str, Any] | None
 ) -> None:
     """Raise `InputError` where two searches have other gas references.
 

@@ -37,6 +37,6 @@ def test_moving_leaves_the_callers_batch(checkpoint: Path, oxygen_on_copper: Ato
     predictor.device = torch.device("meta")
     predictor.router = lambda model, batch, request: network(batch, request)
     batch = batch_of_one(atoms_to_data(oxygen_on_copper))
-    predictor._run(batch, OutputRequest())
+    predictor._run(batch, OutputRequest(), predictor.router)
     assert seen[0].pos.device.type == seen[0].batch.device.type == "meta"
     assert batch.pos.device.type == batch.batch.device.type == "cpu"

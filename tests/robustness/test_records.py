@@ -591,9 +591,11 @@ def test_next_ids_that_are_wrong(tmp_path: Path, next_id: Any) -> None:
         OC20Lmdb(path)
 
 
-def test_rows_without_a_name_have_that_of_their_id(tmp_path: Path) -> None:
-    dataset = OC20Lmdb(ase_file(tmp_path / "x.aselmdb", [slab(), slab(), slab()]))
-    assert [data.sid for data in dataset] == ["1", "2", "3"]
+def test_rows_without_a_name_have_that_of_their_place(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    dataset = OC20Lmdb(ase_file(folder / "x.aselmdb", [slab(), slab(), slab()]))
+    assert [data.sid for data in dataset] == ["set-x-1", "set-x-2", "set-x-3"]
 
 
 @pytest.mark.parametrize(("tags", "expected"), [([0, 0, 0], [0, 1, 1]), ([0, 0, 2], [0, 0, 2])])

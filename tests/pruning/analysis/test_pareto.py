@@ -149,7 +149,6 @@ def test_networks_are_distilled_and_trained_from_scratch(files, tmp_path) -> Non
     assert small.weights == "averaged"
 
 
-@pytest.mark.pictures
 @pytest.mark.parametrize("names", [("dft", "bare"), ("bare", "dft")])
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_labels_count_whatever_they_are_beside(files, names, batch_size) -> None:
@@ -169,6 +168,7 @@ def test_labels_count_whatever_they_are_beside(files, names, batch_size) -> None
     assert beside["loss"] == pytest.approx(alone["force_norm"], rel=1e-5)
 
 
+@pytest.mark.pictures
 def test_tables_and_figure(study, tmp_path) -> None:
     _, results = study
     write_report(results, tmp_path)
