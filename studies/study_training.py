@@ -265,6 +265,9 @@ def draw(rows: Sequence[Row], target: Path) -> None:
         axis.set(xscale="log", xlabel="training frames", title=title)
         axis.grid(alpha=0.3)
         if curve:
+            frames = sorted({row["frames"] for row in curve})
+            axis.set_xticks(frames, [f"{number:,}" for number in frames])
+            axis.minorticks_off()
             axis.legend()
     save_figure(figure, target)
 
