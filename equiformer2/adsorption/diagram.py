@@ -133,7 +133,7 @@ def _read_free_energy(folder: Path) -> dict[str, Any]:
 
 
 def _references(gas: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What tells gas references from others, of their summary in the record of a search."""
+    """Select what tells gas references from others, of their summary in the record of a search."""
     return None if gas is None else {key: gas.get(key) for key in ("source", "per_atom_eV")}
 
 

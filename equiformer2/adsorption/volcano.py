@@ -259,7 +259,7 @@ def read_diagrams(folders: Sequence[Path]) -> SystemTable:
 
 @dataclass(frozen=True)
 class _Conditions:
-    """What the free energies of a diagram are of, which all diagrams of a volcano share.
+    """Conditions, model and references of the free energies in a diagram; one volcano has one set of them.
 
     Attributes:
         file: the diagram.
