@@ -1,13 +1,12 @@
 """Work and quality of the searches for plans and for routers, with their savings and without.
 
     python -m studies.search_cost --checkpoint models/oc20_small.pt --data TRAIN.lmdb --held-out TEST.lmdb
-    python -m studies.search_cost --count 31M       # work of a large network
 
 Both kinds of a search get the same calibration structures and the same target: `exhaustive` tries every
 candidate on all structures, `default` is what the command runs. Work is counted in passes of the dense
 network over a structure of mean size (`equiformer2.pruning.cost.work`); what the exhaustive search would take
 without reused features stands beside it. One file per search in --out: a killed program continues where it
-was, and more seeds add to what is there.
+was, and more seeds add to what is there. `studies.search_time` times the searches of a large network.
 """
 
 import argparse
@@ -19,16 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ase.build import add_adsorbate, fcc111
-from torch_geometric.data import Data
 from tqdm import tqdm
 
-from equiformer2 import EquiformerV2, ModelConfig
-from equiformer2.checkpoint import Normalizer, Normalizers, load_checkpoint
+from equiformer2 import EquiformerV2
+from equiformer2.checkpoint import Normalizers, load_checkpoint
 from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
 from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_json
-from equiformer2.inference.atoms import atoms_to_data
 from equiformer2.pruning.calibration import Calibration
 from equiformer2.pruning.calibration_data import mixed_systems, read_structures
 from equiformer2.pruning.cost.targets import MacTarget
@@ -50,7 +46,6 @@ from studies.exhaustive_schedules import ExhaustiveSearch
 
 KINDS = ("exhaustive", "default")
 BATCH_SIZE = 2
-_METALS = {"Cu": 3.61, "Ag": 4.09, "Au": 4.08, "Pt": 3.92, "Pd": 3.89, "Ni": 3.52, "Al": 4.05, "Ir": 3.84}
 
 Row = dict[str, Any]
 
@@ -169,30 +164,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", help="checkpoint of the dense network")
-    parser.add_argument("--data", nargs="+", help="files of structures to calibrate on")
-    parser.add_argument("--held-out", nargs="+", help="files of other systems to test on")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint of the dense network")
+    parser.add_argument("--data", nargs="+", required=True, help="files of structures to calibrate on")
+    parser.add_argument("--held-out", nargs="+", required=True, help="files of other systems to test on")
     parser.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=list(SEARCHES))
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--keep", type=float, default=0.7, help="share of the MACs (default: %(default)s)")
     parser.add_argument("--structures", type=int, default=32, help="to calibrate on (default: %(default)s)")
     parser.add_argument("--held-out-structures", type=int, default=64, help="(default: %(default)s)")
-    parser.add_argument(
-        "--count",
-        choices=("31M", "83M", "153M"),
-        help="count the work of a network of this size with random weights, on tiny slabs",
-    )
     parser.add_argument("--out", type=Path, default=Path("runs/search_cost"), help="folder of all searches")
     parser.add_argument("--results", type=Path, default=Path("docs/results/search_cost"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.count is not None:
-        _count(options)
-    elif not (options.checkpoint and options.data and options.held_out):
-        raise InputError("give --checkpoint, --data and --held-out, or --count")
-    else:
-        _compare(options)
+    _compare(options)
     _report(options.out, options.results)
 
 
@@ -216,31 +201,6 @@ def _compare(options: argparse.Namespace) -> None:
             model, normalizers, calibrations[seed], options.keep, seed, stem.with_suffix(".state")
         )
         _row(name, kind, setting, held_out, stem.with_suffix(".json"))
-
-
-def _count(options: argparse.Namespace) -> None:
-    """Run the default searches of a large network with random weights, for their work alone."""
-    torch.manual_seed(0)
-    one = Normalizer(0.0, 1.0)
-    model, normalizers = EquiformerV2(ModelConfig.preset(options.count)), Normalizers(one, one)
-    calibration = Calibration(model, normalizers, mixed_systems(tiny_slabs(options.structures)), BATCH_SIZE)
-    for name in options.searches:
-        stem = options.out / f"{name}-{options.count}"
-        setting = Setting(model, normalizers, calibration, options.keep, 0, stem.with_suffix(".state"))
-        _row(name, options.count, setting, None, stem.with_suffix(".json"))
-
-
-def tiny_slabs(count: int) -> list[Data]:
-    """Build O on slabs of four atoms, of several metals and heights: cheap structures of `count` systems."""
-    structures = []
-    for number in range(count):
-        metal = list(_METALS)[number % len(_METALS)]
-        slab = fcc111(metal, (1, 1, 3), a=_METALS[metal], vacuum=6.0, periodic=True)
-        add_adsorbate(slab, "O", 1.1 + 0.1 * (number // len(_METALS)), "fcc")
-        data = atoms_to_data(slab)
-        data.sid = f"{metal}{number}"
-        structures.append(data)
-    return structures
 
 
 def _row(name: str, kind: str, setting: Setting, held_out: Calibration | None, path: Path) -> None:
@@ -286,14 +246,13 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         By search: `setting` as a sentence, `kinds` with means over seeds, `times_less_work` than without
         savings, `calibration_difference` and `held_out_difference` (loss of default minus exhaustive, eV,
-        with its standard error), and `counted`: kind of a larger network -> passes.
+        with its standard error). Seeds that only one of them has count for nothing.
     """
     found: dict[str, Any] = {}
     for name in sorted({row["search"] for row in rows}):
         own = {(row["kind"], row["seed"]): row for row in rows if row["search"] == name}
-        counted = {kind: row["passes"] for (kind, _), row in own.items() if kind not in KINDS}
         seeds = [seed for kind, seed in sorted(own) if kind == "default" and ("exhaustive", seed) in own]
-        found[name] = {"seeds": seeds, "counted": counted}
+        found[name] = {"seeds": seeds}
         if not seeds:
             continue
         pairs = {kind: [own[kind, seed] for seed in seeds] for kind in KINDS}
@@ -368,8 +327,6 @@ def markdown(found: Mapping[str, Any]) -> str:
                     f"Loss on {where} structures, default minus exhaustive: {change['mean']:+.4f} eV "
                     f"({about})."
                 )
-        for kind, passes in part["counted"].items():
-            lines += ["", f"A {kind} network (random weights, tiny slabs): {passes:,.0f} passes."]
     return "\n".join(lines) + "\n"
 
 
