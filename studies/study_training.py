@@ -1,9 +1,10 @@
-"""Training runs behind models/study_teacher.pt: variants, learning curve, EquiformerV3's switches.
+"""Training runs behind models/study_teacher.pt: variants, learning curve, EquiformerV3's switches, seeds.
 
     python -m studies.study_data                          # the LMDB files
     python -m studies.study_training --part variants      # four short runs on a quarter of the data
     python -m studies.study_training --part curve         # 1/8, 1/4, 1/2 and all data at equal steps
     python -m studies.study_training --part v3            # the network with EquiformerV3's switches
+    python -m studies.study_training --part seeds         # three seeds, the committee of studies.uncertainty
     python -m studies.study_training                      # the page of all that is there
 
 All runs start from random weights and differ from configs/study.yaml in what SETTINGS says, and in 128
@@ -80,11 +81,16 @@ SETTINGS: dict[str, Setting] = {
     "1/2": Setting("curve", ("train_1_2",), 6000, MILLION, ("val", "test")),
     "all": Setting("curve", ("train",), 6000, MILLION, ("val", "test")),
     "V3": Setting("v3", ("train_1_4",), 2400, V3),
+    **{
+        f"seed {seed}": Setting("seeds", ("train",), 2400, (f"--seed={seed}",), ("val", "test"))
+        for seed in range(3)
+    },
 }
 PARTS = {
     "variants": "Variants on a quarter of the data",
     "curve": "Learning curve: one million parameters, equal steps",
     "v3": "EquiformerV3's switches; the row `base` above is without them",
+    "seeds": "Random seeds, on all of the data",
 }
 COLUMNS = {
     "force_ratio": "force MAE of zero forces",

@@ -1,6 +1,12 @@
 """Coverage of the 90 % interval of a committee, and rank correlation of its spread with its error.
 
-    python -m studies.uncertainty --seeds seed0.pt seed1.pt seed2.pt --twins models/study_teacher.pt pruned.pt
+    python -m studies.study_data
+    python -m studies.study_training --part seeds       # three trainings of about 40 minutes on one core
+    equiformer2 prune plan --checkpoint study_teacher --data runs/data/study/train.lmdb \\
+        --target macs=0.7 --out runs/pruned.json
+    equiformer2 prune apply --checkpoint study_teacher --plan runs/pruned.json --out runs/pruned.pt
+    python -m studies.uncertainty --seeds runs/study_training/seeds-seed_?/checkpoints/last.pt \\
+        --twins models/study_teacher.pt runs/pruned.pt
 
 Two committees are compared on data with labels: checkpoints that were trained from other seeds (`--seeds`),
 and the twins of one network (`--twins`: the full one, its pruned copies, and the full one in bfloat16, which
