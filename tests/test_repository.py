@@ -3,6 +3,7 @@
 import ast
 import re
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,12 @@ def test_files_stay_short() -> None:
         for path in sources(*SHIPPED, "tests")
     }
     assert not {name: count for name, count in lengths.items() if count > MAX_LINES}
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """`make test-slow` collects all folders at once, and pytest imports a file by its name alone."""
+    names = Counter(path.name for path in sources("tests", "benchmarks", "studies"))
+    assert not [name for name, count in names.items() if count > 1 and name.startswith("test_")]
 
 
 def test_the_packages_are_no_heap_of_fragments() -> None:
