@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from equiformer2.checkpoint import load_checkpoint
 from equiformer2.errors import InputError
+from equiformer2.pruning.calibration_data import read_structures
+from equiformer2.pruning.fingerprints import fingerprint_of_structures
 from studies import search_time
+from studies.results import write_page
 
 DATA = "data/oc20_trajs/random1000100.extxyz.xz"
 
@@ -18,27 +20,25 @@ def test_data_that_are_missing_are_named(tmp_path: Path) -> None:
         search_time.main(words)
 
 
-def test_a_search_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def search(checkpoint: Path, data: Path, structures: int) -> dict[str, float]:
-        calls.append((checkpoint.name, data.name, structures))
-        return {"passes": 465.4, "candidates": 72, "macs": 0.693}
-
-    def write(size: str, path: Path) -> int:
-        return 31_058_690
-
-    monkeypatch.setattr(search_time, "SEARCHES", {"plan": search})
-    monkeypatch.setattr(search_time, "write_random", write)
-    words = ["--data", DATA, "--structures", "2", "--out", str(tmp_path), "--searches", "plan"]
-    for _ in range(2):
-        search_time.main([*words, "--results", str(tmp_path / "page")])
-    assert calls == [("31M.pt", "random1000100.extxyz.xz", 2)]
+def test_a_search_that_the_page_holds_is_not_repeated(tmp_path: Path) -> None:
+    chosen = read_structures([DATA], 2)
+    about = {
+        **{"search": "plan", "size": "31M", "structures": 2, "keep": 0.7},
+        "fingerprint": fingerprint_of_structures(chosen),
+        "atoms": sum(len(data.pos) for data in chosen) / 2,
+    }
+    found = {"passes": 465.4, "candidates": 72, "macs": 0.693, "seconds": 90.0, "parameters": 31_058_690}
+    row = {"run": "plan-31M", "about": about, **found, "threads": 2}
+    write_page(tmp_path / "page", [{**row, "machine": {"processor": "EPYC", "cores": 2}}], "")
+    words = ["--data", DATA, "--out", str(tmp_path), "--searches", "plan"]
+    words += ["--results", str(tmp_path / "page")]
+    search_time.main([*words, "--structures", "2"])
     page = (tmp_path / "page.md").read_text()
-    assert "| plan | 31M (31,058,690 parameters) | 2 (" in page
-    assert f"| 72 | 465 | 0.0 | {torch.get_num_threads()} | 69.3% |" in page
+    assert f"| plan | 31M (31,058,690 parameters) | 2 ({about['atoms']:.0f}) |" in page
+    assert "| 72 | 465 | 1.5 | 2 | 69.3% |" in page
+    assert not (tmp_path / "31M.pt").exists()
     with pytest.raises(InputError, match="other settings"):
-        search_time.main([*words, "--structures", "1", "--results", str(tmp_path / "page")])
+        search_time.main([*words, "--structures", "1"])
 
 
 @pytest.mark.slow
