@@ -177,10 +177,11 @@ def count_ties(cutoff: float, max_neighbors: int) -> dict[str, int]:
     for path in sorted(DATA.glob("*.extxyz.xz")):
         atoms = read(path, index=-1, format="extxyz")
         assert isinstance(atoms, Atoms)  # what an integer index gives
+        cells, pbc = atoms.cell[:][None], atoms.pbc[None]
         pairs = search.find_pairs(
-            atoms.get_positions(),
-            atoms.cell[:][None],
-            atoms.pbc[None],
+            search.wrap(atoms.get_positions(), cells, pbc, np.zeros(len(atoms), dtype=np.int64)),
+            cells,
+            pbc,
             np.array([len(atoms)]),
             max_radius=cutoff,
             max_neighbors=max_neighbors,
