@@ -18,6 +18,8 @@ TASKS = ("s2ef", "is2re")
 VALIDATION_SPLITS = ("val_id", "val_ood_ads", "val_ood_cat", "val_ood_both")
 """The validation splits of OC20, over which papers report the average."""
 _ENDINGS = (".lmdb", ".aselmdb")
+PROPOSED_ENDING = "_lmdb"
+"""End of the name of the folder that is proposed for the LMDB files of an archive."""
 
 # A record of OC20's mean size (78 atoms) takes a page of 4096 bytes of its own and a little of the tree, one
 # of more than 95 atoms two pages. tests/datasets_oc20/test_download.py compares this with a written file.
@@ -110,7 +112,8 @@ def find_archive(task: str, split: str | None) -> Archive:
 def find_splits(root: AnyPath, names: Sequence[str]) -> dict[str, Path]:
     """Find the dataset of every split: the folder `root/NAME`, or the file `root/NAME.lmdb` or `.aselmdb`.
 
-    Names of archives count too: `val_id` is also found as `root/s2ef_val_id`.
+    Names of archives, and of the folders that `data download` proposes for their LMDB files, count too:
+    `val_id` is also found as `root/s2ef_val_id` and `root/s2ef_val_id_lmdb`.
 
     Args:
         root: folder with a folder or file for each split.
@@ -136,7 +139,8 @@ def find_splits(root: AnyPath, names: Sequence[str]) -> dict[str, Path]:
     for name in names:
         if not name or Path(name).name != name or name == "..":
             raise DataError(f"the split {name!r} is not a plain name; give the names of folders in {root}.")
-        paths = [root / f"{prefix}{name}{ending}" for prefix in ("", "s2ef_") for ending in ("", *_ENDINGS)]
+        endings = ("", *_ENDINGS, PROPOSED_ENDING)
+        paths = [root / f"{prefix}{name}{ending}" for prefix in ("", "s2ef_") for ending in endings]
         candidates[name] = [path for path in paths if is_data(path)]
     repeated = sorted({name for name in names if list(names).count(name) > 1})
     if repeated:

@@ -39,9 +39,9 @@ from datasets_oc20.own_data.report import (
     shared_settings,
 )
 from datasets_oc20.own_data.source_worker import (
-    LARGE_SOURCE,
     Dropped,
     SourceResult,
+    is_divided,
     part_file,
     read_source,
 )
@@ -241,7 +241,7 @@ def _read_all(
 ) -> Iterator[SourceResult]:
     """Read the sources in order, with a bar that counts files, or frames where there is one file.
 
-    Large files are each read by all processes, the others side by side.
+    Large files that can be divided are each read by all processes, the others side by side.
     """
     sources = found.sources
     read = partial(read_source, options=options.labels, folder=folder, needs_energy=needs_energy)
@@ -252,12 +252,13 @@ def _read_all(
             bar = stack.enter_context(tqdm(desc="Reading", unit=" frames", disable=disable))
             yield read_large(sources[0], progress=lambda number: bar.update(number - bar.n))
             return
-        small = [source for source in sources if source.size < LARGE_SOURCE]
-        work = iter(stack.enter_context(parallel_map(read, small, num_workers)))
+        divided = {source.number for source in sources if is_divided(source)}
+        others = [source for source in sources if source.number not in divided]
+        work = iter(stack.enter_context(parallel_map(read, others, num_workers)))
         frames = 0
         bar = stack.enter_context(tqdm(total=len(sources), desc="Reading", unit=" files", disable=disable))
         for source in sources:
-            result = next(work) if source.size < LARGE_SOURCE else read_large(source)
+            result = read_large(source) if source.number in divided else next(work)
             frames += len(result.frames)
             bar.update()
             bar.set_postfix(frames=frames, refresh=False)

@@ -143,7 +143,7 @@ class SourceFile:
             UnreadableError: the file cannot be read.
         """
         whole = FilePart(0, None, 0)
-        if self.format not in _DIVISIBLE or self.path.suffix in COMPRESSED:
+        if not is_divisible(self.path):
             return [whole]
         with contextlib.ExitStack() as stack, self._reasons():
             if self.format == "extxyz":
@@ -498,6 +498,12 @@ def find_format(path: AnyPath) -> str:
     if _SIGNATURES.get(found, b"") not in head:
         raise UnreadableError(f"ASE does not know its format (its ending is of {found}, but not its text)")
     return str(found)
+
+
+def is_divisible(path: AnyPath) -> bool:
+    """Tell whether reading of a file can begin at any frame; errors as `find_format`."""
+    path = Path(path)
+    return path.suffix not in COMPRESSED and find_format(path) in _DIVISIBLE
 
 
 def _not_converged(converged: bool | None, limit: int | None) -> str:

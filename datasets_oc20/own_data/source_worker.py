@@ -12,7 +12,7 @@ from datasets_oc20.own_data.dft_settings import Calculation
 from datasets_oc20.own_data.discovery import Source
 from datasets_oc20.own_data.frame_facts import FrameFacts, Origins, RunFinder
 from datasets_oc20.own_data.labels import Labelled, LabelOptions, label
-from datasets_oc20.own_data.reading import LMDB, FilePart, SourceFile, UnreadableError
+from datasets_oc20.own_data.reading import LMDB, FilePart, SourceFile, UnreadableError, is_divisible
 from datasets_oc20.structure_record import pack
 from datasets_oc20.untrusted import AnyPath
 from datasets_oc20.workers import parallel_map
@@ -64,6 +64,14 @@ class SourceResult:
     calculation: Calculation = field(default_factory=Calculation)
     energy_kind: str | None = None
     not_selected: int = 0
+
+
+def is_divided(source: Source) -> bool:
+    """Tell whether several processes read parts of a source: it is large, and can be read from any frame."""
+    try:
+        return source.size >= LARGE_SOURCE and is_divisible(source.paths[0])
+    except (DataError, OSError):  # told when it is read
+        return False
 
 
 def part_file(folder: AnyPath, source: Source) -> Path:

@@ -65,7 +65,8 @@ def build_slab(
     if len(elements) > 1 and set(elements) <= set(chemical_symbols[1:]):
         raise InputError(
             f"the slab {name!r} has several elements ({', '.join(elements)}), and only slabs of one element, "
-            "such as Pt111, are built by name: cut it from its bulk with ase.build.surface and give a file"
+            "such as Pt111, are built by name: cut it from its bulk with `equiformer2 adsorption slab "
+            "--bulk` and give the file"
         )
     if not match or match[1] not in atomic_numbers:
         raise InputError(

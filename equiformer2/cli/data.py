@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets_oc20.catalogue import S2EF, TASKS, Archive, find_archive
+from datasets_oc20.catalogue import PROPOSED_ENDING, S2EF, TASKS, Archive, find_archive
 from datasets_oc20.disk_space import Need, human, require_space
 from datasets_oc20.errors import DataError
 from equiformer2.cli.command import Command, Parser, Result
@@ -133,7 +133,7 @@ class Download(Command):
         folders = ", ".join(str(folder) for folder in unpacked.data_folders)
         if archive.frames is None:
             return f"data: {folders or unpacked.folder}"
-        lmdb = lmdb_folder / f"{archive.file.partition('.')[0]}_lmdb"
+        lmdb = lmdb_folder / f"{archive.file.partition('.')[0]}{PROPOSED_ENDING}"
         return f"next: equiformer2 data preprocess --data {folders} --out {lmdb} --shards 64"
 
 

@@ -29,9 +29,9 @@ MAIN_KEYS = {
     "seed": "random seed of initial weights, order of the data and dropout (default: 0)",
     "init_from": "checkpoint whose weights a new run starts from, for fine-tuning",
     "ckpt_path": "Lightning checkpoint to resume from; last is the run's own, auto that one if it is there",
-    "data.train": "LMDB file or folder of shards with training structures",
-    "data.val": "LMDB file or folder of shards with validation structures (default: systems held out of "
-    "data.train)",
+    "data.train": "training structures: LMDB file, folder of shards, or a small set of other files that ASE "
+    "reads",
+    "data.val": "validation structures, likewise (default: systems held out of data.train)",
     "data.energy_kind": "kind of the energies, adsorption or total, for data that does not declare it",
     "data.batch_size": "maximum number of structures per batch and process",
     "data.num_workers": "number of loader processes",

@@ -23,6 +23,13 @@ def test_folders_files_and_names_of_archives(root: Path) -> None:
     assert [path.name for path in found.values()] == ["val_ood_cat.lmdb", "val_id", "s2ef_val_ood_ads"]
 
 
+def test_the_folder_that_the_download_proposes(root: Path) -> None:
+    (root / "s2ef_val_ood_both/s2ef_val_ood_both").mkdir(parents=True)
+    (root / "s2ef_val_ood_both_lmdb").mkdir()
+    (root / "s2ef_val_ood_both_lmdb/data.0000.lmdb").write_bytes(b"")
+    assert find_splits(root, ["val_ood_both"])["val_ood_both"].name == "s2ef_val_ood_both_lmdb"
+
+
 def test_all_missing_splits_are_named_beside_what_is_there(root: Path) -> None:
     with pytest.raises(DataError, match=r"val_ood_both, empty;.*val_id, val_ood_cat\.lmdb") as error:
         find_splits(root, ["val_id", "val_ood_both", "empty"])

@@ -1,5 +1,6 @@
 """The whole import: what is kept, what is dropped and why, and what is refused."""
 
+import gzip
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from datasets_oc20 import OC20Lmdb, write_lmdb
 from datasets_oc20.errors import DataError
 from datasets_oc20.own_data import source_worker
 from datasets_oc20.own_data.checks import Place, duplicates
+from datasets_oc20.own_data.discovery import Source
 from datasets_oc20.own_data.frame_facts import FrameFacts
 from datasets_oc20.own_data.importer import import_files
 from datasets_oc20.own_data.reading import SourceFile
@@ -144,6 +146,21 @@ def test_a_large_file_is_read_by_several_processes_with_the_same_result(
         assert (first.sid, first.fid, first.energy) == (second.sid, second.fid, second.energy)
         assert torch.equal(first.pos, second.pos)
         assert torch.equal(first.forces, second.forces)
+
+
+def test_large_outputs_that_cannot_be_divided_are_read_side_by_side() -> None:
+    """A folder of large OUTCARs would keep one core busy if each waited for the one before."""
+    _many_frames("a.extxyz")
+    shutil.copy(DATA / "hfo2_OUTCAR_5.gz", "OUTCAR.gz")
+    Path("OUTCAR").write_bytes(gzip.decompress(Path("OUTCAR.gz").read_bytes()))
+    large = source_worker.LARGE_SOURCE
+
+    def is_divided(name: str, size: int) -> bool:
+        return source_worker.is_divided(Source(0, name, "", (Path(name),), size))
+
+    assert is_divided("a.extxyz", large)
+    assert not is_divided("a.extxyz", large - 1)
+    assert not any(is_divided(name, large) for name in ("OUTCAR", "OUTCAR.gz", "absent.extxyz"))
 
 
 def _selective(folder: Path) -> None:
