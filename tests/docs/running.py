@@ -26,6 +26,7 @@ LINKED = ("benchmarks", "configs", "data", "docs", "models", "scripts", "studies
 #: Programs of hidden set-up and of pages that are executed as they are, without a shell.
 PROGRAMS = ("cp", "ln", "mkdir", "rm")
 _TAIL = 3000
+_STATUS = re.compile(r"# exit status (\d+)")
 _PROGRAM = re.compile(r"(scripts|benchmarks|studies)/\w+\.py")
 
 
@@ -45,21 +46,25 @@ def run_page(page_blocks: list[Block], folder: Path, slow: bool) -> None:
             if block.language == "python":
                 _run_python(block, namespace)
             elif block.language == "bash":
-                for line, command in commands(block):
-                    _run_command(f"{block.page}:{line}", command)
+                for line, command, status in commands(block):
+                    _run_command(f"{block.page}:{line}", command, status)
             elif block.language == "yaml":
                 check_yaml(block)
 
 
-def commands(block: Block) -> list[tuple[int, list[str]]]:
-    """(line, words) of every command: comments removed, lines that end in a backslash joined."""
+def commands(block: Block) -> list[tuple[int, list[str], int]]:
+    """(line, words, exit status) of every command: lines that end in a backslash joined, comments removed.
+
+    A comment `# exit status N` behind a command tells the reader, and the test, that it ends so.
+    """
     found, words, start = [], "", block.line
     for line, text in enumerate(block.code.split("\n"), block.line):
         start = start if words else line
         words += text.removesuffix("\\") + " "
         if not text.endswith("\\"):
             split = shlex.split(words, comments=True)
-            found += [(start, split)] if split else []
+            told = _STATUS.search(words)
+            found += [(start, split, int(told[1]) if told else 0)] if split else []
             words = ""
     return found
 
@@ -81,7 +86,7 @@ def _run_python(block: Block, namespace: dict[str, Any]) -> None:
         raise BlockError(f"{block.page}:{at}: {type(error).__name__}: {error}") from error
 
 
-def _run_command(place: str, words: list[str]) -> None:
+def _run_command(place: str, words: list[str], expected: int) -> None:
     told = f"{place}: {shlex.join(words)}"
     if words[0] in PROGRAMS:
         done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -94,7 +99,7 @@ def _run_command(place: str, words: list[str]) -> None:
         raise BlockError(
             f"{told}\nis no command that the tests run: mark the block `<!-- not run: reason -->`"
         )
-    if status != 0:
+    if status != expected:
         raise BlockError(f"{told}\nends with status {status}:\n{output[-_TAIL:]}")
 
 
@@ -152,7 +157,7 @@ def check_without_running(block: Block, options: dict[str, str]) -> None:
     if block.language == "python":
         _check_imports(block)
     elif block.language == "bash":
-        for line, words in commands(block):
+        for line, words, _ in commands(block):
             words = [_file_of_module(word) for word in words]
             names = [place for place, word in enumerate(words) if _PROGRAM.fullmatch(word)]
             if words[0] == "equiformer2":
