@@ -93,9 +93,9 @@ PARTS = {
     "seeds": "Random seeds, on all of the data",
 }
 COLUMNS = {
-    "force_ratio": "force MAE of zero forces",
+    "force_ratio": "force MAE ÷ that of zero forces",
     "force_cosine": "cosine",
-    "energy_ratio": "energy MAE of the mean",
+    "energy_ratio": "energy MAE ÷ that of the mean energy",
 }
 
 #: Of the learning curve, for its slope.
