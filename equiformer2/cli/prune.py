@@ -31,7 +31,8 @@ def _add_structures_argument(parser: Parser) -> None:
         "--data",
         required=True,
         nargs="+",
-        help="calibration structures: LMDB files, folders of shards or extended XYZ files",
+        help="calibration structures: LMDB files, folders of shards, OC20's extended XYZ files, or files "
+        "that ASE reads",
     )
 
 
@@ -185,8 +186,8 @@ class Plan(Command):
         parser.add_argument(
             "--method",
             default="multi",
-            help="search: multi (all dimensions at once) or multi_staged (one after the other) "
-            "(default: %(default)s)",
+            help="search: multi (all dimensions at once) or multi_staged (one after the other); baselines: "
+            "block, random, magnitude, uniform (default: %(default)s)",
         )
         parser.add_argument(
             "--tries", type=int, default=8, help="number of cuts tried per step (default: %(default)s)"

@@ -1,4 +1,4 @@
-"""Reading of structures for calibration and held-out tests, from LMDB files or raw extended XYZ files."""
+"""Reading of structures for calibration and held-out tests, from LMDB files or others that ASE reads."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -45,7 +45,7 @@ def read_structures(
         raise InputError(f"{limit} structures were asked for: give at least 1")
     named = [paths] if isinstance(paths, str | Path) else list(paths)
     if not named:
-        raise InputError("no data are named: give LMDB files or folders of extended XYZ files")
+        raise InputError("no data are named: give LMDB files, folders of shards or files that ASE reads")
     rng = np.random.default_rng(seed)
     structures: list[Data] = []
     for path in map(Path, named):

@@ -71,7 +71,7 @@ sys.path.insert(0, str(ROOT / "tests" / "datasets_oc20"))
 from oc20_files import dumps_pyg1, frame_text, is2re_fields, s2ef_fields, structure  # noqa: E402
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "5"))
-TARGETS = 10
+TARGETS = 12
 SLOW = 2.0
 """Most seconds of the processor for one example."""
 ROUND = 50

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from equiformer2.errors import InputError
 from equiformer2.model import EquiformerV2
+from equiformer2.model.denoising import without_denoising
 from equiformer2.model.folding import check_plain
 from equiformer2.model.norm import make_norm
 from equiformer2.pruning.structured.block_plan import BlockPlan
@@ -163,12 +164,14 @@ def shrink(model: EquiformerV2, plan: PruningPlan) -> EquiformerV2:
 
     Returns:
         The smaller network, on the device, in the precision and mode (training or evaluation) and with the
-        backend of `model`; frozen parameters of `model` are frozen.
+        backend of `model`; frozen parameters of `model` are frozen. It has no parts for denoising, which
+        checkpoints do not have either.
 
     Raises:
         InputError: `plan` does not fit the network; block and field are named. Or weights are parametrized.
     """
     check_plain(model, "pruning")
+    model = without_denoising(model)
     config = plan.applied_to(model.config)
     parameters = dict(model.named_parameters())
     like = model.sphere_embedding.weight

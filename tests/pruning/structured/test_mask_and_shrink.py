@@ -71,6 +71,19 @@ def test_variants_of_the_network(variant: str) -> None:
         assert relative(shrink(model, plan)(batch), expected) < 1e-10
 
 
+@torch.no_grad()
+def test_parts_for_denoising_are_left_out() -> None:
+    model, batch = random_model(config_of(dens=True), torch.float64), batch_of(cluster(torch.float64))
+    with masked(model, MANY):
+        expected = model(batch)
+    small = shrink(model, MANY)
+    assert relative(small(batch), expected) < 1e-10
+    assert not small.config.dens
+    assert small.dens is None
+    assert model.config.dens
+    assert model.dens is not None
+
+
 @pytest.mark.parametrize("name", ["many", "lmax 1", "inside the grid MLP", "mmax 1"])
 def test_gradients_through_the_mask(name: str) -> None:
     """Gradients of the kept weights are those of the smaller network; those of removed weights are zero."""
