@@ -6,17 +6,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.benchmark_context import Benchmark
-from benchmarks.benchmark_results import Store, package_digest
-from benchmarks.tests.conftest import make_settings, make_store
+from benchmarks.benchmark_results import package_digest
+from benchmarks.tests.conftest import make_store, run_all
 from datasets_oc20 import DataError
 from equiformer2.errors import InputError
 
 KEY = {"repeats": 3}
-
-
-def run(store: Store, **changes: Any) -> None:
-    Benchmark(make_settings(**changes), store, lambda: None, lambda line: None).run()
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
@@ -27,24 +22,25 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_complete_is_not_measured_again(tmp_path: Path, log: list[Any]) -> None:
-    run(make_store(tmp_path), batches=("B1",))
+    run_all(make_store(tmp_path), tmp_path, log=log, batches=("B1",))
     asked = len(log)
-    run(make_store(tmp_path), batches=("B1",))
+    assert asked > 0
+    run_all(make_store(tmp_path), tmp_path, log=log, batches=("B1",))
     assert len(log) == asked
-    run(make_store(tmp_path, force=True), batches=("B1",))
+    run_all(make_store(tmp_path, force=True), tmp_path, log=log, batches=("B1",))
     assert len(log) == 2 * asked
 
 
 def test_other_settings_are_measured_again(tmp_path: Path, log: list[Any]) -> None:
-    run(make_store(tmp_path), parts=("timings",), batches=("B1",))
+    run_all(make_store(tmp_path), tmp_path, log=log, parts=("timings",), batches=("B1",))
     asked = len(log)
-    run(make_store(tmp_path), parts=("timings",), batches=("B1",), repeats=4)
+    run_all(make_store(tmp_path), tmp_path, log=log, parts=("timings",), batches=("B1",), repeats=4)
     assert len(log) > asked
 
 
-def test_parts_and_sizes_are_merged(tmp_path: Path, log: list[Any]) -> None:
-    run(make_store(tmp_path), batches=("B1",))
-    run(make_store(tmp_path), parts=("breakdown",), sizes=("83M",), batches=("B1",))
+def test_parts_and_sizes_are_merged(tmp_path: Path) -> None:
+    run_all(make_store(tmp_path), tmp_path, batches=("B1",))
+    run_all(make_store(tmp_path), tmp_path, parts=("breakdown",), sizes=("83M",), batches=("B1",))
     content = make_store(tmp_path).content
     assert set(content["units"]) == {"memory/31M/B1", "timings/31M/B1/default", "breakdown/83M/B1"}
     assert {name: unit["run"] for name, unit in content["units"].items()} == {

@@ -42,6 +42,6 @@ def test_results_do_not_replace_the_input(
     monkeypatch.chdir(tmp_path)
     for name in ("there.lmdb", "there.json"):
         Path(name).write_text("keep")
-    with pytest.raises(InputError, match="input"):
+    with pytest.raises(InputError, match=r"is read as input \(there\..* and would be replaced"):
         program.main(arguments)
     assert {path.read_text() for path in tmp_path.iterdir()} == {"keep"}

@@ -39,8 +39,10 @@ def test_cells(kind: str, symbols: tuple[str, ...], formula: str) -> None:
     assert atoms.get_chemical_formula() == formula
     assert atoms.pbc.all()
     nearest = atoms.get_all_distances(mic=True)[~np.eye(len(atoms), dtype=bool)].min()
-    neighbours = {"fcc": 0.707, "bcc": 0.866, "B2": 0.866, "rocksalt": 0.5, "zincblende": 0.433}
-    assert nearest / 4.0 == pytest.approx(neighbours.get(kind, nearest / 4.0), abs=1e-3)
+    neighbours = {"fcc": 0.707, "bcc": 0.866, "L12": 0.707, "L10": 0.707, "B2": 0.866}
+    neighbours |= {"rocksalt": 0.5, "zincblende": 0.433}
+    neighbours["hcp"] = 0.764  # of the next layer, half of c = a above
+    assert nearest / 4.0 == pytest.approx(neighbours[kind], abs=1e-3)
 
 
 def test_energy_of_formation_is_that_of_the_elements() -> None:
@@ -53,7 +55,6 @@ def test_energy_of_formation_is_that_of_the_elements() -> None:
 
 def test_unstable_alloys_are_refused_and_relaxed_crystals_are_kept() -> None:
     """The energies are given: nothing is computed, since EMT does not know most elements."""
-    known: dict[str, object] = {}
 
     class Given(Prototypes):
         def relaxed(self, kind: str, symbols: tuple[str, ...]) -> Crystal:

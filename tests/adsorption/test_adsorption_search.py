@@ -23,6 +23,7 @@ from equiformer2.adsorption.search import SearchResult, SearchSettings, search_p
 from equiformer2.adsorption.search_output import search_record, write_search
 from equiformer2.adsorption.slabs import find_slab
 from equiformer2.errors import InputError
+from tests.observed import observed
 
 QUICK = SearchSettings(fmax=0.1, steps=60)
 SETTINGS = {"mode": "heuristic", "placements": 8, "seed": 3, "fmax_eV_A": 0.05, "steps": 60, "stop": True}
@@ -174,7 +175,9 @@ def test_files_hold_the_keys_of_the_contract(finished: tuple[Path, SearchResult]
 def test_a_finished_search_calculates_nothing_again(finished: tuple[Path, SearchResult]) -> None:
     folder, result = finished
     calculator = Counting()
-    again = search_placements(base(), placed(), EMT(), folder, QUICK)
+    with observed(EMT.calculate) as calls:
+        again = search_placements(base(), placed(), EMT(), folder, QUICK)
+    assert not calls
     assert again.energy == pytest.approx(result.energy, abs=1e-6)
     assert again.model_evaluations == result.model_evaluations
     with pytest.raises(InputError, match="model"):  # another model is another search

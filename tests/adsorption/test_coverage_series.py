@@ -67,9 +67,17 @@ def test_files(finished: tuple[Path, CoverageSeries]) -> None:
         total -= row["molecules"] * record["terms_eV"]["gas_per_molecule"]
         assert total == pytest.approx(row["total_adsorption_energy_eV"], abs=1e-6)
         assert row["coverage_per_A2"] * record["area_A2"] == pytest.approx(row["molecules"])
-    merged = [row for row in record["arrangements"] if row["status"] == "merged"]
-    assert all(row["merged_into"] and not row["model_evaluations"] for row in merged)
     assert f"{series.rows[1].average:.4f}" in str(series)
+
+
+def test_copies_are_not_relaxed() -> None:
+    settings = replace(QUICK, placements=8, steps=0, gas_per_atom={"O": 4.6})
+    rows = coverage_series(slab(), "*O", EMT(), [1], settings).record["arrangements"]
+    relaxed = {row["id"] for row in rows if row["model_evaluations"]}
+    merged = [row for row in rows if row["status"] == "merged"]
+    assert merged
+    assert len(relaxed) + len(merged) == len(rows) == 8
+    assert {row["merged_into"] for row in merged} <= relaxed
 
 
 def test_a_finished_series_relaxes_nothing_again(

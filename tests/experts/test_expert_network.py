@@ -129,6 +129,7 @@ def test_threads_wait_for_each_other(experts: ExpertNetwork) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    assert sorted(found) == [0, 1, 2]  # no thread ended with an error
     for number, answers in found.items():
         for answer in answers:
             torch.testing.assert_close(answer, expected[number])

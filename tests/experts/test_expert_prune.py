@@ -123,7 +123,7 @@ def test_the_file_is_smaller_and_is_pruned_again_down_to_one(
         pruned, _ = prune_experts(read, "dft", PruneSettings(keep))
         write_experts(tmp_path / f"{number}.safetensors", pruned)
         sizes.append((tmp_path / f"{number}.safetensors").stat().st_size)
-    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[1] > sizes[2]
     one = read_experts(tmp_path / "1.safetensors")
     (earlier,) = one.provenance[KEY]["earlier"]
     assert (len(earlier["kept"]), earlier["file"]) == (2, "full.safetensors")

@@ -62,8 +62,8 @@ def test_everything_in_one_command(
     assert found["old", "after"]["energy_mae_eV"] is None
     assert all(row["force_mae_eV_A"] > 0 for row in found.values())
     assert found["new", "after"]["seeds"] == [0, 1]
-    assert found["new", "after"]["force_mae_eV_A_std"] >= 0
-    assert set(record["references_eV"]) <= {"H", "O", "Ni", "Cu", "Pt"}
+    assert found["new", "after"]["force_mae_eV_A_std"] > 0
+    assert set(record["references_eV"]) == {"H", "O", "Ni", "Cu", "Pt"}
     assert [Path(model["file"]).name for model in record["models"]] == ["model.pt", "model_1.pt"]
     assert sorted(path.name for path in out.glob("model*.pt")) == ["model.pt", "model_1.pt"]
     assert (out / "parity.png").stat().st_size > 10_000
@@ -158,15 +158,17 @@ def test_a_curve_says_what_more_frames_would_bring(
     record = json.loads((out / "finetune.json").read_text())
     assert (out / "curve.png").exists()
     assert {point["network"] for point in record["curve"]["points"]} == {"after", "scratch"}
-    assert all(sentence in capsys.readouterr().out for sentence in record["curve"]["sentences"][:1])
+    printed = capsys.readouterr().out
+    assert record["curve"]["sentences"]
+    assert all(sentence in printed for sentence in record["curve"]["sentences"])
 
 
 @pytest.fixture
 def pruned(tmp_path: Path) -> Path:
-    """Fewer heads and orders in the first block, no attention in the second."""
+    """Fewer heads in the first block, no attention in the second."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = EquiformerV2(replace(TINY, num_heads=2))
+        model = EquiformerV2(replace(TINY, num_layers=2, num_heads=2))
     plan = PruningPlan.keep_all(model.config).with_block(0, heads=(1,)).with_block(1, attention=False)
     small = shrink(model, plan)
     save_checkpoint(
@@ -218,7 +220,7 @@ WRONG = [
     (["--seeds", "0"], "--seeds is 0"),
     (["--max-minutes", "-1"], "--max-minutes is -1"),
     (["--replay-weight", "2"], "--replay-weight has no meaning without --replay"),
-    (["--device", "cuda:99"], "cuda"),
+    (["--device", "cuda:99"], "the device 'cuda:99' cannot be used on this machine"),
     (["--wandb-offline"], "--wandb-project"),
 ]
 

@@ -196,9 +196,13 @@ def test_the_commands_of_datasets_and_adsorption_energies(
         assert arrays["max_force_std"][0] > 1e-6
     (frame,) = read(tmp_path / "many" / "starts" / "trajectories" / "system.traj", ":")
     assert frame.info["energy_std_eV"] > 0
-    for wrong in (["--stop-at-spread", "1"], ["--checkpoint", *three, "--router", "router.json"]):
+    for wrong, message in (
+        (["--stop-at-spread", "1"], "needs a committee"),
+        (["--checkpoint", *three, "--router", "router.json"], "--router belongs to one network"),
+    ):
         arguments = ["--checkpoint", three[0], "--data", tmp_path / "starts.lmdb", "--out", tmp_path / "x"]
         assert run_command("relax-is2re", *arguments, *wrong) == 2
+        assert message in capsys.readouterr().err
 
     write(tmp_path / "system.traj", oxygen_on_copper)
     out = tmp_path / "energy"

@@ -55,7 +55,7 @@ class Exploding(EMT):
             self.results["forces"] = self.results["forces"] * np.nan
 
 
-def by_ase(atoms: Atoms, **settings: float) -> Atoms:
+def by_ase(atoms: Atoms) -> Atoms:
     alone = atoms.copy()
     alone.calc = EMT()
     LBFGS(alone, logfile=None, maxstep=0.04, memory=50, alpha=70.0).run(fmax=0.05, steps=200)
@@ -312,8 +312,8 @@ def test_invariants_of_every_atom(checkpoint: Path, oxygen_on_copper: Atoms) -> 
 
 def test_a_list_is_predicted_in_its_order(checkpoint: Path, make_checkpoint: Callable[..., Path]) -> None:
     starts = [slab(*system) for system in SYSTEMS] + [slab("Cu", 4)[4:]]
-    for atoms in predict(starts, EMT(), batch_size=2):
-        alone = atoms.copy()
+    for atoms, start in zip(predict(starts, EMT(), batch_size=2), starts, strict=True):
+        alone = start.copy()
         alone.calc = EMT()
         assert atoms.get_potential_energy() == pytest.approx(alone.get_potential_energy(), abs=1e-12)
         np.testing.assert_allclose(atoms.get_forces(), alone.get_forces(), atol=1e-12)

@@ -141,6 +141,9 @@ def test_batched_relaxations(gradient_checkpoint: Path, crystal: Atoms) -> None:
     settings = RelaxationSettings(steps=3)
     (relaxed,) = relax_batched(predictor.predict, [(0, data)], settings, batch_size=1)
     assert relaxed.steps == 3
+    alone = relax(crystal, EquiformerV2Calculator(gradient_checkpoint), fmax=settings.fmax, steps=3)
+    assert [frame.energy for frame in relaxed.frames] == pytest.approx(alone.energies, abs=1e-4)
+    assert relaxed.energy < relaxed.frames[0].energy
 
 
 def test_what_gradient_forces_do_not_take(gradient_checkpoint: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(tmp_path: Path) -> None:
     calculator = KindedEMT("total")
     again = relax_all(tmp_path / "killed", calculator)
     assert calculator.calls == cost["c"] + cost["d"]
-    assert list(again)[:2] == ["a", "b_00"]
+    assert list(again) == list(NAMES)
     for name, result in again.items():
         assert result.energy_eV == whole[name].energy_eV
     assert not list((tmp_path / "killed" / "trajectories").glob(".*"))
@@ -103,8 +103,9 @@ def test_results_that_nobody_waits_for_are_kept(tmp_path: Path) -> None:
         (other,) = store.relax([("clean_slab", clean)], open_engine(EMT()), SETTINGS)
         assert other.converged
     calculator = KindedEMT("total")
-    assert len(relax_all(tmp_path, calculator)) == 4
-    assert calculator.calls > 0
+    results = relax_all(tmp_path, calculator)
+    assert list(results) == list(NAMES)
+    assert calculator.calls == sum(results[name].model_evaluations for name in ("c", "d"))
 
 
 def test_failed_ones_have_a_line_and_their_reason(tmp_path: Path) -> None:

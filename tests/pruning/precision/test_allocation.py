@@ -75,4 +75,7 @@ def test_precisions_that_one_network_alone_may_have_are_proposed_and_made_to_fit
     search = PrecisionSearch(bases, losses, {"a": 0.0, "b": 0.0}, lambda base, choice: 1.0, state, 0, False)
     search.run(8)
     assert len(state.trials) == 8
-    assert all(trial.precisions["a"] == "float32" for trial in state.trials if trial.base == 0)
+    tried = {(trial.base, trial.precisions["a"]) for trial in state.trials}
+    assert (0, "float32") in tried
+    assert (1, "bf16") in tried
+    assert (0, "bf16") not in tried

@@ -13,6 +13,7 @@ from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
 from equiformer2.model import EquiformerV2, equiformer
 from equiformer2.model.branches import bf16_branches, branch_names, set_bf16_branches
+from equiformer2.model.folding import Folding
 from equiformer2.pruning.calibration import Calibration
 from equiformer2.pruning.precision import products
 from equiformer2.pruning.precision.compact import compact_network, write_compact
@@ -24,11 +25,22 @@ BRANCH = "blocks.1.ga"
 PLAN = PrecisionPlan(products=(BRANCH,))
 
 
+def set_instructions(monkeypatch: pytest.MonkeyPatch, are_there: bool) -> None:
+    """Whether the device seems to have instructions for products in bfloat16."""
+    for module in (equiformer, products):
+        monkeypatch.setattr(module, "multiplies_bfloat16", lambda device: are_there)
+
+
 @pytest.fixture
 def able(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device with instructions for products in bfloat16, which every processor computes correctly."""
-    for module in (equiformer, products):
-        monkeypatch.setattr(module, "multiplies_bfloat16", lambda device: True)
+    """A device with such instructions; every processor computes the products correctly."""
+    set_instructions(monkeypatch, True)
+
+
+@pytest.fixture
+def unable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without them."""
+    set_instructions(monkeypatch, False)
 
 
 def answers(model: EquiformerV2) -> torch.Tensor:
@@ -67,15 +79,15 @@ def test_training_and_gradients_are_in_float32(able: None):
     assert torch.allclose(answers(model), expected, atol=1e-6)
 
 
-def test_a_device_without_the_instructions_computes_in_float32():
+def test_a_device_without_the_instructions_computes_in_float32(unable: None):
     model = compact_network(tiny_model(), PLAN)
     expected = answers(model)
     model.fold_weights()
-    layouts = {m.layout.dtype for m in model.blocks[1].ga.modules() if getattr(m, "layout", None)}
-    if layouts == {None}:
-        assert torch.allclose(answers(model), expected, atol=1e-5)
-        # As fast as before: the matrices are kept, though their weights are stored in bfloat16.
-        assert any(True for m in model.blocks[1].ga.modules() for _ in getattr(m, "kept_tensors", tuple)())
+    folding = [module for module in model.blocks[1].ga.modules() if isinstance(module, Folding)]
+    assert {module.layout.dtype for module in folding} == {None}
+    assert torch.allclose(answers(model), expected, atol=1e-5)
+    # As fast as before: the matrices are kept, though their weights are stored in bfloat16.
+    assert any(list(module.kept_tensors()) for module in folding)
 
 
 @pytest.mark.parametrize(

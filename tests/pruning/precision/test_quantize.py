@@ -80,7 +80,9 @@ def test_the_best_trial_is_at_least_as_good_as_the_allocations_it_starts_from(se
     sensitivity = searched["search"]["sensitivity"]
     assert all(row["bf16"] <= row["int4"] for row in sensitivity.values())
     assert all(row["float32"] == 0 for row in sensitivity.values())
-    assert all(bits >= 0 for bits in searched["search"]["information_bits"].values())
+    bits = searched["search"]["information_bits"]
+    assert set(bits) == set(sensitivity)
+    assert max(bits.values()) > 0
 
 
 def test_equivariance_is_as_before(searched: dict[str, Any]):
@@ -214,7 +216,9 @@ def test_a_limit_of_time_prunes(folder: Path, tmp_path: Path):
     # Times of so small a network are noise: the limit is one that every pruned network meets.
     found = quantize(request(folder, targets=("latency=0.99",), trials=1), tmp_path / "s.pt", progress=False)
     assert "pruning" in found["plan"]
-    assert all(ratio <= 0.99 for ratio in found["search"]["ms_ratios"])
+    ratios = found["search"]["ms_ratios"]
+    assert min(ratios) > 0
+    assert max(ratios) <= 0.99
 
 
 def test_the_command_writes_its_record(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -286,7 +290,7 @@ def test_commands_that_prune_refuse_a_compact_file_at_once(
         assert main(["prune", name, "--checkpoint", str(compact), *more]) == 2
         assert "int4.pt holds" in (told := capsys.readouterr().err)
         assert "in fewer bits already" in told
-    assert not list(tmp_path.glob("out.*"))
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_search_without_optuna_says_what_to_install(

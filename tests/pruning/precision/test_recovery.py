@@ -7,14 +7,13 @@ import pytest
 import torch
 from search_helpers import NORMALIZERS, save_tiny, slabs, tiny_model, write_lmdb
 
-from equiformer2.checkpoint import load_checkpoint
 from equiformer2.checkpoint.adapted import merge_adapters
 from equiformer2.checkpoint.adapter_files import Adapter, read_adapter
 from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.cli.main import main
 from equiformer2.errors import InputError
 from equiformer2.inference import Predictor
-from equiformer2.model.parametrizations import LowRank, attach, stored_kinds
+from equiformer2.model.parametrizations import attach, stored_kinds
 from equiformer2.pruning import PruningPlan
 from equiformer2.pruning.calibration import Calibration
 from equiformer2.pruning.precision.compact import compact_network
@@ -47,8 +46,8 @@ def test_maps_lower_the_error_at_the_start(precision: str):
 
 def test_matrices_of_zeros_have_no_error():
     model = tiny_model()
-    name = matrix = next(name for name, _ in uniform("int4").modules)
-    torch.nn.init.zeros_(model.get_submodule(matrix).weight)
+    name, _ = uniform("int4").modules[0]
+    torch.nn.init.zeros_(model.get_submodule(name).weight)
     found = recover(model, PrecisionPlan(((name, "int4"),)), 2)
     assert (found.error, found.plain_error) == (0.0, 0.0)
 
@@ -137,7 +136,7 @@ def test_training_changes_the_adapter_alone(folder: Path, tmp_path: Path):
 def test_a_new_adapter_of_a_compact_checkpoint_holds_no_matrices(folder: Path, tmp_path: Path):
     run = train(parse(arguments(folder, tmp_path, "--adapter.keep=1.0", "--adapter.method=random")))
     adapter = read_adapter(run / "checkpoints/last_adapter.pt")
-    assert all(name.startswith(("energy_block", "force_block")) for name in adapter.replaced)
+    assert {name.partition(".")[0] for name in adapter.replaced} == {"energy_block", "force_block"}
     Predictor(folder / "small.pt", adapter=adapter).predict(slabs())
 
 
@@ -160,5 +159,3 @@ def test_bad_input_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
         assert message in line
     assert not (tmp_path / "a.pt").exists()
-    assert isinstance(next(iter(read_adapter(folder / "small.adapter.pt").maps.values())), LowRank)
-    assert load_checkpoint(folder / "small.pt").config == tiny_model().config
