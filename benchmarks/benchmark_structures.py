@@ -15,7 +15,6 @@ BATCHES = {"B1": (0,), "B4": (0, 1, 2, 3), "B16": (0, 1, 2, 3) * 4, "B64": (0, 1
 ROOT = Path(__file__).parents[1]
 # Held out by the shipped checkpoint's training (configs/oc20_small.yaml).
 OC20_SYSTEMS = ("random1000100", "random1000120", "random1000151", "random1000193")
-CLEAN_SLAB_TAGS = (0, 1)
 
 
 def load_batch(name: str) -> Batch:

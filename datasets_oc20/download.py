@@ -77,19 +77,18 @@ class Download:
     md5: str | None
 
 
-def remote_size(url: str, timeout: float = 30.0) -> int | None:
+def remote_size(url: str) -> int | None:
     """Ask a server for the size of a file.
 
     Args:
         url: http or https.
-        timeout: seconds to wait for an answer.
 
     Returns:
         Bytes, or None where the server does not state them.
     """
     try:
         answer = requests.head(
-            url, timeout=timeout, allow_redirects=True, headers={"Accept-Encoding": "identity"}
+            url, timeout=30.0, allow_redirects=True, headers={"Accept-Encoding": "identity"}
         )
     except requests.RequestException:
         return None

@@ -214,14 +214,14 @@ def load_yaml(content: bytes | str, where: str, limit: int = MAX_CONFIG, depth: 
         raise DataError(f"{where}: not readable as YAML ({_summary(error)}).") from error
 
 
-def read_yaml(path: AnyPath, limit: int = MAX_CONFIG, depth: int = MAX_DEPTH) -> Any:
-    """Parse a YAML file; arguments as `load_yaml`.
+def read_yaml(path: AnyPath) -> Any:
+    """Parse a YAML file with the limits of a configuration.
 
     Raises:
         DataError: as `read_bounded` and `load_yaml`.
         OSError: it is missing or unreadable.
     """
-    return load_yaml(read_bounded(path, limit), str(path), limit, depth)
+    return load_yaml(read_bounded(path, MAX_CONFIG), str(path))
 
 
 def inflate(content: bytes, limit: int, where: str) -> bytes:

@@ -60,11 +60,11 @@ def rmsd(first: Atoms, second: Atoms) -> float:
     return float(np.sqrt((nearest**2).sum(axis=1).mean()))
 
 
-def seconds_per_call(engine: Engine, atoms: Atoms, times: int = 3) -> float:
-    """Shortest of some passes over one structure, s."""
+def seconds_per_call(engine: Engine, atoms: Atoms) -> float:
+    """Shortest of three passes over one structure, s."""
     batch = Batch.from_data_list([engine.data(atoms, "timed")])
     taken = []
-    for _ in range(times + 1):  # the first one warms up
+    for _ in range(4):  # the first one warms up
         began = time.perf_counter()
         engine.predict(batch, free_only=True)
         taken.append(time.perf_counter() - began)

@@ -22,6 +22,7 @@ from equiformer2.script import run_script, show_log
 from studies.campaign import Campaign, read_campaign
 
 _LOG = "study.log"
+_THREADS = "OMP_NUM_THREADS"
 _LOOK = 1.0  # s between two looks at what is done
 
 
@@ -44,7 +45,7 @@ def run_studies(campaign: Campaign, config: Path, names: Sequence[str], out: Pat
     # Threads are created by libraries as they are loaded, so the number is given to a process that begins.
     threads = max(1, torch.get_num_threads() // campaign.jobs)
     context = multiprocessing.get_context("spawn")
-    with _bar(campaign, names, out) as bar, _environment("OMP_NUM_THREADS", str(threads)):
+    with _bar(campaign, names, out) as bar, _threads_of_processes(threads):
         try:
             while waiting or running:
                 while len(running) < campaign.jobs and (name := _next(campaign, waiting, running)):
@@ -127,14 +128,14 @@ def _bar(campaign: Campaign, names: Sequence[str], out: Path) -> Iterator["tqdm[
 
 
 @contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """The variable for processes that begin inside."""
-    before = os.environ.get(name)
-    os.environ[name] = value
+def _threads_of_processes(number: int) -> Iterator[None]:
+    """Context in which processes begin with this number of threads."""
+    before = os.environ.get(_THREADS)
+    os.environ[_THREADS] = str(number)
     try:
         yield
     finally:
         if before is None:
-            del os.environ[name]
+            del os.environ[_THREADS]
         else:
-            os.environ[name] = before
+            os.environ[_THREADS] = before

@@ -28,24 +28,16 @@ _PRIOR = 0.5
 _USUAL_SPREAD = 0.3
 
 
-def find_basins(
-    relaxed: Sequence[Atoms],
-    energies: Sequence[float],
-    symmetry: SurfaceSymmetry,
-    same_energy: float = SAME_ENERGY,
-    same_positions: float = SAME_POSITIONS,
-) -> list[int]:
+def find_basins(relaxed: Sequence[Atoms], energies: Sequence[float], symmetry: SurfaceSymmetry) -> list[int]:
     """Group relaxed structures that are in the same minimum, up to symmetry of the slab.
 
     All members of a group are alike (complete linkage), so that groups do not depend on the order and do not
-    chain.
+    chain: their energies differ by at most `SAME_ENERGY`, and their adsorbate atoms by `SAME_POSITIONS`.
 
     Args:
         relaxed: slab and adsorbate (tag 2), relaxed.
         energies: eV.
         symmetry: of the slab.
-        same_energy: eV; largest difference within a group.
-        same_positions: Å; largest displacement of an adsorbate atom within a group.
 
     Returns:
         For each structure the number of the first one of its group.
@@ -55,10 +47,10 @@ def find_basins(
     near = np.full((count, count), np.inf)
     for i in range(count):
         for j in range(i):
-            if abs(energies[i] - energies[j]) <= same_energy:
-                near[i, j] = symmetry.distance(adsorbates[i], adsorbates[j], same_positions)
+            if abs(energies[i] - energies[j]) <= SAME_ENERGY:
+                near[i, j] = symmetry.distance(adsorbates[i], adsorbates[j], SAME_POSITIONS)
                 near[j, i] = near[i, j]
-    return complete_linkage(near, same_positions)
+    return complete_linkage(near, SAME_POSITIONS)
 
 
 @dataclass(frozen=True)
@@ -87,9 +79,7 @@ class Coverage:
         return self.draws >= _FEWEST_DRAWS and self.p_lower < ENOUGH
 
 
-def estimate_coverage(
-    basins: Sequence[int], energies: Sequence[float], remaining: int, lower: float = LOWER
-) -> Coverage:
+def estimate_coverage(basins: Sequence[int], energies: Sequence[float], remaining: int) -> Coverage:
     """Estimate from the basins of the placements so far what further ones would bring.
 
     A basin that was seen once tells of others that were not: their share of the draws is that of the unseen
@@ -102,7 +92,6 @@ def estimate_coverage(
         basins: basin of every draw.
         energies: eV, of every draw.
         remaining: number of placements that could still be drawn.
-        lower: eV.
     """
     draws = len(basins)
     if not draws:
@@ -117,5 +106,5 @@ def estimate_coverage(
         lowest[basin] = min(energy, lowest.get(basin, math.inf))
     levels = sorted(lowest.values())
     spread = float(np.mean([_USUAL_SPREAD, *(level - levels[0] for level in levels[1:])]))
-    p_lower = found / (known + found) * math.exp(-lower / spread)
+    p_lower = found / (known + found) * math.exp(-LOWER / spread)
     return Coverage(draws, known, unseen, found, p_lower, remaining)

@@ -31,7 +31,7 @@ from equiformer2.adsorption.named_structures import (
     turned_point,
 )
 from equiformer2.adsorption.open_catalyst import numpy_seed, open_catalyst
-from equiformer2.adsorption.periodic_images import lowest_atom_index, whole_molecule
+from equiformer2.adsorption.periodic_images import Slab, lowest_atom_index, whole_molecule
 from equiformer2.adsorption.start_checks import MORE_VACUUM, check_start, check_vacuum, image_contact
 from equiformer2.adsorption.surface_sites import (
     KINDS,
@@ -179,16 +179,8 @@ def placements(
     """
     _check_arguments(mode, number, positions, height)
     molecule, binding = as_adsorbate(adsorbate)
-    check_atoms(slab)
-    if (oc20_tags(slab)[0] == ADSORBATE).any():
-        raise InputError("the slab has adsorbate atoms (tag 2) already: give the clean slab")
-    whole, turn = free_side_up(slab)
-    if cutoff is not None:
-        check_vacuum(slab, cutoff)
+    whole, turn = _clean_side_up(slab, cutoff)
     surface = whole.atoms
-    surface.info = {}
-    surface.set_tags(oc20_tags(slab)[0])
-    _tell_of_open_subsurface(surface)
     place = _Place(surface, molecule, binding, mode, seed, height, whole.gap)
     top = float(surface.positions[:, 2].max())
     found = Placements()
@@ -256,14 +248,8 @@ def coverage_placements(
         raise InputError(f"the distance between adsorbates is {min_distance}: give 0 or more Å")
     _check_arguments("heuristic", number, None, None)
     molecules = [as_adsorbate(adsorbate) for adsorbate in adsorbates]
-    check_atoms(slab)
-    whole, turn = free_side_up(slab)
-    if cutoff is not None:
-        check_vacuum(slab, cutoff)
+    whole, turn = _clean_side_up(slab, cutoff)
     surface = whole.atoms
-    surface.info = {}
-    surface.set_tags(oc20_tags(slab)[0])
-    _tell_of_open_subsurface(surface)
     sites = surface_sites(surface)
     pools = [sites, *(equal for equal in equal_sites(surface, sites) if len(equal) >= len(molecules))]
     if any(one != molecules[0][0] for one, _ in molecules):  # different adsorbates prefer different sites
@@ -583,6 +569,30 @@ def _check_fits(molecule: Atoms, surface: Atoms, gap: float) -> None:
             f"the adsorbate is {tall:.1f} Å tall, and the vacuum of the slab is {gap:.1f} Å: give more "
             f"vacuum ({MORE_VACUUM})"
         )
+
+
+def _clean_side_up(slab: Atoms, cutoff: float | None) -> tuple[Slab, np.ndarray]:
+    """Check a clean slab and turn a copy with OC20's tags as `free_side_up` does.
+
+    Args:
+        slab: as in `placements`.
+        cutoff: as in `placements`.
+
+    Raises:
+        InputError: impossible atoms, adsorbate atoms, a vacuum thinner than `cutoff`, and what `free_side_up`
+            raises.
+    """
+    check_atoms(slab)
+    tags = oc20_tags(slab)[0]
+    if (tags == ADSORBATE).any():
+        raise InputError("the slab has adsorbate atoms (tag 2) already: give the clean slab")
+    whole, turn = free_side_up(slab)
+    if cutoff is not None:
+        check_vacuum(slab, cutoff)
+    whole.atoms.info = {}
+    whole.atoms.set_tags(tags)
+    _tell_of_open_subsurface(whole.atoms)
+    return whole, turn
 
 
 def _tell_of_open_subsurface(surface: Atoms) -> None:

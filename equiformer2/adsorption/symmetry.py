@@ -18,6 +18,8 @@ from equiformer2.inference.atoms import fixed_mask
 
 #: Å; placements that operations of the slab make equal differ by rounding only.
 SAME_PLACE = 0.05
+#: Å; largest displacement of an atom of a relaxed slab from the image of another under an operation it keeps.
+_KEPT = 0.1
 _SYMPREC = 0.01
 _FIXED = 1000  # added to the atomic number of fixed atoms
 
@@ -82,14 +84,13 @@ class SurfaceSymmetry:
         return longest
 
 
-def surface_symmetry(slab: Atoms, present: Atoms | None = None, tolerance: float = 0.1) -> SurfaceSymmetry:
+def surface_symmetry(slab: Atoms, present: Atoms | None = None) -> SurfaceSymmetry:
     """Find the operations of a slab that keep the side of its surface.
 
     Args:
         slab: clean slab as it was cut; surface towards positive third lattice direction.
         present: the same slab as it is now, such as relaxed, atoms in the same order; operations that do not
             map it onto itself are left out.
-        tolerance: Å; largest displacement of an atom of `present` from the image of another.
 
     Returns:
         At least the identity.
@@ -113,15 +114,13 @@ def surface_symmetry(slab: Atoms, present: Atoms | None = None, tolerance: float
         image = moved.positions @ rotation.T + translation
         vectors = (moved.positions[None] - image[:, None]).reshape(-1, 3)
         lengths = find_mic(vectors, cell, slab.pbc)[1].reshape(len(slab), len(slab))
-        if SurfaceSymmetry.matched(lengths, species, species) < tolerance:
+        if SurfaceSymmetry.matched(lengths, species, species) < _KEPT:
             rotations.append(rotation)
             translations.append(translation)
     return SurfaceSymmetry(cell, slab.pbc.copy(), np.array(rotations), np.array(translations))
 
 
-def merge_copies(
-    adsorbates: Sequence[Atoms], symmetry: SurfaceSymmetry, tolerance: float = SAME_PLACE
-) -> list[int]:
+def merge_copies(adsorbates: Sequence[Atoms], symmetry: SurfaceSymmetry) -> list[int]:
     """Group placements that are copies of one another.
 
     Two groups become one only if all their members are copies of each other, the nearest ones first, so the
@@ -130,7 +129,6 @@ def merge_copies(
     Args:
         adsorbates: the adsorbate atoms of every placement.
         symmetry: of the slab that all of them are on.
-        tolerance: Å, see `SurfaceSymmetry.distance`.
 
     Returns:
         For each placement the number of the first one of its group.
@@ -139,8 +137,8 @@ def merge_copies(
     near = np.full((count, count), np.inf)
     for i in range(count):
         for j in range(i):
-            near[i, j] = near[j, i] = symmetry.distance(adsorbates[i], adsorbates[j], tolerance)
-    return complete_linkage(near, tolerance)
+            near[i, j] = near[j, i] = symmetry.distance(adsorbates[i], adsorbates[j], SAME_PLACE)
+    return complete_linkage(near, SAME_PLACE)
 
 
 def complete_linkage(distances: np.ndarray, tolerance: float) -> list[int]:

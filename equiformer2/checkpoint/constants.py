@@ -20,6 +20,8 @@ from equiformer2.model.so3.grid import grid_matrices, m_major_order
 
 TOLERANCE = 1e-6
 """Largest allowed difference, relative to the constant's largest entry (or 1 where that is smaller)."""
+_SHOWN = 12
+"""Largest number of names in a message."""
 
 _MAPPING = "l_harmonic|m_harmonic|m_complex|res_size|to_m|m_size"
 _ATTENTION = r"(?:blocks\.\d+\.ga|force_block)"
@@ -80,10 +82,10 @@ def verify_constants(config: ModelConfig, tensors: Mapping[str, Tensor], source:
         )
 
 
-def shorten(names: list[str], limit: int = 12) -> str:
-    """Join at most `limit` names, as in `a, b, c and 5 more`."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+def shorten(names: list[str]) -> str:
+    """Join at most 12 names, as in `a, b, c and 5 more`."""
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 
 
 class ReferenceConstants:

@@ -258,7 +258,6 @@ def read_experts(
     path: str | os.PathLike[str],
     only: Sequence[int] | None = None,
     weights: str | None = None,
-    tasks: Sequence[str] | None = None,
 ) -> ExpertContents:
     """Read an expert file, or some of its experts; nothing in it is executed.
 
@@ -267,14 +266,12 @@ def read_experts(
         only: numbers of the experts to read, in the order of the stacks to return; None for all. With none of
             them nothing is read but tasks and gate, which decide which experts are needed.
         weights: `raw` or `averaged`, to read these alone; None for all that the file holds.
-        tasks: names of the tasks to read, in the order of the stacks to return; None for all.
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: it is damaged, no expert file, or of a newer version; there are no such experts, weights
-            or tasks.
+        InputError: it is damaged, no expert file, or of a newer version; or lacks such experts or weights.
     """
-    return ExpertFile(path).read(only, weights, tasks)
+    return ExpertFile(path).read(only, weights)
 
 
 class ExpertFile:

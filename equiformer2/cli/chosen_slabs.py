@@ -48,13 +48,12 @@ def parse_with_slab(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str],
     needs: Sequence[tuple[str, str]] = (),
-    excludes: Sequence[tuple[str, str]] = (),
 ) -> argparse.Namespace:
     """Parse the command line of a command with a model and `add_slab_arguments`; see `parse_checked`."""
     options = parse_checked(
         parser,
         arguments,
-        excludes=[*NETWORK_ONLY, *((name, "--bulk") for name in _BUILT), *excludes],
+        excludes=[*NETWORK_ONLY, *((name, "--bulk") for name in _BUILT)],
         needs=[*((name, "--bulk") for name in _CUT), ("--bulk", "--miller"), *needs],
     )
     if options.slab is None and options.bulk is None:

@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,7 @@ from torch_geometric.data import Batch, Data
 from tqdm import tqdm
 
 from datasets_oc20 import DataError
-from equiformer2.checkpoint.checkpoint import SeenData, read_contents, with_seen_data
-from equiformer2.checkpoint.native import write_native
+from equiformer2.checkpoint.checkpoint import SeenData
 from equiformer2.checkpoint.surroundings import Surroundings, SurroundingsFit, quantiles_of
 from equiformer2.checkpoint.training_data import Structures, count_contents
 from equiformer2.errors import InputError
@@ -157,16 +155,6 @@ def see_data(
     """
     surroundings = fit_surroundings(predictor, training, held_out, most, description)
     return SeenData({"frames": len(training), **count_contents(training)}, surroundings)
-
-
-def store_seen_data(path: str | Path, seen: SeenData) -> None:
-    """Store with a native checkpoint what it was trained on; the file is replaced in one step.
-
-    Args:
-        path: the checkpoint whose predictor `see_data` was given.
-        seen: from `see_data`.
-    """
-    write_native(path, with_seen_data(read_contents(path), seen))
 
 
 def evenly_spaced_batches(structures: Structures, most: int, what: str) -> Iterator[Batch]:

@@ -101,7 +101,7 @@ class Backend:
             if device.type == "cuda" and find_spec("triton") is None:
                 return "Triton is not installed"
         if self is TRITON:
-            return gpu.supports(device, dtype, lmax, mmax, position_gradients, second_derivatives=False)
+            return gpu.supports(device, dtype, lmax, mmax, position_gradients)
         return None
 
 

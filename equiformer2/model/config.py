@@ -223,11 +223,6 @@ class ModelConfig:
             return "gate"
         return "separable_s2" if self.use_sep_s2_act else "s2"
 
-    @property
-    def v3_switches(self) -> list[str]:
-        """Keys of those switches that are on and that EquiformerV2 does not have."""
-        return [name for name in _V3_SWITCHES if getattr(self, name)]
-
     def with_v3(self) -> "ModelConfig":
         """The same sizes with everything of EquiformerV3 that there are switches for (docs/model.md)."""
         return dataclasses.replace(
@@ -298,7 +293,6 @@ def with_present_keys(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _PARTS = ("blocks", "force_head", "energy_head")
-_V3_SWITCHES = ("smooth_cutoff", "use_swiglu_s2_act")
 
 
 class _Block:

@@ -8,7 +8,7 @@ and computes them again when anything has changed that they depend on (`Snapshot
 import copy
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -212,15 +212,6 @@ class Layout(NamedTuple):
         return pack(rounded) if self.packed else rounded
 
 
-class Folded(Protocol):
-    """Matrices in the form of a `Layout`, with a bias in the precision of the weights."""
-
-    @property
-    def bias(self) -> Tensor:
-        """Bias of the layer."""
-        ...
-
-
 class _Kept:
     """Matrices that a module keeps; empty in copies of the module, since packed ones cannot be copied."""
 
@@ -253,7 +244,7 @@ class Folding(nn.Module):
         self._kept = _Kept(layout)
 
     def prepare(self, form: str, layout: Layout) -> Any:
-        """Compute the matrices `form` (`Folded`) from the present weights; without gradients and autocast."""
+        """Compute the matrices `form` from the present weights; without gradients and autocast."""
         raise NotImplementedError
 
     def folded(self, form: str = "all") -> Any:

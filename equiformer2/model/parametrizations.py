@@ -255,21 +255,20 @@ class BFloat16Numbers(nn.Module):
 
     Args:
         shape: of the weight.
-        dtype: precision in which it is read.
     """
 
     #: Told to `folding`: matrices computed from it are not kept, or they would take the memory that it saves.
     is_compact = True
     kind = "bf16"
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
-        self.shape, self.dtype = torch.Size(shape), dtype
+        self.shape = torch.Size(shape)
 
     def forward(self, numbers: Tensor) -> Tensor:
-        """Widen the stored numbers."""
+        """Widen the stored numbers to float32."""
         # A network that was cast as a whole, by `.double()`, keeps that precision.
-        return numbers.to(self.dtype) if numbers.dtype == torch.bfloat16 else numbers
+        return numbers.float() if numbers.dtype == torch.bfloat16 else numbers
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
         """Round a weight."""

@@ -16,6 +16,7 @@ from equiformer2.inference import Predictor
 from equiformer2.training.evaluation import check_targets, training_mean_energy
 from equiformer2.training.figures import save_figure
 
+_BATCH_SIZE = 8
 _VALIDATION_LINE = re.compile(r"step (\d+)  (\d+) s  .*val energy MAE")
 
 
@@ -108,7 +109,7 @@ def read_validations(run: AnyPath) -> list[Validation]:
     return found
 
 
-def errors_by_system(predictor: Predictor, dataset: OC20Lmdb, batch_size: int = 8) -> dict[str, SystemErrors]:
+def errors_by_system(predictor: Predictor, dataset: OC20Lmdb) -> dict[str, SystemErrors]:
     """Errors of a checkpoint on every system of a dataset of its kind of energy.
 
     Raises:
@@ -121,8 +122,8 @@ def errors_by_system(predictor: Predictor, dataset: OC20Lmdb, batch_size: int = 
     check_targets(dataset[0], True, dataset.path)
     energies: dict[str, list[tuple[float, float, float]]] = {}
     forces: dict[str, list[np.ndarray]] = {}
-    for start in range(0, len(dataset), batch_size):
-        records = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+    for start in range(0, len(dataset), _BATCH_SIZE):
+        records = [dataset[i] for i in range(start, min(start + _BATCH_SIZE, len(dataset)))]
         batch = Batch.from_data_list(records)
         out = predictor.predict(batch)
         references = predictor.checkpoint.normalizers.reference_energy(batch, batch.num_graphs)

@@ -35,10 +35,8 @@ from equiformer2.inference.engines import NetworkEngine
 from equiformer2.inference.record import adapter_record
 from equiformer2.inference.relaxation_folder import SKIPPED, RelaxationFolder, Row
 from equiformer2.training.evaluation import open_dataset
-from equiformer2.training.metrics import ENERGY_METRICS, energy_metrics
+from equiformer2.training.metrics import energy_metrics
 
-IS2RE_METRICS = ENERGY_METRICS
-IS2RS_METRICS = ("positions_mae", "positions_mse", "positions_average_distance_within_threshold")
 #: ADwT counts the systems whose mean distance lies below each of these, Å.
 DISTANCE_THRESHOLDS = np.arange(0.01, 0.5, 0.001)
 #: Metrics of the leaderboard that cannot be had from predictions and targets.

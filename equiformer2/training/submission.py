@@ -28,7 +28,6 @@ FIELDS = {
     "s2ef": ("ids", "energy", "forces", "chunk_idx"),
     "is2re": ("ids", "energy"),
 }
-ATOMS = ("free", "all")
 _MOST_NAMED = 20
 DTYPES = ("float32", "float16")
 

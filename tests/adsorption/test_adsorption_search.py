@@ -23,6 +23,7 @@ from equiformer2.adsorption.search import SearchResult, SearchSettings, search_p
 from equiformer2.adsorption.search_output import search_record, write_search
 from equiformer2.adsorption.slabs import find_slab
 from equiformer2.errors import InputError
+from tests.adsorption.interrupted import interrupted_emt
 from tests.observed import observed
 
 QUICK = SearchSettings(fmax=0.1, steps=60)
@@ -188,23 +189,13 @@ def test_a_finished_search_calculates_nothing_again(finished: tuple[Path, Search
 
 
 def test_a_stopped_search_goes_on(tmp_path: Path) -> None:
-    class Interrupted(EMT):
-        """Stops at the 30th calculation."""
-
-        calls = 0
-
-        def calculate(self, *arguments: object, **more: object) -> None:
-            type(self).calls += 1
-            if type(self).calls == 30:
-                raise KeyboardInterrupt
-            super().calculate(*arguments, **more)
-
+    interrupted = interrupted_emt(30)
     folder = tmp_path / "search"
     with pytest.raises(KeyboardInterrupt):
-        search_placements(base(), placed(), Interrupted(), folder, QUICK)
+        search_placements(base(), placed(), interrupted(), folder, QUICK)
     finished_before = (folder / "relaxed.jsonl").read_text().splitlines()
     assert 1 < len(finished_before) < 5
-    result = search_placements(base(), placed(), Interrupted(), folder, QUICK)
+    result = search_placements(base(), placed(), interrupted(), folder, QUICK)
     assert (folder / "relaxed.jsonl").read_text().splitlines()[: len(finished_before)] == finished_before
     whole = search_placements(base(), placed(), EMT(), tmp_path / "whole", QUICK)
     assert result.energy == pytest.approx(whole.energy, abs=1e-6)
@@ -282,21 +273,13 @@ def test_a_draft_saves_calls_and_the_minimum_is_the_full_model_s(
 
 
 def test_finished_drafts_are_not_done_again(tmp_path: Path) -> None:
-    class Interrupted(EMT):
-        calls = 0
-
-        def calculate(self, *arguments: object, **more: object) -> None:
-            type(self).calls += 1
-            if type(self).calls == 30:
-                raise KeyboardInterrupt
-            super().calculate(*arguments, **more)
-
+    interrupted = interrupted_emt(30)
     starts = placed()[::2]
     with pytest.raises(KeyboardInterrupt):
-        search_placements(base(), starts, Interrupted(), tmp_path / "s", QUICK, draft=Cheap())
+        search_placements(base(), starts, interrupted(), tmp_path / "s", QUICK, draft=Cheap())
     before = (tmp_path / "s" / "relaxed.jsonl").read_text()
     assert ".draft" in before
-    search_placements(base(), starts, Interrupted(), tmp_path / "s", QUICK, draft=Cheap())
+    search_placements(base(), starts, interrupted(), tmp_path / "s", QUICK, draft=Cheap())
     after = (tmp_path / "s" / "relaxed.jsonl").read_text()
     assert after.startswith(before)
     names = [json.loads(line)["id"] for line in after.splitlines()]

@@ -18,6 +18,7 @@ from equiformer2.adsorption.named_structures import build_slab
 from equiformer2.adsorption.placements import coverage_placements
 from equiformer2.errors import InputError
 from tests.adsorption.emt_coverage import relaxed_energy, slab
+from tests.adsorption.interrupted import interrupted_emt
 
 QUICK = CoverageSettings(placements=3, fmax=0.1, steps=60, check_minima=0)
 
@@ -176,24 +177,14 @@ def test_the_card_is_recomputed(finished: tuple[Path, CoverageSeries], tmp_path:
 
 
 def test_a_stopped_series_goes_on(tmp_path: Path) -> None:
-    class Interrupted(EMT):
-        """Stops at the 40th calculation."""
-
-        calls = 0
-
-        def calculate(self, *arguments: object, **more: object) -> None:
-            type(self).calls += 1
-            if type(self).calls == 40:
-                raise KeyboardInterrupt
-            super().calculate(*arguments, **more)
-
+    interrupted = interrupted_emt(40)
     settings = CoverageSettings(placements=2, fmax=0.1, steps=60, gas_per_atom={"O": 4.6})
     with pytest.raises(KeyboardInterrupt):
-        coverage_series(slab(), "*O", Interrupted(), [1, 2], settings, out=tmp_path / "s")
+        coverage_series(slab(), "*O", interrupted(), [1, 2], settings, out=tmp_path / "s")
     lines = (tmp_path / "s" / "relaxed.jsonl").read_text().splitlines()
     assert 1 < len(lines) < 5
     assert not (tmp_path / "s" / "coverage.json").exists()
-    series = coverage_series(slab(), "*O", Interrupted(), [1, 2], settings, out=tmp_path / "s")
+    series = coverage_series(slab(), "*O", interrupted(), [1, 2], settings, out=tmp_path / "s")
     after = (tmp_path / "s" / "relaxed.jsonl").read_text().splitlines()
     assert after[: len(lines)] == lines
     assert len({json.loads(line)["id"] for line in after}) == len(after)

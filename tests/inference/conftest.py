@@ -8,26 +8,11 @@ import torch
 from ase import Atoms
 from ase.build import add_adsorbate, fcc111
 from ase.constraints import FixAtoms
+from inference_helpers import SMALL
 
 from equiformer2 import EquiformerV2, ModelConfig
 from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
 from equiformer2.inference import atoms as atoms_module
-
-SMALL = {
-    "num_layers": 1,
-    "sphere_channels": 16,
-    "attn_hidden_channels": 8,
-    "num_heads": 2,
-    "attn_alpha_channels": 8,
-    "attn_value_channels": 8,
-    "ffn_hidden_channels": 16,
-    "lmax": 2,
-    "mmax": 1,
-    "grid_resolution": 8,
-    "edge_channels": 16,
-    "num_distance_basis": 32,
-    "max_radius": 6.0,
-}
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,22 @@ from ase.constraints import FixAtoms
 
 SYSTEMS = [("Cu", 0), ("Ag", 1), ("Pt", 2), ("Ni", 3)]
 """Arguments of `slab`."""
+SMALL = {
+    "num_layers": 1,
+    "sphere_channels": 16,
+    "attn_hidden_channels": 8,
+    "num_heads": 2,
+    "attn_alpha_channels": 8,
+    "attn_value_channels": 8,
+    "ffn_hidden_channels": 16,
+    "lmax": 2,
+    "mmax": 1,
+    "grid_resolution": 8,
+    "edge_channels": 16,
+    "num_distance_basis": 32,
+    "max_radius": 6.0,
+}
+"""Sizes of a small network."""
 
 
 def slab(metal: str, seed: int, adsorbate: str = "O") -> Atoms:

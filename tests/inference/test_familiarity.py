@@ -15,7 +15,7 @@ from command_line import run_command
 
 from datasets_oc20 import LmdbWriter, OC20Lmdb
 from equiformer2.checkpoint import load_checkpoint
-from equiformer2.checkpoint.checkpoint import read_contents
+from equiformer2.checkpoint.checkpoint import read_contents, with_seen_data
 from equiformer2.checkpoint.native import write_native
 from equiformer2.checkpoint.surroundings import Surroundings, SurroundingsFit
 from equiformer2.checkpoint.training_data import KEY, count_contents
@@ -27,7 +27,6 @@ from equiformer2.inference.seen_data import (
     fit_surroundings,
     judge_dataset,
     see_data,
-    store_seen_data,
 )
 
 LMDB = Path(__file__).parents[1] / "fixtures/datasets_oc20/s2ef_val_20.lmdb"
@@ -320,13 +319,13 @@ def test_a_force_error_above_the_threshold_is_named(
     assert model_record(Predictor(path), path)["validation"] == {"forces_mae_eV_A": 0.174}
 
 
-def test_data_seen_are_stored_in_place(checkpoint: Path, oxygen_on_copper: Atoms, tmp_path: Path) -> None:
+def test_data_seen_are_stored(checkpoint: Path, oxygen_on_copper: Atoms, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
-    path.write_bytes(checkpoint.read_bytes())
     slabs = [atoms_to_data(atoms, notify=False) for atoms in rattled(oxygen_on_copper, range(4))]
     for slab in slabs:
         slab.sid = "O on Cu"
-    store_seen_data(path, see_data(Predictor(path), slabs[:2], slabs[2:], description={"source": "slabs"}))
+    seen = see_data(Predictor(checkpoint), slabs[:2], slabs[2:], description={"source": "slabs"})
+    write_native(path, with_seen_data(read_contents(checkpoint), seen))
     predictor = Predictor(path)
     assert predictor.familiarity.known == KINDS
     assert predictor.familiarity.surroundings is not None

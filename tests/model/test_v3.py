@@ -42,8 +42,6 @@ SHELLS = {"mmax": 2, "max_neighbors": 20, "enforce_max_neighbors_strictly": Fals
 
 def test_all_of_them() -> None:
     assert small_config().with_v3() == small_config(**ALL)
-    assert small_config(**ALL).v3_switches == ["smooth_cutoff", "use_swiglu_s2_act"]
-    assert not small_config(norm_type="rms_norm_sh", use_m_share_rad=True).v3_switches
 
 
 # --- formulas ---------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ def supports(
     lmax: int,
     mmax: int,
     frames_need_grad: bool,
-    second_derivatives: bool,
 ) -> str | None:
     """Reason why the Triton kernels cannot be used, as half a sentence; None if they can.
 
@@ -30,7 +29,6 @@ def supports(
         lmax, mmax: L and M.
         frames_need_grad: gradients flow to positions through the edge frames (forces as the gradient of the
             energy).
-        second_derivatives: a loss contains gradients (training on such forces).
     """
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
@@ -50,8 +48,6 @@ def supports(
         return f"they need 1 <= lmax <= {MAX_DEGREE} and mmax <= lmax, not lmax {lmax} and mmax {mmax}"
     if frames_need_grad:
         return "they have no gradient with respect to the edge frames (forces as the gradient of the energy)"
-    if second_derivatives:
-        return "they have no second derivatives"
     return None
 
 

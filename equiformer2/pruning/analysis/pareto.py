@@ -376,7 +376,7 @@ class Study:
         if method == DENSE:
             plan = PruningPlan.keep_all(self.model.config)
         elif method == SCRATCH:
-            plan = self._plan_of("multi", keep, seed)
+            plan = self._searched_plan(keep, seed)
         else:
             plan, search = self._search(method, keep, seed)
         small = shrink(self.model, plan)
@@ -423,10 +423,10 @@ class Study:
             progress=False,
         )
 
-    def _plan_of(self, method: str, keep: float, seed: int) -> PruningPlan:
-        path = self.out / "results" / f"{result_name(method, keep, seed)}.json"
+    def _searched_plan(self, keep: float, seed: int) -> PruningPlan:
+        path = self.out / "results" / f"{result_name('multi', keep, seed)}.json"
         if not path.exists():
-            raise InputError(f"training from scratch takes the plans of {method!r}: add it to the methods")
+            raise InputError("training from scratch takes the plans of 'multi': add it to the methods")
         return PruningPlan.from_dict(read_json(path)["plan"], str(path))
 
     def _errors(self, network: EquiformerV2) -> dict[str, Any]:

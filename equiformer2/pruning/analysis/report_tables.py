@@ -12,14 +12,9 @@ from equiformer2.pruning.analysis.redundancy_report import RedundancyReport, uni
 _WIDTH = 132
 
 
-def print_report(report: RedundancyReport, console: Console | None = None) -> None:
-    """Print all tables of a report, as wide as they need.
-
-    Args:
-        report: the report.
-        console: console to print to; None for the terminal.
-    """
-    console = console or Console(width=max(_WIDTH, Console().width))
+def print_report(report: RedundancyReport) -> None:
+    """Print all tables of a report, as wide as they need."""
+    console = Console(width=max(_WIDTH, Console().width))
     source, tables = report.source, _ReportTables(report)
     batch = source["timed_batch"]
     console.print(

@@ -27,10 +27,10 @@ class Work:
         config: configuration of the dense network.
         sizes: numbers of structures, atoms and edges of every batch (`Calibration.sizes`).
         passes: passes made before.
-        show: called with every increase.
 
     Attributes:
         passes: passes made so far.
+        show: called with every increase; does nothing at first.
     """
 
     def __init__(
@@ -38,9 +38,9 @@ class Work:
         config: ModelConfig,
         sizes: Sequence[tuple[int, int, int]],
         passes: float = 0.0,
-        show: Callable[[float], None] = lambda passes: None,
     ) -> None:
-        self.passes, self.show = passes, show
+        self.passes = passes
+        self.show: Callable[[float], None] = lambda passes: None
         self._rates = MacRates.of(config)
         counts = [count_macs(config, atoms, edges) for _, atoms, edges in sizes]
         unit = sum(count.total for count in counts) / sum(structures for structures, _, _ in sizes)

@@ -187,10 +187,6 @@ class PrecisionPlan(PlanFile):
             self, pruning=first if self.pruning is None else first.compose(self.pruning)
         )
 
-    def precision_of(self, module: str) -> str:
-        """Return the precision of a module by its name."""
-        return dict(self.modules).get(module, "float32")
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         values: dict[str, Any] = {**self.header(), "modules": dict(self.modules)}

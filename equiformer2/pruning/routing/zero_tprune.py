@@ -22,6 +22,8 @@ from equiformer2.values import Items, Number, Optional, Switch, Whole
 
 DAMPING = 0.85
 ITERATIONS = 5
+_TIE = 1e-4
+"""Relative difference up to which two importances are the same."""
 _SOFTNESS = 0.02
 """Softness of the maximum over neighbours of their cosine similarity."""
 
@@ -282,7 +284,7 @@ def heads_between_quantiles(variances: Tensor, low: float, high: float) -> Tenso
     return kept | torch.zeros_like(kept).scatter(1, nearest, empty)
 
 
-def redundancy(geometry: BatchGeometry, x: Tensor, importance: Tensor, tie: float = 1e-4) -> Tensor:
+def redundancy(geometry: BatchGeometry, x: Tensor, importance: Tensor) -> Tensor:
     """Measure how closely an atom resembles a more important neighbour.
 
     A neighbour counts in full from 1 % more importance on, not at all if it is tied.
@@ -291,7 +293,6 @@ def redundancy(geometry: BatchGeometry, x: Tensor, importance: Tensor, tie: floa
         geometry: geometry of the batch.
         x: `[N, K, C]` features.
         importance: `[N]`.
-        tie: relative difference up to which two importances are the same.
 
     Returns:
         `[N]` smooth maximum, over neighbours of higher importance, of the cosine of both keys.
@@ -300,7 +301,7 @@ def redundancy(geometry: BatchGeometry, x: Tensor, importance: Tensor, tie: floa
     source, target = geometry.graph.edge_index
     likeness = (key[source] * key[target]).sum(dim=1)
     more = (importance[source] - importance[target]) / importance[target].clamp(min=1e-6)
-    weight = smoothstep((more - tie) / 0.01)
+    weight = smoothstep((more - _TIE) / 0.01)
     # exp(c / w) with c from -1 to 1 stays finite in float32 for w = 0.02 after the shift by 1.
     terms = weight * torch.exp((likeness - 1) / _SOFTNESS)
     total = terms.new_zeros(len(key)).index_add(0, target, terms)

@@ -25,9 +25,7 @@ _ALL = ("block", "order", "attn_hidden", "head", "value", "ffn")
 _WITH_WEIGHTS = ("block", "attn_hidden", "head", "value", "ffn")
 
 
-def random_plan(
-    model: EquiformerV2, cost: Cost, target: float, seed: int, dimensions: Sequence[str] = _ALL
-) -> PruningPlan:
+def random_plan(model: EquiformerV2, cost: Cost, target: float, seed: int) -> PruningPlan:
     """Make cuts drawn at random from those the search chooses from; the channels of a cut are random, too.
 
     Args:
@@ -35,7 +33,6 @@ def random_plan(
         cost: cost of a plan.
         target: cost to come down to, in the unit of `cost`.
         seed: random seed.
-        dimensions: kinds of cuts, of `candidate_cuts.DIMENSIONS`.
 
     Returns:
         A plan that costs at most `target`.
@@ -49,14 +46,13 @@ def random_plan(
     def choose(cuts: Sequence[tuple[Cut, float]]) -> Cut:
         return cuts[int(rng.integers(len(cuts)))][0]
 
-    return _descend(model, cost, target, scores, dimensions, choose, None)
+    return _descend(model, cost, target, scores, _ALL, choose, None)
 
 
 def magnitude_plan(
     model: EquiformerV2,
     cost: Cost,
     target: float,
-    dimensions: Sequence[str] = _WITH_WEIGHTS,
     start: PruningPlan | None = None,
 ) -> PruningPlan:
     """Always make the cut that takes the smallest share of a layer's squared weights per saved cost.
@@ -65,7 +61,6 @@ def magnitude_plan(
         model: dense network.
         cost: cost of a plan.
         target: cost to come down to, in the unit of `cost`.
-        dimensions: kinds of cuts; `order`, whose units have no weights of their own, is not among them.
         start: cuts made already; None for none.
 
     Returns:
@@ -83,7 +78,7 @@ def magnitude_plan(
             norm = together if unit == "branches" else np.linalg.norm(scores[site, unit])
             scores[site, unit] = scores[site, unit] / max(float(norm), 1e-30)
 
-    return importance_plan(model, cost, target, scores, start, dimensions)
+    return importance_plan(model, cost, target, scores, start)
 
 
 def importance_plan(

@@ -27,6 +27,8 @@ from equiformer2.model.attention import SO2EquivariantGraphAttention
 from equiformer2.model.feed_forward import FeedForwardNetwork, SwiGLUFeedForwardNetwork
 from equiformer2.model.folding import check_plain
 
+#: Weights of the mean absolute error of the energy and of the mean L2 error of the forces on free atoms.
+_ENERGY_WEIGHT, _FORCE_WEIGHT = 4.0, 100.0
 #: A scalar from the outputs (normalised units) for a batch.
 Objective = Callable[[dict[str, Tensor], Batch], Tensor]
 #: From a parameter to the tensor of its shape that is summed over a unit's weights.
@@ -183,13 +185,11 @@ def probe(normalizers: Normalizers, force_weight: float = 1.0, seed: int = 0) ->
     return objective
 
 
-def labelled(normalizers: Normalizers, energy_weight: float = 4.0, force_weight: float = 100.0) -> Objective:
+def labelled(normalizers: Normalizers) -> Objective:
     """Make an objective with labels: the training loss (EquiformerV2, appendix D).
 
     Args:
         normalizers: units of the outputs.
-        energy_weight: weight of the mean absolute error of the energy.
-        force_weight: weight of the mean L2 error of the forces on free atoms.
 
     Returns:
         The objective, in normalised units.
@@ -197,11 +197,11 @@ def labelled(normalizers: Normalizers, energy_weight: float = 4.0, force_weight:
 
     def objective(out: dict[str, Tensor], batch: Batch) -> Tensor:
         target = normalizers.normalize_energy(batch.energy, batch)
-        total = energy_weight * (out["energy"] - target.to(out["energy"])).abs().mean()
+        total = _ENERGY_WEIGHT * (out["energy"] - target.to(out["energy"])).abs().mean()
         if "forces" in out:
             free = ~batch.fixed.bool()
             error = out["forces"] - normalizers.normalize_forces(batch.forces).to(out["forces"])
-            total = total + force_weight * error[free].norm(dim=1).sum() / max(1, int(free.sum()))
+            total = total + _FORCE_WEIGHT * error[free].norm(dim=1).sum() / max(1, int(free.sum()))
         return total
 
     return objective

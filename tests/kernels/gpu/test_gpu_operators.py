@@ -112,13 +112,12 @@ def test_wrong_shapes_are_refused(device: torch.device) -> None:
 
 
 def test_support(device: torch.device) -> None:
-    possible = dict(lmax=6, mmax=2, frames_need_grad=False, second_derivatives=False)
+    possible = dict(lmax=6, mmax=2, frames_need_grad=False)
     assert gpu.supports(device, torch.bfloat16, **possible) is None
     for change, reason in (
         ({"lmax": 9}, "lmax"),
         ({"mmax": 7}, "mmax"),
         ({"frames_need_grad": True}, "edge frames"),
-        ({"second_derivatives": True}, "second derivatives"),
     ):
         assert reason in (gpu.supports(device, torch.float32, **(possible | change)) or "")
     assert "float16" in (gpu.supports(device, torch.float16, **possible) or "")

@@ -20,8 +20,7 @@ def test_plans_go_through_json_and_can_be_compared(tmp_path):
     assert same == plan
     assert hash(same) == hash(plan)
     assert {plan: 1}[same] == 1
-    assert plan.precision_of(FFN) == "int4"
-    assert plan.precision_of("blocks.0.ga.proj") == "float32"
+    assert dict(same.modules) == {FFN: "int4", CONV: "bf16"}
     assert plan != PrecisionPlan(((FFN, "int8"),))
 
 
