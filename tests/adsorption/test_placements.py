@@ -262,7 +262,7 @@ def test_coverage() -> None:
                     assert distance.min() >= 3.0
     with pytest.raises(InputError, match="of 9 has no site 4 Å from the others"):
         coverage_placements(SLAB, ["*CO"] * 9, 1, min_distance=4.0)
-    with pytest.raises(InputError, match="adsorbate atoms .tag 2. already: give the clean slab"):
+    with pytest.raises(InputError, match=r"adsorbate atoms \(tag 2\) already: give the clean slab"):
         coverage_placements(found[0].atoms, ["*CO"], 1)
 
 

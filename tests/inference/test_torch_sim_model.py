@@ -12,16 +12,21 @@ from equiformer2.inference import Predictor, torch_sim_model
 from equiformer2.inference.torch_sim_model import check_torch_sim, predict_state
 
 
+def install(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    """Let this version of torch-sim seem to be installed."""
+    monkeypatch.setattr(torch_sim_model, "version", lambda name: found)
+
+
 @pytest.mark.parametrize("found", ["0.3.0", "0.5.2", "0.5.9.dev3+g1234"])
 def test_older_versions_are_refused(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_sim_model, "version", lambda name: found)
+    install(monkeypatch, found)
     with pytest.raises(InputError, match=f"torch-sim {found.partition('+')[0]}.* is too old, since it moves"):
         torch_sim_model.torch_sim_model("oc20_small")
 
 
 @pytest.mark.parametrize("found", ["0.6.0", "0.10.1", "1.0", "0.6.1.dev0"])
 def test_newer_versions_are_taken(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_sim_model, "version", lambda name: found)
+    install(monkeypatch, found)
     check_torch_sim()
 
 

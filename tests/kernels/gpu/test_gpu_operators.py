@@ -129,13 +129,13 @@ def test_support(device: torch.device) -> None:
 def test_gpus(major: int, shared: int, supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     found = SimpleNamespace(name="GPU", major=major, shared_memory_per_block_optin=shared * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
-    reason = gpu.supports(torch.device("cuda"), torch.bfloat16, 6, 2, False, False)
+    reason = gpu.supports(torch.device("cuda"), torch.bfloat16, 6, 2, False)
     assert (reason is None) == supported
 
 
 def test_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    reason = gpu.supports(torch.device("cpu"), torch.float32, 6, 2, False, False)
+    reason = gpu.supports(torch.device("cpu"), torch.float32, 6, 2, False)
     assert reason is not None
     assert "CUDA" in reason
 
