@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import pytest
 from matplotlib.figure import Figure
 
+FOLDER = Path(__file__).parent
 #: A PNG file of one white pixel.
 BLANK = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mP4DwABAQEAHLCMmQAAAABJRU5ErkJggg=="
@@ -49,8 +50,11 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Save figures blank during a test and the fixtures made for it."""
+    """Save figures blank during a test and the fixtures made for it.
+
+    The hook is called for the tests of benchmarks and studies, too, whose figures are drawn.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        if item.get_closest_marker("pictures") is None:
+        if item.get_closest_marker("pictures") is None and item.path.is_relative_to(FOLDER):
             patch.setattr(Figure, "savefig", save_blank)
         return (yield)
