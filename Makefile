@@ -20,7 +20,7 @@ help:
 	@echo "make setup       install everything into $(VENV) (the other targets do it themselves)"
 	@echo "make demo        the main job on bundled OC20 data; DEMO_ARGS=\"--short\" for a quick run"
 	@echo "make test        fast tests            make test-quick  one per promise, under a minute"
-	@echo "make test-slow   all tests, those of benchmarks and studies included"
+	@echo "make test-slow   all tests"
 	@echo "make lint        ruff and mypy         make docs        the pages: links, code, numbers"
 	@echo "make api         the API reference, in build/api"
 	@echo "make package     build wheel and source distribution, check them, use the wheel outside the clone"
@@ -52,7 +52,7 @@ test-quick: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q @tests/quick.txt
 
 test-slow: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'slow or not slow' tests benchmarks studies $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'slow or not slow' $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -33,13 +33,6 @@ MACHINE = {"processor": "a", "cores": 2, "memory_gib": 24.0, "system": "b", "loa
 DEVIATION = 0.001
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of this folder out of the fast suite."""
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.studies)
-
-
 class FakeSession:
     """Its training step takes 0.1 GiB (half of that in ours) per atom; bf16 is twice as fast.
 

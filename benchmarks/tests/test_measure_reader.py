@@ -22,6 +22,7 @@ def test_too_few_records_are_no_rate(tmp_path: Path) -> None:
         measure_reader.loaded_per_second(str(tmp_path), 0, 2, 12)
 
 
+@pytest.mark.slow
 def test_the_file_has_both_numbers_of_records(tmp_path: Path) -> None:
     target = tmp_path / "reader.json"
     sizes = ["--keys=400", "--shards=2", "--atoms=3", "--reads=50", "--batch-size=4", "--workers=0"]

@@ -28,6 +28,7 @@ def test_learned_and_judged_frames_are_of_other_systems(tmp_path: Path) -> None:
     assert not names[0] & names[1]
 
 
+@pytest.mark.slow
 def test_runs_in_processes_of_their_own_and_a_page(tmp_path: Path) -> None:
     runs, page = tmp_path / "runs", tmp_path / "page"
     words = ["--parts", "adsorbates", "--settings", "full", "removed_80", "--steps", "1", "--frames", "2"]

@@ -73,6 +73,7 @@ def test_learned_and_judged_frames(frames: Path, tmp_path: Path) -> None:
     assert max(ends[0]) < min(ends[1])
 
 
+@pytest.mark.slow
 def test_all_parts_are_continued(frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--tasks", *OWN, "--minutes", "0.001", "--seeds", "0", "--experts", "4", "--frames", "4"]
     words += ["--test-frames", "2", "--keep", "0.5", "--dft", str(frames), "--teacher", str(frames)]

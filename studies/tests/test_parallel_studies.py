@@ -50,6 +50,7 @@ def changed(path: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_all_results_are_there_and_kept(config: Path, tmp_path: Path) -> None:
     campaign, out, names = read_campaign(config), tmp_path / "out", ("widths", "drawn")
     before = dict(os.environ)
@@ -80,6 +81,7 @@ def test_what_shares_a_search_waits(config: Path) -> None:
     assert _next(campaign, (), ()) is None
 
 
+@pytest.mark.slow
 def test_a_failure_names_the_log(config: Path, tmp_path: Path) -> None:
     campaign = read_campaign(changed(config, held_out={"dft": str(tmp_path / "missing.lmdb")}))
     with pytest.raises(InputError, match=r"the study drawn ended .*study\.log: error: .*missing"):
@@ -92,6 +94,7 @@ def test_jobs_are_counted(config: Path, jobs: object) -> None:
         read_campaign(changed(config, jobs=jobs))
 
 
+@pytest.mark.slow
 def test_studies_end_with_a_killed_caller(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "studies.pruning", "--config", str(config), "--out", str(out)]

@@ -49,6 +49,7 @@ def test_a_search_that_was_interrupted_is_not_timed() -> None:
     assert precision.verdicts(rows[:1], "test") == []
 
 
+@pytest.mark.slow
 def test_all_parts_are_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wide = {"sphere_channels": 32, "attn_hidden_channels": 32, "ffn_hidden_channels": 48, "num_layers": 1}
     save_tiny(tmp_path / "dense.pt", **wide)
