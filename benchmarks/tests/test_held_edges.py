@@ -12,8 +12,6 @@ from benchmarks.held_edges import BUNDLED, held_edges, main, report, structures
 from benchmarks.network_sizes import SIZES
 from equiformer2.errors import InputError
 
-pytestmark = pytest.mark.studies
-
 
 def test_edges_between_held_atoms_are_counted() -> None:
     (structure,) = structures(BUNDLED, 1)

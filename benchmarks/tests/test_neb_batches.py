@@ -9,8 +9,6 @@ from equiformer2 import Predictor
 from equiformer2.files import read_json
 from tests.training.tiny_checkpoint import write_tiny_checkpoint
 
-pytestmark = pytest.mark.studies
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:

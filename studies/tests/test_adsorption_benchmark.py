@@ -9,8 +9,6 @@ import pytest
 from equiformer2.errors import InputError
 from studies.adsorption_benchmark import judge, main, page, read_structures
 
-pytestmark = pytest.mark.studies
-
 
 def test_a_constant_per_element_is_no_error() -> None:
     rows = [row for row, _ in read_structures()]

@@ -28,7 +28,6 @@ from studies.dft_candidates import (
 )
 from studies.study_errors import LARGE
 
-pytestmark = pytest.mark.studies
 SETTINGS = RelaxationSettings(fmax=0.1, steps=40, frames="ends")
 
 

@@ -14,7 +14,6 @@ from equiformer2.inference import open_engine
 from equiformer2.inference.batched import RelaxationSettings
 from studies.draft_and_verify import compare, page, relax_all, rmsd, seconds_per_call
 
-pytestmark = pytest.mark.studies
 SETTINGS = RelaxationSettings(fmax=0.05, steps=60, frames="ends")
 
 
