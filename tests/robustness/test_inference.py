@@ -741,7 +741,7 @@ def test_predict_says_what_it_wrote(
 
 @pytest.mark.parametrize("name", ["Cu3Au111", "NiTi110", "Pt3Ni(111)", "TiO2110", "Cu3Au"])
 def test_slabs_of_compounds_say_what_to_do(name: str) -> None:
-    with pytest.raises(InputError, match=r"several elements .*ase\.build\.surface"):
+    with pytest.raises(InputError, match=r"several elements .*`equiformer2 adsorption slab --bulk`"):
         build_slab(name)
 
 
