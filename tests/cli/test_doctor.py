@@ -64,9 +64,10 @@ def test_a_compiler_that_fails_and_a_package_that_cannot_be_imported_are_faults(
         assert part in text
 
 
-def test_answers_that_differ_are_seen() -> None:
+def test_answers_that_differ_are_seen(caplog: pytest.LogCaptureFixture) -> None:
     stored = json.loads(ANSWERS.read_text())
     assert max(differences(stored, "torch")) < TOLERANCE / 10
+    assert not [record.message for record in caplog.records if record.levelname == "WARNING"]
     stored["forces_eV_A"][3][1] += 0.01
     stored["energy_eV"] -= 0.02
     energy, force = differences(stored, "torch")
