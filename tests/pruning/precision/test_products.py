@@ -26,7 +26,7 @@ PLAN = PrecisionPlan(products=(BRANCH,))
 
 
 def set_instructions(monkeypatch: pytest.MonkeyPatch, are_there: bool) -> None:
-    """Whether the device seems to have instructions for products in bfloat16."""
+    """Make the device seem to have instructions for products in bfloat16, or to have none."""
     for module in (equiformer, products):
         monkeypatch.setattr(module, "multiplies_bfloat16", lambda device: are_there)
 
