@@ -1,8 +1,9 @@
-"""Training runs behind models/study_teacher.pt: variants, learning curve, EquiformerV3's switches, seeds.
+"""Training runs behind models/study_teacher.pt: variants, data, steps, size, EquiformerV3's switches, seeds.
 
     python -m studies.study_data                          # the LMDB files
     python -m studies.study_training --part variants      # four short runs on a quarter of the data
     python -m studies.study_training --part curve         # 1/8, 1/4, 1/2 and all data at equal steps
+    python -m studies.study_training --part steps         # the smaller network for as few steps as a seed
     python -m studies.study_training --part v3            # the network with EquiformerV3's switches
     python -m studies.study_training --part seeds         # three seeds, the committee of studies.uncertainty
     python -m studies.study_training                      # the page of all that is there
@@ -80,6 +81,7 @@ SETTINGS: dict[str, Setting] = {
     "1/4": Setting("curve", ("train_1_4",), 6000, MILLION, ("val", "test")),
     "1/2": Setting("curve", ("train_1_2",), 6000, MILLION, ("val", "test")),
     "all": Setting("curve", ("train",), 6000, MILLION, ("val", "test")),
+    "fewer steps": Setting("steps", ("train",), 2400, MILLION, ("val", "test")),
     "V3": Setting("v3", ("train_1_4",), 2400, V3),
     **{
         f"seed {seed}": Setting("seeds", ("train",), 2400, (f"--seed={seed}",), ("val", "test"))
@@ -89,8 +91,9 @@ SETTINGS: dict[str, Setting] = {
 PARTS = {
     "variants": "Variants on a quarter of the data",
     "curve": "Learning curve: one million parameters, equal steps",
+    "steps": "One million parameters, all of the data, fewer steps",
     "v3": "EquiformerV3's switches; the row `base` above is without them",
-    "seeds": "Random seeds, on all of the data",
+    "seeds": "The network of configs/study.yaml on all of the data, by random seed",
 }
 COLUMNS = {
     "force_ratio": "force MAE ÷ that of zero forces",
@@ -100,6 +103,16 @@ COLUMNS = {
 
 #: Of the learning curve, for its slope.
 _FEWEST_POINTS = 3
+
+#: What a network could have more of: the change, the rows before it and those after it.
+LEVERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "data: half → all (1 M parameters, 6,000 steps)": (("1/2",), ("all",)),
+    "steps: 2,400 → 6,000 (1 M parameters, all data)": (("fewer steps",), ("all",)),
+    "parameters: 1 → 2.3 M (2,400 steps, all data)": (
+        ("fewer steps",),
+        tuple(f"seed {seed}" for seed in range(3)),
+    ),
+}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -192,8 +205,8 @@ def report(results: Results, page: Path) -> None:
     figure = page.with_suffix(".png")
     figure.parent.mkdir(parents=True, exist_ok=True)
     draw(rows, figure)
-    found = doubling(rows)
-    write_page(page, rows, markdown(rows, found, figure.name), doubling=found)
+    found, compared = doubling(rows), levers(rows)
+    write_page(page, rows, markdown(rows, found, compared, figure.name), doubling=found, levers=compared)
 
 
 def doubling(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -219,12 +232,39 @@ def doubling(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     return found
 
 
-def markdown(rows: Sequence[Row], twice: Mapping[str, Mapping[str, float]], figure: str) -> str:
+def levers(rows: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
+    """Compare on the test bulks what more data, more steps and more parameters bring.
+
+    Args:
+        rows: of all runs.
+
+    Returns:
+        By change (`LEVERS`) and error, its value before and after; of several seeds the mean of those that
+        are there. Only changes whose rows are there.
+    """
+    errors = {row["name"]: row["errors"]["test"] for row in rows if "test" in row["errors"]}
+    found = {}
+    for change, sides in LEVERS.items():
+        there = [[errors[name] for name in names if name in errors] for names in sides]
+        if all(there):
+            found[change] = {
+                key: [float(np.mean([each[key] for each in side])) for side in there] for key in COLUMNS
+            }
+    return found
+
+
+def markdown(
+    rows: Sequence[Row],
+    twice: Mapping[str, Mapping[str, float]],
+    compared: Mapping[str, Mapping[str, Sequence[float]]],
+    figure: str,
+) -> str:
     """Format the page of results.
 
     Args:
         rows: of all runs.
         twice: see `doubling`.
+        compared: see `levers`.
         figure: name of the file.
     """
     lines = [
@@ -257,6 +297,13 @@ def markdown(rows: Sequence[Row], twice: Mapping[str, Mapping[str, float]], figu
             lines += ["| judged on | force MAE | 1 - cosine | energy MAE |", "|---|---|---|---|"]
             for judged, factors in twice.items():
                 lines.append(f"| {judged} | {' | '.join(f'{factor:.3f}' for factor in factors.values())} |")
+    if compared:
+        lines += ["", "## Data, steps or size", ""]
+        lines += ["Errors on the test bulks before and after one change, the rest being equal:", ""]
+        lines += [f"| change | {' | '.join(COLUMNS.values())} |", "|" + "---|" * (1 + len(COLUMNS))]
+        for change, errors in compared.items():
+            cells = [f"{before:.3f} → {after:.3f}" for before, after in errors.values()]
+            lines.append(f"| {change} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -8,7 +8,7 @@ import pytest
 from equiformer2.errors import InputError
 from equiformer2.files import write_json
 from studies import study_training
-from studies.results import Results
+from studies.results import Results, Row
 from studies.study_data import FRACTIONS, System, divide
 
 
@@ -73,8 +73,27 @@ def test_slope_of_the_learning_curve() -> None:
     assert found == pytest.approx({"force_ratio": 0.8, "force_cosine": 0.5, "energy_ratio": 1.0})
     assert study_training.doubling(rows[:2]) == {}
     assert "| test | 0.800 | 0.500 | 1.000 |" in study_training.markdown(
-        [{**row, "name": "x", "about": {"steps": 1}} for row in rows], {"test": found}, "x.png"
+        [{**row, "name": "x", "about": {"steps": 1}} for row in rows], {"test": found}, {}, "x.png"
     )
+
+
+def test_data_steps_and_size_are_compared_once_their_rows_are_there() -> None:
+    def row(name: str, force: float) -> Row:
+        errors = {"force_ratio": force, "force_cosine": 0.5, "energy_ratio": 0.4}
+        return {"name": name, "errors": {"val": dict.fromkeys(errors, 9.0), "test": errors}}
+
+    rows = [row("1/2", 0.6), row("all", 0.5), row("seed 0", 0.30), row("seed 2", 0.32)]
+    found = study_training.levers(rows)
+    assert {change.split(":")[0]: errors["force_ratio"] for change, errors in found.items()} == {
+        "data": [0.6, 0.5]
+    }
+    found = study_training.levers([*rows, row("fewer steps", 0.7)])
+    assert {change.split(":")[0]: errors["force_ratio"] for change, errors in found.items()} == {
+        "data": [0.6, 0.5],
+        "steps": [0.7, 0.5],
+        "parameters": [0.7, pytest.approx(0.31)],
+    }
+    assert "0.700 → 0.500" in study_training.markdown([], {}, found, "x.png")
 
 
 def test_page_of_results(tmp_path: Path) -> None:
