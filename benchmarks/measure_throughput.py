@@ -1,16 +1,23 @@
-"""Measure the throughput of evaluation on a CPU, of several batches at a time and of one thread.
+"""Throughput on a CPU: several batches of an evaluation at a time, and several processes of a training.
 
-    python -m benchmarks.measure_throughput --data val.lmdb      # or bundled structures without --data
+    python -m studies.study_data
+    python -m benchmarks.measure_throughput --data runs/data/study/test.lmdb --json results.json
 
 Every setting has a process of its own with the weights loaded; they take turns for several rounds. `side by
 side` computes several batches at a time on one thread each, which is what `evaluate`, `predict` and batched
 relaxations do; `inside` gives all threads to one batch. Predictions of the settings with one thread per batch
 are compared bit by bit. At the end each runs beside a process that keeps one thread busy.
 
-    python -m benchmarks.measure_throughput --data train.lmdb --structures 1760 --from-outside
+    python -m benchmarks.measure_throughput --part calls --data runs/data/study/train.lmdb --structures 1760 …
 
 times whole calls of `equiformer2 evaluate` on the first structures of the file less calls on its first 13, so
 that starting threads counts and loading does not, with one thread, with all, and with a CPU mask of one core.
+
+    python -m benchmarks.measure_throughput --part training …
+
+times `equiformer2 train --config configs/study.yaml` with one process and with one per core, one thread each,
+which share the structures of a step: a run of `--steps` steps less one of a few. The file of `--json` keeps
+the results of the other parts.
 """
 
 import argparse
@@ -22,18 +29,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import describe_machine
 from equiformer2.errors import InputError
-from equiformer2.files import write_json
+from equiformer2.files import read_json, write_json
 from equiformer2.script import origin, run_script
 
 BUNDLED = Path("data/teacher")
-#: Structures of the short call of `--from-outside`.
-FEW = 13
+CONFIG = Path("configs/study.yaml")
+#: Structures of the short call of the part `calls`, and steps of the short run of the part `training`.
+FEW, FEW_STEPS = 13, 5
+#: Structures of a training step.
+STEP = 4
 #: Name of a setting -> threads of its process, and whether a batch gets all of them.
 SETTINGS = {"one thread": (1, False), "side by side": (None, False), "inside": (None, True)}
 
@@ -52,9 +63,12 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
         "--rounds", type=int, default=5, help="measurements per setting (default: %(default)s)"
     )
     parser.add_argument(
-        "--from-outside", action="store_true", help="time whole calls of `equiformer2 evaluate`"
+        "--part", choices=list(PARTS), default="loop", help="what to time (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, help="file for the results, .json")
+    parser.add_argument(
+        "--steps", type=int, default=60, help="training steps that are timed (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--worker", choices=list(SETTINGS), help=argparse.SUPPRESS)
     return parser.parse_args(words)
 
@@ -126,8 +140,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 environment["OMP_NUM_THREADS"] = str(threads)
             workers[name] = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "benchmarks.measure_throughput", *sys.argv[1:]),
-                    *("--data", str(arguments.data), "--worker", name),
+                    *(sys.executable, "-m", "benchmarks.measure_throughput", "--worker", name),
+                    *("--data", str(arguments.data), "--checkpoint", arguments.checkpoint),
+                    *("--structures", str(arguments.structures), "--batch-size", str(arguments.batch_size)),
                 ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -169,7 +184,7 @@ def _answer(worker: "subprocess.Popen[str]") -> dict[str, Any]:
     return answer
 
 
-def measure_from_outside(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure_calls(arguments: argparse.Namespace) -> dict[str, Any]:
     """Time whole calls of `equiformer2 evaluate`, in turn for every round.
 
     Returns:
@@ -193,21 +208,61 @@ def measure_from_outside(arguments: argparse.Namespace) -> dict[str, Any]:
             for name, (prefix, environment) in commands.items():
                 taken = {}
                 for count, path in files.items():
-                    started = time.perf_counter()
-                    subprocess.run(
-                        [
-                            *(*prefix, sys.executable, "-m", "equiformer2", "evaluate"),
-                            *("--checkpoint", arguments.checkpoint, "--data", str(path)),
-                            *("--batch-size", str(arguments.batch_size)),
-                        ],
-                        env={**os.environ, **environment},
-                        stdout=subprocess.DEVNULL,
-                        stderr=subprocess.DEVNULL,
-                        check=True,
-                    )
-                    taken[count] = time.perf_counter() - started
+                    words = [*("evaluate", "--checkpoint", arguments.checkpoint, "--data", str(path))]
+                    words += ["--batch-size", str(arguments.batch_size)]
+                    taken[count] = _time_command(words, environment, prefix)
                 seconds[name].append(taken[arguments.structures] - taken[FEW])
-    return {"structures": arguments.structures - FEW, "from_outside": seconds}
+    return {"structures": arguments.structures - FEW, "settings": seconds}
+
+
+def measure_training(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time runs of `equiformer2 train` with one process and with one per core, in turn for every round.
+
+    Returns:
+        `structures` that `--steps` steps see and, per number of processes, the seconds of each round for a
+        run of `--steps` and `FEW_STEPS` steps less those for one of `FEW_STEPS`.
+
+    Raises:
+        InputError: the cores cannot share a step evenly.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if cores == 1 or STEP % cores:
+        raise InputError(f"{cores} cores cannot share steps of {STEP} structures: use taskset")
+    seconds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(arguments.rounds):
+            for processes in (1, cores):
+                taken = {}
+                for steps in (FEW_STEPS, FEW_STEPS + arguments.steps):
+                    name = f"{processes}_{steps}_{number}"
+                    words = [*("train", "--config", str(CONFIG), "--name", name, "--runs_dir", folder)]
+                    words += [f"--data.batch_size={STEP // processes}", f"--trainer.devices={processes}"]
+                    words += [f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0"]
+                    words += ["--data.train", json.dumps([str(arguments.data)])]
+                    taken[steps] = _time_command(words, {"OMP_NUM_THREADS": "1"})
+                more = taken[FEW_STEPS + arguments.steps] - taken[FEW_STEPS]
+                seconds.setdefault(f"processes: {processes}", []).append(more)
+    return {"structures": STEP * arguments.steps, "settings": seconds}
+
+
+def _time_command(words: Sequence[str], environment: Mapping[str, str], prefix: Sequence[str] = ()) -> float:
+    """Seconds of a command of `equiformer2`.
+
+    Raises:
+        InputError: it failed.
+    """
+    started = time.perf_counter()
+    done = subprocess.run(
+        [*prefix, sys.executable, "-m", "equiformer2", *words],
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        check=False,
+    )
+    if done.returncode:
+        raise InputError(f"`equiformer2 {words[0]}` failed: {done.stderr.strip().splitlines()[-1]}")
+    return time.perf_counter() - started
 
 
 def _copy_first(source: Path, count: int, target: Path) -> None:
@@ -243,12 +298,25 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def table_from_outside(results: dict[str, Any]) -> str:
-    """Format the medians of `measure_from_outside` and their ratio to one thread, as text."""
-    medians = {name: statistics.median(seconds) for name, seconds in results["from_outside"].items()}
-    lines = [f"{results['structures']} structures more in a call", f"{'setting':18} {'s':>8} {'speed':>7}"]
-    lines += [f"{name:18} {each:8.2f} {medians['one thread'] / each:6.2f}x" for name, each in medians.items()]
+def differences(results: dict[str, Any]) -> str:
+    """Format the medians of the parts `calls` and `training` and their ratio to the first setting."""
+    medians = {name: statistics.median(seconds) for name, seconds in results["settings"].items()}
+    first = next(iter(medians.values()))
+    lines = [
+        f"{results['structures']} structures more in a call",
+        f"{'setting':18} {'s':>8} {'per second':>11} {'speed':>7}",
+    ]
+    for name, each in medians.items():
+        lines.append(f"{name:18} {each:8.2f} {results['structures'] / each:11.2f} {first / each:6.2f}x")
     return "\n".join(lines)
+
+
+#: What can be timed: the measurement, and its table.
+PARTS = {
+    "loop": (measure, table),
+    "calls": (measure_calls, differences),
+    "training": (measure_training, differences),
+}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -258,14 +326,13 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     if arguments.data is None:
         arguments.data = bundled_structures()
-    if arguments.from_outside:
-        results = measure_from_outside(arguments)
-        print(table_from_outside(results))
-    else:
-        results = measure(arguments)
-        print(table(results))
-    if arguments.out:
-        write_json(arguments.out, {**origin(), **results})
+    run, show = PARTS[arguments.part]
+    about = {**origin(), "machine": describe_machine(), "rounds": arguments.rounds}
+    results = run(arguments)
+    print(show(results))
+    if arguments.json:
+        others = read_json(arguments.json) if arguments.json.exists() else {}
+        write_json(arguments.json, {**others, arguments.part: {**about, **results}}, make_folder=True)
 
 
 def bundled_structures() -> Path:
