@@ -6,7 +6,6 @@ is broken or tells of other settings or another network (by `fingerprint_of_weig
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.constraints import FixAtoms
-from torch.profiler import ProfilerActivity, profile
 from torch_geometric.data import Batch, Data
 
-from equiformer2.checkpoint import Checkpoint, Normalizer, Normalizers, load_checkpoint
+from equiformer2.checkpoint import Checkpoint, load_checkpoint
 from equiformer2.checkpoint.fingerprints import fingerprint_of_weights
 from equiformer2.files import read_json, write_json
 from equiformer2.inference import EquiformerV2Calculator, Predictor
-from equiformer2.model import EquiformerV2, ModelConfig
+from equiformer2.model import EquiformerV2
 from equiformer2.pruning.analysis.lossless import measure_savings
 from equiformer2.pruning.calibration_data import read_structures
 from equiformer2.pruning.cost.latency import compare_latency
@@ -34,6 +32,8 @@ from equiformer2.pruning.structured.apply import shrink
 from equiformer2.pruning.structured.baselines import uniform_plan
 from equiformer2.pruning.structured.plan import PruningPlan
 from studies.campaign import Campaign, Speed
+from studies.peak_memory import peak_allocated
+from studies.random_networks import random_checkpoint
 from studies.timed_study import TIMED
 
 _STRUCTURES = 3
@@ -43,8 +43,6 @@ _NEAR = 0.03  # of the dense cost: blocks are large steps
 _ALSO_LARGE = ("multi", TIMED, "route_static", "route_ftp", "route_context_only")
 OF_ALL_SEEDS = ("multi", TIMED)
 """Methods whose plans of every seed are timed: a goal is in what they say."""
-_ALLOCATION = "[memory]"
-_CPU = 0
 
 
 def measure_lossless(campaign: Campaign, out: Path) -> None:
@@ -77,8 +75,7 @@ def measure_calls(campaign: Campaign, studies: Path, out: Path) -> None:
             if method.partition("_seed")[0] in _ALSO_LARGE:
                 _measure(out / f"{name}_2x2_{method}.json", large, dense, cheaper, campaign.speed)
     for name, preset in campaign.speed.random_weights.items():
-        torch.manual_seed(0)
-        dense = _Dense.of(_random(preset))
+        dense = _Dense.of(random_checkpoint(preset))
         model = dense.checkpoint.model
         cost = _cost(model, atoms)
         plans = {
@@ -211,21 +208,6 @@ def _call(atoms: Atoms) -> Callable[[], object]:
     return call
 
 
-def _random(preset: str) -> Checkpoint:
-    model = EquiformerV2(ModelConfig.preset(preset)).eval()
-    one = Normalizer(0.0, 1.0)
-    return Checkpoint(
-        config=model.config,
-        model=model,
-        weights="raw",
-        available_weights=("raw",),
-        normalizers=Normalizers(energy=one, forces=one),
-        energy_kind="adsorption",
-        provenance={"random weights": preset},
-        source_format="equiformer2",
-    )
-
-
 def _cost(model: EquiformerV2, atoms: Atoms) -> Callable[[PruningPlan], float]:
     edges = len(atoms) * model.config.max_neighbors
     return MacTarget(model.config, 0.5, len(atoms), edges).fraction_of
@@ -256,27 +238,3 @@ def _as_atoms(data: Data) -> Atoms:
         tags=data.tags.long().numpy(),
         constraint=FixAtoms(fixed),
     )
-
-
-def peak_allocated(call: Callable[[], object]) -> int:
-    """Bytes of CPU tensors that `call` holds at its peak, beyond those that were there before it.
-
-    From the profiler's record of every allocation, so it is the same each time, unlike the memory of the
-    process; what libraries allocate past PyTorch is not in it.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    records = [
-        (event["ts"], event["args"]["Bytes"])
-        for event in events
-        if event.get("name") == _ALLOCATION and event["args"]["Device Type"] == _CPU
-    ]
-    held = peak = 0
-    for _, size in sorted(records, key=lambda record: record[0]):
-        held += size
-        peak = max(peak, held)
-    return peak

@@ -56,7 +56,7 @@ from equiformer2.pruning.structured.plan_request import apply_plan
 from equiformer2.script import origin, run_script
 from equiformer2.training.configuration import parse
 from equiformer2.training.run import train
-from studies.force_call_times import peak_allocated
+from studies.peak_memory import training_memory
 from studies.results import Results, Row, write_page
 from studies.verdicts import Verdict
 
@@ -254,36 +254,9 @@ def _memory(study: Study, base: str, trained: str, recomputed: bool) -> Row:
             module = model.get_submodule(name)
             shape = module.weight.shape  # type: ignore[union-attr]
             parametrize.register_parametrization(module, "weight", _LowRank(shape), unsafe=True)  # type: ignore[arg-type]
-    model.train()
     model.activation_checkpointing = recomputed
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     structures = next(iter(study.held_out.values()))[: study.options.batch_size]
-    batch = Batch.from_data_list(structures)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        out = model(batch)
-        (out["energy"].square().sum() + out["forces"].square().sum()).backward()
-        optimizer.step()
-
-    step()
-    optimizer.zero_grad(set_to_none=True)
-    held = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    states = sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    )
-    peak = peak_allocated(step)
-    return {
-        "weights_bytes": held,
-        "optimizer_bytes": states,
-        "peak_step_bytes": peak,
-        "peak_bytes": held + states + peak,
-        "trained": sum(parameter.numel() for parameter in parameters),
-    }
+    return training_memory(model, Batch.from_data_list(structures))
 
 
 def recovery_rows(study: Study) -> Iterator[Row | None]:

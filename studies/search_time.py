@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from equiformer2 import EquiformerV2, ModelConfig
-from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
+from equiformer2.checkpoint import save_checkpoint
 from equiformer2.errors import InputError
 from equiformer2.pruning.calibration_data import read_structures
 from equiformer2.pruning.fingerprints import fingerprint_of_structures
 from equiformer2.pruning.routing.route_request import RouteRequest, make_router
 from equiformer2.pruning.structured.plan_request import PlanRequest, make_plan
 from equiformer2.script import run_script
+from studies.random_networks import SIZES, random_checkpoint
 from studies.results import Results, Row, write_page
 
 DATA = Path("runs/data/study/train.lmdb")
@@ -67,7 +67,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", choices=("31M", "83M", "153M"), default="31M", help="network's size")
+    parser.add_argument("--size", choices=SIZES, default="31M", help="network's size")
     parser.add_argument("--data", type=Path, default=DATA, help="LMDB file (default: %(default)s)")
     parser.add_argument("--structures", type=int, default=32, help="to calibrate on (default: %(default)s)")
     parser.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=list(SEARCHES))
@@ -106,26 +106,24 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def write_random(size: str, path: Path) -> int:
-    """Write a checkpoint with the random weights of seed 0 unless it is there.
+    """Write the checkpoint of `random_checkpoint` unless it is there.
 
     Returns:
         Number of parameters.
     """
-    torch.manual_seed(0)
-    one = Normalizer(0.0, 1.0)
-    model = EquiformerV2(ModelConfig.preset(size))
+    checkpoint = random_checkpoint(size)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(
             path,
-            model=model,
-            raw_state=model.state_dict(),
+            model=checkpoint.model,
+            raw_state=checkpoint.model.state_dict(),
             averaged_state=None,
-            normalizers=Normalizers(one, one),
-            energy_kind="adsorption",
-            provenance={"weights": "random"},
+            normalizers=checkpoint.normalizers,
+            energy_kind=checkpoint.energy_kind,
+            provenance=checkpoint.provenance,
         )
-    return sum(weights.numel() for weights in model.parameters())
+    return sum(weights.numel() for weights in checkpoint.model.parameters())
 
 
 def machine() -> dict[str, Any]:

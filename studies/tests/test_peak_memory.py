@@ -2,7 +2,7 @@
 
 import torch
 
-from studies.force_call_times import peak_allocated
+from studies.peak_memory import peak_allocated
 
 _MEGABYTE = 2**20
 
