@@ -5,9 +5,9 @@
     python -m studies.own_data --cases ch3_cu    # one case
     python -m studies.own_data --collect         # only write the page of the runs that there are
 
-Every run is one call of `equiformer2 finetune` with its defaults, in a folder of its own, and is continued
-where it was stopped; runs on the published page are not computed again. OMP_NUM_THREADS=1 for runs side by
-side.
+Every run is one call of `equiformer2 finetune` with its defaults but for the time, in a folder of its own,
+and is continued where it was stopped; runs on the published page are not computed again. Networks from random
+weights and learning curves belong to the runs without replay. OMP_NUM_THREADS=1 for runs side by side.
 """
 
 import argparse
@@ -47,6 +47,8 @@ KEYS = {"energy_mae_eV": "energy (eV)", "force_mae_eV_A": "forces (eV/Å)"}
 _METALS = ("Cu", "Ni", "Pd", "Pt")
 _ADSORBATES = ("H", "C", "N", "O")
 _SITES = ("ontop", "bridge", "fcc", "hcp")
+#: Parts of the data on a learning curve: 1/8, 1/4, 1/2 and all.
+_SHARES = 4
 #: Steps of a relaxation that are kept, so that frames differ.
 _KEPT_STEPS = (0, 1, 2, 4, 8, 16)
 
@@ -59,9 +61,9 @@ class Case:
         title: words for the page.
         write: writes its files into a folder.
         files: file to learn from and file to judge by; without the second `finetune` divides the first.
-        minutes: time for a run.
-        seeds: number of trainings.
-        curve: whether parts of the data are tried, too.
+        minutes: time for a training, with its share of everything else.
+        seeds: number of trainings of a kind.
+        curve: whether parts of the data are tried, too, in runs without replay.
         resets: whether the energies are of another kind than the checkpoints'.
         is_original: whether these are original data of `oc20_small`, which are not replayed.
     """
@@ -74,6 +76,12 @@ class Case:
     curve: bool = False
     resets: bool = True
     is_original: bool = False
+
+    def about(self, replay: bool) -> dict[str, Any]:
+        """Settings of a run with replay or without."""
+        curve = self.curve and not replay
+        trainings = self.seeds * (1 if replay else 2) * (_SHARES if curve else 1)
+        return {"minutes": self.minutes * trainings, "seeds": self.seeds, "curve": curve}
 
 
 def ch3_cu(folder: Path) -> None:
@@ -134,7 +142,7 @@ CASES = {
         "CH3 on Cu(111), first frames → last (the easy case)",
         ch3_cu,
         ("first.lmdb", "last.lmdb"),
-        minutes=25,
+        minutes=3.5,
         seeds=3,
         curve=True,
     ),
@@ -142,17 +150,17 @@ CASES = {
         "EMT: atoms on Cu, Ni, Pd and Pt, other systems",
         emt,
         ("emt.lmdb",),
-        minutes=45,
+        minutes=4,
         seeds=3,
         curve=True,
     ),
-    "hfo2": Case("HfO2, 12 and 60 atoms → 96", hfo2, ("small.lmdb", "large.lmdb"), minutes=10),
-    "oxides": Case("oxides of the public tutorial, other compositions", oxides, ("oxides.lmdb",), minutes=12),
+    "hfo2": Case("HfO2, 12 and 60 atoms → 96", hfo2, ("small.lmdb", "large.lmdb"), minutes=5),
+    "oxides": Case("oxides of the public tutorial, other compositions", oxides, ("oxides.lmdb",), minutes=10),
     "oc20_later": Case(
         "bundled OC20 relaxations, later frames",
         oc20_later,
         ("first.lmdb", "later.lmdb"),
-        minutes=18,
+        minutes=10,
         resets=False,
         is_original=True,
     ),
@@ -160,7 +168,7 @@ CASES = {
         "bundled OC20 relaxations, other systems",
         oc20_other,
         ("oc20.lmdb",),
-        minutes=18,
+        minutes=10,
         resets=False,
         is_original=True,
     ),
@@ -201,7 +209,7 @@ def about(run: str) -> dict[str, Any] | None:
             setting = CASES[case]
             return {
                 **{"case": case, "checkpoint": checkpoint, "replay": replay},
-                **{"minutes": setting.minutes, "seeds": setting.seeds, "curve": setting.curve},
+                **setting.about(replay),
                 "checkpoint_sha256": sha256(find_checkpoint(checkpoint)),
             }
     return None
@@ -211,6 +219,7 @@ def run(runs: Path, case: str, checkpoint: str, replay: bool, results: Results) 
     """Fine-tune one checkpoint on one set, and keep the tables."""
     folder = runs / run_name(case, checkpoint, replay)
     setting, data = CASES[case], runs / "data" / case
+    about = setting.about(replay)
     if not data.exists():
         unfinished = data.with_name(f".{case}")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -228,9 +237,10 @@ def run(runs: Path, case: str, checkpoint: str, replay: bool, results: Results) 
             reset_head=setting.resets,
             replay=tuple(original) if replay else (),
             old=() if replay else tuple(original),
+            scratch=not replay,
             seeds=setting.seeds,
-            curve=setting.curve,
-            max_minutes=setting.minutes,
+            curve=about["curve"],
+            max_minutes=about["minutes"],
         )
     )
     kept = ("table", "curve", "schedule", "seconds")
@@ -305,8 +315,9 @@ def markdown(rows: Sequence[Row], figure: str | None) -> str:
         "# Fine-tuning on own data",
         "",
         "Written by `python -m studies.own_data`, which says what the sets are. Mean absolute errors on",
-        "frames that were not trained on, with the standard deviation over seeds. *Old* is the original",
-        "data of the checkpoint, before → after; energies of another kind are not compared.",
+        "frames that were not trained on, with the standard deviation over seeds. *Old data* are original",
+        "ones of the checkpoint, before → after; energies of another kind are not compared. *Steps*: most of",
+        "a training, which may end sooner, and the number that it would have without a limit of time.",
         *([] if figure is None else ["", f"![errors over the number of training frames]({figure})"]),
     ]
     for case, setting in CASES.items():
@@ -317,8 +328,8 @@ def markdown(rows: Sequence[Row], figure: str | None) -> str:
             "",
             f"## {setting.title}",
             "",
-            "| checkpoint | replay | error | before | after | scratch | trivial | old, before → after |",
-            "|---|---|---|---|---|---|---|---|",
+            "| checkpoint | replay | steps | error | before | after | scratch | trivial | old data |",
+            "|" + "---|" * 9,
         ]
         for row in chosen:
             for key, words in KEYS.items():
@@ -328,7 +339,9 @@ def markdown(rows: Sequence[Row], figure: str | None) -> str:
                 old = f"{_cell(row, 'old', 'before', key)} → {_cell(row, 'old', 'after', key)}"
                 checkpoint = row["about"]["checkpoint"]
                 replay = "yes" if row["about"]["replay"] else "no"
-                lines.append(f"| {checkpoint} | {replay} | {words} | {' | '.join(cells)} | {old} |")
+                schedule = row["schedule"]
+                steps = f"{schedule['steps']:,} of {schedule['wanted']:,}"
+                lines.append(f"| {checkpoint} | {replay} | {steps} | {words} | {' | '.join(cells)} | {old} |")
         for row in chosen:
             for sentence in row.get("curve", {}).get("sentences", []):
                 start = row["about"]

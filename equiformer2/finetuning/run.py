@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,11 @@ from equiformer2.finetuning.parts import Parts, divide_data, write_parts
 from equiformer2.finetuning.schedule import (
     DEFAULT_MINUTES,
     STARTUP_SECONDS,
+    UNLIMITED,
     Schedule,
     Speed,
     choose_schedule,
+    divide_time,
     measure_speed,
 )
 from equiformer2.finetuning.start import Start, prepare_start
@@ -227,28 +230,31 @@ class _FineTuning:
         """Divide the time over the trainings."""
         settings, count = self.settings, len(self.cases)
         watched, judged = len(self.parts.watched[1]), len(self.parts.judged[1])
-        judged += sum(len(rows) for _, rows in self.parts.old)
         minutes = settings.max_minutes
         if minutes is None:
             minutes = DEFAULT_MINUTES * settings.seeds * len(self.parts.train)
         spent = time.monotonic() - self.begin
-        judging = (count + 1) * judged * speed.evaluation
-        each = (60 * minutes - spent - judging) / count - STARTUP_SECONDS
+        on_old = 1 + sum(case.is_result for case in self.cases)
+        passes = (count + 1) * judged + on_old * sum(len(rows) for _, rows in self.parts.old)
+        judging = passes * speed.evaluation
         replayed = sum(len(rows) for _, rows in self.parts.replay)
-        schedules = {
-            share: choose_schedule(
+        choose = {
+            share: partial(
+                choose_schedule,
                 start.checkpoint.config,
                 len(rows) + replayed,
                 watched,
                 speed,
-                each,
-                settings.steps,
-                settings.batch_size,
-                settings.learning_rate,
-                settings.adapter is not None,
+                steps=settings.steps,
+                batch_size=settings.batch_size,
+                learning_rate=settings.learning_rate,
+                adapts=settings.adapter is not None,
             )
             for share, rows in self.parts.train.items()
         }
+        wanted = [choose[case.share](UNLIMITED).seconds for case in self.cases]
+        each = divide_time(60 * minutes - spent - judging - count * STARTUP_SECONDS, wanted)
+        schedules = {share: choose_one(each) for share, choose_one in choose.items()}
         total = sum(schedules[case.share].seconds + STARTUP_SECONDS for case in self.cases) + judging
         plural = f"{count} trainings take" if count > 1 else "one training takes"
         sentences += [
@@ -260,9 +266,14 @@ class _FineTuning:
         return {f"{share:g}": asdict(schedule) for share, schedule in schedules.items()}
 
     def _judge(
-        self, predictor: Predictor, prepared: Prepared, is_new: bool, pairs: ParityPairs | None = None
+        self,
+        predictor: Predictor,
+        prepared: Prepared,
+        is_new: bool,
+        pairs: ParityPairs | None = None,
+        on_old: bool = True,
     ) -> dict[str, Errors | None]:
-        """Errors on new and old data; `is_new` for the networks with the zero of the new data."""
+        """Errors on new and, with `on_old`, old data; `is_new` for networks with the zero of the new data."""
         frames = self.parts.frames
         kept = prepared.keeps_zero
         new = judge(
@@ -272,7 +283,7 @@ class _FineTuning:
             pairs,
         )
         old = None
-        if prepared.files["old"]:
+        if on_old and prepared.files["old"]:
             data = OC20Lmdb(self._paths(prepared, "old"))
             same = kept if is_new else self._same_kind(str(data.energy_kind))
             old = judge(predictor, data, same)
@@ -317,7 +328,7 @@ class _FineTuning:
         best = trainer.run(case, start, schedule, after)
         predictor = self._predictor(case, best)
         pairs = self._pairs() if case == self.cases[0] else None
-        found = self._judge(predictor, prepared, True, pairs)
+        found = self._judge(predictor, prepared, True, pairs, case.is_result)
         step = predictor.checkpoint.provenance.get("step", 0)
         last = self._predictor(case, best.with_name("last.pt")).checkpoint.provenance.get("step", 0)
         result = {
@@ -353,9 +364,7 @@ class _FineTuning:
             table += rows[1:-1] + self._rows_of(AFTER, OLD, results)
         models = [
             self._write_model(case, number)
-            for number, case in enumerate(
-                case for case in self.cases if case.network == AFTER and case.share == 1.0
-            )
+            for number, case in enumerate(case for case in self.cases if case.is_result)
         ]
         first = Path(models[0]["file"])
         adapted = self.settings.adapter is not None

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ DEFAULT_MINUTES = 18.0
 """Time that the whole command may take on this machine, table included."""
 _VALIDATIONS, _FEWEST, _VALIDATION_SHARE = 12, 2, 0.25
 """Validations of a training, fewer where they would take more than this share of the time."""
+UNLIMITED = 1e9
+"""Seconds that no training needs."""
 STARTUP_SECONDS = 8.0
 """Seconds that a training takes beside its steps: reading, checking, checkpoints and figures."""
 # A run sees its frames 60 times when they are few and 5 times when they are many.
@@ -129,6 +132,24 @@ def choose_schedule(
         seconds=length * step + checks,
         wanted=steps or wanted,
     )
+
+
+def divide_time(seconds: float, wanted: Sequence[float]) -> float:
+    """Limit the time of every training so that all together take so many seconds.
+
+    A training that wants less than the others leaves them the rest.
+
+    Args:
+        seconds: for all trainings.
+        wanted: time of each without a limit, s; at least one.
+
+    Returns:
+        The most that a training may take, s.
+    """
+    left = sorted(wanted)
+    while left and seconds / len(left) > left[0]:
+        seconds -= left.pop(0)
+    return seconds / len(left) if left else UNLIMITED
 
 
 def measure_speed(model: EquiformerV2, frames: Frames, rows: np.ndarray, device: str) -> Speed:

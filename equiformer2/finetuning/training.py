@@ -63,6 +63,11 @@ class Case:
         part = "" if self.share == 1.0 else f" on 1/{round(1 / self.share)} of the frames"
         return f"{word}{part}, seed {self.seed}"
 
+    @property
+    def is_result(self) -> bool:
+        """Tell whether its network is a result: tuned on all frames. The others are for comparison."""
+        return self.network == AFTER and self.share == 1.0
+
 
 @dataclass(frozen=True)
 class Trainer:

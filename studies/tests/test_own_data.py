@@ -39,6 +39,13 @@ def test_emt_frames_move_and_hold_their_lowest_layer() -> None:
         assert np.isfinite(frame.get_potential_energy())
 
 
+def test_networks_from_random_weights_and_curves_belong_to_runs_without_replay() -> None:
+    alone, replayed = (CASES["emt"].about(replay) for replay in (False, True))
+    assert alone == {"minutes": 96, "seeds": 3, "curve": True}
+    assert replayed == {"minutes": 12, "seeds": 3, "curve": False}
+    assert CASES["oxides"].about(False) == {"minutes": 20, "seeds": 1, "curve": False}
+
+
 def row(data: str, network: str, error: float | None) -> dict[str, Any]:
     return {"data": data, "network": network, "energy_mae_eV": error, "force_mae_eV_A": error}
 
@@ -52,9 +59,13 @@ def test_the_page_of_what_is_there(tmp_path: Path) -> None:
     table += [row("old", "before", 0.3), row("old", "after", 0.5)]
     points = [{"network": "after", "frames": n, "force_mae_eV_A": 1 / n, "seed": 0} for n in (2, 4)]
     content = {"table": table, "curve": {"points": points, "sentences": ["twice the frames halve it"]}}
+    content["schedule"] = {"steps": 80, "wanted": 1200}
     results.keep(run_name("ch3_cu", "study_teacher", True), content)
     report(results, page)
     text = page.with_suffix(".md").read_text()
-    assert "| study_teacher | yes | forces (eV/Å) | – | 0.100 | 0.200 | 0.400 | 0.300 → 0.500 |" in text
+    assert (
+        "| study_teacher | yes | 80 of 1,200 | forces (eV/Å) | – | 0.100 | 0.200 | 0.400 | 0.300 → 0.500 |"
+        in text
+    )
     assert "study_teacher, with replay: twice the frames halve it." in text
     assert page.with_suffix(".png").stat().st_size > 0

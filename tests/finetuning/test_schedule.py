@@ -3,7 +3,7 @@
 import pytest
 from tiny_networks import TINY
 
-from equiformer2.finetuning.schedule import Speed, choose_schedule
+from equiformer2.finetuning.schedule import UNLIMITED, Speed, choose_schedule, divide_time
 from equiformer2.model import ModelConfig
 
 STUDY = ModelConfig(
@@ -40,3 +40,12 @@ def test_what_is_given_is_kept() -> None:
     found = choose_schedule(TINY, 100, 5, SLOW, 1.0, steps=7, batch_size=3, learning_rate=0.1)
     assert (found.steps, found.batch_size, found.learning_rate) == (7, 3, 0.1)
     assert choose_schedule(TINY, 100, 5, SLOW, 1.0).steps == 10
+
+
+def test_trainings_that_want_less_leave_their_time_to_the_others() -> None:
+    assert divide_time(100, [500, 500]) == 50
+    limit = divide_time(100, [10, 500, 20, 500])
+    assert limit == 35
+    assert sum(min(limit, wanted) for wanted in (10, 500, 20, 500)) == 100
+    assert divide_time(100, [10, 20]) == UNLIMITED
+    assert divide_time(-5, [10, 20]) < 0
