@@ -43,7 +43,11 @@ OWN = Path("data/own_data")
 OC20 = Path("data/oc20_trajs")
 STUDY_DATA = Path("runs/data/study/train_1_8.lmdb")
 CHECKPOINTS = ("study_teacher", "oc20_small")
-KEYS = {"energy_mae_eV": "energy (eV)", "force_mae_eV_A": "forces (eV/Å)"}
+KEYS = {
+    "energy_mae_eV": "energy (eV)",
+    "energy_mae_eV_per_atom": "energy per atom (eV)",
+    "force_mae_eV_A": "forces (eV/Å)",
+}
 _METALS = ("Cu", "Ni", "Pd", "Pt")
 _ADSORBATES = ("H", "C", "N", "O")
 _SITES = ("ontop", "bridge", "fcc", "hcp")
@@ -333,6 +337,8 @@ def markdown(rows: Sequence[Row], figure: str | None) -> str:
         ]
         for row in chosen:
             for key, words in KEYS.items():
+                if "per_atom" in key and not setting.resets:  # adsorption energies
+                    continue
                 cells = [
                     _cell(row, "new", network, key) for network in ("before", "after", "scratch", "trivial")
                 ]
@@ -353,7 +359,8 @@ def _cell(row: Row, data: str, network: str, key: str) -> str:
     for item in row["table"]:
         if (item["data"], item["network"]) == (data, network) and item[key] is not None:
             spread = item.get(f"{key}_std")
-            return f"{item[key]:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
+            digits = 4 if "per_atom" in key else 3
+            return f"{item[key]:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
     return "–"
 
 

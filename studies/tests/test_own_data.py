@@ -47,7 +47,9 @@ def test_networks_from_random_weights_and_curves_belong_to_runs_without_replay()
 
 
 def row(data: str, network: str, error: float | None) -> dict[str, Any]:
-    return {"data": data, "network": network, "energy_mae_eV": error, "force_mae_eV_A": error}
+    per_atom = None if error is None else error / 10
+    errors = {"energy_mae_eV": error, "energy_mae_eV_per_atom": per_atom, "force_mae_eV_A": error}
+    return {"data": data, "network": network, **errors}
 
 
 def test_the_page_of_what_is_there(tmp_path: Path) -> None:
@@ -67,5 +69,6 @@ def test_the_page_of_what_is_there(tmp_path: Path) -> None:
         "| study_teacher | yes | 80 of 1,200 | forces (eV/Å) | – | 0.100 | 0.200 | 0.400 | 0.300 → 0.500 |"
         in text
     )
+    assert "| energy per atom (eV) | – | 0.0100 | 0.0200 | 0.0400 | 0.0300 → 0.0500 |" in text
     assert "study_teacher, with replay: twice the frames halve it." in text
     assert page.with_suffix(".png").stat().st_size > 0
