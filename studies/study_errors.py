@@ -264,20 +264,20 @@ def look_up(sids: Sequence[str], known: Mapping[str, System], source: AnyPath) -
     return [known[sid] for sid in sids]
 
 
-def seen_bulks(sources: Sequence[AnyPath], index: Sequence[AnyPath]) -> frozenset[str] | None:
-    """Reduced formulas of the bulks in LMDB files or folders of training data; None without any."""
+def seen_systems(sources: Sequence[AnyPath], index: Sequence[AnyPath]) -> frozenset[System] | None:
+    """Systems in LMDB files or folders of training data; None without any."""
     if not sources:
         return None
-    bulks: set[str] = set()
+    seen: set[System] = set()
     for source in sources:
         known = systems_of(source, index)
         if (Path(source) / "index.jsonl").is_file():
-            bulks |= {system.bulk for system in known.values()}
+            seen |= set(known.values())
             continue
         dataset = OC20Lmdb(source, None)
         sids = list(dict.fromkeys(str(dataset[at].sid) for at in range(len(dataset))))
-        bulks |= {system.bulk for system in look_up(sids, known, source)}
-    return frozenset(bulks)
+        seen |= set(look_up(sids, known, source))
+    return frozenset(seen)
 
 
 @contextmanager
@@ -333,12 +333,14 @@ def frame_errors(predictor: Predictor, checkpoint: Path, source: Path, runs: Pat
     return frames
 
 
-def collect(frames: Frames, systems: Sequence[System], seen: frozenset[str] | None) -> Row:
+def collect(frames: Frames, systems: Sequence[System], seen: frozenset[System] | None) -> Row:
     """Gather the averages of one checkpoint on one data set: `all`, `groups`, `elements` and `named`."""
     everything = np.ones(len(frames.sid), dtype=bool)
-    groups = groupings(systems, frames.adsorbate_atoms, seen)
+    bulks = None if seen is None else frozenset(system.bulk for system in seen)
+    groups = groupings(systems, frames.adsorbate_atoms, bulks)
     return {
         "bulks": len({system.bulk for system in systems}),
+        "trained_systems": None if seen is None else len(set(systems) & seen),
         "all": frames.summary(everything),
         "groups": {
             title: {name: frames.summary(chosen) for name, chosen in rows.items()}
@@ -390,6 +392,8 @@ def markdown(record: Mapping[str, Any], figure: str) -> str:
             f"energy an energy MAE of {whole['trivial_energy_mae_eV']:.3f} eV.",
             "",
         ]
+        if first["trained_systems"]:
+            lines[-2] += f" **{first['trained_systems']} of the systems are in the training data.**"
         for columns in (COLUMNS, OTHER_MEANS):
             rows = [
                 [name, *(cell(result["all"][key], digits) for key, _, digits in columns)]
@@ -522,7 +526,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise DataError(f"{path}: no such file or folder.")
     for suffix in (".json", ".md", ".png"):
         check_target(arguments.results.with_suffix(suffix), inputs=[*arguments.data, *checkpoints.values()])
-    seen = seen_bulks(arguments.trained_on, arguments.index)
+    seen = seen_systems(arguments.trained_on, arguments.index)
     data: dict[str, dict[str, Row]] = {}
     known = {source: systems_of(source, arguments.index) for source in arguments.data}
     for name, path in checkpoints.items():

@@ -18,9 +18,9 @@ from studies.verdicts import Rows, Verdict, mae_of, row_of, verdicts
 
 _READING = (
     "Figures: errors against operations, and against the measured time of a",
-    "[force call](#force-calls-through-the-calculator). Open marks are as cut, filled ones are trained",
-    "afterwards, bars are standard deviations over seeds.",
+    "[force call](#force-calls-through-the-calculator). Bars are standard deviations over seeds.",
 )
+_MARKS = "Open marks are as cut, filled ones are trained afterwards."
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def write_study(campaign: Campaign, out: Path, results: Path) -> list[Path]:
     text = [f"# Pruning of {', '.join(campaign.models)}", "", f"![errors against operations]({name}.png)"]
     timed = draw_times(campaign, tables, speed, results / f"{name}_time.png")
     text += [f"![errors against time]({name}_time.png)"] * timed + [""]
-    text += ["Written by `python -m studies.pruning`.", *_READING, ""]
+    text += ["Written by `python -m studies.pruning`.", *_READING]
+    is_trained = any(row["trained"] == "distilled" for rows in tables.values() for row in rows)
+    text += [_MARKS if is_trained else "No network is trained after a cut.", ""]
     text += [in_words(seconds), ""] if (seconds := read_seconds(out)) else []
     text += _verdict_table(found_verdicts)
     for study, rows in tables.items():

@@ -172,7 +172,8 @@ class Plan(Command):
     """Find the heads, channels, orders and branches to keep for a target, without training.
 
     A search continues where it was killed. Targets are shares that stay of the multiply-accumulates
-    (macs=0.5), the parameters (parameters=0.5) or the time (latency=0.6). Of several, all are reached.
+    (macs=0.5), the parameters (parameters=0.5) or the time (latency=0.6). Of several, all are reached; exit
+    status 3 if the pruned network still takes longer than the parts that its time was added up from.
     """
 
     def add_arguments(self, parser: Parser) -> None:
@@ -230,7 +231,8 @@ class Plan(Command):
         planned.plan.save(options.out)
         print(planned)
         print(f"wrote {options.out}")
-        return Result({"file": str(options.out), "plan": read_json(options.out)}, 0, options.checkpoint)
+        record = {"file": str(options.out), "plan": read_json(options.out), "missed": planned.missed}
+        return Result(record, 0 if planned.missed is None else 3, options.checkpoint)
 
 
 class Apply(Command):

@@ -26,7 +26,8 @@ class Parts:
         train: rows of `frames` to train on, by share of the learning curve; 1.0 is all of them.
         watched, judged: frames and rows that choose the best weights, and that the table is made of.
         isolated: energies of isolated atoms, eV by atomic number.
-        replay: frames and rows of the original data to mix in, one entry per file.
+        replay: frames of the original data to mix in and their rows by share of the learning curve, one entry
+            per file.
         old: frames and rows of the original data to judge by, one entry per file.
         sentences: what was divided how.
     """
@@ -36,7 +37,7 @@ class Parts:
     watched: tuple[Frames, np.ndarray]
     judged: tuple[Frames, np.ndarray]
     isolated: dict[int, float]
-    replay: list[tuple[Frames, np.ndarray]] = field(default_factory=list)
+    replay: list[tuple[Frames, dict[float, np.ndarray]]] = field(default_factory=list)
     old: list[tuple[Frames, np.ndarray]] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
 
@@ -44,6 +45,10 @@ class Parts:
     def all(self) -> np.ndarray:
         """Rows of the new data to train on."""
         return self.train[1.0]
+
+    def count(self, share: float) -> int:
+        """Count the frames to train on, replay included."""
+        return len(self.train[share]) + sum(len(rows[share]) for _, rows in self.replay)
 
 
 def divide_data(settings: FineTuneSettings, largest_element: int, checkpoint_kind: str | None) -> Parts:
@@ -174,14 +179,17 @@ def _add_original(
             )
             pool = division.train
             parts.old.append((frames, spread(division.held_out, _OLD_JUDGED)))
-        wanted = max(1, round(weight * len(parts.all)))
-        rows = spread(pool, wanted)
-        parts.replay.append((frames, rows))
+        counts = {share: max(1, round(weight * len(rows))) for share, rows in parts.train.items()}
+        by_share = {share: spread(pool, count) for share, count in counts.items()}
+        parts.replay.append((frames, by_share))
+        wanted, rows = counts[1.0], by_share[1.0]
         parts.sentences.append(
             f"replay: {len(rows)} of {len(frames)} frames of {path} ({weight:g} per new frame asked for"
             f"{', all there are beside those to judge by' if len(rows) < wanted else ''})"
         )
-    replayed = {frames.systems[row] for frames, rows in parts.replay for row in rows}
+    replayed = {
+        frames.systems[row] for frames, shares in parts.replay for rows in shares.values() for row in rows
+    }
     for path in settings.old:
         frames = read(path)
         shared = sorted(set(frames.systems) & replayed)
@@ -216,22 +224,23 @@ def write_parts(parts: Parts, folder: OutFolder, keeps_zero: bool) -> dict[str, 
         keeps_zero: whether energies of the original data can be learned beside the new ones.
 
     Returns:
-        Names of the files in the folder's `data` by part: `train-SHARE`, `watched`, `judged`, `old`,
-        `replay` and `forces_only`.
+        Names of the files in the folder's `data` by part: `train-SHARE`, `replay-SHARE`,
+        `forces_only-SHARE`, `watched`, `judged` and `old`.
     """
     forces = parts.frames.has_forces
-    files: dict[str, list[str]] = {"old": [], "replay": [], "forces_only": []}
+    files: dict[str, list[str]] = {"old": []}
 
     def write(frames: Frames, rows: np.ndarray, name: str, with_forces: bool) -> list[str]:
         return [write_part(frames, rows, folder.data / f"{name}.lmdb", with_forces).name]
 
     for share, rows in parts.train.items():
         files[f"train-{share:g}"] = write(parts.frames, rows, f"train-{share:g}", forces)
+        files |= {f"replay-{share:g}": [], f"forces_only-{share:g}": []}
     files["watched"] = write(*parts.watched, "watched", forces)
     files["judged"] = write(*parts.judged, "judged", forces)
     for number, (frames, rows) in enumerate(parts.old):
         files["old"] += write(frames, rows, f"old-{number}", frames.has_forces)
-    for number, (frames, rows) in enumerate(parts.replay):
+    for number, (frames, by_share) in enumerate(parts.replay):
         labels, new_labels = frames.dataset.labels, parts.frames.dataset.labels
         same_method = labels == new_labels or not labels or not new_labels
         energies = keeps_zero and same_method and frames.energy_kind == parts.frames.energy_kind
@@ -247,5 +256,7 @@ def write_parts(parts: Parts, folder: OutFolder, keeps_zero: bool) -> dict[str, 
                 "forces "
                 "could be replayed, and the new data have none: leave out --replay"
             )
-        files["replay" if energies else "forces_only"] += write(frames, rows, f"replay-{number}", forces)
+        for share, rows in by_share.items():
+            part = f"{'replay' if energies else 'forces_only'}-{share:g}"
+            files[part] += write(frames, rows, f"replay-{number}-{share:g}", forces)
     return files

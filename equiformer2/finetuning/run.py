@@ -211,7 +211,7 @@ class _FineTuning:
         if self.parts.replay:
             used = (
                 "energies and forces"
-                if files["replay"]
+                if files["replay-1"]
                 else "forces alone, because energies have another zero"
             )
             sentences.append(f"replay: {used}")
@@ -237,12 +237,11 @@ class _FineTuning:
         on_old = 1 + sum(case.is_result for case in self.cases)
         passes = (count + 1) * judged + on_old * sum(len(rows) for _, rows in self.parts.old)
         judging = passes * speed.evaluation
-        replayed = sum(len(rows) for _, rows in self.parts.replay)
         choose = {
             share: partial(
                 choose_schedule,
                 start.checkpoint.config,
-                len(rows) + replayed,
+                self.parts.count(share),
                 watched,
                 speed,
                 steps=settings.steps,
@@ -250,7 +249,7 @@ class _FineTuning:
                 learning_rate=settings.learning_rate,
                 adapts=settings.adapter is not None,
             )
-            for share, rows in self.parts.train.items()
+            for share in self.parts.train
         }
         wanted = [choose[case.share](UNLIMITED).seconds for case in self.cases]
         each = divide_time(60 * minutes - spent - judging - count * STARTUP_SECONDS, wanted)

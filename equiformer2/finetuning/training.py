@@ -163,14 +163,15 @@ class Trainer:
         """Write the configuration of a training beside its folder and read it as `train` does."""
         settings, model = self.settings, start.checkpoint.config
         tuned = case.network == AFTER
+        share = f"{case.share:g}"
         data: dict[str, Any] = {
-            "train": [*self.files[f"train-{case.share:g}"], *(self.files["replay"] if tuned else [])],
+            "train": [*self.files[f"train-{share}"], *(self.files[f"replay-{share}"] if tuned else [])],
             "val": self.files["watched"],
             "energy_kind": self.energy_kind,
             "batch_size": schedule.batch_size,
         }
-        if tuned and self.files["forces_only"]:
-            data["forces_only"] = self.files["forces_only"]
+        if tuned and self.files[f"forces_only-{share}"]:
+            data["forces_only"] = self.files[f"forces_only-{share}"]
         per_epoch = max(1.0, schedule.frames / schedule.batch_size)
         step_seconds = max(schedule.seconds / schedule.steps, 1e-3)
         trainer: dict[str, Any] = {

@@ -17,7 +17,7 @@ from equiformer2.checkpoint.native import write_native
 from equiformer2.checkpoint.training_data import KEY, count_contents
 from equiformer2.inference import Predictor
 from studies.study_data import System, read_index
-from studies.study_errors import Frames, groupings, main, markdown, seen_bulks
+from studies.study_errors import Frames, groupings, main, markdown, seen_systems
 from studies.tests.teacher_folders import copy_systems
 from tests.pruning.search_helpers import save_tiny
 
@@ -128,11 +128,11 @@ def test_groups_divide_the_frames() -> None:
     assert "training" not in groupings(systems, np.array([2, 1, 1]), seen=None)
 
 
-def test_seen_bulks_of_folders_and_files(folder: Path, frames: Frames) -> None:
-    known = {system.bulk for system in read_index(folder)}
-    assert seen_bulks([folder], []) == known
-    assert seen_bulks([folder.with_suffix(".lmdb")], [folder]) == known
-    assert seen_bulks([], []) is None
+def test_systems_of_training_data_in_folders_and_files(folder: Path, frames: Frames) -> None:
+    known = set(read_index(folder))
+    assert seen_systems([folder], []) == known
+    assert seen_systems([folder.with_suffix(".lmdb")], [folder]) == known
+    assert seen_systems([], []) is None
 
 
 def run(folder: Path, checkpoint: Path, out: Path, *more: str) -> dict[str, object]:
@@ -152,6 +152,7 @@ def test_command_writes_the_page_and_keeps_what_is_finished(
     page = (tmp_path / "errors.md").read_text(encoding="utf-8")
     assert page == markdown(record, "errors.png")
     assert "| bulk formula seen | 19 | 2 |" in page
+    assert "**2 of the systems are in the training data.**" in page
     assert (tmp_path / "errors.png").stat().st_size > 10_000
     (stored,) = (tmp_path / "runs").iterdir()
     content = json.loads(stored.read_text(encoding="utf-8"))

@@ -175,6 +175,20 @@ def test_isolated_atoms_among_the_frames_are_taken_apart(frames: list[Data], tmp
         divide_data(replace(settings, data=(twice,)), 89, "total")
 
 
+def test_points_of_the_curve_replay_as_much_per_new_frame(emt: Path, copper: Path, tmp_path: Path) -> None:
+    settings = FineTuneSettings(
+        data=(str(emt),), checkpoint="oc20_small", out=tmp_path, replay=(str(copper),), curve=True,
+        replay_weights=(0.25,),
+    )  # fmt: skip
+    parts = divide_data(settings, 89, "total")
+    ((_, by_share),) = parts.replay
+    assert set(by_share) == set(parts.train)
+    assert len(parts.train) > 2
+    for share, rows in by_share.items():
+        assert len(rows) == max(1, round(0.25 * len(parts.train[share])))
+        assert parts.count(share) == len(parts.train[share]) + len(rows)
+
+
 def test_old_data_that_are_replayed_are_told(emt: Path, copper: Path, tmp_path: Path) -> None:
     settings = FineTuneSettings(
         data=(str(copper),), checkpoint="oc20_small", out=tmp_path, replay=(str(emt),), old=(str(emt),)

@@ -73,6 +73,8 @@ class PlanResult:
         macs: share of the operations that stays.
         parameters: share of the parameters that stays.
         latency: measured share of the time where that was a target.
+        missed: in a sentence, that the whole network takes longer than the target, which the search reached
+            by a sum of times of its parts; None if it does not, and for other targets, which are reached.
         errors: errors against the dense network on the calibration structures (`Discrepancy.averages`).
         search: numbers of cuts that a search made and tried, and its work in passes of the dense network;
             empty for a baseline.
@@ -82,6 +84,7 @@ class PlanResult:
     macs: float
     parameters: float
     latency: float | None
+    missed: str | None
     errors: dict[str, float | None]
     search: dict[str, Any]
 
@@ -107,6 +110,8 @@ class PlanResult:
                 f"search: {self.search['cuts']} steps, {self.search['tried']} cuts tried, the work of "
                 f"{self.search['passes']:,.0f} passes of the dense network over one structure"
             )
+        if self.missed is not None:
+            lines.append(f"missed: {self.missed}")
         return "\n".join(lines)
 
 
@@ -162,7 +167,12 @@ def make_plan(request: PlanRequest, state_path: AnyPath | None = None, progress:
     with masked(model, plan):
         errors = calibration.discrepancy(model).averages()
     time = None if latency is None else latency.measured(plan)
-    return PlanResult(plan, macs.fraction_of(plan), parameters.fraction_of(plan), time, errors, search)
+    missed = None
+    if time is not None and time > shares["latency"]:
+        missed = f"the pruned network takes {time:.1%} of the time, the target is {shares['latency']:.1%}"
+    return PlanResult(
+        plan, macs.fraction_of(plan), parameters.fraction_of(plan), time, missed, errors, search
+    )
 
 
 def apply_plan(checkpoint: str | Path, plan: PruningPlan, out: AnyPath) -> tuple[int, int]:

@@ -193,21 +193,42 @@ def test_latency_is_measured_in_turns() -> None:
     assert calls[2:] == ["dense", "small", "small", "dense"] * 2
 
 
+@pytest.fixture
+def operations(monkeypatch) -> type[MacTarget]:
+    """Operations in place of time, which is noise for a tiny network."""
+
+    class Operations(MacTarget):
+        quantity = "latency"
+        slower = 1.0
+
+        def __init__(self, model, batch, fraction, path) -> None:
+            super().__init__(model.config, fraction, 8, 48)
+
+        def measured(self, plan) -> float:
+            return self.slower * self.fraction_of(plan)
+
+    monkeypatch.setattr(plan_request, "LatencyTarget", Operations)
+    return Operations
+
+
+def test_a_network_slower_than_the_sum_of_its_parts_misses_the_target(
+    files, operations, tmp_path, capsys
+) -> None:
+    words = ["prune plan", "--checkpoint", files["dense"], "--data", files["calibration"], "--overwrite"]
+    words += ["--target", "latency=0.9", "--tries", 1, "--structures", 2, "--out", tmp_path / "plan.json"]
+    assert run_command(*words) == 0
+    assert "missed" not in capsys.readouterr().out
+    operations.slower = 1.2
+    assert run_command(*words) == 3
+    assert "missed: the pruned network takes 10" in capsys.readouterr().out
+    assert PruningPlan.load(tmp_path / "plan.json")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "targets", [["macs=0.8"], ["parameters=0.9"], ["latency=0.9"], ["macs=0.9", "latency=0.8"]]
 )
-def test_every_kind_of_target(files, targets, monkeypatch) -> None:
-    class Operations(MacTarget):
-        """Operations in place of time, which is noise for a tiny network."""
-
-        quantity = "latency"
-
-        def __init__(self, model, batch, fraction, path) -> None:
-            super().__init__(model.config, fraction, 8, 48)
-            self.measured = self.fraction_of
-
-    monkeypatch.setattr(plan_request, "LatencyTarget", Operations)
+def test_every_kind_of_target(files, targets, operations) -> None:
     data = (str(files["calibration"]),)
     request = PlanRequest(str(files["dense"]), data, tuple(targets), tries=1, structures=2)
     made = make_plan(request, progress=False)
