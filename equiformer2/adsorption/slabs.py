@@ -21,6 +21,7 @@ import numpy as np
 from ase import Atoms
 from ase.constraints import FixAtoms, FixScaled
 from ase.neighborlist import neighbor_list
+from tqdm import tqdm
 
 from datasets_oc20.structure_files import read_structure
 from datasets_oc20.tags import surface_height
@@ -208,7 +209,9 @@ def slabs_of_bulk(
         )
     planes = cutter.distinct_planes(max_miller) if plane is None else [plane]
     slabs: list[CleanSlab] = []
-    for plane in planes:
+    # One plane takes no time to speak of; hundreds take minutes.
+    quiet = True if len(planes) == 1 else None
+    for plane in tqdm(planes, desc="cutting slabs", unit="plane", disable=quiet, leave=False):
         cuts = cutter.cut(plane, thickness, width, vacuum)
         if not cuts:
             raise InputError(f"{found.name} has no slab with the Miller indices {plane}")
