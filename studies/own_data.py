@@ -7,7 +7,8 @@
 
 Every run is one call of `equiformer2 finetune` with its defaults but for the time, in a folder of its own,
 and is continued where it was stopped; runs on the published page are not computed again. Networks from random
-weights and learning curves belong to the runs without replay. OMP_NUM_THREADS=1 for runs side by side.
+weights and learning curves belong to the plain runs, beside which are runs with replay and, for some sets,
+with another learning rate. OMP_NUM_THREADS=1 for runs side by side.
 """
 
 import argparse
@@ -51,6 +52,9 @@ KEYS = {
 _METALS = ("Cu", "Ni", "Pd", "Pt")
 _ADSORBATES = ("H", "C", "N", "O")
 _SITES = ("ontop", "bridge", "fcc", "hcp")
+#: Ways to fine-tune: options in which they differ from the defaults.
+PLAIN, REPLAY, FASTER = "plain", "replay", "rate 1e-3"
+RATES = {FASTER: 1e-3}
 #: Parts of the data on a learning curve: 1/8, 1/4, 1/2 and all.
 _SHARES = 4
 #: Steps of a relaxation that are kept, so that frames differ.
@@ -67,7 +71,8 @@ class Case:
         files: file to learn from and file to judge by; without the second `finetune` divides the first.
         minutes: time for a training, with its share of everything else.
         seeds: number of trainings of a kind.
-        curve: whether parts of the data are tried, too, in runs without replay.
+        curve: whether parts of the data are tried, too, in plain runs.
+        rates: whether another learning rate is tried, from `study_teacher`.
         resets: whether the energies are of another kind than the checkpoints'.
         is_original: whether these are original data of `oc20_small`, which are not replayed.
     """
@@ -80,12 +85,20 @@ class Case:
     curve: bool = False
     resets: bool = True
     is_original: bool = False
+    rates: bool = False
 
-    def about(self, replay: bool) -> dict[str, Any]:
-        """Settings of a run with replay or without."""
-        curve = self.curve and not replay
-        trainings = self.seeds * (1 if replay else 2) * (_SHARES if curve else 1)
-        return {"minutes": self.minutes * trainings, "seeds": self.seeds, "curve": curve}
+    def about(self, way: str) -> dict[str, Any]:
+        """Settings of a run by the way to fine-tune."""
+        curve = self.curve and way == PLAIN
+        trainings = self.seeds * (2 if way == PLAIN else 1) * (_SHARES if curve else 1)
+        rate = {"learning_rate": RATES[way]} if way in RATES else {}
+        return {"minutes": self.minutes * trainings, "seeds": self.seeds, "curve": curve, **rate}
+
+    def ways(self, checkpoint: str) -> list[str]:
+        """List the ways to fine-tune a checkpoint."""
+        replays = not (self.is_original and checkpoint == "oc20_small")
+        faster = self.rates and checkpoint == "study_teacher"
+        return [PLAIN, *([REPLAY] if replays else []), *(RATES if faster else [])]
 
 
 def ch3_cu(folder: Path) -> None:
@@ -149,6 +162,7 @@ CASES = {
         minutes=3.5,
         seeds=3,
         curve=True,
+        rates=True,
     ),
     "emt": Case(
         "EMT: atoms on Cu, Ni, Pd and Pt, other systems",
@@ -159,7 +173,9 @@ CASES = {
         curve=True,
     ),
     "hfo2": Case("HfO2, 12 and 60 atoms → 96", hfo2, ("small.lmdb", "large.lmdb"), minutes=5),
-    "oxides": Case("oxides of the public tutorial, other compositions", oxides, ("oxides.lmdb",), minutes=10),
+    "oxides": Case(
+        "oxides of the public tutorial, other compositions", oxides, ("oxides.lmdb",), minutes=10, rates=True
+    ),
     "oc20_later": Case(
         "bundled OC20 relaxations, later frames",
         oc20_later,
@@ -175,6 +191,7 @@ CASES = {
         minutes=10,
         resets=False,
         is_original=True,
+        rates=True,
     ),
 }
 
@@ -185,6 +202,7 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--checkpoints", nargs="+", choices=list(CHECKPOINTS), default=list(CHECKPOINTS))
+    parser.add_argument("--ways", nargs="+", choices=[PLAIN, REPLAY, *RATES], default=[PLAIN, REPLAY, *RATES])
     parser.add_argument("--runs", type=Path, default=Path("runs/own_data"), help="folder of the runs")
     parser.add_argument(
         "--results", type=Path, default=Path("docs/results/own_data"), help="page, without ending"
@@ -194,36 +212,37 @@ def main(words: Sequence[str] | None = None) -> None:
     results = Results(arguments.runs, about, arguments.results)
     if not arguments.collect:
         runs = [
-            (case, name, replay)
+            (case, name, way)
             for case in arguments.cases
             for name in arguments.checkpoints
-            for replay in (False, True)
-            if not (replay and CASES[case].is_original and name == "oc20_small")
+            for way in CASES[case].ways(name)
+            if way in arguments.ways
         ]
-        for case, name, replay in tqdm(runs, desc="runs", unit="run"):
-            if results.get(run_name(case, name, replay)) is None:
-                run(arguments.runs, case, name, replay, results)
+        for case, name, way in tqdm(runs, desc="runs", unit="run"):
+            if results.get(run_name(case, name, way)) is None:
+                run(arguments.runs, case, name, way, results)
     report(results, arguments.results)
 
 
 def about(run: str) -> dict[str, Any] | None:
     """Settings of a run by its name."""
-    for case, checkpoint, replay in itertools.product(CASES, CHECKPOINTS, (False, True)):
-        if run_name(case, checkpoint, replay) == run:
-            setting = CASES[case]
-            return {
-                **{"case": case, "checkpoint": checkpoint, "replay": replay},
-                **setting.about(replay),
-                "checkpoint_sha256": sha256(find_checkpoint(checkpoint)),
-            }
+    for case, checkpoint in itertools.product(CASES, CHECKPOINTS):
+        setting = CASES[case]
+        for way in setting.ways(checkpoint):
+            if run_name(case, checkpoint, way) == run:
+                return {
+                    **{"case": case, "checkpoint": checkpoint, "replay": way == REPLAY},
+                    **setting.about(way),
+                    "checkpoint_sha256": sha256(find_checkpoint(checkpoint)),
+                }
     return None
 
 
-def run(runs: Path, case: str, checkpoint: str, replay: bool, results: Results) -> None:
+def run(runs: Path, case: str, checkpoint: str, way: str, results: Results) -> None:
     """Fine-tune one checkpoint on one set, and keep the tables."""
-    folder = runs / run_name(case, checkpoint, replay)
+    folder = runs / run_name(case, checkpoint, way)
     setting, data = CASES[case], runs / "data" / case
-    about = setting.about(replay)
+    about = setting.about(way)
     if not data.exists():
         unfinished = data.with_name(f".{case}")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -239,12 +258,13 @@ def run(runs: Path, case: str, checkpoint: str, replay: bool, results: Results) 
             checkpoint=checkpoint,
             out=folder,
             reset_head=setting.resets,
-            replay=tuple(original) if replay else (),
-            old=() if replay else tuple(original),
-            scratch=not replay,
+            replay=tuple(original) if way == REPLAY else (),
+            old=() if way == REPLAY else tuple(original),
+            scratch=way == PLAIN,
             seeds=setting.seeds,
             curve=about["curve"],
             max_minutes=about["minutes"],
+            learning_rate=about.get("learning_rate"),
         )
     )
     kept = ("table", "curve", "schedule", "seconds")
@@ -265,9 +285,19 @@ def original_data(runs: Path, checkpoint: str) -> str:
     return str(path if path.exists() else oc20(path))
 
 
-def run_name(case: str, checkpoint: str, replay: bool) -> str:
+def run_name(case: str, checkpoint: str, way: str) -> str:
     """Name of the folder of a run."""
-    return f"{case}-{checkpoint}{'-replay' if replay else ''}"
+    return f"{case}-{checkpoint}" + ("" if way == PLAIN else f"-{way.replace(' ', '_')}")
+
+
+def way_of(row: Row) -> str:
+    """Return the way to fine-tune of a row."""
+    about = row["about"]
+    return next(
+        way
+        for way in CASES[about["case"]].ways(about["checkpoint"])
+        if run_name(about["case"], about["checkpoint"], way) == row["run"]
+    )
 
 
 def emt_frames(metals: Sequence[str] = _METALS, adsorbates: Sequence[str] = _ADSORBATES) -> list[Atoms]:
@@ -322,6 +352,7 @@ def markdown(rows: Sequence[Row], figure: str | None) -> str:
         "frames that were not trained on, with the standard deviation over seeds. *Old data* are original",
         "ones of the checkpoint, before → after; energies of another kind are not compared. *Steps*: most of",
         "a training, which may end sooner, and the number that it would have without a limit of time.",
+        "The learning rate is 5e-4 but where the row says another.",
         *([] if figure is None else ["", f"![errors over the number of training frames]({figure})"]),
     ]
     for case, setting in CASES.items():
@@ -332,7 +363,7 @@ def markdown(rows: Sequence[Row], figure: str | None) -> str:
             "",
             f"## {setting.title}",
             "",
-            "| checkpoint | replay | steps | error | before | after | scratch | trivial | old data |",
+            "| checkpoint | way | steps | error | before | after | scratch | trivial | old data |",
             "|" + "---|" * 9,
         ]
         for row in chosen:
@@ -343,15 +374,13 @@ def markdown(rows: Sequence[Row], figure: str | None) -> str:
                     _cell(row, "new", network, key) for network in ("before", "after", "scratch", "trivial")
                 ]
                 old = f"{_cell(row, 'old', 'before', key)} → {_cell(row, 'old', 'after', key)}"
-                checkpoint = row["about"]["checkpoint"]
-                replay = "yes" if row["about"]["replay"] else "no"
                 schedule = row["schedule"]
                 steps = f"{schedule['steps']:,} of {schedule['wanted']:,}"
-                lines.append(f"| {checkpoint} | {replay} | {steps} | {words} | {' | '.join(cells)} | {old} |")
+                start = f"{row['about']['checkpoint']} | {way_of(row)}"
+                lines.append(f"| {start} | {steps} | {words} | {' | '.join(cells)} | {old} |")
         for row in chosen:
             for sentence in row.get("curve", {}).get("sentences", []):
-                start = row["about"]
-                lines += ["", f"{start['checkpoint']}{', with replay' * start['replay']}: {sentence}."]
+                lines += ["", f"{row['about']['checkpoint']}: {sentence}."]
     return "\n".join(lines) + "\n"
 
 
@@ -372,7 +401,7 @@ def draw(rows: Sequence[Row], target: Path) -> None:
         for row in rows:
             if row["about"]["case"] != case or "curve" not in row:
                 continue
-            start = f"{row['about']['checkpoint']}{' + replay' * row['about']['replay']}"
+            start = row["about"]["checkpoint"]
             for network, style in (("after", "-"), ("scratch", ":")):
                 points: dict[int, list[float]] = {}
                 for point in row["curve"]["points"]:

@@ -8,7 +8,7 @@ import pytest
 
 from datasets_oc20 import OC20Lmdb
 from equiformer2.errors import InputError
-from studies.own_data import CASES, about, emt_frames, report, run_name
+from studies.own_data import CASES, FASTER, PLAIN, REPLAY, about, emt_frames, report, run_name
 from studies.results import Results
 
 
@@ -39,11 +39,15 @@ def test_emt_frames_move_and_hold_their_lowest_layer() -> None:
         assert np.isfinite(frame.get_potential_energy())
 
 
-def test_networks_from_random_weights_and_curves_belong_to_runs_without_replay() -> None:
-    alone, replayed = (CASES["emt"].about(replay) for replay in (False, True))
+def test_networks_from_random_weights_and_curves_belong_to_plain_runs() -> None:
+    alone, replayed = (CASES["emt"].about(way) for way in (PLAIN, REPLAY))
     assert alone == {"minutes": 96, "seeds": 3, "curve": True}
     assert replayed == {"minutes": 12, "seeds": 3, "curve": False}
-    assert CASES["oxides"].about(False) == {"minutes": 20, "seeds": 1, "curve": False}
+    assert CASES["oxides"].about(PLAIN) == {"minutes": 20, "seeds": 1, "curve": False}
+    faster = {"minutes": 10, "seeds": 1, "curve": False, "learning_rate": 1e-3}
+    assert CASES["oxides"].about(FASTER) == faster
+    assert CASES["oc20_other"].ways("oc20_small") == [PLAIN]
+    assert CASES["oc20_other"].ways("study_teacher") == [PLAIN, REPLAY, FASTER]
 
 
 def row(data: str, network: str, error: float | None) -> dict[str, Any]:
@@ -62,13 +66,10 @@ def test_the_page_of_what_is_there(tmp_path: Path) -> None:
     points = [{"network": "after", "frames": n, "force_mae_eV_A": 1 / n, "seed": 0} for n in (2, 4)]
     content = {"table": table, "curve": {"points": points, "sentences": ["twice the frames halve it"]}}
     content["schedule"] = {"steps": 80, "wanted": 1200}
-    results.keep(run_name("ch3_cu", "study_teacher", True), content)
+    results.keep(run_name("ch3_cu", "study_teacher", PLAIN), content)
     report(results, page)
     text = page.with_suffix(".md").read_text()
-    assert (
-        "| study_teacher | yes | 80 of 1,200 | forces (eV/Å) | – | 0.100 | 0.200 | 0.400 | 0.300 → 0.500 |"
-        in text
-    )
+    assert "| plain | 80 of 1,200 | forces (eV/Å) | – | 0.100 | 0.200 | 0.400 | 0.300 → 0.500 |" in text
     assert "| energy per atom (eV) | – | 0.0100 | 0.0200 | 0.0400 | 0.0300 → 0.0500 |" in text
-    assert "study_teacher, with replay: twice the frames halve it." in text
+    assert "study_teacher: twice the frames halve it." in text
     assert page.with_suffix(".png").stat().st_size > 0
