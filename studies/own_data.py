@@ -14,6 +14,7 @@ with another learning rate. OMP_NUM_THREADS=1 for runs side by side.
 import argparse
 import itertools
 import shutil
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 from ase.io import read
 from ase.optimize import BFGS
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator
 from tqdm import tqdm
 
 from datasets_oc20 import LmdbWriter, OC20Lmdb, write_lmdb
@@ -49,6 +52,8 @@ KEYS = {
     "energy_mae_eV_per_atom": "energy per atom (eV)",
     "force_mae_eV_A": "forces (eV/Å)",
 }
+#: Errors that the figure shows.
+DRAWN = ("energy_mae_eV", "force_mae_eV_A")
 _METALS = ("Cu", "Ni", "Pd", "Pt")
 _ADSORBATES = ("H", "C", "N", "O")
 _SITES = ("ontop", "bridge", "fcc", "hcp")
@@ -394,26 +399,43 @@ def _cell(row: Row, data: str, network: str, key: str) -> str:
 
 
 def draw(rows: Sequence[Row], target: Path) -> None:
-    """Draw the force errors of the learning curves, tuned and from scratch, one panel per case."""
+    """Draw the errors of the learning curves, tuned and from scratch, one column of panels per case."""
     cases = [name for name in CASES if any(row["about"]["case"] == name and "curve" in row for row in rows)]
-    figure = Figure(figsize=(5 * len(cases), 4), layout="constrained")
-    for axis, case in zip(np.atleast_1d(figure.subplots(1, len(cases))), cases, strict=True):
-        for row in rows:
-            if row["about"]["case"] != case or "curve" not in row:
-                continue
-            start = row["about"]["checkpoint"]
-            for network, style in (("after", "-"), ("scratch", ":")):
-                points: dict[int, list[float]] = {}
-                for point in row["curve"]["points"]:
-                    if point["network"] == network and point["force_mae_eV_A"] is not None:
-                        points.setdefault(point["frames"], []).append(point["force_mae_eV_A"])
-                frames = sorted(points)
-                means = [np.mean(points[n]) for n in frames]
-                axis.plot(frames, means, style, marker="o", label=f"{start}, {network}")
-        axis.set(title=CASES[case].title, xlabel="training frames", ylabel="force MAE (eV/Å)")
-        axis.set(xscale="log", yscale="log")
-        axis.legend(fontsize="x-small")
+    figure = Figure(figsize=(5 * len(cases), 7), layout="constrained")
+    axes = figure.subplots(len(DRAWN), len(cases), squeeze=False)
+    for column, case in enumerate(cases):
+        axes[0, column].set_title(textwrap.fill(CASES[case].title, 44), fontsize="medium")
+        for line, key in enumerate(DRAWN):
+            axis = axes[line, column]
+            frames: set[int] = set()
+            for row in rows:
+                if row["about"]["case"] == case and "curve" in row:
+                    frames |= _draw_curve(axis, row, key)
+            axis.set(xlabel="training frames", ylabel=KEYS[key], xscale="log", yscale="log")
+            axis.set_xticks(sorted(frames), [str(number) for number in sorted(frames)])
+            axis.minorticks_off()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize="x-small")
     save_figure(figure, target)
+
+
+def _draw_curve(axis: Axes, row: Row, key: str) -> set[int]:
+    """Draw one error of a run, tuned and from scratch, with its spread over seeds; return the frames."""
+    found: set[int] = set()
+    for network, style in (("after", "-"), ("scratch", ":")):
+        points: dict[int, list[float]] = {}
+        for point in row["curve"]["points"]:
+            if point["network"] == network and point.get(key) is not None:
+                points.setdefault(point["frames"], []).append(point[key])
+        frames = sorted(points)
+        means, spreads = [np.mean(points[n]) for n in frames], [np.std(points[n]) for n in frames]
+        words = "tuned" if network == "after" else "from random weights"
+        label = f"{row['about']['checkpoint']}, {words}"
+        axis.errorbar(frames, means, spreads, fmt=style, marker="o", capsize=3, label=label)
+        found |= set(frames)
+    return found
 
 
 if __name__ == "__main__":
