@@ -408,9 +408,11 @@ def draw(rows: Sequence[Row], target: Path) -> None:
         for line, key in enumerate(DRAWN):
             axis = axes[line, column]
             frames: set[int] = set()
-            for row in rows:
-                if row["about"]["case"] == case and "curve" in row:
-                    frames |= _draw_curve(axis, row, key)
+            shown = [row for row in rows if row["about"]["case"] == case and "curve" in row]
+            for row in shown:
+                frames |= _draw_curve(axis, row, key)
+            trivial = next(item[key] for item in shown[0]["table"] if item["network"] == "trivial")
+            axis.axhline(trivial, color="0.4", linestyle="--", label="trivial")
             axis.set(xlabel="training frames", ylabel=KEYS[key], xscale="log", yscale="log")
             axis.set_xticks(sorted(frames), [str(number) for number in sorted(frames)])
             axis.minorticks_off()
