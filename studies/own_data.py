@@ -60,8 +60,6 @@ _SITES = ("ontop", "bridge", "fcc", "hcp")
 #: Ways to fine-tune: options in which they differ from the defaults.
 PLAIN, REPLAY, FASTER = "plain", "replay", "rate 1e-3"
 RATES = {FASTER: 1e-3}
-#: Parts of the data on a learning curve: 1/8, 1/4, 1/2 and all.
-_SHARES = 4
 #: Steps of a relaxation that are kept, so that frames differ.
 _KEPT_STEPS = (0, 1, 2, 4, 8, 16)
 
@@ -74,7 +72,8 @@ class Case:
         title: words for the page.
         write: writes its files into a folder.
         files: file to learn from and file to judge by; without the second `finetune` divides the first.
-        minutes: time for a training, with its share of everything else.
+        minutes: time for a training, with its share of everything else; with replay, which doubles the
+            frames, twice as much.
         seeds: number of trainings of a kind.
         curve: whether parts of the data are tried, too, in plain runs.
         rates: whether another learning rate is tried, from `study_teacher`.
@@ -95,9 +94,10 @@ class Case:
     def about(self, way: str) -> dict[str, Any]:
         """Settings of a run by the way to fine-tune."""
         curve = self.curve and way == PLAIN
-        trainings = self.seeds * (2 if way == PLAIN else 1) * (_SHARES if curve else 1)
+        # Two kinds of network; a curve takes as long again as its last point; replay doubles the frames.
+        times = {PLAIN: 4 if curve else 2, REPLAY: 2}.get(way, 1)
         rate = {"learning_rate": RATES[way]} if way in RATES else {}
-        return {"minutes": self.minutes * trainings, "seeds": self.seeds, "curve": curve, **rate}
+        return {"minutes": self.minutes * self.seeds * times, "seeds": self.seeds, "curve": curve, **rate}
 
     def ways(self, checkpoint: str) -> list[str]:
         """List the ways to fine-tune a checkpoint."""
@@ -164,7 +164,7 @@ CASES = {
         "CH3 on Cu(111), first frames → last (the easy case)",
         ch3_cu,
         ("first.lmdb", "last.lmdb"),
-        minutes=3.5,
+        minutes=7,
         seeds=3,
         curve=True,
         rates=True,
@@ -173,7 +173,7 @@ CASES = {
         "EMT: atoms on Cu, Ni, Pd and Pt, other systems",
         emt,
         ("emt.lmdb",),
-        minutes=4,
+        minutes=8,
         seeds=3,
         curve=True,
     ),

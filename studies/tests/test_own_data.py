@@ -42,7 +42,7 @@ def test_emt_frames_move_and_hold_their_lowest_layer() -> None:
 def test_networks_from_random_weights_and_curves_belong_to_plain_runs() -> None:
     alone, replayed = (CASES["emt"].about(way) for way in (PLAIN, REPLAY))
     assert alone == {"minutes": 96, "seeds": 3, "curve": True}
-    assert replayed == {"minutes": 12, "seeds": 3, "curve": False}
+    assert replayed == {"minutes": 48, "seeds": 3, "curve": False}
     assert CASES["oxides"].about(PLAIN) == {"minutes": 20, "seeds": 1, "curve": False}
     faster = {"minutes": 10, "seeds": 1, "curve": False, "learning_rate": 1e-3}
     assert CASES["oxides"].about(FASTER) == faster
