@@ -15,8 +15,8 @@ that starting threads counts and loading does not, with one thread, with all, an
 
     python -m benchmarks.measure_throughput --part training …
 
-times `equiformer2 train --config configs/study.yaml` with one process and with one per core, one thread each,
-which share the structures of a step: a run of `--steps` steps less one of a few. The file of `--json` keeps
+times `equiformer2 train --config configs/study.yaml` with one process and with `--processes`, each on one
+thread, which share the structures of a step: a run of `--steps` steps less one of a few. The file of `--json` keeps
 the results of the other parts.
 """
 
@@ -67,6 +67,9 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--steps", type=int, default=60, help="training steps that are timed (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=2, help="processes of a training (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--worker", choices=list(SETTINGS), help=argparse.SUPPRESS)
@@ -216,22 +219,21 @@ def measure_calls(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_training(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time runs of `equiformer2 train` with one process and with one per core, in turn for every round.
+    """Time runs of `equiformer2 train` with one process and with several, in turn for every round.
 
     Returns:
         `structures` that `--steps` steps see and, per number of processes, the seconds of each round for a
         run of `--steps` and `FEW_STEPS` steps less those for one of `FEW_STEPS`.
 
     Raises:
-        InputError: the cores cannot share a step evenly.
+        InputError: the processes cannot share a step evenly.
     """
-    cores = len(os.sched_getaffinity(0))
-    if cores == 1 or STEP % cores:
-        raise InputError(f"{cores} cores cannot share steps of {STEP} structures: use taskset")
+    if arguments.processes < 2 or STEP % arguments.processes:
+        raise InputError(f"--processes {arguments.processes} cannot share steps of {STEP} structures evenly")
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(arguments.rounds):
-            for processes in (1, cores):
+            for processes in (1, arguments.processes):
                 taken = {}
                 for steps in (FEW_STEPS, FEW_STEPS + arguments.steps):
                     name = f"{processes}_{steps}_{number}"

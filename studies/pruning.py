@@ -5,7 +5,8 @@
 Parts: `lossless` (what inference leaves out anyway), `studies` (methods, budgets, seeds; routers, cuts,
 distillation; `jobs` of them at a time), `speed` (force calls through the ASE calculator), `report`
 (docs/results/pruning_study.*). With configs/pruning/study_teacher.yaml the report takes in the pages of
-`studies.precision`, `studies.adapters` and `studies.experts`.
+`studies.precision`, `studies.adapters` and `studies.experts`; `--parts pages` renews these alone, in a report
+that is there.
 Results that are there are not computed again: a call that was stopped goes on. Time `lossless` and `speed`
 when the machine does nothing else.
 """
@@ -17,6 +18,7 @@ from equiformer2.errors import InputError
 from equiformer2.script import run_script
 
 PARTS = ("lossless", "studies", "speed", "report")
+PAGES = "pages"
 
 
 def main() -> None:
@@ -34,7 +36,7 @@ def main() -> None:
     from studies.stopwatch import Stopwatch
 
     campaign = read_campaign(options.config)
-    parts = _names("parts", options.parts, PARTS)
+    parts = _names("parts", options.parts, (*PARTS, PAGES))
     names = _names("studies", options.studies or ",".join(campaign.studies), tuple(campaign.studies))
     watch = Stopwatch(options.out)
     if "lossless" in parts:
@@ -63,6 +65,10 @@ def main() -> None:
 
         for path in write_study(campaign, options.out, options.results):
             print(f"wrote {path}")
+    if PAGES in parts:
+        from studies.study_report import renew_other_methods
+
+        print(f"wrote {renew_other_methods(campaign, options.results)}")
 
 
 def _names(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:

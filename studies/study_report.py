@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from equiformer2.errors import InputError
 from equiformer2.files import read_json, write_bytes, write_json
 from equiformer2.pruning.analysis.pareto import DENSE, NO_BUDGET, PREFIX, planned_results
 from equiformer2.pruning.analysis.pareto_report import markdown, missed, summarise
@@ -20,6 +21,7 @@ _READING = (
     "Figures: errors against operations, and against the measured time of a",
     "[force call](#force-calls-through-the-calculator). Bars are standard deviations over seeds.",
 )
+_PUBLISHED = "# Beside the published figures"
 _MARKS = "Open marks are as cut, filled ones are trained afterwards."
 
 
@@ -140,6 +142,33 @@ def write_study(campaign: Campaign, out: Path, results: Path) -> list[Path]:
     return written
 
 
+def renew_other_methods(campaign: Campaign, results: Path) -> Path:
+    """Take the present pages of other studies into a report, whose own runs may be gone.
+
+    Args:
+        campaign: whose report was written before.
+        results: its folder.
+
+    Returns:
+        The report.
+
+    Raises:
+        InputError: there is no report, or it has no section of the other studies.
+    """
+    page = results / f"{campaign.name}.md"
+    if not page.is_file():
+        raise InputError(f"{page} is not there: write it with --parts report")
+    text = page.read_text(encoding="utf-8")
+    sections = [_own_study(results, study, OTHER_METHODS[study]) for study in campaign.other_methods]
+    before, found, rest = text.partition(f"\n{sections[0][0]}\n") if sections else (text, "", "")
+    _, after, published = rest.partition(f"\n{_PUBLISHED}\n")
+    if not (found and after):
+        raise InputError(f"{page} has no section of another study: write it with --parts report")
+    new = [line for section in sections for line in section]
+    write_bytes(page, "\n".join([before, *new, f"{_PUBLISHED}\n{published}"]).encode())
+    return page
+
+
 def _own_study(results: Path, study: str, what: str) -> list[str]:
     """Section of a method with a study of its own: its verdicts, and its page as it is."""
     page, numbers = results / f"{study}.md", results / f"{study}.json"
@@ -227,7 +256,7 @@ def _speed_table(speed: dict[str, Any]) -> list[str]:
 
 
 def _published_table(campaign: Campaign, tables: dict[str, Rows], speed: dict[str, Any]) -> list[str]:
-    lines = ["# Beside the published figures", ""]
+    lines = [_PUBLISHED, ""]
     lines += [
         "The papers prune other networks (language, vision and, where said, atoms), on other data and by",
         "other scores; ours are of small networks on OC20. Read them as such.",

@@ -1,7 +1,6 @@
 """Timing of evaluations and trainings on a CPU: what is subtracted, what is written, what is refused."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,10 +27,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return commands
 
 
-def test_training_counts_the_steps_alone(
-    timed: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+def test_training_counts_the_steps_alone(timed: list[list[str]], tmp_path: Path) -> None:
     target = tmp_path / "throughput.json"
     target.write_text(json.dumps({"loop": "kept"}))
     measure_throughput.main(
@@ -47,10 +43,9 @@ def test_training_counts_the_steps_alone(
     assert "2.00x" in measure_throughput.differences(found["training"]).splitlines()[-1]
 
 
-def test_cores_that_cannot_share_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
-    with pytest.raises(InputError, match="3 cores cannot share steps of 4 structures"):
-        measure_throughput.main(["--part", "training", "--data", "x.lmdb"])
+def test_processes_that_cannot_share_a_step() -> None:
+    with pytest.raises(InputError, match="--processes 3 cannot share steps of 4 structures"):
+        measure_throughput.main(["--part", "training", "--data", "x.lmdb", "--processes", "3"])
 
 
 def test_too_few_structures_and_a_command_that_fails(tmp_path: Path) -> None:
