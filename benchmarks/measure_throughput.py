@@ -16,8 +16,8 @@ that starting threads counts and loading does not, with one thread, with all, an
     python -m benchmarks.measure_throughput --part training …
 
 times `equiformer2 train --config configs/study.yaml` with one process and with `--processes`, each on one
-thread, which share the structures of a step: a run of `--steps` steps less one of a few. The file of `--json` keeps
-the results of the other parts.
+thread, which share the structures of a step: a run of `--steps` steps less one of a few. The file of `--json`
+keeps the results of the other parts.
 """
 
 import argparse
