@@ -334,7 +334,8 @@ def main(words: Sequence[str] | None = None) -> None:
     print(show(results))
     if arguments.json:
         others = read_json(arguments.json) if arguments.json.exists() else {}
-        write_json(arguments.json, {**others, arguments.part: {**about, **results}}, make_folder=True)
+        part = {arguments.part: {**about, **results}}
+        write_json(arguments.json, {**others, **origin(), **part}, make_folder=True)
 
 
 def bundled_structures() -> Path:
