@@ -63,7 +63,7 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
         "--rounds", type=int, default=5, help="measurements per setting (default: %(default)s)"
     )
     parser.add_argument(
-        "--part", choices=list(PARTS), default="loop", help="what to time (default: %(default)s)"
+        "--part", choices=list(PARTS), default="loop", help="part to time (default: %(default)s)"
     )
     parser.add_argument(
         "--steps", type=int, default=60, help="training steps that are timed (default: %(default)s)"
@@ -263,7 +263,8 @@ def _time_command(words: Sequence[str], environment: Mapping[str, str], prefix: 
         check=False,
     )
     if done.returncode:
-        raise InputError(f"`equiformer2 {words[0]}` failed: {done.stderr.strip().splitlines()[-1]}")
+        told = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise InputError(f"`equiformer2 {words[0]}` failed: {told[-1]}")
     return time.perf_counter() - started
 
 

@@ -55,7 +55,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["31M", "83M"], help="of the networks")
+    parser.add_argument(
+        "--sizes", nargs="+", choices=SIZES, default=["31M", "83M"], help="sizes of the networks"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/large_networks"), help="folder of the rows")
     parser.add_argument(
         "--results", type=Path, default=Path("docs/results/large_networks"), help="page, without ending"

@@ -419,7 +419,8 @@ def draw(rows: Sequence[Row], target: Path) -> None:
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
             axis.grid(alpha=0.3)
-            axis.legend(fontsize="x-small")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize="small", ncols=len(cases))
     save_figure(figure, target)
 
 

@@ -172,8 +172,8 @@ class Plan(Command):
     """Find the heads, channels, orders and branches to keep for a target, without training.
 
     A search continues where it was killed. Targets are shares that stay of the multiply-accumulates
-    (macs=0.5), the parameters (parameters=0.5) or the time (latency=0.6). Of several, all are reached; exit
-    status 3 if the pruned network still takes longer than the parts that its time was added up from.
+    (macs=0.5), the parameters (parameters=0.5) or the time (latency=0.6). Of several, all are reached.
+    The time is added up from parts; exit status 3 if the whole pruned network takes longer than the target.
     """
 
     def add_arguments(self, parser: Parser) -> None:

@@ -25,6 +25,8 @@ def names(data: Any) -> dict[str, Any]:
         known |= _benchmark(data["units"])
     if "studies" in data:
         known |= _study(data)
+    if "loop" in data:
+        known["throughput"] = lambda setting: _throughput(data["loop"]["settings"], setting)
     if "shares" in data:
         known["case"] = lambda batch, way="checkpointed": one(data["measured"], batch=batch, way=way)
         known["share"] = lambda batch: one(data["shares"], batch=batch)
@@ -35,6 +37,12 @@ def names(data: Any) -> dict[str, Any]:
     if "rows" in data and "frame_angle_forces" in data["rows"][0]:
         known |= _equivariance(data["rows"])
     return known
+
+
+def _throughput(settings: dict[str, Any], setting: str) -> tuple[float, ...]:
+    """Seconds of a setting alone, speed over one thread, seconds beside a busy process, how much slower."""
+    alone, busy = (statistics.median(settings[setting][kind]) for kind in ("alone", "busy"))
+    return alone, statistics.median(settings["one thread"]["alone"]) / alone, busy, busy / alone
 
 
 def _benchmark(units: dict[str, Any]) -> dict[str, Any]:
