@@ -419,8 +419,11 @@ def draw(rows: Sequence[Row], target: Path) -> None:
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
             axis.grid(alpha=0.3)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", fontsize="small", ncols=len(cases))
+    legends = [axis.get_legend_handles_labels() for axis in axes.flat]
+    entries = {label: handle for legend in legends for handle, label in zip(*legend, strict=True)}
+    figure.legend(
+        entries.values(), entries.keys(), loc="outside lower center", fontsize="small", ncols=len(cases)
+    )
     save_figure(figure, target)
 
 
