@@ -15,9 +15,9 @@ that starting threads counts and loading does not, with one thread, with all, an
 
     python -m benchmarks.measure_throughput --part training …
 
-times `equiformer2 train --config configs/study.yaml` with one process and with `--processes`, each on one
-thread, which share the structures of a step: a run of `--steps` steps less one of a few. The file of `--json`
-keeps the results of the other parts.
+times `equiformer2 train --config configs/study.yaml` with one process on one thread and on all, and with
+`--processes`, each on one thread, which share the structures of a step: a run of `--steps` steps less one of
+a few. The file of `--json` keeps the results of the other parts.
 """
 
 import argparse
@@ -222,28 +222,33 @@ def measure_training(arguments: argparse.Namespace) -> dict[str, Any]:
     """Time runs of `equiformer2 train` with one process and with several, in turn for every round.
 
     Returns:
-        `structures` that `--steps` steps see and, per number of processes, the seconds of each round for a
-        run of `--steps` and `FEW_STEPS` steps less those for one of `FEW_STEPS`.
+        `structures` that `--steps` steps see and, per setting, the seconds of each round for a run of
+        `--steps` and `FEW_STEPS` steps less those for one of `FEW_STEPS`.
 
     Raises:
         InputError: the processes cannot share a step evenly.
     """
     if arguments.processes < 2 or STEP % arguments.processes:
         raise InputError(f"--processes {arguments.processes} cannot share steps of {STEP} structures evenly")
-    seconds: dict[str, list[float]] = {}
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    settings: dict[str, tuple[int, dict[str, str]]] = {
+        "one process": (1, one_thread),
+        "all threads": (1, {}),
+        f"{arguments.processes} processes": (arguments.processes, one_thread),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in settings}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(arguments.rounds):
-            for processes in (1, arguments.processes):
+            for setting, (processes, environment) in settings.items():
                 taken = {}
                 for steps in (FEW_STEPS, FEW_STEPS + arguments.steps):
-                    name = f"{processes}_{steps}_{number}"
-                    words = [*("train", "--config", str(CONFIG), "--name", name, "--runs_dir", folder)]
+                    run = f"{setting} {steps} {number}".replace(" ", "_")
+                    words = [*("train", "--config", str(CONFIG), "--name", run, "--runs_dir", folder)]
                     words += [f"--data.batch_size={STEP // processes}", f"--trainer.devices={processes}"]
                     words += [f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0"]
                     words += ["--data.train", json.dumps([str(arguments.data)])]
-                    taken[steps] = _time_command(words, {"OMP_NUM_THREADS": "1"})
-                more = taken[FEW_STEPS + arguments.steps] - taken[FEW_STEPS]
-                seconds.setdefault(f"processes: {processes}", []).append(more)
+                    taken[steps] = _time_command(words, environment)
+                seconds[setting].append(taken[FEW_STEPS + arguments.steps] - taken[FEW_STEPS])
     return {"structures": STEP * arguments.steps, "settings": seconds}
 
 

@@ -8,7 +8,7 @@
 Every run is one call of `equiformer2 finetune` with its defaults but for the time, in a folder of its own,
 and is continued where it was stopped; runs on the published page are not computed again. Networks from random
 weights and learning curves belong to the plain runs, beside which are runs with replay and, for some sets,
-with another learning rate. OMP_NUM_THREADS=1 for runs side by side.
+with another learning rate or batch size. OMP_NUM_THREADS=1 for runs side by side.
 """
 
 import argparse
@@ -58,8 +58,8 @@ _METALS = ("Cu", "Ni", "Pd", "Pt")
 _ADSORBATES = ("H", "C", "N", "O")
 _SITES = ("ontop", "bridge", "fcc", "hcp")
 #: Ways to fine-tune: options in which they differ from the defaults.
-PLAIN, REPLAY, FASTER = "plain", "replay", "rate 1e-3"
-RATES = {FASTER: 1e-3}
+PLAIN, REPLAY, FASTER, SMALLER = "plain", "replay", "rate 1e-3", "batch 2"
+OPTIONS: dict[str, dict[str, Any]] = {FASTER: {"learning_rate": 1e-3}, SMALLER: {"batch_size": 2}}
 #: Steps of a relaxation that are kept, so that frames differ.
 _KEPT_STEPS = (0, 1, 2, 4, 8, 16)
 
@@ -76,7 +76,7 @@ class Case:
             frames, twice as much.
         seeds: number of trainings of a kind.
         curve: whether parts of the data are tried, too, in plain runs.
-        rates: whether another learning rate is tried, from `study_teacher`.
+        options: ways of `OPTIONS` that are tried, too, from `study_teacher`.
         resets: whether the energies are of another kind than the checkpoints'.
         is_original: whether these are original data of `oc20_small`, which are not replayed.
     """
@@ -89,21 +89,21 @@ class Case:
     curve: bool = False
     resets: bool = True
     is_original: bool = False
-    rates: bool = False
+    options: tuple[str, ...] = ()
 
     def about(self, way: str) -> dict[str, Any]:
         """Settings of a run by the way to fine-tune."""
         curve = self.curve and way == PLAIN
         # Two kinds of network; a curve takes as long again as its last point; replay doubles the frames.
         times = {PLAIN: 4 if curve else 2, REPLAY: 2}.get(way, 1)
-        rate = {"learning_rate": RATES[way]} if way in RATES else {}
-        return {"minutes": self.minutes * self.seeds * times, "seeds": self.seeds, "curve": curve, **rate}
+        minutes = self.minutes * self.seeds * times
+        return {"minutes": minutes, "seeds": self.seeds, "curve": curve, **OPTIONS.get(way, {})}
 
     def ways(self, checkpoint: str) -> list[str]:
         """List the ways to fine-tune a checkpoint."""
         replays = not (self.is_original and checkpoint == "oc20_small")
-        faster = self.rates and checkpoint == "study_teacher"
-        return [PLAIN, *([REPLAY] if replays else []), *(RATES if faster else [])]
+        options = self.options if checkpoint == "study_teacher" else ()
+        return [PLAIN, *([REPLAY] if replays else []), *options]
 
 
 def ch3_cu(folder: Path) -> None:
@@ -167,7 +167,7 @@ CASES = {
         minutes=7,
         seeds=3,
         curve=True,
-        rates=True,
+        options=(FASTER,),
     ),
     "emt": Case(
         "EMT: atoms on Cu, Ni, Pd and Pt, other systems",
@@ -179,7 +179,11 @@ CASES = {
     ),
     "hfo2": Case("HfO2, 12 and 60 atoms → 96", hfo2, ("small.lmdb", "large.lmdb"), minutes=5),
     "oxides": Case(
-        "oxides of the public tutorial, other compositions", oxides, ("oxides.lmdb",), minutes=10, rates=True
+        "oxides of the public tutorial, other compositions",
+        oxides,
+        ("oxides.lmdb",),
+        minutes=10,
+        options=(FASTER, SMALLER),
     ),
     "oc20_later": Case(
         "bundled OC20 relaxations, later frames",
@@ -196,7 +200,7 @@ CASES = {
         minutes=10,
         resets=False,
         is_original=True,
-        rates=True,
+        options=(FASTER, SMALLER),
     ),
 }
 
@@ -207,7 +211,9 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--checkpoints", nargs="+", choices=list(CHECKPOINTS), default=list(CHECKPOINTS))
-    parser.add_argument("--ways", nargs="+", choices=[PLAIN, REPLAY, *RATES], default=[PLAIN, REPLAY, *RATES])
+    parser.add_argument(
+        "--ways", nargs="+", choices=[PLAIN, REPLAY, *OPTIONS], default=[PLAIN, REPLAY, *OPTIONS]
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/own_data"), help="folder of the runs")
     parser.add_argument(
         "--results", type=Path, default=Path("docs/results/own_data"), help="page, without ending"
@@ -269,7 +275,7 @@ def run(runs: Path, case: str, checkpoint: str, way: str, results: Results) -> N
             seeds=setting.seeds,
             curve=about["curve"],
             max_minutes=about["minutes"],
-            learning_rate=about.get("learning_rate"),
+            **OPTIONS.get(way, {}),
         )
     )
     kept = ("table", "curve", "schedule", "seconds")
@@ -357,7 +363,8 @@ def markdown(rows: Sequence[Row], figure: str | None) -> str:
         "frames that were not trained on, with the standard deviation over seeds. *Old data* are original",
         "ones of the checkpoint, before → after; energies of another kind are not compared. *Steps*: most of",
         "a training, which may end sooner, and the number that it would have without a limit of time.",
-        "The learning rate is 5e-4 but where the row says another.",
+        "The learning rate is 5e-4, and a step has 2 to 8 frames by their number, but where the row says",
+        "otherwise.",
         *([] if figure is None else ["", f"![errors over the number of training frames]({figure})"]),
     ]
     for case, setting in CASES.items():

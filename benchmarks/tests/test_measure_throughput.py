@@ -35,7 +35,8 @@ def test_training_counts_the_steps_alone(timed: list[list[str]], tmp_path: Path)
     )
     found = json.loads(target.read_text())
     assert found["loop"] == "kept"
-    assert found["training"]["settings"] == {"processes: 1": [20.0, 20.0], "processes: 2": [10.0, 10.0]}
+    seconds = found["training"]["settings"]
+    assert seconds == {"one process": [20, 20], "all threads": [20, 20], "2 processes": [10, 10]}
     assert found["training"]["structures"] == 40
     # Both take the same structures in a step.
     configs = [parse(words[1:]) for words in timed]
