@@ -153,6 +153,7 @@ class OC20Lmdb(Dataset[Data]):
 
     Attributes:
         labels: statements of the files about their labels (`data preprocess --labels`), sorted.
+        settings: files that an import wrote, with the settings of their DFT calculations.
 
     Raises:
         DataError: missing, empty, truncated or damaged file, file that is named twice, value that is not an
@@ -172,12 +173,18 @@ class OC20Lmdb(Dataset[Data]):
                     f"{shard}: the file is named twice, its records would count twice; name it once."
                 )
         lengths, kinds, labels = [], set(), set()
+        self.settings: list[tuple[str, dict[str, str | float]]] = []
         for shard in self.shards:
             opened = _Shard(open_shard(shard))
             metadata = opened.metadata()
             kinds.add(check_energy_kind(metadata.get("energy_kind")))
             origin = metadata.get("provenance")
-            labels.add(origin.get("labels") if isinstance(origin, dict) else None)
+            origin = origin if isinstance(origin, dict) else {}
+            labels.add(origin.get("labels"))
+            stated = origin.get("settings")
+            if isinstance(stated, dict):
+                known = {name: value for name, value in stated.items() if isinstance(value, str | float)}
+                self.settings.append((str(shard), known))
             lengths.append(opened.length())
         self._ends = list(accumulate(lengths))
         if self._ends[-1] == 0:

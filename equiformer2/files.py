@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,8 @@ from equiformer2.errors import InputError
 __all__ = ["as_input_error", "check_target", "read_json", "whole_file", "write_bytes", "write_json"]
 
 _DATA = (
-    *(".lmdb", ".aselmdb", ".mdb", ".extxyz", ".xz", ".txt", ".db", ".traj", ".pt", ".ckpt", ".npz"),
-    ".safetensors",
+    *(".lmdb", ".aselmdb", ".mdb", ".extxyz", ".xyz", ".xz", ".gz", ".bz2", ".txt", ".db", ".traj", ".out"),
+    *(".pwo", ".xml", "OUTCAR", ".pt", ".ckpt", ".npz", ".safetensors"),
 )
 
 
@@ -87,6 +88,8 @@ def write_json(path: str | os.PathLike[str], record: Mapping[str, Any], make_fol
         text = json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False)
     except ValueError as error:
         raise InputError(f"{path} was not written, because a number in it is not finite") from error
+    # Bytes of file names that are no UTF-8 are in Python's text as lone surrogates; they become `\\xdf`.
+    text = re.sub("[\udc80-\udcff]", lambda found: f"\\\\x{ord(found[0]) - 0xDC00:02x}", text)
     return write_bytes(path, (text + "\n").encode(), make_folder)
 
 

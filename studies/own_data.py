@@ -5,10 +5,11 @@
     python -m studies.own_data --cases ch3_cu    # one case
     python -m studies.own_data --collect         # only write the page of the runs that there are
 
-Every run is one call of `equiformer2 finetune` with its defaults but for the time, in a folder of its own,
-and is continued where it was stopped; runs on the published page are not computed again. Networks from random
-weights and learning curves belong to the plain runs, beside which are runs with replay and, for some sets,
-with another learning rate or batch size. OMP_NUM_THREADS=1 for runs side by side.
+Every run is one call of `equiformer2 finetune` in a folder of its own, with its defaults but for the time,
+and with the batch size and learning rate that it takes where time is not short. It is continued where it was
+stopped; runs on the published page are not computed again. Networks from random weights and learning curves
+belong to the plain runs, beside which are runs with replay and, for some sets, with another learning rate or
+batch size. OMP_NUM_THREADS=1 for runs side by side.
 """
 
 import argparse
@@ -58,8 +59,12 @@ _METALS = ("Cu", "Ni", "Pd", "Pt")
 _ADSORBATES = ("H", "C", "N", "O")
 _SITES = ("ontop", "bridge", "fcc", "hcp")
 #: Ways to fine-tune: options in which they differ from the defaults.
-PLAIN, REPLAY, FASTER, SMALLER = "plain", "replay", "rate 1e-3", "batch 2"
-OPTIONS: dict[str, dict[str, Any]] = {FASTER: {"learning_rate": 1e-3}, SMALLER: {"batch_size": 2}}
+PLAIN, REPLAY, FASTER, SMALLER, BOTH = "plain", "replay", "rate 1e-3", "batch 2", "batch 2, rate 1e-3"
+OPTIONS: dict[str, dict[str, Any]] = {
+    FASTER: {"learning_rate": 1e-3},
+    SMALLER: {"batch_size": 2},
+    BOTH: {"batch_size": 2, "learning_rate": 1e-3},
+}
 #: Steps of a relaxation that are kept, so that frames differ.
 _KEPT_STEPS = (0, 1, 2, 4, 8, 16)
 
@@ -77,6 +82,7 @@ class Case:
         seeds: number of trainings of a kind.
         curve: whether parts of the data are tried, too, in plain runs.
         options: ways of `OPTIONS` that are tried, too, from `study_teacher`.
+        batch_size: structures per step of the other ways; their learning rate is 5e-4.
         resets: whether the energies are of another kind than the checkpoints'.
         is_original: whether these are original data of `oc20_small`, which are not replayed.
     """
@@ -90,6 +96,7 @@ class Case:
     resets: bool = True
     is_original: bool = False
     options: tuple[str, ...] = ()
+    batch_size: int = 2
 
     def about(self, way: str) -> dict[str, Any]:
         """Settings of a run by the way to fine-tune."""
@@ -176,6 +183,7 @@ CASES = {
         minutes=8,
         seeds=3,
         curve=True,
+        batch_size=4,
     ),
     "hfo2": Case("HfO2, 12 and 60 atoms → 96", hfo2, ("small.lmdb", "large.lmdb"), minutes=5),
     "oxides": Case(
@@ -183,7 +191,8 @@ CASES = {
         oxides,
         ("oxides.lmdb",),
         minutes=10,
-        options=(FASTER, SMALLER),
+        options=(FASTER, SMALLER, BOTH),
+        batch_size=4,
     ),
     "oc20_later": Case(
         "bundled OC20 relaxations, later frames",
@@ -192,6 +201,7 @@ CASES = {
         minutes=10,
         resets=False,
         is_original=True,
+        batch_size=8,
     ),
     "oc20_other": Case(
         "bundled OC20 relaxations, other systems",
@@ -200,7 +210,8 @@ CASES = {
         minutes=10,
         resets=False,
         is_original=True,
-        options=(FASTER, SMALLER),
+        options=(FASTER, SMALLER, BOTH),
+        batch_size=8,
     ),
 }
 
@@ -275,7 +286,7 @@ def run(runs: Path, case: str, checkpoint: str, way: str, results: Results) -> N
             seeds=setting.seeds,
             curve=about["curve"],
             max_minutes=about["minutes"],
-            **OPTIONS.get(way, {}),
+            **({"batch_size": setting.batch_size, "learning_rate": 5e-4} | OPTIONS.get(way, {})),
         )
     )
     kept = ("table", "curve", "schedule", "seconds")
@@ -363,8 +374,8 @@ def markdown(rows: Sequence[Row], figure: str | None) -> str:
         "frames that were not trained on, with the standard deviation over seeds. *Old data* are original",
         "ones of the checkpoint, before → after; energies of another kind are not compared. *Steps*: most of",
         "a training, which may end sooner, and the number that it would have without a limit of time.",
-        "The learning rate is 5e-4, and a step has 2 to 8 frames by their number, but where the row says",
-        "otherwise.",
+        "The learning rate is 5e-4, and a step has 2 frames of sets of up to 50, 4 of up to 2,000, and 8 of",
+        "more, but where the row says otherwise.",
         *([] if figure is None else ["", f"![errors over the number of training frames]({figure})"]),
     ]
     for case, setting in CASES.items():

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.data import chemical_symbols
+from ase.data import chemical_symbols, covalent_radii
 from ase.formula import Formula
+from scipy.sparse.csgraph import connected_components
 
 from datasets_oc20.errors import DataError
 
@@ -23,6 +24,7 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+_BOND = 1.25
 _KINDS = "'last 2', 'first 2', 'indices 0-17,20', 'z<4.5' (Å), a formula such as CO, or none"
 
 
@@ -87,7 +89,10 @@ class AtomRule:
         return self._of_formula(atoms, text)
 
     def _of_formula(self, atoms: Atoms, text: str) -> np.ndarray:
-        """Find atoms of a formula: the only ones of their elements, the last, the first, or the topmost."""
+        """Find atoms of a formula: the only ones of their elements, the last, the first, or the topmost.
+
+        The last, first or topmost ones must hang together, as the atoms of a molecule do.
+        """
         wanted = Formula(text).count()
         symbols = np.array(atoms.get_chemical_symbols())
         size = sum(wanted.values())
@@ -101,7 +106,9 @@ class AtomRule:
         places = np.arange(len(atoms))
         top = np.sort(np.argsort(atoms.positions[:, 2], kind="stable")[::-1][:size])
         fitting = {
-            tuple(ends) for ends in (places[-size:], places[:size], top) if len(ends) == size and fits(ends)
+            tuple(ends)
+            for ends in (places[-size:], places[:size], top)
+            if len(ends) == size and fits(ends) and _hang_together(atoms, ends)
         }
         if len(only) == size and fits(only):
             chosen[only] = True
@@ -112,7 +119,15 @@ class AtomRule:
         else:
             raise DataError(
                 f"{text} cannot be told from the other atoms (it is neither all atoms of its elements, nor "
-                "clearly the "
-                "last, first or topmost ones); name the atoms, as in 'last 2' or 'indices 30,31'"
+                "clearly the last, first or topmost ones, bonded to each other); name the atoms, as in "
+                "'last 2' or 'indices 30,31'"
             )
         return chosen
+
+
+def _hang_together(atoms: Atoms, indices: np.ndarray) -> bool:
+    """Tell whether bonds, of covalent radii and a quarter, connect atoms; periodic images count."""
+    radii = covalent_radii[atoms.numbers[indices]]
+    distances = atoms[indices].get_all_distances(mic=bool(atoms.cell.rank == 3))
+    bonds = distances < _BOND * (radii[:, None] + radii[None, :])
+    return int(connected_components(bonds, directed=False, return_labels=False)) == 1

@@ -50,7 +50,12 @@ def places(results: Iterable[SourceResult]) -> list[Place]:
 
 def different_settings(results: Iterable[SourceResult]) -> list[str]:
     """Compare the settings of calculations with usable frames, see `differences`."""
-    return differences((result.file, result.calculation.settings) for result in results if result.frames)
+    return differences(
+        (result.file if index is None else f"{result.file}, frame {index}", settings)
+        for result in results
+        if result.frames
+        for index, settings in ((None, result.calculation.settings), *result.calculation.others)
+    )
 
 
 def differences(settings: Iterable[tuple[str, Settings]]) -> list[str]:

@@ -6,7 +6,7 @@ setting that a file does not tell is left out.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 from xml.etree import ElementTree
@@ -35,8 +35,8 @@ _OUTCAR_VALUES = {
     "luse_vdw": re.compile(r"^\s*LUSE_VDW\s*=\s*([TF])"),
     "ivdw": re.compile(r"^\s*IVDW\s*=\s*(\d+)"),
     "nelect": re.compile(r"^\s*NELECT\s*=\s*([\d.]+)"),
-    "zvals": re.compile(r"^\s*ZVAL\s*=\s*((?:[\d.]+\s*)+)$"),
-    "counts": re.compile(r"^\s*ions per type\s*=\s*((?:\d+\s*)+)$"),
+    "zvals": re.compile(r"^\s*ZVAL\s*=\s*([\d.][\d.\s]*)$"),
+    "counts": re.compile(r"^\s*ions per type\s*=\s*(\d[\d\s]*)$"),
     "ldautype": re.compile(r"^\s*LDA\+U is selected, type is set to LDAUTYPE\s*=\s*(\d)"),
     "ldaul": re.compile(r"angular momentum for each species LDAUL\s*=\s*([-\d\s]+)$"),
     "ldauu": re.compile(r"U \(eV\)\s+for each species\s+LDAUU\s*=\s*([-\d.\s]+)$"),
@@ -47,11 +47,19 @@ _ITERATION = re.compile(r"-\s*Iteration\s+\d+\(\s*(\d+)\)")
 _QE_VALUES = {
     "cutoff": re.compile(r"kinetic-energy cutoff\s*=\s*([\d.]+)\s*Ry"),
     "functional": re.compile(r"Exchange-correlation\s*=\s*(.+?)\s*(?:\(|$)"),
-    "smearing": re.compile(r"number of electrons|(\S+) smearing, width \(Ry\)\s*=\s*([\d.]+)"),
+    "smearing": re.compile(r"(\S+) smearing, width \(Ry\)\s*=\s*([\d.]+)"),
+    "electrons": re.compile(r"number of electrons\s*=\s*([\d.]+)"),
+    "dispersion": re.compile(r"^\s*(DFT-D3 Dispersion|Dispersion(?: XDM)? Correction)\s*=.*Ry"),
 }
+_QE_TABLES = {"atomic species   valence": "valence", "Simplified LDA+U calculation": "+U"}
+"""Headings of tables with a row per species, which has at least two numbers."""
+_QE_ROW = re.compile(r"^\s*([A-Z][a-z]?)[\w-]*\s+([\d.]+)\s+([\d.]+)")
 _QE_POTENTIAL = re.compile(r"PseudoPot\. #\s*\d+ for\s+(\S+)\s+read from file")
 _QE_U = re.compile(r"^\s*(?:Hubbard\s+)?U\(\s*([A-Z][a-z]?)\S*\s*\)\s*=\s*([\d.]+)")
 _LARGEST_LINE = 100_000
+_MOST_TABLES = 100
+_CODES = {"vasp": "VASP", "espresso": "Quantum ESPRESSO", "gpaw": "GPAW"}
+"""Names of codes by those of ASE's calculators."""
 
 
 @dataclass
@@ -59,16 +67,37 @@ class Calculation:
     """Settings of one output file and the convergence of its steps.
 
     Attributes:
-        settings: table that the module docstring describes.
+        settings: table that the module docstring describes; of a set of structures, that of the first.
+        others: other tables of structures of a set, each with the index of the first that has it.
         converged: one flag for every step in the file, in order; None where nothing is known of it.
         charge: charge of the cell, elementary charges; None if unknown.
         max_steps: limit of electronic steps; None if unknown.
+        electrons: number of electrons, of a calculation whose charge follows from its atoms.
+        valences: electrons that an atom of each element brings, likewise.
     """
 
     settings: Settings = field(default_factory=dict)
     converged: list[bool | None] = field(default_factory=list)
     charge: float | None = None
     max_steps: int | None = None
+    electrons: float | None = None
+    valences: dict[str, float] = field(default_factory=dict)
+    others: list[tuple[int, Settings]] = field(default_factory=list)
+
+    def note_settings(self, index: int, settings: Settings) -> None:
+        """Add the settings of a structure of a set."""
+        if not settings or len(self.others) >= _MOST_TABLES:
+            return
+        if not self.settings:
+            self.settings = settings
+        elif settings != self.settings and all(settings != table for _, table in self.others):
+            self.others.append((index, settings))
+
+    def set_charge(self, symbols: Sequence[str]) -> None:
+        """Set the charge from the elements of the atoms, where electrons and valences are known."""
+        if self.electrons is not None and {*symbols} <= self.valences.keys():
+            neutral = sum(self.valences[symbol] for symbol in symbols)
+            self.charge = round(neutral - self.electrons, 3)
 
 
 def outcar_settings(lines: Iterable[str]) -> Calculation:
@@ -224,6 +253,50 @@ def _vasp_functional(found: Mapping[str, Any], titles: list[str]) -> str:
     return name if dispersion in ("0", "") else f"{name}, IVDW {dispersion}"
 
 
+def calculator_settings(name: Any, parameters: Any) -> Settings:
+    """Build the table from what ASE keeps of a calculator, in trajectories and databases.
+
+    Args:
+        name: of the calculator.
+        parameters: its parameters, as they are in the file; of some codes in tables inside of them.
+    """
+    settings: Settings = {}
+    if isinstance(name, str) and 0 < len(name) < 40 and name != "unknown":
+        settings["code"] = _CODES.get(name.lower(), name)
+    values: dict[str, Any] = {}
+    waiting = [parameters] if isinstance(parameters, Mapping) else []
+    while waiting:  # the namelists of Quantum ESPRESSO, the mode of GPAW
+        for key, value in waiting.pop().items():
+            if isinstance(value, Mapping) and key in ("input_data", "system", "SYSTEM", "mode"):
+                waiting.append(value)
+            elif isinstance(key, str):
+                values.setdefault(key.lower(), value)
+    for key in ("metagga", "gga", "xc", "input_dft"):
+        if isinstance(values.get(key), str) and "functional" not in settings:
+            text = values[key].strip()[:40]
+            known = {each.casefold(): each for each in _VASP_FUNCTIONALS.values()}
+            settings["functional"] = _VASP_FUNCTIONALS.get(text.upper(), known.get(text.casefold(), text))
+    for key, unit in (("encut", 1.0), ("ecut", 1.0), ("ecutwfc", Rydberg)):
+        number = values.get(key)
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            settings["cut-off (eV)"] = round(float(number) * unit, 3)
+    if "ispin" in values or "nspin" in values:
+        polarised = 2 in (values.get("ispin"), values.get("nspin"))
+        settings["spin"] = "polarised" if polarised else "not polarised"
+    hubbard = values.get("ldau_luj")
+    for element, shell in hubbard.items() if isinstance(hubbard, Mapping) else ():
+        numbers = [shell.get(each, 0.0) for each in ("U", "J")] if isinstance(shell, Mapping) else []
+        if numbers and all(isinstance(number, int | float) for number in numbers):
+            settings[f"+U of {str(element)[:2]} (eV)"] = float(numbers[0] - numbers[1])
+    return settings
+
+
+def _note_hubbard(settings: Settings, element: str, value: float) -> None:
+    """Set +U of an element; the largest of its species where several have one."""
+    name = f"+U of {element} (eV)"
+    settings[name] = max(float(settings.get(name, 0.0)), value)
+
+
 def espresso_calculation(lines: Iterator[str]) -> Calculation:
     """Read the settings of Quantum ESPRESSO's `pw.x`, and the convergence of every configuration.
 
@@ -231,10 +304,24 @@ def espresso_calculation(lines: Iterator[str]) -> Calculation:
         lines: the output; a configuration begins with the start of the program or with `ATOMIC_POSITIONS`,
             as in ASE's reader.
     """
-    settings: Settings = {"code": "Quantum ESPRESSO"}
+    settings: Settings = {"code": "Quantum ESPRESSO", "spin": "not polarised", "dispersion": "none"}
     converged: list[bool | None] = []
+    valences: dict[str, float] = {}
+    electrons: float | None = None
     potential: str | None = None
+    table = ""
     for line in lines:
+        heading = next((name for text, name in _QE_TABLES.items() if text in line), None)
+        if heading is not None:
+            table = heading
+        elif table and (match := _QE_ROW.match(line)) is not None:
+            if table == "valence":
+                valences[match[1]] = float(match[2])
+                settings.setdefault(f"+U of {match[1]} (eV)", 0.0)
+            else:  # the second number, behind the angular momentum
+                _note_hubbard(settings, match[1], float(match[3]))
+        elif table and "atomic species" not in line:
+            table = ""
         if "Program PWSCF" in line or "ATOMIC_POSITIONS" in line:
             converged.append(None)
         elif converged and "convergence NOT achieved" in line:
@@ -250,8 +337,16 @@ def espresso_calculation(lines: Iterator[str]) -> Calculation:
         elif potential is not None:
             settings[f"potential of {potential}"] = line.split("/")[-1].strip()
             potential = None
-        elif (match := _QE_VALUES["smearing"].search(line)) is not None and match[1]:
+        elif (match := _QE_VALUES["smearing"].search(line)) is not None:
             settings.setdefault("smearing", f"{match[1]}, {float(match[2]) * Rydberg:.4g} eV")
+        elif (match := _QE_VALUES["electrons"].search(line)) is not None:
+            electrons = float(match[1]) if electrons is None else electrons
         elif (match := _QE_U.search(line)) is not None:
-            settings[f"+U of {match[1]} (eV)"] = float(match[2])
-    return Calculation(settings, converged)
+            _note_hubbard(settings, match[1], float(match[2]))
+        elif "Starting magnetic structure" in line:
+            settings["spin"] = "polarised"
+        elif "Noncollinear calculation" in line:
+            settings["spin"] = "not collinear"
+        elif (match := _QE_VALUES["dispersion"].search(line)) is not None:
+            settings["dispersion"] = match[1]
+    return Calculation(settings, converged, electrons=electrons, valences=valences)

@@ -85,14 +85,14 @@ def find_sources(paths: Iterable[str | os.PathLike[str]]) -> Found:
             if path.is_dir():
                 files = _files_of(path, found)
                 if not files:
-                    found.missing.append((str(path), "the folder holds no results that ASE reads"))
+                    found.missing.append((shown(path), "the folder holds no results that ASE reads"))
             elif not os.path.lexists(path):
-                found.missing.append((str(path), "there is no such file"))
+                found.missing.append((shown(path), "there is no such file"))
                 continue
             else:
                 files = [(path,)]
         except (OSError, ValueError) as error:
-            found.missing.append((str(path), f"cannot be read ({getattr(error, 'strerror', None) or error})"))
+            found.missing.append((shown(path), _unreadable(error)))
             continue
         for group in files:
             real = os.path.realpath(group[0])
@@ -107,8 +107,18 @@ def find_sources(paths: Iterable[str | os.PathLike[str]]) -> Found:
     )
     for number, group in enumerate(listed):
         size = group[0].stat().st_size if group[0].is_file() else 0
-        found.sources.append(Source(number, str(group[0]), _system_name(group[0], base), group, size))
+        system = shown(_system_name(group[0], base))
+        found.sources.append(Source(number, shown(group[0]), system, group, size))
     return found
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """Write a path as text that can be printed and stored, with escapes for bytes that are no UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _unreadable(error: OSError | ValueError) -> str:
+    return f"cannot be read ({getattr(error, 'strerror', None) or error})"
 
 
 def _files_of(folder: Path, found: Found) -> list[tuple[Path, ...]]:
@@ -124,17 +134,24 @@ def _files_of(folder: Path, found: Found) -> list[tuple[Path, ...]]:
         return new
 
     def note(error: OSError) -> None:
-        found.missing.append((str(error.filename), f"cannot be read ({error.strerror})"))
+        found.missing.append((shown(error.filename), _unreadable(error)))
+
+    def is_carrier(path: Path) -> bool:
+        try:
+            return _may_hold_energies(path, found)
+        except OSError as error:  # a folder that lists its files and does not open them
+            found.missing.append((shown(path), _unreadable(error)))
+            return False
 
     for place, folders, names in os.walk(folder, onerror=note, followlinks=True):
-        shown = sorted(name for name in folders if not name.startswith("."))
-        folders[:] = [name for name in shown if is_new(os.path.join(place, name))]
+        visible = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in visible if is_new(os.path.join(place, name))]
         files = {
             name: Path(place, name)
             for name in sorted(names)
             if not name.startswith(".") and not name.endswith(REPORT_ENDING) and name != "lock.mdb"
         }
-        carriers = {name: path for name, path in files.items() if _may_hold_energies(path, found)}
+        carriers = {name: path for name, path in files.items() if is_carrier(path)}
         for name, path in carriers.items():
             outcar = _outcar_of(name, carriers)
             if outcar is not None:
@@ -142,7 +159,7 @@ def _files_of(folder: Path, found: Found) -> list[tuple[Path, ...]]:
             elif not any(_outcar_of(other, carriers) == name for other in carriers):
                 groups.append((path,))
             else:
-                found.merged.append(str(path))
+                found.merged.append(shown(path))
     return groups
 
 
@@ -158,7 +175,7 @@ def _outcar_of(name: str, names: Iterable[str]) -> str | None:
 def _may_hold_energies(path: Path, found: Found) -> bool:
     """Tell whether a file of a folder is to be read; one that is named like a result always is."""
     if _is_imported(path) or not path.is_file():
-        found.ignored.append(str(path))
+        found.ignored.append(shown(path))
         return False
     if names_result(path.name):
         return True
@@ -170,7 +187,7 @@ def _may_hold_energies(path: Path, found: Found) -> bool:
     except (DataError, OSError):
         is_carrier = False
     if not is_carrier:
-        found.ignored.append(str(path))
+        found.ignored.append(shown(path))
     return is_carrier
 
 

@@ -14,6 +14,8 @@ _NEAR_CELL = 0.1
 """Relative change of a lattice vector between neighbouring frames of one trajectory."""
 _SMALL_STEP = 0.2
 """Å; forces of both ends of a longer step tell too little about the difference in energy."""
+ISOLATED = 6.0
+"""Å; an atom farther than this from its own images is alone (reach of bonds; networks see up to 12 Å)."""
 _PROJECTIONS = 8  # with three, some of 100,000 different frames of one slab agree
 
 
@@ -45,6 +47,7 @@ class FrameFacts:
         pbc: periodic directions.
         targets: names of the results that it has, of "energy", "forces" and "stress".
         atoms_digest: of the elements in their order and of the periodic directions.
+        is_isolated: whether it is a single atom far from its images.
         signature: numbers that agree for the same positions and cell, wherever atoms are wrapped.
         run: number of its trajectory in the file.
         group: value of the group key, or empty.
@@ -64,6 +67,7 @@ class FrameFacts:
     pbc: tuple[bool, ...]
     targets: frozenset[str]
     atoms_digest: bytes
+    is_isolated: bool
     signature: tuple[float, ...]
     run: int = 0
     group: str = ""
@@ -94,6 +98,7 @@ class FrameFacts:
             pbc=tuple(pbc.tolist()),
             targets=frozenset(fields.keys() & {"energy", "forces", "stress"}),
             atoms_digest=hashlib.blake2b(content, digest_size=8).digest(),
+            is_isolated=len(numbers) == 1 and is_alone(np.asarray(fields["cell"]).reshape(3, 3), pbc),
             signature=_signature(fields),
         )
 
@@ -113,6 +118,16 @@ def formula(composition: tuple[tuple[int, int], ...]) -> str:
     """Write elements (atomic numbers) and their counts as a formula in Hill order."""
     numbers = [number for number, count in composition for _ in range(count)]
     return str(Atoms(numbers=numbers).get_chemical_formula(mode="hill"))
+
+
+def is_alone(cell: np.ndarray, pbc: np.ndarray) -> bool:
+    """Tell whether a single atom in a cell `[3, 3]` (Å) is farther than `ISOLATED` from all of its images."""
+    if not pbc.any():
+        return True
+    # Shortest lattice vector of the periodic directions among small multiples.
+    steps = np.array(np.meshgrid(*[(-1, 0, 1)] * 3)).reshape(3, -1).T
+    steps = steps[steps.any(axis=1) & ~steps[:, ~pbc].any(axis=1)]
+    return bool(np.linalg.norm(steps @ cell, axis=1).min() > ISOLATED)
 
 
 def _signature(fields: dict[str, Any]) -> tuple[float, ...]:

@@ -144,13 +144,15 @@ def import_files(
         The report; with `kept` 0 nothing was written.
 
     Raises:
-        DataError: settings or kinds of energy are mixed, or a split is not possible.
+        DataError: settings or kinds of energy are mixed, a split is not possible, or `out` is an input.
         OSError: the disk is full, or the folder of `out` not writable.
     """
     options = options or ImportOptions()
     out = Path(out)
+    found = find_sources(paths)
+    _check_out(out, found, options)
     with scratch_folder(out) as folder:
-        frames = read_set(find_sources(paths), options, folder, num_workers, progress)
+        frames = read_set(found, options, folder, num_workers, progress)
         placed = places(frames.results)
         report = _report(frames, placed, str(out))
         if not placed:
@@ -160,6 +162,14 @@ def import_files(
             report.notices += _shared_notices(placed, parts)
         _write(frames, placed, parts, out, options, report, progress)
     return report
+
+
+def _check_out(out: Path, found: Found, options: ImportOptions) -> None:
+    """Raise `DataError` if a file of the result is one that is read."""
+    read = {os.path.realpath(path) for source in found.sources for path in source.paths}
+    for path in (*part_files(out, options.split).values(), report_file(out)):
+        if os.path.realpath(path) in read:
+            raise DataError(f"{path} is read as input and would be replaced; give another name to --out.")
 
 
 def part_files(out: AnyPath, split: SplitOptions | None) -> dict[str, Path]:

@@ -382,6 +382,8 @@ def _tags(atoms: Atoms, fixed: np.ndarray, options: LabelOptions) -> tuple[np.nd
     Tags of the file are taken if they are 0, 1 and 2 and not all 0; else fixed atoms get 0 and others 1.
     """
     given = atoms.get_tags() if atoms.has("tags") else np.zeros(len(atoms), dtype=int)
+    if given.dtype.kind not in "iuf" or not (np.isfinite(given) & (given == np.round(given))).all():
+        raise DataError("its tags are not whole numbers; correct them, or remove them from the file")
     is_oc20 = bool(given.any()) and given.min() >= 0 and given.max() <= 2
     notices = set()
     if is_oc20 and are_ase_layers(atoms, given, fixed):

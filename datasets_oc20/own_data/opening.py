@@ -13,6 +13,7 @@ import numpy as np
 from torch_geometric.data import Data
 
 from datasets_oc20.errors import DataError
+from datasets_oc20.own_data.checks import differences
 from datasets_oc20.own_data.discovery import find_sources, names_result
 from datasets_oc20.own_data.importer import ImportOptions, read_set
 from datasets_oc20.own_data.report import dropped_rows
@@ -81,7 +82,7 @@ class MemoryDataset(OC20Lmdb):
             _LOG.warning("%s: %s.", self.path, _with_origin(text))
         self.shards = [Path(source.name) for source in found.sources]
         self.energy_kind = frames.energy_kind
-        self.labels = []
+        self.labels, self.settings = [], []
         self._natoms = np.array(natoms, dtype=np.int32)
         self._periodicity: Periodicity | None = None
 
@@ -169,7 +170,14 @@ def open_dataset(
     if all(is_lmdb(item) for item in paths):
         for item in paths:
             _warn_of_others(item)
-        return OC20Lmdb(path, energy_kind)
+        dataset = OC20Lmdb(path, energy_kind)
+        if different := differences(dataset.settings):
+            raise DataError(
+                f"the files hold calculations with different settings, and so energies that cannot be "
+                f"compared: {different[0]}; give one of them, or import the calculations together with "
+                f"{_IMPORT} --mixed."
+            )
+        return dataset
     for item in paths:
         if not item.exists():
             raise DataError(f"{item}: no such file.")

@@ -26,6 +26,7 @@ from datasets_oc20.ase_lmdb import AseLmdbFile, open_shard
 from datasets_oc20.errors import DataError
 from datasets_oc20.own_data.dft_settings import (
     Calculation,
+    calculator_settings,
     espresso_calculation,
     outcar_settings,
     outcar_step_converged,
@@ -301,6 +302,7 @@ class SourceFile:
         for index, atoms in enumerate(images):
             results = {name for name, value in atoms.calc.results.items() if value is not None}
             converged = flags[index] if index < len(flags) else None
+            self.calculation.set_charge(atoms.get_chemical_symbols())
             if not results & {"energy", "forces"} and converged is not False:
                 continue  # QE prints the last structure of a relaxation once more
             yield ReadFrame(index, atoms, _not_converged(converged, None))
@@ -310,9 +312,14 @@ class SourceFile:
         trajectory = stack.enter_context(TrajectoryReader(self._content(stack, not part.first)))
         for index in _range(part, len(trajectory)):
             try:
-                yield ReadFrame(index, trajectory[index])
+                atoms = trajectory[index]
             except Exception as error:  # of ASE's parser
                 yield ReadFrame(index, None, f"not readable ({reason_of(error)})")
+                continue
+            if atoms.calc is not None:
+                settings = calculator_settings(atoms.calc.name, atoms.calc.parameters)
+                self.calculation.note_settings(index, settings)
+            yield ReadFrame(index, atoms)
 
     def _database_ids(self, stack: contextlib.ExitStack) -> list[int]:
         """Read the ids of the rows of an `ase.db` database in SQLite; another database is refused."""
@@ -334,12 +341,14 @@ class SourceFile:
         for index, row in enumerate(rows, part.first):
             try:
                 atoms = row.toatoms(add_additional_information=True)
+                settings = calculator_settings(row.get("calculator"), row.get("calculator_parameters"))
             except Exception as error:  # of ASE's parser
                 yield ReadFrame(index, None, f"row {row.get('id')} is not readable ({reason_of(error)})")
                 continue
             for names_of in ("key_value_pairs", "data"):
                 values = atoms.info.pop(names_of, None)
                 atoms.info |= values if isinstance(values, dict) else {}
+            self.calculation.note_settings(index, settings)
             yield ReadFrame(index, atoms)
 
     def _unpacked(self, stack: contextlib.ExitStack) -> Path:
@@ -356,6 +365,7 @@ class SourceFile:
     def _lmdb(self, stack: contextlib.ExitStack, part: FilePart) -> Iterator[ReadFrame]:
         dataset = OC20Lmdb(self.path)
         self.energy_kind = dataset.energy_kind
+        self.calculation.note_settings(part.first, dict(dataset.settings[0][1]) if dataset.settings else {})
         shard = open_shard(dataset.shards[0])
         for index in _range(part, len(dataset)):
             try:
@@ -479,7 +489,7 @@ def find_format(path: AnyPath) -> str:
         head = file.read(_HEAD)
     if b"<modeling>" in head:
         return "vasp-xml"
-    if head.lstrip().startswith(b"vasp.") and b"complex" in head + b"complex":
+    if head.lstrip().startswith(b"vasp."):
         return "vasp-out"
     if not head:
         raise UnreadableError("is empty")

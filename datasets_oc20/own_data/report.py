@@ -36,7 +36,7 @@ class ImportReport:
         differences: settings in which calculations differ.
         duplicates: the same structures twice.
         outliers: frames with a large force, or an energy far off a linear fit.
-        isolated_atoms: elements of structures of one atom.
+        isolated_atoms: elements of isolated atoms.
         notices: sentences for who reads the report.
     """
 
@@ -87,7 +87,11 @@ class ImportReport:
             f"fixed atoms: {self.fixed_from}",
         ]
         if self.settings:
-            short = {name: value for name, value in self.settings.items() if not name.startswith("potential")}
+            short = {
+                name: value
+                for name, value in self.settings.items()
+                if not name.startswith("potential") and not (name.startswith("+U") and value == 0.0)
+            }
             lines.append("settings: " + ", ".join(f"{name} {_plain(value)}" for name, value in short.items()))
         lines += [f"different settings: {text}" for text in self.differences]
         if self.isolated_atoms:
@@ -162,14 +166,13 @@ def origins(counts: Counter[str]) -> str:
 
 
 def shared_settings(results: list[SourceResult]) -> dict[str, str | float]:
-    """Return the settings that all calculations that tell them share, without +U of 0."""
+    """Return the settings that all calculations that tell them share."""
     values: dict[str, set[str | float]] = {}
     for result in results:
-        if result.frames:
-            for name, value in result.calculation.settings.items():
-                values.setdefault(name, set()).add(value)
-    shared = {name: next(iter(known)) for name, known in values.items() if len(known) == 1}
-    return {name: value for name, value in shared.items() if not (name.startswith("+U") and value == 0.0)}
+        tables = [result.calculation.settings, *(table for _, table in result.calculation.others)]
+        for name, value in [item for table in tables for item in table.items()] if result.frames else ():
+            values.setdefault(name, set()).add(value)
+    return {name: next(iter(known)) for name, known in values.items() if len(known) == 1}
 
 
 def listed_duplicates(frames: list[Place]) -> list[dict[str, Any]]:
@@ -209,9 +212,9 @@ def listed_outliers(frames: list[Place]) -> list[dict[str, Any]]:
 
 
 def isolated_atoms(frames: list[Place]) -> list[str]:
-    """Return the elements of structures of one atom."""
+    """Return the elements of isolated atoms."""
     return sorted(
-        {chemical_symbols[place.facts.composition[0][0]] for place in frames if place.facts.natoms == 1}
+        {chemical_symbols[place.facts.composition[0][0]] for place in frames if place.facts.is_isolated}
     )
 
 

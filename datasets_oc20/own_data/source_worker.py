@@ -9,10 +9,11 @@ from typing import IO, Any
 
 from datasets_oc20.errors import DataError
 from datasets_oc20.own_data.dft_settings import Calculation
-from datasets_oc20.own_data.discovery import Source
+from datasets_oc20.own_data.discovery import Source, shown
 from datasets_oc20.own_data.frame_facts import FrameFacts, Origins, RunFinder
 from datasets_oc20.own_data.labels import Labelled, LabelOptions, label
 from datasets_oc20.own_data.reading import LMDB, FilePart, SourceFile, UnreadableError, is_divisible
+from datasets_oc20.structure_files import reason_of
 from datasets_oc20.structure_record import pack
 from datasets_oc20.untrusted import AnyPath
 from datasets_oc20.workers import parallel_map
@@ -156,6 +157,9 @@ def _examine(
                 except DataError as error:
                     yield _Examined(frame.index, str(error).rstrip("."))
                     continue
+                except Exception as error:  # values of a kind that nothing expects end no other frame
+                    yield _Examined(frame.index, f"its values cannot be used ({reason_of(error)})")
+                    continue
                 yield _Examined(frame.index, labelled=labelled, facts=facts)
     except UnreadableError as error:
         yield _Examined(None, str(error))
@@ -165,10 +169,14 @@ def _examine(
 
 def _examine_part(
     part: FilePart, path: Path, options: LabelOptions, needs_energy: bool
-) -> tuple[list[_Examined], str | None]:
-    """Read and label a part of a file in another process; also return the kind of energy that it declares."""
+) -> tuple[list[_Examined], str | None, Calculation]:
+    """Read and label a part of a file in another process.
+
+    Returns:
+        The frames, the kind of energy that the file declares, and the settings that it states.
+    """
     file = SourceFile(path)
-    return list(_examine(file, options, needs_energy, part)), file.energy_kind
+    return list(_examine(file, options, needs_energy, part)), file.energy_kind, file.calculation
 
 
 class _SourceReader:
@@ -192,7 +200,7 @@ class _SourceReader:
     ) -> None:
         self._path, self._options, self._needs_energy = path, options, needs_energy
         self._source, self._num_workers = source, num_workers
-        self._result = SourceResult(source, str(path))
+        self._result = SourceResult(source, shown(path))
         self._origins: dict[Origins, Origins] = {}
 
     def read(self, records: IO[bytes], progress: Callable[[int], None] | None) -> SourceResult:
@@ -263,8 +271,10 @@ class _SourceReader:
             _examine_part, path=self._path, options=self._options, needs_energy=self._needs_energy
         )
         with parallel_map(examine, parts, self._num_workers, most_waiting=_WAITING) as work:
-            for frames, energy_kind in work:
+            for part, (frames, energy_kind, calculation) in zip(parts, work, strict=False):
                 file.energy_kind = energy_kind
+                for index, settings in ((part.first, calculation.settings), *calculation.others):
+                    file.calculation.note_settings(index, settings)
                 yield from frames
 
     def _origins_of(self, found: Labelled, file: SourceFile) -> Origins:
@@ -277,7 +287,7 @@ class _SourceReader:
         return self._origins.setdefault(origins, origins)
 
     def _drop(self, index: int | None, reason: str) -> None:
-        self._result.dropped.append(Dropped(str(self._path), index, reason))
+        self._result.dropped.append(Dropped(self._result.file, index, reason))
 
 
 def _with_systems(
@@ -285,27 +295,29 @@ def _with_systems(
 ) -> Iterator[tuple[FrameFacts, dict[str, Any]]]:
     """Give a system to frames that state none.
 
-    A trajectory of several frames is a system, which has the name of its file; single structures of the same
-    atoms in the same order are one system, which has their formula as its name.
+    Frames of the same atoms in the same order are one system of their file: whether they are steps of one
+    trajectory, with frames left out or others between them, nothing tells. Where the first two follow each
+    other it has the name of the file, else the formula as its name, which it shares with such structures of
+    other files.
     """
+    names: dict[bytes, str] = {}
+
+    def with_name(frame: tuple[FrameFacts, dict[str, Any]], is_trajectory: bool) -> None:
+        facts = frame[0]
+        if facts.sid:
+            return
+        if facts.atoms_digest not in names:
+            of_file = name if not names else f"{name}#{len(names)}"
+            of_atoms = f"{facts.formula}-{facts.atoms_digest[:3].hex()}"
+            names[facts.atoms_digest] = of_file[-200:] if is_trajectory else of_atoms
+        facts.sid = names[facts.atoms_digest]
+
     waiting: tuple[FrameFacts, dict[str, Any]] | None = None
-    run_goes_on = False
     for facts, fields in frames:
         if waiting is not None:
-            continues = facts.run == waiting[0].run
-            _name_system(waiting[0], name, run_goes_on or continues)
+            with_name(waiting, facts.run == waiting[0].run)
             yield waiting
-            run_goes_on = continues
         waiting = facts, fields
     if waiting is not None:
-        _name_system(waiting[0], name, run_goes_on)
+        with_name(waiting, False)
         yield waiting
-
-
-def _name_system(facts: FrameFacts, name: str, is_trajectory: bool) -> None:
-    if facts.sid:
-        return
-    if is_trajectory:
-        facts.sid = (name if not facts.run else f"{name}#{facts.run}")[-200:]
-    else:
-        facts.sid = f"{facts.formula}-{facts.atoms_digest[:3].hex()}"

@@ -67,25 +67,25 @@ def sentences(points: Sequence[Mapping[str, Any]]) -> list[str]:
             continue
         b, most = law[1], curve[0][-1]
         now = curve[1][-1]
-        if b < _FLAT:
-            told.append(
-                f"more frames of this kind would hardly lower the {label}: it does not fall from "
-                f"{curve[0][0]:g} to {most:g} frames (exponent {-b:.2f})"
-            )
-            continue
         twice, ten = (now * factor**-b for factor in (2, 10))
         told.append(
-            f"twice the frames would bring the {label} from {now:.3g} to about {twice:.3g} {unit}, ten times "
-            f"to about {ten:.3g} {unit} (power law with exponent {-b:.2f} through {len(curve[0])} points; "
-            "extrapolated)"
+            f"more frames of this kind would hardly lower the {label}: it does not fall from "
+            f"{curve[0][0]:g} to {most:g} frames (exponent {-b:.2f})"
+            if b < _FLAT
+            else f"twice the frames would bring the {label} from {now:.3g} to about {twice:.3g} {unit}, ten "
+            f"times to about {ten:.3g} {unit} (power law with exponent {-b:.2f} through {len(curve[0])} "
+            "points; extrapolated)"
         )
         scratch = dict(zip(*means(points, SCRATCH, key), strict=True))
-        better = [frames for frames, error in zip(*curve, strict=True) if error < scratch.get(frames, -1.0)]
+        better = [
+            f"{frames:g} frames ({error:.3g} against {scratch[frames]:.3g} {unit})"
+            for frames, error in zip(*curve, strict=True)
+            if error < scratch.get(frames, -1.0)
+        ]
         if scratch:
             told.append(
                 f"by {label}, fine-tuning is better than training from scratch with "
-                + (", ".join(f"{frames:g}" for frames in better) or "none of these numbers of")
-                + " frames"
+                + (", ".join(better) or "none of these numbers of frames")
             )
     return told
 

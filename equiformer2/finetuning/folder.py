@@ -19,7 +19,8 @@ from equiformer2.shipped import find_checkpoint
 from equiformer2.training.wandb_logging import WandbSettings
 
 _FOLDERS = ("data", "runs")
-_FILES = ("task.json", "prepared.json", "before.json", "finetune.json", "curve.png", "parity.png")
+_TASK = "task.json"
+_FILES = (_TASK, "prepared.json", "before.json", "finetune.json", "curve.png", "parity.png")
 _MODEL = re.compile(r"(?:model|adapter)(?:_\d+)?\.pt")
 #: Settings that change nothing of the results.
 _FREE = ("out", "overwrite", "wandb")
@@ -127,11 +128,11 @@ class FineTuneSettings:
 def _fingerprint(path: Path) -> list[Any]:
     """Sizes and times of a file, or of the files of a folder, in plain values."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    # LMDB touches its lock files whenever it reads.
     return [
         [file.name, status.st_size, status.st_mtime_ns]
         for file in files
-        if file.is_file() and "lock" not in file.name and (status := file.stat())
+        # LMDB touches its lock files whenever it reads.
+        if file.is_file() and not file.name.endswith(("-lock", "lock.mdb")) and (status := file.stat())
     ]
 
 
@@ -210,11 +211,13 @@ class OutFolder:
                 raise
 
     def _taken(self) -> list[Path]:
-        return [own for own in (*self._results(), self.data, self.runs) if os.path.lexists(own)]
+        """List what is there, the file that tells whose folder it is last: it is removed last, too."""
+        own = (*self._results(), self.data, self.runs)
+        return sorted((path for path in own if os.path.lexists(path)), key=lambda path: path.name == _TASK)
 
     def _take_over(self) -> bool:
         """Make the folder this command's; True where it continues."""
-        task, taken = self.file("task.json"), self._taken()
+        task, taken = self.file(_TASK), self._taken()
         if taken and not self._is_own(task):
             raise InputError(
                 f"{taken[0]} exists already and was not written by this command: give another --out"

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from datasets_oc20 import LmdbWriter, OC20Lmdb
 from datasets_oc20.division import group_names
 from datasets_oc20.frame_selection import spread_frames
+from datasets_oc20.own_data.frame_facts import is_alone
 from datasets_oc20.own_data.opening import open_dataset
 from datasets_oc20.schema import REQUIRED
 from datasets_oc20.target_sums import NUM_ELEMENTS
@@ -20,8 +21,6 @@ from datasets_oc20.targets import TargetSample
 from datasets_oc20.untrusted import AnyPath
 from equiformer2.errors import InputError
 
-ISOLATED = 6.0
-"""Å; an atom farther than this from its own images is alone (reach of bonds; networks see up to 12 Å)."""
 # Energies of DFT totals are several eV per atom, adsorption energies below 10 eV and 0.5 eV per atom
 # (datasets_oc20.targets); both in one set leave a gap of this factor between neighbours in size.
 _LARGE_PER_ATOM, _SMALL_PER_ATOM, _LARGE, _SMALL, _GAP = 1.0, 0.5, 15.0, 10.0, 3.0
@@ -140,7 +139,7 @@ def read_frames(dataset: OC20Lmdb, largest_element: int, energy_kind: str | None
         energy[row] = float(data.energy)
         if has_forces and not bool(data.fixed.all()):
             rms[row] = float(data.forces[~data.fixed].double().square().mean().sqrt())
-        isolated[row] = len(number) == 1 and is_alone(data)
+        isolated[row] = len(number) == 1 and is_alone(data.cell[0].numpy(), data.pbc[0].numpy())
     kind, origin = _energy_kind(dataset, energy_kind, energy, composition, isolated)
     _check_one_kind(dataset, kind, energy, composition, isolated)
     return Frames(
@@ -155,18 +154,6 @@ def read_frames(dataset: OC20Lmdb, largest_element: int, energy_kind: str | None
         bool(has_forces),
         isolated,
     )
-
-
-def is_alone(data: Data) -> bool:
-    """Tell whether the one atom of a structure is farther than `ISOLATED` from all of its images."""
-    periodic = data.pbc[0].numpy()
-    if not periodic.any():
-        return True
-    cell = data.cell[0].numpy()
-    # Shortest lattice vector of the periodic directions among small multiples.
-    steps = np.array(np.meshgrid(*[(-1, 0, 1)] * 3)).reshape(3, -1).T
-    steps = steps[steps.any(axis=1) & ~steps[:, ~periodic].any(axis=1)]
-    return bool(np.linalg.norm(steps @ cell, axis=1).min() > ISOLATED)
 
 
 def _check_frame(data: Data, where: str, largest_element: int) -> None:

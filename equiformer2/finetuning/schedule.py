@@ -25,6 +25,10 @@ STARTUP_SECONDS = 8.0
 # A run sees its frames 60 times when they are few and 5 times when they are many.
 _FRAME_VISITS, _MOST_VISITS, _LEAST_VISITS = 12_000, 60.0, 5.0
 _LEAST_STEPS = 10
+# Where the time is short, many small steps bring more than few large ones, and so do larger ones
+# (docs/results/own_data.md, other systems of OC20).
+_ENOUGH_STEPS, _SMALLEST_BATCH = 300, 2
+_SHORT, _SHORT_FASTER = 0.5, 2.0
 _LARGE = 10_000_000
 _ADAPTER_FASTER = 4.0
 """Learning rate of an adapter over that of weights: a weight moves by products of its two small factors."""
@@ -110,26 +114,33 @@ def choose_schedule(
         learning_rate: given by the user.
         adapts: whether an adapter is trained and not the weights.
     """
-    size = batch_size or min(2 if frames < 50 else 4 if frames < 2000 else 8, frames)
     visits = min(max(_FRAME_VISITS / frames, _LEAST_VISITS), _MOST_VISITS)
-    wanted = max(_LEAST_STEPS, math.ceil(visits * frames / size))
-    step = _MARGIN * size * speed.training
     check = _MARGIN * watched * speed.evaluation
     affordable = int(_VALIDATION_SHARE * seconds / max(check, 1e-9))
     validations = min(max(affordable, _FEWEST), _VALIDATIONS)
     checks = validations * check
-    possible = int((seconds - checks) / step)
-    length = steps or max(_LEAST_STEPS, min(wanted, possible))
+    possible_frames = (seconds - checks) / (_MARGIN * speed.training)
+    size = batch_size or min(2 if frames < 50 else 4 if frames < 2000 else 8, frames)
+    if batch_size is None and steps is None:
+        while size > _SMALLEST_BATCH and possible_frames / size < min(_ENOUGH_STEPS, visits * frames / size):
+            size //= 2
+    wanted = max(_LEAST_STEPS, math.ceil(visits * frames / size))
+    length = steps or max(_LEAST_STEPS, min(wanted, int(possible_frames / size)))
     large = count_parameters(config) > _LARGE
+    rate = 1e-4 if large else 5e-4
+    if adapts:
+        rate *= _ADAPTER_FASTER
+    elif not large and steps is None and length < _SHORT * wanted:
+        rate *= _SHORT_FASTER
     return Schedule(
         frames=frames,
         batch_size=size,
         steps=length,
         interval=max(1, math.ceil(length / validations)),
         patience=max(_FEWEST, validations // 2),
-        learning_rate=learning_rate or (1e-4 if large else 5e-4) * (_ADAPTER_FASTER if adapts else 1.0),
+        learning_rate=learning_rate or rate,
         scratch_learning_rate=4e-4 if large else 1e-3,
-        seconds=length * step + checks,
+        seconds=length * _MARGIN * size * speed.training + checks,
         wanted=steps or wanted,
     )
 

@@ -8,7 +8,7 @@ import pytest
 
 from datasets_oc20 import OC20Lmdb
 from equiformer2.errors import InputError
-from studies.own_data import CASES, FASTER, PLAIN, REPLAY, SMALLER, about, emt_frames, report, run_name
+from studies.own_data import BOTH, CASES, FASTER, PLAIN, REPLAY, SMALLER, about, emt_frames, report, run_name
 from studies.results import Results
 
 
@@ -48,7 +48,7 @@ def test_networks_from_random_weights_and_curves_belong_to_plain_runs() -> None:
     assert CASES["oxides"].about(FASTER) == faster
     assert CASES["oc20_other"].ways("oc20_small") == [PLAIN]
     assert CASES["oc20_other"].about(SMALLER)["batch_size"] == 2
-    assert CASES["oc20_other"].ways("study_teacher") == [PLAIN, REPLAY, FASTER, SMALLER]
+    assert CASES["oc20_other"].ways("study_teacher") == [PLAIN, REPLAY, FASTER, SMALLER, BOTH]
 
 
 def row(data: str, network: str, error: float | None) -> dict[str, Any]:

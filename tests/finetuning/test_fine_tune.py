@@ -1,6 +1,9 @@
 """The command from data to table: files, keys, refusals, resuming, seeds, curve, replay."""
 
 import json
+import multiprocessing
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +21,7 @@ from equiformer2.checkpoint import Normalizer, Normalizers, save_checkpoint
 from equiformer2.checkpoint.checkpoint import load_checkpoint, read_contents
 from equiformer2.errors import InputError
 from equiformer2.finetuning import run as run_module
-from equiformer2.finetuning.folder import FineTuneSettings
+from equiformer2.finetuning.folder import FineTuneSettings, OutFolder
 from equiformer2.finetuning.run import fine_tune
 from equiformer2.inference import Predictor
 from equiformer2.pruning import PruningPlan
@@ -284,6 +287,31 @@ def test_overwrite_replaces_results_of_this_command_alone(tuned: FineTuneSetting
     with pytest.raises(InputError, match="exists already and was not written by this command"):
         fine_tune(replace(tuned, reset_head=True, overwrite=True))
     assert (tuned.out / "data" / "years_of_work").read_text() == "mine"
+
+
+def test_an_overwrite_that_was_killed_can_be_given_again(tuned: FineTuneSettings) -> None:
+    with OutFolder(replace(tuned, reset_head=True)).open():
+        for name in ("prepared.json", "model.pt", "runs/one/log", "data/part"):
+            (tuned.out / name).parent.mkdir(parents=True, exist_ok=True)
+            (tuned.out / name).write_text("{}")
+
+    def die_at(event: str, _: object) -> None:
+        if event == "shutil.rmtree":
+            os._exit(9)
+
+    def begin_anew() -> None:
+        sys.addaudithook(die_at)
+        with OutFolder(replace(tuned, seed=5, overwrite=True)).open():
+            pass
+
+    process = multiprocessing.get_context("fork").Process(target=begin_anew)
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    assert (tuned.out / "data" / "part").exists()
+    with OutFolder(replace(tuned, seed=5, overwrite=True)).open() as continues:
+        assert not continues
+    assert sorted(path.name for path in tuned.out.iterdir()) == [".lock", "task.json"]
 
 
 def test_results_are_not_written_among_the_data(tuned: FineTuneSettings, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from emt_frames import write_frames
 from torch_geometric.data import Data
 
 from datasets_oc20 import DataError, OC20Lmdb
+from datasets_oc20.own_data.frame_facts import is_alone
 from equiformer2.errors import InputError
-from equiformer2.finetuning.frames import is_alone, open_frames, read_frames, write_part
+from equiformer2.finetuning.frames import open_frames, read_frames, write_part
 
 
 def with_energy(data: Data, energy: float) -> Data:
@@ -86,8 +87,7 @@ def test_the_kind_is_found_where_only_one_is_possible(frames: list[Data], tmp_pa
     ids=["bulk", "box", "no images"],
 )
 def test_isolated_atoms_are_told_from_bulk_cells(cell: float, pbc: bool, alone: bool) -> None:
-    data = Data(cell=torch.eye(3)[None] * cell, pbc=torch.full((1, 3), pbc))
-    assert is_alone(data) == alone
+    assert is_alone(np.eye(3) * cell, np.full(3, pbc)) == alone
 
 
 def test_a_part_keeps_labels_and_drops_what_is_not_trained(frames: list[Data], tmp_path: Path) -> None:

@@ -42,6 +42,19 @@ def test_what_is_given_is_kept() -> None:
     assert choose_schedule(TINY, 100, 5, SLOW, 1.0).steps == 10
 
 
+def test_short_time_is_spent_on_small_fast_steps() -> None:
+    enough, short = (choose_schedule(STUDY, 4000, 40, SLOW, seconds) for seconds in (1e5, 300))
+    assert (enough.batch_size, enough.learning_rate, enough.steps) == (8, 5e-4, enough.wanted)
+    assert (short.batch_size, short.learning_rate) == (2, 1e-3)
+    assert short.seconds <= 300
+    assert short.steps > 200
+    # Half of the usual steps are enough for the usual rate, and a few hundred for the usual batch.
+    most = choose_schedule(STUDY, 4000, 40, SLOW, 0.6 * enough.seconds)
+    assert (most.batch_size, most.learning_rate) == (8, 5e-4)
+    given = choose_schedule(STUDY, 4000, 40, SLOW, 300, batch_size=8, learning_rate=5e-4)
+    assert (given.batch_size, given.learning_rate) == (8, 5e-4)
+
+
 def test_trainings_that_want_less_leave_their_time_to_the_others() -> None:
     assert divide_time(100, [500, 500]) == 50
     limit = divide_time(100, [10, 500, 20, 500])

@@ -13,6 +13,7 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 
+from datasets_oc20.own_data import source_worker
 from datasets_oc20.own_data.importer import ImportOptions, import_files
 from datasets_oc20.own_data.labels import LabelOptions
 from datasets_oc20.own_data.report import ImportReport
@@ -68,6 +69,13 @@ def in_folder(tmp_path: Path) -> Iterator[Path]:
     """The test's folder, in which the test runs, so that messages have short names."""
     with chdir(tmp_path):
         yield tmp_path
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several processes read parts of a file, however small it is."""
+    for name, value in (("LARGE_SOURCE", 0), ("_PART", 4), ("_WAITING", 2)):
+        monkeypatch.setattr(source_worker, name, value)
 
 
 Change = Callable[[list[Atoms]], list[Atoms]]

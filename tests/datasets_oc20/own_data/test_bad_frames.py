@@ -97,6 +97,29 @@ def test_a_bad_frame_is_dropped_and_named(change: Change, reason: str, name: str
     assert [record.fid for record in OC20Lmdb("out.lmdb")] == [0, 2, 3]
 
 
+ODD_VALUES: list[tuple[str, object, str]] = [
+    ("tags", np.array(["slab"] * 12), "its tags are not whole numbers"),
+    ("tags", np.full(12, 0.9), "its tags are not whole numbers"),
+    ("tags", np.full(12, np.nan), "its tags are not whole numbers"),
+    ("magmom", "AFM", "its values cannot be used (could not convert string to float: 'AFM')"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "reason"), ODD_VALUES, ids=["text", "fractions", "NaN", "magmom"])
+def test_values_of_odd_kinds_cost_their_frame_alone(key: str, value: object, reason: str) -> None:
+    frames = trajectory(slab(), 4)
+    if isinstance(value, np.ndarray):
+        frames[1].arrays[key] = value
+    else:
+        frames[1].info[key] = value
+    write("a.extxyz", frames)
+    write("good.extxyz", trajectory(slab("Cu"), 3))
+    report = run("a.extxyz", "good.extxyz")
+    assert [(item.file, item.index) for item in report.dropped] == [("a.extxyz", 1)]
+    assert reason in report.dropped[0].reason
+    assert report.kept == 6
+
+
 def _cut(text: str) -> str:
     return text[: int(len(text) * 0.9)]
 

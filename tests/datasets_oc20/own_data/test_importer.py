@@ -15,7 +15,17 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.db import connect
 from ase.io import read, write
-from own_files import DATA, Change, crystals, in_folder, labelled, run, slab, trajectory  # noqa: F401
+from own_files import (  # noqa: F401
+    DATA,
+    Change,
+    crystals,
+    in_folder,
+    in_parts,
+    labelled,
+    run,
+    slab,
+    trajectory,
+)
 
 from datasets_oc20 import OC20Lmdb, write_lmdb
 from datasets_oc20.errors import DataError
@@ -83,7 +93,7 @@ def test_different_settings_are_refused_and_named() -> None:
     assert not list(Path().iterdir())
     report = run(DATA, mixed=True)
     assert report.kept == 18
-    assert report.isolated_atoms == ["Li"]
+    assert report.isolated_atoms == []  # Li is a crystal of one atom
     assert any("cut-off (eV) is 500" in text for text in report.differences)
     assert {Path(item.file).name for item in report.dropped} == {
         *("OUTCAR.Al.gz", "Si.pwscf.out.gz", "vasprun.bad.xml.gz", "vasprun.unconverged.xml.gz"),
@@ -129,14 +139,10 @@ def _many_frames(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.extxyz", "damaged.extxyz", "gap.extxyz", "a.traj", "a.db", "a.lmdb"])
-def test_a_large_file_is_read_by_several_processes_with_the_same_result(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("in_parts")
+def test_a_large_file_is_read_by_several_processes_with_the_same_result(name: str) -> None:
     _many_frames(name)
     one = import_files([name], "one.lmdb", num_workers=1, progress=False)
-    monkeypatch.setattr(source_worker, "LARGE_SOURCE", 0)
-    monkeypatch.setattr(source_worker, "_PART", 4)
-    monkeypatch.setattr(source_worker, "_WAITING", 2)
     two = import_files([name], "two.lmdb", num_workers=2, progress=False)
     assert len(SourceFile(Path(name)).parts(4)) >= 2
     assert one.dropped == two.dropped
@@ -560,6 +566,31 @@ def test_splits_never_divide_a_trajectory() -> None:
     with pytest.raises(DataError, match="are of 1 source file, too few for 2 parts"):
         run("0.extxyz", out="one.lmdb", split=SplitOptions("source", (0.5, 0.5)))
     assert not Path("one.lmdb").exists()
+
+
+@pytest.mark.parametrize("name", ["a.extxyz", "a.db", "a.traj"])
+def test_a_trajectory_with_gaps_or_other_frames_between_is_one_system(name: str) -> None:
+    frames = trajectory(slab("Pt"), 12)
+    for number in range(4, 8):
+        moved = frames[number].copy()
+        moved.positions[9, 2] += 1.2  # frames between them are missing
+        frames[number] = labelled(moved)
+    frames[6:6] = trajectory(slab("Cu"), 1)
+    frames.append(trajectory(slab("Cu", seed=2), 1)[0])
+    write(name, frames)
+    run(name)
+    names = [record.sid for record in OC20Lmdb("out.lmdb")]
+    copper = {names.pop(6), names.pop()}
+    assert len({*names}) == len(copper) == 1
+    assert not copper & {*names}
+    with pytest.raises(DataError, match="are of 2 systems, too few for 3 parts"):
+        run(name, out="split.lmdb", split=SplitOptions("system", (0.6, 0.2, 0.2)))
+
+
+def test_relaxations_of_the_same_atoms_in_several_files_are_several_systems() -> None:
+    for number in range(3):
+        write(f"{number}.extxyz", trajectory(slab("Pt", seed=number), 4))
+    assert run("0.extxyz", "1.extxyz", "2.extxyz").systems == 3
 
 
 def test_copies_in_several_parts_of_a_split_are_told() -> None:

@@ -209,6 +209,29 @@ def test_rules_for_atoms(text: str, expected: list[int] | str) -> None:
         assert np.flatnonzero(AtomRule(text).choose(atoms)).tolist() == expected
 
 
+# Heights of O and H atoms on an oxide, in the order of the file (O, Ti, O, H), and which ones are the OH.
+HYDROXYL: list[tuple[list[float], list[int] | str]] = [
+    ([0.0, 0.5, 2.0, 2.97], [2, 3]),  # the last and the topmost atoms
+    ([3.5, 0.5, 2.0, 2.97], [2, 3]),  # another O is the topmost, too far from the H
+    ([0.0, 0.5, 2.0, 5.0], "cannot be told from the other atoms"),  # the H has left
+]
+
+
+@pytest.mark.parametrize(("heights", "expected"), HYDROXYL, ids=["on top", "below another O", "dissociated"])
+def test_atoms_of_a_molecule_hang_together(heights: list[float], expected: list[int] | str) -> None:
+    atoms = Atoms(
+        "OTiOH",
+        [[3.0 * (n == 0), 0.1, height] for n, height in enumerate(heights)],
+        cell=[9, 9, 20],
+        pbc=True,
+    )
+    if isinstance(expected, str):
+        with pytest.raises(DataError, match=expected):
+            AtomRule("OH").choose(atoms)
+    else:
+        assert np.flatnonzero(AtomRule("OH").choose(atoms)).tolist() == expected
+
+
 @pytest.mark.parametrize(
     "text", ["", "z<4 or 1", "__import__('os')", "last two", "z<nan", "Xx2", "first -1", "1;2"]
 )
