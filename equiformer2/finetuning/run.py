@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from ase.data import chemical_symbols
+from torch.utils.data import ConcatDataset
 
 from datasets_oc20 import OC20Lmdb
 from equiformer2.adapters.attach import choose_weights
@@ -18,6 +19,7 @@ from equiformer2.checkpoint.adapted import AdaptedNetwork
 from equiformer2.checkpoint.adapter_files import read_adapter, write_adapter
 from equiformer2.checkpoint.checkpoint import read_contents
 from equiformer2.checkpoint.native import write_native
+from equiformer2.checkpoint.surroundings import Surroundings
 from equiformer2.checkpoint.tensor_files import sha256
 from equiformer2.devices import usable_device
 from equiformer2.errors import InputError
@@ -54,13 +56,15 @@ from equiformer2.finetuning.start import Start, prepare_start
 from equiformer2.finetuning.trained_part import FrozenBlocks, spoken, trained_part
 from equiformer2.finetuning.training import Case, Trainer
 from equiformer2.inference import Predictor
-from equiformer2.inference.seen_data import judge_dataset
+from equiformer2.inference.seen_data import fit_surroundings, judge_dataset
 from equiformer2.model import EquiformerV2
 from equiformer2.script import header
 from equiformer2.shipped import find_checkpoint
 from equiformer2.training.adapter_part import check_start
 
 Say = Callable[[str], None]
+_FAMILIAR_STRUCTURES = 100
+"""Structures of the training data, and of those to judge by, whose surroundings a tuned network is given."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +240,8 @@ class _FineTuning:
         spent = time.monotonic() - self.begin
         on_old = 1 + sum(case.is_result for case in self.cases)
         passes = (count + 1) * judged + on_old * sum(len(rows) for _, rows in self.parts.old)
+        familiar = sum(min(_FAMILIAR_STRUCTURES, number) for number in (self.parts.count(1.0), judged))
+        passes += 0 if settings.adapter is not None else familiar * settings.seeds
         judging = passes * speed.evaluation
         choose = {
             share: partial(
@@ -362,7 +368,7 @@ class _FineTuning:
         if prepared.files["old"]:
             table += rows[1:-1] + self._rows_of(AFTER, OLD, results)
         models = [
-            self._write_model(case, number)
+            self._write_model(case, number, prepared)
             for number, case in enumerate(case for case in self.cases if case.is_result)
         ]
         first = Path(models[0]["file"])
@@ -412,8 +418,11 @@ class _FineTuning:
         ]
         return [over_seeds(rows)] if rows else []
 
-    def _write_model(self, case: Case, number: int) -> dict[str, Any]:
-        """Copy the best weights of a training to the folder of results, with their origin."""
+    def _write_model(self, case: Case, number: int, prepared: Prepared) -> dict[str, Any]:
+        """Copy the best weights of a training to the folder of results, with their origin.
+
+        A network also gets the surroundings of the atoms that it was tuned on.
+        """
         word = "adapter" if self._adapts(case) else "model"
         target = self.folder.file(f"{word}.pt" if number == 0 else f"{word}_{number}.pt")
         best = self.folder.runs / case.name / "checkpoints" / "best.pt"
@@ -429,13 +438,36 @@ class _FineTuning:
             written |= adapter.describe()
         else:
             contents = read_contents(best)
-            write_native(target, replace(contents, provenance=contents.provenance | origin))
+            contents = replace(contents, provenance=contents.provenance | origin)
+            write_native(target, replace(contents, surroundings=self._surroundings(best, prepared)))
             part = trained_part(self.settings.freeze, None, contents.config.num_layers)
             shapes = EquiformerV2(contents.config, device="meta").named_parameters()
             written["trainable_parameters"] = sum(
                 p.numel() for name, p in shapes if p.requires_grad and not part.holds(name)
             )
         return {**written, "bytes": target.stat().st_size, "sha256": sha256(target)}
+
+    def _surroundings(self, best: Path, prepared: Prepared) -> Surroundings | None:
+        """Fit the surroundings of training atoms (replayed ones, too), calibrated on the frames to judge by.
+
+        Returns:
+            None if all frames to judge by have elements that the training frames lack.
+        """
+        parts = [f"{part}-1" for part in ("train", "replay", "forces_only")]
+        training = [path for part in parts for path in self._paths(prepared, part)]
+        judged = self._paths(prepared, "judged")
+        predictor = Predictor(best, self.settings.device)
+        try:
+            return fit_surroundings(
+                predictor,
+                ConcatDataset[Any]([OC20Lmdb(path) for path in training]),
+                OC20Lmdb(judged),
+                _FAMILIAR_STRUCTURES,
+                {"training": [Path(path).name for path in training], "held_out": ["judged.lmdb"]},
+            )
+        except InputError as error:
+            self.say(f"surroundings of atoms will not be compared with these data: {error}")
+            return None
 
     def _draw_parity(self, table: list[dict[str, Any]], results: dict[Case, dict[str, Any]]) -> Path:
         """Draw predictions of the frames to judge by, of the checkpoint and of the first tuned network."""

@@ -77,7 +77,9 @@ def test_everything_in_one_command(
     model = load_checkpoint(out / "model.pt")
     assert model.energy_kind == "total"
     assert model.provenance["init_from"] == "adsorption.pt"
-    assert Predictor(out / "model.pt").unseen_elements == []
+    predictor = Predictor(out / "model.pt")
+    assert predictor.unseen_elements == []
+    assert "surroundings" in predictor.familiarity.known
     assert run_command("finetune", *words) == 2
     assert "is finished" in capsys.readouterr().err
 
