@@ -27,6 +27,8 @@ def names(data: Any) -> dict[str, Any]:
         known |= _study(data)
     if "loop" in data:
         known["throughput"] = lambda setting: _throughput(data["loop"]["settings"], setting)
+    if "runs" in data and all("table" in run for run in data["runs"]):
+        known |= _own_data(data["runs"])
     if "shares" in data:
         known["case"] = lambda batch, way="checkpointed": one(data["measured"], batch=batch, way=way)
         known["share"] = lambda batch: one(data["shares"], batch=batch)
@@ -37,6 +39,19 @@ def names(data: Any) -> dict[str, Any]:
     if "rows" in data and "frame_angle_forces" in data["rows"][0]:
         known |= _equivariance(data["rows"])
     return known
+
+
+def _own_data(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Errors of the networks of a fine-tuning by its name; `old` for those on the checkpoint's own data."""
+
+    def of(key: str) -> Callable[..., float]:
+        def error(run: str, *networks: str, old: bool = False) -> tuple[float, ...]:
+            table = one(runs, run=run)["table"]
+            return tuple(one(table, data="old" if old else "new", network=name)[key] for name in networks)
+
+        return error
+
+    return {name: of(f"{name}_eV{unit}") for name, unit in (("energy_mae", ""), ("force_mae", "_A"))}
 
 
 def _throughput(settings: dict[str, Any], setting: str) -> tuple[float, ...]:
