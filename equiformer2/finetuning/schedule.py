@@ -32,7 +32,8 @@ _SHORT, _SHORT_FASTER = 0.5, 2.0
 _LARGE = 10_000_000
 _ADAPTER_FASTER = 4.0
 """Learning rate of an adapter over that of weights: a weight moves by products of its two small factors."""
-_PROBES = 3
+_PROBES, _PROBE_SIZE = 2, 4
+"""Batches that are timed, and structures of each: one alone takes up to twice its share of a batch."""
 _MARGIN = 1.15
 """Measured times are those of a quiet moment."""
 
@@ -164,7 +165,7 @@ def divide_time(seconds: float, wanted: Sequence[float]) -> float:
 
 
 def measure_speed(model: EquiformerV2, frames: Frames, rows: np.ndarray, device: str) -> Speed:
-    """Time a few passes over frames of mean size, after one that does not count.
+    """Time passes over batches of frames of all sizes, after one that does not count.
 
     Args:
         model: a network of the size to train; its weights stay as they are.
@@ -174,8 +175,11 @@ def measure_speed(model: EquiformerV2, frames: Frames, rows: np.ndarray, device:
     """
     where = usable_device(device)
     by_size = rows[np.argsort(frames.natoms[rows], kind="stable")]
-    middle = by_size[np.unique(np.linspace(0, len(by_size) - 1, _PROBES + 2).astype(int))]
-    batches = [Batch.from_data_list([frames.dataset[row]]).to(where) for row in middle.tolist()]
+    count = min(_PROBES * _PROBE_SIZE, len(by_size))
+    # The middle of each of as many parts.
+    chosen = by_size[((np.arange(count) + 0.5) * len(by_size) / count).astype(int)].tolist()
+    parts = [part for first in range(_PROBES) if (part := chosen[first::_PROBES])]
+    batches = [Batch.from_data_list([frames.dataset[row] for row in part]).to(where) for part in parts]
     model = model.to(where).train()
     taken: dict[bool, float] = {}
     for training in (True, False):
@@ -184,7 +188,7 @@ def measure_speed(model: EquiformerV2, frames: Frames, rows: np.ndarray, device:
         begin = time.perf_counter()
         for batch in batches:
             _pass(model, batch, training)
-        taken[training] = (time.perf_counter() - begin) / len(batches)
+        taken[training] = (time.perf_counter() - begin) / count
     model.zero_grad(set_to_none=True)
     model.eval()
     return Speed(taken[True], taken[False])
