@@ -39,6 +39,28 @@ _OF_SEARCHES = ("searches", "surface_energies")
 _MODES = ("heuristic", "random", "random_site_heuristic_placement", "symmetry", "positions")
 
 
+#: Results whose names a structure or table that is read may have.
+_RESULTS = {"clean_slab.extxyz", "clean_slab.traj", "best.extxyz", "card.json", "basins.json", "search.json"}
+
+
+def _check_inputs(options: argparse.Namespace) -> None:
+    """Refuse an input file that has the name of a result and lies in the folder of the results."""
+    folder = options.out.resolve()
+    given = [
+        *(getattr(options, name, None) for name in ("slab", "bulk", "bulks", "corrections")),
+        *options.adsorbate,
+    ]
+    for name in given:
+        path = None if name is None else Path(str(name))
+        if path is None or path.name not in _RESULTS or not path.is_file():
+            continue
+        if folder in path.resolve().parents:
+            raise InputError(
+                f"{path} is read as input and lies in {options.out}, where the search would replace it: give "
+                "another --out"
+            )
+
+
 class AdsorptionSearch(Command):
     """Find the lowest adsorption energy of an adsorbate on a slab: place, relax, compare, report.
 
@@ -145,6 +167,7 @@ class AdsorptionSearch(Command):
         from equiformer2.files import check_target, write_json
         from equiformer2.script import header, show_log
 
+        _check_inputs(options)
         gas, source = gas_references(options.gas)
         corrections = None if options.corrections is None else Corrections.read(options.corrections)
         for name in options.adsorbate:  # before hours of work on another one

@@ -415,3 +415,14 @@ def test_bad_input_is_one_sentence(
     assert "Traceback" not in error
     assert run_command("adsorption verify", "missing.json", "--calculator", "emt") == 2
     assert run_command("adsorption collect", "--search", "nowhere", "--dft", "x") == 2
+
+
+def test_an_input_with_the_name_of_a_result_is_not_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slab = tmp_path / "clean_slab.extxyz"
+    slab.write_text("mine")
+    words = ["--calculator", "emt", "--slab", slab, "--adsorbate", "*O", "--gas", "O=4.6", "--out", tmp_path]
+    assert run_command("adsorption", "search", *words) == 2
+    assert "is read as input and lies in" in capsys.readouterr().err
+    assert slab.read_text() == "mine"
